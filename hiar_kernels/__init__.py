@@ -1,0 +1,27 @@
+"""Kernels for block-autoregressive video: attention over matched-noise caches and the pointwise work around it."""
+
+from . import reference
+from .ada_layer_norm import ada_layer_norm
+from .attention import EMPTY, BlockCausal, KVContext, attention
+from .backends import backends
+from .flow_step import flow_step
+from .gated_residual import gated_residual
+from .layer_norm import layer_norm
+from .merge_attention import merge_attention
+from .qk_norm_rope import qk_norm_rope, qk_norm_rope_append
+
+__all__ = [
+    "EMPTY",
+    "BlockCausal",
+    "KVContext",
+    "ada_layer_norm",
+    "attention",
+    "backends",
+    "flow_step",
+    "gated_residual",
+    "layer_norm",
+    "merge_attention",
+    "qk_norm_rope",
+    "qk_norm_rope_append",
+    "reference",
+]

@@ -1,0 +1,93 @@
+"""torch.library plumbing shared by the ops: schema, fake, and a backward that is itself an op.
+
+Every functional op ``hiar::name`` gets a twin ``hiar::name_backward``. Both run their reference wherever no kernel is
+registered for the device, so schemas, fakes and gradients are testable on a CPU; a kernel replaces either by
+registering itself for its dispatch key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("hiar", "DEF")
+_Outputs = tuple[Tensor, ...]
+
+
+def define(
+    name: str,
+    arguments: str,
+    outputs: int,
+    reference: Callable[..., Tensor | _Outputs],
+    fake: Callable[..., Tensor | _Outputs],
+    differentiable: Sequence[int],
+    mutates: bool = False,
+) -> None:
+    """Define ``hiar::name`` with its reference, fake and (unless it mutates) its autograd formula.
+
+    Args:
+        arguments: schema of the arguments, as torch.library writes them.
+        outputs: number of output tensors.
+        reference: eager implementation, differentiable by torch; same positional arguments.
+        fake: shapes, dtypes and strides of the outputs.
+        differentiable: positions of the tensor arguments that receive a gradient.
+    """
+    returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
+    LIBRARY.define(f"{name}({arguments}) -> {returns}")
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hiar::{name}", fake, lib=LIBRARY)
+    if mutates:
+        return
+
+    def backward_reference(grads: list[Tensor], *args: Any) -> list[Tensor]:
+        with torch.enable_grad():
+            leaves = [args[i].detach().requires_grad_() if args[i] is not None else None for i in differentiable]
+            full = list(args)
+            for i, leaf in zip(differentiable, leaves, strict=True):
+                full[i] = leaf
+            outs = reference(*full)
+            outs = (outs,) if isinstance(outs, Tensor) else outs
+            wanted = [leaf for leaf in leaves if leaf is not None]
+            found = torch.autograd.grad(outs, wanted, grads, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g.contiguous() for g, w in zip(found, wanted, strict=True)]
+
+    def backward_fake(grads: list[Tensor], *args: Any) -> list[Tensor]:
+        return [torch.empty(args[i].shape, dtype=args[i].dtype, device=args[i].device)
+                for i in differentiable if args[i] is not None]
+
+    LIBRARY.define(f"{name}_backward(Tensor[] grads, {arguments}) -> Tensor[]")
+    LIBRARY.impl(f"{name}_backward", backward_reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hiar::{name}_backward", backward_fake, lib=LIBRARY)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.is_tensor = [isinstance(a, Tensor) for a in inputs]
+        ctx.others = [None if t else a for a, t in zip(inputs, ctx.is_tensor, strict=True)]
+        ctx.save_for_backward(*[a for a in inputs if isinstance(a, Tensor)])
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        args = [next(saved) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+        found = iter(getattr(torch.ops.hiar, f"{name}_backward")([g.contiguous() for g in grads], *args))
+        result: list[Tensor | None] = [None] * len(args)
+        for i in differentiable:
+            if args[i] is not None:
+                gradient = next(found)
+                result[i] = gradient if ctx.needs_input_grad[i] else None
+        return tuple(result)
+
+    torch.library.register_autograd(f"hiar::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def frames_of(x: Tensor, frames: int, name: str) -> int:
+    """Tokens of one frame of x [B, T, C]; refuses a T that the frames do not divide."""
+    if frames < 1 or x.shape[1] % frames:
+        raise ValueError(f"{name}: {x.shape[1]} tokens are no multiple of {frames} frames")
+    return x.shape[1] // frames
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that references compute in: float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)

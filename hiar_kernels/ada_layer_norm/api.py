@@ -1,0 +1,33 @@
+"""Public ada_layer_norm."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._dispatch import choose, require
+from . import ops, reference  # noqa: F401  (registers the op)
+
+IMPLS = ("reference",)
+
+
+def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, impl: str = "auto") -> Tensor:
+    """Layer norm without affine, then a shift and scale of each frame: LN(x) (1 + scale) + shift (adaLN, DiT).
+
+    Args:
+        x: [B, T, C]; the F frames' tokens one after another.
+        shift, scale: [B or 1, F, C], any floating dtype; F divides T.
+        eps: added to the variance.
+        impl: "auto" | "reference".
+
+    Returns:
+        [B, T, C] contiguous, dtype of x; computed in float32 (float64 for float64) and rounded once. Differentiable.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    require(x.dim() == 3, f"ada_layer_norm: x must be [B, T, C], got {list(x.shape)}")
+    for name, m in (("shift", shift), ("scale", scale)):
+        ok = m.dim() == 3 and m.shape[0] in (1, x.shape[0]) and m.shape[2] == x.shape[2] and m.shape == shift.shape
+        require(ok, f"ada_layer_norm: {name} must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(m.shape)}")
+    choose("ada_layer_norm", impl, IMPLS, auto="reference")
+    return reference.ada_layer_norm(x, shift, scale, eps)

@@ -1,0 +1,109 @@
+"""Public attention: validation and choice of the implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._dispatch import choose, require
+from . import ops, reference
+from .mask import BlockCausal, KVContext
+
+IMPLS = ("reference", "sdpa")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: BlockCausal | None = None,
+    q_frames: Tensor | None = None,
+    kv_frames: Tensor | None = None,
+    context: KVContext | None = None,
+    kv_counts: Tensor | None = None,
+    return_lse: bool = False,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention, bidirectional or block-causal by absolute frame ids.
+
+    One rule (:class:`BlockCausal`) serves training, a ring cache in any slot order, two visits fused in one row, and
+    batches whose rows are at different steps. Differentiable in q, k, v and the context's k, v.
+
+    Args:
+        q: [B, Tq, H, D]. k, v: [B, Tk, H, D], same dtype (float16, bfloat16, float32, float64) and device; any strides.
+        mask: None: every query sees every key. :class:`BlockCausal`: the rule of HiAR (arXiv 2603.08703).
+        q_frames: int32 [B or 1, Tq / frame_tokens], absolute frame ids; default: the video from ``mask.first_frame``.
+        kv_frames: int32 [B or 1, Tk / frame_tokens], -1 where a slot is empty; default likewise.
+        context: keys and values of earlier blocks (:class:`KVContext`). k, v then count only inside the query's block:
+            teacher forcing, or training over constant caches.
+        kv_counts: [B or 1, Tk], how often each key occurs: adds its logarithm to the key's score; 0 hides it. Without
+            a mask only. n equal padding keys are one key with count n.
+        return_lse: also return the natural logsumexp of the scaled scores, [B, H, Tq], float32 (float64 for float64).
+        scale: of the scores; default 1 / sqrt(D).
+        impl: "auto" | "sdpa" (torch's fused attention over the visible keys) | "reference" (all scores).
+
+    Returns:
+        [B, Tq, H, D] contiguous, dtype of q; with ``return_lse`` also the logsumexp. A query without a visible key
+        gives 0 (logsumexp -inf).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or ids do not fit, with actual and expected.
+    """
+    _validate(q, k, v, mask, q_frames, kv_frames, context, kv_counts)
+    impl = choose("attention", impl, IMPLS, auto="reference" if return_lse else "sdpa")
+    require(not (return_lse and impl == "sdpa"), "attention: impl='sdpa' returns no logsumexp; use impl='reference'")
+    if torch.compiler.is_compiling():  # the eager paths read frame ids on the host; the op hides that from the tracer
+        out, lse = ops.call(q, k, v, mask, q_frames, kv_frames, context, kv_counts, scale)
+        return (out, lse) if return_lse else out
+    if impl == "sdpa":
+        return reference.attention_sdpa(
+            q, k, v, mask=mask, q_frames=q_frames, kv_frames=kv_frames, context=context, kv_counts=kv_counts, scale=scale
+        )
+    return reference.attention(
+        q, k, v, mask=mask, q_frames=q_frames, kv_frames=kv_frames, context=context, kv_counts=kv_counts,
+        return_lse=return_lse, scale=scale,
+    )
+
+
+def _validate(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockCausal | None, q_frames: Tensor | None, kv_frames: Tensor | None,
+    context: KVContext | None, kv_counts: Tensor | None,
+) -> None:
+    require(q.dim() == 4, f"attention: q must be [B, Tq, H, D], got {list(q.shape)}")
+    b, _, h, d = q.shape
+    pairs = [("k", k, k), ("v", v, k)]
+    if context is not None:
+        require(mask is not None, "attention: context needs a BlockCausal mask, got mask=None")
+        require(context.scales is None, "attention: context.scales (8-bit keys) are not supported; expected None")
+        pairs += [("context.k", context.k, context.k), ("context.v", context.v, context.k)]
+    for name, x, like in pairs:
+        require(
+            x.dim() == 4 and x.shape[0] == b and x.shape[2:] == q.shape[2:] and x.shape[1] == like.shape[1],
+            f"attention: {name} must be [{b}, {like.shape[1] if like.dim() == 4 else 'Tk'}, {h}, {d}], got {list(x.shape)}",
+        )
+        require(x.dtype == q.dtype, f"attention: {name} must be {q.dtype} like q, got {x.dtype}")
+        require(x.device == q.device, f"attention: {name} must be on {q.device} like q, got {x.device}")
+    require(q.is_floating_point(), f"attention: q must be floating point, got {q.dtype}")
+    if mask is None:
+        require(q_frames is None and kv_frames is None, "attention: frame ids need a BlockCausal mask, got mask=None")
+        if kv_counts is not None:
+            ok = kv_counts.dim() == 2 and kv_counts.shape[0] in (1, b) and kv_counts.shape[1] == k.shape[1]
+            require(ok, f"attention: kv_counts must be [{b} or 1, {k.shape[1]}], got {list(kv_counts.shape)}")
+        return
+    require(kv_counts is None, "attention: kv_counts needs mask=None")
+    mask.windows(b)
+    tokens = mask.frame_tokens
+    lengths = [("q", q, q_frames, "q_frames"), ("k", k, kv_frames, "kv_frames")]
+    if context is not None:
+        lengths.append(("context.k", context.k, context.frames, "context.frames"))
+    for name, x, frames, ids in lengths:
+        require(x.shape[1] % tokens == 0, f"attention: {name} has {x.shape[1]} tokens, no multiple of frame_tokens {tokens}")
+        if frames is None:
+            continue
+        ok = frames.dim() == 2 and frames.shape[0] in (1, b) and frames.shape[1] == x.shape[1] // tokens
+        require(ok, f"attention: {ids} must be [{b} or 1, {x.shape[1] // tokens}], got {list(frames.shape)}")
+        integer = frames.dtype in (torch.int32, torch.int64)
+        require(integer, f"attention: {ids} must be int32 or int64, got {frames.dtype}")
+        require(frames.device == q.device, f"attention: {ids} must be on {q.device} like q, got {frames.device}")

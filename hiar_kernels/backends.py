@@ -1,0 +1,70 @@
+"""What is installed and what each op would run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass, field
+
+import torch
+
+from .ada_layer_norm import api as ada_layer_norm
+from .attention import api as attention
+from .flow_step import api as flow_step
+from .gated_residual import api as gated_residual
+from .layer_norm import api as layer_norm
+from .merge_attention import api as merge_attention
+from .qk_norm_rope import api as qk_norm_rope
+
+_OPS = {
+    "attention": (attention.IMPLS, "sdpa", "visible keys through torch's fused attention; reference where a logsumexp is asked"),
+    "merge_attention": (merge_attention.IMPLS, "reference", "the only implementation"),
+    "qk_norm_rope": (qk_norm_rope.IMPLS, "reference", "the only implementation"),
+    "qk_norm_rope_append": (qk_norm_rope.IMPLS, "reference", "the only implementation"),
+    "ada_layer_norm": (ada_layer_norm.IMPLS, "reference", "the only implementation"),
+    "layer_norm": (layer_norm.IMPLS, "reference", "the only implementation"),
+    "gated_residual": (gated_residual.IMPLS, "reference", "the only implementation"),
+    "flow_step": (flow_step.IMPLS, "reference", "the only implementation"),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One op: its implementations, the one ``impl="auto"`` takes, and why."""
+
+    implementations: tuple[str, ...]
+    auto: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Backends:
+    """``devices`` and ``libraries`` (None: not installed) found, and the :class:`Choice` of every op."""
+
+    devices: tuple[str, ...]
+    libraries: dict[str, str | None]
+    ops: dict[str, Choice] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"devices: {', '.join(self.devices)}"]
+        lines += [f"{name}: {version or 'not installed'}" for name, version in self.libraries.items()]
+        lines += [f"{op}: auto = {c.auto} of ({', '.join(c.implementations)}): {c.why}" for op, c in self.ops.items()]
+        return "\n".join(lines)
+
+
+def backends() -> Backends:
+    """Devices, optional libraries (looked up, never imported) and the choice of every op."""
+    devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    libraries = {"torch": torch.__version__}
+    found = {name: _version(name) for name in ("triton", "flash-attn", "xformers")}
+    ops = {name: Choice(impls, auto, why) for name, (impls, auto, why) in _OPS.items()}
+    return Backends(tuple(devices), {**libraries, **found}, ops)
+
+
+def _version(distribution: str) -> str | None:
+    if importlib.util.find_spec(distribution.replace("-", "_")) is None:
+        return None
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version"

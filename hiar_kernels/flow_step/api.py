@@ -1,0 +1,39 @@
+"""Public flow_step."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._dispatch import choose, require
+from . import ops, reference  # noqa: F401  (registers the op)
+
+IMPLS = ("reference",)
+
+
+def flow_step(
+    x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None = None, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """One step of few-step flow matching (arXiv 2603.08703): the clean estimate and the next, less noisy latent.
+
+    Args:
+        x: noisy latents [B, F, C, H, W]. velocity: the network's v = eps - x0, same shape.
+        sigma, sigma_next: noise levels [B or 1, F or 1] in 0..1.
+        noise: standard normal, shape of x: "sde", next = (1 - sigma_next) x0 + sigma_next noise.
+            None: "ode", next = x + (sigma_next - sigma) v.
+        impl: "auto" | "reference".
+
+    Returns:
+        x0 = x - sigma v and next, both [B, F, C, H, W] in the dtype of x; computed in float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    require(x.dim() == 5, f"flow_step: x must be [B, F, C, H, W], got {list(x.shape)}")
+    for name, other in (("velocity", velocity), ("noise", noise)):
+        ok = other is None or other.shape == x.shape
+        require(ok, f"flow_step: {name} must be {list(x.shape)}, got {[] if other is None else list(other.shape)}")
+    for name, level in (("sigma", sigma), ("sigma_next", sigma_next)):
+        ok = level.dim() == 2 and level.shape[0] in (1, x.shape[0]) and level.shape[1] in (1, x.shape[1])
+        require(ok, f"flow_step: {name} must be [{x.shape[0]} or 1, {x.shape[1]} or 1], got {list(level.shape)}")
+    choose("flow_step", impl, IMPLS, auto="reference")
+    return reference.flow_step(x, velocity, sigma, sigma_next, noise)

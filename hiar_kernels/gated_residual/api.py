@@ -1,0 +1,31 @@
+"""Public gated_residual."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._dispatch import choose, require
+from . import ops, reference  # noqa: F401  (registers the op)
+
+IMPLS = ("reference",)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, impl: str = "auto") -> Tensor:
+    """x + gate y, one gate vector for each frame (adaLN, DiT).
+
+    Args:
+        x, y: [B, T, C]; the F frames' tokens one after another. y may be of another floating dtype.
+        gate: [B or 1, F, C], any floating dtype; F divides T.
+        impl: "auto" | "reference".
+
+    Returns:
+        [B, T, C] contiguous, dtype of x; computed in float32 (float64 for float64) and rounded once. Differentiable.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    require(x.dim() == 3 and x.shape == y.shape, f"gated_residual: x and y must be [B, T, C], got {list(x.shape)}, {list(y.shape)}")
+    ok = gate.dim() == 3 and gate.shape[0] in (1, x.shape[0]) and gate.shape[2] == x.shape[2]
+    require(ok, f"gated_residual: gate must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(gate.shape)}")
+    choose("gated_residual", impl, IMPLS, auto="reference")
+    return reference.gated_residual(x, y.contiguous(), gate)

@@ -1,0 +1,31 @@
+"""Public layer_norm."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._dispatch import choose, require
+from . import ops, reference  # noqa: F401  (registers the op)
+
+IMPLS = ("reference",)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6, impl: str = "auto") -> Tensor:
+    """Layer norm over the last dimension with affine weight and bias.
+
+    Args:
+        x: [B, T, C]. weight, bias: [C], any floating dtype.
+        eps: added to the variance.
+        impl: "auto" | "reference".
+
+    Returns:
+        [B, T, C], dtype of x; computed in float32 (float64 for float64) and rounded once. Differentiable.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    require(x.dim() == 3, f"layer_norm: x must be [B, T, C], got {list(x.shape)}")
+    for name, p in (("weight", weight), ("bias", bias)):
+        require(tuple(p.shape) == x.shape[2:], f"layer_norm: {name} must be {list(x.shape[2:])}, got {list(p.shape)}")
+    choose("layer_norm", impl, IMPLS, auto="reference")
+    return reference.layer_norm(x, weight, bias, eps)

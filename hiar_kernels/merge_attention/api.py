@@ -1,0 +1,36 @@
+"""Public merge_attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .._dispatch import choose, require
+from . import ops, reference  # noqa: F401  (registers the op)
+
+IMPLS = ("reference",)
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor], *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Merge attentions of the same queries over disjoint sets of keys into the attention over all of them; exact.
+
+    Args:
+        outs: partial outputs, each [B, T, H, D].
+        lses: their logsumexps, each [B, H, T] (natural logarithm; -inf where a part saw no key).
+        impl: "auto" | "reference".
+
+    Returns:
+        out [B, T, H, D] in the dtype of the parts, logsumexp [B, H, T] in float32 (float64 for float64).
+
+    Raises:
+        ValueError: no parts, or parts that differ in number, shape or dtype.
+    """
+    require(len(outs) == len(lses) > 0, f"merge_attention: got {len(outs)} outs and {len(lses)} lses; expected n and n >= 1")
+    b, t, h, _ = outs[0].shape
+    for out, lse in zip(outs, lses, strict=True):
+        ok = out.shape == outs[0].shape and out.dtype == outs[0].dtype
+        require(ok, f"merge_attention: every out must be {list(outs[0].shape)} {outs[0].dtype}, got {list(out.shape)} {out.dtype}")
+        require(tuple(lse.shape) == (b, h, t), f"merge_attention: every lse must be {[b, h, t]}, got {list(lse.shape)}")
+    choose("merge_attention", impl, IMPLS, auto="reference")
+    return reference.merge_attention(list(outs), list(lses))

@@ -1,0 +1,107 @@
+"""Public qk_norm_rope and qk_norm_rope_append."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._dispatch import choose, require
+from . import ops, reference  # noqa: F401  (registers the ops)
+
+IMPLS = ("reference",)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    frames: Tensor,
+    *,
+    num_heads: int,
+    grid: tuple[int, int],
+    eps: float = 1e-6,
+    theta: float = 10000.0,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the fused qkv projection: RMSNorm of q and k over the full width, then 3D RoPE (Wan2.1).
+
+    Args:
+        qkv: [B, T, 3 H D], contiguous; tokens in (frame, row, column) order.
+        q_weight, k_weight: [H D], any floating dtype.
+        frames: int32 or int64 [B or 1, F], absolute frame ids on the device; angles are float64, so frame 1,000,000 works.
+        num_heads: H; D must be even.
+        grid: (rows, columns) of tokens in a frame; T = F rows columns.
+        eps: of the RMSNorm. theta: base of the rotary frequencies.
+        impl: "auto" | "reference".
+
+    Returns:
+        q, k, v [B, T, H, D] in the dtype of qkv; v is a view of qkv. Differentiable in qkv and the weights.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    _validate("qk_norm_rope", qkv, q_weight, k_weight, frames, num_heads, grid)
+    choose("qk_norm_rope", impl, IMPLS, auto="reference")
+    q, k = reference.qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, *grid, eps, theta)
+    return q, k, qkv[..., 2 * q_weight.numel() :].unflatten(-1, (num_heads, -1))
+
+
+def qk_norm_rope_append(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    frames: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    num_heads: int,
+    grid: tuple[int, int],
+    eps: float = 1e-6,
+    theta: float = 10000.0,
+    impl: str = "auto",
+) -> Tensor:
+    """:func:`qk_norm_rope` that writes k and v straight into the frame slots of a ring. No autograd.
+
+    Args:
+        slots: int32 or int64 [B or 1, F] on the device: the slot of each frame, in 0..S-1, distinct within a row.
+        k_cache, v_cache: [B, S rows columns, H, D]; rows may be strided views. Written in place.
+        The others: as in :func:`qk_norm_rope`.
+
+    Returns:
+        q [B, T, H, D].
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or a gradient is asked for.
+    """
+    _validate("qk_norm_rope_append", qkv, q_weight, k_weight, frames, num_heads, grid)
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, q_weight, k_weight))
+    require(not wants_grad, "qk_norm_rope_append: has no gradient; use qk_norm_rope, or torch.no_grad()")
+    require(
+        slots.dim() == 2 and slots.shape[0] in (1, qkv.shape[0]) and slots.shape[1] == frames.shape[1],
+        f"qk_norm_rope_append: slots must be [{qkv.shape[0]} or 1, {frames.shape[1]}], got {list(slots.shape)}",
+    )
+    shape = (qkv.shape[0], num_heads, qkv.shape[2] // 3 // num_heads)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        ok = cache.dim() == 4 and (cache.shape[0], *cache.shape[2:]) == shape and cache.shape[1] % (grid[0] * grid[1]) == 0
+        want = f"[{shape[0]}, n * {grid[0] * grid[1]}, {shape[1]}, {shape[2]}]"
+        require(ok, f"qk_norm_rope_append: {name} must be {want}, got {list(cache.shape)}")
+    choose("qk_norm_rope_append", impl, IMPLS, auto="reference")
+    return reference.qk_norm_rope_append(
+        qkv, q_weight, k_weight, frames, slots, k_cache, v_cache, num_heads, *grid, eps, theta
+    )
+
+
+def _validate(
+    op: str, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, frames: Tensor, num_heads: int, grid: tuple[int, int]
+) -> None:
+    require(qkv.dim() == 3, f"{op}: qkv must be [B, T, 3 H D], got {list(qkv.shape)}")
+    b, t, c = qkv.shape
+    require(num_heads >= 1 and c % (6 * num_heads) == 0, f"{op}: width {c} of qkv is not 3 x {num_heads} heads of an even size")
+    for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):
+        require(tuple(w.shape) == (c // 3,), f"{op}: {name} must be [{c // 3}], got {list(w.shape)}")
+    require(
+        frames.dim() == 2 and frames.shape[0] in (1, b) and frames.shape[1] * grid[0] * grid[1] == t,
+        f"{op}: frames must be [{b} or 1, {t} / {grid[0] * grid[1]}], got {list(frames.shape)}",
+    )
+    require(not frames.is_floating_point(), f"{op}: frames must be integer ids, got {frames.dtype}")

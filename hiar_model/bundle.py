@@ -1,0 +1,379 @@
+"""A model ready to make video: transformer, schedule, text encoder and decoder under one name, and its folder on disk.
+
+The toy model's folder holds `model.safetensors` (the transformer's tensors under the published Wan keys behind
+"transformer.", the codec's behind "codec.") and `config.json`:
+
+    {"format": "hiar-toy", "transformer": {fields of WanConfig}, "world": {fields of WorldConfig},
+     "schedule": {"steps": [1000, 750, 500, 250], "shift": 2.0}, "frames_per_block": 3, "window_frames": 12 (null: all),
+     "sink_frames": 0, "fps": 12, "num_frames": 48, "train_frames": 12}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as pack_tensors
+from torch import Tensor
+
+from .config import WanConfig
+from .schedule import FlowSchedule
+from .toy.codec import ToyCodec
+from .toy.text import ToyTextEncoder
+from .toy.world import WorldConfig
+from .transformer import HiARTransformer
+from .video import Frames, check_fps
+
+TOY_FORMAT = "hiar-toy"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+SHIPPED = {"toy": ("hiar_model.toy", "weights")}
+"""Name of a model inside the package -> (package, folder in it)."""
+TRANSFORMER, CODEC = "transformer.", "codec."
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+class Decoder(Protocol):
+    """Latents to pixels for one video; keeps what it needs between successive blocks."""
+
+    def decode(self, latents: Tensor) -> Frames:
+        """latents [1, f, C, h, w], any device and dtype -> uint8 [F, H, W, 3]."""
+
+
+@dataclass(frozen=True, eq=False)
+class VideoModel:
+    """Everything that turns a prompt into video.
+
+    name               as it was asked for
+    transformer        the network, in evaluation mode
+    schedule           noise levels of its steps
+    frames_per_block   latent frames made at once
+    window_frames      latent frames a block sees with its own, one number or one per step; None: all
+    sink_frames        first latent frames that stay visible, inside the window's number
+    fps, num_frames    of a video if nothing is said; num_frames counts pixel frames
+    train_frames       pixel frames of the clips that it was trained on
+    latent_size        (channels, height, width) of a latent frame
+    weights_sha256     of the weights file, hexadecimal
+    text_encoder       prompt -> [1, L, text_dim]; ValueError of one line for a prompt that the model cannot show
+    new_decoder        makes the decoder of one video
+    world              what a toy model shows; None for others
+    temporal_compression  pixel frames per latent frame, but the first latent frame is always one pixel frame
+    """
+
+    name: str
+    transformer: HiARTransformer
+    schedule: FlowSchedule
+    frames_per_block: int
+    window_frames: int | tuple[int | None, ...] | None
+    sink_frames: int
+    fps: float
+    num_frames: int
+    train_frames: int
+    latent_size: tuple[int, int, int]
+    weights_sha256: str
+    text_encoder: Callable[[str], Tensor]
+    new_decoder: Callable[[], Decoder]
+    world: WorldConfig | None = None
+    temporal_compression: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("frames_per_block", "num_frames", "train_frames", "temporal_compression"):
+            _whole(name, getattr(self, name), 1)
+        _whole("sink_frames", self.sink_frames, 0)
+        check_fps(self.fps)
+        self.latent_frames(self.num_frames)
+        self.latent_frames(self.train_frames)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.patch_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.transformer.patch_embedding.weight.dtype
+
+    def encode_text(self, prompt: str) -> Tensor:
+        """The prompt as the transformer takes it, [1, L, text_dim] on its device; ValueError for an illegal prompt."""
+        if not isinstance(prompt, str):
+            raise ValueError(f"a prompt is a string, got {type(prompt).__name__}")
+        return self.text_encoder(prompt).to(self.device, self.dtype)
+
+    def decoder(self) -> Decoder:
+        """A fresh decoder, for one video."""
+        return self.new_decoder()
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Pixel frames -> latent frames, which must fill whole blocks.
+
+        Raises:
+            ValueError: names the nearest legal numbers.
+        """
+        _whole("num_frames", num_frames, 1)
+        latent, rest = divmod(num_frames - 1, self.temporal_compression)
+        latent += 1
+        if rest == 0 and latent % self.frames_per_block == 0:
+            return latent
+        below = latent // self.frames_per_block * self.frames_per_block
+        near = [self.pixel_frames(n) for n in (below, below + self.frames_per_block) if n > 0]
+        raise ValueError(
+            f"num_frames must fill whole blocks of {self.frames_per_block} latent frames: "
+            f"got {num_frames}, nearest {' or '.join(map(str, near))}"
+        )
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """How many pixel frames the first ``latent_frames`` of a video make."""
+        return 1 + (latent_frames - 1) * self.temporal_compression
+
+
+@dataclass(frozen=True)
+class ToyDecoder:
+    """The toy's codec looks at single frames: nothing is kept between blocks."""
+
+    codec: ToyCodec
+
+    def decode(self, latents: Tensor) -> Frames:
+        """latents [1, f, C, h, w] -> uint8 [f, H, W, 3]."""
+        return self.codec.to_uint8(self.codec.decode(latents.detach().float().cpu()))[0].numpy()
+
+
+def pick_device(name: str | torch.device = "auto") -> torch.device:
+    """ "auto" is the first CUDA device, else the CPU; ValueError of one line for what is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"unknown device {name!r}; legal: auto, cpu, cuda, cuda:0, ...") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(name)!r} is not supported; legal: auto, cpu, cuda, cuda:0, ...")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {str(name)!r} is not there: this torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def pick_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by name; None stays None."""
+    if name is None or name in DTYPES.values():
+        return name  # type: ignore[return-value]
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {str(name)!r}; legal: {', '.join(DTYPES)}")
+    return DTYPES[str(name)]
+
+
+def model_folder(name_or_path: str | os.PathLike[str]) -> Path:
+    """The folder of a shipped model or of a path; ValueError if there is none."""
+    name = os.fspath(name_or_path)
+    if name in SHIPPED:
+        package, inside = SHIPPED[name]
+        folder = Path(str(resources.files(package))) / inside
+        if not (folder / WEIGHTS).is_file():
+            raise ValueError(f"the shipped model {name!r} is missing ({folder / WEIGHTS}): reinstall the package")
+        return folder
+    if not name or not Path(name).is_dir():
+        raise ValueError(f"model {name!r} is neither a folder nor a shipped model; shipped: {', '.join(SHIPPED)}")
+    return Path(name)
+
+
+def load_video_model(
+    name_or_path: str | os.PathLike[str] = "toy",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+) -> VideoModel:
+    """A shipped model by name, or one from a folder that :func:`save_toy_model` wrote.
+
+    Args:
+        device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of the weights and the work; None: float32.
+
+    Raises:
+        ValueError: one line that names the first thing that is missing, corrupt or of the wrong shape.
+    """
+    device, wanted = pick_device(device), pick_dtype(dtype) or torch.float32
+    folder = model_folder(name_or_path)
+    settings = _read_config(folder / CONFIG)
+    try:
+        blob = (folder / WEIGHTS).read_bytes()
+        tensors = load_tensors(blob)
+    except OSError as error:
+        raise ValueError(f"cannot read {folder / WEIGHTS}: {error.strerror or error}") from error
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is corrupt: {error}") from error
+    try:
+        return _build(os.fspath(name_or_path), settings, tensors, hashlib.sha256(blob).hexdigest(), device, wanted)
+    except (ValueError, TypeError) as error:  # TypeError: a value in config.json of the wrong kind
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _build(
+    name: str, values: dict[str, Any], tensors: dict[str, Tensor], sha256: str, device: torch.device, dtype: torch.dtype
+) -> VideoModel:
+    config = WanConfig.from_dict(values["transformer"])
+    world = WorldConfig(**_frozen(values["world"]))
+    schedule = FlowSchedule(**_frozen(values["schedule"]))
+    with torch.device("meta"):
+        transformer = HiARTransformer(config)
+    groups: dict[str, dict[str, Tensor]] = {TRANSFORMER: {}, CODEC: {}}
+    for key, tensor in tensors.items():
+        prefix = key.partition(".")[0] + "."
+        if prefix not in groups:
+            raise ValueError(f"unexpected tensor {key}; expected {TRANSFORMER}* and {CODEC}*")
+        groups[prefix][key.removeprefix(prefix)] = tensor
+    _check_tensors(groups[TRANSFORMER], transformer.state_dict())
+    codec = ToyCodec.from_state(groups[CODEC])
+    if codec.channels != config.in_channels:
+        raise ValueError(f"the codec has {codec.channels} channels, the transformer takes {config.in_channels}")
+    transformer.load_state_dict({k: v.to(device, dtype) for k, v in groups[TRANSFORMER].items()}, assign=True)
+    text = ToyTextEncoder(config.text_dim)
+    window = values["window_frames"]
+    return VideoModel(
+        name=name,
+        transformer=transformer.eval().requires_grad_(False),
+        schedule=schedule,
+        frames_per_block=values["frames_per_block"],
+        window_frames=tuple(window) if isinstance(window, list) else window,
+        sink_frames=values["sink_frames"],
+        fps=values["fps"],
+        num_frames=values["num_frames"],
+        train_frames=values["train_frames"],
+        latent_size=codec.latent_shape(world.height, world.width),
+        weights_sha256=sha256,
+        text_encoder=lambda prompt: text.encode([prompt]),
+        new_decoder=lambda: ToyDecoder(codec),
+        world=world,
+    )
+
+
+def _check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """ValueError that names the first tensor that is missing, unexpected, of another shape, or not of floats."""
+    for key in [*expected, *found]:
+        name = TRANSFORMER + key
+        if key not in found:
+            raise ValueError(f"tensor {name} is missing")
+        if key not in expected:
+            raise ValueError(f"unexpected tensor {name}")
+        if found[key].shape != expected[key].shape:
+            raise ValueError(f"tensor {name} is {list(found[key].shape)}, expected {list(expected[key].shape)}")
+        if not found[key].is_floating_point():
+            raise ValueError(f"tensor {name} is {found[key].dtype}, expected floats")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The mapping of config.json, with exactly the keys that are known."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is corrupt: {error}") from error
+    if not isinstance(values, dict) or values.get("format") != TOY_FORMAT:
+        raise ValueError(f'{path}: format must be "{TOY_FORMAT}"')
+    _same_keys(path, values, ["format", *_NESTED, *_PLAIN])
+    for key, kind in _NESTED.items():
+        if not isinstance(values[key], dict):
+            raise ValueError(f"{path}: {key} must be an object")
+        _same_keys(path, values[key], [f.name for f in dataclasses.fields(kind)], f"{key}.", all_needed=False)
+    return values
+
+
+_NESTED: dict[str, Any] = {"transformer": WanConfig, "world": WorldConfig, "schedule": FlowSchedule}
+_PLAIN = ("frames_per_block", "window_frames", "sink_frames", "fps", "num_frames", "train_frames")
+
+
+def _same_keys(
+    path: Path, values: Mapping[str, Any], known: list[str], prefix: str = "", all_needed: bool = True
+) -> None:
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {prefix}{key}; known: {', '.join(known)}")
+    for key in known if all_needed else ():
+        if key not in values:
+            raise ValueError(f"{path}: key {prefix}{key} is missing")
+
+
+def _frozen(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON lists as the tuples that frozen dataclasses hold."""
+
+    def freeze(value: Any) -> Any:
+        return tuple(map(freeze, value)) if isinstance(value, list) else value
+
+    return {key: freeze(value) for key, value in values.items()}
+
+
+def save_toy_model(
+    folder: str | os.PathLike[str],
+    transformer: HiARTransformer,
+    codec: ToyCodec,
+    *,
+    schedule: FlowSchedule,
+    frames_per_block: int = 3,
+    window_frames: int | tuple[int | None, ...] | None = 12,
+    sink_frames: int = 0,
+    train_frames: int = 12,
+    num_frames: int | None = None,
+    fps: float = 12,
+    world: WorldConfig | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write a folder that :func:`load_video_model` reads; returns it.
+
+    A new folder appears whole or not at all; in an existing one each file is replaced at once.
+
+    Args:
+        num_frames: of a video if nothing is said; None: four times ``train_frames``.
+        dtype: of the transformer's tensors in the file; the codec's are small and stay float32.
+
+    Raises:
+        ValueError: weights that are not finite in ``dtype``, settings that do not fit together.
+        OSError: the folder cannot be written.
+    """
+    target, world = Path(folder), world or WorldConfig()
+    settings = {
+        "format": TOY_FORMAT,
+        "transformer": transformer.config.to_dict(),
+        "world": dataclasses.asdict(world),
+        "schedule": dataclasses.asdict(schedule),
+        "frames_per_block": frames_per_block,
+        "window_frames": window_frames,
+        "sink_frames": sink_frames,
+        "fps": fps,
+        "num_frames": 4 * train_frames if num_frames is None else num_frames,
+        "train_frames": train_frames,
+    }
+    tensors = {CODEC + name: value.detach().cpu().contiguous() for name, value in codec.state_dict().items()}
+    for name, value in transformer.state_dict().items():
+        tensors[TRANSFORMER + name] = value.detach().to("cpu", dtype).contiguous()
+        if not bool(tensors[TRANSFORMER + name].isfinite().all()):
+            raise ValueError(f"{TRANSFORMER}{name} is not finite in {dtype}: not written to {target}")
+    # What cannot be loaded must not be written.
+    text = json.dumps(settings, indent=2) + "\n"
+    _build(str(target), json.loads(text), tensors, "", torch.device("cpu"), torch.float32)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        (partial / WEIGHTS).write_bytes(pack_tensors(tensors))
+        (partial / CONFIG).write_text(text, encoding="utf-8")
+        if target.is_dir():
+            for name in (WEIGHTS, CONFIG):
+                os.replace(partial / name, target / name)
+        else:
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

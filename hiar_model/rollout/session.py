@@ -1,0 +1,204 @@
+"""Rollout: one video in the making, as an iterator of finished blocks with a state that can be saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cache import RingCache, ring_frames
+from ..schedule import FlowSchedule
+from ..transformer import HiARTransformer
+from .executor import Executor
+from .noise import INITIAL, keyed_noise
+from .visits import Plan, forwards, windows_per_step
+
+EXECUTORS = ("eager",)
+TRAJECTORIES = ("sde", "ode")
+
+
+class FinishedBlock(NamedTuple):
+    """A finished block: its number (blocks of the prefix count), its first frame counted from the video's first
+    frame, and its clean latents [B, F, C, H, W].
+    """
+
+    index: int
+    first_frame: int
+    latents: Tensor
+
+
+class Rollout:
+    """Makes a video block by block; iterate over it for the finished blocks (arXiv 2603.08703, section 3).
+
+    Every walk of the matched graph (``step_first``, ``stream``, ``wavefront``; pairs or not) gives the same latents;
+    ``block_first`` is the Self-Forcing baseline, which conditions on clean context.
+
+    Args:
+        model: one :class:`HiARTransformer`, or one for each step.
+        text: prompt embedding [B or 1, L, text_dim], or a callable of the block number (return the same tensor object
+            for the same prompt: its keys are computed once).
+        schedule: noise levels of the S steps.
+        num_frames: latent frames of the whole video with its prefix; None: endless (a window is needed then).
+        height, width: of a latent frame. batch: videos made at once.
+        order: "step_first" | "stream" | "wavefront" | "block_first".
+        frames_per_block: latent frames made at once.
+        window_frames: frames a block sees, its own among them; None: all; or one for each step.
+        sink_frames: first frames that stay visible, within the window's number.
+        trajectory: "sde" re-noises x0 at each step, "ode" follows the velocity.
+        noise: initial noise [B, num_frames - prefix, C, H, W]; None: keyed by (seed, video, step, block).
+        renoise: callable (step, block) -> [B, frames, C, H, W]; None: keyed likewise.
+        prefix: given clean latents [B, F, C, H, W] to go on from; its first block is short if need be.
+        first_frame: absolute id of the video's first frame.
+        seed, video_ids: key of the noise; ``video_ids`` [B], default 0..B-1.
+        context_noise: timestep that finished blocks are cached at.
+        cache_source: "own", or "next_step" (a cache takes the keys of the next step's denoise visit).
+        pairs: fuse cache(s, n - 1) and denoise(s, n) into one forward.
+        executor: "eager".
+        on_visit: called with (forwards done, forwards in all or None) after every group of visits.
+
+    Raises:
+        ValueError: options that do not fit together, with the legal values.
+        FloatingPointError: while iterating: latents that are not finite, with step and block.
+    """
+
+    def __init__(
+        self,
+        model: HiARTransformer | Sequence[HiARTransformer],
+        text: Tensor | Callable[[int], Tensor],
+        schedule: FlowSchedule,
+        *,
+        num_frames: int | None,
+        height: int,
+        width: int,
+        batch: int = 1,
+        order: str = "step_first",
+        frames_per_block: int = 3,
+        window_frames: int | None | Sequence[int | None] = None,
+        sink_frames: int = 0,
+        trajectory: str = "sde",
+        renoise: Callable[[int, int], Tensor] | None = None,
+        noise: Tensor | None = None,
+        prefix: Tensor | None = None,
+        first_frame: int = 0,
+        seed: int = 0,
+        video_ids: Sequence[int] | None = None,
+        context_noise: float = 0.0,
+        cache_source: str = "own",
+        pairs: bool = False,
+        executor: str = "eager",
+        on_visit: Callable[[int, int | None], None] | None = None,
+    ) -> None:
+        models = [model] * len(schedule) if isinstance(model, HiARTransformer) else list(model)
+        if len(models) != len(schedule):
+            raise ValueError(f"model: give one, or one for each of the {len(schedule)} steps; got {len(models)}")
+        _one_of("trajectory", trajectory, TRAJECTORIES)
+        _one_of("executor", executor, EXECUTORS)
+        config = models[0].config
+        prefix_frames = 0 if prefix is None else prefix.shape[1]
+        self.plan = Plan(
+            len(schedule), order, frames_per_block, prefix_frames, windows_per_step(window_frames, len(schedule)),
+            sink_frames, cache_source, pairs,
+        )
+        self.num_blocks = self._count_blocks(num_frames, prefix_frames)
+        self.shape = (config.in_channels, height, width)
+        self.batch, self.seed = batch, seed
+        self.video_ids = list(range(batch)) if video_ids is None else list(video_ids)
+        _require_shape("video_ids", (len(self.video_ids),), (batch,))
+        if prefix is not None:
+            _require_shape("prefix", tuple(prefix.shape), (batch, prefix_frames, *self.shape))
+        if noise is not None:
+            made = None if num_frames is None else num_frames - prefix_frames
+            _require_shape("noise", tuple(noise.shape), (batch, made, *self.shape))
+        weight = models[0].patch_embedding.weight
+        grid = config.grid(height, width)
+        extra = frames_per_block if pairs else 0
+        held = [ring_frames(w, num_frames, extra) for w in self.plan.window_frames]
+        # one ring may serve several steps: it must hold the widest of their windows
+        capacities = held if self.plan.caches > 1 else [max(held)]
+        cache = RingCache(
+            config, capacities, batch, math.prod(grid), sink_frames, dtype=weight.dtype, device=weight.device
+        )
+        self.executor = Executor(
+            models, self.plan, self.num_blocks, schedule, cache, grid, text if callable(text) else lambda _: text,
+            self._initial_noise(noise), renoise or self._keyed, prefix, first_frame, trajectory, context_noise,
+        )
+        self.groups_done = 0
+        self.forwards_done = 0
+        self.forwards_total = None if num_frames is None else forwards(self.plan.groups(self.num_blocks))
+        self.on_visit = on_visit
+
+    def _count_blocks(self, num_frames: int | None, prefix_frames: int) -> int | None:
+        if num_frames is None:
+            return None
+        block, made = self.plan.frames_per_block, num_frames - prefix_frames
+        if made < 1 or made % block:
+            legal = [prefix_frames + block * n for n in (made // block, made // block + 1) if n >= 1]
+            raise ValueError(
+                f"num_frames must be the prefix ({prefix_frames}) and whole blocks of {block}: "
+                f"got {num_frames}, nearest {' or '.join(map(str, legal))}"
+            )
+        return self.plan.prefix_blocks + made // block
+
+    def _keyed(self, step: int, block: int) -> Tensor:
+        start, stop = self.plan.block_frames(block)
+        shape = (stop - start, *self.shape)
+        return torch.stack([keyed_noise(self.seed, video, step, block, shape) for video in self.video_ids])
+
+    def _initial_noise(self, noise: Tensor | None) -> Callable[[int, int], Tensor]:
+        if noise is None:
+            return self._keyed
+        given = noise
+
+        def slice_of(step: int, block: int) -> Tensor:
+            assert step == INITIAL
+            start, stop = (f - self.plan.prefix_frames for f in self.plan.block_frames(block))
+            return given[:, start:stop]
+
+        return slice_of
+
+    def __iter__(self) -> Iterator[FinishedBlock]:
+        """Finished blocks in order; a second iteration goes on where the first one stopped."""
+        for group in islice(self.plan.groups(self.num_blocks), self.groups_done, None):
+            finished = self.executor.run(group)
+            self.groups_done += 1
+            self.forwards_done += forwards([group])
+            if self.on_visit is not None:
+                self.on_visit(self.forwards_done, self.forwards_total)
+            for block, latents in finished:
+                yield FinishedBlock(block, self.plan.block_frames(block)[0], latents)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on: position, latents in flight and caches, as copies. Take it between blocks."""
+        return {"key": self._key(), "groups_done": self.groups_done, **self.executor.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict` of a rollout with the same plan; text and noise may differ (a fork).
+
+        Raises:
+            ValueError: the state belongs to another plan.
+        """
+        if state["key"] != self._key():
+            raise ValueError(f"state of another rollout: expected {self._key()}, got {state['key']}")
+        self.groups_done = state["groups_done"]
+        before = list(islice(self.plan.groups(self.num_blocks), self.groups_done))
+        self.forwards_done = forwards(before)
+        executed = {visit for group in before for row in group for visit in row}
+        self.executor.load_state_dict(state, executed.__contains__)
+
+    def _key(self) -> str:
+        return f"{self.plan}, {self.num_blocks} blocks, batch {self.batch}, latents {list(self.shape)}"
+
+
+def _one_of(name: str, value: str, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise ValueError(f"{name} must be one of {', '.join(legal)}, got {value!r}")
+
+
+def _require_shape(name: str, actual: tuple[int, ...], expected: tuple[int | None, ...]) -> None:
+    fits = len(actual) == len(expected) and all(e in (None, a) for a, e in zip(actual, expected, strict=True))
+    if not fits:
+        raise ValueError(f"{name} must be {list(expected)}, got {list(actual)}")

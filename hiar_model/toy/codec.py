@@ -1,0 +1,152 @@
+"""Fixed linear codec between pixels and latents: principal components of square patches. Nothing is trained.
+
+A patch of `patch` x `patch` pixels becomes `channels` x `split` x `split` numbers: its leading components, dealt out
+over a small square of latents so that a transformer that joins `split` x `split` latents into one token gets the
+patch back whole. split = 1 is the plain patch PCA. Frames are independent of each other.
+
+Scaling. Components are divided by their standard deviation to the power that `scaling` says:
+  "clipped"  per-component std, but not below `floor` times the largest: details keep up with the noise of the
+             diffusion, while components that hardly vary are not blown up to full noise of their own (default);
+  "sqrt"     std ** 0.5, half way between the two;
+  "common"   one number for all: latent distances are pixel distances.
+Then one common factor brings the root mean square of all latents to 1. So a larger floor lifts the leading
+components, which carry colour and place, further above the noise: at floor 0.1, 0.25, 0.5 their standard deviation is
+1.4, 2.1, 3.1 and that of the last of 64 is 0.44, 0.26, 0.19.
+
+Measured on 2,000 random frames of 32x32 pixels, numbers per 8x8 pixels and peak signal to noise:
+                         32       48       64       80       96
+  patch 8, split 2    30.6 dB  33.6 dB  36.1 dB  38.5 dB  40.7 dB     channels 8, 12, 16 (default), 20, 24
+  patch 4, split 1    28.5 dB  31.8 dB  34.0 dB  36.5 dB  38.7 dB
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .world import ToyWorld, WorldConfig
+
+Scaling = Literal["clipped", "sqrt", "common"]
+
+
+class ToyCodec:
+    """Frames [B, F, 3, H, W] in [-1, 1] <-> latents [B, F, channels, H / cell, W / cell], cell = patch / split pixels.
+
+    basis [channels * split**2, 3 * patch**2] has orthonormal rows; mean [3 * patch**2]; scale [channels * split**2].
+    All float32; they are the whole state.
+    """
+
+    def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor, *, patch: int, split: int) -> None:
+        components, size = basis.shape
+        if size != 3 * patch * patch or mean.shape != (size,) or scale.shape != (components,):
+            raise ValueError(f"codec tensors do not fit a patch of {patch} pixels: basis {tuple(basis.shape)}")
+        if patch % split or components % (split * split):
+            raise ValueError(f"split {split} does not divide patch {patch} and {components} components")
+        # Contiguous, because safetensors writes nothing else.
+        self.mean, self.basis, self.scale = (x.float().contiguous() for x in (mean, basis, scale))
+        self.patch, self.split = patch, split
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return len(self.basis) // self.split**2
+
+    @property
+    def cell(self) -> int:
+        """Pixels per latent along each axis."""
+        return self.patch // self.split
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(channels, h, w) of a frame; ValueError if the frame is no whole number of patches."""
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"frame size {height}x{width} must be a multiple of {self.patch} pixels")
+        return self.channels, height // self.cell, width // self.cell
+
+    @classmethod
+    def fit(
+        cls,
+        world: WorldConfig | None = None,
+        *,
+        seed: int = 0,
+        channels: int = 16,
+        patch: int = 8,
+        split: int = 2,
+        frames: int = 4000,
+        scaling: Scaling = "clipped",
+        floor: float = 0.25,
+    ) -> ToyCodec:
+        """Codec for a world, from `frames` random frames of it; the same arguments give the same codec."""
+        generator = torch.Generator().manual_seed(seed)
+        videos = ToyWorld(world).sample_batch(frames, 1, generator, start="anywhere").videos
+        rows = _patches(videos, patch).flatten(0, -2).double()
+        components = channels * split * split
+        if components > rows.shape[1]:
+            raise ValueError(f"{channels} channels are more than a patch of {patch} pixels has numbers")
+        mean = rows.mean(0)
+        covariance = (rows - mean).T @ (rows - mean) / len(rows)
+        values, vectors = torch.linalg.eigh(covariance)
+        basis = vectors.flip(1)[:, :components].T
+        # An eigenvector has no sign of its own: make its largest entry positive.
+        largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
+        basis = basis * largest.sign()
+        std = values.flip(0)[:components].clamp_min(0).sqrt()
+        if scaling == "clipped":
+            scale = std.clamp_min(floor * float(std[0]))
+        elif scaling == "sqrt":
+            scale = std.sqrt().clamp_min(1e-6)
+        elif scaling == "common":
+            scale = torch.ones_like(std)
+        else:
+            raise ValueError(f'scaling must be "clipped", "sqrt" or "common", got {scaling!r}')
+        scale = scale * (std / scale).square().mean().sqrt()
+        return cls(mean, basis, scale, patch=patch, split=split)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Frames [B, F, 3, H, W] in [-1, 1] -> latents float32 [B, F, C, h, w]."""
+        if frames.ndim != 5 or frames.shape[2] != 3:
+            raise ValueError(f"frames must be [B, F, 3, H, W], got {tuple(frames.shape)}")
+        self.latent_shape(*frames.shape[3:])
+        rows = _patches(frames.float(), self.patch)  # [B, F, H/p, W/p, 3 p p]
+        parts = (rows - self.mean.to(rows.device)) @ (self.basis / self.scale[:, None]).T.to(rows.device)
+        parts = parts.unflatten(-1, (self.channels, self.split, self.split))
+        return parts.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, F, C, h, w] -> frames float32 [B, F, 3, H, W], clamped to [-1, 1]."""
+        fits = latents.ndim == 5 and latents.shape[2] == self.channels
+        if not fits or latents.shape[3] % self.split or latents.shape[4] % self.split:
+            raise ValueError(f"latents {tuple(latents.shape)} do not fit {self.channels} channels, split {self.split}")
+        k, p = self.split, self.patch
+        parts = latents.float().unflatten(4, (-1, k)).unflatten(3, (-1, k))  # [B, F, C, h/k, k, w/k, k]
+        parts = parts.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+        rows = parts @ (self.basis * self.scale[:, None]).to(parts.device) + self.mean.to(parts.device)
+        pixels = rows.unflatten(-1, (3, p, p)).permute(0, 1, 4, 2, 5, 3, 6)
+        return pixels.flatten(5, 6).flatten(3, 4).clamp(-1, 1)
+
+    @staticmethod
+    def to_uint8(frames: Tensor) -> Tensor:
+        """Frames [..., 3, H, W] in [-1, 1] -> uint8 [..., H, W, 3]."""
+        return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that `from_state` takes back; they travel in the weights file."""
+        layout = torch.tensor([self.patch, self.split], dtype=torch.int64)
+        return {"mean": self.mean, "basis": self.basis, "scale": self.scale, "layout": layout}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> ToyCodec:
+        """Inverse of `state_dict`; ValueError names what is missing."""
+        missing = [name for name in ("mean", "basis", "scale", "layout") if name not in state]
+        if missing:
+            raise ValueError(f"codec state lacks {', '.join(missing)}")
+        patch, split = state["layout"].tolist()
+        return cls(state["mean"], state["basis"], state["scale"], patch=patch, split=split)
+
+
+def _patches(frames: Tensor, patch: int) -> Tensor:
+    """[B, F, 3, H, W] -> [B, F, H/p, W/p, 3 p p], numbers of a patch in (channel, row, column) order."""
+    blocks = frames.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))  # [B, F, 3, H/p, p, W/p, p]
+    return blocks.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)

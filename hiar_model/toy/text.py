@@ -1,0 +1,43 @@
+"""Text encoder of the toy world: fixed word vectors, nothing learned.
+
+The transformer's own text MLP learns what the words mean, so a word needs no more than a vector of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .prompt import NULL_TOKEN, PROMPT_TOKENS, VOCABULARY_SIZE, ToyPrompt, token_table
+
+
+class ToyTextEncoder:
+    """Prompts to orthogonal word vectors, float32 [B, PROMPT_TOKENS, text_dim].
+
+    The vector of token i is sqrt(text_dim) at place i: root mean square 1, like the output of a normalised text
+    encoder, and never a zero row, which would mean padding.
+    """
+
+    def __init__(self, text_dim: int = VOCABULARY_SIZE) -> None:
+        """ValueError if `text_dim` has no room for the vocabulary."""
+        if text_dim < VOCABULARY_SIZE:
+            raise ValueError(f"text_dim must be at least the vocabulary size {VOCABULARY_SIZE}, got {text_dim}")
+        self.text_dim = text_dim
+        self.vectors = torch.eye(VOCABULARY_SIZE, text_dim) * math.sqrt(text_dim)
+
+    def encode(self, prompts: Sequence[str | ToyPrompt]) -> Tensor:
+        """[len(prompts), PROMPT_TOKENS, text_dim]; ValueError for a prompt outside the grammar."""
+        if isinstance(prompts, str):
+            raise TypeError("encode takes a list of prompts, got one string")
+        return self.encode_tokens(token_table(prompts))
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Token ids int [..., L] -> float32 [..., L, text_dim], on the device of the ids."""
+        return self.vectors.to(tokens.device)[tokens]
+
+    def unconditional(self, batch: int = 1) -> Tensor:
+        """The null prompt of classifier-free guidance, [batch, PROMPT_TOKENS, text_dim]."""
+        return self.encode_tokens(torch.full((batch, PROMPT_TOKENS), NULL_TOKEN))

@@ -1,0 +1,209 @@
+"""Synthetic video with ground truth: one shape of one colour that moves steadily over a torus.
+
+Everything follows from `WorldConfig`, a prompt and a start position; there is no hidden state, so frame 1,000,000
+costs what frame 0 costs. Lengths in the config are pixels of a frame whose shorter side is `reference_side`, and
+scale with the real frame. x grows to the right, y grows downwards, pixel i covers [i, i + 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .prompt import (
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    SIZES,
+    SLOT_OFFSETS,
+    SLOTS,
+    SPEEDS,
+    ToyPrompt,
+    random_tokens,
+    token_table,
+)
+
+RGB = tuple[float, float, float]
+Start = Literal["center", "anywhere"]
+
+_PALETTE: dict[str, RGB] = {
+    "red": (0.90, 0.12, 0.14),
+    "green": (0.12, 0.72, 0.20),
+    "blue": (0.16, 0.30, 0.96),
+    "yellow": (0.96, 0.90, 0.16),
+    "orange": (0.98, 0.52, 0.06),
+    "purple": (0.70, 0.18, 0.86),
+    "cyan": (0.14, 0.82, 0.92),
+    "white": (0.96, 0.96, 0.96),
+}
+
+# Extents at which every shape has the area of the circle of radius 1.
+_SQUARE_HALF = math.sqrt(math.pi) / 2
+_TRIANGLE_INRADIUS = math.sqrt(math.pi / (3 * math.sqrt(3)))
+_PLUS_HALF_WIDTH = math.sqrt(math.pi / 20)
+_PLUS_REACH = 3 * _PLUS_HALF_WIDTH
+_LARGEST_REACH = 2 * _TRIANGLE_INRADIUS  # a corner of the triangle lies farthest from its centre
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Sizes and colours of the world. Tuples follow the word lists of `prompt`; colours are RGB in [0, 1]."""
+
+    height: int = 32
+    width: int = 32
+    reference_side: float = 32.0
+    radii: tuple[float, ...] = (4.0, 5.5, 7.0)  # of the circle; the other shapes have its area
+    speeds: tuple[float, ...] = (0.6, 1.1, 1.8)  # per frame, along the direction, diagonals too
+    edge: float = 1.5  # width of the anti-aliased edge, in real pixels; 1.0 costs the codec 2.7 dB
+    start_jitter: float = 1.5  # largest distance from the centre, per axis, of a start "center"
+    background: RGB = (0.08, 0.09, 0.14)
+    palette: tuple[RGB, ...] = tuple(_PALETTE[colour] for colour in COLOURS)
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1 or self.edge <= 0 or self.reference_side <= 0:
+            raise ValueError("height, width, edge and reference_side must be positive")
+        for name, words in (("radii", SIZES), ("speeds", SPEEDS), ("palette", COLOURS)):
+            if len(getattr(self, name)) != len(words):
+                raise ValueError(f"{name} needs {len(words)} entries, one for each of {', '.join(words)}")
+        if max(self.radii) * self.scale * _LARGEST_REACH + self.edge > min(self.height, self.width) / 2:
+            raise ValueError("the largest shape would overlap itself across the torus; lower radii")
+
+    @property
+    def scale(self) -> float:
+        """Real pixels per reference pixel."""
+        return min(self.height, self.width) / self.reference_side
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One video: what moves, and where its centre is in frame 0 (real pixels)."""
+
+    prompt: ToyPrompt
+    x: float
+    y: float
+
+
+class Sample(NamedTuple):
+    """A batch from `ToyWorld.sample_batch`."""
+
+    videos: Tensor  # float32 [B, F, 3, H, W] in [-1, 1]
+    prompts: list[ToyPrompt]
+    tokens: Tensor  # int64 [B, PROMPT_TOKENS]
+    scenes: list[Scene]
+
+
+class ToyWorld:
+    """Renders scenes of one `WorldConfig`, on the CPU. The tables are indexed like the word lists of `prompt`."""
+
+    def __init__(self, config: WorldConfig | None = None) -> None:
+        self.config = config or WorldConfig()
+        self.palette = torch.tensor(self.config.palette)  # [colours, 3] in [0, 1]
+        self.background = torch.tensor(self.config.background)  # [3] in [0, 1]
+        self.radii = torch.tensor(self.config.radii) * self.config.scale  # real pixels
+        self.speeds = torch.tensor(self.config.speeds, dtype=torch.float64) * self.config.scale
+        angles = torch.arange(len(DIRECTIONS), dtype=torch.float64) * (2 * math.pi / len(DIRECTIONS))
+        self.headings = torch.stack([angles.cos(), -angles.sin()], dim=1)  # [directions, (x, y)], up is negative y
+        self.extent = torch.tensor([self.config.width, self.config.height], dtype=torch.float64)  # (x, y)
+
+    def attributes(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Token ids [B, PROMPT_TOKENS] -> index into the word list of each slot, int64 [B]. ValueError for a token
+        that is null or in another's slot."""
+        indices = {}
+        for slot, (offset, (name, words)) in enumerate(zip(SLOT_OFFSETS, SLOTS.items(), strict=True)):
+            index = tokens[:, slot] - offset
+            if bool(((index < 0) | (index >= len(words))).any()):
+                raise ValueError(f"tokens of slot {name} must be in {offset}..{offset + len(words) - 1}")
+            indices[name] = index
+        return indices
+
+    def velocities(self, tokens: Tensor) -> Tensor:
+        """(x, y) in real pixels per frame, float64 [B, 2]."""
+        index = self.attributes(tokens)
+        return self.headings[index["direction"]] * self.speeds[index["speed"]][:, None]
+
+    def centres(self, tokens: Tensor, starts: Tensor, num_frames: int, first_frame: int = 0) -> Tensor:
+        """Centres (x, y) in [0, width) x [0, height), float64 [B, num_frames, 2], of clips that are at `starts` [B, 2]
+        in frame 0."""
+        frames = torch.arange(first_frame, first_frame + num_frames, dtype=torch.float64)
+        path = starts.double()[:, None] + frames[:, None] * self.velocities(tokens)[:, None]
+        return path % self.extent
+
+    def coverage(self, shape: int, radii: Tensor, centres: Tensor) -> Tensor:
+        """How much of each pixel one shape covers, float32 [N, H, W] in [0, 1]; radii [N], centres [N, 2] (x, y), in
+        real pixels."""
+        height, width = self.config.height, self.config.width
+        x = (torch.arange(width) + 0.5 - centres[:, :1] + width / 2) % width - width / 2  # shortest way on the torus
+        y = (torch.arange(height) + 0.5 - centres[:, 1:] + height / 2) % height - height / 2
+        distance = _signed_distance(shape, x.float()[:, None, :], y.float()[:, :, None], radii.float()[:, None, None])
+        return (0.5 - distance / self.config.edge).clamp_(0, 1)
+
+    def render_batch(self, tokens: Tensor, starts: Tensor, num_frames: int, first_frame: int = 0) -> Tensor:
+        """Clips of tokens [B, PROMPT_TOKENS] with centres `starts` [B, 2] (x, y) in frame 0, from `first_frame` on:
+        float32 [B, num_frames, 3, H, W] in [-1, 1]."""
+        index = self.attributes(tokens)
+        centres = self.centres(tokens, starts, num_frames, first_frame)
+        cover = torch.empty(len(tokens), num_frames, self.config.height, self.config.width)
+        for shape in range(len(SHAPES)):
+            rows = (index["shape"] == shape).nonzero()[:, 0]
+            if len(rows):
+                radii = self.radii[index["size"][rows]].repeat_interleave(num_frames)
+                cover[rows] = self.coverage(shape, radii, centres[rows].flatten(0, 1)).unflatten(0, (-1, num_frames))
+        contrast = self.palette[index["colour"]] - self.background
+        mixed = cover[:, :, None] * (2 * contrast)[:, None, :, None, None]
+        return mixed.add_((2 * self.background - 1)[:, None, None])
+
+    def render(self, scene: Scene, first_frame: int, num_frames: int) -> Tensor:
+        """Frames [first_frame, first_frame + num_frames) of one scene, float32 [num_frames, 3, H, W] in [-1, 1]."""
+        starts = torch.tensor([[scene.x, scene.y]], dtype=torch.float64)
+        return self.render_batch(token_table([scene.prompt]), starts, num_frames, first_frame)[0]
+
+    def sample_starts(self, batch: int, generator: torch.Generator, start: Start = "center") -> Tensor:
+        """Centres in frame 0, float64 [batch, 2] (x, y): "center" within the jitter of the middle of the frame,
+        "anywhere" uniform on the torus, like a clip from the middle of a video."""
+        unit = torch.rand(batch, 2, generator=generator, dtype=torch.float64)
+        if start == "center":
+            return self.extent / 2 + (2 * unit - 1) * self.config.start_jitter * self.config.scale
+        if start == "anywhere":
+            return unit * self.extent
+        raise ValueError(f'start must be "center" or "anywhere", got {start!r}')
+
+    def sample_batch(
+        self,
+        batch: int,
+        num_frames: int,
+        generator: torch.Generator,
+        start: Start = "center",
+        pool: Tensor | Sequence[ToyPrompt] | None = None,
+    ) -> Sample:
+        """`batch` random clips; the same generator state gives the same batch. Prompts are uniform over the grammar, or
+        over `pool` (prompts, or their token ids [P, PROMPT_TOKENS])."""
+        if pool is not None and not isinstance(pool, Tensor):
+            pool = token_table(pool)
+        tokens = random_tokens(batch, generator, pool)
+        starts = self.sample_starts(batch, generator, start)
+        videos = self.render_batch(tokens, starts, num_frames)
+        prompts = [ToyPrompt.from_tokens(row) for row in tokens.tolist()]
+        scenes = [Scene(prompt, x, y) for prompt, (x, y) in zip(prompts, starts.tolist(), strict=True)]
+        return Sample(videos, prompts, tokens, scenes)
+
+
+def _signed_distance(shape: int, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """Distance to the outline, negative inside; exact near straight edges, which is all the anti-aliasing needs."""
+    name = SHAPES[shape]
+    if name == "circle":
+        return (x * x + y * y).sqrt() - radius
+    if name == "square":
+        return torch.maximum(x.abs(), y.abs()) - _SQUARE_HALF * radius
+    if name == "triangle":  # upright, centred on its centroid
+        slanted = x.abs() * (math.sqrt(3) / 2) - y / 2
+        return torch.maximum(slanted, y) - _TRIANGLE_INRADIUS * radius
+    if name == "plus":
+        x, y = x.abs(), y.abs()
+        reach, half_width = _PLUS_REACH * radius, _PLUS_HALF_WIDTH * radius
+        return torch.minimum(torch.maximum(x - reach, y - half_width), torch.maximum(x - half_width, y - reach))
+    raise ValueError(f"no outline for shape {name!r}")

@@ -1,0 +1,1 @@
+"""Training: matched-noise teacher forcing of the toy model."""

@@ -1,0 +1,348 @@
+"""The Wan2.1 text-to-video transformer with per-frame timesteps.
+
+Shapes: B batch, F latent frames, P tokens of a frame, T = F P tokens, C width, H heads, D head width, L text tokens.
+State-dict keys and shapes are the published ones; q, k, v are fused into one projection by load and save hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hiar_kernels import (
+    BlockCausal,
+    KVContext,
+    ada_layer_norm,
+    attention,
+    gated_residual,
+    layer_norm,
+    qk_norm_rope,
+)
+
+from .config import WanConfig
+
+ATTENTION_MODES = ("bidirectional", "block_causal")
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What the timesteps say to every layer: ``embedding`` [B, F, C] (head), ``blocks`` [B, F, 6, C]."""
+
+    embedding: Tensor
+    blocks: Tensor
+
+    def select(self, live: Live) -> Modulation:
+        """The part that concerns the live rows and frames."""
+        return Modulation(live.select(self.embedding), live.select(self.blocks))
+
+
+@dataclass(frozen=True)
+class TextKV:
+    """Keys and values of the prompt, one pair for each layer: k, v [B, L, H, D]; ``counts`` [B or 1, L] how often each
+    key occurs (padding tokens are all equal, so they are one key). They depend on weights and prompt only.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    counts: Tensor
+
+    def rows(self, keep: Sequence[int]) -> TextKV:
+        """The given rows of the batch."""
+        index = torch.tensor(keep, device=self.counts.device)
+        counts = self.counts if self.counts.shape[0] == 1 else self.counts[index]
+        return TextKV(tuple((k[index], v[index]) for k, v in self.layers), counts)
+
+
+@dataclass(frozen=True)
+class Live:
+    """Rows and frames of a batch that are wanted beyond the last layer's keys and values; the others stop there."""
+
+    rows: tuple[int, ...]
+    first: int = 0  # frames from this one on
+
+    def select(self, x: Tensor) -> Tensor:
+        """x [B, F, ...] -> the live [b, f, ...]."""
+        x = x[:, self.first :]
+        return x if len(self.rows) == x.shape[0] else x[torch.tensor(self.rows, device=x.device)]
+
+    def tokens(self, x: Tensor, frame_tokens: int) -> Tensor:
+        """x [B, T, ...] -> the live tokens."""
+        return self.select(x.unflatten(1, (-1, frame_tokens))).flatten(1, 2)
+
+
+class Attend(Protocol):
+    """Self-attention of one layer: norm, rotate, store or collect the keys, attend."""
+
+    def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:
+        """qkv [B, T, 3 C] -> [b, t, H, D] for the live part; None if nothing is live."""
+
+
+class SelfAttention(nn.Module):
+    """Fused q, k, v projection, full-width RMSNorm weights, output projection."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = nn.RMSNorm(config.dim, config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, config.eps)
+        self._register_load_state_dict_pre_hook(_fuse_qkv)
+        self.register_state_dict_post_hook(_split_qkv)
+
+
+def _fuse_qkv(state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for kind in ("weight", "bias"):
+        keys = [f"{prefix}{part}.{kind}" for part in "qkv"]
+        if all(key in state for key in keys):
+            state[f"{prefix}qkv.{kind}"] = torch.cat([state.pop(key) for key in keys])
+
+
+def _split_qkv(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for kind in ("weight", "bias"):
+        for part, value in zip("qkv", state.pop(f"{prefix}qkv.{kind}").chunk(3), strict=True):
+            state[f"{prefix}{part}.{kind}"] = value
+
+
+def _rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """In float32 or wider, rounded once, whatever autocast made of x."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(wide), norm.normalized_shape, norm.weight.to(wide), norm.eps).to(x.dtype)
+
+
+class CrossAttention(nn.Module):
+    """Attention to the prompt; its keys and values are computed once, by :meth:`HiARTransformer.text_kv`."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q = nn.RMSNorm(config.dim, config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, config.eps)
+
+    def kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """text [B, L, C] -> k, v [B, L, H, D]."""
+        split = (self.heads, -1)
+        return _rms_norm(self.norm_k, self.k(text)).unflatten(-1, split), self.v(text).unflatten(-1, split)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, counts: Tensor) -> Tensor:
+        q = _rms_norm(self.norm_q, self.q(x)).unflatten(-1, (self.heads, -1))
+        k, v = k.to(q.dtype).expand(len(q), -1, -1, -1), v.to(q.dtype).expand(len(q), -1, -1, -1)
+        out = attention(q, k, v, kv_counts=counts)
+        assert isinstance(out, Tensor)
+        return self.o(out.flatten(2))
+
+
+class Block(nn.Module):
+    """One transformer block (Wan2.1): modulated self-attention, cross-attention, feed-forward."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.self_attn = SelfAttention(config)
+        self.cross_attn = CrossAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+    def forward(
+        self, x: Tensor, modulation: Modulation, text: TextKV, layer: int, attend: Attend, live: Live | None
+    ) -> tuple[Tensor | None, Modulation, TextKV]:
+        """x [B, T, C] -> the live part of it, None if nothing is live; with the modulation and text that belong to it."""
+        own = self.self_attn
+        shift, scale, *_ = self._parts(modulation)
+        attended = attend(layer, own.qkv(ada_layer_norm(x, shift, scale, eps=self.eps)), own.norm_q.weight, own.norm_k.weight, live)
+        if attended is None:
+            return None, modulation, text
+        if live is not None:
+            x = live.tokens(x, x.shape[1] // modulation.blocks.shape[1])
+            modulation, text = modulation.select(live), text if len(text.layers[0][0]) == 1 else text.rows(live.rows)
+        _, _, gate1, shift2, scale2, gate2 = self._parts(modulation)
+        x = gated_residual(x, own.o(attended.flatten(2)), gate1)
+        x = x + self.cross_attn(layer_norm(x, self.norm3.weight, self.norm3.bias, eps=self.eps), *text.layers[layer], text.counts)
+        x = gated_residual(x, self.ffn(ada_layer_norm(x, shift2, scale2, eps=self.eps)), gate2)
+        return x, modulation, text
+
+    def _parts(self, modulation: Modulation) -> tuple[Tensor, ...]:
+        """shift1, scale1, gate1, shift2, scale2, gate2, each [B, F, C]."""
+        return (self.modulation[:, None] + modulation.blocks).unbind(2)
+
+
+class Head(nn.Module):
+    """Modulated norm and projection back to latent patches."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        _, ph, pw = config.patch_size
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, ph * pw * config.out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        shift, scale = (self.modulation[:, None] + embedding[:, :, None]).unbind(2)
+        return self.head(ada_layer_norm(x, shift, scale, eps=self.eps))
+
+
+class FullSequence:
+    """:class:`Attend` over whole sequences: training, teachers, oracles. Keeps keys and values if asked."""
+
+    def __init__(
+        self, config: WanConfig, grid: tuple[int, int], frames: Tensor, mask: BlockCausal | None,
+        context: Sequence[KVContext] | None = None, collect: bool = False,
+    ) -> None:
+        self.config, self.grid, self.frames, self.mask, self.context = config, grid, frames, mask, context
+        self.collected: list[KVContext] | None = [] if collect else None
+
+    def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:
+        c = self.config
+        q, k, v = qk_norm_rope(
+            qkv, q_weight, k_weight, self.frames, num_heads=c.num_heads, grid=self.grid, eps=c.eps, theta=c.rope_theta
+        )
+        if self.collected is not None:
+            self.collected.append(KVContext(k, v, self.frames))
+        if live is not None:
+            return None
+        ids = None if self.mask is None else self.frames
+        context = None if self.context is None else self.context[layer]
+        out = attention(q, k, v, mask=self.mask, q_frames=ids, kv_frames=ids, context=context)
+        assert isinstance(out, Tensor)
+        return out
+
+
+class HiARTransformer(nn.Module):
+    """Wan2.1 text-to-video transformer that predicts the velocity eps - x0, one timestep for each latent frame."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        attention: str = "bidirectional",
+        frames_per_block: int = 3,
+        window_frames: int | None = None,
+        sink_frames: int = 0,
+        first_frame: int = 0,
+        context: Sequence[KVContext] | None = None,
+        video_start: int | None = None,
+    ) -> Tensor:
+        """Velocity of every frame.
+
+        Args:
+            latents: [B, F, C, H, W]. timesteps: [B, F] or [B], 1000 sigma; 0 is clean.
+            text: [B, L, text_dim], L <= text_len; the rest counts as zero padding, which takes part.
+            attention: "bidirectional", or "block_causal" with frames_per_block, window_frames, sink_frames
+                (:class:`hiar_kernels.BlockCausal`).
+            first_frame: absolute id of the first frame of ``latents``.
+            context: what :meth:`kv` left, one for each layer: earlier blocks are seen there, not in ``latents``.
+            video_start: id of the video's first frame, from which blocks and the sink are counted; default: 0 with a
+                context, ``first_frame`` without.
+
+        Returns:
+            [B, F, C, H, W], dtype of the weights.
+        """
+        if video_start is None:
+            video_start = first_frame if context is None else 0
+        rule = (frames_per_block, window_frames, sink_frames, video_start)
+        attend = self._full(latents, attention, *rule, first_frame, context)
+        out = self.run(latents, self.modulation(timesteps, latents.shape[1]), self.text_kv(text), attend)
+        assert out is not None
+        return out
+
+    def kv(
+        self, latents: Tensor, timesteps: Tensor, text: Tensor, attention: str = "block_causal", frames_per_block: int = 3,
+        window_frames: int | None = None, sink_frames: int = 0, first_frame: int = 0,
+    ) -> list[KVContext]:
+        """A forward only for its keys and values, one :class:`KVContext` for each layer; differentiable."""
+        rule = (frames_per_block, window_frames, sink_frames, first_frame)
+        attend = self._full(latents, attention, *rule, first_frame, None, True)
+        self.run(latents, self.modulation(timesteps, latents.shape[1]), self.text_kv(text), attend, Live(()))
+        assert attend.collected is not None
+        return attend.collected
+
+    def _full(
+        self, latents: Tensor, mode: str, block: int, window: int | None, sink: int, start: int, first: int,
+        context: Sequence[KVContext] | None, collect: bool = False,
+    ) -> FullSequence:
+        if mode not in ATTENTION_MODES:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTION_MODES)}, got {mode!r}")
+        grid = self.config.grid(*latents.shape[3:])
+        frames = torch.arange(first, first + latents.shape[1], device=latents.device)[None]
+        mask = None
+        if mode == "block_causal":
+            mask = BlockCausal(grid[0] * grid[1], block, window, sink, start)
+        return FullSequence(self.config, grid, frames, mask, context, collect)
+
+    def run(
+        self, latents: Tensor, modulation: Modulation, text: TextKV, attend: Attend, live: Live | None = None
+    ) -> Tensor | None:
+        """The layers, with self-attention left to ``attend``.
+
+        Args:
+            latents: [B, F, C, H, W]. live: what is wanted beyond the last layer's keys and values; None: everything.
+
+        Returns:
+            Velocity [b, f, C, H, W] of the live part; None if nothing is live.
+        """
+        grid = self.config.grid(*latents.shape[3:])
+        x: Tensor | None = self.patchify(latents)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            assert x is not None
+            x, modulation, text = block(x, modulation, text, i, attend, live if i == last else None)
+        if x is None:
+            return None
+        return self.unpatchify(self.head(x, modulation.embedding), grid)
+
+    def patchify(self, latents: Tensor) -> Tensor:
+        """[B, F, C, H, W] -> tokens [B, T, C]: the strided convolution as one matrix product."""
+        _, ph, pw = self.config.patch_size
+        b, f, c, h, w = latents.shape
+        x = latents.to(self.patch_embedding.weight.dtype).reshape(b, f, c, h // ph, ph, w // pw, pw)
+        x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(b, f * (h // ph) * (w // pw), c * ph * pw)
+        return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def unpatchify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Head output [B, T, ph pw C] -> [B, F, C, H, W]."""
+        _, ph, pw = self.config.patch_size
+        c, (rows, columns) = self.config.out_channels, grid
+        x = x.view(x.shape[0], -1, rows, columns, ph, pw, c).permute(0, 1, 6, 2, 4, 3, 5)
+        return x.reshape(x.shape[0], x.shape[1], c, rows * ph, columns * pw)
+
+    def modulation(self, timesteps: Tensor, frames: int) -> Modulation:
+        """timesteps [B, F] or [B] -> :class:`Modulation`; the sinusoid is float64, cosines first."""
+        t = timesteps if timesteps.dim() == 2 else timesteps[:, None].expand(-1, frames)
+        half = self.config.freq_dim // 2
+        rates = torch.exp(-torch.log(torch.tensor(10000.0, dtype=torch.float64)) * torch.arange(half, dtype=torch.float64) / half)
+        angles = t.to(torch.float64)[..., None] * rates.to(t.device)
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.patch_embedding.weight.dtype)
+        embedding = self.time_embedding(sinusoid)
+        return Modulation(embedding, self.time_projection(embedding).unflatten(-1, (6, -1)))
+
+    def text_kv(self, text: Tensor) -> TextKV:
+        """Prompt [B, L, text_dim] -> its keys and values for every layer; padding becomes one key with a count."""
+        length, full = text.shape[1], self.config.text_len
+        if length > full or text.shape[2] != self.config.text_dim:
+            raise ValueError(f"text must be [B, at most {full}, {self.config.text_dim}], got {list(text.shape)}")
+        counts = torch.ones(1, length, device=text.device)
+        if length < full:
+            text = F.pad(text, (0, 0, 0, 1))
+            counts = F.pad(counts, (0, 1), value=float(full - length))
+        embedded = self.text_embedding(text.to(self.patch_embedding.weight.dtype))
+        kv: list[Callable[[Tensor], tuple[Tensor, Tensor]]] = [block.cross_attn.kv for block in self.blocks]  # type: ignore[union-attr,misc]
+        return TextKV(tuple(project(embedded) for project in kv), counts)
