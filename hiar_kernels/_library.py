@@ -7,7 +7,8 @@ registering itself for its dispatch key.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,16 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("hiar", "DEF")
 _Outputs = tuple[Tensor, ...]
+
+
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd inside a kernel, where a dispatch mode (FLOP counter, selective checkpointing) has switched it off."""
+    off = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        off = off.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off), torch.enable_grad():
+        yield
 
 
 def define(
@@ -43,7 +54,7 @@ def define(
         return
 
     def backward_reference(grads: list[Tensor], *args: Any) -> list[Tensor]:
-        with torch.enable_grad():
+        with _autograd():
             leaves = [args[i].detach().requires_grad_() if args[i] is not None else None for i in differentiable]
             full = list(args)
             for i, leaf in zip(differentiable, leaves, strict=True):
@@ -52,7 +63,14 @@ def define(
             outs = (outs,) if isinstance(outs, Tensor) else outs
             wanted = [leaf for leaf in leaves if leaf is not None]
             found = torch.autograd.grad(outs, wanted, grads, allow_unused=True)
-        return [torch.zeros_like(w) if g is None else g.contiguous() for g, w in zip(found, wanted, strict=True)]
+        results, taken = [], {g.untyped_storage().data_ptr() for g in grads}
+        for g, w in zip(found, wanted, strict=True):
+            g = (torch.zeros_like(w) if g is None else g).contiguous()
+            if g.untyped_storage().data_ptr() in taken:  # as of x + y: an op may not return its arguments
+                g = g.clone()
+            taken.add(g.untyped_storage().data_ptr())
+            results.append(g)
+        return results
 
     def backward_fake(grads: list[Tensor], *args: Any) -> list[Tensor]:
         return [torch.empty(args[i].shape, dtype=args[i].dtype, device=args[i].device)

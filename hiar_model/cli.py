@@ -54,8 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted" + "".join(f"; {detail}" for detail in error.args), INTERRUPTED, debug)
     except FloatingPointError as error:
         return _fail(error, FAILED, debug)
-    except (ArgumentError, ValueError, OSError) as error:
+    except ArgumentError as error:
+        return _fail(f"{error}{_hint(str(error))}", WRONG_INPUT, debug)
+    except (ValueError, OSError) as error:
         return _fail(error, WRONG_INPUT, debug)
+
+
+def _hint(message: str) -> str:
+    """argparse before Python 3.12 takes no key=value behind an option: say where it goes."""
+    _, unrecognized, words = message.partition("unrecognized arguments: ")
+    misplaced = unrecognized and any("=" in word and not word.startswith("-") for word in words.split())
+    return "; key=value stands right behind the recipe, before options" if misplaced else ""
 
 
 def _fail(message: object, code: int, debug: bool) -> int:
@@ -150,7 +159,9 @@ def _generate(a: Namespace) -> None:
 
 def _train_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", type=str, help="name of a shipped recipe (toy), or a .yaml file")
-    parser.add_argument("overrides", type=str, nargs="*", metavar="key=value", help="such as optimizer.matrix_lr=1e-3")
+    parser.add_argument(
+        "overrides", type=str, nargs="*", metavar="key=value", help="before options; such as optimizer.matrix_lr=1e-3"
+    )
     parser.add_argument("--out", type=str, help="folder of the run, which resumes; default: runs/RECIPE")
 
 
@@ -248,11 +259,21 @@ def _evaluate(a: Namespace) -> None:
     _print_table(rows, f"{model.name} ({model.weights_sha256[:12]}), {len(prompts)} held-out prompts, seed {a.seed}, "
                        f"{len(model.schedule)} steps")  # fmt: skip
     if target is not None:
-        about = {"model": model.name, "weights_sha256": model.weights_sha256, "seed": a.seed, "prompts": len(prompts)}
-        about |= {"device": str(model.device), "dtype": str(model.dtype), "versions": versions("torch")}
+        about = {
+            "model": model.name,
+            "weights_sha256": model.weights_sha256,
+            "seed": a.seed,
+            "prompts": len(prompts),
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "versions": versions("torch"),
+        }
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps({**about, "rows": [row.to_dict() for row in rows]}, indent=2) + "\n")
-        os.replace(partial, target)
+        try:
+            partial.write_text(json.dumps({**about, "rows": [row.to_dict() for row in rows]}, indent=2) + "\n")
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _print_table(rows: Sequence[Any], title: str) -> None:

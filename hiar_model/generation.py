@@ -89,7 +89,7 @@ class Generation:
             first, self.frames_done = self.frames_done, self.frames_done + len(frames)
             if not frames.any():
                 made = f"frames {first} to {self.frames_done - 1}"
-                raise FloatingPointError(f"{made} came out all black: step {last_step}, block {block.index}")
+                raise FloatingPointError(f"{made} came out all black: step {last_step}, block {block.block}")
             self._report(self.rollout.forwards_done)
             yield frames
 

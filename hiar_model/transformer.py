@@ -153,10 +153,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, modulation: Modulation, text: TextKV, layer: int, attend: Attend, live: Live | None
     ) -> tuple[Tensor | None, Modulation, TextKV]:
-        """x [B, T, C] -> the live part of it, None if nothing is live; with the modulation and text that belong to it."""
+        """x [B, T, C] -> the live part of it, None if nothing is live; with the modulation and text that go with it."""
         own = self.self_attn
         shift, scale, *_ = self._parts(modulation)
-        attended = attend(layer, own.qkv(ada_layer_norm(x, shift, scale, eps=self.eps)), own.norm_q.weight, own.norm_k.weight, live)
+        qkv = own.qkv(ada_layer_norm(x, shift, scale, eps=self.eps))
+        attended = attend(layer, qkv, own.norm_q.weight, own.norm_k.weight, live)
         if attended is None:
             return None, modulation, text
         if live is not None:
@@ -164,7 +165,8 @@ class Block(nn.Module):
             modulation, text = modulation.select(live), text if len(text.layers[0][0]) == 1 else text.rows(live.rows)
         _, _, gate1, shift2, scale2, gate2 = self._parts(modulation)
         x = gated_residual(x, own.o(attended.flatten(2)), gate1)
-        x = x + self.cross_attn(layer_norm(x, self.norm3.weight, self.norm3.bias, eps=self.eps), *text.layers[layer], text.counts)
+        normed = layer_norm(x, self.norm3.weight, self.norm3.bias, eps=self.eps)
+        x = x + self.cross_attn(normed, *text.layers[layer], text.counts)
         x = gated_residual(x, self.ffn(ada_layer_norm(x, shift2, scale2, eps=self.eps)), gate2)
         return x, modulation, text
 
@@ -265,8 +267,8 @@ class HiARTransformer(nn.Module):
         return out
 
     def kv(
-        self, latents: Tensor, timesteps: Tensor, text: Tensor, attention: str = "block_causal", frames_per_block: int = 3,
-        window_frames: int | None = None, sink_frames: int = 0, first_frame: int = 0,
+        self, latents: Tensor, timesteps: Tensor, text: Tensor, attention: str = "block_causal",
+        frames_per_block: int = 3, window_frames: int | None = None, sink_frames: int = 0, first_frame: int = 0,
     ) -> list[KVContext]:
         """A forward only for its keys and values, one :class:`KVContext` for each layer; differentiable."""
         rule = (frames_per_block, window_frames, sink_frames, first_frame)
@@ -328,7 +330,8 @@ class HiARTransformer(nn.Module):
         """timesteps [B, F] or [B] -> :class:`Modulation`; the sinusoid is float64, cosines first."""
         t = timesteps if timesteps.dim() == 2 else timesteps[:, None].expand(-1, frames)
         half = self.config.freq_dim // 2
-        rates = torch.exp(-torch.log(torch.tensor(10000.0, dtype=torch.float64)) * torch.arange(half, dtype=torch.float64) / half)
+        base = torch.log(torch.tensor(10000.0, dtype=torch.float64))
+        rates = torch.exp(-base * torch.arange(half, dtype=torch.float64) / half)
         angles = t.to(torch.float64)[..., None] * rates.to(t.device)
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.patch_embedding.weight.dtype)
         embedding = self.time_embedding(sinusoid)

@@ -59,7 +59,8 @@ def attention(
         return (out, lse) if return_lse else out
     if impl == "sdpa":
         return reference.attention_sdpa(
-            q, k, v, mask=mask, q_frames=q_frames, kv_frames=kv_frames, context=context, kv_counts=kv_counts, scale=scale
+            q, k, v, mask=mask, q_frames=q_frames, kv_frames=kv_frames, context=context, kv_counts=kv_counts,
+            scale=scale,
         )
     return reference.attention(
         q, k, v, mask=mask, q_frames=q_frames, kv_frames=kv_frames, context=context, kv_counts=kv_counts,
@@ -79,9 +80,10 @@ def _validate(
         require(context.scales is None, "attention: context.scales (8-bit keys) are not supported; expected None")
         pairs += [("context.k", context.k, context.k), ("context.v", context.v, context.k)]
     for name, x, like in pairs:
+        length = like.shape[1] if like.dim() == 4 else "Tk"
         require(
-            x.dim() == 4 and x.shape[0] == b and x.shape[2:] == q.shape[2:] and x.shape[1] == like.shape[1],
-            f"attention: {name} must be [{b}, {like.shape[1] if like.dim() == 4 else 'Tk'}, {h}, {d}], got {list(x.shape)}",
+            x.dim() == 4 and x.shape[0] == b and x.shape[2:] == q.shape[2:] and x.shape[1] == length,
+            f"attention: {name} must be [{b}, {length}, {h}, {d}], got {list(x.shape)}",
         )
         require(x.dtype == q.dtype, f"attention: {name} must be {q.dtype} like q, got {x.dtype}")
         require(x.device == q.device, f"attention: {name} must be on {q.device} like q, got {x.device}")
@@ -99,7 +101,8 @@ def _validate(
     if context is not None:
         lengths.append(("context.k", context.k, context.frames, "context.frames"))
     for name, x, frames, ids in lengths:
-        require(x.shape[1] % tokens == 0, f"attention: {name} has {x.shape[1]} tokens, no multiple of frame_tokens {tokens}")
+        whole = x.shape[1] % tokens == 0
+        require(whole, f"attention: {name} has {x.shape[1]} tokens, no multiple of frame_tokens {tokens}")
         if frames is None:
             continue
         ok = frames.dim() == 2 and frames.shape[0] in (1, b) and frames.shape[1] == x.shape[1] // tokens

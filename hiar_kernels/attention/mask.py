@@ -66,8 +66,8 @@ class BlockCausal:
     def block_start(self, frames: Tensor) -> Tensor:
         """First frame (as if no block were short) of the block of each frame; int64, same shape."""
         short = 0 if self.first_block_frames is None else self.frames_per_block - self.first_block_frames
-        origin = self.first_frame - short
-        return origin + (frames.long() - origin).div(self.frames_per_block, rounding_mode="floor") * self.frames_per_block
+        origin, block = self.first_frame - short, self.frames_per_block
+        return origin + (frames.long() - origin).div(block, rounding_mode="floor") * block
 
     def visible(self, q_frames: Tensor, kv_frames: Tensor, rows: int) -> Tensor:
         """bool [rows, Fq, Fk] for q_frames [rows or 1, Fq] and kv_frames [rows or 1, Fk]."""

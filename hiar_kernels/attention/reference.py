@@ -17,7 +17,8 @@ def frame_ids(frames: Tensor | None, tokens: int, mask: BlockCausal, device: tor
 
 
 def visibility(
-    q: Tensor, k: Tensor, mask: BlockCausal, q_frames: Tensor | None, kv_frames: Tensor | None, context: KVContext | None
+    q: Tensor, k: Tensor, mask: BlockCausal, q_frames: Tensor | None, kv_frames: Tensor | None,
+    context: KVContext | None,
 ) -> Tensor:
     """bool [B, Fq, Fk], or [B, Fq, Fc + Fk] with context keys first."""
     qf = frame_ids(q_frames, q.shape[1], mask, q.device)
@@ -49,7 +50,8 @@ def attention(
         seen = seen.repeat_interleave(mask.frame_tokens, 1).repeat_interleave(mask.frame_tokens, 2)
         held = seen.any(1)[:, :, None, None]  # an unseen slot may hold anything, NaN too
         keys, values = torch.where(held, keys, 0), torch.where(held, values, 0)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), keys.to(wide)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), keys.to(wide)) * scale
     if kv_counts is not None:
         counts = kv_counts.to(wide)[:, None, None, :]
         scores = torch.where(counts > 0, scores + counts.clamp(min=torch.finfo(wide).tiny).log(), float("-inf"))
@@ -110,7 +112,7 @@ def attention_sdpa(
     Reads the frame ids on the host, so it suits the CPU, not a captured graph.
     """
     if mask is None:
-        wide = torch.promote_types(q.dtype, torch.float32)  # 509 is no bfloat16, its logarithm is the better one to round
+        wide = torch.promote_types(q.dtype, torch.float32)  # round the logarithm: 509 is no bfloat16
         bias = None if kv_counts is None else kv_counts.to(wide).log().to(q.dtype)[:, None, None, :]
         return _sdpa(q, k, v, scale, bias).contiguous()
     seen = visibility(q, k, mask, q_frames, kv_frames, context)

@@ -23,7 +23,8 @@ def flow_step(
         impl: "auto" | "reference".
 
     Returns:
-        x0 = x - sigma v and next, both [B, F, C, H, W] in the dtype of x; computed in float32 (float64 for float64).
+        x0 = x - sigma v and next, both [B, F, C, H, W] contiguous, in the dtype of x; computed in float32 (float64 for
+        float64) and rounded once.
 
     Raises:
         ValueError: shapes do not fit.

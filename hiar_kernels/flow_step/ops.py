@@ -9,7 +9,9 @@ from .._library import define
 from . import reference
 
 
-def _fake(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake(
+    x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))  # type: ignore[return-value]
 
 

@@ -18,4 +18,4 @@ def flow_step(
     x0 = xw - s * v
     following = xw + (n - s) * v if noise is None else (1 - n) * x0 + n * noise.to(wide)
     following = torch.where(n == 0, x0, following)  # the last step's output is x0 itself, to the bit
-    return x0.to(x.dtype), following.to(x.dtype)
+    return x0.to(x.dtype).contiguous(), following.to(x.dtype).contiguous()

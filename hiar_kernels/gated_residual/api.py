@@ -24,7 +24,8 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, impl: str = "auto") ->
     Raises:
         ValueError: shapes do not fit.
     """
-    require(x.dim() == 3 and x.shape == y.shape, f"gated_residual: x and y must be [B, T, C], got {list(x.shape)}, {list(y.shape)}")
+    ok = x.dim() == 3 and x.shape == y.shape
+    require(ok, f"gated_residual: x and y must be [B, T, C], got {list(x.shape)}, {list(y.shape)}")
     ok = gate.dim() == 3 and gate.shape[0] in (1, x.shape[0]) and gate.shape[2] == x.shape[2]
     require(ok, f"gated_residual: gate must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(gate.shape)}")
     choose("gated_residual", impl, IMPLS, auto="reference")

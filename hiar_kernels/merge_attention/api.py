@@ -26,11 +26,13 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor], *, impl: str
     Raises:
         ValueError: no parts, or parts that differ in number, shape or dtype.
     """
-    require(len(outs) == len(lses) > 0, f"merge_attention: got {len(outs)} outs and {len(lses)} lses; expected n and n >= 1")
+    ok = len(outs) == len(lses) > 0
+    require(ok, f"merge_attention: got {len(outs)} outs and {len(lses)} lses; expected n and n >= 1")
     b, t, h, _ = outs[0].shape
+    want = f"{list(outs[0].shape)} {outs[0].dtype}"
     for out, lse in zip(outs, lses, strict=True):
         ok = out.shape == outs[0].shape and out.dtype == outs[0].dtype
-        require(ok, f"merge_attention: every out must be {list(outs[0].shape)} {outs[0].dtype}, got {list(out.shape)} {out.dtype}")
+        require(ok, f"merge_attention: every out must be {want}, got {list(out.shape)} {out.dtype}")
         require(tuple(lse.shape) == (b, h, t), f"merge_attention: every lse must be {[b, h, t]}, got {list(lse.shape)}")
     choose("merge_attention", impl, IMPLS, auto="reference")
     return reference.merge_attention(list(outs), list(lses))

@@ -28,7 +28,7 @@ def qk_norm_rope(
     Args:
         qkv: [B, T, 3 H D], contiguous; tokens in (frame, row, column) order.
         q_weight, k_weight: [H D], any floating dtype.
-        frames: int32 or int64 [B or 1, F], absolute frame ids on the device; angles are float64, so frame 1,000,000 works.
+        frames: int32 or int64 [B or 1, F], absolute frame ids on the device; angles are float64: frame 1,000,000 works.
         num_heads: H; D must be even.
         grid: (rows, columns) of tokens in a frame; T = F rows columns.
         eps: of the RMSNorm. theta: base of the rotary frequencies.
@@ -81,10 +81,13 @@ def qk_norm_rope_append(
         slots.dim() == 2 and slots.shape[0] in (1, qkv.shape[0]) and slots.shape[1] == frames.shape[1],
         f"qk_norm_rope_append: slots must be [{qkv.shape[0]} or 1, {frames.shape[1]}], got {list(slots.shape)}",
     )
+    integer = not slots.is_floating_point()
+    require(integer, f"qk_norm_rope_append: slots must be integers, got {slots.dtype}")
     shape = (qkv.shape[0], num_heads, qkv.shape[2] // 3 // num_heads)
+    tokens = grid[0] * grid[1]
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        ok = cache.dim() == 4 and (cache.shape[0], *cache.shape[2:]) == shape and cache.shape[1] % (grid[0] * grid[1]) == 0
-        want = f"[{shape[0]}, n * {grid[0] * grid[1]}, {shape[1]}, {shape[2]}]"
+        ok = cache.dim() == 4 and (cache.shape[0], *cache.shape[2:]) == shape and cache.shape[1] % tokens == 0
+        want = f"[{shape[0]}, n * {tokens}, {shape[1]}, {shape[2]}]"
         require(ok, f"qk_norm_rope_append: {name} must be {want}, got {list(cache.shape)}")
     choose("qk_norm_rope_append", impl, IMPLS, auto="reference")
     return reference.qk_norm_rope_append(
@@ -97,7 +100,8 @@ def _validate(
 ) -> None:
     require(qkv.dim() == 3, f"{op}: qkv must be [B, T, 3 H D], got {list(qkv.shape)}")
     b, t, c = qkv.shape
-    require(num_heads >= 1 and c % (6 * num_heads) == 0, f"{op}: width {c} of qkv is not 3 x {num_heads} heads of an even size")
+    ok = num_heads >= 1 and c % (6 * num_heads) == 0
+    require(ok, f"{op}: width {c} of qkv is not 3 x {num_heads} heads of an even size")
     for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):
         require(tuple(w.shape) == (c // 3,), f"{op}: {name} must be [{c // 3}], got {list(w.shape)}")
     require(

@@ -15,8 +15,8 @@ def _one(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def _fake(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, frames: Tensor, num_heads: int, height: int, width: int, eps: float,
-    theta: float,
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, frames: Tensor, num_heads: int, height: int, width: int,
+    eps: float, theta: float,
 ) -> tuple[Tensor, Tensor]:
     return _one(qkv, num_heads), _one(qkv, num_heads)
 
@@ -39,8 +39,8 @@ define(
 )
 define(
     "qk_norm_rope_append",
-    "Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    + _SHARED,
+    "Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots, Tensor(a!) k_cache, "
+    f"Tensor(b!) v_cache, {_SHARED}",
     1,
     reference.qk_norm_rope_append,
     _fake_append,

@@ -17,10 +17,13 @@ def rope_angles(frames: Tensor, height: int, width: int, head_dim: int, theta: f
     """
     pairs = head_dim // 2
     split = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
-    device, f64 = frames.device, torch.float64
-    positions = (frames.to(f64), torch.arange(height, device=device, dtype=f64), torch.arange(width, device=device, dtype=f64))
+
+    def count(n: int) -> Tensor:
+        return torch.arange(n, device=frames.device, dtype=torch.float64)
+
+    positions = (frames.to(torch.float64), count(height), count(width))
     angles = [
-        p[..., None] * theta ** (-torch.arange(n, device=device, dtype=f64) / max(n, 1))
+        p[..., None] * theta ** (-count(n) / max(n, 1))
         for p, n in zip(positions, split, strict=True)
     ]
     b, f = frames.shape
@@ -48,8 +51,8 @@ def _split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def qk_norm_rope(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, frames: Tensor, num_heads: int, height: int, width: int, eps: float,
-    theta: float,
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, frames: Tensor, num_heads: int, height: int, width: int,
+    eps: float, theta: float,
 ) -> tuple[Tensor, Tensor]:
     """Normed and rotated q, k [B, T, H, D]; float32 or wider inside, rounded once."""
     q, k, v = _split(qkv, num_heads)

@@ -26,7 +26,7 @@ class FinishedBlock(NamedTuple):
     frame, and its clean latents [B, F, C, H, W].
     """
 
-    index: int
+    block: int
     first_frame: int
     latents: Tensor
 

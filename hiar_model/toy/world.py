@@ -60,7 +60,7 @@ class WorldConfig:
     radii: tuple[float, ...] = (4.0, 5.5, 7.0)  # of the circle; the other shapes have its area
     speeds: tuple[float, ...] = (0.6, 1.1, 1.8)  # per frame, along the direction, diagonals too
     edge: float = 1.5  # width of the anti-aliased edge, in real pixels; 1.0 costs the codec 2.7 dB
-    start_jitter: float = 1.5  # largest distance from the centre, per axis, of a start "center"
+    start_jitter: float = 0.5  # largest distance from the centre, per axis, of a start "center"
     background: RGB = (0.08, 0.09, 0.14)
     palette: tuple[RGB, ...] = tuple(_PALETTE[colour] for colour in COLOURS)
 

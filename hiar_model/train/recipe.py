@@ -72,9 +72,10 @@ class ToyRecipe:
         for name in ("iterations", "batch_size", "num_frames", "frames_per_block", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
-        if self.num_frames % self.frames_per_block:
+        if self.num_frames % self.frames_per_block or self.num_frames < 2 * self.frames_per_block:
             raise ValueError(
-                f"recipe: num_frames must be a multiple of frames_per_block {self.frames_per_block}, got {self.num_frames}"
+                f"recipe: num_frames must be a multiple of frames_per_block {self.frames_per_block} and at least two "
+                f"blocks, got {self.num_frames}"
             )
         for name in ("from_start", "ema"):
             if not 0 <= getattr(self, name) <= 1:

@@ -1,0 +1,98 @@
+"""Repairs of Triton's interpreter (3.6 and 3.7), in one place. Nothing here runs on a GPU.
+
+The interpreter keeps bfloat16 as raw 16-bit integers. Upstream multiplies, adds, compares and converts those bits as if
+they were numbers, and truncates float32 to bfloat16 instead of rounding to nearest. The repair computes such operations
+in float32 and rounds once. Still wrong upstream, so kernels avoid it: tl.sum over bfloat16 (cast first), atomics on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+_done = False
+
+
+def widen(bits: Any) -> Any:
+    """uint16 bfloat16 bits -> float32 numbers."""
+    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(numbers: Any) -> Any:
+    """float32 numbers -> uint16 bfloat16 bits, to the nearest, ties to even; NaN stays NaN."""
+    exact = np.ascontiguousarray(numbers, dtype=np.float32)
+    bits = exact.view(np.uint32)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(exact), np.uint16(0x7FC0), rounded).astype(np.uint16)
+
+
+def repair() -> None:
+    """Patch the interpreter; once in a process, before the first launch."""
+    global _done
+    if _done:
+        return
+    _done = True
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+
+    def is_bf16(x: Any) -> bool:
+        return x.dtype.scalar == tl.bfloat16
+
+    def up(x: Any) -> Any:
+        return handle(widen(x.data), tl.float32) if is_bf16(x) else x
+
+    def down(numbers: Any) -> Any:
+        return handle(narrow(numbers), tl.bfloat16)
+
+    original = {
+        name: getattr(builder, name)
+        for name in ("create_dot", "binary_op", "unary_op", "cast_impl", "create_fp_to_fp", "create_fma")
+    }
+
+    def create_dot(self: Any, a: Any, b: Any, accumulator: Any, *rest: Any) -> Any:
+        return original["create_dot"](self, up(a), up(b), accumulator, *rest)
+
+    def binary_op(self: Any, left: Any, right: Any, op: Any) -> Any:
+        if not (is_bf16(left) and left.data.dtype == np.uint16):
+            return original["binary_op"](self, left, right, op)
+        out = op(widen(left.data), widen(right.data))
+        return handle(out, tl.bfloat16) if out.dtype == np.bool_ else down(out)
+
+    def unary_op(self: Any, x: Any, op: Any) -> Any:
+        return down(op(widen(x.data))) if is_bf16(x) else original["unary_op"](self, x, op)
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if is_bf16(source):
+            return source if target.scalar == tl.bfloat16 else original["cast_impl"](self, up(source), target)
+        if target.scalar == tl.bfloat16:
+            return down(source.data.astype(np.float32))
+        return original["cast_impl"](self, source, target)
+
+    def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
+        nearest = rounding != interpreter._ir.ROUNDING_MODE.RTZ
+        if target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32 and nearest:
+            return down(source.data)
+        return original["create_fp_to_fp"](self, source, target, rounding)
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if not is_bf16(z):
+            return original["create_fma"](self, x, y, z)
+        return down(widen(x.data) * widen(y.data) + widen(z.data))
+
+    def get_bf16(self: Any, value: float) -> Any:
+        return down(np.array([value], dtype=np.float32))
+
+    for function in (create_dot, binary_op, unary_op, cast_impl, create_fp_to_fp, create_fma, get_bf16):
+        setattr(builder, function.__name__, function)
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+        """numpy >= 2.4 refuses int() of a one-element array, which loops bounded by the device need (Triton 3.6)."""
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])
+
+    interpreter._patch_lang_tensor = patch_lang_tensor

@@ -1,0 +1,56 @@
+"""What the Triton implementations share: whether they may run here, and how they take an op over.
+
+The interpreter (TRITON_INTERPRET=1, read by Triton when it is imported) runs kernels on the CPU, for tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ._dispatch import require
+from ._library import LIBRARY
+
+_registered: set[str] = set()
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in the interpreter in this process."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def load(op: str, tensor: Tensor) -> None:
+    """Make ``torch.ops.hiar.<op>`` run its Triton kernel on the tensor's device, or say in one line why it cannot.
+
+    Imports ``hiar_kernels.<folder of op>.triton_fwd`` (and ``triton_bwd`` where there is one) at the first call.
+    """
+    require(importlib.util.find_spec("triton") is not None, f"{op}: impl='triton' needs triton, which is not installed")
+    allowed = tensor.is_cuda or (tensor.device.type == "cpu" and interpreting())
+    require(allowed, f"{op}: impl='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got one on {tensor.device}")
+    folder = op.removesuffix("_append")
+    if folder in _registered:
+        return
+    if interpreting():
+        from . import _interpreter
+
+        _interpreter.repair()
+    package = f"{__package__}.{folder}"
+    importlib.import_module(f"{package}.triton_fwd")
+    if importlib.util.find_spec(f"{package}.triton_bwd") is not None:
+        importlib.import_module(f"{package}.triton_bwd")
+    _registered.add(folder)
+
+
+def register(name: str, launcher: Callable[..., Any]) -> None:
+    """Let a launcher serve ``hiar::name`` on CUDA tensors, in the interpreter on CPU tensors too.
+
+    The launcher takes the op's arguments and returns freshly allocated outputs, contiguous as the fake says.
+    """
+    LIBRARY.impl(name, launcher, "CUDA")
+    if interpreting():
+        LIBRARY.impl(name, launcher, "CPU")

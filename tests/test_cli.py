@@ -1,0 +1,246 @@
+"""The command line: what it writes, what it says, and that a failure is one line, a code and nothing else."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_toy
+import torch
+from small_toy import BLOCK, FRAMES, PROMPT
+
+from hiar_model import bundle, generate
+from hiar_model.bundle import ToyDecoder, load_video_model
+from hiar_model.cli import build_parser, main
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(small_toy.write_model(tmp_path_factory.mktemp("models") / "small"))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Every test runs in an empty folder of its own; the number of threads is put back."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def refused(capsys, code: int, *arguments) -> str:
+    """The one line that a failing command says."""
+    assert run(*arguments) == code
+    told = capsys.readouterr()
+    assert told.err.startswith("hiar: ") and told.err.count("\n") == 1 and not told.out
+    return told.err.strip()
+
+
+# hiar generate
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a/"])
+def test_generate(folder, here, capsys, name):
+    assert run("generate", PROMPT, "-o", name, "--model", folder) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{name.strip('/')}: {FRAMES} frames, 1.0 s at 12 fps; made in ") and not told.err
+    expected = {"a"} if name == "a/" else {name, f"{name}.json"}
+    assert {p.name for p in here.iterdir()} == expected
+    if name == "a/":
+        assert len(list((here / "a").glob("frame_*.png"))) == FRAMES
+
+
+def test_the_record_repeats_the_video(folder, here):
+    options = ["--num-frames", 9, "--seed", 5, "--steps", 3, "--order", "stream", "--window-frames", "[3,4,6]",
+               "--sink-frames", 0, "--fps", 7.5, "--dtype", "float64"]  # fmt: skip
+    assert run("generate", PROMPT, "-o", "first/", "--model", folder, *options) == 0
+    record = json.loads((here / "first/video.json").read_text())
+    program, *words = shlex.split(record["command"])
+    assert program == "hiar" and words[-2:] == ["--out", "first/"]
+    assert run(*words[:-1], "second/") == 0
+    again = json.loads((here / "second/video.json").read_text())
+    assert {**again, "file": "first", "command": record["command"]} == record
+    assert (record["fps"], record["window_frames"], record["frames"]) == (7.5, [3, 4, 6], 9)
+    for image in (here / "first").glob("*.png"):
+        assert image.read_bytes() == (here / "second" / image.name).read_bytes()
+
+
+def test_a_window_of_all_frames(folder, here):
+    assert run("generate", PROMPT, "-o", "a.gif", "--model", folder, "--window-frames", "null") == 0
+    record = json.loads((here / "a.gif.json").read_text())
+    assert record["window_frames"] is None and "--window-frames null" in record["command"]
+
+
+def test_a_config_file(folder, here):
+    (here / "c.yaml").write_text(f"out: a.gif\nmodel: {folder}\nnum_frames: 6\nseed: 4\n")
+    assert run("generate", PROMPT, "--config", "c.yaml", "--seed", 5) == 0
+    record = json.loads((here / "a.gif.json").read_text())
+    assert (record["num_frames"], record["seed"]) == (6, 5)
+
+
+def test_options_are_those_of_the_function():
+    """Names and defaults are written twice, so that the parser need not import torch: hold them together."""
+    options = build_parser().parse_args(["generate", PROMPT, "-o", "x"])["generate"]
+    for name, parameter in inspect.signature(generate).parameters.items():
+        if name not in ("prompt", "on_progress"):
+            assert options[name] == parameter.default, name
+
+
+WRONG = {
+    "nothing": ([], "expected .subcommand. to be one of {generate,train,evaluate,doctor}"),
+    "no such command": (["degenerate"], "invalid choice: 'degenerate'"),
+    "no prompt": (["generate", "-o", "a.mp4"], "required.*prompt"),
+    "no output": (["generate", PROMPT], "required.*out"),
+    "unknown option": (["generate", PROMPT, "-o", "a.mp4", "--speed", "3"], "unrecognized arguments: --speed"),
+    "no number": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "many"], "num_frames.*Got value: many"),
+    "no window": (["generate", PROMPT, "-o", "a.mp4", "--window-frames", "wide"], "window_frames.*wide"),
+    "unknown output": (["generate", PROMPT, "-o", "a.avi"], r"unknown suffix '\.avi'; legal: name\.mp4"),
+    "no such folder": (["generate", PROMPT, "-o", "no/a.mp4"], "no is no folder; make it first"),
+    "empty prompt": (["generate", "", "-o", "a.mp4"], "the prompt is empty"),
+    "unknown word": (["generate", "a red cube moving up", "-o", "a.mp4"], "'cube' is no legal shape .* circle, square"),
+    "length": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "13"], "got 13, nearest 12 or 15"),
+    "zero": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "0"], "at least 1, got 0"),
+    "threads": (["generate", PROMPT, "-o", "a.mp4", "--threads", "0"], "threads must be at least 1"),
+    "gif pace": (["generate", PROMPT, "-o", "a.gif", "--fps", "90"], "at most 50 fps"),
+    "device": (["generate", PROMPT, "-o", "a.mp4", "--device", "cuda:77"], "'cuda:77' is not there"),
+    "no config": (["generate", PROMPT, "-o", "a.mp4", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    "no such recipe": (["train", "tie"], "no recipe 'tie'"),
+    "recipe key": (["train", "toy", "iteration=3"], "unknown key iteration; did you mean iterations"),
+    "recipe value": (["train", "toy", "iterations=few"], "iterations must be int, got 'few'"),
+    "no override": (["train", "toy", "iterations"], "'iterations' is no override: write key=value"),
+    "no such world": (["evaluate", "wan"], "invalid choice: 'wan'"),
+    "prompts": (["evaluate", "toy", "--prompts", "65"], r"prompts must be in 1\.\.64.* got 65"),
+    "json": (["evaluate", "toy", "--json", "no/a.json"], "cannot write no/a.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mistake_is_one_line(folder, here, capsys, name):
+    arguments, message = WRONG[name]
+    if arguments[:1] == ["generate"] and "--model" not in arguments:
+        arguments = [*arguments, "--model", folder]
+    line = refused(capsys, 2, *arguments)
+    assert re.search(message, line)
+    assert list(here.iterdir()) == []
+
+
+def test_unknown_keys_of_a_config_are_refused(here, capsys):
+    (here / "c.yaml").write_text("out: a.gif\nnum_frame: 6\n")
+    assert "num_frame" in refused(capsys, 2, "generate", PROMPT, "--config", "c.yaml")
+
+
+def test_a_broken_model_is_one_line(folder, here, capsys):
+    (here / "m").mkdir()
+    assert "config.json: No such file" in refused(capsys, 2, "generate", PROMPT, "-o", "a.mp4", "--model", "m")
+    assert "neither a folder" in refused(capsys, 2, "generate", PROMPT, "-o", "a.mp4", "--model", "n")
+    assert [p.name for p in here.iterdir()] == ["m"]
+
+
+def test_not_finite_and_black(folder, here, capsys, monkeypatch):
+    def broken(*arguments):
+        model = load_video_model(*arguments)
+        model.transformer.head.head.bias.fill_(float("nan"))
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle, "load_video_model", broken)
+        assert "step" in refused(capsys, 1, "generate", PROMPT, "-o", "a.mp4", "--model", folder)
+    monkeypatch.setattr(ToyDecoder, "decode", lambda self, latents: torch.zeros(BLOCK, 8, 8, 3).byte().numpy())
+    assert "all black: step 1, block 0" in refused(capsys, 1, "generate", PROMPT, "-o", "a.mp4", "--model", folder)
+    assert list(here.iterdir()) == []
+
+
+def test_interrupt(folder, here, capsys, monkeypatch):
+    decode, calls = ToyDecoder.decode, []
+
+    def interrupted(self, latents):
+        calls.append(latents)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return decode(self, latents)
+
+    monkeypatch.setattr(ToyDecoder, "decode", interrupted)
+    assert refused(capsys, 130, "generate", PROMPT, "-o", "a/", "--model", folder) == "hiar: interrupted"
+    assert list(here.iterdir()) == []
+
+
+def test_debug_shows_where(capsys):
+    assert run("--debug", "generate", PROMPT, "-o", "a.avi") == 2
+    told = capsys.readouterr().err
+    assert "Traceback" in told and "check_target" in told and told.splitlines()[-1].startswith("hiar: cannot write")
+
+
+# hiar train, evaluate, doctor
+
+
+TINY = ["iterations=2", "batch_size=1", "num_frames=6", "log_every=1", "precision=float32", "optimizer.matrix_lr=1e-3"]
+
+
+def test_train_resume_generate(here, capsys):
+    assert run("train", "toy", *TINY, "--out", "run") == 0
+    told = capsys.readouterr()
+    assert "model: run/model; try: hiar generate" in told.out and not told.err
+    assert {p.name for p in (here / "run").iterdir()} >= {"model", "loss.csv", "checkpoint.pt"}
+    assert ((here / "run/loss.png").exists()) == ("loss curve: run/loss.png" in told.out)
+    assert run("train", "toy", *TINY, "--out", "run") == 0
+    assert "going on from iteration 2" in capsys.readouterr().out
+    assert "another batch_size" in refused(capsys, 2, "train", "toy", *TINY, "batch_size=2", "--out", "run")
+    assert run("generate", PROMPT, "-o", "a.gif", "--model", "run/model", "--num-frames", BLOCK) == 0
+    model = load_video_model("run/model", "cpu")
+    assert (model.train_frames, model.num_frames) == (6, 24)
+
+
+def test_evaluate(folder, here, capsys):
+    options = ["--prompts", 2, "--num-frames", "[6]", "--json", "e.json"]
+    assert run("evaluate", "toy", "--model", folder, *options) == 0
+    table = capsys.readouterr().out
+    assert "| step_first  |      6 |" in table and "| block_first |      6 |" in table
+    assert "2 held-out prompts, seed 0, 2 steps" in table
+    figures = json.loads((here / "e.json").read_text())
+    assert figures["weights_sha256"] == load_video_model(folder, "cpu").weights_sha256
+    assert [(row["order"], row["num_frames"], len(row["parts"])) for row in figures["rows"]] == [
+        ("step_first", 6, 6), ("block_first", 6, 6),
+    ]  # fmt: skip
+    assert [p.name for p in here.iterdir()] == ["e.json"]
+
+
+def test_doctor(capsys):
+    assert run("doctor") == 0
+    told = capsys.readouterr().out
+    topics = ("package", "python", f"torch {torch.__version__}", "devices", "CUDA extension", "op attention", "model")
+    for topic in topics:
+        assert topic in told, topic
+    assert "not built: " in told
+
+
+# The process
+
+
+def test_the_module_is_the_command():
+    def process(*words):
+        program = [sys.executable, "-m", "hiar_model", *words]
+        return subprocess.run(program, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+
+    right, wrong = process("--version"), process("x")
+    assert right.returncode == 0 and right.stdout.startswith("hiar ")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("hiar: ") and wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["train"], ["evaluate"], ["doctor"]])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as done:
+        main([*command, "--help"])
+    assert done.value.code == 0 and "usage: hiar" in capsys.readouterr().out

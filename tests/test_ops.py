@@ -1,0 +1,418 @@
+"""The ops as torch sees them: schemas, fakes and gradients, torch.compile, and refusals in one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import hiar_kernels as hk
+from hiar_kernels import BlockCausal, KVContext
+
+pytestmark = pytest.mark.cpu
+
+
+def normal(*shape: int, seed: int = 0, grad: bool = True) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
+
+
+def ids(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def turned(x: Tensor) -> Tensor:
+    """The same values in another order of memory."""
+    return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(x.requires_grad)
+
+
+# Schemas, fakes, gradients
+
+ROPE = (2, 1, 3, 1e-6, 10000.0)
+RING = ids([4, -1, 2, 3], [-1, 0, 1, 2])
+SAMPLES: dict[str, tuple[object, ...]] = {
+    "attention": (normal(2, 5, 2, 4), normal(2, 7, 2, 4), normal(2, 7, 2, 4), *[None] * 6, [], [], 0.5),
+    "attention of strided views": (
+        turned(normal(2, 5, 2, 4)), turned(normal(2, 7, 2, 4)), normal(2, 7, 2, 4), *[None] * 6, [], [], 0.5,
+    ),
+    "attention with counts": (
+        normal(2, 5, 2, 4), normal(2, 3, 2, 4), normal(2, 3, 2, 4), *[None] * 5, torch.tensor([[1.0, 0.0, 9.0]]),
+        [], [], 0.5,
+    ),
+    "attention over a ring": (
+        normal(2, 4, 2, 4), normal(2, 8, 2, 4), normal(2, 8, 2, 4), None, None, ids([3, 4], [1, 2]), RING, None, None,
+        [2, 2, 0, 0, 2], [3, -1], 0.5,
+    ),
+    "attention beside a context": (
+        normal(2, 8, 2, 4), normal(2, 8, 2, 4), normal(2, 8, 2, 4), normal(2, 8, 2, 4), normal(2, 8, 2, 4),
+        None, None, RING, None, [2, 2, 1, 0, 1], [4, 4], 0.5,
+    ),
+    "merge_attention": ([normal(2, 5, 2, 4, grad=False)] * 2, [normal(2, 2, 5, grad=False)] * 2),
+    "qk_norm_rope": (normal(2, 6, 24), normal(8), normal(8), ids([0, 9]), *ROPE),
+    "qk_norm_rope_append": (
+        normal(2, 6, 24, grad=False), normal(8, grad=False), normal(8, grad=False), ids([0, 9]), ids([2, 0], [1, 3]),
+        normal(4, 12, 2, 4, grad=False)[::2], normal(2, 12, 2, 4, grad=False), *ROPE,
+    ),
+    "ada_layer_norm": (normal(2, 6, 8), normal(2, 3, 8), normal(1, 3, 8).expand(2, 3, 8), 1e-6),
+    "ada_layer_norm of strided views": (turned(normal(2, 6, 8)), turned(normal(2, 3, 8)), normal(2, 3, 8), 1e-6),
+    "layer_norm": (normal(2, 6, 8), normal(8), normal(8), 1e-6),
+    "layer_norm of strided views": (turned(normal(2, 6, 8)), normal(8), normal(8), 1e-6),
+    "gated_residual": (normal(2, 6, 8), normal(2, 6, 8), normal(1, 2, 8)),
+    "gated_residual of strided views": (turned(normal(2, 6, 8)), turned(normal(2, 6, 8)), normal(1, 2, 8)),
+    "flow_step": (
+        normal(2, 3, 2, 4, 4), normal(2, 3, 2, 4, 4), torch.rand(1, 3), torch.rand(2, 1), normal(2, 3, 2, 4, 4),
+    ),
+    "flow_step without noise": (
+        normal(2, 3, 2, 4, 4), normal(2, 3, 2, 4, 4), torch.rand(1, 1), torch.zeros(1, 1), None,
+    ),
+    "flow_step of strided views": (
+        turned(normal(2, 3, 2, 4, 4)), turned(normal(2, 3, 2, 4, 4)), torch.rand(1, 1), torch.rand(1, 1), None,
+    ),
+}  # fmt: skip
+NO_GRADIENT = ("merge_attention", "qk_norm_rope_append")
+
+
+def op(sample: str) -> Callable:
+    return getattr(torch.ops.hiar, sample.split()[0]).default
+
+
+def test_every_op_has_a_sample():
+    names = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
+    defined = {name for library, name in names if library == "hiar"}
+    forward = {name for name in defined if not name.endswith("_backward")}
+    assert forward == {sample.split()[0] for sample in SAMPLES}
+    assert {name.removesuffix("_backward") for name in defined - forward} == forward - set(NO_GRADIENT)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(sample, dtype):
+    """Schema, autograd registration, fake against real outputs (strides too), tracing through AOTAutograd."""
+
+    def cast(x: object) -> object:
+        if isinstance(x, list) and x and isinstance(x[0], Tensor):
+            return [cast(y) for y in x]
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        storage = torch.empty_like(x, dtype=dtype) if x._base is None else None
+        copy = x.detach().to(dtype) if storage is None else storage.copy_(x.detach())
+        return copy.requires_grad_(x.requires_grad)
+
+    tolerances = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.library.opcheck(op(sample), tuple(cast(x) for x in SAMPLES[sample]), **tolerances)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_fakes_have_the_strides_of_the_outputs(sample):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def each(f: Callable[[Tensor], Tensor], x: object) -> object:
+        return [each(f, y) for y in x] if isinstance(x, list) else f(x) if isinstance(x, Tensor) else x
+
+    mode = FakeTensorMode()
+    plain = [each(Tensor.detach, x) for x in SAMPLES[sample]]
+    fakes = [each(mode.from_tensor, x) for x in plain]
+    real = op(sample)(*(each(Tensor.clone, x) for x in plain))
+    with mode:
+        fake = op(sample)(*fakes)
+    for a, b in zip(*([x] if isinstance(x, Tensor) else x for x in (real, fake))):
+        assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.split()[0] not in NO_GRADIENT])
+def test_backward_ops(sample):
+    """The backward is an op of its own, with a fake of the right strides; and it computes what torch derives."""
+    arguments = SAMPLES[sample]
+    wanted = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+    outs = op(sample)(*arguments)
+    outs = [outs] if isinstance(outs, Tensor) else list(outs)
+    grads = [normal(*out.shape, seed=5 + i, grad=False) for i, out in enumerate(outs)]
+    found = torch.autograd.grad(outs, wanted, grads)
+    name = sample.split()[0]
+    backward = getattr(torch.ops.hiar, f"{name}_backward").default
+    plain = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    results = backward(grads, *plain)
+    assert len(results) == len(wanted)
+    for x, a, b in zip(wanted, found, results):
+        assert a.shape == x.shape and torch.equal(a, b) and b.is_contiguous()
+    torch.library.opcheck(backward, (grads, *plain), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_appending_has_no_gradient():
+    qkv, k, v = normal(1, 3, 24), torch.zeros(1, 6, 2, 4), torch.zeros(1, 6, 2, 4)
+    call = (qkv, torch.ones(8), torch.ones(8), ids([0]), ids([1]), k, v)
+    with pytest.raises(ValueError, match="has no gradient; use qk_norm_rope, or torch.no_grad()"):
+        hk.qk_norm_rope_append(*call, num_heads=2, grid=(1, 3))
+    with torch.no_grad():
+        hk.qk_norm_rope_append(*call, num_heads=2, grid=(1, 3))
+    assert k[:, :3].abs().max() == 0 and k[:, 3:].abs().max() > 0
+
+
+# torch.compile
+
+MASK = BlockCausal(2, 2, window_frames=(3, None))
+FRAMES = ids([3, 4], [1, 2])
+PUBLIC: dict[str, tuple[Callable, list[Tensor]]] = {
+    "attention": (lambda q, k, v: hk.attention(q, k, v), [normal(2, 5, 2, 4), normal(2, 7, 2, 4), normal(2, 7, 2, 4)]),
+    "attention with counts and logsumexp": (
+        lambda q, k, v: hk.attention(q, k, v, kv_counts=torch.tensor([[1.0, 2.0, 9.0]]), return_lse=True),
+        [normal(2, 5, 2, 4), normal(2, 3, 2, 4), normal(2, 3, 2, 4)],
+    ),
+    "attention over a ring": (
+        lambda q, k, v: hk.attention(q, k, v, mask=MASK, q_frames=FRAMES, kv_frames=RING),
+        [normal(2, 4, 2, 4), normal(2, 8, 2, 4), normal(2, 8, 2, 4)],
+    ),
+    "attention beside a context": (
+        lambda q, k, v, ck, cv: hk.attention(q, k, v, mask=MASK, context=KVContext(ck, cv, RING)),
+        [normal(2, 8, 2, 4, seed=i) for i in range(5)],
+    ),
+    "merge_attention": (
+        lambda a, b, x, y: hk.merge_attention([a, b], [x, y]),
+        [normal(2, 5, 2, 4), normal(2, 5, 2, 4, seed=1), normal(2, 2, 5), normal(2, 2, 5, seed=1)],
+    ),
+    "qk_norm_rope": (
+        lambda x, a, b: hk.qk_norm_rope(x, a, b, ids([0, 9]), num_heads=2, grid=(1, 3)),
+        [normal(2, 6, 24), normal(8), normal(8)],
+    ),
+    "ada_layer_norm": (hk.ada_layer_norm, [normal(2, 6, 8), normal(2, 3, 8), normal(1, 3, 8).detach().expand(2, 3, 8)]),
+    "layer_norm": (hk.layer_norm, [normal(2, 6, 8), normal(8), normal(8)]),
+    "gated_residual": (hk.gated_residual, [normal(2, 6, 8), normal(2, 6, 8, seed=1), normal(1, 2, 8)]),
+    "flow_step": (
+        lambda x, v, e: hk.flow_step(x, v, torch.tensor([[0.9]]), torch.tensor([[0.5, 0.0, 0.1]]), e),
+        [normal(2, 3, 2, 4, 4, seed=i) for i in range(3)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_compile_without_breaks(name):
+    """One graph forward, one backward; frame ids are looked at on the host by no one."""
+    function, tensors = PUBLIC[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for f in (function, compiled):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors]
+        outs = f(*leaves)
+        outs = [outs] if isinstance(outs, Tensor) else list(outs)
+        sum((out * (1 + i)).square().sum() for i, out in enumerate(outs)).backward()
+        results.append(([out.detach() for out in outs], [leaf.grad for leaf in leaves]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_compile_appending():
+    def append(qkv, frames, slots, k, v):
+        return hk.qk_norm_rope_append(
+            qkv, torch.ones(8), torch.ones(8), frames, slots, k, v, num_heads=2, grid=(1, 3)
+        )
+
+    compiled = torch.compile(append, fullgraph=True, backend="aot_eager")
+    results = []
+    for f in (append, compiled):
+        k, v = torch.full((2, 2, 12, 2, 4), torch.nan)
+        q = [f(normal(2, 6, 24, seed=s, grad=False), ids([s, s + 1]), ids([2, s], [1, 3]), k, v) for s in (0, 1)]
+        results.append((q, k, v))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert results[0][1].isnan().any()
+
+
+# Implementations
+
+CALLS: dict[str, Callable[[str], object]] = {
+    "attention": lambda impl: hk.attention(*[torch.zeros(1, 2, 1, 2)] * 3, impl=impl),
+    "merge_attention": lambda impl: hk.merge_attention([torch.zeros(1, 2, 1, 2)], [torch.zeros(1, 1, 2)], impl=impl),
+    "qk_norm_rope": lambda impl: hk.qk_norm_rope(
+        torch.ones(1, 1, 6), *[torch.ones(2)] * 2, ids([0]), num_heads=1, grid=(1, 1), impl=impl
+    ),
+    "qk_norm_rope_append": lambda impl: hk.qk_norm_rope_append(
+        torch.ones(1, 1, 6), *[torch.ones(2)] * 2, ids([0]), ids([0]), *[torch.ones(1, 1, 1, 2)] * 2,
+        num_heads=1, grid=(1, 1), impl=impl,
+    ),
+    "ada_layer_norm": lambda impl: hk.ada_layer_norm(*[torch.ones(1, 1, 2)] * 3, impl=impl),
+    "layer_norm": lambda impl: hk.layer_norm(torch.ones(1, 1, 2), *[torch.ones(2)] * 2, impl=impl),
+    "gated_residual": lambda impl: hk.gated_residual(*[torch.ones(1, 1, 2)] * 3, impl=impl),
+    "flow_step": lambda impl: hk.flow_step(*[torch.ones(1, 1, 1, 1, 1)] * 2, *[torch.ones(1, 1)] * 2, impl=impl),
+}  # fmt: skip
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(ValueError) as refused:
+        call()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_explicit_impl_never_falls_back(name):
+    there = hk.backends().ops[name].implementations
+    legal = ", ".join(("auto", *there))
+    for impl in {"auto", "reference", "sdpa"} & {"auto", *there}:
+        CALLS[name](impl)
+    for impl in {"sdpa", "triton", "cuda"} - set(there):
+        line = refusal(lambda impl=impl: CALLS[name](impl))
+        assert line == f"{name}: has no implementation {impl!r}; legal: {legal}"
+    assert refusal(lambda: CALLS[name]("fast")) == f"{name}: knows no impl 'fast'; legal: {legal}"
+
+
+def test_sdpa_has_no_logsumexp():
+    q = torch.zeros(1, 2, 1, 2)
+    line = refusal(lambda: hk.attention(q, q, q, return_lse=True, impl="sdpa"))
+    assert line == "attention: impl='sdpa' returns no logsumexp; use impl='reference'"
+
+
+def test_the_oracle_is_the_reference():
+    q = normal(1, 6, 1, 4, grad=False)
+    assert torch.equal(hk.reference.attention(q, q, q), hk.attention(q, q, q, impl="reference"))
+    assert {name for name in vars(hk.reference) if name in CALLS} == set(CALLS)
+
+
+def test_backends_say_what_is_chosen_and_why():
+    found = hk.backends()
+    assert set(found.ops) == set(CALLS)
+    for name, choice in found.ops.items():
+        assert choice.auto in choice.implementations and choice.why
+        CALLS[name](choice.auto)
+        assert "reference" in choice.implementations
+    assert found.devices[0] == "cpu" and found.libraries["torch"] == torch.__version__
+    assert all(f"{name}: auto = " in str(found) for name in CALLS)
+
+
+# Bad input
+
+Q = torch.zeros(2, 4, 2, 8)
+X = torch.zeros(2, 6, 8)
+LATENT = torch.zeros(2, 3, 1, 4, 4)
+RULE = BlockCausal(2, 2)
+LEVEL = torch.zeros(1, 1)
+
+
+QKV, WEIGHT, TWO, CACHE = torch.zeros(2, 6, 24), torch.ones(8), ids([0, 1]), torch.zeros(2, 6, 2, 4)
+
+
+def rope(qkv=QKV, weight=WEIGHT, frames=TWO, heads=2):
+    return hk.qk_norm_rope(qkv, weight, WEIGHT, frames, num_heads=heads, grid=(1, 3))
+
+
+def append(slots=TWO, k=CACHE, v=CACHE, frames=TWO):
+    return hk.qk_norm_rope_append(QKV, WEIGHT, WEIGHT, frames, slots, k, v, num_heads=2, grid=(1, 3))
+
+
+BAD: dict[str, tuple[Callable[[], object], str]] = {
+    "q of three dimensions": (lambda: hk.attention(Q[0], Q, Q), "q must be [B, Tq, H, D], got [4, 2, 8]"),
+    "k of another dtype": (lambda: hk.attention(Q, Q.half(), Q), "k must be torch.float32 like q, got torch.float16"),
+    "v of another dtype": (lambda: hk.attention(Q, Q, Q.double()), "v must be torch.float32 like q, got torch.float64"),
+    "k on another device": (lambda: hk.attention(Q, Q.to("meta"), Q), "k must be on cpu like q, got meta"),
+    "integers": (lambda: hk.attention(*[Q.int()] * 3), "q must be floating point, got torch.int32"),
+    "k of another width": (lambda: hk.attention(Q, Q[..., :4], Q), "k must be [2, 4, 2, 8], got [2, 4, 2, 4]"),
+    "k of another batch": (lambda: hk.attention(Q, Q[:1], Q), "k must be [2, 4, 2, 8], got [1, 4, 2, 8]"),
+    "v of another length": (lambda: hk.attention(Q, Q, Q[:, :3]), "v must be [2, 4, 2, 8], got [2, 3, 2, 8]"),
+    "ids without a mask": (lambda: hk.attention(Q, Q, Q, q_frames=ids([0, 1])), "frame ids need a BlockCausal mask"),
+    "counts of a wrong length": (
+        lambda: hk.attention(Q, Q, Q, kv_counts=torch.ones(1, 3)), "kv_counts must be [2 or 1, 4], got [1, 3]"
+    ),
+    "counts with a mask": (
+        lambda: hk.attention(Q, Q, Q, mask=RULE, kv_counts=torch.ones(1, 4)), "kv_counts needs mask=None"
+    ),
+    "context without a mask": (
+        lambda: hk.attention(Q, Q, Q, context=KVContext(Q, Q, ids([0, 1]))), "context needs a BlockCausal mask"
+    ),
+    "context in 8 bits": (
+        lambda: hk.attention(Q, Q, Q, mask=RULE, context=KVContext(Q, Q, ids([0, 1]), Q)), "context.scales (8-bit keys)"
+    ),
+    "context of another shape": (
+        lambda: hk.attention(Q, Q, Q, mask=RULE, context=KVContext(Q, Q[:, :2], ids([0, 1]))),
+        "context.v must be [2, 4, 2, 8], got [2, 2, 2, 8]",
+    ),
+    "ids of a context": (
+        lambda: hk.attention(Q, Q, Q, mask=RULE, context=KVContext(Q, Q, ids([0]))),
+        "context.frames must be [2 or 1, 2], got [1, 1]",
+    ),
+    "broken frames": (
+        lambda: hk.attention(Q[:, :3], Q, Q, mask=RULE), "q has 3 tokens, no multiple of frame_tokens 2"
+    ),
+    "ids of a wrong shape": (
+        lambda: hk.attention(Q, Q, Q, mask=RULE, q_frames=ids([0, 1, 2])), "q_frames must be [2 or 1, 2], got [1, 3]"
+    ),
+    "ids in one dimension": (
+        lambda: hk.attention(Q, Q, Q, mask=RULE, kv_frames=ids([0, 1])[0]), "kv_frames must be [2 or 1, 2], got [2]"
+    ),
+    "float ids": (
+        lambda: hk.attention(Q, Q, Q, mask=RULE, kv_frames=torch.zeros(1, 2)),
+        "kv_frames must be int32 or int64, got torch.float32",
+    ),
+    "windows of another batch": (
+        lambda: hk.attention(Q, Q, Q, mask=BlockCausal(2, 2, (3, 4, 5))), "3 windows for a batch of 2 rows; give one or"
+    ),
+    "no tokens in a frame": (lambda: BlockCausal(0, 2), "frame_tokens must be at least 1, got 0"),
+    "no frames in a block": (lambda: BlockCausal(2, 0), "frames_per_block must be at least 1, got 0"),
+    "a negative sink": (lambda: BlockCausal(2, 2, sink_frames=-1), "sink_frames must be at least 0, got -1"),
+    "a window below the block": (
+        lambda: BlockCausal(2, 3, 4, 2), "window_frames must be at least sink_frames + frames_per_block = 5, got 4"
+    ),
+    "one window below the block": (lambda: BlockCausal(2, 3, [None, 2]), "frames_per_block = 3, got 2"),
+    "a long first block": (lambda: BlockCausal(2, 3, first_block_frames=4), "first_block_frames must be 1 to 3, got 4"),
+    "an empty first block": (lambda: BlockCausal(2, 3, first_block_frames=0), "must be 1 to 3, got 0"),
+    "nothing to merge": (lambda: hk.merge_attention([], []), "got 0 outs and 0 lses; expected n and n >= 1"),
+    "outs without lses": (lambda: hk.merge_attention([Q], []), "got 1 outs and 0 lses"),
+    "parts of two dtypes": (
+        lambda: hk.merge_attention([Q, Q.half()], [torch.zeros(2, 2, 4)] * 2),
+        "every out must be [2, 4, 2, 8] torch.float32, got [2, 4, 2, 8] torch.float16",
+    ),
+    "an lse by tokens": (
+        lambda: hk.merge_attention([Q], [torch.zeros(2, 4, 2)]), "every lse must be [2, 2, 4], got [2, 4, 2]"
+    ),
+    "qkv in two dimensions": (lambda: rope(torch.zeros(6, 24)), "qkv must be [B, T, 3 H D], got [6, 24]"),
+    "heads that do not fit": (lambda: rope(heads=5), "width 24 of qkv is not 3 x 5 heads of an even size"),
+    "heads of an odd size": (lambda: rope(heads=8), "width 24 of qkv is not 3 x 8 heads of an even size"),
+    "no heads": (lambda: rope(heads=0), "is not 3 x 0 heads"),
+    "a short weight": (lambda: rope(weight=torch.ones(4)), "q_weight must be [8], got [4]"),
+    "frames that do not fill": (lambda: rope(frames=ids([0])), "frames must be [2 or 1, 6 / 3], got [1, 1]"),
+    "frames as floats": (lambda: rope(frames=torch.zeros(1, 2)), "frames must be integer ids, got torch.float32"),
+    "frames to append as floats": (lambda: append(frames=torch.zeros(1, 2)), "frames must be integer ids"),
+    "slots of a wrong shape": (lambda: append(ids([0])), "slots must be [2 or 1, 2], got [1, 1]"),
+    "slots as floats": (lambda: append(torch.zeros(1, 2)), "slots must be integers, got torch.float32"),
+    "a cache of half frames": (
+        lambda: append(k=torch.zeros(2, 7, 2, 4)), "k_cache must be [2, n * 3, 2, 4], got [2, 7, 2, 4]"
+    ),
+    "a cache of another batch": (lambda: append(v=CACHE[:1]), "v_cache must be [2, n * 3, 2, 4], got [1, 6, 2, 4]"),
+    "x in two dimensions": (lambda: hk.ada_layer_norm(X[0], X, X), "x must be [B, T, C], got [6, 8]"),
+    "shift and scale apart": (
+        lambda: hk.ada_layer_norm(X, X[:, :3], X[:, :2]), "scale must be [2 or 1, F, 8], got [2, 2, 8]"
+    ),
+    "shifts that do not divide": (
+        lambda: hk.ada_layer_norm(X, X[:, :4], X[:, :4]), "6 tokens are no multiple of 4 frames"
+    ),
+    "a long bias": (lambda: hk.layer_norm(X, torch.ones(8), torch.ones(9)), "bias must be [8], got [9]"),
+    "an unbatched norm": (lambda: hk.layer_norm(X[0], torch.ones(8), torch.ones(8)), "x must be [B, T, C], got [6, 8]"),
+    "y of another shape": (lambda: hk.gated_residual(X, X[:, :3], X), "must be [B, T, C], got [2, 6, 8], [2, 3, 8]"),
+    "a narrow gate": (lambda: hk.gated_residual(X, X, X[..., :4]), "gate must be [2 or 1, F, 8], got [2, 6, 4]"),
+    "gates that do not divide": (lambda: hk.gated_residual(X, X, X[:, :4]), "6 tokens are no multiple of 4 frames"),
+    "latents in four dimensions": (
+        lambda: hk.flow_step(LATENT[0], LATENT[0], LEVEL, LEVEL), "x must be [B, F, C, H, W], got [3, 1, 4, 4]"
+    ),
+    "another velocity": (
+        lambda: hk.flow_step(LATENT, LATENT[:, :1], LEVEL, LEVEL),
+        "velocity must be [2, 3, 1, 4, 4], got [2, 1, 1, 4, 4]",
+    ),
+    "another noise": (
+        lambda: hk.flow_step(LATENT, LATENT, LEVEL, LEVEL, LATENT[:1]),
+        "noise must be [2, 3, 1, 4, 4], got [1, 3, 1, 4, 4]",
+    ),
+    "a sigma of a wrong shape": (
+        lambda: hk.flow_step(LATENT, LATENT, torch.zeros(3), LEVEL), "sigma must be [2 or 1, 3 or 1], got [3]"
+    ),
+    "a next sigma of a wrong shape": (
+        lambda: hk.flow_step(LATENT, LATENT, LEVEL, torch.zeros(1, 2)),
+        "sigma_next must be [2 or 1, 3 or 1], got [1, 2]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line(what):
+    call, message = BAD[what]
+    line = refusal(call)
+    assert message in line
+    assert re.match(r"(attention|merge_attention|BlockCausal|qk_norm_rope|qk_norm_rope_append|ada_layer_norm|"
+                    r"layer_norm|gated_residual|flow_step): ", line)  # fmt: skip
