@@ -35,16 +35,24 @@ def define(
     reference: Callable[..., Tensor | _Outputs],
     fake: Callable[..., Tensor | _Outputs],
     differentiable: Sequence[int],
+    *,
     mutates: bool = False,
+    saves_outputs: bool = False,
 ) -> None:
     """Define ``hiar::name`` with its reference, fake and (unless it mutates) its autograd formula.
+
+    The formula is the op ``hiar::name_backward(Tensor[] grads, bool[] needed, [Tensor[] outputs,] arguments)``:
+    ``grads`` of the outputs, ``needed`` one flag for each differentiable argument that is given; it returns the
+    gradients that are needed, in order.
 
     Args:
         arguments: schema of the arguments, as torch.library writes them.
         outputs: number of output tensors.
         reference: eager implementation, differentiable by torch; same positional arguments.
         fake: shapes, dtypes and strides of the outputs.
-        differentiable: positions of the tensor arguments that receive a gradient.
+        differentiable: positions of the tensor arguments that may receive a gradient.
+        mutates: the op writes into an argument; it has no gradient then.
+        saves_outputs: the backward is handed the outputs too.
     """
     returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
     LIBRARY.define(f"{name}({arguments}) -> {returns}")
@@ -53,15 +61,19 @@ def define(
     if mutates:
         return
 
-    def backward_reference(grads: list[Tensor], *args: Any) -> list[Tensor]:
+    def wanted_positions(needed: list[bool], args: Sequence[Any]) -> list[int]:
+        given = [i for i in differentiable if args[i] is not None]
+        return [i for i, need in zip(given, needed, strict=True) if need]
+
+    def backward_reference(grads: list[Tensor], needed: list[bool], *rest: Any) -> list[Tensor]:
+        args = list(rest[1:] if saves_outputs else rest)
         with _autograd():
-            leaves = [args[i].detach().requires_grad_() if args[i] is not None else None for i in differentiable]
-            full = list(args)
-            for i, leaf in zip(differentiable, leaves, strict=True):
-                full[i] = leaf
-            outs = reference(*full)
+            wanted = []
+            for i in wanted_positions(needed, args):
+                args[i] = args[i].detach().requires_grad_()
+                wanted.append(args[i])
+            outs = reference(*args)
             outs = (outs,) if isinstance(outs, Tensor) else outs
-            wanted = [leaf for leaf in leaves if leaf is not None]
             found = torch.autograd.grad(outs, wanted, grads, allow_unused=True)
         results, taken = [], {g.untyped_storage().data_ptr() for g in grads}
         for g, w in zip(found, wanted, strict=True):
@@ -72,28 +84,35 @@ def define(
             results.append(g)
         return results
 
-    def backward_fake(grads: list[Tensor], *args: Any) -> list[Tensor]:
-        return [torch.empty(args[i].shape, dtype=args[i].dtype, device=args[i].device)
-                for i in differentiable if args[i] is not None]
+    def backward_fake(grads: list[Tensor], needed: list[bool], *rest: Any) -> list[Tensor]:
+        args = rest[1:] if saves_outputs else rest
+        return [
+            torch.empty(args[i].shape, dtype=args[i].dtype, device=args[i].device)
+            for i in wanted_positions(needed, args)
+        ]
 
-    LIBRARY.define(f"{name}_backward(Tensor[] grads, {arguments}) -> Tensor[]")
+    saved_outputs = "Tensor[] outputs, " if saves_outputs else ""
+    LIBRARY.define(f"{name}_backward(Tensor[] grads, bool[] needed, {saved_outputs}{arguments}) -> Tensor[]")
     LIBRARY.impl(f"{name}_backward", backward_reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hiar::{name}_backward", backward_fake, lib=LIBRARY)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        kept = ((output,) if isinstance(output, Tensor) else output) if saves_outputs else ()
         ctx.is_tensor = [isinstance(a, Tensor) for a in inputs]
         ctx.others = [None if t else a for a, t in zip(inputs, ctx.is_tensor, strict=True)]
-        ctx.save_for_backward(*[a for a in inputs if isinstance(a, Tensor)])
+        ctx.save_for_backward(*kept, *[a for a in inputs if isinstance(a, Tensor)])
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        args = [next(saved) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)]
-        found = iter(getattr(torch.ops.hiar, f"{name}_backward")([g.contiguous() for g in grads], *args))
+        saved = list(ctx.saved_tensors)
+        kept, tensors = (saved[:outputs], iter(saved[outputs:])) if saves_outputs else ([], iter(saved))
+        args = [next(tensors) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+        needed = [ctx.needs_input_grad[i] for i in differentiable if args[i] is not None]
+        extra = [kept] if saves_outputs else []
+        op = getattr(torch.ops.hiar, f"{name}_backward")
+        found = op([g.contiguous() for g in grads], needed, *extra, *args)
         result: list[Tensor | None] = [None] * len(args)
-        for i in differentiable:
-            if args[i] is not None:
-                gradient = next(found)
-                result[i] = gradient if ctx.needs_input_grad[i] else None
+        for i, gradient in zip(wanted_positions(needed, args), found, strict=True):
+            result[i] = gradient
         return tuple(result)
 
     torch.library.register_autograd(f"hiar::{name}", backward, setup_context=setup_context, lib=LIBRARY)

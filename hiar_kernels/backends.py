@@ -18,7 +18,9 @@ from .qk_norm_rope import api as qk_norm_rope
 
 _OPS = {
     "attention": (
-        attention.IMPLS, "sdpa", "visible keys through torch's fused attention; reference where a logsumexp is asked",
+        attention.IMPLS,
+        "sdpa",
+        "visible keys through torch's fused attention; reference where a logsumexp is asked",
     ),
     "merge_attention": (merge_attention.IMPLS, "reference", "the only implementation"),
     "qk_norm_rope": (qk_norm_rope.IMPLS, "reference", "the only implementation"),

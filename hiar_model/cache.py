@@ -61,7 +61,12 @@ class RingCache:
 
     @classmethod
     def memory_bytes(
-        cls, config: WanConfig, capacities: Sequence[int], batch: int, frame_tokens: int, dtype: torch.dtype = torch.float32
+        cls,
+        config: WanConfig,
+        capacities: Sequence[int],
+        batch: int,
+        frame_tokens: int,
+        dtype: torch.dtype = torch.float32,
     ) -> int:
         """Bytes that keys, values and frame ids will take, before anything is allocated."""
         numbers = math.prod(cls.shape(config, capacities, batch, frame_tokens))
@@ -85,7 +90,9 @@ class RingCache:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all tensors, by name."""
-        state = {f"k.{i}": k.clone() for i, k in enumerate(self.k)} | {f"v.{i}": v.clone() for i, v in enumerate(self.v)}
+        state = {f"k.{i}": k.clone() for i, k in enumerate(self.k)} | {
+            f"v.{i}": v.clone() for i, v in enumerate(self.v)
+        }
         return {**state, "frames": self.frames.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -110,8 +117,14 @@ class RingAttend:
     """
 
     def __init__(
-        self, cache: RingCache, caches: slice, frames: list[list[int]], grid: tuple[int, int], first_frame: int,
-        mask: BlockCausal, lends: Sequence[bool],
+        self,
+        cache: RingCache,
+        caches: slice,
+        frames: list[list[int]],
+        grid: tuple[int, int],
+        first_frame: int,
+        mask: BlockCausal,
+        lends: Sequence[bool],
     ) -> None:
         self.cache, self.grid, self.mask, self.caches = cache, grid, mask, caches
         self.steps = list(range(caches.start, caches.stop, caches.step or 1))
@@ -134,8 +147,17 @@ class RingAttend:
         cache, c = self.cache, self.cache.config
         k, v = cache.rows(cache.k[layer], self.caches, self.used), cache.rows(cache.v[layer], self.caches, self.used)
         q = qk_norm_rope_append(
-            qkv, q_weight, k_weight, self.frames, self.slots, k, v,
-            num_heads=c.num_heads, grid=self.grid, eps=c.eps, theta=c.rope_theta,
+            qkv,
+            q_weight,
+            k_weight,
+            self.frames,
+            self.slots,
+            k,
+            v,
+            num_heads=c.num_heads,
+            grid=self.grid,
+            eps=c.eps,
+            theta=c.rope_theta,
         )
         for step, source, target in self.loans:
             for ring in (cache.k[layer], cache.v[layer]):
@@ -152,9 +174,15 @@ class RingAttend:
         """Rows start..stop, queries from frame ``first`` on."""
         m, rows = self.mask, slice(start, stop)
         windows = m.windows(len(q))[rows]
-        mask = BlockCausal(m.frame_tokens, m.frames_per_block, windows, m.sink_frames, m.first_frame, m.first_block_frames)
+        mask = BlockCausal(
+            m.frame_tokens, m.frames_per_block, windows, m.sink_frames, m.first_frame, m.first_block_frames
+        )
         out: Any = attention(
-            q[rows, first * m.frame_tokens :], k[rows], v[rows], mask=mask, q_frames=self.frames[rows, first:],
+            q[rows, first * m.frame_tokens :],
+            k[rows],
+            v[rows],
+            mask=mask,
+            q_frames=self.frames[rows, first:],
             kv_frames=self.kv_frames[rows],
         )
         return out

@@ -12,6 +12,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "wan2.1-t2v-14b": {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
     "toy": {
         "dim": 128, "ffn_dim": 512, "num_heads": 2, "num_layers": 6, "freq_dim": 64, "text_dim": 32, "text_len": 8,
+        "position_grid": (4, 4),
     },
 }  # fmt: skip
 
@@ -25,6 +26,8 @@ class WanConfig:
         freq_dim: width of the sinusoid of the timestep. text_dim, text_len: width and padded length of the prompt.
         in_channels, out_channels: of the latents. patch_size: latent (frames, rows, columns) of one token.
         eps: of every norm. rope_theta: base of the rotary frequencies.
+        position_grid: token (rows, columns) of a learned absolute position embedding. None, as published: RoPE alone,
+            which is relative, so that pure noise does not tell a token where in the frame it is.
     """
 
     dim: int
@@ -39,17 +42,22 @@ class WanConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
     rope_theta: float = 10000.0
+    position_grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if self.position_grid is not None:
+            object.__setattr__(self, "position_grid", tuple(self.position_grid))
         for f in fields(self):
             value = getattr(self, f.name)
-            if min(value) < 1 if f.name == "patch_size" else value <= 0:
+            if value is not None and (min(value) < 1 if isinstance(value, tuple) else value <= 0):
                 raise ValueError(f"WanConfig: {f.name} must be positive, got {value}")
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"WanConfig: dim {self.dim} is not num_heads {self.num_heads} times an even number")
         if self.patch_size[0] != 1:
-            raise ValueError(f"WanConfig: a token must lie in one frame: patch_size[0] must be 1, got {self.patch_size[0]}")
+            raise ValueError(
+                f"WanConfig: a token must lie in one frame: patch_size[0] must be 1, got {self.patch_size[0]}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -91,4 +99,9 @@ class WanConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mapping, as :meth:`from_dict` reads it."""
-        return {**asdict(self), "patch_size": list(self.patch_size)}
+        values = {**asdict(self), "patch_size": list(self.patch_size)}
+        if self.position_grid is None:
+            del values["position_grid"]
+        else:
+            values["position_grid"] = list(self.position_grid)
+        return values

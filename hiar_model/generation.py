@@ -198,8 +198,18 @@ def generate(
         FloatingPointError: not finite or all black, with step and block.
     """
     run = Generation(
-        prompt, model=model, num_frames=num_frames, seed=seed, steps=steps, order=order, window_frames=window_frames,
-        sink_frames=sink_frames, fps=fps, device=device, dtype=dtype, on_progress=on_progress,
+        prompt,
+        model=model,
+        num_frames=num_frames,
+        seed=seed,
+        steps=steps,
+        order=order,
+        window_frames=window_frames,
+        sink_frames=sink_frames,
+        fps=fps,
+        device=device,
+        dtype=dtype,
+        on_progress=on_progress,
     )
     return Video(np.concatenate(list(run)), run.fps, run.metadata)
 
@@ -227,8 +237,18 @@ def stream(
     """
     return iter(
         Generation(
-            prompt, model=model, num_frames=num_frames, seed=seed, steps=steps, order=order, endless=True,
-            window_frames=window_frames, sink_frames=sink_frames, fps=fps, device=device, dtype=dtype,
+            prompt,
+            model=model,
+            num_frames=num_frames,
+            seed=seed,
+            steps=steps,
+            order=order,
+            endless=True,
+            window_frames=window_frames,
+            sink_frames=sink_frames,
+            fps=fps,
+            device=device,
+            dtype=dtype,
             on_progress=on_progress,
         )
     )

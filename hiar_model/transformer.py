@@ -6,6 +6,7 @@ State-dict keys and shapes are the published ones; q, k, v are fused into one pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -194,8 +195,13 @@ class FullSequence:
     """:class:`Attend` over whole sequences: training, teachers, oracles. Keeps keys and values if asked."""
 
     def __init__(
-        self, config: WanConfig, grid: tuple[int, int], frames: Tensor, mask: BlockCausal | None,
-        context: Sequence[KVContext] | None = None, collect: bool = False,
+        self,
+        config: WanConfig,
+        grid: tuple[int, int],
+        frames: Tensor,
+        mask: BlockCausal | None,
+        context: Sequence[KVContext] | None = None,
+        collect: bool = False,
     ) -> None:
         self.config, self.grid, self.frames, self.mask, self.context = config, grid, frames, mask, context
         self.collected: list[KVContext] | None = [] if collect else None
@@ -224,6 +230,9 @@ class HiARTransformer(nn.Module):
         self.config = config
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
+        self.position_embedding: nn.Parameter | None = None
+        if config.position_grid is not None:
+            self.position_embedding = nn.Parameter(torch.randn(math.prod(config.position_grid), dim) / dim**0.5)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -267,8 +276,15 @@ class HiARTransformer(nn.Module):
         return out
 
     def kv(
-        self, latents: Tensor, timesteps: Tensor, text: Tensor, attention: str = "block_causal",
-        frames_per_block: int = 3, window_frames: int | None = None, sink_frames: int = 0, first_frame: int = 0,
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        attention: str = "block_causal",
+        frames_per_block: int = 3,
+        window_frames: int | None = None,
+        sink_frames: int = 0,
+        first_frame: int = 0,
     ) -> list[KVContext]:
         """A forward only for its keys and values, one :class:`KVContext` for each layer; differentiable."""
         rule = (frames_per_block, window_frames, sink_frames, first_frame)
@@ -278,8 +294,16 @@ class HiARTransformer(nn.Module):
         return attend.collected
 
     def _full(
-        self, latents: Tensor, mode: str, block: int, window: int | None, sink: int, start: int, first: int,
-        context: Sequence[KVContext] | None, collect: bool = False,
+        self,
+        latents: Tensor,
+        mode: str,
+        block: int,
+        window: int | None,
+        sink: int,
+        start: int,
+        first: int,
+        context: Sequence[KVContext] | None,
+        collect: bool = False,
     ) -> FullSequence:
         if mode not in ATTENTION_MODES:
             raise ValueError(f"attention must be one of {', '.join(ATTENTION_MODES)}, got {mode!r}")
@@ -317,7 +341,12 @@ class HiARTransformer(nn.Module):
         b, f, c, h, w = latents.shape
         x = latents.to(self.patch_embedding.weight.dtype).reshape(b, f, c, h // ph, ph, w // pw, pw)
         x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(b, f * (h // ph) * (w // pw), c * ph * pw)
-        return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        if self.position_embedding is None:
+            return x
+        if self.config.position_grid != (h // ph, w // pw):
+            raise ValueError(f"latents must have {self.config.position_grid} tokens a frame, got {(h // ph, w // pw)}")
+        return (x.unflatten(1, (f, -1)) + self.position_embedding).flatten(1, 2)
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Head output [B, T, ph pw C] -> [B, F, C, H, W]."""

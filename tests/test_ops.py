@@ -121,6 +121,9 @@ def test_fakes_have_the_strides_of_the_outputs(sample):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
 
 
+DIFFERENTIABLE = {"attention": (0, 1, 2, 3, 4), "flow_step": (0, 1, 4)}  # positions; of the others the first three
+
+
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if s.split()[0] not in NO_GRADIENT])
 def test_backward_ops(sample):
     """The backward is an op of its own, with a fake of the right strides; and it computes what torch derives."""
@@ -133,11 +136,15 @@ def test_backward_ops(sample):
     name = sample.split()[0]
     backward = getattr(torch.ops.hiar, f"{name}_backward").default
     plain = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-    results = backward(grads, *plain)
-    assert len(results) == len(wanted)
-    for x, a, b in zip(wanted, found, results):
-        assert a.shape == x.shape and torch.equal(a, b) and b.is_contiguous()
-    torch.library.opcheck(backward, (grads, *plain), test_utils=("test_schema", "test_faketensor"))
+    given = [arguments[i] for i in DIFFERENTIABLE.get(name, (0, 1, 2)) if arguments[i] is not None]
+    assert len(given) == len(wanted)
+    kept = [[out.detach() for out in outs]] if name == "attention" else []
+    for needed in ([True] * len(given), [i != 1 for i in range(len(given))]):
+        results = backward(grads, needed, *kept, *plain)
+        assert len(results) == sum(needed)
+        for a, b in zip((g for g, need in zip(found, needed) if need), results):
+            assert torch.equal(a, b) and b.is_contiguous()
+        torch.library.opcheck(backward, (grads, needed, *kept, *plain), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_appending_has_no_gradient():
@@ -203,9 +210,7 @@ def test_compile_without_breaks(name):
 
 def test_compile_appending():
     def append(qkv, frames, slots, k, v):
-        return hk.qk_norm_rope_append(
-            qkv, torch.ones(8), torch.ones(8), frames, slots, k, v, num_heads=2, grid=(1, 3)
-        )
+        return hk.qk_norm_rope_append(qkv, torch.ones(8), torch.ones(8), frames, slots, k, v, num_heads=2, grid=(1, 3))
 
     compiled = torch.compile(append, fullgraph=True, backend="aot_eager")
     results = []

@@ -213,9 +213,7 @@ def test_append_changes_only_the_named_slots(dtype, shared, slot_dtype):
     frames = FRAMES[:1] if shared else FRAMES
     slots = torch.tensor([[4, 0, 2]] if shared else [[4, 0, 2], [1, 5, 3]], dtype=slot_dtype)
     all_k, all_v = (torch.full((4, 6 * 6, HEADS, WIDTH), torch.nan, dtype=dtype) for _ in range(2))
-    q = qk_norm_rope_append(
-        qkv, qw, kw, ids(frames), slots, all_k[1::2], all_v[1::2], num_heads=HEADS, grid=GRID
-    )
+    q = qk_norm_rope_append(qkv, qw, kw, ids(frames), slots, all_k[1::2], all_v[1::2], num_heads=HEADS, grid=GRID)
     wanted = qk_norm_rope(qkv, qw, kw, ids(frames), num_heads=HEADS, grid=GRID)
     assert torch.equal(q, wanted[0])
     for cache, new in ((all_k, wanted[1]), (all_v, wanted[2])):

@@ -42,7 +42,9 @@ TEXT = torch.randn(1, 3, TINY.text_dim, generator=torch.Generator().manual_seed(
 
 def run(num_frames: int = 9, steps: int = 4, **options) -> torch.Tensor:
     schedule = FlowSchedule.uniform(steps)
-    made = Rollout(options.pop("model", MODEL), options.pop("text", TEXT), schedule, num_frames=num_frames, **SIZE, **options)
+    made = Rollout(
+        options.pop("model", MODEL), options.pop("text", TEXT), schedule, num_frames=num_frames, **SIZE, **options
+    )
     return torch.cat([block.latents for block in made], 1)
 
 
@@ -59,8 +61,12 @@ def test_step_first_agrees_with_the_published_implementation():
     renoise = golden["step_first.renoise"]
     for options in ({}, {"order": "wavefront", "pairs": True}):
         made = rollout(
-            model, golden["step_first.noise"], golden["step_first.context"], FlowSchedule(),
-            renoise=lambda step, block: renoise[step, block], **options,
+            model,
+            golden["step_first.noise"],
+            golden["step_first.context"],
+            FlowSchedule(),
+            renoise=lambda step, block: renoise[step, block],
+            **options,
         )
         assert difference(made, golden["step_first.sde_global.output"]) < 2e-5
 
@@ -121,7 +127,10 @@ def test_walks_agree_for_any_legal_options(data):
     prefix = data.draw(st.integers(0, 4))
     given_frames = torch.randn((1, prefix, TINY.in_channels, *SIZE.values())) if prefix else None
     assert_walks_agree(
-        steps=steps, frames_per_block=block, sink_frames=sink, prefix=given_frames,
+        steps=steps,
+        frames_per_block=block,
+        sink_frames=sink,
+        prefix=given_frames,
         window_frames=data.draw(st.lists(window, min_size=steps, max_size=steps)),
         num_frames=prefix + block * data.draw(st.integers(1, 5)),
     )
@@ -273,7 +282,9 @@ def test_poisoned_rings_change_nothing():
     made = Rollout(MODEL, TEXT, FlowSchedule.uniform(4), **options)
     for tensor in made.executor.cache.k + made.executor.cache.v:
         tensor.fill_(float("nan"))
-    assert torch.equal(torch.cat([b.latents for b in made], 1), run(**{k: v for k, v in options.items() if k not in SIZE}))
+    assert torch.equal(
+        torch.cat([b.latents for b in made], 1), run(**{k: v for k, v in options.items() if k not in SIZE})
+    )
 
 
 def test_memory_of_an_endless_stream_is_flat():

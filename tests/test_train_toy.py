@@ -72,7 +72,14 @@ def test_loss_of_the_true_velocity_is_zero():
     def loss(model, weight=None):
         return float(
             teacher_forcing_loss(
-                model, x0, None, sigma, context_sigma, torch.Generator().manual_seed(0), frames_per_block=3, weight=weight
+                model,
+                x0,
+                None,
+                sigma,
+                context_sigma,
+                torch.Generator().manual_seed(0),
+                frames_per_block=3,
+                weight=weight,
             )
         )
 
@@ -125,7 +132,8 @@ def test_resume_equals_one_run_to_the_bit(tmp_path):
 def test_a_killed_run_goes_on(tmp_path):
     recipe = replace(SMALL, iterations=400, log_every=1, checkpoint_every=2)
     code = (
-        "import sys; from hiar_model.train.trainer import ToyTrainer; from hiar_model.train.recipe import LevelMixture, OptimizerRecipe, ToyRecipe\n"
+        "import sys; from hiar_model.train.trainer import ToyTrainer\n"
+        "from hiar_model.train.recipe import LevelMixture, OptimizerRecipe, ToyRecipe\n"
         f"ToyTrainer({recipe!r}, sys.argv[1]).run()"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])

@@ -59,18 +59,39 @@ def attention(
         return (out, lse) if return_lse else out
     if impl == "sdpa":
         return reference.attention_sdpa(
-            q, k, v, mask=mask, q_frames=q_frames, kv_frames=kv_frames, context=context, kv_counts=kv_counts,
+            q,
+            k,
+            v,
+            mask=mask,
+            q_frames=q_frames,
+            kv_frames=kv_frames,
+            context=context,
+            kv_counts=kv_counts,
             scale=scale,
         )
     return reference.attention(
-        q, k, v, mask=mask, q_frames=q_frames, kv_frames=kv_frames, context=context, kv_counts=kv_counts,
-        return_lse=return_lse, scale=scale,
+        q,
+        k,
+        v,
+        mask=mask,
+        q_frames=q_frames,
+        kv_frames=kv_frames,
+        context=context,
+        kv_counts=kv_counts,
+        return_lse=return_lse,
+        scale=scale,
     )
 
 
 def _validate(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockCausal | None, q_frames: Tensor | None, kv_frames: Tensor | None,
-    context: KVContext | None, kv_counts: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockCausal | None,
+    q_frames: Tensor | None,
+    kv_frames: Tensor | None,
+    context: KVContext | None,
+    kv_counts: Tensor | None,
 ) -> None:
     require(q.dim() == 4, f"attention: q must be [B, Tq, H, D], got {list(q.shape)}")
     b, _, h, d = q.shape

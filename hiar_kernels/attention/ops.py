@@ -13,9 +13,18 @@ _NONE = -1  # "no window" in the schema's int list
 
 
 def _eager(
-    q: Tensor, k: Tensor, v: Tensor, context_k: Tensor | None, context_v: Tensor | None, q_frames: Tensor | None,
-    kv_frames: Tensor | None, context_frames: Tensor | None, kv_counts: Tensor | None, rule: list[int],
-    windows: list[int], scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    q_frames: Tensor | None,
+    kv_frames: Tensor | None,
+    context_frames: Tensor | None,
+    kv_counts: Tensor | None,
+    rule: list[int],
+    windows: list[int],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     mask = None
     if rule:
@@ -25,8 +34,16 @@ def _eager(
     if context_k is not None and context_v is not None and context_frames is not None:
         context = KVContext(context_k, context_v, context_frames)
     out = reference.attention(
-        q, k, v, mask=mask, q_frames=q_frames, kv_frames=kv_frames, context=context, kv_counts=kv_counts,
-        return_lse=True, scale=scale,
+        q,
+        k,
+        v,
+        mask=mask,
+        q_frames=q_frames,
+        kv_frames=kv_frames,
+        context=context,
+        kv_counts=kv_counts,
+        return_lse=True,
+        scale=scale,
     )
     assert isinstance(out, tuple)
     return out
@@ -45,12 +62,20 @@ define(
     _eager,
     _fake,
     differentiable=(0, 1, 2, 3, 4),
+    saves_outputs=True,
 )
 
 
 def call(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockCausal | None, q_frames: Tensor | None, kv_frames: Tensor | None,
-    context: KVContext | None, kv_counts: Tensor | None, scale: float | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockCausal | None,
+    q_frames: Tensor | None,
+    kv_frames: Tensor | None,
+    context: KVContext | None,
+    kv_counts: Tensor | None,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """``torch.ops.hiar.attention`` with the arguments of the public function."""
     rule: list[int] = []

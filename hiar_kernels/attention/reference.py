@@ -17,7 +17,11 @@ def frame_ids(frames: Tensor | None, tokens: int, mask: BlockCausal, device: tor
 
 
 def visibility(
-    q: Tensor, k: Tensor, mask: BlockCausal, q_frames: Tensor | None, kv_frames: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    mask: BlockCausal,
+    q_frames: Tensor | None,
+    kv_frames: Tensor | None,
     context: KVContext | None,
 ) -> Tensor:
     """bool [B, Fq, Fk], or [B, Fq, Fc + Fk] with context keys first."""
@@ -128,7 +132,13 @@ def attention_sdpa(
 
 
 def _visible_runs(
-    q: Tensor, k: Tensor, v: Tensor, context: KVContext | None, seen: list[list[bool]], split: int, tokens: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: KVContext | None,
+    seen: list[list[bool]],
+    split: int,
+    tokens: int,
     scale: float | None,
 ) -> Tensor:
     """One fused call for each run of query frames that see the same key frames."""

@@ -15,15 +15,32 @@ def _one(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def _fake(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, frames: Tensor, num_heads: int, height: int, width: int,
-    eps: float, theta: float,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    frames: Tensor,
+    num_heads: int,
+    height: int,
+    width: int,
+    eps: float,
+    theta: float,
 ) -> tuple[Tensor, Tensor]:
     return _one(qkv, num_heads), _one(qkv, num_heads)
 
 
 def _fake_append(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, frames: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor,
-    num_heads: int, height: int, width: int, eps: float, theta: float,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    frames: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    height: int,
+    width: int,
+    eps: float,
+    theta: float,
 ) -> Tensor:
     return _one(qkv, num_heads)
 

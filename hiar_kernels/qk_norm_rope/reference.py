@@ -22,10 +22,7 @@ def rope_angles(frames: Tensor, height: int, width: int, head_dim: int, theta: f
         return torch.arange(n, device=frames.device, dtype=torch.float64)
 
     positions = (frames.to(torch.float64), count(height), count(width))
-    angles = [
-        p[..., None] * theta ** (-count(n) / max(n, 1))
-        for p, n in zip(positions, split, strict=True)
-    ]
+    angles = [p[..., None] * theta ** (-count(n) / max(n, 1)) for p, n in zip(positions, split, strict=True)]
     b, f = frames.shape
     grid = (b, f, height, width)
     t = angles[0][:, :, None, None].expand(*grid, split[0])
@@ -51,8 +48,15 @@ def _split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def qk_norm_rope(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, frames: Tensor, num_heads: int, height: int, width: int,
-    eps: float, theta: float,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    frames: Tensor,
+    num_heads: int,
+    height: int,
+    width: int,
+    eps: float,
+    theta: float,
 ) -> tuple[Tensor, Tensor]:
     """Normed and rotated q, k [B, T, H, D]; float32 or wider inside, rounded once."""
     q, k, v = _split(qkv, num_heads)
@@ -67,8 +71,18 @@ def qk_norm_rope(
 
 
 def qk_norm_rope_append(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, frames: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor,
-    num_heads: int, height: int, width: int, eps: float, theta: float,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    frames: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    height: int,
+    width: int,
+    eps: float,
+    theta: float,
 ) -> Tensor:
     """q [B, T, H, D]; k and v are written into the frame slots of k_cache and v_cache."""
     q, k = qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, height, width, eps, theta)

@@ -91,13 +91,25 @@ class Executor:
         models: one for each step (the same one repeated, or experts). plan: of the visits; ``num_blocks`` of the walk.
         schedule: noise levels. cache: the rings of the plan's caches. text: of a block, [B or 1, L, text_dim].
         noise, renoise: initial and step noise. prefix: clean frames [B, F, C, H, W] or None.
-        first_frame: id of the video's first frame. trajectory: "sde" | "ode". context_noise: timestep of finished blocks.
+        first_frame: id of the video's first frame. trajectory: "sde" | "ode".
+        context_noise: timestep that finished blocks are cached at.
     """
 
     def __init__(
-        self, models: Sequence[HiARTransformer], plan: Plan, num_blocks: int | None, schedule: FlowSchedule,
-        cache: RingCache, grid: tuple[int, int], text: TextSource, noise: NoiseSource, renoise: NoiseSource,
-        prefix: Tensor | None, first_frame: int, trajectory: str, context_noise: float,
+        self,
+        models: Sequence[HiARTransformer],
+        plan: Plan,
+        num_blocks: int | None,
+        schedule: FlowSchedule,
+        cache: RingCache,
+        grid: tuple[int, int],
+        text: TextSource,
+        noise: NoiseSource,
+        renoise: NoiseSource,
+        prefix: Tensor | None,
+        first_frame: int,
+        trajectory: str,
+        context_noise: float,
     ) -> None:
         self.models, self.plan, self.num_blocks, self.cache, self.grid = models, plan, num_blocks, cache, grid
         self.text, self.noise, self.renoise, self.prefix = text, noise, renoise, prefix
@@ -164,7 +176,7 @@ class Executor:
     # One batched forward.
 
     def _launches(self, group: Group) -> list[list[int]]:
-        """Rows that may be one batch: same model, as many frames, evenly spaced caches (then their rings are a view)."""
+        """Rows that may be one batch: one model, as many frames, evenly spaced caches (so that rings are a view)."""
         runs: list[list[int]] = []
         for i, row in enumerate(group):
             if runs and self._joins([group[j] for j in runs[-1]], row):
@@ -175,7 +187,9 @@ class Executor:
 
     def _joins(self, rows: list[Row], row: Row) -> bool:
         last = rows[-1]
-        if self.models[last[-1].step] is not self.models[row[-1].step] or self._frame_count(last) != self._frame_count(row):
+        if self.models[last[-1].step] is not self.models[row[-1].step] or self._frame_count(last) != self._frame_count(
+            row
+        ):
             return False
         stride = row[-1].step - last[-1].step
         if self.plan.caches == 1 or (stride != 1 and self.cache.batch > 1):
@@ -197,7 +211,9 @@ class Executor:
         if first or len(wanted) < len(rows):
             live = Live(tuple(i * batch + b for i in wanted for b in range(batch)), first)
         x = torch.cat(inputs)
-        velocity = model.run(x, self._modulation(model, levels), self._text(model, rows), self._attend(rows, frames), live)
+        velocity = model.run(
+            x, self._modulation(model, levels), self._text(model, rows), self._attend(rows, frames), live
+        )
         self.counters.launches += 1
         self.counters.denoise += len(wanted)
         self.counters.cache += sum(len(row) for row in rows) - len(wanted)
@@ -221,7 +237,9 @@ class Executor:
     def _text(self, model: HiARTransformer, rows: list[Row]) -> TextKV:
         texts = [self.text(row[-1].block) for row in rows]
         if any(len(row) == 2 and self.text(row[0].block) is not text for row, text in zip(rows, texts, strict=True)):
-            raise ValueError("pairs=True needs one text for all blocks: both visits of a pair share their cross-attention")
+            raise ValueError(
+                "pairs=True needs one text for all blocks: both visits of a pair share their cross-attention"
+            )
         return self.texts.get(model, texts)
 
     def _attend(self, rows: list[Row], frames: list[list[int]]) -> RingAttend:
@@ -231,7 +249,12 @@ class Executor:
         stride = index[1] - index[0] if len(index) > 1 else 1
         windows = tuple(plan.window_frames[s] for s in steps for _ in range(self.cache.batch))
         mask = BlockCausal(
-            self.cache.frame_tokens, plan.frames_per_block, windows, plan.sink_frames, self.first_frame, plan.first_block_frames
+            self.cache.frame_tokens,
+            plan.frames_per_block,
+            windows,
+            plan.sink_frames,
+            self.first_frame,
+            plan.first_block_frames,
         )
         lends = [plan.cache_source == "next_step" and row[-1].kind == "denoise" and row[-1].step > 0 for row in rows]
         caches = slice(index[0], index[-1] + 1, stride)
@@ -249,7 +272,9 @@ class Executor:
             ]
             noise = torch.cat([part.to(self.device, self.dtype) for part in parts])
         result = flow_step(x, velocity, sigma.to(self.device), following.to(self.device), noise)[1]
-        self.unchecked += [(v, torch.isfinite(part).all()) for v, part in zip(visits, result.chunk(len(visits)), strict=True)]
+        self.unchecked += [
+            (v, torch.isfinite(part).all()) for v, part in zip(visits, result.chunk(len(visits)), strict=True)
+        ]
         # a look at device memory waits for it: on an accelerator once a finished block, not once a visit
         if self.device.type == "cpu" or any(v.step + 1 == self.plan.steps for v in visits):
             self._check_finite()

@@ -100,8 +100,14 @@ class Rollout:
         config = models[0].config
         prefix_frames = 0 if prefix is None else prefix.shape[1]
         self.plan = Plan(
-            len(schedule), order, frames_per_block, prefix_frames, windows_per_step(window_frames, len(schedule)),
-            sink_frames, cache_source, pairs,
+            len(schedule),
+            order,
+            frames_per_block,
+            prefix_frames,
+            windows_per_step(window_frames, len(schedule)),
+            sink_frames,
+            cache_source,
+            pairs,
         )
         self.num_blocks = self._count_blocks(num_frames, prefix_frames)
         self.shape = (config.in_channels, height, width)
@@ -123,8 +129,19 @@ class Rollout:
             config, capacities, batch, math.prod(grid), sink_frames, dtype=weight.dtype, device=weight.device
         )
         self.executor = Executor(
-            models, self.plan, self.num_blocks, schedule, cache, grid, text if callable(text) else lambda _: text,
-            self._initial_noise(noise), renoise or self._keyed, prefix, first_frame, trajectory, context_noise,
+            models,
+            self.plan,
+            self.num_blocks,
+            schedule,
+            cache,
+            grid,
+            text if callable(text) else lambda _: text,
+            self._initial_noise(noise),
+            renoise or self._keyed,
+            prefix,
+            first_frame,
+            trajectory,
+            context_noise,
         )
         self.groups_done = 0
         self.forwards_done = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -119,8 +120,6 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> ToyRecipe
 
 def _build(kind: Any, values: Any, prefix: str) -> Any:
     """A recipe dataclass from a mapping; refuses unknown keys and wrong types by their full name."""
-    import difflib
-
     if not isinstance(values, dict):
         raise ValueError(f"recipe: {prefix or 'the file'} must be a mapping, got {values!r}")
     known = {f.name: f for f in dataclasses.fields(kind)}
@@ -137,8 +136,9 @@ def _build(kind: Any, values: Any, prefix: str) -> Any:
         default = known[key].default
         if isinstance(default, float) and type(value) is int:
             value = float(value)
-        if type(value) is not type(default) and not (key == "window_frames" and value is None):
-            if not (isinstance(default, tuple) and isinstance(value, list)):
-                raise ValueError(f"recipe: {prefix}{key} must be {type(default).__name__}, got {value!r}")
+        listed = isinstance(default, tuple) and isinstance(value, list)
+        unlimited = key == "window_frames" and value is None
+        if type(value) is not type(default) and not listed and not unlimited:
+            raise ValueError(f"recipe: {prefix}{key} must be {type(default).__name__}, got {value!r}")
         built[key] = value
     return kind(**built)

@@ -84,10 +84,19 @@ def teacher_forcing_loss(
     rule = {"frames_per_block": frames_per_block, "window_frames": window_frames, "sink_frames": sink_frames}
     frames = x0.shape[1]
     context = model.kv(
-        add_noise(x0, context_sigma, context_noise), _timesteps(context_sigma, frames), text, "block_causal", **rule  # type: ignore[arg-type]
+        add_noise(x0, context_sigma, context_noise),
+        _timesteps(context_sigma, frames),
+        text,
+        "block_causal",
+        **rule,  # type: ignore[arg-type]
     )
     velocity = model(
-        add_noise(x0, target_sigma, noise), _timesteps(target_sigma, frames), text, "block_causal", context=context, **rule
+        add_noise(x0, target_sigma, noise),
+        _timesteps(target_sigma, frames),
+        text,
+        "block_causal",
+        context=context,
+        **rule,
     )
     error = F.mse_loss(velocity.float(), noise - x0, reduction="none").mean(dim=(2, 3, 4))
     if weight is None:
@@ -100,7 +109,7 @@ def _timesteps(sigma: Tensor, frames: int) -> Tensor:
 
 
 def loss_weights(batch: int, frames: int, from_start: Sequence[bool], frames_per_block: int) -> Tensor:
-    """[B, F]: a clip cut from the middle of a video has no context for its first block, so that block does not count."""
+    """[B, F]: of a clip from the middle of a video the first block does not count, since its context is missing."""
     weight = torch.ones(batch, frames)
     weight[~torch.tensor(from_start), :frames_per_block] = 0
     return weight

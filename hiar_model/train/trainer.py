@@ -99,11 +99,21 @@ class ToyTrainer:
         factor = rate_factor(self.iteration / r.iterations, r.optimizer.warmup, r.optimizer.cooldown)
         with torch.autocast("cpu", torch.bfloat16, enabled=r.precision == "bfloat16"):
             loss = teacher_forcing_loss(
-                self.model, latents, text, target, context, self.generator, frames_per_block=r.frames_per_block,
-                window_frames=r.window_frames, sink_frames=r.sink_frames, weight=weight,
+                self.model,
+                latents,
+                text,
+                target,
+                context,
+                self.generator,
+                frames_per_block=r.frames_per_block,
+                window_frames=r.window_frames,
+                sink_frames=r.sink_frames,
+                weight=weight,
             )
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at iteration {self.iteration}; last good state: {self.folder / CHECKPOINT}")
+            raise FloatingPointError(
+                f"loss is {loss.item()} at iteration {self.iteration}; last good state: {self.folder / CHECKPOINT}"
+            )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), r.optimizer.clip_norm)
         for optimizer, peaks in zip(self.optimizers, self.peak, strict=True):
@@ -120,7 +130,9 @@ class ToyTrainer:
     def _log(self) -> None:
         path, new = self.folder / LOSSES, not (self.folder / LOSSES).exists()
         means = [sum(column) / len(column) for column in zip(*self.pending, strict=True)]
-        factor = rate_factor(self.iteration / self.recipe.iterations, self.recipe.optimizer.warmup, self.recipe.optimizer.cooldown)
+        factor = rate_factor(
+            self.iteration / self.recipe.iterations, self.recipe.optimizer.warmup, self.recipe.optimizer.cooldown
+        )
         with path.open("a", newline="") as f:
             writer = csv.writer(f)
             if new:
@@ -170,7 +182,7 @@ def initialise(model: HiARTransformer) -> None:
     """Gates and the head start at zero (adaLN-Zero, arXiv 2212.09748): every block begins as the identity."""
     with torch.no_grad():
         for block in model.blocks:
-            block.modulation.zero_()  # type: ignore[operator,union-attr]
+            block.modulation.zero_()  # type: ignore[operator]
         last = model.time_projection[-1]
         assert isinstance(last, torch.nn.Linear)
         last.weight.zero_()
