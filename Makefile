@@ -1,6 +1,10 @@
 # make demo    set up .venv and generate out/demo.mp4 with the shipped toy model
 # make test    set up .venv with the developer tools and run the tests       (make test ARGS='-k mask' JOBS=1)
+#              one tier of them: make test-cpu, test-interpreter, test-compile
 # make lint    ruff, codespell        make types   mypy        make check   lint, types, tests
+# make gpu-test        run the kernels' tests on the CUDA device; needs only torch, triton, pytest
+# make gpu-bench       measure every op on it, into bench/results/; needs pytest-benchmark too (make bench: rehearsal, CPU)
+# make compile-report  write docs/compile_report.md: registers, spills, tensor cores of every kernel; needs no GPU
 # make clean   remove .venv and everything else that was built; videos in out/ stay
 #
 # PYTHON chooses the interpreter that .venv is made from: make demo PYTHON=python3.12
@@ -16,7 +20,7 @@ PROMPT := a red circle moving right
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types check setup setup-dev clean
+.PHONY: help demo test test-cpu test-interpreter test-compile gpu-test gpu-bench bench compile-report lint types check setup setup-dev clean
 
 help:
 	@sed -n '/^[^#]/q; s/^# \{0,1\}//p' Makefile
@@ -58,8 +62,48 @@ demo: setup
 	@echo "to the last. Now try your own: $(BIN)/hiar generate \"a blue square moving up fast\" -o out/mine.mp4"
 
 # One thread for each of JOBS workers: torch would otherwise start a thread per core in every one of them.
-test: setup-dev
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+# ARGS may choose tests of one tier alone: that the others then have none (exit status 5) is no failure.
+tier = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(JOBS) -m $(1) $(ARGS) $(if $(strip $(ARGS)),|| [ $$? -eq 5 ])
+
+test: test-cpu test-interpreter test-compile
+
+test-cpu: setup-dev
+	@$(call tier,cpu)
+
+# Triton reads the variable when it is imported: a process of its own.
+test-interpreter: setup-dev
+	@TRITON_INTERPRET=1 $(call tier,interpreter)
+
+test-compile: setup-dev
+	@$(call tier,compile)
+
+# .venv where there is one, unless PYTHON says otherwise; nothing is installed.
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)),$(PYTHON))
+
+define gpu_check
+import importlib.util, sys
+goal, *needs = sys.argv[1:]
+absent = [name for name in needs if importlib.util.find_spec(name) is None]
+if absent: sys.exit(f"{goal} needs {', '.join(absent)}, not installed for {sys.executable}")
+import torch
+if not torch.cuda.is_available(): sys.exit(f"{goal} needs a CUDA device, torch {torch.__version__} finds none")
+print(torch.cuda.get_device_name(), "torch", torch.__version__)
+endef
+export gpu_check
+
+gpu-test:
+	@$(GPU_PYTHON) -c "$$gpu_check" "make $@" torch triton pytest
+	@env -u TRITON_INTERPRET PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu tests/interpreter $(ARGS)
+
+gpu-bench:
+	@$(GPU_PYTHON) -c "$$gpu_check" "make $@" torch triton pytest pytest_benchmark
+	@env -u TRITON_INTERPRET PYTHONPATH=. $(GPU_PYTHON) -m pytest bench --benchmark-only $(ARGS)
+
+bench: setup-dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+compile-report: setup-dev
+	@$(BIN)/python -m hiar_kernels.compile_report --markdown docs/compile_report.md
 
 lint: setup-dev
 	@$(BIN)/python -m ruff check .

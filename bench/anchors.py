@@ -18,7 +18,6 @@ import importlib
 import inspect
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from measure import Bench, Case, clocks, environment, line_of, table
+from measure import Bench, Case, clocks, environment, line_of, result_folder, table
 from plain_visit import PARTS, PlainVisit
 
 
@@ -299,10 +298,8 @@ def main() -> int:
     note = "Cells: p50 [p20, p80] of one launch, the rate of all its rows, and that as part of the large matmul's rate."
     if args.small:
         note = f"REHEARSAL at toy sizes on {args.device}: nothing here is a measurement. {note}"
-    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
     home = Path(__file__).resolve().parents[1]
-    kept = home / "bench" / "results" / device / f"{about['date'][:10]}-{about['revision']}"
-    out = args.out or (home / "out" / "anchors" if args.small else kept)
+    out = args.out or (home / "out" / "anchors" if args.small else result_folder(about))
     out.mkdir(parents=True, exist_ok=True)
 
     plan = {

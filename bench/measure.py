@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -141,6 +142,12 @@ def environment(device: str) -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version()) if cuda else "none",
         **{name: installed.get(name, "absent") for name in PEERS},
     }
+
+
+def result_folder(about: dict[str, str]) -> Path:
+    """bench/results/<device>/<date>-<revision> of an :func:`environment`."""
+    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    return Path(__file__).resolve().parent / "results" / device / f"{about['date'][:10]}-{about['revision']}"
 
 
 def cell(case: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from .attention import EMPTY, BlockCausal, KVContext, attention
 from .backends import backends
 from .flow_step import flow_step
 from .gated_residual import gated_residual
+from .gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
 from .layer_norm import layer_norm
 from .merge_attention import merge_attention
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_append
@@ -19,6 +20,7 @@ __all__ = [
     "backends",
     "flow_step",
     "gated_residual",
+    "gated_residual_ada_layer_norm",
     "layer_norm",
     "merge_attention",
     "qk_norm_rope",

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ._pointwise import WHY as POINTWISE
 from .ada_layer_norm import api as ada_layer_norm
 from .attention import api as attention
 from .flow_step import api as flow_step
 from .gated_residual import api as gated_residual
+from .gated_residual_ada_layer_norm import api as gated_residual_ada_layer_norm
 from .layer_norm import api as layer_norm
 from .merge_attention import api as merge_attention
 from .qk_norm_rope import api as qk_norm_rope
@@ -20,15 +22,21 @@ _OPS = {
     "attention": (
         attention.IMPLS,
         "sdpa",
-        "visible keys through torch's fused attention; reference where a logsumexp is asked",
+        "visible keys through torch's fused attention; reference where a logsumexp is asked; triton (no host sync, one "
+        "launch for rows at different steps) only on request, until it is measured",
     ),
-    "merge_attention": (merge_attention.IMPLS, "reference", "the only implementation"),
-    "qk_norm_rope": (qk_norm_rope.IMPLS, "reference", "the only implementation"),
-    "qk_norm_rope_append": (qk_norm_rope.IMPLS, "reference", "the only implementation"),
-    "ada_layer_norm": (ada_layer_norm.IMPLS, "reference", "the only implementation"),
-    "layer_norm": (layer_norm.IMPLS, "reference", "the only implementation"),
-    "gated_residual": (gated_residual.IMPLS, "reference", "the only implementation"),
-    "flow_step": (flow_step.IMPLS, "reference", "the only implementation"),
+    "merge_attention": (
+        merge_attention.IMPLS,
+        "reference",
+        "differentiable; triton (one pass, no gradient) on request",
+    ),
+    "qk_norm_rope": (qk_norm_rope.IMPLS, "reference", POINTWISE),
+    "qk_norm_rope_append": (qk_norm_rope.IMPLS, "reference", POINTWISE),
+    "ada_layer_norm": (ada_layer_norm.IMPLS, "reference", POINTWISE),
+    "layer_norm": (layer_norm.IMPLS, "reference", POINTWISE),
+    "gated_residual": (gated_residual.IMPLS, "reference", POINTWISE),
+    "gated_residual_ada_layer_norm": (gated_residual_ada_layer_norm.IMPLS, "reference", POINTWISE),
+    "flow_step": (flow_step.IMPLS, "reference", POINTWISE),
 }
 
 

@@ -8,6 +8,7 @@ from .ada_layer_norm import ada_layer_norm as _ada_layer_norm
 from .attention import attention as _attention
 from .flow_step import flow_step as _flow_step
 from .gated_residual import gated_residual as _gated_residual
+from .gated_residual_ada_layer_norm import gated_residual_ada_layer_norm as _gated_residual_ada_layer_norm
 from .layer_norm import layer_norm as _layer_norm
 from .merge_attention import merge_attention as _merge_attention
 from .qk_norm_rope import qk_norm_rope as _qk_norm_rope
@@ -20,4 +21,5 @@ qk_norm_rope_append = partial(_qk_norm_rope_append, impl="reference")
 ada_layer_norm = partial(_ada_layer_norm, impl="reference")
 layer_norm = partial(_layer_norm, impl="reference")
 gated_residual = partial(_gated_residual, impl="reference")
+gated_residual_ada_layer_norm = partial(_gated_residual_ada_layer_norm, impl="reference")
 flow_step = partial(_flow_step, impl="reference")

@@ -36,6 +36,7 @@ IMPLEMENTATIONS = {"reference", "triton_fwd", "triton_bwd", "cuda"}  # file name
 LONGEST_FILE = 500
 SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h"}
 NOT_OURS = {"build", "dist", "out", "runs"}
+TIERS = {"cpu", "interpreter", "compile", "gpu"}
 NOT_AT_IMPORT = ("triton", "diffusers", "transformers", "flash_attn", "xformers")
 
 
@@ -122,7 +123,7 @@ def arrow() -> str:
 
 
 def entangled_implementations(root: Path) -> list[str]:
-    """An implementation may build on the same kind in another op's folder (reference on reference), on nothing else."""
+    """An implementation may build on its kind in another folder, a backward on the forward beside it; nothing else."""
     problems = []
     for module, path in modules(root).items():
         folder, _, kind = module.rpartition(".")
@@ -130,6 +131,8 @@ def entangled_implementations(root: Path) -> list[str]:
             continue
         for target in sorted(imports(root, module)):
             other_folder, _, other = target.rpartition(".")
+            if (kind, other) == ("triton_bwd", "triton_fwd") and other_folder == folder:
+                continue
             if other in IMPLEMENTATIONS and (other != kind or other_folder == folder):
                 problems.append(f"{path} imports {target}: what two implementations share goes into a third module")
     return problems
@@ -144,6 +147,32 @@ def long_files(root: Path) -> list[str]:
     return found
 
 
+def tier_of(text: str) -> str | None:
+    """The tier that a test file gives itself, as `pytestmark = pytest.mark.cpu` or first of a list."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
+            value = node.value.elts[0] if isinstance(node.value, ast.List) else node.value
+            name = ast.unparse(value).removeprefix("pytest.mark.")
+            return name if name in TIERS else None
+    return None
+
+
+def untiered_tests(root: Path) -> list[str]:
+    """Test files that no tier would run, or the wrong one."""
+    problems = []
+    for path in sources(root):
+        if path.parts[0] != "tests" or not path.name.startswith("test_"):
+            continue
+        tier = tier_of((root / path).read_text(encoding="utf-8"))
+        if tier is None:
+            problems.append(f"{path}: no tier; write pytestmark = pytest.mark.cpu, or another of {sorted(TIERS)}")
+        elif (tier == "interpreter") != (path.parts[1] == "interpreter"):
+            problems.append(
+                f"{path}: {tier} tests stand elsewhere: tests/interpreter/ holds interpreter tests, all of them"
+            )
+    return problems
+
+
 def reached(root: Path, module: str) -> set[str]:
     """All that a module imports, itself or through our modules (the __init__ of the packages around it aside)."""
     seen: set[str] = set()
@@ -156,7 +185,10 @@ def reached(root: Path, module: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("find", [unknown_modules, dead_names, wrong_direction, entangled_implementations, long_files])
+CHECKS = (unknown_modules, wrong_direction, entangled_implementations, long_files, untiered_tests)
+
+
+@pytest.mark.parametrize("find", [*CHECKS, dead_names])
 def test_tree(find):
     assert modules(ROOT).keys() >= set(PACKAGES), "the packages were not found: is ROOT right?"
     problems = find(ROOT)
@@ -199,14 +231,14 @@ def tree(tmp_path):
         write(f"{folder}/__init__.py")
     write("hiar_kernels/norm/reference.py", "import torch\n")
     write("hiar_kernels/norm/triton_fwd.py")
+    write("hiar_kernels/norm/triton_bwd.py", "from .triton_fwd import tile\n")
     write("hiar_kernels/attention/reference.py", "from ..norm.reference import norm\n")
     write("hiar_model/config.py", "import dataclasses\n")
     write("hiar_model/rollout/visits.py", "from ..config import X\n")
     write("hiar_model/cli.py", "import hiar_model\nfrom . import config\n")
+    write("tests/test_norm.py", "import pytest\npytestmark = pytest.mark.cpu\n")
+    write("tests/interpreter/test_norm.py", "import pytest\npytestmark = [pytest.mark.interpreter]\n")
     return write
-
-
-CHECKS = (unknown_modules, wrong_direction, entangled_implementations, long_files)
 
 
 def test_a_legal_tree_passes(tree):
@@ -231,11 +263,13 @@ def test_a_legal_tree_passes(tree):
         (entangled_implementations, "hiar_kernels/norm/triton_fwd.py", "from ..attention.reference import x\n"),
         (long_files, "csrc/big.cu", "//\n" * 501),
         (long_files, "bench/big.py", "#\n" * 501),
+        (untiered_tests, "tests/test_norm.py", "def test(): pass\n"),
+        (untiered_tests, "tests/test_norm.py", "pytestmark = pytest.mark.slow\n"),
+        (untiered_tests, "tests/test_norm.py", "pytestmark = pytest.mark.interpreter\n"),
+        (untiered_tests, "tests/interpreter/test_norm.py", "pytestmark = pytest.mark.cpu\n"),
     ],
 )
 def test_a_wrong_tree_fails(tree, check, path, text):
-    if "triton_bwd" in text:
-        tree("hiar_kernels/norm/triton_bwd.py")
     root = tree(path, text)
     problems = check(root)
     assert len(problems) == 1, problems

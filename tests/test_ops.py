@@ -60,6 +60,9 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "layer_norm": (normal(2, 6, 8), normal(8), normal(8), 1e-6),
     "layer_norm of strided views": (turned(normal(2, 6, 8)), normal(8), normal(8), 1e-6),
     "gated_residual": (normal(2, 6, 8), normal(2, 6, 8), normal(1, 2, 8)),
+    "gated_residual_ada_layer_norm": (
+        normal(2, 6, 8), normal(2, 6, 8), normal(2, 3, 8), normal(1, 3, 8), normal(1, 3, 8), 1e-6,
+    ),
     "gated_residual of strided views": (turned(normal(2, 6, 8)), turned(normal(2, 6, 8)), normal(1, 2, 8)),
     "flow_step": (
         normal(2, 3, 2, 4, 4), normal(2, 3, 2, 4, 4), torch.rand(1, 3), torch.rand(2, 1), normal(2, 3, 2, 4, 4),
@@ -121,7 +124,8 @@ def test_fakes_have_the_strides_of_the_outputs(sample):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
 
 
-DIFFERENTIABLE = {"attention": (0, 1, 2, 3, 4), "flow_step": (0, 1, 4)}  # positions; of the others the first three
+EACH = (0, 1, 2, 3, 4)  # positions; of ops that are not named the first three
+DIFFERENTIABLE = {"attention": EACH, "flow_step": (0, 1, 4), "gated_residual_ada_layer_norm": EACH}
 
 
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if s.split()[0] not in NO_GRADIENT])
@@ -186,6 +190,10 @@ PUBLIC: dict[str, tuple[Callable, list[Tensor]]] = {
     "ada_layer_norm": (hk.ada_layer_norm, [normal(2, 6, 8), normal(2, 3, 8), normal(1, 3, 8).detach().expand(2, 3, 8)]),
     "layer_norm": (hk.layer_norm, [normal(2, 6, 8), normal(8), normal(8)]),
     "gated_residual": (hk.gated_residual, [normal(2, 6, 8), normal(2, 6, 8, seed=1), normal(1, 2, 8)]),
+    "gated_residual_ada_layer_norm": (
+        hk.gated_residual_ada_layer_norm,
+        [normal(2, 6, 8), normal(2, 6, 8, seed=1), *(normal(1, 2, 8, seed=i) for i in (2, 3, 4))],
+    ),
     "flow_step": (
         lambda x, v, e: hk.flow_step(x, v, torch.tensor([[0.9]]), torch.tensor([[0.5, 0.0, 0.1]]), e),
         [normal(2, 3, 2, 4, 4, seed=i) for i in range(3)],
@@ -237,6 +245,9 @@ CALLS: dict[str, Callable[[str], object]] = {
     "ada_layer_norm": lambda impl: hk.ada_layer_norm(*[torch.ones(1, 1, 2)] * 3, impl=impl),
     "layer_norm": lambda impl: hk.layer_norm(torch.ones(1, 1, 2), *[torch.ones(2)] * 2, impl=impl),
     "gated_residual": lambda impl: hk.gated_residual(*[torch.ones(1, 1, 2)] * 3, impl=impl),
+    "gated_residual_ada_layer_norm": lambda impl: hk.gated_residual_ada_layer_norm(
+        *[torch.ones(1, 1, 2)] * 5, impl=impl
+    ),
     "flow_step": lambda impl: hk.flow_step(*[torch.ones(1, 1, 1, 1, 1)] * 2, *[torch.ones(1, 1)] * 2, impl=impl),
 }  # fmt: skip
 
@@ -254,6 +265,9 @@ def test_an_explicit_impl_never_falls_back(name):
     legal = ", ".join(("auto", *there))
     for impl in {"auto", "reference", "sdpa"} & {"auto", *there}:
         CALLS[name](impl)
+    if "triton" in there:
+        line = refusal(lambda: CALLS[name]("triton"))
+        assert line == f"{name}: impl='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got one on cpu"
     for impl in {"sdpa", "triton", "cuda"} - set(there):
         line = refusal(lambda impl=impl: CALLS[name](impl))
         assert line == f"{name}: has no implementation {impl!r}; legal: {legal}"
@@ -393,6 +407,17 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "y of another shape": (lambda: hk.gated_residual(X, X[:, :3], X), "must be [B, T, C], got [2, 6, 8], [2, 3, 8]"),
     "a narrow gate": (lambda: hk.gated_residual(X, X, X[..., :4]), "gate must be [2 or 1, F, 8], got [2, 6, 4]"),
     "gates that do not divide": (lambda: hk.gated_residual(X, X, X[:, :4]), "6 tokens are no multiple of 4 frames"),
+    "a gate of other frames": (
+        lambda: hk.gated_residual_ada_layer_norm(X, X, X[:, :2], X[:, :3], X[:, :3]),
+        "scale must be [2 or 1, 2, 8] like gate, got [2, 3, 8]",
+    ),
+    "y of other tokens": (
+        lambda: hk.gated_residual_ada_layer_norm(X, X[:, :3], *[X[:, :3]] * 3),
+        "x and y must be [B, T, C], got [2, 6, 8], [2, 3, 8]",
+    ),
+    "fused frames that do not divide": (
+        lambda: hk.gated_residual_ada_layer_norm(X, X, *[X[:, :4]] * 3), "6 tokens are no multiple of 4 frames"
+    ),
     "latents in four dimensions": (
         lambda: hk.flow_step(LATENT[0], LATENT[0], LEVEL, LEVEL), "x must be [B, F, C, H, W], got [3, 1, 4, 4]"
     ),
@@ -420,4 +445,4 @@ def test_bad_input_is_one_line(what):
     line = refusal(call)
     assert message in line
     assert re.match(r"(attention|merge_attention|BlockCausal|qk_norm_rope|qk_norm_rope_append|ada_layer_norm|"
-                    r"layer_norm|gated_residual|flow_step): ", line)  # fmt: skip
+                    r"layer_norm|gated_residual|gated_residual_ada_layer_norm|flow_step): ", line)  # fmt: skip

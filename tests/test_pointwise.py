@@ -12,7 +12,15 @@ import torch
 from budget import assert_within_budget
 from torch import Tensor
 
-from hiar_kernels import ada_layer_norm, flow_step, gated_residual, layer_norm, qk_norm_rope, qk_norm_rope_append
+from hiar_kernels import (
+    ada_layer_norm,
+    flow_step,
+    gated_residual,
+    gated_residual_ada_layer_norm,
+    layer_norm,
+    qk_norm_rope,
+    qk_norm_rope_append,
+)
 
 pytestmark = pytest.mark.cpu
 
@@ -46,6 +54,11 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return naive.layer_norm(x, 1e-6) * (1 + naive.per_frame(scale, 4)) + naive.per_frame(shift, 4)
 
 
+def gated_and_modulated(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    h = x + naive.per_frame(gate, 4) * y
+    return h, modulated(h, shift, scale)
+
+
 def stepped(
     x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -76,6 +89,11 @@ OPS: dict[str, tuple[Callable, Callable, list[Tensor]]] = {
         gated_residual,
         lambda x, y, gate: x + naive.per_frame(gate, 4) * y,
         [normal(2, 12, 10, seed=1), normal(2, 12, 10, seed=2), normal(2, 3, 10, seed=3)],
+    ),
+    "gated_residual_ada_layer_norm": (
+        gated_residual_ada_layer_norm,
+        gated_and_modulated,
+        [normal(2, 12, 10, seed=1), normal(2, 12, 10, seed=2), *(normal(1, 3, 10, seed=i) for i in (3, 4, 5))],
     ),
     "flow_step, sde": (
         lambda x, v, e: flow_step(x, v, *LEVELS, e),

@@ -93,6 +93,11 @@ def test_loss_of_the_true_velocity_is_zero():
     assert loss(model, loss_weights(2, 6, [True, False], 3)) == pytest.approx(4.0 * 3 / 9)
 
 
+def test_weights_of_the_first_block():
+    weight = loss_weights(2, 6, [True, False], 3, first_block=2.5)
+    assert weight.tolist() == [[2.5] * 3 + [1.0] * 3, [0.0] * 3 + [1.0] * 3]
+
+
 def test_add_noise():
     x0, noise = torch.randn(2, 1, 1, 2, 2), torch.randn(2, 1, 1, 2, 2)
     mixed = add_noise(x0, torch.tensor([0.0, 1.0]), noise)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._dispatch import choose, require
+from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
-IMPLS = ("reference",)
+IMPLS = ("reference", "triton")
 
 
 def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, impl: str = "auto") -> Tensor:
@@ -17,17 +19,19 @@ def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
         x: [B, T, C]; the F frames' tokens one after another.
         shift, scale: [B or 1, F, C], any floating dtype; F divides T.
         eps: added to the variance.
-        impl: "auto" | "reference".
+        impl: "auto" | "reference" | "triton".
 
     Returns:
         [B, T, C] contiguous, dtype of x; computed in float32 (float64 for float64) and rounded once. Differentiable.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
     require(x.dim() == 3, f"ada_layer_norm: x must be [B, T, C], got {list(x.shape)}")
     for name, m in (("shift", shift), ("scale", scale)):
         ok = m.dim() == 3 and m.shape[0] in (1, x.shape[0]) and m.shape[2] == x.shape[2] and m.shape == shift.shape
         require(ok, f"ada_layer_norm: {name} must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(m.shape)}")
-    choose("ada_layer_norm", impl, IMPLS, auto="reference")
+    if choose("ada_layer_norm", impl, IMPLS, auto=automatic(x, shift, scale, norm=True)) == "triton":
+        prepare("ada_layer_norm", norm=True, x=x, shift=shift, scale=scale)
+        return torch.ops.hiar.ada_layer_norm(x, shift, scale, eps)
     return reference.ada_layer_norm(x, shift, scale, eps)

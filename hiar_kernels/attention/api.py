@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _triton
 from .._dispatch import choose, require
 from . import ops, reference
 from .mask import BlockCausal, KVContext
 
-IMPLS = ("reference", "sdpa")
+IMPLS = ("reference", "sdpa", "triton")
 
 
 def attention(
@@ -42,7 +43,8 @@ def attention(
             a mask only. n equal padding keys are one key with count n.
         return_lse: also return the natural logsumexp of the scaled scores, [B, H, Tq], float32 (float64 for float64).
         scale: of the scores; default 1 / sqrt(D).
-        impl: "auto" | "sdpa" (torch's fused attention over the visible keys) | "reference" (all scores).
+        impl: "auto" | "sdpa" (torch's fused attention over the visible keys) | "triton" (bfloat16, float16, float32;
+            D 16, 32, 64 or 128; last strides of 1; no host sync) | "reference" (all scores).
 
     Returns:
         [B, Tq, H, D] contiguous, dtype of q; with ``return_lse`` also the logsumexp. A query without a visible key
@@ -54,7 +56,10 @@ def attention(
     _validate(q, k, v, mask, q_frames, kv_frames, context, kv_counts)
     impl = choose("attention", impl, IMPLS, auto="reference" if return_lse else "sdpa")
     require(not (return_lse and impl == "sdpa"), "attention: impl='sdpa' returns no logsumexp; use impl='reference'")
-    if torch.compiler.is_compiling():  # the eager paths read frame ids on the host; the op hides that from the tracer
+    if impl == "triton":
+        _triton.load("attention", q)
+    # under torch.compile too: the eager paths read frame ids on the host, which the op hides from the tracer
+    if impl == "triton" or torch.compiler.is_compiling():
         out, lse = ops.call(q, k, v, mask, q_frames, kv_frames, context, kv_counts, scale)
         return (out, lse) if return_lse else out
     if impl == "sdpa":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._dispatch import choose, require
+from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
-IMPLS = ("reference",)
+IMPLS = ("reference", "triton")
 
 
 def flow_step(
@@ -20,14 +22,14 @@ def flow_step(
         sigma, sigma_next: noise levels [B or 1, F or 1] in 0..1.
         noise: standard normal, shape of x: "sde", next = (1 - sigma_next) x0 + sigma_next noise.
             None: "ode", next = x + (sigma_next - sigma) v.
-        impl: "auto" | "reference".
+        impl: "auto" | "reference" | "triton".
 
     Returns:
         x0 = x - sigma v and next, both [B, F, C, H, W] contiguous, in the dtype of x; computed in float32 (float64 for
         float64) and rounded once.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
     require(x.dim() == 5, f"flow_step: x must be [B, F, C, H, W], got {list(x.shape)}")
     for name, other in (("velocity", velocity), ("noise", noise)):
@@ -36,5 +38,8 @@ def flow_step(
     for name, level in (("sigma", sigma), ("sigma_next", sigma_next)):
         ok = level.dim() == 2 and level.shape[0] in (1, x.shape[0]) and level.shape[1] in (1, x.shape[1])
         require(ok, f"flow_step: {name} must be [{x.shape[0]} or 1, {x.shape[1]} or 1], got {list(level.shape)}")
-    choose("flow_step", impl, IMPLS, auto="reference")
+    if choose("flow_step", impl, IMPLS, auto=automatic(x, velocity, noise)) == "triton":
+        sigma, sigma_next = sigma.float(), sigma_next.float()
+        prepare("flow_step", x=x, velocity=velocity, noise=noise, sigma=sigma, sigma_next=sigma_next)
+        return torch.ops.hiar.flow_step(x, velocity, sigma, sigma_next, noise)
     return reference.flow_step(x, velocity, sigma, sigma_next, noise)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._dispatch import choose, require
+from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
-IMPLS = ("reference",)
+IMPLS = ("reference", "triton")
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, impl: str = "auto") -> Tensor:
@@ -16,17 +18,19 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, impl: str = "auto") ->
     Args:
         x, y: [B, T, C]; the F frames' tokens one after another. y may be of another floating dtype.
         gate: [B or 1, F, C], any floating dtype; F divides T.
-        impl: "auto" | "reference".
+        impl: "auto" | "reference" | "triton".
 
     Returns:
         [B, T, C] contiguous, dtype of x; computed in float32 (float64 for float64) and rounded once. Differentiable.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
     ok = x.dim() == 3 and x.shape == y.shape
     require(ok, f"gated_residual: x and y must be [B, T, C], got {list(x.shape)}, {list(y.shape)}")
     ok = gate.dim() == 3 and gate.shape[0] in (1, x.shape[0]) and gate.shape[2] == x.shape[2]
     require(ok, f"gated_residual: gate must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(gate.shape)}")
-    choose("gated_residual", impl, IMPLS, auto="reference")
+    if choose("gated_residual", impl, IMPLS, auto=automatic(x, y, gate)) == "triton":
+        prepare("gated_residual", x=x, y=y, gate=gate)
+        return torch.ops.hiar.gated_residual(x, y, gate)
     return reference.gated_residual(x, y.contiguous(), gate)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from .. import _triton
 from .._dispatch import choose, require
 from . import ops, reference  # noqa: F401  (registers the op)
 
-IMPLS = ("reference",)
+IMPLS = ("reference", "triton")
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor], *, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -18,13 +20,13 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor], *, impl: str
     Args:
         outs: partial outputs, each [B, T, H, D].
         lses: their logsumexps, each [B, H, T] (natural logarithm; -inf where a part saw no key).
-        impl: "auto" | "reference".
+        impl: "auto" | "triton" (one pass; bfloat16, float16, float32; no gradient) | "reference" (differentiable).
 
     Returns:
         out [B, T, H, D] in the dtype of the parts, logsumexp [B, H, T] in float32 (float64 for float64).
 
     Raises:
-        ValueError: no parts, or parts that differ in number, shape or dtype.
+        ValueError: no parts, parts that differ in number, shape or dtype, or what the implementation does not take.
     """
     ok = len(outs) == len(lses) > 0
     require(ok, f"merge_attention: got {len(outs)} outs and {len(lses)} lses; expected n and n >= 1")
@@ -34,5 +36,11 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor], *, impl: str
         ok = out.shape == outs[0].shape and out.dtype == outs[0].dtype
         require(ok, f"merge_attention: every out must be {want}, got {list(out.shape)} {out.dtype}")
         require(tuple(lse.shape) == (b, h, t), f"merge_attention: every lse must be {[b, h, t]}, got {list(lse.shape)}")
-    choose("merge_attention", impl, IMPLS, auto="reference")
+    impl = choose("merge_attention", impl, IMPLS, auto="reference")
+    if impl == "triton":
+        _triton.load("merge_attention", outs[0])
+        wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, *lses))
+        require(not wants_grad, "merge_attention: impl='triton' has no gradient; use impl='reference', or no_grad()")
+        merged: tuple[Tensor, Tensor] = torch.ops.hiar.merge_attention(list(outs), list(lses))
+        return merged
     return reference.merge_attention(list(outs), list(lses))

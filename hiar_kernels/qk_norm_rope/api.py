@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .._dispatch import choose, require
+from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the ops)
 
-IMPLS = ("reference",)
+IMPLS = ("reference", "triton")
 
 
 def qk_norm_rope(
@@ -32,17 +33,20 @@ def qk_norm_rope(
         num_heads: H; D must be even.
         grid: (rows, columns) of tokens in a frame; T = F rows columns.
         eps: of the RMSNorm. theta: base of the rotary frequencies.
-        impl: "auto" | "reference".
+        impl: "auto" | "reference" | "triton".
 
     Returns:
         q, k, v [B, T, H, D] in the dtype of qkv; v is a view of qkv. Differentiable in qkv and the weights.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes or dtypes do not fit, or impl="triton" cannot take the device or a dtype.
     """
     _validate("qk_norm_rope", qkv, q_weight, k_weight, frames, num_heads, grid)
-    choose("qk_norm_rope", impl, IMPLS, auto="reference")
-    q, k = reference.qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, *grid, eps, theta)
+    if choose("qk_norm_rope", impl, IMPLS, auto=automatic(q_weight, k_weight, qkv, norm=True)) == "triton":
+        prepare("qk_norm_rope", norm=True, q_weight=q_weight, k_weight=k_weight, qkv=qkv)
+        q, k = torch.ops.hiar.qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, *grid, eps, theta)
+    else:
+        q, k = reference.qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, *grid, eps, theta)
     return q, k, qkv[..., 2 * q_weight.numel() :].unflatten(-1, (num_heads, -1))
 
 
@@ -72,7 +76,8 @@ def qk_norm_rope_append(
         q [B, T, H, D].
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or a gradient is asked for.
+        ValueError: shapes or dtypes do not fit, a gradient is asked for, or impl="triton" cannot take the device, a
+            dtype or the layout of a cache.
     """
     _validate("qk_norm_rope_append", qkv, q_weight, k_weight, frames, num_heads, grid)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, q_weight, k_weight))
@@ -89,10 +94,14 @@ def qk_norm_rope_append(
         ok = cache.dim() == 4 and (cache.shape[0], *cache.shape[2:]) == shape and cache.shape[1] % tokens == 0
         want = f"[{shape[0]}, n * {tokens}, {shape[1]}, {shape[2]}]"
         require(ok, f"qk_norm_rope_append: {name} must be {want}, got {list(cache.shape)}")
-    choose("qk_norm_rope_append", impl, IMPLS, auto="reference")
-    return reference.qk_norm_rope_append(
-        qkv, q_weight, k_weight, frames, slots, k_cache, v_cache, num_heads, *grid, eps, theta
-    )
+    floats = {"q_weight": q_weight, "k_weight": k_weight, "qkv": qkv, "k_cache": k_cache, "v_cache": v_cache}
+    dense = k_cache.stride(3) == v_cache.stride(3) == 1
+    auto = automatic(*floats.values(), norm=True) if dense else "reference"
+    function = reference.qk_norm_rope_append
+    if choose("qk_norm_rope_append", impl, IMPLS, auto=auto) == "triton":
+        prepare("qk_norm_rope_append", norm=True, **floats)
+        function = torch.ops.hiar.qk_norm_rope_append
+    return function(qkv, q_weight, k_weight, frames, slots, k_cache, v_cache, num_heads, *grid, eps, theta)
 
 
 def _validate(

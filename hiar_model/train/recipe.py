@@ -42,6 +42,7 @@ class ToyRecipe:
         iterations: optimiser updates. batch_size: clips in each. num_frames: frames of a clip.
         frames_per_block, window_frames, sink_frames: the block-causal rule. steps, shift: the noise schedule.
         levels: which noise levels are trained. from_start: share of clips that are a video's beginning.
+        first_block_weight: of a video's first block in the loss: it must place its shape without any context.
         held_out_prompts: prompts never trained on, for evaluation. channels: of the codec's latents.
         ema: decay of the averaged weights, which are the ones exported. precision: "bfloat16" autocast or "float32".
         log_every, checkpoint_every: iterations.
@@ -60,6 +61,7 @@ class ToyRecipe:
     shift: float = 2.0
     levels: LevelMixture = field(default_factory=LevelMixture)
     from_start: float = 0.4
+    first_block_weight: float = 1.0
     held_out_prompts: int = 64
     codec_floor: float = 0.25
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)

@@ -108,8 +108,15 @@ def _timesteps(sigma: Tensor, frames: int) -> Tensor:
     return (TRAIN_TIMESTEPS * sigma)[:, None].expand(-1, frames)
 
 
-def loss_weights(batch: int, frames: int, from_start: Sequence[bool], frames_per_block: int) -> Tensor:
-    """[B, F]: of a clip from the middle of a video the first block does not count, since its context is missing."""
+def loss_weights(
+    batch: int, frames: int, from_start: Sequence[bool], frames_per_block: int, first_block: float = 1.0
+) -> Tensor:
+    """[B, F]: ``first_block`` for the first block of a video, 1 for later blocks.
+
+    Of a clip from the middle of a video the first block does not count, since its context is missing.
+    """
     weight = torch.ones(batch, frames)
-    weight[~torch.tensor(from_start), :frames_per_block] = 0
+    begins = torch.tensor(from_start)
+    weight[begins, :frames_per_block] = first_block
+    weight[~begins, :frames_per_block] = 0
     return weight

@@ -89,7 +89,8 @@ class ToyTrainer:
                 sample = self.world.sample_batch(count, r.num_frames, self.generator, start=start, pool=self.pool)  # type: ignore[arg-type]
                 latents.append(self.codec.encode(sample.videos))
                 tokens.append(sample.tokens)
-        weight = loss_weights(r.batch_size, r.num_frames, [i < begins for i in range(r.batch_size)], r.frames_per_block)
+        from_start = [i < begins for i in range(r.batch_size)]
+        weight = loss_weights(r.batch_size, r.num_frames, from_start, r.frames_per_block, r.first_block_weight)
         return torch.cat(latents), self.text.encode_tokens(torch.cat(tokens)), weight
 
     def _update(self) -> tuple[float, float]:

@@ -1,0 +1,61 @@
+"""What the benchmarks share: the device, its limits measured in the same run, and the table at the end.
+
+pytest bench/ --benchmark-only          on a CUDA device: Wan 1.3B sizes, into bench/results/<gpu>/<date>-<revision>/
+                                        without one: rehearsal at small sizes, its figures mean nothing; out/bench/
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from op_results import BENCH, CUDA, LIMITS, REHEARSAL, ROWS, table, write
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--results", type=Path, metavar="DIR", help="where ops.md and ops.json go (default: see conftest.py)"
+    )
+
+
+def pytest_report_header() -> str:
+    return f"bench: {torch.cuda.get_device_name()}, Wan 1.3B sizes" if CUDA else f"bench: {REHEARSAL}"
+
+
+@pytest.fixture(scope="session")
+def limits() -> dict[str, float]:
+    """What a large matmul and a large copy reach here: FLOP/s and bytes/s."""
+    n, size = (8192, 1 << 30) if CUDA else (128, 1 << 20)
+    a, b = (torch.randn(n, n, device=BENCH.device).to(torch.bfloat16) for _ in range(2))
+    x, y = (torch.zeros(size, dtype=torch.uint8, device=BENCH.device) for _ in range(2))
+    for unit, work, run in (("flop", 2.0 * n**3, lambda: a @ b), ("bytes", 2.0 * size, lambda: y.copy_(x))):
+        taken = BENCH.milliseconds(run)
+        LIMITS[unit] = work / (taken[len(taken) // 2] / 1e3)
+    return LIMITS
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    outcome: Any = yield
+    report = outcome.get_result()
+    case = getattr(item, "callspec", None)
+    if report.failed and case is not None and "op" in case.params:
+        said = str(getattr(report.longrepr, "reprcrash", None) or report.longrepr).strip().splitlines()[-1]
+        labels = {"op": case.params["op"].label, "pass": case.params["direction"], "way": case.params["way"]}
+        ROWS.append({**labels, "error": said[:200]})
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not ROWS:
+        return
+    terminalreporter.section("ops" if CUDA else REHEARSAL)
+    for line in table():
+        terminalreporter.write_line(line)
+    terminalreporter.write_line(f"wrote {write(config.getoption('results'))}")

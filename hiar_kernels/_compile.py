@@ -1,0 +1,247 @@
+"""Triton kernels compiled ahead of time, for GPUs that need not be there, and what came out of it.
+
+A Triton module of an op describes its production launches in ``compile_cases(arch) -> list[Case]``;
+:func:`compile_case` compiles one, and :func:`problems` says what is wrong with the result. Works in Triton 3.6 and 3.7,
+in a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ._dispatch import require
+from ._triton import interpreting
+
+ARCHITECTURES = (80, 89, 90, 100, 120)
+_PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch to compile.
+
+    Attributes:
+        name: the shape in a word or two; the kernel's own name is added in reports.
+        kernel: the @triton.jit function.
+        signature: argument -> "*bf16", "*fp32", "*i32", "i32", "i64", "fp32", "constexpr", "tensordesc<bf16[64, 128]>".
+            Arguments in ``constexprs`` may be left out.
+        constexprs: values of the constexpr arguments; None for a pointer that is not given.
+        divisible: pointers and sizes that the launch is known to have as multiples of 16.
+        tensor_cores: the kernel multiplies matrices, so tensor cores must be in use.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any] = field(default_factory=dict)
+    divisible: tuple[str, ...] = ()
+    num_warps: int = 4
+    num_stages: int = 3
+    tensor_cores: bool = False
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Limits of an architecture: of one SM, and the shared memory that one block may have (bytes).
+
+    ``tensor_memory``: columns; ``tensor_core``: the instructions of which a matrix product must use one.
+    """
+
+    shared_block: int
+    shared_sm: int
+    warps: int
+    blocks: int
+    registers: int = 65536
+    tensor_memory: int = 0
+    tensor_core: tuple[str, ...] = ("mma",)
+
+
+# CUDA programming guide, table of technical specifications per compute capability. A block takes 1 KB of shared memory
+# beyond its own.
+CHIPS = {
+    80: Chip(163 * 1024, 164 * 1024, 64, 32),
+    89: Chip(99 * 1024, 100 * 1024, 48, 24),
+    90: Chip(227 * 1024, 228 * 1024, 64, 32, tensor_core=("wgmma",)),
+    100: Chip(227 * 1024, 228 * 1024, 64, 32, tensor_memory=512, tensor_core=("tcgen05", "mma")),
+    120: Chip(99 * 1024, 100 * 1024, 48, 24),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a case.
+
+    Attributes:
+        registers: of one thread, as the kernel is launched.
+        spills_bytes: bytes stored and loaded by spill code of one thread.
+        shared_bytes: of one block.
+        wgmma, mma, cp_async, tma, tcgen05: how many such instructions the code holds.
+        warps: of one block, with those that warp specialisation adds.
+        occupancy: blocks that one SM can hold; 0 when the kernel does not fit.
+        seconds: of compiling; next to nothing when Triton had it in its cache.
+        tensor_memory: columns of one block (sm_100).
+    """
+
+    registers: int
+    spills_bytes: int
+    shared_bytes: int
+    wgmma: int
+    mma: int
+    cp_async: int
+    tma: int
+    tcgen05: int
+    warps: int
+    occupancy: int
+    seconds: float
+    tensor_memory: int = 0
+
+
+def compile_case(case: Case, arch: int) -> Report:
+    """Compile for ``sm_<arch>`` and look at the result."""
+    require(arch in CHIPS, f"compile_case: no limits known for sm_{arch}; legal: {', '.join(map(str, CHIPS))}")
+    require(not interpreting(), "compile_case: needs a process without TRITON_INTERPRET=1, got one with it")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(case.kernel.arg_names)
+    given = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
+    missing, unknown = [n for n in names if n not in given], sorted(given.keys() - set(names))
+    of = f"compile_case: {case.kernel.__name__}, case {case.name!r}"
+    require(not missing, f"{of}: no type for {', '.join(missing)}")
+    require(not unknown, f"{of}: the kernel has no {', '.join(unknown)}")
+    valueless = [n for n in names if given[n] == "constexpr" and n not in case.constexprs]
+    require(not valueless, f"{of}: no value for {', '.join(valueless)}")
+    source = ASTSource(
+        fn=case.kernel,
+        signature={name: given[name] for name in names},
+        constexprs=case.constexprs,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    start = time.perf_counter()
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    seconds = time.perf_counter() - start
+
+    ptx = compiled.asm["ptx"]
+    resources, sass = _dump(compiled.asm["cubin"])
+    found = re.search(r"\bREG:(\d+)", resources)
+    assert found is not None, resources
+    registers, shared, warps = int(found[1]), int(compiled.metadata.shared), int(compiled.metadata.num_warps)
+    columns = int(getattr(compiled.metadata, "tmem_size", 0) or 0)
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, ptx))
+
+    return Report(
+        registers=registers,
+        spills_bytes=_spills(ptx, arch) if re.search(r"\b(?:STL|LDL)\b", sass) else 0,
+        shared_bytes=shared,
+        wgmma=count(r"wgmma\.mma_async"),
+        mma=count(r"\bmma\.sync"),
+        cp_async=count(r"cp\.async\.c[ag]\."),
+        tma=count(r"cp\.async\.bulk\.tensor"),
+        tcgen05=count(r"tcgen05\.mma"),
+        warps=warps,
+        occupancy=occupancy(arch, registers, shared, warps, columns),
+        seconds=seconds,
+        tensor_memory=columns,
+    )
+
+
+def occupancy(arch: int, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> int:
+    """Blocks of ``warps`` warps that one SM holds; registers are handed to warps in units of 256."""
+    chip = CHIPS[arch]
+    if shared > chip.shared_block or tensor_memory > chip.tensor_memory:
+        return 0
+    per_warp = -(-registers * 32 // 256) * 256
+    # Each of the four quarters of an SM has its own registers and its own warps.
+    by_registers = 4 * (chip.registers // 4 // per_warp) // warps if per_warp else chip.blocks
+    by_columns = chip.tensor_memory // tensor_memory if tensor_memory else chip.blocks
+    return min(chip.blocks, chip.warps // warps, by_registers, by_columns, chip.shared_sm // (shared + 1024))
+
+
+def problems(case: Case, arch: int, report: Report) -> list[str]:
+    """The gates that a compiled case does not pass, one line each."""
+    chip, found = CHIPS[arch], []
+    if report.spills_bytes:
+        found.append(f"{report.spills_bytes} bytes of register spills, allowed 0")
+    if report.shared_bytes > chip.shared_block:
+        found.append(f"{report.shared_bytes} bytes of shared memory, sm_{arch} has {chip.shared_block}")
+    if report.tensor_memory > chip.tensor_memory:
+        found.append(f"{report.tensor_memory} columns of tensor memory, sm_{arch} has {chip.tensor_memory}")
+    if case.tensor_cores and not any(getattr(report, kind) for kind in chip.tensor_core):
+        found.append(f"no {' or '.join(chip.tensor_core)} instruction, so no tensor cores in use")
+    if not found and report.occupancy == 0:
+        found.append(f"{report.warps} warps of {report.registers} registers do not fit on an SM of sm_{arch}")
+    return found
+
+
+def triton_modules() -> dict[str, list[str]]:
+    """Folder of an op -> its Triton modules, as names that import."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(_PACKAGE.glob("*/triton_*.py"), reverse=True):  # forward before backward
+        found.setdefault(path.parent.name, []).append(f"{__package__}.{path.parent.name}.{path.stem}")
+    return dict(sorted(found.items()))
+
+
+def cases(op: str, arch: int) -> list[Case]:
+    """What the Triton modules of an op's folder want compiled for an architecture."""
+    modules = triton_modules()
+    require(op in modules, f"no Triton kernels of {op!r}; legal: {', '.join(modules) or 'none yet'}")
+    found: list[Case] = []
+    for name in modules[op]:
+        listed = getattr(importlib.import_module(name), "compile_cases", None)
+        if listed is not None and listed.__module__ == name:  # not one that was imported
+            found += listed(arch)
+    return found
+
+
+def _tool(name: str) -> str:
+    """A program of the CUDA toolkit that Triton brings along."""
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None and spec.origin is not None
+    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+    require(path.exists(), f"this Triton brings no {name}: {path} is not there")
+    return str(path)
+
+
+def _dump(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code of a compiled kernel, as cuobjdump prints them."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+
+        def run(option: str) -> str:
+            return subprocess.run(
+                [_tool("cuobjdump"), option, str(file)], capture_output=True, text=True, check=True
+            ).stdout
+
+        return run("--dump-resource-usage"), run("--dump-sass")
+
+
+def _spills(ptx: str, arch: int) -> int:
+    """Bytes of spill stores and loads, as ptxas tells them: a stack of the kernel's own is not a spill."""
+    ptxas = _tool("ptxas-blackwell" if arch >= 100 else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        target = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
+        said = ""
+        for extra in (["--regAllocOptLevel=2"], []):  # Triton 3.7 passes it; older ptxas do not know it
+            command = [ptxas, "-v", "-lineinfo", *extra, target, str(file), "-o", f"{file}.cubin"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            said = done.stderr
+            if done.returncode == 0:
+                break
+    sizes = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+    require(bool(sizes), f"ptxas for sm_{arch} did not tell its spills: {said.strip()[-200:]}")
+    return sum(map(int, sizes))

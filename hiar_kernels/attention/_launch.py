@@ -1,0 +1,183 @@
+"""What the launchers of the attention kernels share on the host: refusals, arguments, tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._compile import Case
+from .._dispatch import require
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (16, 32, 64, 128)
+OPTIONAL = ("context_k", "context_v", "q_frames", "kv_frames", "context_frames", "windows", "counts", "frames")
+WAN_HEAD_DIM = 128  # Wan 1.3B
+INTERPRETED = 0  # "architecture" of the interpreter: small tiles, so that small tests have many
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a tile, warps, pipeline stages; and the width of a tile with a mask (forward)."""
+
+    q: int
+    kv: int
+    warps: int
+    stages: int
+    masked: int = 0
+
+    def constexprs(self) -> dict[str, int]:
+        return {"BLOCK_Q": self.q, "BLOCK_KV": self.kv} | ({"BLOCK_MASKED": self.masked} if self.masked else {})
+
+    def options(self) -> dict[str, int]:
+        return {**self.constexprs(), "num_warps": self.warps, "num_stages": self.stages}
+
+
+# By architecture (0: the interpreter): what compiles without spills and fits the chip; none was measured on a GPU yet.
+FORWARD = {
+    0: Tile(16, 32, 4, 1, 16),
+    80: Tile(128, 32, 8, 3, 32),
+    89: Tile(128, 64, 8, 2, 32),
+    90: Tile(128, 64, 8, 3, 64),
+    120: Tile(128, 64, 8, 2, 32),
+}
+FORWARD_NARROW = {
+    0: Tile(16, 32, 4, 1, 16),
+    80: Tile(128, 64, 8, 2, 32),
+    90: Tile(128, 64, 4, 3, 64),
+    120: Tile(128, 64, 8, 2, 32),
+}  # head_dim up to 64
+DQ = {
+    0: Tile(16, 32, 4, 1, 16),
+    80: Tile(128, 32, 8, 2, 32),
+    90: Tile(128, 64, 8, 2, 32),
+    100: Tile(128, 32, 8, 2, 32),
+}
+DKDV = {
+    0: Tile(32, 16, 4, 1, 16),
+    80: Tile(128, 32, 8, 2, 32),
+    90: Tile(32, 128, 8, 2, 32),
+    100: Tile(32, 64, 8, 2, 32),
+    120: Tile(128, 32, 8, 2, 32),
+}
+DKDV_UNMASKED = {**DKDV, 90: Tile(64, 128, 8, 2, 32)}
+_FLOAT32 = {0: Tile(32, 32, 4, 1, 16), 80: Tile(32, 32, 4, 1, 32)}
+RULE = ("frame_tokens", "frames_per_block", "first_frame", "origin", "sink_frames", "sink_end")
+
+
+def architecture(x: Tensor) -> int:
+    """10 x major + minor of the device's compute capability; 0 in the interpreter."""
+    if not x.is_cuda:
+        return INTERPRETED
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 89 if (major, minor) == (8, 6) else 10 * major + minor  # of 8.0's kind, with the shared memory of 8.9
+
+
+def pick(table: dict[int, Tile], arch: int) -> Tile:
+    """The entry of the architecture, or of the newest older one."""
+    return table[max((a for a in table if a <= arch), default=min(table))]
+
+
+def tile_for(q: Tensor, table: dict[int, Tile]) -> Tile:
+    """The pinned tile for the device and dtype of q."""
+    return pick(_FLOAT32 if q.dtype == torch.float32 else table, architecture(q))
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor | None, context_v: Tensor | None) -> None:
+    """Refuse in one line what the kernels do not take."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("context.k", context_k), ("context.v", context_v)):
+        if x is None:
+            continue
+        known = x.dtype in DTYPES
+        require(known, f"attention: impl='triton' takes {name} as bfloat16, float16 or float32, got {x.dtype}")
+        require(x.dtype == q.dtype, f"attention: {name} must be {q.dtype} like q, got {x.dtype}")
+        require(x.device == q.device, f"attention: {name} must be on {q.device} like q, got {x.device}")
+        dense = x.stride(-1) == 1 or x.shape[-1] == 1 or x.numel() == 0
+        require(dense, f"attention: impl='triton' needs {name} with a last stride of 1, got {x.stride(-1)}")
+        near = x.stride(1) < 2**24  # offsets within a tile have 32 bits
+        require(near, f"attention: impl='triton' needs {name} with a token stride below {2**24}, got {x.stride(1)}")
+    sizes = ", ".join(map(str, HEAD_DIMS))
+    require(q.shape[3] in HEAD_DIMS, f"attention: impl='triton' has head_dim {sizes}, got {q.shape[3]}")
+
+
+_windows: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+
+
+def windows_on(device: torch.device, windows: list[int]) -> Tensor:
+    """int32 [B] on the device. Kept for good: a captured graph reads it again, and must not copy it from the host."""
+    key = (device, tuple(windows))
+    if key not in _windows:
+        _windows[key] = torch.tensor(windows, dtype=torch.int32, device=device)
+    return _windows[key]
+
+
+def strides(name: str, x: Tensor | None) -> dict[str, int]:
+    """Strides of x [B, T, H, D] by the kernels' names; 0 where it is not given."""
+    b, t, h = (0, 0, 0) if x is None else x.stride()[:3]
+    return {f"stride_{name}b": b, f"stride_{name}t": t, f"stride_{name}h": h}
+
+
+def row_stride(x: Tensor | None) -> int:
+    """Stride from row to row of ids or counts [B or 1, n]; 0 where one row serves all."""
+    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
+
+
+def dense_rows(x: Tensor | None) -> Tensor | None:
+    """Ids or counts with a last stride of 1."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def ids_of(
+    q_frames: Tensor | None, kv_frames: Tensor | None, context_frames: Tensor | None, rule: list[int], k: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Frame ids as int32 with dense rows; beside a context the keys' own too, for kernels choose between the two."""
+    if context_frames is not None and kv_frames is None:
+        first, slots = rule[3], k.shape[1] // rule[0]
+        kv_frames = torch.arange(first, first + slots, dtype=torch.int32, device=k.device)[None]
+    ids = (q_frames, kv_frames, context_frames)
+    q_frames, kv_frames, context_frames = (None if x is None else dense_rows(x.to(torch.int32)) for x in ids)
+    return q_frames, kv_frames, context_frames
+
+
+def rule_arguments(rule: list[int], length: int) -> dict[str, Any]:
+    """The rule by the kernels' names; without one all ``length`` keys are as one frame."""
+    tokens, block, sink, first, first_block = rule or (max(1, length), 1, 0, 0, 1)
+    return {
+        "frame_tokens": tokens,
+        "frames_per_block": block,
+        "first_frame": first,
+        "origin": first - (block - first_block),
+        "sink_frames": sink,
+        "sink_end": first + sink,
+    }
+
+
+def production_case(
+    name: str, kernel: Any, given: dict[str, Any], tile: Tile, *, out: str = "", tensor_cores: bool = True
+) -> Case:
+    """A launch at Wan 1.3B's shapes in bfloat16.
+
+    Args:
+        given: constexprs beside those of the tile, and ``pointers``: the optional pointers that are not None.
+        out: dtype of out_ptr, where it is not that of q.
+    """
+    optional = given.pop("pointers")
+    types = {"frames": "*i32", "windows": "*i32", "counts": "*fp32", "lse": "*fp32", "delta": "*fp32"}
+    constexprs = {"HEAD_DIM": WAN_HEAD_DIM, "PRECISION": "tf32", **tile.constexprs(), **given}
+    constexprs["CONTEXT"] = "context_k_ptr" in optional
+    constexprs = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
+    signature = {}
+    for arg in kernel.arg_names:
+        stem = arg.removesuffix("_ptr")
+        if stem != arg and stem in OPTIONAL and arg not in optional:
+            constexprs[arg] = None
+        elif stem != arg:
+            kind = next((kind for part, kind in types.items() if stem.endswith(part)), "*bf16")
+            signature[arg] = f"*{out}" if stem == "out" and out else kind
+        elif arg not in constexprs:
+            signature[arg] = "fp32" if arg.endswith("scale") else "i32"
+    frame_strides = ("stride_qfb", "stride_kfb", "stride_cfb", "stride_nb")
+    sixteens = [a for a in signature if a.endswith("_ptr") or (a.startswith("stride_") and a not in frame_strides)]
+    return Case(name, kernel, signature, constexprs, tuple(sixteens), tile.warps, tile.stages, tensor_cores)

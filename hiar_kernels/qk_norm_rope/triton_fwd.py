@@ -1,0 +1,280 @@
+# mypy: allow-incomplete-defs
+"""qk_norm_rope and qk_norm_rope_append in Triton: one program norms and turns q and k of one token.
+
+Angles need more than float32: at frame 1,000,000 a float32 product of id and frequency has lost every digit after the
+point. They are counted in turns, in 64-bit fixed point: id * frequency / 2 pi modulo 1 is one wrapping integer
+multiplication, exact to id * 2^-65 turns for any id. README.md beside this file has the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+from decimal import Context, Decimal, localcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _triton
+from .._compile import Case
+from .._dispatch import require
+
+_FULL_TURN = Decimal("6.283185307179586476925286766559005768394338798750211641949889")
+
+
+@triton.jit
+def cos_sin(turns_ptr, frame, row, column, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """cos and sin [1, BLOCK_D / 2] of the angles of one token's pairs, for its place (frame in int64)."""
+    PAIRS: tl.constexpr = HEAD_DIM // 2
+    THIRD: tl.constexpr = PAIRS // 3
+    pair = tl.arange(0, BLOCK_D // 2)[None, :]
+    turns = tl.load(turns_ptr + pair, mask=pair < PAIRS, other=0)
+    place = tl.where(pair < PAIRS - 2 * THIRD, frame, tl.where(pair < PAIRS - THIRD, row, column))
+    angle = place * turns  # wraps: whole turns fall off the top, one turn is 2^64
+    quarter = ((angle >> 61) + 1) >> 1  # to the nearest quarter turn; what is left is t pi / 4, -1 <= t < 1
+    t = ((angle << 2) >> 32).to(tl.int32).to(tl.float32) * 4.656612873077393e-10  # 2^-31
+    z = t * t
+    # Taylor terms of sin(t pi / 4) and cos(t pi / 4): the first ones left out are below 2^-25
+    sine = -3.6576204e-05 + z * 3.1336162e-07
+    sine = t * (0.78539816 + z * (-0.080745512 + z * (0.0024903946 + z * sine)))
+    cosine = 3.5908605e-06 + z * -2.4611370e-08
+    cosine = 1.0 + z * (-0.30842514 + z * (0.015854344 + z * (-0.00032599189 + z * cosine)))
+    odd = (quarter & 1) != 0
+    c, s = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
+    return tl.where(((quarter + 1) & 2) != 0, -c, c), tl.where((quarter & 2) != 0, -s, s)
+
+
+@triton.jit
+def turn(x, cos, sin, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Adjacent pairs of x [BLOCK_H, BLOCK_D] as complex numbers, turned."""
+    even, odd = tl.split(tl.reshape(x, [BLOCK_H, BLOCK_D // 2, 2]))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [BLOCK_H, BLOCK_D])
+
+
+@triton.jit
+def inverse_rms(x, eps, WIDTH: tl.constexpr):
+    """1 / root mean square over the whole tile; what is masked must be zero."""
+    return 1.0 / tl.sqrt_rn(tl.sum(tl.sum(x * x, 1), 0) / WIDTH + eps)
+
+
+@triton.jit
+def _qk_norm_rope_fwd_kernel(
+    qkv_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    frames_ptr,
+    turns_ptr,
+    slots_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    stride_xb,
+    stride_xt,
+    stride_fb,
+    stride_ff,
+    stride_sb,
+    stride_sf,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    frame_tokens,
+    columns,
+    num_slots,
+    eps,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    APPEND: tl.constexpr,
+):
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    token = tl.program_id(0)  # divisions in 32 bits, offsets in 64
+    frame = (token // frame_tokens).to(tl.int64)
+    cell = token % frame_tokens
+    batch = tl.program_id(1).to(tl.int64)
+
+    h = tl.arange(0, BLOCK_H)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (h < HEADS) & (d < HEAD_DIM)
+    at = h * HEAD_DIM + d
+    x_ptr = qkv_ptr + batch * stride_xb + token.to(tl.int64) * stride_xt
+    out = (batch * tl.num_programs(0) + token) * WIDTH
+    q = tl.load(x_ptr + at, mask=inside, other=0).to(tl.float32)
+    k = tl.load(x_ptr + WIDTH + at, mask=inside, other=0).to(tl.float32)
+    q_weight = tl.load(q_weight_ptr + at, mask=inside, other=0).to(tl.float32)
+    k_weight = tl.load(k_weight_ptr + at, mask=inside, other=0).to(tl.float32)
+    frame_id = tl.load(frames_ptr + batch * stride_fb + frame * stride_ff).to(tl.int64)
+    cos, sin = cos_sin(turns_ptr, frame_id, cell // columns, cell % columns, HEAD_DIM, BLOCK_D)
+
+    q = turn(q * inverse_rms(q, eps, WIDTH) * q_weight, cos, sin, BLOCK_H, BLOCK_D)
+    tl.store(q_ptr + out + at, q.to(q_ptr.dtype.element_ty), mask=inside)
+    k = turn(k * inverse_rms(k, eps, WIDTH) * k_weight, cos, sin, BLOCK_H, BLOCK_D)
+    if APPEND:
+        slot = tl.load(slots_ptr + batch * stride_sb + frame * stride_sf).to(tl.int64)
+        inside = inside & (slot >= 0) & (slot < num_slots)  # a slot out of range must not reach other memory
+        to = slot * frame_tokens + cell
+        heads = h.to(tl.int64)
+        v = tl.load(x_ptr + 2 * WIDTH + at, mask=inside, other=0)
+        v_at = v_ptr + batch * stride_vb + to * stride_vt + heads * stride_vh + d
+        tl.store(v_at, v.to(v_ptr.dtype.element_ty), mask=inside)
+        k_at = k_ptr + batch * stride_kb + to * stride_kt + heads * stride_kh + d
+        tl.store(k_at, k.to(k_ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(k_ptr + out + at, k.to(k_ptr.dtype.element_ty), mask=inside)
+
+
+@functools.lru_cache(maxsize=64)
+def turns_of(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """int64 [head_dim / 2]: the turns of each pair for one step along its axis, modulo 1, in units of 2^-64."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("qk_norm_rope: first call for this head size and theta; run it once before graph capture")
+    pairs = head_dim // 2
+    split = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+    with localcontext(Context(prec=60)):
+        base = Decimal(theta)
+        units = [round(base ** (Decimal(-i) / n) / _FULL_TURN * 2**64) for n in split for i in range(n)]
+    return torch.tensor([(u + 2**63) % 2**64 - 2**63 for u in units], dtype=torch.int64, device=device)
+
+
+def tile(num_heads: int, head_dim: int) -> dict[str, int]:
+    """Blocks that hold one token's q (or k) whole, and the warps that give each thread 16 numbers of it."""
+    block_h, block_d = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
+    return {"BLOCK_H": block_h, "BLOCK_D": block_d, "num_warps": min(max(block_h * block_d // 512, 1), 16)}
+
+
+def checked(op: str, qkv: Tensor, **others: Tensor) -> Tensor:
+    """qkv with adjacent channels; the others must be where it is."""
+    for name, x in others.items():
+        require(x.device == qkv.device, f"{op}: {name} must be on {qkv.device} like qkv, got {x.device}")
+    return qkv if qkv.stride(2) == 1 else qkv.contiguous()
+
+
+def row_strides(ids: Tensor) -> tuple[int, int]:
+    """Strides of ids [B or 1, F]: one row serves the whole batch."""
+    return (ids.stride(0) if ids.shape[0] > 1 else 0), ids.stride(1)
+
+
+def _launch(
+    qkv: Tensor,
+    weights: tuple[Tensor, Tensor],
+    frames: Tensor,
+    slots: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    height: int,
+    width: int,
+    eps: float,
+    theta: float,
+    append: bool,
+) -> Tensor:
+    """Writes k (append: and v) and returns q; without append slots and v are stand-ins."""
+    b, t, c = qkv.shape
+    head_dim = c // 3 // num_heads
+    q = torch.empty((b, t, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    if q.numel() == 0:
+        return q
+    with torch.cuda.device_of(qkv):
+        _qk_norm_rope_fwd_kernel[(t, b)](
+            qkv,
+            weights[0].contiguous(),
+            weights[1].contiguous(),
+            frames,
+            turns_of(head_dim, theta, qkv.device),
+            slots,
+            q,
+            k,
+            v,
+            *qkv.stride()[:2],
+            *row_strides(frames),
+            *row_strides(slots),
+            *k.stride()[:3],
+            *v.stride()[:3],
+            height * width,
+            width,
+            k.shape[1] // (height * width),
+            eps,
+            HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            APPEND=append,
+            **tile(num_heads, head_dim),
+        )
+    return q
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    frames: Tensor,
+    num_heads: int,
+    height: int,
+    width: int,
+    eps: float,
+    theta: float,
+) -> tuple[Tensor, Tensor]:
+    """Launcher of ``hiar::qk_norm_rope``."""
+    qkv = checked("qk_norm_rope", qkv, frames=frames)
+    b, t, c = qkv.shape
+    k = torch.empty((b, t, num_heads, c // 3 // num_heads), dtype=qkv.dtype, device=qkv.device)
+    weights = (q_weight, k_weight)
+    q = _launch(qkv, weights, frames, frames, k, k, num_heads, height, width, eps, theta, append=False)
+    return q, k
+
+
+def qk_norm_rope_append(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    frames: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    height: int,
+    width: int,
+    eps: float,
+    theta: float,
+) -> Tensor:
+    """Launcher of ``hiar::qk_norm_rope_append``."""
+    op = "qk_norm_rope_append"
+    qkv = checked(op, qkv, frames=frames, slots=slots)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        require(cache.stride(3) == 1, f"{op}: {name} must have channels of stride 1, got {cache.stride(3)}")
+        apart = all(stride > 0 for stride, size in zip(cache.stride(), cache.shape, strict=True) if size > 1)
+        require(apart, f"{op}: {name} must not overlap itself, got strides {list(cache.stride())}")
+    same = k_cache.numel() > 0 and k_cache.data_ptr() == v_cache.data_ptr()
+    require(not same, f"{op}: k_cache and v_cache must be apart, got the same memory")
+    return _launch(
+        qkv, (q_weight, k_weight), frames, slots, k_cache, v_cache, num_heads, height, width, eps, theta, True
+    )
+
+
+_triton.register("qk_norm_rope", qk_norm_rope)
+_triton.register("qk_norm_rope_append", qk_norm_rope_append)
+
+
+def compile_cases(arch: int) -> list[Case]:
+    """Wan at 480x832 in bfloat16; the configuration is the same on every architecture."""
+    signature = dict.fromkeys(("qkv_ptr", "q_weight_ptr", "k_weight_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16")
+    signature |= dict.fromkeys(("frames_ptr", "slots_ptr"), "*i32") | {"turns_ptr": "*i64", "eps": "fp32"}
+    sizes = [name for name in _qk_norm_rope_fwd_kernel.arg_names if name.startswith("stride_")]
+    signature |= dict.fromkeys([*sizes, "frame_tokens", "columns", "num_slots"], "i32")
+    constants = ("HEADS", "HEAD_DIM", "BLOCK_H", "BLOCK_D", "APPEND")
+    signature |= dict.fromkeys(constants, "constexpr")
+    aligned = tuple(name for name in signature if name.endswith("_ptr"))
+    aligned += tuple(name for name in sizes if name[7] in "xkv")
+    cases = []
+    for model, heads in (("1.3B", 12), ("14B", 40)):
+        config = tile(heads, 128)
+        warps = config.pop("num_warps")
+        for name, append in (("functional", False), ("append", True)):
+            fixed: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": 128, "APPEND": append, **config}
+            case = Case(f"{name} {model}", _qk_norm_rope_fwd_kernel, dict(signature), fixed, aligned, num_warps=warps)
+            cases.append(case)
+    return cases
