@@ -2,7 +2,7 @@
 # make test    set up .venv with the developer tools and run the tests       (make test ARGS='-k mask' JOBS=1)
 #              one tier of them: make test-cpu, test-interpreter, test-compile
 # make lint    ruff, codespell        make types   mypy        make check   lint, types, tests
-# make gpu-test        run the kernels' tests on the CUDA device; needs only torch, triton, pytest
+# make gpu-test        run the kernels' tests on the CUDA device; needs only torch, triton, pytest, hypothesis
 # make gpu-bench       measure every op on it, into bench/results/; needs pytest-benchmark too (make bench: rehearsal, CPU)
 # make compile-report  write docs/compile_report.md: registers, spills, tensor cores of every kernel; needs no GPU
 # make clean   remove .venv and everything else that was built; videos in out/ stay
@@ -92,7 +92,7 @@ endef
 export gpu_check
 
 gpu-test:
-	@$(GPU_PYTHON) -c "$$gpu_check" "make $@" torch triton pytest
+	@$(GPU_PYTHON) -c "$$gpu_check" "make $@" torch triton pytest hypothesis
 	@env -u TRITON_INTERPRET PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu tests/interpreter $(ARGS)
 
 gpu-bench:

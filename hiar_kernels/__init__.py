@@ -1,6 +1,7 @@
 """Kernels for block-autoregressive video: attention over matched-noise caches and the pointwise work around it."""
 
 from . import reference
+from ._dispatch import prefer
 from .ada_layer_norm import ada_layer_norm
 from .attention import EMPTY, BlockCausal, KVContext, attention
 from .backends import backends
@@ -23,6 +24,7 @@ __all__ = [
     "gated_residual_ada_layer_norm",
     "layer_norm",
     "merge_attention",
+    "prefer",
     "qk_norm_rope",
     "qk_norm_rope_append",
     "reference",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 KNOWN_IMPLS = ("auto", "reference", "sdpa", "triton", "cuda")
 
 
@@ -11,10 +14,28 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+_preferred: str | None = None
+
+
+@contextmanager
+def prefer(impl: str) -> Iterator[None]:
+    """Within this block ``impl="auto"`` means ``impl`` in every op that has it: to test or compare a whole model.
+
+    As an explicit ``impl``, it never falls back: an op that has it but cannot take its arguments raises.
+    """
+    global _preferred
+    require(impl in KNOWN_IMPLS, f"prefer: unknown impl {impl!r}; known: {', '.join(KNOWN_IMPLS)}")
+    before, _preferred = _preferred, None if impl == "auto" else impl
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
 def choose(op: str, impl: str, available: tuple[str, ...], auto: str) -> str:
     """The implementation to run: "auto" is resolved, anything else must exist: never a silent fallback."""
     if impl == "auto":
-        return auto
+        return _preferred if _preferred in available else auto  # type: ignore[return-value]
     if impl in available:
         return impl
     kind = "has no implementation" if impl in KNOWN_IMPLS else "knows no impl"

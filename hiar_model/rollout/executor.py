@@ -116,7 +116,7 @@ class Executor:
         self.first_frame, self.trajectory = first_frame, trajectory
         weight = models[0].patch_embedding.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.sigmas = torch.tensor(schedule.sigmas, dtype=torch.float64)
+        self.sigmas = torch.tensor(schedule.sigmas, dtype=torch.promote_types(self.dtype, torch.float32))
         # one row for each noise level, and a last one for the clean prefix
         levels = [TRAIN_TIMESTEPS * s for s in schedule.sigmas[:-1]] + [context_noise, 0.0]
         self.clean = len(levels) - 1

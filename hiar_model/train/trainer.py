@@ -21,6 +21,7 @@ from .recipe import ToyRecipe
 from .teacher_forcing import loss_weights, teacher_forcing_loss
 
 CHECKPOINT, LOSSES = "checkpoint.pt", "loss.csv"
+_NO_MATTER = ("threads", "checkpoint_every")  # may differ when a run is resumed: they do not decide what is learnt
 
 
 class ToyTrainer:
@@ -158,7 +159,7 @@ class ToyTrainer:
     def _load(self) -> None:
         state: dict[str, Any] = torch.load(self.folder / CHECKPOINT, weights_only=True)
         ours, theirs = self.recipe.to_dict(), state["recipe"]
-        differ = [k for k in ours if k != "threads" and ours[k] != theirs.get(k)]
+        differ = [k for k in ours if k not in _NO_MATTER and ours[k] != theirs.get(k)]
         if differ:
             raise ValueError(
                 f"{self.folder} holds a run with another {', '.join(differ)}; choose another --out or delete the folder"

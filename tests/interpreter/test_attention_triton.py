@@ -120,7 +120,7 @@ def assert_good(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     assert_within_budget(out.detach(), eager.detach(), exact.detach())
     some = exact_lse > -math.inf
     assert torch.equal(lse == -math.inf, ~some)
-    assert (lse.double() - exact_lse)[some].abs().max().item() < 1e-5 * exact_lse[some].abs().max().item() + 1e-5
+    torch.testing.assert_close(lse.double()[some], exact_lse[some], rtol=1e-5, atol=1e-5)
     probe, other = normal(*exact.shape, seed=7).to(dtype), normal(*exact_lse.shape, seed=8).to(dtype) * some
     for o, s in ((out, lse), (eager, eager_lse), (exact, exact_lse)):
         ((o * probe.to(o.dtype)).sum() + (s.masked_fill(~some, 0) * other.to(s.dtype)).sum()).backward()
@@ -144,16 +144,24 @@ def test_sixteen_bits(name, dtype, device, poisoned):
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_ring_and_rule(device, data):
+    """The mask, so with a plain tolerance: the budget of a handful of numbers is a matter of luck."""
     _, arguments, windows, frames = data.draw(plain.rules())
-    windows = windows[:1]
     frames = frames[-7:]
     slots = plain.slots_of(data.draw, frames)
     queries = data.draw(st.lists(st.sampled_from(frames), min_size=1, max_size=3))
     context = data.draw(st.none() | st.just([plain.slots_of(data.draw, frames)]))
-    arguments = {key: x for key, x in arguments.items() if x is not None}
     tokens = data.draw(st.sampled_from([2, 5]))
-    case = make([queries], [slots], arguments, list(windows), context=context, tokens=tokens, heads=1, width=16)
-    assert_good(poison(case), torch.float32, device)
+    case = make([queries], [slots], arguments, list(windows[:1]), context=context, tokens=tokens, heads=1, width=16)
+    case = poison(case)
+    out, lse, leaves = run(case, torch.float32, device, grad=True)
+    (exact, exact_lse), wanted = case.plain(grad=True)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
+    probe = normal(*exact.shape, seed=7)
+    (out * probe.float()).sum().backward()
+    (exact * probe).sum().backward()
+    for name, a, b in zip(NAMES, leaves, wanted):
+        assert (gradient(a).cpu().double() - gradient(b)).abs().max().item() < 1e-4, f"gradient of {name}"
 
 
 # Shapes in memory
