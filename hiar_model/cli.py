@@ -295,7 +295,7 @@ def _print_table(rows: Sequence[Any], title: str) -> None:
             f"{100 * whole.direction:.1f}", f"{whole.speed_ratio:.2f}",
         )  # fmt: skip
     console = Console()
-    Console(width=max(console.width, 120)).print(table)
+    Console(width=max(console.width, 150)).print(table)
 
 
 # hiar doctor
