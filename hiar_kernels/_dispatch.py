@@ -35,7 +35,7 @@ def prefer(impl: str) -> Iterator[None]:
 def choose(op: str, impl: str, available: tuple[str, ...], auto: str) -> str:
     """The implementation to run: "auto" is resolved, anything else must exist: never a silent fallback."""
     if impl == "auto":
-        return _preferred if _preferred in available else auto  # type: ignore[return-value]
+        return auto if _preferred is None or _preferred not in available else _preferred
     if impl in available:
         return impl
     kind = "has no implementation" if impl in KNOWN_IMPLS else "knows no impl"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
@@ -30,7 +29,7 @@ def automatic(x: Tensor, *others: Tensor | None, norm: bool = False) -> str:
 def prepare(op: str, *, norm: bool = False, **tensors: Tensor | None) -> None:
     """Load an op's Triton kernels for the first of the tensors; refuse in one line what they do not take."""
     first, x = next((name, t) for name, t in tensors.items() if t is not None)
-    _load(op, str(x.device))
+    _triton.load(op, x)
     for name, t in tensors.items():
         if t is not None and t.dtype not in DTYPES:
             raise ValueError(f"{op}: impl='triton' takes {name} as bfloat16, float16 or float32, got {t.dtype}")
@@ -38,18 +37,3 @@ def prepare(op: str, *, norm: bool = False, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} must be on {x.device} like {first}, got {t.device}")
     if norm and x.shape[-1] > WIDEST_NORM:
         raise ValueError(f"{op}: impl='triton' takes at most {WIDEST_NORM} channels, got {x.shape[-1]}")
-
-
-def _load(op: str, device: str) -> bool:
-    return _loaded(op, device)
-
-
-# torch.compile cannot trace an import, so it shall run this while it traces. As torch.compiler.assume_constant_result
-# does, which would import torch._dynamo and with it triton.
-_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache  # what an op costs at every call would be as much as the launch
-def _loaded(op: str, device: str) -> bool:
-    _triton.load(op, torch.empty(0, device=device))
-    return True

@@ -5,6 +5,7 @@ The interpreter (TRITON_INTERPRET=1, read by Triton when it is imported) runs ke
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -29,12 +30,26 @@ def load(op: str, tensor: Tensor) -> None:
 
     Imports ``hiar_kernels.<folder of op>.triton_fwd`` (and ``triton_bwd`` where there is one) at the first call.
     """
+    _load(op, str(tensor.device))
+
+
+def _load(op: str, device: str) -> bool:
+    return _loaded(op, device)
+
+
+# torch.compile cannot trace an import, so it shall run this while it traces. As torch.compiler.assume_constant_result
+# does, which would import torch._dynamo and with it triton.
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache  # what an op costs at every call would be as much as the launch
+def _loaded(op: str, device: str) -> bool:
     require(importlib.util.find_spec("triton") is not None, f"{op}: impl='triton' needs triton, which is not installed")
-    allowed = tensor.is_cuda or (tensor.device.type == "cpu" and interpreting())
-    require(allowed, f"{op}: impl='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got one on {tensor.device}")
+    allowed = device.startswith("cuda") or (device == "cpu" and interpreting())
+    require(allowed, f"{op}: impl='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got one on {device}")
     folder = op.removesuffix("_append")
     if folder in _registered:
-        return
+        return True
     if interpreting():
         from . import _interpreter
 
@@ -44,6 +59,7 @@ def load(op: str, tensor: Tensor) -> None:
     if importlib.util.find_spec(f"{package}.triton_bwd") is not None:
         importlib.import_module(f"{package}.triton_bwd")
     _registered.add(folder)
+    return True
 
 
 def register(name: str, launcher: Callable[..., Any]) -> None:

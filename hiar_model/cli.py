@@ -282,7 +282,8 @@ def _print_table(rows: Sequence[Any], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, box=box.MARKDOWN, title_justify="left")
+    print(title)  # not the table's: it would be wrapped to its width
+    table = Table(box=box.MARKDOWN)
     for heading in ("order", "frames", "colour %", "by sixth", "valid %", "by sixth", "direction %", "speed/truth"):
         table.add_column(heading, justify="left" if heading == "order" else "right", no_wrap=True)
     for row in rows:

@@ -31,7 +31,8 @@ def bench(monkeypatch):
 
 def test_rehearsal(tmp_path):
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--results", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of xdist
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "REHEARSAL at small sizes" in done.stdout

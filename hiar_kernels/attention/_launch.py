@@ -45,7 +45,7 @@ FORWARD = {
 FORWARD_NARROW = {
     0: Tile(16, 32, 4, 1, 16),
     80: Tile(128, 64, 8, 2, 32),
-    90: Tile(128, 64, 4, 3, 64),
+    90: Tile(128, 64, 8, 3, 64),
     120: Tile(128, 64, 8, 2, 32),
 }  # head_dim up to 64
 DQ = {
@@ -62,7 +62,7 @@ DKDV = {
     120: Tile(128, 32, 8, 2, 32),
 }
 DKDV_UNMASKED = {**DKDV, 90: Tile(64, 128, 8, 2, 32)}
-_FLOAT32 = {0: Tile(32, 32, 4, 1, 16), 80: Tile(32, 32, 4, 1, 32)}
+_FLOAT32 = {0: Tile(32, 32, 4, 1, 16), 80: Tile(32, 32, 8, 1, 32)}
 RULE = ("frame_tokens", "frames_per_block", "first_frame", "origin", "sink_frames", "sink_end")
 
 
