@@ -64,4 +64,4 @@ def cuda_extension() -> str:
         return f"built ({EXTENSION})"
     nvcc = shutil.which("nvcc")
     tool = f"nvcc is {nvcc}" if nvcc else "no nvcc on the path either"
-    return f"not built: this version has no CUDA sources, every op runs through PyTorch ({tool})"
+    return f"not built: this version has no CUDA sources, every op runs through PyTorch or Triton ({tool})"
