@@ -77,7 +77,7 @@ def _fail(message: object, code: int, debug: bool) -> int:
 def _machine_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if there is any), cpu, cuda, cuda:1")
     parser.add_argument("--dtype", type=str, help="float32, bfloat16, float16 or float64")
-    # Steps of a toy model are too small to share: two threads gain little, and lose 15-fold where the cores are busy.
+    # Forwards of a toy model are too small to share: two threads gain little, and lose much where the cores are busy.
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
 
 

@@ -6,8 +6,8 @@ Nothing of Triton is imported while tests are collected: other tiers collect thi
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
+import sys
 import types
 
 import pytest
@@ -17,7 +17,7 @@ from hiar_kernels._compile import ARCHITECTURES, Case, Report, cases, compile_ca
 
 pytestmark = [
     pytest.mark.compile,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(sys.platform != "linux", reason="triton is built for Linux; there its absence is a failure"),
 ]
 
 FINE = Report(

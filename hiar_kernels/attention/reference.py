@@ -68,7 +68,7 @@ def attention(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None = None) -> Tensor:
-    """[B, T, H, D] through torch's fused attention; on a CPU in float32, where bfloat16 takes seven times as long."""
+    """[B, T, H, D] through torch's fused attention; on a CPU in float32, where bfloat16 is the slower one."""
     dtype, device = q.dtype, q.device.type
     if device == "cpu" and dtype in (torch.bfloat16, torch.float16):
         with torch.autocast(device, enabled=False):
