@@ -3,7 +3,7 @@
 from . import reference
 from ._dispatch import prefer
 from .ada_layer_norm import ada_layer_norm
-from .attention import EMPTY, BlockCausal, KVContext, attention
+from .attention import EMPTY, AttentionLayout, BlockCausal, KVContext, attention, attention_layout, takes_layout
 from .backends import backends
 from .flow_step import flow_step
 from .gated_residual import gated_residual
@@ -11,13 +11,16 @@ from .gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
 from .layer_norm import layer_norm
 from .merge_attention import merge_attention
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_append
+from .ring_advance import ring_advance
 
 __all__ = [
     "EMPTY",
+    "AttentionLayout",
     "BlockCausal",
     "KVContext",
     "ada_layer_norm",
     "attention",
+    "attention_layout",
     "backends",
     "flow_step",
     "gated_residual",
@@ -28,4 +31,6 @@ __all__ = [
     "qk_norm_rope",
     "qk_norm_rope_append",
     "reference",
+    "ring_advance",
+    "takes_layout",
 ]

@@ -11,6 +11,7 @@ import torch
 from ._pointwise import WHY as POINTWISE
 from .ada_layer_norm import api as ada_layer_norm
 from .attention import api as attention
+from .attention import table as attention_table
 from .flow_step import api as flow_step
 from .gated_residual import api as gated_residual
 from .gated_residual_ada_layer_norm import api as gated_residual_ada_layer_norm
@@ -19,12 +20,7 @@ from .merge_attention import api as merge_attention
 from .qk_norm_rope import api as qk_norm_rope
 
 _OPS = {
-    "attention": (
-        attention.IMPLS,
-        "sdpa",
-        "visible keys through torch's fused attention; reference where a logsumexp is asked; triton (no host sync, one "
-        "launch for rows at different steps) only on request, until it is measured",
-    ),
+    "attention": (attention.IMPLS, "sdpa", attention_table.rules()),
     "merge_attention": (
         merge_attention.IMPLS,
         "reference",
@@ -51,16 +47,20 @@ class Choice:
 
 @dataclass(frozen=True)
 class Backends:
-    """``devices`` and ``libraries`` (None: not installed) found, and the :class:`Choice` of every op."""
+    """``devices`` and ``libraries`` (None: not installed) found, the :class:`Choice` of every op, and the measurements
+    that choose for attention, one line for each (architecture, shape class).
+    """
 
     devices: tuple[str, ...]
     libraries: dict[str, str | None]
     ops: dict[str, Choice] = field(default_factory=dict)
+    attention: tuple[attention_table.Winner, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"devices: {', '.join(self.devices)}"]
         lines += [f"{name}: {version or 'not installed'}" for name, version in self.libraries.items()]
         lines += [f"{op}: auto = {c.auto} of ({', '.join(c.implementations)}): {c.why}" for op, c in self.ops.items()]
+        lines += [f"attention measured: {row}" for row in self.attention] or ["attention measured: nothing yet"]
         return "\n".join(lines)
 
 
@@ -70,7 +70,7 @@ def backends() -> Backends:
     libraries = {"torch": torch.__version__}
     found = {name: _version(name) for name in ("triton", "flash-attn", "xformers")}
     ops = {name: Choice(impls, auto, why) for name, (impls, auto, why) in _OPS.items()}
-    return Backends(tuple(devices), {**libraries, **found}, ops)
+    return Backends(tuple(devices), {**libraries, **found}, ops, attention_table.winners())
 
 
 def _version(distribution: str) -> str | None:

@@ -13,6 +13,7 @@ from .layer_norm import layer_norm as _layer_norm
 from .merge_attention import merge_attention as _merge_attention
 from .qk_norm_rope import qk_norm_rope as _qk_norm_rope
 from .qk_norm_rope import qk_norm_rope_append as _qk_norm_rope_append
+from .ring_advance import ring_advance as _ring_advance
 
 attention = partial(_attention, impl="reference")
 merge_attention = partial(_merge_attention, impl="reference")
@@ -23,3 +24,4 @@ layer_norm = partial(_layer_norm, impl="reference")
 gated_residual = partial(_gated_residual, impl="reference")
 gated_residual_ada_layer_norm = partial(_gated_residual_ada_layer_norm, impl="reference")
 flow_step = partial(_flow_step, impl="reference")
+ring_advance = partial(_ring_advance, impl="reference")

@@ -6,6 +6,7 @@ State-dict keys and shapes are the published ones; q, k, v are fused into one pr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,12 @@ class Modulation:
         return Modulation(live.select(self.embedding), live.select(self.blocks))
 
 
+@functools.lru_cache(maxsize=256)
+def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once: inside a captured graph nothing may come from the host."""
+    return torch.tensor(rows, device=device)
+
+
 @dataclass(frozen=True)
 class TextKV:
     """Keys and values of the prompt, one pair for each layer: k, v [B, L, H, D]; ``counts`` [B or 1, L] how often each
@@ -51,9 +58,15 @@ class TextKV:
     layers: tuple[tuple[Tensor, Tensor], ...]
     counts: Tensor
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(rows of the keys, L, rows of the counts)."""
+        k = self.layers[0][0]
+        return k.shape[0], k.shape[1], self.counts.shape[0]
+
     def rows(self, keep: Sequence[int]) -> TextKV:
         """The given rows of the batch."""
-        index = torch.tensor(keep, device=self.counts.device)
+        index = _index(tuple(keep), self.counts.device)
         counts = self.counts if self.counts.shape[0] == 1 else self.counts[index]
         return TextKV(tuple((k[index], v[index]) for k, v in self.layers), counts)
 
@@ -68,7 +81,7 @@ class Live:
     def select(self, x: Tensor) -> Tensor:
         """x [B, F, ...] -> the live [b, f, ...]."""
         x = x[:, self.first :]
-        return x if len(self.rows) == x.shape[0] else x[torch.tensor(self.rows, device=x.device)]
+        return x if len(self.rows) == x.shape[0] else x[_index(self.rows, x.device)]
 
     def tokens(self, x: Tensor, frame_tokens: int) -> Tensor:
         """x [B, T, ...] -> the live tokens."""

@@ -274,12 +274,6 @@ def test_an_explicit_impl_never_falls_back(name):
     assert refusal(lambda: CALLS[name]("fast")) == f"{name}: knows no impl 'fast'; legal: {legal}"
 
 
-def test_sdpa_has_no_logsumexp():
-    q = torch.zeros(1, 2, 1, 2)
-    line = refusal(lambda: hk.attention(q, q, q, return_lse=True, impl="sdpa"))
-    assert line == "attention: impl='sdpa' returns no logsumexp; use impl='reference'"
-
-
 def test_the_oracle_is_the_reference():
     q = normal(1, 6, 1, 4, grad=False)
     assert torch.equal(hk.reference.attention(q, q, q), hk.attention(q, q, q, impl="reference"))

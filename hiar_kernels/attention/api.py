@@ -7,10 +7,11 @@ from torch import Tensor
 
 from .. import _triton
 from .._dispatch import choose, require
-from . import ops, reference
+from . import library, ops, reference, table
+from .layout import AttentionLayout, attention_layout
 from .mask import BlockCausal, KVContext
 
-IMPLS = ("reference", "sdpa", "triton")
+IMPLS = ("reference", *library.LIBRARIES, "triton")
 
 
 def attention(
@@ -23,9 +24,11 @@ def attention(
     kv_frames: Tensor | None = None,
     context: KVContext | None = None,
     kv_counts: Tensor | None = None,
+    layout: AttentionLayout | None = None,
     return_lse: bool = False,
     scale: float | None = None,
     impl: str = "auto",
+    parts: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention, bidirectional or block-causal by absolute frame ids.
 
@@ -41,10 +44,16 @@ def attention(
             teacher forcing, or training over constant caches.
         kv_counts: [B or 1, Tk], how often each key occurs: adds its logarithm to the key's score; 0 hides it. Without
             a mask only. n equal padding keys are one key with count n.
+        layout: what :func:`attention_layout` made of the same mask and ids. The libraries below then read nothing from
+            the device; without it they read the frame ids, and the device is waited for.
         return_lse: also return the natural logsumexp of the scaled scores, [B, H, Tq], float32 (float64 for float64).
         scale: of the scores; default 1 / sqrt(D).
-        impl: "auto" | "sdpa" (torch's fused attention over the visible keys) | "triton" (bfloat16, float16, float32;
-            D 16, 32, 64 or 128; last strides of 1; no host sync) | "reference" (all scores).
+        impl: "auto" (:func:`hiar_kernels.backends` tells what it takes) | "triton" (bfloat16, float16, float32; D 16,
+            32, 64 or 128; last strides of 1; no host sync) | "reference" (all scores) | a library over the visible
+            keys: "sdpa" (torch's own choice), "cudnn", "flash" (torch's), "flash-attn-2", "flash-attn-3",
+            "flash-attn-4". With a logsumexp libraries have no gradient.
+        parts: of a library: cut the keys into so many calls and merge them, which may fill a chip better; default: 1,
+            or what was measured. Without gradient only.
 
     Returns:
         [B, Tq, H, D] contiguous, dtype of q; with ``return_lse`` also the logsumexp. A query without a visible key
@@ -54,26 +63,38 @@ def attention(
         ValueError: shapes, dtypes, devices or ids do not fit, with actual and expected.
     """
     _validate(q, k, v, mask, q_frames, kv_frames, context, kv_counts)
-    impl = choose("attention", impl, IMPLS, auto="reference" if return_lse else "sdpa")
-    require(not (return_lse and impl == "sdpa"), "attention: impl='sdpa' returns no logsumexp; use impl='reference'")
+    if layout is not None:
+        _validate_layout(q, k, mask, context, layout)
+    given = impl
+    chosen = table.Choice("sdpa", 1, "traced")
+    if not torch.compiler.is_compiling():
+        chosen = table.choose(q, k, mask, context, kv_counts, layout, return_lse, _trains(q, k, v, context))
+    impl = choose("attention", impl, IMPLS, auto=chosen.impl)
+    if parts is None:
+        parts = chosen.parts if given == "auto" and impl == chosen.impl else 1
+    require(parts >= 1, f"attention: parts must be at least 1, got {parts}")
     if impl == "triton":
         _triton.load("attention", q)
+    elif impl in library.LIBRARIES:
+        lacking = library.unavailable(impl, q.device)
+        require(lacking is None, f"attention: impl={impl!r} cannot run: {lacking}")
+        half = q.dtype in (torch.bfloat16, torch.float16)
+        require(impl == "sdpa" or half, f"attention: impl={impl!r} takes bfloat16 and float16, got {q.dtype}")
     # under torch.compile too: the eager paths read frame ids on the host, which the op hides from the tracer
     if impl == "triton" or torch.compiler.is_compiling():
         out, lse = ops.call(q, k, v, mask, q_frames, kv_frames, context, kv_counts, scale)
         return (out, lse) if return_lse else out
-    if impl == "sdpa":
-        return reference.attention_sdpa(
-            q,
-            k,
-            v,
-            mask=mask,
-            q_frames=q_frames,
-            kv_frames=kv_frames,
-            context=context,
-            kv_counts=kv_counts,
-            scale=scale,
-        )
+    if impl in library.LIBRARIES:
+        if layout is None and mask is not None:
+            layout = attention_layout(
+                mask,
+                reference.frame_ids(q_frames, q.shape[1], mask, q.device),
+                reference.frame_ids(kv_frames, k.shape[1], mask, q.device),
+                None if context is None else context.frames,
+                rows=q.shape[0],
+            )
+        found = library.attend(impl, q, k, v, layout, context, kv_counts, scale, parts, return_lse)
+        return found if found[1] is not None else found[0]  # type: ignore[return-value]
     return reference.attention(
         q,
         k,
@@ -86,6 +107,45 @@ def attention(
         return_lse=return_lse,
         scale=scale,
     )
+
+
+def takes_layout(q: Tensor, mask: BlockCausal) -> bool:
+    """Whether ``impl="auto"`` would go by a layout for such queries, without gradient: through a library. If not, one
+    launch by frame ids on the device serves every layout.
+    """
+    layout = AttentionLayout(mask.frame_tokens, ())
+    chosen = table.choose(q, q, mask, None, None, layout, False, False).impl
+    return choose("attention", "auto", IMPLS, auto=chosen) in library.LIBRARIES
+
+
+def _trains(q: Tensor, k: Tensor, v: Tensor, context: KVContext | None) -> bool:
+    given = (q, k, v) if context is None else (q, k, v, context.k, context.v)
+    return torch.is_grad_enabled() and any(x.requires_grad for x in given)
+
+
+def _validate_layout(
+    q: Tensor, k: Tensor, mask: BlockCausal | None, context: KVContext | None, layout: AttentionLayout
+) -> None:
+    """A layout of other lengths would read past the keys."""
+    require(mask is not None, "attention: layout needs the BlockCausal mask that it was made of, got mask=None")
+    assert mask is not None
+    tokens = mask.frame_tokens
+    require(
+        layout.frame_tokens == tokens and len(layout.rows) in (1, q.shape[0]),
+        f"attention: layout is of {layout.frame_tokens} frame_tokens and {len(layout.rows)} rows, the mask of {tokens} "
+        f"and q of {q.shape[0]}",
+    )
+    slots = {"queries": q.shape[1] // tokens, "own keys": k.shape[1] // tokens}
+    slots["context keys"] = 0 if context is None else context.k.shape[1] // tokens
+    for groups in layout.rows:
+        reach = {
+            "queries": groups[-1].queries[1] if groups else 0,
+            "own keys": max((g.own[-1][1] for g in groups if g.own), default=0),
+            "context keys": max((g.context[-1][1] for g in groups if g.context), default=0),
+        }
+        for name, last in reach.items():
+            fits = last == slots[name] if name == "queries" else last <= slots[name]
+            require(fits, f"attention: layout has {last} slots of {name}, there are {slots[name]}")
 
 
 def _validate(

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hiar_kernels import BlockCausal, flow_step
+from hiar_kernels import BlockCausal, takes_layout
 
 from ..cache import RingAttend, RingCache
 from ..schedule import TRAIN_TIMESTEPS, FlowSchedule
-from ..transformer import HiARTransformer, Live, Modulation, TextKV
+from ..transformer import HiARTransformer, TextKV
+from .graph import CudaGraphs, Recorder
+from .launch import Capture, Kind, Launch, on_the_way
+from .texts import TextCache, TextSlots
 from .visits import Group, Plan, Row, Visit
+
+_UNCHECKED = 256  # denoise visits
 
 TextSource = Callable[[int], Tensor]
 NoiseSource = Callable[[int, int], Tensor]  # (step, block) -> [B, frames, C, H, W]; step -1: initial noise
@@ -22,66 +27,14 @@ NoiseSource = Callable[[int, int], Tensor]  # (step, block) -> [B, frames, C, H,
 
 @dataclass
 class Counters:
-    """What a rollout has executed so far: forwards of the network by kind, and batched launches."""
+    """What a rollout has executed so far: forwards of the network by kind, batched launches, and those of them that
+    were captured.
+    """
 
     denoise: int = 0
     cache: int = 0
     launches: int = 0
-
-
-@dataclass
-class _TextCache:
-    """Keys and values of the prompts in use, for each model: computed once per weights and prompt."""
-
-    limit: int
-    entries: dict[tuple[int, int], tuple[Tensor, TextKV]] = field(default_factory=dict)
-    stacked: dict[tuple[int, ...], TextKV] = field(default_factory=dict)
-
-    def get(self, model: HiARTransformer, texts: Sequence[Tensor]) -> TextKV:
-        """For one row a text: [rows * B, ...]; [1, ...] where all rows share one text of batch 1."""
-        keys = [(id(model), id(text)) for text in texts]
-        for key, text in zip(keys, texts, strict=True):
-            if key not in self.entries:
-                self.entries[key] = (text, model.text_kv(trim_padding(text)))
-        parts = [self.entries[key][1] for key in keys]
-        shared = len(set(keys)) == 1
-        if shared and (len(parts) == 1 or texts[0].shape[0] == 1):
-            found = parts[0]
-        else:
-            name = tuple(id(part) for part in parts)
-            if name not in self.stacked:
-                self.stacked[name] = _stack(parts)
-            found = self.stacked[name]
-        self._forget(set(keys))
-        return found
-
-    def _forget(self, used: set[tuple[int, int]]) -> None:
-        while len(self.entries) > self.limit:
-            oldest = next(key for key in self.entries if key not in used)
-            del self.entries[oldest]
-            self.stacked.clear()  # its keys are identities of what was just freed
-        while len(self.stacked) > self.limit:
-            del self.stacked[next(iter(self.stacked))]
-
-
-def trim_padding(text: Tensor) -> Tensor:
-    """Drop trailing zero tokens that every row of [B, L, D] has: padding, which the model counts instead."""
-    used = text.abs().amax(dim=(0, 2)) > 0
-    return text[:, : int(used.nonzero()[-1]) + 1] if bool(used.any()) else text[:, :0]
-
-
-def _stack(parts: Sequence[TextKV]) -> TextKV:
-    """Texts of different lengths as rows of one batch: the missing keys count 0 times."""
-    length = max(part.counts.shape[1] for part in parts)
-
-    def pad(x: Tensor) -> Tensor:
-        return torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:])], 1)
-
-    layers = []
-    for layer in zip(*(part.layers for part in parts), strict=True):
-        layers.append((torch.cat([pad(k) for k, _ in layer]), torch.cat([pad(v) for _, v in layer])))
-    counts = [pad(part.counts).expand(part.layers[0][0].shape[0], -1) for part in parts]
-    return TextKV(tuple(layers), torch.cat(counts))
+    captures: int = 0
 
 
 class Executor:
@@ -93,6 +46,8 @@ class Executor:
         noise, renoise: initial and step noise. prefix: clean frames [B, F, C, H, W] or None.
         first_frame: id of the video's first frame. trajectory: "sde" | "ode".
         context_noise: timestep that finished blocks are cached at.
+        mode: "eager"; "graph": launches are captured as CUDA graphs the first time they occur, and replayed;
+            "recorded": the same with :class:`Recorder`, on any device.
     """
 
     def __init__(
@@ -110,22 +65,33 @@ class Executor:
         first_frame: int,
         trajectory: str,
         context_noise: float,
+        mode: str = "eager",
     ) -> None:
         self.models, self.plan, self.num_blocks, self.cache, self.grid = models, plan, num_blocks, cache, grid
         self.text, self.noise, self.renoise, self.prefix = text, noise, renoise, prefix
         self.first_frame, self.trajectory = first_frame, trajectory
         weight = models[0].patch_embedding.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.sigmas = torch.tensor(schedule.sigmas, dtype=torch.promote_types(self.dtype, torch.float32))
+        self.sigmas = schedule.sigmas
+        self.wide = torch.promote_types(self.dtype, torch.float32)
         # one row for each noise level, and a last one for the clean prefix
         levels = [TRAIN_TIMESTEPS * s for s in schedule.sigmas[:-1]] + [context_noise, 0.0]
         self.clean = len(levels) - 1
         timesteps = torch.tensor([levels], dtype=torch.float64, device=self.device)
         self.tables = {id(m): m.modulation(timesteps, len(levels)) for m in models}
-        self.texts = _TextCache(limit=2 * len(models) + 2)
+        self.texts, self.text_slots = TextCache(limit=2 * len(models) + 2), TextSlots()
         self.latents: dict[tuple[int, int], Tensor] = {}  # (level, block) -> x
         self.readers: dict[tuple[int, int], int] = {}  # visits that still need it
-        self.unchecked: list[tuple[Visit, Tensor]] = []  # "is finite", left on the device
+        self.spare: dict[tuple[int, ...], list[Tensor]] = {}  # memory of latents that nobody needs any more, by shape
+        self.unchecked: list[Visit] = []
+        self.finite = torch.ones(_UNCHECKED, dtype=torch.bool, device=self.device)  # of each of them
+        self.launches: dict[Kind, Launch] = {}
+        self.capture: Capture | None = None
+        if mode != "eager":
+            self.capture = CudaGraphs(self.device) if mode == "graph" else Recorder.capture
+        q = cache.k[0].new_empty(1).expand(1, 1, *cache.k[0].shape[3:])
+        # frame ids on the device serve every block; a library has to be told what is visible, block by block
+        self.by_layout = takes_layout(q, self._mask([0]))
         self.counters = Counters()
         self.step = 0
 
@@ -139,10 +105,11 @@ class Executor:
         finished = []
         for run in self._launches(group):
             rows = [group[i] for i in run]
-            for visit, latents in self._launch(rows, [torch.cat(inputs[i], 1) for i in run]):
-                self._put(visit.step + 1, visit.block, latents)
+            for visit, latents in self._launch(rows, [inputs[i] for i in run]):
+                kept = self._keep(latents)
+                self._put(visit.step + 1, visit.block, kept)
                 if visit.step + 1 == self.plan.steps:
-                    finished.append((visit.block, latents))
+                    finished.append((visit.block, kept.clone()))
         for row in group:
             for visit in row:
                 self._release(visit)
@@ -157,7 +124,7 @@ class Executor:
             return self.prefix[:, start:stop].to(self.device, self.dtype)
         level = visit.step if visit.kind == "denoise" else visit.step + 1
         if level == 0 and (0, visit.block) not in self.latents:
-            self._put(0, visit.block, self.noise(-1, visit.block).to(self.device, self.dtype))
+            self._put(0, visit.block, self._keep(self.noise(-1, visit.block)))
         return self.latents[level, visit.block]
 
     def _put(self, level: int, block: int, latents: Tensor) -> None:
@@ -165,13 +132,25 @@ class Executor:
         readers += level > 0 and self.plan.has_cache(level - 1, block, self.num_blocks)
         if readers:
             self.latents[level, block], self.readers[level, block] = latents, readers
+        else:
+            self._spare(latents)
 
     def _release(self, visit: Visit) -> None:
         key = (visit.step if visit.kind == "denoise" else visit.step + 1, visit.block)
         if key in self.readers:
             self.readers[key] -= 1
             if not self.readers[key]:
-                del self.readers[key], self.latents[key]
+                del self.readers[key]
+                self._spare(self.latents.pop(key))
+
+    def _keep(self, latents: Tensor) -> Tensor:
+        """A copy on the device, in memory that was used before where there is some: nothing is allocated per visit."""
+        spare = self.spare.get(tuple(latents.shape))
+        place = spare.pop() if spare else torch.empty(latents.shape, dtype=self.dtype, device=self.device)
+        return place.copy_(on_the_way(latents, self.device), non_blocking=True)
+
+    def _spare(self, latents: Tensor) -> None:
+        self.spare.setdefault(tuple(latents.shape), []).append(latents)
 
     # One batched forward.
 
@@ -199,40 +178,81 @@ class Executor:
     def _frame_count(self, row: Row) -> int:
         return sum(stop - start for start, stop in (self.plan.block_frames(v.block) for v in row))
 
-    def _launch(self, rows: list[Row], inputs: list[Tensor]) -> list[tuple[Visit, Tensor]]:
-        """Run rows as one batch: [rows * B, frames, C, H, W]; returns the denoised latents of each denoise visit."""
-        plan, batch = self.plan, self.cache.batch
-        model = self.models[rows[0][-1].step]
-        frames = [[f for v in row for f in range(*plan.block_frames(v.block))] for row in rows]
-        levels = [[self._level(v) for v in row for _ in range(*plan.block_frames(v.block))] for row in rows]
-        wanted = [i for i, row in enumerate(rows) if row[-1].kind == "denoise"]
-        first = len(frames[0]) - len(range(*plan.block_frames(rows[0][-1].block))) if wanted else 0
-        live = None
-        if first or len(wanted) < len(rows):
-            live = Live(tuple(i * batch + b for i in wanted for b in range(batch)), first)
-        x = torch.cat(inputs)
-        velocity = model.run(
-            x, self._modulation(model, levels), self._text(model, rows), self._attend(rows, frames), live
-        )
+    def _launch(self, rows: list[Row], inputs: list[list[Tensor]]) -> list[tuple[Visit, Tensor]]:
+        """Run rows as one batch; returns the denoised latents of each denoise visit, valid until the next launch."""
+        visits = [row[-1] for row in rows if row[-1].kind == "denoise"]
+        launch = self._prepared(rows, self._text(self.models[rows[0][-1].step], rows))
+        levels = [[self._level(v) for v in row for _ in range(*self.plan.block_frames(v.block))] for row in rows]
+        steps = [(self.sigmas[v.step], self.sigmas[v.step + 1]) for v in visits]
+        launch.fill(inputs, levels, steps, [self._renoise(v) for v in visits])
+        captured = launch.captured is None and self.capture is not None
+        launch.run(self.capture)
+        self.counters.captures += captured
         self.counters.launches += 1
-        self.counters.denoise += len(wanted)
-        self.counters.cache += sum(len(row) for row in rows) - len(wanted)
-        if velocity is None:
-            return []
-        visits = [rows[i][-1] for i in wanted]
-        following = self._step(visits, live.select(x) if live else x, velocity)
-        return list(zip(visits, following.chunk(len(visits)), strict=True))
+        self.counters.denoise += len(visits)
+        self.counters.cache += sum(len(row) for row in rows) - len(visits)
+        if visits:
+            self._note_finite(visits, launch.finite)
+        return list(zip(visits, launch.out.chunk(len(visits)), strict=True)) if visits else []
+
+    def _prepared(self, rows: list[Row], text: TextKV) -> Launch:
+        """The launch of such rows, with rings and text in place for them."""
+        model = self.models[rows[0][-1].step]
+        index = [self.plan.cache_index(row[-1].step) for row in rows]
+        lent = self.plan.cache_source == "next_step"
+        if self.capture is not None:
+            text = self.text_slots.put(model, text)
+        kind = Kind(
+            id(model),
+            (index[0], index[-1], index[1] - index[0] if len(index) > 1 else 1),
+            tuple(tuple((v.kind, len(range(*self.plan.block_frames(v.block)))) for v in row) for row in rows),
+            tuple(self.plan.window_frames[row[-1].step] for row in rows),
+            tuple(lent and row[-1].kind == "denoise" and row[-1].step > 0 for row in rows),
+            text.shape,
+        )
+        launch = self.launches.get(kind)
+        if launch is None:
+            launch = self.launches[kind] = self._new_launch(kind, model, text)
+        launch.text = text
+        starts = [self.plan.block_frames(row[0].block)[0] for row in rows]
+        layout = launch.attend.enter(starts, layout=self.by_layout)
+        if layout is not None and self.capture is not None:
+            by_layout = replace(kind, layout=layout)
+            if by_layout not in self.launches:
+                self.launches[by_layout] = self._new_launch(by_layout, model, text)
+            launch = self.launches[by_layout]
+        launch.attend.layout = layout
+        return launch
+
+    def _new_launch(self, kind: Kind, model: HiARTransformer, text: TextKV) -> Launch:
+        cache, (first, last, stride) = self.cache, kind.caches
+        frames = sum(count for _, count in kind.rows[0])
+        done = [sum(count for name, count in row if name == "cache") for row in kind.rows]
+        mask = self._mask([window for window in kind.windows for _ in range(cache.batch)])
+        attend = RingAttend(
+            cache, slice(first, last + 1, stride), frames, done, self.grid, self.first_frame, mask, kind.lends
+        )
+        height, width = (n * p for n, p in zip(self.grid, model.config.patch_size[1:], strict=True))
+        shape = (model.config.in_channels, height, width)
+        table = self.tables[id(model)]
+        return Launch(kind, model, table, attend, text, shape, cache.batch, self.wide, self.trajectory == "sde")
+
+    def _mask(self, windows: Sequence[int | None]) -> BlockCausal:
+        plan = self.plan
+        return BlockCausal(
+            self.cache.frame_tokens,
+            plan.frames_per_block,
+            tuple(windows) if any(windows) else None,
+            plan.sink_frames,
+            self.first_frame,
+            plan.first_block_frames,
+        )
 
     def _level(self, visit: Visit) -> int:
         """Row of the modulation table: the noise level that the network is told."""
         if visit.kind == "denoise":
             return visit.step
         return self.clean if visit.block < self.plan.prefix_blocks else visit.step + 1
-
-    def _modulation(self, model: HiARTransformer, levels: list[list[int]]) -> Modulation:
-        table = self.tables[id(model)]
-        index = torch.tensor(levels, device=self.device).repeat_interleave(self.cache.batch, 0)
-        return Modulation(table.embedding[0][index], table.blocks[0][index])
 
     def _text(self, model: HiARTransformer, rows: list[Row]) -> TextKV:
         texts = [self.text(row[-1].block) for row in rows]
@@ -242,47 +262,24 @@ class Executor:
             )
         return self.texts.get(model, texts)
 
-    def _attend(self, rows: list[Row], frames: list[list[int]]) -> RingAttend:
-        plan = self.plan
-        steps = [row[-1].step for row in rows]
-        index = [plan.cache_index(s) for s in steps]
-        stride = index[1] - index[0] if len(index) > 1 else 1
-        windows = tuple(plan.window_frames[s] for s in steps for _ in range(self.cache.batch))
-        mask = BlockCausal(
-            self.cache.frame_tokens,
-            plan.frames_per_block,
-            windows,
-            plan.sink_frames,
-            self.first_frame,
-            plan.first_block_frames,
-        )
-        lends = [plan.cache_source == "next_step" and row[-1].kind == "denoise" and row[-1].step > 0 for row in rows]
-        caches = slice(index[0], index[-1] + 1, stride)
-        return RingAttend(self.cache, caches, frames, self.grid, self.first_frame, mask, lends)
+    def _renoise(self, visit: Visit) -> Tensor | None:
+        """Noise of a step on its way to the device; None where it has no weight."""
+        if self.trajectory != "sde" or visit.step + 1 == self.plan.steps:
+            return None
+        return on_the_way(self.renoise(visit.step, visit.block).to(self.dtype), self.device)
 
-    def _step(self, visits: list[Visit], x: Tensor, velocity: Tensor) -> Tensor:
-        """x[s + 1] of each visit; after the last step that is x0."""
-        steps = torch.tensor([v.step for v in visits]).repeat_interleave(self.cache.batch)
-        sigma, following = self.sigmas[steps][:, None], self.sigmas[steps + 1][:, None]
-        noise = None
-        if self.trajectory == "sde":
-            shape = (len(x) // len(visits), *x.shape[1:])
-            parts = [
-                self.renoise(v.step, v.block) if v.step + 1 < self.plan.steps else torch.zeros(shape) for v in visits
-            ]
-            noise = torch.cat([part.to(self.device, self.dtype) for part in parts])
-        result = flow_step(x, velocity, sigma.to(self.device), following.to(self.device), noise)[1]
-        self.unchecked += [
-            (v, torch.isfinite(part).all()) for v, part in zip(visits, result.chunk(len(visits)), strict=True)
-        ]
+    def _note_finite(self, visits: list[Visit], finite: Tensor) -> None:
+        if len(self.unchecked) + len(visits) > len(self.finite):
+            self._check_finite()
+        self.finite[len(self.unchecked) : len(self.unchecked) + len(visits)].copy_(finite)
+        self.unchecked += visits
         # a look at device memory waits for it: on an accelerator once a finished block, not once a visit
         if self.device.type == "cpu" or any(v.step + 1 == self.plan.steps for v in visits):
             self._check_finite()
-        return result
 
     def _check_finite(self) -> None:
-        finite = torch.stack([flag for _, flag in self.unchecked]).tolist()
-        bad = [visit for (visit, _), good in zip(self.unchecked, finite, strict=True) if not good]
+        finite = self.finite[: len(self.unchecked)].tolist()
+        bad = [visit for visit, good in zip(self.unchecked, finite, strict=True) if not good]
         self.unchecked.clear()
         if bad:
             raise FloatingPointError(f"latents are not finite from step {bad[0].step} of block {bad[0].block} on")
@@ -300,7 +297,7 @@ class Executor:
         self.latents, self.readers, self.step = {}, {}, state["step"]
         for name, x in state["latents"].items():
             level, block = map(int, name.split("/"))
-            self._put(level, block, x.to(self.device, self.dtype).clone())
+            self._put(level, block, self._keep(x))
             for visit in (Visit("denoise", level, block), Visit("cache", level - 1, block)):
                 if visit.step in range(self.plan.steps) and done(visit):
                     self._release(visit)

@@ -17,7 +17,7 @@ from .executor import Executor
 from .noise import INITIAL, keyed_noise
 from .visits import Plan, forwards, windows_per_step
 
-EXECUTORS = ("eager",)
+EXECUTORS = ("eager", "graph", "recorded")
 TRAJECTORIES = ("sde", "ode")
 
 
@@ -57,7 +57,8 @@ class Rollout:
         context_noise: timestep that finished blocks are cached at.
         cache_source: "own", or "next_step" (a cache takes the keys of the next step's denoise visit).
         pairs: fuse cache(s, n - 1) and denoise(s, n) into one forward.
-        executor: "eager".
+        executor: "eager"; "graph": visits are captured as CUDA graphs the first time they occur, and replayed for every
+            block after that; "recorded": the same on any device, by recording torch's operations: for tests, not fast.
         on_visit: called with (forwards done, forwards in all or None) after every group of visits.
 
     Raises:
@@ -120,6 +121,8 @@ class Rollout:
             made = None if num_frames is None else num_frames - prefix_frames
             _require_shape("noise", tuple(noise.shape), (batch, made, *self.shape))
         weight = models[0].patch_embedding.weight
+        if executor == "graph" and weight.device.type != "cuda":
+            raise ValueError(f"executor='graph' needs a CUDA device, the model is on {weight.device}; use eager")
         grid = config.grid(height, width)
         extra = frames_per_block if pairs else 0
         held = [ring_frames(w, num_frames, extra) for w in self.plan.window_frames]
@@ -142,6 +145,7 @@ class Rollout:
             first_frame,
             trajectory,
             context_noise,
+            executor,
         )
         self.groups_done = 0
         self.forwards_done = 0

@@ -1,0 +1,103 @@
+"""Who sees what, read once on the host: what library kernels, which know no frame ids, are called by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .mask import BlockCausal, visible_with_context
+
+Run = tuple[int, int]
+"""Neighbouring frame slots [start, stop)."""
+Ids = Tensor | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring query frames ``queries`` that see the same keys: runs of slots of the context, then of their own."""
+
+    queries: Run
+    context: tuple[Run, ...]
+    own: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """The visible keys of every query as ranges of slots; hashable: equal layouts run the same calls.
+
+    Attributes:
+        frame_tokens: tokens of a slot.
+        rows: the groups of each batch row; one entry where all rows are alike.
+    """
+
+    frame_tokens: int
+    rows: tuple[tuple[Group, ...], ...]
+
+    def select(self, start: int, stop: int, first: int = 0) -> AttentionLayout:
+        """Of batch rows start..stop and queries from slot ``first`` on."""
+        rows = self.rows if len(self.rows) == 1 else self.rows[start:stop]
+        if first:
+            rows = tuple(
+                tuple(
+                    Group((max(0, g.queries[0] - first), g.queries[1] - first), g.context, g.own)
+                    for g in row
+                    if g.queries[1] > first
+                )
+                for row in rows
+            )
+        return AttentionLayout(self.frame_tokens, _alike(rows))
+
+
+def attention_layout(
+    mask: BlockCausal, q_frames: Ids, kv_frames: Ids, context_frames: Ids | None = None, *, rows: int | None = None
+) -> AttentionLayout:
+    """What :func:`hiar_kernels.attention` with the same mask and ids sees. Made once, it serves all layers of a visit.
+
+    Args:
+        q_frames, kv_frames, context_frames: frame ids [B or 1, slots], -1 empty; lists, or tensors, which are read on
+            the host: a device waits for that.
+        rows: B; default: the most that the ids and the mask's windows have.
+    """
+    q, kv = _tensor(q_frames), _tensor(kv_frames)
+    context = None if context_frames is None else _tensor(context_frames)
+    windows = len(mask.window_frames) if isinstance(mask.window_frames, tuple) else 1
+    given = [windows, *(x.shape[0] for x in (q, kv, context) if x is not None)]
+    rows = max(given) if rows is None else rows
+    if any(n not in (1, rows) for n in given):
+        raise ValueError(f"attention_layout: windows and ids have {given} rows; each must have 1 or {rows}")
+    if context is None:
+        seen, split = mask.visible(q, kv, rows), 0
+    else:
+        seen, split = visible_with_context(mask, q, kv, context, rows), context.shape[1]
+    return AttentionLayout(mask.frame_tokens, _alike(tuple(_groups(row, split) for row in seen.tolist())))
+
+
+def _tensor(ids: Ids) -> Tensor:
+    return ids.cpu() if isinstance(ids, Tensor) else torch.tensor(ids, dtype=torch.int64)
+
+
+def _alike(rows: tuple[tuple[Group, ...], ...]) -> tuple[tuple[Group, ...], ...]:
+    return rows[:1] if len(set(rows)) == 1 else rows
+
+
+def _groups(seen: list[list[bool]], split: int) -> tuple[Group, ...]:
+    found, start = [], 0
+    for stop in range(1, len(seen) + 1):
+        if stop < len(seen) and seen[stop] == seen[start]:
+            continue
+        found.append(Group((start, stop), _runs(seen[start][:split]), _runs(seen[start][split:])))
+        start = stop
+    return tuple(found)
+
+
+def _runs(seen: list[bool]) -> tuple[Run, ...]:
+    runs: list[Run] = []
+    for slot, visible in enumerate(seen):
+        if visible and runs and runs[-1][1] == slot:
+            runs[-1] = (runs[-1][0], slot + 1)
+        elif visible:
+            runs.append((slot, slot + 1))
+    return tuple(runs)

@@ -1,0 +1,201 @@
+"""Attention through libraries that know no frame ids: one call for each group of queries that sees the same keys.
+
+No mask is ever materialised. Keys in several places are copied together, or attended to part by part and merged by
+their logsumexps: attention does not care for the order of keys, so a full ring needs neither.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .._dispatch import require
+from ..merge_attention import merge_attention
+from .layout import AttentionLayout, Group, Run
+from .mask import KVContext
+
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+PACKAGES = {"flash-attn-2": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}
+LIBRARIES = ("sdpa", *BACKENDS, *PACKAGES)
+_PART = 128  # keys: parts are cut at whole tiles of the libraries
+
+Partial = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
+"""q, k, v [B, T, H, D], scale -> out [B, T, H, D], logsumexp [B, H, T]; without gradient."""
+
+
+def attend(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: AttentionLayout | None,
+    context: KVContext | None,
+    kv_counts: Tensor | None,
+    scale: float | None,
+    parts: int = 1,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, logsumexp if asked) of :func:`hiar_kernels.attention`.
+
+    Args:
+        layout: None: every query sees every key.
+        parts: 1: keys in several places are copied together. n > 1: at least n calls, cut where keys lie apart, merged;
+            not where a gradient is needed.
+    """
+    given = [q, k, v, *([] if context is None else [context.k, context.v])]
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    require(not (trains and return_lse), f"attention: impl={impl!r} has no gradient with return_lse; use 'reference'")
+    if kv_counts is not None:
+        require(impl == "sdpa" and not return_lse, f"attention: impl={impl!r} takes no kv_counts here; use 'reference'")
+        wide = torch.promote_types(q.dtype, torch.float32)  # round the logarithm: 509 is no bfloat16
+        return _plain(impl, q, k, v, scale, kv_counts.to(wide).log().to(q.dtype)[:, None, None, :]).contiguous(), None
+    merged = (parts > 1 or return_lse) and not trains
+    if layout is None:
+        whole = Group((0, q.shape[1]), (), ((0, k.shape[1]),) if k.shape[1] else ())
+        layout = AttentionLayout(1, ((whole,),))
+    outs, lses = [], []
+    for b, groups in enumerate(layout.rows):
+        row = slice(None) if len(layout.rows) == 1 else slice(b, b + 1)
+        tokens = layout.frame_tokens
+        q_slots, own = _Slots(q[row], tokens), (_Slots(k[row], tokens), _Slots(v[row], tokens))
+        earlier = None
+        if context is not None:
+            earlier = (_Slots(context.k[row], tokens), _Slots(context.v[row], tokens))
+        found = [_group(impl, group, q_slots, own, earlier, scale, parts, merged) for group in groups]
+        outs.append(_join([out for out, _ in found]))
+        lses.append(_join([lse for _, lse in found if lse is not None], 2) if merged else None)
+    out = torch.cat(outs) if len(outs) > 1 else outs[0].contiguous()
+    return out, torch.cat([x for x in lses if x is not None]) if return_lse else None
+
+
+class _Slots:
+    """Tokens of frame slots of x [B, T, H, D], as views."""
+
+    def __init__(self, x: Tensor, tokens: int) -> None:
+        self.x, self.tokens = x, tokens
+        # a slice's backward fills a whole zero tensor; the pieces of one split share a single concatenation
+        self.pieces = x.split(tokens, 1) if x.requires_grad and torch.is_grad_enabled() and tokens > 1 else None
+
+    def views(self, runs: tuple[Run, ...]) -> list[Tensor]:
+        if self.pieces is not None:
+            return [piece for start, stop in runs for piece in self.pieces[start:stop]]
+        return [self.x[:, start * self.tokens : stop * self.tokens] for start, stop in runs]
+
+
+def _group(
+    impl: str,
+    group: Group,
+    q: _Slots,
+    own: tuple[_Slots, _Slots],
+    context: tuple[_Slots, _Slots] | None,
+    scale: float | None,
+    parts: int,
+    merged: bool,
+) -> tuple[Tensor, Tensor | None]:
+    query = _join(q.views((group.queries,)))
+    keys, values = ([] if context is None else context[i].views(group.context) for i in (0, 1))
+    keys, values = keys + own[0].views(group.own), values + own[1].views(group.own)
+    if not keys:
+        lse = query.new_full((query.shape[0], query.shape[2], query.shape[1]), float("-inf"), dtype=_wide(query))
+        return torch.zeros_like(query), lse if merged else None
+    if not merged:
+        return _plain(impl, query, _join(keys), _join(values), scale), None
+    if parts == 1:
+        keys, values = [_join(keys)], [_join(values)]
+    found = [partial(impl, query, *kv, scale) for kv in _cut(keys, values, parts)]
+    return found[0] if len(found) == 1 else _merge([out for out, _ in found], [lse for _, lse in found])
+
+
+def _cut(keys: list[Tensor], values: list[Tensor], parts: int) -> list[tuple[Tensor, Tensor]]:
+    """At least so many parts: what lies apart stays apart, what is longest is cut, evenly at whole tiles."""
+    lengths, pieces = [k.shape[1] for k in keys], [1] * len(keys)
+    while sum(pieces) < parts:
+        pieces[max(range(len(keys)), key=lambda i: lengths[i] / pieces[i])] += 1
+    cut: list[tuple[Tensor, Tensor]] = []
+    for k, v, length, n in zip(keys, values, lengths, pieces, strict=True):
+        share = -(-length // (n * _PART)) * _PART
+        cut += zip(k.split(share, 1), v.split(share, 1), strict=True)
+    return cut
+
+
+def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    in_one_pass = outs[0].is_cuda and importlib.util.find_spec("triton") is not None
+    return merge_attention(outs, lses, impl="triton" if in_one_pass else "auto")
+
+
+def _join(parts: list[Tensor], dim: int = 1) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _plain(impl: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None = None) -> Tensor:
+    """One differentiable call. In float32 on a CPU, where bfloat16 is the slower one."""
+    dtype, device = q.dtype, q.device.type
+    if impl in PACKAGES:
+        return _packaged(impl)(q, k, v, scale)[0]
+    if device == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(device, enabled=False):
+            wide = None if bias is None else bias.float()
+            return _plain(impl, q.float(), k.float(), v.float(), scale, wide).to(dtype)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if impl == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
+    with sdpa_kernel(BACKENDS[impl]):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def partial(impl: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """One call of a library with its logsumexp; without gradient."""
+    if impl in PACKAGES:
+        return _packaged(impl)(q, k, v, scale)
+    dtype = q.dtype
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    aten = torch.ops.aten
+    if not q.is_cuda:
+        heads = [x.to(_wide(x)) for x in heads]
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=scale)
+    elif impl == "cudnn":
+        out, lse = aten._scaled_dot_product_cudnn_attention(*heads, None, True, scale=scale)[:2]
+    else:
+        out, lse = aten._scaled_dot_product_flash_attention(*heads, scale=scale)[:2]
+    b, t, h, _ = q.shape
+    return out.transpose(1, 2).to(dtype), lse.reshape(b, h, t)  # cuDNN's has a last dimension of 1
+
+
+@functools.cache
+def _packaged(impl: str) -> Partial:
+    """flash_attn_func of a package, whose versions name its logsumexp differently."""
+    module = importlib.import_module(PACKAGES[impl])
+    option = {"flash-attn-2": "return_attn_probs", "flash-attn-3": "return_attn_probs"}.get(impl, "return_lse")
+
+    def call(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+        found: Any = module.flash_attn_func(q, k, v, softmax_scale=scale, **{option: True})
+        return found[0], found[1]
+
+    return call
+
+
+def unavailable(impl: str, device: torch.device) -> str | None:
+    """Why a library cannot run on the device; None if it can."""
+    if impl == "sdpa":
+        return None
+    if impl in PACKAGES:
+        package = PACKAGES[impl]
+        try:
+            found = importlib.util.find_spec(package) is not None
+        except ModuleNotFoundError:  # of the parent package
+            found = False
+        if not found:
+            return f"{package} is not installed"
+    return None if device.type == "cuda" else f"it needs a CUDA device, got {device}"

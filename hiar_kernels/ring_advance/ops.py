@@ -1,0 +1,33 @@
+"""``hiar::ring_advance``: schema and fake. It returns nothing and has no gradient."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._library import define
+from . import reference
+
+
+def _fake(
+    position: Tensor,
+    frames: Tensor,
+    slots: Tensor,
+    ring_frames: Tensor,
+    advance: Tensor,
+    capacities: Tensor,
+    first_frame: int,
+    sink_frames: int,
+) -> None:
+    return None
+
+
+define(
+    "ring_advance",
+    "Tensor(a!) position, Tensor(b!) frames, Tensor(c!) slots, Tensor(d!) ring_frames, Tensor advance, "
+    "Tensor capacities, int first_frame, int sink_frames",
+    0,
+    reference.ring_advance,
+    _fake,
+    (),
+    mutates=True,
+)

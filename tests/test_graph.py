@@ -1,0 +1,217 @@
+"""Captured launches, by the stand-in: the same latents from the same device state, whatever the walk."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, run
+
+import hiar_kernels
+from hiar_model.rollout import Rollout
+from hiar_model.rollout.graph import Recorder
+from hiar_model.schedule import FlowSchedule
+
+pytestmark = pytest.mark.cpu
+
+WALKS = [
+    {"order": "step_first"},
+    {"order": "step_first", "pairs": True},
+    {"order": "stream"},
+    {"order": "stream", "pairs": True},
+    {"order": "wavefront"},
+    {"order": "wavefront", "pairs": True},
+    {"order": "block_first"},
+    {"order": "stream", "cache_source": "next_step"},
+    {"order": "wavefront", "cache_source": "next_step"},
+]
+
+
+def made(executor: str, num_frames: int | None = 24, **options) -> Rollout:
+    text = options.pop("text", TEXT)
+    return Rollout(MODEL, text, FlowSchedule.uniform(4), num_frames=num_frames, executor=executor, **SIZE, **options)
+
+
+def latents(rollout: Rollout) -> torch.Tensor:
+    return torch.cat([block.latents for block in rollout], 1)
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])  # by frame ids on the device; by layouts, as a library
+@pytest.mark.parametrize("walk", WALKS, ids=str)
+def test_captured_and_eager_are_the_same_bits(walk, impl):
+    shape = (1, 4, TINY.in_channels, *SIZE.values())
+    prefix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    for options in (
+        {"window_frames": 9},
+        {"window_frames": 7, "sink_frames": 1, "prefix": prefix, "num_frames": 25, "first_frame": 5},
+        {"window_frames": (6, 7, 9, 12), "trajectory": "ode", "batch": 2},
+    ):
+        with hiar_kernels.prefer(impl):
+            eager, recorded = (made(executor, **walk, **options) for executor in ("eager", "recorded"))
+            states = []
+            for one, other in zip(eager, recorded, strict=True):
+                assert torch.equal(one.latents, other.latents), options
+                # rings, not only results: the same keys in the same slots under the same frame ids
+                states.append([r.executor.cache.state_dict() for r in (eager, recorded)])
+        for one, other in states[-2:]:
+            held = one["frames"] >= 0
+            assert torch.equal(one["frames"], other["frames"]) and bool(held.any())
+            for name in one.keys() - {"frames"}:
+                seen = held.repeat_interleave(eager.executor.cache.frame_tokens, 2)
+                assert torch.equal(one[name][seen], other[name][seen]), name
+        assert recorded.executor.counters.launches == eager.executor.counters.launches
+        assert recorded.executor.counters.captures and not eager.executor.counters.captures
+
+
+def test_the_rings_move_on_by_themselves():
+    """On the device, in the replay; the host only keeps count."""
+    with hiar_kernels.prefer("reference"):
+        rollout = made("recorded", num_frames=None, order="stream", window_frames=6)
+        cache = rollout.executor.cache
+        blocks = iter(rollout)
+        for n in range(8):
+            wanted = list(cache.stands)
+
+            def stand_at(index: int, frame: int, n: int = n) -> None:
+                assert n == 0 or cache.stands[index] == frame, "written from the host"
+                type(cache).stand_at(cache, index, frame)
+
+            cache.stand_at = stand_at
+            next(blocks)
+            assert cache.positions[:, 0].tolist() == cache.stands != wanted
+            assert cache.frames[:, 0].tolist() == cache.held
+
+
+@pytest.mark.parametrize("walk", WALKS, ids=str)
+def test_captures_do_not_grow_with_the_video(walk):
+    counts = []
+    with hiar_kernels.prefer("reference"):
+        for frames in (30, 60):
+            rollout = made("recorded", num_frames=frames, window_frames=9, **walk)
+            latents(rollout)
+            counts.append(rollout.executor.counters.captures)
+    assert counts[0] == counts[1]
+    # growth is served by the graphs of the full window: what differs are kinds of visits, and how full a diagonal is
+    few = {"step_first": 2, "block_first": 2, "stream": 2 * 4, "wavefront": 4 * 4}
+    assert counts[0] <= few[walk["order"]] + 4 * ("pairs" in walk), counts
+
+
+def test_by_layout_captures_follow_the_visible_blocks():
+    """A library is told lengths: every block of the growth is another graph; a full ring is one, wherever it begins."""
+    counts = []
+    with hiar_kernels.prefer("sdpa"):
+        for frames in (30, 60):
+            rollout = made("recorded", num_frames=frames, order="stream", window_frames=9)
+            latents(rollout)
+            counts.append(rollout.executor.counters.captures)
+    assert counts[0] == counts[1]
+    assert counts[0] == 3 * (4 + 1), counts  # four denoise visits and a batch of cache visits, at 3, 6 and 9 frames
+
+
+def test_another_prompt_needs_no_other_graph():
+    other = torch.randn(1, 2, TINY.text_dim, generator=torch.Generator().manual_seed(3))  # another length too
+    with hiar_kernels.prefer("reference"):
+        for walk in ({"order": "stream"}, {"order": "step_first"}):
+            eager, recorded = (
+                made(e, text=lambda block: TEXT if block < 4 else other, window_frames=6, **walk)
+                for e in ("eager", "recorded")
+            )
+            constant = made("recorded", window_frames=6, **walk)
+            found, wanted = latents(recorded), latents(eager)
+            assert torch.equal(found, wanted)
+            assert difference(found, latents(constant)) > 0.01
+            assert recorded.executor.counters.captures == constant.executor.counters.captures
+
+
+def test_a_state_goes_on_in_the_other_executor():
+    with hiar_kernels.prefer("reference"):
+        whole = latents(made("eager", order="wavefront", window_frames=9))
+        for first, second in (("eager", "recorded"), ("recorded", "eager"), ("recorded", "recorded")):
+            begun = made(first, order="wavefront", window_frames=9)
+            blocks = iter(begun)
+            parts = [next(blocks).latents for _ in range(3)]
+            resumed = made(second, order="wavefront", window_frames=9)
+            resumed.load_state_dict(begun.state_dict())
+            parts += [block.latents for block in resumed]
+            assert torch.equal(torch.cat(parts, 1), whole)
+
+
+def test_nothing_comes_from_the_host_in_a_replayed_visit(monkeypatch):
+    """Index tensors made from Python lists inside the forward would be copies from the host in every capture."""
+    rollout = made("eager", num_frames=None, order="wavefront", pairs=True, window_frames=6)
+    blocks = iter(rollout)
+    for _ in range(4):
+        next(blocks)
+    launches = list(rollout.executor.launches.values())
+    tensor = torch.tensor
+
+    def refuse(*args, **kwargs):
+        caller = sys._getframe(1).f_globals["__name__"]
+        assert not caller.startswith("hiar_model"), f"torch.tensor in {caller}"
+        return tensor(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", refuse)
+    with torch.no_grad():
+        for launch in launches:
+            launch.body()
+
+
+def test_memory_of_latents_is_used_again():
+    rollout = made("recorded", num_frames=None, order="wavefront", window_frames=6)
+    blocks, places = iter(rollout), set()
+    for n in range(12):
+        block = next(blocks)
+        held = list(rollout.executor.latents.values()) + [x for free in rollout.executor.spare.values() for x in free]
+        places.add(len(held))
+        assert block.latents.data_ptr() not in {x.data_ptr() for x in held}, "a finished block belongs to the caller"
+        if n == 5:
+            places.clear()
+    assert len(places) == 1
+
+
+# The stand-in
+
+
+def test_a_recording_runs_on_the_same_memory():
+    x, out = torch.arange(4.0), torch.zeros(4)
+    python = [2.0]
+
+    def run() -> None:
+        y = (x.view(2, 2) * python[0]).t()
+        out.copy_(y.reshape(4))
+        x.add_(1)
+
+    recording = Recorder.capture(run)
+    assert x.tolist() == [1, 2, 3, 4] and out.tolist() == [0, 4, 2, 6]
+    python[0] = 100.0  # frozen: a graph knows no Python
+    recording.replay()
+    assert x.tolist() == [2, 3, 4, 5] and out.tolist() == [2, 6, 4, 8]
+
+
+@pytest.mark.parametrize("read", [lambda x: x.item(), lambda x: x.nonzero(), lambda x: bool(x), lambda x: x.tolist()])
+def test_reading_on_the_host_is_refused(read):
+    with pytest.raises(RuntimeError, match=r"^[\w:]+ reads a tensor on the host, which a captured graph cannot do"):
+        Recorder.capture(lambda: read(torch.ones(1)))
+
+
+def test_without_a_layout_a_library_cannot_be_captured():
+    mask = hiar_kernels.BlockCausal(1, 1)
+    q = torch.randn(1, 2, 1, 4)
+    ids = torch.tensor([[0, 1]])
+    with pytest.raises(RuntimeError, match="reads a tensor on the host"):
+        Recorder.capture(lambda: hiar_kernels.attention(q, q, q, mask=mask, q_frames=ids, kv_frames=ids, impl="sdpa"))
+
+
+def test_graphs_need_a_gpu():
+    with pytest.raises(ValueError, match="executor='graph' needs a CUDA device, the model is on cpu; use eager"):
+        made("graph")
+    with pytest.raises(ValueError, match="executor must be one of eager, graph, recorded, got 'fast'"):
+        made("fast")
+
+
+def test_experts_have_graphs_of_their_own():
+    experts = [make_model(s) for s in range(2)] * 2
+    with hiar_kernels.prefer("reference"):
+        options = {"model": experts, "order": "step_first", "num_frames": 15, "window_frames": 6}
+        assert torch.equal(run(executor="recorded", **options), run(**options))
