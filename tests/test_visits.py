@@ -1,4 +1,4 @@
-"""The visits of a rollout: geometry, graph, walks, their checker and what they cost."""
+"""The visits of a rollout: geometry, graph, walks and their checker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from hiar_model.rollout.visits import (
     denoise,
     dependencies,
     forwards,
-    makespan,
     rank_order,
     windows_per_step,
 )
@@ -116,6 +115,9 @@ def test_geometry_and_graph_follow_the_definition(plan: Plan, n: int) -> None:
     for step in range(plan.steps):
         assert [plan.sees(step, n, m) for m in range(n + 3)] == [oracle_sees(plan, step, n, m) for m in range(n + 3)]
         assert plan.seen(step, n) == [m for m in range(n) if oracle_sees(plan, step, n, m)]
+        end, window, sink = frames_of(plan, n)[-1] + 1, plan.window_frames[step], plan.sink_frames
+        visible = [j for j in range(end) if window is None or j >= end - (window - sink) or j < sink]
+        assert plan.visible_frames(step, n) == len(visible)
         for visit in (denoise(step, n), cache(step, n)):
             assert dependencies(plan, visit) == oracle_needs(plan, visit)
 
@@ -164,7 +166,7 @@ def test_walks_are_legal_and_complete(plan: Plan, num_blocks: int) -> None:
     if plan.pairs and num_blocks:
         lone = {row[0] for group in groups for row in group if len(row) == 1 and row[0].kind == "cache"}
         assert all(visit.block < plan.prefix_blocks - 1 for visit in lone)
-    assert makespan(plan, num_blocks, 1).time == len(visits)
+    assert forwards(groups) == len(visits)
 
 
 @fast
@@ -325,73 +327,18 @@ def test_check_refuses_broken_walks(plan: Plan, made: int, random: Random) -> No
             check(plan, broken, num_blocks)
 
 
-# What walks cost: the figures of the design.
-
-
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("blocks", [1, 2, 7, 27])
-def test_forwards_and_pipelines(steps: int, blocks: int) -> None:
+def test_forwards(steps: int, blocks: int) -> None:
     assert forwards(Plan(steps, "block_first", 3).groups(blocks)) == (steps + 1) * blocks - 1
     for order in MATCHED:
         for pairs in (False, True):
             assert forwards(Plan(steps, order, 3, pairs=pairs).groups(blocks)) == 2 * steps * blocks - steps
-    assert makespan(Plan(steps, "wavefront", 3), blocks, steps).time == 2 * blocks + steps - 2
-    if blocks >= 2:
-        paired = makespan(Plan(steps, "wavefront", 3, pairs=True), blocks, steps)
-        assert paired.time == 2 * blocks + 2 * steps - 3
 
 
-def test_makespans_of_four_steps() -> None:
-    own, lent = Plan(4, "wavefront", 3), Plan(4, "wavefront", 3, cache_source="next_step")
-    spans = [makespan(own, 27, ranks) for ranks in (1, 2, 3, 4)]
-    assert [span.time for span in spans] == [212, 108, 108, 56]
-    assert spans[0].steps_per_rank == (4,) and spans[1].steps_per_rank == (2, 2)
-    assert spans[3].steps_per_rank == (1, 1, 1, 1)
-    assert [makespan(lent, 27, ranks).time for ranks in (1, 2, 3)] == [134, 82, 56]
-    assert forwards(own.groups(28)) - forwards(own.groups(27)) == 8
-    assert forwards(lent.groups(28)) - forwards(lent.groups(27)) == 5
-
-
-@pytest.mark.parametrize(("blocks", "speedup"), [(7, 2.1), (27, 2.4), (2000, 2.5)])
-def test_speedup_of_four_ranks_over_block_first(blocks: int, speedup: float) -> None:
-    window = (21,) * 4  # keeps the walk of 2,000 blocks cheap; makes no visit needless
-    block_first = makespan(Plan(4, "block_first", 3, window_frames=window), blocks, 1).time
-    pipeline = makespan(Plan(4, "wavefront", 3, window_frames=window), blocks, 4).time
-    assert round(block_first / pipeline, 1) == speedup
-
-
-def test_sending_takes_time() -> None:
-    blocks = 9
-    for steps in (2, 4):  # latents cross once per pair of neighbours, on the way through the pipe
-        span = makespan(Plan(steps, "wavefront", 3), blocks, steps, send_latent=0.5)
-        assert span.time == 2 * blocks + steps - 2 + 0.5 * (steps - 1)
-    lent = Plan(2, "wavefront", 3, cache_source="next_step")  # a round trip of lent keys per block
-    assert makespan(lent, blocks, 2, send_keys=0.25).time == 2 * blocks + 0.25 * (blocks - 1)
-    assert (
-        makespan(lent, blocks, 2, send_latent=0.5, send_keys=0.25).time
-        == 2 * blocks + 0.25 * (blocks - 1) + 0.5 * blocks
-    )
-    assert makespan(Plan(4, "stream", 3), blocks, 1, send_latent=9, send_keys=9).time == 8 * blocks - 4
-    assert makespan(Plan(4, "stream", 3), blocks, 1, denoise=2, cache=0.5).time == 4 * (2 * blocks + 0.5 * (blocks - 1))
-    # the split counts: step 0 alone reads keys, so steps 0 and 1 on one rank need no dear round trip
-    lent = Plan(3, "stream", 3, window_frames=(None, 3, 3), cache_source="next_step")
-    assert makespan(lent, 6, 2, send_keys=3) == (13, (2, 1))
-    # dear cache visits, all on the last step, pull the split towards it
-    windows = (3, 3, 3, None)  # the last step alone has cache visits
-    assert makespan(Plan(4, "stream", 3, window_frames=windows), blocks, 2, cache=3).steps_per_rank == (3, 1)
-
-
-@settings(max_examples=60, deadline=None)
-@given(plans(), st.integers(1, 4))
-def test_more_ranks_share_the_work(plan: Plan, made: int) -> None:
-    num_blocks = plan.prefix_blocks + made
-    if plan.graph == "clean":
-        return
-    total = forwards(plan.groups(num_blocks))
-    for ranks in range(1, min(plan.steps, 3) + 1):
-        span = makespan(plan, num_blocks, ranks)
-        assert sum(span.steps_per_rank) == plan.steps and len(span.steps_per_rank) == ranks
-        assert total / ranks <= span.time <= total
+def test_forwards_per_block() -> None:
+    for plan, more in ((Plan(4, "stream", 3), 8), (Plan(4, "stream", 3, cache_source="next_step"), 5)):
+        assert forwards(plan.groups(28)) - forwards(plan.groups(27)) == more
 
 
 # Bad input: one line that names the wrong thing and the legal values.
@@ -429,21 +376,11 @@ def test_bad_plans(change: dict, message: str) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_bad_lengths_and_ranks() -> None:
+def test_bad_lengths() -> None:
     plan = Plan(2, "stream", 3, prefix_frames=4)
     for bad in (-1, 1, 2.5):
         with pytest.raises(ValueError, match=r"num_blocks=.* is not legal: give a whole number >= 2"):
             plan.groups(bad)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="ranks=3 is more than there are steps: give 1 to 2"):
-        makespan(plan, 3, 3)
-    with pytest.raises(ValueError, match="ranks=0 is not legal"):
-        makespan(plan, 3, 0)
-    with pytest.raises(ValueError, match="ranks=2 is impossible with order='block_first'"):
-        makespan(Plan(2, "block_first", 3), 3, 2)
-    with pytest.raises(ValueError, match="send_keys=-1 is no time"):
-        makespan(plan, 3, 2, send_keys=-1)
-    with pytest.raises(ValueError, match="num_blocks=None is not legal"):
-        makespan(plan, None, 1)  # type: ignore[arg-type]
 
 
 def test_windows_per_step() -> None:

@@ -3,7 +3,7 @@
 Two kinds of visit make a whole rollout: `denoise(step, block)` takes a block one noise level down, and
 `cache(step, block)` leaves the block's keys and values at its new level for later blocks to read. What a visit needs
 (`dependencies`) spans a graph; an order is a walk of it in groups of independent rows. `Plan.groups` writes the walks,
-`check` proves one legal, `forwards` and `makespan` tell what it costs on one or several ranks.
+`check` proves one legal, `forwards` counts it. What it costs on one rank or several: `simulate`.
 
     matched graph   cache s holds blocks at noise level s + 1: step_first, stream, wavefront (the same result from each)
     clean graph     one cache of finished blocks serves every step: block_first (another result: the baseline)
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, count
+from itertools import count
 from typing import Literal, NamedTuple
 
 ORDERS = ("step_first", "stream", "wavefront", "block_first")
@@ -136,6 +136,11 @@ class Plan:
         recent = min(block, self.block_of(max(0, self._window_start(step, block))))
         sink = self.block_of(self.sink_frames - 1) + 1 if self.sink_frames else 0
         return [*range(min(sink, recent)), *range(recent, block)]
+
+    def visible_frames(self, step: int, block: int) -> int:
+        """How many frames a visit of the block sees at this step, its own among them."""
+        start = max(0, self._window_start(step, block))
+        return self.block_frames(block)[1] - start + min(start, self.sink_frames)
 
     def _window_start(self, step: int, block: int) -> int:
         """The first frame inside the sliding part of a block's window (may be negative)."""
@@ -336,115 +341,6 @@ def rank_order(group: Group) -> list[Row]:
     younger one could not go on without it; within a block denoise visits first, since other ranks wait for the latents.
     """
     return sorted(group, key=lambda row: (row[-1].block, row[-1].kind != "denoise"))
-
-
-class Makespan(NamedTuple):
-    """The time a walk takes, and how many steps each rank then holds."""
-
-    time: float
-    steps_per_rank: tuple[int, ...]
-
-
-class _Job(NamedTuple):
-    """A row as the simulation needs it: its step, its cost, and (job, step, delay) of what it gets from other steps."""
-
-    step: int
-    cost: float
-    imports: tuple[tuple[int, int, float], ...]
-
-
-def makespan(
-    plan: Plan,
-    num_blocks: int,
-    ranks: int,
-    denoise: float = 1.0,
-    cache: float = 1.0,
-    send_latent: float = 0.0,
-    send_keys: float = 0.0,
-) -> Makespan:
-    """The time of a walk on `ranks` ranks, each holding a run of successive steps; the best split of the steps counts.
-
-    A rank runs its rows in the order of the walk, those of a group in `rank_order`. A row starts when its rank is free
-    and all it needs has arrived.
-    The splits to try grow as steps over ranks: fine for the few steps of a student, slow for 50 steps on 10 ranks.
-
-    Args:
-        denoise, cache: the time of a visit; a pair takes both, and its latents are there when it ends.
-        send_latent: the time for latents to reach another rank.
-        send_keys: the time for lent keys (cache_source="next_step") to reach another rank.
-    """
-    _whole("num_blocks", num_blocks, 0)
-    _whole("ranks", ranks, 1)
-    if ranks > plan.steps:
-        raise ValueError(f"ranks={ranks} is more than there are steps: give 1 to {plan.steps}")
-    if ranks > 1 and plan.graph == "clean":
-        raise ValueError(f"ranks={ranks} is impossible with order='block_first' (all steps share one cache): give 1")
-    times = {"denoise": denoise, "cache": cache, "send_latent": send_latent, "send_keys": send_keys}
-    for name, value in times.items():
-        if not value >= 0:
-            raise ValueError(f"{name}={value} is no time: give a number >= 0")
-    jobs = _jobs(plan, num_blocks, times)
-    work = [0.0] * plan.steps
-    for job in jobs:
-        work[job.step] += job.cost
-
-    def busiest(split: tuple[int, ...]) -> float:
-        owner = _owners(split)
-        return max(sum(work[s] for s in range(plan.steps) if owner[s] == rank) for rank in range(ranks))
-
-    # No split is faster than its busiest rank, so try the even ones first and stop where none can win any more.
-    best: Makespan | None = None
-    for bound, split in sorted((busiest(split), split) for split in _splits(plan.steps, ranks)):
-        if best is not None and bound >= best.time:
-            break
-        time = _simulate(jobs, split)
-        if best is None or time < best.time:
-            best = Makespan(time, split)
-    assert best is not None  # 1 <= ranks <= steps: there is a split
-    return best
-
-
-def _jobs(plan: Plan, num_blocks: int, times: dict[str, float]) -> list[_Job]:
-    """The rows of a walk in the order in which ranks take them up."""
-    made_by: dict[Visit, int] = {}
-    jobs: list[_Job] = []
-    for group in plan.groups(num_blocks):
-        for row in rank_order(group):
-            step = row[-1].step
-            # What comes from the same step comes from the same rank, which keeps the order anyway.
-            needs = {need for visit in row for need in dependencies(plan, visit) if need.step != step}
-            imports = tuple(
-                (made_by[need], need.step, times["send_latent" if need.step < step else "send_keys"]) for need in needs
-            )
-            made_by.update(dict.fromkeys(row, len(jobs)))
-            jobs.append(_Job(step, sum(times[visit.kind] for visit in row), imports))
-    return jobs
-
-
-def _splits(steps: int, ranks: int) -> Iterator[tuple[int, ...]]:
-    """All ways to give each rank a run of successive steps, as steps per rank."""
-    for cuts in combinations(range(1, steps), ranks - 1):
-        yield tuple(stop - start for start, stop in zip((0, *cuts), (*cuts, steps), strict=True))
-
-
-def _owners(split: tuple[int, ...]) -> list[int]:
-    """The rank of each step."""
-    return [rank for rank, steps in enumerate(split) for _ in range(steps)]
-
-
-def _simulate(jobs: list[_Job], split: tuple[int, ...]) -> float:
-    """When the last job ends."""
-    owner = _owners(split)
-    free = [0.0] * len(split)
-    ends: list[float] = []
-    for job in jobs:  # a job stands behind all that it needs, so one pass is enough
-        rank = owner[job.step]
-        start = free[rank]
-        for source, step, delay in job.imports:
-            start = max(start, ends[source] + (delay if owner[step] != rank else 0.0))
-        free[rank] = start + job.cost
-        ends.append(free[rank])
-    return max(free)
 
 
 def _caches_touched(plan: Plan, visit: Visit) -> set[int]:
