@@ -2,8 +2,9 @@
 # make test    set up .venv with the developer tools and run the tests       (make test ARGS='-k mask' JOBS=1)
 #              one tier of them: make test-cpu, test-interpreter, test-compile
 # make lint    ruff, codespell        make types   mypy        make check   lint, types, tests
-# make gpu-test        run the kernels' tests on the CUDA device; needs only torch, triton, pytest, hypothesis
+# make gpu-test        run the kernels' tests on the CUDA device; needs only torch, triton, pytest
 # make gpu-bench       measure every op on it, into bench/results/; needs pytest-benchmark too (make bench: rehearsal, CPU)
+#                      both end after BUDGET seconds; cut short by that or by anything, run again they go on
 # make compile-report  write docs/compile_report.md: registers, spills, tensor cores of every kernel; needs no GPU
 # make clean   remove .venv and everything else that was built; videos in out/ stay
 #
@@ -12,10 +13,11 @@
 PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
+BUDGET ?= 480
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-DESCRIPTION := pyproject.toml setup.py constraints.txt
+DESCRIPTION := pyproject.toml setup.py constraints.txt hiar_kernels/_extension.py $(wildcard csrc/*.c* csrc/*.h)
 PROMPT := a red circle moving right
 
 .DEFAULT_GOAL := help
@@ -38,17 +40,24 @@ fi; \
 $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null
 endef
 
+# torch comes first: the CUDA extension is built against its headers. pip keeps what a build says to itself.
+extension = $(BIN)/python hiar_kernels/_extension.py
+
 # The stamps lie inside .venv: they go when it goes, and are older than the description when that has changed.
 .venv/installed: $(DESCRIPTION)
 	@$(environment)
 	@echo "Installing hiar-kernels into .venv (the first time this fetches torch: some minutes)"
+	@$(INSTALL) torch
 	@$(INSTALL) -e .
+	@$(extension)
 	@touch $@
 
 .venv/installed-dev: $(DESCRIPTION)
 	@$(environment)
 	@echo "Installing hiar-kernels and its developer tools into .venv (the first time this fetches torch: some minutes)"
+	@$(INSTALL) torch
 	@$(INSTALL) -e '.[dev]'
+	@$(extension)
 	@touch .venv/installed $@
 
 setup: .venv/installed
@@ -91,13 +100,19 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__)
 endef
 export gpu_check
 
+# One process each, without the plugins that happen to be installed; bench/resume.py keeps what has passed in out/.
+gpu_run = @env -u TRITON_INTERPRET PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONPATH=.:bench $(GPU_PYTHON) -m pytest \
+	-p resume --resume out/$@.jsonl --budget $(BUDGET)
+
 gpu-test:
-	@$(GPU_PYTHON) -c "$$gpu_check" "make $@" torch triton pytest hypothesis
-	@env -u TRITON_INTERPRET PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu tests/interpreter $(ARGS)
+	@$(GPU_PYTHON) -c "$$gpu_check" "make $@" torch triton pytest
+	@$(GPU_PYTHON) hiar_kernels/_extension.py
+	$(gpu_run) -m gpu tests/interpreter tests/gpu $(ARGS)
 
 gpu-bench:
 	@$(GPU_PYTHON) -c "$$gpu_check" "make $@" torch triton pytest pytest_benchmark
-	@env -u TRITON_INTERPRET PYTHONPATH=. $(GPU_PYTHON) -m pytest bench --benchmark-only $(ARGS)
+	@$(GPU_PYTHON) hiar_kernels/_extension.py
+	$(gpu_run) -p pytest_benchmark.plugin bench --benchmark-only $(ARGS)
 
 bench: setup-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-only $(ARGS)

@@ -10,12 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from op_cases import SMALL, Op, Sizes, Work, table
-from op_results import ABSENT, BENCH, CUDA, ROWS
+from attention_cases import parsed
+from measure import line_of
+from op_cases import table
+from op_results import ABSENT, BENCH, CUDA
+from work import SMALL, Op, Sizes, Work
 
+torch._dynamo.config.recompile_limit = 256  # every shape and mask is a compilation of its own,
+torch._dynamo.config.fail_on_recompile_limit_hit = True  # and what is not compiled must not be measured as if it were
 TOLERANCE = 0.02  # mean |difference| / mean |value|: bfloat16 rounding stays below 0.006
+ARCHITECTURE = int("".join(map(str, torch.cuda.get_device_capability()))) if CUDA else 0
 CASES = [
-    pytest.param(op, direction, way, id=f"{op.label.replace(': ', '-')}-{direction}-{way}")
+    pytest.param(op, direction, way, id=f"{op.label}-{direction}-{way}".replace(": ", "-").replace(" ", "_"))
     for op in table(BENCH, ABSENT)
     for direction in (("forward", "backward") if op.trained else ("forward",))
     for way in op.ways
@@ -52,25 +58,53 @@ def agree(what: str, found: list[Tensor], wanted: list[Tensor]) -> None:
         assert off <= TOLERANCE, f"{what}: result {i} is off by {off:.3g} of the mean value, allowed {TOLERANCE}"
 
 
-@pytest.mark.parametrize(("op", "direction", "way"), CASES)
-def test_op(benchmark: Any, limits: dict[str, float], op: Op, direction: str, way: str) -> None:
-    work = prepared(op.label, op.make)
-    with torch.set_grad_enabled(direction == "backward"):
+def first_results(work: Work, way: str, direction: str, peer: bool) -> tuple[Callable[[], Any], list[Tensor], str]:
+    """What is measured and its results; of a peer that cannot do this: what it says."""
+    try:
         run = timed(work, way, direction)
-        if way != op.ways[0]:
-            agree(f"{op.label} {direction} {way}", run(), timed(work, op.ways[0], direction)())
-        taken = BENCH.milliseconds(run)
-        low, middle, high = (taken[round(p / 100 * (len(taken) - 1))] for p in (20, 50, 80))
-        rate = (work.forward if direction == "forward" else work.backward) / (middle / 1e3)
+        return run, run(), ""
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        if not peer:
+            raise
+        return list, [], line_of(error)
 
-        def finished() -> None:
-            run()
-            BENCH.sync()
 
-        benchmark.pedantic(finished, rounds=3, warmup_rounds=1)
-    row = {"op": op.label, "pass": direction, "way": way, "baseline": way == op.ways[0], "ms": [low, middle, high]}
-    row |= {"unit": op.unit, "rate": rate, "of_limit": rate / limits[op.unit], "rehearsal": not CUDA}
+@pytest.mark.parametrize(("op", "direction", "way"), CASES)
+def test_op(
+    benchmark: Any,
+    record_property: Callable[[str, object], None],
+    limits: dict[str, float],
+    op: Op,
+    direction: str,
+    way: str,
+) -> None:
+    row: dict[str, Any] = {"op": op.label, "pass": direction, "way": way}
+    work = prepared(op.label, op.make)
+    try:
+        with torch.set_grad_enabled(direction == "backward"):
+            run, found, refused = first_results(work, way, direction, way in op.peers)
+            if refused:
+                record_property("row", row | {"refused": refused})
+                benchmark.pedantic(list)  # of nothing: with --benchmark-only every test must measure
+                return
+            if way != op.ways[0]:
+                agree(f"{op.label} {direction} {way}", found, timed(work, op.ways[0], direction)())
+            taken = BENCH.milliseconds(run)
+
+            def finished() -> None:
+                run()
+                BENCH.sync()
+
+            benchmark.pedantic(finished, rounds=3, warmup_rounds=1)
+    finally:
+        for x in work.inputs:
+            x.requires_grad_(False)
+    low, middle, high = (taken[round(p / 100 * (len(taken) - 1))] for p in (20, 50, 80))
+    rate = (work.forward if direction == "forward" else work.backward) / (middle / 1e3)
+    row |= {"baseline": way == op.ways[0], "ms": [low, middle, high], "unit": op.unit, "rate": rate}
+    row |= {"limit": limits[op.unit], "of_limit": rate / limits[op.unit], "goal_ms": op.goal_ms}
+    row |= {"rehearsal": not CUDA, "shape": op.shape, "arch": ARCHITECTURE}
+    if op.shape is not None and way not in op.peers:
+        row |= dict(zip(("impl", "parts"), parsed(way)))
     benchmark.extra_info.update(row)
-    ROWS.append(row)
-    for x in work.inputs:
-        x.requires_grad_(False)
+    record_property("row", row)

@@ -128,7 +128,8 @@ def environment(device: str) -> dict[str, str]:
     """Device, driver, date, git revision ("unknown" outside a repository) and versions."""
     cuda = device == "cuda"
     revision = told("git", "rev-parse", "--short=10", "HEAD").partition(" ")[0]
-    if revision != "unknown" and told("git", "status", "--porcelain"):
+    here = (":/", ":(top,exclude)bench/results")  # a result does not change what the next one is of
+    if revision != "unknown" and told("git", "status", "--porcelain", "--", *here):
         revision += "-dirty"
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
     return {

@@ -1,63 +1,160 @@
-"""The results of a run of the op benchmarks: a row for each measured way, the limits of the machine, the table."""
+"""The results of the op benchmarks: a row for each measured way; a table, a plot, the winners for the dispatcher."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from measure import Bench, environment, result_folder
+from hiar_kernels.attention.table import SHAPES, Winner, winners
+from measure import Bench, result_folder
 
 CUDA = torch.cuda.is_available()
 BENCH = Bench("cuda" if CUDA else "cpu", (8, 40) if CUDA else (3, 3), 0.3 if CUDA else 0.0)
 REHEARSAL = "REHEARSAL at small sizes on a CPU: these figures mean nothing, only the path was tried"
-ROWS: list[dict[str, Any]] = []
 ABSENT: dict[str, str] = {}  # what could not be measured here, and why
-LIMITS: dict[str, float] = {}  # "flop" and "bytes" per second
+TRAINED = ("block_causal", "constant_context", "bidirectional")  # shapes that win by forward and backward together
+Row = dict[str, Any]
 
 
-def table() -> list[str]:
+def named(row: Row) -> str:
+    return f"{row['op']} {row['pass']} {row['way']}"
+
+
+def measured(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if "ms" in row]
+
+
+def wrong(rows: list[Row]) -> set[tuple[str, str]]:
+    return {(row["op"], row["pass"]) for row in rows if "error" in row}
+
+
+def table(rows: list[Row]) -> list[str]:
     """Markdown. A speedup stands only where every way of that op and direction is right, and never in a rehearsal."""
     names = ("op", "pass", "way", "device ms p50 [p20, p80]", "rate", "of limit", "speedup")
     lines = ["| " + " | ".join(names) + " |", "|---|---|---|---:|---:|---:|---:|"]
-    wrong = {(row["op"], row["pass"]) for row in ROWS if "error" in row}
-    base = {(row["op"], row["pass"]): row["ms"][1] for row in ROWS if row.get("baseline")}
-    for row in ROWS:
+    base = {(row["op"], row["pass"]): row["ms"][1] for row in measured(rows) if row["baseline"]}
+    for row in rows:
         key = (row["op"], row["pass"])
-        if "error" in row:
-            lines.append(f"| {row['op']} | {row['pass']} | {row['way']} | failed | | | |")
+        if "ms" not in row:
+            lines.append(f"| {row['op']} | {row['pass']} | {row['way']} | {_kind(row)} | | | |")
             continue
         low, middle, high = row["ms"]
         rate = f"{row['rate'] / 1e12:.3g} TFLOP/s" if row["unit"] == "flop" else f"{row['rate'] / 1e9:.4g} GB/s"
-        told = CUDA and key in base and key not in wrong
+        told = not row["rehearsal"] and key in base and key not in wrong(rows)
         speedup = f"{base[key] / middle:.2f}x" if told else ""
         cells = [*key, row["way"], f"{middle:.3f} [{low:.3f}, {high:.3f}]", rate, f"{row['of_limit']:.0%}", speedup]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += [""] + [f"- failed: {r['op']} {r['pass']} {r['way']}: {r['error']}" for r in ROWS if "error" in r]
+    lines.append("")
+    for row in measured(rows):
+        if row["goal_ms"] is not None and not row["rehearsal"]:
+            lines.append(f"- goal: {named(row)}: {row['ms'][1]:.3f} ms, wanted at most {row['goal_ms']} ms")
+    lines += [f"- {_kind(row)}: {named(row)}: {row[_said(row)]}" for row in rows if "ms" not in row]
     return lines + [f"- absent: {name}: {why}" for name, why in ABSENT.items()]
 
 
-def write(folder: Path | None) -> Path:
-    """ops.md and ops.json; the path of the first."""
-    about = environment(BENCH.device)
-    if folder is None:
-        folder = result_folder(about) if CUDA else Path(__file__).resolve().parents[1] / "out" / "bench"
+def _said(row: Row) -> str:
+    return "error" if "error" in row else "refused"
+
+
+def _kind(row: Row) -> str:
+    return "failed" if "error" in row else "refused"
+
+
+def best(rows: list[Row], source: str) -> list[Winner]:
+    """The fastest right implementation of attention at each shape; where it is trained, forward and backward together.
+
+    Args:
+        source: GPU, versions, date and revision.
+    """
+    bad, found = wrong(rows), []
+    for shape in SHAPES:
+        passes = ("forward", "backward") if shape in TRAINED else ("forward",)
+        times: dict[tuple[int, str, int], dict[str, float]] = {}
+        for row in measured(rows):
+            if row.get("shape") == shape and "impl" in row and (row["op"], row["pass"]) not in bad:
+                times.setdefault((row["arch"], row["impl"], row["parts"]), {})[row["pass"]] = row["ms"][1]
+        total = {key: sum(by.values()) for key, by in times.items() if set(by) == set(passes)}
+        for arch in sorted({key[0] for key in total}):
+            ranked = sorted((ms, impl, parts) for (a, impl, parts), ms in total.items() if a == arch)
+            (ms, impl, parts), *others = ranked
+            told: dict[str, float] = {}
+            for late, other, _ in others:
+                told.setdefault(other, late)
+            told.pop(impl, None)
+            found.append(Winner(arch, shape, impl, parts, ms, told, source))
+    return found
+
+
+def merged(new: list[Winner], old: tuple[Winner, ...]) -> list[dict[str, Any]]:
+    """The dispatcher's table; what was measured now replaces what it held for the same architecture and shape."""
+    fresh = {(row.architecture, row.shape) for row in new}
+    kept = [row for row in old if (row.architecture, row.shape) not in fresh]
+    return [dataclasses.asdict(row) for row in sorted([*kept, *new], key=lambda row: (row.architecture, row.shape))]
+
+
+def plot(rows: list[Row], title: str, file: Path) -> str:
+    """Bars of the part of the machine's limit that every op and way reaches; says what became of it."""
+    rows = measured(rows)
+    if importlib.util.find_spec("matplotlib") is None:
+        return "no plot: matplotlib is not installed"
+    if not rows:
+        return "no plot: nothing was measured"
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    colours = {way: f"C{i}" if way != "triton" else "black" for i, way in enumerate(ways)}
+    figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.19 * len(rows)))
+    places = [i + 0.6 * len({(r["op"], r["pass"]) for r in rows[: i + 1]}) for i in range(len(rows))]
+    axes.barh(places, [100 * row["of_limit"] for row in rows], height=0.85, color=[colours[r["way"]] for r in rows])
+    axes.set_yticks(places, [named(row) for row in rows], fontsize=6)
+    axes.set_ylim(places[-1] + 1, places[0] - 1)
+    axes.set_xlabel("% of the large matmul's FLOP/s (attention) or of the large copy's bytes/s (the others)")
+    axes.set_title(title, fontsize=9)
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
+    return f"![part of the limit]({file.name})"
+
+
+def default_folder(about: dict[str, str]) -> Path:
+    """Where results go: those of a GPU are to be kept."""
+    return result_folder(about) if CUDA else Path(__file__).resolve().parents[1] / "out" / "bench"
+
+
+def write(rows: list[Row], about: dict[str, str], folder: Path) -> Path:
+    """ops.md, ops.json, ops.png and, from a GPU, measured.json; the path of the first.
+
+    Args:
+        about: what :func:`measure.environment` said when the run began.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    limits = [f"{n / 1e12:.3g} TFLOP/s" if unit == "flop" else f"{n / 1e9:.4g} GB/s" for unit, n in LIMITS.items()]
+    limits = {row["unit"]: row["limit"] for row in measured(rows)}  # of the last run that measured
+    told = [f"{n / 1e12:.3g} TFLOP/s" if unit == "flop" else f"{n / 1e9:.4g} GB/s" for unit, n in limits.items()]
+    title = f"Ops: {about['device']}, {about['date'][:10]}, revision {about['revision']}"
     lines = [f"# Ops: {about['device']}", "", "`pytest bench/ --benchmark-only`", ""]
     lines += [] if CUDA else [f"**{REHEARSAL}.**", ""]
     lines += [f"- {key}: {value}" for key, value in about.items()]
-    lines += [f"- limits: {', '.join(limits)} (a large matmul, a large copy, in the same run)", ""]
+    lines += [f"- limits: {', '.join(told) or 'not measured'} (a large matmul, a large copy, in the same run)", ""]
     lines += [
-        "Device time by CUDA events, L2 flushed before each repetition; rates count the work that must be done, not"
-    ]
-    lines += [
+        "Device time by CUDA events, L2 flushed before each repetition; rates count the work that must be done, not",
         "what an implementation does. Speedups are over an op's first way: eager, for attention torch's fused one.",
         "",
+        plot(rows, title if CUDA else f"REHEARSAL, no figures. {title}", folder / "ops.png"),
+        "",
     ]
-    (folder / "ops.md").write_text("\n".join([*lines, *table(), ""]), encoding="utf-8")
-    kept = {"rehearsal": not CUDA, "environment": about, "limits": LIMITS, "absent": ABSENT, "rows": ROWS}
+    (folder / "ops.md").write_text("\n".join([*lines, *table(rows), ""]), encoding="utf-8")
+    kept = {"rehearsal": not CUDA, "environment": about, "limits": limits, "absent": ABSENT, "rows": rows}
     (folder / "ops.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    if CUDA:
+        source = f"{about['device']}, torch {about['torch']}, {about['date'][:10]}, revision {about['revision']}"
+        whole = merged(best(rows, source), winners())
+        (folder / "measured.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return folder / "ops.md"

@@ -180,6 +180,9 @@ def problems(case: Case, arch: int, report: Report) -> list[str]:
         found.append(f"{report.tensor_memory} columns of tensor memory, sm_{arch} has {chip.tensor_memory}")
     if case.tensor_cores and not any(getattr(report, kind) for kind in chip.tensor_core):
         found.append(f"no {' or '.join(chip.tensor_core)} instruction, so no tensor cores in use")
+    described = any(kind.startswith("tensordesc") for kind in case.signature.values())
+    if described and arch >= 90 and not report.tma:
+        found.append("no bulk tensor copy, though the kernel has tensor descriptors")
     if not found and report.occupancy == 0:
         found.append(f"{report.warps} warps of {report.registers} registers do not fit on an SM of sm_{arch}")
     return found

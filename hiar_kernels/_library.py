@@ -32,8 +32,8 @@ def define(
     name: str,
     arguments: str,
     outputs: int,
-    reference: Callable[..., Tensor | _Outputs],
-    fake: Callable[..., Tensor | _Outputs],
+    reference: Callable[..., Tensor | _Outputs | None],
+    fake: Callable[..., Tensor | _Outputs | None],
     differentiable: Sequence[int],
     *,
     mutates: bool = False,
@@ -47,7 +47,7 @@ def define(
 
     Args:
         arguments: schema of the arguments, as torch.library writes them.
-        outputs: number of output tensors.
+        outputs: number of output tensors; an op that mutates may have none.
         reference: eager implementation, differentiable by torch; same positional arguments.
         fake: shapes, dtypes and strides of the outputs.
         differentiable: positions of the tensor arguments that may receive a gradient.
@@ -73,7 +73,7 @@ def define(
                 args[i] = args[i].detach().requires_grad_()
                 wanted.append(args[i])
             outs = reference(*args)
-            outs = (outs,) if isinstance(outs, Tensor) else outs
+            outs = (outs,) if isinstance(outs, Tensor) else outs or ()
             found = torch.autograd.grad(outs, wanted, grads, allow_unused=True)
         results, taken = [], {g.untyped_storage().data_ptr() for g in grads}
         for g, w in zip(found, wanted, strict=True):

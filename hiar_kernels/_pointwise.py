@@ -7,11 +7,11 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from . import _triton
+from . import _cuda, _triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST_NORM = 8192  # channels: a norm kernel holds whole rows in registers
-_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 WHY = (
     "triton (one pass over memory) for bfloat16, float16 and float32 CUDA tensors where triton is installed; "
@@ -19,21 +19,22 @@ WHY = (
 )
 
 
-def automatic(x: Tensor, *others: Tensor | None, norm: bool = False) -> str:
-    """The implementation that ``impl="auto"`` takes for these arguments."""
-    if not (x.is_cuda and _INSTALLED) or (norm and x.shape[-1] > WIDEST_NORM):
+def automatic(x: Tensor, *others: Tensor | None, norm: bool = False, cuda: bool = False) -> str:
+    """The implementation that ``impl="auto"`` takes for these floats; ``cuda``: of an op that has such a one too."""
+    takes = x.is_cuda and all(t is None or t.dtype in DTYPES for t in (x, *others))
+    if not takes or (norm and x.shape[-1] > WIDEST_NORM):
         return "reference"
-    return "triton" if all(t is None or t.dtype in DTYPES for t in (x, *others)) else "reference"
+    return "triton" if TRITON_INSTALLED else "cuda" if cuda and _cuda.automatic(x) else "reference"
 
 
-def prepare(op: str, *, norm: bool = False, **tensors: Tensor | None) -> None:
-    """Load an op's Triton kernels for the first of the tensors; refuse in one line what they do not take."""
+def prepare(op: str, *, impl: str = "triton", norm: bool = False, **tensors: Tensor | None) -> None:
+    """Load an op's Triton or CUDA kernels for the first of the tensors; refuse in one line what they do not take."""
     first, x = next((name, t) for name, t in tensors.items() if t is not None)
-    _triton.load(op, x)
+    (_cuda if impl == "cuda" else _triton).load(op, x)
     for name, t in tensors.items():
         if t is not None and t.dtype not in DTYPES:
-            raise ValueError(f"{op}: impl='triton' takes {name} as bfloat16, float16 or float32, got {t.dtype}")
+            raise ValueError(f"{op}: impl={impl!r} takes {name} as bfloat16, float16 or float32, got {t.dtype}")
         if t is not None and t.device != x.device:
             raise ValueError(f"{op}: {name} must be on {x.device} like {first}, got {t.device}")
     if norm and x.shape[-1] > WIDEST_NORM:
-        raise ValueError(f"{op}: impl='triton' takes at most {WIDEST_NORM} channels, got {x.shape[-1]}")
+        raise ValueError(f"{op}: impl={impl!r} takes at most {WIDEST_NORM} channels, got {x.shape[-1]}")

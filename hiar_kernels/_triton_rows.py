@@ -23,11 +23,14 @@ FULL_GROUP = 64  # tokens that one program of a backward adds up where there are
 MANY = 16384
 
 
-def norm_tile(channels: int, elements: int) -> dict[str, int]:
-    """BLOCK_T x BLOCK_C of a kernel that holds whole rows: about ``elements`` numbers, and the warps to hold them."""
+def norm_tile(channels: int, elements: int, warps_of_one: int = 8) -> dict[str, int]:
+    """BLOCK_T x BLOCK_C of a kernel that holds whole rows: about ``elements`` numbers, and the warps to hold them.
+
+    ``warps_of_one``: where rows are so wide that a tile is one token, and what belongs to its frame takes as much room.
+    """
     width = max(16, triton.next_power_of_2(channels))
     tokens = min(16, max(1, elements // width))
-    return {"BLOCK_T": tokens, "BLOCK_C": width, "num_warps": 4 if width <= 1024 else 8}
+    return {"BLOCK_T": tokens, "BLOCK_C": width, "num_warps": 4 if width <= 1024 else 8 if tokens > 1 else warps_of_one}
 
 
 def plain_tile(channels: int) -> dict[str, int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from . import _cuda
 from ._pointwise import WHY as POINTWISE
 from .ada_layer_norm import api as ada_layer_norm
 from .attention import api as attention
@@ -18,16 +19,27 @@ from .gated_residual_ada_layer_norm import api as gated_residual_ada_layer_norm
 from .layer_norm import api as layer_norm
 from .merge_attention import api as merge_attention
 from .qk_norm_rope import api as qk_norm_rope
+from .ring_advance import api as ring_advance
 
 _OPS = {
     "attention": (attention.IMPLS, "sdpa", attention_table.rules()),
     "merge_attention": (
         merge_attention.IMPLS,
         "reference",
-        "differentiable; triton (one pass, no gradient) on request",
+        "differentiable; triton and cuda (one pass, no gradient) on request, until they are measured",
     ),
     "qk_norm_rope": (qk_norm_rope.IMPLS, "reference", POINTWISE),
-    "qk_norm_rope_append": (qk_norm_rope.IMPLS, "reference", POINTWISE),
+    "qk_norm_rope_append": (
+        qk_norm_rope.APPEND_IMPLS,
+        "reference",
+        f"{POINTWISE}; cuda in its place where only the CUDA extension is there, else on request, until it is measured",
+    ),
+    "ring_advance": (
+        ring_advance.IMPLS,
+        "reference",
+        "for CUDA tensors in one launch: cuda where the CUDA extension is built, else triton where that is installed; "
+        "reference elsewhere",
+    ),
     "ada_layer_norm": (ada_layer_norm.IMPLS, "reference", POINTWISE),
     "layer_norm": (layer_norm.IMPLS, "reference", POINTWISE),
     "gated_residual": (gated_residual.IMPLS, "reference", POINTWISE),
@@ -47,18 +59,20 @@ class Choice:
 
 @dataclass(frozen=True)
 class Backends:
-    """``devices`` and ``libraries`` (None: not installed) found, the :class:`Choice` of every op, and the measurements
-    that choose for attention, one line for each (architecture, shape class).
+    """``devices`` and ``libraries`` (None: not installed) found, the :class:`Choice` of every op, the measurements that
+    choose for attention, one line for each (architecture, shape class), and whether the CUDA ``extension`` is built.
     """
 
     devices: tuple[str, ...]
     libraries: dict[str, str | None]
     ops: dict[str, Choice] = field(default_factory=dict)
     attention: tuple[attention_table.Winner, ...] = ()
+    extension: str = ""
 
     def __str__(self) -> str:
         lines = [f"devices: {', '.join(self.devices)}"]
         lines += [f"{name}: {version or 'not installed'}" for name, version in self.libraries.items()]
+        lines += [f"CUDA extension: {self.extension}"]
         lines += [f"{op}: auto = {c.auto} of ({', '.join(c.implementations)}): {c.why}" for op, c in self.ops.items()]
         lines += [f"attention measured: {row}" for row in self.attention] or ["attention measured: nothing yet"]
         return "\n".join(lines)
@@ -70,7 +84,7 @@ def backends() -> Backends:
     libraries = {"torch": torch.__version__}
     found = {name: _version(name) for name in ("triton", "flash-attn", "xformers")}
     ops = {name: Choice(impls, auto, why) for name, (impls, auto, why) in _OPS.items()}
-    return Backends(tuple(devices), {**libraries, **found}, ops, attention_table.winners())
+    return Backends(tuple(devices), {**libraries, **found}, ops, attention_table.winners(), _cuda.status())
 
 
 def _version(distribution: str) -> str | None:

@@ -94,7 +94,8 @@ def markdown(rows: Sequence[Row], command: str) -> str:
         "",
         "Gates: no spills; shared memory within the chip ("
         + ", ".join(f"sm_{a} {CHIPS[a].shared_block // 1024} KB" for a in sorted({row.arch for row in rows}))
-        + "); tensor cores in use where matrices are multiplied (wgmma on sm_90, tcgen05 or mma on sm_100, else mma).",
+        + "); tensor cores in use where matrices are multiplied (wgmma on sm_90, tcgen05 or mma on sm_100, else mma); "
+        "bulk copies where a kernel has tensor descriptors (sm_90 and later).",
         "",
         f"{len(rows) - sum(bool(row.failed) for row in rows)} of {len(rows)} pass."
         + (" These do not:" if failed else ""),

@@ -27,9 +27,10 @@ from hiar_kernels import (
     qk_norm_rope_append,
     ring_advance,
 )
+from hiar_kernels.nvtx import span
 
 from .config import WanConfig
-from .transformer import Live
+from .transformer import Attend, Live
 
 
 def ring_frames(window: int | None, total: int | None, extra: int = 0) -> int:
@@ -46,6 +47,7 @@ class RingCache:
     Args:
         config: of the transformer. capacities: frame slots of each cache (:func:`ring_frames`).
         batch: videos. frame_tokens: tokens of a frame. sink_frames: first frames that are never overwritten.
+        heads: how many are kept; None: all.
     """
 
     def __init__(
@@ -56,12 +58,13 @@ class RingCache:
         frame_tokens: int,
         sink_frames: int = 0,
         *,
+        heads: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.capacities, self.batch = config, tuple(capacities), batch
         self.frame_tokens, self.sink_frames = frame_tokens, sink_frames
-        shape = self.shape(config, capacities, batch, frame_tokens)
+        shape = self.shape(config, capacities, batch, frame_tokens, heads)
         self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.frames = torch.full((shape[0], batch, max(capacities)), EMPTY, dtype=torch.int32, device=device)
@@ -71,9 +74,11 @@ class RingCache:
         self.stands: list[int | None] = [None] * len(capacities)  # positions, on the host; None: to be written
 
     @staticmethod
-    def shape(config: WanConfig, capacities: Sequence[int], batch: int, frame_tokens: int) -> tuple[int, ...]:
+    def shape(
+        config: WanConfig, capacities: Sequence[int], batch: int, frame_tokens: int, heads: int | None = None
+    ) -> tuple[int, ...]:
         """Of one layer's keys: [cache, batch, slot * frame_tokens, H, D]."""
-        return len(capacities), batch, max(capacities) * frame_tokens, config.num_heads, config.head_dim
+        return len(capacities), batch, max(capacities) * frame_tokens, heads or config.num_heads, config.head_dim
 
     @classmethod
     def memory_bytes(
@@ -83,9 +88,10 @@ class RingCache:
         batch: int,
         frame_tokens: int,
         dtype: torch.dtype = torch.float32,
+        heads: int | None = None,
     ) -> int:
         """Bytes that keys, values and frame ids will take, before anything is allocated."""
-        numbers = math.prod(cls.shape(config, capacities, batch, frame_tokens))
+        numbers = math.prod(cls.shape(config, capacities, batch, frame_tokens, heads))
         ids = len(capacities) * batch * max(capacities) * torch.int32.itemsize
         return 2 * config.num_layers * numbers * dtype.itemsize + ids
 
@@ -99,6 +105,7 @@ class RingCache:
         self.frames.fill_(EMPTY)
         for held in self.held:
             held[:] = [EMPTY] * len(held)
+        self.stands = [None] * len(self.capacities)
 
     def stand_at(self, cache: int, frame: int) -> None:
         """See to it that the next visit of a cache begins at a frame; nothing to do where it stands there already."""
@@ -132,7 +139,7 @@ class RingCache:
         self.stands = [None] * len(self.capacities)
 
 
-class RingAttend:
+class RingAttend(Attend):
     """:class:`hiar_model.transformer.Attend` of one kind of batch: append to the rings, then attend over them.
 
     What differs from visit to visit lies on the device: :meth:`enter` does the host's part of a visit, :meth:`begin`
@@ -161,7 +168,7 @@ class RingAttend:
         self.done, self.lends = list(done), list(lends)
         self.used = max(cache.capacities[s] for s in self.steps)
         rows, device = len(self.steps) * cache.batch, cache.frames.device
-        self.frames, self.slots = torch.zeros(2, rows, frames, dtype=torch.int32, device=device).unbind()
+        self.frames, self.slots = (torch.zeros(rows, frames, dtype=torch.int32, device=device) for _ in range(2))
         self.advance = torch.tensor(done, dtype=torch.int32, device=device).repeat_interleave(cache.batch)
         self.kv_frames = cache.rows(cache.frames, caches, self.used)
         self.layout: AttentionLayout | None = None
@@ -202,19 +209,9 @@ class RingAttend:
     def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:
         cache, c = self.cache, self.cache.config
         k, v = cache.rows(cache.k[layer], self.caches, self.used), cache.rows(cache.v[layer], self.caches, self.used)
-        q = qk_norm_rope_append(
-            qkv,
-            q_weight,
-            k_weight,
-            self.frames,
-            self.slots,
-            k,
-            v,
-            num_heads=c.num_heads,
-            grid=self.grid,
-            eps=c.eps,
-            theta=c.rope_theta,
-        )
+        options: dict[str, Any] = {"num_heads": c.num_heads, "grid": self.grid, "eps": c.eps, "theta": c.rope_theta}
+        with span("qk_norm_rope_append"):
+            q = self._append(qkv, q_weight, k_weight, k, v, **options)
         for row, (step, lent) in enumerate(zip(self.steps, self.lends, strict=True)):
             if lent:
                 self._lend(layer, step, row * cache.batch)
@@ -224,6 +221,10 @@ class RingAttend:
             return None
         parts = [self._attend(q, k, v, start, stop, live.first) for start, stop in _runs(live.rows)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _append(self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """qkv -> q; keys and values go into the rings k, v."""
+        return qk_norm_rope_append(qkv, q_weight, k_weight, self.frames, self.slots, k, v, **options)
 
     def _lend(self, layer: int, step: int, row: int) -> None:
         """Copy this visit's keys and values into the ring of the step before, by that ring's own slots."""
@@ -239,15 +240,16 @@ class RingAttend:
         """Rows start..stop, queries from frame ``first`` on."""
         rows = slice(start, stop)
         mask = replace(self.mask, window_frames=self.mask.windows(len(q))[rows])
-        out: Any = attention(
-            q[rows, first * mask.frame_tokens :],
-            k[rows],
-            v[rows],
-            mask=mask,
-            q_frames=self.frames[rows, first:],
-            kv_frames=self.kv_frames[rows],
-            layout=None if self.layout is None else self.layout.select(start, stop, first),
-        )
+        with span("attention"):
+            out: Any = attention(
+                q[rows, first * mask.frame_tokens :],
+                k[rows],
+                v[rows],
+                mask=mask,
+                q_frames=self.frames[rows, first:],
+                kv_frames=self.kv_frames[rows],
+                layout=None if self.layout is None else self.layout.select(start, stop, first),
+            )
         return out
 
 

@@ -14,10 +14,28 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from .cli_parallel import (
+    KEPT,
+    job,
+    keeping_arguments,
+    launch,
+    parity_arguments,
+    pipeline_arguments,
+    verify_parity,
+)
+from .cli_performance import (
+    bench_report,
+    profile,
+    profile_arguments,
+    report_arguments,
+    warmup,
+    warmup_arguments,
+)
 from .version import package_version
 
 if TYPE_CHECKING:
     from .bundle import VideoModel
+    from .cli_parallel import Job
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -48,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         debug = arguments.debug
-        COMMANDS[arguments.subcommand][1](arguments[arguments.subcommand])
+        chosen = arguments[arguments.subcommand]
+        if chosen.get("nproc", 1) > 1 and "LOCAL_RANK" not in os.environ:
+            return launch(sys.argv[1:] if argv is None else argv, chosen.nproc)
+        COMMANDS[arguments.subcommand][1](chosen)
         return 0
     except KeyboardInterrupt as error:
         return _fail("interrupted" + "".join(f"; {detail}" for detail in error.args), INTERRUPTED, debug)
@@ -122,14 +143,25 @@ def _generate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
     parser.add_argument("--fps", type=float, help="of the video; default: the model's")
     _machine_arguments(parser)
+    pipeline_arguments(parser)
+    keeping_arguments(parser)
 
 
 def _generate(a: Namespace) -> None:
+    kept = a.out.rstrip("/") + KEPT
+    with job(a, kept) as here:
+        _generate_here(a, here, kept)
+
+
+def _generate_here(a: Namespace, here: Job, kept: str) -> None:
     from .video import VideoWriter, check_target
 
     check_target(a.out)
+    from hiar_kernels.nvtx import span
+
     from .generation import Generation
 
+    options = here.options(a)
     model = _load_model(a)
     with _columns("{task.fields[frames]}", "{task.fields[speed]}") as bar:
         task = bar.add_task("", total=None, frames="frames", speed="")
@@ -144,11 +176,19 @@ def _generate(a: Namespace) -> None:
         run = Generation(
             a.prompt, model=model, num_frames=a.num_frames, seed=a.seed, steps=a.steps, order=a.order,
             window_frames=a.window_frames, sink_frames=a.sink_frames, fps=a.fps, on_progress=show,
+            keep=kept if a.resume or options["executor"].startswith("pipeline") else None, resume=a.resume,
+            checkpoint_every=a.checkpoint_every, **options,
         )  # fmt: skip
         begun = time.perf_counter()
-        with VideoWriter(a.out, run.fps, run.metadata) as writer:
+        if not run.shows:
+            for _ in run:
+                pass
+            return
+        with span("generate"), VideoWriter(a.out, run.fps, run.metadata) as writer:
             for frames in run:
                 writer.write(frames)
+    if run.kept is not None:
+        run.kept.remove()
     seconds, made = time.perf_counter() - begun, writer.frames_written
     told = f"{made} frames, {made / run.fps:.1f} s at {run.fps:g} fps"
     print(f"{writer.path}: {told}; made in {seconds:.1f} s ({made / seconds:.1f} fps)")
@@ -314,5 +354,9 @@ COMMANDS: dict[str, Command] = {
     "generate": (_generate_arguments, _generate, "Make a video of a prompt."),
     "train": (_train_arguments, _train, "Train a small model of the toy world; the same command resumes."),
     "evaluate": (_evaluate_arguments, _evaluate, "Measure how well a toy model's videos keep their prompts."),
+    "verify-parity": (parity_arguments, verify_parity, "Compare a pipeline of processes with one, bit for bit."),
+    "warmup": (warmup_arguments, warmup, "Compile and capture ahead for a size; say what a cold start costs."),
+    "profile": (profile_arguments, profile, "Say where the time of a rollout goes, beside the machine's limits."),
+    "bench-report": (report_arguments, bench_report, "Say what more GPUs gain: measured, and by the simulator."),
     "doctor": (lambda parser: None, _doctor, "Say what is installed, what would run, and what is missing."),
 }

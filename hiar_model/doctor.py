@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +10,6 @@ from .version import versions
 
 LIBRARIES = ("torch", "triton", "numpy", "safetensors", "av", "jsonargparse", "rich")
 OPTIONAL = ("diffusers", "transformers", "flash-attn", "xformers", "matplotlib")
-EXTENSION = "hiar_kernels._C"
-"""Where a compiled extension would be."""
 
 
 def report() -> Iterator[tuple[str, str]]:
@@ -34,7 +30,7 @@ def report() -> Iterator[tuple[str, str]]:
     backends = hiar_kernels.backends()
     yield "devices", ", ".join(backends.devices)
     yield "CUDA", cuda()
-    yield "CUDA extension", cuda_extension()
+    yield "CUDA extension", backends.extension
     for op, choice in backends.ops.items():
         yield f"op {op}", f"auto = {choice.auto} of {', '.join(choice.implementations)}: {choice.why}"
     for name in SHIPPED:
@@ -56,12 +52,3 @@ def cuda() -> str:
     if not torch.cuda.is_available():
         return f"torch is built for CUDA {torch.version.cuda}, but finds no usable driver or device"
     return f"{torch.version.cuda}, {torch.cuda.device_count()} device(s)"
-
-
-def cuda_extension() -> str:
-    """Whether the compiled extension is there, and if not, why."""
-    if importlib.util.find_spec(EXTENSION) is not None:
-        return f"built ({EXTENSION})"
-    nvcc = shutil.which("nvcc")
-    tool = f"nvcc is {nvcc}" if nvcc else "no nvcc on the path either"
-    return f"not built: this version has no CUDA sources, every op runs through PyTorch or Triton ({tool})"

@@ -9,8 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from hiar_kernels.nvtx import span
+
 from .bundle import VideoModel, load_video_model, pick_device, pick_dtype
-from .rollout import Rollout
+from .rollout import FinishedBlock, PipelineOptions, Rollout
+from .rollout.checkpoints import RunFolder
 from .rollout.visits import ORDERS
 from .schedule import FlowSchedule
 from .version import versions
@@ -24,7 +27,9 @@ Progress = Callable[[int, int | None, int, int | None], None]
 class Generation:
     """One checked request: every mistake is found here, before work starts. Iterate once for the frames.
 
-    Args: as for :func:`generate`; ``endless`` makes ``num_frames`` None mean a video without an end.
+    Args: as for :func:`generate`; ``endless`` makes ``num_frames`` None mean a video without an end; ``executor`` and
+    ``pipeline`` as for :class:`Rollout`. With a pipeline finished blocks, and every ``checkpoint_every`` of them the
+    states of all ranks, are kept in the folder ``keep``, and ``resume`` goes on with those of an interrupted run.
 
     Raises:
         ValueError: one line that names what is wrong and what would be right.
@@ -45,6 +50,11 @@ class Generation:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
         endless: bool = False,
+        executor: str = "eager",
+        pipeline: PipelineOptions | None = None,
+        keep: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        checkpoint_every: int = 10,
         on_progress: Progress | None = None,
     ) -> None:
         _check(num_frames=num_frames, seed=seed, steps=steps, order=order, sink_frames=sink_frames, fps=fps)
@@ -72,10 +82,19 @@ class Generation:
             window_frames=window,
             sink_frames=sink,
             seed=seed,
+            executor=executor,
+            pipeline=pipeline,
             on_visit=None if on_progress is None else self._visited,
+            on_boundary=self._boundary,
         )
         self.on_progress, self.frames_done = on_progress, 0
         self.metadata = self._describe(prompt, seed, steps, order, window, sink)
+        self.kept = None if keep is None else self._keep(keep, resume, checkpoint_every)
+
+    @property
+    def shows(self) -> bool:
+        """Whether frames come in this process: the last one of a pipeline, or the only one."""
+        return self.rollout.pipeline is None or not self.rollout.pipeline.stage.sends
 
     def __iter__(self) -> Iterator[Frames]:
         """Frames of one block after the other, uint8 [f, H, W, 3].
@@ -84,14 +103,40 @@ class Generation:
             FloatingPointError: latents that are not finite, or frames that are all black: names step and block.
         """
         decoder, last_step = self.model.decoder(), len(self.schedule) - 1
-        for block in self.rollout:
-            frames = decoder.decode(block.latents)
+        for block in self._blocks():
+            with span("decode", block.block):
+                frames = decoder.decode(block.latents)
             first, self.frames_done = self.frames_done, self.frames_done + len(frames)
             if not frames.any():
                 made = f"frames {first} to {self.frames_done - 1}"
                 raise FloatingPointError(f"{made} came out all black: step {last_step}, block {block.block}")
             self._report(self.rollout.forwards_done)
             yield frames
+
+    def _blocks(self) -> Iterator[FinishedBlock]:
+        """Those that were kept of an interrupted run, then the rest as they come."""
+        if self.kept is None:
+            yield from self.rollout
+            return
+        known = self.kept.resume(self.rollout)
+        for block in range(self.rollout.plan.prefix_blocks, known if self.shows else 0):
+            yield self.kept.load_block(block)
+        for finished in self.rollout:
+            self.kept.save_block(finished)
+            yield finished
+
+    def _keep(self, folder: str | os.PathLike[str], resume: bool, every: int) -> RunFolder:
+        pipeline = self.rollout.pipeline
+        if pipeline is None:
+            raise ValueError("blocks are kept, and runs resumed, in a pipeline only: give executor pipeline")
+        names = ("prompt", "weights_sha256", "num_frames", "seed", "timesteps", "frames_per_block", "window_frames",
+                 "sink_frames", "dtype")  # fmt: skip
+        about = {name: self.metadata[name] for name in names} | {"steps_per_rank": list(pipeline.stage.split)}
+        return RunFolder(folder, about, resume=resume, every=every, group=pipeline.group)
+
+    def _boundary(self, block: int) -> None:
+        if self.kept is not None:
+            self.kept.boundary(self.rollout, block)
 
     def _window(self, asked: Window, endless: bool) -> int | tuple[int | None, ...] | None:
         """The window in use: one number, one per step, or None for all earlier frames."""
@@ -211,7 +256,8 @@ def generate(
         dtype=dtype,
         on_progress=on_progress,
     )
-    return Video(np.concatenate(list(run)), run.fps, run.metadata)
+    with span("generate"):
+        return Video(np.concatenate(list(run)), run.fps, run.metadata)
 
 
 def stream(

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,11 @@ from hiar_kernels import (
     ada_layer_norm,
     attention,
     gated_residual,
+    gated_residual_ada_layer_norm,
     layer_norm,
     qk_norm_rope,
 )
+from hiar_kernels.nvtx import span
 
 from .config import WanConfig
 
@@ -89,10 +91,21 @@ class Live:
 
 
 class Attend(Protocol):
-    """Self-attention of one layer: norm, rotate, store or collect the keys, attend."""
+    """Self-attention of one layer: norm, rotate, store or collect the keys, attend.
+
+    Where several processes share a forward, each has a share of every frame's tokens outside of it.
+    """
 
     def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:
         """qkv [B, T, 3 C] -> [b, t, H, D] for the live part; None if nothing is live."""
+
+    def share(self, x: Tensor, frames: int) -> Tensor:
+        """Whole x [B, T, C] -> this process's share of every frame's tokens."""
+        return x
+
+    def join(self, x: Tensor, frames: int) -> Tensor:
+        """A share of x -> the whole, from the shares of all processes."""
+        return x
 
 
 class SelfAttention(nn.Module):
@@ -150,6 +163,35 @@ class CrossAttention(nn.Module):
         return self.o(out.flatten(2))
 
 
+class Pending(NamedTuple):
+    """A residual that is still to be added, y [B, T, C] times gate [B or 1, F, C]: together with the norm that follows,
+    which then has it in registers.
+    """
+
+    y: Tensor
+    gate: Tensor
+
+
+def _settle(x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x with what is pending added, and its modulated norm."""
+    if pending is None:
+        return x, ada_layer_norm(x, shift, scale, eps=eps)
+    return gated_residual_ada_layer_norm(x, pending.y, pending.gate, shift, scale, eps=eps)
+
+
+def _unit_gate(like: Tensor) -> Tensor:
+    """The gate of an ungated residual beside a shift [B, F, C]."""
+    if torch.compiler.is_compiling() or type(like) is not Tensor:  # traced: a constant of the trace
+        return like.new_ones(1, *like.shape[1:])
+    return _made_unit_gate(like.shape[1], like.shape[2], like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _made_unit_gate(frames: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # autograd may save it later
+        return torch.ones(1, frames, width, dtype=dtype, device=device)
+
+
 class Block(nn.Module):
     """One transformer block (Wan2.1): modulated self-attention, cross-attention, feed-forward."""
 
@@ -165,24 +207,49 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
     def forward(
-        self, x: Tensor, modulation: Modulation, text: TextKV, layer: int, attend: Attend, live: Live | None
-    ) -> tuple[Tensor | None, Modulation, TextKV]:
-        """x [B, T, C] -> the live part of it, None if nothing is live; with the modulation and text that go with it."""
+        self,
+        x: Tensor,
+        pending: Pending | None,
+        modulation: Modulation,
+        text: TextKV,
+        layer: int,
+        attend: Attend,
+        live: Live | None,
+    ) -> tuple[Tensor, Pending, Modulation, TextKV] | None:
+        """x [B, T, C] and what is still to be added to it -> the same after this block, of the live part, with the
+        modulation and text that go with it; None if nothing is live.
+        """
         own = self.self_attn
-        shift, scale, *_ = self._parts(modulation)
-        qkv = own.qkv(ada_layer_norm(x, shift, scale, eps=self.eps))
-        attended = attend(layer, qkv, own.norm_q.weight, own.norm_k.weight, live)
+        with span("qkv"):
+            shift, scale, *_ = self._parts(modulation)
+            x, normed = _settle(x, pending, shift, scale, self.eps)
+            qkv = own.qkv(normed)
+        with span("self-attention"):
+            attended = attend(layer, qkv, own.norm_q.weight, own.norm_k.weight, live)
         if attended is None:
-            return None, modulation, text
+            return None
         if live is not None:
             x = live.tokens(x, x.shape[1] // modulation.blocks.shape[1])
             modulation, text = modulation.select(live), text if len(text.layers[0][0]) == 1 else text.rows(live.rows)
         _, _, gate1, shift2, scale2, gate2 = self._parts(modulation)
-        x = gated_residual(x, own.o(attended.flatten(2)), gate1)
-        normed = layer_norm(x, self.norm3.weight, self.norm3.bias, eps=self.eps)
-        x = x + self.cross_attn(normed, *text.layers[layer], text.counts)
-        x = gated_residual(x, self.ffn(ada_layer_norm(x, shift2, scale2, eps=self.eps)), gate2)
-        return x, modulation, text
+        with span("output"):
+            x = gated_residual(x, own.o(attended.flatten(2)), gate1)
+        with span("cross-attention"):
+            normed = layer_norm(x, self.norm3.weight, self.norm3.bias, eps=self.eps)
+            cross = self.cross_attn(normed, *text.layers[layer], text.counts)
+        with span("feed-forward"):
+            x, normed = _settle(x, Pending(cross, _unit_gate(shift2)), shift2, scale2, self.eps)
+            return x, Pending(self._feed_forward(normed), gate2), modulation, text
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        up, _, down = self.ffn
+        assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
+        half = x.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(x.device.type)
+        if x.is_cuda and half and not torch.is_grad_enabled():
+            # bias and tanh-GELU in the matmul's epilogue (cuBLASLt); on a CPU the same function is the other GELU
+            hidden = torch._addmm_activation(up.bias, x.flatten(0, 1), up.weight.t(), use_gelu=True)
+            return down(hidden.unflatten(0, x.shape[:2]))
+        return self.ffn(x)
 
     def _parts(self, modulation: Modulation) -> tuple[Tensor, ...]:
         """shift1, scale1, gate1, shift2, scale2, gate2, each [B, F, C]."""
@@ -199,12 +266,12 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, ph * pw * config.out_channels)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pending: Pending, embedding: Tensor) -> Tensor:
         shift, scale = (self.modulation[:, None] + embedding[:, :, None]).unbind(2)
-        return self.head(ada_layer_norm(x, shift, scale, eps=self.eps))
+        return self.head(_settle(x, pending, shift, scale, self.eps)[1])
 
 
-class FullSequence:
+class FullSequence(Attend):
     """:class:`Attend` over whole sequences: training, teachers, oracles. Keeps keys and values if asked."""
 
     def __init__(
@@ -339,14 +406,16 @@ class HiARTransformer(nn.Module):
             Velocity [b, f, C, H, W] of the live part; None if nothing is live.
         """
         grid = self.config.grid(*latents.shape[3:])
-        x: Tensor | None = self.patchify(latents)
+        x, pending = attend.share(self.patchify(latents), latents.shape[1]), None
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            assert x is not None
-            x, modulation, text = block(x, modulation, text, i, attend, live if i == last else None)
-        if x is None:
-            return None
-        return self.unpatchify(self.head(x, modulation.embedding), grid)
+            with span("layer", i):
+                found = block(x, pending, modulation, text, i, attend, live if i == last else None)
+            if found is None:
+                return None
+            x, pending, modulation, text = found
+        velocity = attend.join(self.head(x, pending, modulation.embedding), modulation.embedding.shape[1])
+        return self.unpatchify(velocity, grid)
 
     def patchify(self, latents: Tensor) -> Tensor:
         """[B, F, C, H, W] -> tokens [B, T, C]: the strided convolution as one matrix product."""

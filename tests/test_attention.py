@@ -1,4 +1,4 @@
-"""Attention: the visibility rule against its definition, every implementation against plain softmax in float64."""
+"""Attention: every implementation against plain softmax in float64."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import naive
 import pytest
 import torch
 from budget import assert_within_budget
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from hiar_kernels import EMPTY, BlockCausal, KVContext, attention, merge_attention, reference
-from hiar_kernels.attention.mask import visible_with_context
 
 pytestmark = pytest.mark.cpu
 
@@ -27,82 +24,6 @@ def ids(*rows: list[int]) -> Tensor:
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# The rule
-
-
-@st.composite
-def rules(draw):
-    """(BlockCausal, the same as arguments of the oracle without the window, one window for each row, frames)."""
-    block = draw(st.integers(1, 4))
-    first_block = draw(st.none() | st.integers(1, block))
-    sink = draw(st.integers(0, 3))
-    first = draw(st.sampled_from([0, 1, 5, 1_000_000]))
-    window = st.none() | st.integers(sink + block, sink + 3 * block + 2)
-    rows = draw(st.integers(1, 3))
-    windows = draw(st.one_of(window, st.tuples(*[window] * rows)))
-    rule = BlockCausal(2, block, windows, sink, first, first_block)
-    each = windows if isinstance(windows, tuple) else (windows,) * rows
-    arguments = {"block": block, "sink": sink, "first": first, "first_block": first_block}
-    return rule, arguments, each, list(range(first, first + draw(st.integers(1, 14))))
-
-
-def slots_of(draw, frames: list[int]) -> list[int]:
-    """A ring: some of the frames, in any order, with empty slots among them."""
-    kept = draw(st.lists(st.sampled_from(frames), unique=True, max_size=len(frames)))
-    return draw(st.permutations(kept + [EMPTY] * draw(st.integers(0, 3)))) or [EMPTY]
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_the_rule_is_its_definition(data):
-    rule, arguments, windows, frames = data.draw(rules())
-    shared = data.draw(st.booleans())  # one row of ids for the whole batch
-    ring = [slots_of(data.draw, frames) for _ in windows]
-    ring = [ring[0]] * len(ring) if shared else [(r + [EMPTY] * len(frames))[: len(frames)] for r in ring]
-    queries = [data.draw(st.lists(st.sampled_from(frames), min_size=2, max_size=2)) for _ in windows]
-    expected = [
-        [[naive.sees(q, k, window=w, **arguments) for k in row] for q in qs]
-        for qs, row, w in zip(queries, ring, windows)
-    ]
-    seen = rule.visible(ids(*queries), ids(*(ring[:1] if shared else ring)), len(windows))
-    assert seen.dtype == torch.bool
-    assert seen.tolist() == expected
-    long = rule.visible(ids(*queries).long(), ids(*ring).long(), len(windows))
-    assert torch.equal(long, seen)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_the_rule_beside_a_context_is_its_definition(data):
-    rule, arguments, windows, frames = data.draw(rules())
-    own, context, queries = slots_of(data.draw, frames), slots_of(data.draw, frames), slots_of(data.draw, frames)
-    queries = [q for q in queries if q != EMPTY] or frames[-1:]
-    expected = [
-        [
-            [naive.sees_beside_context(q, k, of_context, window=w, **arguments) for of_context, k in keys]
-            for q in queries
-        ]
-        for w in windows
-        for keys in [[(True, k) for k in context] + [(False, k) for k in own]]
-    ]
-    seen = visible_with_context(rule, ids(queries), ids(own), ids(context), len(windows))
-    assert seen.tolist() == expected
-
-
-def test_the_rule_by_hand():
-    """Window 6 with one sink frame: the block of frames 9 to 11 sees 0, 7, 8 and itself."""
-    rule = BlockCausal(1, 3, window_frames=6, sink_frames=1)
-    seen = rule.visible(ids([9, 10, 11]), ids(list(range(15))), 1)[0]
-    assert [row.nonzero().flatten().tolist() for row in seen] == [[0, 7, 8, 9, 10, 11]] * 3
-    rule = BlockCausal(1, 3, window_frames=7, first_block_frames=2)
-    seen = rule.visible(ids([0, 1, 2, 7]), ids(list(range(9))), 1)[0]
-    wanted = [[0, 1], [0, 1], [0, 1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7]]
-    assert [row.nonzero().flatten().tolist() for row in seen] == wanted
-
-
-# Every implementation
 
 
 @dataclass

@@ -100,7 +100,7 @@ def test_options_are_those_of_the_function():
 
 
 WRONG = {
-    "nothing": ([], "expected .subcommand. to be one of {generate,train,evaluate,doctor}"),
+    "nothing": ([], "expected .subcommand. to be one of {generate,train,evaluate,"),
     "no such command": (["degenerate"], "invalid choice: 'degenerate'"),
     "no prompt": (["generate", "-o", "a.mp4"], "required.*prompt"),
     "no output": (["generate", PROMPT], "required.*out"),
@@ -223,7 +223,7 @@ def test_doctor(capsys):
     topics = ("package", "python", f"torch {torch.__version__}", "devices", "CUDA extension", "op attention", "model")
     for topic in topics:
         assert topic in told, topic
-    assert "not built: " in told
+    assert "not built: " in told or "built for sm_" in told
 
 
 # The process

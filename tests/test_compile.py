@@ -6,6 +6,7 @@ Nothing of Triton is imported while tests are collected: other tiers collect thi
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 import sys
 import types
@@ -36,6 +37,27 @@ def test_kernels_pass_the_gates(op, arch):
     rows = [compile_report.inspect(op, case, arch) for case in listed]
     failed = [f"{row.name}: {line}" for row in rows for line in row.failed]
     assert not failed, "\n" + "\n".join(failed)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_attention_candidates_compile_and_fit(arch):
+    """The configurations that wait to be measured. Warps that only load have 24 registers, and may spill."""
+    found = []
+    for kernels in ("triton_fwd", "triton_bwd"):
+        found += importlib.import_module(f"hiar_kernels.attention.{kernels}").candidate_cases(arch)
+    for tile, case in found:
+        report = compile_case(case, arch)
+        failed = [line for line in problems(case, arch, report) if not (tile.warp_specialize and "spills" in line)]
+        assert not failed, (tile, failed)
+        assert (report.tma > 0) == tile.tma
+        assert (report.warps > tile.warps) == tile.warp_specialize
+
+
+@pytest.mark.parametrize("arch", [90, 100, 120])
+def test_attention_comes_by_tensor_descriptors(arch):
+    listed = [case for case in cases("attention", arch) if "k_desc" in case.signature]
+    assert {"ring of 21 frames", "ring of 24 frames, keys split in two", "bidirectional"} == {c.name for c in listed}
+    assert compile_case(listed[0], arch).tma > 0
 
 
 def test_forward_and_backward_are_listed():
@@ -126,6 +148,13 @@ def test_each_gate(changes, arch, line):
 )
 def test_occupancy(arch, registers, shared, warps, blocks):
     assert occupancy(arch, registers, shared, warps) == blocks
+
+
+def test_descriptors_need_bulk_copies():
+    """Before sm_90 there are none: Triton turns descriptors into pointers."""
+    case = Case("c", None, {"k_desc": "tensordesc<bf16[1, 64, 1, 128]>"})
+    assert problems(case, 90, FINE) == ["no bulk tensor copy, though the kernel has tensor descriptors"]
+    assert problems(case, 90, dataclasses.replace(FINE, tma=2)) == problems(case, 80, FINE) == []
 
 
 def test_occupancy_by_tensor_memory():

@@ -24,13 +24,16 @@ PACKAGES = ("hiar_kernels", "hiar_model")
 # Lowest first. A module may import from its own layer and from those above it in this list, never from one below.
 # A name stands for the module and, if that is a package, for all inside; `hiar_model` itself is only its __init__.
 FOUNDATION = ("version", "config", "schedule", "cache", "transformer", "checkpoint")
+USES = ("generation", "bundle", "train", "toy", "video", "profiling", "parallel_report")
+COMMANDS = ("cli", "cli_parallel", "cli_performance", "__main__", "doctor")
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kernels", ("hiar_kernels",)),
     ("foundation", tuple(f"hiar_model.{m}" for m in FOUNDATION)),
+    ("parallel", ("hiar_model.parallel",)),
     ("rollout", ("hiar_model.rollout",)),
-    ("use", tuple(f"hiar_model.{m}" for m in ("generation", "bundle", "train", "toy", "video"))),
+    ("use", tuple(f"hiar_model.{m}" for m in USES)),
     ("package", ("hiar_model",)),
-    ("command line", tuple(f"hiar_model.{m}" for m in ("cli", "__main__", "doctor"))),
+    ("command line", tuple(f"hiar_model.{m}" for m in COMMANDS)),
 )
 IMPLEMENTATIONS = {"reference", "triton_fwd", "triton_bwd", "cuda"}  # file names inside the folder of an op
 LONGEST_FILE = 500

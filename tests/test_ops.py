@@ -51,9 +51,14 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     ),
     "merge_attention": ([normal(2, 5, 2, 4, grad=False)] * 2, [normal(2, 2, 5, grad=False)] * 2),
     "qk_norm_rope": (normal(2, 6, 24), normal(8), normal(8), ids([0, 9]), *ROPE),
+    "qk_norm_rope of some cells": (normal(2, 4, 24), normal(8), normal(8), ids([0, 9]), *ROPE, [1, 3]),
     "qk_norm_rope_append": (
         normal(2, 6, 24, grad=False), normal(8, grad=False), normal(8, grad=False), ids([0, 9]), ids([2, 0], [1, 3]),
         normal(4, 12, 2, 4, grad=False)[::2], normal(2, 12, 2, 4, grad=False), *ROPE,
+    ),
+    "ring_advance": (
+        ids([0, 4])[0], ids([0, 0], [0, 0]), ids([0, 0], [0, 0]), ids(*[[-1] * 9] * 2)[:, :7], ids([0, 2])[0],
+        ids([7, 4])[0], 10, 1,
     ),
     "ada_layer_norm": (normal(2, 6, 8), normal(2, 3, 8), normal(1, 3, 8).expand(2, 3, 8), 1e-6),
     "ada_layer_norm of strided views": (turned(normal(2, 6, 8)), turned(normal(2, 3, 8)), normal(2, 3, 8), 1e-6),
@@ -74,7 +79,9 @@ SAMPLES: dict[str, tuple[object, ...]] = {
         turned(normal(2, 3, 2, 4, 4)), turned(normal(2, 3, 2, 4, 4)), torch.rand(1, 1), torch.rand(1, 1), None,
     ),
 }  # fmt: skip
-NO_GRADIENT = ("merge_attention", "qk_norm_rope_append")
+TWICE = {f"{name}_cuda": name for name in ("merge_attention", "qk_norm_rope_append", "ring_advance")}
+SAMPLES |= {twin: SAMPLES[name] for twin, name in TWICE.items()}
+NO_GRADIENT = (*TWICE, *TWICE.values())
 
 
 def op(sample: str) -> Callable:
@@ -120,7 +127,7 @@ def test_fakes_have_the_strides_of_the_outputs(sample):
     real = op(sample)(*(each(Tensor.clone, x) for x in plain))
     with mode:
         fake = op(sample)(*fakes)
-    for a, b in zip(*([x] if isinstance(x, Tensor) else x for x in (real, fake))):
+    for a, b in zip(*([x] if isinstance(x, Tensor) else x or [] for x in (real, fake))):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
 
 
@@ -242,6 +249,9 @@ CALLS: dict[str, Callable[[str], object]] = {
         torch.ones(1, 1, 6), *[torch.ones(2)] * 2, ids([0]), ids([0]), *[torch.ones(1, 1, 1, 2)] * 2,
         num_heads=1, grid=(1, 1), impl=impl,
     ),
+    "ring_advance": lambda impl: hk.ring_advance(
+        ids([0])[0], ids([0]), ids([0]), ids([-1]), advance=ids([1])[0], capacities=ids([1])[0], impl=impl
+    ),
     "ada_layer_norm": lambda impl: hk.ada_layer_norm(*[torch.ones(1, 1, 2)] * 3, impl=impl),
     "layer_norm": lambda impl: hk.layer_norm(torch.ones(1, 1, 2), *[torch.ones(2)] * 2, impl=impl),
     "gated_residual": lambda impl: hk.gated_residual(*[torch.ones(1, 1, 2)] * 3, impl=impl),
@@ -268,6 +278,9 @@ def test_an_explicit_impl_never_falls_back(name):
     if "triton" in there:
         line = refusal(lambda: CALLS[name]("triton"))
         assert line == f"{name}: impl='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got one on cpu"
+    if "cuda" in there:
+        line = refusal(lambda: CALLS[name]("cuda"))
+        assert line.startswith(f"{name}: impl='cuda' needs ")
     for impl in {"sdpa", "triton", "cuda"} - set(there):
         line = refusal(lambda impl=impl: CALLS[name](impl))
         assert line == f"{name}: has no implementation {impl!r}; legal: {legal}"

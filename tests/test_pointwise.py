@@ -262,6 +262,49 @@ def test_append_into_a_cache_of_another_dtype():
     assert q.dtype == torch.float32 and torch.equal(k, wanted_k.bfloat16()) and torch.equal(v, wanted_v.bfloat16())
 
 
+# Some cells of every frame
+
+
+@pytest.mark.parametrize("cells", [(0, 6), (0, 2), (2, 5), (5, 6)], ids=str)
+def test_cells_of_every_frame_are_that_part_of_the_whole(cells):
+    """Outputs, appended keys and gradients; to the bit, but for sums over tokens."""
+    leaves = [x.clone().requires_grad_() for x in OPS["qk_norm_rope"][2]]
+    options = {"num_heads": HEADS, "grid": GRID}
+
+    def part(x: Tensor) -> Tensor:
+        return x.unflatten(1, (3, 6))[:, :, slice(*cells)].flatten(1, 2)
+
+    whole = qk_norm_rope(*leaves, ids(FRAMES), **options)
+    found = qk_norm_rope(part(leaves[0]), *leaves[1:], ids(FRAMES), cells=cells, **options)
+    of_both = []
+    for outs in (found, [part(out) for out in whole]):
+        of_both.append(torch.autograd.grad(sum(out.sin().sum() for out in outs), leaves))
+    for a, b in zip([*found, *of_both[0]], [*map(part, whole), *of_both[1]]):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 if a.dim() == 1 else 0)
+    size = cells[1] - cells[0]
+    slots = torch.tensor([[4, 0, 2], [1, 5, 3]])
+    k, v = torch.full((2, 2, 6 * size, HEADS, WIDTH), torch.nan, dtype=torch.float64)
+    with torch.no_grad():
+        q = qk_norm_rope_append(part(leaves[0]), *leaves[1:], ids(FRAMES), slots, k, v, cells=cells, **options)
+    assert torch.equal(q, found[0])
+    for ring, new in ((k, found[1]), (v, found[2])):
+        taken = ring.unflatten(1, (6, size))[torch.arange(2)[:, None], slots]
+        assert torch.equal(taken, new.unflatten(1, (3, size)))
+
+
+@pytest.mark.parametrize("cells", [(0, 7), (-1, 3), (2, 2), (4, 2)], ids=str)
+def test_cells_outside_the_frame_are_refused(cells):
+    qkv, qw, kw = OPS["qk_norm_rope"][2]
+    with pytest.raises(ValueError, match=r"cells must be \(start, stop\) with 0 <= start < stop <= 6, got \("):
+        qk_norm_rope(qkv, qw, kw, ids(FRAMES), num_heads=HEADS, grid=GRID, cells=cells)
+
+
+def test_tokens_must_be_those_of_the_cells():
+    qkv, qw, kw = OPS["qk_norm_rope"][2]
+    with pytest.raises(ValueError, match=r"frames must be \[2 or 1, 18 / 4\], got \[2, 3\]"):
+        qk_norm_rope(qkv, qw, kw, ids(FRAMES), num_heads=HEADS, grid=GRID, cells=(1, 5))
+
+
 # The last step
 
 

@@ -49,7 +49,7 @@ def launch(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     tokens = frames_of(x, frames, "ada_layer_norm")
     x, shift, scale = unit_stride(x), unit_stride(shift), unit_stride(scale)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tile = norm_tile(x.shape[2], 8192)
+    tile = norm_tile(x.shape[2], 8192, 16)
     tiles = triton.cdiv(tokens, tile["BLOCK_T"])
     with torch.cuda.device_of(x):
         _ada_layer_norm_fwd_kernel[(x.shape[0] * frames * tiles,)](
@@ -65,6 +65,6 @@ register("ada_layer_norm", launch)
 def compile_cases(arch: int) -> list[Case]:
     """Production launches; the same tiles serve every architecture."""
     return [
-        production_case(name, _ada_layer_norm_fwd_kernel, "x out", "shift scale", norm_tile(channels, 8192))
+        production_case(name, _ada_layer_norm_fwd_kernel, "x out", "shift scale", norm_tile(channels, 8192, 16))
         for name, channels in WAN.items()
     ]

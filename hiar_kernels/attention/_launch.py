@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,19 +14,32 @@ from .._dispatch import require
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128)
 OPTIONAL = ("context_k", "context_v", "q_frames", "kv_frames", "context_frames", "windows", "counts", "frames")
+LARGEST_FRAME = 2**30  # exclusive: sums of two ids and a window stay within 32 bits
 WAN_HEAD_DIM = 128  # Wan 1.3B
 INTERPRETED = 0  # "architecture" of the interpreter: small tiles, so that small tests have many
+RULE = ("frame_tokens", "frames_per_block", "first_frame", "origin", "sink_frames", "sink_end")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a tile, warps, pipeline stages; and the width of a tile with a mask (forward)."""
+    """How a kernel is cut up and launched.
+
+    Attributes:
+        q, kv: queries and keys of a tile. masked: width of a tile with a mask.
+        warps, stages: of one program; stages of the loop's software pipeline.
+        tma: whole tiles of keys and values come by tensor descriptors (forward).
+        warp_specialize: loads, products and softmax run in warps of their own (forward, with tma, on sm_100).
+        splits: into how many parts the keys are cut (forward); 0: as many as fill the device.
+    """
 
     q: int
     kv: int
     warps: int
     stages: int
     masked: int = 0
+    tma: bool = False
+    warp_specialize: bool = False
+    splits: int = 0
 
     def constexprs(self) -> dict[str, int]:
         return {"BLOCK_Q": self.q, "BLOCK_KV": self.kv} | ({"BLOCK_MASKED": self.masked} if self.masked else {})
@@ -35,35 +48,63 @@ class Tile:
         return {**self.constexprs(), "num_warps": self.warps, "num_stages": self.stages}
 
 
-# By architecture (0: the interpreter): what compiles without spills and fits the chip; none was measured on a GPU yet.
+# By architecture (0: the interpreter): what compiles without spills in Triton 3.6 and 3.7 and fits the chip; none was
+# measured on a GPU yet. The forward at head_dim 128, then at less; where tensor descriptors do not fit: POINTERS.
 FORWARD = {
     0: Tile(16, 32, 4, 1, 16),
-    80: Tile(128, 32, 8, 3, 32),
-    90: Tile(128, 64, 8, 3, 64),
-    120: Tile(128, 64, 8, 2, 32),
+    80: Tile(128, 32, 8, 3, 16),
+    90: Tile(128, 128, 8, 2, 32, tma=True),
+    100: Tile(128, 64, 8, 3, 32, tma=True),
+    120: Tile(128, 64, 8, 2, 32, tma=True),
 }
 FORWARD_NARROW = {
     0: Tile(16, 32, 4, 1, 16),
     80: Tile(128, 64, 8, 2, 32),
-    90: Tile(128, 64, 8, 3, 64),
-    120: Tile(128, 64, 8, 2, 32),
-}  # head_dim up to 64
+    90: Tile(128, 128, 8, 3, 32, tma=True),
+    100: Tile(128, 64, 8, 3, 32, tma=True),
+    120: Tile(128, 64, 8, 2, 32, tma=True),
+}
+POINTERS = {90: Tile(128, 64, 8, 3, 32), 120: Tile(128, 64, 8, 2, 32)}
 DQ = {
     0: Tile(16, 32, 4, 1, 16),
-    80: Tile(128, 32, 8, 2, 32),
+    80: Tile(128, 32, 8, 2, 16),
     90: Tile(128, 64, 8, 2, 16),
     100: Tile(128, 32, 8, 2, 32),
 }
 DKDV = {
     0: Tile(32, 16, 4, 1, 16),
     80: Tile(128, 32, 8, 2, 32),
-    90: Tile(32, 128, 8, 2, 32),
+    89: Tile(32, 64, 8, 2, 32),
+    90: Tile(32, 128, 8, 2, 16),
     100: Tile(32, 64, 8, 2, 32),
     120: Tile(128, 32, 8, 2, 32),
 }
 DKDV_UNMASKED = {**DKDV, 90: Tile(64, 128, 8, 2, 32)}
-_FLOAT32 = {0: Tile(32, 32, 4, 1, 16), 80: Tile(32, 32, 8, 1, 32)}
-RULE = ("frame_tokens", "frames_per_block", "first_frame", "origin", "sink_frames", "sink_end")
+FLOAT32 = {0: Tile(32, 32, 4, 1, 16), 80: Tile(32, 32, 8, 1, 32)}
+
+# Worth measuring beside the pinned ones, at head_dim 128 in 16 bits. The launchers take them as ``config``,
+# ``dq_config`` and ``dkdv_config``.
+_POINTERS_90, _TMA_90, _TMA_100, _TMA_120 = POINTERS[90], FORWARD[90], FORWARD[100], FORWARD[120]
+CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
+    "forward": {
+        80: (Tile(128, 64, 8, 2, 16), Tile(64, 64, 4, 2, 16), *(replace(FORWARD[80], splits=n) for n in (1, 2, 3))),
+        90: (
+            _POINTERS_90,
+            Tile(128, 64, 8, 3, 32, tma=True),
+            Tile(64, 128, 4, 2, 32, tma=True),
+            *(replace(_TMA_90, splits=n) for n in (1, 2, 3)),
+        ),
+        100: (
+            _POINTERS_90,
+            Tile(128, 128, 8, 2, 32, tma=True),
+            Tile(128, 64, 8, 2, 16, tma=True, warp_specialize=True),
+            *(replace(_TMA_100, splits=n) for n in (1, 2, 3)),
+        ),
+        120: (POINTERS[120], Tile(64, 64, 4, 2, 32, tma=True), *(replace(_TMA_120, splits=n) for n in (1, 2, 3))),
+    },
+    "dq": {80: (Tile(64, 64, 4, 2, 16),), 90: (Tile(64, 64, 4, 2, 16), Tile(128, 32, 8, 2, 16))},
+    "dkdv": {80: (Tile(64, 64, 8, 2, 16),), 90: (Tile(64, 64, 8, 2, 16),)},
+}
 
 
 def architecture(x: Tensor) -> int:
@@ -81,10 +122,28 @@ def pick(table: dict[int, Tile], arch: int) -> Tile:
 
 def tile_for(q: Tensor, table: dict[int, Tile]) -> Tile:
     """The pinned tile for the device and dtype of q."""
-    return pick(_FLOAT32 if q.dtype == torch.float32 else table, architecture(q))
+    return pick(FLOAT32 if q.dtype == torch.float32 else table, architecture(q))
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor | None, context_v: Tensor | None) -> None:
+def forward_tile(q: Tensor, k: Tensor, v: Tensor, context: bool, counts: bool) -> Tile:
+    """The pinned tile of the forward kernel: by tensor descriptors where there are whole tiles and the tensors fit."""
+    tile = tile_for(q, FORWARD if q.shape[3] > 64 else FORWARD_NARROW)
+    fits = not context and not counts and k.shape[1] >= tile.kv and not any(undescribed(x) for x in (k, v))
+    return tile if fits or not tile.tma else tile_for(q, POINTERS)
+
+
+def undescribed(x: Tensor) -> str:
+    """Why no tensor descriptor of the kernels can stand for keys or values x; empty where one can."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[3] not in (64, 128):
+        return f"takes 16-bit keys and values of head_dim 64 or 128, got {x.dtype} of {x.shape[3]}"
+    if x.numel() == 0:
+        return f"takes one key at least, got shape {list(x.shape)}"
+    if x.data_ptr() % 16 or any(s * x.element_size() % 16 or not s for s in x.stride()[:3]) or x.stride(3) != 1:
+        return f"takes keys and values whose base and strides are multiples of 16 bytes, got strides {x.stride()}"
+    return ""
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor | None, context_v: Tensor | None, rule: list[int]) -> None:
     """Refuse in one line what the kernels do not take."""
     for name, x in (("q", q), ("k", k), ("v", v), ("context.k", context_k), ("context.v", context_v)):
         if x is None:
@@ -99,6 +158,10 @@ def check(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor | None, context_v: 
         require(near, f"attention: impl='triton' needs {name} with a token stride below {2**24}, got {x.stride(1)}")
     sizes = ", ".join(map(str, HEAD_DIMS))
     require(q.shape[3] in HEAD_DIMS, f"attention: impl='triton' has head_dim {sizes}, got {q.shape[3]}")
+    if rule:  # ids on the device are not looked at
+        first = rule[3]
+        near = abs(first) < LARGEST_FRAME
+        require(near, f"attention: impl='triton' takes frame ids below {LARGEST_FRAME}, got mask.first_frame {first}")
 
 
 _windows: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
@@ -164,13 +227,19 @@ def production_case(
     """
     optional = given.pop("pointers")
     types = {"frames": "*i32", "windows": "*i32", "counts": "*fp32", "lse": "*fp32", "delta": "*fp32"}
-    constexprs = {"HEAD_DIM": WAN_HEAD_DIM, "PRECISION": "tf32", **tile.constexprs(), **given}
+    constexprs = {"HEAD_DIM": WAN_HEAD_DIM, "PRECISION": "tf32", "WARP_SPECIALIZE": tile.warp_specialize}
+    constexprs |= {**tile.constexprs(), **given}
     constexprs["CONTEXT"] = "context_k_ptr" in optional
     constexprs = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
     signature = {}
     for arg in kernel.arg_names:
         stem = arg.removesuffix("_ptr")
-        if stem != arg and stem in OPTIONAL and arg not in optional:
+        if arg.endswith("_desc"):
+            if tile.tma:
+                signature[arg] = f"tensordesc<bf16[1, {tile.kv}, 1, {WAN_HEAD_DIM}]>"
+            else:
+                constexprs[arg] = None
+        elif stem != arg and stem in OPTIONAL and arg not in optional:
             constexprs[arg] = None
         elif stem != arg:
             kind = next((kind for part, kind in types.items() if stem.endswith(part)), "*bf16")

@@ -25,6 +25,12 @@ NONE = tl.constexpr(0)
 PARTIAL = tl.constexpr(1)
 FULL = tl.constexpr(2)
 
+# Passes over the keys of a tile. One loop of tiles in each: two under one loop of runs cost registers, and sm_100's
+# warp specialisation does not take them.
+COUNT = tl.constexpr(0)  # how many the tile sees, to split them
+WHOLE = tl.constexpr(1)  # whole tiles that need no mask
+REST = tl.constexpr(2)
+
 _UNBOUNDED = tl.constexpr(1 << 30)
 _LARGEST = tl.constexpr(2147483647)
 
@@ -45,34 +51,46 @@ def limits(windows_ptr, row, frames_per_block, sink_frames, sink_end, KEYS: tl.c
 
 @triton.jit
 def key_source(
-    own, b, h, k_ptr, v_ptr, frames_ptr, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_kfb,
-    tokens, context_k_ptr, context_v_ptr, context_frames_ptr, stride_ckb, stride_ckt, stride_ckh, stride_cvb,
-    stride_cvt, stride_cvh, stride_cfb, context_tokens, windows_ptr, frames_per_block, sink_frames, sink_end,
+    own, b, h, k_ptr, v_ptr, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, tokens, context_k_ptr,
+    context_v_ptr, stride_ckb, stride_ckt, stride_ckh, stride_cvb, stride_cvt, stride_cvh, context_tokens,
     CONTEXT: tl.constexpr,
 ):  # fmt: skip
-    """Where the keys of a pass lie for one batch row and head, and its limits: the context's, then one's own.
+    """Where the keys and values of one batch row and head lie: one's own, or the context's.
 
     Chosen at run time: one loop body serves both, which halves the code and its registers.
     """
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
-    if frames_ptr is not None:
-        frames_ptr += b * stride_kfb
     if CONTEXT:
-        before, back, sinks = limits(windows_ptr, b, frames_per_block, sink_frames, sink_end, OWN)
-        earlier = limits(windows_ptr, b, frames_per_block, sink_frames, sink_end, EARLIER)
         k_ptr = tl.where(own, k_ptr, context_k_ptr + b * stride_ckb + h * stride_ckh)
         v_ptr = tl.where(own, v_ptr, context_v_ptr + b * stride_cvb + h * stride_cvh)
-        frames_ptr = tl.where(own, frames_ptr, context_frames_ptr + b * stride_cfb)
         stride_kt = tl.where(own, stride_kt, stride_ckt)
         stride_vt = tl.where(own, stride_vt, stride_cvt)
         tokens = tl.where(own, tokens, context_tokens)
+    return k_ptr, v_ptr, stride_kt, stride_vt, tokens
+
+
+@triton.jit
+def source_frames(own, b, frames_ptr, stride_kfb, context_frames_ptr, stride_cfb, CONTEXT: tl.constexpr):
+    """Ids of the frames of those keys."""
+    frames_ptr += b * stride_kfb
+    if CONTEXT:
+        frames_ptr = tl.where(own, frames_ptr, context_frames_ptr + b * stride_cfb)
+    return frames_ptr
+
+
+@triton.jit
+def source_limits(own, windows_ptr, row, frames_per_block, sink_frames, sink_end, CONTEXT: tl.constexpr):
+    """(before, back, sink_end) of those keys."""
+    if CONTEXT:
+        before, back, sinks = limits(windows_ptr, row, frames_per_block, sink_frames, sink_end, OWN)
+        earlier = limits(windows_ptr, row, frames_per_block, sink_frames, sink_end, EARLIER)
         before = tl.where(own, before, earlier[0])
         back = tl.where(own, back, earlier[1])
         sinks = tl.where(own, sinks, earlier[2])
     else:
-        before, back, sinks = limits(windows_ptr, b, frames_per_block, sink_frames, sink_end, SEEN)
-    return k_ptr, v_ptr, stride_kt, stride_vt, frames_ptr, tokens, before, back, sinks
+        before, back, sinks = limits(windows_ptr, row, frames_per_block, sink_frames, sink_end, SEEN)
+    return before, back, sinks
 
 
 @triton.jit
@@ -131,18 +149,6 @@ def key_run(slot, slots, frames_ptr, first_frame, ends, live, least, greatest, b
         stop += same.to(tl.int32)
         going = same & (stop < slots)
     return kind, stop
-
-
-@triton.jit
-def visible_tokens(slots, frames_ptr, first_frame, frame_tokens, ends, live, least, greatest, before, back, sink_end):
-    """Keys in slots that some query of the tile sees."""
-    seen = 0
-    slot = 0
-    while slot < slots:
-        kind, stop = key_run(slot, slots, frames_ptr, first_frame, ends, live, least, greatest, before, back, sink_end)
-        seen += tl.where(kind == NONE, 0, stop - slot)
-        slot = stop
-    return seen * frame_tokens
 
 
 @triton.jit

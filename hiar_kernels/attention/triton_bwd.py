@@ -13,6 +13,7 @@ from torch import Tensor
 from .._compile import Case
 from .._triton import register
 from ._launch import (
+    CANDIDATES,
     DKDV,
     DKDV_UNMASKED,
     DQ,
@@ -29,13 +30,17 @@ from ._launch import (
     tile_for,
     windows_on,
 )
+from ._runs import dkdv_rest, dkdv_whole, dq_rest, dq_whole
 from ._visible import (
     EARLIER,
     EVERY,
+    FULL,
     NONE,
     OWN,
+    PARTIAL,
+    REST,
     SEEN,
-    block_end,
+    WHOLE,
     frame_at,
     key_bounds,
     key_run,
@@ -43,7 +48,8 @@ from ._visible import (
     limits,
     query_ends,
     query_run,
-    sees,
+    source_frames,
+    source_limits,
     unmasked_until,
 )
 
@@ -69,50 +75,6 @@ def _attention_bwd_delta_kernel(
     nothing = lse == float("-inf")
     tl.store(delta_ptr + rows, tl.where(nothing, 0.0, tl.sum(dout * out, 1) - dlse), mask=live)
     tl.store(lse2_ptr + rows, tl.where(nothing, float("inf"), lse * _LOG2E), mask=live)
-
-
-@triton.jit
-def _dq_run(
-    acc, q, dout, lse2, delta, lo, mid, hi, k_ptr, v_ptr, stride_kt, stride_vt, frames_ptr, counts_ptr, first_frame,
-    frame_tokens, ends, before, back, sink_end, qk_scale,
-    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Keys lo..mid in whole tiles without a mask, mid..hi in smaller ones with a mask: it takes registers."""
-    offs = tl.arange(0, BLOCK_KV)
-    dims = tl.arange(0, HEAD_DIM)[None, :]
-    k_offs, v_offs = offs[:, None] * stride_kt + dims, offs[:, None] * stride_vt + dims
-    for start in tl.range(lo, mid, BLOCK_KV):
-        k = tl.load(k_ptr + tl.cast(start, tl.int64) * stride_kt + k_offs)
-        v = tl.load(v_ptr + tl.cast(start, tl.int64) * stride_vt + v_offs)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = tl.exp2(scores * qk_scale - lse2[:, None])
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        ds = p * (dp - delta[:, None])
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-    offs = tl.arange(0, BLOCK_MASKED)
-    k_offs, v_offs = offs[:, None] * stride_kt + dims, offs[:, None] * stride_vt + dims
-    for start in tl.range(mid, hi, BLOCK_MASKED):
-        cols = start + offs
-        inside = cols < hi
-        if counts_ptr is not None:
-            count = tl.load(counts_ptr + cols, mask=inside, other=0).to(tl.float32)
-            inside = inside & (count > 0)
-        k = tl.load(k_ptr + tl.cast(start, tl.int64) * stride_kt + k_offs, mask=inside[:, None], other=0.0)
-        v = tl.load(v_ptr + tl.cast(start, tl.int64) * stride_vt + v_offs, mask=inside[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
-        if counts_ptr is not None:
-            scores += tl.log2(tl.where(inside, count, 1.0))[None, :]
-        if MASKED:
-            frames = frame_at(frames_ptr, cols // frame_tokens, inside, first_frame)
-            seen = sees(frames[None, :], ends[:, None], before, back, sink_end)
-        else:
-            seen = inside[None, :]
-        p = tl.where(seen, tl.exp2(scores - lse2[:, None]), 0.0)
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        ds = p * (dp - delta[:, None])
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit(do_not_specialize=["q_tokens", "kv_tokens", "context_tokens", "q_tiles", *RULE])
@@ -148,98 +110,55 @@ def _attention_bwd_dq_kernel(
         if q_frames_ptr is not None:
             q_frames_ptr += b * stride_qfb
         ends, least, greatest = query_ends(q_frames_ptr, t, live, first_frame, frame_tokens, origin, frames_per_block)
+    else:
+        ends, least, greatest = t, 0, 0
+    if counts_ptr is not None:
+        counts_ptr += b * stride_nb
+    for part in tl.static_range(WHOLE, REST + 1):
         for n in range(1 - CONTEXT, 2):
-            run_k_ptr, run_v_ptr, run_kt, run_vt, frames_ptr, tokens, before, back, sinks = key_source(
-                tl.cast(n, tl.int32) == 1, b, h, k_ptr, v_ptr, kv_frames_ptr, stride_kb, stride_kt, stride_kh,
-                stride_vb, stride_vt, stride_vh, stride_kfb, kv_tokens, context_k_ptr, context_v_ptr,
-                context_frames_ptr, stride_ckb, stride_ckt, stride_ckh, stride_cvb, stride_cvt, stride_cvh,
-                stride_cfb, context_tokens, windows_ptr, frames_per_block, sink_frames, sink_end, CONTEXT,
+            own = tl.cast(n, tl.int32) == 1
+            run_k_ptr, run_v_ptr, run_kt, run_vt, tokens = key_source(
+                own, b, h, k_ptr, v_ptr, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, kv_tokens,
+                context_k_ptr, context_v_ptr, stride_ckb, stride_ckt, stride_ckh, stride_cvb, stride_cvt, stride_cvh,
+                context_tokens, CONTEXT,
             )  # fmt: skip
+            frames_ptr = kv_frames_ptr
+            if kv_frames_ptr is not None:
+                frames_ptr = source_frames(own, b, kv_frames_ptr, stride_kfb, context_frames_ptr, stride_cfb, CONTEXT)
+            before, back, sinks = 0, 0, 0
+            if MASKED:
+                before, back, sinks = source_limits(
+                    own, windows_ptr, b, frames_per_block, sink_frames, sink_end, CONTEXT
+                )
             slots = tokens // frame_tokens
             slot = 0
             while slot < slots:
-                kind, stop = key_run(
-                    slot, slots, frames_ptr, first_frame, ends, live, least, greatest, before, back, sinks
-                )
+                kind = FULL if counts_ptr is None else PARTIAL
+                stop = slot + 1
+                if MASKED:
+                    kind, stop = key_run(
+                        slot, slots, frames_ptr, first_frame, ends, live, least, greatest, before, back, sinks
+                    )
                 lo = slot * frame_tokens
                 hi = tl.where(kind == NONE, lo, stop * frame_tokens)
                 mid = unmasked_until(lo, hi, kind, BLOCK_KV)
-                acc = _dq_run(
-                    acc, q, dout, lse2, delta, lo, mid, hi, run_k_ptr, run_v_ptr, run_kt, run_vt, frames_ptr, None,
-                    first_frame, frame_tokens, ends, before, back, sinks, qk_scale, True, HEAD_DIM, BLOCK_KV,
-                    BLOCK_MASKED, PRECISION,
-                )  # fmt: skip
+                if part == WHOLE:
+                    acc = dq_whole(
+                        acc, q, dout, lse2, delta, lo, mid, run_k_ptr, run_v_ptr, run_kt, run_vt, qk_scale, HEAD_DIM,
+                        BLOCK_KV, PRECISION,
+                    )  # fmt: skip
+                else:
+                    acc = dq_rest(
+                        acc, q, dout, lse2, delta, mid, hi, run_k_ptr, run_v_ptr, run_kt, run_vt, frames_ptr,
+                        counts_ptr, first_frame, frame_tokens, ends, before, back, sinks, qk_scale, MASKED, HEAD_DIM,
+                        BLOCK_MASKED, PRECISION,
+                    )  # fmt: skip
                 slot = stop
             tile += slot - slots  # 0, but unknown to the compiler: keeps the offsets below out of the loop's registers
-    else:
-        if counts_ptr is not None:
-            counts_ptr += b * stride_nb
-            mid = 0
-        else:
-            mid = kv_tokens // BLOCK_KV * BLOCK_KV
-        acc = _dq_run(
-            acc, q, dout, lse2, delta, 0, mid, kv_tokens, k_ptr + b * stride_kb + h * stride_kh,
-            v_ptr + b * stride_vb + h * stride_vh, stride_kt, stride_vt, None, counts_ptr, first_frame, frame_tokens,
-            t, 0, 0, 0, qk_scale, False, HEAD_DIM, BLOCK_KV, BLOCK_MASKED, PRECISION,
-        )  # fmt: skip
     t = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     live = t < q_tokens
     dense = ((b * q_tokens + t.to(tl.int64)[:, None]) * H + h) * HEAD_DIM + dims[None, :]
     tl.store(dq_ptr + dense, (acc * dq_scale).to(dq_ptr.dtype.element_ty), mask=live[:, None])
-
-
-@triton.jit
-def _dkdv_run(
-    dk, dv, k, v, bias, lo, mid, hi, q_ptr, dout_ptr, lse2_ptr, delta_ptr, stride_qt, stride_dt, q_frames_ptr,
-    first_frame, frame_tokens, origin, frames_per_block, frames, before, back, sink_end, qk_scale,
-    KEYS: tl.constexpr, COUNTS: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Queries lo..mid in whole tiles without a mask, mid..hi in smaller ones with a mask: it takes registers."""
-    offs = tl.arange(0, BLOCK_Q)
-    dims = tl.arange(0, HEAD_DIM)[None, :]
-    q_offs, d_offs = offs[:, None] * stride_qt + dims, offs[:, None] * stride_dt + dims
-    for start in tl.range(lo, mid, BLOCK_Q):
-        q = tl.load(q_ptr + tl.cast(start, tl.int64) * stride_qt + q_offs)
-        dout = tl.load(dout_ptr + tl.cast(start, tl.int64) * stride_dt + d_offs)
-        lse2 = tl.load(lse2_ptr + start + offs)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale
-        if COUNTS:
-            scores += bias[:, None]
-        p = tl.exp2(scores - lse2[None, :])
-        if NEED_DV:
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        if NEED_DK:
-            delta = tl.load(delta_ptr + start + offs)
-            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-            ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    offs = tl.arange(0, BLOCK_MASKED)
-    q_offs, d_offs = offs[:, None] * stride_qt + dims, offs[:, None] * stride_dt + dims
-    for start in tl.range(mid, hi, BLOCK_MASKED):
-        rows = start + offs
-        live = rows < hi
-        q = tl.load(q_ptr + tl.cast(start, tl.int64) * stride_qt + q_offs, mask=live[:, None], other=0.0)
-        dout = tl.load(dout_ptr + tl.cast(start, tl.int64) * stride_dt + d_offs, mask=live[:, None], other=0.0)
-        lse2 = tl.load(lse2_ptr + rows, mask=live, other=float("inf"))
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale
-        if COUNTS:
-            scores += bias[:, None]
-        if KEYS == EVERY:
-            seen = live[None, :]
-        else:
-            q_frames = frame_at(q_frames_ptr, rows // frame_tokens, live, first_frame)
-            ends = block_end(q_frames, origin, frames_per_block)
-            seen = sees(frames[:, None], ends[None, :], before, back, sink_end) & live[None, :]
-        p = tl.where(seen, tl.exp2(scores - lse2[None, :]), 0.0)
-        if NEED_DV:
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        if NEED_DK:
-            delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
-            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-            ds = tl.where(seen, p * (dp - delta[None, :]), 0.0)  # an unseen key may be NaN
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
 
 
 @triton.jit(do_not_specialize=["q_tokens", "kv_tokens", "kv_tiles", *RULE])
@@ -280,10 +199,15 @@ def _attention_bwd_dkdv_kernel(
     dk = tl.zeros([BLOCK_KV, HEAD_DIM], dtype=tl.float32)
     dv = tl.zeros([BLOCK_KV, HEAD_DIM], dtype=tl.float32)
     if KEYS == EVERY:
-        dk, dv = _dkdv_run(
-            dk, dv, k, v, bias, 0, q_tokens // BLOCK_Q * BLOCK_Q, q_tokens, q_ptr, dout_ptr, lse2_ptr, delta_ptr,
-            stride_qt, stride_dt, None, first_frame, frame_tokens, origin, frames_per_block, cols, 0, 0, 0, qk_scale,
-            KEYS, counts_ptr is not None, NEED_DK, NEED_DV, HEAD_DIM, BLOCK_Q, BLOCK_MASKED, PRECISION,
+        mid = q_tokens // BLOCK_Q * BLOCK_Q
+        dk, dv = dkdv_whole(
+            dk, dv, k, v, bias, 0, mid, q_ptr, dout_ptr, lse2_ptr, delta_ptr, stride_qt, stride_dt, qk_scale,
+            counts_ptr is not None, NEED_DK, NEED_DV, HEAD_DIM, BLOCK_Q, PRECISION,
+        )  # fmt: skip
+        dk, dv = dkdv_rest(
+            dk, dv, k, v, bias, mid, q_tokens, q_ptr, dout_ptr, lse2_ptr, delta_ptr, stride_qt, stride_dt, None,
+            first_frame, frame_tokens, origin, frames_per_block, cols, 0, 0, 0, qk_scale, KEYS, counts_ptr is not None,
+            NEED_DK, NEED_DV, HEAD_DIM, BLOCK_MASKED, PRECISION,
         )  # fmt: skip
     else:
         if q_frames_ptr is not None:
@@ -294,22 +218,29 @@ def _attention_bwd_dkdv_kernel(
         lowest, first, last = key_bounds(frames, inside)
         before, back, sinks = limits(windows_ptr, b, frames_per_block, sink_frames, sink_end, KEYS)
         slots = q_tokens // frame_tokens
-        slot = 0
-        while slot < slots:
-            kind, stop = query_run(
-                slot, slots, q_frames_ptr, first_frame, origin, frames_per_block, frames, inside, lowest, first, last,
-                before, back, sinks,
-            )  # fmt: skip
-            lo = slot * frame_tokens
-            hi = tl.where(kind == NONE, lo, stop * frame_tokens)
-            mid = unmasked_until(lo, hi, kind, BLOCK_Q)
-            dk, dv = _dkdv_run(
-                dk, dv, k, v, bias, lo, mid, hi, q_ptr, dout_ptr, lse2_ptr, delta_ptr, stride_qt, stride_dt,
-                q_frames_ptr, first_frame, frame_tokens, origin, frames_per_block, frames, before, back, sinks,
-                qk_scale, KEYS, False, NEED_DK, NEED_DV, HEAD_DIM, BLOCK_Q, BLOCK_MASKED, PRECISION,
-            )  # fmt: skip
-            slot = stop
-        tile += slot - slots  # 0, but unknown to the compiler: keeps the offsets below out of the loop's registers
+        for part in tl.static_range(WHOLE, REST + 1):
+            slot = 0
+            while slot < slots:
+                kind, stop = query_run(
+                    slot, slots, q_frames_ptr, first_frame, origin, frames_per_block, frames, inside, lowest, first,
+                    last, before, back, sinks,
+                )  # fmt: skip
+                lo = slot * frame_tokens
+                hi = tl.where(kind == NONE, lo, stop * frame_tokens)
+                mid = unmasked_until(lo, hi, kind, BLOCK_Q)
+                if part == WHOLE:
+                    dk, dv = dkdv_whole(
+                        dk, dv, k, v, bias, lo, mid, q_ptr, dout_ptr, lse2_ptr, delta_ptr, stride_qt, stride_dt,
+                        qk_scale, False, NEED_DK, NEED_DV, HEAD_DIM, BLOCK_Q, PRECISION,
+                    )  # fmt: skip
+                else:
+                    dk, dv = dkdv_rest(
+                        dk, dv, k, v, bias, mid, hi, q_ptr, dout_ptr, lse2_ptr, delta_ptr, stride_qt, stride_dt,
+                        q_frames_ptr, first_frame, frame_tokens, origin, frames_per_block, frames, before, back, sinks,
+                        qk_scale, KEYS, False, NEED_DK, NEED_DV, HEAD_DIM, BLOCK_MASKED, PRECISION,
+                    )  # fmt: skip
+                slot = stop
+            tile += slot - slots  # 0, but unknown to the compiler: keeps the offsets below out of the loop's registers
     cols = tile * BLOCK_KV + tl.arange(0, BLOCK_KV)
     inside = cols < kv_tokens
     wide = cols.to(tl.int64)[:, None]
@@ -336,9 +267,14 @@ def launch(
     rule: list[int],
     windows: list[int],
     scale: float,
+    dq_config: Tile | None = None,
+    dkdv_config: Tile | None = None,
 ) -> list[Tensor]:
-    """hiar::attention_backward: the gradients of those of q, k, v and the context's k and v that are needed."""
-    check(q, k, v, context_k, context_v)
+    """hiar::attention_backward: the gradients of those of q, k, v and the context's k and v that are needed.
+
+    The configurations are in place of the pinned ones, to measure them.
+    """
+    check(q, k, v, context_k, context_v, rule)
     b, length, h, d = q.shape
     given = [x for x in (q, k, v, context_k, context_v) if x is not None]
     found: list[Tensor | None] = [
@@ -355,7 +291,6 @@ def launch(
     kv_counts = dense_rows(kv_counts)
     shared: dict[str, Any] = {
         **strides("q", q),
-        **rule_arguments(rule, k.shape[1]),
         "stride_qfb": row_stride(q_frames),
         "q_tokens": length,
         "H": h,
@@ -370,13 +305,13 @@ def launch(
     ) -> None:
         if (dk is None and dv is None) or keys.numel() == 0:
             return
-        tile = tile_for(q, DKDV if rule else DKDV_UNMASKED)
+        tile = dkdv_config or tile_for(q, DKDV if rule else DKDV_UNMASKED)
         tiles = triton.cdiv(keys.shape[1], tile.kv)
         _attention_bwd_dkdv_kernel[(tiles * b * h,)](
             q, keys, values, q_frames, frames, on_device, kv_counts, dout, lse2, delta, dk, dv,
             **strides("k", keys), **strides("v", values), stride_kfb=row_stride(frames),
             stride_nb=row_stride(kv_counts), kv_tokens=keys.shape[1], kv_tiles=tiles, dk_scale=scale, KEYS=kind,
-            NEED_DK=dk is not None, NEED_DV=dv is not None, **shared, **tile.options(),
+            NEED_DK=dk is not None, NEED_DV=dv is not None, **rule_arguments(rule, length), **shared, **tile.options(),
         )  # fmt: skip
 
     with torch.cuda.device_of(q):
@@ -387,7 +322,7 @@ def launch(
             )
         dq, dk, dv, context_dk, context_dv = found
         if dq is not None and dq.numel():
-            tile = tile_for(q, DQ)
+            tile = dq_config or tile_for(q, DQ)
             tiles = triton.cdiv(length, tile.q)
             _attention_bwd_dq_kernel[(tiles * b * h,)](
                 q, k, v, context_k, context_v, q_frames, kv_frames, context_frames, on_device, kv_counts, dout, lse2,
@@ -395,7 +330,8 @@ def launch(
                 **strides("cv", context_v), stride_kfb=row_stride(kv_frames), stride_cfb=row_stride(context_frames),
                 stride_nb=row_stride(kv_counts), kv_tokens=k.shape[1],
                 context_tokens=0 if context_k is None else context_k.shape[1], q_tiles=tiles, dq_scale=sign * scale,
-                MASKED=bool(rule), CONTEXT=context_k is not None, **shared, **tile.options(),
+                MASKED=bool(rule), CONTEXT=context_k is not None, **rule_arguments(rule, k.shape[1]), **shared,
+                **tile.options(),
             )  # fmt: skip
         own = EVERY if not rule else SEEN if context_k is None else OWN
         key_gradients(k, v, dk, dv, kv_frames, own.value)
@@ -407,30 +343,42 @@ def launch(
 register("attention_backward", launch)
 
 
+def _dq_case(name: str, pointers: tuple[str, ...], tile: Tile) -> Case:
+    given = {"pointers": pointers, "MASKED": bool(pointers)}
+    return production_case(name, _attention_bwd_dq_kernel, given, tile)
+
+
+def _dkdv_case(name: str, kind: Any, pointers: tuple[str, ...], tile: Tile) -> Case:
+    given = {"pointers": pointers, "KEYS": kind.value, "NEED_DK": True, "NEED_DV": True}
+    return production_case(name, _attention_bwd_dkdv_kernel, given, tile)
+
+
+_FRAMES = ("q_frames_ptr", "kv_frames_ptr", "frames_ptr", "windows_ptr")
+
+
 def compile_cases(arch: int) -> list[Case]:
     """Wan 1.3B at 480 x 832: training over caches, block-causal, bidirectional."""
-    frames = ("q_frames_ptr", "kv_frames_ptr", "frames_ptr", "windows_ptr")
     context = ("context_k_ptr", "context_v_ptr", "context_frames_ptr")
-
-    def dq(name: str, pointers: tuple[str, ...]) -> Case:
-        given = {"pointers": pointers, "MASKED": bool(pointers)}
-        return production_case(name, _attention_bwd_dq_kernel, given, pick(DQ, arch))
-
-    def dkdv(name: str, kind: Any, pointers: tuple[str, ...] = frames) -> Case:
-        given = {"pointers": pointers, "KEYS": kind.value, "NEED_DK": True, "NEED_DV": True}
-        tile = pick(DKDV_UNMASKED if kind.value == EVERY.value else DKDV, arch)
-        return production_case(name, _attention_bwd_dkdv_kernel, given, tile)
-
+    dq, dkdv = pick(DQ, arch), pick(DKDV, arch)
     delta = production_case(
         "Wan 1.3B", _attention_bwd_delta_kernel, {"pointers": ()}, Tile(32, 32, 4, 1), tensor_cores=False
     )
     return [
         delta,
-        dq("training over caches", (*frames, *context)),
-        dq("block-causal", frames),
-        dq("bidirectional", ()),
-        dkdv("own keys beside caches", OWN),
-        dkdv("caches with gradients", EARLIER),
-        dkdv("block-causal", SEEN),
-        dkdv("bidirectional", EVERY, ()),
+        _dq_case("training over caches", (*_FRAMES, *context), dq),
+        _dq_case("block-causal", _FRAMES, dq),
+        _dq_case("bidirectional", (), dq),
+        _dkdv_case("own keys beside caches", OWN, _FRAMES, dkdv),
+        _dkdv_case("caches with gradients", EARLIER, _FRAMES, dkdv),
+        _dkdv_case("block-causal", SEEN, _FRAMES, dkdv),
+        _dkdv_case("bidirectional", EVERY, (), pick(DKDV_UNMASKED, arch)),
+    ]
+
+
+def candidate_cases(arch: int) -> list[tuple[Tile, Case]]:
+    """The configurations to measure, at the shape of block-causal training (dq) and bidirectional training (dkdv)."""
+    dq, dkdv = (CANDIDATES[kernel].get(arch, ()) for kernel in ("dq", "dkdv"))
+    return [
+        *((tile, _dq_case("candidate", _FRAMES, tile)) for tile in dq),
+        *((tile, _dkdv_case("candidate", EVERY, (), tile)) for tile in dkdv),
     ]

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _triton
+from .. import _cuda, _triton
 from .._dispatch import choose, require
 from . import ops, reference  # noqa: F401  (registers the op)
 
-IMPLS = ("reference", "triton")
+IMPLS = ("reference", "triton", "cuda")
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor], *, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -20,7 +20,8 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor], *, impl: str
     Args:
         outs: partial outputs, each [B, T, H, D].
         lses: their logsumexps, each [B, H, T] (natural logarithm; -inf where a part saw no key).
-        impl: "auto" | "triton" (one pass; bfloat16, float16, float32; no gradient) | "reference" (differentiable).
+        impl: "auto" | "triton" or "cuda" (one pass; bfloat16, float16, float32; no gradient) | "reference"
+            (differentiable).
 
     Returns:
         out [B, T, H, D] in the dtype of the parts, logsumexp [B, H, T] in float32 (float64 for float64).
@@ -37,10 +38,15 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor], *, impl: str
         require(ok, f"merge_attention: every out must be {want}, got {list(out.shape)} {out.dtype}")
         require(tuple(lse.shape) == (b, h, t), f"merge_attention: every lse must be {[b, h, t]}, got {list(lse.shape)}")
     impl = choose("merge_attention", impl, IMPLS, auto="reference")
-    if impl == "triton":
-        _triton.load("merge_attention", outs[0])
-        wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, *lses))
-        require(not wants_grad, "merge_attention: impl='triton' has no gradient; use impl='reference', or no_grad()")
-        merged: tuple[Tensor, Tensor] = torch.ops.hiar.merge_attention(list(outs), list(lses))
-        return merged
-    return reference.merge_attention(list(outs), list(lses))
+    if impl == "reference":
+        return reference.merge_attention(list(outs), list(lses))
+    (_cuda if impl == "cuda" else _triton).load("merge_attention", outs[0])
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, *lses))
+    require(not wants_grad, f"merge_attention: impl={impl!r} has no gradient; use impl='reference', or no_grad()")
+    for x in (*outs, *lses):
+        here = x.device == outs[0].device
+        require(here, f"merge_attention: every part must be on {outs[0].device}, got {x.device}")
+    hiar = torch.ops.hiar
+    op = hiar.merge_attention_cuda if impl == "cuda" else hiar.merge_attention
+    merged: tuple[Tensor, Tensor] = op(list(outs), list(lses))
+    return merged

@@ -17,4 +17,5 @@ def _fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 # tensor lists have no gradient formula here: the eager reference, which torch differentiates, serves training
-define("merge_attention", "Tensor[] outs, Tensor[] lses", 2, reference.merge_attention, _fake, (), mutates=True)
+for _name in ("merge_attention", "merge_attention_cuda"):  # an op has one kernel for a device: Triton's, CUDA's
+    define(_name, "Tensor[] outs, Tensor[] lses", 2, reference.merge_attention, _fake, (), mutates=True)

@@ -10,6 +10,7 @@ from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the ops)
 
 IMPLS = ("reference", "triton")
+APPEND_IMPLS = ("reference", "triton", "cuda")
 
 
 def qk_norm_rope(
@@ -22,6 +23,7 @@ def qk_norm_rope(
     grid: tuple[int, int],
     eps: float = 1e-6,
     theta: float = 10000.0,
+    cells: tuple[int, int] | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the fused qkv projection: RMSNorm of q and k over the full width, then 3D RoPE (Wan2.1).
@@ -33,6 +35,7 @@ def qk_norm_rope(
         num_heads: H; D must be even.
         grid: (rows, columns) of tokens in a frame; T = F rows columns.
         eps: of the RMSNorm. theta: base of the rotary frequencies.
+        cells: (start, stop) if qkv holds only these tokens of every frame: T = F (stop - start).
         impl: "auto" | "reference" | "triton".
 
     Returns:
@@ -41,12 +44,12 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes or dtypes do not fit, or impl="triton" cannot take the device or a dtype.
     """
-    _validate("qk_norm_rope", qkv, q_weight, k_weight, frames, num_heads, grid)
+    _validate("qk_norm_rope", qkv, q_weight, k_weight, frames, num_heads, grid, cells)
     if choose("qk_norm_rope", impl, IMPLS, auto=automatic(q_weight, k_weight, qkv, norm=True)) == "triton":
         prepare("qk_norm_rope", norm=True, q_weight=q_weight, k_weight=k_weight, qkv=qkv)
-        q, k = torch.ops.hiar.qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, *grid, eps, theta)
+        q, k = torch.ops.hiar.qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, *grid, eps, theta, cells)
     else:
-        q, k = reference.qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, *grid, eps, theta)
+        q, k = reference.qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, *grid, eps, theta, cells)
     return q, k, qkv[..., 2 * q_weight.numel() :].unflatten(-1, (num_heads, -1))
 
 
@@ -63,23 +66,24 @@ def qk_norm_rope_append(
     grid: tuple[int, int],
     eps: float = 1e-6,
     theta: float = 10000.0,
+    cells: tuple[int, int] | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """:func:`qk_norm_rope` that writes k and v straight into the frame slots of a ring. No autograd.
 
     Args:
         slots: int32 or int64 [B or 1, F] on the device: the slot of each frame, in 0..S-1, distinct within a row.
-        k_cache, v_cache: [B, S rows columns, H, D]; rows may be strided views. Written in place.
-        The others: as in :func:`qk_norm_rope`.
+        k_cache, v_cache: [B, S P, H, D], P = rows columns or those of ``cells``; may be strided. Written in place.
+        impl: "auto" | "reference" | "triton" | "cuda". The others: as in :func:`qk_norm_rope`.
 
     Returns:
         q [B, T, H, D].
 
     Raises:
-        ValueError: shapes or dtypes do not fit, a gradient is asked for, or impl="triton" cannot take the device, a
-            dtype or the layout of a cache.
+        ValueError: shapes or dtypes do not fit, a gradient is asked for, impl="triton" or "cuda" cannot take the
+            device, a dtype or the layout of a cache, or is not installed.
     """
-    _validate("qk_norm_rope_append", qkv, q_weight, k_weight, frames, num_heads, grid)
+    _validate("qk_norm_rope_append", qkv, q_weight, k_weight, frames, num_heads, grid, cells)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, q_weight, k_weight))
     require(not wants_grad, "qk_norm_rope_append: has no gradient; use qk_norm_rope, or torch.no_grad()")
     require(
@@ -89,24 +93,42 @@ def qk_norm_rope_append(
     integer = not slots.is_floating_point()
     require(integer, f"qk_norm_rope_append: slots must be integers, got {slots.dtype}")
     shape = (qkv.shape[0], num_heads, qkv.shape[2] // 3 // num_heads)
-    tokens = grid[0] * grid[1]
+    tokens = _tokens(grid, cells)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         ok = cache.dim() == 4 and (cache.shape[0], *cache.shape[2:]) == shape and cache.shape[1] % tokens == 0
         want = f"[{shape[0]}, n * {tokens}, {shape[1]}, {shape[2]}]"
         require(ok, f"qk_norm_rope_append: {name} must be {want}, got {list(cache.shape)}")
     floats = {"q_weight": q_weight, "k_weight": k_weight, "qkv": qkv, "k_cache": k_cache, "v_cache": v_cache}
     dense = k_cache.stride(3) == v_cache.stride(3) == 1
-    auto = automatic(*floats.values(), norm=True) if dense else "reference"
+    auto = automatic(*floats.values(), norm=True, cuda=True) if dense else "reference"
+    impl = choose("qk_norm_rope_append", impl, APPEND_IMPLS, auto=auto)
     function = reference.qk_norm_rope_append
-    if choose("qk_norm_rope_append", impl, IMPLS, auto=auto) == "triton":
-        prepare("qk_norm_rope_append", norm=True, **floats)
-        function = torch.ops.hiar.qk_norm_rope_append
-    return function(qkv, q_weight, k_weight, frames, slots, k_cache, v_cache, num_heads, *grid, eps, theta)
+    if impl != "reference":
+        prepare("qk_norm_rope_append", impl=impl, norm=True, **floats)
+        hiar = torch.ops.hiar
+        function = hiar.qk_norm_rope_append_cuda if impl == "cuda" else hiar.qk_norm_rope_append
+    return function(qkv, q_weight, k_weight, frames, slots, k_cache, v_cache, num_heads, *grid, eps, theta, cells)
+
+
+def _tokens(grid: tuple[int, int], cells: tuple[int, int] | None) -> int:
+    """Tokens of a frame that are there."""
+    return grid[0] * grid[1] if cells is None else cells[1] - cells[0]
 
 
 def _validate(
-    op: str, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, frames: Tensor, num_heads: int, grid: tuple[int, int]
+    op: str,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    frames: Tensor,
+    num_heads: int,
+    grid: tuple[int, int],
+    cells: tuple[int, int] | None,
 ) -> None:
+    if cells is not None:
+        legal = len(cells) == 2 and 0 <= cells[0] < cells[1] <= grid[0] * grid[1]
+        require(legal, f"{op}: cells must be (start, stop) with 0 <= start < stop <= {grid[0] * grid[1]}, got {cells}")
+    tokens = _tokens(grid, cells)
     require(qkv.dim() == 3, f"{op}: qkv must be [B, T, 3 H D], got {list(qkv.shape)}")
     b, t, c = qkv.shape
     ok = num_heads >= 1 and c % (6 * num_heads) == 0
@@ -114,7 +136,7 @@ def _validate(
     for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):
         require(tuple(w.shape) == (c // 3,), f"{op}: {name} must be [{c // 3}], got {list(w.shape)}")
     require(
-        frames.dim() == 2 and frames.shape[0] in (1, b) and frames.shape[1] * grid[0] * grid[1] == t,
-        f"{op}: frames must be [{b} or 1, {t} / {grid[0] * grid[1]}], got {list(frames.shape)}",
+        frames.dim() == 2 and frames.shape[0] in (1, b) and frames.shape[1] * tokens == t,
+        f"{op}: frames must be [{b} or 1, {t} / {tokens}], got {list(frames.shape)}",
     )
     require(not frames.is_floating_point(), f"{op}: frames must be integer ids, got {frames.dtype}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ def _fake(
     width: int,
     eps: float,
     theta: float,
+    cells: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _one(qkv, num_heads), _one(qkv, num_heads)
 
@@ -41,26 +44,29 @@ def _fake_append(
     width: int,
     eps: float,
     theta: float,
+    cells: Sequence[int] | None = None,
 ) -> Tensor:
     return _one(qkv, num_heads)
 
 
 _SHARED = "int num_heads, int height, int width, float eps, float theta"
+_CELLS = "int[]? cells=None"
 define(
     "qk_norm_rope",
-    f"Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, {_SHARED}",
+    f"Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, {_SHARED}, {_CELLS}",
     2,
     reference.qk_norm_rope,
     _fake,
     (0, 1, 2),
 )
-define(
-    "qk_norm_rope_append",
-    "Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots, Tensor(a!) k_cache, "
-    f"Tensor(b!) v_cache, {_SHARED}",
-    1,
-    reference.qk_norm_rope_append,
-    _fake_append,
-    (),
-    mutates=True,
-)
+for _name in ("qk_norm_rope_append", "qk_norm_rope_append_cuda"):  # an op has one kernel for a device: Triton's, CUDA's
+    define(
+        _name,
+        "Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots, Tensor(a!) k_cache, "
+        f"Tensor(b!) v_cache, {_SHARED}, {_CELLS}",
+        1,
+        reference.qk_norm_rope_append,
+        _fake_append,
+        (),
+        mutates=True,
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,11 +11,14 @@ from torch import Tensor
 from .._library import wide_dtype
 
 
-def rope_angles(frames: Tensor, height: int, width: int, head_dim: int, theta: float) -> Tensor:
-    """Angles float64 [B, F * height * width, head_dim / 2] of 3D RoPE (Wan2.1; RoFormer, arXiv 2104.09864).
+def rope_angles(
+    frames: Tensor, height: int, width: int, head_dim: int, theta: float, cells: Sequence[int] | None = None
+) -> Tensor:
+    """Angles float64 [B, F * tokens, head_dim / 2] of 3D RoPE (Wan2.1; RoFormer, arXiv 2104.09864).
 
     The c = head_dim / 2 pairs are split c - 2 (c // 3), c // 3, c // 3 over (frame, row, column); each axis has the
-    frequencies of its own even dimension. Absolute frame ids in float64: exact at frame 1,000,000 and beyond.
+    frequencies of its own even dimension. Absolute frame ids in float64: exact at frame 1,000,000 and beyond. Tokens
+    are the cells [start, stop) of every frame, all height * width of them by default.
     """
     pairs = head_dim // 2
     split = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
@@ -28,7 +33,8 @@ def rope_angles(frames: Tensor, height: int, width: int, head_dim: int, theta: f
     t = angles[0][:, :, None, None].expand(*grid, split[0])
     y = angles[1][None, None, :, None].expand(*grid, split[1])
     x = angles[2][None, None, None].expand(*grid, split[2])
-    return torch.cat([t, y, x], dim=-1).reshape(b, f * height * width, pairs)
+    start, stop = cells or (0, height * width)
+    return torch.cat([t, y, x], dim=-1).flatten(2, 3)[:, :, start:stop].flatten(1, 2)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,11 +63,12 @@ def qk_norm_rope(
     width: int,
     eps: float,
     theta: float,
+    cells: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normed and rotated q, k [B, T, H, D]; float32 or wider inside, rounded once."""
     q, k, v = _split(qkv, num_heads)
     wide = wide_dtype(qkv)
-    angles = rope_angles(frames, height, width, v.shape[-1], theta)[:, :, None]
+    angles = rope_angles(frames, height, width, v.shape[-1], theta, cells)[:, :, None]
     cos, sin = angles.cos().to(wide), angles.sin().to(wide)
     turned = [
         _rotate(_rms_norm(x.to(wide), w, eps).unflatten(-1, (num_heads, -1)), cos, sin).to(qkv.dtype)
@@ -83,12 +90,13 @@ def qk_norm_rope_append(
     width: int,
     eps: float,
     theta: float,
+    cells: Sequence[int] | None = None,
 ) -> Tensor:
     """q [B, T, H, D]; k and v are written into the frame slots of k_cache and v_cache."""
-    q, k = qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, height, width, eps, theta)
-    tokens = height * width
+    q, k = qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, height, width, eps, theta, cells)
+    start, stop = cells or (0, height * width)
     rows = torch.arange(qkv.shape[0], device=qkv.device)[:, None]
     for cache, new in ((k_cache, k), (v_cache, _split(qkv, num_heads)[2])):
-        framed = cache.view(cache.shape[0], -1, tokens, *cache.shape[2:])
-        framed[rows, slots.expand(len(rows), -1).long()] = new.unflatten(1, (-1, tokens)).to(cache.dtype)
+        framed = cache.view(cache.shape[0], -1, stop - start, *cache.shape[2:])
+        framed[rows, slots.expand(len(rows), -1).long()] = new.unflatten(1, (-1, stop - start)).to(cache.dtype)
     return q

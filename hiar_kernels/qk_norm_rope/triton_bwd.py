@@ -7,6 +7,7 @@ registers; a second kernel adds the shares, always in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from .. import _triton
 from .._compile import Case
-from .triton_fwd import checked, cos_sin, inverse_rms, row_strides, tile, turn, turns_of
+from ._launch import checked, turns_of
+from .triton_fwd import cos_sin, inverse_rms, row_strides, tile, turn
 
 MOST_SHARES = 2048  # of a weight gradient; 16 bytes of them for each row of 7 C bf16 numbers at 16 rows a program
 FEWEST_ROWS = 16
@@ -26,7 +28,7 @@ SUM_TILE = {"BLOCK_N": 32, "BLOCK_C": 64}
 @triton.jit
 def _backward_of_one(
     x_ptr, g_ptr, dx_ptr, weight_ptr, share_ptr, frames_ptr, turns_ptr,
-    stride_xb, stride_xt, stride_fb, stride_ff, tokens, frame_tokens, columns, first, last, eps,
+    stride_xb, stride_xt, stride_fb, stride_ff, tokens, frame_tokens, first_cell, columns, first, last, eps,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     NEED_X: tl.constexpr, NEED_WEIGHT: tl.constexpr,
 ):  # fmt: skip
@@ -41,12 +43,12 @@ def _backward_of_one(
     for i in range(0, last - first):
         row = first + i
         batch, token = (row // tokens).to(tl.int64), row % tokens
-        frame, cell = (token // frame_tokens).to(tl.int64), token % frame_tokens
+        frame, place = (token // frame_tokens).to(tl.int64), first_cell + token % frame_tokens
         from_ptr = x_ptr + batch * stride_xb + token.to(tl.int64) * stride_xt
         x = tl.load(from_ptr + at, mask=inside, other=0).to(tl.float32)
         g = tl.load(g_ptr + row.to(tl.int64) * WIDTH + at, mask=inside, other=0).to(tl.float32)
         frame_id = tl.load(frames_ptr + batch * stride_fb + frame * stride_ff).to(tl.int64)
-        cos, sin = cos_sin(turns_ptr, frame_id, cell // columns, cell % columns, HEAD_DIM, BLOCK_D)
+        cos, sin = cos_sin(turns_ptr, frame_id, place // columns, place % columns, HEAD_DIM, BLOCK_D)
         g = turn(g, cos, -sin, BLOCK_H, BLOCK_D)  # turned back
         scale = inverse_rms(x, eps, WIDTH)
         normed = x * scale
@@ -64,7 +66,7 @@ def _backward_of_one(
 @triton.jit
 def _qk_norm_rope_bwd_kernel(
     qkv_ptr, gq_ptr, gk_ptr, dqkv_ptr, q_weight_ptr, k_weight_ptr, shares_ptr, frames_ptr, turns_ptr,
-    stride_xb, stride_xt, stride_fb, stride_ff, batch_tokens, tokens, frame_tokens, columns, rows, eps,
+    stride_xb, stride_xt, stride_fb, stride_ff, batch_tokens, tokens, frame_tokens, first_cell, columns, rows, eps,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     NEED_X: tl.constexpr, NEED_WEIGHT: tl.constexpr,
 ):  # fmt: skip
@@ -77,13 +79,13 @@ def _qk_norm_rope_bwd_kernel(
     if third == 0:
         _backward_of_one(
             qkv_ptr, gq_ptr, dqkv_ptr, q_weight_ptr, share_ptr, frames_ptr, turns_ptr,
-            stride_xb, stride_xt, stride_fb, stride_ff, tokens, frame_tokens, columns, first, last, eps,
+            stride_xb, stride_xt, stride_fb, stride_ff, tokens, frame_tokens, first_cell, columns, first, last, eps,
             HEADS, HEAD_DIM, BLOCK_H, BLOCK_D, NEED_X, NEED_WEIGHT,
         )  # fmt: skip
     elif third == 1:
         _backward_of_one(
             qkv_ptr + WIDTH, gk_ptr, dqkv_ptr + WIDTH, k_weight_ptr, share_ptr, frames_ptr, turns_ptr,
-            stride_xb, stride_xt, stride_fb, stride_ff, tokens, frame_tokens, columns, first, last, eps,
+            stride_xb, stride_xt, stride_fb, stride_ff, tokens, frame_tokens, first_cell, columns, first, last, eps,
             HEADS, HEAD_DIM, BLOCK_H, BLOCK_D, NEED_X, NEED_WEIGHT,
         )  # fmt: skip
     else:
@@ -132,11 +134,13 @@ def qk_norm_rope_backward(
     width: int,
     eps: float,
     theta: float,
+    cells: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Launcher of ``hiar::qk_norm_rope_backward``."""
     qkv = checked("qk_norm_rope_backward", qkv, frames=frames)
     b, t, c = qkv.shape
     head_dim = c // 3 // num_heads
+    start, stop = cells or (0, height * width)
     need_x, need_weight = needed[0], needed[1] or needed[2]
     rows = rows_of(b * t)
     shares = triton.cdiv(b * t, rows)
@@ -158,7 +162,8 @@ def qk_norm_rope_backward(
                 *row_strides(frames),
                 b * t,
                 t,
-                height * width,
+                stop - start,
+                start,
                 width,
                 rows,
                 eps,

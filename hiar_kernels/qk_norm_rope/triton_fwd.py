@@ -8,8 +8,7 @@ multiplication, exact to id * 2^-65 turns for any id. README.md beside this file
 
 from __future__ import annotations
 
-import functools
-from decimal import Context, Decimal, localcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +18,7 @@ from torch import Tensor
 
 from .. import _triton
 from .._compile import Case
-from .._dispatch import require
-
-_FULL_TURN = Decimal("6.283185307179586476925286766559005768394338798750211641949889")
+from ._launch import check_rings, checked, turns_of
 
 
 @triton.jit
@@ -83,6 +80,7 @@ def _qk_norm_rope_fwd_kernel(
     stride_vt,
     stride_vh,
     frame_tokens,
+    first_cell,
     columns,
     num_slots,
     eps,
@@ -109,7 +107,8 @@ def _qk_norm_rope_fwd_kernel(
     q_weight = tl.load(q_weight_ptr + at, mask=inside, other=0).to(tl.float32)
     k_weight = tl.load(k_weight_ptr + at, mask=inside, other=0).to(tl.float32)
     frame_id = tl.load(frames_ptr + batch * stride_fb + frame * stride_ff).to(tl.int64)
-    cos, sin = cos_sin(turns_ptr, frame_id, cell // columns, cell % columns, HEAD_DIM, BLOCK_D)
+    place = first_cell + cell  # in the whole frame
+    cos, sin = cos_sin(turns_ptr, frame_id, place // columns, place % columns, HEAD_DIM, BLOCK_D)
 
     q = turn(q * inverse_rms(q, eps, WIDTH) * q_weight, cos, sin, BLOCK_H, BLOCK_D)
     tl.store(q_ptr + out + at, q.to(q_ptr.dtype.element_ty), mask=inside)
@@ -128,30 +127,10 @@ def _qk_norm_rope_fwd_kernel(
         tl.store(k_ptr + out + at, k.to(k_ptr.dtype.element_ty), mask=inside)
 
 
-@functools.lru_cache(maxsize=64)
-def turns_of(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """int64 [head_dim / 2]: the turns of each pair for one step along its axis, modulo 1, in units of 2^-64."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("qk_norm_rope: first call for this head size and theta; run it once before graph capture")
-    pairs = head_dim // 2
-    split = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
-    with localcontext(Context(prec=60)):
-        base = Decimal(theta)
-        units = [round(base ** (Decimal(-i) / n) / _FULL_TURN * 2**64) for n in split for i in range(n)]
-    return torch.tensor([(u + 2**63) % 2**64 - 2**63 for u in units], dtype=torch.int64, device=device)
-
-
 def tile(num_heads: int, head_dim: int) -> dict[str, int]:
     """Blocks that hold one token's q (or k) whole, and the warps that give each thread 16 numbers of it."""
     block_h, block_d = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
     return {"BLOCK_H": block_h, "BLOCK_D": block_d, "num_warps": min(max(block_h * block_d // 512, 1), 16)}
-
-
-def checked(op: str, qkv: Tensor, **others: Tensor) -> Tensor:
-    """qkv with adjacent channels; the others must be where it is."""
-    for name, x in others.items():
-        require(x.device == qkv.device, f"{op}: {name} must be on {qkv.device} like qkv, got {x.device}")
-    return qkv if qkv.stride(2) == 1 else qkv.contiguous()
 
 
 def row_strides(ids: Tensor) -> tuple[int, int]:
@@ -171,11 +150,13 @@ def _launch(
     width: int,
     eps: float,
     theta: float,
+    cells: Sequence[int] | None,
     append: bool,
 ) -> Tensor:
     """Writes k (append: and v) and returns q; without append slots and v are stand-ins."""
     b, t, c = qkv.shape
     head_dim = c // 3 // num_heads
+    start, stop = cells or (0, height * width)
     q = torch.empty((b, t, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if q.numel() == 0:
         return q
@@ -195,9 +176,10 @@ def _launch(
             *row_strides(slots),
             *k.stride()[:3],
             *v.stride()[:3],
-            height * width,
+            stop - start,
+            start,
             width,
-            k.shape[1] // (height * width),
+            k.shape[1] // (stop - start),
             eps,
             HEADS=num_heads,
             HEAD_DIM=head_dim,
@@ -217,13 +199,14 @@ def qk_norm_rope(
     width: int,
     eps: float,
     theta: float,
+    cells: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``hiar::qk_norm_rope``."""
     qkv = checked("qk_norm_rope", qkv, frames=frames)
     b, t, c = qkv.shape
     k = torch.empty((b, t, num_heads, c // 3 // num_heads), dtype=qkv.dtype, device=qkv.device)
     weights = (q_weight, k_weight)
-    q = _launch(qkv, weights, frames, frames, k, k, num_heads, height, width, eps, theta, append=False)
+    q = _launch(qkv, weights, frames, frames, k, k, num_heads, height, width, eps, theta, cells, append=False)
     return q, k
 
 
@@ -240,18 +223,15 @@ def qk_norm_rope_append(
     width: int,
     eps: float,
     theta: float,
+    cells: Sequence[int] | None = None,
 ) -> Tensor:
     """Launcher of ``hiar::qk_norm_rope_append``."""
     op = "qk_norm_rope_append"
     qkv = checked(op, qkv, frames=frames, slots=slots)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        require(cache.stride(3) == 1, f"{op}: {name} must have channels of stride 1, got {cache.stride(3)}")
-        apart = all(stride > 0 for stride, size in zip(cache.stride(), cache.shape, strict=True) if size > 1)
-        require(apart, f"{op}: {name} must not overlap itself, got strides {list(cache.stride())}")
-    same = k_cache.numel() > 0 and k_cache.data_ptr() == v_cache.data_ptr()
-    require(not same, f"{op}: k_cache and v_cache must be apart, got the same memory")
+    check_rings(op, k_cache, v_cache)
+    weights = (q_weight, k_weight)
     return _launch(
-        qkv, (q_weight, k_weight), frames, slots, k_cache, v_cache, num_heads, height, width, eps, theta, True
+        qkv, weights, frames, slots, k_cache, v_cache, num_heads, height, width, eps, theta, cells, append=True
     )
 
 
@@ -264,7 +244,7 @@ def compile_cases(arch: int) -> list[Case]:
     signature = dict.fromkeys(("qkv_ptr", "q_weight_ptr", "k_weight_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16")
     signature |= dict.fromkeys(("frames_ptr", "slots_ptr"), "*i32") | {"turns_ptr": "*i64", "eps": "fp32"}
     sizes = [name for name in _qk_norm_rope_fwd_kernel.arg_names if name.startswith("stride_")]
-    signature |= dict.fromkeys([*sizes, "frame_tokens", "columns", "num_slots"], "i32")
+    signature |= dict.fromkeys([*sizes, "frame_tokens", "first_cell", "columns", "num_slots"], "i32")
     constants = ("HEADS", "HEAD_DIM", "BLOCK_H", "BLOCK_D", "APPEND")
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = tuple(name for name in signature if name.endswith("_ptr"))

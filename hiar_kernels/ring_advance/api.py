@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _cuda, _triton
 from .._dispatch import choose, require
+from .._pointwise import TRITON_INSTALLED
 from . import ops, reference  # noqa: F401  (registers the op)
 
-IMPLS = ("reference",)
+IMPLS = ("reference", "triton", "cuda")
 _LARGEST = 2**30  # frames and sinks in int32, with room for a sum of two
 
 
@@ -26,8 +28,8 @@ def ring_advance(
 ) -> None:
     """Write the frame ids and ring slots of every row's next visit, note them in the rings, and move on.
 
-    A row is one ring (a step's, of one video). All tensors are int32 on one device and nothing is read on the host, so a
-    captured graph that begins with this call needs no new arguments from visit to visit.
+    A row is one ring (a step's, of one video). All tensors are int32 on one device and nothing is read on the host, so
+    a captured graph that begins with this call needs no new arguments from visit to visit.
 
     With g = position[r] + i and size = capacities[r], before position moves::
 
@@ -44,7 +46,7 @@ def ring_advance(
         advance: [R]: 0 where the row visits the same frames again (a denoise visit), else the frames it is done with.
         capacities: [R]: frame slots of each ring, enough for the frames of a visit beside the sinks.
         first_frame: id of the video's first frame. sink_frames: first frames, which keep their slots for good.
-        impl: "auto" | "reference".
+        impl: "auto" | "reference" | "triton" or "cuda" (one launch, no allocation).
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the implementation cannot take them.
@@ -60,12 +62,20 @@ def ring_advance(
     require(fits, f"{op}: ring_frames must be [{rows}, {count} or more], got {list(ring_frames.shape)}")
     for name, x in (("frames", frames), ("ring_frames", ring_frames), *((n, x) for n, (x, _) in shapes.items())):
         require(x.dtype == torch.int32, f"{op}: {name} must be torch.int32, got {x.dtype}")
-        require(x.device == position.device, f"{op}: {name} must be on {position.device}, got {x.device}")
+        require(x.device == position.device, f"{op}: {name} must be on {position.device} like position, got {x.device}")
     for name, x in (("frames", frames), ("slots", slots), ("ring_frames", ring_frames)):
         ok = x.shape[1] < 2 or x.stride(1) == 1
         require(ok, f"{op}: the last dimension of {name} must be dense, got stride {x.stride(1)}")
     for name, n in (("first_frame", first_frame), ("sink_frames", sink_frames)):
         require(0 <= n <= _LARGEST, f"{op}: {name} must be 0 to {_LARGEST}, got {n}")
     arguments = (position, frames, slots, ring_frames, advance, capacities, first_frame, sink_frames)
-    choose(op, impl, IMPLS, auto="reference")
-    reference.ring_advance(*arguments)
+    kernel = "triton" if position.is_cuda and TRITON_INSTALLED else "reference"
+    impl = choose(op, impl, IMPLS, auto="cuda" if _cuda.automatic(position) else kernel)
+    if impl == "reference":
+        reference.ring_advance(*arguments)
+    elif impl == "cuda":
+        _cuda.load(op, position)
+        torch.ops.hiar.ring_advance_cuda(*arguments)
+    else:
+        _triton.load(op, position)
+        torch.ops.hiar.ring_advance(*arguments)

@@ -18,10 +18,10 @@ def launch(
     first_frame: int,
     sink_frames: int,
 ) -> None:
-    """hiar::ring_advance."""
+    """hiar::ring_advance_cuda."""
     torch.ops.hiar_cuda.ring_advance(
         position, frames, slots, ring_frames, advance, capacities, first_frame, sink_frames
     )
 
 
-_cuda.register("ring_advance", launch)
+_cuda.register("ring_advance_cuda", launch)

@@ -21,13 +21,14 @@ def _fake(
     return None
 
 
-define(
-    "ring_advance",
-    "Tensor(a!) position, Tensor(b!) frames, Tensor(c!) slots, Tensor(d!) ring_frames, Tensor advance, "
-    "Tensor capacities, int first_frame, int sink_frames",
-    0,
-    reference.ring_advance,
-    _fake,
-    (),
-    mutates=True,
-)
+for _name in ("ring_advance", "ring_advance_cuda"):  # an op has one kernel for a device: Triton's, CUDA's
+    define(
+        _name,
+        "Tensor(a!) position, Tensor(b!) frames, Tensor(c!) slots, Tensor(d!) ring_frames, Tensor advance, "
+        "Tensor capacities, int first_frame, int sink_frames",
+        0,
+        reference.ring_advance,
+        _fake,
+        (),
+        mutates=True,
+    )

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .pipeline import PipelineOptions
 from .session import FinishedBlock, Rollout
 
-__all__ = ["FinishedBlock", "Rollout", "rollout"]
+__all__ = ["FinishedBlock", "PipelineOptions", "Rollout", "rollout"]
 
 
-def rollout(model: Any, noise: Tensor, text: Any, schedule: Any, **options: Any) -> Tensor:
+def rollout(model: Any, noise: Tensor | None, text: Any, schedule: Any, **options: Any) -> Tensor | None:
     """Latents of a whole video [B, F, C, H, W], its prefix included; a thin wrapper of :class:`Rollout`.
 
     Args:
@@ -22,6 +23,9 @@ def rollout(model: Any, noise: Tensor, text: Any, schedule: Any, **options: Any)
             ``num_frames``, ``height``, ``width``.
         on_block: called with each :class:`FinishedBlock`.
         The others: as for :class:`Rollout`.
+
+    Returns:
+        None on the ranks of a pipeline that have no finished blocks: all but the last.
     """
     on_block = options.pop("on_block", None)
     prefix = options.get("prefix")
@@ -29,10 +33,13 @@ def rollout(model: Any, noise: Tensor, text: Any, schedule: Any, **options: Any)
         made, size = noise.shape[1], {"batch": noise.shape[0], "height": noise.shape[3], "width": noise.shape[4]}
         options = {"num_frames": made + (0 if prefix is None else prefix.shape[1]), **size, **options}
     parts = [] if prefix is None else [prefix]
-    for block in Rollout(model, text, schedule, noise=noise, **options):
+    run = Rollout(model, text, schedule, noise=noise, **options)
+    for block in run:
         parts.append(block.latents)
         if on_block is not None:
             on_block(block)
+    if run.pipeline is not None and run.pipeline.stage.sends:
+        return None
     return torch.cat([part.to(parts[-1]) for part in parts], dim=1)
 
 

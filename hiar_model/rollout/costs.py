@@ -248,8 +248,8 @@ def exchanged_bytes(config: WanConfig, geometry: Geometry, ranks: int) -> float:
 
 def unequal_parts(config: WanConfig, geometry: Geometry, ranks: int) -> str | None:
     """Why so many ranks cannot share a visit by heads; None where they can."""
-    tokens = geometry.frame_tokens(config) * geometry.frames_per_block
-    for what, number in (("heads", config.num_heads), ("tokens of a block", tokens)):
+    tokens = geometry.frame_tokens(config)
+    for what, number in (("heads", config.num_heads), ("tokens of a frame", tokens)):
         if ranks < 1 or number % ranks:
             return f"the {number} {what} must fall into equal parts"
     return None
@@ -259,7 +259,7 @@ def head_parallel(costs: Costs, config: WanConfig, geometry: Geometry, ranks: in
     """Costs of a visit shared by `ranks` ranks: its time / ranks, plus two exchanges a layer that nothing hides.
 
     Raises:
-        ValueError: the ranks divide the heads or the tokens of a block into unequal parts.
+        ValueError: the ranks divide the heads or the tokens of a frame into unequal parts.
     """
     why = unequal_parts(config, geometry, ranks)
     if why:

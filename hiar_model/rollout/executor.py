@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hiar_kernels import BlockCausal, takes_layout
+from hiar_kernels.nvtx import span
 
 from ..cache import RingAttend, RingCache
 from ..schedule import TRAIN_TIMESTEPS, FlowSchedule
@@ -18,6 +19,9 @@ from .graph import CudaGraphs, Recorder
 from .launch import Capture, Kind, Launch, on_the_way
 from .texts import TextCache, TextSlots
 from .visits import Group, Plan, Row, Visit
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
 
 _UNCHECKED = 256  # denoise visits
 
@@ -48,6 +52,8 @@ class Executor:
         context_noise: timestep that finished blocks are cached at.
         mode: "eager"; "graph": launches are captured as CUDA graphs the first time they occur, and replayed;
             "recorded": the same with :class:`Recorder`, on any device.
+        attend: makes the self-attention of a kind of launch; takes the arguments of :class:`RingAttend`.
+        pipeline: this rank's place in one; then the caches are those of its own steps.
     """
 
     def __init__(
@@ -66,12 +72,16 @@ class Executor:
         trajectory: str,
         context_noise: float,
         mode: str = "eager",
+        attend: Callable[..., RingAttend] = RingAttend,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self.models, self.plan, self.num_blocks, self.cache, self.grid = models, plan, num_blocks, cache, grid
         self.text, self.noise, self.renoise, self.prefix = text, noise, renoise, prefix
         self.first_frame, self.trajectory = first_frame, trajectory
+        self.pipeline = pipeline
+        self.steps = range(plan.steps) if pipeline is None else pipeline.stage.steps
         weight = models[0].patch_embedding.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype, self.attend = weight.device, weight.dtype, attend
         self.sigmas = schedule.sigmas
         self.wide = torch.promote_types(self.dtype, torch.float32)
         # one row for each noise level, and a last one for the clean prefix
@@ -105,15 +115,41 @@ class Executor:
         finished = []
         for run in self._launches(group):
             rows = [group[i] for i in run]
-            for visit, latents in self._launch(rows, [inputs[i] for i in run]):
+            with span("block", *{row[-1].block: None for row in rows}):
+                denoised = self._launch(rows, [inputs[i] for i in run])
+            for visit, latents in denoised:
                 kept = self._keep(latents)
                 self._put(visit.step + 1, visit.block, kept)
-                if visit.step + 1 == self.plan.steps:
+                if visit.step + 1 == self.steps.stop and self.pipeline is not None and self.pipeline.stage.sends:
+                    self.pipeline.send(visit.block, kept)
+                elif visit.step + 1 == self.plan.steps:
                     finished.append((visit.block, kept.clone()))
         for row in group:
             for visit in row:
                 self._release(visit)
         return finished
+
+    @torch.no_grad()
+    def warm_up(self, blocks: int) -> int:
+        """Run each kind of launch in the walk of the video once, on zeros: everything that can be compiled, loaded or
+        captured then is. Before the first visit only. ``blocks``: to walk of an endless video.
+
+        Returns:
+            How many kinds there are.
+        """
+        assert not self.latents and not self.counters.launches, "the rollout has begun"
+        seen: set[Kind] = set()
+        walk = self.plan.groups if self.pipeline is None else self.pipeline.stage.groups
+        for group in walk(self.num_blocks or blocks + self.plan.prefix_blocks):
+            for run in self._launches(group):
+                rows = [group[i] for i in run]
+                launch = self._prepared(rows, self._text(self.models[rows[0][-1].step], rows))
+                if launch.kind not in seen:
+                    seen.add(launch.kind)
+                    launch.run(self.capture)
+                    self.counters.captures += self.capture is not None
+        self.cache.reset()
+        return len(seen)
 
     # Latents in flight.
 
@@ -123,13 +159,19 @@ class Executor:
             start, stop = self.plan.block_frames(visit.block)
             return self.prefix[:, start:stop].to(self.device, self.dtype)
         level = visit.step if visit.kind == "denoise" else visit.step + 1
-        if level == 0 and (0, visit.block) not in self.latents:
-            self._put(0, visit.block, self._keep(self.noise(-1, visit.block)))
+        if level == self.steps.start and (level, visit.block) not in self.latents:
+            self._put(level, visit.block, self._keep(self._arriving(level, visit.block)))
         return self.latents[level, visit.block]
 
+    def _arriving(self, level: int, block: int) -> Tensor:
+        if level == 0:
+            return self.noise(-1, block)
+        assert self.pipeline is not None
+        return self.pipeline.receive(block)
+
     def _put(self, level: int, block: int, latents: Tensor) -> None:
-        readers = int(level < self.plan.steps)
-        readers += level > 0 and self.plan.has_cache(level - 1, block, self.num_blocks)
+        readers = int(level in self.steps)
+        readers += level - 1 in self.steps and self.plan.has_cache(level - 1, block, self.num_blocks)
         if readers:
             self.latents[level, block], self.readers[level, block] = latents, readers
         else:
@@ -186,7 +228,8 @@ class Executor:
         steps = [(self.sigmas[v.step], self.sigmas[v.step + 1]) for v in visits]
         launch.fill(inputs, levels, steps, [self._renoise(v) for v in visits])
         captured = launch.captured is None and self.capture is not None
-        launch.run(self.capture)
+        with span("visit", *(visit for row in rows for visit in row)):
+            launch.run(self.capture)
         self.counters.captures += captured
         self.counters.launches += 1
         self.counters.denoise += len(visits)
@@ -198,7 +241,8 @@ class Executor:
     def _prepared(self, rows: list[Row], text: TextKV) -> Launch:
         """The launch of such rows, with rings and text in place for them."""
         model = self.models[rows[0][-1].step]
-        index = [self.plan.cache_index(row[-1].step) for row in rows]
+        first = self.plan.cache_index(self.steps.start)
+        index = [self.plan.cache_index(row[-1].step) - first for row in rows]
         lent = self.plan.cache_source == "next_step"
         if self.capture is not None:
             text = self.text_slots.put(model, text)
@@ -229,7 +273,7 @@ class Executor:
         frames = sum(count for _, count in kind.rows[0])
         done = [sum(count for name, count in row if name == "cache") for row in kind.rows]
         mask = self._mask([window for window in kind.windows for _ in range(cache.batch)])
-        attend = RingAttend(
+        attend = self.attend(
             cache, slice(first, last + 1, stride), frames, done, self.grid, self.first_frame, mask, kind.lends
         )
         height, width = (n * p for n, p in zip(self.grid, model.config.patch_size[1:], strict=True))
@@ -274,7 +318,7 @@ class Executor:
         self.finite[len(self.unchecked) : len(self.unchecked) + len(visits)].copy_(finite)
         self.unchecked += visits
         # a look at device memory waits for it: on an accelerator once a finished block, not once a visit
-        if self.device.type == "cpu" or any(v.step + 1 == self.plan.steps for v in visits):
+        if self.device.type == "cpu" or any(v.step + 1 == self.steps.stop for v in visits):
             self._check_finite()
 
     def _check_finite(self) -> None:

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..cache import RingCache, ring_frames
+from ..cache import RingAttend, RingCache, ring_frames
 from ..schedule import FlowSchedule
 from ..transformer import HiARTransformer
 from .executor import Executor
 from .noise import INITIAL, keyed_noise
-from .visits import Plan, forwards, windows_per_step
+from .pipeline import Pipeline, PipelineOptions, Receiver
+from .visits import Group, Plan, forwards, windows_per_step
 
-EXECUTORS = ("eager", "graph", "recorded")
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .costs import Costs
+
+EXECUTORS = ("eager", "graph", "recorded", "pipeline", "pipeline-graph", "pipeline-recorded")
+PARALLELS = ("ulysses",)
 TRAJECTORIES = ("sde", "ode")
 
 
@@ -38,7 +48,7 @@ class Rollout:
     ``block_first`` is the Self-Forcing baseline, which conditions on clean context.
 
     Args:
-        model: one :class:`HiARTransformer`, or one for each step.
+        model: one :class:`HiARTransformer`, or one for each step; None at steps that other ranks of a pipeline have.
         text: prompt embedding [B or 1, L, text_dim], or a callable of the block number (return the same tensor object
             for the same prompt: its keys are computed once).
         schedule: noise levels of the S steps.
@@ -59,7 +69,18 @@ class Rollout:
         pairs: fuse cache(s, n - 1) and denoise(s, n) into one forward.
         executor: "eager"; "graph": visits are captured as CUDA graphs the first time they occur, and replayed for every
             block after that; "recorded": the same on any device, by recording torch's operations: for tests, not fast.
+            "pipeline": the steps live on the processes of the job, which must all run the same rollout; they walk
+            "step_first" and "wavefront" as "stream". Finished blocks come on the last rank, others yield none.
+            "pipeline-graph", "pipeline-recorded": with visits captured.
+        pipeline: how a pipeline uses the processes.
+        parallel: None: a visit runs in one process. "ulysses": the ranks of the axis "head" share every visit (tokens
+            outside self-attention, heads inside, 1 / R of the rings each). All of them must run the same rollout, and
+            every one makes all blocks.
+        mesh: of the processes (:func:`hiar_model.parallel.make_mesh`), its axis "step" for a pipeline; None: all of the
+            job are the axis "head", or "step".
         on_visit: called with (forwards done, forwards in all or None) after every group of visits.
+        on_boundary: in a pipeline, called with n on every rank when it has done all visits of blocks before n and none
+            of block n: states taken there fit together.
 
     Raises:
         ValueError: options that do not fit together, with the legal values.
@@ -68,7 +89,7 @@ class Rollout:
 
     def __init__(
         self,
-        model: HiARTransformer | Sequence[HiARTransformer],
+        model: HiARTransformer | Sequence[HiARTransformer | None],
         text: Tensor | Callable[[int], Tensor],
         schedule: FlowSchedule,
         *,
@@ -91,14 +112,26 @@ class Rollout:
         cache_source: str = "own",
         pairs: bool = False,
         executor: str = "eager",
+        parallel: str | None = None,
+        pipeline: PipelineOptions | None = None,
+        mesh: DeviceMesh | None = None,
         on_visit: Callable[[int, int | None], None] | None = None,
+        on_boundary: Callable[[int], None] | None = None,
     ) -> None:
-        models = [model] * len(schedule) if isinstance(model, HiARTransformer) else list(model)
-        if len(models) != len(schedule):
-            raise ValueError(f"model: give one, or one for each of the {len(schedule)} steps; got {len(models)}")
+        given = [model] * len(schedule) if isinstance(model, HiARTransformer) else list(model)
+        some = next(filter(None, given), None)
+        if len(given) != len(schedule) or some is None:
+            raise ValueError(f"model: give one, or one for each of the {len(schedule)} steps; got {len(given)}")
         _one_of("trajectory", trajectory, TRAJECTORIES)
         _one_of("executor", executor, EXECUTORS)
-        config = models[0].config
+        if parallel is not None:
+            _one_of("parallel", parallel, PARALLELS)
+        on_ranks, _, captured = executor.partition("-") if executor.startswith("pipeline") else ("", "", executor)
+        if on_ranks and order in ("step_first", "wavefront"):
+            order = "stream"
+        if parallel is not None and on_ranks and mesh is None:
+            raise ValueError(f"executor={executor!r} with parallel={parallel!r} needs a mesh: see make_mesh")
+        config = some.config
         prefix_frames = 0 if prefix is None else prefix.shape[1]
         self.plan = Plan(
             len(schedule),
@@ -120,37 +153,74 @@ class Rollout:
         if noise is not None:
             made = None if num_frames is None else num_frames - prefix_frames
             _require_shape("noise", tuple(noise.shape), (batch, made, *self.shape))
-        weight = models[0].patch_embedding.weight
-        if executor == "graph" and weight.device.type != "cuda":
-            raise ValueError(f"executor='graph' needs a CUDA device, the model is on {weight.device}; use eager")
+        weight = some.patch_embedding.weight
+        if captured == "graph" and weight.device.type != "cuda":
+            legal = "pipeline" if on_ranks else "eager"
+            raise ValueError(f"executor={executor!r} needs a CUDA device, the model is on {weight.device}; use {legal}")
         grid = config.grid(height, width)
         extra = frames_per_block if pairs else 0
         held = [ring_frames(w, num_frames, extra) for w in self.plan.window_frames]
+        text_of = text if callable(text) else lambda _: text
+        self.pipeline: Pipeline | None = None
+        if on_ranks:
+            options = pipeline or PipelineOptions()
+            if mesh is not None:
+                from ..parallel.mesh import axis
+
+                options = replace(options, group=axis(mesh, "step"))
+            size = {"height": height, "width": width, "batch": batch}
+            measure = partial(_measured, some, text_of, self.plan, num_frames, captured, size)
+            self.pipeline = Pipeline(options, self.plan, self.num_blocks, weight.device, measure)
+            self.pipeline.connect((batch, frames_per_block, *self.shape), weight.dtype)
+        steps = range(len(schedule)) if self.pipeline is None else self.pipeline.stage.steps
+        self.groups = self.plan.groups if self.pipeline is None else self.pipeline.stage.groups
+        self.groups_done = self.forwards_done = 0
+        self.forwards_total = None if num_frames is None else forwards(self.groups(self.num_blocks))
+        self.on_visit, self.on_boundary = on_visit, on_boundary
         # one ring may serve several steps: it must hold the widest of their windows
-        capacities = held if self.plan.caches > 1 else [max(held)]
+        capacities = held[steps.start : steps.stop] if self.plan.caches > 1 else [max(held)]
+        attend: Callable[..., RingAttend] = RingAttend
+        self.heads = (0, config.num_heads)
+        if parallel == "ulysses":
+            from ..parallel.ulysses import HeadRanks, UlyssesAttend
+
+            ranks = HeadRanks(config, grid, mesh)
+            told = (schedule, seed, self.video_ids, first_frame, trajectory, context_noise, executor)
+            ranks.require_same(f"{self._video()}, {', '.join(map(str, told))}", weight.device)
+            attend, self.heads = partial(UlyssesAttend, ranks), ranks.heads
+        self.executor: Executor
+        if not steps:
+            assert self.pipeline is not None
+            self.executor = cast(Executor, Receiver(self.pipeline))
+            return
         cache = RingCache(
-            config, capacities, batch, math.prod(grid), sink_frames, dtype=weight.dtype, device=weight.device
+            config,
+            capacities,
+            batch,
+            math.prod(grid),
+            sink_frames,
+            heads=self.heads[1] - self.heads[0],
+            dtype=weight.dtype,
+            device=weight.device,
         )
         self.executor = Executor(
-            models,
+            _models_of(steps, given),
             self.plan,
             self.num_blocks,
             schedule,
             cache,
             grid,
-            text if callable(text) else lambda _: text,
+            text_of,
             self._initial_noise(noise),
             renoise or self._keyed,
             prefix,
             first_frame,
             trajectory,
             context_noise,
-            executor,
+            captured or "eager",
+            attend,
+            self.pipeline,
         )
-        self.groups_done = 0
-        self.forwards_done = 0
-        self.forwards_total = None if num_frames is None else forwards(self.plan.groups(self.num_blocks))
-        self.on_visit = on_visit
 
     def _count_blocks(self, num_frames: int | None, prefix_frames: int) -> int | None:
         if num_frames is None:
@@ -181,16 +251,51 @@ class Rollout:
 
         return slice_of
 
+    def warm_up(self) -> int:
+        """Compile, load and capture ahead what the visits of this rollout need; the rollout itself does not move.
+
+        Returns:
+            How many kinds of launches there are: growth and a full window have the same ones where attention goes by
+            frame ids on the device, their own where a library is told what is visible.
+        """
+        if self.groups_done:
+            raise ValueError(f"warm_up comes before the first block; {self.groups_done} groups of visits are done")
+        block = self.plan.frames_per_block
+        wide = max((window or 0 for window in self.plan.window_frames), default=0)
+        return self.executor.warm_up(self.plan.steps + 2 * -(-(wide + block) // block) + 2)
+
     def __iter__(self) -> Iterator[FinishedBlock]:
-        """Finished blocks in order; a second iteration goes on where the first one stopped."""
-        for group in islice(self.plan.groups(self.num_blocks), self.groups_done, None):
-            finished = self.executor.run(group)
-            self.groups_done += 1
-            self.forwards_done += forwards([group])
-            if self.on_visit is not None:
-                self.on_visit(self.forwards_done, self.forwards_total)
-            for block, latents in finished:
-                yield FinishedBlock(block, self.plan.block_frames(block)[0], latents)
+        """Finished blocks in order; a second iteration goes on where the first one stopped. In a pipeline every rank
+        has to iterate; all but the last one yield nothing.
+
+        Raises:
+            PipelineFault: another rank failed; the message names it, its step and its block.
+        """
+        with nullcontext() if self.pipeline is None else self.pipeline.running():
+            begun: int | None = None
+            for group in islice(self.groups(self.num_blocks), self.groups_done, None):
+                if self.pipeline is not None:
+                    begun = self._enter(group, begun)
+                finished = self.executor.run(group)
+                self.groups_done += 1
+                self.forwards_done += forwards([group])
+                if self.on_visit is not None:
+                    self.on_visit(self.forwards_done, self.forwards_total)
+                for block, latents in finished:
+                    if self.pipeline is not None:
+                        self.pipeline.hand_over(block)
+                    yield FinishedBlock(block, self.plan.block_frames(block)[0], latents)
+
+    def _enter(self, group: Group, begun: int | None) -> int:
+        """Before visits of a pipeline: have all of the earlier blocks been done? Returns the block begun."""
+        assert self.pipeline is not None
+        block = group[0][-1].block
+        if begun is not None and block > begun:
+            self.pipeline.done(begun)
+            if self.on_boundary is not None:
+                self.on_boundary(block)
+        self.pipeline.enter(group)
+        return block
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on: position, latents in flight and caches, as copies. Take it between blocks."""
@@ -205,13 +310,42 @@ class Rollout:
         if state["key"] != self._key():
             raise ValueError(f"state of another rollout: expected {self._key()}, got {state['key']}")
         self.groups_done = state["groups_done"]
-        before = list(islice(self.plan.groups(self.num_blocks), self.groups_done))
+        before = list(islice(self.groups(self.num_blocks), self.groups_done))
         self.forwards_done = forwards(before)
         executed = {visit for group in before for row in group for visit in row}
         self.executor.load_state_dict(state, executed.__contains__)
 
     def _key(self) -> str:
-        return f"{self.plan}, {self.num_blocks} blocks, batch {self.batch}, latents {list(self.shape)}"
+        return f"{self._video()}, heads {self.heads[0]} to {self.heads[1] - 1}"
+
+    def _video(self) -> str:
+        """What ranks of the axis "head" have in common."""
+        what = f"{self.plan}, {self.num_blocks} blocks, batch {self.batch}, latents {list(self.shape)}"
+        if self.pipeline is not None:
+            what += f", {self.pipeline.stage.name} of {list(self.pipeline.stage.split)}"
+        return what
+
+
+def _models_of(steps: range, given: Sequence[HiARTransformer | None]) -> list[HiARTransformer]:
+    """A model for each step; where other ranks have the step, one of this rank's stands there and is never run."""
+    own = [given[step] for step in steps]
+    missing = [step for step, model in zip(steps, own, strict=True) if model is None]
+    if missing:
+        raise ValueError(f"model: this rank has steps {list(steps)}: give the weights of step {missing[0]} too")
+    return [(given[step] if step in steps else own[0]) or own[0] for step in range(len(given))]  # type: ignore[misc]
+
+
+def _measured(
+    model: HiARTransformer,
+    text: Callable[[int], Tensor],
+    plan: Plan,
+    num_frames: int | None,
+    mode: str,
+    size: dict[str, int],
+) -> Costs:
+    from .balance import measure_costs
+
+    return measure_costs(model, text(plan.prefix_blocks), plan, num_frames=num_frames, executor=mode or "eager", **size)
 
 
 def _one_of(name: str, value: str, legal: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulation import no_nvcc, use
 
 from hiar_kernels._triton import interpreting
 
@@ -36,6 +37,20 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if not interpreting() and not torch.cuda.is_available():
         pytest.fail("pytest -m gpu needs a CUDA device, torch finds none", pytrace=False)
     return torch.device("cpu" if interpreting() else "cuda")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kernel" in metafunc.fixturenames:
+        here = interpreting() and no_nvcc()
+        metafunc.parametrize("kernel", ["triton"] if here else ["triton", "cuda"], indirect=True)
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest, device: torch.device) -> str:
+    """The implementation of an op that Triton and CUDA C++ both have; on the CPU the latter is built for the host."""
+    if request.param == "cuda" and interpreting():
+        use(request.getfixturevalue("emulation"))
+    return request.param
 
 
 @pytest.fixture

@@ -1,20 +1,21 @@
-"""Attention in Triton, forward, backward and merge, against plain softmax in float64."""
+"""Attention in Triton, forward and backward, against plain softmax in float64."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from random import Random
 
 import naive
 import pytest
 import test_attention as plain
 import torch
+from any_rule import any_ring, any_rule
 from budget import assert_within_budget
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from test_attention import Case, gradient, ids, make, normal
 from torch import Tensor
 
-from hiar_kernels import EMPTY, BlockCausal, KVContext, _triton, attention, merge_attention, reference
+from hiar_kernels import EMPTY, BlockCausal, KVContext, _triton, attention
 from hiar_kernels.attention import ops
 
 pytestmark = pytest.mark.interpreter
@@ -141,16 +142,16 @@ def test_sixteen_bits(name, dtype, device, poisoned):
     assert_good(build(name), dtype, device)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_any_ring_and_rule(device, data):
+@pytest.mark.parametrize("seed", range(8))
+def test_any_ring_and_rule(seed, device):
     """The mask, so with a plain tolerance: the budget of a handful of numbers is a matter of luck."""
-    _, arguments, windows, frames = data.draw(plain.rules())
+    random = Random(seed)
+    _, arguments, windows, frames = any_rule(random)
     frames = frames[-7:]
-    slots = plain.slots_of(data.draw, frames)
-    queries = data.draw(st.lists(st.sampled_from(frames), min_size=1, max_size=3))
-    context = data.draw(st.none() | st.just([plain.slots_of(data.draw, frames)]))
-    tokens = data.draw(st.sampled_from([2, 5]))
+    slots = any_ring(random, frames)
+    queries = random.choices(frames, k=random.randint(1, 3))
+    context = random.choice([None, [any_ring(random, frames)]])
+    tokens = random.choice([2, 5])
     case = make([queries], [slots], arguments, list(windows[:1]), context=context, tokens=tokens, heads=1, width=16)
     case = poison(case)
     out, lse, leaves = run(case, torch.float32, device, grad=True)
@@ -248,12 +249,13 @@ def test_constant_caches_cost_no_gradient(device, monkeypatch):
 def test_split_keys(name, splits, device, poisoned):
     case = build(name)
     _triton.load("attention", case.q.to(device))
-    from hiar_kernels.attention import triton_fwd
+    from hiar_kernels.attention import _launch, triton_fwd
 
+    config = replace(_launch.tile_for(case.q.to(device).float(), _launch.FORWARD), splits=splits)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def captured(*arguments: object) -> tuple[Tensor, Tensor]:
-        seen.append(triton_fwd.launch(*arguments, splits))
+        seen.append(triton_fwd.launch(*arguments, config=config))
         return seen[-1]
 
     mask, options = case.mask, {key: x.to(device) for key, x in case.options.items()}
@@ -283,35 +285,6 @@ def test_how_many_splits(device):
     assert splits_for(132, 32760, 132) == 1
     assert splits_for(444, 512, 132) == 1  # text
     assert splits_for(37, 32760, 132) == 3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("even", [True, False])
-def test_merging(dtype, even, device, poisoned):
-    q, (k, v) = normal(2, 19, 2, 24, seed=1), normal(2, 2, 37, 2, 24, seed=2)
-    parts = [reference.attention(q, *kv, return_lse=True) for kv in zip(k.split(13, 1), v.split(13, 1))]
-    outs, lses = [o.to(dtype) for o, _ in parts], [s.float() for _, s in parts]
-    outs[1][:, 3], lses[1][:, :, 3] = NAN, -math.inf  # saw nothing, whatever it holds
-    for s in lses:
-        s[:, :, 5] = -math.inf
-    weights = torch.softmax(torch.stack(lses).double(), 0).nan_to_num(0).transpose(2, 3)[..., None]
-    exact = (weights * torch.stack(outs).double().nan_to_num(0)).sum(0)
-    eager = (weights.to(dtype) * torch.stack(outs).nan_to_num(0)).sum(0)
-    if even:
-        outs, lses = list(torch.stack(outs).to(device)), list(torch.stack(lses).to(device))
-    else:
-        outs, lses = [o.to(device).clone() for o in outs], [s.to(device).clone() for s in lses]
-    out, lse = merge_attention(outs, lses, impl="triton")
-    assert out.is_contiguous() and lse.dtype == torch.float32
-    assert_within_budget(out.cpu(), eager, exact)
-    expected = torch.logsumexp(torch.stack([s.cpu() for s in lses]), 0)
-    torch.testing.assert_close(lse.cpu(), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_merging_has_no_gradient(device):
-    q = torch.ones(1, 2, 1, 16, device=device, requires_grad=True)
-    with pytest.raises(ValueError, match="merge_attention: impl='triton' has no gradient"):
-        merge_attention([q], [torch.zeros(1, 1, 2, device=device)], impl="triton")
 
 
 # The op

@@ -12,7 +12,7 @@ import torch
 from budget import assert_within_budget
 from torch import Tensor
 
-from hiar_kernels import backends, qk_norm_rope, qk_norm_rope_append
+from hiar_kernels import backends, qk_norm_rope
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned")]
 
@@ -35,10 +35,12 @@ class Shape:
     grid: tuple[int, int]
     heads: int
     head_dim: int
+    cells: tuple[int, int] | None = None
 
     @property
     def tokens(self) -> int:
-        return len(self.frames[0]) * self.grid[0] * self.grid[1]
+        start, stop = self.cells or (0, self.grid[0] * self.grid[1])
+        return len(self.frames[0]) * (stop - start)
 
     def inputs(self) -> list[Tensor]:
         """qkv and both weights."""
@@ -47,7 +49,8 @@ class Shape:
 
     def call(self, *tensors: Tensor, impl: str, frames: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         frames = ids(*self.frames).to(tensors[0].device) if frames is None else frames
-        return qk_norm_rope(*tensors, frames, num_heads=self.heads, grid=self.grid, impl=impl)
+        options = {"num_heads": self.heads, "grid": self.grid, "cells": self.cells}
+        return qk_norm_rope(*tensors, frames, impl=impl, **options)
 
 
 SHAPES = {
@@ -58,6 +61,8 @@ SHAPES = {
     "several programs": Shape(2, [[MILLION + 1]], (1, 17), 1, 8),
     "heads of 64": Shape(1, [[20, 21]], (2, 1), 3, 64),
     "heads of 128": Shape(1, [[20]], (1, 3), 12, 128),
+    "cells across rows": Shape(2, [[3, 4, MILLION], [0, 7, 2]], (3, 5), 3, 10, cells=(4, 11)),
+    "the last cell": Shape(1, [[2, 9]], (4, 3), 2, 16, cells=(11, 12)),
 }
 
 
@@ -228,125 +233,6 @@ def test_whole_circle(device):
     assert (still[:, 1] == 0).all() and (still[:, 0] == 1).all()
 
 
-# The ring
-
-RING = Shape(2, [[3, 4, MILLION], [0, 7, 2]], (2, 3), 2, 10)
-
-
-def append(shape: Shape, tensors: list[Tensor], slots: Tensor, k: Tensor, v: Tensor, impl: str = "triton") -> Tensor:
-    device = tensors[0].device
-    frames, slots = ids(*shape.frames).to(device), slots.to(device)
-    return qk_norm_rope_append(*tensors, frames, slots, k, v, num_heads=shape.heads, grid=shape.grid, impl=impl)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {  # [4, 36, 2, 10] of memory -> rows [2, 36, 2, 10] of a ring
-    "every other row": lambda x: x[1::2],
-    "heads outside": lambda x: x.view(4, 2, 36, 10).transpose(1, 2)[:2],
-    "half of the channels": lambda x: x.view(2, 36, 2, 20)[..., 10:],
-    "steps inside": lambda x: x.view(36, 4, 2, 10)[:, 1:3].transpose(0, 1),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("slots", [ids([4, 0, 2]), ids([4, 0, 2], [1, 5, 3], dtype=torch.int64)], ids=["shared", "own"])
-def test_append_changes_only_the_named_slots(slots, dtype, layout, device):
-    tensors = [x.to(dtype).to(device) for x in RING.inputs()]
-    memory = [torch.full((4, 36, 2, 10), torch.nan, dtype=dtype, device=device) for _ in range(2)]
-    rings = [LAYOUTS[layout](x) for x in memory]
-    q = append(RING, tensors, slots, *rings)
-    wanted = RING.call(*tensors, impl="triton")
-    torch.testing.assert_close(q, wanted[0])
-    for ring, whole, new in zip(rings, memory, wanted[1:]):
-        for row in range(2):
-            for frame, slot in enumerate(slots[row % len(slots)].tolist()):
-                written = ring[row, slot * 6 : slot * 6 + 6]
-                torch.testing.assert_close(written, new[row, frame * 6 : frame * 6 + 6])
-        assert whole.isnan().sum() == whole.numel() - new.numel()
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_a_ring_that_wraps_many_times(dtype, device):
-    """Blocks of 2 frames in a ring of 5: after 7 of them the slots hold the last frames, whichever visit came last."""
-    shape = Shape(2, [[0, 1]], (1, 3), 2, 8)
-    rings = {
-        impl: [torch.full((2, 15, 2, 8), torch.nan, dtype=dtype, device=device) for _ in range(2)]
-        for impl in ("triton", "reference")
-    }
-    for block in range(7):
-        first = MILLION + 2 * block
-        for visit in range(2):  # a cache visit lands in the slots of its denoise visit
-            moved = Shape(2, [[first, first + 1]], (1, 3), 2, 8)
-            tensors = [(x + visit).to(dtype).to(device) for x in shape.inputs()]
-            slots = ids([first % 5, (first + 1) % 5])
-            qs = [append(moved, tensors, slots, *ring, impl=impl) for impl, ring in rings.items()]
-            torch.testing.assert_close(*qs)
-    for a, b in zip(*rings.values()):
-        torch.testing.assert_close(a, b)
-
-
-def test_append_with_the_error_budget(device):
-    for dtype in DTYPES:
-        tensors = [x.to(dtype) for x in RING.inputs()]
-        exact = [x.double() for x in tensors]
-        three = []
-        for x, impl in (([x.to(device) for x in tensors], "triton"), (tensors, "reference"), (exact, "reference")):
-            k, v = torch.zeros(2, 2, 18, 2, 10, dtype=x[0].dtype, device=x[0].device)
-            three.append([append(RING, x, ids([2, 0, 1]), k, v, impl).cpu(), k.cpu(), v.cpu()])
-        for name, *found in zip("qkv", *three):
-            assert_within_budget(*found, name)
-
-
-def test_append_into_another_dtype(device):
-    tensors = [x.float().to(device) for x in RING.inputs()]
-    k, v = torch.zeros(2, 2, 18, 2, 10, dtype=torch.bfloat16, device=device)
-    q = append(RING, tensors, ids([0, 1, 2]), k, v)
-    wanted = RING.call(*tensors, impl="triton")
-    torch.testing.assert_close((q, k), (wanted[0], wanted[1].bfloat16()))
-    assert torch.equal(v, wanted[2].bfloat16())
-
-
-def test_a_slot_out_of_range_writes_nothing(device):
-    tensors = [x.float().to(device) for x in RING.inputs()]
-    memory = torch.full((2, 4, 18, 2, 10), torch.nan, device=device)
-    append(RING, tensors, ids([-1, 3, 1]), memory[0, 1:3], memory[1, 1:3])
-    framed = memory.unflatten(2, (3, 6)).isnan()
-    assert not framed[:, 1:3, 1].any() and framed[:, :, [0, 2]].all() and framed[:, [0, 3]].all()
-
-
-def test_ids_and_slots_are_read_on_the_device(device):
-    """One launch serves every block: on a GPU it is captured once and replayed with new ids and slots."""
-    shape = Shape(1, [[0, 1]], (1, 3), 2, 8)
-    tensors = [x.float().to(device) for x in shape.inputs()]
-    frames, slots = ids([0, 1]).to(device), ids([0, 1]).to(device)
-    k, v = torch.zeros(2, 1, 12, 2, 8, device=device)
-
-    def visit() -> Tensor:
-        return qk_norm_rope_append(*tensors, frames, slots, k, v, num_heads=2, grid=(1, 3), impl="triton")
-
-    with torch.no_grad():
-        again = visit
-        visit()
-        if device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                captured = visit()
-
-            def again() -> Tensor:
-                graph.replay()
-                return captured
-
-        for block in (1, 2, 500_000):
-            frames.copy_(ids([2 * block, 2 * block + 1]))
-            slots.copy_(ids([2 * block % 4, (2 * block + 1) % 4]))
-            q = again()
-            wanted = shape.call(*tensors, frames=frames, impl="triton")
-            torch.testing.assert_close(q, wanted[0])
-            for ring, new in ((k, wanted[1]), (v, wanted[2])):
-                for i, slot in enumerate(slots[0].tolist()):
-                    torch.testing.assert_close(ring[:, 3 * slot : 3 * slot + 3], new[:, 3 * i : 3 * i + 3])
-
-
 # As torch sees them
 
 
@@ -357,9 +243,7 @@ def test_opcheck(device):
     frames, rest = ids([0, 9]).to(device), (2, 1, 3, 1e-6, 10000.0)
     leaves = [x.clone().requires_grad_() for x in tensors]
     torch.library.opcheck(torch.ops.hiar.qk_norm_rope.default, (*leaves, frames, *rest))
-    rings = [torch.zeros(4, 12, 2, 4, device=device)[::2], torch.zeros(2, 12, 2, 4, device=device)]
-    arguments = (*tensors, frames, ids([2, 0], [1, 3]).to(device), *rings, *rest)
-    torch.library.opcheck(torch.ops.hiar.qk_norm_rope_append.default, arguments)
+    torch.library.opcheck(torch.ops.hiar.qk_norm_rope.default, (*leaves, frames, 2, 2, 3, *rest[3:], [2, 5]))
 
 
 def test_compile_without_breaks(device):
@@ -388,11 +272,6 @@ def rope(qkv: Tensor = QKV, q_weight: Tensor = ONES, k_weight: Tensor = ONES) ->
     return qk_norm_rope(qkv, q_weight, k_weight, ids([0]), num_heads=2, grid=(1, 3), impl="triton")
 
 
-def ring(k: Tensor, v: Tensor) -> object:
-    return qk_norm_rope_append(QKV, ONES, ONES, ids([0]), ids([0]), k, v, num_heads=2, grid=(1, 3), impl="triton")
-
-
-CACHE = torch.zeros(2, 6, 2, 2)
 WIDE = torch.ones(1, 1, 3 * 8194), torch.ones(8194)
 BAD: dict[str, tuple[Callable[[], object], str]] = {
     "float64": (
@@ -401,16 +280,6 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "a float64 weight": (
         lambda: rope(k_weight=ONES.double()), "takes k_weight as bfloat16, float16 or float32, got torch.float64"
     ),
-    "a float64 ring": (
-        lambda: ring(CACHE.double(), CACHE), "takes k_cache as bfloat16, float16 or float32, got torch.float64"
-    ),
-    "channels apart": (
-        lambda: ring(CACHE, torch.zeros(2, 6, 2, 4)[..., ::2]), "v_cache must have channels of stride 1, got 2"
-    ),
-    "rows in one place": (
-        lambda: ring(torch.zeros(1, 6, 2, 2).expand(2, 6, 2, 2), CACHE), "overlap itself, got strides [0, 4, 2, 1]"
-    ),
-    "one ring for both": (lambda: ring(CACHE, CACHE), "k_cache and v_cache must be apart, got the same memory"),
     "a very wide model": (
         lambda: qk_norm_rope(
             WIDE[0], WIDE[1], WIDE[1], ids([0]), num_heads=1, grid=(1, 1), impl="triton"
@@ -420,8 +289,9 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_one_line(what, device):
+def test_bad_input_is_one_line(what, device, monkeypatch):
     call, message = BAD[what]
+    monkeypatch.setitem(globals(), "QKV", QKV.to(device))
     with torch.device(device), pytest.raises(ValueError) as refused:
         call()
     line = str(refused.value)
@@ -429,15 +299,15 @@ def test_bad_input_is_one_line(what, device):
 
 
 def test_another_device(device):
-    from hiar_kernels.qk_norm_rope.triton_fwd import checked
+    from hiar_kernels.qk_norm_rope._launch import checked
 
     with pytest.raises(ValueError, match=f"frames must be on {QKV.to(device).device} like qkv, got meta"):
         checked("qk_norm_rope", QKV.to(device), frames=torch.zeros(1, 1, device="meta"))
 
 
 def test_the_choice_of_auto(device):
-    for name in ("qk_norm_rope", "qk_norm_rope_append"):
-        assert backends().ops[name].implementations == ("reference", "triton")
+    assert backends().ops["qk_norm_rope"].implementations == ("reference", "triton")
+    assert backends().ops["qk_norm_rope_append"].implementations == ("reference", "triton", "cuda")
     shape = SHAPES["one token"]
     tensors = [x.float().to(device) for x in shape.inputs()]
     chosen = "triton" if device.type == "cuda" else "reference"

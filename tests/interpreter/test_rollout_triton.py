@@ -40,6 +40,26 @@ def test_a_rollout_on_triton_kernels(device, options):
     assert float((found - expected).abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("options", [{"order": "stream"}, {"order": "wavefront", "pairs": True}], ids=str)
+def test_captured_launches_on_triton_kernels(device, options):
+    """The kernels read all that changes from device memory: what was captured at one block serves the others."""
+    torch.manual_seed(0)
+    model = HiARTransformer(CONFIG).to(device).eval().requires_grad_(False)
+    text = torch.randn(1, 4, CONFIG.text_dim, device=device)
+    captured = "recorded" if device.type == "cpu" else "graph"
+    with hiar_kernels.prefer("triton"):
+        eager, replayed = (
+            Rollout(
+                model, text, FlowSchedule.uniform(2), num_frames=5, height=2, width=4, frames_per_block=1,
+                window_frames=2, executor=executor, **options,
+            )
+            for executor in ("eager", captured)
+        )  # fmt: skip
+        for one, other in zip(eager, replayed, strict=True):
+            assert torch.equal(one.latents, other.latents), one.block
+    assert replayed.executor.counters.captures < replayed.executor.counters.launches
+
+
 def test_what_is_preferred_is_restored():
     with hiar_kernels.prefer("reference"):
         pass

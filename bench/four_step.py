@@ -1,0 +1,197 @@
+"""One video in four steps on 1 to 4 ranks, timed, beside what the simulator says of it. Started by torchrun.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 4 bench/four_step.py TARGET.json SETTING
+
+Every way makes the same number of blocks with the same random weights, after a warm-up. What more ranks would take than
+were started is projected from the visits measured here. The VAE is in none of the times.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hiar_model.config import WanConfig
+from hiar_model.rollout import PipelineOptions, Rollout
+from hiar_model.rollout.balance import measure_costs
+from hiar_model.rollout.costs import Costs
+from hiar_model.rollout.pipeline import join
+from hiar_model.rollout.simulate import Timeline, simulate
+from hiar_model.rollout.stage import split_steps
+from hiar_model.rollout.visits import Plan
+from hiar_model.schedule import FlowSchedule
+from hiar_model.transformer import HiARTransformer
+from measure import environment
+
+STEPS, FRAMES = 4, 3  # latent frames of a block
+WAYS = (("block_first", 1), ("stream", 1), ("stream", 2), ("stream", 3), ("stream", 4))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is made: latents of a size by a model, window in latent frames, numbers of blocks."""
+
+    config: WanConfig
+    height: int
+    width: int
+    window: int
+    blocks: tuple[int, ...]
+    device: str
+    dtype: torch.dtype
+    pixel_frames: int  # per latent frame; 0: the frames mean nothing
+
+
+SETTINGS = {
+    # a visit of at least 50 ms on one core
+    "cpu": Setting(
+        WanConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=4, freq_dim=64, text_dim=32, text_len=16),
+        *(32, 32, 9, (16,), "cpu", torch.float32, 0),
+    ),
+    "cuda": Setting(WanConfig.from_name("wan2.1-t2v-1.3b"), 60, 104, 21, (7, 27), "cuda", torch.bfloat16, 4),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to make a video. Times in seconds; None where the video is too short to have one.
+
+    split        steps of each rank. measured: False where the times are the simulator's
+    first_block  from the start to the first finished block. interval: between two blocks in the steady state
+    prompt       from a change of the prompt to the first block that shows it, at worst
+    predicted    `seconds` as the simulator has it, from the visits measured here
+    """
+
+    order: str
+    split: tuple[int, ...]
+    blocks: int
+    measured: bool
+    seconds: float
+    first_block: float
+    interval: float | None
+    prompt: float | None
+    predicted: float
+    fps: float | None
+
+
+def weights(setting: Setting) -> HiARTransformer:
+    torch.manual_seed(0)
+    with torch.device(setting.device):
+        model = HiARTransformer(setting.config).to(setting.dtype)
+    for p in model.parameters():
+        p.data.normal_(std=0.02 if p.dim() == 1 else p.shape[-1] ** -0.5)
+    return model.eval().requires_grad_(False)
+
+
+def plan_of(setting: Setting, order: str) -> Plan:
+    return Plan(STEPS, order, FRAMES, window_frames=(setting.window,) * STEPS)
+
+
+def run(
+    setting: Setting, model: HiARTransformer, order: str, blocks: int, group: Any, costs: Costs, split: tuple[int, ...]
+) -> Row | None:
+    """Time one way on the ranks of a group (None: this one alone); the row on the last of them."""
+    text = torch.zeros(1, setting.config.text_len, setting.config.text_dim, device=setting.device, dtype=setting.dtype)
+    text[0, :8] = 1
+    begun: dict[int, float] = {}  # block -> when its first visit began, on the first rank
+
+    def text_of(block: int) -> torch.Tensor:
+        begun.setdefault(block, time.perf_counter())
+        return text
+
+    made = Rollout(
+        model, text_of, FlowSchedule.uniform(STEPS), num_frames=FRAMES * blocks, height=setting.height,
+        width=setting.width, order=order, window_frames=setting.window,
+        executor="pipeline-graph" if setting.device == "cuda" else "pipeline",
+        pipeline=PipelineOptions(steps_per_rank=split, group=group, alone=group is None),
+    )  # fmt: skip
+    made.warm_up()
+    begun.clear()
+    if group is not None:
+        dist.barrier(group=group)
+    start, ends = time.perf_counter(), []
+    for _ in made:
+        if setting.device == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+    told = [begun]
+    if group is not None:
+        dist.broadcast_object_list(told, group=group, group_src=0)
+    if not ends:
+        return None
+    margin = STEPS if len(split) > 1 else 1  # as the simulator takes the steady state
+    full = -(-setting.window // FRAMES)
+    steady = range(full + margin, blocks - 1 - margin)
+    interval = (ends[steady.stop] - ends[steady.start]) / len(steady) if steady else None
+    prompt = max(ends[n + 1] - told[0][n] for n in steady) if steady else None
+    seconds = ends[-1] - start
+    predicted = simulate(plan_of(setting, order), blocks, split, costs).time
+    return Row(
+        order, split, blocks, True, seconds, ends[0] - start, interval, prompt, predicted, fps(setting, blocks, seconds)
+    )
+
+
+def projected(setting: Setting, order: str, blocks: int, costs: Costs, split: tuple[int, ...]) -> Row:
+    found: Timeline = simulate(plan_of(setting, order), blocks, split, costs, in_flight=len(split) + 1)
+    rate = fps(setting, blocks, found.time)
+    latency = (found.first_block, found.steady_interval, found.prompt_delay)
+    return Row(order, split, blocks, False, found.time, *latency, found.time, rate)
+
+
+def fps(setting: Setting, blocks: int, seconds: float) -> float | None:
+    return (1 + setting.pixel_frames * (FRAMES * blocks - 1)) / seconds if setting.pixel_frames else None
+
+
+def main(target: Path, name: str) -> None:
+    setting = SETTINGS[name]
+    torch.set_num_threads(1)
+    world = join(setting.device)
+    rank = dist.get_rank() if world > 1 else 0
+    if setting.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    elif hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})  # a rank is a core
+    groups = {ranks: dist.new_group(list(range(ranks))) for ranks in range(2, world + 1)}
+    model = weights(setting)
+    text = torch.zeros(1, 8, setting.config.text_dim, device=setting.device, dtype=setting.dtype)
+    found: list[Any] = [None]
+    if rank == 0:
+        executor = "graph" if setting.device == "cuda" else "eager"
+        size = {"num_frames": FRAMES * max(setting.blocks), "height": setting.height, "width": setting.width}
+        found = [measure_costs(model, text, plan_of(setting, "stream"), executor=executor, **size)]
+    if world > 1:
+        dist.broadcast_object_list(found)
+    costs: Costs = found[0]
+    rows: list[Row] = []
+    for blocks in setting.blocks:
+        for order, ranks in WAYS:
+            split = split_steps(plan_of(setting, order), blocks, ranks, costs)
+            row = None
+            if ranks > world:
+                row = projected(setting, order, blocks, costs, split) if rank == 0 else None
+            elif rank < ranks:
+                row = run(setting, model, order, blocks, groups.get(ranks), costs, split)
+            every: list[Any] = [row]
+            if world > 1:
+                every = [None] * world
+                dist.all_gather_object(every, row)
+            rows += filter(None, every)
+    if rank == 0:
+        about = {**environment(setting.device), "processes": world, "costs": costs.source, "visit_s": asdict(costs)}
+        target.write_text(json.dumps({"environment": about, "rows": [asdict(row) for row in rows]}, indent=1))
+    sys.stdout.flush()
+    if world > 1:
+        dist.barrier()
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,102 @@
+"""Four steps on several ranks against one: measured, beside what the simulator says.
+
+    pytest bench/test_four_step_speedup.py --benchmark-only
+
+On a CPU: 2 ranks on 2 cores against one rank on one core, with visits of at least 50 ms: a check that ranks overlap and
+that the simulator predicts them, no more. On one GPU: one rank is measured, pipelines are projected from its visits. On
+four: all is measured. The table is printed and goes to out/bench/four_step_<setting>.{md,json}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = ("blocks", "way", "steps per rank", "seconds", "speedup", "first block s", "then every s", "prompt s", "fps",
+           "simulator s")  # fmt: skip
+LEAST_VISIT = 0.05  # seconds
+PREDICTED = 0.1  # the simulator may be off by so much of the time
+
+
+def job(benchmark: Any, setting: str, processes: int) -> list[dict[str, Any]]:
+    """Run four_step.py in so many processes; its rows, which are printed too."""
+    target = ROOT / "out" / "bench" / f"four_step_{setting}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [str(Path(__file__).with_name("four_step.py")), str(target), setting]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = benchmark.pedantic(
+        lambda: subprocess.run(command, capture_output=True, text=True, env=environment), rounds=1
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(target.read_text())
+    lines = table(found)
+    target.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("", *lines, sep="\n")
+    benchmark.extra_info["rows"] = found["rows"]
+    return found["rows"]
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Markdown. The baseline of every speedup is block-first on one rank, with as many blocks."""
+    about, rows = found["environment"], found["rows"]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * 3 + "---:|" * (len(COLUMNS) - 3)]
+    base = {row["blocks"]: row["seconds"] for row in rows if row["order"] == "block_first"}
+    for row in rows:
+        ranks = len(row["split"])
+        way = row["order"] if ranks == 1 else f"pipeline of {ranks}"
+        numbers = (row["seconds"], base[row["blocks"]] / row["seconds"], row["first_block"], row["interval"])
+        cells = [str(row["blocks"]), way + ("" if row["measured"] else ", projected"), "+".join(map(str, row["split"]))]
+        cells += ["" if n is None else f"{n:.3g}" for n in (*numbers, row["prompt"], row["fps"], row["predicted"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Speedup over block_first on one rank. No VAE in any time.", ""]
+    return lines + [f"- {key}: {value}" for key, value in about.items() if key != "visit_s"]
+
+
+def by_way(rows: list[dict[str, Any]], blocks: int) -> dict[tuple[str, int], dict[str, Any]]:
+    return {(row["order"], len(row["split"])): row for row in rows if row["blocks"] == blocks}
+
+
+def assert_predicted(rows: list[dict[str, Any]]) -> None:
+    for row in (row for row in rows if row["measured"]):
+        off = row["predicted"] / row["seconds"] - 1
+        assert abs(off) <= PREDICTED, f"the simulator is off by {off:+.1%}: {row}"
+
+
+def test_two_ranks_on_two_cores(benchmark: Any) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores < 2:
+        pytest.skip(f"needs 2 cores, here is {cores}")
+    rows = job(benchmark, "cpu", 2)
+    found = json.loads((ROOT / "out" / "bench" / "four_step_cpu.json").read_text())["environment"]["visit_s"]
+    assert min(seconds for kind in ("denoise", "cache") for _, seconds in found[kind]["points"]) >= LEAST_VISIT
+    ways = by_way(rows, 16)
+    one, two = ways["stream", 1]["seconds"], ways["stream", 2]["seconds"]
+    assert one / two > 1.5, f"ranks do not overlap: {one:.2f} s on one, {two:.2f} s on two"
+    assert_predicted(rows)
+
+
+def test_one_gpu(benchmark: Any) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, here is none")
+    assert_predicted(job(benchmark, "cuda", 1))
+
+
+def test_four_gpus(benchmark: Any) -> None:
+    count = torch.cuda.device_count()
+    if count < 4:
+        pytest.skip(f"needs 4 CUDA devices, here are {count}; test_one_gpu projects what they would take")
+    rows = job(benchmark, "cuda", 4)
+    assert_predicted(rows)
+    ways = by_way(rows, 27)
+    speedup = ways["block_first", 1]["seconds"] / ways["stream", 4]["seconds"]
+    assert speedup >= 2.2, f"4 ranks are {speedup:.2f} times as fast as block-first on one: 2.2 is the goal, 2.39 ideal"

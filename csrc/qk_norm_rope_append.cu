@@ -1,0 +1,89 @@
+// qk_norm_rope_append: q and k normed over the full width and turned, k and v into the ring; a block for a token.
+#include "qk_norm_rope_append.h"
+
+#ifdef HIAR_EMULATE
+#include <vector>
+#endif
+
+namespace hiar {
+namespace {
+
+template <int N, int PER>
+constexpr int kMostThreads = PER == 1 ? 320 : kMostWidth / N / PER;
+
+#ifdef HIAR_EMULATE
+
+template <typename T, int N, bool WIDE, int PER>
+void launch_one(const AppendArgs& a, const AppendPlan& plan, cudaStream_t) {
+  if (plan.threads > kMostThreads<N, PER>) throw std::runtime_error("more threads than the kernel may have");
+  std::vector<AppendThread<T, N, WIDE, PER>> block(plan.threads);
+  std::vector<float2> turned(a.head_dim / 2), share(plan.threads);
+  for (int32_t b = 0; b < a.blocks; ++b) {
+    const Token token(a, b);
+    for (int pair = 0; pair < a.head_dim / 2; ++pair) turned[pair] = turn_of(a, token, pair);
+    for (int i = 0; i < plan.threads; ++i) {
+      block[i].load(a, token, i, plan.threads);
+      share[i] = block[i].squares(a, i, plan.threads);
+    }
+    float2 sum = make_float2(0, 0);
+    for (int warp = 0; warp < plan.threads; warp += 32) {
+      for (int lanes = 16; lanes > 0; lanes /= 2)
+        for (int i = warp; i < warp + lanes; ++i) share[i].x += share[i + lanes].x, share[i].y += share[i + lanes].y;
+      sum.x += share[warp].x, sum.y += share[warp].y;
+    }
+    const float2 inverse = make_float2(inverse_rms(sum.x, a), inverse_rms(sum.y, a));
+    for (int i = 0; i < plan.threads; ++i) block[i].finish(a, token, i, plan.threads, inverse, turned.data());
+  }
+}
+
+#else
+
+template <typename T, int N, bool WIDE, int PER>
+__global__ void __launch_bounds__(kMostThreads<N, PER>)
+    qk_norm_rope_append_kernel(const __grid_constant__ AppendArgs a) {
+  extern __shared__ float2 turned[];  // [D / 2]
+  __shared__ float2 shares[32];
+  const int thread = threadIdx.x, threads = blockDim.x;
+  const Token token(a, blockIdx.x);
+  AppendThread<T, N, WIDE, PER> mine;
+  mine.load(a, token, thread, threads);
+  for (int pair = thread; pair < a.head_dim / 2; pair += threads) turned[pair] = turn_of(a, token, pair);
+  float2 sum = mine.squares(a, thread, threads);
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    sum.x += __shfl_xor_sync(0xffffffff, sum.x, lanes);
+    sum.y += __shfl_xor_sync(0xffffffff, sum.y, lanes);
+  }
+  if (thread % 32 == 0) shares[thread / 32] = sum;
+  __syncthreads();
+  sum = make_float2(0, 0);
+  for (int warp = 0; warp < threads / 32; ++warp) sum.x += shares[warp].x, sum.y += shares[warp].y;
+  mine.finish(a, token, thread, threads, make_float2(inverse_rms(sum.x, a), inverse_rms(sum.y, a)), turned);
+}
+
+template <typename T, int N, bool WIDE, int PER>
+void launch_one(const AppendArgs& a, const AppendPlan& plan, cudaStream_t stream) {
+  const size_t shared = a.head_dim / 2 * sizeof(float2);
+  qk_norm_rope_append_kernel<T, N, WIDE, PER><<<a.blocks, plan.threads, shared, stream>>>(a);
+}
+
+#endif
+
+template <typename T>
+void launch_type(const AppendArgs& a, cudaStream_t stream) {
+  constexpr int N = 16 / sizeof(T);
+  const AppendPlan plan = AppendPlan::of(a);
+  if (!plan.wide) launch_one<T, 2, false, 8>(a, plan, stream);
+  else if (plan.per == 1) launch_one<T, N, true, 1>(a, plan, stream);
+  else launch_one<T, N, true, 2>(a, plan, stream);
+}
+
+}  // namespace
+
+void launch(const AppendArgs& a, cudaStream_t stream) {
+  if (a.dtype == Dtype::Float) launch_type<float>(a, stream);
+  else if (a.dtype == Dtype::Half) launch_type<__half>(a, stream);
+  else launch_type<__nv_bfloat16>(a, stream);
+}
+
+}  // namespace hiar

@@ -1,0 +1,29 @@
+"""merge_attention in CUDA C++ (csrc/merge_attention.cu): all parts in one pass, each read where it lies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _cuda
+from .._dispatch import require
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_PARTS = 32
+
+
+def launch(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """hiar::merge_attention_cuda."""
+    op, first = "merge_attention", outs[0]
+    known = first.dtype in _DTYPES
+    require(known, f"{op}: impl='cuda' takes bfloat16, float16 or float32, got {first.dtype}")
+    require(len(outs) <= _MOST_PARTS, f"{op}: impl='cuda' takes at most {_MOST_PARTS} parts, got {len(outs)}")
+    b, t, h, _ = first.shape
+    out = torch.empty(first.shape, dtype=first.dtype, device=first.device)
+    lse = torch.empty((b, h, t), dtype=torch.float32, device=first.device)
+    dense = [x if x.stride(3) == 1 else x.contiguous() for x in outs]
+    torch.ops.hiar_cuda.merge_attention(dense, [x.float() for x in lses], out, lse)
+    return out, lse
+
+
+_cuda.register("merge_attention_cuda", launch)

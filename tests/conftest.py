@@ -1,0 +1,37 @@
+"""What needs nvcc: tests of csrc/, left out (and said to be) where there is none; in CI its absence is a failure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import emulation as host
+import pytest
+from emulation import no_nvcc
+
+from hiar_kernels._extension import find_nvcc
+
+NEEDS_NVCC = {"nvcc", "emulation"}  # fixtures
+
+
+def pytest_report_header() -> str | None:
+    why = no_nvcc()
+    return why and f"csrc: {why}, tests that need it are left out (with CI=true they fail)"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if no_nvcc() is None:
+        return
+    left_out = [item for item in items if NEEDS_NVCC & set(getattr(item, "fixturenames", ()))]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> Path:
+    return find_nvcc()
+
+
+@pytest.fixture(scope="session")
+def emulation(nvcc: Path) -> Path:
+    """csrc/ built for the host."""
+    return host.build(nvcc)

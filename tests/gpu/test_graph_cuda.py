@@ -1,0 +1,90 @@
+"""Captured CUDA graphs: the bits of the eager run, no host synchronisation and no allocation in a visit.
+
+The stand-in's tests (tests/test_graph.py) hold the logic on a CPU; here are the claims that only a device can show.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hiar_kernels
+from hiar_model.config import WanConfig
+from hiar_model.rollout import Rollout
+from hiar_model.schedule import FlowSchedule
+from hiar_model.transformer import HiARTransformer
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = WanConfig(
+    dim=128, ffn_dim=256, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=6, in_channels=4, out_channels=4
+)
+WALKS = [
+    {"order": "step_first"},
+    {"order": "stream"},
+    {"order": "stream", "pairs": True},
+    {"order": "wavefront"},
+    {"order": "wavefront", "pairs": True},
+    {"order": "block_first"},
+    {"order": "stream", "cache_source": "next_step"},
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    if not torch.cuda.is_available():
+        pytest.fail("pytest -m gpu needs a CUDA device, torch finds none", pytrace=False)
+    torch.manual_seed(0)
+    return HiARTransformer(CONFIG).to("cuda", torch.bfloat16).eval().requires_grad_(False)
+
+
+def made(model: HiARTransformer, executor: str, **options) -> Rollout:
+    text = torch.randn(1, 4, CONFIG.text_dim, generator=torch.Generator().manual_seed(1)).to(model.head.head.weight)
+    options = {"num_frames": 24, "window_frames": 9, "sink_frames": 1, **options}
+    return Rollout(model, text, FlowSchedule(), height=16, width=24, executor=executor, **options)
+
+
+@pytest.mark.parametrize("impl", ["triton", "sdpa"])  # by frame ids on the device; by layouts, through a library
+@pytest.mark.parametrize("walk", WALKS, ids=str)
+def test_graph_and_eager_are_the_same_bits(model, walk, impl):
+    with hiar_kernels.prefer(impl):
+        eager, graph = (made(model, executor, **walk) for executor in ("eager", "graph"))
+        for one, other in zip(eager, graph, strict=True):
+            assert torch.equal(one.latents, other.latents), one.block
+    if impl == "triton":
+        assert graph.executor.counters.captures < graph.executor.counters.launches
+
+
+@pytest.mark.parametrize("walk", WALKS[1:], ids=str)
+def test_a_visit_waits_for_nothing_and_allocates_nothing(model, walk):
+    with hiar_kernels.prefer("triton"):
+        rollout = made(model, "graph", num_frames=None, **walk)
+        rollout.warm_up()
+        for n, group in zip(range(60), rollout.plan.groups(None)):
+            finishes = any(v.kind == "denoise" and v.step + 1 == rollout.plan.steps for row in group for v in row)
+            begins = any(v.kind == "denoise" and v.step == 0 for row in group for v in row)
+            before = torch.cuda.memory_stats()["allocation.all.allocated"]
+            # a finished block is looked at once, whether it is finite, and given away in memory of its own
+            torch.cuda.set_sync_debug_mode("default" if finishes else "error")
+            try:
+                rollout.executor.run(group)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            if n > 20 and not finishes and not begins:
+                assert torch.cuda.memory_stats()["allocation.all.allocated"] == before, group
+        assert rollout.executor.counters.captures == len(rollout.executor.launches)
+
+
+def test_a_visit_is_one_graph_launch(model):
+    with hiar_kernels.prefer("triton"):
+        rollout = made(model, "graph", num_frames=None, order="stream")
+        rollout.warm_up()
+        blocks = iter(rollout)
+        for _ in range(4):
+            next(blocks)
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        ) as profiler:
+            next(blocks)
+        graphs = sum(event.name == "cudaGraphLaunch" for event in profiler.events())
+        assert graphs == 4 + 1  # the denoise visits, and the four cache visits of the block before as one batch
