@@ -30,6 +30,11 @@ def pipeline_arguments(parser: ArgumentParser, nproc: int = 1) -> None:
         help="eager or graph, pipeline or pipeline-graph; default: pipeline on several processes, else eager",
     )
     parser.add_argument(
+        "--parallel",
+        type=Literal["ulysses"] | None,
+        help="ulysses: the processes share every visit by attention heads, instead of the steps",
+    )
+    parser.add_argument(
         "--steps-per-rank",
         type=list[int] | Literal["count", "measured"],
         default="count",
@@ -99,6 +104,8 @@ class Job:
         """Of a `Generation`, from the command line."""
         from .rollout.pipeline import PipelineOptions
 
+        if a.parallel is not None:
+            return {"executor": a.executor or "eager", "parallel": a.parallel}
         executor = a.executor or ("pipeline" if self.ranks > 1 else "eager")
         if self.ranks > 1 and not executor.startswith("pipeline"):
             raise ValueError(f"executor {executor} is one process's, and there are {self.ranks}: give pipeline")
@@ -220,14 +227,14 @@ def verify_parity(a: Namespace) -> None:
             )
             return run, [block.latents for block in run.rollout]
 
-        run, made = make(**{**here.options(a), **({} if here.ranks > 1 else {"executor": "pipeline"})})
+        run, made = make(**{**here.options(a), **({} if here.ranks > 1 or a.parallel else {"executor": "pipeline"})})
         if not run.shows:
             return
         pipeline = run.rollout.pipeline
-        assert pipeline is not None
-        split, executor = pipeline.stage.split, a.executor or "pipeline"
+        shared = "+".join(map(str, pipeline.stage.split)) + " steps" if pipeline else f"parallel={a.parallel}"
         del run
-        alone = executor.partition("-")[2] or "eager"
+        executor = a.executor or ("eager" if a.parallel else "pipeline")
+        alone = executor.partition("-")[2] or "eager" if executor.startswith("pipeline") else executor
         expected = make(executor=alone)[1]
         difference = max(float((x.double() - y.double()).abs().max()) for x, y in zip(made, expected, strict=True))
         same = all(torch.equal(x, y) for x, y in zip(made, expected, strict=True))
@@ -235,7 +242,7 @@ def verify_parity(a: Namespace) -> None:
         where = f"{model.device}, {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
         print(
             f"{len(made)} blocks of {model.name} ({model.weights_sha256[:12]}) on {here.ranks} processes "
-            f"({'+'.join(map(str, split))} steps) and on one ({where}): {told}"
+            f"({shared}) and on one ({where}): {told}"
         )
         if not difference <= a.tolerance:  # nan is a difference too
             raise FloatingPointError(f"latents differ by {difference:.3g}, tolerance is {a.tolerance:g}")

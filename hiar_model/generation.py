@@ -27,9 +27,10 @@ Progress = Callable[[int, int | None, int, int | None], None]
 class Generation:
     """One checked request: every mistake is found here, before work starts. Iterate once for the frames.
 
-    Args: as for :func:`generate`; ``endless`` makes ``num_frames`` None mean a video without an end; ``executor`` and
-    ``pipeline`` as for :class:`Rollout`. With a pipeline finished blocks, and every ``checkpoint_every`` of them the
-    states of all ranks, are kept in the folder ``keep``, and ``resume`` goes on with those of an interrupted run.
+    Args: as for :func:`generate`; ``endless`` makes ``num_frames`` None mean a video without an end; ``executor``,
+    ``pipeline`` and ``parallel`` as for :class:`Rollout`. With a pipeline finished blocks, and every
+    ``checkpoint_every`` of them the states of all ranks, are kept in the folder ``keep``, and ``resume`` goes on with
+    those of an interrupted run.
 
     Raises:
         ValueError: one line that names what is wrong and what would be right.
@@ -52,6 +53,7 @@ class Generation:
         endless: bool = False,
         executor: str = "eager",
         pipeline: PipelineOptions | None = None,
+        parallel: str | None = None,
         keep: str | os.PathLike[str] | None = None,
         resume: bool = False,
         checkpoint_every: int = 10,
@@ -84,6 +86,7 @@ class Generation:
             seed=seed,
             executor=executor,
             pipeline=pipeline,
+            parallel=parallel,
             on_visit=None if on_progress is None else self._visited,
             on_boundary=self._boundary,
         )
@@ -93,8 +96,11 @@ class Generation:
 
     @property
     def shows(self) -> bool:
-        """Whether frames come in this process: the last one of a pipeline, or the only one."""
-        return self.rollout.pipeline is None or not self.rollout.pipeline.stage.sends
+        """Whether frames come in this process: the last one of a pipeline, the first of those that share visits, or
+        the only one.
+        """
+        first = self.rollout.heads[0] == 0
+        return first and (self.rollout.pipeline is None or not self.rollout.pipeline.stage.sends)
 
     def __iter__(self) -> Iterator[Frames]:
         """Frames of one block after the other, uint8 [f, H, W, 3].
@@ -104,6 +110,8 @@ class Generation:
         """
         decoder, last_step = self.model.decoder(), len(self.schedule) - 1
         for block in self._blocks():
+            if not self.shows:
+                continue
             with span("decode", block.block):
                 frames = decoder.decode(block.latents)
             first, self.frames_done = self.frames_done, self.frames_done + len(frames)

@@ -1,7 +1,8 @@
 """What test_pipeline.py runs under torchrun: pipelines of 1 to 4 of its processes, against one process.
 
 torchrun --nproc-per-node 4 tests/pipeline_job.py cases RESULT.json      every case; what each rank found
-torchrun --nproc-per-node 3 tests/pipeline_job.py stop | kill | hang     rank 1 does that in the middle of a visit
+torchrun --nproc-per-node 3 tests/pipeline_job.py stop | kill | hang     rank 1 does that in the middle of a visit;
+                                                                             orphan: it kills torchrun
 """
 
 from __future__ import annotations
@@ -247,9 +248,14 @@ def doomed(how: str) -> None:
             print(f"{how} at {time.time()}", flush=True)
             if how == "hang":
                 time.sleep(1000)
-            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
+            elif how == "orphan":
+                os.kill(os.getppid(), signal.SIGKILL)
+            else:
+                os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
         return torch.zeros(1, 3, 2, *SIZE.values())
 
+    if how == "orphan":
+        os.close(2)  # what is told cannot be heard either
     for _ in make(3, dist.group.WORLD, num_frames=None, window_frames=6, renoise=renoise, place={"timeout": 4}):
         pass
 

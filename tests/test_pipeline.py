@@ -131,6 +131,14 @@ def test_a_fault_ends_the_job_in_time(how, message):
     assert ended - begun < 4 + 6, "the limit, and what a busy machine takes to end processes"
 
 
+def test_processes_end_without_their_launcher():
+    done = torchrun(3, "orphan")  # returns when the last of them has closed its output
+    ended = time.time()
+    assert done.returncode == -signal.SIGKILL
+    begun = float(re.search(r"orphan at ([\d.]+)", done.stdout)[1])
+    assert ended - begun < 4 + 6
+
+
 def test_a_killed_generation_is_resumed(tmp_path):
     model = small_toy.write_model(tmp_path / "model")
     command = [sys.executable, "-m", "hiar_model", "generate", PROMPT, "-o", "made/", "--model", str(model),

@@ -8,6 +8,7 @@ reads the same of the others. Whoever finds a fault first tells it; the others h
                                  does not answer the roll call is the one
     a process that stopped       nothing heard from it for the time limit
     a process that hangs         heard from, but in one visit for the time limit
+    a launcher that was killed   takes the store with it: every process ends by itself
 
 Until a process has made its first block it has ten times the limit: weights are loaded and kernels compiled then.
 """
@@ -147,7 +148,8 @@ class Watch:
                 return
         finished = max([self.finished, *(known.get("finished", 0) for known in self._known)])
         line = " ".join(f"{message}{self.advice(finished)}".split())
-        print(f"hiar: {line}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody listens any more
+            print(f"hiar: {line}", file=sys.stderr, flush=True)
         known = self._known[self.rank if culprit is None else culprit]
         with suppress(RuntimeError):
             self.store.set("fault", json.dumps({"message": line, "host": known.get("host"), "pid": known.get("pid")}))
@@ -280,7 +282,6 @@ class Watch:
             if self.closed:
                 return
             time.sleep(0.02)
-        sys.stderr.flush()
         os._exit(code)
 
     def _terminate(self, *_: object) -> None:

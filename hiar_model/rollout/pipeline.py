@@ -186,7 +186,7 @@ class Pipeline:
             except PipelineFault:
                 raise
             except Exception as error:
-                pass
+                watch.failed(error)
                 raise
 
     def _linked(self, use: Callable[[Neighbours], Any]) -> Any:
