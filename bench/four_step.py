@@ -32,7 +32,18 @@ from hiar_model.transformer import HiARTransformer
 from measure import environment
 
 STEPS, FRAMES = 4, 3  # latent frames of a block
-WAYS = (("block_first", 1), ("stream", 1), ("stream", 2), ("stream", 3), ("stream", 4))
+WAYS = (
+    ("block_first", "alone", 1),
+    ("stream", "alone", 1),
+    ("stream", "pipeline", 2),
+    ("stream", "pipeline", 3),
+    ("stream", "pipeline", 4),
+)
+TOGETHER = (
+    ("block_first", "ulysses"),
+    ("stream", "ulysses"),
+    ("block_first", "replicas"),
+)  # all processes that there are
 
 
 @dataclass(frozen=True)
@@ -63,13 +74,16 @@ SETTINGS = {
 class Row:
     """One way to make a video. Times in seconds; None where the video is too short to have one.
 
-    split        steps of each rank. measured: False where the times are the simulator's
+    way          alone | pipeline | ulysses (heads shared) | replicas (every rank a video of its own; fps of all)
+    split        steps of each rank of a pipeline. measured: False where the times are the simulator's
     first_block  from the start to the first finished block. interval: between two blocks in the steady state
     prompt       from a change of the prompt to the first block that shows it, at worst
-    predicted    `seconds` as the simulator has it, from the visits measured here
+    predicted    `seconds` as the simulator has it, from the visits measured here; None: not asked
     """
 
     order: str
+    way: str
+    ranks: int
     split: tuple[int, ...]
     blocks: int
     measured: bool
@@ -77,7 +91,7 @@ class Row:
     first_block: float
     interval: float | None
     prompt: float | None
-    predicted: float
+    predicted: float | None
     fps: float | None
 
 
@@ -95,9 +109,17 @@ def plan_of(setting: Setting, order: str) -> Plan:
 
 
 def run(
-    setting: Setting, model: HiARTransformer, order: str, blocks: int, group: Any, costs: Costs, split: tuple[int, ...]
+    setting: Setting,
+    model: HiARTransformer,
+    order: str,
+    way: str,
+    blocks: int,
+    group: Any,
+    costs: Costs,
+    split: tuple[int, ...],
 ) -> Row | None:
     """Time one way on the ranks of a group (None: this one alone); the row on the last of them."""
+    ranks = 1 if group is None else dist.get_world_size(group)
     text = torch.zeros(1, setting.config.text_len, setting.config.text_dim, device=setting.device, dtype=setting.dtype)
     text[0, :8] = 1
     begun: dict[int, float] = {}  # block -> when its first visit began, on the first rank
@@ -106,11 +128,17 @@ def run(
         begun.setdefault(block, time.perf_counter())
         return text
 
+    cuda = setting.device == "cuda"
+    if way == "pipeline":
+        options: dict[str, Any] = {
+            "executor": "pipeline-graph" if cuda else "pipeline",
+            "pipeline": PipelineOptions(steps_per_rank=split, group=group),
+        }
+    else:
+        options = {"executor": "graph" if cuda else "eager", "parallel": "ulysses" if way == "ulysses" else None}
     made = Rollout(
         model, text_of, FlowSchedule.uniform(STEPS), num_frames=FRAMES * blocks, height=setting.height,
-        width=setting.width, order=order, window_frames=setting.window,
-        executor="pipeline-graph" if setting.device == "cuda" else "pipeline",
-        pipeline=PipelineOptions(steps_per_rank=split, group=group, alone=group is None),
+        width=setting.width, order=order, window_frames=setting.window, **options,
     )  # fmt: skip
     made.warm_up()
     begun.clear()
@@ -122,9 +150,9 @@ def run(
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
     told = [begun]
-    if group is not None:
+    if way == "pipeline":
         dist.broadcast_object_list(told, group=group, group_src=0)
-    if not ends:
+    if not ends or (way in ("ulysses", "replicas") and dist.get_rank() + 1 < ranks):
         return None
     margin = STEPS if len(split) > 1 else 1  # as the simulator takes the steady state
     full = -(-setting.window // FRAMES)
@@ -132,17 +160,18 @@ def run(
     interval = (ends[steady.stop] - ends[steady.start]) / len(steady) if steady else None
     prompt = max(ends[n + 1] - told[0][n] for n in steady) if steady else None
     seconds = ends[-1] - start
-    predicted = simulate(plan_of(setting, order), blocks, split, costs).time
-    return Row(
-        order, split, blocks, True, seconds, ends[0] - start, interval, prompt, predicted, fps(setting, blocks, seconds)
-    )
+    predicted = None if way in ("ulysses", "replicas") else simulate(plan_of(setting, order), blocks, split, costs).time
+    rate = fps(setting, blocks, seconds)
+    if way == "replicas" and rate is not None:
+        rate *= ranks
+    return Row(order, way, ranks, split, blocks, True, seconds, ends[0] - start, interval, prompt, predicted, rate)
 
 
 def projected(setting: Setting, order: str, blocks: int, costs: Costs, split: tuple[int, ...]) -> Row:
     found: Timeline = simulate(plan_of(setting, order), blocks, split, costs, in_flight=len(split) + 1)
     rate = fps(setting, blocks, found.time)
     latency = (found.first_block, found.steady_interval, found.prompt_delay)
-    return Row(order, split, blocks, False, found.time, *latency, found.time, rate)
+    return Row(order, "pipeline", len(split), split, blocks, False, found.time, *latency, found.time, rate)
 
 
 def fps(setting: Setting, blocks: int, seconds: float) -> float | None:
@@ -172,13 +201,14 @@ def main(target: Path, name: str) -> None:
     costs: Costs = found[0]
     rows: list[Row] = []
     for blocks in setting.blocks:
-        for order, ranks in WAYS:
-            split = split_steps(plan_of(setting, order), blocks, ranks, costs)
+        together = [(order, way, world) for order, way in TOGETHER if world > 1]
+        for order, way, ranks in (*WAYS, *together):
+            split = split_steps(plan_of(setting, order), blocks, ranks if way == "pipeline" else 1, costs)
             row = None
             if ranks > world:
                 row = projected(setting, order, blocks, costs, split) if rank == 0 else None
             elif rank < ranks:
-                row = run(setting, model, order, blocks, groups.get(ranks), costs, split)
+                row = run(setting, model, order, way, blocks, groups.get(ranks), costs, split)
             every: list[Any] = [row]
             if world > 1:
                 every = [None] * world
