@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -12,8 +13,6 @@ from ..transformer import HiARTransformer
 from .costs import Costs, Curve
 from .session import Rollout
 from .visits import Plan, Visit
-
-_REPEATS = 4  # blocks that are timed once the window is full
 
 
 def measure_costs(
@@ -26,17 +25,19 @@ def measure_costs(
     width: int,
     batch: int = 1,
     executor: str = "eager",
+    repeats: int = 4,
 ) -> Costs:
-    """Seconds of a denoise and a cache visit over the frames they see, medians of a short rollout for each window.
+    """Seconds of a denoise and a cache visit over the frames they see, means of a short rollout for each window.
 
     Args:
         text: prompt [B or 1, L, text_dim]. plan: of the video; its windows are what is measured.
         num_frames: of the video; None: endless. height, width: of a latent frame. executor: "eager", "graph", ...
+        repeats: blocks that are timed once the window is full.
     """
     block, sink = plan.frames_per_block, plan.sink_frames
     total = None if num_frames is None else -(-num_frames // block) * block
     windows = {min(w or total or 0, total or w or 0) for w in plan.window_frames} | {sink + 2 * block}
-    found = {window: _times(model, text, plan, window, height, width, batch, executor) for window in windows}
+    found = {window: _times(model, text, plan, window, height, width, batch, executor, repeats) for window in windows}
     denoise, cache = (Curve(tuple((w, found[w][kind]) for w in sorted(found))) for kind in ("denoise", "cache"))
     device = model.patch_embedding.weight.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
@@ -44,7 +45,15 @@ def measure_costs(
 
 
 def _times(
-    model: HiARTransformer, text: Tensor, plan: Plan, window: int, height: int, width: int, batch: int, executor: str
+    model: HiARTransformer,
+    text: Tensor,
+    plan: Plan,
+    window: int,
+    height: int,
+    width: int,
+    batch: int,
+    executor: str,
+    repeats: int,
 ) -> dict[str, float]:
     """Kind of visit -> seconds, with the window full."""
     growth = -(-window // plan.frames_per_block)
@@ -52,7 +61,7 @@ def _times(
         model,
         text,
         FlowSchedule.uniform(1),
-        num_frames=(growth + 2 + _REPEATS) * plan.frames_per_block,
+        num_frames=(growth + 2 + repeats) * plan.frames_per_block,
         height=height,
         width=width,
         batch=batch,
@@ -70,7 +79,7 @@ def _times(
         rollout.executor.run(group)
         if visit.block > growth:  # what is met for the first time is compiled or captured
             taken[visit.kind].append(_now(device) - begun)
-    return {kind: sorted(times)[len(times) // 2] for kind, times in taken.items()}
+    return {kind: fmean(times) for kind, times in taken.items()}  # a video takes their sum
 
 
 def _now(device: torch.device) -> float:
