@@ -8,6 +8,7 @@ were started is projected from the visits measured here. The VAE is in none of t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -31,6 +32,7 @@ from hiar_model.schedule import FlowSchedule
 from hiar_model.transformer import HiARTransformer
 from measure import environment
 
+VAE_SECONDS = 0.312  # of a block of 480x832 by the full Wan VAE: assumed, not measured here
 STEPS, FRAMES = 4, 3  # latent frames of a block
 WAYS = (
     ("block_first", "alone", 1),
@@ -77,6 +79,7 @@ class Row:
     way          alone | pipeline | ulysses (heads shared) | replicas (every rank a video of its own; fps of all)
     split        steps of each rank of a pipeline. measured: False where the times are the simulator's
     first_block  from the start to the first finished block. interval: between two blocks in the steady state
+    fps_vae      fps as the simulator has it with a VAE of VAE_SECONDS a block on the last rank; None: not asked
     prompt       from a change of the prompt to the first block that shows it, at worst
     predicted    `seconds` as the simulator has it, from the visits measured here; None: not asked
     """
@@ -93,6 +96,7 @@ class Row:
     prompt: float | None
     predicted: float | None
     fps: float | None
+    fps_vae: float | None = None
 
 
 def weights(setting: Setting) -> HiARTransformer:
@@ -161,17 +165,38 @@ def run(
     prompt = max(ends[n + 1] - told[0][n] for n in steady) if steady else None
     seconds = ends[-1] - start
     predicted = None if way in ("ulysses", "replicas") else simulate(plan_of(setting, order), blocks, split, costs).time
-    rate = fps(setting, blocks, seconds)
+    rate, seen = fps(setting, blocks, seconds), None
+    if predicted is not None:
+        seen = with_vae(setting, order, blocks, costs, split)
     if way == "replicas" and rate is not None:
         rate *= ranks
-    return Row(order, way, ranks, split, blocks, True, seconds, ends[0] - start, interval, prompt, predicted, rate)
+    return Row(
+        order, way, ranks, split, blocks, True, seconds, ends[0] - start, interval, prompt, predicted, rate, seen
+    )
 
 
 def projected(setting: Setting, order: str, blocks: int, costs: Costs, split: tuple[int, ...]) -> Row:
     found: Timeline = simulate(plan_of(setting, order), blocks, split, costs, in_flight=len(split) + 1)
     rate = fps(setting, blocks, found.time)
     latency = (found.first_block, found.steady_interval, found.prompt_delay)
-    return Row(order, "pipeline", len(split), split, blocks, False, found.time, *latency, found.time, rate)
+    return Row(
+        order,
+        "pipeline",
+        len(split),
+        split,
+        blocks,
+        False,
+        found.time,
+        *latency,
+        found.time,
+        rate,
+        with_vae(setting, order, blocks, costs, split),
+    )
+
+
+def with_vae(setting: Setting, order: str, blocks: int, costs: Costs, split: tuple[int, ...]) -> float | None:
+    slow = dataclasses.replace(costs, decode=VAE_SECONDS)
+    return fps(setting, blocks, simulate(plan_of(setting, order), blocks, split, slow, vae="last").time)
 
 
 def fps(setting: Setting, blocks: int, seconds: float) -> float | None:

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 
+from hiar_model.parallel_report import measured_table
+
 ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = ("blocks", "order", "way", "steps per rank", "seconds", "speedup", "first block s", "then every s",
-           "prompt s", "fps", "simulator s")  # fmt: skip
 LEAST_VISIT = 0.05  # seconds
 PREDICTED = 0.1  # the simulator may be off by so much of the time
 
@@ -39,29 +39,11 @@ def job(benchmark: Any, setting: str, processes: int) -> list[dict[str, Any]]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(target.read_text())
-    lines = table(found)
+    lines = measured_table(found)
     target.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("", *lines, sep="\n")
     benchmark.extra_info["rows"] = found["rows"]
     return found["rows"]
-
-
-def table(found: dict[str, Any]) -> list[str]:
-    """Markdown. The baseline of every speedup is block-first on one rank, with as many blocks."""
-    about, rows = found["environment"], found["rows"]
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * 4 + "---:|" * (len(COLUMNS) - 4)]
-    base = {row["blocks"]: row["seconds"] for row in rows if (row["order"], row["way"]) == ("block_first", "alone")}
-    for row in rows:
-        way = row["way"] if row["ranks"] == 1 else f"{row['way']} of {row['ranks']}"
-        videos = row["ranks"] if row["way"] == "replicas" else 1
-        speedup = videos * base[row["blocks"]] / row["seconds"]
-        numbers = (row["seconds"], speedup, row["first_block"], row["interval"])
-        cells = [str(row["blocks"]), row["order"], way + ("" if row["measured"] else ", projected")]
-        cells.append("+".join(map(str, row["split"])) if row["way"] == "pipeline" else "")
-        cells += ["" if n is None else f"{n:.3g}" for n in (*numbers, row["prompt"], row["fps"], row["predicted"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Speedup over block_first on one rank, of replicas in videos a second. No VAE in any time.", ""]
-    return lines + [f"- {key}: {value}" for key, value in about.items() if "visit_s" not in key]
 
 
 def by_way(rows: list[dict[str, Any]], blocks: int) -> dict[tuple[str, str, int], dict[str, Any]]:

@@ -40,6 +40,12 @@ def pipeline_arguments(parser: ArgumentParser, nproc: int = 1) -> None:
         default="count",
         help="such as [1,1,2]; count: as even as it gets; measured: by the time that visits take here",
     )
+    parser.add_argument(
+        "--pairs",
+        type=bool | Literal["measured"],
+        default=False,
+        help="fuse each cache visit with the next denoise visit; measured: if that is faster here (pipeline)",
+    )
     parser.add_argument("--decode-apart", action="store_true", help="the last process only decodes")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds in which a fault of a process ends all")
 
@@ -105,7 +111,7 @@ class Job:
         from .rollout.pipeline import PipelineOptions
 
         if a.parallel is not None:
-            return {"executor": a.executor or "eager", "parallel": a.parallel}
+            return {"executor": a.executor or "eager", "parallel": a.parallel, "pairs": a.pairs}
         executor = a.executor or ("pipeline" if self.ranks > 1 else "eager")
         if self.ranks > 1 and not executor.startswith("pipeline"):
             raise ValueError(f"executor {executor} is one process's, and there are {self.ranks}: give pipeline")
@@ -117,7 +123,7 @@ class Job:
             timeout=a.timeout,
             watch=self.watch,
         )
-        return {"executor": executor, "pipeline": options}
+        return {"executor": executor, "pipeline": options, "pairs": a.pairs}
 
 
 @contextmanager
@@ -232,10 +238,11 @@ def verify_parity(a: Namespace) -> None:
             return
         pipeline = run.rollout.pipeline
         shared = "+".join(map(str, pipeline.stage.split)) + " steps" if pipeline else f"parallel={a.parallel}"
+        pairs = run.rollout.plan.pairs
         del run
         executor = a.executor or ("eager" if a.parallel else "pipeline")
         alone = executor.partition("-")[2] or "eager" if executor.startswith("pipeline") else executor
-        expected = make(executor=alone)[1]
+        expected = make(executor=alone, pairs=pairs)[1]
         difference = max(float((x.double() - y.double()).abs().max()) for x, y in zip(made, expected, strict=True))
         same = all(torch.equal(x, y) for x, y in zip(made, expected, strict=True))
         told = "the same bits" if same else f"largest difference {difference:.3g}"

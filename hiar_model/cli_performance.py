@@ -96,6 +96,7 @@ def profile(a: Namespace) -> None:
 
 
 def report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--measured", type=str, help="JSON of bench/test_four_step_speedup.py: its table instead")
     parser.add_argument("--stage-times", type=str, help="JSON of hiar profile --stage-times; default: the roofline")
     parser.add_argument("--tflops", type=float, default=790.0, help="of the roofline")
     parser.add_argument("--vae-ms", type=float, default=312.0, help="decode of a block")
@@ -103,8 +104,15 @@ def report_arguments(parser: ArgumentParser) -> None:
 
 
 def bench_report(a: Namespace) -> None:
-    from .parallel_report import draw_gains, report
+    from .parallel_report import draw_gains, measured_table, report
 
+    if a.measured is not None:
+        try:
+            lines = measured_table(json.loads(Path(a.measured).read_text(encoding="utf-8")))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{a.measured} is no result of bench/test_four_step_speedup.py: {error!r}") from None
+        print("\n".join(lines))
+        return
     print(report(a.stage_times, a.tflops, a.vae_ms))
     if a.plot is not None:
         draw_gains(a.plot)

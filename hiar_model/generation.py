@@ -28,7 +28,7 @@ class Generation:
     """One checked request: every mistake is found here, before work starts. Iterate once for the frames.
 
     Args: as for :func:`generate`; ``endless`` makes ``num_frames`` None mean a video without an end; ``executor``,
-    ``pipeline`` and ``parallel`` as for :class:`Rollout`. With a pipeline finished blocks, and every
+    ``pipeline``, ``parallel`` and ``pairs`` as for :class:`Rollout`. With a pipeline finished blocks, and every
     ``checkpoint_every`` of them the states of all ranks, are kept in the folder ``keep``, and ``resume`` goes on with
     those of an interrupted run.
 
@@ -54,6 +54,7 @@ class Generation:
         executor: str = "eager",
         pipeline: PipelineOptions | None = None,
         parallel: str | None = None,
+        pairs: bool | str = False,
         keep: str | os.PathLike[str] | None = None,
         resume: bool = False,
         checkpoint_every: int = 10,
@@ -87,6 +88,7 @@ class Generation:
             executor=executor,
             pipeline=pipeline,
             parallel=parallel,
+            pairs=pairs,
             on_visit=None if on_progress is None else self._visited,
             on_boundary=self._boundary,
         )

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .config import WanConfig
 from .rollout.costs import LINKS, Costs, Curve, Geometry, exchanged_bytes, unequal_parts, unit_costs, visit_flop
@@ -300,6 +301,36 @@ def report(stage_times: str | Path | None = None, tflops: float = TFLOPS, vae_ms
     parts.append(("## Link speed above which context parallelism is faster", crossing_table(steps=steps)))
     parts.append(("## Caches on one GPU, GiB", memory_table()))
     return "\n".join(line for title, lines in parts for line in (title, "", *lines, ""))
+
+
+MEASURED = ("blocks", "order", "way", "steps per rank", "seconds", "speedup", "first block s", "then every s",
+            "prompt s", "fps without VAE", "fps with VAE*", "simulator s")  # fmt: skip
+
+
+def measured_table(found: Mapping[str, Any]) -> list[str]:
+    """Markdown of a run of bench/test_four_step_speedup.py; the baseline of its speedups is block-first on one rank.
+
+    Args:
+        found: what the run left as JSON, {"environment", "rows"}.
+    """
+    about, rows = found["environment"], found["rows"]
+    base = {row["blocks"]: row["seconds"] for row in rows if (row["order"], row["way"]) == ("block_first", "alone")}
+    lines = ["| " + " | ".join(MEASURED) + " |", "|" + "---|" * 4 + "---:|" * (len(MEASURED) - 4)]
+    for row in rows:
+        way = row["way"] if row["ranks"] == 1 else f"{row['way']} of {row['ranks']}"
+        speedup = (row["ranks"] if row["way"] == "replicas" else 1) * base[row["blocks"]] / row["seconds"]
+        numbers = (row["seconds"], speedup, row["first_block"], row["interval"], row["prompt"], row["fps"])
+        cells = [str(row["blocks"]), row["order"], way + ("" if row["measured"] else ", projected")]
+        cells.append("+".join(map(str, row["split"])) if row["way"] == "pipeline" else "")
+        cells += ["" if n is None else f"{n:.3g}" for n in (*numbers, row.get("fps_vae"), row["predicted"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Speedup over block_first on one rank with as many blocks, of replicas in videos a second; no VAE in any time.",
+        "*: by the simulator, with an assumed 312 ms a block on the last rank.",
+        "",
+    ]
+    return lines + [f"- {key}: {value}" for key, value in about.items() if "visit_s" not in key]
 
 
 def refreshed(page: str) -> str:

@@ -114,6 +114,14 @@ def splits(groups) -> list[str]:
             wrong.append(f"{name}: split {split}")
         if rank == ranks - 1 and not torch.equal(found, expected_experts if name == "experts" else expected):
             wrong.append(f"{name}: another result")
+    found, chosen = None, [False]
+    if rank < 2:
+        made = make(4, groups[2], pairs="measured", **base)
+        found, chosen = latents(made), [made.plan.pairs]
+    dist.broadcast_object_list(chosen)
+    expected = single(4, pairs=chosen[0], **base)
+    if rank == 1 and not torch.equal(found, expected):
+        wrong.append("measured pairs: another result")
     return wrong
 
 

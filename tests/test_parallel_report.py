@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hiar_model import parallel_report
+from hiar_model.cli import main
 from hiar_model.config import WanConfig
 from hiar_model.parallel_report import (
     crossing_table,
@@ -175,3 +176,29 @@ def test_report_from_stage_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file.write_text(json.dumps(stages | {"denoise_s": per_step, "cache_s": per_step}))
     text = report(file)
     assert "Ways to make" not in text and "| 2 | 27 |" in text  # two curves: two steps
+
+
+def row_of(order: str, way: str, ranks: int, seconds: float, **more) -> dict:
+    row = {"order": order, "way": way, "ranks": ranks, "split": [4], "blocks": 27, "measured": True, "seconds": seconds}
+    numbers = {"first_block": 0.5, "interval": 0.25, "prompt": None, "fps": 24.0, "fps_vae": 15.0, "predicted": seconds}
+    return {**row, **numbers, **more}
+
+
+def test_the_table_of_what_was_measured(tmp_path, capsys):
+    rows = [
+        row_of("block_first", "alone", 1, 10.0),
+        row_of("stream", "pipeline", 4, 4.0, split=[1, 1, 1, 1], measured=False),
+        row_of("block_first", "replicas", 4, 10.0, predicted=None),
+    ]
+    target = tmp_path / "four_step.json"
+    target.write_text(json.dumps({"environment": {"device": "a GPU", "visit_s": {}}, "rows": rows}))
+    assert main(["bench-report", "--measured", str(target)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out[2:5]]
+    assert cells[1][:4] == ["27", "stream", "pipeline of 4, projected", "1+1+1+1"]
+    assert cells[1][4:] == ["4", "2.5", "0.5", "0.25", "", "24", "15", "4"]
+    assert cells[2][2:6] == ["replicas of 4", "", "10", "4"] and cells[2][-1] == ""
+    assert "- device: a GPU" in out and not any("visit_s" in line for line in out)
+    target.write_text("{}")
+    assert main(["bench-report", "--measured", str(target)]) == 2
+    assert "is no result of bench/test_four_step_speedup.py" in capsys.readouterr().err

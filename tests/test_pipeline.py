@@ -27,7 +27,7 @@ from hiar_model.rollout.balance import measure_costs
 from hiar_model.rollout.checkpoints import RunFolder
 from hiar_model.rollout.costs import unit_costs
 from hiar_model.rollout.session import FinishedBlock
-from hiar_model.rollout.stage import Stage, split_steps
+from hiar_model.rollout.stage import Stage, split_steps, with_faster_pairs
 from hiar_model.rollout.visits import Plan, check, rank_order
 from hiar_model.schedule import FlowSchedule
 
@@ -301,6 +301,23 @@ def test_measured_costs_are_of_each_window():
     assert [frames for frames, _ in costs.denoise.points] == [6, 9, 15]
     assert all(0 < seconds < 5 for _, seconds in (*costs.denoise.points, *costs.cache.points))
     assert "measured on the CPU" in costs.source
+
+
+def test_pairs_where_they_are_faster():
+    """Alone a pair need only be cheaper than its visits; behind other ranks a block waits for its pair."""
+    from dataclasses import replace
+
+    plan, costs = Plan(4, "stream", 3, window_frames=(9,) * 4), unit_costs()
+    assert with_faster_pairs(plan, 27, 1, replace(costs, pair=0.97)).pairs
+    assert not with_faster_pairs(plan, 27, 1, replace(costs, pair=1.03)).pairs
+    assert not with_faster_pairs(plan, 7, 4, replace(costs, pair=0.97)).pairs  # 2N + 2S - 3 against 2N + S - 2
+    assert with_faster_pairs(plan, 7, (1, 1, 1, 1), replace(costs, pair=0.7)).pairs
+    measured = measure_costs(MODEL, TEXT, plan, num_frames=30, pairs=True, **SIZE)
+    assert 0.1 < measured.pair < 10 and measured.pair != 1
+    with pytest.raises(
+        ValueError, match='pairs=.measured. with executor=.eager. is not legal: give True, False, and "m'
+    ):
+        run(pairs="measured")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .costs import Costs
 from .executor import Counters
-from .stage import Stage, split_steps
+from .stage import Stage, split_steps, with_faster_pairs
 from .visits import Group, Plan
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Pipeline:
 
     Args:
         options: see there. plan, num_blocks: of the whole video. device: of the model. measure: returns measured costs.
+        choose_pairs: whether ``self.plan`` fuses visits in pairs is what is faster by measured costs.
 
     Raises:
         ValueError: the ranks cannot share the steps so.
@@ -83,6 +84,7 @@ class Pipeline:
         num_blocks: int | None,
         device: torch.device,
         measure: Callable[[], Costs],
+        choose_pairs: bool = False,
     ) -> None:
         self.options, self.plan, self.num_blocks, self.device = options, plan, num_blocks, device
         self.group: dist.ProcessGroup | None = None
@@ -94,30 +96,37 @@ class Pipeline:
             rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
             if ranks == 1:
                 self.group = None
-        self.stage = Stage(plan, self._split(rank, ranks, measure), rank)
+        self.plan, split = self._shared_out(rank, ranks, measure, choose_pairs)
+        self.stage = Stage(self.plan, split, rank)
         self.links: Neighbours | None = None
         self.watch: Watch | None = options.watch
 
-    def _split(self, rank: int, ranks: int, measure: Callable[[], Costs]) -> tuple[int, ...]:
-        options = self.options
-        if options.steps_per_rank is not None:
-            split = tuple(options.steps_per_rank)
-            if len(split) != ranks:
-                raise ValueError(f"steps_per_rank={list(split)} is not legal: give a number for each of {ranks} ranks")
-            return split
+    def _shared_out(
+        self, rank: int, ranks: int, measure: Callable[[], Costs], choose_pairs: bool
+    ) -> tuple[Plan, tuple[int, ...]]:
+        """The plan, with pairs or without, and the steps of each rank."""
+        options, plan, given = self.options, self.plan, self.options.steps_per_rank
+        if given is not None and len(given) != ranks:
+            raise ValueError(f"steps_per_rank={list(given)} is not legal: give a number for each of {ranks} ranks")
         working = ranks - options.decode_apart
-        if not 1 <= working <= self.plan.steps:
+        if given is None and not 1 <= working <= plan.steps:
             apart = ", and one more that decodes" if options.decode_apart else ""
-            raise ValueError(f"{ranks} ranks cannot share {self.plan.steps} steps: give 1 to {self.plan.steps}{apart}")
-        costs = options.costs
-        if costs == "measured":
-            costs = measure() if rank == 0 else None
-        found = [split_steps(self.plan, self.num_blocks, working, costs) if rank == 0 else ()]
+            raise ValueError(f"{ranks} ranks cannot share {plan.steps} steps: give 1 to {plan.steps}{apart}")
+        found: list[tuple[Plan, tuple[int, ...]]] = [(plan, ())]
+        if rank == 0:
+            asked = options.costs
+            costs = measure() if choose_pairs or isinstance(asked, str) else asked
+            if choose_pairs and costs is not None:
+                at_work = working if given is None else [n for n in given if n]
+                plan = with_faster_pairs(plan, self.num_blocks, at_work, costs)
+            split = tuple(given) if given is not None else split_steps(plan, self.num_blocks, working, costs)
+            found = [(plan, split)]
         if self.group is not None:
             import torch.distributed as dist
 
             dist.broadcast_object_list(found, group=self.group, group_src=0)  # measured times are not the same twice
-        return (*found[0], 0) if options.decode_apart else found[0]
+        plan, split = found[0]
+        return plan, (*split, 0) if options.decode_apart and given is None else split
 
     def connect(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Make the links for blocks of latents of this shape."""

@@ -66,7 +66,8 @@ class Rollout:
         seed, video_ids: key of the noise; ``video_ids`` [B], default 0..B-1.
         context_noise: timestep that finished blocks are cached at.
         cache_source: "own", or "next_step" (a cache takes the keys of the next step's denoise visit).
-        pairs: fuse cache(s, n - 1) and denoise(s, n) into one forward.
+        pairs: fuse cache(s, n - 1) and denoise(s, n) into one forward. "measured": where the first rank of a pipeline
+            finds that faster, by its own times of visits and pairs.
         executor: "eager"; "graph": visits are captured as CUDA graphs the first time they occur, and replayed for every
             block after that; "recorded": the same on any device, by recording torch's operations: for tests, not fast.
             "pipeline": the steps live on the processes of the job, which must all run the same rollout; they walk
@@ -110,7 +111,7 @@ class Rollout:
         video_ids: Sequence[int] | None = None,
         context_noise: float = 0.0,
         cache_source: str = "own",
-        pairs: bool = False,
+        pairs: bool | str = False,
         executor: str = "eager",
         parallel: str | None = None,
         pipeline: PipelineOptions | None = None,
@@ -129,6 +130,9 @@ class Rollout:
         on_ranks, _, captured = executor.partition("-") if executor.startswith("pipeline") else ("", "", executor)
         if on_ranks and order in ("step_first", "wavefront"):
             order = "stream"
+        if not isinstance(pairs, bool) and not (pairs == "measured" and on_ranks):
+            legal = 'True, False, and "measured" with a pipeline'
+            raise ValueError(f"pairs={pairs!r} with executor={executor!r} is not legal: give {legal}")
         if parallel is not None and on_ranks and mesh is None:
             raise ValueError(f"executor={executor!r} with parallel={parallel!r} needs a mesh: see make_mesh")
         config = some.config
@@ -141,7 +145,7 @@ class Rollout:
             windows_per_step(window_frames, len(schedule)),
             sink_frames,
             cache_source,
-            pairs,
+            pairs is True,
         )
         self.num_blocks = self._count_blocks(num_frames, prefix_frames)
         self.shape = (config.in_channels, height, width)
@@ -158,8 +162,6 @@ class Rollout:
             legal = "pipeline" if on_ranks else "eager"
             raise ValueError(f"executor={executor!r} needs a CUDA device, the model is on {weight.device}; use {legal}")
         grid = config.grid(height, width)
-        extra = frames_per_block if pairs else 0
-        held = [ring_frames(w, num_frames, extra) for w in self.plan.window_frames]
         text_of = text if callable(text) else lambda _: text
         self.pipeline: Pipeline | None = None
         if on_ranks:
@@ -169,14 +171,18 @@ class Rollout:
 
                 options = replace(options, group=axis(mesh, "step"))
             size = {"height": height, "width": width, "batch": batch}
-            measure = partial(_measured, some, text_of, self.plan, num_frames, captured, size)
-            self.pipeline = Pipeline(options, self.plan, self.num_blocks, weight.device, measure)
+            fused = pairs == "measured"
+            measure = partial(_measured, some, text_of, self.plan, num_frames, captured, size, fused)
+            self.pipeline = Pipeline(options, self.plan, self.num_blocks, weight.device, measure, fused)
+            self.plan = self.pipeline.plan
             self.pipeline.connect((batch, frames_per_block, *self.shape), weight.dtype)
         steps = range(len(schedule)) if self.pipeline is None else self.pipeline.stage.steps
         self.groups = self.plan.groups if self.pipeline is None else self.pipeline.stage.groups
         self.groups_done = self.forwards_done = 0
         self.forwards_total = None if num_frames is None else forwards(self.groups(self.num_blocks))
         self.on_visit, self.on_boundary = on_visit, on_boundary
+        extra = frames_per_block if self.plan.pairs else 0
+        held = [ring_frames(w, num_frames, extra) for w in self.plan.window_frames]
         # one ring may serve several steps: it must hold the widest of their windows
         capacities = held[steps.start : steps.stop] if self.plan.caches > 1 else [max(held)]
         attend: Callable[..., RingAttend] = RingAttend
@@ -342,10 +348,12 @@ def _measured(
     num_frames: int | None,
     mode: str,
     size: dict[str, int],
+    pairs: bool,
 ) -> Costs:
     from .balance import measure_costs
 
-    return measure_costs(model, text(plan.prefix_blocks), plan, num_frames=num_frames, executor=mode or "eager", **size)
+    text_of_first, mode = text(plan.prefix_blocks), mode or "eager"
+    return measure_costs(model, text_of_first, plan, num_frames=num_frames, executor=mode, pairs=pairs, **size)
 
 
 def _one_of(name: str, value: str, legal: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .costs import Costs, unit_costs
 from .simulate import Walk
@@ -20,9 +20,19 @@ def split_steps(plan: Plan, num_blocks: int | None, ranks: int, costs: Costs | N
     Raises:
         ValueError: more ranks than steps, or a walk that ranks cannot share.
     """
+    return Walk(plan, _enough(plan, num_blocks), unit_costs() if costs is None else costs).timeline(ranks).split
+
+
+def with_faster_pairs(plan: Plan, num_blocks: int | None, ranks: int | Sequence[int], costs: Costs) -> Plan:
+    """The plan with pairs or without, whichever the simulator finds faster on so many ranks, or with such a split."""
+    plans = [replace(plan, pairs=pairs) for pairs in (False, True)]
+    return min(plans, key=lambda one: Walk(one, _enough(one, num_blocks), costs).timeline(ranks).time)
+
+
+def _enough(plan: Plan, num_blocks: int | None) -> int:
+    """Blocks after which more of them change no choice."""
     enough = plan.prefix_blocks + 3 * plan.steps + 20
-    blocks = enough if num_blocks is None else min(num_blocks, enough)
-    return Walk(plan, blocks, unit_costs() if costs is None else costs).timeline(ranks).split
+    return enough if num_blocks is None else min(num_blocks, enough)
 
 
 @dataclass(frozen=True)
