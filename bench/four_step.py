@@ -23,7 +23,7 @@ import torch.distributed as dist
 from hiar_model.config import WanConfig
 from hiar_model.rollout import PipelineOptions, Rollout
 from hiar_model.rollout.balance import measure_costs
-from hiar_model.rollout.costs import Costs
+from hiar_model.rollout.costs import Costs, Curve
 from hiar_model.rollout.pipeline import join
 from hiar_model.rollout.simulate import Timeline, simulate
 from hiar_model.rollout.stage import split_steps
@@ -119,7 +119,6 @@ def run(
     way: str,
     blocks: int,
     group: Any,
-    costs: Costs,
     split: tuple[int, ...],
 ) -> Row | None:
     """Time one way on the ranks of a group (None: this one alone); the row on the last of them."""
@@ -164,15 +163,10 @@ def run(
     interval = (ends[steady.stop] - ends[steady.start]) / len(steady) if steady else None
     prompt = max(ends[n + 1] - told[0][n] for n in steady) if steady else None
     seconds = ends[-1] - start
-    predicted = None if way in ("ulysses", "replicas") else simulate(plan_of(setting, order), blocks, split, costs).time
-    rate, seen = fps(setting, blocks, seconds), None
-    if predicted is not None:
-        seen = with_vae(setting, order, blocks, costs, split)
+    rate = fps(setting, blocks, seconds)
     if way == "replicas" and rate is not None:
         rate *= ranks
-    return Row(
-        order, way, ranks, split, blocks, True, seconds, ends[0] - start, interval, prompt, predicted, rate, seen
-    )
+    return Row(order, way, ranks, split, blocks, True, seconds, ends[0] - start, interval, prompt, None, rate)
 
 
 def projected(setting: Setting, order: str, blocks: int, costs: Costs, split: tuple[int, ...]) -> Row:
@@ -192,6 +186,22 @@ def projected(setting: Setting, order: str, blocks: int, costs: Costs, split: tu
         rate,
         with_vae(setting, order, blocks, costs, split),
     )
+
+
+def predicted(setting: Setting, row: Row, costs: Costs) -> Row:
+    """What the simulator says beside what was measured."""
+    time = simulate(plan_of(setting, row.order), row.blocks, row.split, costs).time
+    seen = with_vae(setting, row.order, row.blocks, costs, row.split)
+    return dataclasses.replace(row, predicted=time, fps_vae=seen)
+
+
+def mean(one: Costs, other: Costs) -> Costs:
+    """Of two measurements of the same visits."""
+
+    def middle(a: Any, b: Any) -> Curve:
+        return Curve(tuple((k, (s + t) / 2) for (k, s), (_, t) in zip(a.points, b.points, strict=True)))
+
+    return dataclasses.replace(one, denoise=middle(one.denoise, other.denoise), cache=middle(one.cache, other.cache))
 
 
 def with_vae(setting: Setting, order: str, blocks: int, costs: Costs, split: tuple[int, ...]) -> float | None:
@@ -228,24 +238,37 @@ def main(target: Path, name: str) -> None:
             dist.broadcast_object_list(found)
         return found[0]
 
-    alone = measured(True)
-    together = measured(False) if world > 1 else alone
+    def both() -> tuple[Costs, Costs]:
+        found = measured(True)
+        return found, measured(False) if world > 1 else found
+
+    before = both()
     rows: list[Row] = []
+    late: list[
+        tuple[int, str, int, tuple[int, ...]]
+    ] = []  # to be projected: where it belongs among the rows, what it is
     for blocks in setting.blocks:
         every_rank = [(order, way, world) for order, way in TOGETHER if world > 1]
         for order, way, ranks in (*WAYS, *every_rank):
-            costs = together if way == "pipeline" else alone
+            costs = before[way == "pipeline"]
             split = split_steps(plan_of(setting, order), blocks, ranks if way == "pipeline" else 1, costs)
             row = None
             if ranks > world:
-                row = projected(setting, order, blocks, costs, split) if rank == 0 else None
+                late.append((len(rows), order, blocks, split))
             elif rank < ranks:
-                row = run(setting, model, order, way, blocks, groups.get(ranks), costs, split)
+                row = run(setting, model, order, way, blocks, groups.get(ranks), split)
             every: list[Any] = [row]
             if world > 1:
                 every = [None] * world
                 dist.all_gather_object(every, row)
             rows += filter(None, every)
+    # what a machine gives drifts: the times of its visits are those before and after the runs that they predict
+    alone, together = (mean(*pair) for pair in zip(before, both(), strict=True))
+    for i, row in enumerate(rows):
+        if row.way in ("alone", "pipeline"):
+            rows[i] = predicted(setting, row, together if row.way == "pipeline" else alone)
+    for place, order, blocks, split in reversed(late):
+        rows.insert(place, projected(setting, order, blocks, together, split))
     if rank == 0:
         about = {**environment(setting.device), "processes": world, "costs": alone.source, "visit_s": asdict(alone)}
         about["visit_s of all at once"] = asdict(together)
