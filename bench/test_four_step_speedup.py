@@ -66,8 +66,7 @@ def test_two_ranks_on_two_cores(benchmark: Any) -> None:
     ways = by_way(rows, 16)
     one, two = ways["stream", "alone", 1]["seconds"], ways["stream", "pipeline", 2]["seconds"]
     assert one / two > 1.5, f"ranks do not overlap: {one:.2f} s on one, {two:.2f} s on two"
-    # one rank and two, minutes apart at most; block_first ran before them, and a shared machine's speed drifts
-    assert_predicted([row for row in rows if row["order"] == "stream"])
+    assert_predicted(rows)
 
 
 def test_one_gpu(benchmark: Any) -> None:
