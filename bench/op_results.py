@@ -12,7 +12,10 @@ import torch
 
 from hiar_kernels.attention.table import SHAPES, Winner, winners
 from measure import Bench, result_folder
+from resume import sources
 
+ROOT = Path(__file__).resolve().parents[1]
+GPU_TESTS = ROOT / "out" / "gpu-test.jsonl"
 CUDA = torch.cuda.is_available()
 BENCH = Bench("cuda" if CUDA else "cpu", (8, 40) if CUDA else (3, 3), 0.3 if CUDA else 0.0)
 REHEARSAL = "REHEARSAL at small sizes on a CPU: these figures mean nothing, only the path was tried"
@@ -33,8 +36,21 @@ def wrong(rows: list[Row]) -> set[tuple[str, str]]:
     return {(row["op"], row["pass"]) for row in rows if "error" in row}
 
 
-def table(rows: list[Row]) -> list[str]:
-    """Markdown. A speedup stands only where every way of that op and direction is right, and never in a rehearsal."""
+def failing(journal: Path = GPU_TESTS) -> list[str]:
+    """The kernel tests that `make gpu-test` last saw fail on these very sources."""
+    lines = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    if not lines or lines[0].get("sources") != sources(ROOT):
+        return []
+    last = {line["test"]: line["outcome"] for line in lines[1:] if "outcome" in line}
+    return [test for test, outcome in last.items() if outcome != "passed"]
+
+
+def table(rows: list[Row], red: list[str] | None = None) -> list[str]:
+    """Markdown. A speedup stands only where every way of that op and direction is right, and never in a rehearsal.
+
+    None stands while a kernel test is ``red`` (default: those :func:`failing`).
+    """
+    red = failing() if red is None else red
     names = ("op", "pass", "way", "device ms p50 [p20, p80]", "rate", "of limit", "speedup")
     lines = ["| " + " | ".join(names) + " |", "|---|---|---|---:|---:|---:|---:|"]
     base = {(row["op"], row["pass"]): row["ms"][1] for row in measured(rows) if row["baseline"]}
@@ -45,11 +61,12 @@ def table(rows: list[Row]) -> list[str]:
             continue
         low, middle, high = row["ms"]
         rate = f"{row['rate'] / 1e12:.3g} TFLOP/s" if row["unit"] == "flop" else f"{row['rate'] / 1e9:.4g} GB/s"
-        told = not row["rehearsal"] and key in base and key not in wrong(rows)
+        told = not red and not row["rehearsal"] and key in base and key not in wrong(rows)
         speedup = f"{base[key] / middle:.2f}x" if told else ""
         cells = [*key, row["way"], f"{middle:.3f} [{low:.3f}, {high:.3f}]", rate, f"{row['of_limit']:.0%}", speedup]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
+    lines += [f"- no speedup is told, {len(red)} of make gpu-test fail: {', '.join(red[:3])}"] if red else []
     for row in measured(rows):
         if row["goal_ms"] is not None and not row["rehearsal"]:
             lines.append(f"- goal: {named(row)}: {row['ms'][1]:.3f} ms, wanted at most {row['goal_ms']} ms")
@@ -153,7 +170,7 @@ def write(rows: list[Row], about: dict[str, str], folder: Path) -> Path:
     (folder / "ops.md").write_text("\n".join([*lines, *table(rows), ""]), encoding="utf-8")
     kept = {"rehearsal": not CUDA, "environment": about, "limits": limits, "absent": ABSENT, "rows": rows}
     (folder / "ops.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
-    if CUDA:
+    if CUDA and not failing():
         source = f"{about['device']}, torch {about['torch']}, {about['date'][:10]}, revision {about['revision']}"
         whole = merged(best(rows, source), winners())
         (folder / "measured.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

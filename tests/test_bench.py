@@ -323,3 +323,25 @@ def test_a_wrong_kernel_is_a_failure(bench, monkeypatch):
     assert bench_ops.first_results(Work([], broken, 1.0), "flex", "forward", True)[2] == "RuntimeError: flex cannot"
     with pytest.raises(RuntimeError, match="triton cannot"):
         bench_ops.first_results(Work([], broken, 1.0), "triton", "forward", False)
+
+
+def test_no_speedup_while_a_kernel_test_is_red(bench, tmp_path):
+    import op_results
+    from resume import sources
+
+    def journal(**outcomes: str):
+        lines = [{"sources": sources(op_results.ROOT)}, *({"test": t, "outcome": o} for t, o in outcomes.items())]
+        file = tmp_path / "gpu-test.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return op_results.failing(file)
+
+    rows = [row("one", "eager", 2.0), row("one", "triton", 1.0)]
+    assert journal(one="passed") == op_results.failing(tmp_path / "none") == []
+    assert any("2.00x" in line for line in op_results.table(rows, []))
+    red = journal(one="passed", two="failed")
+    assert red == ["two"]
+    lines = op_results.table(rows, red)
+    assert not any("x |" in line for line in lines) and "- no speedup is told, 1 of make gpu-test fail: two" in lines
+    file = tmp_path / "gpu-test.jsonl"
+    file.write_text(file.read_text().replace(sources(op_results.ROOT), "other sources"))
+    assert op_results.failing(file) == []
