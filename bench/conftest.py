@@ -3,9 +3,9 @@
 pytest bench/ --benchmark-only          on a CUDA device: Wan 1.3B sizes, into bench/results/<gpu>/<date>-<revision>/
                                         without one: rehearsal at small sizes, its figures mean nothing; out/bench/
 
-ops.md and ops.json hold every op, ops.png shows them, rollout.md and rollout.json are of whole rollouts. measured.json
-is hiar_kernels/attention/measured.json with this run's winners in it, to be copied there. With --resume FILE the rows
-of earlier runs in FILE are among them (resume.py).
+ops.md and ops.json hold every op, ops.png shows them, rollout.md and rollout.json are of whole rollouts, vae.md and
+vae.json of the VAE. measured.json is hiar_kernels/attention/measured.json with this run's winners in it, to be copied
+there. With --resume FILE the rows of earlier runs in FILE are among them (resume.py).
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import op_results
 import rollout_results
+import vae_results
 from op_results import BENCH, CUDA, REHEARSAL, default_folder
 
 pytest_plugins = ["resume"]
-TABLES = {"op": op_results, "rollout": rollout_results}  # what names a row -> who tells and writes such rows
+# what names a row -> who tells and writes such rows
+TABLES = {"op": op_results, "rollout": rollout_results, "vae": vae_results}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,6 +68,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     about, folder = (None, None) if run is None else (run.journal.about, config.getoption("results"))
     for kind, results in TABLES.items():
         found = [row for row in rows if kind in row]
+        found = vae_results.with_vae(found, rows) if kind == "rollout" else found
         if found:
             terminalreporter.section(f"{kind}s" if CUDA else f"{kind}s, {REHEARSAL}")
             for line in results.table(found):

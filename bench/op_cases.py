@@ -57,6 +57,13 @@ def flow_step(bench: Bench, z: Sizes) -> Work:
     return plain(bench, "flow_step", [x, v, *levels, noise], 5 * x.nbytes)
 
 
+def rms_silu_pad(bench: Bench, z: Sizes) -> Work:
+    """At the full size of the VAE's decoder: the four pixel frames of one latent frame, of 16 x 16 pixels a token."""
+    size = [16 * n for n in z.grid]
+    x, cache = (normal(bench, 1, z.vae_width, frames, *size) for frames in (4, 2))
+    return plain(bench, "rms_silu_pad", [x, normal(bench, z.vae_width), cache], 2.5 * x.nbytes + 2 * cache.nbytes)
+
+
 def _rope(bench: Bench, z: Sizes) -> tuple[list[Tensor], dict[str, Any], float]:
     qkv = normal(bench, 1, z.block * z.frame_tokens, 3 * z.width)
     weights = [normal(bench, z.width) for _ in range(2)]
@@ -118,7 +125,7 @@ def table(bench: Bench, absent: dict[str, str]) -> list[Op]:
 
     trains = (ada_layer_norm, layer_norm, gated_residual, gated_residual_ada_layer_norm, qk_norm_rope)
     ops = []
-    for make in (*trains, qk_norm_rope_append, flow_step, ring_advance, merge_attention):
+    for make in (*trains, qk_norm_rope_append, flow_step, rms_silu_pad, ring_advance, merge_attention):
         name = make.__name__
         ops.append(Op(name, make, "bytes", make in trains, ("eager", "compiled", *own(name))))
     of_models = ("eager", "compiled", *own("qk_norm_rope_append"))

@@ -17,6 +17,7 @@ GOALS = (
 )
 COLUMNS = {
     "rollout": "rollout", "visit_ms": "visit ms", "block_ms": "block ms", "fps": "fps without VAE",
+    "fps_vae": "fps with VAE",
     "of_roofline": "of roofline", "launches": "launches a visit", "syncs": "syncs a visit", "peak_gib": "peak GiB",
     "cold_s": "cold start s", "loss": "largest loss",
 }  # fmt: skip
@@ -56,7 +57,8 @@ def write(rows: list[Row], about: dict[str, str], folder: Path) -> Path:
         "",
         "Wan 1.3B with random weights, 480x832, window of 21 latent frames, blocks of 3, 4 steps, steady state, one",
         "GPU. A visit is one forward of one block; block-first makes 5 of them a block, HiAR 8. The roofline is the",
-        "FLOP and the bytes of a visit at the rates of a large matmul and a large copy in the same run.",
+        "FLOP and the bytes of a visit at the rates of a large matmul and a large copy in the same run. With the VAE",
+        "the same GPU decodes each block when it is done (vae.md, the fastest way); empty: not measured in this run.",
         "",
         *table(rows),
         "",

@@ -25,6 +25,7 @@ class Sizes:
     window: int = 21
     text_tokens: int = 512
     channels: int = 16
+    vae_width: int = 96  # channels of the VAE's features at full size
 
     width = property(lambda z: z.heads * z.head_dim)
     frame_tokens = property(lambda z: z.grid[0] * z.grid[1])

@@ -1,7 +1,7 @@
 """Kernels for block-autoregressive video: attention over matched-noise caches and the pointwise work around it."""
 
 from . import reference
-from ._dispatch import prefer
+from ._dispatch import prefer, taken
 from .ada_layer_norm import ada_layer_norm
 from .attention import EMPTY, AttentionLayout, BlockCausal, KVContext, attention, attention_layout, takes_layout
 from .backends import backends
@@ -12,6 +12,7 @@ from .layer_norm import layer_norm
 from .merge_attention import merge_attention
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_append
 from .ring_advance import ring_advance
+from .rms_silu_pad import rms_silu_pad
 
 __all__ = [
     "EMPTY",
@@ -32,5 +33,7 @@ __all__ = [
     "qk_norm_rope_append",
     "reference",
     "ring_advance",
+    "rms_silu_pad",
+    "taken",
     "takes_layout",
 ]

@@ -15,6 +15,7 @@ def require(condition: bool, message: str) -> None:
 
 
 _preferred: str | None = None
+_taken: list[tuple[str, str]] | None = None
 
 
 @contextmanager
@@ -32,11 +33,24 @@ def prefer(impl: str) -> Iterator[None]:
         _preferred = before
 
 
+@contextmanager
+def taken() -> Iterator[list[tuple[str, str]]]:
+    """The list that within this block gets (op, implementation) of every op as it runs."""
+    global _taken
+    before, _taken = _taken, []
+    try:
+        yield _taken
+    finally:
+        _taken = before
+
+
 def choose(op: str, impl: str, available: tuple[str, ...], auto: str) -> str:
     """The implementation to run: "auto" is resolved, anything else must exist: never a silent fallback."""
     if impl == "auto":
-        return auto if _preferred is None or _preferred not in available else _preferred
-    if impl in available:
-        return impl
-    kind = "has no implementation" if impl in KNOWN_IMPLS else "knows no impl"
-    raise ValueError(f"{op}: {kind} {impl!r}; legal: auto, {', '.join(available)}")
+        impl = auto if _preferred is None or _preferred not in available else _preferred
+    elif impl not in available:
+        kind = "has no implementation" if impl in KNOWN_IMPLS else "knows no impl"
+        raise ValueError(f"{op}: {kind} {impl!r}; legal: auto, {', '.join(available)}")
+    if _taken is not None:
+        _taken.append((op, impl))
+    return impl

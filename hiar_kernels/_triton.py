@@ -9,7 +9,8 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from ._dispatch import require
 from ._library import LIBRARY
 
 _registered: set[str] = set()
+_shapes_only = False
 
 
 def interpreting() -> bool:
@@ -30,7 +32,19 @@ def load(op: str, tensor: Tensor) -> None:
 
     Imports ``hiar_kernels.<folder of op>.triton_fwd`` (and ``triton_bwd`` where there is one) at the first call.
     """
-    _load(op, str(tensor.device))
+    if not _shapes_only:
+        _load(op, str(tensor.device))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within this block ``impl="triton"`` needs no kernel, for it is given fake tensors: what would be allocated?"""
+    global _shapes_only
+    before, _shapes_only = _shapes_only, True
+    try:
+        yield
+    finally:
+        _shapes_only = before
 
 
 def _load(op: str, device: str) -> bool:

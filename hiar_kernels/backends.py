@@ -20,6 +20,7 @@ from .layer_norm import api as layer_norm
 from .merge_attention import api as merge_attention
 from .qk_norm_rope import api as qk_norm_rope
 from .ring_advance import api as ring_advance
+from .rms_silu_pad import api as rms_silu_pad
 
 _OPS = {
     "attention": (attention.IMPLS, "sdpa", attention_table.rules()),
@@ -45,6 +46,7 @@ _OPS = {
     "gated_residual": (gated_residual.IMPLS, "reference", POINTWISE),
     "gated_residual_ada_layer_norm": (gated_residual_ada_layer_norm.IMPLS, "reference", POINTWISE),
     "flow_step": (flow_step.IMPLS, "reference", POINTWISE),
+    "rms_silu_pad": (rms_silu_pad.IMPLS, "reference", POINTWISE),
 }
 
 

@@ -14,6 +14,7 @@ from .merge_attention import merge_attention as _merge_attention
 from .qk_norm_rope import qk_norm_rope as _qk_norm_rope
 from .qk_norm_rope import qk_norm_rope_append as _qk_norm_rope_append
 from .ring_advance import ring_advance as _ring_advance
+from .rms_silu_pad import rms_silu_pad as _rms_silu_pad
 
 attention = partial(_attention, impl="reference")
 merge_attention = partial(_merge_attention, impl="reference")
@@ -25,3 +26,4 @@ gated_residual = partial(_gated_residual, impl="reference")
 gated_residual_ada_layer_norm = partial(_gated_residual_ada_layer_norm, impl="reference")
 flow_step = partial(_flow_step, impl="reference")
 ring_advance = partial(_ring_advance, impl="reference")
+rms_silu_pad = partial(_rms_silu_pad, impl="reference")

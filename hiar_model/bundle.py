@@ -5,7 +5,8 @@ The toy model's folder holds `model.safetensors` (the transformer's tensors unde
 
     {"format": "hiar-toy", "transformer": {fields of WanConfig}, "world": {fields of WorldConfig},
      "schedule": {"steps": [1000, 750, 500, 250], "shift": 2.0}, "frames_per_block": 3, "window_frames": 12 (null: all),
-     "sink_frames": 0, "fps": 12, "num_frames": 48, "train_frames": 12}
+     "sink_frames": 0, "fps": 12, "num_frames": 48, "train_frames": 12,
+     "cache_source": "own", "order": null}                               these two may be missing
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -28,6 +29,7 @@ from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
 from .config import WanConfig
+from .rollout.visits import CACHE_SOURCES, ORDERS
 from .schedule import FlowSchedule
 from .toy.codec import ToyCodec
 from .toy.text import ToyTextEncoder
@@ -68,6 +70,8 @@ class VideoModel:
     new_decoder        makes the decoder of one video
     world              what a toy model shows; None for others
     temporal_compression  pixel frames per latent frame, but the first latent frame is always one pixel frame
+    cache_source       where the caches take their keys in the form that it was trained in: own or next_step
+    order              the order that it was trained for; None: any of the matched graph, and block_first too
     """
 
     name: str
@@ -85,11 +89,19 @@ class VideoModel:
     new_decoder: Callable[[], Decoder]
     world: WorldConfig | None = None
     temporal_compression: int = 1
+    cache_source: str = "own"
+    order: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("frames_per_block", "num_frames", "train_frames", "temporal_compression"):
             _whole(name, getattr(self, name), 1)
         _whole("sink_frames", self.sink_frames, 0)
+        if self.cache_source not in CACHE_SOURCES:
+            raise ValueError(f"cache_source must be one of {', '.join(CACHE_SOURCES)}, got {self.cache_source!r}")
+        if self.order not in (None, *ORDERS):
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, or null, got {self.order!r}")
+        if self.cache_source == "next_step" and self.order not in ("stream", "wavefront"):
+            raise ValueError(f'cache_source "next_step" needs the order stream or wavefront, got {self.order!r}')
         check_fps(self.fps)
         self.latent_frames(self.num_frames)
         self.latent_frames(self.train_frames)
@@ -251,6 +263,7 @@ def _build(
         text_encoder=lambda prompt: text.encode([prompt]),
         new_decoder=lambda: ToyDecoder(codec),
         world=world,
+        **{key: values.get(key, default) for key, default in _OPTIONAL.items()},
     )
 
 
@@ -278,7 +291,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is corrupt: {error}") from error
     if not isinstance(values, dict) or values.get("format") != TOY_FORMAT:
         raise ValueError(f'{path}: format must be "{TOY_FORMAT}"')
-    _same_keys(path, values, ["format", *_NESTED, *_PLAIN])
+    _same_keys(path, values, ["format", *_NESTED, *_PLAIN], also=[*_OPTIONAL])
     for key, kind in _NESTED.items():
         if not isinstance(values[key], dict):
             raise ValueError(f"{path}: {key} must be an object")
@@ -288,14 +301,20 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 _NESTED: dict[str, Any] = {"transformer": WanConfig, "world": WorldConfig, "schedule": FlowSchedule}
 _PLAIN = ("frames_per_block", "window_frames", "sink_frames", "fps", "num_frames", "train_frames")
+_OPTIONAL: dict[str, Any] = {"cache_source": "own", "order": None}
 
 
 def _same_keys(
-    path: Path, values: Mapping[str, Any], known: list[str], prefix: str = "", all_needed: bool = True
+    path: Path,
+    values: Mapping[str, Any],
+    known: list[str],
+    prefix: str = "",
+    all_needed: bool = True,
+    also: Sequence[str] = (),
 ) -> None:
     for key in values:
-        if key not in known:
-            raise ValueError(f"{path}: unknown key {prefix}{key}; known: {', '.join(known)}")
+        if key not in known and key not in also:
+            raise ValueError(f"{path}: unknown key {prefix}{key}; known: {', '.join([*known, *also])}")
     for key in known if all_needed else ():
         if key not in values:
             raise ValueError(f"{path}: key {prefix}{key} is missing")
@@ -323,6 +342,8 @@ def save_toy_model(
     num_frames: int | None = None,
     fps: float = 12,
     world: WorldConfig | None = None,
+    cache_source: str = "own",
+    order: str | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
     """Write a folder that :func:`load_video_model` reads; returns it.
@@ -331,6 +352,7 @@ def save_toy_model(
 
     Args:
         num_frames: of a video if nothing is said; None: four times ``train_frames``.
+        cache_source, order: the form that it was trained in; see :class:`VideoModel`.
         dtype: of the transformer's tensors in the file; the codec's are small and stay float32.
 
     Raises:
@@ -349,6 +371,8 @@ def save_toy_model(
         "fps": fps,
         "num_frames": 4 * train_frames if num_frames is None else num_frames,
         "train_frames": train_frames,
+        "cache_source": cache_source,
+        "order": order,
     }
     tensors = {CODEC + name: value.detach().cpu().contiguous() for name, value in codec.state_dict().items()}
     for name, value in transformer.state_dict().items():

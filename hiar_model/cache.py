@@ -6,6 +6,11 @@ is overwriting. Which slot holds which frame is written beside the keys (-1 empt
 
 Where each ring stands is kept on the device and moves on there (:func:`hiar_kernels.ring_advance`), so that a captured
 graph serves every block; the host keeps the same in plain numbers and never has to ask.
+
+Keys may be kept in fewer bits than the network works in (``cache_dtype``; e4m3 with a scale for each layer, head and
+frame slot). What a visit sees is then read back into one scratch that all layers share, its own keys among it: every
+walk sees the same numbers. In bfloat16 over e4m3 that moves 7 bytes for each number seen, beside the 2 that attention
+reads.
 """
 
 from __future__ import annotations
@@ -30,7 +35,10 @@ from hiar_kernels import (
 from hiar_kernels.nvtx import span
 
 from .config import WanConfig
+from .fp8 import E4M3, bits, dequantize, quantize
 from .transformer import Attend, Live
+
+CACHE_DTYPES = (E4M3, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def ring_frames(window: int | None, total: int | None, extra: int = 0) -> int:
@@ -48,6 +56,16 @@ class RingCache:
         config: of the transformer. capacities: frame slots of each cache (:func:`ring_frames`).
         batch: videos. frame_tokens: tokens of a frame. sink_frames: first frames that are never overwritten.
         heads: how many are kept; None: all.
+        dtype: that the network works in. cache_dtype: that keys and values are kept in (one of ``CACHE_DTYPES``); None:
+            the same.
+
+    Attributes:
+        k, v: of each layer [cache, batch, slot * frame_tokens, H, D]. k_scales, v_scales: of each layer float32
+            [cache, batch, slot, H] where they are e4m3, else empty. scratch: k and v of one layer as read back, where
+            they are kept in another dtype. frames: int32 [cache, batch, slot], -1 empty.
+
+    Raises:
+        ValueError: another ``cache_dtype``.
     """
 
     def __init__(
@@ -60,13 +78,21 @@ class RingCache:
         *,
         heads: int | None = None,
         dtype: torch.dtype = torch.float32,
+        cache_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.capacities, self.batch = config, tuple(capacities), batch
         self.frame_tokens, self.sink_frames = frame_tokens, sink_frames
-        shape = self.shape(config, capacities, batch, frame_tokens, heads)
-        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        shape, kept = self.shape(config, capacities, batch, frame_tokens, heads), kept_dtype(dtype, cache_dtype)
+        layers, scaled = range(config.num_layers), (*shape[:2], max(capacities), shape[3])
+        self.k = [torch.empty(shape, dtype=kept, device=device) for _ in layers]
+        self.v = [torch.empty(shape, dtype=kept, device=device) for _ in layers]
+        scaled_layers = layers if kept == E4M3 else ()
+        self.k_scales = [torch.ones(scaled, device=device, dtype=torch.float32) for _ in scaled_layers]
+        self.v_scales = [torch.ones(scaled, device=device, dtype=torch.float32) for _ in scaled_layers]
+        self.scratch: tuple[Tensor, ...] = ()
+        if kept != dtype:
+            self.scratch = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.frames = torch.full((shape[0], batch, max(capacities)), EMPTY, dtype=torch.int32, device=device)
         self.positions = torch.zeros(shape[0], batch, dtype=torch.int32, device=device)
         self.sizes = torch.tensor(capacities, dtype=torch.int32, device=device)[:, None].repeat(1, batch)
@@ -89,11 +115,14 @@ class RingCache:
         frame_tokens: int,
         dtype: torch.dtype = torch.float32,
         heads: int | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> int:
-        """Bytes that keys, values and frame ids will take, before anything is allocated."""
-        numbers = math.prod(cls.shape(config, capacities, batch, frame_tokens, heads))
-        ids = len(capacities) * batch * max(capacities) * torch.int32.itemsize
-        return 2 * config.num_layers * numbers * dtype.itemsize + ids
+        """Bytes that keys, values, their scales, the scratch and frame ids will take, before anything is allocated."""
+        shape, kept = cls.shape(config, capacities, batch, frame_tokens, heads), kept_dtype(dtype, cache_dtype)
+        numbers, slots = math.prod(shape), len(capacities) * batch * max(capacities)
+        of_layer = numbers * kept.itemsize + (slots * shape[3] * torch.float32.itemsize if kept == E4M3 else 0)
+        scratch = 0 if kept == dtype else 2 * numbers * dtype.itemsize
+        return 2 * config.num_layers * of_layer + scratch + slots * torch.int32.itemsize
 
     def slots(self, cache: int, frames: Sequence[int]) -> list[int]:
         """Slot of each frame; frames are counted from the video's first."""
@@ -119,22 +148,39 @@ class RingCache:
         part = tensor[caches, :, : slots * tokens]
         return part.view(part.shape[0] * part.shape[1], *part.shape[2:])
 
+    def seen(self, layer: int, caches: slice, slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values as attention takes them, [rows * batch, slots * tokens, H, D]; valid until the next call."""
+        kept = [self.rows(rings[layer], caches, slots) for rings in (self.k, self.v)]
+        if self.scratch:
+            whole = [self.rows(x, caches, slots) for x in self.scratch]
+            if self.k_scales:
+                scales = [self.rows(x[layer], caches, slots) for x in (self.k_scales, self.v_scales)]
+                for values, scale, out in zip(kept, scales, whole, strict=True):
+                    frames = (-1, self.frame_tokens)
+                    dequantize(values.unflatten(1, frames), scale, out.unflatten(1, frames))
+            else:
+                for values, out in zip(kept, whole, strict=True):
+                    out.copy_(values)
+            kept = whole
+        return kept[0], kept[1]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {"k": self.k, "v": self.v, "k_scale": self.k_scales, "v_scale": self.v_scales}
+        found = {f"{name}.{i}": x for name, layers in named.items() for i, x in enumerate(layers)}
+        return {**found, "frames": self.frames}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all tensors, by name."""
-        state = {f"k.{i}": k.clone() for i, k in enumerate(self.k)} | {
-            f"v.{i}": v.clone() for i, v in enumerate(self.v)
-        }
-        return {**state, "frames": self.frames.clone()}
+        return {name: x.clone() for name, x in self._tensors().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy the tensors of :meth:`state_dict` back in."""
-        own: dict[str, Tensor] = {f"k.{i}": k for i, k in enumerate(self.k)}
-        own |= {f"v.{i}": v for i, v in enumerate(self.v)} | {"frames": self.frames}
-        for name, tensor in own.items():
-            if name not in state or state[name].shape != tensor.shape:
-                found = list(state[name].shape) if name in state else "missing"
-                raise ValueError(f"cache state: {name} must be {list(tensor.shape)}, got {found}")
-            tensor.copy_(state[name])
+        for name, tensor in self._tensors().items():
+            given = state.get(name)
+            if given is None or (given.shape, given.dtype) != (tensor.shape, tensor.dtype):
+                found = "missing" if given is None else f"{given.dtype} {list(given.shape)}"
+                raise ValueError(f"cache state: {name} must be {tensor.dtype} {list(tensor.shape)}, got {found}")
+            tensor.copy_(given)
         self.held = self.frames[:, 0].tolist()
         self.stands = [None] * len(self.capacities)
 
@@ -171,6 +217,10 @@ class RingAttend(Attend):
         self.frames, self.slots = (torch.zeros(rows, frames, dtype=torch.int32, device=device) for _ in range(2))
         self.advance = torch.tensor(done, dtype=torch.int32, device=device).repeat_interleave(cache.batch)
         self.kv_frames = cache.rows(cache.frames, caches, self.used)
+        # for keys that are made apart and then stored: rows and slots to index with, slots of a ring of their own
+        self._rows = torch.arange(rows, device=device)[:, None]
+        self._slots = torch.zeros(rows, frames, dtype=torch.int64, device=device)
+        self._in_order = torch.arange(frames, dtype=torch.int32, device=device)[None]
         self.layout: AttentionLayout | None = None
 
     def enter(self, starts: Sequence[int], layout: bool = True) -> AttentionLayout | None:
@@ -205,26 +255,46 @@ class RingAttend(Attend):
             first_frame=self.first_frame,
             sink_frames=cache.sink_frames,
         )
+        self._slots.copy_(self.slots)
 
     def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:
         cache, c = self.cache, self.cache.config
-        k, v = cache.rows(cache.k[layer], self.caches, self.used), cache.rows(cache.v[layer], self.caches, self.used)
         options: dict[str, Any] = {"num_heads": c.num_heads, "grid": self.grid, "eps": c.eps, "theta": c.rope_theta}
         with span("qk_norm_rope_append"):
-            q = self._append(qkv, q_weight, k_weight, k, v, **options)
+            q = self._append(layer, qkv, q_weight, k_weight, **options)
         for row, (step, lent) in enumerate(zip(self.steps, self.lends, strict=True)):
             if lent:
                 self._lend(layer, step, row * cache.batch)
+        if live is not None and not live.rows:
+            return None
+        k, v = cache.seen(layer, self.caches, self.used)
         if live is None:
             return self._attend(q, k, v, 0, len(q), 0)
-        if not live.rows:
-            return None
         parts = [self._attend(q, k, v, start, stop, live.first) for start, stop in _runs(live.rows)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _append(self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """qkv -> q; keys and values go into the rings k, v."""
-        return qk_norm_rope_append(qkv, q_weight, k_weight, self.frames, self.slots, k, v, **options)
+    def _append(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, **options: Any) -> Tensor:
+        """qkv -> q; keys and values go into the rings of the layer."""
+        cache = self.cache
+        if not cache.scratch:
+            k, v = (cache.rows(rings[layer], self.caches, self.used) for rings in (cache.k, cache.v))
+            return qk_norm_rope_append(qkv, q_weight, k_weight, self.frames, self.slots, k, v, **options)
+        k, v = qkv.new_empty(2, *qkv.shape[:2], *cache.k[layer].shape[3:])
+        q = qk_norm_rope_append(qkv, q_weight, k_weight, self.frames, self._in_order, k, v, **options)
+        self._store(layer, *(x.unflatten(1, (-1, cache.frame_tokens)) for x in (k, v)))
+        return q
+
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k, v [B, F, ..., H, D], tokens of a frame in one dimension or several, into the slots of the visit, in the
+        rings' own dtype.
+        """
+        cache, where = self.cache, (self._rows, self._slots)
+        for rings, scales, new in ((cache.k, cache.k_scales, k), (cache.v, cache.v_scales, v)):
+            if scales:
+                new, scale = quantize(new.flatten(2, -3))
+                cache.rows(scales[layer], self.caches, self.used)[where] = scale
+            framed = cache.rows(rings[layer], self.caches, self.used).unflatten(1, (-1, *new.shape[2:-2]))
+            bits(framed)[where] = bits(new.to(framed.dtype))
 
     def _lend(self, layer: int, step: int, row: int) -> None:
         """Copy this visit's keys and values into the ring of the step before, by that ring's own slots."""
@@ -232,9 +302,9 @@ class RingAttend(Attend):
         sink, size = cache.sink_frames, cache.capacities[step - 1]
         frame, source = self.frames[row] - self.first_frame, self.slots[row]
         target = torch.where(frame < min(sink, size), frame, sink + (frame - sink) % max(1, size - sink))
-        for ring in (cache.k[layer], cache.v[layer]):
-            framed = ring.unflatten(2, (-1, cache.frame_tokens))
-            framed[step - 1].index_copy_(1, target.long(), framed[step].index_select(1, source))
+        framed = [bits(ring).unflatten(2, (-1, cache.frame_tokens)) for ring in (cache.k[layer], cache.v[layer])]
+        for slots in (*framed, *(scales[layer] for scales in (cache.k_scales, cache.v_scales) if scales)):
+            slots[step - 1].index_copy_(1, target.long(), slots[step].index_select(1, source))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, stop: int, first: int) -> Tensor:
         """Rows start..stop, queries from frame ``first`` on."""
@@ -251,6 +321,15 @@ class RingAttend(Attend):
                 layout=None if self.layout is None else self.layout.select(start, stop, first),
             )
         return out
+
+
+def kept_dtype(dtype: torch.dtype, cache_dtype: torch.dtype | None) -> torch.dtype:
+    """What keys are kept in beside a network that works in ``dtype``; ValueError for what no cache can hold."""
+    if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
+        legal = ", ".join(str(x).removeprefix("torch.") for x in CACHE_DTYPES)
+        found = str(cache_dtype).removeprefix("torch.")
+        raise ValueError(f"cache_dtype must be one of {legal}, or None for that of the weights; got {found}")
+    return dtype if cache_dtype is None else cache_dtype
 
 
 def _runs(rows: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 KEPT = ".blocks"  # behind the name of the output: the folder of an unfinished run
-_TOLD = "HIAR_TOLD"  # a file that appears once a process has said what went wrong
+TOLD = "HIAR_TOLD"  # a file that appears once a process has said what went wrong
 
 
 def pipeline_arguments(parser: ArgumentParser, nproc: int = 1) -> None:
@@ -82,7 +82,7 @@ def launch(argv: Sequence[str], nproc: int) -> int:
     logging.disable()  # the launcher's own account of a failure: the processes tell it in one line
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "told"
-        os.environ[_TOLD] = str(told)
+        os.environ[TOLD] = str(told)
         try:
             elastic_launch(config, sys.executable)("-u", "-m", "hiar_model", *argv)
             return 0
@@ -96,7 +96,7 @@ def launch(argv: Sequence[str], nproc: int) -> int:
             return INTERRUPTED
         finally:
             logging.disable(logging.NOTSET)
-            del os.environ[_TOLD]
+            del os.environ[TOLD]
 
 
 @dataclass
@@ -145,7 +145,7 @@ def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
     from .rollout.pipeline import join
 
     def advice(finished: int) -> str:
-        if told := os.environ.get(_TOLD):
+        if told := os.environ.get(TOLD):
             Path(told).touch()
         return f"; {finished} finished blocks are kept in {kept}, --resume goes on" if kept and finished else ""
 

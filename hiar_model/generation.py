@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hiar_kernels.nvtx import span
 
-from .bundle import VideoModel, load_video_model, pick_device, pick_dtype
+from .bundle import Decoder, VideoModel, load_video_model, pick_device, pick_dtype
 from .rollout import FinishedBlock, PipelineOptions, Rollout
 from .rollout.checkpoints import RunFolder
 from .rollout.visits import ORDERS
 from .schedule import FlowSchedule
+from .script import Script, Show, prompt_delay
+from .sessions import load_session, save_session
 from .version import versions
 from .video import Frames, Video, check_fps
 
@@ -28,9 +32,13 @@ class Generation:
     """One checked request: every mistake is found here, before work starts. Iterate once for the frames.
 
     Args: as for :func:`generate`; ``endless`` makes ``num_frames`` None mean a video without an end; ``executor``,
-    ``pipeline``, ``parallel`` and ``pairs`` as for :class:`Rollout`. With a pipeline finished blocks, and every
-    ``checkpoint_every`` of them the states of all ranks, are kept in the folder ``keep``, and ``resume`` goes on with
-    those of an interrupted run.
+    ``pipeline``, ``parallel``, ``pairs``, ``on_nan`` and ``on_new_text`` as for :class:`Rollout`. With a pipeline
+    finished blocks, and every ``checkpoint_every`` of them the states of all ranks, are kept in the folder ``keep``,
+    and ``resume`` goes on with those of an interrupted run.
+
+    ``prompts`` change on the way (:class:`hiar_model.script.Script`); ``prompt`` is then that of the time before the
+    script's first line, or None. ``session`` is a file of :meth:`save_session` to go on from: frames come from there
+    on; with another prompt it is a fork, which shows it from the first block that had not begun.
 
     Raises:
         ValueError: one line that names what is wrong and what would be right.
@@ -38,7 +46,7 @@ class Generation:
 
     def __init__(
         self,
-        prompt: str,
+        prompt: str | None,
         *,
         model: str | os.PathLike[str] | VideoModel = "toy",
         num_frames: int | None = None,
@@ -58,6 +66,10 @@ class Generation:
         keep: str | os.PathLike[str] | None = None,
         resume: bool = False,
         checkpoint_every: int = 10,
+        prompts: Script | None = None,
+        on_new_text: str = "keep",
+        on_nan: str = "stop",
+        session: str | os.PathLike[str] | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         _check(num_frames=num_frames, seed=seed, steps=steps, order=order, sink_frames=sink_frames, fps=fps)
@@ -66,12 +78,13 @@ class Generation:
             others = ", ".join(name for name in ORDERS if name != "step_first")
             raise ValueError(f"order step_first cannot make an endless video: give num_frames, or use {others}")
         self.model = _load(model, device, dtype)
-        text = self.model.encode_text(prompt)
         self.num_frames = None if endless else num_frames or self.model.num_frames
         self.schedule = self.model.schedule if steps is None else FlowSchedule.uniform(steps, self.model.schedule.shift)
         self.fps = float(self.model.fps if fps is None else fps)
         window = self._window(window_frames, endless)
         sink = self.model.sink_frames if sink_frames is None else sink_frames
+        self.show: Show | None = None
+        text = self._text(prompt, prompts)
         _, height, width = self.model.latent_size
         self.rollout = Rollout(
             self.model.transformer,
@@ -89,12 +102,19 @@ class Generation:
             pipeline=pipeline,
             parallel=parallel,
             pairs=pairs,
+            on_new_text=on_new_text,
+            on_nan=on_nan,
             on_visit=None if on_progress is None else self._visited,
             on_boundary=self._boundary,
         )
         self.on_progress, self.frames_done = on_progress, 0
+        self.on_new_text = on_new_text
         self.metadata = self._describe(prompt, seed, steps, order, window, sink)
         self.kept = None if keep is None else self._keep(keep, resume, checkpoint_every)
+        self.decoder: Decoder | None = None
+        self.session = session
+        if session is not None and keep is not None:
+            raise ValueError(f"session={os.fspath(session)!r} is of one process, a pipeline keeps its own: give one")
 
     @property
     def shows(self) -> bool:
@@ -110,7 +130,11 @@ class Generation:
         Raises:
             FloatingPointError: latents that are not finite, or frames that are all black: names step and block.
         """
-        decoder, last_step = self.model.decoder(), len(self.schedule) - 1
+        last_step = len(self.schedule) - 1
+        decoder = self.decoder = self.model.decoder()
+        if self.session is not None:
+            found = load_session(self.session, self.rollout, decoder, {"weights_sha256": self.model.weights_sha256})
+            self.frames_done = found.about["frames"]
         for block in self._blocks():
             if not self.shows:
                 continue
@@ -122,6 +146,36 @@ class Generation:
                 raise FloatingPointError(f"{made} came out all black: step {last_step}, block {block.block}")
             self._report(self.rollout.forwards_done)
             yield frames
+
+    def save_session(self, path: str | os.PathLike[str]) -> Path:
+        """Write a session, between two blocks: see :func:`hiar_model.sessions.save_session`."""
+        if self.decoder is None:
+            raise ValueError("a session begins with the first block: there is nothing to save yet")
+        about = {"weights_sha256": self.model.weights_sha256, "frames": self.frames_done}
+        return save_session(path, self.rollout, self.decoder, about)
+
+    def told(self) -> list[str]:
+        """What is to be said about prompts that change: from when on each shows, and what a live change would wait."""
+        if self.show is None:
+            return []
+        plan, pipeline = self.rollout.plan, self.rollout.pipeline
+        if plan.order == "step_first":
+            return self.show.told()
+        ranks = 1 if pipeline is None else len([n for n in pipeline.stage.split if n])
+        return [*self.show.told(), str(prompt_delay(plan, ranks, self.on_new_text))]
+
+    def _text(self, prompt: str | None, prompts: Script | None) -> Tensor | Show:
+        """Of the one prompt, or of each block."""
+        if prompts is None:
+            return self.model.encode_text(prompt)  # type: ignore[arg-type]  # refuses None by name
+        block, made = self.model.frames_per_block, self.num_frames
+
+        def start(n: int) -> float:
+            return (self.model.pixel_frames(n * block) if n else 0) / self.fps
+
+        num_blocks = None if made is None else self.model.latent_frames(made) // block
+        self.show = Show.encoded(prompts.from_start(prompt), self.model.encode_text, start, num_blocks)
+        return self.show
 
     def _blocks(self) -> Iterator[FinishedBlock]:
         """Those that were kept of an interrupted run, then the rest as they come."""
@@ -139,8 +193,8 @@ class Generation:
         pipeline = self.rollout.pipeline
         if pipeline is None:
             raise ValueError("blocks are kept, and runs resumed, in a pipeline only: give executor pipeline")
-        names = ("prompt", "weights_sha256", "num_frames", "seed", "timesteps", "frames_per_block", "window_frames",
-                 "sink_frames", "dtype")  # fmt: skip
+        names = ("prompt", "prompts", "weights_sha256", "num_frames", "seed", "timesteps", "frames_per_block",
+                 "window_frames", "sink_frames", "dtype")  # fmt: skip
         about = {name: self.metadata[name] for name in names} | {"steps_per_rank": list(pipeline.stage.split)}
         return RunFolder(folder, about, resume=resume, every=every, group=pipeline.group)
 
@@ -172,7 +226,7 @@ class Generation:
             self.on_progress(self.frames_done, self.num_frames, forwards_done, self.rollout.forwards_total)
 
     def _describe(
-        self, prompt: str, seed: int, steps: int | None, order: str, window: Any, sink: int
+        self, prompt: str | None, seed: int, steps: int | None, order: str, window: Any, sink: int
     ) -> dict[str, Any]:
         """What it takes to repeat the video, as JSON takes it."""
         model, device = self.model, self.model.device
@@ -191,11 +245,18 @@ class Generation:
             "dtype": dtype,
             "threads": torch.get_num_threads(),
         }
-        command = ["hiar", "generate", prompt]
+        command = ["hiar", "generate", *([] if prompt is None else [prompt])]
+        prompts = None
+        if self.show is not None:
+            lines = self.show.script.lines
+            prompts = [[line.seconds, line.prompt] for line in lines]
+            prompt, options["prompts"] = lines[0].prompt, self.show.script.name
+            options["on-new-text"] = self.on_new_text
         for name, value in options.items():
             command += [] if value is None else [f"--{name}", str(value)]
         return {
             "prompt": prompt,
+            "prompts": prompts,
             "model": model.name,
             "weights_sha256": model.weights_sha256,
             "num_frames": self.num_frames,

@@ -45,9 +45,13 @@ class Modulation:
         return Modulation(live.select(self.embedding), live.select(self.blocks))
 
 
+def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
+    """Made once: inside a captured graph nothing may come from the host. For fake tensors each time: none is kept."""
+    return _made_index(rows, like.device) if type(like) is Tensor else torch.tensor(rows, device=like.device)
+
+
 @functools.lru_cache(maxsize=256)
-def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """Made once: inside a captured graph nothing may come from the host."""
+def _made_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, device=device)
 
 
@@ -55,10 +59,23 @@ def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
 class TextKV:
     """Keys and values of the prompt, one pair for each layer: k, v [B, L, H, D]; ``counts`` [B or 1, L] how often each
     key occurs (padding tokens are all equal, so they are one key). They depend on weights and prompt only.
+
+    In training there is the prompt itself instead, ``embedded`` [B, L, C], and each block makes its own in its forward:
+    a sharded block (FSDP) has its weights there only, and a gradient that reached them later would be lost.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
     counts: Tensor
+    embedded: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        """Rows of the keys."""
+        return len(self.layers[0][0] if self.embedded is None else self.embedded)
+
+    def of(self, layer: int, cross_attn: CrossAttention) -> tuple[Tensor, Tensor]:
+        """k, v of a layer."""
+        return self.layers[layer] if self.embedded is None else cross_attn.kv(self.embedded)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,9 +85,10 @@ class TextKV:
 
     def rows(self, keep: Sequence[int]) -> TextKV:
         """The given rows of the batch."""
-        index = _index(tuple(keep), self.counts.device)
+        index = _index(tuple(keep), self.counts)
         counts = self.counts if self.counts.shape[0] == 1 else self.counts[index]
-        return TextKV(tuple((k[index], v[index]) for k, v in self.layers), counts)
+        embedded = None if self.embedded is None else self.embedded[index]
+        return TextKV(tuple((k[index], v[index]) for k, v in self.layers), counts, embedded)
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,7 @@ class Live:
     def select(self, x: Tensor) -> Tensor:
         """x [B, F, ...] -> the live [b, f, ...]."""
         x = x[:, self.first :]
-        return x if len(self.rows) == x.shape[0] else x[_index(self.rows, x.device)]
+        return x if len(self.rows) == x.shape[0] else x[_index(self.rows, x)]
 
     def tokens(self, x: Tensor, frame_tokens: int) -> Tensor:
         """x [B, T, ...] -> the live tokens."""
@@ -230,13 +248,13 @@ class Block(nn.Module):
             return None
         if live is not None:
             x = live.tokens(x, x.shape[1] // modulation.blocks.shape[1])
-            modulation, text = modulation.select(live), text if len(text.layers[0][0]) == 1 else text.rows(live.rows)
+            modulation, text = modulation.select(live), text if text.batch == 1 else text.rows(live.rows)
         _, _, gate1, shift2, scale2, gate2 = self._parts(modulation)
         with span("output"):
             x = gated_residual(x, own.o(attended.flatten(2)), gate1)
         with span("cross-attention"):
             normed = layer_norm(x, self.norm3.weight, self.norm3.bias, eps=self.eps)
-            cross = self.cross_attn(normed, *text.layers[layer], text.counts)
+            cross = self.cross_attn(normed, *text.of(layer, self.cross_attn), text.counts)
         with span("feed-forward"):
             x, normed = _settle(x, Pending(cross, _unit_gate(shift2)), shift2, scale2, self.eps)
             return x, Pending(self._feed_forward(normed), gate2), modulation, text
@@ -351,7 +369,7 @@ class HiARTransformer(nn.Module):
             video_start = first_frame if context is None else 0
         rule = (frames_per_block, window_frames, sink_frames, video_start)
         attend = self._full(latents, attention, *rule, first_frame, context)
-        out = self.run(latents, self.modulation(timesteps, latents.shape[1]), self.text_kv(text), attend)
+        out = self.run(latents, self.modulation(timesteps, latents.shape[1]), self.embed_text(text), attend)
         assert out is not None
         return out
 
@@ -369,7 +387,7 @@ class HiARTransformer(nn.Module):
         """A forward only for its keys and values, one :class:`KVContext` for each layer; differentiable."""
         rule = (frames_per_block, window_frames, sink_frames, first_frame)
         attend = self._full(latents, attention, *rule, first_frame, None, True)
-        self.run(latents, self.modulation(timesteps, latents.shape[1]), self.text_kv(text), attend, Live(()))
+        self.run(latents, self.modulation(timesteps, latents.shape[1]), self.embed_text(text), attend, Live(()))
         assert attend.collected is not None
         return attend.collected
 
@@ -448,8 +466,8 @@ class HiARTransformer(nn.Module):
         embedding = self.time_embedding(sinusoid)
         return Modulation(embedding, self.time_projection(embedding).unflatten(-1, (6, -1)))
 
-    def text_kv(self, text: Tensor) -> TextKV:
-        """Prompt [B, L, text_dim] -> its keys and values for every layer; padding becomes one key with a count."""
+    def embed_text(self, text: Tensor) -> TextKV:
+        """Prompt [B, L, text_dim] -> what blocks make keys and values of; padding becomes one token with a count."""
         length, full = text.shape[1], self.config.text_len
         if length > full or text.shape[2] != self.config.text_dim:
             raise ValueError(f"text must be [B, at most {full}, {self.config.text_dim}], got {list(text.shape)}")
@@ -457,6 +475,11 @@ class HiARTransformer(nn.Module):
         if length < full:
             text = F.pad(text, (0, 0, 0, 1))
             counts = F.pad(counts, (0, 1), value=float(full - length))
-        embedded = self.text_embedding(text.to(self.patch_embedding.weight.dtype))
+        return TextKV((), counts, self.text_embedding(text.to(self.patch_embedding.weight.dtype)))
+
+    def text_kv(self, text: Tensor) -> TextKV:
+        """Prompt [B, L, text_dim] -> its keys and values for every layer, made once for all visits."""
+        prompt = self.embed_text(text)
+        assert prompt.embedded is not None
         kv: list[Callable[[Tensor], tuple[Tensor, Tensor]]] = [block.cross_attn.kv for block in self.blocks]  # type: ignore[union-attr,misc]
-        return TextKV(tuple(project(embedded) for project in kv), counts)
+        return TextKV(tuple(project(prompt.embedded) for project in kv), prompt.counts)

@@ -299,7 +299,10 @@ def test_several_indexes(tmp_path):
         ('{"dim": 128, "depth": 3}', "unknown depth; known: dim, eps, ffn_dim"),
         ('{"dim": 130, "num_heads": 4}', "dim 130 is not num_heads 4 times an even number"),
         ('{"num_heads": "four"}', "sizes must be numbers: "),
-        ('{"_class_name": "WanTransformer3DModel", "num_attention_heads": 12}', "describes diffusers' layout"),
+        (
+            '{"_class_name": "WanVACEModel", "dim": 128}',
+            "describes a WanVACEModel, expected WanModel, ",
+        ),
     ],
 )
 def test_bad_configs(tmp_path, weights, text, message):

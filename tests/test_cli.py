@@ -22,6 +22,8 @@ from hiar_model.cli import build_parser, main
 
 pytestmark = pytest.mark.cpu
 
+TOY = "toy/teacher_forcing"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -117,10 +119,14 @@ WRONG = {
     "gif pace": (["generate", PROMPT, "-o", "a.gif", "--fps", "90"], "at most 50 fps"),
     "device": (["generate", PROMPT, "-o", "a.mp4", "--device", "cuda:77"], "'cuda:77' is not there"),
     "no config": (["generate", PROMPT, "-o", "a.mp4", "--config", "nowhere.yaml"], "nowhere.yaml"),
-    "no such recipe": (["train", "tie"], "no recipe 'tie'"),
-    "recipe key": (["train", "toy", "iteration=3"], "unknown key iteration; did you mean iterations"),
-    "recipe value": (["train", "toy", "iterations=few"], "iterations must be int, got 'few'"),
-    "no override": (["train", "toy", "iterations"], "'iterations' is no override: write key=value"),
+    "no such recipe": (["train", "toy"], "no recipe 'toy': neither a file nor one of toy/hiar, "),
+    "recipe key": (["train", TOY, "update=3"], "unknown key update; did you mean updates"),
+    "recipe value": (["train", TOY, "updates=few"], "updates must be int, got 'few'"),
+    "no override": (["train", TOY, "updates"], "'updates' is no override: write key=value"),
+    "training device": (["train", TOY, "--device", "gpu"], "'gpu'"),
+    "world": (["train", TOY, "data.world=flat"], "data.world must be one of plain, varied, got 'flat'"),
+    "no teacher": (["train", "toy/ode_pairs", "teacher=no.safetensors"], "no.safetensors: no such file or folder"),
+    "no trajectories": (["train", "toy/ode_init", "trajectories=no"], "no: holds no trajectories"),
     "no such world": (["evaluate", "wan"], "invalid choice: 'wan'"),
     "prompts": (["evaluate", "toy", "--prompts", "65"], r"prompts must be in 1\.\.64.* got 65"),
     "json": (["evaluate", "toy", "--json", "no/a.json"], "cannot write no/a.json"),
@@ -186,18 +192,19 @@ def test_debug_shows_where(capsys):
 # hiar train, evaluate, doctor
 
 
-TINY = ["iterations=2", "batch_size=1", "num_frames=6", "log_every=1", "precision=float32", "optimizer.matrix_lr=1e-3"]
+TINY = ["updates=2", "batch_size=1", "num_frames=6", "log_every=1", "precision=float32", "optimizer.lr=1e-3"]
+TINY += ["scale.threads=1", "sample_every=0"]
 
 
 def test_train_resume_generate(here, capsys):
-    assert run("train", "toy", *TINY, "--out", "run") == 0
+    assert run("train", TOY, *TINY, "--out", "run") == 0
     told = capsys.readouterr()
     assert "model: run/model; try: hiar generate" in told.out and not told.err
-    assert {p.name for p in (here / "run").iterdir()} >= {"model", "loss.csv", "checkpoint.pt"}
+    assert {p.name for p in (here / "run").iterdir()} >= {"model", "loss.csv", "states"}
     assert ((here / "run/loss.png").exists()) == ("loss curve: run/loss.png" in told.out)
-    assert run("train", "toy", *TINY, "--out", "run") == 0
-    assert "going on from iteration 2" in capsys.readouterr().out
-    assert "another batch_size" in refused(capsys, 2, "train", "toy", *TINY, "batch_size=2", "--out", "run")
+    assert run("train", TOY, *TINY, "--out", "run") == 0
+    assert "going on from update 2 of run/states/update_00000002" in capsys.readouterr().out
+    assert "another batch_size" in refused(capsys, 2, "train", TOY, *TINY, "batch_size=2", "--out", "run")
     assert run("generate", PROMPT, "-o", "a.gif", "--model", "run/model", "--num-frames", BLOCK) == 0
     model = load_video_model("run/model", "cpu")
     assert (model.train_frames, model.num_frames) == (6, 24)

@@ -1,4 +1,4 @@
-"""Models on disk, prompt to video, and the toy evaluation, on a small model of random weights."""
+"""Models on disk and prompt to video, on a small model of random weights."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ import hiar_model
 from hiar_model import FlowSchedule, generate, load_video_model, stream
 from hiar_model.bundle import CONFIG, WEIGHTS, save_toy_model
 from hiar_model.toy.codec import ToyCodec
-from hiar_model.toy.evaluate import PARTS, evaluate_toy
-from hiar_model.toy.prompt import parse, split_prompts
-from hiar_model.toy.world import Scene, ToyWorld
 
 pytestmark = pytest.mark.cpu
 
@@ -285,67 +282,6 @@ def test_metadata_is_complete(model):
     assert told["timesteps"] == pytest.approx([1000, 2000 / 3]) and told["versions"]["torch"] == torch.__version__
     assert (told["window_frames"], told["sink_frames"], told["num_frames"]) == (WINDOW, 0, FRAMES)
     assert (told["device"], told["dtype"]) == ("cpu", "float32")
-
-
-# The toy evaluation
-
-
-class Truth:
-    """Decodes nothing: shows what the prompt says."""
-
-    def __init__(self, prompt: str) -> None:
-        self.scene, self.shown = Scene(parse(prompt), SIDE / 2, SIDE / 2), 0
-
-    def decode(self, latents):
-        frames = ToyWorld().render(self.scene, self.shown, latents.shape[1])
-        self.shown += latents.shape[1]
-        return ToyCodec.to_uint8(frames).numpy()
-
-
-def test_evaluation_of_the_truth(model):
-    """A decoder that shows the prompts must get full marks; one that shows them in another's place must not."""
-    asked: list[str] = []
-
-    def listen(prompt):
-        asked.append(prompt)
-        return model.text_encoder(prompt)
-
-    truth = dataclasses.replace(model, text_encoder=listen, new_decoder=lambda: Truth(asked.pop(0)))
-    mixed = dataclasses.replace(model, text_encoder=listen, new_decoder=lambda: Truth(asked.pop()))
-    prompts = split_prompts()[1][:8]
-    seen = []
-    options = {"num_frames": [6, 24], "order": ["stream"], "batch": 3}
-    rows = evaluate_toy(truth, prompts, **options, on_videos=lambda *n: seen.append(n))
-    assert seen == [(3, 16), (6, 16), (8, 16), (11, 16), (14, 16), (16, 16)]
-    assert [(row.order, row.num_frames, row.videos, len(row.parts)) for row in rows] == [
-        ("stream", 6, 8, PARTS), ("stream", 24, 8, PARTS),
-    ]  # fmt: skip
-    for row in rows:
-        assert row.whole.colour == row.whole.valid == row.whole.direction == 1
-        assert row.whole.speed_ratio == pytest.approx(1, abs=0.02)
-        assert all(part.valid == 1 for part in row.parts)
-    asked.clear()
-    assert evaluate_toy(mixed, prompts, **options)[0].whole.valid < 0.6
-
-
-def test_evaluation_does_not_depend_on_the_batch(model):
-    prompts = split_prompts()[1][:3]
-    rows = [evaluate_toy(model, prompts, num_frames=[6], order=["step_first"], batch=n)[0].to_dict() for n in (1, 3)]
-    assert rows[0]["whole"] == pytest.approx(rows[1]["whole"], rel=1e-3, nan_ok=True)
-
-
-def test_illegal_evaluations(model):
-    prompts = split_prompts()[1][:1]
-    for wrong, message in (
-        ({"prompts": []}, "at least one prompt"),
-        ({"batch": 0}, "at least one prompt"),
-        ({"num_frames": [3]}, "at least 6 frames, got 3"),
-        ({"num_frames": [7]}, "nearest 6 or 9"),
-        ({"order": ["x"]}, "order"),
-        ({"model": dataclasses.replace(model, world=None)}, "shows no toy world"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            evaluate_toy(**{"model": model, "prompts": prompts, "num_frames": [6], **wrong})
 
 
 # The package

@@ -23,9 +23,17 @@ PACKAGES = ("hiar_kernels", "hiar_model")
 
 # Lowest first. A module may import from its own layer and from those above it in this list, never from one below.
 # A name stands for the module and, if that is a package, for all inside; `hiar_model` itself is only its __init__.
-FOUNDATION = ("version", "config", "schedule", "cache", "transformer", "checkpoint")
-USES = ("generation", "bundle", "train", "toy", "video", "profiling", "parallel_report")
-COMMANDS = ("cli", "cli_parallel", "cli_performance", "__main__", "doctor")
+FOUNDATION = (
+    "version", "config", "schedule", "fp8", "cache", "transformer", "weight_files", "layouts", "checkpoint", "convert",
+    "text",
+)  # fmt: skip
+USES = (
+    "generation", "bundle", "train", "toy", "video", "profiling", "parallel_report", "vae", "vae_weights", "vae_fused",
+    "memory", "fit", "sessions", "script", "infill", "experts",
+)  # fmt: skip
+COMMANDS = (
+    "cli", "cli_machine", "cli_toy", "cli_train", "cli_parallel", "cli_performance", "cli_wan", "__main__", "doctor",
+)  # fmt: skip
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kernels", ("hiar_kernels",)),
     ("foundation", tuple(f"hiar_model.{m}" for m in FOUNDATION)),

@@ -28,6 +28,11 @@ def turned(x: Tensor) -> Tensor:
     return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(x.requires_grad)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same values with all channels of a pixel beside each other."""
+    return x.detach().to(memory_format=torch.channels_last_3d).requires_grad_(x.requires_grad)
+
+
 # Schemas, fakes, gradients
 
 ROPE = (2, 1, 3, 1e-6, 10000.0)
@@ -78,6 +83,9 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "flow_step of strided views": (
         turned(normal(2, 3, 2, 4, 4)), turned(normal(2, 3, 2, 4, 4)), torch.rand(1, 1), torch.rand(1, 1), None,
     ),
+    "rms_silu_pad": (normal(2, 6, 3, 2, 4), normal(6), normal(2, 6, 2, 2, 4), 1e-12),
+    "rms_silu_pad at the start": (normal(2, 6, 1, 2, 4), normal(6), None, 1e-12),
+    "rms_silu_pad of channels last": (channels_last(normal(2, 6, 3, 2, 4)), normal(6), normal(2, 6, 1, 2, 4), 1e-12),
 }  # fmt: skip
 TWICE = {f"{name}_cuda": name for name in ("merge_attention", "qk_norm_rope_append", "ring_advance")}
 SAMPLES |= {twin: SAMPLES[name] for twin, name in TWICE.items()}
@@ -205,6 +213,7 @@ PUBLIC: dict[str, tuple[Callable, list[Tensor]]] = {
         lambda x, v, e: hk.flow_step(x, v, torch.tensor([[0.9]]), torch.tensor([[0.5, 0.0, 0.1]]), e),
         [normal(2, 3, 2, 4, 4, seed=i) for i in range(3)],
     ),
+    "rms_silu_pad": (hk.rms_silu_pad, [normal(2, 6, 3, 2, 4), normal(6), normal(2, 6, 2, 2, 4, seed=1)]),
 }  # fmt: skip
 
 
@@ -259,6 +268,7 @@ CALLS: dict[str, Callable[[str], object]] = {
         *[torch.ones(1, 1, 2)] * 5, impl=impl
     ),
     "flow_step": lambda impl: hk.flow_step(*[torch.ones(1, 1, 1, 1, 1)] * 2, *[torch.ones(1, 1)] * 2, impl=impl),
+    "rms_silu_pad": lambda impl: hk.rms_silu_pad(torch.ones(1, 2, 1, 1, 1), torch.ones(2), impl=impl),
 }  # fmt: skip
 
 
@@ -308,7 +318,7 @@ def test_backends_say_what_is_chosen_and_why():
 
 Q = torch.zeros(2, 4, 2, 8)
 X = torch.zeros(2, 6, 8)
-LATENT = torch.zeros(2, 3, 1, 4, 4)
+LATENT = CLIP = torch.zeros(2, 3, 1, 4, 4)
 RULE = BlockCausal(2, 2)
 LEVEL = torch.zeros(1, 1)
 
@@ -443,6 +453,23 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         lambda: hk.flow_step(LATENT, LATENT, LEVEL, torch.zeros(1, 2)),
         "sigma_next must be [2 or 1, 3 or 1], got [1, 2]",
     ),
+    "features in four dimensions": (
+        lambda: hk.rms_silu_pad(CLIP[0], torch.ones(3)), "x must be [B, C, F >= 1, H, W], got [3, 1, 4, 4]"
+    ),
+    "features without a frame": (
+        lambda: hk.rms_silu_pad(CLIP[:, :, :0], torch.ones(3)), "x must be [B, C, F >= 1, H, W], got [2, 3, 0, 4, 4]"
+    ),
+    "a weight with its image axes": (
+        lambda: hk.rms_silu_pad(CLIP, torch.ones(3, 1, 1, 1)), "weight must be [3], got [3, 1, 1, 1]"
+    ),
+    "a cache of three frames": (
+        lambda: hk.rms_silu_pad(CLIP, torch.ones(3), torch.zeros(2, 3, 3, 4, 4)),
+        "cache must be [2, 3, 1 or 2, 4, 4] torch.float32, got [2, 3, 3, 4, 4] torch.float32",
+    ),
+    "a cache in another dtype": (
+        lambda: hk.rms_silu_pad(CLIP, torch.ones(3), CLIP.half()),
+        "cache must be [2, 3, 1 or 2, 4, 4] torch.float32, got [2, 3, 1, 4, 4] torch.float16",
+    ),
 }  # fmt: skip
 
 
@@ -451,5 +478,8 @@ def test_bad_input_is_one_line(what):
     call, message = BAD[what]
     line = refusal(call)
     assert message in line
-    assert re.match(r"(attention|merge_attention|BlockCausal|qk_norm_rope|qk_norm_rope_append|ada_layer_norm|"
-                    r"layer_norm|gated_residual|gated_residual_ada_layer_norm|flow_step): ", line)  # fmt: skip
+    names = (
+        "attention|merge_attention|BlockCausal|qk_norm_rope|qk_norm_rope_append|ada_layer_norm|layer_norm|"
+        "gated_residual|gated_residual_ada_layer_norm|flow_step|rms_silu_pad"
+    )
+    assert re.match(f"({names}): ", line)

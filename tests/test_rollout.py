@@ -265,7 +265,7 @@ def test_memory_of_an_endless_stream_is_flat():
     before = [t.data_ptr() for t in cache.k]
     kept = set()
     for block in itertools.islice(made, 667):
-        kept.add((len(made.executor.latents), len(made.executor.texts.entries), len(made.executor.unchecked)))
+        kept.add((len(made.executor.latents), len(made.executor.texts.entries), len(made.executor.sentinel.unchecked)))
     assert block.first_frame == 1998
     assert len(kept) == 1
     assert [t.data_ptr() for t in cache.k] == before

@@ -11,9 +11,10 @@ import torch
 
 from hiar_model.toy import prompt as grammar
 from hiar_model.toy.codec import ToyCodec
-from hiar_model.toy.oracle import NOTHING, Reading, Summary, ToyOracle
+from hiar_model.toy.oracle import ToyOracle
 from hiar_model.toy.prompt import ToyPrompt
-from hiar_model.toy.world import Scene, ToyWorld, WorldConfig
+from hiar_model.toy.reading import NOTHING, Reading, Summary
+from hiar_model.toy.world import WAVES, WORLDS, Scene, Texture, ToyWorld, WorldConfig
 
 pytestmark = pytest.mark.cpu
 
@@ -167,3 +168,124 @@ def test_oracle_is_fast(world: ToyWorld, oracle: ToyOracle) -> None:
     start = time.perf_counter()
     oracle.evaluate(video, PROMPT)
     assert time.perf_counter() - start < 0.5
+
+
+# The varied world: a background of its own behind each video
+
+
+VARIED = WORLDS["varied"]
+BACKGROUND, TEXTURE = (0.3, 0.2, 0.4), Texture(0.08, (2, 2), 1.0)
+SCENE = Scene(PROMPT, 15.0, 17.0, BACKGROUND, TEXTURE)
+
+
+@pytest.fixture(scope="module")
+def varied() -> ToyOracle:
+    return ToyOracle(VARIED)
+
+
+def changing(*scenes: Scene) -> torch.Tensor:
+    """A video of which frame i shows scene i."""
+    world = ToyWorld(VARIED)
+    return torch.cat([world.render(scene, i, 1) for i, scene in enumerate(scenes)])
+
+
+def with_background(change: float) -> Scene:
+    """The scene with a background that differs by so much, root mean square over the channels."""
+    red, green, blue = (value + change * sign for value, sign in zip(BACKGROUND, (1, 1, -1), strict=True))
+    return dataclasses.replace(SCENE, background=(red, green, blue))
+
+
+@pytest.mark.parametrize("treatment", ["truth", "codec", "noise", "brighter"])
+def test_varied_world_is_read_right(varied: ToyOracle, treatment: str) -> None:
+    world = ToyWorld(VARIED)
+    sample = world.sample_batch(200, 4, generator(3), start="anywhere")
+    videos = sample.videos
+    if treatment == "codec":
+        codec = ToyCodec.fit(VARIED)
+        videos = ToyCodec.to_uint8(codec.decode(codec.encode(videos)))
+    if treatment == "noise":
+        videos = videos + 0.06 * torch.randn(videos.shape, generator=generator(4))
+    if treatment == "brighter":  # than any background of the world
+        colours = [tuple(0.15 + value for value in scene.background) for scene in sample.scenes]
+        scenes = [dataclasses.replace(s, background=c) for s, c in zip(sample.scenes, colours, strict=True)]
+        sample = sample._replace(scenes=scenes)
+        videos = world.render_scenes(scenes, 4)
+    readings = read(varied, videos, sample.prompts)
+    summary = Summary.of(readings)
+    assert min(summary.colour, summary.shape, summary.valid, summary.direction) >= 0.995
+    assert summary.overlap > 0.93 and summary.speed_ratio == pytest.approx(1, abs=0.01)
+    assert summary.background_change < 0.003 and summary.saturation < 0.01
+    assert summary.texture_ratio == pytest.approx(1, abs=0.005)
+    assert summary.texture_kept == pytest.approx(1, abs=0.005)
+    for reading, scene in zip(readings, sample.scenes, strict=True):
+        assert (reading.background - torch.tensor(scene.background)).abs().max() < 0.01
+        assert (reading.texture.flatten(1).norm(dim=1) - scene.texture.amplitude).abs().max() < 0.006
+        assert (reading.texture.norm(dim=2).argmax(1) == WAVES.index(scene.texture.wave)).all()
+
+
+def test_drift_of_the_background_is_read_as_it_is(varied: ToyOracle) -> None:
+    """0.01 a frame from the fourth frame on, and the shape is read all the way."""
+    truth = torch.tensor([0.0] * 3 + [0.01 * i for i in range(1, 14)])
+    reading = varied.evaluate(changing(*map(with_background, truth.tolist())), PROMPT)
+    assert (reading.background_change - truth).abs().max() < 0.002
+    assert reading.valid.all() and reading.direction_right
+    assert (reading.texture_kept - 1).abs().max() < 0.03
+    first, last = reading.parts(2)
+    assert float(last.background_change.mean()) == pytest.approx(float(truth[8:].mean()), abs=0.002)
+    assert len(first.texture) == len(first.background) == len(first.saturation) == 8
+
+
+@pytest.mark.parametrize(
+    ("texture", "ratio", "kept"),
+    [
+        (TEXTURE, 1, 1),
+        (dataclasses.replace(TEXTURE, amplitude=0.04), 0.5, 0.5),
+        (dataclasses.replace(TEXTURE, amplitude=0.12), 1.5, 1.5),
+        (None, 0, 0),
+        (dataclasses.replace(TEXTURE, wave=(3, 0)), 1, 0),
+        (dataclasses.replace(TEXTURE, phase=1.0 + math.pi), 1, -1),
+        (dataclasses.replace(TEXTURE, phase=1.0 + math.pi / 3), 1, 0.5),
+    ],
+)
+def test_change_of_the_texture_is_read_as_it_is(
+    varied: ToyOracle, texture: Texture | None, ratio: float, kept: float
+) -> None:
+    changed = dataclasses.replace(SCENE, texture=texture)
+    reading = varied.evaluate(changing(*[SCENE] * 3, *[changed] * 5), PROMPT)
+    assert reading.texture_ratio[3:].tolist() == pytest.approx([ratio] * 5, abs=0.03)
+    assert reading.texture_kept[3:].tolist() == pytest.approx([kept] * 5, abs=0.03)
+    assert reading.background_change.max() < 0.003 and reading.valid.all()
+
+
+def test_a_video_without_texture_cannot_lose_it(varied: ToyOracle, oracle: ToyOracle, world: ToyWorld) -> None:
+    flat = dataclasses.replace(SCENE, texture=None)
+    reading = varied.evaluate(changing(*[flat] * 3, *[SCENE] * 3), PROMPT)
+    assert reading.texture_ratio.isnan().all() and reading.texture_kept.isnan().all() and reading.valid.all()
+    plain = oracle.evaluate(clip(world, PROMPT), PROMPT)
+    assert plain.texture_ratio.isnan().all() and plain.texture.shape == (24, 0, 2)
+    assert plain.background.mean(0).tolist() == pytest.approx(WorldConfig().background, abs=0.002)
+    assert math.isnan(Summary.of([plain]).texture_kept) and Summary.of([plain]).background_change < 0.001
+
+
+def test_saturation_is_a_share_of_values(varied: ToyOracle) -> None:
+    video = changing(*[SCENE] * 2)
+    assert varied.evaluate(video, PROMPT).saturation.tolist() == [0, 0]
+    video[1, :, :8] = 1.0
+    video[1, 0, 8:16] = -1.0
+    assert varied.evaluate(video, PROMPT).saturation.tolist() == pytest.approx([0, 1 / 4 + 1 / 12])
+
+
+def test_varied_world_is_not_fooled(varied: ToyOracle) -> None:
+    video = changing(*[SCENE] * 12)
+    wrong = varied.evaluate(video, dataclasses.replace(PROMPT, colour="purple"))
+    assert not wrong.colour_right.any() and wrong.shape_right.all()
+    empty = ToyWorld(VARIED).backdrops([SCENE]).expand(6, -1, -1, -1) * 2 - 1
+    for nothing in (empty, torch.full_like(empty, math.nan)):
+        reading = varied.evaluate(nothing, PROMPT)
+        assert (reading.colour == NOTHING).all() and (reading.shape == NOTHING).all() and not reading.valid.any()
+    assert reading.background.isnan().all() and reading.texture_kept.isnan().all()
+    assert not varied.evaluate((video[:6] + empty) / 2, PROMPT).colour_right.any()  # faded
+    both = varied.evaluate(video.where((video - empty[:1]).abs() > 0.01, video.roll(12, 3)), PROMPT)
+    assert not both.valid.any()
+    broken = varied.evaluate(torch.rand(6, 3, 32, 32, generator=generator()) * 2 - 1, PROMPT)
+    assert not broken.valid.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
@@ -14,7 +15,7 @@ from hiar_model.toy import prompt as grammar
 from hiar_model.toy.codec import ToyCodec
 from hiar_model.toy.prompt import ToyPrompt, parse
 from hiar_model.toy.text import ToyTextEncoder
-from hiar_model.toy.world import Scene, ToyWorld, WorldConfig
+from hiar_model.toy.world import FAINTEST, WAVES, WORLDS, Scene, Texture, ToyWorld, WorldConfig
 
 pytestmark = pytest.mark.cpu
 
@@ -224,6 +225,85 @@ def test_config_is_checked() -> None:
     assert wide.videos.shape == (2, 3, 3, 48, 80)
 
 
+# The varied world
+
+
+VARIED = WORLDS["varied"]
+
+
+def test_the_plain_world_draws_nothing_more() -> None:
+    """What a world varies is drawn last: the plain world's samples, and what follows them, stay what they were."""
+    plain, varied, after = generator(7), generator(7), generator(7)
+    a = ToyWorld(WORLDS["plain"]).sample_batch(8, 2, plain)
+    b = ToyWorld(VARIED).sample_batch(8, 2, varied)
+    assert torch.equal(a.tokens, b.tokens)
+    assert [(s.x, s.y) for s in a.scenes] == [(s.x, s.y) for s in b.scenes]
+    grammar.random_tokens(8, after)
+    torch.rand(8, 2, generator=after, dtype=torch.float64)
+    assert torch.equal(plain.get_state(), after.get_state())
+    assert all(scene.background is None and scene.texture is None for scene in a.scenes)
+    assert WORLDS["plain"] == WorldConfig()
+
+
+def test_backgrounds_and_textures_fill_what_the_config_says() -> None:
+    scenes = ToyWorld(VARIED).sample_scenes(2000, generator(1))
+    assert VARIED.backgrounds is not None
+    colours = torch.tensor([scene.background for scene in scenes])
+    for channel, low, high in zip(colours.T, *VARIED.backgrounds, strict=True):
+        assert low <= channel.min() < low + 0.01 and high - 0.01 < channel.max() <= high
+        assert float(channel.std()) == pytest.approx((high - low) / math.sqrt(12), rel=0.05)
+    textures = [scene.texture for scene in scenes]
+    amplitudes = torch.tensor([texture.amplitude for texture in textures]) / VARIED.texture
+    assert FAINTEST <= amplitudes.min() < FAINTEST + 0.01 and 0.99 < amplitudes.max() <= 1
+    assert {texture.wave for texture in textures} == set(WAVES)
+    assert max(texture.phase for texture in textures) > 6.2
+
+
+def test_a_scene_renders_as_it_says() -> None:
+    """By hand: background and cosine where nothing is, the palette's colour in the middle of the shape."""
+    world = ToyWorld(VARIED)
+    scene = Scene(PROMPT, 8.0, 8.0, (0.3, 0.2, 0.4), Texture(0.1, (3, 2), 0.5))
+    frame = (world.render(scene, 0, 1)[0] + 1) / 2
+    for x, y in ((20, 20), (31, 0), (17, 30)):
+        wave = 0.1 * math.cos(2 * math.pi * (3 * (x + 0.5) + 2 * (y + 0.5)) / 32 + 0.5)
+        assert frame[:, y, x].tolist() == pytest.approx([0.3 + wave, 0.2 + wave, 0.4 + wave], abs=1e-5)
+    assert frame[:, 8, 8].tolist() == pytest.approx(VARIED.palette[grammar.COLOURS.index("red")], abs=1e-5)
+    far = world.render(scene, 1_000_000, 2)  # the background stands still
+    behind = world.coverage(0, world.radii[1:2], world.centres(grammar.token_table([PROMPT]),
+                            torch.tensor([[8.0, 8.0]]), 1, 1_000_000)[0])[0] == 0  # fmt: skip
+    assert torch.allclose(far[0][:, behind], 2 * world.backdrops([scene])[0][:, behind] - 1, atol=1e-6)
+    flat = world.render(Scene(PROMPT, 8.0, 8.0), 0, 1)  # no background of its own: the world's
+    assert torch.equal(flat, ToyWorld().render(Scene(PROMPT, 8.0, 8.0), 0, 1))
+
+
+def test_scenes_render_together_as_alone() -> None:
+    world = ToyWorld(VARIED)
+    scenes = [*world.sample_scenes(5, generator(2)), Scene(PROMPT, 1.0, 2.0)]
+    together = world.render_scenes(scenes, 3, first_frame=4)
+    for video, scene in zip(together, scenes, strict=True):
+        assert torch.allclose(video, world.render(scene, 4, 3), atol=1e-6)
+    with pytest.raises(ValueError, match="no scene"):
+        world.render_scenes([], 3)
+    sample = world.sample_batch(5, 2, generator(2))
+    assert sample.scenes == scenes[:5]
+    assert torch.equal(sample.videos, world.render_scenes(scenes[:5], 2))
+    tall = ToyWorld(dataclasses.replace(VARIED, height=48)).sample_batch(2, 3, generator())
+    assert tall.videos.shape == (2, 3, 3, 48, 32)
+
+
+def test_varied_config_is_checked() -> None:
+    grey, light = (0.2, 0.2, 0.2), (0.6, 0.6, 0.6)
+    for wrong in ((light, grey), ((0.2, 0.2), (0.6, 0.6))):
+        with pytest.raises(ValueError, match="low <= high"):
+            WorldConfig(backgrounds=wrong)  # type: ignore[arg-type]
+    for texture in (-0.1, 0.21):
+        with pytest.raises(ValueError, match=r"texture .* in \[0, 1\]"):
+            WorldConfig(backgrounds=(grey, light), texture=texture)
+    with pytest.raises(ValueError, match="in .0, 1."):
+        WorldConfig(backgrounds=(grey, (1.2, 1.2, 1.2)))
+    assert WorldConfig(backgrounds=(grey, light), texture=0.2).texture == 0.2
+
+
 # Codec
 
 
@@ -240,6 +320,12 @@ def test_codec_quality_and_scale(world: ToyWorld, codec: ToyCodec) -> None:
     decoded = codec.decode(latents)
     assert decoded.shape == frames.shape and decoded.abs().max() <= 1
     assert psnr(decoded, frames) > 35
+
+
+def test_codec_keeps_the_varied_world() -> None:
+    frames = ToyWorld(VARIED).sample_batch(300, 1, generator(1), start="anywhere").videos
+    codec = ToyCodec.fit(VARIED)
+    assert psnr(codec.decode(codec.encode(frames)), frames) > 36
 
 
 @pytest.mark.parametrize(("patch", "split", "floor"), [(8, 2, 33.0), (4, 1, 31.0), (8, 1, 15.0)])

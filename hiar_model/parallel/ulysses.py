@@ -106,15 +106,6 @@ class UlyssesAttend(RingAttend):
     def __init__(self, ranks: HeadRanks, *args: Any) -> None:
         super().__init__(*args)
         self.ranks = ranks
-        rows, frames = self.frames.shape
-        device = self.frames.device
-        self._rows = torch.arange(rows, device=device)[:, None]
-        self._in_order = torch.arange(frames, dtype=torch.int32, device=device)[None]
-        self._slots = torch.zeros(rows, frames, dtype=torch.int64, device=device)
-
-    def begin(self) -> None:
-        super().begin()
-        self._slots.copy_(self.slots)
 
     def share(self, x: Tensor, frames: int) -> Tensor:
         return x.unflatten(1, (frames, -1))[:, :, slice(*self.ranks.cells)].flatten(1, 2)
@@ -123,8 +114,8 @@ class UlyssesAttend(RingAttend):
         parts = self.ranks.exchange(x.expand(self.ranks.size, *x.shape).contiguous())
         return parts.unflatten(2, (frames, -1)).permute(1, 2, 0, 3, 4).flatten(1, 3)
 
-    def _append(self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """qkv [B, T / R, 3 C] -> q [B, T, H / R, D]; k and v of these heads go into the rings."""
+    def _append(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, **options: Any) -> Tensor:
+        """qkv [B, T / R, 3 C] -> q [B, T, H / R, D]; k and v of these heads go into the rings of the layer."""
         (rows, tokens, width), ranks, heads = qkv.shape, self.ranks.size, options["num_heads"]
         packed = qkv.new_empty(heads, 3, rows, tokens, width // 3 // heads)  # heads outside: a part for each rank
         q_out, k_out, v_out = packed.permute(1, 2, 3, 0, 4)  # [B, T / R, H, D], as rings of the visit's own frames
@@ -135,9 +126,7 @@ class UlyssesAttend(RingAttend):
         # [rank, its heads, 3, B, F, cells, D] -> [3, B, F, rank, cells, heads, D]: tokens of a frame in their order
         came = self.ranks.exchange(packed).unflatten(0, (ranks, -1)).unflatten(4, (self.frames.shape[1], -1))
         whole = came.permute(2, 3, 4, 0, 5, 1, 6)
-        for ring, new in ((k, whole[1]), (v, whole[2])):
-            framed = ring.unflatten(1, (-1, *new.shape[2:4]))
-            framed[self._rows, self._slots] = new.to(ring.dtype)
+        self._store(layer, whole[1], whole[2])
         return whole[0].flatten(1, 3)
 
     def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:

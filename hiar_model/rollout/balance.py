@@ -28,6 +28,7 @@ def measure_costs(
     executor: str = "eager",
     repeats: int = 4,
     pairs: bool = False,
+    cache_dtype: torch.dtype | None = None,
 ) -> Costs:
     """Seconds of a denoise and a cache visit over the frames they see, means of a short rollout for each window.
 
@@ -35,11 +36,13 @@ def measure_costs(
         text: prompt [B or 1, L, text_dim]. plan: of the video; its windows are what is measured.
         num_frames: of the video; None: endless. height, width: of a latent frame. executor: "eager", "graph", ...
         repeats: blocks that are timed once the window is full. pairs: time pairs too, at the widest window.
+        cache_dtype: of :class:`Rollout`.
     """
     block, sink = plan.frames_per_block, plan.sink_frames
     total = None if num_frames is None else -(-num_frames // block) * block
     windows = {min(w or total or 0, total or w or 0) for w in plan.window_frames} | {sink + 2 * block}
-    options = {"height": height, "width": width, "batch": batch, "executor": executor}
+    options: dict[str, Any] = {"height": height, "width": width, "batch": batch, "executor": executor}
+    options["cache_dtype"] = cache_dtype
     found = {window: _times(model, text, plan, window, repeats, **options) for window in windows}
     denoise, cache = (Curve(tuple((w, found[w][kind]) for w in sorted(found))) for kind in ("denoise", "cache"))
     device = model.patch_embedding.weight.device

@@ -18,9 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from . import states
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -90,14 +88,14 @@ class RunFolder:
     def save_block(self, finished: FinishedBlock) -> None:
         """Keep the latents of a finished block."""
         name = f"block_{finished.block:06d}.safetensors"
-        self._save(name, {"latents": finished.latents}, {"first_frame": str(finished.first_frame)})
+        states.write(self.folder / name, {"latents": finished.latents}, {"first_frame": str(finished.first_frame)})
 
     def load_block(self, block: int) -> FinishedBlock:
         """A block that is there."""
         from .session import FinishedBlock
 
         path = self.folder / f"block_{block:06d}.safetensors"
-        tensors, told = _load(path)
+        tensors, told = states.read(path)
         return FinishedBlock(block, int(told["first_frame"]), tensors["latents"])
 
     # States.
@@ -111,11 +109,7 @@ class RunFolder:
         """For ``on_boundary``: save this rank's state if one is due."""
         if not self.every or block % self.every:
             return
-        state = rollout.state_dict()
-        tensors = {f"cache.{name}": x for name, x in state["cache"].items()}
-        tensors |= {f"latents.{name}": x for name, x in state["latents"].items()}
-        told = {name: json.dumps(state[name]) for name in ("key", "groups_done", "step")}
-        self._save(self._state(block), tensors, told)
+        states.write(self.folder / self._state(block), *states.pack(rollout.state_dict()))
         self.begun = block
         self._forget()
 
@@ -125,11 +119,7 @@ class RunFolder:
         common = set.intersection(*map(set, self._gather(mine)))
         self.begun = max(common, default=0)
         if self.begun:
-            tensors, told = _load(self.folder / self._state(self.begun))
-            state = {name: json.loads(text) for name, text in told.items()}
-            for kind in ("cache", "latents"):
-                state[kind] = {k.partition(".")[2]: x for k, x in tensors.items() if k.startswith(f"{kind}.")}
-            rollout.load_state_dict(state)
+            rollout.load_state_dict(states.unpack(*states.read(self.folder / self._state(self.begun))))
         return self.begun
 
     def _made(self, rollout: Rollout, block: int) -> set[int]:
@@ -158,11 +148,6 @@ class RunFolder:
     def _names(self) -> list[str]:
         return os.listdir(self.folder) if self.folder.is_dir() else []
 
-    def _save(self, name: str, tensors: dict[str, Tensor], told: dict[str, str]) -> None:
-        partial = self.folder / f".{name}.partial"
-        save_file({k: x.contiguous() for k, x in tensors.items()}, partial, metadata=told)
-        os.replace(partial, self.folder / name)
-
     def _gather(self, what: Any) -> list[Any]:
         """What every rank says."""
         if self.group is None:
@@ -180,12 +165,3 @@ def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
     import torch.distributed as dist
 
     return dist.get_rank(group), dist.get_world_size(group)
-
-
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            told = file.metadata() or {}
-        return load_file(path), told
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error

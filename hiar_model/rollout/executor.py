@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +17,21 @@ from ..schedule import TRAIN_TIMESTEPS, FlowSchedule
 from ..transformer import HiARTransformer, TextKV
 from .graph import CudaGraphs, Recorder
 from .launch import Capture, Kind, Launch, on_the_way
-from .texts import TextCache, TextSlots
+from .recache import History, forget
+from .sentinel import Sentinel
+from .texts import TextCache, TextSlots, TextSource
 from .visits import Group, Plan, Row, Visit
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
-_UNCHECKED = 256  # denoise visits
-
-TextSource = Callable[[int], Tensor]
 NoiseSource = Callable[[int, int], Tensor]  # (step, block) -> [B, frames, C, H, W]; step -1: initial noise
+
+
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """What attention works in: the dtype of the weights, or that of autocast where it is on."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 @dataclass
@@ -54,6 +59,7 @@ class Executor:
             "recorded": the same with :class:`Recorder`, on any device.
         attend: makes the self-attention of a kind of launch; takes the arguments of :class:`RingAttend`.
         pipeline: this rank's place in one; then the caches are those of its own steps.
+        on_nan: "stop" | "retry" (:mod:`.sentinel`). history: for the policy "recache" (:mod:`.recache`), else None.
     """
 
     def __init__(
@@ -74,11 +80,13 @@ class Executor:
         mode: str = "eager",
         attend: Callable[..., RingAttend] = RingAttend,
         pipeline: Pipeline | None = None,
+        on_nan: str = "stop",
+        history: History | None = None,
     ) -> None:
         self.models, self.plan, self.num_blocks, self.cache, self.grid = models, plan, num_blocks, cache, grid
         self.text, self.noise, self.renoise, self.prefix = text, noise, renoise, prefix
         self.first_frame, self.trajectory = first_frame, trajectory
-        self.pipeline = pipeline
+        self.pipeline, self.history = pipeline, history
         self.steps = range(plan.steps) if pipeline is None else pipeline.stage.steps
         weight = models[0].patch_embedding.weight
         self.device, self.dtype, self.attend = weight.device, weight.dtype, attend
@@ -93,17 +101,22 @@ class Executor:
         self.latents: dict[tuple[int, int], Tensor] = {}  # (level, block) -> x
         self.readers: dict[tuple[int, int], int] = {}  # visits that still need it
         self.spare: dict[tuple[int, ...], list[Tensor]] = {}  # memory of latents that nobody needs any more, by shape
-        self.unchecked: list[Visit] = []
-        self.finite = torch.ones(_UNCHECKED, dtype=torch.bool, device=self.device)  # of each of them
+        self.sentinel = Sentinel(on_nan, self._ready, self.device, self.steps.stop - 1)
         self.launches: dict[Kind, Launch] = {}
         self.capture: Capture | None = None
         if mode != "eager":
             self.capture = CudaGraphs(self.device) if mode == "graph" else Recorder.capture
-        q = cache.k[0].new_empty(1).expand(1, 1, *cache.k[0].shape[3:])
+        q = weight.new_empty(1, dtype=working_dtype(weight)).expand(1, 1, *cache.k[0].shape[3:])
         # frame ids on the device serve every block; a library has to be told what is visible, block by block
         self.by_layout = takes_layout(q, self._mask([0]))
         self.counters = Counters()
+        self.on_denoise: Callable[[Visit, Tensor], None] | None = None  # told each denoise visit and its input
         self.step = 0
+        self.begun = -1  # the last block of which anything was done
+        sigmas = ", ".join(f"{level:g}" for level in schedule.sigmas)
+        kept = "" if history is None else ", recache"
+        # beside the plan, what a state depends on
+        self.about = f"{self.dtype}, noise levels {sigmas}, {trajectory}, context at {context_noise:g}{kept}"
 
     @torch.no_grad()
     def run(self, group: Group) -> list[tuple[int, Tensor]]:
@@ -111,7 +124,14 @@ class Executor:
         if self.plan.order == "step_first" and group[0][-1].step != self.step:
             self.step = group[0][-1].step
             self.cache.reset()  # one ring serves all steps, one after another
+        if self.history is not None:
+            for row in group:
+                self._cache_again(row[-1])
         inputs = [[self._input(visit) for visit in row] for row in group]
+        if self.on_denoise is not None:
+            for row, taken in zip(group, inputs, strict=True):
+                if row[-1].kind == "denoise":
+                    self.on_denoise(row[-1], taken[-1])
         finished = []
         for run in self._launches(group):
             rows = [group[i] for i in run]
@@ -119,6 +139,8 @@ class Executor:
                 denoised = self._launch(rows, [inputs[i] for i in run])
             for visit, latents in denoised:
                 kept = self._keep(latents)
+                if self.history is not None:
+                    self.history.note(visit, kept)
                 self._put(visit.step + 1, visit.block, kept)
                 if visit.step + 1 == self.steps.stop and self.pipeline is not None and self.pipeline.stage.sends:
                     self.pipeline.send(visit.block, kept)
@@ -139,17 +161,21 @@ class Executor:
         """
         assert not self.latents and not self.counters.launches, "the rollout has begun"
         seen: set[Kind] = set()
+        for launch in self.prepared(blocks):
+            if launch.kind not in seen:
+                seen.add(launch.kind)
+                launch.run(self.capture)
+                self.counters.captures += self.capture is not None
+        self.cache.reset()
+        return len(seen)
+
+    def prepared(self, blocks: int) -> Iterator[Launch]:
+        """The launches of the walk (of an endless video: its first ``blocks``), set up, not filled: to run here."""
         walk = self.plan.groups if self.pipeline is None else self.pipeline.stage.groups
         for group in walk(self.num_blocks or blocks + self.plan.prefix_blocks):
             for run in self._launches(group):
                 rows = [group[i] for i in run]
-                launch = self._prepared(rows, self._text(self.models[rows[0][-1].step], rows))
-                if launch.kind not in seen:
-                    seen.add(launch.kind)
-                    launch.run(self.capture)
-                    self.counters.captures += self.capture is not None
-        self.cache.reset()
-        return len(seen)
+                yield self._prepared(rows, self._text(self.models[rows[0][-1].step], rows))
 
     # Latents in flight.
 
@@ -160,6 +186,7 @@ class Executor:
             return self.prefix[:, start:stop].to(self.device, self.dtype)
         level = visit.step if visit.kind == "denoise" else visit.step + 1
         if level == self.steps.start and (level, visit.block) not in self.latents:
+            self.begun = max(self.begun, visit.block)
             self._put(level, visit.block, self._keep(self._arriving(level, visit.block)))
         return self.latents[level, visit.block]
 
@@ -192,7 +219,9 @@ class Executor:
         return place.copy_(on_the_way(latents, self.device), non_blocking=True)
 
     def _spare(self, latents: Tensor) -> None:
-        self.spare.setdefault(tuple(latents.shape), []).append(latents)
+        self.sentinel.withheld.append(latents)
+        for x in self.sentinel.release():
+            self.spare.setdefault(tuple(x.shape), []).append(x)
 
     # One batched forward.
 
@@ -220,13 +249,15 @@ class Executor:
     def _frame_count(self, row: Row) -> int:
         return sum(stop - start for start, stop in (self.plan.block_frames(v.block) for v in row))
 
-    def _launch(self, rows: list[Row], inputs: list[list[Tensor]]) -> list[tuple[Visit, Tensor]]:
-        """Run rows as one batch; returns the denoised latents of each denoise visit, valid until the next launch."""
+    def _launch(
+        self, rows: list[Row], inputs: list[list[Tensor]], text: Tensor | None = None
+    ) -> list[tuple[Visit, Tensor]]:
+        """Run rows as one batch; returns the denoised latents of each denoise visit, valid until the next launch.
+
+        ``text``: in place of that of the blocks.
+        """
         visits = [row[-1] for row in rows if row[-1].kind == "denoise"]
-        launch = self._prepared(rows, self._text(self.models[rows[0][-1].step], rows))
-        levels = [[self._level(v) for v in row for _ in range(*self.plan.block_frames(v.block))] for row in rows]
-        steps = [(self.sigmas[v.step], self.sigmas[v.step + 1]) for v in visits]
-        launch.fill(inputs, levels, steps, [self._renoise(v) for v in visits])
+        launch = self._ready(rows, inputs, text)
         captured = launch.captured is None and self.capture is not None
         with span("visit", *(visit for row in rows for visit in row)):
             launch.run(self.capture)
@@ -234,9 +265,31 @@ class Executor:
         self.counters.launches += 1
         self.counters.denoise += len(visits)
         self.counters.cache += sum(len(row) for row in rows) - len(visits)
-        if visits:
-            self._note_finite(visits, launch.finite)
+        launch = self.sentinel.watch(rows, inputs, launch, text)
         return list(zip(visits, launch.out.chunk(len(visits)), strict=True)) if visits else []
+
+    def _ready(self, rows: list[Row], inputs: list[list[Tensor]], text: Tensor | None = None) -> Launch:
+        """The launch of such rows, filled with what they need; rings stand where the rows begin."""
+        model = self.models[rows[0][-1].step]
+        launch = self._prepared(rows, self._text(model, rows) if text is None else self.texts.get(model, [text]))
+        levels = [[self._level(v) for v in row for _ in range(*self.plan.block_frames(v.block))] for row in rows]
+        visits = [row[-1] for row in rows if row[-1].kind == "denoise"]
+        steps = [(self.sigmas[v.step], self.sigmas[v.step + 1]) for v in visits]
+        launch.fill(inputs, levels, steps, [self._renoise(v) for v in visits])
+        return launch
+
+    def _cache_again(self, visit: Visit) -> None:
+        """Before a denoise visit at which the text changes: the blocks it sees are cached under the new text."""
+        assert self.history is not None
+        block = visit.block
+        if visit.kind == "cache" or not block or self.text(block) is self.text(block - 1):
+            return
+        again = self.history.visits(visit)
+        if again:
+            forget(self.cache, self.plan.cache_index(again[0].step) - self.plan.cache_index(self.steps.start))
+        for one in again:
+            x = self.history.latents(one)
+            self._launch([(one,)], [[self._input(one) if x is None else x]], self.text(block))
 
     def _prepared(self, rows: list[Row], text: TextKV) -> Launch:
         """The launch of such rows, with rings and text in place for them."""
@@ -304,7 +357,7 @@ class Executor:
             raise ValueError(
                 "pairs=True needs one text for all blocks: both visits of a pair share their cross-attention"
             )
-        return self.texts.get(model, texts)
+        return self.texts.get(model, texts, self.cache.batch)
 
     def _renoise(self, visit: Visit) -> Tensor | None:
         """Noise of a step on its way to the device; None where it has no weight."""
@@ -312,33 +365,29 @@ class Executor:
             return None
         return on_the_way(self.renoise(visit.step, visit.block).to(self.dtype), self.device)
 
-    def _note_finite(self, visits: list[Visit], finite: Tensor) -> None:
-        if len(self.unchecked) + len(visits) > len(self.finite):
-            self._check_finite()
-        self.finite[len(self.unchecked) : len(self.unchecked) + len(visits)].copy_(finite)
-        self.unchecked += visits
-        # a look at device memory waits for it: on an accelerator once a finished block, not once a visit
-        if self.device.type == "cpu" or any(v.step + 1 == self.steps.stop for v in visits):
-            self._check_finite()
-
-    def _check_finite(self) -> None:
-        finite = self.finite[: len(self.unchecked)].tolist()
-        bad = [visit for visit, good in zip(self.unchecked, finite, strict=True) if not good]
-        self.unchecked.clear()
-        if bad:
-            raise FloatingPointError(f"latents are not finite from step {bad[0].step} of block {bad[0].block} on")
-
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the rings, the latents in flight and the position inside step_first."""
+        """Copies of the rings, the latents in flight and those kept to be cached again, the position inside step_first,
+        and the texts that blocks in flight began with.
+        """
         latents = {f"{level}/{block}": x.clone() for (level, block), x in self.latents.items()}
-        return {"cache": self.cache.state_dict(), "latents": latents, "step": self.step}
+        first = 0 if self.plan.order == "step_first" else min((n for _, n in self.latents), default=self.begun) - 1
+        return {
+            "cache": self.cache.state_dict(),
+            "latents": latents,
+            "history": {} if self.history is None else self.history.state_dict(),
+            "step": self.step,
+            "texts": {block: self.text(block) for block in range(max(0, first), self.begun + 1)},
+        }
 
     def load_state_dict(self, state: dict[str, Any], done: Callable[[Visit], bool]) -> None:
         """Take over a saved state; ``done`` tells which visits were executed before it."""
         self.cache.load_state_dict(state["cache"])
         self.latents, self.readers, self.step = {}, {}, state["step"]
+        self.begun = max(state["texts"], default=-1)
+        if self.history is not None:
+            self.history.load_state_dict(state["history"], self.models[0].patch_embedding.weight)
         for name, x in state["latents"].items():
             level, block = map(int, name.split("/"))
             self._put(level, block, self._keep(x))

@@ -221,6 +221,9 @@ class Pipeline:
 class Receiver:
     """In place of an executor, on a rank without steps: takes finished blocks."""
 
+    about, begun = "no visits", -1
+    text: Any = None  # of the blocks: nothing here needs it
+
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline, self.counters = pipeline, Counters()
 
@@ -235,7 +238,7 @@ class Receiver:
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
-        return {"cache": {}, "latents": {}, "step": 0}
+        return {"cache": {}, "latents": {}, "history": {}, "step": 0, "texts": {}}
 
     def load_state_dict(self, state: dict[str, Any], done: Callable[[Any], bool]) -> None:
         """Nothing."""

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..cache import RingAttend, RingCache, ring_frames
+from ..cache import RingAttend, RingCache, kept_dtype, ring_frames
 from ..schedule import FlowSchedule
 from ..transformer import HiARTransformer
-from .executor import Executor
+from .executor import Executor, working_dtype
 from .noise import INITIAL, keyed_noise
 from .pipeline import Pipeline, PipelineOptions, Receiver
+from .recache import POLICIES, History
+from .sentinel import ON_NAN
+from .texts import KeptTexts
 from .visits import Group, Plan, forwards, windows_per_step
 
 if TYPE_CHECKING:
@@ -82,10 +85,18 @@ class Rollout:
         on_visit: called with (forwards done, forwards in all or None) after every group of visits.
         on_boundary: in a pipeline, called with n on every rank when it has done all visits of blocks before n and none
             of block n: states taken there fit together.
+        cache_dtype: that keys and values are kept in: torch.float8_e4m3fn (with a scale for each layer, head and frame:
+            half the memory of bfloat16, and other latents: docs/memory.md), or another float; None: that of the model.
+        on_nan: what to do about latents that are not finite. "stop": say where they came from (step, block, layer,
+            implementation). "retry": repeat the visit with the reference ops and go on if that is finite; then every
+            visit waits for the device, for a look at what it made.
+        on_new_text: where the text changes from one block to the next, "keep" leaves the context as it is; "recache"
+            caches the blocks in the window once more under the new text (:mod:`hiar_model.rollout.recache`).
+        keep_frames: the rings hold every frame of the video, not only a window of them; what is seen stays the same.
 
     Raises:
         ValueError: options that do not fit together, with the legal values.
-        FloatingPointError: while iterating: latents that are not finite, with step and block.
+        FloatingPointError: while iterating: latents that are not finite, with step, block, layer and implementation.
     """
 
     def __init__(
@@ -118,6 +129,10 @@ class Rollout:
         mesh: DeviceMesh | None = None,
         on_visit: Callable[[int, int | None], None] | None = None,
         on_boundary: Callable[[int], None] | None = None,
+        cache_dtype: torch.dtype | None = None,
+        keep_frames: bool = False,
+        on_nan: str = "stop",
+        on_new_text: str = "keep",
     ) -> None:
         given = [model] * len(schedule) if isinstance(model, HiARTransformer) else list(model)
         some = next(filter(None, given), None)
@@ -125,8 +140,14 @@ class Rollout:
             raise ValueError(f"model: give one, or one for each of the {len(schedule)} steps; got {len(given)}")
         _one_of("trajectory", trajectory, TRAJECTORIES)
         _one_of("executor", executor, EXECUTORS)
+        _one_of("on_nan", on_nan, ON_NAN)
+        _one_of("on_new_text", on_new_text, POLICIES)
         if parallel is not None:
             _one_of("parallel", parallel, PARALLELS)
+        if on_nan == "retry" and parallel is not None:
+            raise ValueError(
+                f"on_nan='retry' is impossible with parallel={parallel!r} (ranks look for themselves): stop"
+            )
         on_ranks, _, captured = executor.partition("-") if executor.startswith("pipeline") else ("", "", executor)
         if on_ranks and order in ("step_first", "wavefront"):
             order = "stream"
@@ -136,6 +157,9 @@ class Rollout:
         if parallel is not None and on_ranks and mesh is None:
             raise ValueError(f"executor={executor!r} with parallel={parallel!r} needs a mesh: see make_mesh")
         config = some.config
+        odd = [step for step, one in enumerate(given) if one is not None and one.config != config]
+        if odd:
+            raise ValueError(f"model: that of step {odd[0]} is {given[odd[0]].config}, others are {config}")  # type: ignore[union-attr]
         prefix_frames = 0 if prefix is None else prefix.shape[1]
         self.plan = Plan(
             len(schedule),
@@ -149,7 +173,8 @@ class Rollout:
         )
         self.num_blocks = self._count_blocks(num_frames, prefix_frames)
         self.shape = (config.in_channels, height, width)
-        self.batch, self.seed = batch, seed
+        self.batch, self.seed, self.cache_dtype = batch, seed, cache_dtype
+        kept_dtype(some.patch_embedding.weight.dtype, cache_dtype)
         self.video_ids = list(range(batch)) if video_ids is None else list(video_ids)
         _require_shape("video_ids", (len(self.video_ids),), (batch,))
         if prefix is not None:
@@ -162,7 +187,7 @@ class Rollout:
             legal = "pipeline" if on_ranks else "eager"
             raise ValueError(f"executor={executor!r} needs a CUDA device, the model is on {weight.device}; use {legal}")
         grid = config.grid(height, width)
-        text_of = text if callable(text) else lambda _: text
+        self.text = text_of = text if callable(text) else lambda _: text
         self.pipeline: Pipeline | None = None
         if on_ranks:
             options = pipeline or PipelineOptions()
@@ -170,7 +195,7 @@ class Rollout:
                 from ..parallel.mesh import axis
 
                 options = replace(options, group=axis(mesh, "step"))
-            size = {"height": height, "width": width, "batch": batch}
+            size = {"height": height, "width": width, "batch": batch, "cache_dtype": cache_dtype}
             fused = pairs == "measured"
             measure = partial(_measured, some, text_of, self.plan, num_frames, captured, size, fused)
             self.pipeline = Pipeline(options, self.plan, self.num_blocks, weight.device, measure, fused)
@@ -179,10 +204,13 @@ class Rollout:
         steps = range(len(schedule)) if self.pipeline is None else self.pipeline.stage.steps
         self.groups = self.plan.groups if self.pipeline is None else self.pipeline.stage.groups
         self.groups_done = self.forwards_done = 0
+        self.blocks_done = self.plan.prefix_blocks
         self.forwards_total = None if num_frames is None else forwards(self.groups(self.num_blocks))
         self.on_visit, self.on_boundary = on_visit, on_boundary
         extra = frames_per_block if self.plan.pairs else 0
-        held = [ring_frames(w, num_frames, extra) for w in self.plan.window_frames]
+        if keep_frames and num_frames is None:
+            raise ValueError("keep_frames=True needs num_frames: an endless video cannot be held whole")
+        held = [ring_frames(None if keep_frames else w, num_frames, extra) for w in self.plan.window_frames]
         # one ring may serve several steps: it must hold the widest of their windows
         capacities = held[steps.start : steps.stop] if self.plan.caches > 1 else [max(held)]
         attend: Callable[..., RingAttend] = RingAttend
@@ -206,7 +234,8 @@ class Rollout:
             math.prod(grid),
             sink_frames,
             heads=self.heads[1] - self.heads[0],
-            dtype=weight.dtype,
+            dtype=working_dtype(weight),
+            cache_dtype=cache_dtype,
             device=weight.device,
         )
         self.executor = Executor(
@@ -226,6 +255,8 @@ class Rollout:
             captured or "eager",
             attend,
             self.pipeline,
+            on_nan,
+            History(self.plan) if on_new_text == "recache" else None,
         )
 
     def _count_blocks(self, num_frames: int | None, prefix_frames: int) -> int | None:
@@ -266,9 +297,14 @@ class Rollout:
         """
         if self.groups_done:
             raise ValueError(f"warm_up comes before the first block; {self.groups_done} groups of visits are done")
+        return self.executor.warm_up(self.warm_up_blocks)
+
+    @property
+    def warm_up_blocks(self) -> int:
+        """Blocks of an endless video after which its visits are of no new kind."""
         block = self.plan.frames_per_block
         wide = max((window or 0 for window in self.plan.window_frames), default=0)
-        return self.executor.warm_up(self.plan.steps + 2 * -(-(wide + block) // block) + 2)
+        return self.plan.steps + 2 * -(-(wide + block) // block) + 2
 
     def __iter__(self) -> Iterator[FinishedBlock]:
         """Finished blocks in order; a second iteration goes on where the first one stopped. In a pipeline every rank
@@ -288,6 +324,7 @@ class Rollout:
                 if self.on_visit is not None:
                     self.on_visit(self.forwards_done, self.forwards_total)
                 for block, latents in finished:
+                    self.blocks_done = block + 1
                     if self.pipeline is not None:
                         self.pipeline.hand_over(block)
                     yield FinishedBlock(block, self.plan.block_frames(block)[0], latents)
@@ -304,29 +341,52 @@ class Rollout:
         return block
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on: position, latents in flight and caches, as copies. Take it between blocks."""
+        """All that is needed to go on: position, latents in flight, caches, and texts of blocks that have begun, as
+        copies. Take it between blocks.
+        """
         return {"key": self._key(), "groups_done": self.groups_done, **self.executor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict` of a rollout with the same plan; text and noise may differ (a fork).
 
+        Blocks that had begun keep the text they began with, so a fork is the run whose text changes at the first block
+        that had not; their noise is that of this rollout from here on.
+
         Raises:
-            ValueError: the state belongs to another plan.
+            ValueError: the state belongs to another plan, or no block is left that another text could show in.
         """
         if state["key"] != self._key():
             raise ValueError(f"state of another rollout: expected {self._key()}, got {state['key']}")
-        self.groups_done = state["groups_done"]
-        before = list(islice(self.groups(self.num_blocks), self.groups_done))
-        self.forwards_done = forwards(before)
+        before = list(islice(self.groups(self.num_blocks), state["groups_done"]))
         executed = {visit for group in before for row in group for visit in row}
+        text = KeptTexts.after(self.text, state["texts"])
+        if text.forks and self.num_blocks is not None and max(text.kept) + 1 >= self.num_blocks:
+            raise ValueError(
+                f"no fork to another text here: all {self.num_blocks} blocks have begun with theirs "
+                f"(order {self.plan.order})"
+            )
+        if text.forks and self.plan.pairs:
+            raise ValueError("no fork to another text with pairs=True: a pair spans two blocks and has one text")
+        self.groups_done, self.forwards_done = state["groups_done"], forwards(before)
+        last = self.plan.steps - 1
+        done = [visit.block + 1 for visit in executed if visit[:2] == ("denoise", last)]
+        self.blocks_done = max(done, default=self.plan.prefix_blocks)
         self.executor.load_state_dict(state, executed.__contains__)
+        self.executor.text = text
+
+    @property
+    def begun(self) -> int:
+        """The last block of which anything has been done, -1 before the first: a new text shows behind it."""
+        return self.executor.begun
 
     def _key(self) -> str:
-        return f"{self._video()}, heads {self.heads[0]} to {self.heads[1] - 1}"
+        return f"{self._video()}, {self.executor.about}, heads {self.heads[0]} to {self.heads[1] - 1}"
 
     def _video(self) -> str:
         """What ranks of the axis "head" have in common."""
         what = f"{self.plan}, {self.num_blocks} blocks, batch {self.batch}, latents {list(self.shape)}"
+        if self.cache_dtype is not None:
+            what += f", caches of {self.cache_dtype}"
         if self.pipeline is not None:
             what += f", {self.pipeline.stage.name} of {list(self.pipeline.stage.split)}"
         return what
@@ -347,7 +407,7 @@ def _measured(
     plan: Plan,
     num_frames: int | None,
     mode: str,
-    size: dict[str, int],
+    size: dict[str, Any],
     pairs: bool,
 ) -> Costs:
     from .balance import measure_costs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,35 @@ from torch import Tensor
 from ..transformer import HiARTransformer, TextKV
 
 _TILE = 16  # keys: texts of about the same length then have the same shape
+
+TextSource = Callable[[int], Tensor]
+"""Of a block number: the same tensor object for the same prompt."""
+
+
+@dataclass(frozen=True)
+class KeptTexts:
+    """The texts of a rollout that goes on: blocks that had begun keep theirs, later ones get ``given``."""
+
+    given: TextSource
+    kept: Mapping[int, Tensor]
+
+    @classmethod
+    def after(cls, given: TextSource, saved: Mapping[int, Tensor]) -> KeptTexts:
+        """``saved`` are copies: where a given text is the same, that very object stands in, as without a break."""
+        kept: dict[int, Tensor] = {}
+        for block, text in saved.items():
+            known = [given(block), *kept.values()]
+            kept[block] = next((one for one in known if _same(one, text)), text.to(known[0]))
+        return cls(given, kept)
+
+    def __call__(self, block: int) -> Tensor:
+        found = self.kept.get(block)
+        return self.given(block) if found is None else found
+
+    @property
+    def forks(self) -> bool:
+        """Whether the texts given differ from those of blocks that had begun."""
+        return any(self.given(block) is not text for block, text in self.kept.items())
 
 
 @dataclass
@@ -21,12 +50,12 @@ class TextCache:
     entries: dict[tuple[int, int], tuple[Tensor, TextKV]] = field(default_factory=dict)
     stacked: dict[tuple[int, ...], TextKV] = field(default_factory=dict)
 
-    def get(self, model: HiARTransformer, texts: Sequence[Tensor]) -> TextKV:
-        """For one row a text: [rows * B, ...]; [1, ...] where all rows share one text of batch 1."""
+    def get(self, model: HiARTransformer, texts: Sequence[Tensor], batch: int = 1) -> TextKV:
+        """For one row a text [B or 1, ...]: [rows * B, ...]; [1, ...] where all rows share one text of batch 1."""
         keys = [(id(model), id(text)) for text in texts]
         for key, text in zip(keys, texts, strict=True):
             if key not in self.entries:
-                self.entries[key] = (text, _padded(model.text_kv(trim_padding(text))))
+                self.hold(model, text, trim_padding(text))
         parts = [self.entries[key][1] for key in keys]
         shared = len(set(keys)) == 1
         if shared and (len(parts) == 1 or texts[0].shape[0] == 1):
@@ -34,10 +63,14 @@ class TextCache:
         else:
             name = tuple(id(part) for part in parts)
             if name not in self.stacked:
-                self.stacked[name] = _stack(parts)
+                self.stacked[name] = _stack(parts, batch)
             found = self.stacked[name]
         self._forget(set(keys))
         return found
+
+    def hold(self, model: HiARTransformer, text: Tensor, trimmed: Tensor) -> None:
+        """Make the keys of a text of which ``trimmed`` is all that is no padding."""
+        self.entries[id(model), id(text)] = (text, _padded(model.text_kv(trimmed)))
 
     def _forget(self, used: set[tuple[int, int]]) -> None:
         while len(self.entries) > self.limit:
@@ -71,6 +104,10 @@ class TextSlots:
         return self.places[key]
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+
+
 def trim_padding(text: Tensor) -> Tensor:
     """Drop trailing zero tokens that every row of [B, L, D] has: padding, which the model counts instead."""
     used = text.abs().amax(dim=(0, 2)) > 0
@@ -88,12 +125,14 @@ def _padded(text: TextKV) -> TextKV:
     return TextKV(layers, _fill(text.counts, length))
 
 
-def _stack(parts: Sequence[TextKV]) -> TextKV:
-    """Texts of different lengths as rows of one batch: the missing keys count 0 times."""
+def _stack(parts: Sequence[TextKV], batch: int) -> TextKV:
+    """Texts of different lengths as rows of one batch, ``batch`` for each: the missing keys count 0 times."""
     length = max(part.counts.shape[1] for part in parts)
     layers = []
     for layer in zip(*(part.layers for part in parts), strict=True):
-        k, v = (torch.cat([_fill(x, length) for x in kind]) for kind in zip(*layer, strict=True))
+        k, v = (
+            torch.cat([_fill(x, length).expand(batch, -1, -1, -1) for x in kind]) for kind in zip(*layer, strict=True)
+        )
         layers.append((k, v))
-    counts = [_fill(part.counts, length).expand(part.layers[0][0].shape[0], -1) for part in parts]
+    counts = [_fill(part.counts, length).expand(batch, -1) for part in parts]
     return TextKV(tuple(layers), torch.cat(counts))

@@ -1,143 +1,31 @@
 """Reads colour, shape, size, position and motion back from pixels, and says what of a prompt a video kept.
 
 Per frame: every pixel is explained as a mixture of background and one legal colour; the colour that leaves the least
-unexplained is read, and the mixing weight is the foreground. The foreground is compared with templates of every
-shape and size, each at its best position. Per clip: one straight line is fitted to the unwrapped path.
+unexplained is read, and the mixing weight is the foreground. Where the world varies the background, it is the one that
+the frame itself shows (`backdrop`), so that a shape is read over a background that has drifted. The foreground is
+compared with templates of every shape and size, each at its best position. Per clip: one straight line is fitted to the
+unwrapped path.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .prompt import COLOURS, SHAPES, SIZES, ToyPrompt, parse
+from .backdrop import Backdrop, BackdropReader
+from .prompt import SHAPES, SIZES, ToyPrompt, parse
+from .reading import NOTHING, Reading
 from .world import ToyWorld, WorldConfig
 
-NOTHING = -1
-"""Colour, shape or size of a frame in which none can be read."""
-OVERLAP_LIMIT = 0.75
-DIRECTION_LIMIT = 22.5
-"""Degrees; half the angle between neighbouring directions."""
 CORE_LIMIT = 0.25
 """A frame has a colour if more than this share of its foreground pixels is hardly mixed with background; the smallest
 plus has 0.44."""
-MOVING_LIMIT = 0.25
-"""A clip below this share of the prompted speed has no direction."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What the oracle read from F frames, and how it compares with the prompt. Tensors [F]; indices into the word lists
-    of `prompt`, or `NOTHING`. `part` gives the reading of a stretch of frames."""
-
-    prompt: ToyPrompt
-    colour: Tensor  # int64
-    shape: Tensor  # int64, best over shapes and sizes
-    size: Tensor  # int64
-    overlap: Tensor  # float32, intersection over union with the prompted shape and size at its best position
-    centres: Tensor  # float64 [F, 2] (x, y) on the torus, pixels; NaN where there is no foreground
-    extent: Tensor  # float64 [2], (x, y) size of the torus
-    velocity_wanted: Tensor  # float64 [2] (x, y), pixels per frame
-
-    @property
-    def colour_right(self) -> Tensor:
-        """bool [F]."""
-        return self.colour == COLOURS.index(self.prompt.colour)
-
-    @property
-    def shape_right(self) -> Tensor:
-        """bool [F]."""
-        return self.shape == SHAPES.index(self.prompt.shape)
-
-    @property
-    def size_right(self) -> Tensor:
-        """bool [F]."""
-        return self.size == SIZES.index(self.prompt.size)
-
-    @property
-    def valid(self) -> Tensor:
-        """bool [F]: colour and shape right and overlap above `OVERLAP_LIMIT`."""
-        return self.colour_right & self.shape_right & (self.overlap > OVERLAP_LIMIT)
-
-    @property
-    def velocity(self) -> Tensor:
-        """float64 [2] (x, y), pixels per frame: least squares over the unwrapped path, which a jump between two blocks
-        does not fool as it fools a median; NaN with fewer than two frames that show anything."""
-        seen = self.centres.isfinite().all(1).nonzero()[:, 0]
-        if len(seen) < 2:
-            return torch.full((2,), math.nan, dtype=torch.float64)
-        steps = self.centres[seen].diff(dim=0)
-        steps = (steps + self.extent / 2) % self.extent - self.extent / 2
-        path = torch.cat([torch.zeros(1, 2, dtype=torch.float64), steps.cumsum(0)])
-        time = seen.double() - seen.double().mean()
-        return time @ path / time.square().sum()
-
-    @property
-    def speed_ratio(self) -> float:
-        """Speed over the prompted speed; NaN if nothing was seen."""
-        return float(self.velocity.norm() / self.velocity_wanted.norm())
-
-    @property
-    def direction_error(self) -> float:
-        """Degrees in [0, 180] between the fitted and the prompted direction; NaN if nothing was seen."""
-        (x, y), (want_x, want_y) = self.velocity.tolist(), self.velocity_wanted.tolist()
-        return abs(math.degrees(math.atan2(want_x * y - want_y * x, want_x * x + want_y * y)))
-
-    @property
-    def direction_right(self) -> bool:
-        """Within `DIRECTION_LIMIT` of the prompt, and moving at all."""
-        return self.direction_error < DIRECTION_LIMIT and self.speed_ratio > MOVING_LIMIT
-
-    def __len__(self) -> int:
-        return len(self.colour)
-
-    def part(self, first: int, last: int) -> Reading:
-        """The reading of frames [first, last)."""
-        names = ("colour", "shape", "size", "overlap", "centres")
-        return replace(self, **{name: getattr(self, name)[first:last] for name in names})
-
-    def parts(self, count: int = 6) -> list[Reading]:
-        """The clip cut into `count` stretches of nearly equal length; ValueError if it has fewer frames than that."""
-        if not 1 <= count <= len(self):
-            raise ValueError(f"cannot cut {len(self)} frames into {count} parts")
-        cuts = [len(self) * i // count for i in range(count + 1)]
-        return [self.part(first, last) for first, last in itertools.pairwise(cuts)]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Means over several readings: shares of frames, except the direction, which counts clips."""
-
-    colour: float
-    shape: float
-    valid: float
-    overlap: float
-    direction: float
-    speed_ratio: float  # over clips in which anything was seen
-
-    @staticmethod
-    def of(readings: Sequence[Reading]) -> Summary:
-        """ValueError if there is no reading."""
-        if not readings:
-            raise ValueError("nothing to summarise")
-        ratios = torch.tensor([reading.speed_ratio for reading in readings])
-        return Summary(
-            colour=_share([reading.colour_right for reading in readings]),
-            shape=_share([reading.shape_right for reading in readings]),
-            valid=_share([reading.valid for reading in readings]),
-            overlap=_share([reading.overlap for reading in readings]),
-            direction=sum(reading.direction_right for reading in readings) / len(readings),
-            speed_ratio=float(ratios.nanmean()),
-        )
-
-
-def _share(rows: list[Tensor]) -> float:
-    return float(torch.cat(rows).double().mean())
+SATURATED = 4 / 255
+"""A pixel value this close to an end of [0, 1] is saturated; nothing in the worlds is."""
+CHUNK = 256
+"""Frames read at once."""
 
 
 class ToyOracle:
@@ -147,7 +35,8 @@ class ToyOracle:
         """Templates are tried up to `reach` around the first guess of the position, `step` apart; reference pixels."""
         self.world = ToyWorld(config)
         self.config = self.world.config
-        self.contrast = self.world.palette - self.world.background  # [colours, 3]
+        self.varied = self.config.backgrounds is not None or self.config.texture > 0
+        self.backdrops = BackdropReader(self.world)
         # Half the smallest distance: nearer to one colour than this is nearer than to every other.
         self.colour_limit = float(torch.pdist(self.world.palette).min()) / 2
         self.middle = torch.tensor([self.config.width // 2, self.config.height // 2])  # (x, y), a pixel corner
@@ -174,23 +63,48 @@ class ToyOracle:
         """Reads a video: uint8 [F, H, W, 3], or float [F, 3, H, W] in [-1, 1]; whole multiples of the world's frame
         size are averaged down first. ValueError for another shape, or a prompt outside the grammar."""
         prompt = parse(prompt) if isinstance(prompt, str) else prompt
-        rgb = self._pixels(frames)
-        colour, foreground = self._read_colour(rgb)
+        wanted = SHAPES.index(prompt.shape) * len(SIZES) + SIZES.index(prompt.size)
+        chunks = [self._read(rgb, wanted) for rgb in self._pixels(frames).split(CHUNK)]
+        colour, shape, size, overlap, centres, background, texture, saturation = map(
+            torch.cat, zip(*chunks, strict=True)
+        )
+        backdrop = Backdrop(background, texture)
+        return Reading(
+            prompt=prompt,
+            colour=colour,
+            shape=shape,
+            size=size,
+            overlap=overlap,
+            centres=centres,
+            extent=self.world.extent,
+            velocity_wanted=self.world.velocities(torch.tensor([prompt.tokens()]))[0],
+            background=background,
+            background_change=backdrop.colour_change(),
+            texture=texture,
+            texture_ratio=backdrop.texture_ratio(),
+            texture_kept=backdrop.texture_kept(),
+            saturation=saturation,
+        )
+
+    def _read(self, rgb: Tensor, wanted: int) -> tuple[Tensor, ...]:
+        """The tensors of `Reading` that a frame has by itself: colour, shape, size, overlap, centres, background,
+        texture, saturation; of frames [F, H, W, 3]. `wanted`: number of the prompted template."""
+        backdrop, image = self.backdrops.read(rgb)
+        colour, foreground = self._read_colour(rgb, image if self.varied else self.world.background)
         seen = foreground.flatten(1).sum(1) > 0.5  # pixels
         rolled, corner = self._roll_to_middle(foreground)
         overlaps = self._overlaps(rolled)
         best = overlaps.argmax(1)
-        wanted = SHAPES.index(prompt.shape) * len(SIZES) + SIZES.index(prompt.size)
         nothing = torch.tensor(NOTHING)
-        return Reading(
-            prompt=prompt,
-            colour=colour,
-            shape=torch.where(seen, best // len(SIZES), nothing),
-            size=torch.where(seen, best % len(SIZES), nothing),
-            overlap=torch.where(seen, overlaps[:, wanted], torch.tensor(0.0)),
-            centres=self._centres(rolled, corner, seen),
-            extent=self.world.extent,
-            velocity_wanted=self.world.velocities(torch.tensor([prompt.tokens()]))[0],
+        return (
+            colour,
+            torch.where(seen, best // len(SIZES), nothing),
+            torch.where(seen, best % len(SIZES), nothing),
+            torch.where(seen, overlaps[:, wanted], torch.tensor(0.0)),
+            self._centres(rolled, corner, seen),
+            backdrop.colour,
+            backdrop.waves,
+            ((rgb - 0.5).abs() >= 0.5 - SATURATED).flatten(1).float().mean(1),
         )
 
     def _pixels(self, frames: Tensor) -> Tensor:
@@ -212,11 +126,14 @@ class ToyOracle:
             )
         return torch.nn.functional.avg_pool2d(planes, zoom).movedim(1, 3)
 
-    def _read_colour(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
-        """(colour int64 [F], stretched foreground of the best colour float32 [F, H, W])."""
-        difference = rgb - self.world.background
-        along = difference @ self.contrast.T  # [F, H, W, colours]
-        power = self.contrast.square().sum(1)
+    def _read_colour(self, rgb: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+        """(colour int64 [F], stretched foreground of the best colour float32 [F, H, W]) over a background [3], or
+        [F, H, W, 3]."""
+        difference, palette = rgb - background, self.world.palette
+        # Of each colour against the background of each pixel, [F, H, W, colours]: the contrast's product with the
+        # difference, and with itself.
+        along = difference @ palette.T - (difference * background).sum(-1, keepdim=True)
+        power = palette.square().sum(1) - 2 * background @ palette.T + background.square().sum(-1, keepdim=True)
         mixing = (along / power).clamp(0, 1)
         # |difference - mixing contrast|^2 less |difference|^2, which is the same for every colour.
         unexplained = (mixing * (mixing * power - 2 * along)).sum((1, 2))

@@ -1,8 +1,9 @@
 """Synthetic video with ground truth: one shape of one colour that moves steadily over a torus.
 
-Everything follows from `WorldConfig`, a prompt and a start position; there is no hidden state, so frame 1,000,000
-costs what frame 0 costs. Lengths in the config are pixels of a frame whose shorter side is `reference_side`, and
-scale with the real frame. x grows to the right, y grows downwards, pixel i covers [i, i + 1).
+Everything follows from `WorldConfig` and a `Scene`: a prompt, a start position and, in a world that varies it, what the
+prompt does not fix (background, texture). There is no hidden state, so frame 1,000,000 costs what frame 0 costs.
+Lengths in the config are pixels of a frame whose shorter side is `reference_side`, and scale with the real frame. x
+grows to the right, y grows downwards, pixel i covers [i, i + 1).
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ _PLUS_HALF_WIDTH = math.sqrt(math.pi / 20)
 _PLUS_REACH = 3 * _PLUS_HALF_WIDTH
 _LARGEST_REACH = 2 * _TRIANGLE_INRADIUS  # a corner of the triangle lies farthest from its centre
 
+WAVES: tuple[tuple[int, int], ...] = ((2, 0), (0, 2), (2, 2), (2, -2), (3, 0), (0, 3))
+"""Gratings of the texture: whole cycles (x, y) over the frame, so that they close on the torus; 11 to 16 reference
+pixels long, which the codec keeps."""
+FAINTEST = 1 / 3
+"""Amplitude of the faintest texture of a world over that of its strongest."""
+
 
 @dataclass(frozen=True)
 class WorldConfig:
@@ -63,6 +70,8 @@ class WorldConfig:
     start_jitter: float = 0.5  # largest distance from the centre, per axis, of a start "center"
     background: RGB = (0.08, 0.09, 0.14)
     palette: tuple[RGB, ...] = tuple(_PALETTE[colour] for colour in COLOURS)
+    backgrounds: tuple[RGB, RGB] | None = None  # corners of the box of each video's own background; None: `background`
+    texture: float = 0.0  # largest amplitude of a still grey grating on the background, [0, 1] RGB; 0: none
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1 or self.edge <= 0 or self.reference_side <= 0:
@@ -72,6 +81,11 @@ class WorldConfig:
                 raise ValueError(f"{name} needs {len(words)} entries, one for each of {', '.join(words)}")
         if max(self.radii) * self.scale * _LARGEST_REACH + self.edge > min(self.height, self.width) / 2:
             raise ValueError("the largest shape would overlap itself across the torus; lower radii")
+        low, high = self.backgrounds or (self.background, self.background)
+        if len(low) != 3 or len(high) != 3 or any(a > b for a, b in zip(low, high, strict=True)):
+            raise ValueError(f"backgrounds must be two colours (r, g, b), low <= high, got {self.backgrounds}")
+        if not 0 <= self.texture <= min(*low, *(1 - value for value in high)):
+            raise ValueError(f"texture {self.texture} must be at least 0 and keep backgrounds {low}..{high} in [0, 1]")
 
     @property
     def scale(self) -> float:
@@ -79,13 +93,33 @@ class WorldConfig:
         return min(self.height, self.width) / self.reference_side
 
 
+WORLDS: dict[str, WorldConfig] = {
+    "plain": WorldConfig(),
+    # Dark enough that every colour of the palette stands out, wide enough that a video can lose its own background.
+    "varied": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1),
+}
+"""Named worlds. "plain": the prompt fixes everything but the start. "varied": a background and a texture of its own for
+each video, which only the video's own past tells."""
+
+
+@dataclass(frozen=True)
+class Texture:
+    """Still grating, the same in the three channels: amplitude * cos(2 pi (kx x / width + ky y / height) + phase)."""
+
+    amplitude: float  # [0, 1] RGB
+    wave: tuple[int, int]  # whole cycles (kx, ky) over the frame
+    phase: float  # radians
+
+
 @dataclass(frozen=True)
 class Scene:
-    """One video: what moves, and where its centre is in frame 0 (real pixels)."""
+    """One video: what moves, where its centre is in frame 0 (real pixels), and what it moves over."""
 
     prompt: ToyPrompt
     x: float
     y: float
+    background: RGB | None = None  # [0, 1]; None: the world's
+    texture: Texture | None = None  # None: flat
 
 
 class Sample(NamedTuple):
@@ -142,9 +176,36 @@ class ToyWorld:
         distance = _signed_distance(shape, x.float()[:, None, :], y.float()[:, :, None], radii.float()[:, None, None])
         return (0.5 - distance / self.config.edge).clamp_(0, 1)
 
-    def render_batch(self, tokens: Tensor, starts: Tensor, num_frames: int, first_frame: int = 0) -> Tensor:
-        """Clips of tokens [B, PROMPT_TOKENS] with centres `starts` [B, 2] (x, y) in frame 0, from `first_frame` on:
-        float32 [B, num_frames, 3, H, W] in [-1, 1]."""
+    def backdrops(self, scenes: Sequence[Scene]) -> Tensor:
+        """What the shapes move over: float32 [len(scenes), 3, H, W] in [0, 1]."""
+        colours = [scene.background or self.config.background for scene in scenes]
+        flat = torch.tensor(colours)[:, :, None, None].expand(-1, -1, self.config.height, self.config.width)
+        textures = [scene.texture or Texture(0.0, (0, 0), 0.0) for scene in scenes]
+        if not any(texture.amplitude for texture in textures):
+            return flat
+        amplitudes = torch.tensor([texture.amplitude for texture in textures])
+        phases = torch.tensor([texture.phase for texture in textures])
+        angles = self.wave_angles([texture.wave for texture in textures]) + phases[:, None, None]
+        return flat + (amplitudes[:, None, None] * angles.cos())[:, None]
+
+    def wave_angles(self, waves: Sequence[tuple[int, int]]) -> Tensor:
+        """Angle of each grating at phase 0 in the middle of every pixel, radians, float32 [len(waves), H, W]."""
+        x = (torch.arange(self.config.width) + 0.5) * (2 * math.pi / self.config.width)
+        y = (torch.arange(self.config.height) + 0.5) * (2 * math.pi / self.config.height)
+        cycles = torch.tensor(waves)
+        return cycles[:, 0, None, None] * x + cycles[:, 1, None, None] * y[:, None]
+
+    def render_batch(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        num_frames: int,
+        first_frame: int = 0,
+        backdrops: Tensor | None = None,
+    ) -> Tensor:
+        """Clips of tokens [B, PROMPT_TOKENS] with centres `starts` [B, 2] (x, y) in frame 0, from `first_frame` on,
+        over `backdrops` [B, 3, H, W] in [0, 1] (None: the world's background): float32 [B, num_frames, 3, H, W] in
+        [-1, 1]."""
         index = self.attributes(tokens)
         centres = self.centres(tokens, starts, num_frames, first_frame)
         cover = torch.empty(len(tokens), num_frames, self.config.height, self.config.width)
@@ -153,14 +214,26 @@ class ToyWorld:
             if len(rows):
                 radii = self.radii[index["size"][rows]].repeat_interleave(num_frames)
                 cover[rows] = self.coverage(shape, radii, centres[rows].flatten(0, 1)).unflatten(0, (-1, num_frames))
-        contrast = self.palette[index["colour"]] - self.background
-        mixed = cover[:, :, None] * (2 * contrast)[:, None, :, None, None]
-        return mixed.add_((2 * self.background - 1)[:, None, None])
+        still = self.background[:, None, None] if backdrops is None else backdrops
+        contrast = self.palette[index["colour"]][:, :, None, None] - still  # [B, 3, H or 1, W or 1]
+        mixed = cover[:, :, None] * (2 * contrast)[:, None]
+        return mixed.add_((2 * still - 1)[..., None, :, :, :])
+
+    def render_scenes(self, scenes: Sequence[Scene], num_frames: int, first_frame: int = 0) -> Tensor:
+        """Frames [first_frame, first_frame + num_frames) of several scenes, float32 [len(scenes), num_frames, 3, H, W]
+        in [-1, 1]; ValueError if there is none."""
+        if not scenes:
+            raise ValueError("no scene to render")
+        starts = torch.tensor([[scene.x, scene.y] for scene in scenes], dtype=torch.float64)
+        own = any(scene.background or scene.texture for scene in scenes)
+        backdrops = self.backdrops(scenes) if own else None
+        return self.render_batch(
+            token_table([scene.prompt for scene in scenes]), starts, num_frames, first_frame, backdrops
+        )
 
     def render(self, scene: Scene, first_frame: int, num_frames: int) -> Tensor:
         """Frames [first_frame, first_frame + num_frames) of one scene, float32 [num_frames, 3, H, W] in [-1, 1]."""
-        starts = torch.tensor([[scene.x, scene.y]], dtype=torch.float64)
-        return self.render_batch(token_table([scene.prompt]), starts, num_frames, first_frame)[0]
+        return self.render_scenes([scene], num_frames, first_frame)[0]
 
     def sample_starts(self, batch: int, generator: torch.Generator, start: Start = "center") -> Tensor:
         """Centres in frame 0, float64 [batch, 2] (x, y): "center" within the jitter of the middle of the frame,
@@ -172,6 +245,38 @@ class ToyWorld:
             return unit * self.extent
         raise ValueError(f'start must be "center" or "anywhere", got {start!r}')
 
+    def sample_scenes(
+        self,
+        batch: int,
+        generator: torch.Generator,
+        start: Start = "center",
+        pool: Tensor | Sequence[ToyPrompt] | None = None,
+    ) -> list[Scene]:
+        """`batch` random scenes; the same generator state gives the same scenes. Prompts are uniform over the grammar,
+        or over `pool` (prompts, or their token ids [P, PROMPT_TOKENS]); what the world varies is uniform too."""
+        if pool is not None and not isinstance(pool, Tensor):
+            pool = token_table(pool)
+        tokens = random_tokens(batch, generator, pool)
+        starts = self.sample_starts(batch, generator, start).tolist()
+        prompts = [ToyPrompt.from_tokens(row) for row in tokens.tolist()]
+        # Drawn last: a world that varies nothing draws nothing, and its scenes stay what they were.
+        backgrounds: list[RGB | None] = [None] * batch
+        textures: list[Texture | None] = [None] * batch
+        if self.config.backgrounds is not None:
+            low, high = (torch.tensor(colour, dtype=torch.float64) for colour in self.config.backgrounds)
+            unit = torch.rand(batch, 3, generator=generator, dtype=torch.float64)
+            backgrounds = [(r, g, b) for r, g, b in (low + unit * (high - low)).tolist()]
+        if self.config.texture:
+            kinds = torch.randint(len(WAVES), (batch,), generator=generator).tolist()
+            unit = torch.rand(batch, 2, generator=generator, dtype=torch.float64)
+            strengths = (self.config.texture * (FAINTEST + (1 - FAINTEST) * unit[:, 0])).tolist()
+            phases = (2 * math.pi * unit[:, 1]).tolist()
+            textures = [Texture(a, WAVES[k], p) for a, k, p in zip(strengths, kinds, phases, strict=True)]
+        return [
+            Scene(prompt, x, y, background, texture)
+            for prompt, (x, y), background, texture in zip(prompts, starts, backgrounds, textures, strict=True)
+        ]
+
     def sample_batch(
         self,
         batch: int,
@@ -180,16 +285,10 @@ class ToyWorld:
         start: Start = "center",
         pool: Tensor | Sequence[ToyPrompt] | None = None,
     ) -> Sample:
-        """`batch` random clips; the same generator state gives the same batch. Prompts are uniform over the grammar, or
-        over `pool` (prompts, or their token ids [P, PROMPT_TOKENS])."""
-        if pool is not None and not isinstance(pool, Tensor):
-            pool = token_table(pool)
-        tokens = random_tokens(batch, generator, pool)
-        starts = self.sample_starts(batch, generator, start)
-        videos = self.render_batch(tokens, starts, num_frames)
-        prompts = [ToyPrompt.from_tokens(row) for row in tokens.tolist()]
-        scenes = [Scene(prompt, x, y) for prompt, (x, y) in zip(prompts, starts.tolist(), strict=True)]
-        return Sample(videos, prompts, tokens, scenes)
+        """`batch` random clips: `sample_scenes`, rendered."""
+        scenes = self.sample_scenes(batch, generator, start, pool)
+        prompts = [scene.prompt for scene in scenes]
+        return Sample(self.render_scenes(scenes, num_frames), prompts, token_table(prompts), scenes)
 
 
 def _signed_distance(shape: int, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def can_draw() -> bool:
 
 
 def draw_loss_curve(losses: str | Path, picture: str | Path) -> None:
-    """Draw the column "loss" of a loss.csv over "iteration" into a .png, raw and averaged; needs matplotlib.
+    """Draw every column "NETWORK_loss" of a loss.csv over "update" into a .png, raw and averaged; needs matplotlib.
 
     Raises:
         ValueError: the file holds no row.
@@ -24,19 +24,20 @@ def draw_loss_curve(losses: str | Path, picture: str | Path) -> None:
     from matplotlib.figure import Figure
 
     with Path(losses).open(newline="") as file:
-        rows = [(int(row["iteration"]), float(row["loss"])) for row in csv.DictReader(file)]
+        reader = csv.DictReader(file)
+        rows, names = list(reader), [name for name in reader.fieldnames or [] if name.endswith("_loss")]
     if not rows:
         raise ValueError(f"{losses} holds no row")
-    iterations, values = zip(*rows, strict=True)
-    reach = max(1, len(values) // 40)
-    means = [sum(part) / len(part) for part in (values[max(0, i - reach) : i + 1] for i in range(len(values)))]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(iterations, values, color="0.75", linewidth=0.8, label="logged")
-    axes.plot(iterations, means, color="tab:blue", label=f"mean of the last {reach + 1}")
-    axes.set(xlabel="iteration", ylabel="loss", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure = Figure(figsize=(8, 4 * len(names) + 0.5), layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
+        updates, values = zip(*((int(row["update"]), float(row[name])) for row in rows if row[name]), strict=True)
+        reach = max(1, len(values) // 40)
+        means = [sum(part) / len(part) for part in (values[max(0, i - reach) : i + 1] for i in range(len(values)))]
+        axes.plot(updates, values, color="0.75", linewidth=0.8, label="logged")
+        axes.plot(updates, means, color="tab:blue", label=f"mean of the last {reach + 1}")
+        axes.set(xlabel="update", ylabel=name.replace("_", " "), yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend()
     partial = Path(f"{picture}.partial")
     try:
         figure.savefig(partial, dpi=120, format="png")

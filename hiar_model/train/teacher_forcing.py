@@ -7,47 +7,85 @@ step's own level is denoised over them, as denoise visits do. One pair of forwar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..schedule import TRAIN_TIMESTEPS, FlowSchedule, shift_sigma
+from ..schedule import FlowSchedule, shift_sigma
 from ..transformer import HiARTransformer
+from ..video import Frames
+from .config import LevelsRecipe, TeacherForcingRecipe
+from .context import velocity_over_context
+from .keyed import keyed_generator
+from .networks import make_network
+from .sources import Sources, sample_videos, save_student
+from .stage import Scalars, Stage, Turn
 
 
-@dataclass(frozen=True)
-class LevelMixture:
-    """How noise levels of (target, context) are drawn.
+class TeacherForcing(Stage):
+    """The stage: clips, levels and noise of every row from keys of its own."""
 
-    Args:
-        matched: share of (sigma_s, sigma_{s+1}) of the schedule, s uniform: step-first order.
-        clean: share of (sigma_s, 0): block-first order, which conditions on clean context.
-        continuous: share of any level with a context a random gap below: other step counts.
-    """
+    averaged = "student"
 
-    matched: float = 0.55
-    clean: float = 0.2
-    continuous: float = 0.25
+    def __init__(self, recipe: TeacherForcingRecipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.sources = Sources(recipe)
+        self.trained = {"student": make_network(recipe.model, seed=recipe.seed, weights=recipe.init, device=device)}
+        self.frozen: dict[str, HiARTransformer] = {}
+        share = 1.0 if self.sources.codec is None else recipe.data.from_start
+        first, later = (self._weights([begins]).sum() for begins in (True, False))
+        # A clip's weight on average: a constant, so that parts of a batch add up to the loss of the whole.
+        self.mean_weight = float(share * first + (1 - share) * later)
 
-    def __post_init__(self) -> None:
-        shares = (self.matched, self.clean, self.continuous)
-        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(f"LevelMixture: shares must be at least 0 and sum to 1, got {list(shares)}")
+    def turns(self, update: int) -> Sequence[Turn]:
+        return (Turn("student"),)
 
-    def sample(self, batch: int, schedule: FlowSchedule, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(sigma of the target, sigma of the context), each [batch] float32."""
-        sigmas = torch.tensor(schedule.sigmas)
-        step = torch.randint(len(schedule), (batch,), generator=generator)
-        kind, level, gap = torch.rand(3, batch, generator=generator)
-        level = 1 - level  # (0, 1]
-        lower = (level - gap).clamp(min=0)
-        target, context = sigmas[step], sigmas[step + 1]
-        context = torch.where(kind < self.matched, context, 0)
-        free = kind >= self.matched + self.clean
-        target = torch.where(free, shift_tensor(level, schedule.shift), target)
-        return target, torch.where(free, shift_tensor(lower, schedule.shift), context)
+    def loss(self, turn: Turn, update: int, rows: Sequence[int]) -> tuple[Tensor, Scalars]:
+        r = self.recipe
+        batch = self.sources.clips().clips(r.seed, r.stage, update, rows)
+        generators = [keyed_generator(r.seed, r.stage, update, row, "noise") for row in rows]
+        levels = [sample_levels(r.levels, 1, r.schedule, g) for g in generators]
+        target, context = (torch.cat(parts) for parts in zip(*levels, strict=True))
+        noise, other = torch.stack([torch.randn(2, *batch.latents.shape[1:], generator=g) for g in generators], 1)
+        tensors = (batch.latents, batch.text, target, context, noise, other)
+        window = r.window_frames
+        assert not isinstance(window, tuple)  # the recipe sees to it
+        errors = teacher_forcing_errors(
+            self.trained["student"],
+            *(x.to(self.device) for x in tensors),
+            frames_per_block=r.frames_per_block,
+            window_frames=window,
+            sink_frames=r.sink_frames,
+        )
+        weights = self._weights(batch.from_start.tolist()).to(self.device)
+        return (errors * weights).sum(1).mean() / self.mean_weight, {}
+
+    def _weights(self, from_start: Sequence[bool]) -> Tensor:
+        r = self.recipe
+        return loss_weights(from_start, r.num_frames, r.frames_per_block, r.first_block_weight)
+
+    def sample(self, update: int) -> Frames | None:
+        return sample_videos(self.sources, self.trained["student"], self.recipe)
+
+    def export(self, model: HiARTransformer, folder: Path) -> Path:
+        return save_student(self.sources, model, self.recipe, folder)
+
+
+def sample_levels(
+    levels: LevelsRecipe, batch: int, schedule: FlowSchedule, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(sigma of the target, sigma of the context), each [batch] float32."""
+    sigmas = torch.tensor(schedule.sigmas)
+    step = torch.randint(len(schedule), (batch,), generator=generator)
+    kind, level, gap = torch.rand(3, batch, generator=generator)
+    level = 1 - level  # (0, 1]
+    lower = (level - gap).clamp(min=0)
+    target, context = sigmas[step], sigmas[step + 1]
+    context = torch.where(kind < levels.matched, context, 0)
+    free = kind >= levels.matched + levels.clean
+    target = torch.where(free, shift_tensor(level, schedule.shift), target)
+    return target, torch.where(free, shift_tensor(lower, schedule.shift), context)
 
 
 def shift_tensor(sigma: Tensor, shift: float) -> Tensor:
@@ -61,62 +99,46 @@ def add_noise(x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     return (1 - s) * x0 + s * noise
 
 
-def teacher_forcing_loss(
+def teacher_forcing_errors(
     model: HiARTransformer,
     x0: Tensor,
     text: Tensor,
     target_sigma: Tensor,
     context_sigma: Tensor,
-    generator: torch.Generator,
+    noise: Tensor,
+    context_noise: Tensor,
     *,
     frames_per_block: int,
     window_frames: int | None = None,
     sink_frames: int = 0,
-    weight: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error of the velocity eps - x0 over all blocks at once.
+    """Mean squared error of the velocity eps - x0 of every frame, float32 [B, F]; all blocks at once.
 
     Args:
-        x0: clean latents [B, F, C, H, W]. text: [B, L, text_dim].
-        target_sigma, context_sigma: [B]. weight: [B, F], 0 leaves a frame out; default all 1.
+        x0, noise, context_noise: clean latents, and the noise of the two copies, [B, F, C, H, W].
+        text: [B, L, text_dim]. target_sigma, context_sigma: [B].
     """
-    noise, context_noise = torch.randn((2, *x0.shape), generator=generator)
-    rule = {"frames_per_block": frames_per_block, "window_frames": window_frames, "sink_frames": sink_frames}
-    frames = x0.shape[1]
-    context = model.kv(
-        add_noise(x0, context_sigma, context_noise),
-        _timesteps(context_sigma, frames),
-        text,
-        "block_causal",
-        **rule,  # type: ignore[arg-type]
-    )
-    velocity = model(
+    velocity = velocity_over_context(
+        model,
         add_noise(x0, target_sigma, noise),
-        _timesteps(target_sigma, frames),
+        add_noise(x0, context_sigma, context_noise),
         text,
-        "block_causal",
-        context=context,
-        **rule,
+        target_sigma,
+        context_sigma,
+        frames_per_block=frames_per_block,
+        window_frames=window_frames,
+        sink_frames=sink_frames,
     )
-    error = F.mse_loss(velocity.float(), noise - x0, reduction="none").mean(dim=(2, 3, 4))
-    if weight is None:
-        return error.mean()
-    return (error * weight).sum() / weight.sum()
+    return (velocity.float() - (noise - x0)).square().mean(dim=(2, 3, 4))
 
 
-def _timesteps(sigma: Tensor, frames: int) -> Tensor:
-    return (TRAIN_TIMESTEPS * sigma)[:, None].expand(-1, frames)
-
-
-def loss_weights(
-    batch: int, frames: int, from_start: Sequence[bool], frames_per_block: int, first_block: float = 1.0
-) -> Tensor:
+def loss_weights(from_start: Sequence[bool], frames: int, frames_per_block: int, first_block: float = 1.0) -> Tensor:
     """[B, F]: ``first_block`` for the first block of a video, 1 for later blocks.
 
     Of a clip from the middle of a video the first block does not count, since its context is missing.
     """
-    weight = torch.ones(batch, frames)
     begins = torch.tensor(from_start)
+    weight = torch.ones(len(begins), frames)
     weight[begins, :frames_per_block] = first_block
     weight[~begins, :frames_per_block] = 0
     return weight

@@ -1,212 +1,222 @@
-"""The training loop of the toy model: data, optimisers, averaged weights, resume, progress."""
+"""The training loop: turns, gradient accumulation, averages, states, what is watched. What is learnt, a stage says."""
 
 from __future__ import annotations
 
-import csv
-import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import WanConfig
-from ..toy.codec import ToyCodec
-from ..toy.prompt import split_prompts, token_table
-from ..toy.text import ToyTextEncoder
-from ..toy.world import ToyWorld
 from ..transformer import HiARTransformer
-from .recipe import ToyRecipe
-from .teacher_forcing import loss_weights, teacher_forcing_loss
+from .config import TrainingRecipe
+from .distributed import Place, largest, release, shard, synchronise
+from .ema import Ema
+from .networks import whole
+from .optimizers import Optimizers, rate_factor
+from .reading import differing_keys
+from .snapshots import Snapshots
+from .stage import Stage, Turn
+from .watch import Watch, sample_scalars
 
-CHECKPOINT, LOSSES = "checkpoint.pt", "loss.csv"
-_NO_MATTER = ("threads", "checkpoint_every")  # may differ when a run is resumed: they do not decide what is learnt
+STATES, MODEL = "states", "model"
 
 
-class ToyTrainer:
-    """One run in one folder. The same folder resumes where its last checkpoint stands, to the bit.
+class Trainer:
+    """One run in one folder. The same folder goes on where its last state stands, to the bit.
 
     Args:
-        recipe: what to train. folder: for checkpoint.pt and loss.csv (iteration, loss, learning rate factor, gradient
-            norm; one row every ``log_every`` iterations, means over them).
+        recipe: what to train. stage: of it. folder: for states/, loss.csv and the other records, and the model.
+        place: of this process. say: told what people should read, on the first rank.
+
+    Attributes:
+        update: how many are done.
 
     Raises:
-        ValueError: the folder holds a run of another recipe.
+        ValueError: the folder holds a run of another recipe, or a state that cannot be read.
     """
 
-    def __init__(self, recipe: ToyRecipe, folder: str | Path) -> None:
-        self.recipe, self.folder = recipe, Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if recipe.threads:
-            torch.set_num_threads(recipe.threads)
-        self.config = WanConfig.from_name(recipe.model)
-        self.world = ToyWorld()
-        self.codec = ToyCodec.fit(channels=self.config.in_channels, floor=recipe.codec_floor)
-        self.text = ToyTextEncoder(self.config.text_dim)
-        self.pool = token_table(split_prompts(recipe.held_out_prompts)[0])
-        self.generator = torch.Generator().manual_seed(recipe.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            self.model = HiARTransformer(self.config)
-        initialise(self.model)
-        self.average = {k: v.detach().clone() for k, v in self.model.named_parameters()}
-        self.optimizers = make_optimizers(self.model, recipe)
-        self.peak = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
-        self.iteration = 0
-        self.pending: list[tuple[float, float]] = []
-        if (self.folder / CHECKPOINT).exists():
-            self._load()
+    def __init__(
+        self,
+        recipe: TrainingRecipe,
+        stage: Stage,
+        folder: str | Path,
+        place: Place | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.recipe, self.stage, self.folder = recipe, stage, Path(folder)
+        self.place = place or Place(0, 1, torch.device("cpu"))
+        self.first = self.place.rank == 0
+        self.say = say if self.first else lambda text: None
+        if self.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if recipe.scale.threads:
+            torch.set_num_threads(recipe.scale.threads)
+        self.parts = self.place.rows(recipe.batch_size, recipe.scale.micro_batch)
+        recompute = recipe.scale.activation_checkpointing
+        for network in stage.frozen.values():
+            shard(network, self.place, recipe.precision, trained=False)
+        for network in stage.trained.values():
+            shard(network, self.place, recipe.precision, trained=True, activation_checkpointing=recompute)
+        self.optimizers = {
+            name: Optimizers(network, recipe.optimizer_of(name)) for name, network in stage.trained.items()
+        }
+        self.ema = Ema(stage.trained[stage.averaged], recipe.ema)
+        self.update = 0
+        self.pending: list[dict[str, float]] = []
+        self.snapshots = Snapshots(self.folder / STATES)
+        self.state = self.snapshots.newest()
+        if self.state is not None:
+            self._load(self.state)
 
-    def run(self, on_iteration: Callable[[int, float], None] | None = None) -> None:
-        """Train up to ``recipe.iterations``; a non-finite loss stops it with the iteration named."""
-        recipe = self.recipe
-        while self.iteration < recipe.iterations:
-            loss, norm = self._update()
-            self.iteration += 1
-            self.pending.append((loss, norm))
-            if self.iteration % recipe.log_every == 0:
-                self._log()
-            if self.iteration % recipe.checkpoint_every == 0 or self.iteration == recipe.iterations:
-                self._save()
-            if on_iteration is not None:
-                on_iteration(self.iteration, loss)
+    def run(self, on_update: Callable[[int, Mapping[str, float]], None] | None = None) -> bool:
+        """Train up to ``recipe.updates``; returns whether they are done, or the time was over before.
 
-    def averaged_model(self) -> HiARTransformer:
-        """The transformer with the averaged weights, in evaluation mode."""
-        model = HiARTransformer(self.config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(self.average[name])
-        return model.eval().requires_grad_(False)
+        Args:
+            on_update: called with the number of updates done and what was watched in the last one.
 
-    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(latents [B, F, C, H, W], text [B, L, text_dim], loss weights [B, F])."""
-        r = self.recipe
-        begins = round(r.batch_size * r.from_start)
-        latents, tokens = [], []
-        for count, start in ((begins, "center"), (r.batch_size - begins, "anywhere")):
-            if count:
-                sample = self.world.sample_batch(count, r.num_frames, self.generator, start=start, pool=self.pool)  # type: ignore[arg-type]
-                latents.append(self.codec.encode(sample.videos))
-                tokens.append(sample.tokens)
-        from_start = [i < begins for i in range(r.batch_size)]
-        weight = loss_weights(r.batch_size, r.num_frames, from_start, r.frames_per_block, r.first_block_weight)
-        return torch.cat(latents), self.text.encode_tokens(torch.cat(tokens)), weight
+        Raises:
+            FloatingPointError: a loss or gradient that is not finite: names update, turn, rows and the last state.
+            OSError: a state cannot be written; the last good one is named.
+        """
+        recipe, begun = self.recipe, time.monotonic()
+        watch = Watch(self.folder, self.update, recipe.to_dict(), self.say) if self.first else None
+        with ExitStack() as closing:
+            if watch is not None:
+                closing.callback(watch.close)
+            while self.update < recipe.updates:
+                numbers = self._update()
+                done = self.update
+                if recipe.sample_every and (done % recipe.sample_every == 0 or done == recipe.updates):
+                    numbers |= self._sample(watch)
+                self.pending.append(numbers)
+                if done % recipe.log_every == 0 or done == recipe.updates:
+                    self._log(watch)
+                over = self._over(begun)
+                if over or done % recipe.scale.checkpoint_every == 0 or done == recipe.updates:
+                    self._save()
+                if on_update is not None:
+                    on_update(done, numbers)
+                if over:
+                    break
+        return self.update == recipe.updates
 
-    def _update(self) -> tuple[float, float]:
-        r = self.recipe
-        latents, text, weight = self.batch()
-        target, context = r.levels.sample(r.batch_size, r.schedule, self.generator)
-        factor = rate_factor(self.iteration / r.iterations, r.optimizer.warmup, r.optimizer.cooldown)
-        with torch.autocast("cpu", torch.bfloat16, enabled=r.precision == "bfloat16"):
-            loss = teacher_forcing_loss(
-                self.model,
-                latents,
-                text,
-                target,
-                context,
-                self.generator,
-                frames_per_block=r.frames_per_block,
-                window_frames=r.window_frames,
-                sink_frames=r.sink_frames,
-                weight=weight,
-            )
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"loss is {loss.item()} at iteration {self.iteration}; last good state: {self.folder / CHECKPOINT}"
-            )
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), r.optimizer.clip_norm)
-        for optimizer, peaks in zip(self.optimizers, self.peak, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        decay = min(r.ema, (self.iteration + 1) / (self.iteration + 10))
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                self.average[name].lerp_(parameter, 1 - decay)
-        return loss.item(), norm.item()
+    def averaged_model(self) -> HiARTransformer | None:
+        """The averaged network, plain and on the CPU; None on ranks but the first. Every rank must call it."""
+        return whole(self.ema.weights, self.stage.trained[self.stage.averaged].config)
 
-    def _log(self) -> None:
-        path, new = self.folder / LOSSES, not (self.folder / LOSSES).exists()
-        means = [sum(column) / len(column) for column in zip(*self.pending, strict=True)]
-        factor = rate_factor(
-            self.iteration / self.recipe.iterations, self.recipe.optimizer.warmup, self.recipe.optimizer.cooldown
-        )
-        with path.open("a", newline="") as f:
-            writer = csv.writer(f)
-            if new:
-                writer.writerow(["iteration", "loss", "rate", "gradient_norm"])
-            writer.writerow([self.iteration, f"{means[0]:.6f}", f"{factor:.4f}", f"{means[1]:.4f}"])
+    def export(self) -> Path | None:
+        """Write the averaged network as the stage does; returns where, on the first rank. Every rank must call it."""
+        model = self.averaged_model()
+        return None if model is None else self.stage.export(model, self.folder / MODEL)
+
+    def _update(self) -> dict[str, float]:
+        """All turns of one update; returns the means of what was watched."""
+        turns: dict[str, list[dict[str, float]]] = {}
+        for turn in self.stage.turns(self.update):
+            turns.setdefault(turn.network, []).append(self._turn(turn))
+        averaged = self.stage.averaged
+        if averaged in turns:
+            self.ema.update(self.update)
+        self.update += 1
+        return {
+            f"{network}_{name}": sum(one[name] for one in several) / len(several)
+            for network, several in turns.items()
+            for name in several[0]
+        }
+
+    def _turn(self, turn: Turn) -> dict[str, float]:
+        """One optimiser step; returns what was watched, over the batch of all ranks."""
+        recipe, place = self.recipe, self.place
+        optimizer, network = self.optimizers[turn.network], self.stage.trained[turn.network]
+        seen: list[Tensor] = []
+        names: list[str] = []
+        for i, rows in enumerate(self.parts):
+            synchronise(network, i == len(self.parts) - 1)
+            share = len(rows) / recipe.batch_size
+            with torch.autocast(place.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                loss, scalars = self.stage.loss(turn, self.update, rows)
+            # FSDP averages gradients over all processes.
+            (loss * (share * place.ranks)).backward()
+            names = ["loss", *scalars]
+            values = [loss.detach().double(), *scalars.values()]
+            seen.append(share * torch.stack([torch.as_tensor(v, dtype=torch.float64).to(place.device) for v in values]))
+        self._release()
+        means = place.total(torch.stack(seen).sum(0))
+        norm = optimizer.clip()
+        numbers = torch.cat([means, norm.detach().double().reshape(1)]).tolist()  # the turn's one wait for the device
+        if not torch.isfinite(torch.tensor([numbers[0], numbers[-1]])).all():
+            self._stop(turn, numbers[0], numbers[-1], seen)
+        optimizer.step(self.update / recipe.updates)
+        return dict(zip([*names, "gradient_norm"], numbers, strict=True))
+
+    def _release(self) -> None:
+        for network in self.stage.trained.values():
+            release(network)
+
+    def _stop(self, turn: Turn, loss: float, norm: float, seen: list[Tensor]) -> None:
+        bad = [0.0] * self.recipe.batch_size
+        for rows, numbers in zip(self.parts, seen, strict=True):
+            for row in rows:
+                bad[row] = float(not torch.isfinite(numbers[0]))
+        rows = [row for row, wrong in enumerate(largest(bad, self.place)) if wrong]
+        what = f"loss is {loss} in rows {rows} of the batch" if rows else f"gradient norm is {norm}, loss {loss}"
+        good = self.state or "none"
+        raise FloatingPointError(f"{what}, update {self.update}, turn {turn}; last good state: {good}")
+
+    def _sample(self, watch: Watch | None) -> dict[str, float]:
+        with self.ema.applied(), torch.no_grad():
+            frames = self.stage.sample(self.update)
+            self._release()  # what was gathered here are averages
+        if frames is None or watch is None:
+            return {}
+        watch.sheet(self.update, frames)
+        return sample_scalars(frames)
+
+    def _log(self, watch: Watch | None) -> None:
+        """Means over the updates since the last row; of numbers that are not in all of them, over those they are in."""
+        if watch is not None:
+            names = dict.fromkeys(name for numbers in self.pending for name in numbers)
+            columns = {name: [numbers[name] for numbers in self.pending if name in numbers] for name in names}
+            rule = self.recipe.optimizer
+            rate = rate_factor((self.update - 1) / self.recipe.updates, rule.warmup, rule.cooldown)
+            means = {name: sum(values) / len(values) for name, values in columns.items()}
+            watch.scalars(self.update, {**means, "rate": rate})
         self.pending.clear()
 
-    def _save(self) -> None:
-        state = {
-            "recipe": self.recipe.to_dict(),
-            "iteration": self.iteration,
-            "model": self.model.state_dict(),
-            "average": self.average,
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "generator": self.generator.get_state(),
-            "pending": self.pending,
-        }
-        partial = self.folder / (CHECKPOINT + ".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.folder / CHECKPOINT)
+    def _over(self, begun: float) -> bool:
+        limit = self.recipe.scale.max_minutes
+        if limit is None:
+            return False
+        return bool(largest([float(time.monotonic() - begun > 60 * limit)], self.place)[0])
 
-    def _load(self) -> None:
-        state: dict[str, Any] = torch.load(self.folder / CHECKPOINT, weights_only=True)
-        ours, theirs = self.recipe.to_dict(), state["recipe"]
-        differ = [k for k in ours if k not in _NO_MATTER and ours[k] != theirs.get(k)]
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that is a tensor, by name, in place."""
+        found = {f"average/{name}": value for name, value in self.ema.weights.items()}
+        for network, module in self.stage.trained.items():
+            found |= {f"{network}/{name}": p.detach() for name, p in module.named_parameters()}
+            states = self.optimizers[network].state().items()
+            found |= {f"{network}.optimizer/{name}": value for name, value in states}
+        return found
+
+    def _save(self) -> None:
+        about: dict[str, Any] = {
+            "recipe": self.recipe.to_dict(),
+            "update": self.update,
+            "pending": self.pending,
+            "ranks": self.place.ranks,
+        }
+        self.state = self.snapshots.save(self.update, self._tensors(), about)
+
+    def _load(self, state: Path) -> None:
+        about = self.snapshots.about(state)
+        differ = differing_keys(self.recipe.to_dict(), about["recipe"])
         if differ:
             raise ValueError(
                 f"{self.folder} holds a run with another {', '.join(differ)}; choose another --out or delete the folder"
             )
-        self.model.load_state_dict(state["model"])
-        self.average = state["average"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.generator.set_state(state["generator"])
-        self.iteration, self.pending = state["iteration"], [tuple(p) for p in state["pending"]]
-        self._drop_rows_after(self.iteration)
-
-    def _drop_rows_after(self, iteration: int) -> None:
-        """Rows that a killed run logged after its last checkpoint will be written again."""
-        path = self.folder / LOSSES
-        if path.exists():
-            head, *rows = path.read_text().splitlines(keepends=True)
-            path.write_text("".join([head, *(row for row in rows if int(row.split(",")[0]) <= iteration)]))
-
-
-def initialise(model: HiARTransformer) -> None:
-    """Gates and the head start at zero (adaLN-Zero, arXiv 2212.09748): every block begins as the identity."""
-    with torch.no_grad():
-        for block in model.blocks:
-            block.modulation.zero_()  # type: ignore[operator]
-        last = model.time_projection[-1]
-        assert isinstance(last, torch.nn.Linear)
-        last.weight.zero_()
-        last.bias.zero_()
-        model.head.head.weight.zero_()
-        model.head.head.bias.zero_()
-
-
-def make_optimizers(model: HiARTransformer, recipe: ToyRecipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, head, norms and biases."""
-    o = recipe.optimizer
-    matrices = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=o.matrix_lr, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=o.other_lr, betas=(0.9, 0.99), weight_decay=0.0),
-    ]
-
-
-def rate_factor(done: float, warmup: float, cooldown: float) -> float:
-    """Rises over ``warmup``, stays 1, falls linearly to 0 over the last ``cooldown``; all shares of the run."""
-    rise = 1.0 if warmup == 0 else min(1.0, (done + 1e-4) / warmup)
-    fall = 1.0 if cooldown == 0 else min(1.0, max(0.0, (1 - done) / cooldown))
-    return min(rise, fall)
+        self.snapshots.load(state, self._tensors())
+        self.update, self.pending = about["update"], about["pending"]

@@ -1,0 +1,38 @@
+"""What commands that run a model share: where it runs, how it is loaded, how progress is shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+if TYPE_CHECKING:
+    from .bundle import VideoModel
+
+
+def machine_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if there is any), cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", type=str, help="float32, bfloat16, float16 or float64")
+    # Forwards of a toy model are too small to share: two threads gain little, and lose much where the cores are busy.
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+
+
+def load_model(a: Namespace) -> VideoModel:
+    import torch
+
+    from .bundle import load_video_model
+
+    if a.threads < 1:
+        raise ValueError(f"threads must be at least 1, got {a.threads}")
+    torch.set_num_threads(a.threads)
+    return load_video_model(a.model, a.device, a.dtype)
+
+
+def progress_bar(*columns: Any) -> Any:
+    """A progress bar on stderr, shown on a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    return Progress(*columns[:1], BarColumn(), *columns[1:], TimeRemainingColumn(), console=console,
+                    disable=not console.is_terminal)  # fmt: skip

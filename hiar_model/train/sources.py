@@ -1,0 +1,140 @@
+"""What a recipe's stage works with beside its networks: data, codec, samples, the exported model."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..bundle import save_toy_model
+from ..checkpoint import save_transformer
+from ..config import WanConfig
+from ..rollout import Rollout
+from ..toy.codec import ToyCodec
+from ..toy.prompt import split_prompts, token_table
+from ..toy.text import ToyTextEncoder
+from ..toy.world import WORLDS, ToyWorld
+from ..transformer import HiARTransformer
+from ..video import Frames
+from .config import CausalRecipe, HiARRecipe, Recipe
+from .data import Clips, LatentData, PromptData, Prompts, ToyData
+from .rollout import unsharded
+
+
+class Sources:
+    """Data of a recipe: the toy world, or a folder of encoded prompts (and clips).
+
+    data: prompts, and clips where there are some. codec, world: of the toy; None for a folder.
+
+    Raises:
+        ValueError: no such world; a folder that does not hold what it should, by file and key.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        config, told = WanConfig.from_name(recipe.model), recipe.data
+        self.codec: ToyCodec | None = None
+        self.world: ToyWorld | None = None
+        self.data: Prompts
+        if told.folder is not None:
+            assert told.latent_size is not None
+            shape = (recipe.num_frames, config.in_channels, *told.latent_size)
+            kind = LatentData if recipe.stage in ("teacher", "teacher_forcing") else PromptData
+            self.data = kind(told.folder, shape)
+            return
+        if told.world not in WORLDS:
+            raise ValueError(f"recipe: data.world must be one of {', '.join(WORLDS)}, got {told.world!r}")
+        self.world = ToyWorld(WORLDS[told.world])
+        # of the plain world for all: one space of latents, so that weights of one world begin another's training
+        self.codec = ToyCodec.fit(channels=config.in_channels, floor=told.codec_floor)
+        self.text = ToyTextEncoder(config.text_dim)
+        train, self._held_out = split_prompts(told.held_out_prompts)
+        self.data = ToyData(
+            self.world,
+            self.codec,
+            self.text,
+            token_table(train),
+            recipe.num_frames,
+            told.from_start,
+            mark_continuing=told.mark_continuing,
+        )
+
+    def clips(self) -> Clips:
+        """The data as clips; every stage that asks for them was given such data."""
+        return cast(Clips, self.data)
+
+    def held_out(self, count: int) -> Tensor | None:
+        """Text of the first held-out prompts, [count, L, text_dim] like the data's; None without a toy world."""
+        if self.codec is None:
+            return None
+        text = self.text.encode(self._held_out[:count])
+        return F.pad(text, (0, 0, 0, self.data.unconditional().shape[1] - text.shape[1]))
+
+    def decode(self, latents: Tensor) -> Frames:
+        """Latents [N, F, C, h, w] of the toy -> uint8 [N, F, H, W, 3]."""
+        assert self.codec is not None
+        return cast(Frames, np.asarray(self.codec.to_uint8(self.codec.decode(latents.float().cpu())).numpy()))
+
+
+def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
+    """The precision of a recipe's forwards outside the trainer's turns, which have it; weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+
+
+def sample_videos(sources: Sources, model: HiARTransformer, recipe: CausalRecipe) -> Frames | None:
+    """Rollouts of held-out prompts, twice as long as trained clips: uint8 [N, F, H, W, 3]; None without a codec."""
+    text = sources.held_out(recipe.sample_prompts)
+    if text is None:
+        return None
+    frames, _, height, width = sources.data.latent_shape
+    order, cache_source = walk(recipe)
+    with unsharded(model):
+        rollout = Rollout(
+            model,
+            text.to(model.patch_embedding.weight.device),
+            recipe.schedule,
+            num_frames=2 * frames,
+            height=height,
+            width=width,
+            batch=len(text),
+            order=order,
+            cache_source=cache_source,
+            frames_per_block=recipe.frames_per_block,
+            window_frames=recipe.window_frames,
+            sink_frames=recipe.sink_frames,
+        )
+        return sources.decode(torch.cat([block.latents for block in rollout], 1))
+
+
+def walk(recipe: CausalRecipe) -> tuple[str, str]:
+    """(order, cache_source) that a student of this recipe is rolled out with; matched noise by default."""
+    if not isinstance(recipe, HiARRecipe):
+        return "stream", "own"
+    return "stream" if recipe.order == "step_first" else recipe.order, recipe.cache_source
+
+
+def save_student(sources: Sources, model: HiARTransformer, recipe: CausalRecipe, folder: Path) -> Path:
+    """The student as a model: a toy model's folder, or the transformer's weights alone. Returns what was written."""
+    if sources.codec is None or sources.world is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "student.safetensors"
+        save_transformer(model, path)
+        return path
+    order, cache_source = walk(recipe)
+    return save_toy_model(
+        folder,
+        model,
+        sources.codec,
+        schedule=recipe.schedule,
+        frames_per_block=recipe.frames_per_block,
+        window_frames=recipe.window_frames,
+        sink_frames=recipe.sink_frames,
+        train_frames=recipe.num_frames,
+        world=sources.world.config,
+        order=order,
+        cache_source=cache_source,
+    )

@@ -1,0 +1,106 @@
+"""What test_train_rollout.py runs under torchrun: a self-rollout of a sharded student, against a whole one.
+
+torchrun --nproc-per-node 2 tests/self_rollout_job.py RESULT.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny_model import SIZE, TEXT, make_model
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hiar_model.schedule import FlowSchedule
+from hiar_model.train.rollout import SelfRollout, unsharded
+
+STEPS, FRAMES = 3, 12
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what the processes exchange, by operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def case(exit_step: int, **options) -> dict:
+    """Twice the same update, of both students."""
+    whole, sharded = (make_model().double().requires_grad_(True) for _ in range(2))
+    for block in sharded.blocks:
+        fully_shard(block)
+    fully_shard(sharded)
+    text, wrong, exchanged = TEXT.double(), [], []
+    for seed in range(2):
+        found = []
+        for model in (whole, sharded):
+            model.zero_grad()
+            rollout = SelfRollout(model, FlowSchedule.uniform(STEPS), **options)
+            with Collectives() as walk, unsharded(model):
+                visited = rollout.run(text, FRAMES, *SIZE.values(), exit_step, seed=seed)
+            gathered = all(isinstance(p, DTensor) for p in model.parameters()) == (model is sharded)
+            with Collectives() as rest:
+                x0 = rollout.predict(visited, text)
+                x0.square().mean().backward()
+            found.append((visited, x0.detach(), gathered))
+            exchanged.append([dict(walk.counts), dict(rest.counts)])
+        (expected, x0, _), (visited, other, again) = found
+        same = [torch.equal(expected.inputs, visited.inputs), torch.equal(x0, other), again]
+        same += [torch.equal(a.k, b.k) for a, b in zip(expected.contexts, visited.contexts, strict=True)]
+        wrong += [] if all(same) else [f"seed {seed}: {same}"]
+        for (name, p), q in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+            if not torch.allclose(q.grad.full_tensor(), p.grad, rtol=1e-12, atol=1e-14):
+                wrong.append(f"seed {seed}: gradient of {name}")
+    return {"wrong": wrong, "exchanged": exchanged}
+
+
+def stays_whole() -> bool:
+    """What was gathered before the rollout is so after it; what was not is sharded again."""
+    model = make_model()
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    model.blocks[1].unshard()
+    with unsharded(model):
+        inside = not any(isinstance(p, DTensor) for p in model.parameters())
+    first, second = (isinstance(block.modulation, DTensor) for block in model.blocks)
+    return inside and first and not second
+
+
+def only_blocks() -> str:
+    model = make_model()
+    fully_shard(model.blocks[0])
+    try:
+        with unsharded(model):
+            return "nothing"
+    except ValueError as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    result = {
+        "matched": case(1, window_frames=6),
+        "clean": case(2, window_frames=6, order="block_first"),
+        "stays_whole": stays_whole(),
+        "only_blocks": only_blocks(),
+    }
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(result))
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # an ordinary exit after FSDP now and then aborts
