@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import rollout, train
-    from .bundle import VideoModel, load_video_model
+    from .bundle import load_video_model
     from .checkpoint import load_transformer, save_transformer
     from .config import WanConfig
     from .generation import generate, stream
+    from .infill import infill
     from .rollout import Rollout
     from .schedule import FlowSchedule
+    from .script import Script
+    from .sessions import load_session, save_session
+    from .text import WanTextEncoder
     from .transformer import HiARTransformer
     from .video import Video
+    from .video_model import VideoModel
 
 __all__ = [
     "WanConfig",
@@ -29,6 +34,11 @@ __all__ = [
     "generate",
     "load_video_model",
     "stream",
+    "Script",
+    "infill",
+    "save_session",
+    "load_session",
+    "WanTextEncoder",
     "train",
 ]
 
@@ -40,10 +50,15 @@ _HOME = {
     "FlowSchedule": "schedule",
     "Rollout": "rollout",
     "Video": "video",
-    "VideoModel": "bundle",
+    "VideoModel": "video_model",
     "load_video_model": "bundle",
     "generate": "generation",
     "stream": "generation",
+    "Script": "script",
+    "infill": "infill",
+    "save_session": "sessions",
+    "load_session": "sessions",
+    "WanTextEncoder": "text",
 }
 """Public name -> the module that holds it."""
 _SUBPACKAGES = ("rollout", "train")  # rollout is callable as well: hiar_model.rollout(...)

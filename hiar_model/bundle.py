@@ -1,4 +1,4 @@
-"""A model ready to make video: transformer, schedule, text encoder and decoder under one name, and its folder on disk.
+"""Models on disk by one name: the toy model's folder, here, and Wan's (:mod:`hiar_model.wan`).
 
 The toy model's folder holds `model.safetensors` (the transformer's tensors under the published Wan keys behind
 "transformer.", the codec's behind "codec.") and `config.json`:
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors
 import torch
@@ -29,124 +29,20 @@ from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
 from .config import WanConfig
-from .rollout.visits import CACHE_SOURCES, ORDERS
 from .schedule import FlowSchedule
 from .toy.codec import ToyCodec
 from .toy.text import ToyTextEncoder
 from .toy.world import WorldConfig
 from .transformer import HiARTransformer
-from .video import Frames, check_fps
+from .video import Frames
+from .video_model import VideoModel, pick_device, pick_dtype
+from .wan import Checkpoint, is_wan_folder, load_wan
 
 TOY_FORMAT = "hiar-toy"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SHIPPED = {"toy": ("hiar_model.toy", "weights")}
 """Name of a model inside the package -> (package, folder in it)."""
 TRANSFORMER, CODEC = "transformer.", "codec."
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-class Decoder(Protocol):
-    """Latents to pixels for one video; keeps what it needs between successive blocks."""
-
-    def decode(self, latents: Tensor) -> Frames:
-        """latents [1, f, C, h, w], any device and dtype -> uint8 [F, H, W, 3]."""
-
-
-@dataclass(frozen=True, eq=False)
-class VideoModel:
-    """Everything that turns a prompt into video.
-
-    name               as it was asked for
-    transformer        the network, in evaluation mode
-    schedule           noise levels of its steps
-    frames_per_block   latent frames made at once
-    window_frames      latent frames a block sees with its own, one number or one per step; None: all
-    sink_frames        first latent frames that stay visible, inside the window's number
-    fps, num_frames    of a video if nothing is said; num_frames counts pixel frames
-    train_frames       pixel frames of the clips that it was trained on
-    latent_size        (channels, height, width) of a latent frame
-    weights_sha256     of the weights file, hexadecimal
-    text_encoder       prompt -> [1, L, text_dim]; ValueError of one line for a prompt that the model cannot show
-    new_decoder        makes the decoder of one video
-    world              what a toy model shows; None for others
-    temporal_compression  pixel frames per latent frame, but the first latent frame is always one pixel frame
-    cache_source       where the caches take their keys in the form that it was trained in: own or next_step
-    order              the order that it was trained for; None: any of the matched graph, and block_first too
-    """
-
-    name: str
-    transformer: HiARTransformer
-    schedule: FlowSchedule
-    frames_per_block: int
-    window_frames: int | tuple[int | None, ...] | None
-    sink_frames: int
-    fps: float
-    num_frames: int
-    train_frames: int
-    latent_size: tuple[int, int, int]
-    weights_sha256: str
-    text_encoder: Callable[[str], Tensor]
-    new_decoder: Callable[[], Decoder]
-    world: WorldConfig | None = None
-    temporal_compression: int = 1
-    cache_source: str = "own"
-    order: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("frames_per_block", "num_frames", "train_frames", "temporal_compression"):
-            _whole(name, getattr(self, name), 1)
-        _whole("sink_frames", self.sink_frames, 0)
-        if self.cache_source not in CACHE_SOURCES:
-            raise ValueError(f"cache_source must be one of {', '.join(CACHE_SOURCES)}, got {self.cache_source!r}")
-        if self.order not in (None, *ORDERS):
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, or null, got {self.order!r}")
-        if self.cache_source == "next_step" and self.order not in ("stream", "wavefront"):
-            raise ValueError(f'cache_source "next_step" needs the order stream or wavefront, got {self.order!r}')
-        check_fps(self.fps)
-        self.latent_frames(self.num_frames)
-        self.latent_frames(self.train_frames)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.transformer.patch_embedding.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.transformer.patch_embedding.weight.dtype
-
-    def encode_text(self, prompt: str) -> Tensor:
-        """The prompt as the transformer takes it, [1, L, text_dim] on its device; ValueError for an illegal prompt."""
-        if not isinstance(prompt, str):
-            raise ValueError(f"a prompt is a string, got {type(prompt).__name__}")
-        return self.text_encoder(prompt).to(self.device, self.dtype)
-
-    def decoder(self) -> Decoder:
-        """A fresh decoder, for one video."""
-        return self.new_decoder()
-
-    def latent_frames(self, num_frames: int) -> int:
-        """Pixel frames -> latent frames, which must fill whole blocks.
-
-        Raises:
-            ValueError: names the nearest legal numbers.
-        """
-        _whole("num_frames", num_frames, 1)
-        latent, rest = divmod(num_frames - 1, self.temporal_compression)
-        latent += 1
-        if rest == 0 and latent % self.frames_per_block == 0:
-            return latent
-        below = latent // self.frames_per_block * self.frames_per_block
-        near = [self.pixel_frames(n) for n in (below, below + self.frames_per_block) if n > 0]
-        raise ValueError(
-            f"num_frames must fill whole blocks of {self.frames_per_block} latent frames: "
-            f"got {num_frames}, nearest {' or '.join(map(str, near))}"
-        )
-
-    def pixel_frames(self, latent_frames: int) -> int:
-        """How many pixel frames the first ``latent_frames`` of a video make."""
-        return 1 + (latent_frames - 1) * self.temporal_compression
 
 
 @dataclass(frozen=True)
@@ -160,30 +56,6 @@ class ToyDecoder:
         return self.codec.to_uint8(self.codec.decode(latents.detach().float().cpu()))[0].numpy()
 
 
-def pick_device(name: str | torch.device = "auto") -> torch.device:
-    """ "auto" is the first CUDA device, else the CPU; ValueError of one line for what is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"unknown device {name!r}; legal: auto, cpu, cuda, cuda:0, ...") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {str(name)!r} is not supported; legal: auto, cpu, cuda, cuda:0, ...")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {str(name)!r} is not there: this torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def pick_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype by name; None stays None."""
-    if name is None or name in DTYPES.values():
-        return name  # type: ignore[return-value]
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {str(name)!r}; legal: {', '.join(DTYPES)}")
-    return DTYPES[str(name)]
-
-
 def model_folder(name_or_path: str | os.PathLike[str]) -> Path:
     """The folder of a shipped model or of a path; ValueError if there is none."""
     name = os.fspath(name_or_path)
@@ -193,6 +65,10 @@ def model_folder(name_or_path: str | os.PathLike[str]) -> Path:
         if not (folder / WEIGHTS).is_file():
             raise ValueError(f"the shipped model {name!r} is missing ({folder / WEIGHTS}): reinstall the package")
         return folder
+    if Path(name).is_file():
+        raise ValueError(
+            f"model {name} is a file: give a folder as model, and weights of its transformer as checkpoint"
+        )
     if not name or not Path(name).is_dir():
         raise ValueError(f"model {name!r} is neither a folder nor a shipped model; shipped: {', '.join(SHIPPED)}")
     return Path(name)
@@ -202,17 +78,36 @@ def load_video_model(
     name_or_path: str | os.PathLike[str] = "toy",
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
+    steps: int | None = None,
+    own_steps: Sequence[int] | None = None,
+    offload: Sequence[str] = (),
+    prompt_cache: str | os.PathLike[str] | None = None,
+    on_found: Callable[[str], None] | None = None,
 ) -> VideoModel:
-    """A shipped model by name, or one from a folder that :func:`save_toy_model` wrote.
+    """A shipped model by name, or one from a folder: of Wan, original or diffusers, or of :func:`save_toy_model`.
 
     Args:
-        device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of the weights and the work; None: float32.
+        device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of the weights and the work; None: float32, but bfloat16 for
+            Wan on CUDA.
+        checkpoint, steps, own_steps, offload, prompt_cache, on_found: of :func:`hiar_model.wan.load_wan`; the toy model
+            takes none of them.
 
     Raises:
         ValueError: one line that names the first thing that is missing, corrupt or of the wrong shape.
     """
-    device, wanted = pick_device(device), pick_dtype(dtype) or torch.float32
+    device, wanted = pick_device(device), pick_dtype(dtype)
     folder = model_folder(name_or_path)
+    name = os.fspath(name_or_path)
+    if is_wan_folder(folder):
+        return load_wan(
+            folder, name=name, device=device, dtype=wanted, checkpoint=checkpoint, steps=steps, own_steps=own_steps,
+            offload=offload, prompt_cache=prompt_cache, on_found=on_found,
+        )  # fmt: skip
+    for option, value in (("checkpoint", checkpoint), ("offload", offload), ("prompt_cache", prompt_cache)):
+        if value:
+            raise ValueError(f"model {name} is no Wan folder: it takes no {option}, got {value!r}")
     settings = _read_config(folder / CONFIG)
     try:
         blob = (folder / WEIGHTS).read_bytes()
@@ -222,7 +117,7 @@ def load_video_model(
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is corrupt: {error}") from error
     try:
-        return _build(os.fspath(name_or_path), settings, tensors, hashlib.sha256(blob).hexdigest(), device, wanted)
+        return _build(name, settings, tensors, hashlib.sha256(blob).hexdigest(), device, wanted or torch.float32)
     except (ValueError, TypeError) as error:  # TypeError: a value in config.json of the wrong kind
         raise ValueError(f"{folder}: {error}") from error
 
@@ -262,6 +157,8 @@ def _build(
         weights_sha256=sha256,
         text_encoder=lambda prompt: text.encode([prompt]),
         new_decoder=lambda: ToyDecoder(codec),
+        new_encoder=lambda: codec,
+        spatial_compression=codec.cell,
         world=world,
         **{key: values.get(key, default) for key, default in _OPTIONAL.items()},
     )
@@ -396,8 +293,3 @@ def save_toy_model(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

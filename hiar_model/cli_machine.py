@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 if TYPE_CHECKING:
-    from .bundle import VideoModel
+    from .video_model import VideoModel
 
 
 def machine_arguments(parser: ArgumentParser) -> None:
@@ -17,7 +17,8 @@ def machine_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
 
 
-def load_model(a: Namespace) -> VideoModel:
+def load_model(a: Namespace, **options: Any) -> VideoModel:
+    """The model that a command names; ``options``: of :func:`hiar_model.load_video_model`."""
     import torch
 
     from .bundle import load_video_model
@@ -25,7 +26,7 @@ def load_model(a: Namespace) -> VideoModel:
     if a.threads < 1:
         raise ValueError(f"threads must be at least 1, got {a.threads}")
     torch.set_num_threads(a.threads)
-    return load_video_model(a.model, a.device, a.dtype)
+    return load_video_model(a.model, a.device, a.dtype, **options)
 
 
 def progress_bar(*columns: Any) -> Any:

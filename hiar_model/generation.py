@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,15 +14,19 @@ from torch import Tensor
 
 from hiar_kernels.nvtx import span
 
-from .bundle import Decoder, VideoModel, load_video_model, pick_device, pick_dtype
+from .bundle import load_video_model
+from .decoding import Decoding
+from .given import Given, read_given
+from .record import describe
 from .rollout import FinishedBlock, PipelineOptions, Rollout
 from .rollout.checkpoints import RunFolder
-from .rollout.visits import ORDERS
+from .rollout.visits import ORDERS, Plan, windows_per_step
 from .schedule import FlowSchedule
 from .script import Script, Show, prompt_delay
 from .sessions import load_session, save_session
-from .version import versions
+from .vae import to_pixels
 from .video import Frames, Video, check_fps
+from .video_model import VideoModel, pick_cache_dtype, pick_device, pick_dtype
 
 Window = int | Sequence[int | None] | None | Literal["model"]
 Progress = Callable[[int, int | None, int, int | None], None]
@@ -36,9 +41,17 @@ class Generation:
     finished blocks, and every ``checkpoint_every`` of them the states of all ranks, are kept in the folder ``keep``,
     and ``resume`` goes on with those of an interrupted run.
 
+    ``height``, ``width`` of the frames, in pixels; None: as the model says. ``cache_dtype`` of keys and values, a name
+    (float8_e4m3fn among them) or a dtype; None: that of the model.
+
+    ``image`` (a file) or ``extend`` (a clip, a file) is what the video begins with (:mod:`hiar_model.given`): its
+    frames come first, as they are, and count in ``num_frames``; None means as many new blocks as otherwise.
+
     ``prompts`` change on the way (:class:`hiar_model.script.Script`); ``prompt`` is then that of the time before the
     script's first line, or None. ``session`` is a file of :meth:`save_session` to go on from: frames come from there
-    on; with another prompt it is a fork, which shows it from the first block that had not begun.
+    on; with another prompt it is a fork, which shows it from the first block that had not begun. ``open_end``: the
+    video is made as the beginning of an endless one, ``num_frames`` only says how far, counted from its start; so its
+    session goes on beyond. None is then as many new blocks as otherwise.
 
     Raises:
         ValueError: one line that names what is wrong and what would be right.
@@ -49,6 +62,8 @@ class Generation:
         prompt: str | None,
         *,
         model: str | os.PathLike[str] | VideoModel = "toy",
+        height: int | None = None,
+        width: int | None = None,
         num_frames: int | None = None,
         seed: int = 0,
         steps: int | None = None,
@@ -58,6 +73,9 @@ class Generation:
         fps: float | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
+        cache_dtype: str | torch.dtype | None = None,
+        image: str | os.PathLike[str] | None = None,
+        extend: str | os.PathLike[str] | None = None,
         endless: bool = False,
         executor: str = "eager",
         pipeline: PipelineOptions | None = None,
@@ -70,34 +88,49 @@ class Generation:
         on_new_text: str = "keep",
         on_nan: str = "stop",
         session: str | os.PathLike[str] | None = None,
+        open_end: bool = False,
         on_progress: Progress | None = None,
     ) -> None:
         _check(num_frames=num_frames, seed=seed, steps=steps, order=order, sink_frames=sink_frames, fps=fps)
         endless = endless and num_frames is None
-        if endless and order == "step_first":
+        if (endless or open_end) and order == "step_first":
             others = ", ".join(name for name in ORDERS if name != "step_first")
-            raise ValueError(f"order step_first cannot make an endless video: give num_frames, or use {others}")
-        self.model = _load(model, device, dtype)
-        self.num_frames = None if endless else num_frames or self.model.num_frames
+            what = "a video whose session goes on: use" if open_end else "an endless video: give num_frames, or use"
+            raise ValueError(f"order step_first cannot make {what} {others}")
+        kept_dtype = pick_cache_dtype(cache_dtype)
+        if session is not None and keep is not None:
+            raise ValueError(f"session={os.fspath(session)!r} is of one process, a pipeline keeps its own: give one")
+        self.model = _load(model, device, dtype).sized(height, width)
         self.schedule = self.model.schedule if steps is None else FlowSchedule.uniform(steps, self.model.schedule.shift)
+        networks = self.model.networks(len(self.schedule))
         self.fps = float(self.model.fps if fps is None else fps)
-        window = self._window(window_frames, endless)
+        window = self._window(window_frames, endless or open_end)
         sink = self.model.sink_frames if sink_frames is None else sink_frames
+        self.given = read_given(image, extend, self.model.pixel_size, self.model.temporal_compression, self.fps)
+        prefix_frames = self._prefix_frames()
+        latent_frames = self._latent_frames(num_frames, endless, prefix_frames)
+        self.num_frames = None if latent_frames is None else self.model.pixel_frames(latent_frames)
+        made_of = None if open_end else latent_frames  # what the rollout knows of its length
+        windows = windows_per_step(window, len(self.schedule))
+        blocks = Plan(len(self.schedule), order, self.model.frames_per_block, prefix_frames, windows, sink)
+        self.prefix = None if self.given is None else self._encoded(self.given)
         self.show: Show | None = None
-        text = self._text(prompt, prompts)
-        _, height, width = self.model.latent_size
+        text = self._text(prompt, prompts, blocks, made_of)
+        _, rows, columns = self.model.latent_size
         self.rollout = Rollout(
-            self.model.transformer,
+            networks,
             text,
             self.schedule,
-            num_frames=None if self.num_frames is None else self.model.latent_frames(self.num_frames),
-            height=height,
-            width=width,
+            num_frames=made_of,
+            height=rows,
+            width=columns,
             order=order,
             frames_per_block=self.model.frames_per_block,
             window_frames=window,
             sink_frames=sink,
+            prefix=self.prefix,
             seed=seed,
+            cache_dtype=kept_dtype,
             executor=executor,
             pipeline=pipeline,
             parallel=parallel,
@@ -108,13 +141,22 @@ class Generation:
             on_boundary=self._boundary,
         )
         self.on_progress, self.frames_done = on_progress, 0
+        self.options = {
+            "image": image, "extend": extend,
+            "cache-dtype": None if kept_dtype is None else str(kept_dtype).removeprefix("torch."),
+            "on-new-text": None if prompts is None else on_new_text, "on-nan": None if on_nan == "stop" else on_nan,
+            "from-session": session,
+        }  # fmt: skip
         self.on_new_text = on_new_text
-        self.metadata = self._describe(prompt, seed, steps, order, window, sink)
+        self.seed = seed
+        self.decoding: Decoding | None = None
+        self.session, self._ends = session, False
+        if session is not None:
+            self.decoding = Decoding(self.model.decoder())
+            self.frames_done = load_session(session, self.rollout, self.decoding.kept, self._facts()).about["frames"]
+        self._last = self._last_block(num_frames, session) if open_end else None
+        self.metadata = describe(self, prompt, seed=seed, steps=steps, order=order, window=window, sink=sink)
         self.kept = None if keep is None else self._keep(keep, resume, checkpoint_every)
-        self.decoder: Decoder | None = None
-        self.session = session
-        if session is not None and keep is not None:
-            raise ValueError(f"session={os.fspath(session)!r} is of one process, a pipeline keeps its own: give one")
 
     @property
     def shows(self) -> bool:
@@ -130,29 +172,44 @@ class Generation:
         Raises:
             FloatingPointError: latents that are not finite, or frames that are all black: names step and block.
         """
-        last_step = len(self.schedule) - 1
-        decoder = self.decoder = self.model.decoder()
-        if self.session is not None:
-            found = load_session(self.session, self.rollout, decoder, {"weights_sha256": self.model.weights_sha256})
-            self.frames_done = found.about["frames"]
+        decoding = self.decoding = self.decoding or Decoding(self.model.decoder())
+        if self.given is not None and self.session is None and self.shows:
+            assert self.prefix is not None
+            decoding.skip(self.prefix)
+            self.frames_done = len(self.given.frames)
+            yield self.given.frames
         for block in self._blocks():
-            if not self.shows:
-                continue
-            with span("decode", block.block):
-                frames = decoder.decode(block.latents)
-            first, self.frames_done = self.frames_done, self.frames_done + len(frames)
-            if not frames.any():
-                made = f"frames {first} to {self.frames_done - 1}"
-                raise FloatingPointError(f"{made} came out all black: step {last_step}, block {block.block}")
-            self._report(self.rollout.forwards_done)
-            yield frames
+            if self.shows:
+                yield from map(self._checked, decoding.put(block.block, block.latents))
+            if self._ends or block.block == self._last:
+                break
+        yield from map(self._checked, decoding.rest())
+
+    def _checked(self, made: tuple[int, Frames]) -> Frames:
+        block, frames = made
+        first, self.frames_done = self.frames_done, self.frames_done + len(frames)
+        if not frames.any():
+            step, last = len(self.schedule) - 1, self.frames_done - 1
+            raise FloatingPointError(f"frames {first} to {last} came out all black: step {step}, block {block}")
+        self._report(self.rollout.forwards_done)
+        return frames
+
+    def end(self) -> None:
+        """Let the iteration end behind the block that is being made, such as from a signal handler."""
+        self._ends = True
 
     def save_session(self, path: str | os.PathLike[str]) -> Path:
         """Write a session, between two blocks: see :func:`hiar_model.sessions.save_session`."""
-        if self.decoder is None:
+        if self.decoding is None:
             raise ValueError("a session begins with the first block: there is nothing to save yet")
-        about = {"weights_sha256": self.model.weights_sha256, "frames": self.frames_done}
-        return save_session(path, self.rollout, self.decoder, about)
+        return save_session(path, self.rollout, self.decoding.kept, {**self._facts(), "frames": self.frames_done})
+
+    def _facts(self) -> dict[str, Any]:
+        """What a session must have in common with the run that goes on with it."""
+        facts: dict[str, Any] = {"weights_sha256": self.model.weights_sha256, "seed": self.seed}
+        if self.given is not None:
+            facts["given_sha256"] = hashlib.sha256(self.given.frames.tobytes()).hexdigest()
+        return facts
 
     def told(self) -> list[str]:
         """What is to be said about prompts that change: from when on each shows, and what a live change would wait."""
@@ -164,16 +221,47 @@ class Generation:
         ranks = 1 if pipeline is None else len([n for n in pipeline.stage.split if n])
         return [*self.show.told(), str(prompt_delay(plan, ranks, self.on_new_text))]
 
-    def _text(self, prompt: str | None, prompts: Script | None) -> Tensor | Show:
+    def _prefix_frames(self) -> int:
+        """Latent frames of what is given."""
+        if self.given is None:
+            return 0
+        return 1 + (len(self.given.frames) - 1) // self.model.temporal_compression
+
+    def _latent_frames(self, asked: int | None, endless: bool, given: int) -> int | None:
+        """Latent frames of the video; None: endless."""
+        if asked is not None:
+            return self.model.latent_frames(asked, given)
+        return None if endless else given + self.model.latent_frames(self.model.num_frames)
+
+    def _last_block(self, asked: int | None, session: str | os.PathLike[str] | None) -> int:
+        """The block that ends an iteration of a video with an open end."""
+        plan, block, done = self.rollout.plan, self.model.frames_per_block, self.rollout.blocks_done
+        assert self.num_frames is not None
+        if session is not None and asked is None:
+            more = self.model.latent_frames(self.model.num_frames)
+            self.num_frames = self.model.pixel_frames(plan.block_frames(done - 1)[1] + more)
+        latent = self.model.latent_frames(self.num_frames, plan.prefix_frames)
+        last = plan.prefix_blocks + (latent - plan.prefix_frames) // block - 1
+        if last < done and session is not None:
+            stands = self.model.pixel_frames(plan.block_frames(done - 1)[1])
+            raise ValueError(f"{os.fspath(session)} stands at frame {stands}: num_frames must be more, got {asked}")
+        return last
+
+    def _encoded(self, given: Given) -> Tensor:
+        """[1, f, C, h, w]"""
+        return self.model.encoder().encode(to_pixels(given.frames)).to(self.model.device, self.model.dtype)
+
+    def _text(
+        self, prompt: str | None, prompts: Script | None, blocks: Plan, latent_frames: int | None
+    ) -> Tensor | Show:
         """Of the one prompt, or of each block."""
         if prompts is None:
             return self.model.encode_text(prompt)  # type: ignore[arg-type]  # refuses None by name
-        block, made = self.model.frames_per_block, self.num_frames
 
         def start(n: int) -> float:
-            return (self.model.pixel_frames(n * block) if n else 0) / self.fps
+            return self.model.pixel_frames(blocks.block_frames(n)[0]) / self.fps
 
-        num_blocks = None if made is None else self.model.latent_frames(made) // block
+        num_blocks = None if latent_frames is None else blocks.block_of(latent_frames - 1) + 1
         self.show = Show.encoded(prompts.from_start(prompt), self.model.encode_text, start, num_blocks)
         return self.show
 
@@ -193,8 +281,8 @@ class Generation:
         pipeline = self.rollout.pipeline
         if pipeline is None:
             raise ValueError("blocks are kept, and runs resumed, in a pipeline only: give executor pipeline")
-        names = ("prompt", "prompts", "weights_sha256", "num_frames", "seed", "timesteps", "frames_per_block",
-                 "window_frames", "sink_frames", "dtype")  # fmt: skip
+        names = ("prompt", "prompts", "weights_sha256", "height", "width", "given", "num_frames", "seed", "timesteps",
+                 "frames_per_block", "window_frames", "sink_frames", "dtype")  # fmt: skip
         about = {name: self.metadata[name] for name in names} | {"steps_per_rank": list(pipeline.stage.split)}
         return RunFolder(folder, about, resume=resume, every=every, group=pipeline.group)
 
@@ -225,60 +313,9 @@ class Generation:
         if self.on_progress is not None:
             self.on_progress(self.frames_done, self.num_frames, forwards_done, self.rollout.forwards_total)
 
-    def _describe(
-        self, prompt: str | None, seed: int, steps: int | None, order: str, window: Any, sink: int
-    ) -> dict[str, Any]:
-        """What it takes to repeat the video, as JSON takes it."""
-        model, device = self.model, self.model.device
-        dtype = str(model.dtype).removeprefix("torch.")
-        window = window if window is None or isinstance(window, int) else list(window)
-        options = {
-            "model": model.name,
-            "num-frames": self.num_frames,
-            "seed": seed,
-            "steps": steps,
-            "order": order,
-            "window-frames": "null" if window is None else str(window),
-            "sink-frames": sink,
-            "fps": f"{self.fps:g}",
-            "device": str(device),
-            "dtype": dtype,
-            "threads": torch.get_num_threads(),
-        }
-        command = ["hiar", "generate", *([] if prompt is None else [prompt])]
-        prompts = None
-        if self.show is not None:
-            lines = self.show.script.lines
-            prompts = [[line.seconds, line.prompt] for line in lines]
-            prompt, options["prompts"] = lines[0].prompt, self.show.script.name
-            options["on-new-text"] = self.on_new_text
-        for name, value in options.items():
-            command += [] if value is None else [f"--{name}", str(value)]
-        return {
-            "prompt": prompt,
-            "prompts": prompts,
-            "model": model.name,
-            "weights_sha256": model.weights_sha256,
-            "num_frames": self.num_frames,
-            "seed": seed,
-            "steps": len(self.schedule),
-            "timesteps": list(self.schedule.timesteps),
-            "order": order,
-            "frames_per_block": model.frames_per_block,
-            "window_frames": window,
-            "sink_frames": sink,
-            "fps": self.fps,
-            "device": str(device),
-            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "dtype": dtype,
-            "threads": torch.get_num_threads(),
-            "versions": versions("torch", "numpy", "av"),
-            "command": command,
-        }
-
 
 def generate(
-    prompt: str,
+    prompt: str | None,
     *,
     model: str | os.PathLike[str] | VideoModel = "toy",
     num_frames: int | None = None,
@@ -291,12 +328,14 @@ def generate(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     on_progress: Progress | None = None,
+    **more: Any,
 ) -> Video:
     """A video of a prompt. The same arguments give the same video.
 
     Args:
-        prompt: what to show; the toy model knows "a [small|large] COLOUR SHAPE moving DIRECTION [slowly|fast]".
-        model: a shipped model's name, a folder, or a model that :func:`hiar_model.load_video_model` loaded.
+        prompt: what to show; the toy model knows "a [small|large] COLOUR SHAPE moving DIRECTION [slowly|fast]". None
+            only with ``prompts``.
+        model: a shipped model's name, a folder (of Wan, too), or one that :func:`hiar_model.load_video_model` loaded.
         num_frames: pixel frames, whole blocks of them; None: what the model says.
         seed: of all noise.
         steps: denoising steps, spread evenly; None: the model's own.
@@ -308,6 +347,7 @@ def generate(
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
         dtype: "float32", "bfloat16", "float16" or "float64"; None: float32.
         on_progress: called with (frames done, in all, forwards done, in all) after every group of visits.
+        more: of :class:`Generation`: height, width, image, extend, prompts, cache_dtype, session, executor, ...
 
     Raises:
         ValueError: one line for whatever is wrong with the request, before work starts.
@@ -326,13 +366,14 @@ def generate(
         device=device,
         dtype=dtype,
         on_progress=on_progress,
+        **more,
     )
     with span("generate"):
         return Video(np.concatenate(list(run)), run.fps, run.metadata)
 
 
 def stream(
-    prompt: str,
+    prompt: str | None,
     *,
     model: str | os.PathLike[str] | VideoModel = "toy",
     num_frames: int | None = None,
@@ -345,6 +386,7 @@ def stream(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     on_progress: Progress | None = None,
+    **more: Any,
 ) -> Iterator[Frames]:
     """The blocks of a video, uint8 [f, H, W, 3] each, as they come; ``num_frames`` None: without an end.
 
@@ -367,6 +409,7 @@ def stream(
             device=device,
             dtype=dtype,
             on_progress=on_progress,
+            **more,
         )
     )
 

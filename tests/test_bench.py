@@ -88,7 +88,14 @@ def test_rehearsal(run_pytest, tmp_path):
     measured = {(row["op"], row["pass"], row["way"]) for row in result["rows"]}
     for op in ("ada_layer_norm", "layer_norm", "gated_residual", "gated_residual_ada_layer_norm", "qk_norm_rope"):
         assert {(op, d, way) for d in ("forward", "backward") for way in ("eager", "compiled")} <= measured
-    for op in ("qk_norm_rope_append", "flow_step", "ring_advance", "merge_attention", "all pointwise of a forward"):
+    for op in (
+        "qk_norm_rope_append",
+        "flow_step",
+        "ring_advance",
+        "merge_attention",
+        "rms_silu_pad",
+        "all pointwise of a forward",
+    ):
         assert {(op, "forward", way) for way in ("eager", "compiled")} <= measured
     for op in ("visit", "pair", "block_causal", "constant_context", "cross", "bidirectional"):
         assert (f"attention: {op}", "forward", "sdpa") in measured

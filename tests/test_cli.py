@@ -19,6 +19,7 @@ from small_toy import BLOCK, FRAMES, PROMPT
 from hiar_model import bundle, generate
 from hiar_model.bundle import ToyDecoder, load_video_model
 from hiar_model.cli import build_parser, main
+from hiar_model.generation import Generation
 
 pytestmark = pytest.mark.cpu
 
@@ -97,8 +98,11 @@ def test_options_are_those_of_the_function():
     """Names and defaults are written twice, so that the parser need not import torch: hold them together."""
     options = build_parser().parse_args(["generate", PROMPT, "-o", "x"])["generate"]
     for name, parameter in inspect.signature(generate).parameters.items():
-        if name not in ("prompt", "on_progress"):
+        if name not in ("prompt", "on_progress", "more"):
             assert options[name] == parameter.default, name
+    more = inspect.signature(Generation).parameters
+    for name in ("height", "width", "image", "extend", "prompts", "on_new_text", "on_nan", "session", "cache_dtype"):
+        assert options[name] == more[name].default, name
 
 
 WRONG = {
@@ -156,8 +160,8 @@ def test_a_broken_model_is_one_line(folder, here, capsys):
 
 
 def test_not_finite_and_black(folder, here, capsys, monkeypatch):
-    def broken(*arguments):
-        model = load_video_model(*arguments)
+    def broken(*arguments, **options):
+        model = load_video_model(*arguments, **options)
         model.transformer.head.head.bias.fill_(float("nan"))
         return model
 

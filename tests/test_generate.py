@@ -19,7 +19,9 @@ from small_toy import BLOCK, FRAMES, PROMPT, SIDE, WINDOW
 import hiar_model
 from hiar_model import FlowSchedule, generate, load_video_model, stream
 from hiar_model.bundle import CONFIG, WEIGHTS, save_toy_model
+from hiar_model.generation import Generation
 from hiar_model.toy.codec import ToyCodec
+from hiar_model.video import Video, save_png
 
 pytestmark = pytest.mark.cpu
 
@@ -258,6 +260,19 @@ def test_not_finite_is_an_error(folder):
     broken.transformer.head.head.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="step.*block"):
         generate(PROMPT, model=broken)
+
+
+def test_an_image_and_a_clip_to_go_on_from(model, tmp_path):
+    first = generate(PROMPT, model=model)
+    save_png(first.frames[0], tmp_path / "first.png")
+    blocks = list(stream(PROMPT, model=model, num_frames=1 + 2 * BLOCK, image=tmp_path / "first.png"))
+    assert [len(block) for block in blocks] == [1, BLOCK, BLOCK]
+    assert (blocks[0][0] == first.frames[0]).all()
+    Video(first.frames[:5], 12).save(tmp_path / "c.mp4", least_side=1)
+    run = Generation(PROMPT, model=model, extend=tmp_path / "c.mp4")
+    assert run.num_frames == 5 + FRAMES and [len(frames) for frames in run] == [5, *[BLOCK] * (FRAMES // BLOCK)]
+    with pytest.raises(ValueError, match="behind 5 given frames: got 12, nearest 11 or 14"):
+        Generation(PROMPT, model=model, num_frames=12, extend=tmp_path / "c.mp4")
 
 
 def test_black_is_an_error(model):

@@ -29,10 +29,11 @@ FOUNDATION = (
 )  # fmt: skip
 USES = (
     "generation", "bundle", "train", "toy", "video", "profiling", "parallel_report", "vae", "vae_weights", "vae_fused",
-    "memory", "fit", "sessions", "script", "infill", "experts",
+    "memory", "fit", "sessions", "script", "infill", "experts", "video_model", "wan", "given", "decoding", "record",
 )  # fmt: skip
 COMMANDS = (
-    "cli", "cli_machine", "cli_toy", "cli_train", "cli_parallel", "cli_performance", "cli_wan", "__main__", "doctor",
+    "cli", "cli_machine", "cli_toy", "cli_train", "cli_parallel", "cli_performance", "cli_wan", "cli_generate",
+    "__main__", "doctor",
 )  # fmt: skip
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kernels", ("hiar_kernels",)),

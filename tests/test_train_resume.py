@@ -24,15 +24,20 @@ def whole(tmp_path_factory):
     """An uninterrupted run: its losses, its weights."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     trainer = train(folder, recipe())
-    return losses(folder), {name: value.clone() for name, value in trainer._tensors().items()}
+    return losses(folder), everything(trainer)
+
+
+def everything(trainer) -> dict[str, torch.Tensor]:
+    """Every tensor of a state, and the averages once more, whether the state has them or not."""
+    averages = {f"averaged {name}": value for name, value in trainer.ema.weights.items()}
+    return {name: value.clone() for name, value in {**trainer._tensors(), **averages}.items()}
 
 
 def same(folder, whole):
     """The run in the folder ended as the uninterrupted one, to the bit."""
     rows, tensors = whole
     assert losses(folder) == rows
-    trainer = train(folder, recipe())
-    found = trainer._tensors()
+    found = everything(train(folder, recipe()))
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():
         assert torch.equal(found[name], value), name
@@ -46,7 +51,7 @@ def test_the_uninterrupted_run_is_one(whole):
     rows, tensors = whole
     assert [row["update"] for row in rows] == [str(i) for i in range(1, 9)]
     assert len({row["student_loss"] for row in rows}) == 8
-    kinds = {name.partition("/")[0] for name in tensors}
+    kinds = {name.partition("/")[0] for name in tensors if not name.startswith("averaged ")}
     assert kinds == {"average", "critic", "student", "critic.optimizer", "student.optimizer"}
     some = "student/head.head.weight"
     assert not torch.equal(tensors[some], tensors[some.replace("student/", "average/")])

@@ -155,7 +155,7 @@ def test_hiar(files, turn, more):
     expected = {name: sum(part[name] for part in parts) / len(ROWS) for name in parts[0]}
     loss, told = stage.loss(turn, update, ROWS)
     for name, number in {"loss": loss, **told}.items():
-        assert float(number) == pytest.approx(float(expected.pop(name)), rel=1e-6), name
+        assert torch.as_tensor(number).item() == pytest.approx(expected.pop(name).item(), rel=1e-6), name
     assert not expected
     mean = sum(part["loss"] for part in parts) / len(ROWS)
     wanted = torch.autograd.grad(mean, list(network.parameters()))
@@ -180,7 +180,7 @@ def test_rows_do_not_know_of_each_other(files, name, network, more):
     for parts in ([[0], [1, 2]], [[2], [0], [1]]):
         found = [stage.loss(Turn(network), 2, rows) for rows in parts]
         shares = [len(rows) / len(ROWS) for rows in parts]
-        assert float(sum(s * loss for s, (loss, _) in zip(shares, found, strict=True))) == pytest.approx(float(whole))
+        assert sum(s * loss.item() for s, (loss, _) in zip(shares, found, strict=True)) == pytest.approx(whole.item())
         for key, value in told.items():
             mean = sum(share * float(numbers[key]) for share, (_, numbers) in zip(shares, found, strict=True))
             assert mean == pytest.approx(float(value)), key
@@ -300,11 +300,12 @@ def test_no_video_comes_twice(files, asked):
             ids += asked(stage, turn, update, range(9))[1]
     assert len(set(ids)) == len(ids) == 12 * 6 * 9
 
-    widest, ids = make(files, "hiar", critic_updates=63, batch_size=65536), []
+    widest, ids, rows = make(files, "hiar", critic_updates=63, batch_size=65536), [], [0, 65535]
+    rows += [2**i for i in range(16)]
     for update in (0, 1, 10**6):
         for turn in widest.turns(update):
-            ids += asked(widest, turn, update, [0, 65535])[1]
-    assert len(set(ids)) == len(ids) == 3 * 64 * 2 and max(ids) < 2**63
+            ids += asked(widest, turn, update, rows)[1]
+    assert len(set(ids)) == len(ids) == 3 * 64 * len(rows) and max(ids) < 2**63
 
 
 @pytest.mark.parametrize("shared", [False, True])

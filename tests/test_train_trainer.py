@@ -152,7 +152,10 @@ def test_rate_rises_stays_and_falls():
 def test_muon_has_the_matrices_of_the_blocks():
     made = Optimizers(make_network("tiny", seed=0), OptimizerRecipe("muon_adamw", lr=0.5, betas=(0.0, 0.9)))
     adamw, muon = made.parts
-    assert all(p.dim() == 2 for group in muon.param_groups for p in group["params"])
+    (group,) = muon.param_groups
+    names = {made._names[id(p)] for p in group["params"]}
+    assert {"blocks.1.ffn.0.weight", "blocks.0.self_attn.qkv.weight"} <= names
+    assert all(n.startswith("blocks.") and n.endswith("weight") and "norm" not in n for n in names)
     assert sum(len(g["params"]) for part in made.parts for g in part.param_groups) == len(made.parameters)
     assert adamw.param_groups[0]["weight_decay"] == 0 and muon.param_groups[0]["weight_decay"] == 0.01
     (alone,) = Optimizers(make_network("tiny", seed=0), OptimizerRecipe("adamw", weight_decay=0.3)).parts

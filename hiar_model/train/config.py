@@ -332,17 +332,15 @@ class ForwardKLRecipe:
     Args:
         weight: of it beside the DMD loss; 0: none. trajectories: folder that a stage ode_pairs wrote.
         first_k: of the trajectories' points, from which one is drawn. attention: of the student during it.
-        batch_size: trajectories in each student step; null: as many as videos.
     """
 
     weight: float = 0.1
     trajectories: str | None = None
     first_k: int = 1
     attention: Literal["bidirectional", "block_causal"] = "bidirectional"
-    batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "first_k", "batch_size")
+        _at_least(self, 1, "first_k")
         if self.weight < 0:
             raise ValueError(f"recipe: forward_kl.weight must be at least 0, got {self.weight}")
 

@@ -39,7 +39,7 @@ class Teacher(Stage):
     def __init__(self, recipe: TeacherRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         self.sources = Sources(recipe)
-        self.trained = {"teacher": make_network(recipe.model, seed=recipe.seed, weights=recipe.init, device=device)}
+        self.trained = {"teacher": make_network(recipe.model, seed=recipe.seed, weights=recipe.init)}
         self.frozen: dict[str, HiARTransformer] = {}
 
     def turns(self, update: int) -> Sequence[Turn]:
@@ -130,7 +130,7 @@ class OdeInit(Stage):
         self.sources = Sources(recipe)
         self.store = _opened(recipe.trajectories, "trajectories", self.sources.data.latent_shape)
         _same_levels(self.store.sigmas, recipe.schedule.sigmas, recipe.trajectories)
-        self.trained = {"student": make_network(recipe.model, seed=recipe.seed, weights=recipe.init, device=device)}
+        self.trained = {"student": make_network(recipe.model, seed=recipe.seed, weights=recipe.init)}
         self.frozen: dict[str, HiARTransformer] = {}
 
     def turns(self, update: int) -> Sequence[Turn]:
@@ -184,10 +184,10 @@ class HiAR(Stage):
         self.recipe, self.device = recipe, device
         self.sources = Sources(recipe)
         teacher = _needed(recipe.teacher, "teacher")
-        student = make_network(recipe.model, seed=recipe.seed, weights=recipe.init, device=device)
-        critic = make_network(recipe.teacher_model, seed=0, weights=recipe.critic_init or teacher, device=device)
+        student = make_network(recipe.model, seed=recipe.seed, weights=recipe.init)
+        critic = make_network(recipe.teacher_model, seed=0, weights=recipe.critic_init or teacher)
         self.trained = {"critic": critic, "student": student}
-        self.frozen = {"teacher": frozen(make_network(recipe.teacher_model, seed=0, weights=teacher, device=device))}
+        self.frozen = {"teacher": frozen(make_network(recipe.teacher_model, seed=0, weights=teacher))}
         self.store: TrajectoryStore | None = None
         if recipe.forward_kl.weight:
             folder, frame = recipe.forward_kl.trajectories, self.sources.data.latent_shape[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ class Trainer:
         for i, rows in enumerate(self.parts):
             synchronise(network, i == len(self.parts) - 1)
             share = len(rows) / recipe.batch_size
-            with torch.autocast(place.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            with self._precision():
                 loss, scalars = self.stage.loss(turn, self.update, rows)
             # FSDP averages gradients over all processes.
             (loss * (share * place.ranks)).backward()
@@ -157,6 +157,10 @@ class Trainer:
         for network in self.stage.trained.values():
             release(network)
 
+    def _precision(self) -> AbstractContextManager[object]:
+        half = self.recipe.precision == "bfloat16"
+        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=half)
+
     def _stop(self, turn: Turn, loss: float, norm: float, seen: list[Tensor]) -> None:
         bad = [0.0] * self.recipe.batch_size
         for rows, numbers in zip(self.parts, seen, strict=True):
@@ -168,7 +172,7 @@ class Trainer:
         raise FloatingPointError(f"{what}, update {self.update}, turn {turn}; last good state: {good}")
 
     def _sample(self, watch: Watch | None) -> dict[str, float]:
-        with self.ema.applied(), torch.no_grad():
+        with self.ema.applied(), torch.no_grad(), self._precision():
             frames = self.stage.sample(self.update)
             self._release()  # what was gathered here are averages
         if frames is None or watch is None:
