@@ -41,8 +41,9 @@ class Held:
 def held(frames: int) -> Held:
     """What this process holds now."""
     gc.collect()
-    # by type: asking an object may run its code
-    alive = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.layout == torch.strided]
+    # by type: asking an object may run its code; other subclasses (fake tensors) hold no memory
+    plain = (torch.Tensor, torch.nn.Parameter)
+    alive = [x for x in gc.get_objects() if type(x) in plain and x.layout == torch.strided]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive if x.device.type != "meta"}
     status = Path("/proc/self/statm")
     resident = int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0

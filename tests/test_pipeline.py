@@ -103,7 +103,8 @@ def test_a_failing_rank_is_told_once_and_heard_of_by_all(cases):
     found, told = cases
     place = "at step 1 of block 2"
     expected = [
-        f"rank 1 (step 1) failed {place}: FloatingPointError: latents are not finite from step 1 of block 2 on",
+        f"rank 1 (step 1) failed {place}: FloatingPointError: latents are not finite from step 1 of block 2 on: "
+        "the noise of its step",
         f"rank 1 (step 1) is out of memory {place}: MemoryError: no more",
         f"rank 1 (step 1) failed {place}: ZeroDivisionError: division by zero",
     ]
