@@ -5,6 +5,9 @@
 21,600 frames are 30 minutes at the toy model's 12 fps. Frames are written as they come. Each row tells what is held
 then: tensors that are alive and their bytes, memory blocks of Python (all counted, so that rows can be compared
 exactly), and the resident memory of the process, which is the system's to tell. It prints Markdown.
+
+Done once for 21,600 frames on a CPU (2026-11-20, revision e37c073): from minute 1 to minute 30 the same 275 tensors and
+12.185 MB, 2.0 MB more resident.
 """
 
 from __future__ import annotations
