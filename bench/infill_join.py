@@ -1,6 +1,6 @@
 """Whether an infilled middle joins its ends: the toy's bidirectional teacher on held-out prompts.
 
-    python bench/infill_join.py runs/toy/teacher/model/teacher.safetensors [--world varied] [--steps 4 24] [--prompts 64]
+    python bench/infill_join.py runs/toy/teacher/model/teacher.safetensors [--world varied] [--steps 4 24]
 
 The first and the last block of a clip of four are given, the two between them are made. Breaks of the path at both
 seams in pixels, of the true clip, the infilled one, and the same ends around a middle made without them (chance).
