@@ -37,7 +37,9 @@ def generate_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of all noise")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
-    parser.add_argument("--order", type=str, default="step_first", help="step_first, stream, wavefront or block_first")
+    parser.add_argument(
+        "--order", type=str, help="step_first, stream, wavefront or block_first; default: the model's, else step_first"
+    )
     parser.add_argument(
         "--window-frames",
         type=int | list[int | None] | None | Literal["model"],

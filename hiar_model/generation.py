@@ -67,7 +67,7 @@ class Generation:
         num_frames: int | None = None,
         seed: int = 0,
         steps: int | None = None,
-        order: str = "step_first",
+        order: str | None = None,
         window_frames: Window = "model",
         sink_frames: int | None = None,
         fps: float | None = None,
@@ -92,7 +92,7 @@ class Generation:
         on_progress: Progress | None = None,
     ) -> None:
         _check(num_frames=num_frames, seed=seed, steps=steps, order=order, sink_frames=sink_frames, fps=fps)
-        endless = endless and num_frames is None
+        blockwise, endless = endless or open_end, endless and num_frames is None
         if (endless or open_end) and order == "step_first":
             others = ", ".join(name for name in ORDERS if name != "step_first")
             what = "a video whose session goes on: use" if open_end else "an endless video: give num_frames, or use"
@@ -101,6 +101,9 @@ class Generation:
         if session is not None and keep is not None:
             raise ValueError(f"session={os.fspath(session)!r} is of one process, a pipeline keeps its own: give one")
         self.model = _load(model, device, dtype).sized(height, width)
+        if order is None:
+            own = self.model.order or "step_first"
+            order = "stream" if blockwise and own == "step_first" else own  # the same result, block by block
         self.schedule = self.model.schedule if steps is None else FlowSchedule.uniform(steps, self.model.schedule.shift)
         networks = self.model.networks(len(self.schedule))
         self.fps = float(self.model.fps if fps is None else fps)
@@ -112,7 +115,8 @@ class Generation:
         self.num_frames = None if latent_frames is None else self.model.pixel_frames(latent_frames)
         made_of = None if open_end else latent_frames  # what the rollout knows of its length
         windows = windows_per_step(window, len(self.schedule))
-        blocks = Plan(len(self.schedule), order, self.model.frames_per_block, prefix_frames, windows, sink)
+        blocks = Plan(len(self.schedule), order, self.model.frames_per_block, prefix_frames, windows, sink,
+                      self.model.cache_source)  # fmt: skip
         self.prefix = None if self.given is None else self._encoded(self.given)
         self.show: Show | None = None
         text = self._text(prompt, prompts, blocks, made_of)
@@ -128,6 +132,7 @@ class Generation:
             frames_per_block=self.model.frames_per_block,
             window_frames=window,
             sink_frames=sink,
+            cache_source=self.model.cache_source,
             prefix=self.prefix,
             seed=seed,
             cache_dtype=kept_dtype,
@@ -321,7 +326,7 @@ def generate(
     num_frames: int | None = None,
     seed: int = 0,
     steps: int | None = None,
-    order: str = "step_first",
+    order: str | None = None,
     window_frames: Window = "model",
     sink_frames: int | None = None,
     fps: float | None = None,
@@ -339,7 +344,8 @@ def generate(
         num_frames: pixel frames, whole blocks of them; None: what the model says.
         seed: of all noise.
         steps: denoising steps, spread evenly; None: the model's own.
-        order: step_first, stream, wavefront (one result, other memory and speed) or block_first (clean context).
+        order: step_first, stream, wavefront (one result, other memory and speed) or block_first (clean context); None:
+            what the model was trained for, else step_first.
         window_frames: latent frames that a block sees, its own among them: a number, one per step, or None: all;
             "model": as trained.
         sink_frames: first frames that always stay visible, inside the window's number; None: the model's.
@@ -379,7 +385,7 @@ def stream(
     num_frames: int | None = None,
     seed: int = 0,
     steps: int | None = None,
-    order: str = "stream",
+    order: str | None = None,
     window_frames: Window = "model",
     sink_frames: int | None = None,
     fps: float | None = None,
@@ -391,8 +397,8 @@ def stream(
     """The blocks of a video, uint8 [f, H, W, 3] each, as they come; ``num_frames`` None: without an end.
 
     The request is checked at the call, work starts with the first ``next``. Arguments and errors as for
-    :func:`generate`; the order is "stream" unless said otherwise, since step_first shows nothing until nearly all is
-    done and has no endless form.
+    :func:`generate`; in place of step_first the order is "stream" unless said otherwise, since step_first shows nothing
+    until nearly all is done and has no endless form.
     """
     return iter(
         Generation(
@@ -423,7 +429,7 @@ def _check(
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed must be a whole number, got {seed!r}")
-    if order not in ORDERS:
+    if order is not None and order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     if fps is not None:
         check_fps(fps)

@@ -58,6 +58,7 @@ def describe(
         "steps": len(run.schedule),
         "timesteps": list(run.schedule.timesteps),
         "order": order,
+        "cache_source": model.cache_source,
         "frames_per_block": model.frames_per_block,
         "window_frames": window,
         "sink_frames": sink,

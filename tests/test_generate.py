@@ -316,3 +316,35 @@ def test_import_is_cheap():
     code = f"{use}; print(*{{'torch', 'numpy', 'av'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+# The form that a model was trained in
+
+
+@pytest.mark.parametrize(
+    ("form", "order", "source"),
+    [
+        ({}, "step_first", "own"),
+        ({"order": "block_first"}, "block_first", "own"),
+        ({"order": "stream", "cache_source": "next_step"}, "stream", "next_step"),
+    ],
+)
+def test_a_model_is_rolled_out_as_it_was_trained(model, form, order, source):
+    trained = dataclasses.replace(model, **form)
+    video = hiar_model.generate(PROMPT, model=trained, seed=3)
+    assert (video.metadata["order"], video.metadata["cache_source"]) == (order, source)
+    _, height, width = model.latent_size
+    rollout = hiar_model.Rollout(
+        model.transformer, model.encode_text(PROMPT), model.schedule, num_frames=FRAMES, height=height, width=width,
+        order=order, cache_source=source, frames_per_block=BLOCK, window_frames=WINDOW, seed=3,
+    )  # fmt: skip
+    expected = [model.decoder().decode(block.latents) for block in rollout]
+    assert (video.frames == np.concatenate(expected)).all()
+    other = hiar_model.generate(PROMPT, model=trained, seed=3, order="stream" if order == "block_first" else order)
+    assert (other.frames == video.frames).all() == (order != "block_first"), "an order that is asked for is taken"
+
+
+def test_lent_keys_refuse_an_order_that_has_none(model):
+    lent = dataclasses.replace(model, order="stream", cache_source="next_step")
+    with pytest.raises(ValueError, match="'next_step' is impossible with order='step_first'"):
+        hiar_model.generate(PROMPT, model=lent, order="step_first")

@@ -326,7 +326,7 @@ WRONG = {
     ),
     "a session of step_first": (
         None,
-        ["--session", "s.safetensors"],
+        ["--session", "s.safetensors", "--order", "step_first"],
         "order step_first cannot make a video whose session",
     ),
     "a session nowhere": (
