@@ -333,6 +333,9 @@ def test_a_model_is_rolled_out_as_it_was_trained(model, form, order, source):
     trained = dataclasses.replace(model, **form)
     video = hiar_model.generate(PROMPT, model=trained, seed=3)
     assert (video.metadata["order"], video.metadata["cache_source"]) == (order, source)
+    # asked of the plan too: in a network of one layer lent keys are those of its own visits
+    plan = Generation(PROMPT, model=trained).rollout.plan
+    assert (plan.order, plan.cache_source) == (order, source)
     _, height, width = model.latent_size
     rollout = hiar_model.Rollout(
         model.transformer, model.encode_text(PROMPT), model.schedule, num_frames=FRAMES, height=height, width=width,
