@@ -141,7 +141,7 @@ def _build(
     if codec.channels != config.in_channels:
         raise ValueError(f"the codec has {codec.channels} channels, the transformer takes {config.in_channels}")
     transformer.load_state_dict({k: v.to(device, dtype) for k, v in groups[TRANSFORMER].items()}, assign=True)
-    text = ToyTextEncoder(config.text_dim)
+    text = ToyTextEncoder(config.text_dim, world.free_speed)
     window = values["window_frames"]
     return VideoModel(
         name=name,

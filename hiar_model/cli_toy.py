@@ -123,9 +123,10 @@ def _print_rows(rows: Sequence[Any], title: str) -> None:
     by = f"by {ORDINALS.get(count, f'1/{count}')}"
     # What the prompt does not fix: of the last stretch, where the world varies it; and over seeds.
     varied = any(row.whole.texture_kept == row.whole.texture_kept for row in rows)
-    diverse = any(row.diversity is not None for row in rows)
+    kinds = [vars(row.diversity) for row in rows if row.diversity is not None]
+    diverse = [name for name in kinds[0] if any(of[name] == of[name] for of in kinds)] if kinds else []
     headings = ["order", "frames", "colour %", by, "valid %", by, "direction %", "speed/truth"]
-    headings += ["background", "texture"] * varied + ["diversity"] * diverse
+    headings += ["background", "texture"] * varied + ["diversity"] * bool(kinds)
     table = Table(box=box.MARKDOWN)
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "order" else "right", no_wrap=True)
@@ -139,14 +140,13 @@ def _print_rows(rows: Sequence[Any], title: str) -> None:
             f"{100 * whole.direction:.1f}", f"{whole.speed_ratio:.2f}",
         ]  # fmt: skip
         cells += [f"{last.background_change:.3f}", f"{last.texture_kept:.2f}"] * varied
-        if diverse:
-            d = row.diversity
-            cells.append(f"{d.background:.2f} {d.texture:.2f} {d.start:.2f}" if varied else f"{d.start:.2f}")
+        if kinds:
+            cells.append(" ".join(f"{getattr(row.diversity, name):.2f}" for name in diverse))
         table.add_row(*cells)
     console = Console()
-    Console(width=max(console.width, 200 if varied or diverse else 150)).print(table)
+    Console(width=max(console.width, 200 if varied or kinds else 150)).print(table)
     if varied:
         print("last stretch: background, change of its colour since the first frames (root mean square, [0, 1] RGB); "
               "texture, share of that of the first frames")  # fmt: skip
-    if diverse:
-        print("diversity of first blocks over the world's: " + ("background, texture, start" if varied else "start"))
+    if kinds:
+        print(f"diversity of first blocks over the world's: {', '.join(diverse)}")

@@ -81,11 +81,13 @@ def _run(recipe: TrainingRecipe, folder: Path, place: Place) -> None:
     model = trainer.export()
     if model is None:
         return
-    if can_draw() and (folder / LOSSES).exists():
+    if not can_draw():
+        say("no picture of the loss curve: matplotlib is not installed (pip install 'hiar-kernels[train]')")
+    elif not (folder / LOSSES).exists():
+        say(f"no picture of the loss curve: {folder / LOSSES} is not there")
+    else:
         draw_loss_curve(folder / LOSSES, folder / PICTURE)
         say(f"loss curve: {folder / PICTURE}")
-    else:
-        say(f"no picture of the loss curve: matplotlib is not installed, or {folder / LOSSES} is not there")
     hint = f'; try: hiar generate "a red circle moving right" -o out.mp4 --model {model}' if model.is_dir() else ""
     say(f"model: {model}{hint}")
 

@@ -105,12 +105,15 @@ def load_session(
     if saved != takes:
         found, needed = ("a", "none") if saved else ("no", "one")
         raise ValueError(f"{source} holds {found} decoder state, the decoder given takes {needed}")
+    before = decoder.state_dict() if saved else None  # type: ignore[attr-defined]
     try:
+        if saved:  # first: a state that it refuses leaves the rollout as it was
+            decoder.load_state_dict({**kept, **others})  # type: ignore[attr-defined]
         rollout.load_state_dict(states.unpack(tensors, told))
     except ValueError as error:
+        if saved:
+            decoder.load_state_dict(before)  # type: ignore[attr-defined]
         raise ValueError(f"{source}: {error}") from error
-    if saved:
-        decoder.load_state_dict({**kept, **others})  # type: ignore[attr-defined]
     return Session(source, json.loads(told["blocks"]), rollout.begun + 1, was)
 
 

@@ -128,7 +128,7 @@ WRONG = {
     "recipe value": (["train", TOY, "updates=few"], "updates must be int, got 'few'"),
     "no override": (["train", TOY, "updates"], "'updates' is no override: write key=value"),
     "training device": (["train", TOY, "--device", "gpu"], "'gpu'"),
-    "world": (["train", TOY, "data.world=flat"], "data.world must be one of plain, varied, got 'flat'"),
+    "world": (["train", TOY, "data.world=flat"], "data.world must be one of plain, varied, free_speed, got 'flat'"),
     "no teacher": (["train", "toy/ode_pairs", "teacher=no.safetensors"], "no.safetensors: no such file or folder"),
     "no trajectories": (["train", "toy/ode_init", "trajectories=no"], "no: holds no trajectories"),
     "no such world": (["evaluate", "wan"], "invalid choice: 'wan'"),

@@ -253,6 +253,26 @@ def test_a_decoder_of_another_kind_is_refused(tmp_path, saved, given):
         load_session(path, start(), given)
 
 
+def test_a_refusal_of_either_leaves_rollout_and_decoder_as_they_were(tmp_path):
+    first, decoder = start(), Carrying()
+    decoder.decode(next(iter(first)).latents)
+    path = save_session(tmp_path / "s.safetensors", first, decoder)
+
+    class Refusing(Carrying):
+        def load_state_dict(self, state) -> None:
+            if state["count"]:
+                raise ValueError("sum is of another decoder")
+
+    fresh = start()
+    with pytest.raises(ValueError, match=r"s\.safetensors: sum is of another decoder"):
+        load_session(path, fresh, Refusing())
+    assert torch.equal(latents(fresh), latents(start()))
+    other = Carrying()
+    with pytest.raises(ValueError, match="state of another rollout"):
+        load_session(path, start(num_frames=18), other)
+    assert other.count == 0 and float(other.sum) == 0
+
+
 def test_a_pipeline_alone_is_one_process(tmp_path):
     options = {"executor": "pipeline", "pipeline": PipelineOptions(alone=True)}
     first = start(**options)

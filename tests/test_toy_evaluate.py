@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from hiar_model.toy.codec import ToyCodec
 from hiar_model.toy.diversity import Diversity
 from hiar_model.toy.evaluate import PARTS, evaluate_toy
 from hiar_model.toy.oracle import ToyOracle
-from hiar_model.toy.prompt import parse, split_prompts
+from hiar_model.toy.prompt import SPEEDS, parse, split_prompts
 from hiar_model.toy.reading import Reading
 from hiar_model.toy.table import table
 from hiar_model.toy.world import WORLDS, Scene, Texture, ToyWorld, WorldConfig
@@ -140,9 +141,25 @@ def test_diversity_of_the_world_is_one_and_of_a_constant_none(model):
     assert row.diversity.start == pytest.approx(1, abs=0.15)
     scene = Scene(PROMPTS[0], SIDE / 2, SIDE / 2, BACKGROUND, TEXTURE)
     (row,) = evaluate_toy(showing(model, "varied", lambda prompt: scene), PROMPTS[:2], **options)
-    assert dataclasses.astuple(row.diversity) == pytest.approx((0, 0, 0), abs=1e-3)
+    assert dataclasses.astuple(row.diversity) == pytest.approx((0, 0, 0, math.nan), abs=1e-3, nan_ok=True)
     (row,) = evaluate_toy(showing(model, change=lambda s, _: dataclasses.replace(s, x=s.x)), PROMPTS[:1], **options)
     assert math.isnan(row.diversity.background) and math.isnan(row.diversity.texture) and row.diversity.start < 0.05
+
+
+def test_a_speed_that_no_prompt_tells(model):
+    """It counts over the world's mean speed, and is one more thing in which the videos of a prompt differ."""
+    speeds = itertools.cycle(SPEEDS)
+
+    def scene(prompt: str) -> Scene:
+        return Scene(dataclasses.replace(parse(prompt), speed=next(speeds)), SIDE / 2, SIDE / 2, BACKGROUND, TEXTURE)
+
+    options = {"num_frames": [BLOCK], "order": ["stream"], "parts": 1, "seeds": 3}
+    (row,) = evaluate_toy(showing(model, "free_speed", scene), PROMPTS[:5], **options)
+    slow, medium, fast = WORLDS["free_speed"].speeds
+    mean = (slow + medium + fast) / 3
+    assert row.whole.speed_ratio == pytest.approx((2 * slow + 2 * medium + fast) / 5 / mean, abs=0.03)
+    assert row.whole.direction == 1
+    assert row.diversity.speed == pytest.approx(math.sqrt(3 / 2), abs=0.03)  # each prompt was seen at each speed
 
 
 def readings(*scenes: Scene) -> list[Reading]:

@@ -98,6 +98,15 @@ def test_exported_students(files, tmp_path, codec, capsys, variant, order, cache
     assert (row["order"], row["num_frames"]) == (order, 6)
 
 
+def test_a_student_of_a_world_that_tells_no_speed(files, tmp_path, codec):
+    """Neither its training nor the model that comes out is told the speed."""
+    stage = make(files, "hiar", data={"world": "free_speed"}, forward_kl={"weight": 0})
+    model = load_video_model(stage.export(stage.trained["student"], tmp_path / "model"), "cpu", "float32")
+    prompts = ["a red circle moving up slowly", "a red circle moving up fast"]
+    for slow, fast in (map(model.encode_text, prompts), stage.sources.text.encode(prompts)):
+        assert torch.equal(slow, fast)
+
+
 def test_exported_teacher(files, tmp_path, codec):
     stage = make(files, "teacher", data={}, sample_prompts=2, sample_steps=2)
     assert stage.sample(1).shape == (2, FRAMES, 32, 32, 3)

@@ -21,11 +21,13 @@ class Diversity:
     background  colour, mean over the first block
     texture     amplitudes of cosine and sine of every grating, mean over the first block
     start       place in the first frame
+    speed       of the first block
     """
 
     background: float
     texture: float
     start: float
+    speed: float
 
     @staticmethod
     def of(world: WorldConfig, prompts: Sequence[Sequence[Reading]]) -> Diversity:
@@ -38,10 +40,13 @@ class Diversity:
         # Amplitudes are uniform between the faintest and the strongest: their mean square.
         texture = world.texture**2 * (1 - FAINTEST**3) / (3 * (1 - FAINTEST))
         start = 2 * (world.start_jitter * world.scale) ** 2 / 3
+        speeds = torch.tensor(world.speeds, dtype=torch.float64) * world.scale
+        speed = float(speeds.var(correction=0)) if world.free_speed else 0.0
         return Diversity(
             background=_ratio([_rows([r.background.mean(0) for r in seeds]) for seeds in prompts], backgrounds),
             texture=_ratio([_rows([r.texture.mean(0).flatten() for r in seeds]) for seeds in prompts], texture),
             start=_ratio([_starts(seeds) for seeds in prompts], start),
+            speed=_ratio([_rows([r.velocity.norm().view(1) for r in seeds]) for seeds in prompts], speed),
         )
 
 

@@ -77,7 +77,7 @@ class ToyOracle:
             overlap=overlap,
             centres=centres,
             extent=self.world.extent,
-            velocity_wanted=self.world.velocities(torch.tensor([prompt.tokens()]))[0],
+            velocity_wanted=self.world.expected_velocities(torch.tensor([prompt.tokens()]))[0],
             background=background,
             background_change=backdrop.colour_change(),
             texture=texture,

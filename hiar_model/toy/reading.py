@@ -33,7 +33,7 @@ class Reading:
     overlap: Tensor  # float32, intersection over union with the prompted shape and size at its best position
     centres: Tensor  # float64 [F, 2] (x, y) on the torus, pixels; NaN where there is no foreground
     extent: Tensor  # float64 [2], (x, y) size of the torus
-    velocity_wanted: Tensor  # float64 [2] (x, y), pixels per frame
+    velocity_wanted: Tensor  # float64 [2] (x, y), pixels per frame; at the mean speed where no prompt tells it
     background: Tensor  # float32 [F, 3], colour behind the shape without its texture, [0, 1] RGB
     background_change: Tensor  # float32 [F], root mean square from that of the video's beginning, [0, 1] RGB
     texture: Tensor  # float32 [F, gratings, 2], amplitudes of cosine and sine, [0, 1] RGB

@@ -35,7 +35,7 @@ def _last(name: str) -> Callable[[Row], float | None]:
 
 
 def _diverse(name: str) -> Callable[[Row], float | None]:
-    return lambda row: None if row["diversity"] is None else row["diversity"][name]
+    return lambda row: None if row["diversity"] is None else row["diversity"].get(name)
 
 
 def _times(value: float | None, scale: float) -> float | None:
@@ -55,11 +55,12 @@ COLUMNS = (
     Column("diversity: background", _diverse("background"), 2),
     Column("texture", _diverse("texture"), 2),
     Column("start", _diverse("start"), 2),
+    Column("speed", _diverse("speed"), 2),
 )
 LEGEND = (
     "Mean over training seeds ± their standard deviation. colour, shape, valid: share of frames (valid: both right, "
     "and overlap with the prompted shape above 0.75); direction: share of videos; speed/truth: measured over prompted "
-    "speed (dynamic degree). Of the last stretch of a video ({parts}): drift, valid less that of the first stretch, in "
+    "speed (dynamic degree), over the mean speed where prompts leave it open. Of the last stretch of a video ({parts}): drift, valid less that of the first stretch, in "
     "percentage points; background change, root mean square from the video's first frames in [0, 1] RGB; texture kept, "
     "share of the first frames' texture that is there, and its contrast over theirs, where a video begins with one. "
     "Diversity: standard deviation over seeds of one prompt, over the world's. forwards: of the network for a block, "

@@ -11,21 +11,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .prompt import NULL_TOKEN, PROMPT_TOKENS, VOCABULARY_SIZE, ToyPrompt, token_table
+from .prompt import NULL_TOKEN, PROMPT_TOKENS, SLOTS, VOCABULARY_SIZE, ToyPrompt, token_table
+
+_SPEED = list(SLOTS).index("speed")
 
 
 class ToyTextEncoder:
     """Prompts to orthogonal word vectors, float32 [B, PROMPT_TOKENS, text_dim].
 
     The vector of token i is sqrt(text_dim) at place i: root mean square 1, like the output of a normalised text
-    encoder, and never a zero row, which would mean padding.
+    encoder, and never a zero row, which would mean padding. With `free_speed` the null word stands for the speed.
     """
 
-    def __init__(self, text_dim: int = VOCABULARY_SIZE) -> None:
+    def __init__(self, text_dim: int = VOCABULARY_SIZE, free_speed: bool = False) -> None:
         """ValueError if `text_dim` has no room for the vocabulary."""
         if text_dim < VOCABULARY_SIZE:
             raise ValueError(f"text_dim must be at least the vocabulary size {VOCABULARY_SIZE}, got {text_dim}")
-        self.text_dim = text_dim
+        self.text_dim, self.free_speed = text_dim, free_speed
         self.vectors = torch.eye(VOCABULARY_SIZE, text_dim) * math.sqrt(text_dim)
 
     def encode(self, prompts: Sequence[str | ToyPrompt]) -> Tensor:
@@ -35,7 +37,10 @@ class ToyTextEncoder:
         return self.encode_tokens(token_table(prompts))
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Token ids int [..., L] -> float32 [..., L, text_dim], on the device of the ids."""
+        """Token ids int [..., PROMPT_TOKENS] -> float32 [..., PROMPT_TOKENS, text_dim], on the device of the ids."""
+        if self.free_speed:
+            tokens = tokens.clone()
+            tokens[..., _SPEED] = NULL_TOKEN
         return self.vectors.to(tokens.device)[tokens]
 
     def unconditional(self, batch: int = 1) -> Tensor:

@@ -72,6 +72,7 @@ class WorldConfig:
     palette: tuple[RGB, ...] = tuple(_PALETTE[colour] for colour in COLOURS)
     backgrounds: tuple[RGB, RGB] | None = None  # corners of the box of each video's own background; None: `background`
     texture: float = 0.0  # largest amplitude of a still grey grating on the background, [0, 1] RGB; 0: none
+    free_speed: bool = False  # no prompt tells the speed: every video has one of the three as its own
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1 or self.edge <= 0 or self.reference_side <= 0:
@@ -97,9 +98,10 @@ WORLDS: dict[str, WorldConfig] = {
     "plain": WorldConfig(),
     # Dark enough that every colour of the palette stands out, wide enough that a video can lose its own background.
     "varied": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1),
+    "free_speed": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1, free_speed=True),
 }
 """Named worlds. "plain": the prompt fixes everything but the start. "varied": a background and a texture of its own for
-each video, which only the video's own past tells."""
+each video, which only the video's own past tells. "free_speed": that, and how fast the shape moves."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,12 @@ class ToyWorld:
         """(x, y) in real pixels per frame, float64 [B, 2]."""
         index = self.attributes(tokens)
         return self.headings[index["direction"]] * self.speeds[index["speed"]][:, None]
+
+    def expected_velocities(self, tokens: Tensor) -> Tensor:
+        """`velocities`, at the mean speed where no prompt tells it."""
+        if not self.config.free_speed:
+            return self.velocities(tokens)
+        return self.headings[self.attributes(tokens)["direction"]] * self.speeds.mean()
 
     def centres(self, tokens: Tensor, starts: Tensor, num_frames: int, first_frame: int = 0) -> Tensor:
         """Centres (x, y) in [0, width) x [0, height), float64 [B, num_frames, 2], of clips that are at `starts` [B, 2]

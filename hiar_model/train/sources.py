@@ -51,7 +51,7 @@ class Sources:
         self.world = ToyWorld(WORLDS[told.world])
         # of the plain world for all: one space of latents, so that weights of one world begin another's training
         self.codec = ToyCodec.fit(channels=config.in_channels, floor=told.codec_floor)
-        self.text = ToyTextEncoder(config.text_dim)
+        self.text = ToyTextEncoder(config.text_dim, self.world.config.free_speed)
         train, self._held_out = split_prompts(told.held_out_prompts)
         self.data = ToyData(
             self.world,
