@@ -60,11 +60,11 @@ COLUMNS = (
 LEGEND = (
     "Mean over training seeds ± their standard deviation. colour, shape, valid: share of frames (valid: both right, "
     "and overlap with the prompted shape above 0.75); direction: share of videos; speed/truth: measured over prompted "
-    "speed (dynamic degree), over the mean speed where prompts leave it open. Of the last stretch of a video ({parts}): drift, valid less that of the first stretch, in "
-    "percentage points; background change, root mean square from the video's first frames in [0, 1] RGB; texture kept, "
-    "share of the first frames' texture that is there, and its contrast over theirs, where a video begins with one. "
-    "Diversity: standard deviation over seeds of one prompt, over the world's. forwards: of the network for a block, "
-    "and the latent frames that one of them sees."
+    "speed (dynamic degree), over the world's mean where prompts leave it open. Of the last stretch of a video "
+    "({parts}): drift, valid less that of the first stretch, in percentage points; background change, root mean square "
+    "from the video's first frames in [0, 1] RGB; texture kept, share of the first frames' texture that is there, and "
+    "its contrast over theirs, where a video begins with one. Diversity: standard deviation over seeds of one prompt, "
+    "over the world's. forwards: of the network for a block, and the latent frames that one of them sees."
 )
 
 
