@@ -23,9 +23,13 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", type=str, default="toy", help="name of a shipped model, or a folder")
     parser.add_argument("--prompts", type=int, help="how many of the held-out prompts; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of all noise; every prompt has noise of its own")
-    parser.add_argument("--num-frames", type=list[int], help="lengths; default: as trained, and 6 times that")
     parser.add_argument(
-        "--order", type=list[str] | None, help="to compare; default: the model's own, else step_first and block_first"
+        "--num-frames", type=list[int] | int | None, help="one length or several; default: as trained, and 6 times that"
+    )
+    parser.add_argument(
+        "--order",
+        type=list[str] | str | None,
+        help="one or several to compare; default: the model's own, else step_first and block_first",
     )
     parser.add_argument("--cache-source", type=str, help="own or next_step; default: the model's")
     parser.add_argument(
@@ -58,11 +62,13 @@ def evaluate(a: Namespace) -> None:
         raise ValueError(f"prompts must be in 1..{len(prompts)}, the number of held-out prompts, got {a.prompts}")
     prompts = prompts[: a.prompts]
     model = load_model(a)
-    lengths = a.num_frames or [model.train_frames, PARTS * model.train_frames]
+    lengths = [a.num_frames] if isinstance(a.num_frames, int) else a.num_frames
+    lengths = lengths or [model.train_frames, PARTS * model.train_frames]
+    orders = [a.order] if isinstance(a.order, str) else a.order or None
     with progress_bar("videos {task.completed}/{task.total}") as bar:
         task = bar.add_task("", total=None)
         rows = evaluate_toy(
-            model, prompts, seed=a.seed, num_frames=lengths, order=a.order, cache_source=a.cache_source,
+            model, prompts, seed=a.seed, num_frames=lengths, order=orders, cache_source=a.cache_source,
             window_frames=a.window_frames, parts=a.parts, seeds=a.seeds, batch=a.batch,
             on_videos=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip

@@ -416,3 +416,18 @@ def test_command_line_from_model_to_table(folder, tmp_path, capsys, monkeypatch)
     ):
         assert main(["evaluate", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        (["--num-frames", "6", "--order", "block_first"], [("block_first", "6")]),
+        (["--num-frames", "[6,12]", "--order", "stream"], [("stream", "6"), ("stream", "12")]),
+        (["--num-frames", "6", "--order", "[]"], [("step_first", "6"), ("block_first", "6")]),
+    ],
+    ids=str,
+)
+def test_one_length_or_order_needs_no_list(folder, capsys, words, rows):
+    assert main(["evaluate", "toy", "--model", str(folder), "--prompts", "1", "--parts", "1", *words]) == 0
+    shown = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [(order.strip(), frames.strip()) for order, frames in shown] == rows
