@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,23 @@ def test_without_a_codec(files, tmp_path):
         path = stage.export(stage.trained[name], tmp_path / kind)
         assert path == tmp_path / kind / f"{name}.safetensors"
         assert same_weights(make_network("tiny", seed=9, weights=path), stage.trained[name])
+
+
+@pytest.mark.parametrize("stage", ["ode_init", "hiar"])
+def test_a_corrupt_shard_is_left_out_only_on_request(files, tmp_path, stage):
+    pairs = tmp_path / "pairs"
+    shutil.copytree(files / "pairs", pairs)
+    (pairs / "shard-00001.safetensors").write_bytes(b"torn")
+
+    def asked(**more):
+        more["trajectories"] = str(pairs)
+        return make(files, stage, **more) if stage == "ode_init" else make(files, stage, forward_kl=more)
+
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors: .* leave it out with skip_corrupt"):
+        asked()
+    with pytest.warns(UserWarning, match=r"shard-00001\.safetensors: .*: left out with its 2 samples"):
+        left = asked(skip_corrupt=True)
+    assert len(left.store) == 2
 
 
 @pytest.mark.parametrize(

@@ -312,12 +312,14 @@ class OdeInitRecipe(CausalRecipe):
 
     Args:
         trajectories: folder that a stage ode_pairs wrote. clean: share of contexts that are clean, not matched.
+        skip_corrupt: leave out shards that are not as they were written, by name; false: the first one ends the run.
     """
 
     stage: ClassVar[str] = "ode_init"
 
     trajectories: str = ""
     clean: float = 0.5
+    skip_corrupt: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -332,12 +334,14 @@ class ForwardKLRecipe:
     Args:
         weight: of it beside the DMD loss; 0: none. trajectories: folder that a stage ode_pairs wrote.
         first_k: of the trajectories' points, from which one is drawn. attention: of the student during it.
+        skip_corrupt: as for ode_init.
     """
 
     weight: float = 0.1
     trajectories: str | None = None
     first_k: int = 1
     attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    skip_corrupt: bool = False
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "first_k")

@@ -128,7 +128,8 @@ class OdeInit(Stage):
     def __init__(self, recipe: OdeInitRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         self.sources = Sources(recipe)
-        self.store = _opened(recipe.trajectories, "trajectories", self.sources.data.latent_shape)
+        shape = self.sources.data.latent_shape
+        self.store = _opened(recipe.trajectories, "trajectories", shape, recipe.skip_corrupt)
         _same_levels(self.store.sigmas, recipe.schedule.sigmas, recipe.trajectories)
         self.trained = {"student": make_network(recipe.model, seed=recipe.seed, weights=recipe.init)}
         self.frozen: dict[str, HiARTransformer] = {}
@@ -191,7 +192,7 @@ class HiAR(Stage):
         self.store: TrajectoryStore | None = None
         if recipe.forward_kl.weight:
             folder, frame = recipe.forward_kl.trajectories, self.sources.data.latent_shape[1:]
-            self.store = _opened(folder, "forward_kl.trajectories", frame)
+            self.store = _opened(folder, "forward_kl.trajectories", frame, recipe.forward_kl.skip_corrupt)
             points, first_k = len(self.store.sigmas), recipe.forward_kl.first_k
             if first_k >= points:
                 raise ValueError(
@@ -325,9 +326,9 @@ def _needed(path: str | None, key: str) -> str:
     return path
 
 
-def _opened(path: str | None, key: str, shape: Sequence[int]) -> TrajectoryStore:
+def _opened(path: str | None, key: str, shape: Sequence[int], skip_corrupt: bool) -> TrajectoryStore:
     """The trajectories of a folder, whose points end in ``shape``, that of the recipe's clips or frames."""
-    store = TrajectoryStore(_needed(path, key))
+    store = TrajectoryStore(_needed(path, key), skip_corrupt=skip_corrupt)
     if store.latent_shape[-len(shape) :] != tuple(shape):
         raise ValueError(f"{path}: its latents are {list(store.latent_shape)}, the recipe's must end in {list(shape)}")
     return store
