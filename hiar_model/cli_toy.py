@@ -17,9 +17,12 @@ ORDINALS = {4: "quarter", 5: "fifth", 6: "sixth", 8: "eighth", 10: "tenth"}
 
 def evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "what", choices=["toy", "toy-table"], help="toy: measure a model; toy-table: a folder of --json files together"
+        "what",
+        choices=["toy", "toy-table", "toy-pairs"],
+        help="toy: measure a model; toy-table: a folder of --json files together; toy-pairs: a teacher's trajectories",
     )
-    parser.add_argument("folder", type=str, nargs="?", help="of toy-table; files VARIANT-seedN.json")
+    parser.add_argument("folder", type=str, nargs="?", help="of toy-table: VARIANT-seedN.json; of toy-pairs: ode_pairs")
+    parser.add_argument("--world", type=str, default="varied", help="of toy-pairs: in which they were made")
     parser.add_argument("--model", type=str, default="toy", help="name of a shipped model, or a folder")
     parser.add_argument("--prompts", type=int, help="how many of the held-out prompts; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of all noise; every prompt has noise of its own")
@@ -47,8 +50,8 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
 
 
 def evaluate(a: Namespace) -> None:
-    if a.what == "toy-table":
-        _table(a)
+    if a.what != "toy":
+        (_table if a.what == "toy-table" else _pairs)(a)
         return
     if a.folder is not None or a.markdown is not None:
         raise ValueError("a folder and --markdown belong to hiar evaluate toy-table; a model is --model FOLDER")
@@ -98,6 +101,22 @@ def _table(a: Namespace) -> None:
     print(text, end="")
     if target is not None:
         _write(target, text)
+
+
+def _pairs(a: Namespace) -> None:
+    if a.folder is None:
+        raise ValueError("hiar evaluate toy-pairs needs the folder of a stage ode_pairs")
+    import torch
+
+    from .train.toy_pairs import read_toy_pairs
+
+    torch.set_num_threads(a.threads)
+    found = read_toy_pairs(a.folder, a.world)
+    print("| the teacher's | number | colour % | shape % | valid % | direction % | speed/truth |")
+    print("|---|---|---|---|---|---|---|")
+    for kind, (number, means) in found.items():
+        shares = " | ".join(f"{100 * share:.1f}" for share in (means.colour, means.shape, means.valid, means.direction))
+        print(f"| {kind} | {number} | {shares} | {means.speed_ratio:.2f} |")
 
 
 def _target(name: str | None) -> Path | None:
