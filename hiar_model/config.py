@@ -14,10 +14,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "dim": 128, "ffn_dim": 512, "num_heads": 2, "num_layers": 6, "freq_dim": 64, "text_dim": 32, "text_len": 8,
         "position_grid": (4, 4),
     },
-    "toy-small": {  # of the comparisons in docs/training.md: many runs in little time
-        "dim": 128, "ffn_dim": 512, "num_heads": 2, "num_layers": 4, "freq_dim": 64, "text_dim": 32, "text_len": 8,
-        "position_grid": (4, 4),
-    },
 }  # fmt: skip
 
 
