@@ -106,6 +106,8 @@ def _table(a: Namespace) -> None:
 def _pairs(a: Namespace) -> None:
     if a.folder is None:
         raise ValueError("hiar evaluate toy-pairs needs the folder of a stage ode_pairs")
+    if a.json is not None or a.markdown is not None:
+        raise ValueError("hiar evaluate toy-pairs writes no file: leave out --json and --markdown")
     import torch
 
     from .train.toy_pairs import read_toy_pairs

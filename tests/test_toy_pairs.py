@@ -57,6 +57,7 @@ def test_the_command(tmp_path, capsys):
     for words, message in (
         ([], "needs the folder of a stage ode_pairs"),
         ([str(tmp_path)], "holds no trajectories"),
+        ([str(folder), "--json", "a.json"], "toy-pairs writes no file"),
         ([str(folder), "--world", "flat"], "world must be one of plain, varied, free_speed, got 'flat'"),
     ):
         assert main(["evaluate", "toy-pairs", *words]) == 2
