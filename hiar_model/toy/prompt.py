@@ -39,6 +39,7 @@ VOCABULARY: tuple[tuple[str, str], ...] = (
 """(slot, word) of every token id."""
 VOCABULARY_SIZE = len(VOCABULARY)
 PROMPT_TOKENS = len(SLOTS)
+SPEED_SLOT = list(SLOTS).index("speed")
 SLOT_OFFSETS: tuple[int, ...] = tuple(
     1 + sum(len(words) for words in list(SLOTS.values())[:slot]) for slot in range(PROMPT_TOKENS)
 )

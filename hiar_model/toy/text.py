@@ -11,9 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .prompt import NULL_TOKEN, PROMPT_TOKENS, SLOTS, VOCABULARY_SIZE, ToyPrompt, token_table
-
-_SPEED = list(SLOTS).index("speed")
+from .prompt import NULL_TOKEN, PROMPT_TOKENS, SPEED_SLOT, VOCABULARY_SIZE, ToyPrompt, token_table
 
 
 class ToyTextEncoder:
@@ -40,7 +38,7 @@ class ToyTextEncoder:
         """Token ids int [..., PROMPT_TOKENS] -> float32 [..., PROMPT_TOKENS, text_dim], on the device of the ids."""
         if self.free_speed:
             tokens = tokens.clone()
-            tokens[..., _SPEED] = NULL_TOKEN
+            tokens[..., SPEED_SLOT] = NULL_TOKEN
         return self.vectors.to(tokens.device)[tokens]
 
     def unconditional(self, batch: int = 1) -> Tensor:

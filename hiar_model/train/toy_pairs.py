@@ -8,14 +8,22 @@ from torch import Tensor
 
 from ..toy.codec import ToyCodec
 from ..toy.oracle import ToyOracle
-from ..toy.prompt import NEUTRAL, NULL_TOKEN, PROMPT_TOKENS, SLOT_OFFSETS, SLOTS, VOCABULARY_SIZE, ToyPrompt
+from ..toy.prompt import (
+    NEUTRAL,
+    NULL_TOKEN,
+    PROMPT_TOKENS,
+    SLOT_OFFSETS,
+    SLOTS,
+    SPEED_SLOT,
+    VOCABULARY_SIZE,
+    ToyPrompt,
+)
 from ..toy.reading import Reading, Summary
 from ..toy.world import WORLDS
 from .trajectories import TrajectoryStore
 
 BEGINNINGS, CONTINUING = "beginnings", "continuing clips"
-_SPEED = list(SLOTS).index("speed")
-_NEUTRAL_SPEED = SLOT_OFFSETS[_SPEED] + SLOTS["speed"].index(NEUTRAL)
+_NEUTRAL_SPEED = SLOT_OFFSETS[SPEED_SLOT] + SLOTS["speed"].index(NEUTRAL)
 
 
 def read_toy_pairs(folder: str | os.PathLike[str], world: str) -> dict[str, tuple[int, Summary]]:
@@ -53,6 +61,6 @@ def _prompt(text: Tensor, folder: str | os.PathLike[str]) -> ToyPrompt:
     tokens = words.argmax(1).tolist()
     if not one_each or max(tokens) >= VOCABULARY_SIZE:
         raise ValueError(f"{folder}: its text is no word vectors of the toy")
-    if tokens[_SPEED] == NULL_TOKEN:
-        tokens[_SPEED] = _NEUTRAL_SPEED
+    if tokens[SPEED_SLOT] == NULL_TOKEN:
+        tokens[SPEED_SLOT] = _NEUTRAL_SPEED
     return ToyPrompt.from_tokens(tokens)
