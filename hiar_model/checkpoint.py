@@ -92,7 +92,7 @@ def load_transformer(
             shapes. Shapes do not tell the heads: they are dim / 128, as in every published model. Nor do they tell
             text_len and eps: those are WanConfig's defaults.
         dtype: of the weights; None: as in the file (the widest, should they differ).
-        device: None: the CPU, where the file is mapped rather than read.
+        device: None: the CPU, where the file is mapped rather than read. "meta": the file is checked, no weight read.
         on_found: called with what was found, before the tensors are read.
 
     Raises:
@@ -105,6 +105,8 @@ def load_transformer(
     with torch.device("meta"):
         model = HiARTransformer(found.config)
     kept = reduce(torch.promote_types, found.dtypes)
+    if device is not None and torch.device(device).type == "meta":
+        state = {name: value.to(device) for name, value in state.items()}  # before any are fused, which reads them
     model.load_state_dict(state, assign=True)
     del state  # what was fused or is cast below need not stay
     return model.to(device=device, dtype=dtype or kept).eval()

@@ -49,6 +49,13 @@ def test_networks_of_wan_recipes_have_their_published_size(name):
     assert student.config.grid(*recipe.data.latent_size) == (30, 52)  # 1560 tokens a frame of 480x832
 
 
+def test_a_small_critic_under_a_large_teacher():
+    told = {"teacher_model": "wan2.1-t2v-14b", "critic_model": "wan2.1-t2v-1.3b", "critic_init": "checkpoints/1.3B"}
+    recipe = load_recipe("wan-1.3b/hiar", told)
+    assert isinstance(recipe, HiARRecipe)
+    assert (recipe.teacher_model, recipe.critic_model) == ("wan2.1-t2v-14b", "wan2.1-t2v-1.3b")
+
+
 def test_the_published_hyperparameters():
     hiar, pairs, init = (load_recipe(f"wan-1.3b/{name}") for name in ("hiar", "ode_pairs", "ode_init"))
     assert isinstance(hiar, HiARRecipe) and isinstance(pairs, OdePairsRecipe) and isinstance(init, OdeInitRecipe)
@@ -117,6 +124,8 @@ REFUSED = {
     "schedule": ("toy/hiar", {"steps": [500, 750]}, "steps must fall within"),
     "model": ("toy/hiar", {"model": "wan"}, "model must be one of wan2.1-t2v-1.3b, .*, got 'wan'"),
     "teacher": ("toy/hiar", {"teacher_model": "wan"}, "teacher_model must be one of .*, got 'wan'"),
+    "critic": ("toy/hiar", {"critic_model": "wan"}, "critic_model must be one of .*, got 'wan'"),
+    "another critic": ("toy/hiar", {"critic_model": "wan2.1-t2v-1.3b"}, "critic_init must be given"),
     "precision": ("toy/hiar", {"precision": "float8"}, "precision must be bfloat16 or float32, got 'float8'"),
     "none": ("toy/hiar", {"updates": 0}, "updates must be at least 1, got 0"),
     "rate": ("toy/hiar", {"optimizer.lr": 0.0}, "lr and clip_norm must be above 0"),

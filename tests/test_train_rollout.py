@@ -20,7 +20,8 @@ from hiar_kernels import BlockCausal, KVContext
 from hiar_model.rollout import Rollout
 from hiar_model.rollout.noise import keyed_noise
 from hiar_model.schedule import FlowSchedule
-from hiar_model.train.rollout import SelfRollout, Visited, draw_exit_step, unsharded
+from hiar_model.train.distributed import gathered
+from hiar_model.train.rollout import SelfRollout, Visited, draw_exit_step
 from hiar_model.transformer import FullSequence
 
 pytestmark = pytest.mark.cpu
@@ -335,12 +336,12 @@ def test_refused_runs(given, words):
 def test_a_plain_model_is_left_as_it_is():
     model = make_model()
     before = list(model.parameters())
-    with unsharded(model):
-        assert all(p is q for p, q in zip(model.parameters(), before, strict=True))
+    inside = gathered(model, lambda: list(model.parameters()))
+    assert all(p is q for p, q in zip(inside, before, strict=True))
 
 
 def test_a_sharded_student_is_gathered_once_for_a_rollout(tmp_path):
-    """Whatever the number of visits; afterwards it is sharded, and backward gathers what it always does."""
+    """Whatever the number of visits; the forward with gradient has it still, and afterwards it is sharded."""
     target, job = tmp_path / "found.json", Path(__file__).parent / "self_rollout_job.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", job, target]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -355,6 +356,5 @@ def test_a_sharded_student_is_gathered_once_for_a_rollout(tmp_path):
             (none, nothing), (walk, rest) = found[name]["exchanged"][2 * update : 2 * update + 2]
             assert none == nothing == {}
             assert walk == {gather: parts}
-            assert rest == {gather: parts + TINY.num_layers, reduce: parts}  # forward all, backward the blocks again
-    assert found["stays_whole"]
-    assert found["only_blocks"] == "unsharded: fully_shard the model itself too, not only its blocks"
+            assert rest == {reduce: parts}
+    assert found["dealt_out"] == []

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import make_model
 from tiny_stages import FRAMES, SCHEDULE, VARIANTS, make, values, write_files
 from train_job import losses, train
 
+from hiar_model import config
 from hiar_model.bundle import load_video_model
+from hiar_model.checkpoint import save_transformer
 from hiar_model.cli import main
 from hiar_model.toy.codec import ToyCodec
 from hiar_model.train.networks import make_network
@@ -113,6 +116,19 @@ def test_exported_teacher(files, tmp_path, codec):
     assert stage.sample(1).shape == (2, FRAMES, 32, 32, 3)
     path = stage.export(stage.trained["teacher"], tmp_path / "model")
     assert same_weights(make_network("tiny", seed=9, weights=path), stage.trained["teacher"])
+
+
+def test_a_critic_of_another_size(files, tmp_path, monkeypatch):
+    """Both networks are trained, the large one beside a small critic."""
+    monkeypatch.setitem(config._PRESETS, "flat", {**config._PRESETS["tiny"], "num_layers": 1})
+    path = tmp_path / "flat.safetensors"
+    save_transformer(make_model(4, config.WanConfig.from_name("flat")), path)
+    made = train(tmp_path / "run", values(files, "hiar", critic_model="flat", critic_init=str(path), critic_updates=1))
+    networks = {**made.stage.trained, **made.stage.frozen}
+    assert {name: len(n.blocks) for name, n in networks.items()} == {"critic": 1, "student": 2, "teacher": 2}
+    assert not same_weights(make_network("flat", seed=9, weights=path), networks["critic"])
+    with pytest.raises(ValueError, match="teacher.safetensors has the size .*, the recipe's flat is"):
+        make(files, "hiar", critic_model="flat", critic_init=str(files / "teacher.safetensors"))
 
 
 def test_without_a_codec(files, tmp_path):

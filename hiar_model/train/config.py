@@ -354,7 +354,8 @@ class HiARRecipe(CausalRecipe):
     """Self-rollout distillation: DMD with the forward-KL regulariser.
 
     Args:
-        teacher: weights. teacher_model: its size. critic_init: weights the critic begins with; null: the teacher's.
+        teacher: weights. teacher_model: its size.
+        critic_init, critic_model: weights that the critic begins with, and its size; null: the teacher's.
         order: "step_first" matches the noise of the context, "block_first" is Self-Forcing.
         cache_source: "own", or "next_step": lent keys. guidance: of the teacher in DMD. dmd_shift: of its noise levels;
             null: the schedule's. critic_updates: of the critic for each of the student. critic_optimizer: its own.
@@ -366,6 +367,7 @@ class HiARRecipe(CausalRecipe):
     teacher: str = ""
     teacher_model: str = "toy"
     critic_init: str | None = None
+    critic_model: str | None = None
     order: Literal["step_first", "block_first"] = "step_first"
     cache_source: Literal["own", "next_step"] = "own"
     guidance: float = 3.0
@@ -379,6 +381,12 @@ class HiARRecipe(CausalRecipe):
         super().__post_init__()
         _at_least(self, 1, "critic_updates")
         _sizes(self, "teacher_model")
+        if self.critic_model is not None:
+            _sizes(self, "critic_model")
+            if self.critic_init is None and self.critic_model != self.teacher_model:
+                raise ValueError(
+                    f"recipe: critic_init must be given: the teacher's weights are no {self.critic_model} to begin with"
+                )
         if self.order == "block_first":
             if self.cache_source != "own":
                 raise ValueError("recipe: cache_source next_step lends matched keys: order must be step_first")

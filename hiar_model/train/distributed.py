@@ -1,27 +1,34 @@
 """Processes of a run: where each stands, how networks are sharded over them, what they add up.
 
 Under torchrun every process takes its share of the rows of a batch, and holds its share of every network (FSDP2): each
-copy of the weights is spread over ``shard`` processes. Without torchrun there is no process group, and modules stay
-plain.
+copy of the weights is spread over ``shard`` processes. Only the first process reads weights; the others are sent their
+shares. Without torchrun there is no process group, and modules stay plain.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..bundle import pick_device
 from ..transformer import HiARTransformer
 from .config import ScaleRecipe
+
+T = TypeVar("T")
+_GATHERED = "work_gathered"  # a sharded network's method behind :func:`gathered`
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ def shard(
 ) -> None:
     """Prepare a network for its place, in place: every block and the root become FSDP2 units.
 
+    The weights are the first process's; of the others' only the shapes count (:func:`.networks.make_network`).
     A frozen network gathers one block at a time. A trained one keeps what it has gathered until :func:`release`, at the
     end of a turn: rollouts, several forwards and keys that are used beyond their forward share one gathering.
     With precision "bfloat16" the blocks' weights travel and compute as bfloat16; embeddings and head, which see
@@ -100,15 +108,53 @@ def shard(
         return
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing is in place
     mesh = place.mesh if place.mesh.size(0) > 1 else place.mesh["shard"]
-    half = torch.bfloat16 if precision == "bfloat16" else None
+    compute, reduce = (torch.bfloat16, torch.float32) if precision == "bfloat16" else (None, None)
+    weights = {name: p.detach() for name, p in network.named_parameters()}
     # Inputs keep their dtypes: a timestep in bfloat16 would be another one.
-    narrow = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
-    wide = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
+    narrow = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False)
+    wide = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in network.blocks:
         fully_shard(block, mesh=mesh, mp_policy=narrow, reshard_after_forward=not trained)
     root = fully_shard(network, mesh=mesh, mp_policy=wide, reshard_after_forward=not trained)
     root.set_reshard_after_backward(not trained)
-    register_fsdp_forward_method(network, "kv")
+    _deal_out(network, weights, place)
+    setattr(network, _GATHERED, MethodType(_gather_and_work, network))
+    for entrance in ("kv", _GATHERED):
+        register_fsdp_forward_method(network, entrance)
+
+
+def _gather_and_work(network: nn.Module, work: Callable[[], T]) -> T:
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    return work()
+
+
+@torch.no_grad()
+def gathered(network: nn.Module, work: Callable[..., T], *arguments: object) -> T:
+    """work(*arguments) without gradient, while all weights of a trained network are whole.
+
+    Visits of a rollout run parts of the network alone, which FSDP takes for no forward of it: so for FSDP all of them
+    together are one. What was gathered stays until :func:`release`; a network that is not sharded is left as it is.
+    """
+    if not isinstance(network, FSDPModule):
+        return work(*arguments)
+    return getattr(network, _GATHERED)(partial(work, *arguments))
+
+
+@torch.no_grad()
+def _deal_out(network: nn.Module, weights: Mapping[str, Tensor], place: Place) -> None:
+    """Fill a sharded network with the first process's ``weights``, one tensor after the other."""
+    if place.rank:
+        network.to_empty(device=place.device)
+    for name, shares in network.named_parameters():
+        assert isinstance(shares, DTensor)
+        if place.rank:
+            whole = torch.empty(shares.shape, dtype=shares.dtype, device=place.device)
+        else:
+            whole = weights[name].to(place.device)
+        dist.broadcast(whole, 0)
+        shares.copy_(distribute_tensor(whole, shares.device_mesh, shares.placements, src_data_rank=None))
 
 
 def synchronise(network: nn.Module, wanted: bool) -> None:

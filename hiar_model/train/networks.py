@@ -18,20 +18,28 @@ from ..transformer import HiARTransformer
 
 
 def make_network(
-    model: str, *, seed: int, weights: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu"
+    model: str,
+    *,
+    seed: int,
+    weights: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+    everywhere: bool = False,
 ) -> HiARTransformer:
     """A float32 network in training mode.
 
     Args:
         model: size, a name that WanConfig knows. seed: of random weights.
         weights: None: random; else the folder or name of a toy model, or a checkpoint that load_transformer reads.
+        everywhere: every process of a run gets the weights; False: only the first one does, for the others it is on
+            the meta device, and :func:`.distributed.shard` fills it.
 
     Raises:
-        ValueError: weights that cannot be read, or of another size.
+        ValueError: weights that cannot be read, or of another size; on every process alike.
     """
     config = WanConfig.from_name(model)
+    device = device if everywhere or _is_first() else "meta"
     if weights is None:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
             torch.manual_seed(seed)
             network = HiARTransformer(config)
         _initialise(network)
@@ -39,7 +47,7 @@ def make_network(
         if os.fspath(weights) in SHIPPED or _is_toy(Path(weights)):
             network = load_video_model(weights, "cpu", "float32").transformer
         else:
-            network = load_transformer(Path(weights), dtype=torch.float32)
+            network = load_transformer(Path(weights), dtype=torch.float32, device=device)
         if network.config != config:
             raise ValueError(f"{os.fspath(weights)} has the size {network.config}, the recipe's {model} is {config}")
     return network.to(device).train().requires_grad_(True)
@@ -55,7 +63,7 @@ def whole(weights: Mapping[str, Tensor], config: WanConfig) -> HiARTransformer |
 
     Every rank must call it.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = _is_first()
     if first:
         with torch.device("meta"):
             network = HiARTransformer(config)
@@ -67,6 +75,10 @@ def whole(weights: Mapping[str, Tensor], config: WanConfig) -> HiARTransformer |
             with torch.no_grad():
                 places[name].copy_(full)
     return network.eval().requires_grad_(False) if first else None
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _is_toy(folder: Path) -> bool:

@@ -9,15 +9,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 
 from hiar_kernels import KVContext
 
@@ -198,42 +196,3 @@ def _contexts(cache: RingCache, index: int) -> tuple[KVContext, ...]:
 def draw_exit_step(steps: int, generator: torch.Generator) -> int:
     """Uniform over 0..steps-1. Give every rank the same generator: all of them must leave at one step."""
     return int(torch.randint(steps, (), generator=generator))
-
-
-@contextmanager
-def unsharded(model: nn.Module) -> Iterator[None]:
-    """All weights of a model under FSDP2 gathered once for all visits of a rollout, and sharded again after it.
-
-    Without it every visit would gather every block. Parts that are whole already stay so, and any other model is left
-    as it is. For forwards without gradient.
-
-    Raises:
-        ValueError: parts of the model are sharded, but not the model itself.
-    """
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if not parts:
-        yield
-        return
-    if parts[0] is not model:
-        raise ValueError("unsharded: fully_shard the model itself too, not only its blocks")
-    states = [part._get_fsdp_state() for part in parts]
-    states[0]._lazy_init()  # visits run the blocks alone: the first one would take itself for the root
-    groups = [group for state in states for group in state._fsdp_param_groups]
-    shut = [part for part in parts if any(group.is_sharded for group in part._get_fsdp_state()._fsdp_param_groups)]
-    after_forward = [group.post_forward_mesh_info for group in groups]
-    order = groups[0].comm_ctx.post_forward_order  # what backward prefetches by: these forwards will have none
-    recorded, counts = len(order), [len(group._post_forward_indices) for group in groups]
-    for waited in [part.unshard(async_op=True) for part in shut]:
-        if waited is not None:
-            waited.wait()
-    for group in groups:
-        group.post_forward_mesh_info = None  # no resharding after a forward
-    try:
-        yield
-    finally:
-        for group, info, count in zip(groups, after_forward, counts, strict=True):
-            group.post_forward_mesh_info = info
-            del group._post_forward_indices[count:]
-        del order[recorded:]
-        for part in shut:
-            part.reshard()

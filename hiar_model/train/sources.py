@@ -23,7 +23,7 @@ from ..transformer import HiARTransformer
 from ..video import Frames
 from .config import CausalRecipe, HiARRecipe, Recipe
 from .data import Clips, LatentData, PromptData, Prompts, ToyData
-from .rollout import unsharded
+from .distributed import gathered
 
 
 class Sources:
@@ -92,7 +92,8 @@ def sample_videos(sources: Sources, model: HiARTransformer, recipe: CausalRecipe
         return None
     frames, _, height, width = sources.data.latent_shape
     order, cache_source = walk(recipe)
-    with unsharded(model):
+
+    def rolled_out() -> Tensor:
         rollout = Rollout(
             model,
             text.to(model.patch_embedding.weight.device),
@@ -107,7 +108,9 @@ def sample_videos(sources: Sources, model: HiARTransformer, recipe: CausalRecipe
             window_frames=recipe.window_frames,
             sink_frames=recipe.sink_frames,
         )
-        return sources.decode(torch.cat([block.latents for block in rollout], 1))
+        return torch.cat([block.latents for block in rollout], 1)
+
+    return sources.decode(gathered(model, rolled_out))
 
 
 def walk(recipe: CausalRecipe) -> tuple[str, str]:

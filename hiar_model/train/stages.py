@@ -6,6 +6,7 @@ Each is made of a recipe and says what is drawn and which loss is asked for; the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,11 +19,12 @@ from ..transformer import HiARTransformer
 from ..video import Frames
 from .config import HiARRecipe, OdeInitRecipe, OdePairsRecipe, TeacherRecipe
 from .context import velocity_over_context
+from .distributed import gathered
 from .dmd import critic_loss, distribution_matching, draw_sigma
 from .forward_kl import draw_points, forward_kl_loss
 from .keyed import keyed_generator
 from .networks import frozen, make_network
-from .rollout import SelfRollout, Visited, draw_exit_step, unsharded
+from .rollout import SelfRollout, Visited, draw_exit_step
 from .sources import Sources, autocast, sample_videos, save_student
 from .stage import Scalars, Stage, Turn
 from .teacher import drop_text, flow_draws, flow_matching_loss, ode_trajectory
@@ -90,7 +92,8 @@ class OdePairs:
         self.recipe, self.device = recipe, device
         self.sources = Sources(recipe)
         weights = _needed(recipe.teacher, "teacher")
-        self.teacher = frozen(make_network(recipe.teacher_model, seed=0, weights=weights, device=device))
+        teacher = make_network(recipe.teacher_model, seed=0, weights=weights, device=device, everywhere=True)
+        self.teacher = frozen(teacher)
 
     def produce(self, folder: Path, rank: int, ranks: int, on_progress: Callable[[int, int], None]) -> str:
         r = self.recipe
@@ -186,7 +189,8 @@ class HiAR(Stage):
         self.sources = Sources(recipe)
         teacher = _needed(recipe.teacher, "teacher")
         student = make_network(recipe.model, seed=recipe.seed, weights=recipe.init)
-        critic = make_network(recipe.teacher_model, seed=0, weights=recipe.critic_init or teacher)
+        critic_model = recipe.critic_model or recipe.teacher_model
+        critic = make_network(critic_model, seed=0, weights=recipe.critic_init or teacher)
         self.trained = {"critic": critic, "student": student}
         self.frozen = {"teacher": frozen(make_network(recipe.teacher_model, seed=0, weights=teacher))}
         self.store: TrajectoryStore | None = None
@@ -232,10 +236,10 @@ class HiAR(Stage):
         stage = f"{r.stage} {drawn}"
         text = self.sources.data.prompts(r.seed, stage, update, rows).to(self.device)
         exit_step = draw_exit_step(len(r.schedule), keyed_generator(r.seed, stage, update, "exit"))
-        frames, _, height, width = self.sources.data.latent_shape
-        videos = [_video(update, drawn, row) for row in rows]
-        with unsharded(self.trained["student"]):
-            visited = self.rollout.run(text, frames, height, width, exit_step, seed=r.seed, video_ids=videos)
+        frames, _, *size = self.sources.data.latent_shape
+        student, videos = self.trained["student"], [_video(update, drawn, row) for row in rows]
+        run = partial(self.rollout.run, seed=r.seed, video_ids=videos)
+        visited = gathered(student, run, text, frames, *size, exit_step)
         self._visited[tuple(rows)] = visited, text
         return visited, text
 
