@@ -147,6 +147,10 @@ class WanTextEncoder:
             self._remember(name, clean, embedding)
         return embedding.to(self.device)
 
+    def length(self, prompt: str) -> int:
+        """How many tokens the embedding of a prompt has; no weights are read."""
+        return self._tokens(clean_prompt(prompt)).shape[1]
+
     def loaded_on(self) -> torch.device | None:
         """Where the weights are now; None: not in memory."""
         return None if self._model is None else next(self._model.parameters()).device

@@ -122,23 +122,13 @@ class Recipe:
     """What every stage has.
 
     Args:
-        model: size of the network, a name that WanConfig knows. seed: of weights, data and noise.
-        num_frames: latent frames of a clip. precision: "bfloat16" autocast, or "float32".
+        precision: "bfloat16" (autocast, of what trains), or "float32".
     """
 
     stage: ClassVar[str]
 
-    model: str = "toy"
-    data: DataRecipe = field(default_factory=DataRecipe)
-    seed: int = 0
-    num_frames: int = 12
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     scale: ScaleRecipe = field(default_factory=ScaleRecipe)
-
-    def __post_init__(self) -> None:
-        if self.model not in WanConfig.names():
-            raise ValueError(f"recipe: model must be one of {', '.join(WanConfig.names())}, got {self.model!r}")
-        _at_least(self, 1, "num_frames")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mapping as JSON takes it, ``stage`` among it."""
@@ -146,7 +136,46 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class TrainingRecipe(Recipe):
+class PromptsRecipe(Recipe):
+    """Prompts as embeddings of Wan's text encoder, on disk.
+
+    Args:
+        prompts: text file, one on each line. text_encoder: folder of a Wan model that has it.
+        negative: the prompt of guidance's other side, in place of the empty one. shard_size: prompts in one file.
+    """
+
+    stage: ClassVar[str] = "prompts"
+
+    prompts: str = ""
+    text_encoder: str = ""
+    negative: str = ""
+    shard_size: int = 256
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "shard_size")
+
+
+@dataclass(frozen=True)
+class NetworkRecipe(Recipe):
+    """What every stage with a network has.
+
+    Args:
+        model: size of the network, a name that WanConfig knows. seed: of weights, data and noise.
+        num_frames: latent frames of a clip.
+    """
+
+    model: str = "toy"
+    data: DataRecipe = field(default_factory=DataRecipe)
+    seed: int = 0
+    num_frames: int = 12
+
+    def __post_init__(self) -> None:
+        _sizes(self, "model")
+        _at_least(self, 1, "num_frames")
+
+
+@dataclass(frozen=True)
+class TrainingRecipe(NetworkRecipe):
     """What every stage that trains a network has.
 
     Args:
@@ -280,7 +309,7 @@ class TeacherRecipe(TrainingRecipe):
 
 
 @dataclass(frozen=True)
-class OdePairsRecipe(Recipe):
+class OdePairsRecipe(NetworkRecipe):
     """The teacher's ODE trajectories, on disk.
 
     Args:
@@ -397,7 +426,8 @@ class HiARRecipe(CausalRecipe):
 
 
 RECIPES: dict[str, type[Recipe]] = {
-    kind.stage: kind for kind in (TeacherForcingRecipe, TeacherRecipe, OdePairsRecipe, OdeInitRecipe, HiARRecipe)
+    kind.stage: kind
+    for kind in (PromptsRecipe, TeacherForcingRecipe, TeacherRecipe, OdePairsRecipe, OdeInitRecipe, HiARRecipe)
 }
 
 

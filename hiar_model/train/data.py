@@ -23,6 +23,7 @@ from ..toy.prompt import PROMPT_TOKENS, random_tokens
 from ..toy.text import ToyTextEncoder
 from ..toy.world import ToyWorld
 from .keyed import keyed_generator
+from .shards import unfinished
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What tensors of a data folder may be, by their names in a safetensors header."""
@@ -136,7 +137,7 @@ class ToyData:
 
 
 class PromptData:
-    """Prompts that a text encoder has left in a folder of safetensors shards.
+    """Prompts that a text encoder has left in a folder of safetensors shards (the stage "prompts", or anything else).
 
     Every ``*.safetensors`` of the folder holds ``text`` [N, L, text_dim], all with the same L and text_dim; one of them
     at least holds ``unconditional`` [1, L, text_dim] too, the empty prompt of classifier-free guidance. float16,
@@ -157,6 +158,8 @@ class PromptData:
         self.folder = Path(folder)
         self.latent_shape = latent_shape
         self.files = sorted(self.folder.glob("*.safetensors")) if self.folder.is_dir() else []
+        if missing := unfinished(self.folder, ".safetensors"):
+            raise ValueError(missing)
         if not self.files:
             raise ValueError(f"{self.folder}: no data found; expected *.safetensors with text [N, L, text_dim]")
         self.places: list[tuple[int, int]] = []  # (file, row in it) of every prompt

@@ -21,7 +21,7 @@ from ..toy.text import ToyTextEncoder
 from ..toy.world import WORLDS, ToyWorld
 from ..transformer import HiARTransformer
 from ..video import Frames
-from .config import CausalRecipe, HiARRecipe, Recipe
+from .config import CausalRecipe, HiARRecipe, NetworkRecipe, Recipe
 from .data import Clips, LatentData, PromptData, Prompts, ToyData
 from .distributed import gathered
 
@@ -35,7 +35,7 @@ class Sources:
         ValueError: no such world; a folder that does not hold what it should, by file and key.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: NetworkRecipe) -> None:
         config, told = WanConfig.from_name(recipe.model), recipe.data
         self.codec: ToyCodec | None = None
         self.world: ToyWorld | None = None

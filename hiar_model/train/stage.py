@@ -71,6 +71,7 @@ class Production(Protocol):
 
 
 STAGES = {
+    "prompts": ("prompts", "EncodedPrompts"),
     "teacher_forcing": ("teacher_forcing", "TeacherForcing"),
     "teacher": ("stages", "Teacher"),
     "ode_pairs": ("stages", "OdePairs"),

@@ -13,7 +13,6 @@ chord between two points, which multiplies their error by up to 25.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +25,10 @@ from torch import Tensor, nn
 
 from .data import FLOATS, Prompts, open_tensors
 from .keyed import keyed_generator
+from .shards import agree, read_json, shard_name, shard_rows, unfinished, write, write_json
 from .teacher import Network, ode_plan, ode_trajectory
 
-SETTINGS, MANIFEST = "settings.json", "manifest.json"
+MANIFEST = "manifest.json"
 FORMAT = "hiar-trajectories-1"
 CHECKS = ("sha256", "size")
 _STAGE = "trajectories"  # of the keys of prompts and noise
@@ -100,9 +100,9 @@ def generate_trajectories(
     }
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    _agree(target / SETTINGS, settings, rank)
+    agree(target, settings, "trajectories", rank)
 
-    shards = {n: range(n * shard_size, min((n + 1) * shard_size, count)) for n in range(-(-count // shard_size))}
+    shards = dict(enumerate(shard_rows(count, shard_size)))
     mine = [n for n in shards if n % world_size == rank]
     done, in_all = 0, sum(len(shards[n]) for n in mine)
 
@@ -113,12 +113,12 @@ def generate_trajectories(
             on_progress(done, in_all)
 
     for n in mine:
-        about = target / f"{_name(n)}.json"
+        about = target / f"{shard_name(n)}.json"
         if _is_good(target, about, settings):
             tell(len(shards[n]))
             continue
         # Until it is made again no rank may take the store for finished.
-        for old in (about, *target.glob(f".{_name(n)}.*.partial")):
+        for old in (about, *target.glob(f".{shard_name(n)}.*.partial")):
             old.unlink(missing_ok=True)
         made = []
         for first in range(0, len(shards[n]), batch_size):
@@ -136,20 +136,20 @@ def generate_trajectories(
                 points=points,
             ).cpu()
             if not bool(trajectory.isfinite().all()):
-                raise FloatingPointError(f"a trajectory of samples {list(samples)} ({_name(n)}) is not finite")
+                raise FloatingPointError(f"a trajectory of samples {list(samples)} ({shard_name(n)}) is not finite")
             made.append((trajectory, text))
             tell(len(samples))
         trajectories, texts = (torch.cat(parts).contiguous() for parts in zip(*made, strict=True))
         blob = pack_tensors({"trajectory": trajectories, "text": texts}, {"format": FORMAT})
-        _write(target / f"{_name(n)}.safetensors", blob, rank)
+        write(target / f"{shard_name(n)}.safetensors", blob, rank)
         told = {"samples": len(shards[n]), "size": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
-        _write_json(about, {"file": f"{_name(n)}.safetensors", **told}, rank)
+        write_json(about, {"file": f"{shard_name(n)}.safetensors", **told}, rank)
 
-    found = [target / f"{_name(n)}.json" for n in shards]
+    found = [target / f"{shard_name(n)}.json" for n in shards]
     if all(about.exists() for about in found):
         sigmas = ode_plan(steps, shift, points).point_sigmas
-        manifest = {**settings, "sigmas": sigmas, "shards": [_read_json(about) for about in found]}
-        _write_json(target / MANIFEST, manifest, rank)
+        manifest = {**settings, "sigmas": sigmas, "shards": [read_json(about) for about in found]}
+        write_json(target / MANIFEST, manifest, rank)
 
 
 class TrajectoryStore:
@@ -170,8 +170,9 @@ class TrajectoryStore:
             raise ValueError(f"check must be one of {', '.join(CHECKS)}, got {check!r}")
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).exists():
-            raise ValueError(_unfinished(self.folder))
-        self.manifest = _read_json(self.folder / MANIFEST)
+            nothing = f"{self.folder}: holds no trajectories; expected {MANIFEST}"
+            raise ValueError(unfinished(self.folder, ".json", finished=False) or nothing)
+        self.manifest = read_json(self.folder / MANIFEST)
         if self.manifest.get("format") != FORMAT:
             raise ValueError(f"{self.folder / MANIFEST}: format must be {FORMAT}, got {self.manifest.get('format')!r}")
         for key in ("sigmas", "points", "latent_shape", "dtype", "text_shape", "text_dtype", "shards"):
@@ -241,17 +242,13 @@ def _autocast(device_type: str) -> str | None:
     return str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
 
 
-def _name(shard: int) -> str:
-    return f"shard-{shard:05d}"
-
-
 def _noise(seed: int, sample: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(*shape, generator=keyed_generator(seed, _STAGE, sample, "noise"))
 
 
 def _is_good(folder: Path, about: Path, settings: Mapping[str, Any]) -> bool:
     try:
-        return _fault(folder, _read_json(about), settings) is None
+        return _fault(folder, read_json(about), settings) is None
     except ValueError:  # nothing there, or no JSON
         return False
 
@@ -285,53 +282,3 @@ def _fault(folder: Path, told: Mapping[str, Any], settings: Mapping[str, Any], w
         if digest.hexdigest() != told.get("sha256"):
             return f"{file}: its sha256 is {digest.hexdigest()}, expected {told.get('sha256')}"
     return None
-
-
-def _agree(path: Path, settings: Mapping[str, Any], rank: int) -> None:
-    """Write the settings, or compare with those that are there."""
-    if not path.exists():
-        _write_json(path, settings, rank)
-        return
-    found = _read_json(path)
-    differ = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
-    if differ:
-        told = "; ".join(f"{key} was {found.get(key)!r}, now it is {settings.get(key)!r}" for key in differ)
-        raise ValueError(f"{path.parent} holds trajectories made with other settings: {told}; choose another folder")
-
-
-def _unfinished(folder: Path) -> str:
-    if not (folder / SETTINGS).exists():
-        return f"{folder}: holds no trajectories; expected {MANIFEST}"
-    settings = _read_json(folder / SETTINGS)
-    shards = -(-settings["count"] // settings["shard_size"])
-    there = sum((folder / f"{_name(n)}.json").exists() for n in range(shards))
-    return f"{folder}: unfinished, {there} of {shards} shards are there: make the others first"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(values).__name__}")
-    return values
-
-
-def _write_json(path: Path, values: Mapping[str, Any], rank: int) -> None:
-    _write(path, (json.dumps(values, indent=2) + "\n").encode(), rank)
-
-
-def _write(path: Path, blob: bytes, rank: int) -> None:
-    """The file appears whole or not at all; several ranks may write the same one."""
-    partial = path.with_name(f".{path.name}.rank_{rank}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; whole shards are kept, run again to go on", str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)

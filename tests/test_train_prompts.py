@@ -1,0 +1,145 @@
+"""Prompts encoded once for training, and the shipped Wan recipes from a text file of prompts to a student."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import wan_files
+
+from hiar_model import config
+from hiar_model.checkpoint import load_transformer
+from hiar_model.cli import main
+from hiar_model.text import WanTextEncoder
+from hiar_model.train.data import PromptData
+from hiar_model.train.reading import load_recipe
+from hiar_model.train.stage import make_stage
+
+pytestmark = pytest.mark.cpu
+
+PROMPTS = ["a red circle moving right", "the cat", "a blue  square moving up slowly on the green dog", "of", "a dog"]
+NEGATIVE = "a circle on a circle"
+SHAPE = (6, 16, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory) -> Path:
+    """A model folder as published, and prompts, some lines of them empty."""
+    folder = wan_files.write_original(tmp_path_factory.mktemp("files") / "Wan2.1-T2V-1.3B")
+    (folder.parent / "prompts.txt").write_text("\n".join([PROMPTS[0], "", *PROMPTS[1:], " "]))
+    return folder
+
+
+def stage(wan: Path, **more):
+    told = {"prompts": str(wan.parent / "prompts.txt"), "text_encoder": str(wan), "shard_size": 2, **more}
+    return make_stage(load_recipe("wan-1.3b/prompts", told), torch.device("cpu"))
+
+
+def bits(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_every_prompt_as_the_encoder_has_it(wan, tmp_path, precision):
+    seen = []
+    made = stage(wan, negative=NEGATIVE, precision=precision)
+    assert made.produce(tmp_path, 0, 1, lambda *told: seen.append(told)) == f"prompts: {tmp_path}"
+    assert seen == [(i + 1, 5) for i in range(5)]
+    data, encoder = PromptData(tmp_path, SHAPE), WanTextEncoder(wan, dtype=getattr(torch, precision))
+    expected = [encoder(prompt) for prompt in (*PROMPTS, NEGATIVE)]
+    longest = max(text.shape[1] for text in expected)
+    assert len(data) == 5 and len({text.shape[1] for text in expected}) > 2
+    for text, found in zip(expected, [*data._read("text", range(5)), *data.unconditional()], strict=True):
+        assert found.dtype == text.dtype and found.shape == (longest, 32)
+        assert torch.equal(found[: text.shape[1]], text[0]) and not found[text.shape[1] :].any()
+
+
+def test_processes_share_the_shards(wan, tmp_path):
+    for rank in range(2):
+        stage(wan).produce(tmp_path / "two", rank, 2, lambda *told: None)
+    stage(wan).produce(tmp_path / "one", 0, 1, lambda *told: None)
+    assert bits(tmp_path / "two") == bits(tmp_path / "one") and len(bits(tmp_path / "one")) == 4
+
+
+def test_it_goes_on_where_it_ended(wan, tmp_path, monkeypatch):
+    """Whole shards stay, a torn one is made again; until all are there nobody trains on them."""
+    folder, encoded = tmp_path / "out", []
+    stage(wan).produce(folder, 0, 1, lambda *told: None)
+    whole = bits(folder)
+    (folder / "shard-00000.safetensors").write_bytes(whole["shard-00000.safetensors"][:-1])
+    (folder / "shard-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="unfinished, 2 of 3 shards are there: the command that made them goes on"):
+        PromptData(folder, SHAPE)
+    encode = WanTextEncoder._encode
+    monkeypatch.setattr(WanTextEncoder, "_encode", lambda self, text: encoded.append(text) or encode(self, text))
+    stage(wan).produce(folder, 0, 1, lambda *told: None)
+    assert bits(folder) == whole and encoded == [*PROMPTS[:2], "", PROMPTS[4]]
+
+
+@pytest.mark.parametrize(
+    ("more", "names"), [({"negative": "a"}, "prompts was"), ({"shard_size": 3}, "shard_size was 2, now it is 3")]
+)
+def test_another_run_in_the_same_folder_is_refused(wan, tmp_path, more, names):
+    stage(wan).produce(tmp_path, 0, 1, lambda *told: None)
+    before = bits(tmp_path)
+    with pytest.raises(ValueError, match=f"holds prompts made with other settings: .*{names}"):
+        stage(wan, **more).produce(tmp_path, 0, 1, lambda *told: None)
+    assert bits(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"prompts": ""}, "recipe: prompts must be given: a text file, one prompt on each line"),
+        ({"prompts": "nowhere.txt"}, "nowhere.txt: no readable text file of prompts"),
+        ({"text_encoder": ""}, "recipe: text_encoder must be given"),
+        ({"text_encoder": "nowhere"}, "nowhere: no such folder"),
+        ({"shard_size": 0}, "shard_size must be at least 1, got 0"),
+        ({"data.folder": "x"}, "unknown key data"),
+    ],
+)
+def test_refused_in_one_line(wan, more, message):
+    with pytest.raises(ValueError, match=message) as error:
+        stage(wan, **more)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b" \n\n", "holds no prompt"), (b"\xff\xfe", "no readable text file")]
+)
+def test_files_without_prompts(wan, tmp_path, content, message):
+    (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        stage(wan, prompts=str(tmp_path / "p.txt"))
+
+
+def test_the_wan_recipes_one_after_another(wan, tmp_path, monkeypatch, capsys):
+    """As shipped but for sizes: from prompts and the published folder to a student, by `hiar train`."""
+    monkeypatch.chdir(tmp_path)
+    size = dataclasses.asdict(wan_files.WAN)
+    for name in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b"):
+        monkeypatch.setitem(config._PRESETS, name, size)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / wan.name).symlink_to(wan)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    small = ["data.latent_size=[4,4]", "num_frames=6", "scale.threads=1"]
+    few = [*small, "updates=2", "batch_size=2", "log_every=1"]
+
+    def done(recipe: str, *words: str) -> Path:
+        assert main(["train", f"wan-1.3b/{recipe}", *words, "--device", "cpu"]) == 0, capsys.readouterr().err
+        return Path("runs/wan-1.3b") / recipe
+
+    done("prompts")
+    done("ode_pairs", *small, "count=2")
+    done("ode_init", *few, "window_frames=6")
+    folder = done("hiar", *few, "window_frames=6")
+    student = load_transformer(folder / "model" / "student.safetensors")
+    before = load_transformer("runs/wan-1.3b/ode_init/model/student.safetensors")
+    assert student.config == before.config == wan_files.WAN
+    # a rate of 2e-6 moves float32 weights, if barely; the average begins at update 200 and is the weights until then
+    assert any(not torch.equal(p, q) for p, q in zip(student.parameters(), before.parameters(), strict=True))
+    told = json.loads((Path("runs/wan-1.3b/ode_pairs") / "manifest.json").read_text())
+    assert told["steps"] == 48 and told["sigmas"] == pytest.approx([1, 0.96, 8 / 9, 8 / 11, 0])
