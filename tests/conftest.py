@@ -1,7 +1,10 @@
-"""What needs nvcc: tests of csrc/, left out (and said to be) where there is none; in CI its absence is a failure."""
+"""What needs nvcc: tests of csrc/, left out (and said to be) where there is none; in CI its absence is a failure. And
+what tests of the command line share.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import emulation as host
@@ -35,3 +38,14 @@ def nvcc() -> Path:
 def emulation(nvcc: Path) -> Path:
     """csrc/ built for the host."""
     return host.build(nvcc)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder in which the test runs; the number of threads is put back."""
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)

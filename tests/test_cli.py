@@ -21,7 +21,7 @@ from hiar_model.bundle import ToyDecoder, load_video_model
 from hiar_model.cli import build_parser, main
 from hiar_model.generation import Generation
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
 TOY = "toy/teacher_forcing"
 
@@ -29,15 +29,6 @@ TOY = "toy/teacher_forcing"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return str(small_toy.write_model(tmp_path_factory.mktemp("models") / "small"))
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """Every test runs in an empty folder of its own; the number of threads is put back."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
 
 
 def run(*arguments) -> int:

@@ -116,15 +116,14 @@ def test_files_without_prompts(wan, tmp_path, content, message):
         stage(wan, prompts=str(tmp_path / "p.txt"))
 
 
-def test_the_wan_recipes_one_after_another(wan, tmp_path, monkeypatch, capsys):
+def test_the_wan_recipes_one_after_another(wan, here, monkeypatch, capsys):
     """As shipped but for sizes: from prompts and the published folder to a student, by `hiar train`."""
-    monkeypatch.chdir(tmp_path)
     size = dataclasses.asdict(wan_files.WAN)
     for name in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b"):
         monkeypatch.setitem(config._PRESETS, name, size)
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / wan.name).symlink_to(wan)
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (here / "checkpoints").mkdir()
+    (here / "checkpoints" / wan.name).symlink_to(wan)
+    (here / "prompts.txt").write_text("\n".join(PROMPTS))
     small = ["data.latent_size=[4,4]", "num_frames=6", "scale.threads=1"]
     few = [*small, "updates=2", "batch_size=2", "log_every=1"]
 

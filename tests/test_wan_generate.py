@@ -24,7 +24,7 @@ from hiar_model.generation import Generation
 from hiar_model.vae import StreamingDecoder
 from hiar_model.video import Video, save_png
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
 PROMPT, NEXT = wan_files.PROMPT, "a blue square moving up"
 HEIGHT, WIDTH = 32, 48
@@ -53,15 +53,6 @@ def files(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model(files):
     return load_video_model(files / "original", "cpu")
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """Every test runs in an empty folder of its own; the number of threads is put back."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
 
 
 def command(*words, prompt: str | None = PROMPT, frames: int = FRAMES) -> int:
