@@ -34,13 +34,13 @@ def train_arguments(parser: ArgumentParser) -> None:
 def train(a: Namespace) -> None:
     overrides = dict(_override(text) for text in a.overrides)
     from .train.config import TrainingRecipe
-    from .train.distributed import find_place
+    from .train.distributed import find_place, find_share
     from .train.reading import load_recipe, shipped_recipes
 
     recipe = load_recipe(a.recipe, overrides)
     folder = Path(a.out or Path("runs", a.recipe if a.recipe in shipped_recipes() else Path(a.recipe).stem))
     with _among_others():
-        place = find_place(recipe.scale, a.device)
+        place = find_place(recipe.scale, a.device) if isinstance(recipe, TrainingRecipe) else find_share(a.device)
         if a.nproc not in (1, place.ranks):
             raise ValueError(f"nproc is {a.nproc}, but torchrun started {place.ranks} processes: give one")
         if isinstance(recipe, TrainingRecipe):

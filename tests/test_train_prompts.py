@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import wan_files
+from train_job import ENVIRONMENT, PATIENCE
 
 from hiar_model import config
 from hiar_model.checkpoint import load_transformer
@@ -58,10 +61,22 @@ def test_every_prompt_as_the_encoder_has_it(wan, tmp_path, precision):
 
 
 def test_processes_share_the_shards(wan, tmp_path):
-    for rank in range(2):
-        stage(wan).produce(tmp_path / "two", rank, 2, lambda *told: None)
+    told = [stage(wan).produce(tmp_path / "two", rank, 2, lambda *told: None) for rank in range(2)]
+    assert told == [f"prompts: {tmp_path / 'two'}; other processes still make theirs", f"prompts: {tmp_path / 'two'}"]
     stage(wan).produce(tmp_path / "one", 0, 1, lambda *told: None)
     assert bits(tmp_path / "two") == bits(tmp_path / "one") and len(bits(tmp_path / "one")) == 4
+
+
+def test_the_command_on_two_processes(wan, tmp_path):
+    """They do not wait for each other: none has a process group."""
+    told = [f"prompts={wan.parent / 'prompts.txt'}", f"text_encoder={wan}", "shard_size=1", "scale.threads=1"]
+    words = [sys.executable, "-m", "hiar_model", "train", "wan-1.3b/prompts", *told, "--nproc", "2", "--device", "cpu"]
+    place = {"cwd": tmp_path, "env": {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])}}
+    done = subprocess.run(words, **place, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("prompts: runs/wan-1.3b/prompts")
+    stage(wan, shard_size=1).produce(tmp_path / "one", 0, 1, lambda *told: None)
+    assert bits(tmp_path / "runs" / "wan-1.3b" / "prompts") == bits(tmp_path / "one")
 
 
 def test_it_goes_on_where_it_ended(wan, tmp_path, monkeypatch):

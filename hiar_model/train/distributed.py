@@ -33,7 +33,8 @@ _GATHERED = "work_gathered"  # a sharded network's method behind :func:`gathered
 
 @dataclass(frozen=True)
 class Place:
-    """This process among those of the run. ``mesh``: (replicate, shard) of all processes; None where it is alone."""
+    """This process among those of the run. ``mesh``: (replicate, shard) of all processes; None where it is alone, or
+    does not talk to the others."""
 
     rank: int
     ranks: int
@@ -77,6 +78,14 @@ def find_place(scale: ScaleRecipe, device: str | torch.device = "auto") -> Place
         raise ValueError(f"recipe: scale.shard must divide the {ranks} processes, got {shard}")
     mesh = dist.init_device_mesh(chosen.type, (ranks // shard, shard), mesh_dim_names=("replicate", "shard"))
     return Place(rank, ranks, chosen, mesh)
+
+
+def find_share(device: str | torch.device = "auto") -> Place:
+    """This process among those that torchrun started, without joining them: for work in which none waits for another.
+
+    A collective would end the job where one process has minutes more to do than the others (NCCL's timeout).
+    """
+    return Place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), _device(device))
 
 
 def _device(asked: str | torch.device) -> torch.device:

@@ -23,21 +23,19 @@ def make_network(
     seed: int,
     weights: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
-    everywhere: bool = False,
 ) -> HiARTransformer:
-    """A float32 network in training mode.
+    """A float32 network in training mode. Of joined processes only the first one reads weights: for the others it is on
+    the meta device, and :func:`.distributed.shard` fills it.
 
     Args:
         model: size, a name that WanConfig knows. seed: of random weights.
         weights: None: random; else the folder or name of a toy model, or a checkpoint that load_transformer reads.
-        everywhere: every process of a run gets the weights; False: only the first one does, for the others it is on
-            the meta device, and :func:`.distributed.shard` fills it.
 
     Raises:
         ValueError: weights that cannot be read, or of another size; on every process alike.
     """
     config = WanConfig.from_name(model)
-    device = device if everywhere or _is_first() else "meta"
+    device = device if _is_first() else "meta"
     if weights is None:
         with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
             torch.manual_seed(seed)

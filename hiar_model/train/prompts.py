@@ -15,7 +15,7 @@ from torch import Tensor
 from ..text import WanTextEncoder, clean_prompt
 from .config import PromptsRecipe
 from .data import open_tensors
-from .shards import agree, shard_name, shard_rows, write
+from .shards import agree, shard_name, shard_rows, shared_out, write
 
 FORMAT = "hiar-prompts-1"
 DTYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
@@ -73,7 +73,7 @@ class EncodedPrompts:
             if n == 0:
                 tensors["unconditional"] = self._encode(negative, tokens)
             write(file, pack_tensors(tensors, {"format": FORMAT}), rank)
-        return f"prompts: {folder}"
+        return shared_out(folder, "prompts", ".safetensors")
 
     def _encode(self, prompt: str, tokens: int) -> Tensor:
         found = self.encoder(prompt).cpu()

@@ -60,6 +60,12 @@ def unfinished(folder: Path, suffix: str, finished: bool | None = None) -> str |
     return f"{folder}: unfinished, {there} of {shards} shards are there: the command that made them goes on"
 
 
+def shared_out(folder: Path, what: str, suffix: str) -> str:
+    """What a process says once its own shards are there."""
+    others = "" if unfinished(folder, suffix) is None else "; other processes still make theirs"
+    return f"{what}: {folder}{others}"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; ValueError of one line if there is none."""
     try:

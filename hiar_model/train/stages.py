@@ -25,6 +25,7 @@ from .forward_kl import draw_points, forward_kl_loss
 from .keyed import keyed_generator
 from .networks import frozen, make_network
 from .rollout import SelfRollout, Visited, draw_exit_step
+from .shards import shared_out
 from .sources import Sources, autocast, sample_videos, save_student
 from .stage import Scalars, Stage, Turn
 from .teacher import drop_text, flow_draws, flow_matching_loss, ode_trajectory
@@ -92,8 +93,7 @@ class OdePairs:
         self.recipe, self.device = recipe, device
         self.sources = Sources(recipe)
         weights = _needed(recipe.teacher, "teacher")
-        teacher = make_network(recipe.teacher_model, seed=0, weights=weights, device=device, everywhere=True)
-        self.teacher = frozen(teacher)
+        self.teacher = frozen(make_network(recipe.teacher_model, seed=0, weights=weights, device=device))
 
     def produce(self, folder: Path, rank: int, ranks: int, on_progress: Callable[[int, int], None]) -> str:
         r = self.recipe
@@ -116,7 +116,7 @@ class OdePairs:
                 world_size=ranks,
                 on_progress=on_progress,
             )
-        return f"trajectories: {folder}"
+        return shared_out(folder, "trajectories", ".json")
 
 
 class OdeInit(Stage):
