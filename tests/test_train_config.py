@@ -136,6 +136,7 @@ REFUSED = {
     "levels": ("toy/teacher_forcing", {"levels.clean": 0.5}, "levels must be at least 0 and sum to 1"),
     "minutes": ("toy/hiar", {"scale.max_minutes": 0}, "max_minutes must be above 0, got 0.0"),
     "weight": ("toy/hiar", {"forward_kl.weight": -1}, "forward_kl.weight must be at least 0, got -1"),
+    "vae": ("toy/hiar", {"data.vae": "x"}, "data.vae is for data.folder, the toy world has a codec of its own"),
     "folder alone": ("toy/hiar", {"data.folder": "x"}, "data.folder and data.latent_size go together"),
 }
 

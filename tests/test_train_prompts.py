@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 import wan_files
-from train_job import ENVIRONMENT, PATIENCE
+from train_job import ENVIRONMENT, PATIENCE, losses
 
 from hiar_model import config
 from hiar_model.checkpoint import load_transformer
@@ -19,7 +21,9 @@ from hiar_model.cli import main
 from hiar_model.text import WanTextEncoder
 from hiar_model.train.data import PromptData
 from hiar_model.train.reading import load_recipe
+from hiar_model.train.sources import Sources
 from hiar_model.train.stage import make_stage
+from hiar_model.vae import StreamingDecoder, load_vae
 
 pytestmark = pytest.mark.cpu
 
@@ -131,6 +135,21 @@ def test_files_without_prompts(wan, tmp_path, content, message):
         stage(wan, prompts=str(tmp_path / "p.txt"))
 
 
+def test_samples_are_decoded_by_the_vae(wan, tmp_path):
+    """In its own precision whatever the trainer's is; a folder without a VAE is refused before anything is trained."""
+    stage(wan).produce(tmp_path, 0, 1, lambda *told: None)
+    told = {"data.folder": str(tmp_path), "data.latent_size": [4, 4], "num_frames": SHAPE[0], "data.vae": str(wan)}
+    recipe = load_recipe("wan-1.3b/ode_pairs", told)
+    sources = Sources(recipe, torch.device("cpu"))
+    assert torch.equal(sources.shown(2), sources.data._read("text", [0, 1])) and len(sources.shown(9)) == 5
+    latents = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    expected = [StreamingDecoder(load_vae(wan)).decode(video) for video in latents.split(1)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(sources.decode(latents), np.stack(expected))
+    with pytest.raises(ValueError, match="Wan2.1_VAE"):
+        Sources(load_recipe("wan-1.3b/ode_pairs", {**told, "data.vae": str(tmp_path)}), torch.device("cpu"))
+
+
 def test_the_wan_recipes_one_after_another(wan, here, monkeypatch, capsys):
     """As shipped but for sizes: from prompts and the published folder to a student, by `hiar train`."""
     size = dataclasses.asdict(wan_files.WAN)
@@ -140,7 +159,7 @@ def test_the_wan_recipes_one_after_another(wan, here, monkeypatch, capsys):
     (here / "checkpoints" / wan.name).symlink_to(wan)
     (here / "prompts.txt").write_text("\n".join(PROMPTS))
     small = ["data.latent_size=[4,4]", "num_frames=6", "scale.threads=1"]
-    few = [*small, "updates=2", "batch_size=2", "log_every=1"]
+    few = [*small, "updates=2", "batch_size=2", "log_every=1", "window_frames=6", "sample_every=2"]
 
     def done(recipe: str, *words: str) -> Path:
         assert main(["train", f"wan-1.3b/{recipe}", *words, "--device", "cpu"]) == 0, capsys.readouterr().err
@@ -148,8 +167,11 @@ def test_the_wan_recipes_one_after_another(wan, here, monkeypatch, capsys):
 
     done("prompts")
     done("ode_pairs", *small, "count=2")
-    done("ode_init", *few, "window_frames=6")
-    folder = done("hiar", *few, "window_frames=6")
+    done("ode_init", *few)
+    folder = done("hiar", *few)
+    sheet = av.open(str(folder / "samples" / "update_00000002.png"))  # 12 latent frames are 45, of which 24 are shown
+    assert (sheet.streams.video[0].width, sheet.streams.video[0].height) == (24 * 34 + 2, 2 * 34 + 2)
+    assert 0 < float(losses(folder)[-1]["sample_motion"]) < 1
     student = load_transformer(folder / "model" / "student.safetensors")
     before = load_transformer("runs/wan-1.3b/ode_init/model/student.safetensors")
     assert student.config == before.config == wan_files.WAN

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -215,6 +216,19 @@ def test_motion_and_saturation():
     assert told["sample_motion"] == pytest.approx(((51 + changed) + 102) / 2 / 255)
     assert told["sample_saturation"] == pytest.approx(6 / 36)
     assert sample_scalars(frames[:, :1])["sample_motion"] == 0
+
+
+def test_a_sheet_of_long_and_large_videos(tmp_path):
+    """24 frames from first to last, each the mean of squares of 4 pixels."""
+    video = np.zeros((2, 47, 482, 832, 3), np.uint8)
+    video[0, :] = np.arange(47).reshape(47, 1, 1, 1)
+    video[1, :, ::4] = 200
+    path = Watch(tmp_path, 0, {}).sheet(1, video)
+    with av.open(str(path)) as opened:
+        sheet = next(opened.decode(video=0)).to_ndarray(format="rgb24")
+    assert sheet.shape == (2 * 122 + 2, 24 * 210 + 2, 3)
+    assert [sheet[60, 100 + 210 * i, 0] for i in range(24)] == list(range(0, 47, 2))
+    assert (sheet[124:-2, 2:210] == 50).all()
 
 
 def test_tensorboard_has_scalars_and_sheets(tmp_path):

@@ -25,6 +25,7 @@ class DataRecipe:
         from_start: share of toy clips that are a video's beginning. mark_continuing: texts say which are not
             (:class:`hiar_model.train.data.ToyData`).
         folder: of encoded prompts (or clips) instead of the toy world. latent_size: (height, width) of their latents.
+        vae: folder of a Wan model whose VAE decodes samples of such prompts; null: none are shown.
     """
 
     world: str = "plain"
@@ -34,12 +35,15 @@ class DataRecipe:
     mark_continuing: bool = False
     folder: str | None = None
     latent_size: tuple[int, int] | None = None
+    vae: str | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "held_out_prompts")
         _share(self, "from_start")
         if (self.folder is None) != (self.latent_size is None):
             raise ValueError("recipe: data.folder and data.latent_size go together, or are both null for the toy world")
+        if self.vae is not None and self.folder is None:
+            raise ValueError("recipe: data.vae is for data.folder, the toy world has a codec of its own")
 
 
 @dataclass(frozen=True)

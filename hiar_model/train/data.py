@@ -188,6 +188,10 @@ class PromptData:
         """Text of the given rows, [b, L, text_dim] in the dtype of the files."""
         return self._read("text", self._draw(seed, stage, update, rows, "prompt"))
 
+    def first(self, count: int) -> Tensor:
+        """Text of the first prompts, [at most count, L, text_dim] in the dtype of the files."""
+        return self._read("text", range(min(count, len(self))))
+
     def unconditional(self, batch: int = 1) -> Tensor:
         """The empty prompt, [batch, L, text_dim] in the dtype of the files."""
         assert self._unconditional is not None

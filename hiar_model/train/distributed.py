@@ -80,6 +80,11 @@ def find_place(scale: ScaleRecipe, device: str | torch.device = "auto") -> Place
     return Place(rank, ranks, chosen, mesh)
 
 
+def is_first() -> bool:
+    """Whether this is the first of the joined processes, or alone."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def find_share(device: str | torch.device = "auto") -> Place:
     """This process among those that torchrun started, without joining them: for work in which none waits for another.
 

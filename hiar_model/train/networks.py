@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -15,6 +14,7 @@ from ..bundle import CONFIG, SHIPPED, TOY_FORMAT, load_video_model
 from ..checkpoint import load_transformer
 from ..config import WanConfig
 from ..transformer import HiARTransformer
+from .distributed import is_first
 
 
 def make_network(
@@ -35,7 +35,7 @@ def make_network(
         ValueError: weights that cannot be read, or of another size; on every process alike.
     """
     config = WanConfig.from_name(model)
-    device = device if _is_first() else "meta"
+    device = device if is_first() else "meta"
     if weights is None:
         with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
             torch.manual_seed(seed)
@@ -61,7 +61,7 @@ def whole(weights: Mapping[str, Tensor], config: WanConfig) -> HiARTransformer |
 
     Every rank must call it.
     """
-    first = _is_first()
+    first = is_first()
     if first:
         with torch.device("meta"):
             network = HiARTransformer(config)
@@ -73,10 +73,6 @@ def whole(weights: Mapping[str, Tensor], config: WanConfig) -> HiARTransformer |
             with torch.no_grad():
                 places[name].copy_(full)
     return network.eval().requires_grad_(False) if first else None
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _is_toy(folder: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from ..toy.prompt import split_prompts, token_table
 from ..toy.text import ToyTextEncoder
 from ..toy.world import WORLDS, ToyWorld
 from ..transformer import HiARTransformer
+from ..vae import StreamingDecoder, load_vae
 from ..video import Frames
 from .config import CausalRecipe, HiARRecipe, NetworkRecipe, Recipe
 from .data import Clips, LatentData, PromptData, Prompts, ToyData
-from .distributed import gathered
+from .distributed import gathered, is_first
 
 
 class Sources:
@@ -31,20 +32,26 @@ class Sources:
 
     data: prompts, and clips where there are some. codec, world: of the toy; None for a folder.
 
+    Args:
+        device: of the VAE that decodes samples, where the recipe names one; on the first process, which shows them.
+
     Raises:
         ValueError: no such world; a folder that does not hold what it should, by file and key.
     """
 
-    def __init__(self, recipe: NetworkRecipe) -> None:
+    def __init__(self, recipe: NetworkRecipe, device: torch.device) -> None:
         config, told = WanConfig.from_name(recipe.model), recipe.data
         self.codec: ToyCodec | None = None
         self.world: ToyWorld | None = None
+        self.vae: Any = None
         self.data: Prompts
         if told.folder is not None:
             assert told.latent_size is not None
             shape = (recipe.num_frames, config.in_channels, *told.latent_size)
             kind = LatentData if recipe.stage in ("teacher", "teacher_forcing") else PromptData
             self.data = kind(told.folder, shape)
+            if told.vae is not None:
+                self.vae = load_vae(told.vae, device=device if is_first() else "meta")
             return
         if told.world not in WORLDS:
             raise ValueError(f"recipe: data.world must be one of {', '.join(WORLDS)}, got {told.world!r}")
@@ -67,17 +74,22 @@ class Sources:
         """The data as clips; every stage that asks for them was given such data."""
         return cast(Clips, self.data)
 
-    def held_out(self, count: int) -> Tensor | None:
-        """Text of the first held-out prompts, [count, L, text_dim] like the data's; None without a toy world."""
+    def shown(self, count: int) -> Tensor | None:
+        """Text of the prompts that are sampled, [count, L, text_dim] like the data's; None where nothing decodes their
+        videos. The first held-out ones of the toy, the first ones of a folder."""
         if self.codec is None:
-            return None
+            return self.data.first(count) if self.vae is not None and isinstance(self.data, PromptData) else None
         text = self.text.encode(self._held_out[:count])
         return F.pad(text, (0, 0, 0, self.data.unconditional().shape[1] - text.shape[1]))
 
-    def decode(self, latents: Tensor) -> Frames:
-        """Latents [N, F, C, h, w] of the toy -> uint8 [N, F, H, W, 3]."""
-        assert self.codec is not None
-        return cast(Frames, np.asarray(self.codec.to_uint8(self.codec.decode(latents.float().cpu())).numpy()))
+    def decode(self, latents: Tensor) -> Frames | None:
+        """Latents [N, F, C, h, w] -> uint8 [N, F, H, W, 3]; None on other processes than the first."""
+        if not is_first():
+            return None
+        if self.codec is not None:
+            return cast(Frames, np.asarray(self.codec.to_uint8(self.codec.decode(latents.float().cpu())).numpy()))
+        with torch.autocast(latents.device.type, enabled=False):
+            return np.stack([StreamingDecoder(self.vae).decode(video) for video in latents.split(1)])
 
 
 def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
@@ -86,12 +98,15 @@ def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[obj
 
 
 def sample_videos(sources: Sources, model: HiARTransformer, recipe: CausalRecipe) -> Frames | None:
-    """Rollouts of held-out prompts, twice as long as trained clips: uint8 [N, F, H, W, 3]; None without a codec."""
-    text = sources.held_out(recipe.sample_prompts)
+    """Rollouts of some prompts, twice as long as trained clips: uint8 [N, F, H, W, 3]; None where nothing decodes them,
+    and on other processes than the first."""
+    text = sources.shown(recipe.sample_prompts)
     if text is None:
         return None
     frames, _, height, width = sources.data.latent_shape
     order, cache_source = walk(recipe)
+    if cache_source == "own" and order == "stream":
+        order = "step_first"  # the same videos, and one cache in memory for four
 
     def rolled_out() -> Tensor:
         rollout = Rollout(

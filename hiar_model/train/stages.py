@@ -41,7 +41,7 @@ class Teacher(Stage):
 
     def __init__(self, recipe: TeacherRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.sources = Sources(recipe)
+        self.sources = Sources(recipe, device)
         self.trained = {"teacher": make_network(recipe.model, seed=recipe.seed, weights=recipe.init)}
         self.frozen: dict[str, HiARTransformer] = {}
 
@@ -59,7 +59,7 @@ class Teacher(Stage):
 
     def sample(self, update: int) -> Frames | None:
         r = self.recipe
-        text = self.sources.held_out(r.sample_prompts)
+        text = self.sources.shown(r.sample_prompts)
         if text is None:
             return None
         noise = torch.stack([self._noise(i) for i in range(len(text))])
@@ -91,7 +91,7 @@ class OdePairs:
 
     def __init__(self, recipe: OdePairsRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.sources = Sources(recipe)
+        self.sources = Sources(recipe, device)
         weights = _needed(recipe.teacher, "teacher")
         self.teacher = frozen(make_network(recipe.teacher_model, seed=0, weights=weights, device=device))
 
@@ -130,7 +130,7 @@ class OdeInit(Stage):
 
     def __init__(self, recipe: OdeInitRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.sources = Sources(recipe)
+        self.sources = Sources(recipe, device)
         shape = self.sources.data.latent_shape
         self.store = _opened(recipe.trajectories, "trajectories", shape, recipe.skip_corrupt)
         _same_levels(self.store.sigmas, recipe.schedule.sigmas, recipe.trajectories)
@@ -186,7 +186,7 @@ class HiAR(Stage):
     def __init__(self, recipe: HiARRecipe, device: torch.device) -> None:
         _countable(recipe)
         self.recipe, self.device = recipe, device
-        self.sources = Sources(recipe)
+        self.sources = Sources(recipe, device)
         teacher = _needed(recipe.teacher, "teacher")
         student = make_network(recipe.model, seed=recipe.seed, weights=recipe.init)
         critic_model = recipe.critic_model or recipe.teacher_model

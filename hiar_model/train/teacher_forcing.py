@@ -30,7 +30,7 @@ class TeacherForcing(Stage):
 
     def __init__(self, recipe: TeacherForcingRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.sources = Sources(recipe)
+        self.sources = Sources(recipe, device)
         self.trained = {"student": make_network(recipe.model, seed=recipe.seed, weights=recipe.init)}
         self.frozen: dict[str, HiARTransformer] = {}
         share = 1.0 if self.sources.codec is None else recipe.data.from_start

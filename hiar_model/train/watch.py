@@ -16,6 +16,7 @@ from ..video import Frames, contact_sheet, save_png
 LOSSES, SAMPLES, EVENTS = "loss.csv", "samples", "tensorboard"
 WANDB_VARIABLE = "WANDB_PROJECT"
 SATURATED = 4  # of 255: how near to black or full a channel counts as saturated
+SHEET_FRAMES, SHEET_SIDE = 24, 208  # of a video on a sheet, evenly spread; pixels of a frame's longer side, at most
 
 
 def sample_scalars(frames: Frames) -> dict[str, float]:
@@ -24,10 +25,12 @@ def sample_scalars(frames: Frames) -> dict[str, float]:
     motion       mean absolute difference of successive frames, of 1: it falls where videos freeze
     saturation   share of channels at black or full: it rises where colours burn out
     """
-    wide = frames.astype(np.int16)
-    motion = np.abs(np.diff(wide, axis=1)).mean() / 255 if frames.shape[1] > 1 else 0.0
-    saturated = (frames <= SATURATED) | (frames >= 255 - SATURATED)
-    return {"sample_motion": float(motion), "sample_saturation": float(saturated.mean())}
+    motion, saturated = [], []
+    for video in frames:  # one by one: real ones are large
+        steps = np.abs(np.diff(video.astype(np.int16), axis=0))
+        motion.append(steps.mean() / 255 if len(steps) else 0.0)
+        saturated.append(((video <= SATURATED) | (video >= 255 - SATURATED)).mean())
+    return {"sample_motion": float(np.mean(motion)), "sample_saturation": float(np.mean(saturated))}
 
 
 class Watch:
@@ -77,8 +80,11 @@ class Watch:
             self.wandb.log(dict(numbers), step=update)
 
     def sheet(self, update: int, frames: Frames) -> Path:
-        """Videos uint8 [N, F, H, W, 3] as one image, a video a row; returns the .png."""
-        image = contact_sheet(frames.reshape(-1, *frames.shape[2:]), columns=frames.shape[1])
+        """Videos uint8 [N, F, H, W, 3] as one image, a video a row; returns the .png. Of long videos some frames, large
+        ones made smaller."""
+        chosen = np.linspace(0, frames.shape[1] - 1, min(SHEET_FRAMES, frames.shape[1])).round().astype(int)
+        few = _smaller(frames[:, chosen].reshape(-1, *frames.shape[2:]), SHEET_SIDE)
+        image = contact_sheet(few, columns=len(chosen))
         (self.folder / SAMPLES).mkdir(exist_ok=True)
         path = self.folder / SAMPLES / f"update_{update:08d}.png"
         save_png(image, path)
@@ -113,6 +119,17 @@ class Watch:
         if columns and len(kept) < len(rows):
             _rewrite(self.folder / LOSSES, columns, kept)
         return columns
+
+
+def _smaller(frames: Frames, side: int) -> Frames:
+    """uint8 [F, H, W, 3], means over squares of pixels so that no side is longer; what fills no square is cut off."""
+    factor = -(-max(frames.shape[1:3]) // side)
+    if factor == 1:
+        return frames
+    height, width = (size // factor for size in frames.shape[1:3])
+    cut = frames[:, : height * factor, : width * factor]
+    squares = cut.reshape(-1, height, factor, width, factor, 3)
+    return squares.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
