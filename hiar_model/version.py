@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import platform
+import sys
 from importlib import metadata
 
 DISTRIBUTION = "hiar-kernels"
 
 
 def installed_version(distribution: str) -> str | None:
-    """Version of an installed distribution, None if there is none."""
+    """Version of an installed distribution, None if there is none; once it is imported, with the build that only the
+    module tells (torch 2.11.0+cu130).
+    """
     try:
-        return metadata.version(distribution)
+        found = metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+    told = str(getattr(sys.modules.get(distribution), "__version__", ""))
+    return told if told.startswith(f"{found}+") else found
 
 
 def package_version() -> str:
