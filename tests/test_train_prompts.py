@@ -98,6 +98,13 @@ def test_it_goes_on_where_it_ended(wan, tmp_path, monkeypatch):
     assert bits(folder) == whole and encoded == [*PROMPTS[:2], "", PROMPTS[4]]
 
 
+def test_settings_of_somebody_else_say_nothing(wan, tmp_path):
+    stage(wan).produce(tmp_path, 0, 1, lambda *told: None)
+    (tmp_path / "settings.json").write_text('{"count": "many"}')
+    (tmp_path / "shard-00001.safetensors").unlink()
+    assert len(PromptData(tmp_path, SHAPE)) == 3
+
+
 @pytest.mark.parametrize(
     ("more", "names"), [({"negative": "a"}, "prompts was"), ({"shard_size": 3}, "shard_size was 2, now it is 3")]
 )

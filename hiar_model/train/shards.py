@@ -45,7 +45,7 @@ def agree(folder: Path, settings: Mapping[str, Any], what: str, rank: int) -> No
 
 
 def unfinished(folder: Path, suffix: str, finished: bool | None = None) -> str | None:
-    """What to say of a folder whose shards are not all there; None if they are, or if it tells no settings.
+    """What to say of a folder whose shards are not all there; None if they are, or if it has no settings of ours.
 
     Args:
         suffix: of the file that is there once a shard is whole. finished: whether they are all there; None: look.
@@ -53,7 +53,10 @@ def unfinished(folder: Path, suffix: str, finished: bool | None = None) -> str |
     if not (folder / SETTINGS).exists():
         return None
     settings = read_json(folder / SETTINGS)
-    shards = len(shard_rows(settings["count"], settings["shard_size"]))
+    count, size = settings.get("count"), settings.get("shard_size")
+    if not isinstance(count, int) or not isinstance(size, int):
+        return None  # somebody else's file
+    shards = len(shard_rows(count, size))
     there = sum((folder / f"{shard_name(n)}{suffix}").exists() for n in range(shards))
     if there == shards if finished is None else finished:
         return None
