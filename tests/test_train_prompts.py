@@ -59,7 +59,7 @@ def test_every_prompt_as_the_encoder_has_it(wan, tmp_path, precision):
     expected = [encoder(prompt) for prompt in (*PROMPTS, NEGATIVE)]
     longest = max(text.shape[1] for text in expected)
     assert len(data) == 5 and len({text.shape[1] for text in expected}) > 2
-    for text, found in zip(expected, [*data._read("text", range(5)), *data.unconditional()], strict=True):
+    for text, found in zip(expected, [*data.first(9), *data.unconditional()], strict=True):
         assert found.dtype == text.dtype and found.shape == (longest, 32)
         assert torch.equal(found[: text.shape[1]], text[0]) and not found[text.shape[1] :].any()
 
@@ -148,7 +148,7 @@ def test_samples_are_decoded_by_the_vae(wan, tmp_path):
     told = {"data.folder": str(tmp_path), "data.latent_size": [4, 4], "num_frames": SHAPE[0], "data.vae": str(wan)}
     recipe = load_recipe("wan-1.3b/ode_pairs", told)
     sources = Sources(recipe, torch.device("cpu"))
-    assert torch.equal(sources.shown(2), sources.data._read("text", [0, 1])) and len(sources.shown(9)) == 5
+    assert torch.equal(sources.shown(2), PromptData(tmp_path, SHAPE).first(5)[:2]) and len(sources.shown(9)) == 5
     latents = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     expected = [StreamingDecoder(load_vae(wan)).decode(video) for video in latents.split(1)]
     with torch.autocast("cpu", torch.bfloat16):

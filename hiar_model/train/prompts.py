@@ -18,7 +18,6 @@ from .data import open_tensors
 from .shards import agree, shard_name, shard_rows, shared_out, write
 
 FORMAT = "hiar-prompts-1"
-DTYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
 
 
 class EncodedPrompts:
@@ -34,7 +33,7 @@ class EncodedPrompts:
         self.prompts = _read(recipe.prompts)
         if not recipe.text_encoder:
             raise ValueError("recipe: text_encoder must be given: the folder of a Wan model")
-        self.encoder = WanTextEncoder(recipe.text_encoder, device=device, dtype=DTYPES[recipe.precision][0])
+        self.encoder = WanTextEncoder(recipe.text_encoder, device=device, dtype=getattr(torch, recipe.precision))
 
     def produce(self, folder: Path, rank: int, ranks: int, on_progress: Callable[[int, int], None]) -> str:
         """Make this process's shards that are not there yet.
@@ -50,7 +49,7 @@ class EncodedPrompts:
             "count": len(self.prompts),
             "shard_size": self.recipe.shard_size,
             "tokens": tokens,
-            "dtype": DTYPES[self.recipe.precision][1],
+            "dtype": self.recipe.precision,
             "prompts": hashlib.sha256(json.dumps(everything).encode()).hexdigest(),
             "text_encoder": [[file.name, file.stat().st_size] for file in self.encoder.files.weights],
         }
