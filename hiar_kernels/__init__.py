@@ -3,7 +3,17 @@
 from . import reference
 from ._dispatch import prefer, taken
 from .ada_layer_norm import ada_layer_norm
-from .attention import EMPTY, AttentionLayout, BlockCausal, KVContext, attention, attention_layout, takes_layout
+from .attention import (
+    EMPTY,
+    AttentionLayout,
+    AttentionSchedule,
+    BlockCausal,
+    KVContext,
+    attention,
+    attention_layout,
+    attention_schedule,
+    takes_layout,
+)
 from .backends import backends
 from .flow_step import flow_step
 from .gated_residual import gated_residual
@@ -17,11 +27,13 @@ from .rms_silu_pad import rms_silu_pad
 __all__ = [
     "EMPTY",
     "AttentionLayout",
+    "AttentionSchedule",
     "BlockCausal",
     "KVContext",
     "ada_layer_norm",
     "attention",
     "attention_layout",
+    "attention_schedule",
     "backends",
     "flow_step",
     "gated_residual",

@@ -36,6 +36,7 @@ class Case:
         constexprs: values of the constexpr arguments; None for a pointer that is not given.
         divisible: pointers and sizes that the launch is known to have as multiples of 16.
         tensor_cores: the kernel multiplies matrices, so tensor cores must be in use.
+        max_registers: of a thread at launch; None: the compiler's choice.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     tensor_cores: bool = False
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,20 @@ def compile_case(case: Case, arch: int) -> Report:
     require(not unknown, f"{of}: the kernel has no {', '.join(unknown)}")
     valueless = [n for n in names if given[n] == "constexpr" and n not in case.constexprs]
     require(not valueless, f"{of}: no value for {', '.join(valueless)}")
-    source = ASTSource(
+    make_source = ASTSource
+    if case.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        make_source = GluonASTSource
+    source = make_source(
         fn=case.kernel,
         signature={name: given[name] for name in names},
         constexprs=case.constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.max_registers is not None:
+        options["maxnreg"] = case.max_registers
     start = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     seconds = time.perf_counter() - start
@@ -191,7 +200,8 @@ def problems(case: Case, arch: int, report: Report) -> list[str]:
 def triton_modules() -> dict[str, list[str]]:
     """Folder of an op -> its Triton modules, as names that import."""
     found: dict[str, list[str]] = {}
-    for path in sorted(_PACKAGE.glob("*/triton_*.py"), reverse=True):  # forward before backward
+    paths = [*_PACKAGE.glob("*/triton_*.py"), *_PACKAGE.glob("*/gluon_*.py")]
+    for path in sorted(paths, reverse=True):  # forward before backward
         found.setdefault(path.parent.name, []).append(f"{__package__}.{path.parent.name}.{path.stem}")
     return dict(sorted(found.items()))
 

@@ -3,5 +3,16 @@
 from .api import attention, takes_layout
 from .layout import AttentionLayout, attention_layout
 from .mask import EMPTY, BlockCausal, KVContext
+from .schedule import AttentionSchedule, attention_schedule
 
-__all__ = ["EMPTY", "AttentionLayout", "BlockCausal", "KVContext", "attention", "attention_layout", "takes_layout"]
+__all__ = [
+    "EMPTY",
+    "AttentionLayout",
+    "AttentionSchedule",
+    "BlockCausal",
+    "KVContext",
+    "attention",
+    "attention_layout",
+    "attention_schedule",
+    "takes_layout",
+]

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from .. import _triton
 from .._dispatch import choose, require
-from . import library, ops, reference, table
+from . import gluon, library, ops, reference, table
 from .layout import AttentionLayout, attention_layout
 from .mask import BlockCausal, KVContext
+from .schedule import AttentionSchedule
 
-IMPLS = ("reference", *library.LIBRARIES, "triton")
+IMPLS = ("reference", *library.LIBRARIES, "triton", "gluon")
 
 
 def attention(
@@ -25,6 +26,7 @@ def attention(
     context: KVContext | None = None,
     kv_counts: Tensor | None = None,
     layout: AttentionLayout | None = None,
+    schedule: AttentionSchedule | None = None,
     return_lse: bool = False,
     scale: float | None = None,
     impl: str = "auto",
@@ -46,11 +48,13 @@ def attention(
             a mask only. n equal padding keys are one key with count n.
         layout: what :func:`attention_layout` made of the same mask and ids. The libraries below then read nothing from
             the device; without it they read the frame ids, and the device is waited for.
+        schedule: what :func:`attention_schedule` made of the same sizes, mask and ids, for ``impl="gluon"``, which
+            makes one at each call without it. Others go by the ids.
         return_lse: also return the natural logsumexp of the scaled scores, [B, H, Tq], float32 (float64 for float64).
         scale: of the scores; default 1 / sqrt(D).
         impl: "auto" (:func:`hiar_kernels.backends` tells what it takes) | "triton" (bfloat16, float16, float32; D 16,
-            32, 64 or 128; last strides of 1; no host sync) | "reference" (all scores) | a library over the visible
-            keys: "sdpa" (torch's own choice), "cudnn", "flash" (torch's), "flash-attn-2", "flash-attn-3",
+            32, 64 or 128; last strides of 1; no host sync) | "gluon" (Hopper; bfloat16, float16; D 128; no context,
+            counts or gradient; no host sync) | "reference" (all scores) | a library over the visible keys: "sdpa" (torch's own choice), "cudnn", "flash" (torch's), "flash-attn-2", "flash-attn-3",
             "flash-attn-4". With a logsumexp libraries have no gradient.
         parts: of a library: cut the keys into so many calls and merge them, which may fill a chip better; default: 1,
             or what was measured. Without gradient only.
@@ -68,11 +72,17 @@ def attention(
     given = impl
     chosen = table.Choice("sdpa", 1, "traced")
     if not torch.compiler.is_compiling():
-        chosen = table.choose(q, k, mask, context, kv_counts, layout, return_lse, _trains(q, k, v, context))
+        chosen = table.choose(q, k, v, mask, context, kv_counts, layout, return_lse, _trains(q, k, v, context))
     impl = choose("attention", impl, IMPLS, auto=chosen.impl)
     if parts is None:
         parts = chosen.parts if given == "auto" and impl == chosen.impl else 1
     require(parts >= 1, f"attention: parts must be at least 1, got {parts}")
+    if impl == "gluon":
+        traced = torch.compiler.is_compiling()
+        require(not traced, "attention: impl='gluon' is not for torch.compile; use 'auto' or 'triton' there")
+        gluon.require_fits(q, k, v, mask, context, kv_counts, _trains(q, k, v, context))
+        out, lse = gluon.attend(q, k, v, mask, q_frames, kv_frames, schedule, scale)
+        return (out, lse) if return_lse else out
     if impl == "triton":
         _triton.load("attention", q)
     elif impl in library.LIBRARIES:
@@ -114,7 +124,7 @@ def takes_layout(q: Tensor, mask: BlockCausal) -> bool:
     launch by frame ids on the device serves every layout.
     """
     layout = AttentionLayout(mask.frame_tokens, ())
-    chosen = table.choose(q, q, mask, None, None, layout, False, False).impl
+    chosen = table.choose(q, q, q, mask, None, None, layout, False, False).impl
     return choose("attention", "auto", IMPLS, auto=chosen) in library.LIBRARIES
 
 

@@ -66,6 +66,15 @@ define(
 )
 
 
+def rule_of(mask: BlockCausal | None, rows: int) -> tuple[list[int], list[int]]:
+    """A mask as the schema's integers: the rule, and the window of each batch item; both empty without a mask."""
+    if mask is None:
+        return [], []
+    first_block = mask.frames_per_block if mask.first_block_frames is None else mask.first_block_frames
+    rule = [mask.frame_tokens, mask.frames_per_block, mask.sink_frames, mask.first_frame, first_block]
+    return rule, [_NONE if w is None else w for w in mask.windows(rows)]
+
+
 def call(
     q: Tensor,
     k: Tensor,
@@ -78,12 +87,7 @@ def call(
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """``torch.ops.hiar.attention`` with the arguments of the public function."""
-    rule: list[int] = []
-    windows: list[int] = []
-    if mask is not None:
-        first_block = mask.frames_per_block if mask.first_block_frames is None else mask.first_block_frames
-        rule = [mask.frame_tokens, mask.frames_per_block, mask.sink_frames, mask.first_frame, first_block]
-        windows = [_NONE if w is None else w for w in mask.windows(q.shape[0])]
+    rule, windows = rule_of(mask, q.shape[0])
     ck, cv, cf = (None, None, None) if context is None else (context.k, context.v, context.frames)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     result: tuple[Tensor, Tensor] = torch.ops.hiar.attention(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import gluon
 from .layout import AttentionLayout
 from .library import unavailable
 from .mask import BlockCausal, KVContext
@@ -102,6 +103,7 @@ def shape_class(q: Tensor, k: Tensor, mask: BlockCausal | None, context: KVConte
 def choose(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     mask: BlockCausal | None,
     context: KVContext | None,
     kv_counts: Tensor | None,
@@ -120,7 +122,11 @@ def choose(
         counts=kv_counts is not None,
         return_lse=return_lse,
         trains=trains,
-        runs=lambda impl: usable(impl, q),
+        runs=lambda impl: (
+            gluon.unavailable(q.device) is None and gluon.unfit(q, k, v, mask, context, kv_counts) is None
+            if impl == "gluon"
+            else usable(impl, q)
+        ),
     )
 
 
@@ -147,7 +153,7 @@ def decide(
         return Choice("sdpa", 1, "the fused one that takes counts, as a bias")
     for row in () if counts else winners() if table is None else table:
         here = (row.architecture, row.shape) == (architecture, shape)
-        if here and (row.impl == "triton" or known) and runs(row.impl):
+        if here and (row.impl in ("triton", "gluon") or known) and runs(row.impl):
             return Choice(row.impl, row.parts, str(row))
     if known and not return_lse:
         return Choice("sdpa", 1, f"nothing measured for {shape} on sm_{architecture}: torch's own choice")

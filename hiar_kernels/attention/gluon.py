@@ -1,0 +1,93 @@
+"""``impl="gluon"``: the Hopper kernel's host side, and what it takes. Imports triton only where it runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from .. import _triton
+from .._dispatch import require
+from .mask import BlockCausal, KVContext
+from .schedule import AttentionSchedule, attention_schedule
+
+HEAD_DIM = 128
+
+
+@functools.cache
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernel cannot run on a device; None if it can."""
+    if device.type != "cuda":
+        return f"it needs a Hopper GPU (sm_90), got {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"it needs a Hopper GPU (sm_90), got sm_{major}{minor}"
+    for name in ("triton", "triton.experimental.gluon.language.nvidia.hopper"):
+        try:
+            found_spec = importlib.util.find_spec(name)
+        except ModuleNotFoundError:  # of a parent package
+            found_spec = None
+        if found_spec is None:
+            return f"it needs {name} (Triton 3.6 or newer), which is not installed"
+    return None
+
+
+def unfit(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockCausal | None, context: KVContext | None, kv_counts: Tensor | None
+) -> str | None:
+    """What the kernel cannot take of a call; None if it takes it."""
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] != HEAD_DIM:
+        return f"it takes bfloat16 and float16 of head_dim {HEAD_DIM}, got {q.dtype} of {q.shape[3]}"
+    if context is not None or kv_counts is not None:
+        return f"it takes no {'context' if context is not None else 'kv_counts'}"
+    slot = k.shape[1] if mask is None else mask.frame_tokens
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.numel() == 0:
+            return f"it takes at least one token, got {name} {list(x.shape)}"
+        if x.stride(3) != 1 or x.stride(2) != HEAD_DIM or x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:2]):
+            return f"it takes heads side by side, at whole 16 bytes, got {name} with strides {x.stride()}"
+        in_slots = x.shape[0] == 1 or x.shape[1] == slot or x.stride(0) % (slot * x.stride(1)) == 0
+        if name != "q" and not in_slots:
+            return f"it takes batch items whole frame slots apart, got {name} with strides {x.stride()}"
+        if x.shape[0] > 1 and not x.stride(0):
+            return f"it takes batch items of their own, got {name} shared by a stride of 0"
+    if k.shape[0] > 1 and k.stride() != v.stride():
+        return f"it takes k and v laid out alike, got strides {k.stride()} and {v.stride()}"
+    return None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockCausal | None,
+    q_frames: Tensor | None,
+    kv_frames: Tensor | None,
+    schedule: AttentionSchedule | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, logsumexp) of :func:`hiar_kernels.attention`; no gradient."""
+    _triton.load("attention", q)
+    from . import gluon_fwd
+
+    if schedule is None:
+        shape = (*q.shape[:3], k.shape[1])
+        schedule = attention_schedule(shape, mask, q_frames, kv_frames, device=q.device)
+    return gluon_fwd.launch(q, k, v, schedule, q.shape[3] ** -0.5 if scale is None else scale)
+
+
+def require_fits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockCausal | None,
+    context: KVContext | None,
+    kv_counts: Tensor | None,
+    trains: bool,
+) -> None:
+    """Refuse in one line what ``impl="gluon"`` does not take."""
+    lacking = unavailable(q.device) or unfit(q, k, v, mask, context, kv_counts)
+    require(lacking is None, f"attention: impl='gluon' cannot run: {lacking}")
+    require(not trains, "attention: impl='gluon' has no gradient; use 'triton', 'sdpa' or torch.no_grad()")

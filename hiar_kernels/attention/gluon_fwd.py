@@ -1,0 +1,409 @@
+# mypy: allow-incomplete-defs
+"""attention in Gluon for Hopper (sm_90): forward over the key blocks of a schedule.
+
+One CTA a multiprocessor: a producer warp brings tiles by TMA, two consumer warpgroups of 64 queries each multiply them
+by asynchronous wgmma. P stays in registers; the softmax of a block runs beside the product P V of the block before.
+
+Barriers, of two stages of K, two of V, and the two halves of Q:
+    full    1 arrival, the producer's, which announces the bytes; the copy completes it
+    empty   K, V: 2 arrivals, one of each consumer, once its product with the stage is done; Q: 1, of its consumer, once
+            the last Q K of a segment is done
+Each side counts the blocks it has handled: block n is in stage n % 2, in its phase (n // 2) % 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .._compile import Case
+from ._launch import WAN_HEAD_DIM
+from .schedule import BLOCK_FIELDS, BLOCK_KEYS, SEGMENT_FIELDS, TILE_QUERIES, AttentionSchedule
+from .triton_schedule import merge_cuts
+
+HEAD_DIM = 128
+STAGES = 2
+_ROWS = TILE_QUERIES // 2  # queries of a consumer
+_D = gl.constexpr(HEAD_DIM)
+_N = gl.constexpr(BLOCK_KEYS)
+_R = gl.constexpr(_ROWS)
+_T = gl.constexpr(TILE_QUERIES)
+_STAGES = gl.constexpr(STAGES)
+_BLOCK_FIELDS = gl.constexpr(BLOCK_FIELDS)
+_SEGMENT_FIELDS = gl.constexpr(SEGMENT_FIELDS)
+_LN2 = gl.constexpr(0.6931471805599453)
+_LOG2E = 1.4426950408889634
+# Registers of a thread: at launch, then of the consumers and of the producer (3 warpgroups share 65536).
+_LAUNCH_REGISTERS = 168
+_CONSUMER_REGISTERS = gl.constexpr(240)
+_PRODUCER_REGISTERS = gl.constexpr(24)
+# Triton 3.9 has it under a new name only, 3.7 and older under the old one only.
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def _stage(n):
+    return n % _STAGES
+
+
+@gluon.jit
+def _phase(n):
+    return (n // _STAGES) & 1
+
+
+@gluon.jit
+def _fetch(desc, slot_desc, block_ptr, masked, b, column, slot_stride, slot_tokens, smem, full, empty, n):
+    """The n-th tile of K or V that this CTA loads."""
+    start = gl.load(block_ptr)
+    stage = _stage(n)
+    mbarrier.wait(empty.index(stage), _phase(n) ^ 1)
+    mbarrier.expect(full.index(stage), _N * _D * 2)
+    if masked:  # from one frame slot: beyond its end come zeros, so that no NaN of another frame meets a zero of P
+        slot = start // slot_tokens
+        _copy(
+            slot_desc,
+            [b * slot_stride + slot, start - slot * slot_tokens, column],
+            full.index(stage),
+            smem.index(stage),
+        )
+    else:
+        _copy(desc, [b, start, column], full.index(stage), smem.index(stage))
+
+
+@gluon.jit
+def _producer(
+    q_desc, k_desc, v_desc, k_slot_desc, v_slot_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
+    v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, most_segments, most_blocks, q_tiles, H, slot_stride,
+    slot_tokens,
+):  # fmt: skip
+    cta = gl.program_id(0)
+    n = gl.to_tensor(0)  # blocks handled
+    for s in range(gl.load(segment_counts_ptr + cta)):
+        segment_ptr = segments_ptr + (cta * most_segments + s) * _SEGMENT_FIELDS
+        tile = gl.load(segment_ptr)
+        lo = gl.load(segment_ptr + 1)
+        hi = gl.load(segment_ptr + 2)
+        masked = gl.load(segment_ptr + 4)
+        bh = tile // q_tiles
+        b = bh // H
+        column = (bh - b * H) * _D
+        row = (tile - bh * q_tiles) * _T
+        blocks = blocks_ptr + (b * q_tiles + tile - bh * q_tiles).to(gl.int64) * most_blocks * _BLOCK_FIELDS
+        # K of the next block comes before V of this one: its product is issued first
+        _fetch(
+            k_desc, k_slot_desc, blocks + lo * _BLOCK_FIELDS, lo < masked, b, column, slot_stride, slot_tokens, k_smem,
+            k_full, k_empty, n,
+        )  # fmt: skip
+        for w in gl.static_range(2):
+            mbarrier.wait(q_empty.index(w), (s & 1) ^ 1)
+            mbarrier.expect(q_full.index(w), _R * _D * 2)
+            _copy(q_desc, [b, row + w * _R, column], q_full.index(w), q_smem.index(w))
+        for j in range(lo + 1, hi):
+            _fetch(
+                k_desc, k_slot_desc, blocks + j * _BLOCK_FIELDS, j < masked, b, column, slot_stride, slot_tokens,
+                k_smem, k_full, k_empty, n + 1,
+            )  # fmt: skip
+            _fetch(
+                v_desc, v_slot_desc, blocks + (j - 1) * _BLOCK_FIELDS, j - 1 < masked, b, column, slot_stride,
+                slot_tokens, v_smem, v_full, v_empty, n,
+            )  # fmt: skip
+            n += 1
+        _fetch(
+            v_desc, v_slot_desc, blocks + (hi - 1) * _BLOCK_FIELDS, hi - 1 < masked, b, column, slot_stride,
+            slot_tokens, v_smem, v_full, v_empty, n,
+        )  # fmt: skip
+        n += 1
+
+
+@gluon.jit
+def _exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _row_max(x, LAYOUT: gl.constexpr):
+    """In 8 chains a row: one of 32 dependent steps would stand in the way."""
+    parts = gl.max(x.reshape([x.shape[0], x.shape[1] // 32, 32]), axis=1)
+    return gl.convert_layout(gl.max(parts, axis=1), LAYOUT)
+
+
+@gluon.jit
+def _row_sum(x, LAYOUT: gl.constexpr):
+    parts = gl.sum(x.reshape([x.shape[0], x.shape[1] // 32, 32]), axis=1)
+    return gl.convert_layout(gl.sum(parts, axis=1), LAYOUT)
+
+
+@gluon.jit
+def _masked_scores(q, k_smem, k_full, k_empty, n, zeros, block_ptr, limits_ptr, sink_end, qk_scale, WG: gl.constexpr):
+    """Scaled scores of one block, -inf where a query does not see a key."""
+    S: gl.constexpr = zeros.type.layout
+    stage = _stage(n)
+    start = gl.load(block_ptr)
+    stop = gl.load(block_ptr + 1)
+    frame = gl.load(block_ptr + 2)
+    partial = gl.load(block_ptr + 3) != 0
+    rows = WG * _R + gl.arange(0, _R, layout=gl.SliceLayout(1, S))
+    cols = gl.arange(0, _N, layout=gl.SliceLayout(0, S))
+    end = gl.load(limits_ptr + rows, mask=partial, other=0)
+    low = gl.load(limits_ptr + _T + rows, mask=partial, other=0)
+    sees = (frame < end) & ((frame >= low) | (frame < sink_end)) | (not partial)
+    mbarrier.wait(k_full.index(stage), _phase(n))
+    scores = warpgroup_mma(
+        q, k_smem.index(stage).reshape([_N, _D]).permute((1, 0)), zeros, use_acc=False, is_async=True
+    )
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    return gl.where(sees[:, None] & (cols < stop - start)[None, :], scores * qk_scale, float("-inf"))
+
+
+@gluon.jit
+def _soften(scores, m, l_i, LAYOUT: gl.constexpr):
+    """One step of the softmax where a row may have seen nothing yet: P, its factor for what was before, m, l_i."""
+    new = gl.maximum(m, _row_max(scores, LAYOUT))
+    base = gl.where(new == float("-inf"), 0.0, new)
+    p = _exp2(scores - base[:, None])
+    alpha = _exp2(m - base)
+    return p, alpha, new, l_i * alpha + _row_sum(p, LAYOUT)
+
+
+@gluon.jit
+def _add_values(p, acc, v_smem, v_full, v_empty, n):
+    """acc + P V of the n-th block, waited for."""
+    stage = _stage(n)
+    mbarrier.wait(v_full.index(stage), _phase(n))
+    acc = warpgroup_mma(p, v_smem.index(stage).reshape([_N, _D]), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(v_empty.index(stage), count=1)
+    return acc
+
+
+@gluon.jit
+def _consumer(
+    out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
+    v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, limits_ptr, most_segments, most_blocks, q_tiles, H, q_tokens,
+    sink_end, qk_scale, WG: gl.constexpr,
+):  # fmt: skip
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _D, 16])  # noqa: E741
+    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O, k_width=2)
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    O_ROWS: gl.constexpr = gl.SliceLayout(1, O)
+    HALF: gl.constexpr = out_ptr.dtype.element_ty
+    cta = gl.program_id(0)
+    q = q_smem.index(WG).reshape([_R, _D])
+    zeros = gl.full([_R, _N], 0.0, gl.float32, S)
+    n = gl.to_tensor(0)  # blocks handled
+    for s in range(gl.load(segment_counts_ptr + cta)):
+        segment_ptr = segments_ptr + (cta * most_segments + s) * _SEGMENT_FIELDS
+        tile = gl.load(segment_ptr)
+        lo = gl.load(segment_ptr + 1)
+        hi = gl.load(segment_ptr + 2)
+        slot = gl.load(segment_ptr + 3)
+        masked = gl.load(segment_ptr + 4)
+        bh = tile // q_tiles
+        b = bh // H
+        item_tile = b * q_tiles + tile - bh * q_tiles
+        block_ptr = blocks_ptr + (item_tile.to(gl.int64) * most_blocks + lo) * _BLOCK_FIELDS
+        row_limits = limits_ptr + item_tile.to(gl.int64) * 2 * _T
+        m = gl.full([_R], float("-inf"), gl.float32, S_ROWS)
+        l_i = gl.full([_R], 0.0, gl.float32, S_ROWS)
+        acc = gl.full([_R, _D], 0.0, gl.float32, O)
+        mbarrier.wait(q_full.index(WG), s & 1)
+        # Blocks with a mask, all but the last one after the other. A segment without any begins with a whole block.
+        first = gl.maximum(gl.minimum(masked, hi) - lo, 1)
+        for _ in range(first - 1):
+            scores = _masked_scores(q, k_smem, k_full, k_empty, n, zeros, block_ptr, row_limits, sink_end, qk_scale, WG)
+            p, alpha, m, l_i = _soften(scores, m, l_i, S_ROWS)
+            acc = acc * gl.convert_layout(alpha, O_ROWS)[:, None]
+            acc = _add_values(gl.convert_layout(p.to(HALF), P), acc, v_smem, v_full, v_empty, n)
+            block_ptr += _BLOCK_FIELDS
+            n += 1
+        scores = _masked_scores(q, k_smem, k_full, k_empty, n, zeros, block_ptr, row_limits, sink_end, qk_scale, WG)
+        p, alpha, m, l_i = _soften(scores, m, l_i, S_ROWS)
+        acc = acc * gl.convert_layout(alpha, O_ROWS)[:, None]
+        p_half = gl.convert_layout(p.to(HALF), P)
+        whole = hi - lo - first
+        mbarrier.wait(k_full.index(_stage(n + 1)), _phase(n + 1), pred=whole > 0)
+        for j in range(whole):
+            # K of this block is there. Q K goes first, then P V of the block before; the softmax runs beside.
+            k_stage = _stage(n + 1)
+            v_stage = _stage(n)
+            scores = warpgroup_mma(
+                q, k_smem.index(k_stage).reshape([_N, _D]).permute((1, 0)), zeros, use_acc=False, is_async=True
+            )
+            mbarrier.wait(v_full.index(v_stage), _phase(n))
+            product = warpgroup_mma(p_half, v_smem.index(v_stage).reshape([_N, _D]), acc, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=(scores,))
+            mbarrier.arrive(k_empty.index(k_stage), count=1)
+            n += 1
+            new = gl.maximum(m, _row_max(scores, S_ROWS) * qk_scale)
+            alpha = _exp2(m - new)
+            m = new
+            p = _exp2(scores * qk_scale - m[:, None])
+            l_i = l_i * alpha + _row_sum(p, S_ROWS)
+            # This wait is a border that ptxas does not move the wait for P V across: without it no softmax runs beside.
+            mbarrier.wait(k_full.index(_stage(n + 1)), _phase(n + 1), pred=j + 1 < whole)
+            acc, p_half = warpgroup_mma_wait(0, deps=(product, p_half))
+            mbarrier.arrive(v_empty.index(v_stage), count=1)
+            acc = acc * gl.convert_layout(alpha, O_ROWS)[:, None]
+            p_half = gl.convert_layout(p.to(HALF), P)
+        mbarrier.arrive(q_empty.index(WG), count=1)
+        acc = _add_values(p_half, acc, v_smem, v_full, v_empty, n)
+        n += 1
+
+        some = l_i > 0
+        safe = gl.where(some, l_i, 1.0)
+        acc = acc * gl.convert_layout(1.0 / safe, O_ROWS)[:, None]
+        lse = gl.where(some, m + gl.log2(safe), float("-inf"))
+        dims = gl.arange(0, _D, layout=gl.SliceLayout(0, O))
+        o_rows = WG * _R + gl.arange(0, _R, layout=O_ROWS)
+        s_rows = WG * _R + gl.arange(0, _R, layout=S_ROWS)
+        if slot < 0:
+            row = (tile - bh * q_tiles) * _T
+            base = ((b * q_tokens + row).to(gl.int64) * H + (bh - b * H)) * _D
+            offsets = base + o_rows[:, None] * (H * _D) + dims[None, :]
+            gl.store(out_ptr + offsets, acc.to(HALF), mask=(row + o_rows < q_tokens)[:, None])
+            gl.store(lse_ptr + bh.to(gl.int64) * q_tokens + row + s_rows, lse * _LN2, mask=row + s_rows < q_tokens)
+        else:
+            gl.store(part_out_ptr + slot.to(gl.int64) * (_T * _D) + o_rows[:, None] * _D + dims[None, :], acc)
+            gl.store(part_lse_ptr + slot * _T + s_rows, lse)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "most_segments",
+        "most_blocks",
+        "q_tiles",
+        "H",
+        "q_tokens",
+        "slot_stride",
+        "slot_tokens",
+        "sink_end",
+    ]
+)
+def _attention_hopper_kernel(
+    q_desc, k_desc, v_desc, k_slot_desc, v_slot_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, segments_ptr,
+    segment_counts_ptr, blocks_ptr, limits_ptr, most_segments, most_blocks, q_tiles, H, q_tokens, slot_stride,
+    slot_tokens, sink_end, qk_scale,
+):  # fmt: skip
+    HALF: gl.constexpr = out_ptr.dtype.element_ty
+    q_smem = gl.allocate_shared_memory(HALF, [2, 1, _R, _D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(HALF, [_STAGES, 1, _N, _D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(HALF, [_STAGES, 1, _N, _D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(_STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, limits_ptr, most_segments, most_blocks,
+                q_tiles, H, q_tokens, sink_end, qk_scale, 0,
+            )),
+            (_consumer, (
+                out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, limits_ptr, most_segments, most_blocks,
+                q_tiles, H, q_tokens, sink_end, qk_scale, 1,
+            )),
+            (_producer, (
+                q_desc, k_desc, v_desc, k_slot_desc, v_slot_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full,
+                k_empty, v_full, v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, most_segments, most_blocks,
+                q_tiles, H, slot_stride, slot_tokens,
+            )),
+        ],
+        [4, 1],
+        [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+
+
+def _by_token(x: Tensor, rows: int) -> TensorDescriptor:
+    """x [B, T, H, 128] as [B, T, H * 128], in boxes of ``rows`` tokens of one head."""
+    b, t, h, d = x.shape
+    return TensorDescriptor(x, [b, t, h * d], [x.stride(0), x.stride(1), 1], [1, rows, d], _LAYOUT)
+
+
+def _by_slot(x: Tensor, slots: int, stride: int, tokens: int) -> TensorDescriptor:
+    """x [B, T, H, 128] as [frame slots of all items, tokens, H * 128]; ``stride`` slots from item to item."""
+    b, _, h, d = x.shape
+    shape = [(b - 1) * stride + slots, tokens, h * d]
+    return TensorDescriptor(x, shape, [tokens * x.stride(1), x.stride(1), 1], [1, BLOCK_KEYS, d], _LAYOUT)
+
+
+def launch(q: Tensor, k: Tensor, v: Tensor, schedule: AttentionSchedule, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over the key blocks of a schedule, without gradient.
+
+    Args:
+        q: [B, Tq, H, 128] bfloat16 or float16. k, v: [B, Tk, H, 128], dtype of q; what :func:`unfit` has nothing to say
+            about. schedule: of these sizes.
+
+    Returns:
+        out [B, Tq, H, 128] contiguous, dtype of q; natural logsumexp [B, H, Tq] float32.
+    """
+    schedule.require_fits(q, k)
+    b, queries, h, d = q.shape
+    if scale < 0:  # the kernel takes the greatest score before it scales
+        q, scale = -q, -scale
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((b, h, queries), dtype=torch.float32, device=q.device)
+    part_out = torch.empty((2 * schedule.ctas, TILE_QUERIES, d), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty((2 * schedule.ctas, TILE_QUERIES), dtype=torch.float32, device=q.device)
+    tokens, slots = schedule.frame_tokens, k.shape[1] // schedule.frame_tokens
+    by_token = [_by_token(q, _ROWS), *(_by_token(x, BLOCK_KEYS) for x in (k, v))]
+    stride, by_slot = 1, by_token[1:]  # one slot: its end is that of the tensor
+    if slots > 1:
+        stride = k.stride(0) // (tokens * k.stride(1)) if b > 1 else slots
+        by_slot = [_by_slot(x, slots, stride, tokens) for x in (k, v)]
+    with torch.cuda.device_of(q):
+        _attention_hopper_kernel[(schedule.ctas,)](
+            *by_token, *by_slot, out, lse, part_out, part_lse, schedule.segments, schedule.segment_counts,
+            schedule.blocks, schedule.limits, schedule.segments.shape[1], schedule.blocks.shape[2], schedule.q_tiles, h,
+            queries, stride, tokens, schedule.sink_end, scale * _LOG2E, num_warps=4, maxnreg=_LAUNCH_REGISTERS,
+        )  # fmt: skip
+        merge_cuts(schedule, part_out, part_lse, out, lse)
+    return out, lse
+
+
+def compile_cases(arch: int) -> list[Case]:
+    """The kernel at Wan 1.3B's head size: sm_90 only, whose instructions it is written in."""
+    if arch != 90:
+        return []
+    signature = dict.fromkeys(_attention_hopper_kernel.arg_names, "i32")
+    for name in signature:
+        if name.endswith("_desc"):
+            rows = _ROWS if name == "q_desc" else BLOCK_KEYS
+            signature[name] = f"tensordesc<bf16[1, {rows}, {WAN_HEAD_DIM}],{_LAYOUT!r}>"
+        elif name.endswith("_ptr"):
+            wide = name in ("lse_ptr", "part_out_ptr", "part_lse_ptr")
+            signature[name] = "*bf16" if name == "out_ptr" else "*fp32" if wide else "*i32"
+    signature["qk_scale"] = "fp32"
+    pointers = tuple(name for name in signature if name.endswith("_ptr"))
+    case = Case(
+        "ring of 21 frames", _attention_hopper_kernel, signature, {}, pointers, tensor_cores=True,
+        max_registers=_LAUNCH_REGISTERS,
+    )  # fmt: skip
+    return [case]

@@ -1,0 +1,266 @@
+# mypy: allow-incomplete-defs
+"""The tables of :mod:`.schedule`, and the merge of what a schedule cut, in Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._compile import Case
+from ._launch import RULE, dense_rows, row_stride, rule_arguments, windows_on
+from ._visible import FULL, NONE, PARTIAL, SEEN, frame_at, key_run, limits, query_ends
+from .mask import BlockCausal
+from .ops import rule_of
+from .schedule import (
+    BLOCK_FIELDS,
+    BLOCK_KEYS,
+    SEGMENT_FIELDS,
+    TILE_QUERIES,
+    AttentionSchedule,
+    allocate,
+    multiprocessors,
+)
+
+_BLOCK_FIELDS = tl.constexpr(BLOCK_FIELDS)
+_SEGMENT_FIELDS = tl.constexpr(SEGMENT_FIELDS)
+_LN2 = tl.constexpr(0.6931471805599453)
+_MERGED_ROWS = 16
+
+
+@triton.jit
+def _write_blocks(table_ptr, at, lo, hi, frame, partial, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Keys lo..hi as blocks from number ``at`` on; returns the number after them."""
+    n = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK)
+    for first in range(0, n, CHUNK):
+        i = first + tl.arange(0, CHUNK)
+        start = lo + i * BLOCK
+        entry = table_ptr + (at + i) * _BLOCK_FIELDS
+        tl.store(entry, start, mask=i < n)
+        tl.store(entry + 1, tl.minimum(start + BLOCK, hi), mask=i < n)
+        tl.store(entry + 2, frame + i * 0, mask=i < n)
+        tl.store(entry + 3, partial + i * 0, mask=i < n)
+    return at + n
+
+
+@triton.jit(do_not_specialize=["q_tokens", "kv_tokens", "q_tiles", "most", *RULE])
+def _key_blocks_kernel(
+    blocks_ptr, counts_ptr, limits_ptr, q_frames_ptr, kv_frames_ptr, windows_ptr, stride_qfb, stride_kfb, q_tokens,
+    kv_tokens, q_tiles, most, frame_tokens, frames_per_block, first_frame, origin, sink_frames, sink_end,
+    MASKED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The key blocks that one tile of queries sees: first those that need a mask, then the whole ones."""
+    pid = tl.program_id(0)
+    b = (pid // q_tiles).to(tl.int64)
+    row = tl.arange(0, TILE)
+    t = pid % q_tiles * TILE + row
+    live = t < q_tokens
+    table_ptr = blocks_ptr + pid.to(tl.int64) * most * _BLOCK_FIELDS
+    limits_ptr += pid.to(tl.int64) * 2 * TILE
+    before, back, sinks = 0, 0, 0
+    ends, least, greatest = t, 0, 0
+    if MASKED:
+        if q_frames_ptr is not None:
+            q_frames_ptr += b * stride_qfb
+        ends, least, greatest = query_ends(q_frames_ptr, t, live, first_frame, frame_tokens, origin, frames_per_block)
+        before, back, sinks = limits(windows_ptr, b, frames_per_block, sink_frames, sink_end, SEEN)
+        tl.store(limits_ptr + row, ends)
+        tl.store(limits_ptr + TILE + row, ends - back)
+        if kv_frames_ptr is not None:
+            kv_frames_ptr += b * stride_kfb
+    slots = kv_tokens // frame_tokens
+    at = 0
+    masked = 0
+    for part in tl.static_range(2):
+        slot = 0
+        while slot < slots:
+            kind = FULL
+            stop = slots
+            if MASKED:
+                kind, stop = key_run(
+                    slot, slots, kv_frames_ptr, first_frame, ends, live, least, greatest, before, back, sinks
+                )
+            lo = slot * frame_tokens
+            hi = stop * frame_tokens
+            middle = lo + (hi - lo) // BLOCK * BLOCK
+            if part == 0:
+                # each inside one slot: what a load beyond the slot's end brings is then zeros, never another frame
+                begin = tl.where(kind == FULL, middle, tl.where(kind == NONE, hi, lo))
+                while begin < hi:
+                    of = begin // frame_tokens
+                    end = tl.minimum(hi, (of + 1) * frame_tokens)
+                    frame = 0
+                    if MASKED:
+                        frame = frame_at(kv_frames_ptr, of, of < slots, first_frame)
+                    at = _write_blocks(table_ptr, at, begin, end, frame, (kind == PARTIAL).to(tl.int32), BLOCK, CHUNK)
+                    begin = end
+            elif kind == FULL:
+                at = _write_blocks(table_ptr, at, lo, middle, 0, 0, BLOCK, CHUNK)
+            slot = stop
+        if part == 0:
+            masked = at
+    if at == 0:  # nothing to see: one block without keys, so that zeros are written
+        at = _write_blocks(table_ptr, at, 0, 1, 0, 0, BLOCK, CHUNK)
+        tl.store(table_ptr + 1, 0)
+        masked = at
+    tl.store(counts_ptr + pid * 2, masked)
+    tl.store(counts_ptr + pid * 2 + 1, at)
+
+
+@triton.jit
+def _write_segments(ptr, tile, lo, hi, slot, masked, mask):
+    tl.store(ptr, tile, mask=mask)
+    tl.store(ptr + 1, lo, mask=mask)
+    tl.store(ptr + 2, hi, mask=mask)
+    tl.store(ptr + 3, slot, mask=mask)
+    tl.store(ptr + 4, masked, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rounds", "rest", "q_tiles", "H", "most"])
+def _segments_kernel(
+    counts_ptr, segments_ptr, segment_counts_ptr, cuts_ptr, rounds, rest, q_tiles, H, most, CTAS: tl.constexpr,
+    REST: tl.constexpr,
+):  # fmt: skip
+    """The work of one CTA: whole tiles, then its range of the key blocks of the tiles that are left."""
+    c = tl.program_id(0)
+    segments_ptr += c * most * _SEGMENT_FIELDS
+    for r in range(rounds):
+        tile = r * CTAS + c
+        count_ptr = counts_ptr + (tile // q_tiles // H * q_tiles + tile % q_tiles) * 2
+        n = tl.load(count_ptr + 1)
+        _write_segments(segments_ptr + r * _SEGMENT_FIELDS, tile, 0, n, -1, tl.load(count_ptr), True)
+    i = tl.arange(0, REST)
+    left = i < rest
+    tile = rounds * CTAS + i
+    count_ptr = counts_ptr + (tile // q_tiles // H * q_tiles + tile % q_tiles) * 2
+    masked = tl.load(count_ptr, mask=left, other=0)
+    n = tl.load(count_ptr + 1, mask=left, other=0)
+    ahead = tl.cumsum(n, 0) - n
+    units = tl.sum(n, 0)
+    start = c * units // CTAS
+    end = (c + 1) * units // CTAS
+    lo = tl.maximum(start - ahead, 0)
+    hi = tl.minimum(end - ahead, n)
+    mine = left & (hi > lo)
+    place = rounds + tl.cumsum(mine.to(tl.int32), 0) - 1
+    slot = tl.where(hi - lo < n, 2 * c + (start < ahead).to(tl.int32), -1)
+    _write_segments(segments_ptr + place * _SEGMENT_FIELDS, tile, lo, hi, slot, masked, mine)
+    tl.store(segment_counts_ptr + c, rounds + tl.sum(mine.to(tl.int32), 0))
+    if c == 0:
+        tl.store(cuts_ptr + i * 2, ahead, mask=left)
+        tl.store(cuts_ptr + i * 2 + 1, n, mask=left)
+
+
+@triton.jit(do_not_specialize=["rounds", "rest", "q_tiles", "H", "q_tokens"])
+def _merge_cuts_kernel(
+    part_out_ptr, part_lse_ptr, cuts_ptr, out_ptr, lse_ptr, rounds, rest, q_tiles, H, q_tokens, CTAS: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Rows of one tile that several CTAs shared: their partial results, weighted by their logsumexps (to base 2)."""
+    i = tl.program_id(0)
+    units = tl.load(cuts_ptr + (rest - 1) * 2) + tl.load(cuts_ptr + (rest - 1) * 2 + 1)
+    ahead = tl.load(cuts_ptr + i * 2)
+    n = tl.load(cuts_ptr + i * 2 + 1)
+    first = ((ahead + 1) * CTAS - 1) // units  # the CTA that has the tile's first key block, its last one
+    last = ((ahead + n) * CTAS - 1) // units
+    if last > first:
+        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        dims = tl.arange(0, HEAD_DIM)
+        m = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        for c in range(first, last + 1):
+            start = c * units // CTAS
+            if (c + 1) * units // CTAS > start:
+                slot = (2 * c + (start < ahead).to(tl.int32)).to(tl.int64)
+                lse = tl.load(part_lse_ptr + slot * TILE + row)
+                x = tl.load(part_out_ptr + (slot * TILE + row[:, None]) * HEAD_DIM + dims[None, :])
+                new = tl.maximum(m, lse)
+                base = tl.where(new == float("-inf"), 0.0, new)
+                alpha = tl.exp2(m - base)
+                weight = tl.exp2(lse - base)
+                acc = acc * alpha[:, None] + x * weight[:, None]
+                total = total * alpha + weight
+                m = new
+        tile = rounds * CTAS + i
+        bh = tile // q_tiles
+        t = tile % q_tiles * TILE + row
+        live = t < q_tokens
+        some = total > 0
+        total = tl.where(some, total, 1.0)
+        out = acc / total[:, None]
+        out_offs = ((bh // H).to(tl.int64) * q_tokens + t) * H + bh % H
+        tl.store(
+            out_ptr + out_offs[:, None] * HEAD_DIM + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None]
+        )
+        lse = tl.where(some, (m + tl.log2(total)) * _LN2, float("-inf"))
+        tl.store(lse_ptr + bh.to(tl.int64) * q_tokens + t, lse, mask=live)
+
+
+def make(
+    shape: tuple[int, int, int, int],
+    mask: BlockCausal | None,
+    q_frames: Tensor | None,
+    kv_frames: Tensor | None,
+    device: torch.device,
+    ctas: int | None,
+) -> AttentionSchedule:
+    """:func:`hiar_kernels.attention.schedule.attention_schedule`."""
+    batch, queries, heads, keys = shape
+    rule, windows = rule_of(mask, batch)
+    arguments = rule_arguments(rule, keys)
+    tables = allocate(shape, arguments["frame_tokens"], arguments["sink_end"], device, ctas or multiprocessors(device))
+    q_frames, kv_frames = (None if x is None else dense_rows(x.to(torch.int32)) for x in (q_frames, kv_frames))
+    with torch.cuda.device_of(tables.blocks):
+        _key_blocks_kernel[(batch * tables.q_tiles,)](
+            tables.blocks, tables.counts, tables.limits, q_frames, kv_frames,
+            windows_on(device, windows) if rule else None, row_stride(q_frames), row_stride(kv_frames), queries, keys,
+            tables.q_tiles, tables.blocks.shape[2], **arguments, MASKED=bool(rule), TILE=TILE_QUERIES,
+            BLOCK=BLOCK_KEYS, CHUNK=128, num_warps=4,
+        )  # fmt: skip
+        rounds, rest = divmod(batch * heads * tables.q_tiles, tables.ctas)
+        _segments_kernel[(tables.ctas,)](
+            tables.counts, tables.segments, tables.segment_counts, tables.cuts, rounds, rest, tables.q_tiles, heads,
+            tables.segments.shape[1], CTAS=tables.ctas, REST=max(16, triton.next_power_of_2(rest)), num_warps=4,
+        )  # fmt: skip
+    return tables
+
+
+def merge_cuts(tables: AttentionSchedule, part_out: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Write the tiles that several CTAs shared into out [B, Tq, H, D] and lse [B, H, Tq].
+
+    Args:
+        part_out: float32 [2 CTAs, 128, D] partial results by slot. part_lse: float32 [2 CTAs, 128], to base 2.
+    """
+    rest = tables.cuts.shape[0]
+    if not rest:
+        return
+    _, queries, heads, dim = out.shape
+    rounds = (out.shape[0] * heads * tables.q_tiles - rest) // tables.ctas
+    with torch.cuda.device_of(out):
+        _merge_cuts_kernel[(rest, TILE_QUERIES // _MERGED_ROWS)](
+            part_out, part_lse, tables.cuts, out, lse, rounds, rest, tables.q_tiles, heads, queries, CTAS=tables.ctas,
+            TILE=TILE_QUERIES, ROWS=_MERGED_ROWS, HEAD_DIM=dim, num_warps=4,
+        )  # fmt: skip
+
+
+def compile_cases(arch: int) -> list[Case]:
+    """Wan 1.3B's visit over a ring of 21 frames on 132 SMs: made for sm_90, plain enough for all."""
+    frames = ("q_frames_ptr", "kv_frames_ptr", "windows_ptr")
+    kernels = (
+        (_key_blocks_kernel, {"MASKED": True, "TILE": TILE_QUERIES, "BLOCK": BLOCK_KEYS, "CHUNK": 128}, frames),
+        (_segments_kernel, {"CTAS": 132, "REST": 64}, ()),
+        (_merge_cuts_kernel, {"CTAS": 132, "TILE": TILE_QUERIES, "ROWS": _MERGED_ROWS, "HEAD_DIM": 128}, ()),
+    )
+    cases = []
+    for kernel, constexprs, _ in kernels:
+        types = {"part_out_ptr": "*fp32", "part_lse_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
+        signature = {
+            name: types.get(name, "*i32" if name.endswith("_ptr") else "i32")
+            for name in kernel.arg_names
+            if name not in constexprs
+        }
+        pointers = tuple(name for name in signature if name.endswith("_ptr"))
+        cases.append(Case("ring of 21 frames", kernel, signature, constexprs, pointers))
+    return cases
