@@ -54,8 +54,9 @@ def attention(
         scale: of the scores; default 1 / sqrt(D).
         impl: "auto" (:func:`hiar_kernels.backends` tells what it takes) | "triton" (bfloat16, float16, float32; D 16,
             32, 64 or 128; last strides of 1; no host sync) | "gluon" (Hopper; bfloat16, float16; D 128; no context,
-            counts or gradient; no host sync) | "reference" (all scores) | a library over the visible keys: "sdpa" (torch's own choice), "cudnn", "flash" (torch's), "flash-attn-2", "flash-attn-3",
-            "flash-attn-4". With a logsumexp libraries have no gradient.
+            counts or gradient; no host sync) | "reference" (all scores) | a library over the visible keys: "sdpa"
+            (torch's own choice), "cudnn", "flash" (torch's), "flash-attn-2", "flash-attn-3", "flash-attn-4". With a
+            logsumexp libraries have no gradient.
         parts: of a library: cut the keys into so many calls and merge them, which may fill a chip better; default: 1,
             or what was measured. Without gradient only.
 

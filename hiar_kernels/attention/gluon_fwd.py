@@ -70,9 +70,11 @@ def _fetch(desc, slot_desc, block_ptr, masked, b, column, slot_stride, slot_toke
     mbarrier.expect(full.index(stage), _N * _D * 2)
     if masked:  # from one frame slot: beyond its end come zeros, so that no NaN of another frame meets a zero of P
         slot = start // slot_tokens
+        row = start - slot * slot_tokens
+        row = gl.where(gl.load(block_ptr + 1) > start, row, slot_tokens)  # a block without keys is all zeros
         _copy(
             slot_desc,
-            [b * slot_stride + slot, start - slot * slot_tokens, column],
+            [b * slot_stride + slot, row, column],
             full.index(stage),
             smem.index(stage),
         )

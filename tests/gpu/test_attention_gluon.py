@@ -12,12 +12,12 @@ pytestmark = pytest.mark.gpu
 CASES = {
     "no mask": (None, 300, 1000, 3),
     "one key": (None, 1, 1, 1),
-    "ring, full, wrapped": (hk.BlockCausal(1560, 3, 6), [[9, 10, 11]], [[9, 10, 11, 6, 7, 8]], 12),
-    "ring, half empty": (hk.BlockCausal(1560, 3, 6), [[3, 4, 5]], [[3, 4, 5, -1, -1, -1, 0, 1, 2]], 12),
+    "ring, full, wrapped": (hk.BlockCausal(520, 3, 6), [[9, 10, 11]], [[9, 10, 11, 6, 7, 8]], 12),
+    "ring, half empty": (hk.BlockCausal(1560, 3, 6), [[3, 4, 5]], [[3, 4, 5, -1, -1, -1, 0, 1, 2]], 2),
     "window and sink": (hk.BlockCausal(70, 3, 5, 1), [[9, 10, 11]], [[0, 10, 11, 7, 8, 9, 4]], 2),
     "slots of less than a block": (hk.BlockCausal(50, 2, 6), [[6, 7]], [[2, 3, 4, 5, 6, 7, -1, 0]], 1),
     "whole blocks only": (hk.BlockCausal(128, 1, 3), [[4]], [[2, 3, 4, -1]], 2),
-    "two tasks in a row": (hk.BlockCausal(1560, 3, 6), [[3, 4, 5, 6, 7, 8]], [[0, 1, 2, 3, 4, 5, 6, 7, 8]], 12),
+    "two tasks in a row": (hk.BlockCausal(520, 3, 6), [[3, 4, 5, 6, 7, 8]], [[0, 1, 2, 3, 4, 5, 6, 7, 8]], 6),
     "items at different tasks": (
         hk.BlockCausal(300, 2, (2, 6, 4)),
         [[0, 1], [6, 7], [2, 3]],
@@ -26,7 +26,7 @@ CASES = {
     ),
     "a query that sees nothing": (hk.BlockCausal(64, 1, 2), [[0, 9]], [[0, -1, 4]], 2),
     "nothing visible at all": (hk.BlockCausal(64, 1, 2), [[9]], [[0, -1]], 2),
-    "a causal video": (hk.BlockCausal(300, 3, 9, 1), None, None, 12),
+    "a causal video": (hk.BlockCausal(200, 3, 9, 1), None, None, 6),
 }
 
 
@@ -102,10 +102,9 @@ def test_the_same_bits_every_time_and_one_schedule_for_all_layers():
 
 def test_one_graph_serves_every_block():
     """Frame ids change in place; the captured graph sees what they say."""
-    mask = hk.BlockCausal(1560, 3, 9)
+    mask = hk.BlockCausal(520, 3, 9)
     q, k, v, _ = build("ring, full, wrapped", torch.bfloat16)
-    k, v = (x[:, : 9 * 1560 // 2 // 1560 * 1560].contiguous() for x in (k, v))
-    q_frames, kv_frames = (torch.zeros(1, n, dtype=torch.int32, device="cuda") for n in (3, k.shape[1] // 1560))
+    q_frames, kv_frames = (torch.zeros(1, n, dtype=torch.int32, device="cuda") for n in (3, k.shape[1] // 520))
 
     def call():
         return hk.attention(q, k, v, mask=mask, q_frames=q_frames, kv_frames=kv_frames, impl="gluon")
@@ -114,7 +113,7 @@ def test_one_graph_serves_every_block():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = call()
-    for block in range(4):
+    for block in range(2):
         q_frames.copy_(torch.arange(3 * block, 3 * block + 3)[None])
         slots = torch.arange(kv_frames.shape[1], dtype=torch.int32)[None]
         kv_frames.copy_(torch.where(slots < 3 * block + 3, slots, -1))

@@ -45,6 +45,13 @@ def inputs(name: str, device: torch.device) -> tuple[dict, tuple[int, int, int, 
     return {"mask": mask, **ids}, (len(queries), len(queries[0]) * tokens, heads, len(keys[0]) * tokens)
 
 
+def load(x: torch.Tensor, start: int, stop: int, slot_tokens: int | None) -> torch.Tensor:
+    """A block of keys as the copy engine brings it: all of it, zeros beyond the end of the slot or of x [T, D]."""
+    end = len(x) if slot_tokens is None else (start // slot_tokens + 1) * slot_tokens
+    block = x[start : min(start + BLOCK_KEYS, end)] if stop > start else x[:0]
+    return torch.cat([block, block.new_zeros(BLOCK_KEYS - len(block), x.shape[1])])
+
+
 def walk(s: AttentionSchedule, q, k, v, scale: float):
     """What the CTAs do, in float32: (out, lse), not merged, and the partial results by slot."""
     b, queries, heads, d = q.shape
@@ -67,17 +74,18 @@ def walk(s: AttentionSchedule, q, k, v, scale: float):
             for j in range(lo, hi):
                 start, stop, frame, partial = s.blocks[i, qt, j].tolist()
                 assert stop - start == BLOCK_KEYS or j < masked, "a short block outside of the masked ones"
-                assert stop == start or start // s.frame_tokens == (stop - 1) // s.frame_tokens or j >= masked
-                score = q[i, rows, h] @ k[i, start:stop, h].T * scale
+                block = [load(x[i, :, h], start, stop, s.frame_tokens if j < masked else None) for x in (k, v)]
+                score = q[i, rows, h] @ block[0].T * scale
                 if partial:
                     end, low = s.limits[i, qt, :, :n]
                     seen = (frame < end) & ((frame >= low) | (frame < s.sink_end))
                     score = score.masked_fill(~seen[:, None], float("-inf"))
+                score[:, stop - start :] = float("-inf")
                 scores.append(score)
-                values.append(v[i, start:stop, h])
+                values.append(block[1])
             scores = torch.cat(scores, 1)
-            total = scores.logsumexp(1) if scores.shape[1] else scores.new_full((n,), float("-inf"))
-            p = (scores - total[:, None]).exp().nan_to_num(0.0)
+            total = scores.logsumexp(1)
+            p = (scores - total.nan_to_num(neginf=0.0)[:, None]).exp()
             result = p @ torch.cat(values)
             if slot < 0:
                 assert lse[i, h, rows].isnan().all(), "a tile is written twice"
@@ -89,7 +97,7 @@ def walk(s: AttentionSchedule, q, k, v, scale: float):
     return out, lse, part_out, part_lse, shares
 
 
-@pytest.mark.parametrize("ctas", [1, 2, 5, 132])
+@pytest.mark.parametrize("ctas", [1, 5, 40])
 @pytest.mark.parametrize("name", CASES)
 def test_every_visible_key_once(name, ctas, device):
     from hiar_kernels.attention.triton_schedule import merge_cuts
