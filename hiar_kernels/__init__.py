@@ -13,6 +13,7 @@ from .attention import (
     attention_layout,
     attention_schedule,
     takes_layout,
+    takes_schedule,
 )
 from .backends import backends
 from .flow_step import flow_step
@@ -48,4 +49,5 @@ __all__ = [
     "rms_silu_pad",
     "taken",
     "takes_layout",
+    "takes_schedule",
 ]

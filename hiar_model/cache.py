@@ -26,11 +26,14 @@ from torch import Tensor
 from hiar_kernels import (
     EMPTY,
     AttentionLayout,
+    AttentionSchedule,
     BlockCausal,
     attention,
     attention_layout,
+    attention_schedule,
     qk_norm_rope_append,
     ring_advance,
+    takes_schedule,
 )
 from hiar_kernels.nvtx import span
 
@@ -222,6 +225,10 @@ class RingAttend(Attend):
         self._slots = torch.zeros(rows, frames, dtype=torch.int64, device=device)
         self._in_order = torch.arange(frames, dtype=torch.int32, device=device)[None]
         self.layout: AttentionLayout | None = None
+        # where the kernel goes by one: made on the device once a visit, for all layers
+        k = cache.rows(cache.scratch[0] if cache.scratch else cache.k[0], caches, self.used)
+        self.by_schedule = takes_schedule(k[:, : frames * cache.frame_tokens], k, mask)
+        self.schedule: AttentionSchedule | None = None
 
     def enter(self, starts: Sequence[int], layout: bool = True) -> AttentionLayout | None:
         """The host's part: the visit of each cache begins at a frame, counted from the video's first.
@@ -256,6 +263,13 @@ class RingAttend(Attend):
             sink_frames=cache.sink_frames,
         )
         self._slots.copy_(self.slots)
+        if self.by_schedule:
+            rows, frames = self.frames.shape
+            tokens, heads = cache.frame_tokens, cache.k[0].shape[3]
+            shape = (rows, frames * tokens, heads, self.used * tokens)
+            self.schedule = attention_schedule(
+                shape, self.mask, self.frames, self.kv_frames, device=self.frames.device
+            )
 
     def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:
         cache, c = self.cache, self.cache.config
@@ -319,6 +333,7 @@ class RingAttend(Attend):
                 q_frames=self.frames[rows, first:],
                 kv_frames=self.kv_frames[rows],
                 layout=None if self.layout is None else self.layout.select(start, stop, first),
+                schedule=self.schedule if (start, stop, first) == (0, len(q), 0) else None,
             )
         return out
 

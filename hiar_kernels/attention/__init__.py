@@ -1,6 +1,6 @@
 """Attention by absolute frame ids."""
 
-from .api import attention, takes_layout
+from .api import attention, takes_layout, takes_schedule
 from .layout import AttentionLayout, attention_layout
 from .mask import EMPTY, BlockCausal, KVContext
 from .schedule import AttentionSchedule, attention_schedule
@@ -15,4 +15,5 @@ __all__ = [
     "attention_layout",
     "attention_schedule",
     "takes_layout",
+    "takes_schedule",
 ]

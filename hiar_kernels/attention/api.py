@@ -129,6 +129,14 @@ def takes_layout(q: Tensor, mask: BlockCausal) -> bool:
     return choose("attention", "auto", IMPLS, auto=chosen) in library.LIBRARIES
 
 
+def takes_schedule(q: Tensor, k: Tensor, mask: BlockCausal) -> bool:
+    """Whether ``impl="auto"`` would run the kernel that goes by an :class:`AttentionSchedule` for such queries and keys,
+    without gradient: one made ahead then serves every layer.
+    """
+    chosen = table.choose(q, k, k, mask, None, None, None, False, False).impl
+    return choose("attention", "auto", IMPLS, auto=chosen) == "gluon"
+
+
 def _trains(q: Tensor, k: Tensor, v: Tensor, context: KVContext | None) -> bool:
     given = (q, k, v) if context is None else (q, k, v, context.k, context.v)
     return torch.is_grad_enabled() and any(x.requires_grad for x in given)
