@@ -36,6 +36,7 @@ class Case:
         constexprs: values of the constexpr arguments; None for a pointer that is not given.
         divisible: pointers and sizes that the launch is known to have as multiples of 16.
         tensor_cores: the kernel multiplies matrices, so tensor cores must be in use.
+        fp_fusion: products and sums may be contracted (``enable_fp_fusion`` of the launch).
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     tensor_cores: bool = False
+    fp_fusion: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Report:
         occupancy: blocks that one SM can hold; 0 when the kernel does not fit.
         seconds: of compiling; next to nothing when Triton had it in its cache.
         tensor_memory: columns of one block (sm_100).
+        fma: contracted products and sums of float32.
     """
 
     registers: int
@@ -102,6 +105,7 @@ class Report:
     occupancy: int
     seconds: float
     tensor_memory: int = 0
+    fma: int = 0
 
 
 def compile_case(case: Case, arch: int) -> Report:
@@ -126,7 +130,7 @@ def compile_case(case: Case, arch: int) -> Report:
         constexprs=case.constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fp_fusion}
     start = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     seconds = time.perf_counter() - start
@@ -154,6 +158,7 @@ def compile_case(case: Case, arch: int) -> Report:
         occupancy=occupancy(arch, registers, shared, warps, columns),
         seconds=seconds,
         tensor_memory=columns,
+        fma=count(r"\bfma\.rn\.f32"),
     )
 
 
