@@ -14,9 +14,9 @@ def assert_within_budget(
     Args:
         actual: of the implementation under test. eager: plain torch in the same dtype. exact: float64.
         what: named in the failure.
-        terms: sizes of the terms that cancel in exact, where they do. Each is rounded to float32 at best, by half a unit
-            in the last place, which does not cancel; eager may be lucky: with a single key its error is 0 where torch's
-            fused attention has 3e-7 (AVX2), and 1.5e-7 where the Triton kernel has 3.5e-7 (H200).
+        terms: sizes of the terms that cancel in exact, where they do. Each is rounded to float32 at best, by half a
+            unit in the last place, and that does not cancel; eager may be lucky: with a single key its error is 0 where
+            torch's fused attention has 3e-7 (AVX2), and 1.5e-7 where the Triton kernel has 3.5e-7 (H200).
     """
     assert actual.dtype == eager.dtype, f"{what}: {actual.dtype}, but eager is {eager.dtype}"
     assert actual.shape == eager.shape == exact.shape, f"{what}: {actual.shape}, {eager.shape}, {exact.shape}"

@@ -66,7 +66,6 @@ class Case:
             counts = counts.expand(len(k), -1)
         return naive.attend(leaves[0], k, v, self.seen, counts, scale), leaves
 
-
     def cancelling_terms(self, dout: Tensor, dlse: Tensor | float = 0.0) -> list[Tensor | None]:
         """For the gradient of each of tensors(): the sizes of what it is a difference of; None: a plain sum."""
         k, v, own = self.k, self.v, 0
