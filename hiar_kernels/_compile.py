@@ -37,6 +37,7 @@ class Case:
         divisible: pointers and sizes that the launch is known to have as multiples of 16.
         tensor_cores: the kernel multiplies matrices, so tensor cores must be in use.
         max_registers: of a thread at launch; None: the compiler's choice.
+        fp_fusion: products and sums may be contracted (``enable_fp_fusion`` of the launch).
     """
 
     name: str
@@ -48,6 +49,7 @@ class Case:
     num_stages: int = 3
     tensor_cores: bool = False
     max_registers: int | None = None
+    fp_fusion: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Report:
         occupancy: blocks that one SM can hold; 0 when the kernel does not fit.
         seconds: of compiling; next to nothing when Triton had it in its cache.
         tensor_memory: columns of one block (sm_100).
+        fma: contracted products and sums of float32.
     """
 
     registers: int
@@ -104,6 +107,7 @@ class Report:
     occupancy: int
     seconds: float
     tensor_memory: int = 0
+    fma: int = 0
 
 
 def compile_case(case: Case, arch: int) -> Report:
@@ -133,7 +137,7 @@ def compile_case(case: Case, arch: int) -> Report:
         constexprs=case.constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fp_fusion}
     if case.max_registers is not None:
         options["maxnreg"] = case.max_registers
     start = time.perf_counter()
@@ -163,6 +167,7 @@ def compile_case(case: Case, arch: int) -> Report:
         occupancy=occupancy(arch, registers, shared, warps, columns),
         seconds=seconds,
         tensor_memory=columns,
+        fma=count(r"\bfma\.rn\.f32"),
     )
 
 

@@ -85,6 +85,29 @@ def attend(
     return torch.stack(outs), torch.stack(lses)
 
 
+def cancelling_terms(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, counts: Tensor | None, scale: float | None, dout: Tensor,
+    dlse: Tensor | float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sizes of what the gradients of q and k of ``attend`` are differences of, [B, Tq, H, D] and [B, Tk, H, D].
+
+    ds = p (dout . v - (dout . out - dlse)): with one key the two are equal, and only their rounding is left of them.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    out, lse = attend(q, k, v, seen, counts, scale)
+    used = torch.ones(q.shape[0], q.shape[1], k.shape[1], dtype=torch.bool) if seen is None else seen
+    if counts is not None:
+        used = used & (counts > 0)[:, None]
+    k, v = (x.masked_fill(~used.any(1)[..., None, None], 0) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    scores = scores if counts is None else scores + counts.clamp(min=1).log()[:, None, None]
+    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0)[..., None]).masked_fill(~used[:, None], 0)
+    dp = torch.einsum("bqhd,bkhd->bhqk", dout.abs(), v.abs())
+    delta = (dout * out).abs().sum(-1).transpose(1, 2) + (torch.zeros_like(lse) + dlse).abs()
+    ds = p * (dp + delta[..., None]) * abs(scale)
+    return torch.einsum("bhqk,bkhd->bqhd", ds, k.abs()), torch.einsum("bhqk,bqhd->bkhd", ds, q.abs())
+
+
 def layer_norm(x: Tensor, eps: float) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     return centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps)

@@ -13,6 +13,7 @@ from .._library import frames_of
 from .._triton import register
 from .._triton_rows import (
     FULL_GROUP,
+    UNFUSED,
     WAN,
     frame_strides,
     groups_of,
@@ -77,7 +78,7 @@ def launch(
     with torch.cuda.device_of(x):
         _ada_layer_norm_bwd_kernel[(x.shape[0] * frames * groups,)](
             grad, x, scale_rows, dx, dshift, dscale, frames, tokens, groups, eps=eps,
-            C=x.shape[2], GROUP=group, **norm_tile(x.shape[2], 4096),
+            C=x.shape[2], GROUP=group, **norm_tile(x.shape[2], 4096), **UNFUSED,
             **token_strides("grad", grad), **token_strides("x", x), **frame_strides("scale", scale_rows),
         )  # fmt: skip
         sums = [None if p is None else sum_partials(p, m) for p, m in ((dshift, shift), (dscale, scale))]
@@ -96,6 +97,7 @@ def compile_cases(arch: int) -> list[Case]:
             "grad x dx",
             "scale dshift dscale",
             norm_tile(channels, 4096),
+            fp_fusion=False,
             GROUP=FULL_GROUP,
         )
         for name, channels in WAN.items()

@@ -13,6 +13,7 @@ from .._library import frames_of
 from .._triton import register
 from .._triton_rows import (
     FULL_GROUP,
+    UNFUSED,
     WAN,
     frame_strides,
     groups_of,
@@ -96,7 +97,7 @@ def launch(
     with torch.cuda.device_of(x):
         _gated_residual_ada_layer_norm_bwd_kernel[(x.shape[0] * frames * groups,)](
             dh, grad, x, y, gate_rows, scale_rows, dx, dy, *partials, frames, tokens, groups, eps=eps,
-            C=x.shape[2], GROUP=group, **norm_tile(x.shape[2], 2048),
+            C=x.shape[2], GROUP=group, **norm_tile(x.shape[2], 2048), **UNFUSED,
             **token_strides("dh", dh), **token_strides("grad", grad), **token_strides("x", x), **token_strides("y", y),
             **frame_strides("gate", gate_rows), **frame_strides("scale", scale_rows),
         )  # fmt: skip
@@ -116,6 +117,7 @@ def compile_cases(arch: int) -> list[Case]:
             "dh grad x y dx dy",
             "gate scale dgate dshift dscale",
             norm_tile(channels, 2048),
+            fp_fusion=False,
             GROUP=FULL_GROUP,
         )
         for name, channels in WAN.items()

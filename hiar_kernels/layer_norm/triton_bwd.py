@@ -12,6 +12,7 @@ from .._compile import Case
 from .._triton import register
 from .._triton_rows import (
     FULL_GROUP,
+    UNFUSED,
     WAN,
     groups_of,
     norm_gradient,
@@ -73,7 +74,7 @@ def launch(
     with torch.cuda.device_of(x):
         _layer_norm_bwd_kernel[(batch * groups,)](
             grad, x, weight, dx, dweight, dbias, tokens, groups, eps=eps,
-            C=channels, GROUP=group, **norm_tile(channels, 4096),
+            C=channels, GROUP=group, **norm_tile(channels, 4096), **UNFUSED,
             **token_strides("grad", grad), **token_strides("x", x),
         )  # fmt: skip
         pairs = ((dweight, weight), (dbias, bias))
@@ -93,6 +94,7 @@ def compile_cases(arch: int) -> list[Case]:
             "grad x weight dx",
             "dweight dbias",
             norm_tile(channels, 4096),
+            fp_fusion=False,
             GROUP=FULL_GROUP,
         )
         for name, channels in WAN.items()

@@ -268,32 +268,28 @@ ONES = torch.ones(4)
 QKV = torch.ones(2, 3, 12)
 
 
-def rope(qkv: Tensor = QKV, q_weight: Tensor = ONES, k_weight: Tensor = ONES) -> object:
-    return qk_norm_rope(qkv, q_weight, k_weight, ids([0]), num_heads=2, grid=(1, 3), impl="triton")
+def rope(device: torch.device, qkv: Tensor = QKV, k_weight: Tensor = ONES, heads: int = 2, grid=(1, 3)) -> object:
+    tensors = (x.to(device) for x in (qkv, k_weight.float(), k_weight, ids([0])))
+    return qk_norm_rope(*tensors, num_heads=heads, grid=grid, impl="triton")
 
 
-WIDE = torch.ones(1, 1, 3 * 8194), torch.ones(8194)
-BAD: dict[str, tuple[Callable[[], object], str]] = {
-    "float64": (
-        lambda: rope(QKV.double()), "impl='triton' takes qkv as bfloat16, float16 or float32, got torch.float64"
-    ),
+BAD: dict[str, tuple[dict, str]] = {
+    "float64": ({"qkv": QKV.double()}, "impl='triton' takes qkv as bfloat16, float16 or float32, got torch.float64"),
     "a float64 weight": (
-        lambda: rope(k_weight=ONES.double()), "takes k_weight as bfloat16, float16 or float32, got torch.float64"
+        {"k_weight": ONES.double()}, "takes k_weight as bfloat16, float16 or float32, got torch.float64"
     ),
     "a very wide model": (
-        lambda: qk_norm_rope(
-            WIDE[0], WIDE[1], WIDE[1], ids([0]), num_heads=1, grid=(1, 1), impl="triton"
-        ), "takes at most 8192 channels, got 8194",
+        {"qkv": torch.ones(1, 1, 3 * 8194), "k_weight": torch.ones(8194), "heads": 1, "grid": (1, 1)},
+        "takes at most 8192 channels, got 8194",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_one_line(what, device, monkeypatch):
-    call, message = BAD[what]
-    monkeypatch.setitem(globals(), "QKV", QKV.to(device))
-    with torch.device(device), pytest.raises(ValueError) as refused:
-        call()
+def test_bad_input_is_one_line(what, device):
+    arguments, message = BAD[what]
+    with pytest.raises(ValueError) as refused:
+        rope(device, **arguments)
     line = str(refused.value)
     assert message in line and line.startswith("qk_norm_rope") and "\n" not in line
 
