@@ -6,7 +6,9 @@ listed: nothing that was asked for vanishes from a result.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -22,6 +24,8 @@ import torch
 # {"run": what is timed, "flop": its work or "bytes": its traffic, any notes}.
 Case = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 PERCENTILES = (20, 50, 80)
+SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h", ".toml", ".json", ".safetensors"}
+NOT_SOURCES = {"build", "dist", "out", "runs", "results", "__pycache__"}
 PEERS = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers")
 
 
@@ -143,6 +147,17 @@ def environment(device: str) -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version()) if cuda else "none",
         **{name: installed.get(name, "absent") for name in PEERS},
     }
+
+
+def sources(root: Path) -> str:
+    """A digest of every source file under a folder, committed or not; hidden and generated folders are left out."""
+    digest = hashlib.sha256()
+    for folder, inside, files in os.walk(root):
+        inside[:] = sorted(d for d in inside if d[0] != "." and d not in NOT_SOURCES and not d.endswith(".egg-info"))
+        for file in sorted(Path(folder, name) for name in files if Path(name).suffix in SOURCES):
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            digest.update(f"{file.relative_to(root).as_posix()} {content}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def result_folder(about: dict[str, str]) -> Path:

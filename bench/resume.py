@@ -13,7 +13,6 @@ record_property("row", ...) is kept with its result.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -24,22 +23,9 @@ from typing import Any
 import pytest
 import torch
 
-from measure import environment
+from measure import environment, sources
 
 UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: try again
-SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h", ".toml", ".json", ".safetensors"}
-NOT_SOURCES = {"build", "dist", "out", "runs", "results", "__pycache__"}
-
-
-def sources(root: Path) -> str:
-    """A digest of every source file under a folder, committed or not; hidden and generated folders are left out."""
-    digest = hashlib.sha256()
-    for folder, inside, files in os.walk(root):
-        inside[:] = sorted(d for d in inside if d[0] != "." and d not in NOT_SOURCES and not d.endswith(".egg-info"))
-        for file in sorted(Path(folder, name) for name in files if Path(name).suffix in SOURCES):
-            content = hashlib.sha256(file.read_bytes()).hexdigest()
-            digest.update(f"{file.relative_to(root).as_posix()} {content}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 class Journal:

@@ -99,11 +99,13 @@ def report_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--measured", type=str, help="JSON of bench/test_four_step_speedup.py: its table instead")
     parser.add_argument("--stage-times", type=str, help="JSON of hiar profile --stage-times; default: the roofline")
     parser.add_argument("--tflops", type=float, default=790.0, help="of the roofline")
-    parser.add_argument("--vae-ms", type=float, default=312.0, help="decode of a block")
+    parser.add_argument("--vae-ms", type=float, default=145.5, help="decode of a block, where stage times do not say")
+    parser.add_argument("--results", type=str, help="a folder like bench/results: only the rollouts measured in it")
     parser.add_argument("--plot", type=str, help="draw the gains into this .png too; needs matplotlib")
 
 
 def bench_report(a: Namespace) -> None:
+    from .gpu_report import parts_table, rollout_table
     from .parallel_report import draw_gains, measured_table, report
 
     if a.measured is not None:
@@ -113,7 +115,15 @@ def bench_report(a: Namespace) -> None:
             raise ValueError(f"{a.measured} is no result of bench/test_four_step_speedup.py: {error!r}") from None
         print("\n".join(lines))
         return
-    print(report(a.stage_times, a.tflops, a.vae_ms))
+    if a.results is not None:
+        if not Path(a.results).is_dir():
+            raise ValueError(f"--results {a.results} is no folder: give one that holds <device>/<date>-<revision>/")
+        for table in (rollout_table, parts_table):
+            print("\n".join([*table(Path(a.results)), ""]))
+        return
+    print("Measured rollouts, then projections by the simulator: about half a minute.", file=sys.stderr, flush=True)
+    for section in report(a.stage_times, a.tflops, a.vae_ms):
+        print(section, flush=True)
     if a.plot is not None:
         draw_gains(a.plot)
         print(f"plot: {a.plot}")

@@ -1,20 +1,23 @@
 """What more GPUs gain, by the simulator: the tables and pictures of docs/parallel.md.
 
     python -m hiar_model.parallel_report                      all tables, Markdown
-    python -m hiar_model.parallel_report --docs docs          write the pictures and the tables that parallel.md quotes
+    python -m hiar_model.parallel_report --docs docs          write the pictures, and the tables that the pages quote
     python -m hiar_model.parallel_report --plot gains.png     gain over blocks, a line for each number of steps
 
-Nothing here is measured, unless stage times are given.
+These are projections, from a roofline or from stage times measured on one GPU; what was measured as a whole is in
+:mod:`.gpu_report`, whose tables are among those of README and docs.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import gpu_report
 from .config import WanConfig
 from .rollout.costs import LINKS, Costs, Curve, Geometry, exchanged_bytes, unequal_parts, unit_costs, visit_flop
 from .rollout.drawing import draw
@@ -26,6 +29,7 @@ STEPS = (2, 4, 8, 20, 50)
 BLOCKS = (7, 27, 81, 200)
 RANKS = (1, 2, 4, 8, 16, 32)
 PIXEL_FRAMES = 4  # per latent frame; the first latent frame is one pixel frame
+PAGES = ("parallel.md", "profiling.md", "../README.md")  # that quote tables, as seen from docs/
 GENTLE_TFLOPS = 150.0  # a consumer card
 
 
@@ -256,7 +260,7 @@ def draw_gains(picture: str | Path, blocks: Sequence[int] = (2, 4, 7, 14, 27, 54
 
 
 def quoted_tables() -> dict[str, Callable[[], list[str]]]:
-    """The tables of docs/parallel.md by name."""
+    """The tables that README and docs quote, by name."""
     by_name = {f"{m.name} {name}": m for name in LINKS for m in machines(links=(name,))}
 
     def setup(key: str) -> Callable[[], list[str]]:
@@ -271,11 +275,22 @@ def quoted_tables() -> dict[str, Callable[[], list[str]]]:
         "crossing": crossing_table,
         "memory": memory_table,
     }
-    return {**tables, **{f"setups {key}": setup(key) for key in by_name}}
+    tables |= {f"setups {key}": setup(key) for key in by_name}
+    tables |= {"measured rollouts": gpu_report.rollout_table, "measured parts": gpu_report.parts_table}
+    times = gpu_report.stage_times()
+    if times is not None:
+        _, fused = gpu_report.vae_ms(times.parent)
+
+        def timed(*links: str) -> list[Machine]:
+            return machines(times, vae_ms=fused or VAE_MS, links=links or LINKS)
+
+        tables["measured links"] = lambda: link_table(timed())
+        tables["measured setups"] = lambda: [*setup_table(timed("nvlink")[0]), "", *timed("nvlink")[0].assumptions()]
+    return tables
 
 
-def report(stage_times: str | Path | None = None, tflops: float = TFLOPS, vae_ms: float = VAE_MS) -> str:
-    """All tables as Markdown.
+def report(stage_times: str | Path | None = None, tflops: float = TFLOPS, vae_ms: float = VAE_MS) -> Iterator[str]:
+    """All tables as Markdown, one section after the other as it is made: what was measured, then the projections.
 
     Args:
         stage_times: JSON of stage times measured on one device (see `rollout.costs.measured`). None: both models at
@@ -284,23 +299,37 @@ def report(stage_times: str | Path | None = None, tflops: float = TFLOPS, vae_ms
     """
     found = machines(stage_times, tflops, vae_ms)
     steps = STEPS if isinstance(found[0].costs.denoise, Curve) else (len(found[0].costs.denoise),)
-    parts = [
-        ("# Steps over ranks", ["Projections by a simulator; nobody has run them on several GPUs."]),
-        ("## Steady state, every visit 1", limit_table(steps)),
-        ("## Gain over one rank block-first, every visit 1", gain_table(unit_costs(), steps)),
+    about = "Projections by a simulator; nobody has run them on several GPUs."
+    sections: list[tuple[str, Callable[[], list[str]]]] = [
+        ("# Rollouts measured on one GPU", gpu_report.rollout_table),
+        ("## Where a visit goes, ms", gpu_report.parts_table),
+        ("# Steps over ranks", lambda: [about]),
+        ("## Steady state, every visit 1", partial(limit_table, steps)),
+        ("## Gain over one rank block-first, every visit 1", partial(gain_table, unit_costs(), steps)),
     ]
     for machine in found:
         where = f"{machine.name}, {machine.link.name}"
         if 4 in steps:
-            about = [*setup_table(machine), "", *machine.assumptions()]
-            parts.append((f"## Ways to make 27 blocks in 4 steps: {where}", about))
-        gains = gain_table(machine.costs, steps, frames_per_block=machine.geometry.frames_per_block)
-        parts.append((f"## Gain over one GPU block-first: {where}", [*gains, "", *machine.assumptions()]))
+            sections.append(
+                (f"## Ways to make 27 blocks in 4 steps: {where}", partial(_with_notes, setup_table, machine))
+            )
+        if machine.link is found[0].link:  # a pipeline hardly notices the link: the table of links shows it
+
+            def gains(machine: Machine) -> list[str]:
+                return gain_table(machine.costs, steps, frames_per_block=machine.geometry.frames_per_block)
+
+            name = f"## Gain over one GPU block-first: {where}"
+            sections.append((name, partial(_with_notes, gains, machine)))
     if 4 in steps:
-        parts.append(("## Gain of 27 blocks in 4 steps, by link", link_table(found)))
-    parts.append(("## Link speed above which context parallelism is faster", crossing_table(steps=steps)))
-    parts.append(("## Caches on one GPU, GiB", memory_table()))
-    return "\n".join(line for title, lines in parts for line in (title, "", *lines, ""))
+        sections.append(("## Gain of 27 blocks in 4 steps, by link", partial(link_table, found)))
+    sections.append(("## Link speed above which context parallelism is faster", partial(crossing_table, steps=steps)))
+    sections.append(("## Caches on one GPU, GiB", memory_table))
+    for title, make in sections:
+        yield "\n".join([title, "", *make(), ""])
+
+
+def _with_notes(table: Callable[[Machine], list[str]], machine: Machine) -> list[str]:
+    return [*table(machine), "", *machine.assumptions()]
 
 
 MEASURED = ("blocks", "order", "way", "steps per rank", "seconds", "speedup", "first block s", "then every s",
@@ -334,7 +363,7 @@ def measured_table(found: Mapping[str, Any]) -> list[str]:
 
 
 def refreshed(page: str) -> str:
-    """The text of docs/parallel.md with its tables made anew: all between `<!-- table NAME -->` and `<!-- end -->`."""
+    """The text of a page with its tables made anew: all between `<!-- table NAME -->` and `<!-- end -->`."""
     tables = quoted_tables()
 
     def table(match: re.Match[str]) -> str:
@@ -354,17 +383,22 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=TFLOPS, help="of the roofline")
     parser.add_argument("--vae-ms", type=float, default=VAE_MS, help="decode of a block")
     parser.add_argument("--plot", help="draw the gains into this .png instead; needs matplotlib")
-    parser.add_argument("--docs", type=Path, help="folder of parallel.md: refresh its tables and pictures instead")
+    parser.add_argument(
+        "--docs", type=Path, help="the folder docs: refresh the tables and pictures of its pages and README"
+    )
     a = parser.parse_args()
     if a.plot is not None:
         draw_gains(a.plot)
         return
     if a.docs is None:
-        print(report(a.stage_times, a.tflops, a.vae_ms))
+        for section in report(a.stage_times, a.tflops, a.vae_ms):
+            print(section, flush=True)
         return
-    page = a.docs / "parallel.md"
-    for name, text in {**pictures(), page.name: refreshed(page.read_text(encoding="utf-8"))}.items():
+    for name, text in pictures().items():
         (a.docs / name).write_text(text, encoding="utf-8")
+    for name in PAGES:
+        page = a.docs / name
+        page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ _ATTENTION = re.compile(r"attention|attn|fmha|flash|sdpa|softmax", re.IGNORECASE
 _MATMUL = re.compile(r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|addmm|::mm|::bmm|::linear|matmul", re.IGNORECASE)
 _COPY = re.compile(r"memcpy|memset|copy_|::to$|::cat$", re.IGNORECASE)
 _PIXEL_FRAMES = 4  # of a latent frame
-_SYNC = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-_LAUNCH = re.compile(r"^(cuda|cu)LaunchKernel|^cudaGraphLaunch|^cudaLaunchCooperativeKernel")
+SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+LAUNCHES = re.compile(r"^(cuda|cu)LaunchKernel|^cudaGraphLaunch|^cudaLaunchCooperativeKernel")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def build(setting: Setting) -> tuple[Rollout, float]:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {setting.device!r}: torch {torch.__version__} finds no CUDA device; legal here: cpu")
     begun = _now(device)
-    config = setting.config()
+    config, (height, width) = setting.config(), setting.latent_size()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -155,7 +155,6 @@ def build(setting: Setting) -> tuple[Rollout, float]:
             text = torch.randn(1, config.text_len, config.text_dim)
     finally:
         torch.set_default_dtype(before)
-    height, width = setting.latent_size()
     # step_first makes no endless video: until the window is full, and then the blocks to measure
     bounded = 3 * (-(-setting.window_frames // 3) + setting.blocks) if setting.order == "step_first" else None
     rollout = Rollout(
@@ -232,8 +231,8 @@ def _report(
         visits,
         seconds / visits,
         parts,
-        sum(bool(_LAUNCH.match(name)) for name in names) / watched if cuda else None,
-        sum(name in _SYNC for name in names) / watched if cuda else None,
+        sum(bool(LAUNCHES.match(name)) for name in names) / watched if cuda else None,
+        sum(name in SYNCS for name in names) / watched if cuda else None,
         torch.cuda.max_memory_allocated(device) if cuda else None,
         _PIXEL_FRAMES * plan.frames_per_block * setting.blocks / seconds,
         limits,

@@ -28,8 +28,9 @@ FOUNDATION = (
     "text",
 )  # fmt: skip
 USES = (
-    "generation", "bundle", "train", "toy", "video", "profiling", "parallel_report", "vae", "vae_weights", "vae_fused",
-    "memory", "fit", "sessions", "script", "infill", "experts", "video_model", "wan", "given", "decoding", "record",
+    "generation", "bundle", "train", "toy", "video", "profiling", "parallel_report", "gpu_report", "vae", "vae_weights",
+    "vae_fused", "memory", "fit", "sessions", "script", "infill", "experts", "video_model", "wan", "given", "decoding",
+    "record",
 )  # fmt: skip
 COMMANDS = (
     "cli", "cli_machine", "cli_toy", "cli_train", "cli_parallel", "cli_performance", "cli_wan", "cli_generate",

@@ -11,7 +11,9 @@ import pytest
 from hiar_model import parallel_report
 from hiar_model.cli import main
 from hiar_model.config import WanConfig
+from hiar_model.gpu_report import stage_times
 from hiar_model.parallel_report import (
+    PAGES,
     crossing_table,
     draw_gains,
     gain_table,
@@ -21,7 +23,17 @@ from hiar_model.parallel_report import (
     report,
     setup_table,
 )
-from hiar_model.rollout.costs import LINKS, Geometry, Link, exchanged_bytes, head_parallel, roofline, unit_costs
+from hiar_model.rollout.costs import (
+    LINKS,
+    Geometry,
+    Link,
+    exchanged_bytes,
+    head_parallel,
+    measured,
+    roofline,
+    unit_costs,
+    visit_flop,
+)
 from hiar_model.rollout.simulate import makespan, simulate
 from hiar_model.rollout.visits import Plan, forwards
 from hiar_model.rollout.ways import machines, plan_of, ways
@@ -41,9 +53,10 @@ def rows(table: list[str]) -> list[list[str]]:
 # The documents are what the command writes.
 
 
-def test_tables_of_the_page() -> None:
-    page = (DOCS / "parallel.md").read_text(encoding="utf-8")
-    assert page.count("<!-- table ") == 8
+@pytest.mark.parametrize(("name", "tables"), list(zip(PAGES, (10, 1, 2), strict=True)))
+def test_tables_of_the_pages(name: str, tables: int) -> None:
+    page = (DOCS / name).read_text(encoding="utf-8")
+    assert page.count("<!-- table ") == tables
     now = refreshed(page)
     stale = [old for old, new in zip(page.splitlines(), now.splitlines(), strict=False) if old != new]
     assert page == now, f"run python -m hiar_model.parallel_report --docs docs; first stale line: {stale[:1]}"
@@ -101,7 +114,20 @@ def test_figures_of_the_text() -> None:
     assert f"1.3B, 4 steps, 7 blocks: {short['1.3B']} instead of {short['unit']}" in text
     hop, shared = machine.costs.latents.nbytes / 1e6, exchanged_bytes(machine.config, machine.geometry, 4) / 1e6
     assert f"sends {hop:.1f} MB per block and hop, the other {shared:.0f} MB per GPU and forward (1.3B)" in text
-    assert f"finishes a block every 312 ms: {12 / machine.costs.decode:.0f} fps at most" in text
+    decode = 1e3 * machine.costs.decode
+    assert f"finishes a block every {decode:g} ms: {12e3 / decode:.0f} fps at most" in text
+    file = stage_times()
+    assert file is not None
+    config, geometry, costs = measured(file, LINKS["pcie"])
+    frame = geometry.frame_tokens(config)
+    seconds = {seen: costs.curve("denoise", 0)(seen) for seen in (3, 21)}
+    whole, own = (visit_flop(config, 3 * frame, seen * frame) / seconds[seen] / 1e12 for seen in (21, 3))
+    assert f"took {1e3 * seconds[21]:.1f} ms ({round(whole, -1):.0f} TFLOP/s)" in text
+    assert f"own 3 frames {1e3 * seconds[3]:.1f} ({round(own, -1):.0f} TFLOP/s" in text
+    cache = costs.curve("cache", 0)
+    assert f"a cache visit {1e3 * cache(21):.1f} and {1e3 * cache(3):.1f}" in text
+    readme = " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"none of these ways but replicas exceeds {12 / machine.costs.decode:.0f} fps" in readme
 
 
 def test_gains_are_drawn(tmp_path: Path) -> None:
@@ -165,16 +191,16 @@ def test_report_from_stage_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     stages = {"model": "wan2.1-t2v-1.3b", "device": "a test", "revision": "r1", "height": 60, "width": 104}
     stages |= {"frames_per_block": 3, "denoise_s": [[3, 0.5], [21, 2.0]], "cache_s": [[3, 0.5], [21, 2.0]]}
     file.write_text(json.dumps(stages))
-    text = report(file)
+    text = "\n".join(report(file))
     assert "stage times measured on a test, revision r1" in text and "FLOP of a visit / " not in text
     assert text.count("Ways to make 27 blocks") == len(LINKS)
     # a block of a full window: 4 denoise visits and one cache visit of 2 s
     assert "| block_first | 1 | 242 | 1.00 | 2 | 10 | 18 (1.8) |" in text
     file.write_text(json.dumps(stages | {"model": "toy", "height": 16, "width": 16}))
-    assert "No Ulysses over 4: the 2 heads must fall into equal parts." in report(file)
+    assert "No Ulysses over 4: the 2 heads must fall into equal parts." in "\n".join(report(file))
     per_step = [[[3, 0.5]], [[3, 0.25]]]
     file.write_text(json.dumps(stages | {"denoise_s": per_step, "cache_s": per_step}))
-    text = report(file)
+    text = "\n".join(report(file))
     assert "Ways to make" not in text and "| 2 | 27 |" in text  # two curves: two steps
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config import WanConfig
@@ -15,7 +16,8 @@ WINDOW = 21  # latent frames
 NARROW = (6, 9, 12, 21)  # windows per step, for four steps
 MODELS = ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b")
 TFLOPS = 790.0
-VAE_MS = 312.0
+# A block of 480x832, fused, on an H200: bench/results/nvidia-h200/2026-11-27-6a287b229b/vae.md
+VAE_MS = 145.5
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,18 @@ def machines(
         link = LINKS[name]
         if stage_times is not None:
             config, geometry, costs = measured(stage_times, link)
-            found.append(Machine("measured model", config, geometry, link, costs))
+            costs = costs if costs.decode else replace(costs, decode=vae_ms / 1000)
+            found.append(Machine(f"{_model(stage_times)}, timed", config, geometry, link, costs))
             continue
         for model in MODELS:
             config = WanConfig.from_name(model)
             costs = roofline(config, tflops, link, decode=vae_ms / 1000)
             found.append(Machine(model, config, Geometry(), link, costs))
     return found
+
+
+def _model(stage_times: str | Path) -> str:
+    return str(json.loads(Path(stage_times).read_text(encoding="utf-8"))["model"])
 
 
 def plan_of(
