@@ -220,6 +220,9 @@ class RingAttend(Attend):
         self.frames, self.slots = (torch.zeros(rows, frames, dtype=torch.int32, device=device) for _ in range(2))
         self.advance = torch.tensor(done, dtype=torch.int32, device=device).repeat_interleave(cache.batch)
         self.kv_frames = cache.rows(cache.frames, caches, self.used)
+        # keys and values of each layer as attention takes them, views that stay; not where they are read back first
+        kept = () if cache.scratch else zip(cache.k, cache.v, strict=True)
+        self.rings = [tuple(cache.rows(x, caches, self.used) for x in pair) for pair in kept]
         # for keys that are made apart and then stored: rows and slots to index with, slots of a ring of their own
         self._rows = torch.arange(rows, device=device)[:, None]
         self._slots = torch.zeros(rows, frames, dtype=torch.int64, device=device)
@@ -281,7 +284,7 @@ class RingAttend(Attend):
                 self._lend(layer, step, row * cache.batch)
         if live is not None and not live.rows:
             return None
-        k, v = cache.seen(layer, self.caches, self.used)
+        k, v = self.rings[layer] if self.rings else cache.seen(layer, self.caches, self.used)
         if live is None:
             return self._attend(q, k, v, 0, len(q), 0)
         parts = [self._attend(q, k, v, start, stop, live.first) for start, stop in _runs(live.rows)]
@@ -291,7 +294,7 @@ class RingAttend(Attend):
         """qkv -> q; keys and values go into the rings of the layer."""
         cache = self.cache
         if not cache.scratch:
-            k, v = (cache.rows(rings[layer], self.caches, self.used) for rings in (cache.k, cache.v))
+            k, v = self.rings[layer]
             return qk_norm_rope_append(qkv, q_weight, k_weight, self.frames, self.slots, k, v, **options)
         k, v = qkv.new_empty(2, *qkv.shape[:2], *cache.k[layer].shape[3:])
         q = qk_norm_rope_append(qkv, q_weight, k_weight, self.frames, self._in_order, k, v, **options)
@@ -322,18 +325,17 @@ class RingAttend(Attend):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, stop: int, first: int) -> Tensor:
         """Rows start..stop, queries from frame ``first`` on."""
-        rows = slice(start, stop)
-        mask = replace(self.mask, window_frames=self.mask.windows(len(q))[rows])
+        mask, frames, kv_frames, layout = self.mask, self.frames, self.kv_frames, self.layout
+        schedule = self.schedule
+        if first or stop - start < len(q):
+            rows = slice(start, stop)
+            mask = replace(mask, window_frames=mask.windows(len(q))[rows])
+            q, k, v, kv_frames = q[rows, first * mask.frame_tokens :], k[rows], v[rows], kv_frames[rows]
+            frames, layout = frames[rows, first:], None if layout is None else layout.select(start, stop, first)
+            schedule = None  # of all rows and queries
         with span("attention"):
             out: Any = attention(
-                q[rows, first * mask.frame_tokens :],
-                k[rows],
-                v[rows],
-                mask=mask,
-                q_frames=self.frames[rows, first:],
-                kv_frames=self.kv_frames[rows],
-                layout=None if self.layout is None else self.layout.select(start, stop, first),
-                schedule=self.schedule if (start, stop, first) == (0, len(q), 0) else None,
+                q, k, v, mask=mask, q_frames=frames, kv_frames=kv_frames, layout=layout, schedule=schedule
             )
         return out
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from .cli_machine import load_model, machine_arguments, progress_bar
+from .cli_machine import imports, load_model, machine_arguments, progress_bar
 from .cli_parallel import KEPT, job, keeping_arguments, pipeline_arguments
 
 if TYPE_CHECKING:
@@ -83,9 +83,10 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
             raise ValueError(f"{option.replace('_', '-')} {a[option]}: no such file")
     if a.session is not None and not Path(a.session).absolute().parent.is_dir():
         raise ValueError(f"session {a.session}: {Path(a.session).parent} is no folder; make it first")
-    from hiar_kernels.nvtx import span
+    with imports():
+        from hiar_kernels.nvtx import span
 
-    from .generation import Generation
+        from .generation import Generation
 
     notes: list[str] = []
     own_steps = _own_steps(a, here)

@@ -126,6 +126,14 @@ class Attend(Protocol):
         return x
 
 
+def _normal(*shape: int) -> nn.Parameter:
+    """Normal numbers over the root of the width. On the meta device nothing is drawn: torch would load its compiler for
+    that, which takes longer than making a short video of the toy.
+    """
+    x = torch.empty(shape)
+    return nn.Parameter(x if x.is_meta else x.normal_().div_(shape[-1] ** 0.5))
+
+
 class SelfAttention(nn.Module):
     """Fused q, k, v projection, full-width RMSNorm weights, output projection."""
 
@@ -222,7 +230,7 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.modulation = _normal(1, 6, config.dim)
 
     def forward(
         self,
@@ -282,7 +290,7 @@ class Head(nn.Module):
         _, ph, pw = config.patch_size
         self.eps = config.eps
         self.head = nn.Linear(config.dim, ph * pw * config.out_channels)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = _normal(1, 2, config.dim)
 
     def forward(self, x: Tensor, pending: Pending, embedding: Tensor) -> Tensor:
         shift, scale = (self.modulation[:, None] + embedding[:, :, None]).unbind(2)
@@ -330,7 +338,7 @@ class HiARTransformer(nn.Module):
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
         self.position_embedding: nn.Parameter | None = None
         if config.position_grid is not None:
-            self.position_embedding = nn.Parameter(torch.randn(math.prod(config.position_grid), dim) / dim**0.5)
+            self.position_embedding = _normal(math.prod(config.position_grid), dim)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose, require
+from .._dispatch import choose
 from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -27,10 +27,11 @@ def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
     Raises:
         ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
-    require(x.dim() == 3, f"ada_layer_norm: x must be [B, T, C], got {list(x.shape)}")
+    if x.dim() != 3:
+        raise ValueError(f"ada_layer_norm: x must be [B, T, C], got {list(x.shape)}")
     for name, m in (("shift", shift), ("scale", scale)):
-        ok = m.dim() == 3 and m.shape[0] in (1, x.shape[0]) and m.shape[2] == x.shape[2] and m.shape == shift.shape
-        require(ok, f"ada_layer_norm: {name} must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(m.shape)}")
+        if m.dim() != 3 or m.shape[0] not in (1, x.shape[0]) or m.shape[2] != x.shape[2] or m.shape != shift.shape:
+            raise ValueError(f"ada_layer_norm: {name} must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(m.shape)}")
     if choose("ada_layer_norm", impl, IMPLS, auto=automatic(x, shift, scale, norm=True)) == "triton":
         prepare("ada_layer_norm", norm=True, x=x, shift=shift, scale=scale)
         return torch.ops.hiar.ada_layer_norm(x, shift, scale, eps)

@@ -77,7 +77,8 @@ def attention(
     impl = choose("attention", impl, IMPLS, auto=chosen.impl)
     if parts is None:
         parts = chosen.parts if given == "auto" and impl == chosen.impl else 1
-    require(parts >= 1, f"attention: parts must be at least 1, got {parts}")
+    if parts < 1:
+        raise ValueError(f"attention: parts must be at least 1, got {parts}")
     if impl == "gluon":
         traced = torch.compiler.is_compiling()
         require(not traced, "attention: impl='gluon' is not for torch.compile; use 'auto' or 'triton' there")
@@ -88,9 +89,10 @@ def attention(
         _triton.load("attention", q)
     elif impl in library.LIBRARIES:
         lacking = library.unavailable(impl, q.device)
-        require(lacking is None, f"attention: impl={impl!r} cannot run: {lacking}")
-        half = q.dtype in (torch.bfloat16, torch.float16)
-        require(impl == "sdpa" or half, f"attention: impl={impl!r} takes bfloat16 and float16, got {q.dtype}")
+        if lacking is not None:
+            raise ValueError(f"attention: impl={impl!r} cannot run: {lacking}")
+        if impl != "sdpa" and q.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"attention: impl={impl!r} takes bfloat16 and float16, got {q.dtype}")
     # under torch.compile too: the eager paths read frame ids on the host, which the op hides from the tracer
     if impl == "triton" or torch.compiler.is_compiling():
         out, lse = ops.call(q, k, v, mask, q_frames, kv_frames, context, kv_counts, scale)
@@ -149,11 +151,11 @@ def _validate_layout(
     require(mask is not None, "attention: layout needs the BlockCausal mask that it was made of, got mask=None")
     assert mask is not None
     tokens = mask.frame_tokens
-    require(
-        layout.frame_tokens == tokens and len(layout.rows) in (1, q.shape[0]),
-        f"attention: layout is of {layout.frame_tokens} frame_tokens and {len(layout.rows)} rows, the mask of {tokens} "
-        f"and q of {q.shape[0]}",
-    )
+    if layout.frame_tokens != tokens or len(layout.rows) not in (1, q.shape[0]):
+        raise ValueError(
+            f"attention: layout is of {layout.frame_tokens} frame_tokens and {len(layout.rows)} rows, the mask of "
+            f"{tokens} and q of {q.shape[0]}"
+        )
     slots = {"queries": q.shape[1] // tokens, "own keys": k.shape[1] // tokens}
     slots["context keys"] = 0 if context is None else context.k.shape[1] // tokens
     for groups in layout.rows:
@@ -163,8 +165,8 @@ def _validate_layout(
             "context keys": max((g.context[-1][1] for g in groups if g.context), default=0),
         }
         for name, last in reach.items():
-            fits = last == slots[name] if name == "queries" else last <= slots[name]
-            require(fits, f"attention: layout has {last} slots of {name}, there are {slots[name]}")
+            if last > slots[name] or (name == "queries" and last != slots[name]):
+                raise ValueError(f"attention: layout has {last} slots of {name}, there are {slots[name]}")
 
 
 def _validate(
@@ -177,7 +179,8 @@ def _validate(
     context: KVContext | None,
     kv_counts: Tensor | None,
 ) -> None:
-    require(q.dim() == 4, f"attention: q must be [B, Tq, H, D], got {list(q.shape)}")
+    if q.dim() != 4:
+        raise ValueError(f"attention: q must be [B, Tq, H, D], got {list(q.shape)}")
     b, _, h, d = q.shape
     pairs = [("k", k, k), ("v", v, k)]
     if context is not None:
@@ -186,18 +189,20 @@ def _validate(
         pairs += [("context.k", context.k, context.k), ("context.v", context.v, context.k)]
     for name, x, like in pairs:
         length = like.shape[1] if like.dim() == 4 else "Tk"
-        require(
-            x.dim() == 4 and x.shape[0] == b and x.shape[2:] == q.shape[2:] and x.shape[1] == length,
-            f"attention: {name} must be [{b}, {length}, {h}, {d}], got {list(x.shape)}",
-        )
-        require(x.dtype == q.dtype, f"attention: {name} must be {q.dtype} like q, got {x.dtype}")
-        require(x.device == q.device, f"attention: {name} must be on {q.device} like q, got {x.device}")
-    require(q.is_floating_point(), f"attention: q must be floating point, got {q.dtype}")
+        if x.dim() != 4 or x.shape != (b, length, h, d):
+            raise ValueError(f"attention: {name} must be [{b}, {length}, {h}, {d}], got {list(x.shape)}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"attention: {name} must be {q.dtype} like q, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"attention: {name} must be on {q.device} like q, got {x.device}")
+    if not q.is_floating_point():
+        raise ValueError(f"attention: q must be floating point, got {q.dtype}")
     if mask is None:
         require(q_frames is None and kv_frames is None, "attention: frame ids need a BlockCausal mask, got mask=None")
-        if kv_counts is not None:
-            ok = kv_counts.dim() == 2 and kv_counts.shape[0] in (1, b) and kv_counts.shape[1] == k.shape[1]
-            require(ok, f"attention: kv_counts must be [{b} or 1, {k.shape[1]}], got {list(kv_counts.shape)}")
+        if kv_counts is not None and (
+            kv_counts.dim() != 2 or kv_counts.shape[0] not in (1, b) or kv_counts.shape[1] != k.shape[1]
+        ):
+            raise ValueError(f"attention: kv_counts must be [{b} or 1, {k.shape[1]}], got {list(kv_counts.shape)}")
         return
     require(kv_counts is None, "attention: kv_counts needs mask=None")
     mask.windows(b)
@@ -206,12 +211,14 @@ def _validate(
     if context is not None:
         lengths.append(("context.k", context.k, context.frames, "context.frames"))
     for name, x, frames, ids in lengths:
-        whole = x.shape[1] % tokens == 0
-        require(whole, f"attention: {name} has {x.shape[1]} tokens, no multiple of frame_tokens {tokens}")
+        if x.shape[1] % tokens:
+            raise ValueError(f"attention: {name} has {x.shape[1]} tokens, no multiple of frame_tokens {tokens}")
         if frames is None:
             continue
-        ok = frames.dim() == 2 and frames.shape[0] in (1, b) and frames.shape[1] == x.shape[1] // tokens
-        require(ok, f"attention: {ids} must be [{b} or 1, {x.shape[1] // tokens}], got {list(frames.shape)}")
-        integer = frames.dtype in (torch.int32, torch.int64)
-        require(integer, f"attention: {ids} must be int32 or int64, got {frames.dtype}")
-        require(frames.device == q.device, f"attention: {ids} must be on {q.device} like q, got {frames.device}")
+        slots = x.shape[1] // tokens
+        if frames.dim() != 2 or frames.shape[0] not in (1, b) or frames.shape[1] != slots:
+            raise ValueError(f"attention: {ids} must be [{b} or 1, {slots}], got {list(frames.shape)}")
+        if frames.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"attention: {ids} must be int32 or int64, got {frames.dtype}")
+        if frames.device != q.device:
+            raise ValueError(f"attention: {ids} must be on {q.device} like q, got {frames.device}")

@@ -63,12 +63,12 @@ def attend(
         layout = AttentionLayout(1, ((whole,),))
     outs, lses = [], []
     for b, groups in enumerate(layout.rows):
-        row = slice(None) if len(layout.rows) == 1 else slice(b, b + 1)
+        row = None if len(layout.rows) == 1 else b
         tokens = layout.frame_tokens
-        q_slots, own = _Slots(q[row], tokens), (_Slots(k[row], tokens), _Slots(v[row], tokens))
+        q_slots, own = _Slots(q, row, tokens), (_Slots(k, row, tokens), _Slots(v, row, tokens))
         earlier = None
         if context is not None:
-            earlier = (_Slots(context.k[row], tokens), _Slots(context.v[row], tokens))
+            earlier = (_Slots(context.k, row, tokens), _Slots(context.v, row, tokens))
         found = [_group(impl, group, q_slots, own, earlier, scale, parts, merged) for group in groups]
         outs.append(_join([out for out, _ in found]))
         lses.append(_join([lse for _, lse in found if lse is not None], 2) if merged else None)
@@ -77,16 +77,19 @@ def attend(
 
 
 class _Slots:
-    """Tokens of frame slots of x [B, T, H, D], as views."""
+    """Tokens of frame slots of x [B, T, H, D], as views; of one batch row, or of all (None)."""
 
-    def __init__(self, x: Tensor, tokens: int) -> None:
-        self.x, self.tokens = x, tokens
+    def __init__(self, x: Tensor, row: int | None, tokens: int) -> None:
+        self.x = x = x if row is None else x[row : row + 1]
+        self.tokens = tokens
         # a slice's backward fills a whole zero tensor; the pieces of one split share a single concatenation
         self.pieces = x.split(tokens, 1) if x.requires_grad and torch.is_grad_enabled() and tokens > 1 else None
 
     def views(self, runs: tuple[Run, ...]) -> list[Tensor]:
         if self.pieces is not None:
             return [piece for start, stop in runs for piece in self.pieces[start:stop]]
+        if len(runs) == 1 and (runs[0][1] - runs[0][0]) * self.tokens == self.x.shape[1]:
+            return [self.x]
         return [self.x[:, start * self.tokens : stop * self.tokens] for start, stop in runs]
 
 

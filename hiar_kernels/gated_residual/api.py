@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose, require
+from .._dispatch import choose
 from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -26,10 +26,10 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, impl: str = "auto") ->
     Raises:
         ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
-    ok = x.dim() == 3 and x.shape == y.shape
-    require(ok, f"gated_residual: x and y must be [B, T, C], got {list(x.shape)}, {list(y.shape)}")
-    ok = gate.dim() == 3 and gate.shape[0] in (1, x.shape[0]) and gate.shape[2] == x.shape[2]
-    require(ok, f"gated_residual: gate must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(gate.shape)}")
+    if x.dim() != 3 or x.shape != y.shape:
+        raise ValueError(f"gated_residual: x and y must be [B, T, C], got {list(x.shape)}, {list(y.shape)}")
+    if gate.dim() != 3 or gate.shape[0] not in (1, x.shape[0]) or gate.shape[2] != x.shape[2]:
+        raise ValueError(f"gated_residual: gate must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(gate.shape)}")
     if choose("gated_residual", impl, IMPLS, auto=automatic(x, y, gate)) == "triton":
         prepare("gated_residual", x=x, y=y, gate=gate)
         return torch.ops.hiar.gated_residual(x, y, gate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose, require
+from .._dispatch import choose
 from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -26,9 +26,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6, im
     Raises:
         ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
-    require(x.dim() == 3, f"layer_norm: x must be [B, T, C], got {list(x.shape)}")
+    if x.dim() != 3:
+        raise ValueError(f"layer_norm: x must be [B, T, C], got {list(x.shape)}")
     for name, p in (("weight", weight), ("bias", bias)):
-        require(tuple(p.shape) == x.shape[2:], f"layer_norm: {name} must be {list(x.shape[2:])}, got {list(p.shape)}")
+        if p.shape != x.shape[2:]:
+            raise ValueError(f"layer_norm: {name} must be {list(x.shape[2:])}, got {list(p.shape)}")
     if choose("layer_norm", impl, IMPLS, auto=automatic(x, weight, bias, norm=True)) == "triton":
         prepare("layer_norm", norm=True, x=x, weight=weight, bias=bias)
         return torch.ops.hiar.layer_norm(x, weight, bias, eps)

@@ -86,18 +86,17 @@ def qk_norm_rope_append(
     _validate("qk_norm_rope_append", qkv, q_weight, k_weight, frames, num_heads, grid, cells)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, q_weight, k_weight))
     require(not wants_grad, "qk_norm_rope_append: has no gradient; use qk_norm_rope, or torch.no_grad()")
-    require(
-        slots.dim() == 2 and slots.shape[0] in (1, qkv.shape[0]) and slots.shape[1] == frames.shape[1],
-        f"qk_norm_rope_append: slots must be [{qkv.shape[0]} or 1, {frames.shape[1]}], got {list(slots.shape)}",
-    )
-    integer = not slots.is_floating_point()
-    require(integer, f"qk_norm_rope_append: slots must be integers, got {slots.dtype}")
+    if slots.dim() != 2 or slots.shape[0] not in (1, qkv.shape[0]) or slots.shape[1] != frames.shape[1]:
+        want = f"[{qkv.shape[0]} or 1, {frames.shape[1]}]"
+        raise ValueError(f"qk_norm_rope_append: slots must be {want}, got {list(slots.shape)}")
+    if slots.is_floating_point():
+        raise ValueError(f"qk_norm_rope_append: slots must be integers, got {slots.dtype}")
     shape = (qkv.shape[0], num_heads, qkv.shape[2] // 3 // num_heads)
     tokens = _tokens(grid, cells)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        ok = cache.dim() == 4 and (cache.shape[0], *cache.shape[2:]) == shape and cache.shape[1] % tokens == 0
-        want = f"[{shape[0]}, n * {tokens}, {shape[1]}, {shape[2]}]"
-        require(ok, f"qk_norm_rope_append: {name} must be {want}, got {list(cache.shape)}")
+        if cache.dim() != 4 or (cache.shape[0], *cache.shape[2:]) != shape or cache.shape[1] % tokens:
+            want = f"[{shape[0]}, n * {tokens}, {shape[1]}, {shape[2]}]"
+            raise ValueError(f"qk_norm_rope_append: {name} must be {want}, got {list(cache.shape)}")
     floats = {"q_weight": q_weight, "k_weight": k_weight, "qkv": qkv, "k_cache": k_cache, "v_cache": v_cache}
     dense = k_cache.stride(3) == v_cache.stride(3) == 1
     auto = automatic(*floats.values(), norm=True, cuda=True) if dense else "reference"
@@ -125,18 +124,18 @@ def _validate(
     grid: tuple[int, int],
     cells: tuple[int, int] | None,
 ) -> None:
-    if cells is not None:
-        legal = len(cells) == 2 and 0 <= cells[0] < cells[1] <= grid[0] * grid[1]
-        require(legal, f"{op}: cells must be (start, stop) with 0 <= start < stop <= {grid[0] * grid[1]}, got {cells}")
+    if cells is not None and not (len(cells) == 2 and 0 <= cells[0] < cells[1] <= grid[0] * grid[1]):
+        raise ValueError(f"{op}: cells must be (start, stop) with 0 <= start < stop <= {grid[0] * grid[1]}, got {cells}")
     tokens = _tokens(grid, cells)
-    require(qkv.dim() == 3, f"{op}: qkv must be [B, T, 3 H D], got {list(qkv.shape)}")
+    if qkv.dim() != 3:
+        raise ValueError(f"{op}: qkv must be [B, T, 3 H D], got {list(qkv.shape)}")
     b, t, c = qkv.shape
-    ok = num_heads >= 1 and c % (6 * num_heads) == 0
-    require(ok, f"{op}: width {c} of qkv is not 3 x {num_heads} heads of an even size")
+    if num_heads < 1 or c % (6 * num_heads):
+        raise ValueError(f"{op}: width {c} of qkv is not 3 x {num_heads} heads of an even size")
     for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):
-        require(tuple(w.shape) == (c // 3,), f"{op}: {name} must be [{c // 3}], got {list(w.shape)}")
-    require(
-        frames.dim() == 2 and frames.shape[0] in (1, b) and frames.shape[1] * tokens == t,
-        f"{op}: frames must be [{b} or 1, {t} / {tokens}], got {list(frames.shape)}",
-    )
-    require(not frames.is_floating_point(), f"{op}: frames must be integer ids, got {frames.dtype}")
+        if w.shape != (c // 3,):
+            raise ValueError(f"{op}: {name} must be [{c // 3}], got {list(w.shape)}")
+    if frames.dim() != 2 or frames.shape[0] not in (1, b) or frames.shape[1] * tokens != t:
+        raise ValueError(f"{op}: frames must be [{b} or 1, {t} / {tokens}], got {list(frames.shape)}")
+    if frames.is_floating_point():
+        raise ValueError(f"{op}: frames must be integer ids, got {frames.dtype}")

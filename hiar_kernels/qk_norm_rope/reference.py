@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._library import wide_dtype
+
+_turns: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # frames -> (key, turns)
 
 
 def rope_angles(
@@ -37,20 +39,34 @@ def rope_angles(
     return torch.cat([t, y, x], dim=-1).flatten(2, 3)[:, :, start:stop].flatten(1, 2)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+def rope_turns(
+    frames: Tensor,
+    height: int,
+    width: int,
+    head_dim: int,
+    theta: float,
+    cells: Sequence[int] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """cos + i sin of :func:`rope_angles`, each rounded to ``dtype``: complex [B, F * tokens, head_dim / 2].
+
+    The layers of a forward ask with the same ids one after the other, so on a CPU the last answer stays with them until
+    they are written to.
+    """
+    plain = type(frames) is Tensor and frames.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not plain or frames.is_inference():
+        return _turns_of(rope_angles(frames, height, width, head_dim, theta, cells), dtype)
+    key = (frames._version, height, width, head_dim, theta, cells and tuple(cells), dtype)
+    known = _turns.get(frames)
+    if known is None or known[0] != key:
+        with torch.inference_mode(False), torch.no_grad():  # autograd may save them later
+            made = _turns_of(rope_angles(frames, height, width, head_dim, theta, cells), dtype)
+        known = _turns[frames] = (key, made)
+    return known[1]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Adjacent pairs of the last dimension as complex numbers, turned."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-
-
-def _split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    b, t, c = qkv.shape
-    q, k, v = qkv.view(b, t, 3, c // 3).unbind(2)
-    return q, k, v.unflatten(-1, (heads, -1))
+def _turns_of(angles: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.complex(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 def qk_norm_rope(
@@ -65,15 +81,17 @@ def qk_norm_rope(
     theta: float,
     cells: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normed and rotated q, k [B, T, H, D]; float32 or wider inside, rounded once."""
-    q, k, v = _split(qkv, num_heads)
+    """Normed and rotated q, k [B, T, H, D]; float32 or wider inside, rounded once. Adjacent pairs of a head turn as
+    complex numbers.
+    """
     wide = wide_dtype(qkv)
-    angles = rope_angles(frames, height, width, v.shape[-1], theta, cells)[:, :, None]
-    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
-    turned = [
-        _rotate(_rms_norm(x.to(wide), w, eps).unflatten(-1, (num_heads, -1)), cos, sin).to(qkv.dtype)
-        for x, w in ((q, q_weight), (k, k_weight))
-    ]
+    x = qkv.unflatten(-1, (3, -1))[:, :, :2].to(wide)
+    scaled = x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    turns = rope_turns(frames, height, width, x.shape[-1] // num_heads, theta, cells, wide)[:, :, None]
+    turned = []
+    for i, weight in enumerate((q_weight, k_weight)):
+        pairs = torch.view_as_complex((scaled[:, :, i] * weight.to(wide)).unflatten(-1, (num_heads, -1, 2)))
+        turned.append(torch.view_as_real(pairs * turns).flatten(-2).to(qkv.dtype))
     return turned[0], turned[1]
 
 
@@ -95,8 +113,12 @@ def qk_norm_rope_append(
     """q [B, T, H, D]; k and v are written into the frame slots of k_cache and v_cache."""
     q, k = qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, height, width, eps, theta, cells)
     start, stop = cells or (0, height * width)
-    rows = torch.arange(qkv.shape[0], device=qkv.device)[:, None]
-    for cache, new in ((k_cache, k), (v_cache, _split(qkv, num_heads)[2])):
-        framed = cache.view(cache.shape[0], -1, stop - start, *cache.shape[2:])
-        framed[rows, slots.expand(len(rows), -1).long()] = new.unflatten(1, (-1, stop - start)).to(cache.dtype)
+    v, rows, slots = qkv[..., 2 * q_weight.numel() :].unflatten(-1, (num_heads, -1)), len(qkv), slots.long()
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        framed = cache.unflatten(1, (-1, stop - start))
+        new = new.unflatten(1, (-1, stop - start)).to(cache.dtype)
+        if rows == 1:
+            framed[0].index_copy_(0, slots[0], new[0])
+        else:
+            framed[torch.arange(rows, device=qkv.device)[:, None], slots.expand(rows, -1)] = new
     return q
