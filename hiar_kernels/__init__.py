@@ -2,6 +2,7 @@
 
 from . import reference
 from ._dispatch import prefer, taken
+from ._version import __version__ as __version__
 from .ada_layer_norm import ada_layer_norm
 from .attention import (
     EMPTY,

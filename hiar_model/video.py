@@ -6,11 +6,15 @@ end a folder of PNG files. Beside a file, or inside a folder, lies a JSON record
 
 from __future__ import annotations
 
+import base64
 import functools
+import html
 import json
 import math
 import os
 import shutil
+import tempfile
+import textwrap
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -50,6 +54,19 @@ class Video:
 
     def __len__(self) -> int:
         return len(self.frames)
+
+    def __repr__(self) -> str:
+        count, height, width, _ = self.frames.shape
+        prompt = self.metadata.get("prompt")
+        about = "" if prompt is None else f", {textwrap.shorten(str(prompt), 60, placeholder='...')!r}"
+        return f"Video({count} frames of {width}x{height}, {self.fps:g} fps, {count / self.fps:.1f} s{about})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the video as an .mp4 inside the page, and its one line below."""
+        with tempfile.TemporaryDirectory() as folder:
+            data = base64.b64encode(self.save(Path(folder, "video.mp4")).read_bytes()).decode()
+        source = f"data:video/mp4;base64,{data}"
+        return f'<video controls loop muted autoplay src="{source}"></video><br>{html.escape(repr(self))}'
 
     def save(self, path: str | os.PathLike[str], least_side: int = LEAST_SIDE) -> Path:
         """Write as .mp4, .gif or a folder of PNGs with the record beside it; returns the path.

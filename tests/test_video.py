@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -46,6 +47,20 @@ def png_folder(path) -> np.ndarray:
 
 def read(path) -> np.ndarray:
     return png_folder(path) if path.is_dir() else decode(str(path))
+
+
+def test_a_video_in_a_notebook(tmp_path):
+    """One line as text, however large it is and long its prompt; as HTML the video itself."""
+    video = Video(clip(18, 32, 48), 12.0, {"prompt": "a <b>disc</b> " + "rolls on and on " * 20})
+    line = repr(video)
+    assert line.startswith("Video(18 frames of 48x32, 12 fps, 1.5 s, 'a <b>disc</b> rolls") and line.endswith("...')")
+    assert "\n" not in line and len(line) < 130
+    assert repr(Video(clip(1), 23.976)) == "Video(1 frames of 32x32, 23.976 fps, 0.0 s)"
+    page = video._repr_html_()
+    file = tmp_path / "shown.mp4"
+    file.write_bytes(base64.b64decode(page.partition("base64,")[2].partition('"')[0]))
+    assert len(read(file)) == 18
+    assert "&lt;b&gt;disc" in page and "<b>" not in page
 
 
 @pytest.mark.parametrize(

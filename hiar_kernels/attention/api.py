@@ -179,6 +179,10 @@ def _validate(
     context: KVContext | None,
     kv_counts: Tensor | None,
 ) -> None:
+    if mask is not None and not isinstance(mask, BlockCausal):
+        found = f"a tensor {list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else repr(mask)
+        legal = "None or BlockCausal(frame_tokens, frames_per_block, ...): who sees whom goes by frame ids"
+        raise ValueError(f"attention: mask must be {legal}; got {found}")
     if q.dim() != 4:
         raise ValueError(f"attention: q must be [B, Tq, H, D], got {list(q.shape)}")
     b, _, h, d = q.shape
