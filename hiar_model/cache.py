@@ -270,9 +270,7 @@ class RingAttend(Attend):
             rows, frames = self.frames.shape
             tokens, heads = cache.frame_tokens, cache.k[0].shape[3]
             shape = (rows, frames * tokens, heads, self.used * tokens)
-            self.schedule = attention_schedule(
-                shape, self.mask, self.frames, self.kv_frames, device=self.frames.device
-            )
+            self.schedule = attention_schedule(shape, self.mask, self.frames, self.kv_frames, device=self.frames.device)
 
     def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:
         cache, c = self.cache, self.cache.config

@@ -27,6 +27,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.filter import Graph
+from av.video.reformatter import ColorRange, Colorspace
 
 Frames = npt.NDArray[np.uint8]
 """uint8 [F, H, W, 3], RGB."""
@@ -37,6 +38,8 @@ LEAST_SIDE = 256
 """Pixels on the short side that a written video has at least; smaller frames are enlarged by a whole factor."""
 GIF_TICKS = 100  # per second: the format counts time in hundredths
 GIF_FASTEST = 50.0  # viewers slow down anything faster
+HD_LINES = 720
+"""From so many lines on video is BT.709, below BT.601: written so, and taken so where a file does not say."""
 CHUNK = 16  # frames enlarged at once
 
 
@@ -266,11 +269,16 @@ class _Mp4:
         self.stream: Any = stream
         self.stream.height, self.stream.width = height + self.odd[0], width + self.odd[1]
         self.stream.pix_fmt = "yuv420p"
+        self.matrix, tag = (Colorspace.ITU709, 1) if height >= HD_LINES else (Colorspace.ITU601, 6)
+        context = self.stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = tag
+        context.color_range = ColorRange.MPEG
 
     def add(self, image: Frames) -> None:
         if any(self.odd):  # yuv420p has even sizes only: repeat the last row or column
             image = np.pad(image, ((0, self.odd[0]), (0, self.odd[1]), (0, 0)), mode="edge")
-        self.container.mux(self.stream.encode(_av_frame(image)))
+        frame = _av_frame(image).reformat(format="yuv420p", dst_colorspace=self.matrix)
+        self.container.mux(self.stream.encode(frame))
 
     def close(self) -> None:
         try:
@@ -331,6 +339,14 @@ class _Pngs:
 
     def close(self) -> None:
         pass
+
+
+def source_colours(frame: Any) -> Colorspace | None:
+    """The colour matrix to read a decoded frame by, where it names none itself; None: go by the frame."""
+    unspecified = frame.colorspace in (0, 2) and not frame.format.is_rgb  # 0 is RGB's, but some files say it of YUV
+    if not unspecified or len(frame.planes) < 3:
+        return None
+    return Colorspace.ITU709 if frame.height >= HD_LINES else Colorspace.ITU601
 
 
 def _av_frame(image: Frames) -> Any:

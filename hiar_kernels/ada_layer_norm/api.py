@@ -31,7 +31,9 @@ def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
         raise ValueError(f"ada_layer_norm: x must be [B, T, C], got {list(x.shape)}")
     for name, m in (("shift", shift), ("scale", scale)):
         if m.dim() != 3 or m.shape[0] not in (1, x.shape[0]) or m.shape[2] != x.shape[2] or m.shape != shift.shape:
-            raise ValueError(f"ada_layer_norm: {name} must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(m.shape)}")
+            raise ValueError(
+                f"ada_layer_norm: {name} must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(m.shape)}"
+            )
     if choose("ada_layer_norm", impl, IMPLS, auto=automatic(x, shift, scale, norm=True)) == "triton":
         prepare("ada_layer_norm", norm=True, x=x, shift=shift, scale=scale)
         return torch.ops.hiar.ada_layer_norm(x, shift, scale, eps)

@@ -132,8 +132,8 @@ def takes_layout(q: Tensor, mask: BlockCausal) -> bool:
 
 
 def takes_schedule(q: Tensor, k: Tensor, mask: BlockCausal) -> bool:
-    """Whether ``impl="auto"`` would run the kernel that goes by an :class:`AttentionSchedule` for such queries and keys,
-    without gradient: one made ahead then serves every layer.
+    """Whether ``impl="auto"`` would run the kernel that goes by an :class:`AttentionSchedule` for such queries and
+    keys, without gradient: one made ahead then serves every layer.
     """
     chosen = table.choose(q, k, k, mask, None, None, None, False, False).impl
     return choose("attention", "auto", IMPLS, auto=chosen) == "gluon"

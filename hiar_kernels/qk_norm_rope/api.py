@@ -125,7 +125,9 @@ def _validate(
     cells: tuple[int, int] | None,
 ) -> None:
     if cells is not None and not (len(cells) == 2 and 0 <= cells[0] < cells[1] <= grid[0] * grid[1]):
-        raise ValueError(f"{op}: cells must be (start, stop) with 0 <= start < stop <= {grid[0] * grid[1]}, got {cells}")
+        raise ValueError(
+            f"{op}: cells must be (start, stop) with 0 <= start < stop <= {grid[0] * grid[1]}, got {cells}"
+        )
     tokens = _tokens(grid, cells)
     if qkv.dim() != 3:
         raise ValueError(f"{op}: qkv must be [B, T, 3 H D], got {list(qkv.shape)}")
