@@ -17,7 +17,7 @@ from typing import Any
 import av
 import numpy as np
 
-from .video import Frames, source_colours
+from .video import Frames, source_matrix
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -166,7 +166,7 @@ class _Clip:
             raise ValueError(f"extend {path}: corrupt: no frame can be read")
 
     def _upright(self, frame: Any, stream: Any) -> Frames:
-        image = frame.to_ndarray(format="rgb24", src_colorspace=source_colours(frame))
+        image = frame.to_ndarray(format="rgb24", src_colorspace=source_matrix(frame))
         turns, flip = _orientation(frame)
         if not self.notes and (turns or flip):
             self.notes.append(f"{self.path}: turned as the file says")

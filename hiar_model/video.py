@@ -27,7 +27,6 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.filter import Graph
-from av.video.reformatter import ColorRange, Colorspace
 
 Frames = npt.NDArray[np.uint8]
 """uint8 [F, H, W, 3], RGB."""
@@ -269,10 +268,10 @@ class _Mp4:
         self.stream: Any = stream
         self.stream.height, self.stream.width = height + self.odd[0], width + self.odd[1]
         self.stream.pix_fmt = "yuv420p"
-        self.matrix, tag = (Colorspace.ITU709, 1) if height >= HD_LINES else (Colorspace.ITU601, 6)
+        self.matrix, tag = _matrix(height), 1 if height >= HD_LINES else 6  # ITU-T H.273: BT.709, SMPTE 170M
         context = self.stream.codec_context
         context.color_primaries = context.color_trc = context.colorspace = tag
-        context.color_range = ColorRange.MPEG
+        context.color_range = 1  # "tv"
 
     def add(self, image: Frames) -> None:
         if any(self.odd):  # yuv420p has even sizes only: repeat the last row or column
@@ -341,12 +340,16 @@ class _Pngs:
         pass
 
 
-def source_colours(frame: Any) -> Colorspace | None:
+def source_matrix(frame: Any) -> str | None:
     """The colour matrix to read a decoded frame by, where it names none itself; None: go by the frame."""
     unspecified = frame.colorspace in (0, 2) and not frame.format.is_rgb  # 0 is RGB's, but some files say it of YUV
     if not unspecified or len(frame.planes) < 3:
         return None
-    return Colorspace.ITU709 if frame.height >= HD_LINES else Colorspace.ITU601
+    return _matrix(frame.height)
+
+
+def _matrix(height: int) -> str:
+    return "ITU709" if height >= HD_LINES else "ITU601"
 
 
 def _av_frame(image: Frames) -> Any:
