@@ -13,6 +13,7 @@ from torch import Tensor
 import hiar_kernels
 from anchors import LIBRARIES, swapped
 from hiar_kernels import BlockCausal, KVContext, attention_layout
+from hiar_kernels.attention import table as dispatch
 from hiar_kernels.attention.api import IMPLS
 from hiar_kernels.attention.library import unavailable
 from measure import Bench, line_of
@@ -20,7 +21,7 @@ from work import Op, Sizes, Work, ids, normal
 
 BASELINE = "sdpa"
 FLEX = {"flex": "TRITON", "flex-flash": "FLASH"}  # way -> its backend
-CUT = " in 2 parts"  # a way of the dispatcher: the keys in two calls, merged
+SPLITS = 2  # rows of one launch that the keys are cut into, beside uncut ones
 
 
 @functools.cache  # made once: some compile
@@ -29,8 +30,9 @@ def library(bench: Bench, name: str) -> Callable[..., Tensor]:
 
 
 def parsed(way: str) -> tuple[str, int]:
-    """A way of the dispatcher as its ``impl`` and ``parts``."""
-    return way.removesuffix(CUT), 2 if way.endswith(CUT) else 1
+    """A way of the dispatcher as its ``impl`` and ``num_splits``."""
+    impl, _, num_splits = way.partition(" with num_splits=")
+    return impl, int(num_splits or 1)
 
 
 def mask_mod(mask: BlockCausal, queries: Tensor, own: Tensor, context: Tensor | None) -> Callable[..., Tensor]:
@@ -119,8 +121,8 @@ def attend(
 
 
 def dispatched(way: str, *qkv: Tensor, **options: Any) -> Tensor:
-    impl, parts = parsed(way)
-    out = hiar_kernels.attention(*qkv, **options, impl=impl, parts=parts)
+    impl, num_splits = parsed(way)
+    out = hiar_kernels.attention(*qkv, **options, impl=impl, num_splits=num_splits)
     assert isinstance(out, Tensor)
     return out
 
@@ -197,14 +199,15 @@ def table(bench: Bench, absent: dict[str, str], own: tuple[str, ...]) -> list[Op
     """Attention at every shape; ``own``: implementations of the dispatcher that are kernels of this package."""
     impls = [BASELINE, *own]
     for impl in IMPLS:
-        if impl in ("reference", "triton", BASELINE):
+        if impl in ("reference", BASELINE, *dispatch.OWN):
             continue
         lacking = unavailable(impl, torch.device(bench.device))
         if lacking is None:
             impls.append(impl)
         else:
             absent[f"{impl} for attention"] = lacking
-    cut = [impl + CUT for impl in impls if impl not in own]
+    # on CUDA the one of torch's that sdpa takes for a logsumexp is "flash"
+    cut = [dispatch.way(impl, SPLITS) for impl in impls if impl not in own and not (bench.cuda and impl == BASELINE)]
     direct, masked = libraries(bench, absent), flex_ways(bench, absent)
 
     def op(make: Callable[[Bench, Sizes], Work], trained: bool, peers: tuple[str, ...], more: list[str]) -> Op:

@@ -105,6 +105,6 @@ def test_op(
     row |= {"limit": limits[op.unit], "of_limit": rate / limits[op.unit], "goal_ms": op.goal_ms}
     row |= {"rehearsal": not CUDA, "shape": op.shape, "arch": ARCHITECTURE}
     if op.shape is not None and way not in op.peers:
-        row |= dict(zip(("impl", "parts"), parsed(way)))
+        row |= dict(zip(("impl", "num_splits"), parsed(way)))
     benchmark.extra_info.update(row)
     record_property("row", row)

@@ -4,8 +4,8 @@ pytest bench/ --benchmark-only          on a CUDA device: Wan 1.3B sizes, into b
                                         without one: rehearsal at small sizes, its figures mean nothing; out/bench/
 
 ops.md and ops.json hold every op, ops.png shows them, rollout.md and rollout.json are of whole rollouts, vae.md and
-vae.json of the VAE. measured.json is hiar_kernels/attention/measured.json with this run's winners in it, to be copied
-there. With --resume FILE the rows of earlier runs in FILE are among them (resume.py).
+vae.json of the VAE. measured.json is hiar_kernels/attention/measured.json with this run's measurements in it, to be
+copied there. With --resume FILE the rows of earlier runs in FILE are among them (resume.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The results of the op benchmarks: a row for each measured way; a table, a plot, the winners for the dispatcher."""
+"""The results of the op benchmarks: a row for each measured way; a table, a plot, the dispatcher's choices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hiar_kernels.attention.table import SHAPES, Winner, winners
+from hiar_kernels.attention.table import OWN, SHAPES, Measurement, measurements, way
 from measure import Bench, result_folder
 from resume import sources
 
@@ -82,8 +82,9 @@ def _kind(row: Row) -> str:
     return "failed" if "error" in row else "refused"
 
 
-def best(rows: list[Row], source: str) -> list[Winner]:
-    """The fastest right implementation of attention at each shape; where it is trained, forward and backward together.
+def best(rows: list[Row], source: str) -> list[Measurement]:
+    """The right implementations of attention at each shape, the fastest first, down to the first kernel of our own:
+    that one runs without a layout too. Where it is trained, by forward and backward together.
 
     Args:
         source: GPU, versions, date and revision.
@@ -94,20 +95,23 @@ def best(rows: list[Row], source: str) -> list[Winner]:
         times: dict[tuple[int, str, int], dict[str, float]] = {}
         for row in measured(rows):
             if row.get("shape") == shape and "impl" in row and (row["op"], row["pass"]) not in bad:
-                times.setdefault((row["arch"], row["impl"], row["parts"]), {})[row["pass"]] = row["ms"][1]
+                times.setdefault((row["arch"], row["impl"], row["num_splits"]), {})[row["pass"]] = row["ms"][1]
         total = {key: sum(by.values()) for key, by in times.items() if set(by) == set(passes)}
         for arch in sorted({key[0] for key in total}):
-            ranked = sorted((ms, impl, parts) for (a, impl, parts), ms in total.items() if a == arch)
-            (ms, impl, parts), *others = ranked
-            told: dict[str, float] = {}
-            for late, other, _ in others:
-                told.setdefault(other, late)
-            told.pop(impl, None)
-            found.append(Winner(arch, shape, impl, parts, ms, told, source))
+            ranked = sorted((ms, impl, splits) for (a, impl, splits), ms in total.items() if a == arch)
+            taken: set[str] = set()
+            for ms, impl, splits in ranked:
+                if impl in taken:
+                    continue
+                taken.add(impl)
+                others = {way(*other): late for late, *other in ranked if other != [impl, splits]}
+                found.append(Measurement(arch, shape, impl, splits, ms, others, source))
+                if impl in OWN:
+                    break
     return found
 
 
-def merged(new: list[Winner], old: tuple[Winner, ...]) -> list[dict[str, Any]]:
+def merged(new: list[Measurement], old: tuple[Measurement, ...]) -> list[dict[str, Any]]:
     """The dispatcher's table; what was measured now replaces what it held for the same architecture and shape."""
     fresh = {(row.architecture, row.shape) for row in new}
     kept = [row for row in old if (row.architecture, row.shape) not in fresh]
@@ -171,7 +175,8 @@ def write(rows: list[Row], about: dict[str, str], folder: Path) -> Path:
     kept = {"rehearsal": not CUDA, "environment": about, "limits": limits, "absent": ABSENT, "rows": rows}
     (folder / "ops.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
     if CUDA and not failing():
-        source = f"{about['device']}, torch {about['torch']}, {about['date'][:10]}, revision {about['revision']}"
-        whole = merged(best(rows, source), winners())
+        versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "cudnn", "triton") if name in about)
+        source = f"{about['device']}, {versions}, {about['date'][:10]}, revision {about['revision']}"
+        whole = merged(best(rows, source), measurements())
         (folder / "measured.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return folder / "ops.md"

@@ -54,12 +54,9 @@ def named(tile: Any) -> str:
     return " ".join(f"{field.name}={value}" for field, value in values if value != field.default)
 
 
-def configurations(part: str, shape: str, arch: int) -> dict[str, Any]:
+def configurations(part: str, arch: int) -> dict[str, Any]:
     """Name -> tile, of the architecture or the newest older one; None is what the launcher takes by itself."""
-    listed = _launch.pick(_launch.CANDIDATES[part], arch)
-    if shape == "constant_context":  # tensor descriptors take none
-        listed = [tile for tile in listed if not tile.tma]
-    return {PINNED: None, **{named(tile): tile for tile in listed}}
+    return {PINNED: None, **{named(tile): tile for tile in _launch.pick(_launch.CANDIDATES[part], arch)}}
 
 
 def work_of(part: str, work: Work) -> float:
@@ -104,7 +101,7 @@ def cases(bench: Bench, z: Sizes, part: str, shapes: list[str], arch: int) -> It
 
     for shape in shapes:
         if part == "forward" or shape in TRAINED:
-            for name, tile in configurations(part, shape, arch).items():
+            for name, tile in configurations(part, arch).items():
                 yield {"configuration": name, "shape": shape}, functools.partial(measured, shape, tile)
 
 

@@ -27,7 +27,8 @@ _OPS = {
     "merge_attention": (
         merge_attention.IMPLS,
         "reference",
-        "differentiable; triton and cuda (one pass, no gradient) on request, until they are measured",
+        "for CUDA tensors that need no gradient in one pass: triton where it is installed, else cuda where the CUDA "
+        "extension is built; reference elsewhere",
     ),
     "qk_norm_rope": (qk_norm_rope.IMPLS, "reference", POINTWISE),
     "qk_norm_rope_append": (
@@ -61,14 +62,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Backends:
-    """``devices`` and ``libraries`` (None: not installed) found, the :class:`Choice` of every op, the measurements that
-    choose for attention, one line for each (architecture, shape class), and whether the CUDA ``extension`` is built.
+    """``devices`` and ``libraries`` (None: not installed) found, the :class:`Choice` of every op, that of ``attention``
+    for each shape class, what was ``measured`` of it, on any GPU, and whether the CUDA ``extension`` is built.
     """
 
     devices: tuple[str, ...]
     libraries: dict[str, str | None]
     ops: dict[str, Choice] = field(default_factory=dict)
-    attention: tuple[attention_table.Winner, ...] = ()
+    attention: dict[str, attention_table.Choice] = field(default_factory=dict)
+    measured: tuple[attention_table.Measurement, ...] = ()
     extension: str = ""
 
     def __str__(self) -> str:
@@ -76,7 +78,8 @@ class Backends:
         lines += [f"{name}: {version or 'not installed'}" for name, version in self.libraries.items()]
         lines += [f"CUDA extension: {self.extension}"]
         lines += [f"{op}: auto = {c.auto} of ({', '.join(c.implementations)}): {c.why}" for op, c in self.ops.items()]
-        lines += [f"attention measured: {row}" for row in self.attention] or ["attention measured: nothing yet"]
+        lines += [f"attention, {attention_table.SHAPES[shape]}: {choice}" for shape, choice in self.attention.items()]
+        lines += [f"attention measured: {row}" for row in self.measured] or ["attention measured: nothing yet"]
         return "\n".join(lines)
 
 
@@ -86,7 +89,8 @@ def backends() -> Backends:
     libraries = {"torch": torch.__version__}
     found = {name: _version(name) for name in ("triton", "flash-attn", "xformers")}
     ops = {name: Choice(impls, auto, why) for name, (impls, auto, why) in _OPS.items()}
-    return Backends(tuple(devices), {**libraries, **found}, ops, attention_table.winners(), _cuda.status())
+    by_shape, measured = attention_table.choices(), attention_table.measurements()
+    return Backends(tuple(devices), {**libraries, **found}, ops, by_shape, measured, _cuda.status())
 
 
 def _version(distribution: str) -> str | None:

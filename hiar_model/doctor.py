@@ -33,6 +33,10 @@ def report() -> Iterator[tuple[str, str]]:
     yield "CUDA extension", backends.extension
     for op, choice in backends.ops.items():
         yield f"op {op}", f"auto = {choice.auto} of {', '.join(choice.implementations)}: {choice.why}"
+    for shape, taken in backends.attention.items():
+        yield f"attention {shape}", str(taken)
+    for row in backends.measured:
+        yield "attention measured", str(row)
     for name in SHIPPED:
         try:
             model = load_video_model(name, "cpu")

@@ -21,6 +21,7 @@ from hiar_kernels import (
     KVContext,
     ada_layer_norm,
     attention,
+    attention_layout,
     gated_residual,
     gated_residual_ada_layer_norm,
     layer_norm,
@@ -298,7 +299,12 @@ class Head(nn.Module):
 
 
 class FullSequence(Attend):
-    """:class:`Attend` over whole sequences: training, teachers, oracles. Keeps keys and values if asked."""
+    """:class:`Attend` over whole sequences: training, teachers, oracles. Keeps keys and values if asked.
+
+    Args:
+        frames: ids [B or 1, F]. host_frames: the same on the host. With them, and those of the context, ``layout`` is
+            known to all layers, and attention may go by a library.
+    """
 
     def __init__(
         self,
@@ -308,8 +314,15 @@ class FullSequence(Attend):
         mask: BlockCausal | None,
         context: Sequence[KVContext] | None = None,
         collect: bool = False,
+        host_frames: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.config, self.grid, self.frames, self.mask, self.context = config, grid, frames, mask, context
+        self.host_frames, self.layout = host_frames, None
+        seen = context[0].host_frames if context else None
+        known = mask is not None and host_frames is not None and (seen is not None or not context)
+        if known and not torch.compiler.is_compiling():
+            assert mask is not None and host_frames is not None
+            self.layout = attention_layout(mask, host_frames, host_frames, seen)
         self.collected: list[KVContext] | None = [] if collect else None
 
     def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:
@@ -318,12 +331,12 @@ class FullSequence(Attend):
             qkv, q_weight, k_weight, self.frames, num_heads=c.num_heads, grid=self.grid, eps=c.eps, theta=c.rope_theta
         )
         if self.collected is not None:
-            self.collected.append(KVContext(k, v, self.frames))
+            self.collected.append(KVContext(k, v, self.frames, host_frames=self.host_frames))
         if live is not None:
             return None
         ids = None if self.mask is None else self.frames
         context = None if self.context is None else self.context[layer]
-        out = attention(q, k, v, mask=self.mask, q_frames=ids, kv_frames=ids, context=context)
+        out = attention(q, k, v, mask=self.mask, q_frames=ids, kv_frames=ids, context=context, layout=self.layout)
         assert isinstance(out, Tensor)
         return out
 
@@ -414,11 +427,12 @@ class HiARTransformer(nn.Module):
         if mode not in ATTENTION_MODES:
             raise ValueError(f"attention must be one of {', '.join(ATTENTION_MODES)}, got {mode!r}")
         grid = self.config.grid(*latents.shape[3:])
-        frames = torch.arange(first, first + latents.shape[1], device=latents.device)[None]
+        ids = range(first, first + latents.shape[1])
+        frames = torch.arange(ids.start, ids.stop, device=latents.device)[None]
         mask = None
         if mode == "block_causal":
             mask = BlockCausal(grid[0] * grid[1], block, window, sink, start)
-        return FullSequence(self.config, grid, frames, mask, context, collect)
+        return FullSequence(self.config, grid, frames, mask, context, collect, [ids])
 
     def run(
         self, latents: Tensor, modulation: Modulation, text: TextKV, attend: Attend, live: Live | None = None

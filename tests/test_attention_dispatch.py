@@ -1,8 +1,10 @@
-"""Attention through libraries: layouts, parts that are merged, the call of every package, and what auto chooses."""
+"""Attention through libraries: layouts, splits of the keys, the call of every package, and what auto chooses."""
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import sys
 from types import ModuleType
 
@@ -12,11 +14,13 @@ from budget import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hiar_kernels as hk
-from hiar_kernels import BlockCausal, KVContext, attention, attention_layout, reference
+from hiar_kernels import AttentionLayout, BlockCausal, KVContext, attention, attention_layout, reference
 from hiar_kernels.attention import library, table
-from hiar_kernels.attention.layout import Group
+from hiar_kernels.attention.layout import Group, even_cut
+from hiar_model.doctor import report
 
 pytestmark = pytest.mark.cpu
 
@@ -71,13 +75,13 @@ def test_a_layout_gives_the_oracles_result(data):
     last = data.draw(st.integers(1, 4), "blocks") * block
     ring = data.draw(st.permutations([*range(last), -1]), "ring")
     queries = list(range(max(0, last - 2 * block), last))
-    parts = data.draw(st.integers(1, 4), "parts")
+    splits = data.draw(st.integers(1, 4), "splits")
     q, k, v = normal(rows, len(queries), 1), normal(rows, len(ring), 2), normal(rows, len(ring), 3)
     empty = ring.index(-1) * TOKENS
     k[:, empty : empty + TOKENS] = v[:, empty : empty + TOKENS] = torch.nan
     ids = {"q_frames": torch.tensor([queries]), "kv_frames": torch.tensor([ring])}
     layout = attention_layout(mask, [queries], [ring], rows=rows)
-    out, lse = attention(q, k, v, mask=mask, **ids, layout=layout, impl="sdpa", parts=parts, return_lse=True)
+    out, lse = attention(q, k, v, mask=mask, **ids, layout=layout, impl="sdpa", num_splits=splits, return_lse=True)
     wanted, wanted_lse = reference.attention(q, k, v, mask=mask, **ids, return_lse=True)
     torch.testing.assert_close(out, wanted, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, wanted_lse, rtol=0, atol=1e-12)
@@ -93,34 +97,115 @@ def test_a_given_layout_is_all_that_is_read():
     torch.testing.assert_close(found, reference.attention(q, k, k), rtol=0, atol=1e-12)
 
 
+# Splits of the keys
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_an_even_cut_covers_every_key_once(data):
+    edges = sorted(data.draw(st.sets(st.integers(0, 40), min_size=2, max_size=8), "edges"))
+    runs = tuple(zip(edges[::2], edges[1::2], strict=False))
+    rows = data.draw(st.integers(1, 5), "rows")
+    cut = even_cut(runs, rows)
+    keys = [key for start, stop in runs for key in range(start, stop)]
+    longest = max(stop - start for start, stop in runs)
+    if cut is None:
+        assert longest < rows
+        return
+    starts = [cut.first + row * cut.step for row in range(rows)]
+    covered = [key for start in starts for key in range(start, start + cut.length)]
+    rest = [key for start, stop in cut.rest for key in range(start, stop)]
+    assert sorted(covered + rest) == keys
+    assert cut.length >= longest // rows and all(start < stop for start, stop in cut.rest)
+
+
+def test_the_rows_of_rings():
+    """Whole rings, shorter ones, a window that has moved on, a sink before it; of two frames' tokens, 10 each."""
+    assert even_cut(((0, 210),), 2) == (0, 105, 105, ())  # a cut between frames would leave one of 21
+    assert even_cut(((0, 210),), 4) == (0, 52, 52, ((208, 210),))
+    assert even_cut(((0, 100), (130, 240)), 2) == (0, 130, 100, ((230, 240),))
+    assert even_cut(((0, 10), (40, 240)), 2) == (40, 100, 100, ((0, 10),))
+    assert even_cut(((0, 30), (50, 80), (100, 140)), 3) == (0, 50, 30, ((130, 140),))
+    assert even_cut(((0, 30), (45, 90), (120, 150)), 3) == (0, 60, 30, ((45, 60),))  # the middle row within a run
+    assert even_cut(((0, 1), (3, 4)), 3) is None and even_cut((), 2) is None
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[Tensor, Tensor]]:
+    """Queries and keys of every call of a library."""
+    made, partial = [], library.partial
+    monkeypatch.setattr(library, "partial", lambda *given: made.append(given[1:3]) or partial(*given))
+    return made
+
+
+RINGS = {  # slots of a ring of 8 frames with a window of 7 that queries 9..11 see; calls and their keys, in tokens
+    "all of it": ([3, 4, 5, 6, 7, 8, 9, 10, 11][1:], 0, [(2, 4 * TOKENS)]),
+    "an odd number": ([5, 6, 7, 8, 9, 10, 11, -1], 0, [(2, 7 * TOKENS // 2), (1, 7 * TOKENS % 2)]),
+    "two equal runs": ([9, 10, 11, -1, 6, 7, 8, -1], 0, [(2, 3 * TOKENS)]),
+    "a sink": ([0, -1, 6, 7, 8, 9, 10, 11], 1, [(2, 3 * TOKENS), (1, TOKENS)]),
+}
+
+
+@pytest.mark.parametrize("name", RINGS)
+def test_splits_are_rows_of_one_launch(name, calls):
+    ring, sink, expected = RINGS[name]
+    mask = BlockCausal(TOKENS, 3, window_frames=8, sink_frames=sink)
+    q, k, v = normal(1, 3, 1), normal(1, 8, 2), normal(1, 8, 3)
+    hidden = torch.tensor(ring).repeat_interleave(TOKENS) < 0
+    k[:, hidden] = v[:, hidden] = torch.nan
+    ids = {"q_frames": torch.tensor([[9, 10, 11]]), "kv_frames": torch.tensor([ring])}
+    layout = attention_layout(mask, **ids)
+    found = attention(q, k, v, mask=mask, **ids, layout=layout, impl="sdpa", num_splits=2, return_lse=True)
+    for got, wanted in zip(found, reference.attention(q, k, v, mask=mask, **ids, return_lse=True), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    assert [tuple(keys.shape[:2]) for _, keys in calls] == expected
+    queries, keys = calls[0]
+    assert queries.stride(0) == 0, "queries were copied"
+    assert keys.untyped_storage().data_ptr() == k.untyped_storage().data_ptr(), "keys were copied"
+
+
+def test_splits_of_several_videos_and_of_a_context(calls):
+    """Each video by itself; of own keys and a context the longer is cut, the other is the rest."""
+    q, k = normal(2, 2, 1), normal(2, 4, 2)
+    found = attention(q, k, k, impl="sdpa", num_splits=2)
+    torch.testing.assert_close(found, reference.attention(q, k, k), rtol=0, atol=1e-12)
+    assert [tuple(keys.shape[:2]) for _, keys in calls] == [(2, 2 * TOKENS)] * 2
+    calls.clear()
+    mask = BlockCausal(TOKENS, 2)
+    context = KVContext(normal(2, 4, 3), normal(2, 4, 4), torch.tensor([[0, 1, 2, 3]]))
+    ids = {"q_frames": torch.tensor([[4, 5]]), "kv_frames": torch.tensor([[4, 5]])}
+    q, k = normal(2, 2, 1), normal(2, 2, 2)
+    options = {"mask": mask, **ids, "context": context}
+    found = attention(q, k, k, **options, impl="sdpa", num_splits=2)
+    torch.testing.assert_close(found, reference.attention(q, k, k, **options), rtol=0, atol=1e-12)
+    assert [tuple(keys.shape[:2]) for _, keys in calls] == [(2, 2 * TOKENS), (1, 2 * TOKENS)] * 2
+
+
+def test_more_splits_than_keys_are_one_call(calls):
+    q, k = normal(1, 2), normal(1, 1, 1)
+    found = attention(q, k, k, impl="sdpa", num_splits=4)
+    torch.testing.assert_close(found, reference.attention(q, k, k), rtol=0, atol=1e-12)
+    assert [keys.shape[1] for _, keys in calls] == [TOKENS]
+    assert attention(q[:0], k[:0], k[:0], impl="sdpa", num_splits=2).shape == (0, 2 * TOKENS, HEADS, DIM)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_keep_the_error_budget(dtype):
+def test_splits_keep_the_error_budget(dtype):
     q, k, v = (normal(1, n, seed, dtype) for n, seed in ((2, 1), (400, 2), (400, 3)))
     exact = reference.attention(q.double(), k.double(), v.double())
     eager = attention(q, k, v, impl="reference")
-    for parts in (1, 2, 3):
-        assert_within_budget(attention(q, k, v, impl="sdpa", parts=parts), eager, exact, f"{parts} parts")
+    for n in (1, 2, 3, 7):
+        assert_within_budget(attention(q, k, v, impl="sdpa", num_splits=n), eager, exact, f"{n} splits")
 
 
-def test_keys_are_cut_evenly_at_whole_tiles():
-    k = normal(1, 400)
-    assert [part[0].shape[1] for part in library._cut([k], [k], 3)] == [512, 512, 176]
-    for parts in (1, 2, 3, 5):
-        cut = library._cut([k], [k], parts)
-        assert len(cut) == parts and sum(part.shape[1] for part, _ in cut) == k.shape[1]
-        assert all(part.shape[1] % 128 == 0 for part, _ in cut[:-1])
-        assert all(part.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() for part, _ in cut)
-    assert len(library._cut([k[:, :100]], [k[:, :100]], 4)) == 1  # less than a tile
-
-
-def test_a_gradient_needs_one_part():
+def test_a_gradient_takes_no_splits():
     mask = BlockCausal(TOKENS, 2)
     q, k = normal(1, 4).requires_grad_(), normal(1, 4, 1).requires_grad_()
     context = KVContext(normal(1, 4, 2), normal(1, 4, 3), torch.tensor([[0, 1, 2, 3]]))
     ids = {"q_frames": torch.tensor([[2, 3, 4, 5]]), "kv_frames": torch.tensor([[2, 3, 4, 5]])}
     layout = attention_layout(mask, ids["q_frames"], ids["kv_frames"], context.frames)
     grads = []
-    for options in ({"impl": "reference"}, {"impl": "sdpa", "layout": layout, "parts": 3}):
+    for options in ({"impl": "reference"}, {"impl": "sdpa", "layout": layout, "num_splits": 3}):
         out = attention(q, k, k, mask=mask, **ids, context=context, **options)
         grads.append(torch.autograd.grad(out.square().sum(), (q, k)))
     for found, wanted in zip(*grads, strict=True):
@@ -152,8 +237,8 @@ def test_the_call_of_a_package(impl, monkeypatch):
     monkeypatch.setattr(library, "unavailable", lambda *_: None)
     q, k, v = (normal(1, n, seed, torch.bfloat16) for n, seed in ((2, 1), (200, 2), (200, 3)))
     eager, exact = reference.attention(q, k, v), reference.attention(q.double(), k.double(), v.double())
-    for parts in (1, 2):
-        assert_within_budget(attention(q, k, v, impl=impl, parts=parts), eager, exact, f"{parts} parts")
+    for n in (1, 2):
+        assert_within_budget(attention(q, k, v, impl=impl, num_splits=n), eager, exact, f"{n} splits")
     library._packaged.cache_clear()
 
 
@@ -168,7 +253,7 @@ def test_a_library_that_cannot_run_says_why():
     assert line == "attention: impl='flash-attn-4' cannot run: flash_attn.cute is not installed"
 
 
-def test_wrong_layouts_and_parts_are_refused():
+def test_wrong_layouts_and_splits_are_refused():
     mask = BlockCausal(TOKENS, 2)
     q, k = normal(1, 2), normal(1, 4, 1)
     ids = {"q_frames": torch.tensor([[2, 3]]), "kv_frames": torch.tensor([[0, 1, 2, 3]])}
@@ -177,7 +262,7 @@ def test_wrong_layouts_and_parts_are_refused():
         return lambda: attention(q, k, k, mask=mask, **ids, layout=layout, **options)
 
     good = attention_layout(mask, **ids)
-    assert refusal(call(good, parts=0)) == "attention: parts must be at least 1, got 0"
+    assert refusal(call(good, num_splits=0)) == "attention: num_splits must be at least 1, got 0"
     longer = attention_layout(mask, [[4, 5]], [[0, 1, 2, 3, 4, 5]])
     assert refusal(call(longer)) == "attention: layout has 6 slots of own keys, there are 4"
     shorter = attention_layout(mask, [[3]], [[0, 1, 2, 3]])
@@ -193,21 +278,22 @@ def test_wrong_layouts_and_parts_are_refused():
 # What auto chooses
 
 ROW = {
-    "architecture": 90, "shape": "visit", "impl": "cudnn", "parts": 2, "milliseconds": 1.5,
+    "architecture": 90, "shape": "visit", "impl": "cudnn", "num_splits": 2, "milliseconds": 1.5,
     "others": {"triton": 1.75, "flash": 2.0}, "source": "GPU, 2026-01-01, 0123abc",
 }  # fmt: skip
 
 
 def decide(shape="visit", architecture=90, rows=(ROW,), runs=lambda impl: True, **options):
     options = {"known": True, "counts": False, "return_lse": False, "trains": False, **options}
-    return table.decide(architecture, shape, runs=runs, table=[table.Winner(**row) for row in rows], **options)
+    measured = None if rows is None else [table.Measurement(**row) for row in rows]
+    return table.decide(architecture, shape, runs=runs, table=measured, **options)
 
 
 def test_what_was_measured_decides():
     found = decide()
-    assert (found.impl, found.parts) == ("cudnn", 2)
+    assert (found.impl, found.num_splits) == ("cudnn", 2)
     assert found.why == (
-        "sm_90 visit: cudnn in 2 parts 1.500 ms (others: triton 1.750, flash 2.000), GPU, 2026-01-01, 0123abc"
+        "sm_90 visit: cudnn with num_splits=2 1.500 ms (others: triton 1.750, flash 2.000), GPU, 2026-01-01, 0123abc"
     )
     assert decide("pair").impl == decide(architecture=80).impl == "sdpa"
     assert decide("pair").why == "nothing measured for pair on sm_90: torch's own choice"
@@ -217,9 +303,71 @@ def test_what_cannot_run_is_not_chosen():
     assert decide(known=False).impl == "triton"  # a library would read the ids from the device
     assert decide(runs=lambda impl: impl != "cudnn").impl == "sdpa"
     assert decide(known=False, runs=lambda impl: False).impl == "sdpa"
-    assert decide(rows=[{**ROW, "impl": "triton", "parts": 1}], known=False).why.startswith("sm_90 visit: triton")
+    assert decide(rows=[{**ROW, "impl": "triton", "num_splits": 1}], known=False).why.startswith("sm_90 visit: triton")
     assert decide(counts=True).impl == "sdpa"
     assert decide("pair", return_lse=True).impl == "triton" and decide(return_lse=True, trains=True).impl == "reference"
+
+
+def test_the_first_row_that_can_run_wins():
+    preferred = ("flash-attn-4", "cudnn", "triton", "sdpa")
+    rows = [{**ROW, "impl": impl, "num_splits": 1, "others": {}} for impl in preferred]
+    assert decide(rows=rows).impl == "flash-attn-4"
+    assert decide(rows=rows, runs=lambda impl: impl != "flash-attn-4").impl == "cudnn"
+    assert decide(rows=rows, runs=lambda impl: impl in ("sdpa", "triton")).impl == "triton"
+    assert decide(rows=rows, known=False).why == "sm_90 visit: triton 1.500 ms, GPU, 2026-01-01, 0123abc"
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """As on that GPU: tensors without memory, for torch is asked only what it would run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    with FakeTensorMode():
+        yield functools.partial(torch.empty, dtype=torch.bfloat16, device="cuda")
+
+
+def test_what_runs_on_an_h200(h200):
+    """By the table of the package, which says where every row is from."""
+    chosen = table.choices()
+    ways = {shape: table.way(choice.impl, choice.num_splits) for shape, choice in chosen.items()}
+    assert ways == {
+        "visit": "cudnn with num_splits=2", "pair": "cudnn with num_splits=2", "block_causal": "sdpa",
+        "constant_context": "triton", "cross": "sdpa", "bidirectional": "sdpa",
+    }  # fmt: skip
+    assert chosen["cross"].why == "nothing measured for cross on sm_90: torch's own choice"
+    assert {decide(shape, rows=None, known=False).impl for shape in list(table.SHAPES)[:4]} == {"triton"}
+    assert table.measurements()
+    source = r"NVIDIA \w+, torch [\w.+]+, cudnn \d+, triton [\d.]+, \d{4}-\d\d-\d\d, revision \w+"
+    for row in table.measurements():
+        assert re.match(source, row.source) and row.milliseconds > 0, row
+        assert table.way(row.impl, row.num_splits) not in row.others and row.architecture == 90
+    assert chosen["visit"].why.startswith("sm_90 visit: cudnn with num_splits=2 1.529 ms (others: cudnn 1.713")
+
+
+def test_people_are_told_the_choices(monkeypatch):
+    monkeypatch.setattr(table, "choices", lambda: {"visit": decide(), "cross": decide("cross")})
+    told = str(hk.backends()).splitlines()
+    reason = f"cudnn with num_splits=2: {table.Measurement(**ROW)}"
+    assert f"attention, queries of one block over a ring: {reason}" in told
+    lines = list(report())
+    assert ("attention visit", reason) in lines
+    assert ("attention cross", "sdpa: nothing measured for cross on sm_90: torch's own choice") in lines
+    assert [line for topic, line in lines if topic == "attention measured"] == [str(m) for m in table.measurements()]
+
+
+def test_videos_that_are_one_call_are_not_split(h200):
+    mask = BlockCausal(TOKENS, 2, window_frames=(4, 6))
+    ring = [[0, 1, 2, 3, 4, 5]]
+    layout = attention_layout(BlockCausal(TOKENS, 2), [[4, 5]], ring)
+    unlike = AttentionLayout(TOKENS, (((Group((0, 2), (), ((0, 6),))),), ((Group((0, 2), (), ((2, 6),))),)))
+
+    def chosen(videos: int, layout: AttentionLayout) -> table.Choice:
+        q, k = (h200(videos, slots * TOKENS, HEADS, 128) for slots in (2, 6))
+        return table.choose(q, k, mask, None, None, layout, False, False)
+
+    assert chosen(1, layout).num_splits == chosen(2, unlike).num_splits == 2
+    assert chosen(2, layout).num_splits == 1
+    assert chosen(2, layout).why.endswith("; uncut, for 2 videos are one call")
 
 
 def test_shape_classes():
@@ -242,10 +390,17 @@ def test_the_measured_file(tmp_path, monkeypatch):
     assert table.read(file) == ()
     file.write_text(json.dumps([ROW]))
     assert table.read(file)[0].others == ROW["others"]
-    monkeypatch.setattr(table, "winners", lambda: table.read(file))
-    assert "attention measured: sm_90 visit: cudnn in 2 parts 1.500 ms" in str(hk.backends())
-    file.write_text(json.dumps([{**ROW, "shape": "square"}]))
-    assert "unknown shape 'square'; legal: visit, pair, block_causal" in refusal(lambda: table.read(file))
+    monkeypatch.setattr(table, "measurements", lambda: table.read(file))
+    assert "attention measured: sm_90 visit: cudnn with num_splits=2 1.500 ms" in str(hk.backends())
+    wrong = {
+        "unknown shape 'square'; legal: visit, pair, block_causal": {**ROW, "shape": "square"},
+        "unknown impl 'cudn'; legal: sdpa, cudnn, flash": {**ROW, "impl": "cudn"},
+        "unknown parts in a row; legal: architecture, shape, impl, num_splits": {**ROW, "parts": 2},
+        "no source in a row; legal: architecture": {key: value for key, value in ROW.items() if key != "source"},
+    }
+    for said, row in wrong.items():
+        file.write_text(json.dumps([row]))
+        assert said in refusal(lambda: table.read(file))
 
 
 def test_on_a_cpu():

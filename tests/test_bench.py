@@ -20,7 +20,7 @@ from any_rule import any_ring, any_rule
 import hiar_kernels
 from hiar_kernels import _triton
 from hiar_kernels.attention.mask import visible_with_context
-from hiar_kernels.attention.table import SHAPES, Winner, read
+from hiar_kernels.attention.table import SHAPES, Measurement, read, way
 
 pytestmark = pytest.mark.cpu
 
@@ -99,10 +99,9 @@ def test_rehearsal(run_pytest, tmp_path):
         assert {(op, "forward", way) for way in ("eager", "compiled")} <= measured
     for op in ("visit", "pair", "block_causal", "constant_context", "cross", "bidirectional"):
         assert (f"attention: {op}", "forward", "sdpa") in measured
-        keys = [
-            (r["arch"], r["shape"], r["impl"], r["parts"]) for r in result["rows"] if r["shape"] == op and "impl" in r
-        ]
-        assert (0, op, "sdpa", 1) in keys
+        named = [r for r in result["rows"] if r["shape"] == op and "impl" in r]
+        keys = {(r["arch"], r["impl"], r["num_splits"]) for r in named if r["pass"] == "forward"}
+        assert keys == {(0, "sdpa", 1), (0, "sdpa", 2)} if op in ("visit", "pair") else keys == {(0, "sdpa", 1)}
     for row in result["rows"]:
         assert "error" not in row and row["rate"] > 0 and row["ms"] == sorted(row["ms"])
     for name in ("triton", "cuda", "cudnn for attention"):
@@ -271,12 +270,12 @@ def test_a_goal_is_told(bench):
     assert line not in table([row("all", "triton", 2.1, goal_ms=2.5, rehearsal=True)])
 
 
-def test_the_winners_for_the_dispatcher(bench, tmp_path):
+def test_the_choices_of_the_dispatcher(bench, tmp_path):
     from op_results import best, merged
 
-    def attention(shape: str, impl: str, ms: float, parts: int = 1, **more: Any) -> dict[str, Any]:
-        label = f"attention: {shape}"
-        return row(label, impl + " in 2 parts" * (parts > 1), ms, shape=shape, impl=impl, parts=parts, arch=90, **more)
+    def attention(shape: str, impl: str, ms: float, num_splits: int = 1, **more: Any) -> dict[str, Any]:
+        named = {"shape": shape, "impl": impl, "num_splits": num_splits, "arch": 90}
+        return row(f"attention: {shape}", way(impl, num_splits), ms, **named, **more)
 
     rows = [attention("visit", "sdpa", 3.0), attention("visit", "cudnn", 2.5), attention("visit", "cudnn", 2.0, 2)]
     rows += [attention("visit", "triton", 2.2), row("attention: visit", "flex", 1.0, shape="visit", arch=90)]
@@ -289,17 +288,19 @@ def test_the_winners_for_the_dispatcher(bench, tmp_path):
         {"op": "attention: cross", "pass": "forward", "way": "triton", "error": "x"},
     ]
     found = best(rows, "H200, today")
+    twice, uncut = "cudnn with num_splits=2", {"cudnn": 2.5, "sdpa": 3.0}
     assert found == [
-        Winner(90, "visit", "cudnn", 2, 2.0, {"triton": 2.2, "sdpa": 3.0}, "H200, today"),
-        Winner(90, "block_causal", "triton", 1, 7.0, {"sdpa": 10.0}, "H200, today"),
+        Measurement(90, "visit", "cudnn", 2, 2.0, {"triton": 2.2, **uncut}, "H200, today"),
+        Measurement(90, "visit", "triton", 1, 2.2, {twice: 2.0, **uncut}, "H200, today"),  # where ids are on the device
+        Measurement(90, "block_causal", "triton", 1, 7.0, {"sdpa": 10.0}, "H200, today"),
     ]
-    old = (Winner(90, "visit", "sdpa", 1, 9.0, {}, "before"), Winner(80, "visit", "flash", 1, 4.0, {}, "before"))
-    (tmp_path / "measured.json").write_text(json.dumps(merged(found, old)))
+    old = [Measurement(arch, "visit", "flash", 1, 4.0, {}, "before") for arch in (90, 80)]
+    (tmp_path / "measured.json").write_text(json.dumps(merged(found, tuple(old))))
     kept = read(tmp_path / "measured.json")
-    assert {(w.architecture, w.shape): w.impl for w in kept} == {
-        (80, "visit"): "flash", (90, "visit"): "cudnn", (90, "block_causal"): "triton"
-    }  # fmt: skip
-    assert {w.shape for w in kept} <= set(SHAPES)
+    assert [(m.architecture, m.shape, m.impl) for m in kept] == [
+        (80, "visit", "flash"), (90, "block_causal", "triton"), (90, "visit", "cudnn"), (90, "visit", "triton")
+    ]  # fmt: skip
+    assert {m.shape for m in kept} <= set(SHAPES)
 
 
 def test_a_plot_beside_the_table(bench, tmp_path, monkeypatch):

@@ -48,25 +48,15 @@ def test_gradients_of_norms_cancel_exactly(op):
     assert compile_case(dataclasses.replace(backward[0], fp_fusion=True), 90).fma > 0
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize("arch", [80, 100, 120])
 def test_attention_candidates_compile_and_fit(arch):
-    """The configurations that wait to be measured. Warps that only load have 24 registers, and may spill."""
+    """The configurations that wait to be measured."""
     found = []
     for kernels in ("triton_fwd", "triton_bwd"):
         found += importlib.import_module(f"hiar_kernels.attention.{kernels}").candidate_cases(arch)
+    assert found
     for tile, case in found:
-        report = compile_case(case, arch)
-        failed = [line for line in problems(case, arch, report) if not (tile.warp_specialize and "spills" in line)]
-        assert not failed, (tile, failed)
-        assert (report.tma > 0) == tile.tma
-        assert (report.warps > tile.warps) == tile.warp_specialize
-
-
-@pytest.mark.parametrize("arch", [90, 100, 120])
-def test_attention_comes_by_tensor_descriptors(arch):
-    listed = [case for case in cases("attention", arch) if "k_desc" in case.signature]
-    assert {"ring of 21 frames", "ring of 24 frames, keys split in two", "bidirectional"} == {c.name for c in listed}
-    assert compile_case(listed[0], arch).tma > 0
+        assert not problems(case, arch, compile_case(case, arch)), tile
 
 
 def test_forward_and_backward_are_listed():

@@ -208,6 +208,7 @@ def test_what_is_kept_holds_every_frame_and_nothing_of_other_steps():
             _, visited = self_rollout(student(), exit_step, **CASES[name])
             for kv in visited.contexts:
                 assert kv.frames.tolist() == [list(range(FRAMES))] * 2
+                assert kv.host_frames == [list(range(FRAMES))]
                 assert kv.k.untyped_storage().nbytes() == kv.k.nbytes == 2 * FRAMES * 2 * TINY.dim * 8
 
 

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hiar_kernels import qk_norm_rope
+from hiar_kernels._dispatch import prefer, taken
+from hiar_kernels.attention import table
 from hiar_model.config import WanConfig
 from hiar_model.schedule import FlowSchedule, sigma_table
 from hiar_model.transformer import HiARTransformer
@@ -322,6 +324,46 @@ def test_gradients_reach_the_context():
     out = model(latents, timesteps, text, "block_causal", context=context)
     for gradient in torch.autograd.grad(out[:, 3:].sum(), wanted):
         assert gradient[:, :18].abs().max() > 0 and gradient[:, 18:].abs().max() == 0  # the last block has no reader
+
+
+def test_training_runs_what_was_measured(monkeypatch):
+    """On an H200 it would take the library in groups where that won, since the layout is known to every layer."""
+    choose, chosen = table.choose, []
+
+    def also_there(q, k, mask, context, counts, layout, return_lse, trains):
+        shape = table.shape_class(q, k, mask, context, trains)
+        options = {"counts": counts is not None, "return_lse": return_lse, "trains": trains}
+        known = mask is None or layout is not None
+        if mask is not None:
+            chosen.append((shape, table.decide(90, shape, known=known, runs=lambda impl: True, **options).impl))
+        return choose(q, k, mask, context, counts, layout, return_lse, trains)
+
+    monkeypatch.setattr(table, "choose", also_there)
+    latents, timesteps, text = inputs(frames=6)
+    model = small(dtype=torch.float64)
+    model(latents, timesteps, text, "block_causal", window_frames=4).sum().backward()
+    assert chosen == [("block_causal", "sdpa")] * SMALL.num_layers
+    chosen.clear()
+    model(latents, timesteps, text, "block_causal", context=model.kv(latents, timesteps, text)).sum().backward()
+    before_the_last = SMALL.num_layers - 1  # which leaves its keys only
+    assert chosen[:before_the_last] == [("block_causal", "sdpa")] * before_the_last
+    assert chosen[before_the_last:] == [("constant_context", "triton")] * SMALL.num_layers
+
+
+def test_layouts_change_no_gradient():
+    """Every weight's, by the library in groups with the layout told, and by the oracle without."""
+    latents, timesteps, text = inputs(frames=7)
+    grads: list[list[Tensor]] = []
+    for impl in ("sdpa", "reference"):
+        model = small(dtype=torch.float64)
+        rule = {"attention": "block_causal", "frames_per_block": 2, "window_frames": 4, "sink_frames": 1}
+        with prefer(impl), taken() as ran:
+            context = model.kv(latents, timesteps, text, **rule)
+            out = model(latents, timesteps, text, context=context, **rule) + model(latents, timesteps, text, **rule)
+        assert ("attention", impl) in ran
+        grads.append(list(torch.autograd.grad(out.square().sum(), list(model.parameters()))))
+    for found, wanted in zip(*grads, strict=True):
+        close(found, wanted, 1e-11 * float(wanted.abs().max()))
 
 
 def test_low_precision_is_close(tiny, golden):

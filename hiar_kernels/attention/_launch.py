@@ -27,8 +27,6 @@ class Tile:
     Attributes:
         q, kv: queries and keys of a tile. masked: width of a tile with a mask.
         warps, stages: of one program; stages of the loop's software pipeline.
-        tma: whole tiles of keys and values come by tensor descriptors (forward).
-        warp_specialize: loads, products and softmax run in warps of their own (forward, with tma, on sm_100).
         splits: into how many parts the keys are cut (forward); 0: as many as fill the device.
     """
 
@@ -37,8 +35,6 @@ class Tile:
     warps: int
     stages: int
     masked: int = 0
-    tma: bool = False
-    warp_specialize: bool = False
     splits: int = 0
 
     def constexprs(self) -> dict[str, int]:
@@ -48,62 +44,43 @@ class Tile:
         return {**self.constexprs(), "num_warps": self.warps, "num_stages": self.stages}
 
 
-# By architecture (0: the interpreter): what compiles without spills in Triton 3.6 and 3.7 and fits the chip; none was
-# measured on a GPU yet. The forward at head_dim 128, then at less; where tensor descriptors do not fit: POINTERS.
+# By architecture (0: the interpreter), at head_dim 128 in 16 bits: what compiles without spills in Triton 3.6 and 3.7
+# and fits the chip. sm_90: the fastest on an NVIDIA H200, 2026-11-27, torch 2.11.0+cu130, Triton 3.6.0, by
+# bench/sweep_attention.py; the others were never measured.
 FORWARD = {
     0: Tile(16, 32, 4, 1, 16),
     80: Tile(128, 32, 8, 3, 16),
-    90: Tile(128, 128, 8, 2, 32, tma=True),
-    100: Tile(128, 64, 8, 3, 32, tma=True),
-    120: Tile(128, 64, 8, 2, 32, tma=True),
+    90: Tile(128, 64, 8, 3, 32),  # visit 1.932 ms, pair 3.980; by tensor descriptors 2.585, 4.472; 128x128 2.594, 4.749
+    120: Tile(128, 64, 8, 2, 32),
 }
-FORWARD_NARROW = {
-    0: Tile(16, 32, 4, 1, 16),
-    80: Tile(128, 64, 8, 2, 32),
-    90: Tile(128, 128, 8, 3, 32, tma=True),
-    100: Tile(128, 64, 8, 3, 32, tma=True),
-    120: Tile(128, 64, 8, 2, 32, tma=True),
-}
-POINTERS = {90: Tile(128, 64, 8, 3, 32), 120: Tile(128, 64, 8, 2, 32)}
 DQ = {
     0: Tile(16, 32, 4, 1, 16),
     80: Tile(128, 32, 8, 2, 16),
-    90: Tile(128, 64, 8, 2, 16),
+    90: Tile(64, 64, 4, 2, 16),  # block-causal 10.23 ms, over a context 10.57; 128x64, 8 warps: 11.07 and 12.39
     100: Tile(128, 32, 8, 2, 32),
 }
 DKDV = {
     0: Tile(32, 16, 4, 1, 16),
     80: Tile(128, 32, 8, 2, 32),
     89: Tile(32, 64, 8, 2, 32),
-    90: Tile(32, 128, 8, 2, 16),
+    90: Tile(32, 128, 8, 2, 16),  # block-causal 18.78 ms, beside a context 6.28; 64x64: 29.96 and 9.24
     100: Tile(32, 64, 8, 2, 32),
     120: Tile(128, 32, 8, 2, 32),
 }
-DKDV_UNMASKED = {**DKDV, 90: Tile(64, 128, 8, 2, 32)}
+DKDV_UNMASKED = {**DKDV, 90: Tile(64, 128, 8, 2, 32)}  # not measured on sm_90 either
 FLOAT32 = {0: Tile(32, 32, 4, 1, 16), 80: Tile(32, 32, 8, 1, 32)}
 
-# Worth measuring beside the pinned ones, at head_dim 128 in 16 bits. The launchers take them as ``config``,
+# Worth measuring beside the pinned ones, where nothing was measured yet. The launchers take them as ``config``,
 # ``dq_config`` and ``dkdv_config``.
-_POINTERS_90, _TMA_90, _TMA_100, _TMA_120 = POINTERS[90], FORWARD[90], FORWARD[100], FORWARD[120]
 CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {
         80: (Tile(128, 64, 8, 2, 16), Tile(64, 64, 4, 2, 16), *(replace(FORWARD[80], splits=n) for n in (1, 2, 3))),
-        90: (
-            _POINTERS_90,
-            Tile(128, 64, 8, 3, 32, tma=True),
-            Tile(64, 128, 4, 2, 32, tma=True),
-            *(replace(_TMA_90, splits=n) for n in (1, 2, 3)),
-        ),
-        100: (
-            _POINTERS_90,
-            Tile(128, 128, 8, 2, 32, tma=True),
-            Tile(128, 64, 8, 2, 16, tma=True, warp_specialize=True),
-            *(replace(_TMA_100, splits=n) for n in (1, 2, 3)),
-        ),
-        120: (POINTERS[120], Tile(64, 64, 4, 2, 32, tma=True), *(replace(_TMA_120, splits=n) for n in (1, 2, 3))),
+        90: (),
+        100: (Tile(64, 64, 4, 3, 32), *(replace(FORWARD[90], splits=n) for n in (1, 2, 3))),
+        120: (Tile(64, 64, 4, 2, 32), *(replace(FORWARD[120], splits=n) for n in (1, 2, 3))),
     },
-    "dq": {80: (Tile(64, 64, 4, 2, 16),), 90: (Tile(64, 64, 4, 2, 16), Tile(128, 32, 8, 2, 16))},
-    "dkdv": {80: (Tile(64, 64, 8, 2, 16),), 90: (Tile(64, 64, 8, 2, 16),)},
+    "dq": {80: (Tile(64, 64, 4, 2, 16),), 90: (), 100: (Tile(64, 64, 4, 2, 16),)},
+    "dkdv": {80: (Tile(64, 64, 8, 2, 16),), 90: ()},
 }
 
 
@@ -123,24 +100,6 @@ def pick(table: dict[int, Tile], arch: int) -> Tile:
 def tile_for(q: Tensor, table: dict[int, Tile]) -> Tile:
     """The pinned tile for the device and dtype of q."""
     return pick(FLOAT32 if q.dtype == torch.float32 else table, architecture(q))
-
-
-def forward_tile(q: Tensor, k: Tensor, v: Tensor, context: bool, counts: bool) -> Tile:
-    """The pinned tile of the forward kernel: by tensor descriptors where there are whole tiles and the tensors fit."""
-    tile = tile_for(q, FORWARD if q.shape[3] > 64 else FORWARD_NARROW)
-    fits = not context and not counts and k.shape[1] >= tile.kv and not any(undescribed(x) for x in (k, v))
-    return tile if fits or not tile.tma else tile_for(q, POINTERS)
-
-
-def undescribed(x: Tensor) -> str:
-    """Why no tensor descriptor of the kernels can stand for keys or values x; empty where one can."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[3] not in (64, 128):
-        return f"takes 16-bit keys and values of head_dim 64 or 128, got {x.dtype} of {x.shape[3]}"
-    if x.numel() == 0:
-        return f"takes one key at least, got shape {list(x.shape)}"
-    if x.data_ptr() % 16 or any(s * x.element_size() % 16 or not s for s in x.stride()[:3]) or x.stride(3) != 1:
-        return f"takes keys and values whose base and strides are multiples of 16 bytes, got strides {x.stride()}"
-    return ""
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor | None, context_v: Tensor | None, rule: list[int]) -> None:
@@ -227,19 +186,13 @@ def production_case(
     """
     optional = given.pop("pointers")
     types = {"frames": "*i32", "windows": "*i32", "counts": "*fp32", "lse": "*fp32", "delta": "*fp32"}
-    constexprs = {"HEAD_DIM": WAN_HEAD_DIM, "PRECISION": "tf32", "WARP_SPECIALIZE": tile.warp_specialize}
-    constexprs |= {**tile.constexprs(), **given}
+    constexprs = {"HEAD_DIM": WAN_HEAD_DIM, "PRECISION": "tf32", **tile.constexprs(), **given}
     constexprs["CONTEXT"] = "context_k_ptr" in optional
     constexprs = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
     signature = {}
     for arg in kernel.arg_names:
         stem = arg.removesuffix("_ptr")
-        if arg.endswith("_desc"):
-            if tile.tma:
-                signature[arg] = f"tensordesc<bf16[1, {tile.kv}, 1, {WAN_HEAD_DIM}]>"
-            else:
-                constexprs[arg] = None
-        elif stem != arg and stem in OPTIONAL and arg not in optional:
+        if stem != arg and stem in OPTIONAL and arg not in optional:
             constexprs[arg] = None
         elif stem != arg:
             kind = next((kind for part, kind in types.items() if stem.endswith(part)), "*bf16")

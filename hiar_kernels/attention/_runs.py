@@ -11,27 +11,21 @@ from ._visible import EVERY, block_end, frame_at, sees
 
 @triton.jit
 def attend_whole(
-    acc, total, highest, q, lo, hi, k_desc, v_desc, b, h, k_ptr, v_ptr, stride_kt, stride_vt, qk_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+    acc, total, highest, q, lo, hi, k_ptr, v_ptr, stride_kt, stride_vt, qk_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys lo..hi, whole tiles that every query sees."""
     offs = tl.arange(0, BLOCK_KV)
     dims = tl.arange(0, HEAD_DIM)[None, :]
     k_offs, v_offs = offs[:, None] * stride_kt + dims, offs[:, None] * stride_vt + dims
-    for start in tl.range(lo, hi, BLOCK_KV, warp_specialize=WARP_SPECIALIZE):
-        if k_desc is not None:
-            k = k_desc.load([b.to(tl.int32), start, h.to(tl.int32), 0]).reshape(BLOCK_KV, HEAD_DIM)
-        else:
-            k = tl.load(k_ptr + tl.cast(start, tl.int64) * stride_kt + k_offs)
+    for start in tl.range(lo, hi, BLOCK_KV):
+        k = tl.load(k_ptr + tl.cast(start, tl.int64) * stride_kt + k_offs)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         new = tl.maximum(highest, tl.max(scores, 1) * qk_scale)
         p = tl.exp2(scores * qk_scale - new[:, None])
         keep = tl.exp2(highest - new)
         total = total * keep + tl.sum(p, 1)
-        if v_desc is not None:
-            v = v_desc.load([b.to(tl.int32), start, h.to(tl.int32), 0]).reshape(BLOCK_KV, HEAD_DIM)
-        else:
-            v = tl.load(v_ptr + tl.cast(start, tl.int64) * stride_vt + v_offs)
+        v = tl.load(v_ptr + tl.cast(start, tl.int64) * stride_vt + v_offs)
         acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
         highest = new
     return acc, total, highest

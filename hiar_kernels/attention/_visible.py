@@ -25,8 +25,7 @@ NONE = tl.constexpr(0)
 PARTIAL = tl.constexpr(1)
 FULL = tl.constexpr(2)
 
-# Passes over the keys of a tile. One loop of tiles in each: two under one loop of runs cost registers, and sm_100's
-# warp specialisation does not take them.
+# Passes over the keys of a tile. One loop of tiles in each: two under one loop of runs cost registers.
 COUNT = tl.constexpr(0)  # how many the tile sees, to split them
 WHOLE = tl.constexpr(1)  # whole tiles that need no mask
 REST = tl.constexpr(2)

@@ -12,7 +12,7 @@ from .layout import AttentionLayout, attention_layout
 from .mask import BlockCausal, KVContext
 from .schedule import AttentionSchedule
 
-IMPLS = ("reference", *library.LIBRARIES, "triton", "gluon")
+IMPLS = ("reference", *library.LIBRARIES, *table.OWN)
 
 
 def attention(
@@ -30,7 +30,7 @@ def attention(
     return_lse: bool = False,
     scale: float | None = None,
     impl: str = "auto",
-    parts: int | None = None,
+    num_splits: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention, bidirectional or block-causal by absolute frame ids.
 
@@ -57,8 +57,9 @@ def attention(
             counts or gradient; no host sync) | "reference" (all scores) | a library over the visible keys: "sdpa"
             (torch's own choice), "cudnn", "flash" (torch's), "flash-attn-2", "flash-attn-3", "flash-attn-4". With a
             logsumexp libraries have no gradient.
-        parts: of a library: cut the keys into so many calls and merge them, which may fill a chip better; default: 1,
-            or what was measured. Without gradient only.
+        num_splits: of a library: the keys as so many rows of one launch, merged, which may fill a chip better (keys
+            that are not so many equal runs leave a rest, in a second call); default: 1, or what was measured. Without
+            gradient only.
 
     Returns:
         [B, Tq, H, D] contiguous, dtype of q; with ``return_lse`` also the logsumexp. A query without a visible key
@@ -66,19 +67,26 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or ids do not fit, with actual and expected.
+
+    Example:
+        >>> q, k = torch.randn(1, 2 * 5, 2, 16), torch.randn(1, 6 * 5, 2, 16)  # 2 and 6 frames of 5 tokens
+        >>> mask = BlockCausal(frame_tokens=5, frames_per_block=2, window_frames=4)
+        >>> ids = {"q_frames": torch.tensor([[4, 5]]), "kv_frames": torch.tensor([[4, 5, -1, -1, 2, 3]])}  # a ring
+        >>> attention(q, k, k, mask=mask, **ids).shape
+        torch.Size([1, 10, 2, 16])
     """
     _validate(q, k, v, mask, q_frames, kv_frames, context, kv_counts)
     if layout is not None:
         _validate_layout(q, k, mask, context, layout)
-    given = impl
+    asked = impl
     chosen = table.Choice("sdpa", 1, "traced")
     if not torch.compiler.is_compiling():
         chosen = table.choose(q, k, v, mask, context, kv_counts, layout, return_lse, _trains(q, k, v, context))
     impl = choose("attention", impl, IMPLS, auto=chosen.impl)
-    if parts is None:
-        parts = chosen.parts if given == "auto" and impl == chosen.impl else 1
-    if parts < 1:
-        raise ValueError(f"attention: parts must be at least 1, got {parts}")
+    if num_splits is None:
+        num_splits = chosen.num_splits if asked == "auto" and impl == chosen.impl else 1
+    if num_splits < 1:
+        raise ValueError(f"attention: num_splits must be at least 1, got {num_splits}")
     if impl == "gluon":
         traced = torch.compiler.is_compiling()
         require(not traced, "attention: impl='gluon' is not for torch.compile; use 'auto' or 'triton' there")
@@ -106,7 +114,7 @@ def attention(
                 None if context is None else context.frames,
                 rows=q.shape[0],
             )
-        found = library.attend(impl, q, k, v, layout, context, kv_counts, scale, parts, return_lse)
+        found = library.attend(impl, q, k, v, layout, context, kv_counts, scale, num_splits, return_lse)
         return found if found[1] is not None else found[0]  # type: ignore[return-value]
     return reference.attention(
         q,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .mask import BlockCausal, visible_with_context
 
 Run = tuple[int, int]
-"""Neighbouring frame slots [start, stop)."""
+"""Neighbouring frame slots, or tokens, [start, stop)."""
 Ids = Tensor | Sequence[Sequence[int]]
 
 
@@ -61,18 +64,19 @@ def attention_layout(
             the host: a device waits for that.
         rows: B; default: the most that the ids and the mask's windows have.
     """
-    q, kv = _tensor(q_frames), _tensor(kv_frames)
-    context = None if context_frames is None else _tensor(context_frames)
-    windows = len(mask.window_frames) if isinstance(mask.window_frames, tuple) else 1
-    given = [windows, *(x.shape[0] for x in (q, kv, context) if x is not None)]
-    rows = max(given) if rows is None else rows
-    if any(n not in (1, rows) for n in given):
-        raise ValueError(f"attention_layout: windows and ids have {given} rows; each must have 1 or {rows}")
-    if context is None:
-        seen, split = mask.visible(q, kv, rows), 0
-    else:
-        seen, split = visible_with_context(mask, q, kv, context, rows), context.shape[1]
-    return AttentionLayout(mask.frame_tokens, _alike(tuple(_groups(row, split) for row in seen.tolist())))
+    with _disable_current_modes():  # numbers, also where tensors are fake or operations are counted
+        q, kv = _tensor(q_frames), _tensor(kv_frames)
+        context = None if context_frames is None else _tensor(context_frames)
+        windows = len(mask.window_frames) if isinstance(mask.window_frames, tuple) else 1
+        given = [windows, *(x.shape[0] for x in (q, kv, context) if x is not None)]
+        rows = max(given) if rows is None else rows
+        if any(n not in (1, rows) for n in given):
+            raise ValueError(f"attention_layout: windows and ids have {given} rows; each must have 1 or {rows}")
+        if context is None:
+            seen, split = mask.visible(q, kv, rows), 0
+        else:
+            seen, split = visible_with_context(mask, q, kv, context, rows), context.shape[1]
+        return AttentionLayout(mask.frame_tokens, _alike(tuple(_groups(row, split) for row in seen.tolist())))
 
 
 def _tensor(ids: Ids) -> Tensor:
@@ -101,3 +105,45 @@ def _runs(seen: list[bool]) -> tuple[Run, ...]:
         elif visible:
             runs.append((slot, slot + 1))
     return tuple(runs)
+
+
+class EvenCut(NamedTuple):
+    """Rows of ``length`` tokens, one every ``step`` tokens from ``first`` on; ``rest``: the runs that no row covers."""
+
+    first: int
+    step: int
+    length: int
+    rest: tuple[Run, ...]
+
+
+@functools.lru_cache(maxsize=1024)  # asked for again by every layer
+def even_cut(runs: tuple[Run, ...], rows: int) -> EvenCut | None:
+    """The keys of a call as so many rows of one launch: as many of the tokens as equal rows at equal distances cover.
+
+    Either the rows are equal shares of one run, or each begins a run: that is how rings lie whose window has moved on.
+
+    Args:
+        runs: of tokens, in order and apart.
+
+    Returns:
+        None where there are fewer tokens than rows.
+    """
+    cuts = [EvenCut(start, (stop - start) // rows, (stop - start) // rows, ()) for start, stop in runs]
+    for i, (first, _) in enumerate(runs):
+        for last, _ in runs[i + 1 :]:
+            step, uneven = divmod(last - first, rows - 1) if rows > 1 else (0, 1)
+            starts = [first + row * step for row in range(rows)]
+            room = [max((stop - s for start, stop in runs if start <= s < stop), default=0) for s in starts]
+            cuts.append(EvenCut(first, step, 0 if uneven else min(step, *room), ()))
+    best = max(cuts, key=lambda cut: cut.length, default=None)
+    if best is None or not best.length:
+        return None
+    rest: list[Run] = []
+    for start, stop in runs:
+        for row in range(rows):
+            begin, end = (best.first + row * best.step + n for n in (0, best.length))
+            if start <= begin < stop:
+                rest += [(start, begin)] if start < begin else []
+                start = end
+        rest += [(start, stop)] if start < stop else []
+    return best._replace(rest=tuple(rest))

@@ -1,7 +1,8 @@
 """Attention through libraries that know no frame ids: one call for each group of queries that sees the same keys.
 
-No mask is ever materialised. Keys in several places are copied together, or attended to part by part and merged by
-their logsumexps: attention does not care for the order of keys, so a full ring needs neither.
+No mask is ever materialised. Attention does not care for the order of keys, so a full ring is one call over all of it;
+keys in several places are copied together. With ``num_splits`` the keys are rows of one launch instead: views of the
+ring, the queries repeated by a stride of 0, the results merged by their logsumexps (as Flash-Decoding does).
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._dispatch import require
 from ..merge_attention import merge_attention
-from .layout import AttentionLayout, Group, Run
+from .layout import AttentionLayout, Group, Run, even_cut
 from .mask import KVContext
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 PACKAGES = {"flash-attn-2": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}
 LIBRARIES = ("sdpa", *BACKENDS, *PACKAGES)
-_PART = 128  # keys: parts are cut at whole tiles of the libraries
 
 Partial = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
 """q, k, v [B, T, H, D], scale -> out [B, T, H, D], logsumexp [B, H, T]; without gradient."""
@@ -40,15 +40,15 @@ def attend(
     context: KVContext | None,
     kv_counts: Tensor | None,
     scale: float | None,
-    parts: int = 1,
+    num_splits: int = 1,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(out, logsumexp if asked) of :func:`hiar_kernels.attention`.
 
     Args:
         layout: None: every query sees every key.
-        parts: 1: keys in several places are copied together. n > 1: at least n calls, cut where keys lie apart, merged;
-            not where a gradient is needed.
+        num_splits: n > 1: the keys as n rows of one launch, a second call where they leave a rest, merged; each video
+            by itself. Not where a gradient is needed.
     """
     given = [q, k, v, *([] if context is None else [context.k, context.v])]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in given)
@@ -57,19 +57,21 @@ def attend(
         require(impl == "sdpa" and not return_lse, f"attention: impl={impl!r} takes no kv_counts here; use 'reference'")
         wide = torch.promote_types(q.dtype, torch.float32)  # round the logarithm: 509 is no bfloat16
         return _plain(impl, q, k, v, scale, kv_counts.to(wide).log().to(q.dtype)[:, None, None, :]).contiguous(), None
-    merged = (parts > 1 or return_lse) and not trains
+    num_splits = 1 if trains or not q.shape[0] else num_splits
+    merged = (num_splits > 1 or return_lse) and not trains
     if layout is None:
         whole = Group((0, q.shape[1]), (), ((0, k.shape[1]),) if k.shape[1] else ())
         layout = AttentionLayout(1, ((whole,),))
+    rows, tokens = layout.rows, layout.frame_tokens
+    if num_splits > 1:
+        rows = rows * (q.shape[0] // len(rows))  # the parts of one video's keys are rows of a launch
     outs, lses = [], []
-    for b, groups in enumerate(layout.rows):
-        row = None if len(layout.rows) == 1 else b
-        tokens = layout.frame_tokens
-        q_slots, own = _Slots(q, row, tokens), (_Slots(k, row, tokens), _Slots(v, row, tokens))
-        earlier = None
+    for b, groups in enumerate(rows):
+        row = None if len(rows) == 1 else b
+        q_slots, sources = _Slots(q, row, tokens), [(_Slots(k, row, tokens), _Slots(v, row, tokens))]
         if context is not None:
-            earlier = (_Slots(context.k, row, tokens), _Slots(context.v, row, tokens))
-        found = [_group(impl, group, q_slots, own, earlier, scale, parts, merged) for group in groups]
+            sources.insert(0, (_Slots(context.k, row, tokens), _Slots(context.v, row, tokens)))
+        found = [_group(impl, group, q_slots, sources, scale, num_splits, merged) for group in groups]
         outs.append(_join([out for out, _ in found]))
         lses.append(_join([lse for _, lse in found if lse is not None], 2) if merged else None)
     out = torch.cat(outs) if len(outs) > 1 else outs[0].contiguous()
@@ -97,41 +99,56 @@ def _group(
     impl: str,
     group: Group,
     q: _Slots,
-    own: tuple[_Slots, _Slots],
-    context: tuple[_Slots, _Slots] | None,
+    sources: list[tuple[_Slots, _Slots]],
     scale: float | None,
-    parts: int,
+    num_splits: int,
     merged: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    query = _join(q.views((group.queries,)))
-    keys, values = ([] if context is None else context[i].views(group.context) for i in (0, 1))
-    keys, values = keys + own[0].views(group.own), values + own[1].views(group.own)
-    if not keys:
+    """Sources: keys and values of the context, if there is one, then one's own."""
+    query, runs = _join(q.views((group.queries,))), (group.context, group.own)[-len(sources) :]
+    if not any(runs):
         lse = query.new_full((query.shape[0], query.shape[2], query.shape[1]), float("-inf"), dtype=_wide(query))
         return torch.zeros_like(query), lse if merged else None
-    if not merged:
-        return _plain(impl, query, _join(keys), _join(values), scale), None
-    if parts == 1:
-        keys, values = [_join(keys)], [_join(values)]
-    found = [partial(impl, query, *kv, scale) for kv in _cut(keys, values, parts)]
-    return found[0] if len(found) == 1 else _merge([out for out, _ in found], [lse for _, lse in found])
+    if num_splits > 1:
+        tokens = [tuple((start * q.tokens, stop * q.tokens) for start, stop in each) for each in runs]
+        return _split(impl, query, [(k.x, v.x) for k, v in sources], tokens, scale, num_splits)
+    keys, values = (
+        _join([x for source, each in zip(sources, runs, strict=True) for x in source[i].views(each)]) for i in (0, 1)
+    )
+    return partial(impl, query, keys, values, scale) if merged else (_plain(impl, query, keys, values, scale), None)
 
 
-def _cut(keys: list[Tensor], values: list[Tensor], parts: int) -> list[tuple[Tensor, Tensor]]:
-    """At least so many parts: what lies apart stays apart, what is longest is cut, evenly at whole tiles."""
-    lengths, pieces = [k.shape[1] for k in keys], [1] * len(keys)
-    while sum(pieces) < parts:
-        pieces[max(range(len(keys)), key=lambda i: lengths[i] / pieces[i])] += 1
-    cut: list[tuple[Tensor, Tensor]] = []
-    for k, v, length, n in zip(keys, values, lengths, pieces, strict=True):
-        share = -(-length // (n * _PART)) * _PART
-        cut += zip(k.split(share, 1), v.split(share, 1), strict=True)
-    return cut
+def _split(
+    impl: str,
+    q: Tensor,
+    sources: list[tuple[Tensor, Tensor]],
+    runs: list[tuple[Run, ...]],
+    scale: float | None,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    """Of one video's queries [1, T, H, D] to runs of tokens of each source: rows of one launch, and a rest."""
+    cuts = [even_cut(each, num_splits) for each in runs]
+    best = max(range(len(cuts)), key=lambda i: cut.length if (cut := cuts[i]) is not None else 0)
+    cut, outs, lses = cuts[best], [], []
+    if cut is not None:
+        runs[best] = cut.rest
 
+        def rows(x: Tensor) -> Tensor:
+            token, *others = x.stride()[1:]
+            shape = (num_splits, cut.length, *x.shape[2:])
+            return x.as_strided(shape, (cut.step * token, token, *others), x.storage_offset() + cut.first * token)
 
-def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    in_one_pass = outs[0].is_cuda and importlib.util.find_spec("triton") is not None
-    return merge_attention(outs, lses, impl="triton" if in_one_pass else "auto")
+        keys, values = map(rows, sources[best])
+        out, lse = partial(impl, q.expand(num_splits, -1, -1, -1), keys, values, scale)
+        outs, lses = list(out[:, None]), list(lse[:, None])
+    if any(runs):
+        keys, values = (
+            _join([x[i][:, start:stop] for x, each in zip(sources, runs, strict=True) for start, stop in each])
+            for i in (0, 1)
+        )
+        out, lse = partial(impl, q, keys, values, scale)
+        outs, lses = [*outs, out], [*lses, lse]
+    return (outs[0], lses[0]) if len(outs) == 1 else merge_attention(outs, lses)
 
 
 def _join(parts: list[Tensor], dim: int = 1) -> Tensor:

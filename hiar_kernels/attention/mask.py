@@ -84,14 +84,19 @@ class BlockCausal:
 
 @dataclass(frozen=True)
 class KVContext:
-    """Keys and values of earlier blocks beside a query's own: k, v [B, Tc, H, D]; frames [B or 1, Tc / frame_tokens]
-    int32 (-1 empty). Gradients flow into k and v where they require them; ``scales`` is reserved for 8-bit keys.
+    """Keys and values of earlier blocks beside a query's own. Gradients flow into k and v where they require them.
+
+    Args:
+        k, v: [B, Tc, H, D]. frames: int32 or int64 [B or 1, Tc / frame_tokens], -1 empty.
+        scales: reserved for 8-bit keys.
+        host_frames: the same ids on the host, where they are known: :func:`attention_layout` need not read a device.
     """
 
     k: Tensor
     v: Tensor
     frames: Tensor
     scales: Tensor | None = None
+    host_frames: Sequence[Sequence[int]] | None = None
 
 
 def visible_with_context(mask: BlockCausal, q_frames: Tensor, own: Tensor, context: Tensor, rows: int) -> Tensor:

@@ -1,7 +1,8 @@
 """What ``impl="auto"`` runs for attention: by measurement where there is one, else by rule; always with the reason.
 
-``measured.json`` beside this file holds the winners of the op benchmarks, one for each (architecture, shape class);
-``bench/`` writes it. An architecture that is not in it runs by rule.
+``measured.json`` beside this file holds what the benchmarks measured: for an (architecture, shape class) one row or
+several, the preferred one first, and the first that can run wins. ``bench/`` writes it. An architecture that is not in
+it runs by rule.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from . import gluon
 from .layout import AttentionLayout
-from .library import unavailable
+from .library import LIBRARIES, unavailable
 from .mask import BlockCausal, KVContext
 
+OWN = ("triton", "gluon")
+"""Kernels of this package: they read frame ids on the device, so one launch serves every layout."""
 SHAPES = {
     "visit": "queries of one block over a ring",
     "pair": "queries of two blocks over a ring",
@@ -34,61 +37,78 @@ _FILE = Path(__file__).with_name("measured.json")
 
 
 @dataclass(frozen=True)
-class Winner:
-    """The fastest correct implementation of one run of the benchmarks.
+class Measurement:
+    """What one implementation took at a shape, in one run of the benchmarks.
 
     Attributes:
         architecture: 10 x major + minor of the compute capability. shape: a key of ``SHAPES``.
-        impl: of :func:`hiar_kernels.attention`. parts: into how many calls it cuts the keys.
-        milliseconds: median device time. others: implementation -> its milliseconds in the same run.
+        impl: of :func:`hiar_kernels.attention`. num_splits: into how many rows of one launch it cuts the keys.
+        milliseconds: median device time; where it is trained, of forward and backward together.
+        others: way -> its milliseconds in the same run.
         source: GPU, versions, date and revision of the run.
+        note: what the figure does not say by itself.
     """
 
     architecture: int
     shape: str
     impl: str
-    parts: int
+    num_splits: int
     milliseconds: float
     others: dict[str, float]
     source: str
+    note: str = ""
 
     def __str__(self) -> str:
         others = ", ".join(f"{name} {ms:.3f}" for name, ms in sorted(self.others.items(), key=lambda item: item[1]))
-        cut = f" in {self.parts} parts" if self.parts > 1 else ""
         return (
-            f"sm_{self.architecture} {self.shape}: {self.impl}{cut} {self.milliseconds:.3f} ms"
-            f"{f' (others: {others})' if others else ''}, {self.source}"
+            f"sm_{self.architecture} {self.shape}: {way(self.impl, self.num_splits)} {self.milliseconds:.3f} ms"
+            f"{f' (others: {others})' if others else ''}, {self.source}{f'; {self.note}' if self.note else ''}"
         )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An implementation, the calls that it cuts the keys into, and the reason."""
+    """An implementation, the rows of one launch that it cuts the keys into, and the reason."""
 
     impl: str
-    parts: int
+    num_splits: int
     why: str
+
+    def __str__(self) -> str:
+        return f"{way(self.impl, self.num_splits)}: {self.why}"
+
+
+def way(impl: str, num_splits: int) -> str:
+    """An implementation and how it cuts the keys, for people: "cudnn with num_splits=2"."""
+    return f"{impl} with num_splits={num_splits}" if num_splits > 1 else impl
 
 
 @functools.cache
-def winners() -> tuple[Winner, ...]:
-    """The measured table; empty where nothing was measured yet."""
+def measurements() -> tuple[Measurement, ...]:
+    """The measured table, in order of preference."""
     return read(_FILE)
 
 
-def read(file: Path) -> tuple[Winner, ...]:
-    """The winners in a file, none if there is no such file.
+def read(file: Path) -> tuple[Measurement, ...]:
+    """The measurements in a file, none if there is no such file.
 
     Raises:
-        ValueError: the file says what this version does not know.
+        ValueError: the file says what this version does not know, or leaves something out.
     """
     if not file.exists():
         return ()
-    found = tuple(Winner(**row) for row in json.loads(file.read_text(encoding="utf-8")))
-    for row in found:
-        if row.shape not in SHAPES:
-            raise ValueError(f"{file}: unknown shape {row.shape!r}; legal: {', '.join(SHAPES)}")
-    return found
+    known = {field.name: field.default is MISSING for field in fields(Measurement)}
+    found = []
+    for row in json.loads(file.read_text(encoding="utf-8")):
+        missing = [name for name, required in known.items() if required and name not in row]
+        for problem, names in (("unknown", sorted(row.keys() - known.keys())), ("no", missing)):
+            if names:
+                raise ValueError(f"{file}: {problem} {', '.join(names)} in a row; legal: {', '.join(known)}")
+        found.append(Measurement(**row))
+        for name, value, legal in (("shape", found[-1].shape, SHAPES), ("impl", found[-1].impl, (*LIBRARIES, *OWN))):
+            if value not in legal:
+                raise ValueError(f"{file}: unknown {name} {value!r}; legal: {', '.join(legal)}")
+    return tuple(found)
 
 
 def shape_class(q: Tensor, k: Tensor, mask: BlockCausal | None, context: KVContext | None, trains: bool) -> str:
@@ -115,19 +135,21 @@ def choose(
     if not q.is_cuda:
         return Choice("reference", 1, "logsumexp on a CPU") if return_lse else Choice("sdpa", 1, "a CPU")
     major, minor = torch.cuda.get_device_capability(q.device)
-    return decide(
+    found = decide(
         10 * major + minor,
         shape_class(q, k, mask, context, trains),
         known=mask is None or layout is not None,
         counts=kv_counts is not None,
         return_lse=return_lse,
         trains=trains,
-        runs=lambda impl: (
-            gluon.unavailable(q.device) is None and gluon.unfit(q, k, v, mask, context, kv_counts) is None
-            if impl == "gluon"
-            else usable(impl, q)
+        runs=lambda impl: usable(impl, q) and (
+            impl != "gluon" or (not trains and gluon.unfit(q, k, v, mask, context, kv_counts) is None)
         ),
     )
+    in_one_call = layout is None or len(layout.rows) == 1
+    if found.num_splits > 1 and q.shape[0] > 1 and in_one_call:  # whose rows fill the chip as the parts would
+        return replace(found, num_splits=1, why=f"{found.why}; uncut, for {q.shape[0]} videos are one call")
+    return found
 
 
 def decide(
@@ -139,7 +161,7 @@ def decide(
     return_lse: bool,
     trains: bool,
     runs: Callable[[str], bool],
-    table: Sequence[Winner] | None = None,
+    table: Sequence[Measurement] | None = None,
 ) -> Choice:
     """The choice on CUDA.
 
@@ -151,10 +173,10 @@ def decide(
         return Choice("reference", 1, "a logsumexp with gradient")
     if counts and not return_lse:
         return Choice("sdpa", 1, "the fused one that takes counts, as a bias")
-    for row in () if counts else winners() if table is None else table:
+    for row in () if counts else measurements() if table is None else table:
         here = (row.architecture, row.shape) == (architecture, shape)
-        if here and (row.impl in ("triton", "gluon") or known) and runs(row.impl):
-            return Choice(row.impl, row.parts, str(row))
+        if here and (row.impl in OWN or known) and runs(row.impl):
+            return Choice(row.impl, row.num_splits, str(row))
     if known and not return_lse:
         return Choice("sdpa", 1, f"nothing measured for {shape} on sm_{architecture}: torch's own choice")
     reason = "a logsumexp is asked" if return_lse else "frame ids are on the device only"
@@ -163,19 +185,41 @@ def decide(
     return Choice("reference" if return_lse else "sdpa", 1, f"{reason}, and triton cannot run")
 
 
+def choices() -> dict[str, Choice]:
+    """What runs here for each shape class, of bfloat16 and head_dim 128, where the layout is known on the host."""
+    if not torch.cuda.is_available():
+        return dict.fromkeys(SHAPES, Choice("sdpa", 1, "a CPU"))
+    major, minor = torch.cuda.get_device_capability()
+    q = torch.empty(0, 0, 1, 128, dtype=torch.bfloat16, device="cuda")
+    return {
+        shape: decide(
+            10 * major + minor,
+            shape,
+            known=True,
+            counts=False,
+            return_lse=False,
+            trains=shape in ("block_causal", "constant_context"),
+            runs=lambda impl: usable(impl, q),
+        )
+        for shape in SHAPES
+    }
+
+
 def usable(impl: str, q: Tensor) -> bool:
     """Whether an implementation of the table can run here on tensors like q."""
     half = q.dtype in (torch.bfloat16, torch.float16)
     if impl == "triton":
         installed = importlib.util.find_spec("triton") is not None
         return installed and q.dtype != torch.float64 and q.shape[-1] in (16, 32, 64, 128)
+    if impl == "gluon":
+        return gluon.unavailable(q.device) is None
     return impl == "sdpa" or (half and unavailable(impl, q.device) is None)
 
 
 def rules() -> str:
     """How ``auto`` is resolved, in words."""
     return (
-        "on a CPU sdpa (reference where a logsumexp is asked); on CUDA the measured winner of (architecture, shape "
-        "class), and where nothing was measured: sdpa if the layout is known on the host, triton if frame ids are on "
-        "the device only or a logsumexp is asked"
+        "on a CPU sdpa (reference where a logsumexp is asked); on CUDA the first measured row of (architecture, shape "
+        "class) that can run, and where nothing was measured: sdpa if the layout is known on the host, triton if frame "
+        "ids are on the device only or a logsumexp is asked"
     )

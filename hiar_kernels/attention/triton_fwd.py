@@ -9,28 +9,24 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._compile import Case
-from .._dispatch import require
 from .._triton import register
 from ..merge_attention.triton_fwd import merge
 from ._launch import (
     CANDIDATES,
     FORWARD,
-    POINTERS,
     RULE,
     Tile,
     check,
     dense_rows,
-    forward_tile,
     ids_of,
     pick,
     production_case,
     row_stride,
     rule_arguments,
     strides,
-    undescribed,
+    tile_for,
     windows_on,
 )
 from ._runs import attend_rest, attend_whole
@@ -55,13 +51,13 @@ _LOG2E = 1.4426950408889634
 
 @triton.jit(do_not_specialize=["q_tokens", "kv_tokens", "context_tokens", "q_tiles", "rows", *RULE])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, k_desc, v_desc, context_k_ptr, context_v_ptr, q_frames_ptr, kv_frames_ptr, context_frames_ptr,
-    windows_ptr, counts_ptr, out_ptr, lse_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    q_ptr, k_ptr, v_ptr, context_k_ptr, context_v_ptr, q_frames_ptr, kv_frames_ptr, context_frames_ptr, windows_ptr,
+    counts_ptr, out_ptr, lse_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, stride_ckb, stride_ckt, stride_ckh, stride_cvb, stride_cvt, stride_cvh,
     stride_qfb, stride_kfb, stride_cfb, stride_nb, q_tokens, kv_tokens, context_tokens, q_tiles, rows, H, qk_scale,
     frame_tokens, frames_per_block, first_frame, origin, sink_frames, sink_end,
     MASKED: tl.constexpr, CONTEXT: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr, BLOCK_MASKED: tl.constexpr, PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+    BLOCK_KV: tl.constexpr, BLOCK_MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head and row; the last tiles, which see most of a causal video, come first."""
     pid = tl.program_id(0)
@@ -127,8 +123,8 @@ def _attention_fwd_kernel(
                 mid = unmasked_until(lo, tl.maximum(lo, hi), kind, BLOCK_KV)
                 if part == WHOLE:
                     acc, total, highest = attend_whole(
-                        acc, total, highest, q, lo, mid, k_desc, v_desc, b, h, run_k_ptr, run_v_ptr, run_kt, run_vt,
-                        qk_scale, HEAD_DIM, BLOCK_KV, PRECISION, WARP_SPECIALIZE,
+                        acc, total, highest, q, lo, mid, run_k_ptr, run_v_ptr, run_kt, run_vt, qk_scale, HEAD_DIM,
+                        BLOCK_KV, PRECISION,
                     )  # fmt: skip
                 elif part == REST:
                     acc, total, highest = attend_rest(
@@ -170,12 +166,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _descriptors(k: Tensor, v: Tensor, tile: Tile) -> list[TensorDescriptor]:
-    """Of keys and values [B, T, H, D], in tiles of one row and head. Passed by value: a captured graph keeps them."""
-    block = [1, tile.kv, 1, k.shape[3]]
-    return [TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in (k, v)]
-
-
 def launch(
     q: Tensor,
     k: Tensor,
@@ -194,11 +184,7 @@ def launch(
     """hiar::attention; ``config`` in place of the pinned one, to measure it."""
     check(q, k, v, context_k, context_v, rule)
     b, length, h, d = q.shape
-    tile = config or forward_tile(q, k, v, context_k is not None, kv_counts is not None)
-    if tile.tma:
-        require(context_k is None, f"attention: {tile} takes no context, got one")
-        for x in (k, v):
-            require(not undescribed(x), f"attention: {tile} {undescribed(x)}")
+    tile = config or tile_for(q, FORWARD)
     tiles = triton.cdiv(length, tile.q)
     keys = k.shape[1] + (0 if context_k is None else context_k.shape[1])
     splits = tile.splits
@@ -213,10 +199,9 @@ def launch(
         q, scale = -q, -scale
     q_frames, kv_frames, context_frames = ids_of(q_frames, kv_frames, context_frames, rule, k)
     kv_counts = dense_rows(kv_counts)
-    k_desc, v_desc = _descriptors(k, v, tile) if tile.tma else (None, None)
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(tiles * splits * b * h,)](
-            q, k, v, k_desc, v_desc, context_k, context_v, q_frames, kv_frames, context_frames,
+            q, k, v, context_k, context_v, q_frames, kv_frames, context_frames,
             windows_on(q.device, windows) if rule else None, kv_counts, out, lse,
             **strides("q", q), **strides("k", k), **strides("v", v), **strides("ck", context_k),
             **strides("cv", context_v), stride_qfb=row_stride(q_frames), stride_kfb=row_stride(kv_frames),
@@ -224,8 +209,7 @@ def launch(
             kv_tokens=k.shape[1], context_tokens=keys - k.shape[1], q_tiles=tiles, rows=b, H=h,
             qk_scale=scale * _LOG2E, **rule_arguments(rule, k.shape[1]), MASKED=bool(rule),
             CONTEXT=context_k is not None, SPLITS=splits, HEAD_DIM=d,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32", WARP_SPECIALIZE=tile.warp_specialize,
-            **tile.options(),
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **tile.options(),
         )  # fmt: skip
     return (out, lse) if splits == 1 else merge(out, lse, q.dtype)
 
@@ -244,19 +228,14 @@ _FRAMES = ("q_frames_ptr", "kv_frames_ptr", "windows_ptr")
 def compile_cases(arch: int) -> list[Case]:
     """Wan 1.3B at 480 x 832: a visit over the ring, one split in two, training over caches, text, bidirectional."""
     context = ("context_k_ptr", "context_v_ptr", "context_frames_ptr")
-    best = pick(FORWARD, arch)
-    plain = pick(POINTERS, arch) if best.tma else best
-    cases = [
-        _case("ring of 21 frames", _FRAMES, best),
-        _case("ring of 24 frames, keys split in two", _FRAMES, best, 2),
-        _case("training over caches", (*_FRAMES, *context), plain),
-        _case("text with counts", ("counts_ptr",), plain),
-        _case("bidirectional", (), best),
+    tile = pick(FORWARD, arch)
+    return [
+        _case("ring of 21 frames", _FRAMES, tile),
+        _case("ring of 24 frames, keys split in two", _FRAMES, tile, 2),
+        _case("training over caches", (*_FRAMES, *context), tile),
+        _case("text with counts", ("counts_ptr",), tile),
+        _case("bidirectional", (), tile),
     ]
-    if best != plain:
-        cases.append(_case("ring of 21 frames, odd strides", _FRAMES, plain))
-        cases.append(_case("ring of 24 frames, keys split in two, odd strides", _FRAMES, plain, 2))
-    return cases
 
 
 def candidate_cases(arch: int) -> list[tuple[Tile, Case]]:

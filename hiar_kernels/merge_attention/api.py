@@ -7,27 +7,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _cuda, _triton
+from .. import _cuda, _pointwise, _triton
 from .._dispatch import choose, require
 from . import ops, reference  # noqa: F401  (registers the op)
 
 IMPLS = ("reference", "triton", "cuda")
 
 
-def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor], *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def merge_attention(
+    outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Merge attentions of the same queries over disjoint sets of keys into the attention over all of them; exact.
 
     Args:
-        outs: partial outputs, each [B, T, H, D].
-        lses: their logsumexps, each [B, H, T] (natural logarithm; -inf where a part saw no key).
-        impl: "auto" | "triton" or "cuda" (one pass; bfloat16, float16, float32; no gradient) | "reference"
-            (differentiable).
+        outs: partial outputs, each [B, T, H, D]; a tensor [n, B, T, H, D] is n of them. The kernels read them as they
+            lie: rows of one launch, and of another, are not copied together.
+        lses: their logsumexps, each [B, H, T] (natural logarithm; -inf where a part saw no key), or [n, B, H, T].
+        impl: "auto" (a kernel for CUDA tensors that need no gradient, else the reference) | "triton" or "cuda" (one
+            pass; bfloat16, float16, float32; no gradient) | "reference" (differentiable).
 
     Returns:
         out [B, T, H, D] in the dtype of the parts, logsumexp [B, H, T] in float32 (float64 for float64).
 
     Raises:
         ValueError: no parts, parts that differ in number, shape or dtype, or what the implementation does not take.
+
+    Example:
+        >>> q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 6, 2, 8)
+        >>> parts = [attention(q, x, x, return_lse=True) for x in (k[:, :2], k[:, 2:])]
+        >>> out, lse = merge_attention(*zip(*parts))
+        >>> torch.allclose(out, attention(q, k, k), atol=1e-5)
+        True
     """
     ok = len(outs) == len(lses) > 0
     require(ok, f"merge_attention: got {len(outs)} outs and {len(lses)} lses; expected n and n >= 1")
@@ -37,11 +47,12 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor], *, impl: str
         ok = out.shape == outs[0].shape and out.dtype == outs[0].dtype
         require(ok, f"merge_attention: every out must be {want}, got {list(out.shape)} {out.dtype}")
         require(tuple(lse.shape) == (b, h, t), f"merge_attention: every lse must be {[b, h, t]}, got {list(lse.shape)}")
-    impl = choose("merge_attention", impl, IMPLS, auto="reference")
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, *lses))
+    kernel = "reference" if wants_grad else _pointwise.automatic(outs[0], cuda=True)
+    impl = choose("merge_attention", impl, IMPLS, auto=kernel)
     if impl == "reference":
         return reference.merge_attention(list(outs), list(lses))
     (_cuda if impl == "cuda" else _triton).load("merge_attention", outs[0])
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, *lses))
     require(not wants_grad, f"merge_attention: impl={impl!r} has no gradient; use impl='reference', or no_grad()")
     for x in (*outs, *lses):
         here = x.device == outs[0].device

@@ -16,12 +16,37 @@ _BLOCK_T = 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@triton.jit
+def _greatest(highest, lses_ptr, stride_n, live, PARTS: tl.constexpr):
+    """The greatest logsumexp of each token, of these parts too."""
+    for n in range(PARTS):
+        part = tl.load(lses_ptr + tl.cast(n, tl.int64) * stride_n, mask=live, other=float("-inf"))
+        highest = tl.maximum(highest, part.to(tl.float32))
+    return highest
+
+
+@triton.jit
+def _add(acc, total, highest, parts_ptr, lses_ptr, stride_pn, stride_ln, live, whole, PARTS: tl.constexpr):
+    """The weighted outputs, and the weights, of these parts too."""
+    for n in range(PARTS):
+        part = tl.load(lses_ptr + tl.cast(n, tl.int64) * stride_ln, mask=live, other=float("-inf"))
+        weight = tl.exp(part.to(tl.float32) - highest)
+        total += weight
+        # a part that saw no key weighs 0, whatever it holds
+        used = whole & (weight > 0)[:, None]
+        x = tl.load(parts_ptr + tl.cast(n, tl.int64) * stride_pn, mask=used, other=0.0)
+        acc += weight[:, None] * x.to(tl.float32)
+    return acc, total
+
+
 @triton.jit(do_not_specialize=["T", "tiles"])
 def _merge_attention_fwd_kernel(
-    parts_ptr, lses_ptr, out_ptr, lse_ptr, stride_pn, stride_pb, stride_pt, stride_ph, stride_ln, stride_lb, stride_lh,
-    stride_lt, T, H, tiles,
-    PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    parts_ptr, lses_ptr, more_ptr, more_lses_ptr, out_ptr, lse_ptr, stride_pn, stride_pb, stride_pt, stride_ph,
+    stride_ln, stride_lb, stride_lh, stride_lt, stride_mn, stride_mb, stride_mt, stride_mh, stride_kn, stride_kb,
+    stride_kh, stride_kt, T, H, tiles,
+    PARTS: tl.constexpr, MORE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Two stacks of parts: PARTS evenly spaced ones, and MORE others."""
     pid = tl.program_id(0)
     b = (pid // tiles // H).to(tl.int64)
     h = (pid // tiles % H).to(tl.int64)
@@ -31,22 +56,20 @@ def _merge_attention_fwd_kernel(
     whole = live[:, None] & (dims < HEAD_DIM)[None, :]
     lses_ptr += b * stride_lb + h * stride_lh + t * stride_lt
     parts_ptr += b * stride_pb + h * stride_ph + t[:, None] * stride_pt + dims[None, :]
+    if MORE > 0:
+        more_lses_ptr += b * stride_kb + h * stride_kh + t * stride_kt
+        more_ptr += b * stride_mb + h * stride_mh + t[:, None] * stride_mt + dims[None, :]
 
     highest = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
-    for n in range(PARTS):
-        part = tl.load(lses_ptr + tl.cast(n, tl.int64) * stride_ln, mask=live, other=float("-inf"))
-        highest = tl.maximum(highest, part.to(tl.float32))
+    highest = _greatest(highest, lses_ptr, stride_ln, live, PARTS)
+    if MORE > 0:
+        highest = _greatest(highest, more_lses_ptr, stride_kn, live, MORE)
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.zeros([BLOCK_T], dtype=tl.float32)
     acc = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
-    for n in range(PARTS):
-        part = tl.load(lses_ptr + tl.cast(n, tl.int64) * stride_ln, mask=live, other=float("-inf"))
-        weight = tl.exp(part.to(tl.float32) - highest)
-        total += weight
-        # a part that saw no key weighs 0, whatever it holds
-        used = whole & (weight > 0)[:, None]
-        x = tl.load(parts_ptr + tl.cast(n, tl.int64) * stride_pn, mask=used, other=0.0)
-        acc += weight[:, None] * x.to(tl.float32)
+    acc, total = _add(acc, total, highest, parts_ptr, lses_ptr, stride_pn, stride_ln, live, whole, PARTS)
+    if MORE > 0:
+        acc, total = _add(acc, total, highest, more_ptr, more_lses_ptr, stride_mn, stride_kn, live, whole, MORE)
     some = total > 0
     out = acc / tl.where(some, total, 1.0)[:, None]
     out_offs = ((b * T + t[:, None]) * H + h) * HEAD_DIM + dims[None, :]
@@ -55,34 +78,66 @@ def _merge_attention_fwd_kernel(
     tl.store(lse_ptr + (b * H + h) * T + t, lse, mask=live)
 
 
-def merge(parts: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """parts [N, B, T, H, D], lses [N, B, H, T] -> out [B, T, H, D] of the dtype, lse [B, H, T] float32."""
+_Stack = tuple[Tensor, Tensor]
+"""Parts [n, B, T, H, D] and their logsumexps [n, B, H, T]."""
+
+
+def merge(parts: Tensor, lses: Tensor, dtype: torch.dtype, more: _Stack | None = None) -> tuple[Tensor, Tensor]:
+    """parts [N, B, T, H, D], lses [N, B, H, T] -> out [B, T, H, D] of the dtype, lse [B, H, T] float32.
+
+    ``more``: other parts of the same queries, wherever they lie.
+    """
     n, b, t, h, d = parts.shape
     out = torch.empty((b, t, h, d), dtype=dtype, device=parts.device)
     lse = torch.empty((b, h, t), dtype=torch.float32, device=parts.device)
     tiles = triton.cdiv(t, _BLOCK_T)
     if out.numel():
-        if parts.stride(-1) != 1:
-            parts = parts.contiguous()
+        parts = parts if parts.stride(-1) == 1 else parts.contiguous()
+        others, other_lses = (None, None) if more is None else more
+        if others is not None and others.stride(-1) != 1:
+            others = others.contiguous()
+        more_strides = [0] * 8
+        if others is not None and other_lses is not None:
+            more_strides = [*others.stride()[:4], *other_lses.stride()]
         with torch.cuda.device_of(parts):
             _merge_attention_fwd_kernel[(b * h * tiles,)](
-                parts, lses, out, lse, *parts.stride()[:4], *lses.stride(), t, h, tiles, PARTS=n, HEAD_DIM=d,
-                BLOCK_T=_BLOCK_T, BLOCK_D=max(16, triton.next_power_of_2(d)), num_warps=4,
+                parts, lses, others, other_lses, out, lse, *parts.stride()[:4], *lses.stride(), *more_strides, t, h,
+                tiles, PARTS=n, MORE=0 if others is None else len(others), HEAD_DIM=d, BLOCK_T=_BLOCK_T,
+                BLOCK_D=max(16, triton.next_power_of_2(d)), num_warps=4,
             )  # fmt: skip
     return out, lse
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    """The tensors along a new first dimension: a view where they lie evenly spaced in one storage, else a copy."""
+def _step(a: Tensor, b: Tensor) -> int | None:
+    """Numbers from a to b, if both lie alike in one storage."""
+    alike = (a.dtype, a.stride()) == (b.dtype, b.stride())
+    alike = alike and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return int(b.storage_offset() - a.storage_offset()) if alike else None
+
+
+def _spaced(tensors: list[Tensor]) -> int:
+    """How many of the tensors, from the first on, lie at equal distances in one storage."""
+    step = _step(*tensors[:2]) if len(tensors) > 1 else None
+    if step is None or step < 0:
+        return 1
+    return next((i for i in range(2, len(tensors)) if _step(*tensors[i - 1 : i + 1]) != step), len(tensors))
+
+
+def _stacks(outs: list[Tensor], lses: list[Tensor]) -> list[_Stack]:
+    """The parts as one stack or two: views where they lie evenly spaced, else a copy."""
+    stacks: list[_Stack] = []
+    left, left_lses = outs, lses
+    while left:
+        n = min(_spaced(left), _spaced(left_lses))
+        stacks.append((_view(left[:n]), _view(left_lses[:n])))
+        left, left_lses = left[n:], left_lses[n:]
+    return stacks if len(stacks) <= 2 else [(torch.stack(outs), torch.stack(lses))]
+
+
+def _view(tensors: list[Tensor]) -> Tensor:
     first = tensors[0]
-    step = tensors[1].storage_offset() - first.storage_offset() if len(tensors) > 1 else 0
-    even = step >= 0 and all(
-        x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and x.storage_offset() == first.storage_offset() + i * step
-        and x.stride() == first.stride()
-        for i, x in enumerate(tensors)
-    )
-    return first.as_strided((len(tensors), *first.shape), (step, *first.stride())) if even else torch.stack(tensors)
+    step = (_step(*tensors[:2]) or 0) if len(tensors) > 1 else 0
+    return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
 
 
 def launch(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -92,24 +147,28 @@ def launch(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     for x in (*outs, *lses):
         same = x.device == outs[0].device
         require(same, f"merge_attention: every part must be on {outs[0].device}, got {x.device}")
-    return merge(_stacked(outs), _stacked(lses), outs[0].dtype)
+    first, *more = _stacks(outs, lses)
+    return merge(*first, outs[0].dtype, *more)
 
 
 register("merge_attention", launch)
 
 
 def compile_cases(arch: int) -> list[Case]:
-    """Two halves of the keys of a block of Wan 1.3B; one configuration serves every architecture."""
-    pointers = {"parts_ptr": "*fp32", "lses_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
-    constexprs = {"PARTS": 2, "HEAD_DIM": 128, "BLOCK_T": _BLOCK_T, "BLOCK_D": 128}
-    others = [a for a in _merge_attention_fwd_kernel.arg_names if a not in pointers and a not in constexprs]
+    """Two halves of the keys of a block of Wan 1.3B, as our own forward and as a library leaves them."""
+
+    def case(name: str, more: int, kind: str) -> Case:
+        pointers = {"parts_ptr": kind, "lses_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
+        pointers |= {"more_ptr": kind, "more_lses_ptr": "*fp32"} if more else {}
+        absent = () if more else ("more_ptr", "more_lses_ptr")
+        sizes = {"PARTS": 2, "MORE": more, "HEAD_DIM": 128, "BLOCK_T": _BLOCK_T, "BLOCK_D": 128}
+        constexprs = {**sizes, **dict.fromkeys(absent)}
+        others = [a for a in _merge_attention_fwd_kernel.arg_names if a not in pointers and a not in constexprs]
+        sixteens = (*pointers, *[f"stride_{stack}{dim}" for stack in "pm" for dim in "nbth"])
+        signature = {**pointers, **dict.fromkeys(others, "i32")}
+        return Case(name, _merge_attention_fwd_kernel, signature, constexprs, sixteens, num_warps=4)
+
     return [
-        Case(
-            "two halves, Wan 1.3B",
-            _merge_attention_fwd_kernel,
-            {**pointers, **dict.fromkeys(others, "i32")},
-            constexprs,
-            divisible=(*pointers, "stride_pn", "stride_pb", "stride_pt", "stride_ph"),
-            num_warps=4,
-        )
+        case("two halves, Wan 1.3B", 0, "*fp32"),
+        case("two rows of a launch and a rest, Wan 1.3B", 1, "*bf16"),
     ]

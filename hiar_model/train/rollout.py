@@ -187,9 +187,11 @@ class SelfRollout:
 def _contexts(cache: RingCache, index: int) -> tuple[KVContext, ...]:
     """The keys of one ring, for each layer; taken out of the cache, so that the rings of other steps are let go."""
     alone, frames, found = len(cache.capacities) == 1, cache.frames[index].clone(), []
+    ids = [list(cache.held[index])]
     while cache.k:
         k, v = (rings.pop(0)[index] for rings in (cache.k, cache.v))
-        found.append(KVContext(k, v, frames) if alone else KVContext(k.clone(), v.clone(), frames))
+        k, v = (k, v) if alone else (k.clone(), v.clone())
+        found.append(KVContext(k, v, frames, host_frames=ids))
     return tuple(found)
 
 

@@ -348,3 +348,15 @@ def test_the_rule_of_the_kernels_is_that_of_the_oracle(device):
                            return_lse=True, impl="triton")  # fmt: skip
         seen = [sum(naive.sees(i, j, window=window, **rule) for j in frames) for i in frames]
         assert lse[0, 0].exp().round().int().tolist() == seen
+
+
+def test_frame_ids_beyond_32_bit_sums_are_refused(device):
+    x = torch.zeros(1, 1, 1, 16, device=device)
+    largest = BlockCausal(1, 1, first_frame=2**30 - 1)
+    assert attention(x, x, x, mask=largest, impl="triton").shape == x.shape
+    beyond = BlockCausal(1, 1, first_frame=2**30)
+    with pytest.raises(ValueError, match=r"takes frame ids below 1073741824, got mask.first_frame 1073741824"):
+        attention(x, x, x, mask=beyond, impl="triton")
+    context = KVContext(x, x, torch.zeros(1, 1, dtype=torch.int32, device=device))
+    with pytest.raises(ValueError, match="got mask.first_frame"):
+        attention(x, x, x, mask=beyond, context=context, impl="triton")

@@ -23,6 +23,7 @@ LAYOUTS: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {  # of parts [B, T
     "every other number": lambda parts: [x.repeat_interleave(2, -1)[..., ::2] for x in parts],
     "rows one longer": lambda parts: [torch.cat([x, x[..., :1]], -1)[..., :-1] for x in parts],
     "part of wider rows": lambda parts: [torch.cat([x[..., :1], x], -1)[..., 1:] for x in parts],
+    "a row and another": lambda parts: [*torch.stack(parts[:-1]), parts[-1].clone()],
     "of one row": lambda parts: [x[:1].expand_as(x) for x in parts],
 }
 
@@ -72,6 +73,30 @@ def test_memory_order_is_free(layout, dtype, kernel, device):
 def test_any_number_of_parts_of_any_width(count, width, dtype, kernel, device):
     outs, lses = parts(count, (1, 6, 5, width), dtype)
     assert_good([x.to(device) for x in outs], [x.to(device) for x in lses], kernel, device)
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 4])
+def test_rows_of_a_launch_and_a_rest(first, kernel, device):
+    """As a library leaves them: [n, T, H, D] of one launch, the rest of another; both are read where they lie."""
+    outs, lses = parts(4, (2, 7, 3, 16), torch.bfloat16)
+    split = [
+        [x for stack in (xs[:first], xs[first:]) if stack for x in torch.stack(stack).to(device)] for xs in (outs, lses)
+    ]
+    assert_good(*split, kernel, device)
+    if kernel == "triton":
+        from hiar_kernels.merge_attention import triton_fwd
+
+        stacks = triton_fwd._stacks(*split)
+        assert [len(x) for x, _ in stacks] == ([first, 4 - first] if first < 4 else [4])
+        read = [x.data_ptr() for stack in stacks for tensor in stack for x in tensor]
+        given = [x.data_ptr() for n in (slice(first), slice(first, 4)) for xs in split for x in xs[n]]
+        assert read == given, "parts were copied"
+
+
+def test_a_stacked_tensor_is_its_parts(kernel, device):
+    outs, lses = (torch.stack(xs).to(device) for xs in parts(3, (1, 6, 2, 16), torch.float32))
+    for found, wanted in zip(merge_attention(outs, lses, impl=kernel), merge_attention([*outs], [*lses], impl=kernel)):
+        assert torch.equal(found, wanted)
 
 
 def test_many_rows(kernel, device):

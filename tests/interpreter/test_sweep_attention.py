@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def sweep(monkeypatch):
 @pytest.mark.parametrize("part", ["forward", "dq", "dkdv"])
 def test_every_configuration_is_run_and_checked(sweep, device, monkeypatch, part):
     other = Tile(64, 64, 4, 1, 16)
-    monkeypatch.setattr(_launch, "CANDIDATES", {part: {0: (other, dataclasses.replace(other, tma=True))}})
+    monkeypatch.setattr(_launch, "CANDIDATES", {part: {0: (other,)}})
     sizes = sweep.Sizes(heads=1, head_dim=128, grid=(2, 3), window=6)
     tile_options, used = Tile.options, []
     monkeypatch.setattr(Tile, "options", lambda tile: used.append(tile) or tile_options(tile))
