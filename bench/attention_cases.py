@@ -13,6 +13,7 @@ from torch import Tensor
 import hiar_kernels
 from anchors import LIBRARIES, swapped
 from hiar_kernels import BlockCausal, KVContext, attention_layout
+from hiar_kernels.attention import gluon
 from hiar_kernels.attention import table as dispatch
 from hiar_kernels.attention.api import IMPLS
 from hiar_kernels.attention.library import unavailable
@@ -207,7 +208,13 @@ def table(bench: Bench, absent: dict[str, str], own: tuple[str, ...]) -> list[Op
         else:
             absent[f"{impl} for attention"] = lacking
     # on CUDA the one of torch's that sdpa takes for a logsumexp is "flash"
-    cut = [dispatch.way(impl, SPLITS) for impl in impls if impl not in own and not (bench.cuda and impl == BASELINE)]
+    lacking = gluon.unavailable(torch.device(bench.device))
+    hopper = ["gluon"] if lacking is None else []  # without gradient
+    if lacking is not None:
+        absent["gluon for attention"] = lacking
+    cut = hopper + [
+        dispatch.way(impl, SPLITS) for impl in impls if impl not in own and not (bench.cuda and impl == BASELINE)
+    ]
     direct, masked = libraries(bench, absent), flex_ways(bench, absent)
 
     def op(make: Callable[[Bench, Sizes], Work], trained: bool, peers: tuple[str, ...], more: list[str]) -> Op:

@@ -14,9 +14,9 @@ from .mask import BlockCausal, KVContext
 from .schedule import AttentionSchedule, attention_schedule
 
 HEAD_DIM = 128
+_MODULE = "triton.experimental.gluon.language.nvidia.hopper"
 
 
-@functools.cache
 def unavailable(device: torch.device) -> str | None:
     """Why the kernel cannot run on a device; None if it can."""
     if device.type != "cuda":
@@ -24,14 +24,15 @@ def unavailable(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
         return f"it needs a Hopper GPU (sm_90), got sm_{major}{minor}"
-    for name in ("triton", "triton.experimental.gluon.language.nvidia.hopper"):
-        try:
-            found_spec = importlib.util.find_spec(name)
-        except ModuleNotFoundError:  # of a parent package
-            found_spec = None
-        if found_spec is None:
-            return f"it needs {name} (Triton 3.6 or newer), which is not installed"
-    return None
+    return None if _installed() else f"it needs {_MODULE} (Triton 3.6 or newer), which is not installed"
+
+
+@functools.cache
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec(_MODULE) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
 
 
 def unfit(

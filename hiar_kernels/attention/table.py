@@ -142,8 +142,9 @@ def choose(
         counts=kv_counts is not None,
         return_lse=return_lse,
         trains=trains,
-        runs=lambda impl: usable(impl, q) and (
-            impl != "gluon" or (not trains and gluon.unfit(q, k, v, mask, context, kv_counts) is None)
+        runs=lambda impl: (
+            usable(impl, q)
+            and (impl != "gluon" or (not trains and gluon.unfit(q, k, v, mask, context, kv_counts) is None))
         ),
     )
     in_one_call = layout is None or len(layout.rows) == 1
@@ -212,7 +213,7 @@ def usable(impl: str, q: Tensor) -> bool:
         installed = importlib.util.find_spec("triton") is not None
         return installed and q.dtype != torch.float64 and q.shape[-1] in (16, 32, 64, 128)
     if impl == "gluon":
-        return gluon.unavailable(q.device) is None
+        return half and q.shape[-1] == gluon.HEAD_DIM and gluon.unavailable(q.device) is None
     return impl == "sdpa" or (half and unavailable(impl, q.device) is None)
 
 

@@ -106,7 +106,7 @@ class Executor:
         self.capture: Capture | None = None
         if mode != "eager":
             self.capture = CudaGraphs(self.device) if mode == "graph" else Recorder.capture
-        q = weight.new_empty(1, dtype=working_dtype(weight)).expand(1, 1, *cache.k[0].shape[3:])
+        q = weight.new_empty(1, 1, *cache.k[0].shape[3:], dtype=working_dtype(weight))
         # frame ids on the device serve every block; a library has to be told what is visible, block by block
         self.by_layout = takes_layout(q, self._mask([0]))
         self.counters = Counters()
