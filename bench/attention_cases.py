@@ -13,6 +13,7 @@ from torch import Tensor
 import hiar_kernels
 from anchors import LIBRARIES, swapped
 from hiar_kernels import BlockCausal, KVContext, attention_layout
+from hiar_kernels.attention import gluon
 from hiar_kernels.attention import table as dispatch
 from hiar_kernels.attention.api import IMPLS
 from hiar_kernels.attention.library import unavailable
@@ -207,6 +208,13 @@ def table(bench: Bench, absent: dict[str, str], own: tuple[str, ...]) -> list[Op
         else:
             absent[f"{impl} for attention"] = lacking
     # on CUDA the one of torch's that sdpa takes for a logsumexp is "flash"
+    hopper = []
+    if own:
+        lacking = gluon.unavailable(torch.device(bench.device))
+        if lacking is None:
+            hopper = ["gluon"]  # without gradient and context
+        else:
+            absent["gluon for attention"] = lacking
     cut = [dispatch.way(impl, SPLITS) for impl in impls if impl not in own and not (bench.cuda and impl == BASELINE)]
     direct, masked = libraries(bench, absent), flex_ways(bench, absent)
 
@@ -216,8 +224,8 @@ def table(bench: Bench, absent: dict[str, str], own: tuple[str, ...]) -> list[Op
         return Op(f"attention: {name}", make, "flop", trained, ways, frozenset(peers), name)
 
     return [
-        op(visit, False, direct, cut),
-        op(pair, False, masked, cut),
+        op(visit, False, direct, [*hopper, *cut]),
+        op(pair, False, masked, [*hopper, *cut]),
         op(block_causal, True, masked, []),
         op(constant_context, True, masked, []),
         op(cross, True, direct, []),

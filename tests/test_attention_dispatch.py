@@ -363,7 +363,7 @@ def test_videos_that_are_one_call_are_not_split(h200):
 
     def chosen(videos: int, layout: AttentionLayout) -> table.Choice:
         q, k = (h200(videos, slots * TOKENS, HEADS, 128) for slots in (2, 6))
-        return table.choose(q, k, mask, None, None, layout, False, False)
+        return table.choose(q, k, k, mask, None, None, layout, False, False)
 
     assert chosen(1, layout).num_splits == chosen(2, unlike).num_splits == 2
     assert chosen(2, layout).num_splits == 1
@@ -405,5 +405,5 @@ def test_the_measured_file(tmp_path, monkeypatch):
 
 def test_on_a_cpu():
     q = normal(1, 2)
-    assert table.choose(q, q, None, None, None, None, False, False).impl == "sdpa"
-    assert table.choose(q, q, None, None, None, None, True, False).impl == "reference"
+    assert table.choose(q, q, q, None, None, None, None, False, False).impl == "sdpa"
+    assert table.choose(q, q, q, None, None, None, None, True, False).impl == "reference"

@@ -142,8 +142,9 @@ def choose(
         counts=kv_counts is not None,
         return_lse=return_lse,
         trains=trains,
-        runs=lambda impl: usable(impl, q) and (
-            impl != "gluon" or (not trains and gluon.unfit(q, k, v, mask, context, kv_counts) is None)
+        runs=lambda impl: (
+            usable(impl, q)
+            and (impl != "gluon" or (not trains and gluon.unfit(q, k, v, mask, context, kv_counts) is None))
         ),
     )
     in_one_call = layout is None or len(layout.rows) == 1
