@@ -208,13 +208,14 @@ def table(bench: Bench, absent: dict[str, str], own: tuple[str, ...]) -> list[Op
         else:
             absent[f"{impl} for attention"] = lacking
     # on CUDA the one of torch's that sdpa takes for a logsumexp is "flash"
-    lacking = gluon.unavailable(torch.device(bench.device))
-    hopper = ["gluon"] if lacking is None else []  # without gradient
-    if lacking is not None:
-        absent["gluon for attention"] = lacking
-    cut = hopper + [
-        dispatch.way(impl, SPLITS) for impl in impls if impl not in own and not (bench.cuda and impl == BASELINE)
-    ]
+    hopper = []
+    if own:
+        lacking = gluon.unavailable(torch.device(bench.device))
+        if lacking is None:
+            hopper = ["gluon"]  # without gradient and context
+        else:
+            absent["gluon for attention"] = lacking
+    cut = [dispatch.way(impl, SPLITS) for impl in impls if impl not in own and not (bench.cuda and impl == BASELINE)]
     direct, masked = libraries(bench, absent), flex_ways(bench, absent)
 
     def op(make: Callable[[Bench, Sizes], Work], trained: bool, peers: tuple[str, ...], more: list[str]) -> Op:
@@ -223,8 +224,8 @@ def table(bench: Bench, absent: dict[str, str], own: tuple[str, ...]) -> list[Op
         return Op(f"attention: {name}", make, "flop", trained, ways, frozenset(peers), name)
 
     return [
-        op(visit, False, direct, cut),
-        op(pair, False, masked, cut),
+        op(visit, False, direct, [*hopper, *cut]),
+        op(pair, False, masked, [*hopper, *cut]),
         op(block_causal, True, masked, []),
         op(constant_context, True, masked, []),
         op(cross, True, direct, []),
