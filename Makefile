@@ -16,7 +16,8 @@ ARGS ?=
 BUDGET ?= 480
 
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# pip says what it collects, downloads and installs: nobody looks at a silent line for minutes.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 DESCRIPTION := pyproject.toml setup.py constraints.txt hiar_kernels/_extension.py $(wildcard csrc/*.c* csrc/*.h)
 PROMPT := a red circle moving right
 
@@ -46,17 +47,21 @@ extension = $(BIN)/python hiar_kernels/_extension.py
 # The stamps lie inside .venv: they go when it goes, and are older than the description when that has changed.
 .venv/installed: $(DESCRIPTION)
 	@$(environment)
-	@echo "Installing hiar-kernels into .venv (the first time this fetches torch: some minutes)"
+	@echo "1 of 3: torch into .venv, if it is not there (a large download: minutes)"
 	@$(INSTALL) torch
+	@echo "2 of 3: hiar-kernels and what it needs"
 	@$(INSTALL) -e .
+	@echo "3 of 3: the CUDA extension, where there is a compiler for it"
 	@$(extension)
 	@touch $@
 
 .venv/installed-dev: $(DESCRIPTION)
 	@$(environment)
-	@echo "Installing hiar-kernels and its developer tools into .venv (the first time this fetches torch: some minutes)"
+	@echo "1 of 3: torch into .venv, if it is not there (a large download: minutes)"
 	@$(INSTALL) torch
+	@echo "2 of 3: hiar-kernels, what it needs and the developer tools"
 	@$(INSTALL) -e '.[dev]'
+	@echo "3 of 3: the CUDA extension, where there is a compiler for it"
 	@$(extension)
 	@touch .venv/installed $@
 

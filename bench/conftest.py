@@ -26,6 +26,10 @@ import vae_results
 from op_results import BENCH, CUDA, REHEARSAL, default_folder
 
 pytest_plugins = ["resume"]
+DURATION = (
+    "all of it takes 180 s of CPU, 160 of them test_two_ranks_on_two_cores, which says how far it is "
+    "and is right on idle cores alone (-k 'not two_ranks' leaves it out)"
+)
 # what names a row -> who tells and writes such rows
 TABLES = {"op": op_results, "rollout": rollout_results, "vae": vae_results}
 
@@ -35,7 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_report_header() -> str:
-    return f"bench: {torch.cuda.get_device_name()}, Wan 1.3B sizes" if CUDA else f"bench: {REHEARSAL}"
+    if CUDA:
+        return f"bench: {torch.cuda.get_device_name()}, Wan 1.3B sizes"
+    return f"bench: {REHEARSAL}\nbench: {DURATION}"
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,8 @@ def run_pytest(tmp_path):
 
 def test_rehearsal(run_pytest, tmp_path):
     command = ["-p", "pytest_benchmark.plugin", "bench/bench_ops.py", "--benchmark-only", "--results", str(tmp_path)]
-    assert "REHEARSAL at small sizes" in run_pytest(*command)
+    said = run_pytest(*command)
+    assert "REHEARSAL at small sizes" in said and "180 s of CPU, 160 of them test_two_ranks_on_two_cores" in said
     result = json.loads((tmp_path / "ops.json").read_text())
     assert result["rehearsal"] is True
     measured = {(row["op"], row["pass"], row["way"]) for row in result["rows"]}

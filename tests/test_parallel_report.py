@@ -204,6 +204,22 @@ def test_report_from_stage_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "Ways to make" not in text and "| 2 | 27 |" in text  # two curves: two steps
 
 
+def test_the_report_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each table is printed when it is made: what was measured stands there before the first simulation."""
+    shown: list[str] = []
+
+    def stop(*_: object) -> list[str]:
+        shown.append(capsys.readouterr().out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parallel_report, "limit_table", stop)
+    monkeypatch.setattr("sys.argv", ["parallel_report"])
+    with pytest.raises(KeyboardInterrupt):
+        parallel_report.main()
+    assert shown[0].startswith("# Rollouts measured on one GPU") and "| H200, " in shown[0]
+    assert "## Where a visit goes, ms" in shown[0] and "Steady state" not in shown[0]
+
+
 def row_of(order: str, way: str, ranks: int, seconds: float, **more) -> dict:
     row = {"order": order, "way": way, "ranks": ranks, "split": [4], "blocks": 27, "measured": True, "seconds": seconds}
     numbers = {"first_block": 0.5, "interval": 0.25, "prompt": None, "fps": 24.0, "fps_vae": 15.0, "predicted": seconds}
