@@ -312,9 +312,11 @@ def _rows(asked: Asked, memory: Memory) -> Iterator[tuple[str, int, str]]:
     yield "caches", memory.caches, f"keys and values, {rings}"
     if memory.scratch:
         yield "keys of one layer", memory.scratch, f"read back into {_name(r.dtype)}"
+    if memory.workspaces:
+        yield "workspaces", memory.workspaces, "of matrix products, 32 MiB a stream"
     yield "prompt", memory.prompt, "its keys in every layer, modulation, buffers"
     yield "latents", memory.latents, "in flight"
-    yield "a visit", memory.activations, "beside all that, for a moment"
+    yield "a visit", memory.activations, "of its graphs, kept" if memory.captured else "beside all that, for a moment"
     if memory.vae.weights:
         yield "decoding", memory.vae.peak, "beside all that, for a moment"
 

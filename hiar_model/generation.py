@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -121,6 +122,7 @@ class Generation:
         self.show: Show | None = None
         text = self._text(prompt, prompts, blocks, made_of)
         _, rows, columns = self.model.latent_size
+        me = weakref.proxy(self)  # no cycle: the rings are given back at once where a generation is dropped
         self.rollout = Rollout(
             networks,
             text,
@@ -142,8 +144,8 @@ class Generation:
             pairs=pairs,
             on_new_text=on_new_text,
             on_nan=on_nan,
-            on_visit=None if on_progress is None else self._visited,
-            on_boundary=self._boundary,
+            on_visit=None if on_progress is None else lambda done, total: me._visited(done, total),
+            on_boundary=lambda block: me._boundary(block),
         )
         self.on_progress, self.frames_done = on_progress, 0
         self.options = {

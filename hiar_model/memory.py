@@ -32,6 +32,8 @@ from .schedule import FlowSchedule
 from .transformer import HiARTransformer
 
 _LAYERS = 2  # of the network that is run on fake tensors: a first and a last one
+WORKSPACE = 32 << 20
+"""Bytes that torch keeps for cuBLAS for each stream that multiplies matrices, on sm_90 (8 MiB on most others)."""
 OFFLOAD = ("text", "vae")
 """What can leave the device: the text encoder after it has read the prompt; the VAE for good, to decode on the CPU."""
 
@@ -82,6 +84,7 @@ class Request:
     steps, order, frames_per_block, window_frames, sink_frames, cache_source, pairs, batch: of `Rollout`
     dtype              of weights and work; cache_dtype: of keys and values, None: the same
     text_tokens        of the prompt; None: as long as it may be
+    executor           "eager" | "graph"
     device             "cuda": with the kernels of a GPU (of torch where triton is not installed); "cpu"
     """
 
@@ -101,10 +104,13 @@ class Request:
     cache_dtype: torch.dtype | None = None
     text_tokens: int | None = None
     device: str = "cuda"
+    executor: str = "eager"
 
     def __post_init__(self) -> None:
         if self.device not in ("cuda", "cpu"):
             raise ValueError(f"device must be cuda or cpu, got {self.device!r}")
+        if self.executor not in ("eager", "graph"):
+            raise ValueError(f"executor must be eager or graph, got {self.executor!r}")
 
     @property
     def plan(self) -> Plan:
@@ -113,13 +119,13 @@ class Request:
         return Plan(self.steps, self.order, self.frames_per_block, 0, windows, self.sink_frames, self.cache_source,
                     self.pairs)  # fmt: skip
 
-    def rollout(self, model: HiARTransformer, text: Tensor, executor: str = "eager") -> Rollout:
-        """With weights of this config."""
+    def rollout(self, model: HiARTransformer, text: Tensor, executor: str | None = None) -> Rollout:
+        """With weights of this config; ``executor`` in place of the request's own."""
         return Rollout(
             model, text, FlowSchedule.uniform(self.steps), num_frames=self.num_frames, height=self.height,
             width=self.width, batch=self.batch, order=self.order, frames_per_block=self.frames_per_block,
             window_frames=self.window_frames, sink_frames=self.sink_frames, cache_source=self.cache_source,
-            pairs=self.pairs, cache_dtype=self.cache_dtype, executor=executor,
+            pairs=self.pairs, cache_dtype=self.cache_dtype, executor=executor or self.executor,
         )  # fmt: skip
 
 
@@ -142,9 +148,12 @@ class Memory:
     text_encoder, vae  weights, as `Part`
     caches             keys, values, scales and frame ids of all ``rings``
     scratch            what all layers read narrow keys into
-    prompt             keys and values of the prompt for every layer, modulation, buffers of visits
+    prompt             keys and values of the prompt for every layer (twice where visits are captured: graphs read them
+                       in a fixed place), modulation, buffers of visits
     latents            in flight, and the block that was finished last
     activations        the most that a visit needs beside all this
+    captured           that lies in the private pool of the graphs, which nothing else can use between visits
+    workspaces         of cuBLAS, one for each stream that multiplies matrices
     offload            what leaves the device, of `OFFLOAD`
     """
 
@@ -155,6 +164,8 @@ class Memory:
     prompt: int
     latents: int
     activations: int
+    captured: bool = False
+    workspaces: int = 0
     text_encoder: Part = Part()
     vae: Part = Part()
     offload: tuple[str, ...] = ()
@@ -166,19 +177,21 @@ class Memory:
     @property
     def reading(self) -> int:
         """Peak while the prompt is read: all weights, no caches yet."""
-        return self.transformer + self._vae.weights + self.text_encoder.weights + self.text_encoder.peak
+        weights = self.transformer + self._vae.weights + self.text_encoder.weights
+        return weights + self.text_encoder.peak + self.workspaces
 
     @property
     def resident(self) -> int:
         """What stays from block to block."""
         text = 0 if "text" in self.offload else self.text_encoder.weights
-        held = self.transformer + self.caches + self.scratch + self.prompt + self.latents
+        held = self.transformer + self.caches + self.scratch + self.prompt + self.latents + self.workspaces
+        held += self.activations if self.captured else 0
         return held + text + self._vae.weights + self._vae.kept
 
     @property
     def visiting(self) -> int:
         """Peak of a visit."""
-        return self.resident + self.activations
+        return self.resident + (0 if self.captured else self.activations)
 
     @property
     def decoding(self) -> int:
@@ -217,6 +230,8 @@ def predict(
     caches = RingCache.memory_bytes(config, *ring, request.dtype, cache_dtype=request.cache_dtype)
     narrow = request.cache_dtype not in (None, request.dtype)
     scratch = 2 * math.prod(RingCache.shape(config, *ring)) * request.dtype.itemsize if narrow else 0
+    captured = request.executor == "graph"
+    streams = 1 + captured if request.device == "cuda" else 0  # visits are captured on a stream of their own
     return Memory(
         transformer=weights_bytes(config, request.dtype),
         caches=caches - scratch,
@@ -225,6 +240,8 @@ def predict(
         prompt=config.num_layers * counted.prompt_layer + counted.beside,
         latents=_latents(request),
         activations=counted.activations,
+        captured=captured,
+        workspaces=streams * WORKSPACE,
         text_encoder=text_encoder or Part(),
         vae=vae or Part(),
         offload=tuple(offload),
@@ -315,12 +332,14 @@ def _counted(request: Request) -> Counted:
         del weights
         tokens = few.text_len if request.text_tokens is None else request.text_tokens
         text = torch.empty(1, tokens, few.text_dim, dtype=request.dtype)
-        rollout = request.rollout(model, text)
+        # recorded: set up as for graphs, but nothing is captured here
+        rollout = request.rollout(model, text, "recorded" if request.executor == "graph" else "eager")
         executor, cache = rollout.executor, rollout.executor.cache
         executor.attend = _Attend
         executor.texts.hold(model, text, text)
         layers = executor.texts.get(model, [text]).layers
-        prompt = sum(x.nbytes for pair in layers for x in pair)
+        copies = 2 if request.executor == "graph" else 1
+        prompt = copies * sum(x.nbytes for pair in layers for x in pair)
         seen: set[Any] = set()
         activations = 0
         for launch in executor.prepared(rollout.warm_up_blocks):

@@ -29,6 +29,7 @@ _COPY = re.compile(r"memcpy|memset|copy_|::to$|::cat$", re.IGNORECASE)
 _PIXEL_FRAMES = 4  # of a latent frame
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 LAUNCHES = re.compile(r"^(cuda|cu)LaunchKernel|^cudaGraphLaunch|^cudaLaunchCooperativeKernel")
+_WATCHED = "the watched blocks"
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,9 @@ def profile(setting: Setting) -> Profile:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     before = rollout.forwards_done
     with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(setting.blocks):
-            next(blocks)
+        with torch.profiler.record_function(_WATCHED):
+            for _ in range(setting.blocks):
+                next(blocks)
         _now(device)
     return _report(setting, rollout, start, profiler, seconds, visits, rollout.forwards_done - before)
 
@@ -209,6 +211,7 @@ def _report(
     device = rollout.executor.device
     cuda = device.type == "cuda"
     config, plan = setting.config(), rollout.plan
+    peak = torch.cuda.max_memory_allocated(device) if cuda else None  # before the limits, whose copies take 2.5 GB
     limits = machine_limits(device, getattr(torch, setting.dtype))
     tokens = rollout.executor.cache.frame_tokens * plan.frames_per_block
     keys = rollout.executor.cache.frame_tokens * setting.window_frames
@@ -223,7 +226,7 @@ def _report(
     spent, kernels, busy = _spent(profiler, cuda)
     parts = [Part(name, spent[name] / watched, kernels[name] / watched, *why.get(name, (0.0, ""))) for name in KINDS]
     parts.append(Part("idle", max(0.0, seconds / visits - busy / watched), 0))
-    names = [event.name for event in profiler.events()] if cuda else []
+    names = calls_within(profiler.events(), _WATCHED) if cuda else []
     return Profile(
         setting,
         torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
@@ -233,10 +236,20 @@ def _report(
         parts,
         sum(bool(LAUNCHES.match(name)) for name in names) / watched if cuda else None,
         sum(name in SYNCS for name in names) / watched if cuda else None,
-        torch.cuda.max_memory_allocated(device) if cuda else None,
+        peak,
         _PIXEL_FRAMES * plan.frames_per_block * setting.blocks / seconds,
         limits,
     )
+
+
+def calls_within(events: Sequence[Any], name: str) -> list[str]:
+    """Names of a profiler's events on the host that began within the one of such a name (``record_function``): the
+    waits that measuring needs, before it and after it, are none of the rollout's.
+    """
+    host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    span = next(event.time_range for event in host if event.name == name)
+    within = [event for event in host if span.start <= event.time_range.start <= span.end]
+    return [event.name for event in sorted(within, key=lambda event: event.time_range.start)]
 
 
 def kind_of(name: str) -> str:

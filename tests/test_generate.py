@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -159,6 +161,20 @@ def test_the_same_arguments_give_the_same_video(model, folder):
     for other in ({"seed": 1}, {"steps": 3}, {"order": "block_first"}, {"window_frames": 3}, {"sink_frames": 3}):
         assert (generate(PROMPT, model=model, **other).frames != first.frames).any(), other
     assert (generate("a blue plus moving up", model=model).frames != first.frames).any()
+
+
+def test_a_generation_that_is_dropped_gives_its_memory_back_at_once(model):
+    made = Generation(PROMPT, model=model, num_frames=FRAMES, on_progress=lambda *told: None)
+    for _ in made:
+        pass
+    ring = weakref.ref(made.rollout.executor.cache.k[0])
+    gc.collect()  # what was imported on the way
+    gc.disable()
+    try:
+        del made
+        assert ring() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("order", ["step_first", "stream", "wavefront"])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, run
 
 import hiar_kernels
+from hiar_model.cache import RingAttend
 from hiar_model.rollout import Rollout
-from hiar_model.rollout.graph import Recorder
+from hiar_model.rollout.graph import Recorder, _Reads
+from hiar_model.rollout.noise import KeyedNoise
+from hiar_model.rollout.readback import Readback
 from hiar_model.schedule import FlowSchedule
 
 pytestmark = pytest.mark.cpu
@@ -153,6 +158,72 @@ def test_nothing_comes_from_the_host_in_a_replayed_visit(monkeypatch):
     with torch.no_grad():
         for launch in launches:
             launch.body()
+
+
+@pytest.mark.parametrize("walk", WALKS[2:], ids=str)
+def test_a_visit_reads_nothing_and_a_block_is_waited_for_once(walk, monkeypatch):
+    """As on an accelerator: what would wait for the device is refused while groups are executed, else counted."""
+    looks, numbers = [], Readback.numbers
+
+    def counted(readback):
+        looks.append(len(readback.host))
+        return numbers(readback)
+
+    monkeypatch.setattr(Readback, "numbers", counted)
+    with hiar_kernels.prefer("reference"):
+        rollout = made("recorded", num_frames=None, window_frames=6, **walk)
+        rollout.warm_up()  # the one text is read when its keys are made: its padding is cut off
+        rollout.executor.sentinel.device = torch.device("cuda")  # only told: nothing runs there
+        execute = rollout.executor.run
+
+        def unread(group):
+            with _Reads(), Recorder():
+                return execute(group)
+
+        monkeypatch.setattr(rollout.executor, "run", unread)
+        blocks = iter(rollout)
+        for n in range(1, 6):
+            next(blocks)
+            assert len(looks) == n
+    assert sum(looks) >= 5 * 4, "the flag of every denoise visit"
+
+
+@pytest.mark.parametrize("walk", [{"order": "wavefront"}, {"order": "stream", "pairs": True}], ids=str)
+def test_the_host_draws_noise_before_it_waits(walk, monkeypatch):
+    """Drawn between the wait for a block and the next visit, it would be time in which the device idles."""
+    seen, draw, read, prepare = [], KeyedNoise.__call__, Readback.numbers, RingAttend.enter
+
+    def noted(name, function):
+        return lambda *given, **more: seen.append((name, *given[1:])) or function(*given, **more)
+
+    monkeypatch.setattr(KeyedNoise, "__call__", noted("draw", draw))
+    monkeypatch.setattr(RingAttend, "enter", noted("visit", prepare))
+    expected = latents(made("eager", window_frames=6, **walk))
+    monkeypatch.setattr(Readback, "numbers", noted("wait", read))
+    rollout = made("eager", window_frames=6, **walk)
+    rollout.executor.sentinel.device = torch.device("cuda")  # only told: looked at once a block
+    seen.clear()
+    assert torch.equal(latents(rollout), expected)
+    draws = [one[1:] for one in seen if one[0] == "draw"]
+    assert len(draws) == len(set(draws)) == 4 * 6, "each once"
+    names = [name for name, *_ in seen]
+    waits = [i for i, name in enumerate(names) if name == "wait" and "visit" in names[i:]]
+    assert len(waits) == 5 and {names[i + 1] for i in waits} == {"visit"} and "draw" in {names[i - 1] for i in waits}
+
+
+@pytest.mark.parametrize("executor", ["eager", "recorded"])
+def test_a_rollout_that_is_dropped_gives_its_memory_back_at_once(executor):
+    """Not when Python next looks for cycles: the rings of the next one may not fit beside these."""
+    rollout = made(executor, order="wavefront", window_frames=6)
+    latents(rollout)
+    ring = weakref.ref(rollout.executor.cache.k[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del rollout
+        assert ring() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_of_latents_is_used_again():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hiar_model.config import WanConfig
-from hiar_model.memory import LiveBytes, Memory, Part, Request, predict
+from hiar_model.memory import WORKSPACE, LiveBytes, Memory, Part, Request, predict
 from hiar_model.transformer import HiARTransformer
 
 pytestmark = pytest.mark.cpu
@@ -56,6 +56,22 @@ def test_a_rollout_takes_what_was_predicted(options):
         memory.activations
     )
     assert min(memory.caches, memory.activations) > 0.1 * abs(memory.total - found)
+
+
+@pytest.mark.parametrize("order", ["step_first", "stream"])
+def test_what_captured_visits_take_beside_eager_ones(order):
+    """The prompt's keys once more, in a place of their own; on a GPU a second workspace of cuBLAS and the pool."""
+    eager = replace(REQUEST, order=order, device="cuda")
+    one, other = predict(eager), predict(replace(eager, executor="graph"))
+    keys = 3 * 2 * 48 * 64 * 4  # layers, keys and values, tokens (40 in tiles of 16), width, float32
+    assert keys <= other.prompt - one.prompt <= 1.05 * keys
+    assert (one.workspaces, other.workspaces) == (WORKSPACE, 2 * WORKSPACE)
+    assert predict(replace(eager, device="cpu")).workspaces == 0
+    assert one.activations == other.activations
+    assert other.visiting - one.visiting == other.prompt - one.prompt + WORKSPACE
+    decoding = Part(kept=5, peak=1 << 30)
+    one, other = (replace(memory, vae=decoding) for memory in (one, other))
+    assert other.decoding - one.decoding == other.prompt - one.prompt + WORKSPACE + one.activations
 
 
 def test_nothing_is_kept_of_fake_tensors():
@@ -138,5 +154,7 @@ def test_what_a_rollout_refuses_is_refused(options, said):
 def test_devices_and_offloads():
     with pytest.raises(ValueError, match="device must be cuda or cpu, got 'tpu'"):
         replace(REQUEST, device="tpu")
+    with pytest.raises(ValueError, match="executor must be eager or graph, got 'pipeline'"):
+        replace(REQUEST, executor="pipeline")
     with pytest.raises(ValueError, match="offload must be of text, vae, got 'weights'"):
         predict(REQUEST, offload=("weights",))

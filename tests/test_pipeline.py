@@ -26,6 +26,7 @@ from hiar_model.rollout import PipelineOptions, Rollout
 from hiar_model.rollout.balance import measure_costs
 from hiar_model.rollout.checkpoints import RunFolder
 from hiar_model.rollout.costs import unit_costs
+from hiar_model.rollout.noise import KeyedNoise
 from hiar_model.rollout.session import FinishedBlock
 from hiar_model.rollout.stage import Stage, split_steps, with_faster_pairs
 from hiar_model.rollout.visits import Plan, check, rank_order
@@ -207,8 +208,8 @@ def test_parity_is_verified_and_can_fail(model, capsys, monkeypatch):
     assert re.search(
         r"4 blocks of .* on 1 processes \(2 steps\) and on one \(cpu, float32, 1 threads\): the same bits", told
     )
-    keyed, calls = Rollout._keyed, []
-    monkeypatch.setattr(Rollout, "_keyed", lambda *key: keyed(*key) + 1e-4 * len(calls.append(0) or calls))
+    keyed, calls = KeyedNoise.__call__, []
+    monkeypatch.setattr(KeyedNoise, "__call__", lambda *key: keyed(*key) + 1e-4 * len(calls.append(0) or calls))
     assert main(["verify-parity", "--nproc", "1", "--model", model]) == 1
     assert re.match(r"hiar: latents differ by [\d.e-]+, tolerance is 0\n", capsys.readouterr().err)
     assert main(["verify-parity", "--nproc", "1", "--model", model, "--tolerance", "1"]) == 0

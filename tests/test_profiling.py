@@ -47,6 +47,22 @@ def test_time_that_is_covered():
     assert profiling.covered([(5, 6), (0, 2), (1, 3), (1.5, 2)]) == 4
 
 
+def test_calls_within_a_range():
+    """What measuring itself does before and after is not counted."""
+    x = torch.zeros(2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        x.add(1)
+        with torch.profiler.record_function("within"):
+            x.mul(2)
+            x.exp()
+        x.sub(1)
+    found = profiling.calls_within(profiler.events(), "within")
+    assert [name for name in found if name in ("aten::add", "aten::mul", "aten::exp", "aten::sub")] == [
+        "aten::mul",
+        "aten::exp",
+    ]
+
+
 def test_the_least_traffic_of_pointwise_work():
     """Counted by hand for a layer of width 2 with a feed-forward of 6, one token, two bytes a number."""
     config = WanConfig(dim=2, ffn_dim=6, num_heads=1, num_layers=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from ..schedule import TRAIN_TIMESTEPS, FlowSchedule
 from ..transformer import HiARTransformer, TextKV
 from .graph import CudaGraphs, Recorder
 from .launch import Capture, Kind, Launch, on_the_way
+from .noise import INITIAL
 from .recache import History, forget
 from .sentinel import Sentinel
 from .texts import TextCache, TextSlots, TextSource
@@ -101,7 +103,9 @@ class Executor:
         self.latents: dict[tuple[int, int], Tensor] = {}  # (level, block) -> x
         self.readers: dict[tuple[int, int], int] = {}  # visits that still need it
         self.spare: dict[tuple[int, ...], list[Tensor]] = {}  # memory of latents that nobody needs any more, by shape
-        self.sentinel = Sentinel(on_nan, self._ready, self.device, self.steps.stop - 1)
+        self.drawn: dict[tuple[int, int], Tensor] = {}  # noise that was made ahead, by (step, block)
+        me = weakref.proxy(self)  # no cycle: a rollout that is dropped gives its rings back at once
+        self.sentinel = Sentinel(on_nan, lambda *visit: me._ready(*visit), self.device, self.steps.stop - 1)
         self.launches: dict[Kind, Launch] = {}
         self.capture: Capture | None = None
         if mode != "eager":
@@ -120,7 +124,11 @@ class Executor:
 
     @torch.no_grad()
     def run(self, group: Group) -> list[tuple[int, Tensor]]:
-        """Execute one group; returns the blocks that it finished, (block, latents [B, F, C, H, W])."""
+        """Execute one group; returns the blocks that it finished, (block, latents [B, F, C, H, W]).
+
+        On an accelerator the work is only queued, nothing here reads the device: :meth:`await_finished` before a block
+        is handed over.
+        """
         if self.plan.order == "step_first" and group[0][-1].step != self.step:
             self.step = group[0][-1].step
             self.cache.reset()  # one ring serves all steps, one after another
@@ -143,6 +151,7 @@ class Executor:
                     self.history.note(visit, kept)
                 self._put(visit.step + 1, visit.block, kept)
                 if visit.step + 1 == self.steps.stop and self.pipeline is not None and self.pipeline.stage.sends:
+                    self.sentinel.look()  # before another rank takes them for sound
                     self.pipeline.send(visit.block, kept)
                 elif visit.step + 1 == self.plan.steps:
                     finished.append((visit.block, kept.clone()))
@@ -150,6 +159,23 @@ class Executor:
             for visit in row:
                 self._release(visit)
         return finished
+
+    def await_finished(self, following: Group | None) -> None:
+        """Wait until the blocks that were finished are known to be finite.
+
+        Before that, while the device works, the host draws the noise of the ``following`` visits: drawn after the wait
+        it is time in which the device has nothing to do.
+
+        Raises:
+            FloatingPointError: names the first visit that went wrong, and where in it.
+        """
+        for visit in (row[-1] for row in following or () if row[-1].kind == "denoise"):
+            if visit.step == 0 and (0, visit.block) not in self.latents:
+                self.drawn[INITIAL, visit.block] = self._draw(INITIAL, visit.block)
+            if self._takes_noise(visit):
+                self.drawn[visit.step, visit.block] = self._draw(visit.step, visit.block)
+        self.sentinel.look()
+        self._reuse()
 
     @torch.no_grad()
     def warm_up(self, blocks: int) -> int:
@@ -192,7 +218,7 @@ class Executor:
 
     def _arriving(self, level: int, block: int) -> Tensor:
         if level == 0:
-            return self.noise(-1, block)
+            return self._noise(INITIAL, block)
         assert self.pipeline is not None
         return self.pipeline.receive(block)
 
@@ -220,6 +246,9 @@ class Executor:
 
     def _spare(self, latents: Tensor) -> None:
         self.sentinel.withheld.append(latents)
+        self._reuse()
+
+    def _reuse(self) -> None:
         for x in self.sentinel.release():
             self.spare.setdefault(tuple(x.shape), []).append(x)
 
@@ -361,9 +390,18 @@ class Executor:
 
     def _renoise(self, visit: Visit) -> Tensor | None:
         """Noise of a step on its way to the device; None where it has no weight."""
-        if self.trajectory != "sde" or visit.step + 1 == self.plan.steps:
-            return None
-        return on_the_way(self.renoise(visit.step, visit.block).to(self.dtype), self.device)
+        return self._noise(visit.step, visit.block) if self._takes_noise(visit) else None
+
+    def _takes_noise(self, visit: Visit) -> bool:
+        return self.trajectory == "sde" and visit.step + 1 < self.plan.steps
+
+    def _noise(self, step: int, block: int) -> Tensor:
+        drawn = self.drawn.pop((step, block), None)
+        return self._draw(step, block) if drawn is None else drawn
+
+    def _draw(self, step: int, block: int) -> Tensor:
+        drawn = self.noise(step, block) if step == INITIAL else self.renoise(step, block).to(self.dtype)
+        return on_the_way(drawn, self.device)
 
     # State.
 
@@ -384,7 +422,7 @@ class Executor:
     def load_state_dict(self, state: dict[str, Any], done: Callable[[Visit], bool]) -> None:
         """Take over a saved state; ``done`` tells which visits were executed before it."""
         self.cache.load_state_dict(state["cache"])
-        self.latents, self.readers, self.step = {}, {}, state["step"]
+        self.latents, self.readers, self.drawn, self.step = {}, {}, {}, state["step"]
         self.begun = max(state["texts"], default=-1)
         if self.history is not None:
             self.history.load_state_dict(state["history"], self.models[0].patch_embedding.weight)

@@ -7,6 +7,7 @@ dispatches and runs them again, under the same terms, so that what would go wron
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,12 @@ from torch.utils._pytree import tree_flatten
 _READS = "{} reads a tensor on the host, which a captured graph cannot do"
 
 
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of all captures on a device: cuBLAS keeps a workspace for each stream that it ever worked on."""
+    return torch.cuda.Stream(device)
+
+
 class CudaGraphs:
     """Captures on a CUDA device; all graphs share one private pool, as they never run at the same time."""
 
@@ -26,15 +33,15 @@ class CudaGraphs:
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        """Run, on a stream of its own, so that all is compiled and loaded; then capture, which executes nothing."""
+        """Run, on a stream aside, so that all is compiled and loaded; then capture there, which executes nothing."""
         with torch.cuda.device(self.device):
-            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            current, aside = torch.cuda.current_stream(), _aside(self.device)
             aside.wait_stream(current)
             with torch.cuda.stream(aside):
                 run()
             current.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, stream=aside, capture_error_mode="thread_local"):
                 run()
         return graph
 

@@ -3,11 +3,50 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 INITIAL = -1  # the "step" of the initial noise
+
+
+@dataclass(frozen=True)
+class KeyedNoise:
+    """Noise of the blocks of some videos.
+
+    seed        of the rollout
+    videos      ids, one for each row of the batch
+    frames      (first, after the last) of each block, by :meth:`Plan.block_frames`
+    shape       (C, H, W) of a latent frame
+    """
+
+    seed: int
+    videos: Sequence[int]
+    frames: Callable[[int], tuple[int, int]]
+    shape: tuple[int, int, int]
+
+    def __call__(self, step: int, block: int) -> Tensor:
+        """float32 [B, F, C, H, W], on the CPU."""
+        start, stop = self.frames(block)
+        shape = (stop - start, *self.shape)
+        return torch.stack([keyed_noise(self.seed, video, step, block, shape) for video in self.videos])
+
+
+@dataclass(frozen=True)
+class GivenNoise:
+    """Initial noise that was handed in: [B, frames behind the prefix, C, H, W]."""
+
+    noise: Tensor
+    frames: Callable[[int], tuple[int, int]]
+    prefix: int
+
+    def __call__(self, step: int, block: int) -> Tensor:
+        """That of a block, as a view."""
+        assert step == INITIAL
+        start, stop = (frame - self.prefix for frame in self.frames(block))
+        return self.noise[:, start:stop]
 
 
 def keyed_noise(seed: int, video: int, step: int, block: int, shape: tuple[int, ...]) -> Tensor:

@@ -232,6 +232,9 @@ class Receiver:
         block = group[0][-1].block
         return [(block, self.pipeline.receive(block).to(self.pipeline.device, copy=True))]
 
+    def await_finished(self, following: Group | None) -> None:
+        """Nothing: the rank that made a block has looked at it."""
+
     def warm_up(self, blocks: int) -> int:
         """Nothing."""
         return 0

@@ -1,8 +1,9 @@
 """The watch over latents that are not finite: where they came from, and the visit once more with the reference ops.
 
-"stop": every visit leaves a flag on the device, and the flags are looked at when a block is finished (on a CPU: after
-each visit), so nothing waits for the device once a visit. What the visits since the last look were given is kept until
-then; a visit that went wrong is run again on that, layer by layer, to find the first one with a non-finite result.
+"stop": every visit leaves a flag on the device. When a block is finished the flags are sent to the host, which goes on
+and reads them before it hands the block over (on a CPU: after each visit): one wait a block, none a visit. What the
+visits since the last look were given is kept until then; a visit that went wrong is run again on that, layer by layer,
+to find the first one with a non-finite result.
 
 "retry": every visit is looked at before the next one, its keys in the rings too, which has the host wait for the device
 once a visit. One that went wrong is run again by the reference implementations (whose attention holds all scores of a
@@ -26,6 +27,7 @@ from hiar_kernels import EMPTY, prefer, taken
 from ..cache import RingAttend
 from ..transformer import Attend, Live
 from .launch import Launch
+from .readback import Readback
 from .visits import Row, Visit
 
 ON_NAN = ("stop", "retry")
@@ -57,8 +59,9 @@ class Sentinel:
         last_step: visits of this step finish a block here.
 
     Attributes:
-        unchecked: denoise visits whose flags nobody has looked at. withheld: latents that a second look may still need,
-            and that nobody else does.
+        unchecked: denoise visits whose flags nobody has asked for. sent: those whose flags are on their way, what
+            each of them was given, and the flags. withheld: latents that a second look may still need, and that nobody
+            else does.
     """
 
     def __init__(self, mode: str, prepare: Prepare, device: torch.device, last_step: int) -> None:
@@ -68,6 +71,7 @@ class Sentinel:
         self.unchecked: list[Visit] = []
         self.given: list[tuple[Row, list[Tensor]]] = []  # what each of them was given
         self.flags = torch.ones(_FLAGS, dtype=torch.bool, device=device)
+        self.sent: tuple[list[tuple[Row, list[Tensor]]], Readback] | None = None
         self.withheld: list[Tensor] = []
         self.retried = 0
 
@@ -77,27 +81,35 @@ class Sentinel:
             return launch if _is_sound(launch) else self._retry(rows, inputs, text)
         denoised = [(row, given) for row, given in zip(rows, inputs, strict=True) if row[-1].kind == "denoise"]
         if len(self.unchecked) + len(denoised) > len(self.flags):
-            self.look()
+            self.send()
         if denoised:
             first = len(self.unchecked)
             self.flags[first : first + len(denoised)].copy_(launch.finite)
             self.unchecked += [row[-1] for row, _ in denoised]
             self.given += denoised
-            # a look at device memory waits for it: on an accelerator once a finished block, not once a visit
             if self.device.type == "cpu" or any(row[-1].step == self.last_step for row, _ in denoised):
+                self.send()
+            if self.device.type == "cpu":
                 self.look()
         return launch
 
+    def send(self) -> None:
+        """Send the flags of all unchecked visits to the host, once those that were sent before are looked at."""
+        self.look()
+        self.sent = list(self.given), Readback(self.flags[: len(self.unchecked)])
+        self.unchecked.clear()
+        self.given.clear()
+
     def look(self) -> None:
-        """Look at the flags.
+        """Look at the flags that were sent, if there are any; waits for them.
 
         Raises:
             FloatingPointError: names the first visit that went wrong, and where in it.
         """
-        good = self.flags[: len(self.unchecked)].tolist()
-        bad = [given for given, fine in zip(self.given, good, strict=True) if not fine]
-        self.unchecked.clear()
-        self.given.clear()
+        if self.sent is None:
+            return
+        (watched, flags), self.sent = self.sent, None
+        bad = [given for given, fine in zip(watched, flags.numbers(), strict=True) if not fine]
         if bad:
             row, given = bad[0]
             place = find(self.prepare([row], [given], None))
@@ -106,7 +118,7 @@ class Sentinel:
 
     def release(self) -> Iterator[Tensor]:
         """What was withheld, if nothing is unchecked any more."""
-        while self.withheld and not self.unchecked:
+        while self.withheld and not self.unchecked and self.sent is None:
             yield self.withheld.pop()
 
     def _retry(self, rows: list[Row], inputs: Inputs, text: Tensor | None) -> Launch:

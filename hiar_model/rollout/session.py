@@ -17,7 +17,7 @@ from ..cache import RingAttend, RingCache, kept_dtype, ring_frames
 from ..schedule import FlowSchedule
 from ..transformer import HiARTransformer
 from .executor import Executor, working_dtype
-from .noise import INITIAL, keyed_noise
+from .noise import GivenNoise, KeyedNoise
 from .pipeline import Pipeline, PipelineOptions, Receiver
 from .recache import POLICIES, History
 from .sentinel import ON_NAN
@@ -238,6 +238,7 @@ class Rollout:
             cache_dtype=cache_dtype,
             device=weight.device,
         )
+        keyed = KeyedNoise(seed, self.video_ids, self.plan.block_frames, self.shape)
         self.executor = Executor(
             _models_of(steps, given),
             self.plan,
@@ -246,8 +247,8 @@ class Rollout:
             cache,
             grid,
             text_of,
-            self._initial_noise(noise),
-            renoise or self._keyed,
+            keyed if noise is None else GivenNoise(noise, self.plan.block_frames, prefix_frames),
+            renoise or keyed,
             prefix,
             first_frame,
             trajectory,
@@ -270,23 +271,6 @@ class Rollout:
                 f"got {num_frames}, nearest {' or '.join(map(str, legal))}"
             )
         return self.plan.prefix_blocks + made // block
-
-    def _keyed(self, step: int, block: int) -> Tensor:
-        start, stop = self.plan.block_frames(block)
-        shape = (stop - start, *self.shape)
-        return torch.stack([keyed_noise(self.seed, video, step, block, shape) for video in self.video_ids])
-
-    def _initial_noise(self, noise: Tensor | None) -> Callable[[int, int], Tensor]:
-        if noise is None:
-            return self._keyed
-        given = noise
-
-        def slice_of(step: int, block: int) -> Tensor:
-            assert step == INITIAL
-            start, stop = (f - self.plan.prefix_frames for f in self.plan.block_frames(block))
-            return given[:, start:stop]
-
-        return slice_of
 
     def warm_up(self) -> int:
         """Compile, load and capture ahead what the visits of this rollout need; the rollout itself does not move.
@@ -315,10 +299,15 @@ class Rollout:
         """
         with nullcontext() if self.pipeline is None else self.pipeline.running():
             begun: int | None = None
-            for group in islice(self.groups(self.num_blocks), self.groups_done, None):
+            groups = islice(self.groups(self.num_blocks), self.groups_done, None)
+            following = next(groups, None)
+            while following is not None:
+                group, following = following, next(groups, None)
                 if self.pipeline is not None:
                     begun = self._enter(group, begun)
                 finished = self.executor.run(group)
+                if finished:
+                    self.executor.await_finished(following)
                 self.groups_done += 1
                 self.forwards_done += forwards([group])
                 if self.on_visit is not None:

@@ -10,6 +10,7 @@ import torch
 
 import hiar_kernels
 from hiar_model.config import WanConfig
+from hiar_model.profiling import SYNCS, calls_within
 from hiar_model.rollout import Rollout
 from hiar_model.schedule import FlowSchedule
 from hiar_model.transformer import HiARTransformer
@@ -64,15 +65,33 @@ def test_a_visit_waits_for_nothing_and_allocates_nothing(model, walk):
             finishes = any(v.kind == "denoise" and v.step + 1 == rollout.plan.steps for row in group for v in row)
             begins = any(v.kind == "denoise" and v.step == 0 for row in group for v in row)
             before = torch.cuda.memory_stats()["allocation.all.allocated"]
-            # a finished block is looked at once, whether it is finite, and given away in memory of its own
-            torch.cuda.set_sync_debug_mode("default" if finishes else "error")
+            torch.cuda.set_sync_debug_mode("error")
             try:
                 rollout.executor.run(group)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+            rollout.executor.await_finished(None)  # whether a finished block is finite
+            # a finished block is given away in memory of its own
             if n > 20 and not finishes and not begins:
                 assert torch.cuda.memory_stats()["allocation.all.allocated"] == before, group
         assert rollout.executor.counters.captures == len(rollout.executor.launches)
+
+
+@pytest.mark.parametrize("walk", WALKS[1:], ids=str)
+def test_a_block_is_waited_for_once(model, walk):
+    with hiar_kernels.prefer("triton"):
+        rollout = made(model, "graph", num_frames=None, **walk)
+        rollout.warm_up()
+        blocks = iter(rollout)
+        for _ in range(4):
+            next(blocks)
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            with torch.profiler.record_function("three blocks"):
+                for _ in range(3):
+                    next(blocks)
+        called = calls_within(profiler.events(), "three blocks")
+        assert [name for name in called if name in SYNCS] == ["cudaEventSynchronize"] * 3
 
 
 def test_a_visit_is_one_graph_launch(model):
