@@ -276,6 +276,6 @@ def _cases(
     kernel: Any, narrow: str, wide: str, tiles: dict[str, dict[str, int]], label: str, **constexprs: Any
 ) -> list[Case]:
     given = {f"{name}_ptr" for name in f"{narrow} {wide}".split()}
-    absent = dict.fromkeys(a for a in kernel.arg_names if a.endswith("_ptr") and a not in given)
+    absent: dict[str, Any] = dict.fromkeys(a for a in kernel.arg_names if a.endswith("_ptr") and a not in given)
     found = [production_case(name, kernel, narrow, wide, tile, **absent, **constexprs) for name, tile in tiles.items()]
     return [replace(case, name=case.name + label) for case in found]
