@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import hiar_kernels
-from hiar_kernels import qk_norm_rope_append
+from hiar_kernels import qk_norm_rope_append, rms_norm
 from hiar_model import transformer
 from hiar_model.config import WanConfig
-from hiar_model.transformer import Attend, Block, Head, Live, Modulation, TextKV
+from hiar_model.transformer import Attend, Block, Head, Live, ModulationTable, TextKV
 from measure import Bench
 from work import Sizes, Work, ids, normal
 
@@ -38,8 +38,8 @@ class Ready(nn.Module):
 class Cross(transformer.CrossAttention):
     """Without its attention."""
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, counts: Tensor) -> Tensor:
-        return self.o(transformer._rms_norm(self.norm_q, self.q(x)))
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        return self.o(rms_norm(self.q(x), self.norm_q.weight, eps=self.eps))
 
 
 class Append(Attend):
@@ -90,14 +90,14 @@ def forward_pointwise(bench: Bench, z: Sizes, gelu: bool = False) -> Work:
         block, head = Emptied(bench, z, config, gelu), Head(config)
     head.head = nn.Identity()
     block, head = (m.to(torch.bfloat16).requires_grad_(False) for m in (block, head))
-    modulation = Modulation(normal(bench, 1, z.block, z.width), normal(bench, 1, z.block, 6, z.width))
+    modulation = ModulationTable(normal(bench, 1, z.block, 8, z.width))  # of one layer, and the head
     text = TextKV(((x, x),), x)  # nobody reads it
 
     def layers(one: Callable, last: Callable) -> Tensor:
         y, pending = x, None
         for _ in range(z.layers):
             y, pending, *_ = one(y, pending, modulation, text, 0, attend, None)
-        return last(y, pending, modulation.embedding)
+        return last(y, pending, modulation)
 
     @functools.cache  # captured once
     def way(name: str) -> Callable[[], Tensor]:

@@ -14,6 +14,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
 #include <vector>
 
 #include "merge_attention.h"
@@ -136,10 +137,12 @@ void merge_attention(std::vector<Tensor> outs, std::vector<Tensor> lses, Tensor 
 
 // qk_norm_rope_append
 
+// x [B or 1, F] or [N, B or 1, F].
 Ids ids_of(const char* op, const char* name, const Tensor& x) {
   const bool is_long = x.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(is_long || x.scalar_type() == ScalarType::Int, op, ": ", name, " must be int32 or int64");
-  return {x.const_data_ptr(), x.size(0) > 1 ? x.stride(0) : 0, x.stride(1), is_long};
+  const int64_t b = x.dim() - 2;
+  return {x.const_data_ptr(), b > 0 ? x.stride(0) : 0, x.size(b) > 1 ? x.stride(b) : 0, x.stride(b + 1), is_long};
 }
 
 Ring ring_of(const char* op, const char* name, const Tensor& x) {
@@ -147,9 +150,9 @@ Ring ring_of(const char* op, const char* name, const Tensor& x) {
   return {x.mutable_data_ptr(), dtype_of(op, name, x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-void qk_norm_rope_append(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots, Tensor turns,
-                         Tensor q, Tensor k_cache, Tensor v_cache, int64_t frame_tokens, int64_t first_cell,
-                         int64_t columns, double eps) {
+void qk_norm_rope_append(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots,
+                         std::optional<Tensor> rows, Tensor turns, Tensor q, Tensor k_cache, Tensor v_cache,
+                         int64_t frame_tokens, int64_t first_cell, int64_t columns, double eps) {
   const char* const op = "qk_norm_rope_append";
   const char* const names[] = {"qkv", "q_weight", "k_weight", "frames", "slots", "turns", "q", "k_cache", "v_cache"};
   const Tensor* const all[] = {&qkv, &q_weight, &k_weight, &frames, &slots, &turns, &q, &k_cache, &v_cache};
@@ -166,12 +169,21 @@ void qk_norm_rope_append(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor fr
   a.weights[0] = q_weight.const_data_ptr(), a.weights[1] = k_weight.const_data_ptr();
   a.weight_dtypes[0] = dtype_of(op, "q_weight", q_weight), a.weight_dtypes[1] = dtype_of(op, "k_weight", k_weight);
   a.frames = ids_of(op, "frames", frames), a.slots = ids_of(op, "slots", slots);
+  STD_TORCH_CHECK(slots.dim() == 3 && slots.size(0) <= kMostPlaces, op, ": slots must be [1 or 2, B or 1, F]");
+  a.places = narrow(slots.size(0));
+  if (rows.has_value()) {
+    require_here(op, "rows", *rows, qkv);
+    const bool fits = rows->dim() == 2 && rows->size(0) == slots.size(0) && rows->size(1) == qkv.size(0);
+    STD_TORCH_CHECK(fits, op, ": rows must be [1 or 2, B] like slots");
+    const Ids ids = ids_of(op, "rows", *rows);  // its "frames" are the rows of the batch
+    a.rows = {ids.data, rows->stride(0), rows->stride(1), 0, ids.is_long};
+  }
   a.turns = static_cast<const int64_t*>(turns.const_data_ptr());
   a.q = q.mutable_data_ptr();
   a.k = ring_of(op, "k_cache", k_cache), a.v = ring_of(op, "v_cache", v_cache);
   a.blocks = narrow(blocks), a.tokens = narrow(qkv.size(1));
   a.frame_tokens = narrow(frame_tokens), a.first_cell = narrow(first_cell), a.columns = narrow(columns);
-  a.num_slots = narrow(k_cache.size(1) / frame_tokens);
+  a.num_slots = narrow(k_cache.size(1) / frame_tokens), a.num_rows = narrow(k_cache.size(0));
   a.width = narrow(width), a.head_dim = narrow(q.size(3));
   a.eps = static_cast<float>(eps);
   launch_for(op, qkv, a);
@@ -186,8 +198,8 @@ STABLE_TORCH_LIBRARY(hiar_cuda, m) {
       "Tensor capacities, int first_frame, int sink_frames) -> ()");
   m.def("merge_attention(Tensor[] outs, Tensor[] lses, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
-      "qk_norm_rope_append(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots, Tensor turns, "
-      "Tensor(a!) q, Tensor(b!) k_cache, Tensor(c!) v_cache, int frame_tokens, int first_cell, int columns, "
+      "qk_norm_rope_append(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots, Tensor? rows, "
+      "Tensor turns, Tensor(a!) q, Tensor(b!) k_cache, Tensor(c!) v_cache, int frame_tokens, int first_cell, int columns, "
       "float eps) -> ()");
 }
 

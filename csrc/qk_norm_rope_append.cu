@@ -32,7 +32,9 @@ void launch_one(const AppendArgs& a, const AppendPlan& plan, cudaStream_t) {
       sum.x += share[warp].x, sum.y += share[warp].y;
     }
     const float2 inverse = make_float2(inverse_rms(sum.x, a), inverse_rms(sum.y, a));
-    for (int i = 0; i < plan.threads; ++i) block[i].finish(a, token, i, plan.threads, inverse, turned.data());
+    Place places[kMostPlaces];
+    for (int n = 0; n < a.places; ++n) places[n] = Place::of(a, token, n);
+    for (int i = 0; i < plan.threads; ++i) block[i].finish(a, token, i, plan.threads, inverse, turned.data(), places);
   }
 }
 
@@ -43,6 +45,7 @@ __global__ void __launch_bounds__(kMostThreads<N, PER>)
     qk_norm_rope_append_kernel(const __grid_constant__ AppendArgs a) {
   extern __shared__ float2 turned[];  // [D / 2]
   __shared__ float2 shares[32];
+  __shared__ Place places[kMostPlaces];
   const int thread = threadIdx.x, threads = blockDim.x;
   const Token token(a, blockIdx.x);
   AppendThread<T, N, WIDE, PER> mine;
@@ -55,10 +58,11 @@ __global__ void __launch_bounds__(kMostThreads<N, PER>)
     sum.y += __shfl_xor_sync(0xffffffff, sum.y, lanes);
   }
   if (thread % 32 == 0) shares[thread / 32] = sum;
+  if (thread < a.places) places[thread] = Place::of(a, token, thread);
   __syncthreads();
   sum = make_float2(0, 0);
   for (int warp = 0; warp < threads / 32; ++warp) sum.x += shares[warp].x, sum.y += shares[warp].y;
-  mine.finish(a, token, thread, threads, make_float2(inverse_rms(sum.x, a), inverse_rms(sum.y, a)), turned);
+  mine.finish(a, token, thread, threads, make_float2(inverse_rms(sum.x, a), inverse_rms(sum.y, a)), turned, places);
 }
 
 template <typename T, int N, bool WIDE, int PER>

@@ -7,18 +7,18 @@
 
 namespace hiar {
 
-struct Ids {  // [B or 1, F] on the device, int32 or int64
+struct Ids {  // [B or 1, F] or [N, B or 1, F] on the device, int32 or int64
   const void* data;
-  int64_t stride_b, stride_f;
+  int64_t stride_n, stride_b, stride_f;
   bool is_long;
 
-  HIAR_HD int64_t at(int64_t b, int64_t f) const {
-    const int64_t i = b * stride_b + f * stride_f;
+  HIAR_HD int64_t at(int64_t n, int64_t b, int64_t f) const {
+    const int64_t i = n * stride_n + b * stride_b + f * stride_f;
     return is_long ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
 };
 
-struct Ring {  // [B, slots * frame_tokens, H, D], adjacent channels
+struct Ring {  // [rows, slots * frame_tokens, H, D], adjacent channels
   void* data;
   Dtype dtype;
   int64_t stride_b, stride_t, stride_h;
@@ -29,18 +29,21 @@ struct AppendArgs {
   int64_t stride_b, stride_t;
   const void* weights[2];  // of q and of k: [H D], contiguous
   Dtype dtype, weight_dtypes[2];
-  Ids frames, slots;
+  Ids frames, slots;  // slots and rows: of each of the places that k and v are written to
+  Ids rows;           // [N, B, 1]: rows of the ring; data null: those of the batch
+  int32_t places;     // N
   const int64_t* turns;  // [D / 2]: turns of a pair for one step along its axis, in units of 2^-64
   void* q;               // [B, T, H, D], contiguous, of qkv's dtype
   Ring k, v;
   int32_t blocks;  // B T
-  int32_t tokens, frame_tokens, num_slots;
+  int32_t tokens, frame_tokens, num_slots, num_rows;
   int32_t first_cell, columns;  // of the frame_tokens cells that are there, in a grid of so many columns
   int32_t width, head_dim;      // width = H D
   float eps;
 };
 
 constexpr int kMostWidth = 8192;
+constexpr int kMostPlaces = 2;
 
 struct AppendPlan {
   bool wide;
@@ -63,22 +66,30 @@ struct AppendPlan {
 };
 
 struct Token {  // the place of a block's token, the same for all its threads
-  int64_t row, batch, frame_id, slot;
+  int64_t row, batch, frame, frame_id;
   int32_t token, cell, line, column;  // token: within the row of the batch; cell: of those of its frame
 
   HIAR_HD Token(const AppendArgs& a, int32_t block) : row(block), batch(block / a.tokens), token(block % a.tokens) {
-    const int32_t frame = token / a.frame_tokens;
+    frame = token / a.frame_tokens;
     cell = token % a.frame_tokens;
     line = (a.first_cell + cell) / a.columns;
     column = (a.first_cell + cell) % a.columns;
-    frame_id = a.frames.at(batch, frame);
-    slot = a.slots.at(batch, frame);
+    frame_id = a.frames.at(0, batch, frame);
   }
 
   HIAR_HD int64_t source(const AppendArgs& a) const { return batch * a.stride_b + token * a.stride_t; }
 
-  HIAR_HD int64_t target(const AppendArgs& a, const Ring& ring, int32_t head, int32_t d) const {
-    return batch * ring.stride_b + (slot * a.frame_tokens + cell) * ring.stride_t + head * ring.stride_h + d;
+};
+
+struct Place {  // where k and v of a token begin in their rings; -1: a row or slot out of range, nothing is written
+  int64_t k, v;
+
+  HIAR_HD static Place of(const AppendArgs& a, const Token& token, int32_t n) {
+    const int64_t slot = a.slots.at(n, token.batch, token.frame);
+    const int64_t row = a.rows.data ? a.rows.at(n, token.batch, 0) : token.batch;
+    if (slot < 0 || slot >= a.num_slots || row < 0 || row >= a.num_rows) return {-1, -1};
+    const int64_t at = slot * a.frame_tokens + token.cell;
+    return {row * a.k.stride_b + at * a.k.stride_t, row * a.v.stride_b + at * a.v.stride_t};
   }
 };
 
@@ -148,10 +159,9 @@ struct AppendThread {
     return sum;
   }
 
-  // inverse: 1 / rms of q and of k. turned [D / 2]: cos and sin of the token's pairs.
+  // inverse: 1 / rms of q and of k. turned [D / 2]: cos and sin of the token's pairs. places: a.places of them.
   HIAR_HD void finish(const AppendArgs& a, const Token& token, int thread, int threads, float2 inverse,
-                      const float2* turned) const {
-    const bool appends = token.slot >= 0 && token.slot < a.num_slots;  // a slot out of range writes nothing
+                      const float2* turned, const Place* places) const {
     int32_t c;
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
@@ -160,12 +170,17 @@ struct AppendThread {
       float x[N];
       normed(a, 0, q[i], inverse.x, c, turned + d / 2, x);
       store_floats<WIDE>(static_cast<T*>(a.q) + token.row * a.width + c, x);
-      if (!appends) continue;
       normed(a, 1, k[i], inverse.y, c, turned + d / 2, x);
-      store_floats<WIDE>(a.k.data, a.k.dtype, token.target(a, a.k, head, d), x);
+#pragma unroll
+      for (int32_t n = 0; n < kMostPlaces; ++n)
+        if (n < a.places && places[n].k >= 0)
+          store_floats<WIDE>(a.k.data, a.k.dtype, places[n].k + head * a.k.stride_h + d, x);
 #pragma unroll
       for (int j = 0; j < N; ++j) x[j] = to_float(v[i].e[j]);
-      store_floats<WIDE>(a.v.data, a.v.dtype, token.target(a, a.v, head, d), x);
+#pragma unroll
+      for (int32_t n = 0; n < kMostPlaces; ++n)
+        if (n < a.places && places[n].v >= 0)
+          store_floats<WIDE>(a.v.data, a.v.dtype, places[n].v + head * a.v.stride_h + d, x);
     }
   }
 

@@ -20,10 +20,12 @@ from .backends import backends
 from .flow_step import flow_step
 from .gated_residual import gated_residual
 from .gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
+from .gated_residual_layer_norm import gated_residual_layer_norm
 from .layer_norm import layer_norm
 from .merge_attention import merge_attention
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_append
 from .ring_advance import ring_advance
+from .rms_norm import rms_norm
 from .rms_silu_pad import rms_silu_pad
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "flow_step",
     "gated_residual",
     "gated_residual_ada_layer_norm",
+    "gated_residual_layer_norm",
     "layer_norm",
     "merge_attention",
     "prefer",
@@ -47,6 +50,7 @@ __all__ = [
     "qk_norm_rope_append",
     "reference",
     "ring_advance",
+    "rms_norm",
     "rms_silu_pad",
     "taken",
     "takes_layout",

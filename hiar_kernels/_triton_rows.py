@@ -74,7 +74,7 @@ def partial_sums(x: Tensor, frames: int, groups: int) -> Tensor:
 
 
 def production_case(
-    name: str, kernel: Any, narrow: str, wide: str, tile: dict[str, int], fp_fusion: bool = True, **constexprs: int
+    name: str, kernel: Any, narrow: str, wide: str, tile: dict[str, int], fp_fusion: bool = True, **constexprs: Any
 ) -> Case:
     """A launch at Wan's channels, the kernel's pointers (without ``_ptr``) in bfloat16 and in float32.
 

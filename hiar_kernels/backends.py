@@ -16,10 +16,12 @@ from .attention import table as attention_table
 from .flow_step import api as flow_step
 from .gated_residual import api as gated_residual
 from .gated_residual_ada_layer_norm import api as gated_residual_ada_layer_norm
+from .gated_residual_layer_norm import api as gated_residual_layer_norm
 from .layer_norm import api as layer_norm
 from .merge_attention import api as merge_attention
 from .qk_norm_rope import api as qk_norm_rope
 from .ring_advance import api as ring_advance
+from .rms_norm import api as rms_norm
 from .rms_silu_pad import api as rms_silu_pad
 
 _OPS = {
@@ -46,6 +48,8 @@ _OPS = {
     "layer_norm": (layer_norm.IMPLS, "reference", POINTWISE),
     "gated_residual": (gated_residual.IMPLS, "reference", POINTWISE),
     "gated_residual_ada_layer_norm": (gated_residual_ada_layer_norm.IMPLS, "reference", POINTWISE),
+    "gated_residual_layer_norm": (gated_residual_layer_norm.IMPLS, "reference", POINTWISE),
+    "rms_norm": (rms_norm.IMPLS, "reference", POINTWISE),
     "flow_step": (flow_step.IMPLS, "reference", POINTWISE),
     "rms_silu_pad": (rms_silu_pad.IMPLS, "reference", POINTWISE),
 }

@@ -217,12 +217,16 @@ class RingAttend(Attend):
         self.done, self.lends = list(done), list(lends)
         self.used = max(cache.capacities[s] for s in self.steps)
         rows, device = len(self.steps) * cache.batch, cache.frames.device
-        self.frames, self.slots = (torch.zeros(rows, frames, dtype=torch.int32, device=device) for _ in range(2))
+        self.frames = torch.zeros(rows, frames, dtype=torch.int32, device=device)
+        # where the visit's keys go, and where else a visit that lends leaves them: in the ring before its own
+        self.places = torch.zeros(2, rows, frames, dtype=torch.int32, device=device)
+        self.slots = self.places[0]
         self.advance = torch.tensor(done, dtype=torch.int32, device=device).repeat_interleave(cache.batch)
         self.kv_frames = cache.rows(cache.frames, caches, self.used)
         # keys and values of each layer as attention takes them, views that stay; not where they are read back first
         kept = () if cache.scratch else zip(cache.k, cache.v, strict=True)
         self.rings = [tuple(cache.rows(x, caches, self.used) for x in pair) for pair in kept]
+        self._shared = _SharedRows(cache, self.steps, self.lends) if any(lends) else None
         # for keys that are made apart and then stored: rows and slots to index with, slots of a ring of their own
         self._rows = torch.arange(rows, device=device)[:, None]
         self._slots = torch.zeros(rows, frames, dtype=torch.int64, device=device)
@@ -254,18 +258,16 @@ class RingAttend(Attend):
 
     def begin(self) -> None:
         """The device's part: frame ids and slots of this visit, noted in the rings, which move on."""
-        cache = self.cache
-        ring_advance(
-            cache.positions[self.caches].view(-1),
-            self.frames,
-            self.slots,
-            self.kv_frames,
-            advance=self.advance,
-            capacities=cache.sizes[self.caches].view(-1),
-            first_frame=self.first_frame,
-            sink_frames=cache.sink_frames,
-        )
-        self._slots.copy_(self.slots)
+        cache, shared = self.cache, self._shared
+        positions = cache.positions[self.caches].view(-1)
+        options: dict[str, Any] = {"first_frame": self.first_frame, "sink_frames": cache.sink_frames}
+        if shared is not None:  # the slots there; that ring holds the frames' ids already, and stays where it is
+            there = {"advance": shared.none, "capacities": shared.sizes, **options}
+            ring_advance(positions, self.frames, self.places[1], shared.ids, **there)
+        here = {"advance": self.advance, "capacities": cache.sizes[self.caches].view(-1), **options}
+        ring_advance(positions, self.frames, self.slots, self.kv_frames, **here)
+        if self.stores:
+            self._slots.copy_(self.slots)
         if self.by_schedule:
             rows, frames = self.frames.shape
             tokens, heads = cache.frame_tokens, cache.k[0].shape[3]
@@ -277,20 +279,30 @@ class RingAttend(Attend):
         options: dict[str, Any] = {"num_heads": c.num_heads, "grid": self.grid, "eps": c.eps, "theta": c.rope_theta}
         with span("qk_norm_rope_append"):
             q = self._append(layer, qkv, q_weight, k_weight, **options)
-        for row, (step, lent) in enumerate(zip(self.steps, self.lends, strict=True)):
-            if lent:
-                self._lend(layer, step, row * cache.batch)
+        if self.stores:
+            for row, (step, lent) in enumerate(zip(self.steps, self.lends, strict=True)):
+                if lent:
+                    self._lend(layer, step, row * cache.batch)
         if live is not None and not live.rows:
             return None
         k, v = self.rings[layer] if self.rings else cache.seen(layer, self.caches, self.used)
         if live is None:
             return self._attend(q, k, v, 0, len(q), 0)
-        parts = [self._attend(q, k, v, start, stop, live.first) for start, stop in _runs(live.rows)]
+        parts = [self._attend(q, k, v, start, stop, live.first) for start, stop in live.runs()]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    @property
+    def stores(self) -> bool:
+        """Whether keys and values are made apart and then stored, for what writes them cannot write the ring itself."""
+        return bool(self.cache.scratch)
 
     def _append(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, **options: Any) -> Tensor:
         """qkv -> q; keys and values go into the rings of the layer."""
         cache = self.cache
+        if not cache.scratch and self._shared is not None:
+            k, v = (rings[layer].flatten(0, 1) for rings in (cache.k, cache.v))
+            options["rows"] = self._shared.rows
+            return qk_norm_rope_append(qkv, q_weight, k_weight, self.frames, self.places, k, v, **options)
         if not cache.scratch:
             k, v = self.rings[layer]
             return qk_norm_rope_append(qkv, q_weight, k_weight, self.frames, self.slots, k, v, **options)
@@ -347,12 +359,21 @@ def kept_dtype(dtype: torch.dtype, cache_dtype: torch.dtype | None) -> torch.dty
     return dtype if cache_dtype is None else cache_dtype
 
 
-def _runs(rows: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Runs [start, stop) of neighbouring rows."""
-    runs: list[tuple[int, int]] = []
-    for row in rows:
-        if runs and runs[-1][1] == row:
-            runs[-1] = (runs[-1][0], row + 1)
-        else:
-            runs.append((row, row + 1))
-    return runs
+class _SharedRows:
+    """Where in all rings of a layer, [cache * batch, ...], the keys of a visit's batch rows go.
+
+    Attributes:
+        rows: int32 [2, B]: of their own rings, and of the rings before those, -1 where nothing is shared.
+        sizes: frame slots of the latter. none: zeros [B], how far those move on. ids: room for the frame ids that
+            :func:`hiar_kernels.ring_advance` writes beside slots, which nobody reads.
+    """
+
+    def __init__(self, cache: RingCache, steps: Sequence[int], lends: Sequence[bool]) -> None:
+        batch, device = cache.batch, cache.frames.device
+        own = [step * batch + b for step in steps for b in range(batch)]
+        before = [row - batch if lent else -1 for row, lent in zip(own, (x for x in lends for _ in range(batch)))]
+        self.rows = torch.tensor([own, before], dtype=torch.int32, device=device)
+        index = torch.tensor([max(0, step - 1) for step in steps], device=device)
+        self.sizes = cache.sizes[index].view(-1)
+        self.none = torch.zeros(len(own), dtype=torch.int32, device=device)
+        self.ids = torch.full((len(own), cache.frames.shape[2]), EMPTY, dtype=torch.int32, device=device)

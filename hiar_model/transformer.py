@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,10 +22,10 @@ from hiar_kernels import (
     ada_layer_norm,
     attention,
     attention_layout,
-    gated_residual,
     gated_residual_ada_layer_norm,
-    layer_norm,
+    gated_residual_layer_norm,
     qk_norm_rope,
+    rms_norm,
 )
 from hiar_kernels.nvtx import span
 
@@ -36,14 +36,61 @@ ATTENTION_MODES = ("bidirectional", "block_causal")
 
 @dataclass(frozen=True)
 class Modulation:
-    """What the timesteps say to every layer: ``embedding`` [B, F, C] (head), ``blocks`` [B, F, 6, C]."""
+    """What the timesteps say to every layer: ``embedding`` [B, F, C] (head), ``blocks`` [B, F, 6, C].
+
+    Each layer adds a parameter of its own, ``own`` [1, 6, C] (head: [1, 2, C]), in its forward: a sharded block (FSDP)
+    has its weights there only, and a gradient reaches them there.
+    """
 
     embedding: Tensor
     blocks: Tensor
 
+    @property
+    def frames(self) -> int:
+        """F."""
+        return self.embedding.shape[1]
+
+    def of_layer(self, layer: int, own: Tensor) -> tuple[Tensor, ...]:
+        """shift1, scale1, gate1, shift2, scale2, gate2, each [B, F, C]."""
+        return (own[:, None] + self.blocks).unbind(2)
+
+    def of_head(self, own: Tensor) -> tuple[Tensor, ...]:
+        """shift, scale, each [B, F, C]."""
+        return (own[:, None] + self.embedding[:, :, None]).unbind(2)
+
     def select(self, live: Live) -> Modulation:
         """The part that concerns the live rows and frames."""
         return Modulation(live.select(self.embedding), live.select(self.blocks))
+
+
+@dataclass(frozen=True)
+class ModulationTable:
+    """The sums of :class:`Modulation` made once for constant weights, all layers in one tensor: ``vectors``
+    [B, F, 6 layers + 2, C], the head's last. What a layer takes are views of it.
+    """
+
+    vectors: Tensor
+
+    @property
+    def frames(self) -> int:
+        """F."""
+        return self.vectors.shape[1]
+
+    def at(self, levels: Tensor) -> ModulationTable:
+        """Of a table [1, levels, ...] the rows of some levels, int64 [B, F]: one copy for all layers."""
+        return ModulationTable(self.vectors[0][levels])
+
+    def of_layer(self, layer: int, own: Tensor) -> tuple[Tensor, ...]:
+        """As of :class:`Modulation`."""
+        return self.vectors[:, :, 6 * layer : 6 * layer + 6].unbind(2)
+
+    def of_head(self, own: Tensor) -> tuple[Tensor, ...]:
+        """As of :class:`Modulation`."""
+        return self.vectors[:, :, -2:].unbind(2)
+
+    def select(self, live: Live) -> ModulationTable:
+        """As of :class:`Modulation`."""
+        return ModulationTable(live.select(self.vectors))
 
 
 def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
@@ -68,6 +115,13 @@ class TextKV:
     layers: tuple[tuple[Tensor, Tensor], ...]
     counts: Tensor
     embedded: Tensor | None = None
+    log_counts: Tensor = field(init=False)
+    """Logarithm of the counts in the keys' dtype: made once for all layers and visits."""
+
+    def __post_init__(self) -> None:
+        dtype = (self.layers[0][0] if self.embedded is None else self.embedded).dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        object.__setattr__(self, "log_counts", self.counts.to(wide).log().to(dtype))
 
     @property
     def batch(self) -> int:
@@ -84,13 +138,6 @@ class TextKV:
         k = self.layers[0][0]
         return k.shape[0], k.shape[1], self.counts.shape[0]
 
-    def rows(self, keep: Sequence[int]) -> TextKV:
-        """The given rows of the batch."""
-        index = _index(tuple(keep), self.counts)
-        counts = self.counts if self.counts.shape[0] == 1 else self.counts[index]
-        embedded = None if self.embedded is None else self.embedded[index]
-        return TextKV(tuple((k[index], v[index]) for k, v in self.layers), counts, embedded)
-
 
 @dataclass(frozen=True)
 class Live:
@@ -99,10 +146,26 @@ class Live:
     rows: tuple[int, ...]
     first: int = 0  # frames from this one on
 
+    def runs(self) -> list[tuple[int, int]]:
+        """Runs [start, stop) of neighbouring rows."""
+        runs: list[tuple[int, int]] = []
+        for row in self.rows:
+            if runs and runs[-1][1] == row:
+                runs[-1] = (runs[-1][0], row + 1)
+            else:
+                runs.append((row, row + 1))
+        return runs
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """x [B, ...] -> the live rows, a view where they are neighbours; what all rows share ([1, ...]) as it is."""
+        if x.shape[0] == 1:
+            return x
+        runs = self.runs()
+        return x[slice(*runs[0])] if len(runs) == 1 else x[_index(self.rows, x)]
+
     def select(self, x: Tensor) -> Tensor:
         """x [B, F, ...] -> the live [b, f, ...]."""
-        x = x[:, self.first :]
-        return x if len(self.rows) == x.shape[0] else x[_index(self.rows, x)]
+        return self.of_rows(x[:, self.first :])
 
     def tokens(self, x: Tensor, frame_tokens: int) -> Tensor:
         """x [B, T, ...] -> the live tokens."""
@@ -161,18 +224,12 @@ def _split_qkv(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) ->
             state[f"{prefix}{part}.{kind}"] = value
 
 
-def _rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """In float32 or wider, rounded once, whatever autocast made of x."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(wide), norm.normalized_shape, norm.weight.to(wide), norm.eps).to(x.dtype)
-
-
 class CrossAttention(nn.Module):
     """Attention to the prompt; its keys and values are computed once, by :meth:`HiARTransformer.text_kv`."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
-        self.heads = config.num_heads
+        self.heads, self.eps = config.num_heads, config.eps
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
@@ -180,23 +237,24 @@ class CrossAttention(nn.Module):
     def kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """text [B, L, C] -> k, v [B, L, H, D]."""
         split = (self.heads, -1)
-        return _rms_norm(self.norm_k, self.k(text)).unflatten(-1, split), self.v(text).unflatten(-1, split)
+        k = rms_norm(self.k(text), self.norm_k.weight, eps=self.eps)
+        return k.unflatten(-1, split), self.v(text).unflatten(-1, split)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, counts: Tensor) -> Tensor:
-        q = _rms_norm(self.norm_q, self.q(x)).unflatten(-1, (self.heads, -1))
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, counts: Tensor, log_counts: Tensor) -> Tensor:
+        q = rms_norm(self.q(x), self.norm_q.weight, eps=self.eps).unflatten(-1, (self.heads, -1))
         k, v = k.to(q.dtype).expand(len(q), -1, -1, -1), v.to(q.dtype).expand(len(q), -1, -1, -1)
-        out = attention(q, k, v, kv_counts=counts)
+        out = attention(q, k, v, kv_counts=counts, kv_log_counts=log_counts.to(q.dtype))
         assert isinstance(out, Tensor)
         return self.o(out.flatten(2))
 
 
 class Pending(NamedTuple):
-    """A residual that is still to be added, y [B, T, C] times gate [B or 1, F, C]: together with the norm that follows,
-    which then has it in registers.
+    """A residual that is still to be added, y [B, T, C] times gate [B, F, C] (None: 1): together with the norm that
+    follows, which then has it in registers.
     """
 
     y: Tensor
-    gate: Tensor
+    gate: Tensor | None
 
 
 def _settle(x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -204,19 +262,6 @@ def _settle(x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor, ep
     if pending is None:
         return x, ada_layer_norm(x, shift, scale, eps=eps)
     return gated_residual_ada_layer_norm(x, pending.y, pending.gate, shift, scale, eps=eps)
-
-
-def _unit_gate(like: Tensor) -> Tensor:
-    """The gate of an ungated residual beside a shift [B, F, C]."""
-    if torch.compiler.is_compiling() or type(like) is not Tensor:  # traced: a constant of the trace
-        return like.new_ones(1, *like.shape[1:])
-    return _made_unit_gate(like.shape[1], like.shape[2], like.dtype, like.device)
-
-
-@functools.lru_cache(maxsize=64)
-def _made_unit_gate(frames: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # autograd may save it later
-        return torch.ones(1, frames, width, dtype=dtype, device=device)
 
 
 class Block(nn.Module):
@@ -237,36 +282,41 @@ class Block(nn.Module):
         self,
         x: Tensor,
         pending: Pending | None,
-        modulation: Modulation,
+        modulation: Modulation | ModulationTable,
         text: TextKV,
         layer: int,
         attend: Attend,
         live: Live | None,
-    ) -> tuple[Tensor, Pending, Modulation, TextKV] | None:
+    ) -> tuple[Tensor, Pending, Modulation | ModulationTable] | None:
         """x [B, T, C] and what is still to be added to it -> the same after this block, of the live part, with the
-        modulation and text that go with it; None if nothing is live.
+        modulation that goes with it; None if nothing is live.
         """
         own = self.self_attn
         with span("qkv"):
-            shift, scale, *_ = self._parts(modulation)
-            x, normed = _settle(x, pending, shift, scale, self.eps)
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation.of_layer(layer, self.modulation)
+            x, normed = _settle(x, pending, shift1, scale1, self.eps)
             qkv = own.qkv(normed)
         with span("self-attention"):
             attended = attend(layer, qkv, own.norm_q.weight, own.norm_k.weight, live)
         if attended is None:
             return None
+        k, v = text.of(layer, self.cross_attn)
+        counts, log_counts = text.counts, text.log_counts
         if live is not None:
-            x = live.tokens(x, x.shape[1] // modulation.blocks.shape[1])
-            modulation, text = modulation.select(live), text if text.batch == 1 else text.rows(live.rows)
-        _, _, gate1, shift2, scale2, gate2 = self._parts(modulation)
+            x = live.tokens(x, x.shape[1] // modulation.frames)
+            modulation = modulation.select(live)
+            _, _, gate1, shift2, scale2, gate2 = modulation.of_layer(layer, self.modulation)
+            k, v, counts, log_counts = (live.of_rows(x) for x in (k, v, counts, log_counts))
         with span("output"):
-            x = gated_residual(x, own.o(attended.flatten(2)), gate1)
+            norm = self.norm3
+            x, normed = gated_residual_layer_norm(
+                x, own.o(attended.flatten(2)), gate1, norm.weight, norm.bias, eps=self.eps
+            )
         with span("cross-attention"):
-            normed = layer_norm(x, self.norm3.weight, self.norm3.bias, eps=self.eps)
-            cross = self.cross_attn(normed, *text.of(layer, self.cross_attn), text.counts)
+            cross = self.cross_attn(normed, k, v, counts, log_counts)
         with span("feed-forward"):
-            x, normed = _settle(x, Pending(cross, _unit_gate(shift2)), shift2, scale2, self.eps)
-            return x, Pending(self._feed_forward(normed), gate2), modulation, text
+            x, normed = _settle(x, Pending(cross, None), shift2, scale2, self.eps)
+            return x, Pending(self._feed_forward(normed), gate2), modulation
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         up, _, down = self.ffn
@@ -277,10 +327,6 @@ class Block(nn.Module):
             hidden = torch._addmm_activation(up.bias, x.flatten(0, 1), up.weight.t(), use_gelu=True)
             return down(hidden.unflatten(0, x.shape[:2]))
         return self.ffn(x)
-
-    def _parts(self, modulation: Modulation) -> tuple[Tensor, ...]:
-        """shift1, scale1, gate1, shift2, scale2, gate2, each [B, F, C]."""
-        return (self.modulation[:, None] + modulation.blocks).unbind(2)
 
 
 class Head(nn.Module):
@@ -293,8 +339,8 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, ph * pw * config.out_channels)
         self.modulation = _normal(1, 2, config.dim)
 
-    def forward(self, x: Tensor, pending: Pending, embedding: Tensor) -> Tensor:
-        shift, scale = (self.modulation[:, None] + embedding[:, :, None]).unbind(2)
+    def forward(self, x: Tensor, pending: Pending, modulation: Modulation | ModulationTable) -> Tensor:
+        shift, scale = modulation.of_head(self.modulation)
         return self.head(_settle(x, pending, shift, scale, self.eps)[1])
 
 
@@ -435,7 +481,12 @@ class HiARTransformer(nn.Module):
         return FullSequence(self.config, grid, frames, mask, context, collect, [ids])
 
     def run(
-        self, latents: Tensor, modulation: Modulation, text: TextKV, attend: Attend, live: Live | None = None
+        self,
+        latents: Tensor,
+        modulation: Modulation | ModulationTable,
+        text: TextKV,
+        attend: Attend,
+        live: Live | None = None,
     ) -> Tensor | None:
         """The layers, with self-attention left to ``attend``.
 
@@ -453,8 +504,8 @@ class HiARTransformer(nn.Module):
                 found = block(x, pending, modulation, text, i, attend, live if i == last else None)
             if found is None:
                 return None
-            x, pending, modulation, text = found
-        velocity = attend.join(self.head(x, pending, modulation.embedding), modulation.embedding.shape[1])
+            x, pending, modulation = found
+        velocity = attend.join(self.head(x, pending, modulation), modulation.frames)
         return self.unpatchify(velocity, grid)
 
     def patchify(self, latents: Tensor) -> Tensor:
@@ -487,6 +538,13 @@ class HiARTransformer(nn.Module):
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.patch_embedding.weight.dtype)
         embedding = self.time_embedding(sinusoid)
         return Modulation(embedding, self.time_projection(embedding).unflatten(-1, (6, -1)))
+
+    @torch.no_grad()
+    def modulation_table(self, timesteps: Tensor) -> ModulationTable:
+        """timesteps [B, F] -> the modulation of every layer, for weights that stay as they are; without gradient."""
+        made = self.modulation(timesteps, timesteps.shape[1])
+        vectors = [x for i, block in enumerate(self.blocks) for x in made.of_layer(i, block.modulation)]  # type: ignore[arg-type]
+        return ModulationTable(torch.stack([*vectors, *made.of_head(self.head.modulation)], 2))
 
     def embed_text(self, text: Tensor) -> TextKV:
         """Prompt [B, L, text_dim] -> what blocks make keys and values of; padding becomes one token with a count."""

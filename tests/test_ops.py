@@ -61,6 +61,11 @@ SAMPLES: dict[str, tuple[object, ...]] = {
         normal(2, 6, 24, grad=False), normal(8, grad=False), normal(8, grad=False), ids([0, 9]), ids([2, 0], [1, 3]),
         normal(4, 12, 2, 4, grad=False)[::2], normal(2, 12, 2, 4, grad=False), *ROPE,
     ),
+    "qk_norm_rope_append to two rings": (
+        normal(2, 6, 24, grad=False), normal(8, grad=False), normal(8, grad=False), ids([0, 9]),
+        torch.stack([ids([2, 0], [1, 3]), ids([1, 3], [0, 2])]), normal(4, 12, 2, 4, grad=False)[::2],
+        normal(2, 12, 2, 4, grad=False), *ROPE, None, ids([1, 0], [-1, 1]),
+    ),
     "ring_advance": (
         ids([0, 4])[0], ids([0, 0], [0, 0]), ids([0, 0], [0, 0]), ids(*[[-1] * 9] * 2)[:, :7], ids([0, 2])[0],
         ids([7, 4])[0], 10, 1,
@@ -73,6 +78,12 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "gated_residual_ada_layer_norm": (
         normal(2, 6, 8), normal(2, 6, 8), normal(2, 3, 8), normal(1, 3, 8), normal(1, 3, 8), 1e-6,
     ),
+    "gated_residual_ada_layer_norm without a gate": (
+        normal(2, 6, 8), normal(2, 6, 8), None, normal(1, 3, 8), normal(1, 3, 8), 1e-6,
+    ),
+    "gated_residual_layer_norm": (normal(2, 6, 8), normal(2, 6, 8), normal(2, 3, 8), normal(8), normal(8), 1e-6),
+    "rms_norm": (normal(2, 6, 8), normal(8), 1e-6),
+    "rms_norm of strided views": (turned(normal(2, 6, 8)), normal(8), 1e-6),
     "gated_residual of strided views": (turned(normal(2, 6, 8)), turned(normal(2, 6, 8)), normal(1, 2, 8)),
     "flow_step": (
         normal(2, 3, 2, 4, 4), normal(2, 3, 2, 4, 4), torch.rand(1, 3), torch.rand(2, 1), normal(2, 3, 2, 4, 4),
@@ -140,7 +151,8 @@ def test_fakes_have_the_strides_of_the_outputs(sample):
 
 
 EACH = (0, 1, 2, 3, 4)  # positions; of ops that are not named the first three
-DIFFERENTIABLE = {"attention": EACH, "flow_step": (0, 1, 4), "gated_residual_ada_layer_norm": EACH}
+DIFFERENTIABLE = {"attention": EACH, "flow_step": (0, 1, 4), "rms_norm": (0, 1)}
+DIFFERENTIABLE |= dict.fromkeys(("gated_residual_ada_layer_norm", "gated_residual_layer_norm"), EACH)
 
 
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if s.split()[0] not in NO_GRADIENT])
@@ -209,6 +221,15 @@ PUBLIC: dict[str, tuple[Callable, list[Tensor]]] = {
         hk.gated_residual_ada_layer_norm,
         [normal(2, 6, 8), normal(2, 6, 8, seed=1), *(normal(1, 2, 8, seed=i) for i in (2, 3, 4))],
     ),
+    "gated_residual_ada_layer_norm without a gate": (
+        lambda x, y, shift, scale: hk.gated_residual_ada_layer_norm(x, y, None, shift, scale),
+        [normal(2, 6, 8), normal(2, 6, 8, seed=1), *(normal(1, 2, 8, seed=i) for i in (3, 4))],
+    ),
+    "gated_residual_layer_norm": (
+        hk.gated_residual_layer_norm,
+        [normal(2, 6, 8), normal(2, 6, 8, seed=1), normal(1, 2, 8, seed=2), normal(8, seed=3), normal(8, seed=4)],
+    ),
+    "rms_norm": (hk.rms_norm, [normal(2, 6, 8), normal(8)]),
     "flow_step": (
         lambda x, v, e: hk.flow_step(x, v, torch.tensor([[0.9]]), torch.tensor([[0.5, 0.0, 0.1]]), e),
         [normal(2, 3, 2, 4, 4, seed=i) for i in range(3)],
@@ -267,6 +288,10 @@ CALLS: dict[str, Callable[[str], object]] = {
     "gated_residual_ada_layer_norm": lambda impl: hk.gated_residual_ada_layer_norm(
         *[torch.ones(1, 1, 2)] * 5, impl=impl
     ),
+    "gated_residual_layer_norm": lambda impl: hk.gated_residual_layer_norm(
+        *[torch.ones(1, 1, 2)] * 3, *[torch.ones(2)] * 2, impl=impl
+    ),
+    "rms_norm": lambda impl: hk.rms_norm(torch.ones(1, 1, 2), torch.ones(2), impl=impl),
     "flow_step": lambda impl: hk.flow_step(*[torch.ones(1, 1, 1, 1, 1)] * 2, *[torch.ones(1, 1)] * 2, impl=impl),
     "rms_silu_pad": lambda impl: hk.rms_silu_pad(torch.ones(1, 2, 1, 1, 1), torch.ones(2), impl=impl),
 }  # fmt: skip
@@ -330,8 +355,8 @@ def rope(qkv=QKV, weight=WEIGHT, frames=TWO, heads=2):
     return hk.qk_norm_rope(qkv, weight, WEIGHT, frames, num_heads=heads, grid=(1, 3))
 
 
-def append(slots=TWO, k=CACHE, v=CACHE, frames=TWO):
-    return hk.qk_norm_rope_append(QKV, WEIGHT, WEIGHT, frames, slots, k, v, num_heads=2, grid=(1, 3))
+def append(slots=TWO, k=CACHE, v=CACHE, frames=TWO, rows=None):
+    return hk.qk_norm_rope_append(QKV, WEIGHT, WEIGHT, frames, slots, k, v, num_heads=2, grid=(1, 3), rows=rows)
 
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
@@ -349,6 +374,14 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "counts with a mask": (
         lambda: hk.attention(Q, Q, Q, mask=RULE, kv_counts=torch.ones(1, 4)), "kv_counts needs mask=None"
+    ),
+    "a logarithm of no counts": (
+        lambda: hk.attention(Q, Q, Q, kv_log_counts=torch.ones(1, 4)),
+        "kv_log_counts must be None without kv_counts, got torch.float32 [1, 4]",
+    ),
+    "logarithms in another dtype": (
+        lambda: hk.attention(Q, Q, Q, kv_counts=torch.ones(1, 4), kv_log_counts=torch.ones(1, 4).half()),
+        "kv_log_counts must be torch.float32 [1, 4] like kv_counts, got torch.float16 [1, 4]",
     ),
     "context without a mask": (
         lambda: hk.attention(Q, Q, Q, context=KVContext(Q, Q, ids([0, 1]))), "context needs a BlockCausal mask"
@@ -407,6 +440,16 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "frames as floats": (lambda: rope(frames=torch.zeros(1, 2)), "frames must be integer ids, got torch.float32"),
     "frames to append as floats": (lambda: append(frames=torch.zeros(1, 2)), "frames must be integer ids"),
     "slots of a wrong shape": (lambda: append(ids([0])), "slots must be [2 or 1, 2], got [1, 1]"),
+    "rows of another batch": (
+        lambda: append(ids([0, 1])[None], rows=ids([0])), "rows must be [1 or 2, 2], got [1, 1]"
+    ),
+    "rows as floats": (
+        lambda: append(ids([0, 1])[None], rows=torch.zeros(1, 2)), "rows must be integers, got torch.float32"
+    ),
+    "slots of one place for two": (
+        lambda: append(ids([0, 1])[None], rows=ids([0, 1], [1, 0])), "slots must be [2, 2 or 1, 2], got [1, 1, 2]"
+    ),
+    "slots without a place": (lambda: append(rows=ids([0, 1])), "slots must be [1, 2 or 1, 2], got [1, 2]"),
     "slots as floats": (lambda: append(torch.zeros(1, 2)), "slots must be integers, got torch.float32"),
     "a cache of half frames": (
         lambda: append(k=torch.zeros(2, 7, 2, 4)), "k_cache must be [2, n * 3, 2, 4], got [2, 7, 2, 4]"
@@ -432,6 +475,23 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         lambda: hk.gated_residual_ada_layer_norm(X, X[:, :3], *[X[:, :3]] * 3),
         "x and y must be [B, T, C], got [2, 6, 8], [2, 3, 8]",
     ),
+    "shifts without a gate apart": (
+        lambda: hk.gated_residual_ada_layer_norm(X, X, None, X[:, :2], X[:, :3]),
+        "scale must be [2 or 1, F, 8], got [2, 3, 8]",
+    ),
+    "y of other tokens, affine": (
+        lambda: hk.gated_residual_layer_norm(X, X[:, :3], X[:, :3], WEIGHT, WEIGHT),
+        "x and y must be [B, T, C], got [2, 6, 8], [2, 3, 8]",
+    ),
+    "a narrow gate before an affine norm": (
+        lambda: hk.gated_residual_layer_norm(X, X, X[:, :3, :4], WEIGHT, WEIGHT),
+        "gate must be [2 or 1, F, 8], got [2, 3, 4]",
+    ),
+    "a short bias after a gate": (
+        lambda: hk.gated_residual_layer_norm(X, X, X[:, :3], WEIGHT, WEIGHT[:4]), "bias must be [8], got [4]"
+    ),
+    "an unbatched RMSNorm": (lambda: hk.rms_norm(X[0], WEIGHT), "x must be [B, T, C], got [6, 8]"),
+    "a short weight of an RMSNorm": (lambda: hk.rms_norm(X, WEIGHT[:4]), "weight must be [8], got [4]"),
     "fused frames that do not divide": (
         lambda: hk.gated_residual_ada_layer_norm(X, X, *[X[:, :4]] * 3), "6 tokens are no multiple of 4 frames"
     ),
@@ -480,6 +540,6 @@ def test_bad_input_is_one_line(what):
     assert message in line
     names = (
         "attention|merge_attention|BlockCausal|qk_norm_rope|qk_norm_rope_append|ada_layer_norm|layer_norm|"
-        "gated_residual|gated_residual_ada_layer_norm|flow_step|rms_silu_pad"
+        "gated_residual|gated_residual_ada_layer_norm|gated_residual_layer_norm|flow_step|rms_norm|rms_silu_pad"
     )
     assert re.match(f"({names}): ", line)

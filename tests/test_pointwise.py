@@ -17,9 +17,11 @@ from hiar_kernels import (
     flow_step,
     gated_residual,
     gated_residual_ada_layer_norm,
+    gated_residual_layer_norm,
     layer_norm,
     qk_norm_rope,
     qk_norm_rope_append,
+    rms_norm,
 )
 
 pytestmark = pytest.mark.cpu
@@ -59,6 +61,11 @@ def gated_and_modulated(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale
     return h, modulated(h, shift, scale)
 
 
+def gated_and_normed(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    h = x + naive.per_frame(gate, 4) * y
+    return h, naive.layer_norm(h, 1e-6) * weight + bias
+
+
 def stepped(
     x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -94,6 +101,20 @@ OPS: dict[str, tuple[Callable, Callable, list[Tensor]]] = {
         gated_residual_ada_layer_norm,
         gated_and_modulated,
         [normal(2, 12, 10, seed=1), normal(2, 12, 10, seed=2), *(normal(1, 3, 10, seed=i) for i in (3, 4, 5))],
+    ),
+    "gated_residual_ada_layer_norm without a gate": (
+        lambda x, y, shift, scale: gated_residual_ada_layer_norm(x, y, None, shift, scale),
+        lambda x, y, shift, scale: (x + y, modulated(x + y, shift, scale)),
+        [normal(2, 12, 10, seed=1), normal(2, 12, 10, seed=2), *(normal(1, 3, 10, seed=i) for i in (4, 5))],
+    ),
+    "gated_residual_layer_norm": (
+        gated_residual_layer_norm,
+        gated_and_normed,
+        [normal(2, 12, 10, seed=1), normal(2, 12, 10, seed=2), normal(1, 3, 10, seed=3), 1 + 0.1 * normal(10, seed=4),
+         normal(10, seed=5)],
+    ),
+    "rms_norm": (
+        rms_norm, lambda x, w: naive.rms_norm(x, w, 1e-6), [normal(2, 5, 10, seed=1), 1 + 0.1 * normal(10, seed=2)]
     ),
     "flow_step, sde": (
         lambda x, v, e: flow_step(x, v, *LEVELS, e),
@@ -145,7 +166,7 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(op, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["ada_layer_norm", "gated_residual", "layer_norm"])
+@pytest.mark.parametrize("name", ["ada_layer_norm", "gated_residual", "layer_norm", "rms_norm"])
 def test_wide_modulation_of_narrow_activations(name):
     """bfloat16 activations with float32 shift, scale and gate: one rounding, at the end."""
     op, formula, (x, *rest) = OPS[name]

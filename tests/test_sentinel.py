@@ -40,7 +40,7 @@ def broken(place: str, value: float = NAN):
         ("blocks.1.self_attn.o.bias", "layer 1, output projection \\(torch\\)"),
         (
             "blocks.0.cross_attn.o.bias",
-            "layer 0, cross-attention \\(gated_residual: ref.*, layer_norm: ref.*, attention: ",
+            "layer 0, cross-attention \\(gated_residual_layer_norm: ref.*, rms_norm: ref.*, attention: ",
         ),
         ("blocks.1.ffn.2.bias", "layer 1, feed-forward \\(gated_residual_ada_layer_norm: reference\\)"),
         ("head.head.bias", "the head \\(gated_residual_ada_layer_norm: reference\\)"),

@@ -25,6 +25,7 @@ def attention(
     kv_frames: Tensor | None = None,
     context: KVContext | None = None,
     kv_counts: Tensor | None = None,
+    kv_log_counts: Tensor | None = None,
     layout: AttentionLayout | None = None,
     schedule: AttentionSchedule | None = None,
     return_lse: bool = False,
@@ -46,6 +47,8 @@ def attention(
             teacher forcing, or training over constant caches.
         kv_counts: [B or 1, Tk], how often each key occurs: adds its logarithm to the key's score; 0 hides it. Without
             a mask only. n equal padding keys are one key with count n.
+        kv_log_counts: the logarithm of ``kv_counts`` in the dtype of q, same shape, where it is at hand: a library
+            adds it to the scores, and need not make it anew in every layer.
         layout: what :func:`attention_layout` made of the same mask and ids. The libraries below then read nothing from
             the device; without it they read the frame ids, and the device is waited for.
         schedule: what :func:`attention_schedule` made of the same sizes, mask and ids, for ``impl="gluon"``, which
@@ -76,6 +79,11 @@ def attention(
         torch.Size([1, 10, 2, 16])
     """
     _validate(q, k, v, mask, q_frames, kv_frames, context, kv_counts)
+    if kv_log_counts is not None:
+        wanted = "None without kv_counts" if kv_counts is None else f"{q.dtype} {list(kv_counts.shape)} like kv_counts"
+        fits = kv_counts is not None and (kv_log_counts.dtype, kv_log_counts.shape) == (q.dtype, kv_counts.shape)
+        found = f"{kv_log_counts.dtype} {list(kv_log_counts.shape)}"
+        require(fits, f"attention: kv_log_counts must be {wanted}, got {found}")
     if layout is not None:
         _validate_layout(q, k, mask, context, layout)
     asked = impl
@@ -114,8 +122,9 @@ def attention(
                 None if context is None else context.frames,
                 rows=q.shape[0],
             )
-        found = library.attend(impl, q, k, v, layout, context, kv_counts, scale, num_splits, return_lse)
-        return found if found[1] is not None else found[0]  # type: ignore[return-value]
+        counts = (kv_counts, kv_log_counts)
+        result = library.attend(impl, q, k, v, layout, context, counts, scale, num_splits, return_lse)
+        return result if result[1] is not None else result[0]  # type: ignore[return-value]
     return reference.attention(
         q,
         k,

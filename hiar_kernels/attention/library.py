@@ -38,7 +38,7 @@ def attend(
     v: Tensor,
     layout: AttentionLayout | None,
     context: KVContext | None,
-    kv_counts: Tensor | None,
+    counts: tuple[Tensor | None, Tensor | None],
     scale: float | None,
     num_splits: int = 1,
     return_lse: bool = False,
@@ -46,17 +46,19 @@ def attend(
     """(out, logsumexp if asked) of :func:`hiar_kernels.attention`.
 
     Args:
-        layout: None: every query sees every key.
+        layout: None: every query sees every key. counts: ``kv_counts`` and ``kv_log_counts``.
         num_splits: n > 1: the keys as n rows of one launch, a second call where they leave a rest, merged; each video
             by itself. Not where a gradient is needed.
     """
     given = [q, k, v, *([] if context is None else [context.k, context.v])]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     require(not (trains and return_lse), f"attention: impl={impl!r} has no gradient with return_lse; use 'reference'")
+    kv_counts, bias = counts
     if kv_counts is not None:
         require(impl == "sdpa" and not return_lse, f"attention: impl={impl!r} takes no kv_counts here; use 'reference'")
-        wide = torch.promote_types(q.dtype, torch.float32)  # round the logarithm: 509 is no bfloat16
-        return _plain(impl, q, k, v, scale, kv_counts.to(wide).log().to(q.dtype)[:, None, None, :]).contiguous(), None
+        if bias is None:
+            bias = kv_counts.to(_wide(q)).log().to(q.dtype)  # round the logarithm: 509 is no bfloat16
+        return _plain(impl, q, k, v, scale, bias[:, None, None, :]).contiguous(), None
     num_splits = 1 if trains or not q.shape[0] else num_splits
     merged = (num_splits > 1 or return_lse) and not trains
     if layout is None:

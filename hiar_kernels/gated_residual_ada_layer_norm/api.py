@@ -14,7 +14,7 @@ _OP = "gated_residual_ada_layer_norm"
 
 
 def gated_residual_ada_layer_norm(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, impl: str = "auto"
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """The end of one transformer sublayer and the start of the next (adaLN, DiT) in one pass over memory.
 
@@ -23,7 +23,7 @@ def gated_residual_ada_layer_norm(
 
     Args:
         x, y: [B, T, C]; the F frames' tokens one after another. y may be of another floating dtype.
-        gate, shift, scale: [B or 1, F, C], any floating dtype; F divides T.
+        gate, shift, scale: [B or 1, F, C], any floating dtype; F divides T. gate None: 1, h = x + y.
         eps: added to the variance.
         impl: "auto" | "reference" | "triton".
 
@@ -36,12 +36,15 @@ def gated_residual_ada_layer_norm(
     """
     ok = x.dim() == 3 and x.shape == y.shape
     require(ok, f"{_OP}: x and y must be [B, T, C], got {list(x.shape)}, {list(y.shape)}")
-    ok = gate.dim() == 3 and gate.shape[0] in (1, x.shape[0]) and gate.shape[2] == x.shape[2]
-    require(ok, f"{_OP}: gate must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(gate.shape)}")
+    frames, like = "F", ""
+    if gate is not None:
+        ok = gate.dim() == 3 and gate.shape[0] in (1, x.shape[0]) and gate.shape[2] == x.shape[2]
+        require(ok, f"{_OP}: gate must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(gate.shape)}")
+        frames, like = str(gate.shape[1]), " like gate"
     for name, m in (("scale", scale), ("shift", shift)):
-        ok = m.dim() == 3 and m.shape[0] in (1, x.shape[0]) and m.shape[1:] == gate.shape[1:] and m.shape == shift.shape
-        wanted = f"[{x.shape[0]} or 1, {gate.shape[1]}, {x.shape[2]}] like gate"
-        require(ok, f"{_OP}: {name} must be {wanted}, got {list(m.shape)}")
+        ok = m.dim() == 3 and m.shape[0] in (1, x.shape[0]) and m.shape[2] == x.shape[2] and m.shape == shift.shape
+        ok = ok and (gate is None or m.shape[1] == gate.shape[1])
+        require(ok, f"{_OP}: {name} must be [{x.shape[0]} or 1, {frames}, {x.shape[2]}]{like}, got {list(m.shape)}")
     if choose(_OP, impl, IMPLS, auto=automatic(x, y, gate, shift, scale, norm=True)) == "triton":
         prepare(_OP, norm=True, x=x, y=y, gate=gate, shift=shift, scale=scale)
         return torch.ops.hiar.gated_residual_ada_layer_norm(x, y, gate, shift, scale, eps)

@@ -9,13 +9,13 @@ from .._library import define
 from . import reference
 
 
-def _fake(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))  # type: ignore[return-value]
 
 
 define(
     "gated_residual_ada_layer_norm",
-    "Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps",
+    "Tensor x, Tensor y, Tensor? gate, Tensor shift, Tensor scale, float eps",
     2,
     reference.gated_residual_ada_layer_norm,
     _fake,

@@ -67,6 +67,7 @@ def qk_norm_rope_append(
     eps: float = 1e-6,
     theta: float = 10000.0,
     cells: tuple[int, int] | None = None,
+    rows: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """:func:`qk_norm_rope` that writes k and v straight into the frame slots of a ring. No autograd.
@@ -74,6 +75,9 @@ def qk_norm_rope_append(
     Args:
         slots: int32 or int64 [B or 1, F] on the device: the slot of each frame, in 0..S-1, distinct within a row.
         k_cache, v_cache: [B, S P, H, D], P = rows columns or those of ``cells``; may be strided. Written in place.
+        rows: None: what is row b of qkv goes into row b of the ring. Int32 or int64 [N, B] on the device, N 1 or 2: it
+            goes into row ``rows[n, b]`` at ``slots[n, b]`` for each n, so that two rings can share keys; ``slots`` are
+            [N, B or 1, F] then, and the rings may have any number of rows. ``rows[1, b]`` = -1: only into the first.
         impl: "auto" | "reference" | "triton" | "cuda". The others: as in :func:`qk_norm_rope`.
 
     Returns:
@@ -86,17 +90,24 @@ def qk_norm_rope_append(
     _validate("qk_norm_rope_append", qkv, q_weight, k_weight, frames, num_heads, grid, cells)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, q_weight, k_weight))
     require(not wants_grad, "qk_norm_rope_append: has no gradient; use qk_norm_rope, or torch.no_grad()")
-    if slots.dim() != 2 or slots.shape[0] not in (1, qkv.shape[0]) or slots.shape[1] != frames.shape[1]:
-        want = f"[{qkv.shape[0]} or 1, {frames.shape[1]}]"
-        raise ValueError(f"qk_norm_rope_append: slots must be {want}, got {list(slots.shape)}")
+    op, batch, times = "qk_norm_rope_append", qkv.shape[0], ""
+    if rows is not None:
+        if rows.dim() != 2 or rows.shape[0] not in (1, 2) or rows.shape[1] != batch:
+            raise ValueError(f"{op}: rows must be [1 or 2, {batch}], got {list(rows.shape)}")
+        if rows.is_floating_point():
+            raise ValueError(f"{op}: rows must be integers, got {rows.dtype}")
+        times = f"{rows.shape[0]}, "
+    fits = slots.dim() == 2 if rows is None else slots.dim() == 3 and slots.shape[0] == rows.shape[0]
+    if not fits or slots.shape[-2] not in (1, batch) or slots.shape[-1] != frames.shape[1]:
+        raise ValueError(f"{op}: slots must be [{times}{batch} or 1, {frames.shape[1]}], got {list(slots.shape)}")
     if slots.is_floating_point():
-        raise ValueError(f"qk_norm_rope_append: slots must be integers, got {slots.dtype}")
-    shape = (qkv.shape[0], num_heads, qkv.shape[2] // 3 // num_heads)
-    tokens = _tokens(grid, cells)
+        raise ValueError(f"{op}: slots must be integers, got {slots.dtype}")
+    shape, tokens = (num_heads, qkv.shape[2] // 3 // num_heads), _tokens(grid, cells)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dim() != 4 or (cache.shape[0], *cache.shape[2:]) != shape or cache.shape[1] % tokens:
-            want = f"[{shape[0]}, n * {tokens}, {shape[1]}, {shape[2]}]"
-            raise ValueError(f"qk_norm_rope_append: {name} must be {want}, got {list(cache.shape)}")
+        fits = cache.dim() == 4 and cache.shape[2:] == shape and not cache.shape[1] % tokens
+        if not fits or (rows is None and cache.shape[0] != batch):
+            want = f"[{batch if rows is None else 'any'}, n * {tokens}, {shape[0]}, {shape[1]}]"
+            raise ValueError(f"{op}: {name} must be {want}, got {list(cache.shape)}")
     floats = {"q_weight": q_weight, "k_weight": k_weight, "qkv": qkv, "k_cache": k_cache, "v_cache": v_cache}
     dense = k_cache.stride(3) == v_cache.stride(3) == 1
     auto = automatic(*floats.values(), norm=True, cuda=True) if dense else "reference"
@@ -106,7 +117,7 @@ def qk_norm_rope_append(
         prepare("qk_norm_rope_append", impl=impl, norm=True, **floats)
         hiar = torch.ops.hiar
         function = hiar.qk_norm_rope_append_cuda if impl == "cuda" else hiar.qk_norm_rope_append
-    return function(qkv, q_weight, k_weight, frames, slots, k_cache, v_cache, num_heads, *grid, eps, theta, cells)
+    return function(qkv, q_weight, k_weight, frames, slots, k_cache, v_cache, num_heads, *grid, eps, theta, cells, rows)
 
 
 def _tokens(grid: tuple[int, int], cells: tuple[int, int] | None) -> int:

@@ -25,10 +25,11 @@ def qk_norm_rope_append(
     eps: float,
     theta: float,
     cells: Sequence[int] | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Launcher of ``hiar::qk_norm_rope_append_cuda``."""
     op = "qk_norm_rope_append"
-    qkv = checked(op, qkv, frames=frames, slots=slots)
+    qkv = checked(op, qkv, frames=frames, slots=slots, **({} if rows is None else {"rows": rows}))
     check_rings(op, k_cache, v_cache)
     b, t, c = qkv.shape
     head_dim = c // 3 // num_heads
@@ -38,8 +39,9 @@ def qk_norm_rope_append(
         weights = q_weight.contiguous(), k_weight.contiguous()
         turns = turns_of(head_dim, theta, qkv.device)
         torch.ops.hiar_cuda.qk_norm_rope_append(
-            qkv, *weights, _ids(frames), _ids(slots), turns, q, k_cache, v_cache, stop - start, start, width, eps
-        )
+            qkv, *weights, _ids(frames), _ids(slots if slots.dim() == 3 else slots[None]),
+            None if rows is None else _ids(rows), turns, q, k_cache, v_cache, stop - start, start, width, eps,
+        )  # fmt: skip
     return q
 
 

@@ -45,6 +45,7 @@ def _fake_append(
     eps: float,
     theta: float,
     cells: Sequence[int] | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     return _one(qkv, num_heads)
 
@@ -63,7 +64,7 @@ for _name in ("qk_norm_rope_append", "qk_norm_rope_append_cuda"):  # an op has o
     define(
         _name,
         "Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots, Tensor(a!) k_cache, "
-        f"Tensor(b!) v_cache, {_SHARED}, {_CELLS}",
+        f"Tensor(b!) v_cache, {_SHARED}, {_CELLS}, Tensor? rows=None",
         1,
         reference.qk_norm_rope_append,
         _fake_append,

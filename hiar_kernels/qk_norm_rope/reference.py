@@ -109,16 +109,23 @@ def qk_norm_rope_append(
     eps: float,
     theta: float,
     cells: Sequence[int] | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """q [B, T, H, D]; k and v are written into the frame slots of k_cache and v_cache."""
     q, k = qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, height, width, eps, theta, cells)
     start, stop = cells or (0, height * width)
-    v, rows, slots = qkv[..., 2 * q_weight.numel() :].unflatten(-1, (num_heads, -1)), len(qkv), slots.long()
+    v, batch, slots = qkv[..., 2 * q_weight.numel() :].unflatten(-1, (num_heads, -1)), len(qkv), slots.long()
+    if rows is not None:
+        rows, slots = rows.long()[:, :, None], slots.expand(-1, batch, -1)
     for cache, new in ((k_cache, k), (v_cache, v)):
         framed = cache.unflatten(1, (-1, stop - start))
         new = new.unflatten(1, (-1, stop - start)).to(cache.dtype)
-        if rows == 1:
+        if rows is not None:
+            framed[rows[0], slots[0]] = new
+            for row, slot in zip(rows[1:], slots[1:], strict=True):  # nowhere: once more into the first
+                framed[torch.where(row >= 0, row, rows[0]), torch.where(row >= 0, slot, slots[0])] = new
+        elif batch == 1:
             framed[0].index_copy_(0, slots[0], new[0])
         else:
-            framed[torch.arange(rows, device=qkv.device)[:, None], slots.expand(rows, -1)] = new
+            framed[torch.arange(batch, device=qkv.device)[:, None], slots.expand(batch, -1)] = new
     return q

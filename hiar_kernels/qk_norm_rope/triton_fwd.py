@@ -64,6 +64,7 @@ def _qk_norm_rope_fwd_kernel(
     frames_ptr,
     turns_ptr,
     slots_ptr,
+    rows_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -71,8 +72,11 @@ def _qk_norm_rope_fwd_kernel(
     stride_xt,
     stride_fb,
     stride_ff,
+    stride_sn,
     stride_sb,
     stride_sf,
+    stride_rn,
+    stride_rb,
     stride_kb,
     stride_kt,
     stride_kh,
@@ -83,13 +87,15 @@ def _qk_norm_rope_fwd_kernel(
     first_cell,
     columns,
     num_slots,
+    num_rows,
     eps,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    APPEND: tl.constexpr,
+    PLACES: tl.constexpr,
 ):
+    """PLACES: how often k and v are written into the ring; 0: k only, to where k_ptr is a tensor like q."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     token = tl.program_id(0)  # divisions in 32 bits, offsets in 64
     frame = (token // frame_tokens).to(tl.int64)
@@ -113,18 +119,23 @@ def _qk_norm_rope_fwd_kernel(
     q = turn(q * inverse_rms(q, eps, WIDTH) * q_weight, cos, sin, BLOCK_H, BLOCK_D)
     tl.store(q_ptr + out + at, q.to(q_ptr.dtype.element_ty), mask=inside)
     k = turn(k * inverse_rms(k, eps, WIDTH) * k_weight, cos, sin, BLOCK_H, BLOCK_D)
-    if APPEND:
-        slot = tl.load(slots_ptr + batch * stride_sb + frame * stride_sf).to(tl.int64)
-        inside = inside & (slot >= 0) & (slot < num_slots)  # a slot out of range must not reach other memory
-        to = slot * frame_tokens + cell
-        heads = h.to(tl.int64)
-        v = tl.load(x_ptr + 2 * WIDTH + at, mask=inside, other=0)
-        v_at = v_ptr + batch * stride_vb + to * stride_vt + heads * stride_vh + d
-        tl.store(v_at, v.to(v_ptr.dtype.element_ty), mask=inside)
-        k_at = k_ptr + batch * stride_kb + to * stride_kt + heads * stride_kh + d
-        tl.store(k_at, k.to(k_ptr.dtype.element_ty), mask=inside)
-    else:
+    if PLACES == 0:
         tl.store(k_ptr + out + at, k.to(k_ptr.dtype.element_ty), mask=inside)
+    else:
+        v = tl.load(x_ptr + 2 * WIDTH + at, mask=inside, other=0)
+        heads = h.to(tl.int64)
+        for n in tl.static_range(PLACES):
+            slot = tl.load(slots_ptr + n * stride_sn + batch * stride_sb + frame * stride_sf).to(tl.int64)
+            row = batch
+            if rows_ptr is not None:
+                row = tl.load(rows_ptr + n * stride_rn + batch * stride_rb).to(tl.int64)
+            # a slot or row out of range must not reach other memory
+            there = inside & (slot >= 0) & (slot < num_slots) & (row >= 0) & (row < num_rows)
+            to = slot * frame_tokens + cell
+            v_at = v_ptr + row * stride_vb + to * stride_vt + heads * stride_vh + d
+            tl.store(v_at, v.to(v_ptr.dtype.element_ty), mask=there)
+            k_at = k_ptr + row * stride_kb + to * stride_kt + heads * stride_kh + d
+            tl.store(k_at, k.to(k_ptr.dtype.element_ty), mask=there)
 
 
 def tile(num_heads: int, head_dim: int) -> dict[str, int]:
@@ -151,9 +162,10 @@ def _launch(
     eps: float,
     theta: float,
     cells: Sequence[int] | None,
-    append: bool,
+    rows: Tensor | None,
+    places: int,
 ) -> Tensor:
-    """Writes k (append: and v) and returns q; without append slots and v are stand-ins."""
+    """Writes k (with places: and v) and returns q; without places slots and v are stand-ins."""
     b, t, c = qkv.shape
     head_dim = c // 3 // num_heads
     start, stop = cells or (0, height * width)
@@ -168,22 +180,26 @@ def _launch(
             frames,
             turns_of(head_dim, theta, qkv.device),
             slots,
+            rows,
             q,
             k,
             v,
             *qkv.stride()[:2],
             *row_strides(frames),
-            *row_strides(slots),
+            slots.stride(0) if slots.dim() == 3 else 0,
+            *row_strides(slots if slots.dim() == 2 else slots[0]),
+            *((0, 0) if rows is None else rows.stride()),
             *k.stride()[:3],
             *v.stride()[:3],
             stop - start,
             start,
             width,
             k.shape[1] // (stop - start),
+            k.shape[0],
             eps,
             HEADS=num_heads,
             HEAD_DIM=head_dim,
-            APPEND=append,
+            PLACES=places,
             **tile(num_heads, head_dim),
         )
     return q
@@ -206,7 +222,7 @@ def qk_norm_rope(
     b, t, c = qkv.shape
     k = torch.empty((b, t, num_heads, c // 3 // num_heads), dtype=qkv.dtype, device=qkv.device)
     weights = (q_weight, k_weight)
-    q = _launch(qkv, weights, frames, frames, k, k, num_heads, height, width, eps, theta, cells, append=False)
+    q = _launch(qkv, weights, frames, frames, k, k, num_heads, height, width, eps, theta, cells, None, 0)
     return q, k
 
 
@@ -224,14 +240,15 @@ def qk_norm_rope_append(
     eps: float,
     theta: float,
     cells: Sequence[int] | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Launcher of ``hiar::qk_norm_rope_append``."""
     op = "qk_norm_rope_append"
-    qkv = checked(op, qkv, frames=frames, slots=slots)
+    qkv = checked(op, qkv, frames=frames, slots=slots, **({} if rows is None else {"rows": rows}))
     check_rings(op, k_cache, v_cache)
-    weights = (q_weight, k_weight)
+    weights, places = (q_weight, k_weight), 1 if rows is None else len(rows)
     return _launch(
-        qkv, weights, frames, slots, k_cache, v_cache, num_heads, height, width, eps, theta, cells, append=True
+        qkv, weights, frames, slots, k_cache, v_cache, num_heads, height, width, eps, theta, cells, rows, places
     )
 
 
@@ -242,10 +259,10 @@ _triton.register("qk_norm_rope_append", qk_norm_rope_append)
 def compile_cases(arch: int) -> list[Case]:
     """Wan at 480x832 in bfloat16; the configuration is the same on every architecture."""
     signature = dict.fromkeys(("qkv_ptr", "q_weight_ptr", "k_weight_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16")
-    signature |= dict.fromkeys(("frames_ptr", "slots_ptr"), "*i32") | {"turns_ptr": "*i64", "eps": "fp32"}
+    signature |= dict.fromkeys(("frames_ptr", "slots_ptr", "rows_ptr"), "*i32") | {"turns_ptr": "*i64", "eps": "fp32"}
     sizes = [name for name in _qk_norm_rope_fwd_kernel.arg_names if name.startswith("stride_")]
-    signature |= dict.fromkeys([*sizes, "frame_tokens", "first_cell", "columns", "num_slots"], "i32")
-    constants = ("HEADS", "HEAD_DIM", "BLOCK_H", "BLOCK_D", "APPEND")
+    signature |= dict.fromkeys([*sizes, "frame_tokens", "first_cell", "columns", "num_slots", "num_rows"], "i32")
+    constants = ("HEADS", "HEAD_DIM", "BLOCK_H", "BLOCK_D", "PLACES")
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = tuple(name for name in signature if name.endswith("_ptr"))
     aligned += tuple(name for name in sizes if name[7] in "xkv")
@@ -253,8 +270,13 @@ def compile_cases(arch: int) -> list[Case]:
     for model, heads in (("1.3B", 12), ("14B", 40)):
         config = tile(heads, 128)
         warps = config.pop("num_warps")
-        for name, append in (("functional", False), ("append", True)):
-            fixed: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": 128, "APPEND": append, **config}
-            case = Case(f"{name} {model}", _qk_norm_rope_fwd_kernel, dict(signature), fixed, aligned, num_warps=warps)
+        for name, places in (("functional", 0), ("append", 1), ("append to two rings", 2)):
+            fixed: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": 128, "PLACES": places, **config}
+            absent = {"rows_ptr": None} if places < 2 else {}
+            types = {arg: kind for arg, kind in signature.items() if arg not in absent}
+            pointers = tuple(arg for arg in aligned if arg not in absent)
+            case = Case(
+                f"{name} {model}", _qk_norm_rope_fwd_kernel, types, {**fixed, **absent}, pointers, num_warps=warps
+            )
             cases.append(case)
     return cases

@@ -107,6 +107,10 @@ class UlyssesAttend(RingAttend):
         super().__init__(*args)
         self.ranks = ranks
 
+    @property
+    def stores(self) -> bool:
+        return True
+
     def share(self, x: Tensor, frames: int) -> Tensor:
         return x.unflatten(1, (frames, -1))[:, :, slice(*self.ranks.cells)].flatten(1, 2)
 

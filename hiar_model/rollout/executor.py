@@ -98,7 +98,7 @@ class Executor:
         levels = [TRAIN_TIMESTEPS * s for s in schedule.sigmas[:-1]] + [context_noise, 0.0]
         self.clean = len(levels) - 1
         timesteps = torch.tensor([levels], dtype=torch.float64, device=self.device)
-        self.tables = {id(m): m.modulation(timesteps, len(levels)) for m in models}
+        self.tables = {id(m): m.modulation_table(timesteps) for m in models}
         self.texts, self.text_slots = TextCache(limit=2 * len(models) + 2), TextSlots()
         self.latents: dict[tuple[int, int], Tensor] = {}  # (level, block) -> x
         self.readers: dict[tuple[int, int], int] = {}  # visits that still need it

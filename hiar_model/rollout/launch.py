@@ -15,7 +15,7 @@ from torch import Tensor
 from hiar_kernels import AttentionLayout, flow_step
 
 from ..cache import RingAttend
-from ..transformer import HiARTransformer, Live, Modulation, TextKV
+from ..transformer import HiARTransformer, Live, ModulationTable, TextKV
 
 
 class Captured(Protocol):
@@ -67,7 +67,7 @@ class Launch:
         self,
         kind: Kind,
         model: HiARTransformer,
-        table: Modulation,
+        table: ModulationTable,
         attend: RingAttend,
         text: TextKV,
         shape: tuple[int, int, int],
@@ -130,13 +130,13 @@ class Launch:
     def body(self) -> None:
         """The forward, and the step of the denoise visits; on the device alone."""
         self.attend.begin()
-        modulation = Modulation(self.table.embedding[0][self.levels], self.table.blocks[0][self.levels])
-        velocity = self.model.run(self.x, modulation, self.text, self.attend, self.live)
+        velocity = self.model.run(self.x, self.table.at(self.levels), self.text, self.attend, self.live)
         if velocity is None:
             return
         x = self.x if self.live is None else self.live.select(self.x)
         self.out.copy_(flow_step(x, velocity, self.sigmas[0], self.sigmas[1], self.noise)[1])
-        self.finite.copy_(torch.isfinite(self.out).view(len(self.finite), -1).all(1))
+        largest = torch.linalg.vector_norm(self.out.view(len(self.finite), -1), torch.inf, 1)  # NaN where there is one
+        torch.lt(largest, torch.inf, out=self.finite)
 
     def run(self, capture: Capture | None = None) -> None:
         """The visit that was filled in; replayed if it was captured before."""

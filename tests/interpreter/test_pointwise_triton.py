@@ -48,6 +48,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "layer_norm": ("x", "weight", "bias"),
     "gated_residual": ("x", "y", "gate"),
     "gated_residual_ada_layer_norm": ("x", "y", "gate", "shift", "scale"),
+    "gated_residual_layer_norm": ("x", "y", "gate", "weight", "bias"),
+    "rms_norm": ("x", "weight"),
 }
 LEVELS = {
     "shared": (torch.tensor([[0.9375]]), torch.tensor([[0.8333333]])),
@@ -144,7 +146,9 @@ def test_views_are_read_where_they_lie(device):
         "ada_layer_norm": (x, shift, scale),
         "gated_residual": (x, y, scale[:1].expand(2, 3, 40)),
         "gated_residual_ada_layer_norm": (x, y, shift, shift, scale),
+        "gated_residual_layer_norm": (x, y, shift, shift[0, 0], scale[0, 0]),
         "layer_norm": (x, shift[0, 0], scale[0, 0]),
+        "rms_norm": (x, scale[0, 0]),
         "flow_step": (latents, latents, *(torch.full((1, 1), s, device=device) for s in (0.9, 0.5))),
     }
     for name, arguments in calls.items():
@@ -173,7 +177,7 @@ def test_only_what_is_asked_for(name, device):
         loss = sum((weight * out).sum() for weight, out in weighted)
         return [g.cpu() for g in torch.autograd.grad(loss, [leaves[i] for i in wanted])]
 
-    for wanted in (*([i] for i in range(len(tensors))), [0, 2], [1, 2]):
+    for wanted in (*([i] for i in range(len(tensors))), *([i, len(tensors) - 1] for i in range(len(tensors) - 1))):
         found, again = (gradients(wanted, "triton", torch.float32, device) for _ in range(2))
         eager, exact = (gradients(wanted, "reference", d, torch.device("cpu")) for d in (torch.float32, torch.float64))
         for i, *three in zip(wanted, found, eager, exact, strict=True):
@@ -182,15 +186,37 @@ def test_only_what_is_asked_for(name, device):
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_fused_is_one_after_the_other(dtype, device):
-    x, y, gate, shift, scale = (SHAPES["two videos"][a].to(device, dtype) for a in ("x", "y", "gate", "shift", "scale"))
-    h, norm = hk.gated_residual_ada_layer_norm(x, y, gate, shift, scale, impl="triton")
+@pytest.mark.parametrize("then", ["ada_layer_norm", "layer_norm"])
+def test_fused_is_one_after_the_other(then, dtype, device):
+    x, y, gate, *rest = (SHAPES["two videos"][a].to(device, dtype) for a in OPS[f"gated_residual_{then}"])
+    h, norm = getattr(hk, f"gated_residual_{then}")(x, y, gate, *rest, impl="triton")
     first = hk.gated_residual(x, y, gate, impl="triton")
     assert torch.equal(h, first)
-    second = hk.ada_layer_norm(first, shift, scale, impl="triton")
+    second = getattr(hk, then)(first, *rest, impl="triton")
     if device.type == "cpu":  # a GPU may fuse multiplications and additions in one and not in the other
         assert torch.equal(norm, second)
     torch.testing.assert_close(norm, second, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+def ungated(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    return hk.gated_residual_ada_layer_norm(x, y, None, shift, scale, impl=impl)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_a_gate(shape, dtype, device):
+    """Within the budget, and the same numbers as with a gate of ones."""
+    arguments = [SHAPES[shape][a] for a in ("x", "y", "shift", "scale")]
+    compare(ungated, arguments, dtype, device)
+    plain = run(lambda *a: ungated(*a, impl="triton"), arguments, dtype, device)
+
+    def ones(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return hk.gated_residual_ada_layer_norm(x, y, torch.ones_like(shift), shift, scale, impl="triton")
+
+    gated = run(ones, arguments, dtype, device)
+    assert torch.equal(plain[0], gated[0])
+    if device.type == "cpu":  # on a GPU another kernel may sum in another order
+        assert all(torch.equal(a, b) for a, b in zip(plain, gated, strict=True))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -218,6 +244,7 @@ def test_rows_far_from_zero(size, device):
     x = (100 + normal(1, 6, 64)) * size
     compare(hk.ada_layer_norm, (x, normal(1, 2, 64), normal(1, 2, 64)), torch.float32, device)
     compare(hk.layer_norm, (x, normal(64), normal(64)), torch.float32, device)
+    compare(hk.rms_norm, (x, normal(64)), torch.float32, device)
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)

@@ -164,6 +164,45 @@ def test_a_slot_out_of_range_writes_nothing(kernel, device):
     assert not framed[:, 1:3, 1].any() and framed[:, :, [0, 2]].all() and framed[:, [0, 3]].all()
 
 
+@pytest.mark.parametrize("slots_of", ["each row", "all rows"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("impl", ["kernel", "reference"])
+def test_two_rings_share_keys(impl, dtype, slots_of, kernel, device):
+    """Both places hold the same bits, a row of -1 is left out, and all else is as it was."""
+    impl = kernel if impl == "kernel" else impl
+    tensors = [x.bfloat16().to(device) for x in RING.inputs()]
+    rows = ids([3, 1], [0, -1], dtype=dtype).to(device)
+    slots = torch.stack([ids([4, 0, 2], [1, 5, 3], dtype=dtype), ids([0, 1, 5], [2, 3, 4], dtype=dtype)]).to(device)
+    if slots_of == "all rows":
+        slots = slots[:, :1]
+    memory = torch.full((2, 4, 36, 2, 10), torch.nan, dtype=torch.bfloat16, device=device)
+    options = {"num_heads": 2, "grid": (2, 3)}
+    frames = ids(*RING.frames).to(device)
+    q = qk_norm_rope_append(*tensors, frames, slots, *memory, rows=rows, impl=impl, **options)
+    wanted = RING.call(*tensors, impl="triton" if impl != "reference" else impl)
+    torch.testing.assert_close(q, wanted[0])
+    for ring, new in zip(memory, wanted[1:]):
+        framed, new = ring.unflatten(1, (6, 6)), new.unflatten(1, (3, 6))
+        for place, row in ((0, 0), (0, 1), (1, 0)):
+            at = slots[place, row % slots.shape[1]].tolist()
+            torch.testing.assert_close(framed[int(rows[place, row]), at], new[row])
+        assert torch.equal(framed[3, slots[0, 0].long()], framed[0, slots[1, 0].long()])
+        assert ring.isnan().sum() == ring.numel() - 3 * new[0].numel()
+
+
+@pytest.mark.parametrize("rows", [[[0, 4]], [[0, -1]], [[0, 1], [9, -7]]], ids=str)
+def test_a_row_out_of_range_writes_nothing(rows, kernel, device):
+    tensors = [x.float().to(device) for x in RING.inputs()]
+    memory = torch.full((2, 6, 18, 2, 10), torch.nan, device=device)
+    slots = ids([0, 1, 2]).expand(len(rows), -1, -1).to(device)
+    frames, there = ids(*RING.frames).to(device), [row for place in rows for row in place if 0 <= row < 4]
+    qk_norm_rope_append(
+        *tensors, frames, slots, *memory[:, 1:5], rows=ids(*rows).to(device), num_heads=2, grid=(2, 3), impl=kernel
+    )
+    written = [row for row in range(6) if not memory[:, row].isnan().any()]
+    assert written == [1 + row for row in there] and memory.isnan().sum() == memory.numel() - len(there) * 2 * 360
+
+
 def test_ids_and_slots_are_read_on_the_device(kernel, device):
     """One launch serves every block: on a GPU it is captured once and replayed with new ids and slots."""
     shape = Shape(1, [[0, 1]], (1, 3), 2, 8)
@@ -208,6 +247,9 @@ def test_opcheck_of_appending(kernel, device):
     append(shape, tensors, slots, *rings, kernel)  # loads the kernels
     op = torch.ops.hiar.qk_norm_rope_append_cuda if kernel == "cuda" else torch.ops.hiar.qk_norm_rope_append
     arguments = (*tensors, ids([0, 9]).to(device), slots, *rings, 2, 1, 3, 1e-6, 10000.0)
+    torch.library.opcheck(op.default, arguments)
+    rows, twice = ids([0, 1], [1, -1]).to(device), torch.stack([slots, 3 - slots])
+    arguments = (*tensors, ids([0, 9]).to(device), twice, *rings, 2, 1, 3, 1e-6, 10000.0, None, rows)
     torch.library.opcheck(op.default, arguments)
 
 
