@@ -38,8 +38,10 @@ def generate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all noise")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
     parser.add_argument(
-        "--order", type=str, help="step_first, stream, wavefront or block_first; default: the model's, else step_first"
-    )
+        "--order", type=str,
+        help="step_first, stream, wavefront or block_first; default: the model's, else wavefront if it is small and on "
+        "a CPU, else step_first",
+    )  # fmt: skip
     parser.add_argument(
         "--window-frames",
         type=int | list[int | None] | None | Literal["model"],
@@ -113,7 +115,7 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
             a.prompt, model=model, height=a.height, width=a.width, num_frames=a.num_frames, seed=a.seed, steps=a.steps,
             order=a.order, window_frames=a.window_frames, sink_frames=a.sink_frames, fps=a.fps, image=a.image,
             extend=a.extend, prompts=script, on_new_text=a.on_new_text, on_nan=a.on_nan, cache_dtype=a.cache_dtype,
-            session=a.from_session, open_end=bool(a.session or a.from_session), on_progress=show,
+            threads=a.threads, session=a.from_session, open_end=bool(a.session or a.from_session), on_progress=show,
             keep=kept if a.resume or piped else None, resume=a.resume, checkpoint_every=a.checkpoint_every, **options,
         )  # fmt: skip
         begun = time.perf_counter()

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 def machine_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if there is any), cpu, cuda, cuda:1")
     parser.add_argument("--dtype", type=str, help="float32, bfloat16, float16 or float64")
-    # Forwards of a toy model are too small to share: two threads gain little, and lose much where the cores are busy.
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads of torch; default: 1, or torch's own for a large model"
+    )
 
 
 def load_model(a: Namespace, **options: Any) -> VideoModel:
@@ -26,11 +27,16 @@ def load_model(a: Namespace, **options: Any) -> VideoModel:
     import torch
 
     from .bundle import load_video_model
+    from .threads import is_small
 
-    if a.threads < 1:
-        raise ValueError(f"threads must be at least 1, got {a.threads}")
-    torch.set_num_threads(a.threads)
-    return load_video_model(a.model, a.device, a.dtype, **options)
+    if a.threads is not None:
+        if a.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {a.threads}")
+        torch.set_num_threads(a.threads)
+    model = load_video_model(a.model, a.device, a.dtype, **options)
+    if a.threads is None and (model.device.type != "cpu" or is_small(model.transformer)):
+        torch.set_num_threads(1)
+    return model
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def _pairs(a: Namespace) -> None:
 
     from .train.toy_pairs import read_toy_pairs
 
-    torch.set_num_threads(a.threads)
+    torch.set_num_threads(a.threads or 1)
     found = read_toy_pairs(a.folder, a.world)
     print("| the teacher's | number | colour % | shape % | valid % | direction % | speed/truth |")
     print("|---|---|---|---|---|---|---|")

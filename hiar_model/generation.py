@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from .rollout.visits import ORDERS, Plan, windows_per_step
 from .schedule import FlowSchedule
 from .script import Script, Show, prompt_delay
 from .sessions import load_session, save_session
+from .threads import cpu_threads, fitting_threads, is_small
 from .vae import to_pixels
 from .video import Frames, Video, check_fps
 from .video_model import VideoModel, pick_cache_dtype, pick_device, pick_dtype
@@ -53,6 +55,9 @@ class Generation:
     on; with another prompt it is a fork, which shows it from the first block that had not begun. ``open_end``: the
     video is made as the beginning of an endless one, ``num_frames`` only says how far, counted from its start; so its
     session goes on beyond. None is then as many new blocks as otherwise.
+
+    ``threads`` of torch on a CPU while frames are made; None: one for a small model such as the toy, else torch's own
+    setting. What the caller has set is put back before each block is handed over.
 
     Raises:
         ValueError: one line that names what is wrong and what would be right.
@@ -90,9 +95,11 @@ class Generation:
         on_nan: str = "stop",
         session: str | os.PathLike[str] | None = None,
         open_end: bool = False,
+        threads: int | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         _check(num_frames=num_frames, seed=seed, steps=steps, order=order, sink_frames=sink_frames, fps=fps)
+        _whole("threads", threads, 1)
         blockwise, endless = endless or open_end, endless and num_frames is None
         if (endless or open_end) and order == "step_first":
             others = ", ".join(name for name in ORDERS if name != "step_first")
@@ -103,8 +110,12 @@ class Generation:
             raise ValueError(f"session={os.fspath(session)!r} is of one process, a pipeline keeps its own: give one")
         self.model = _load(model, device, dtype).sized(height, width)
         if order is None:
-            own = self.model.order or "step_first"
-            order = "stream" if blockwise and own == "step_first" else own  # the same result, block by block
+            order = self.model.order or "step_first"
+            if order == "step_first" and blockwise:
+                order = "stream"  # the same result, block by block
+            elif self.model.order is None and prompts is None and is_small(self.model.transformer):
+                order = "wavefront"  # likewise, in fewer and larger calls
+        self.threads = fitting_threads(self.model.transformer, asked=threads)
         self.schedule = self.model.schedule if steps is None else FlowSchedule.uniform(steps, self.model.schedule.shift)
         networks = self.model.networks(len(self.schedule))
         self.fps = float(self.model.fps if fps is None else fps)
@@ -179,6 +190,15 @@ class Generation:
         Raises:
             FloatingPointError: latents that are not finite, or frames that are all black: names step and block.
         """
+        with closing(self._made()) as made:
+            while True:
+                with cpu_threads(self.threads):
+                    frames = next(made, None)
+                if frames is None:
+                    return
+                yield frames
+
+    def _made(self) -> Generator[Frames, None, None]:
         decoding = self.decoding = self.decoding or Decoding(self.model.decoder())
         if self.given is not None and self.session is None and self.shows:
             assert self.prefix is not None
@@ -347,7 +367,7 @@ def generate(
         seed: of all noise.
         steps: denoising steps, spread evenly; None: the model's own.
         order: step_first, stream, wavefront (one result, other memory and speed) or block_first (clean context); None:
-            what the model was trained for, else step_first.
+            what the model was trained for, else step_first, or wavefront for a small model on a CPU.
         window_frames: latent frames that a block sees, its own among them: a number, one per step, or None: all;
             "model": as trained.
         sink_frames: first frames that always stay visible, inside the window's number; None: the model's.
@@ -355,7 +375,7 @@ def generate(
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
         dtype: "float32", "bfloat16", "float16" or "float64"; None: float32.
         on_progress: called with (frames done, in all, forwards done, in all) after every group of visits.
-        more: of :class:`Generation`: height, width, image, extend, prompts, cache_dtype, session, executor, ...
+        more: of :class:`Generation`: height, width, image, extend, prompts, threads, cache_dtype, session, ...
 
     Raises:
         ValueError: one line for whatever is wrong with the request, before work starts.
@@ -427,14 +447,18 @@ def _check(
 ) -> None:
     """What can be told without a model, so that nobody waits for one to hear it."""
     for name, value, least in (("num_frames", num_frames, 1), ("steps", steps, 1), ("sink_frames", sink_frames, 0)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        _whole(name, value, least)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed must be a whole number, got {seed!r}")
     if order is not None and order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     if fps is not None:
         check_fps(fps)
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _load(

@@ -16,6 +16,7 @@ from hiar_kernels import flow_step
 
 from .rollout.noise import INITIAL, keyed_noise
 from .schedule import TRAIN_TIMESTEPS, FlowSchedule
+from .threads import cpu_threads, fitting_threads
 from .transformer import HiARTransformer
 
 
@@ -79,18 +80,19 @@ def infill(
     clean = latents.to(weight.device, weight.dtype).where(mask, 0.0)  # even NaN may stand where nothing is given
     own = initial = noise(INITIAL)
     x, wide = initial, torch.promote_types(weight.dtype, torch.float32)
-    for step, network in enumerate(models):
-        sigma, following = schedule.sigmas[step], schedule.sigmas[step + 1]
-        x = _noised(clean, own, sigma).where(mask, x)
-        if on_level is not None:
-            on_level(step, x)
-        t = torch.full((batch, frames), TRAIN_TIMESTEPS * sigma, dtype=torch.float64, device=weight.device)
-        velocity = network(x, t, text.expand(batch, -1, -1), "bidirectional", first_frame=first_frame)
-        own = noise(step) if trajectory == "sde" else initial
-        now, then = (torch.full((1, 1), level, dtype=wide, device=weight.device) for level in (sigma, following))
-        x = flow_step(x, velocity, now, then, own if trajectory == "sde" else None)[1]
-        if not bool(torch.isfinite(x).all()):
-            raise FloatingPointError(f"latents are not finite from step {step} on")
+    with cpu_threads(fitting_threads(*models)):
+        for step, network in enumerate(models):
+            sigma, following = schedule.sigmas[step], schedule.sigmas[step + 1]
+            x = _noised(clean, own, sigma).where(mask, x)
+            if on_level is not None:
+                on_level(step, x)
+            t = torch.full((batch, frames), TRAIN_TIMESTEPS * sigma, dtype=torch.float64, device=weight.device)
+            velocity = network(x, t, text.expand(batch, -1, -1), "bidirectional", first_frame=first_frame)
+            own = noise(step) if trajectory == "sde" else initial
+            now, then = (torch.full((1, 1), level, dtype=wide, device=weight.device) for level in (sigma, following))
+            x = flow_step(x, velocity, now, then, own if trajectory == "sde" else None)[1]
+            if not bool(torch.isfinite(x).all()):
+                raise FloatingPointError(f"latents are not finite from step {step} on")
     return clean.where(mask, x)
 
 

@@ -17,6 +17,7 @@ def describe(
 ) -> dict[str, Any]:
     """What it takes to repeat the video, as JSON takes it."""
     model, device = run.model, run.model.device
+    threads = torch.get_num_threads() if run.threads is None else run.threads
     dtype = str(model.dtype).removeprefix("torch.")
     window = window if window is None or isinstance(window, int) else list(window)
     height, width = model.pixel_size
@@ -34,7 +35,7 @@ def describe(
         "fps": f"{run.fps:g}",
         "device": str(device),
         "dtype": dtype,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         **run.options,
     }
     command = ["hiar", "generate", *([] if prompt is None else [prompt])]
@@ -66,7 +67,7 @@ def describe(
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": dtype,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "versions": versions("torch", "numpy", "av"),
         "command": command,
     }

@@ -188,7 +188,8 @@ class VideoWriter:
             raise ValueError(f"frames of {frames.shape[1:3]} behind frames of {self._size} (height, width)")
         frames = upscale(frames, self.least_side)
         if self._encoder is None:
-            self._encoder = self._open(*frames.shape[1:3], enlarged=frames.shape[1:3] != self._size)
+            height, width = frames.shape[1:3]
+            self._encoder = self._open(height, width, enlarged=(height, width) != self._size)
         for image in frames:
             self._encoder.add(image)
         self.frames_written += len(frames)

@@ -340,7 +340,8 @@ def test_import_is_cheap():
 @pytest.mark.parametrize(
     ("form", "order", "source"),
     [
-        ({}, "step_first", "own"),
+        ({}, "wavefront", "own"),  # a small one, trained for no order
+        ({"order": "step_first"}, "step_first", "own"),
         ({"order": "block_first"}, "block_first", "own"),
         ({"order": "stream", "cache_source": "next_step"}, "stream", "next_step"),
     ],

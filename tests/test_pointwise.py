@@ -326,6 +326,21 @@ def test_tokens_must_be_those_of_the_cells():
         qk_norm_rope(qkv, qw, kw, ids(FRAMES), num_heads=HEADS, grid=GRID, cells=(1, 5))
 
 
+def test_ids_that_are_written_to_are_read_again():
+    """The angles of a forward are kept for its layers; the next one has other ids, in the same memory."""
+    frames, other = ids(FRAMES), ids([[8, 9, 10], [1, 2, 3]])
+    arguments, options = OPS["qk_norm_rope"][2], {"num_heads": HEADS, "grid": GRID}
+    first = qk_norm_rope(*arguments, frames, **options)
+    frames.copy_(other)
+    for found, wanted in zip(qk_norm_rope(*arguments, frames, **options), qk_norm_rope(*arguments, other, **options)):
+        assert torch.equal(found, wanted)
+    with torch.inference_mode():
+        qk_norm_rope(*arguments, frames, **options, theta=500.0)
+    leaf = arguments[0].clone().requires_grad_()
+    qk_norm_rope(leaf, *arguments[1:], frames, **options, theta=500.0)[0].sum().backward()  # saves what was kept
+    assert not torch.equal(first[0], qk_norm_rope(*arguments, frames, **options)[0])
+
+
 # The last step
 
 

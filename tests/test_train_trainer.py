@@ -299,3 +299,25 @@ def test_a_gradient_that_is_not_finite(tmp_path):
     made = make_recipe(recipe())
     with pytest.raises(FloatingPointError, match="gradient norm is nan, loss .*, update 0, turn critic 0; .*: none"):
         Trainer(made, Broken(made, CPU), tmp_path, say=lambda text: None).run()
+
+
+# Threads
+
+
+def test_small_networks_train_in_one_thread_and_the_setting_is_put_back(tmp_path):
+    before, inside = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        scale = {"threads": 0, "checkpoint_every": 9}
+        make(tmp_path / "a", scale=scale).run(lambda *_: inside.append(torch.get_num_threads()))
+        assert set(inside) == {1} and torch.get_num_threads() == 2
+
+        def fail(*_):
+            inside.append(torch.get_num_threads())
+            raise OSError("full")
+
+        with pytest.raises(OSError, match="full"):
+            make(tmp_path / "b", scale={**scale, "threads": 3}).run(fail)
+        assert inside[-1] == 3 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

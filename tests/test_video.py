@@ -11,6 +11,7 @@ import signal
 import av
 import numpy as np
 import pytest
+import torch
 
 from hiar_model.video import (
     Video,
@@ -221,6 +222,15 @@ def test_gif_has_a_limit(tmp_path):
 def test_illegal_frames(frames):
     with pytest.raises(ValueError, match="frames must be uint8"):
         Video(frames, 12)
+
+
+def test_upscale_is_bicubic():
+    """As torch interpolates, up to the rounding of a half."""
+    frames = clip(3, 20, 31)
+    planes = torch.from_numpy(frames).movedim(3, 1).double()
+    expected = torch.nn.functional.interpolate(planes, scale_factor=13, mode="bicubic", align_corners=False)
+    off = expected.clamp(0, 255).movedim(1, 3).numpy() - upscale(frames)
+    assert np.abs(off).max() < 0.5001
 
 
 def test_upscale():

@@ -13,4 +13,4 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     wide = wide_dtype(x)
     tokens = frames_of(x, gate.shape[1], "gated_residual")
     x_frames, y_frames = (z.to(wide).unflatten(1, (-1, tokens)) for z in (x, y))
-    return torch.addcmul(x_frames, y_frames, gate.to(wide)[:, :, None]).flatten(1, 2).to(x.dtype).contiguous()
+    return torch.addcmul(x_frames, y_frames, gate.to(wide).unsqueeze(2)).flatten(1, 2).to(x.dtype).contiguous()

@@ -85,12 +85,12 @@ def qk_norm_rope(
     complex numbers.
     """
     wide = wide_dtype(qkv)
-    x = qkv.unflatten(-1, (3, -1))[:, :, :2].to(wide)
+    x = qkv.narrow(-1, 0, 2 * q_weight.numel()).unflatten(-1, (2, -1)).to(wide)  # q and k
     scaled = x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    turns = rope_turns(frames, height, width, x.shape[-1] // num_heads, theta, cells, wide)[:, :, None]
+    turns = rope_turns(frames, height, width, x.shape[-1] // num_heads, theta, cells, wide).unsqueeze(2)
     turned = []
-    for i, weight in enumerate((q_weight, k_weight)):
-        pairs = torch.view_as_complex((scaled[:, :, i] * weight.to(wide)).unflatten(-1, (num_heads, -1, 2)))
+    for one, weight in zip(scaled.unbind(2), (q_weight, k_weight), strict=True):
+        pairs = torch.view_as_complex((one * weight.to(wide)).unflatten(-1, (num_heads, -1, 2)))
         turned.append(torch.view_as_real(pairs * turns).flatten(-2).to(qkv.dtype))
     return turned[0], turned[1]
 

@@ -102,7 +102,7 @@ class ScaleRecipe:
         micro_batch: rows of a batch that one process computes at once; null: all of its share.
         shard: processes that share the weights of one copy; 0: all. The number of copies follows.
         activation_checkpointing: blocks keep nothing for the backward pass but their input.
-        threads: of torch on the CPU; 0 leaves torch's choice.
+        threads: of torch on the CPU; 0: one for small networks such as the toy's, else torch's choice.
         max_minutes: the run stops after so long, in a state to go on from; null: never.
         checkpoint_every: updates between two states to go on from.
     """

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checkpoint import save_transformer
 from ..rollout.visits import windows_per_step
 from ..schedule import TRAIN_TIMESTEPS
+from ..threads import cpu_threads, fitting_threads
 from ..transformer import HiARTransformer
 from ..video import Frames
 from .config import HiARRecipe, OdeInitRecipe, OdePairsRecipe, TeacherRecipe
@@ -97,7 +98,7 @@ class OdePairs:
 
     def produce(self, folder: Path, rank: int, ranks: int, on_progress: Callable[[int, int], None]) -> str:
         r = self.recipe
-        with autocast(r, self.device):
+        with autocast(r, self.device), cpu_threads(fitting_threads(self.teacher, asked=r.scale.threads)):
             generate_trajectories(
                 self.teacher,
                 self.sources.data,

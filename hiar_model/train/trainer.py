@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..threads import cpu_threads, fitting_threads
 from ..transformer import HiARTransformer
 from .config import TrainingRecipe
 from .distributed import Place, largest, release, shard, synchronise
@@ -53,8 +54,6 @@ class Trainer:
         self.say = say if self.first else lambda text: None
         if self.first:
             self.folder.mkdir(parents=True, exist_ok=True)
-        if recipe.scale.threads:
-            torch.set_num_threads(recipe.scale.threads)
         self.parts = self.place.rows(recipe.batch_size, recipe.scale.micro_batch)
         recompute = recipe.scale.activation_checkpointing
         for network in stage.frozen.values():
@@ -84,7 +83,9 @@ class Trainer:
         """
         recipe, begun = self.recipe, time.monotonic()
         watch = Watch(self.folder, self.update, recipe.to_dict(), self.say) if self.first else None
+        networks = [*self.stage.trained.values(), *self.stage.frozen.values()]
         with ExitStack() as closing:
+            closing.enter_context(cpu_threads(fitting_threads(*networks, asked=recipe.scale.threads)))
             if watch is not None:
                 closing.callback(watch.close)
             while self.update < recipe.updates:
