@@ -17,6 +17,7 @@ from .attention import (
     takes_schedule,
 )
 from .backends import backends
+from .cross_attention import cross_attention
 from .flow_step import flow_step
 from .gated_residual import gated_residual
 from .gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
@@ -39,6 +40,7 @@ __all__ = [
     "attention_layout",
     "attention_schedule",
     "backends",
+    "cross_attention",
     "flow_step",
     "gated_residual",
     "gated_residual_ada_layer_norm",

@@ -1,9 +1,9 @@
 # mypy: allow-incomplete-defs
 """The norms in Triton: one kernel for each direction, and what an op leaves out is compiled out.
 
-    h   = x + gate y                                   y: a residual or None; gate: of each frame, None: 1
-    n   = (h - mean) / sqrt(var + eps)                 or, RMS, h / sqrt(mean(h^2) + eps)
-    out = n (1 + scale) + shift                        of each frame; or, affine, n scale + shift, one for all tokens
+h   = x + gate y                                   y: a residual or None; gate: of each frame, None: 1
+n   = (h - mean) / sqrt(var + eps)                 or, RMS, h / sqrt(mean(h^2) + eps)
+out = n (1 + scale) + shift                        of each frame; or, affine, n scale + shift, one for all tokens
 """
 
 from __future__ import annotations
@@ -251,9 +251,7 @@ def _summed(partial: Tensor | None, like: Tensor | None) -> Tensor | None:
     return sum_partials(partial.flatten(0, 1)[:, None], like.view(1, 1, -1)).view(-1)  # affine: over all frames
 
 
-def forward_cases(
-    narrow: str, wide: str, per_frame: bool = False, rms: bool = False, label: str = ""
-) -> list[Case]:
+def forward_cases(narrow: str, wide: str, per_frame: bool = False, rms: bool = False, label: str = "") -> list[Case]:
     """Production launches with these pointers (without ``_ptr``) in bfloat16 and float32, the others None; the same
     tiles serve every architecture.
     """
@@ -262,9 +260,7 @@ def forward_cases(
     return _cases(_norm_fwd_kernel, narrow, wide, tiles, label, PER_FRAME=per_frame, RMS=rms)
 
 
-def backward_cases(
-    narrow: str, wide: str, per_frame: bool = False, rms: bool = False, label: str = ""
-) -> list[Case]:
+def backward_cases(narrow: str, wide: str, per_frame: bool = False, rms: bool = False, label: str = "") -> list[Case]:
     """As :func:`forward_cases`, with every gradient asked for."""
     residual = "y" in narrow.split()
     tiles = {name: _backward_tile(channels, residual, rms) for name, channels in WAN.items()}

@@ -22,6 +22,7 @@ from hiar_kernels import (
     ada_layer_norm,
     attention,
     attention_layout,
+    cross_attention,
     gated_residual_ada_layer_norm,
     gated_residual_layer_norm,
     qk_norm_rope,
@@ -241,10 +242,9 @@ class CrossAttention(nn.Module):
         return k.unflatten(-1, split), self.v(text).unflatten(-1, split)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, counts: Tensor, log_counts: Tensor) -> Tensor:
-        q = rms_norm(self.q(x), self.norm_q.weight, eps=self.eps).unflatten(-1, (self.heads, -1))
-        k, v = k.to(q.dtype).expand(len(q), -1, -1, -1), v.to(q.dtype).expand(len(q), -1, -1, -1)
-        out = attention(q, k, v, kv_counts=counts, kv_log_counts=log_counts.to(q.dtype))
-        assert isinstance(out, Tensor)
+        q = self.q(x)
+        k, v, log_counts = (y.to(q.dtype) for y in (k, v, log_counts))
+        out = cross_attention(q, self.norm_q.weight, k, v, kv_counts=counts, kv_log_counts=log_counts, eps=self.eps)
         return self.o(out.flatten(2))
 
 

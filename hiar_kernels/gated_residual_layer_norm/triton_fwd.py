@@ -9,9 +9,7 @@ from .._compile import Case
 from .._triton import register
 
 
-def launch(
-    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def launch(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """hiar::gated_residual_layer_norm."""
     return _triton_norm.forward("gated_residual_layer_norm", x, weight, bias, eps, y=y, gate=gate)
 
