@@ -51,6 +51,17 @@ def gated_residual_ada_layer_norm(bench: Bench, z: Sizes) -> Work:
     return plain(bench, "gated_residual_ada_layer_norm", [x, y, *frames], 4 * x.nbytes, 6 * x.nbytes)
 
 
+def gated_residual_layer_norm(bench: Bench, z: Sizes) -> Work:
+    x, y = (normal(bench, 1, z.block * z.frame_tokens, z.width) for _ in range(2))
+    inputs = [x, y, normal(bench, 1, z.block, z.width), *(normal(bench, z.width) for _ in range(2))]
+    return plain(bench, "gated_residual_layer_norm", inputs, 4 * x.nbytes, 6 * x.nbytes)
+
+
+def rms_norm(bench: Bench, z: Sizes) -> Work:
+    x = normal(bench, 1, z.block * z.frame_tokens, z.width)
+    return plain(bench, "rms_norm", [x, normal(bench, z.width)], 2 * x.nbytes, 3 * x.nbytes)
+
+
 def flow_step(bench: Bench, z: Sizes) -> Work:
     x, v, noise = (normal(bench, 1, z.block, z.channels, 2 * z.grid[0], 2 * z.grid[1]) for _ in range(3))
     levels = [torch.tensor([[level]], device=bench.device) for level in (0.9375, 0.8333333)]
@@ -123,7 +134,8 @@ def table(bench: Bench, absent: dict[str, str]) -> list[Op]:
         there = hiar_kernels.backends().ops[name].implementations
         return tuple(impl for impl in KERNELS if impl in there and kernels_run[impl])
 
-    trains = (ada_layer_norm, layer_norm, gated_residual, gated_residual_ada_layer_norm, qk_norm_rope)
+    fused = (gated_residual_ada_layer_norm, gated_residual_layer_norm)
+    trains = (ada_layer_norm, layer_norm, rms_norm, gated_residual, *fused, qk_norm_rope)
     ops = []
     for make in (*trains, qk_norm_rope_append, flow_step, rms_silu_pad, ring_advance, merge_attention):
         name = make.__name__

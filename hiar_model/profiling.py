@@ -292,10 +292,10 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
 def pointwise_bytes(config: WanConfig, tokens: int, element: int) -> float:
     """Bytes that the pointwise work of one forward moves at least, each op of this package reading and writing once.
 
-    In widths of the network a token and layer: two ada_layer_norm 2 each, qk_norm_rope_append 6, two gated_residual 3
-    each, layer_norm 2, norm of the cross-attention's q 2, its residual 3; GELU two hidden widths.
+    In widths of the network a token and layer: three residuals with the norm that follows 4 each, qk_norm_rope_append
+    6, rms_norm of the cross-attention's q 2; GELU two hidden widths.
     """
-    widths = 2 * 2 + 6 + 2 * 3 + 2 + 2 + 3 + 2 * config.ffn_dim / config.dim
+    widths = 3 * 4 + 6 + 2 + 2 * config.ffn_dim / config.dim
     return config.num_layers * widths * tokens * config.dim * element
 
 

@@ -87,7 +87,8 @@ def test_rehearsal(run_pytest, tmp_path):
     result = json.loads((tmp_path / "ops.json").read_text())
     assert result["rehearsal"] is True
     measured = {(row["op"], row["pass"], row["way"]) for row in result["rows"]}
-    for op in ("ada_layer_norm", "layer_norm", "gated_residual", "gated_residual_ada_layer_norm", "qk_norm_rope"):
+    norms = ("ada_layer_norm", "layer_norm", "rms_norm", "gated_residual_ada_layer_norm", "gated_residual_layer_norm")
+    for op in (*norms, "gated_residual", "qk_norm_rope"):
         assert {(op, d, way) for d in ("forward", "backward") for way in ("eager", "compiled")} <= measured
     for op in (
         "qk_norm_rope_append",

@@ -1,0 +1,64 @@
+"""An installation without Triton: ``impl="auto"`` takes the CUDA extension where it is built, here for the host."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from emulation import use
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import hiar_kernels as hk
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned")]
+
+
+class OnCuda(TorchFunctionMode):
+    """Tensors say that they are on CUDA."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return True if func == Tensor.is_cuda.__get__ else func(*args, **(kwargs or {}))
+
+
+def ids(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def append(impl: str) -> list[Tensor]:
+    qkv = torch.randn(2, 6, 96, generator=torch.Generator().manual_seed(0))
+    k, v = torch.zeros(2, 4, 9, 2, 16)
+    rows, slots = ids([2, 0], [1, -1]), torch.stack([ids([0, 2]), ids([1, 0])])
+    ones, options = torch.ones(32), {"num_heads": 2, "grid": (1, 3), "rows": rows}
+    return [hk.qk_norm_rope_append(qkv, ones, ones, ids([5, 6]), slots, k, v, impl=impl, **options), k, v]
+
+
+def merge(impl: str) -> list[Tensor]:
+    outs = torch.randn(2, 1, 5, 2, 8, generator=torch.Generator().manual_seed(0))
+    return list(hk.merge_attention(list(outs), list(torch.zeros(2, 1, 2, 5)), impl=impl))
+
+
+def advance(impl: str) -> list[Tensor]:
+    written = [ids([4, 7])[0], ids([0, 0], [0, 0]), ids([0, 0], [0, 0]), ids([-1] * 5, [-1] * 5)]
+    hk.ring_advance(*written, advance=ids([2, 0])[0], capacities=ids([5, 4])[0], impl=impl)
+    return written
+
+
+@pytest.mark.parametrize(
+    ("op", "call"), [("qk_norm_rope_append", append), ("merge_attention", merge), ("ring_advance", advance)]
+)
+@pytest.mark.parametrize("built", [True, False])
+def test_auto_takes_the_extension(op, call, built, emulation, device, monkeypatch):
+    if device.type != "cpu":
+        pytest.skip("the emulation is for CPU tensors; tests/gpu has the extension itself")
+    use(emulation)
+    if not built:
+        monkeypatch.setattr("hiar_kernels._cuda.missing", lambda: "not built")
+    monkeypatch.setattr("hiar_kernels._pointwise.TRITON_INSTALLED", False)
+    monkeypatch.setattr(importlib.import_module("hiar_kernels.ring_advance.api"), "TRITON_INSTALLED", False)
+    with torch.no_grad(), OnCuda(), hk.taken() as ways:
+        found = call("auto")
+    assert ways == [(op, "cuda" if built else "reference")]
+    torch.testing.assert_close(found, call("reference"))
