@@ -160,6 +160,15 @@ class Executor:
                 self._release(visit)
         return finished
 
+    def may_run_ahead(self, following: Group) -> bool:
+        """Whether these visits may be queued before the blocks that were finished are waited for and handed over.
+
+        Cache visits alone: they belong to blocks that have begun, so no prompt that comes meanwhile is missed. On a CPU
+        nothing is queued: the block would only come later.
+        """
+        alone = self.pipeline is None and all(visit.kind == "cache" for row in following for visit in row)
+        return alone and self.device.type != "cpu" and self.sentinel.mode != "retry"
+
     def await_finished(self, following: Group | None) -> None:
         """Wait until the blocks that were finished are known to be finite.
 

@@ -305,18 +305,25 @@ class Rollout:
                 group, following = following, next(groups, None)
                 if self.pipeline is not None:
                     begun = self._enter(group, begun)
-                finished = self.executor.run(group)
+                finished = self._run(group)
                 if finished:
+                    if following is not None and self.executor.may_run_ahead(following):
+                        self._run(following)  # the device works while the block is waited for and handed over
+                        following = next(groups, None)
                     self.executor.await_finished(following)
-                self.groups_done += 1
-                self.forwards_done += forwards([group])
-                if self.on_visit is not None:
-                    self.on_visit(self.forwards_done, self.forwards_total)
                 for block, latents in finished:
                     self.blocks_done = block + 1
                     if self.pipeline is not None:
                         self.pipeline.hand_over(block)
                     yield FinishedBlock(block, self.plan.block_frames(block)[0], latents)
+
+    def _run(self, group: Group) -> list[tuple[int, Tensor]]:
+        finished = self.executor.run(group)
+        self.groups_done += 1
+        self.forwards_done += forwards([group])
+        if self.on_visit is not None:
+            self.on_visit(self.forwards_done, self.forwards_total)
+        return finished
 
     def _enter(self, group: Group, begun: int | None) -> int:
         """Before visits of a pipeline: have all of the earlier blocks been done? Returns the block begun."""
