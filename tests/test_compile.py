@@ -39,12 +39,12 @@ def test_kernels_pass_the_gates(op, arch):
     assert not failed, "\n" + "\n".join(failed)
 
 
-@pytest.mark.parametrize("op", ["ada_layer_norm", "layer_norm", "gated_residual_ada_layer_norm"])
+@pytest.mark.parametrize("op", [op for op in triton_modules() if op.endswith(("layer_norm", "rms_norm"))])
 def test_gradients_of_norms_cancel_exactly(op):
     """A contracted product would differ from the one that was summed into the mean: see ``UNFUSED``."""
-    backward = [case for case in cases(op, 90) if case.kernel.__name__ == f"_{op}_bwd_kernel"]
-    assert len(backward) == 2
-    assert [compile_case(case, 90).fma for case in backward] == [0, 0]
+    backward = [case for case in cases(op, 90) if case.kernel.__name__ == "_norm_bwd_kernel"]
+    assert len(backward) >= 2
+    assert not any(compile_case(case, 90).fma for case in backward)
     assert compile_case(dataclasses.replace(backward[0], fp_fusion=True), 90).fma > 0
 
 

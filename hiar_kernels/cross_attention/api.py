@@ -61,7 +61,9 @@ def cross_attention(
         return out.unflatten(1, (batch, -1))[0]
     fits = k.shape[1] <= MOST_KEYS and k.shape[3] in HEAD_DIMS and k.shape[1] > 0
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, q_weight, k, v))
-    auto = automatic(q, q_weight, k, v) if fits and not trains else "composed"
+    auto = automatic(q, q_weight, k, v)
+    if impl == "auto" and (trains or not fits):
+        impl = "composed"  # whose parts go by what is preferred
     impl = choose("cross_attention", impl, IMPLS, auto="composed" if auto == "reference" else auto)
     if impl == "composed":
         normed = rms_norm(q, q_weight, eps=eps).unflatten(-1, k.shape[2:])
