@@ -116,12 +116,13 @@ def test_an_even_cut_covers_every_key_once(data):
     covered = [key for start in starts for key in range(start, start + cut.length)]
     rest = [key for start, stop in cut.rest for key in range(start, stop)]
     assert sorted(covered + rest) == keys
-    assert cut.length >= longest // rows and all(start < stop for start, stop in cut.rest)
+    assert cut.length >= longest // rows - 1 and all(start < stop for start, stop in cut.rest)
 
 
 def test_the_rows_of_rings():
     """Whole rings, shorter ones, a window that has moved on, a sink before it; of two frames' tokens, 10 each."""
     assert even_cut(((0, 210),), 2) == (0, 105, 105, ())  # a cut between frames would leave one of 21
+    assert even_cut(((0, 21),), 2) == (0, 9, 9, ((18, 21),))  # never a single key: cuDNN may refuse it
     assert even_cut(((0, 210),), 4) == (0, 52, 52, ((208, 210),))
     assert even_cut(((0, 100), (130, 240)), 2) == (0, 130, 100, ((230, 240),))
     assert even_cut(((0, 10), (40, 240)), 2) == (40, 100, 100, ((0, 10),))
@@ -140,7 +141,7 @@ def calls(monkeypatch) -> list[tuple[Tensor, Tensor]]:
 
 RINGS = {  # slots of a ring of 8 frames with a window of 7 that queries 9..11 see; calls and their keys, in tokens
     "all of it": ([3, 4, 5, 6, 7, 8, 9, 10, 11][1:], 0, [(2, 4 * TOKENS)]),
-    "an odd number": ([5, 6, 7, 8, 9, 10, 11, -1], 0, [(2, 7 * TOKENS // 2), (1, 7 * TOKENS % 2)]),
+    "an odd number": ([5, 6, 7, 8, 9, 10, 11, -1], 0, [(2, 9), (1, 3)]),
     "two equal runs": ([9, 10, 11, -1, 6, 7, 8, -1], 0, [(2, 3 * TOKENS)]),
     "a sink": ([0, -1, 6, 7, 8, 9, 10, 11], 1, [(2, 3 * TOKENS), (1, TOKENS)]),
 }
@@ -331,9 +332,11 @@ def test_what_runs_on_an_h200(h200):
     chosen = table.choices()
     ways = {shape: table.way(choice.impl, choice.num_splits) for shape, choice in chosen.items()}
     assert ways == {
-        "visit": "gluon", "pair": "gluon", "block_causal": "sdpa",
-        "constant_context": "triton", "cross": "sdpa", "bidirectional": "sdpa",
+        "visit": "gluon", "pair": "gluon", "block_causal": "sdpa", "constant_context": "triton", "cross": "sdpa",
+        "bidirectional": "sdpa",
     }  # fmt: skip
+    second = decide(rows=None, runs=lambda impl: impl != "gluon")
+    assert second.why.startswith("sm_90 visit: cudnn with num_splits=2 1.529 ms (others: cudnn 1.713")
     assert chosen["cross"].why == "nothing measured for cross on sm_90: torch's own choice"
     unknown = {shape: decide(shape, rows=None, known=False).impl for shape in list(table.SHAPES)[:4]}
     assert unknown == {"visit": "gluon", "pair": "gluon", "block_causal": "triton", "constant_context": "triton"}
@@ -366,7 +369,7 @@ def test_videos_that_are_one_call_are_not_split(h200, monkeypatch):
     unlike = AttentionLayout(TOKENS, (((Group((0, 2), (), ((0, 6),))),), ((Group((0, 2), (), ((2, 6),))),)))
 
     def chosen(videos: int, layout: AttentionLayout) -> table.Choice:
-        q, k = (h200(videos, slots * TOKENS, HEADS, 128) for slots in (2, 6))
+        q, k = (h200(videos, slots * TOKENS, HEADS, 64) for slots in (2, 6))
         return table.choose(q, k, k, mask, None, None, layout, False, False)
 
     assert chosen(1, layout).num_splits == chosen(2, unlike).num_splits == 2

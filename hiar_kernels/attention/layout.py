@@ -107,6 +107,12 @@ def _runs(seen: list[bool]) -> tuple[Run, ...]:
     return tuple(runs)
 
 
+def _share(tokens: int, rows: int) -> int:
+    """The n-th part of the tokens, rounded down, so that no single one is left: cuDNN may refuse a call of one key."""
+    share, left = divmod(tokens, rows)
+    return share - 1 if left == 1 and share > 1 else share
+
+
 class EvenCut(NamedTuple):
     """Rows of ``length`` tokens, one every ``step`` tokens from ``first`` on; ``rest``: the runs that no row covers."""
 
@@ -128,7 +134,8 @@ def even_cut(runs: tuple[Run, ...], rows: int) -> EvenCut | None:
     Returns:
         None where there are fewer tokens than rows.
     """
-    cuts = [EvenCut(start, (stop - start) // rows, (stop - start) // rows, ()) for start, stop in runs]
+    shares = [(start, _share(stop - start, rows)) for start, stop in runs]
+    cuts = [EvenCut(start, share, share, ()) for start, share in shares]
     for i, (first, _) in enumerate(runs):
         for last, _ in runs[i + 1 :]:
             step, uneven = divmod(last - first, rows - 1) if rows > 1 else (0, 1)
