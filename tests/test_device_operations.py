@@ -16,8 +16,8 @@ pytestmark = pytest.mark.cpu
 
 MOST_A_LAYER = 15
 MOST_BESIDE = 12  # patches, modulation, the head, the step of the schedule, whether it is finite
-# In the last layer of a batch of which some rows end there and the others are no neighbours: x and modulation are picked
-# out, attention runs once for each run of rows, and its outputs are joined.
+# In the last layer of a batch of which some rows end there and the others are no neighbours: x and modulation are
+# picked out, attention runs once for each run of rows, and its outputs are joined.
 MOST_OF_PICKING = 5
 
 
