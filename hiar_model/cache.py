@@ -37,9 +37,10 @@ from hiar_kernels import (
 )
 from hiar_kernels.nvtx import span
 
+from .conditions import Live
 from .config import WanConfig
 from .fp8 import E4M3, bits, dequantize, quantize
-from .transformer import Attend, Live
+from .transformer import Attend
 
 CACHE_DTYPES = (E4M3, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

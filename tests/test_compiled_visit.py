@@ -13,8 +13,8 @@ from torch._inductor.utils import run_and_get_code
 import hiar_kernels
 from hiar_kernels import BlockCausal, _triton
 from hiar_model.cache import RingAttend, RingCache
+from hiar_model.conditions import Live
 from hiar_model.config import WanConfig
-from hiar_model.transformer import Live
 
 pytestmark = pytest.mark.cpu
 

@@ -20,7 +20,8 @@ _LOG2E = 1.4426950408889634
 def _cross_attention_fwd_kernel(
     q_ptr, weight_ptr, k_ptr, v_ptr, counts_ptr, out_ptr, stride_qb, stride_qt, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, stride_nb, T, L, tiles, eps, qk_scale,
-    H: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns a share of the heads of BLOCK_T queries: one walk over all for their norm, one to attend.
 

@@ -26,8 +26,8 @@ from hiar_kernels import qk_norm_rope_append
 from hiar_kernels.nvtx import span
 
 from ..cache import RingAttend
+from ..conditions import Live
 from ..config import WanConfig
-from ..transformer import Live
 from .mesh import axis, make_mesh
 
 # An op, not a function: complete when it returns, and one operation for whoever records or compiles a visit.

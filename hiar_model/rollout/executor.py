@@ -14,8 +14,9 @@ from hiar_kernels import BlockCausal, takes_layout
 from hiar_kernels.nvtx import span
 
 from ..cache import RingAttend, RingCache
+from ..conditions import TextKV
 from ..schedule import TRAIN_TIMESTEPS, FlowSchedule
-from ..transformer import HiARTransformer, TextKV
+from ..transformer import HiARTransformer
 from .graph import CudaGraphs, Recorder
 from .launch import Capture, Kind, Launch, on_the_way
 from .noise import INITIAL

@@ -15,7 +15,8 @@ from torch import Tensor
 from hiar_kernels import AttentionLayout, flow_step
 
 from ..cache import RingAttend
-from ..transformer import HiARTransformer, Live, ModulationTable, TextKV
+from ..conditions import Live, ModulationTable, TextKV
+from ..transformer import HiARTransformer
 
 
 class Captured(Protocol):

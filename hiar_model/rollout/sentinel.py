@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from hiar_kernels import EMPTY, prefer, taken
 
 from ..cache import RingAttend
-from ..transformer import Attend, Live
+from ..conditions import Live
+from ..transformer import Attend
 from .launch import Launch
 from .readback import Readback
 from .visits import Row, Visit

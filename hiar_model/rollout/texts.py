@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..transformer import HiARTransformer, TextKV
+from ..conditions import TextKV
+from ..transformer import HiARTransformer
 
 _TILE = 16  # keys: texts of about the same length then have the same shape
 
