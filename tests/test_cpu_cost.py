@@ -60,9 +60,9 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("order", "most"), [("step_first", 150), ("wavefront", 150)])
+@pytest.mark.parametrize(("order", "most"), [("step_first", 125), ("wavefront", 125)])
 def test_calls_of_a_block(model, order, most):
-    """One transformer block in a visit of a full window: 219 calls of torch at revision 6a287b2."""
+    """One transformer block in a visit of a full window: 210 and 208 calls of torch at revision 6a287b2."""
     block, seen = model.transformer.blocks[1], []
 
     def counted(*args):
@@ -77,17 +77,19 @@ def test_calls_of_a_block(model, order, most):
             pass
     finally:
         del block.forward
-    last = seen[len(seen) // 2]
+    last = seen[-1]
     assert last.total() <= most, last.most_common()
 
 
 def test_calls_of_a_video(model):
-    """All of a short video, from its text to its pixels, in the order that is chosen for it."""
+    """All of a short video, from its text to its pixels, in the order that is chosen for it: 79,147 at 6a287b2, which
+    chose step_first.
+    """
     run = Generation(PROMPT, model=model, num_frames=24)
     assert run.rollout.plan.order == "wavefront"
     with Calls() as calls:
         assert sum(map(len, run)) == 24
-    assert calls.by_name.total() <= 25_000, calls.by_name.most_common(20)
+    assert calls.by_name.total() <= 19_000, calls.by_name.most_common(20)
 
 
 # Threads
