@@ -228,6 +228,6 @@ def table(bench: Bench, absent: dict[str, str], own: tuple[str, ...]) -> list[Op
         op(pair, False, masked, [*hopper, *cut]),
         op(block_causal, True, masked, []),
         op(constant_context, True, masked, []),
-        op(cross, True, direct, []),
+        op(cross, True, direct, hopper),
         op(bidirectional, True, direct, []),
     ]

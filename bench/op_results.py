@@ -104,8 +104,8 @@ def best(rows: list[Row], source: str) -> list[Measurement]:
                 if impl in taken:
                     continue
                 taken.add(impl)
-                others = {way(*other): late for late, *other in ranked if other != [impl, splits]}
-                found.append(Measurement(arch, shape, impl, splits, ms, others, source))
+                others = {way(*other): round(late, 3) for late, *other in ranked if other != [impl, splits]}
+                found.append(Measurement(arch, shape, impl, splits, round(ms, 3), others, source))
                 if impl == "triton":  # it takes whatever a call is made of
                     break
     return found

@@ -88,11 +88,14 @@ class TextKV:
 
     In training there is the prompt itself instead, ``embedded`` [B, L, C], and each block makes its own in its forward:
     a sharded block (FSDP) has its weights there only, and a gradient that reached them later would be lost.
+
+    ``counted`` False: every key occurs once, so attention need not look at the counts.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
     counts: Tensor
     embedded: Tensor | None = None
+    counted: bool = True
     log_counts: Tensor = field(init=False)
     """Logarithm of the counts in the keys' dtype: made once for all layers and visits."""
 
@@ -112,9 +115,9 @@ class TextKV:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(rows of the keys, L, rows of the counts)."""
+        """(rows of the keys, L, rows of the counts, 0 where nothing is counted)."""
         k = self.layers[0][0]
-        return k.shape[0], k.shape[1], self.counts.shape[0]
+        return k.shape[0], k.shape[1], self.counts.shape[0] if self.counted else 0
 
 
 @dataclass(frozen=True)

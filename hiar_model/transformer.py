@@ -102,10 +102,12 @@ class CrossAttention(nn.Module):
         k = rms_norm(self.k(text), self.norm_k.weight, eps=self.eps)
         return k.unflatten(-1, split), self.v(text).unflatten(-1, split)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, counts: Tensor, log_counts: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, counts: tuple[Tensor, Tensor] | None) -> Tensor:
+        """``counts`` of the keys and their logarithms; None: each occurs once."""
         q = self.q(x)
-        k, v, log_counts = (y.to(q.dtype) for y in (k, v, log_counts))
-        out = cross_attention(q, self.norm_q.weight, k, v, kv_counts=counts, kv_log_counts=log_counts, eps=self.eps)
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        times, logs = (None, None) if counts is None else (counts[0], counts[1].to(q.dtype))
+        out = cross_attention(q, self.norm_q.weight, k, v, kv_counts=times, kv_log_counts=logs, eps=self.eps)
         return self.o(out.flatten(2))
 
 
@@ -162,19 +164,20 @@ class Block(nn.Module):
         if attended is None:
             return None
         k, v = text.of(layer, self.cross_attn.kv)
-        counts, log_counts = text.counts, text.log_counts
+        counts = (text.counts, text.log_counts) if text.counted else None
         if live is not None:
             x = live.tokens(x, x.shape[1] // modulation.frames)
             modulation = modulation.select(live)
             _, _, gate1, shift2, scale2, gate2 = modulation.of_layer(layer, self.modulation)
-            k, v, counts, log_counts = (live.of_rows(x) for x in (k, v, counts, log_counts))
+            k, v = live.of_rows(k), live.of_rows(v)
+            counts = None if counts is None else (live.of_rows(counts[0]), live.of_rows(counts[1]))
         with span("output"):
             norm = self.norm3
             x, normed = gated_residual_layer_norm(
                 x, own.o(attended.flatten(2)), gate1, norm.weight, norm.bias, eps=self.eps
             )
         with span("cross-attention"):
-            cross = self.cross_attn(normed, k, v, counts, log_counts)
+            cross = self.cross_attn(normed, k, v, counts)
         with span("feed-forward"):
             x, normed = _settle(x, Pending(cross, None), shift2, scale2, self.eps)
             return x, Pending(self._feed_forward(normed), gate2), modulation
@@ -416,11 +419,12 @@ class HiARTransformer(nn.Module):
         if length < full:
             text = F.pad(text, (0, 0, 0, 1))
             counts = F.pad(counts, (0, 1), value=float(full - length))
-        return TextKV((), counts, self.text_embedding(text.to(self.patch_embedding.weight.dtype)))
+        embedded = self.text_embedding(text.to(self.patch_embedding.weight.dtype))
+        return TextKV((), counts, embedded, counted=length < full)
 
     def text_kv(self, text: Tensor) -> TextKV:
         """Prompt [B, L, text_dim] -> its keys and values for every layer, made once for all visits."""
         prompt = self.embed_text(text)
         assert prompt.embedded is not None
         kv: list[Callable[[Tensor], tuple[Tensor, Tensor]]] = [block.cross_attn.kv for block in self.blocks]  # type: ignore[union-attr,misc]
-        return TextKV(tuple(project(prompt.embedded) for project in kv), prompt.counts)
+        return TextKV(tuple(project(prompt.embedded) for project in kv), prompt.counts, counted=prompt.counted)

@@ -332,12 +332,12 @@ def test_what_runs_on_an_h200(h200):
     chosen = table.choices()
     ways = {shape: table.way(choice.impl, choice.num_splits) for shape, choice in chosen.items()}
     assert ways == {
-        "visit": "gluon", "pair": "gluon", "block_causal": "sdpa", "constant_context": "triton", "cross": "sdpa",
+        "visit": "gluon", "pair": "gluon", "block_causal": "sdpa", "constant_context": "triton", "cross": "gluon",
         "bidirectional": "sdpa",
     }  # fmt: skip
     second = decide(rows=None, runs=lambda impl: impl != "gluon")
     assert second.why.startswith("sm_90 visit: cudnn with num_splits=2 1.529 ms (others: cudnn 1.713")
-    assert chosen["cross"].why == "nothing measured for cross on sm_90: torch's own choice"
+    assert chosen["bidirectional"].why == "nothing measured for bidirectional on sm_90: torch's own choice"
     unknown = {shape: decide(shape, rows=None, known=False).impl for shape in list(table.SHAPES)[:4]}
     assert unknown == {"visit": "gluon", "pair": "gluon", "block_causal": "triton", "constant_context": "triton"}
     ways = {table.way(row.impl, row.num_splits) for row in table.measurements() if row.shape == "visit"}

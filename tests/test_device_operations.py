@@ -62,7 +62,7 @@ def test_operations_of_a_visit(options, monkeypatch):
 
 
 def test_a_long_prompt_costs_no_more(monkeypatch):
-    """Its attention is one call of a library, and the logarithm of the counts was made with the prompt."""
+    """Its padding is attended to as it is: one call of a library or of a kernel, which needs no counts."""
     biases = []
 
     def library(impl, q, k, v, scale, bias=None):
@@ -73,7 +73,7 @@ def test_a_long_prompt_costs_no_more(monkeypatch):
     long = replace(REQUEST, config=replace(REQUEST.config, text_len=400), text_tokens=300)
     failed, counts = too_many(long, monkeypatch)
     assert not failed and set(counts.values()) == {13}, failed  # and that call
-    assert len(biases) >= LAYERS and all(b.dtype == torch.bfloat16 and b.shape[-1] == 304 for b in biases)
+    assert len(biases) >= LAYERS and set(biases) == {None}
 
 
 def test_one_copy_more_is_too_many(monkeypatch):

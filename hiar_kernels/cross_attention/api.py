@@ -55,10 +55,11 @@ def cross_attention(
     batch = q.shape[0]
     if batch > 1 and k.shape[0] == 1 and (kv_counts is None or kv_counts.shape[0] == 1):
         # one prompt for all: one sequence of queries
-        out = cross_attention(
-            q.flatten(0, 1)[None], q_weight, k, v, kv_counts=kv_counts, kv_log_counts=kv_log_counts, eps=eps, impl=impl
+        one = q.flatten(0, 1)[None]
+        joined = cross_attention(
+            one, q_weight, k, v, kv_counts=kv_counts, kv_log_counts=kv_log_counts, eps=eps, impl=impl
         )
-        return out.unflatten(1, (batch, -1))[0]
+        return joined.unflatten(1, (batch, -1))[0]
     fits = k.shape[1] <= MOST_KEYS and k.shape[3] in HEAD_DIMS and k.shape[1] > 0
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, q_weight, k, v))
     auto = automatic(q, q_weight, k, v)

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from hiar_kernels.cross_attention.api import MOST_KEYS
 
 from ..conditions import TextKV
 from ..transformer import HiARTransformer
@@ -71,6 +74,10 @@ class TextCache:
 
     def hold(self, model: HiARTransformer, text: Tensor, trimmed: Tensor) -> None:
         """Make the keys of a text of which ``trimmed`` is all that is no padding."""
+        missing = model.config.text_len - trimmed.shape[1]
+        if trimmed.is_cuda and missing > 0 and trimmed.shape[1] >= MOST_KEYS:
+            # beyond the few keys of one pass a plain attention over all of them, padding too, is the fastest
+            trimmed = F.pad(trimmed, (0, 0, 0, missing))
         self.entries[id(model), id(text)] = (text, _padded(model.text_kv(trimmed)))
 
     def _forget(self, used: set[tuple[int, int]]) -> None:
@@ -94,7 +101,7 @@ class TextSlots:
         key = (id(model), text.shape)
         if key not in self.places:
             layers = tuple((k.clone(), v.clone()) for k, v in text.layers)
-            self.places[key], self.holds[key] = TextKV(layers, text.counts.clone()), text
+            self.places[key], self.holds[key] = TextKV(layers, text.counts.clone(), counted=text.counted), text
         if self.holds[key] is not text:
             place = self.places[key]
             place.counts.copy_(text.counts)
@@ -124,7 +131,8 @@ def _fill(x: Tensor, length: int) -> Tensor:
 def _padded(text: TextKV) -> TextKV:
     length = -(-text.counts.shape[1] // _TILE) * _TILE
     layers = tuple((_fill(k, length), _fill(v, length)) for k, v in text.layers)
-    return TextKV(layers, _fill(text.counts, length))
+    counted = text.counted or length > text.counts.shape[1]
+    return TextKV(layers, _fill(text.counts, length), counted=counted)
 
 
 def _stack(parts: Sequence[TextKV], batch: int) -> TextKV:
@@ -137,4 +145,5 @@ def _stack(parts: Sequence[TextKV], batch: int) -> TextKV:
         )
         layers.append((k, v))
     counts = [_fill(part.counts, length).expand(batch, -1) for part in parts]
-    return TextKV(tuple(layers), torch.cat(counts))
+    alike = all(part.counts.shape[1] == length and not part.counted for part in parts)
+    return TextKV(tuple(layers), torch.cat(counts), counted=not alike)
