@@ -17,7 +17,6 @@ from .attention import (
     takes_schedule,
 )
 from .backends import backends
-from .cross_attention import cross_attention
 from .flow_step import flow_step
 from .gated_residual import gated_residual
 from .gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
@@ -40,7 +39,6 @@ __all__ = [
     "attention_layout",
     "attention_schedule",
     "backends",
-    "cross_attention",
     "flow_step",
     "gated_residual",
     "gated_residual_ada_layer_norm",

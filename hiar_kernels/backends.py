@@ -13,7 +13,6 @@ from ._pointwise import WHY as POINTWISE
 from .ada_layer_norm import api as ada_layer_norm
 from .attention import api as attention
 from .attention import table as attention_table
-from .cross_attention import api as cross_attention
 from .flow_step import api as flow_step
 from .gated_residual import api as gated_residual
 from .gated_residual_ada_layer_norm import api as gated_residual_ada_layer_norm
@@ -27,12 +26,6 @@ from .rms_silu_pad import api as rms_silu_pad
 
 _OPS = {
     "attention": (attention.IMPLS, "sdpa", attention_table.rules()),
-    "cross_attention": (
-        cross_attention.IMPLS,
-        "composed",
-        f"triton in one pass for up to {cross_attention.MOST_KEYS} keys on CUDA tensors that need no gradient; "
-        "composed of rms_norm and attention elsewhere",
-    ),
     "merge_attention": (
         merge_attention.IMPLS,
         "reference",

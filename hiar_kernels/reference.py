@@ -6,7 +6,6 @@ from functools import partial
 
 from .ada_layer_norm import ada_layer_norm as _ada_layer_norm
 from .attention import attention as _attention
-from .cross_attention import cross_attention as _cross_attention
 from .flow_step import flow_step as _flow_step
 from .gated_residual import gated_residual as _gated_residual
 from .gated_residual_ada_layer_norm import gated_residual_ada_layer_norm as _gated_residual_ada_layer_norm
@@ -20,7 +19,6 @@ from .rms_norm import rms_norm as _rms_norm
 from .rms_silu_pad import rms_silu_pad as _rms_silu_pad
 
 attention = partial(_attention, impl="reference")
-cross_attention = partial(_cross_attention, impl="reference")
 merge_attention = partial(_merge_attention, impl="reference")
 qk_norm_rope = partial(_qk_norm_rope, impl="reference")
 qk_norm_rope_append = partial(_qk_norm_rope_append, impl="reference")

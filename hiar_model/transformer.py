@@ -20,7 +20,6 @@ from hiar_kernels import (
     ada_layer_norm,
     attention,
     attention_layout,
-    cross_attention,
     gated_residual_ada_layer_norm,
     gated_residual_layer_norm,
     qk_norm_rope,
@@ -104,10 +103,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, counts: tuple[Tensor, Tensor] | None) -> Tensor:
         """``counts`` of the keys and their logarithms; None: each occurs once."""
-        q = self.q(x)
-        k, v = k.to(q.dtype), v.to(q.dtype)
+        q = rms_norm(self.q(x), self.norm_q.weight, eps=self.eps).unflatten(-1, (self.heads, -1))
+        k, v = k.to(q.dtype).expand(len(q), -1, -1, -1), v.to(q.dtype).expand(len(q), -1, -1, -1)
         times, logs = (None, None) if counts is None else (counts[0], counts[1].to(q.dtype))
-        out = cross_attention(q, self.norm_q.weight, k, v, kv_counts=times, kv_log_counts=logs, eps=self.eps)
+        out = attention(q, k, v, kv_counts=times, kv_log_counts=logs)
+        assert isinstance(out, Tensor)
         return self.o(out.flatten(2))
 
 

@@ -332,11 +332,11 @@ def test_what_runs_on_an_h200(h200):
     chosen = table.choices()
     ways = {shape: table.way(choice.impl, choice.num_splits) for shape, choice in chosen.items()}
     assert ways == {
-        "visit": "gluon", "pair": "gluon", "block_causal": "sdpa", "constant_context": "triton", "cross": "gluon",
+        "visit": "gluon", "pair": "gluon", "block_causal": "sdpa", "constant_context": "triton", "cross": "sdpa",
         "bidirectional": "sdpa",
     }  # fmt: skip
     second = decide(rows=None, runs=lambda impl: impl != "gluon")
-    assert second.why.startswith("sm_90 visit: cudnn with num_splits=2 1.529 ms (others: cudnn 1.713")
+    assert second.why.startswith("sm_90 visit: cudnn with num_splits=2 1.543 ms (others: gluon 1.353, cudnn 1.721")
     assert chosen["bidirectional"].why == "nothing measured for bidirectional on sm_90: torch's own choice"
     unknown = {shape: decide(shape, rows=None, known=False).impl for shape in list(table.SHAPES)[:4]}
     assert unknown == {"visit": "gluon", "pair": "gluon", "block_causal": "triton", "constant_context": "triton"}
@@ -351,13 +351,14 @@ def test_what_runs_on_an_h200(h200):
 
 
 def test_people_are_told_the_choices(monkeypatch):
-    monkeypatch.setattr(table, "choices", lambda: {"visit": decide(), "cross": decide("cross")})
+    monkeypatch.setattr(table, "choices", lambda: {"visit": decide(), "bidirectional": decide("bidirectional")})
     told = str(hk.backends()).splitlines()
     reason = f"cudnn with num_splits=2: {table.Measurement(**ROW)}"
     assert f"attention, queries of one block over a ring: {reason}" in told
     lines = list(report())
     assert ("attention visit", reason) in lines
-    assert ("attention cross", "sdpa: nothing measured for cross on sm_90: torch's own choice") in lines
+    why = "sdpa: nothing measured for bidirectional on sm_90: torch's own choice"
+    assert ("attention bidirectional", why) in lines
     assert [line for topic, line in lines if topic == "attention measured"] == [str(m) for m in table.measurements()]
 
 

@@ -81,12 +81,6 @@ SAMPLES: dict[str, tuple[object, ...]] = {
         normal(2, 6, 8), normal(2, 6, 8), None, normal(1, 3, 8), normal(1, 3, 8), 1e-6,
     ),
     "gated_residual_layer_norm": (normal(2, 6, 8), normal(2, 6, 8), normal(2, 3, 8), normal(8), normal(8), 1e-6),
-    "cross_attention": (
-        normal(2, 6, 8), normal(8), normal(1, 3, 2, 4), normal(1, 3, 2, 4), torch.tensor([[1.0, 9.0, 2.0]]), 1e-6,
-    ),
-    "cross_attention of keys that occur once": (
-        turned(normal(2, 6, 8)), normal(8), normal(2, 3, 2, 4), normal(2, 3, 2, 4), None, 1e-6,
-    ),
     "rms_norm": (normal(2, 6, 8), normal(8), 1e-6),
     "rms_norm of strided views": (turned(normal(2, 6, 8)), normal(8), 1e-6),
     "gated_residual of strided views": (turned(normal(2, 6, 8)), turned(normal(2, 6, 8)), normal(1, 2, 8)),
@@ -156,7 +150,7 @@ def test_fakes_have_the_strides_of_the_outputs(sample):
 
 
 EACH = (0, 1, 2, 3, 4)  # positions; of ops that are not named the first three
-DIFFERENTIABLE = {"attention": EACH, "flow_step": (0, 1, 4), "rms_norm": (0, 1), "cross_attention": (0, 1, 2, 3)}
+DIFFERENTIABLE = {"attention": EACH, "flow_step": (0, 1, 4), "rms_norm": (0, 1)}
 DIFFERENTIABLE |= dict.fromkeys(("gated_residual_ada_layer_norm", "gated_residual_layer_norm"), EACH)
 
 
@@ -234,10 +228,6 @@ PUBLIC: dict[str, tuple[Callable, list[Tensor]]] = {
         hk.gated_residual_layer_norm,
         [normal(2, 6, 8), normal(2, 6, 8, seed=1), normal(1, 2, 8, seed=2), normal(8, seed=3), normal(8, seed=4)],
     ),
-    "cross_attention": (
-        lambda q, w, k, v: hk.cross_attention(q, w, k, v, kv_counts=torch.tensor([[1.0, 9.0, 2.0]])),
-        [normal(2, 6, 8), normal(8), normal(1, 3, 2, 4), normal(1, 3, 2, 4, seed=1)],
-    ),
     "rms_norm": (hk.rms_norm, [normal(2, 6, 8), normal(8)]),
     "flow_step": (
         lambda x, v, e: hk.flow_step(x, v, torch.tensor([[0.9]]), torch.tensor([[0.5, 0.0, 0.1]]), e),
@@ -299,9 +289,6 @@ CALLS: dict[str, Callable[[str], object]] = {
     ),
     "gated_residual_layer_norm": lambda impl: hk.gated_residual_layer_norm(
         *[torch.ones(1, 1, 2)] * 3, *[torch.ones(2)] * 2, impl=impl
-    ),
-    "cross_attention": lambda impl: hk.cross_attention(
-        torch.ones(1, 1, 2), torch.ones(2), *[torch.ones(1, 1, 1, 2)] * 2, impl=impl
     ),
     "rms_norm": lambda impl: hk.rms_norm(torch.ones(1, 1, 2), torch.ones(2), impl=impl),
     "flow_step": lambda impl: hk.flow_step(*[torch.ones(1, 1, 1, 1, 1)] * 2, *[torch.ones(1, 1)] * 2, impl=impl),

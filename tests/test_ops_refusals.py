@@ -225,7 +225,6 @@ def test_bad_input_is_one_line(what):
     assert message in line
     names = (
         "attention|merge_attention|BlockCausal|qk_norm_rope|qk_norm_rope_append|ada_layer_norm|layer_norm|"
-        "gated_residual|gated_residual_ada_layer_norm|gated_residual_layer_norm|flow_step|rms_norm|rms_silu_pad|"
-        "cross_attention"
+        "gated_residual|gated_residual_ada_layer_norm|gated_residual_layer_norm|flow_step|rms_norm|rms_silu_pad"
     )
     assert re.match(f"({names}): ", line)

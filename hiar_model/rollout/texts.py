@@ -6,10 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from hiar_kernels.cross_attention.api import MOST_KEYS
 
 from ..conditions import TextKV
 from ..transformer import HiARTransformer
@@ -74,10 +71,6 @@ class TextCache:
 
     def hold(self, model: HiARTransformer, text: Tensor, trimmed: Tensor) -> None:
         """Make the keys of a text of which ``trimmed`` is all that is no padding."""
-        missing = model.config.text_len - trimmed.shape[1]
-        if trimmed.is_cuda and missing > 0 and trimmed.shape[1] >= MOST_KEYS:
-            # beyond the few keys of one pass a plain attention over all of them, padding too, is the fastest
-            trimmed = F.pad(trimmed, (0, 0, 0, missing))
         self.entries[id(model), id(text)] = (text, _padded(model.text_kv(trimmed)))
 
     def _forget(self, used: set[tuple[int, int]]) -> None:
