@@ -47,6 +47,19 @@ _LOG2E = 1.4426950408889634
 _LAUNCH_REGISTERS = 168
 _CONSUMER_REGISTERS = gl.constexpr(240)
 _PRODUCER_REGISTERS = gl.constexpr(24)
+_SKIP = gl.constexpr(True)
+_PACK = 32  # numbers of a thread, of two rows
+_RESCALE = gl.constexpr(
+    "{ .reg .pred p; "
+    + " ".join(f"mov.b32 ${i}, ${_PACK + i};" for i in range(_PACK))
+    + f" setp.eq.f32 p, ${2 * _PACK}, 0f3F800000; "
+    + " ".join(f"setp.eq.and.f32 p, ${2 * _PACK + i}, 0f3F800000, p;" for i in (1, 2, 3, _PACK // 2, _PACK - 1))
+    + " @p bra DONE; "
+    + " ".join(f"mul.f32 ${i}, ${i}, ${2 * _PACK + i};" for i in range(_PACK))
+    + " DONE: }"
+)
+_RESCALE_OPERANDS = gl.constexpr(",".join(["=r"] * _PACK + ["r"] * (2 * _PACK)))
+_RESCALE_PACK = gl.constexpr(_PACK)
 # Triton 3.9 has it under a new name only, 3.7 and older under the old one only.
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
@@ -179,6 +192,21 @@ def _soften(scores, m, l_i, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _rescaled(acc, alpha):
+    """acc times alpha, row by row. Where no maximum of a thread's two rows moved, alpha is 1 and nothing is multiplied:
+    that is so in most blocks, and what the chip does not do leaves power to the tensor cores.
+    """
+    if _SKIP:
+        _, alpha = gl.broadcast(acc, alpha[:, None])
+        acc = gl.inline_asm_elementwise(
+            _RESCALE, _RESCALE_OPERANDS, [acc, alpha], dtype=gl.float32, is_pure=True, pack=_RESCALE_PACK
+        )
+    else:
+        acc = acc * alpha[:, None]
+    return acc
+
+
+@gluon.jit
 def _add_values(p, acc, v_smem, v_full, v_empty, n):
     """acc + P V of the n-th block, waited for."""
     stage = _stage(n)
@@ -257,7 +285,7 @@ def _consumer(
             mbarrier.wait(k_full.index(_stage(n + 1)), _phase(n + 1), pred=j + 1 < whole)
             acc, p_half = warpgroup_mma_wait(0, deps=(product, p_half))
             mbarrier.arrive(v_empty.index(v_stage), count=1)
-            acc = acc * gl.convert_layout(alpha, O_ROWS)[:, None]
+            acc = _rescaled(acc, gl.convert_layout(alpha, O_ROWS))
             p_half = gl.convert_layout(p.to(HALF), P)
         mbarrier.arrive(q_empty.index(WG), count=1)
         acc = _add_values(p_half, acc, v_smem, v_full, v_empty, n)

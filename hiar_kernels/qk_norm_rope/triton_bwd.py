@@ -171,7 +171,7 @@ def qk_norm_rope_backward(
                 HEAD_DIM=head_dim,
                 NEED_X=need_x,
                 NEED_WEIGHT=need_weight,
-                **tile(num_heads, head_dim),
+                **tile(num_heads, head_dim, 16),
             )
         if need_weight:
             grid = (triton.cdiv(c // 3, SUM_TILE["BLOCK_C"]), 2)
@@ -188,7 +188,7 @@ def compile_cases(arch: int) -> list[Case]:
     pointers |= {"shares_ptr": "*fp32", "frames_ptr": "*i32", "turns_ptr": "*i64"}
     cases = []
     for model, heads in (("1.3B", 12), ("14B", 40)):
-        config = tile(heads, 128)
+        config = tile(heads, 128, 16)
         warps = config.pop("num_warps")
         fixed: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": 128, "NEED_X": True, "NEED_WEIGHT": True, **config}
         names = [n for n in _qk_norm_rope_bwd_kernel.arg_names if n not in pointers and n not in fixed]

