@@ -110,8 +110,8 @@ class Report:
     fma: int = 0
 
 
-def compile_case(case: Case, arch: int) -> Report:
-    """Compile for ``sm_<arch>`` and look at the result."""
+def build(case: Case, arch: int) -> Any:
+    """A case compiled for ``sm_<arch>``, as Triton returns it."""
     require(arch in CHIPS, f"compile_case: no limits known for sm_{arch}; legal: {', '.join(map(str, CHIPS))}")
     require(not interpreting(), "compile_case: needs a process without TRITON_INTERPRET=1, got one with it")
     import triton
@@ -140,8 +140,13 @@ def compile_case(case: Case, arch: int) -> Report:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fp_fusion}
     if case.max_registers is not None:
         options["maxnreg"] = case.max_registers
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_case(case: Case, arch: int) -> Report:
+    """Compile for ``sm_<arch>`` and look at the result."""
     start = time.perf_counter()
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = build(case, arch)
     seconds = time.perf_counter() - start
 
     ptx = compiled.asm["ptx"]

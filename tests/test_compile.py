@@ -48,6 +48,17 @@ def test_gradients_of_norms_cancel_exactly(op):
     assert compile_case(dataclasses.replace(backward[0], fp_fusion=True), 90).fma > 0
 
 
+def test_hopper_attention_looks_at_every_factor_before_it_skips():
+    """The rescale is left out where the factors looked at are 1: all that would multiply must be among them."""
+    (case,) = importlib.import_module("hiar_kernels.attention.gluon_fwd").compile_cases(90)
+    blocks = re.findall(r"\{ \.reg \.pred p; mov(.*?)DONE: \}", _compile.build(case, 90).asm["ptx"], re.DOTALL)
+    assert len(blocks) >= 4  # two consumers, two halves of 64 numbers a thread
+    for block in blocks:
+        looked_at = set(re.findall(r"setp\.eq\S* p, (%r\d+),", block))
+        factors = set(re.findall(r"mul\.f32 %r\d+, %r\d+, (%r\d+);", block))
+        assert factors == looked_at and 0 < len(factors) <= 2
+
+
 @pytest.mark.parametrize("arch", [80, 100, 120])
 def test_attention_candidates_compile_and_fit(arch):
     """The configurations that wait to be measured."""

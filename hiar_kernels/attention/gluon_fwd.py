@@ -47,7 +47,6 @@ _LOG2E = 1.4426950408889634
 _LAUNCH_REGISTERS = 168
 _CONSUMER_REGISTERS = gl.constexpr(240)
 _PRODUCER_REGISTERS = gl.constexpr(24)
-_SKIP = gl.constexpr(True)
 _PACK = 32  # numbers of a thread, of two rows
 _RESCALE = gl.constexpr(
     "{ .reg .pred p; "
@@ -196,14 +195,10 @@ def _rescaled(acc, alpha):
     """acc times alpha, row by row. Where no maximum of a thread's two rows moved, alpha is 1 and nothing is multiplied:
     that is so in most blocks, and what the chip does not do leaves power to the tensor cores.
     """
-    if _SKIP:
-        _, alpha = gl.broadcast(acc, alpha[:, None])
-        acc = gl.inline_asm_elementwise(
-            _RESCALE, _RESCALE_OPERANDS, [acc, alpha], dtype=gl.float32, is_pure=True, pack=_RESCALE_PACK
-        )
-    else:
-        acc = acc * alpha[:, None]
-    return acc
+    _, alpha = gl.broadcast(acc, alpha[:, None])
+    return gl.inline_asm_elementwise(
+        _RESCALE, _RESCALE_OPERANDS, [acc, alpha], dtype=gl.float32, is_pure=True, pack=_RESCALE_PACK
+    )
 
 
 @gluon.jit
