@@ -1,6 +1,7 @@
 # make demo    set up .venv and generate out/demo.mp4 with the shipped toy model
 # make test    set up .venv with the developer tools and run the tests       (make test ARGS='-k mask' JOBS=1)
 #              one tier of them: make test-cpu, test-interpreter, test-compile
+#              numbers as other processors compute them: make test-processors
 # make lint    ruff, codespell        make types   mypy        make check   lint, types, tests
 # make gpu-test        run the kernels' tests on the CUDA device; needs only torch, triton, pytest
 # make gpu-bench       measure every op on it, into bench/results/; needs pytest-benchmark too (make bench: rehearsal, CPU)
@@ -19,11 +20,12 @@ BIN := .venv/bin
 # pip says what it collects, downloads and installs: nobody looks at a silent line for minutes.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 DESCRIPTION := pyproject.toml setup.py constraints.txt hiar_kernels/_extension.py $(wildcard csrc/*.c* csrc/*.h)
+NUMERIC := tests/test_attention.py tests/test_pointwise.py tests/test_transformer.py tests/test_rollout.py
 PROMPT := a red circle moving right
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cpu test-interpreter test-compile gpu-test gpu-bench bench compile-report lint types check setup setup-dev clean
+.PHONY: help demo test test-cpu test-processors test-interpreter test-compile gpu-test gpu-bench bench compile-report lint types check setup setup-dev clean
 
 help:
 	@sed -n '/^[^#]/q; s/^# \{0,1\}//p' Makefile
@@ -79,10 +81,23 @@ demo: setup
 # ARGS may choose tests of one tier alone: that the others then have none (exit status 5) is no failure.
 tier = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(JOBS) -m $(1) $(ARGS) $(if $(strip $(ARGS)),|| [ $$? -eq 5 ])
 
-test: test-cpu test-interpreter test-compile
+# What the three take on two cores that are otherwise idle. A tier that fails does not keep the next one from running.
+test: setup-dev
+	@failed=; for tier in "cpu 5" "interpreter 3" "compile 2"; do \
+		set -- $$tier; echo "tests: $$1 (about $$2 minutes on two cores)"; \
+		$(MAKE) --no-print-directory test-$$1 || failed="$$failed $$1"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
 test-cpu: setup-dev
 	@$(call tier,cpu)
+
+# Numbers as processors without AVX-512, and without AVX2, compute them: torch has other code for each.
+test-processors: setup-dev
+	@failed=; for capability in default avx2; do \
+		echo "tests: numbers with ATEN_CPU_CAPABILITY=$$capability"; \
+		ATEN_CPU_CAPABILITY=$$capability $(MAKE) --no-print-directory test-cpu ARGS="$(NUMERIC)" || failed=1; \
+	done; [ -z "$$failed" ]
 
 # Triton reads the variable when it is imported: a process of its own.
 test-interpreter: setup-dev

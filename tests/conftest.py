@@ -4,6 +4,7 @@ what tests of the command line share.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from emulation import no_nvcc
 from hiar_kernels._extension import find_nvcc
 
 NEEDS_NVCC = {"nvcc", "emulation"}  # fixtures
+
+
+def pytest_configure() -> None:
+    """A job in the background of a script has SIGINT ignored, and its children too: tests of Ctrl-C need it heard."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str | None:
