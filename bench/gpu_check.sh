@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# All that one GPU has to say of a revision, in at most six minutes: the tier gpu, the ops that rollouts are made of, whole
+# rollouts in turn with another revision's. Every step has its limit, and what it printed so far is kept.
+#
+#   bash bench/gpu_check.sh BEFORE OUT      BEFORE: a folder with the other revision, OUT: where logs and results go
+#
+# PYTHON chooses the interpreter (torch, triton, pytest, pytest-benchmark; with pytest-xdist the tests share the GPU).
+set -uo pipefail
+if [ $# != 2 ] || [ ! -d "$1/hiar_model" ]; then
+    echo "gpu_check.sh: give BEFORE, a folder with another revision of the project, and OUT" >&2
+    exit 2
+fi
+before=$(realpath "$1") out=$(mkdir -p "$2" && realpath "$2")
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+python=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/bench:$PWD/tests
+status=0
+
+step() { # name, seconds, command
+    local name=$1 limit=$2 begun=$SECONDS code
+    shift 2
+    timeout "$limit" "$@" > "$out/$name.log" 2>&1
+    code=$?
+    [ $code = 0 ] || status=1
+    echo "== $name: exit status $code, $((SECONDS - begun)) of $limit s"
+    grep -E '^(\||FAILED|ERROR|E  |=+ .* in [0-9])' "$out/$name.log" | cut -c1-200 | tail -40
+}
+
+together=()
+"$python" -c 'import xdist' 2> /dev/null && together=(-n 14)
+step tests 170 "$python" -m pytest -p no:cacheprovider -q "${together[@]}" -m gpu tests/gpu tests/interpreter
+step ops 45 env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "$python" -m pytest -q -p resume --resume "$out/ops.jsonl" --budget 35 \
+    -p pytest_benchmark.plugin bench/bench_ops.py --benchmark-only --results "$out/ops" \
+    -k '(attention-visit or attention-pair or pointwise) and not flex and not flash and not efficient and not compiled and not GELU and not eager'
+step rollouts 140 "$python" bench/ab.py --a-dir "$before" --b-dir . --order stream --order block_first --pairs \
+    --shared-keys --rounds 4 --budget 110 --results "$out/ab"
+exit $status
