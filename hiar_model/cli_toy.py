@@ -56,6 +56,7 @@ def evaluate(a: Namespace) -> None:
     if a.folder is not None or a.markdown is not None:
         raise ValueError("a folder and --markdown belong to hiar evaluate toy-table; a model is --model FOLDER")
     target = _target(a.json)
+    from .keyed import SCHEME
     from .toy.evaluate import PARTS, evaluate_toy
     from .toy.prompt import split_prompts
     from .version import versions
@@ -82,6 +83,7 @@ def evaluate(a: Namespace) -> None:
             "model": model.name,
             "weights_sha256": model.weights_sha256,
             "seed": a.seed,
+            "noise": SCHEME,
             "prompts": len(prompts),
             "seeds": a.seeds,
             "device": str(model.device),

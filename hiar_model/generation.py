@@ -308,8 +308,8 @@ class Generation:
         pipeline = self.rollout.pipeline
         if pipeline is None:
             raise ValueError("blocks are kept, and runs resumed, in a pipeline only: give executor pipeline")
-        names = ("prompt", "prompts", "weights_sha256", "height", "width", "given", "num_frames", "seed", "timesteps",
-                 "frames_per_block", "window_frames", "sink_frames", "dtype")  # fmt: skip
+        names = ("prompt", "prompts", "weights_sha256", "height", "width", "given", "num_frames", "seed", "noise",
+                 "timesteps", "frames_per_block", "window_frames", "sink_frames", "dtype")  # fmt: skip
         about = {name: self.metadata[name] for name in names} | {"steps_per_rank": list(pipeline.stage.split)}
         return RunFolder(folder, about, resume=resume, every=every, group=pipeline.group)
 

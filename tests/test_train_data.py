@@ -13,7 +13,6 @@ from hiar_model.toy.prompt import ToyPrompt, token_table
 from hiar_model.toy.text import ToyTextEncoder
 from hiar_model.toy.world import WORLDS, ToyWorld, WorldConfig
 from hiar_model.train.data import LatentData, PromptData, ToyData
-from hiar_model.train.keyed import keyed_generator
 
 pytestmark = pytest.mark.cpu
 
@@ -30,42 +29,6 @@ def toy(
     mark_continuing: bool = False,
 ) -> ToyData:
     return ToyData(ToyWorld(world), CODEC, TEXT, token_table(pool), num_frames, from_start, mark_continuing)
-
-
-# Keys.
-
-
-def test_a_key_gives_the_same_numbers_for_ever():
-    """Pinned: another hash would give every resumed run other batches."""
-    assert keyed_generator(0, "teacher", 3, 5).initial_seed() % 2**64 == 14947705940750137560
-    draws = [torch.randn(4, generator=keyed_generator(0, "teacher", 3, 5)) for _ in range(2)]
-    assert torch.equal(*draws)
-
-
-def test_keys_are_kept_apart():
-    keys = [
-        (0, "a", 1, 2),
-        (1, "a", 1, 2),
-        (0, "b", 1, 2),
-        (0, "a", 2, 1),
-        (0, "a", "1", 2),
-        (0, "a", 12),
-        (0, "a1", 2),
-    ]
-    keys += [(0, "ab", "c"), (0, "a", "bc"), (0, "a/1", 2), (0, "a", 1, 2, "")]
-    assert len({keyed_generator(*key).initial_seed() for key in keys}) == len(keys)
-
-
-def test_neighbouring_keys_are_independent():
-    draws = torch.stack([torch.randn(2000, generator=keyed_generator(0, "x", 7, row)) for row in range(20)])
-    correlation = torch.corrcoef(draws) - torch.eye(20)
-    assert float(correlation.abs().max()) < 5 / 2000**0.5
-
-
-@pytest.mark.parametrize("part", [1.0, True, None, ("a",)])
-def test_a_key_of_another_kind_is_refused(part):
-    with pytest.raises(ValueError, match="made of whole numbers and texts, got"):
-        keyed_generator(0, part)
 
 
 # The toy world.

@@ -10,8 +10,8 @@ import torch
 from tiny_stages import FRAMES, LATENT, ROWS, RULE, SEED, STEPS, VARIANTS, make, values, write_files
 
 from hiar_model.cache import RingCache
+from hiar_model.keyed import KeyedGenerator, keyed_generator
 from hiar_model.train import dmd_gradient, dmd_loss, stages, trajectory_x0
-from hiar_model.train.keyed import keyed_generator
 from hiar_model.train.reading import make_recipe
 from hiar_model.train.rollout import SelfRollout
 from hiar_model.train.stage import Turn, make_stage
@@ -34,16 +34,16 @@ def double(stage):
     return stage
 
 
-def key(stage, *parts) -> torch.Generator:
+def key(stage, *parts) -> KeyedGenerator:
     return keyed_generator(SEED, stage.recipe.stage, *parts)
 
 
-def noisy(clean: torch.Tensor, generator: torch.Generator, shift: float) -> tuple[float, torch.Tensor, torch.Tensor]:
+def noisy(clean: torch.Tensor, generator: KeyedGenerator, shift: float) -> tuple[float, torch.Tensor, torch.Tensor]:
     """(level, noise, latents) as the distribution matching draws them for a video."""
-    u = 1 - float(torch.randint(1000, (1,), generator=generator)) / 1000
+    u = 1 - float(generator.whole(1000, 1)) / 1000
     sigma = min(max(shift * u / (1 + (shift - 1) * u), 0.02), 0.98)
     sigma = float(torch.tensor(sigma, dtype=torch.float32))
-    noise = torch.randn(clean.shape[1:], generator=generator)[None].double()
+    noise = generator.normals(*clean.shape[1:])[None].double()
     return sigma, noise, (1 - sigma) * clean + sigma * noise
 
 
@@ -62,8 +62,8 @@ def test_teacher(files, dropout):
     for row in range(8):
         latents, text, _ = data.clips(SEED, "teacher", 3, [row])
         generator = key(stage, 3, row, "flow")
-        u, drop = torch.rand(2, generator=generator).tolist()
-        noise = torch.randn(latents.shape[1:], generator=generator)[None]
+        u, drop = generator.uniform(2).tolist()
+        noise = generator.normals(*latents.shape[1:])[None]
         sigma = 2 * (1 - u) / (1 + (1 - u))
         dropped.append(drop < dropout)
         text = data.unconditional() if dropped[-1] else text
@@ -82,8 +82,8 @@ def test_ode_init(files, clean):
     for row in range(6):
         (points,), text = stage.store.sample(SEED, "ode_init", 1, [row])
         generator = key(stage, 1, row, "levels")
-        step = int(torch.randint(STEPS, (1,), generator=generator))
-        below = STEPS if float(torch.rand((), generator=generator)) < clean else step + 1
+        step = int(generator.whole(STEPS, 1))
+        below = STEPS if float(generator.uniform()) < clean else step + 1
         seen.add(below - step)
         for first in range(0, FRAMES, block):
             latents = torch.cat([points[below][:first], points[step][first : first + block]])[None]
@@ -100,7 +100,7 @@ def videos(stage, update: int, drawn: int, row: int) -> tuple[torch.Tensor, torc
     """The video of a row, alone, with gradient, and its text."""
     r, name, data = stage.recipe, f"hiar {drawn}", stage.sources.data
     text = data.prompts(SEED, name, update, [row])
-    exit_step = int(torch.randint(STEPS, (), generator=keyed_generator(SEED, name, update, "exit")))
+    exit_step = int(keyed_generator(SEED, name, update, "exit").whole(STEPS))
     order = "stream" if r.cache_source == "next_step" else r.order
     rule = {**RULE, "window_frames": r.window_frames}
     made = SelfRollout(stage.trained["student"], r.schedule, order=order, cache_source=r.cache_source, **rule)
@@ -124,7 +124,7 @@ def hiar_loss(stage, turn: Turn, update: int, row: int, drawn: int) -> dict[str,
     told = {"loss": dmd, "dmd": dmd, "dmd_normaliser": normaliser}
     if kl.weight:
         (points,), text = stage.store.sample(SEED, "hiar", update, [row])
-        i, sigmas = int(torch.randint(kl.first_k, (1,), generator=key(stage, update, row, "point"))), stage.store.sigmas
+        i, sigmas = int(key(stage, update, row, "point").whole(kl.first_k)), stage.store.sigmas
         here, there = points[i][None].double(), points[i + 1][None].double()
         rule = {**RULE, "window_frames": stage.rollout.windows[0]} if kl.attention == "block_causal" else {}
         guess = here - sigmas[i] * student(here, level(sigmas[i]), text, kl.attention, **rule)

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 
 from hiar_model import config
+from hiar_model.keyed import keyed_generator
 from hiar_model.train.distributed import find_place
-from hiar_model.train.keyed import keyed_generator
 from hiar_model.train.networks import make_network
 from hiar_model.train.reading import make_recipe
 from hiar_model.train.stage import Turn, make_stage
@@ -67,7 +67,7 @@ class Pull:
     def noise(self, update: int, turn: str, row: int) -> torch.Tensor:
         if self.recipe.seed < 0 and row == 1:  # a seed for a row that is not finite
             return torch.full((3, 2, 4, 4), torch.nan)
-        return torch.randn(3, 2, 4, 4, generator=keyed_generator(self.recipe.seed, update, turn, row))
+        return keyed_generator(self.recipe.seed, update, turn, row).normals(3, 2, 4, 4)
 
     def sample(self, update: int) -> None:
         return None

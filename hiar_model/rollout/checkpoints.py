@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..keyed import require_scheme
 from . import states
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class RunFolder:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is corrupt: {error}") from error
+        if "noise" in about:
+            require_scheme(str(self.folder), found.get("noise"))
         for key in {**found, **about}:
             was, now = found.get(key), about.get(key)
             if was != now:

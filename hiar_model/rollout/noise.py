@@ -1,15 +1,17 @@
-"""Noise as a function of (seed, video, step, block): never of visiting order, rank, batch or device."""
+"""Noise as a function of (seed, video, step, block): never of visiting order, rank, batch, device or machine."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..keyed import keyed_generator
+
 INITIAL = -1  # the "step" of the initial noise
+GIVEN = "given"  # in place of a scheme's name: nothing is drawn here
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,4 @@ class GivenNoise:
 
 def keyed_noise(seed: int, video: int, step: int, block: int, shape: tuple[int, ...]) -> Tensor:
     """Standard normals float32 of ``shape`` (frames, C, H, W), drawn on the CPU; step -1 is the initial noise."""
-    key = f"{seed}/{video}/{step}/{block}".encode()
-    number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(number))
+    return keyed_generator(seed, "noise", video, step, block).normals(*shape)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..cache import RingAttend, RingCache, kept_dtype, ring_frames
+from ..keyed import SCHEME, require_scheme
 from ..schedule import FlowSchedule
 from ..transformer import HiARTransformer
 from .executor import Executor, working_dtype
-from .noise import GivenNoise, KeyedNoise
+from .noise import GIVEN, GivenNoise, KeyedNoise
 from .pipeline import Pipeline, PipelineOptions, Receiver
 from .recache import POLICIES, History
 from .sentinel import ON_NAN
@@ -222,6 +223,7 @@ class Rollout:
             told = (schedule, seed, self.video_ids, first_frame, trajectory, context_noise, executor)
             ranks.require_same(f"{self._video()}, {', '.join(map(str, told))}", weight.device)
             attend, self.heads = partial(UlyssesAttend, ranks), ranks.heads
+        self.noise = GIVEN if noise is not None and (renoise is not None or trajectory == "ode") else SCHEME
         self.executor: Executor
         if not steps:
             assert self.pipeline is not None
@@ -340,7 +342,7 @@ class Rollout:
         """All that is needed to go on: position, latents in flight, caches, and texts of blocks that have begun, as
         copies. Take it between blocks.
         """
-        return {"key": self._key(), "groups_done": self.groups_done, **self.executor.state_dict()}
+        return {"key": self._key(), "noise": self.noise, "groups_done": self.groups_done, **self.executor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict` of a rollout with the same plan; text and noise may differ (a fork).
@@ -353,6 +355,8 @@ class Rollout:
         """
         if state["key"] != self._key():
             raise ValueError(f"state of another rollout: expected {self._key()}, got {state['key']}")
+        if self.noise != GIVEN and state["noise"] != GIVEN:
+            require_scheme("state", state["noise"])
         before = list(islice(self.groups(self.num_blocks), state["groups_done"]))
         executed = {visit for group in before for row in group for visit in row}
         text = KeptTexts.after(self.text, state["texts"])

@@ -30,7 +30,7 @@ def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
         texts += [text] if place == len(texts) else []
         of_block[block] = place
     tensors |= {f"text.{i}": text.clone() for i, text in enumerate(texts)}  # slices of one tensor cannot be saved
-    told = {name: json.dumps(state[name]) for name in NUMBERS} | {"texts": json.dumps(of_block)}
+    told = {name: json.dumps(state[name]) for name in (*NUMBERS, "noise")} | {"texts": json.dumps(of_block)}
     return tensors, told
 
 
@@ -40,6 +40,7 @@ def unpack(tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> dict[str, 
     if missing:
         raise ValueError(f"no state of a rollout that this version wrote: {missing[0]} is missing")
     state: dict[str, Any] = {name: json.loads(told[name]) for name in NUMBERS}
+    state["noise"] = json.loads(told.get("noise", "null"))  # states of before 2026-11-28 name none
     for kind in TENSORS:
         state[kind] = under(tensors, kind)
     texts = json.loads(told["texts"])

@@ -74,7 +74,7 @@ class ToyCodec:
         floor: float = 0.25,
     ) -> ToyCodec:
         """Codec for a world, from `frames` random frames of it; the same arguments give the same codec."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)  # of torch, for ever: old codecs are fitted again
         videos = ToyWorld(world).sample_batch(frames, 1, generator, start="anywhere").videos
         rows = _patches(videos, patch).flatten(0, -2).double()
         components = channels * split * split

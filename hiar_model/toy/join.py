@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..bundle import ToyDecoder, VideoModel
 from ..infill import infill, path_breaks, seams
+from ..keyed import keyed_generator
 from .oracle import ToyOracle
 from .prompt import ToyPrompt
 from .world import ToyWorld
@@ -98,8 +99,7 @@ def _clips(world: ToyWorld, prompts: Sequence[ToyPrompt], frames: int, seed: int
     """[B, F, 3, H, W]; each beginning is a function of (seed, video)."""
     scenes = []
     for prompt, video in zip(prompts, videos, strict=True):
-        generator = torch.Generator().manual_seed(1_000_003 * seed + video)
-        scenes += world.sample_scenes(1, generator, pool=[prompt])
+        scenes += world.sample_scenes(1, keyed_generator(seed, "join", video), pool=[prompt])
     return world.render_scenes(scenes, frames)
 
 

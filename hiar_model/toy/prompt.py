@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..keyed import Generator, whole
+
 NEUTRAL = "medium"
 SIZES = ("small", NEUTRAL, "large")
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "cyan", "white")
@@ -194,19 +196,18 @@ def all_prompts() -> list[ToyPrompt]:
     return [ToyPrompt(**dict(zip(SLOTS, words, strict=True))) for words in itertools.product(*SLOTS.values())]
 
 
-def random_tokens(count: int, generator: torch.Generator, pool: Tensor | None = None) -> Tensor:
+def random_tokens(count: int, generator: Generator, pool: Tensor | None = None) -> Tensor:
     """`count` uniform prompts as token ids, int64 [count, PROMPT_TOKENS]; from the rows of `pool` [P, PROMPT_TOKENS]
     where given."""
     if pool is not None:
-        return pool[torch.randint(len(pool), (count,), generator=generator)]
+        return pool[whole(generator, len(pool), count)]
     columns = [
-        torch.randint(offset, offset + len(words), (count,), generator=generator)
-        for offset, words in zip(SLOT_OFFSETS, SLOTS.values(), strict=True)
+        offset + whole(generator, len(words), count) for offset, words in zip(SLOT_OFFSETS, SLOTS.values(), strict=True)
     ]
     return torch.stack(columns, dim=1)
 
 
-def random_prompt(generator: torch.Generator) -> ToyPrompt:
+def random_prompt(generator: Generator) -> ToyPrompt:
     """One prompt, uniform over every slot."""
     return ToyPrompt.from_tokens(random_tokens(1, generator)[0].tolist())
 

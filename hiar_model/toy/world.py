@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..keyed import Generator, uniform, whole
 from .prompt import (
     COLOURS,
     DIRECTIONS,
@@ -243,10 +244,10 @@ class ToyWorld:
         """Frames [first_frame, first_frame + num_frames) of one scene, float32 [num_frames, 3, H, W] in [-1, 1]."""
         return self.render_scenes([scene], num_frames, first_frame)[0]
 
-    def sample_starts(self, batch: int, generator: torch.Generator, start: Start = "center") -> Tensor:
+    def sample_starts(self, batch: int, generator: Generator, start: Start = "center") -> Tensor:
         """Centres in frame 0, float64 [batch, 2] (x, y): "center" within the jitter of the middle of the frame,
         "anywhere" uniform on the torus, like a clip from the middle of a video."""
-        unit = torch.rand(batch, 2, generator=generator, dtype=torch.float64)
+        unit = uniform(generator, batch, 2, dtype=torch.float64)
         if start == "center":
             return self.extent / 2 + (2 * unit - 1) * self.config.start_jitter * self.config.scale
         if start == "anywhere":
@@ -256,7 +257,7 @@ class ToyWorld:
     def sample_scenes(
         self,
         batch: int,
-        generator: torch.Generator,
+        generator: Generator,
         start: Start = "center",
         pool: Tensor | Sequence[ToyPrompt] | None = None,
     ) -> list[Scene]:
@@ -272,11 +273,11 @@ class ToyWorld:
         textures: list[Texture | None] = [None] * batch
         if self.config.backgrounds is not None:
             low, high = (torch.tensor(colour, dtype=torch.float64) for colour in self.config.backgrounds)
-            unit = torch.rand(batch, 3, generator=generator, dtype=torch.float64)
+            unit = uniform(generator, batch, 3, dtype=torch.float64)
             backgrounds = [(r, g, b) for r, g, b in (low + unit * (high - low)).tolist()]
         if self.config.texture:
-            kinds = torch.randint(len(WAVES), (batch,), generator=generator).tolist()
-            unit = torch.rand(batch, 2, generator=generator, dtype=torch.float64)
+            kinds = whole(generator, len(WAVES), batch).tolist()
+            unit = uniform(generator, batch, 2, dtype=torch.float64)
             strengths = (self.config.texture * (FAINTEST + (1 - FAINTEST) * unit[:, 0])).tolist()
             phases = (2 * math.pi * unit[:, 1]).tolist()
             textures = [Texture(a, WAVES[k], p) for a, k, p in zip(strengths, kinds, phases, strict=True)]
@@ -289,7 +290,7 @@ class ToyWorld:
         self,
         batch: int,
         num_frames: int,
-        generator: torch.Generator,
+        generator: Generator,
         start: Start = "center",
         pool: Tensor | Sequence[ToyPrompt] | None = None,
     ) -> Sample:

@@ -1,7 +1,7 @@
 """Where batches come from: the toy world, or folders of tensors that an encoder wrote.
 
-Row ``row`` of update ``update`` of a stage is a function of (seed, stage, update, row) alone (:mod:`.keyed`): how rows
-are dealt out over ranks and micro-batches changes no number, to the bit.
+Row ``row`` of update ``update`` of a stage is a function of (seed, stage, update, row) alone
+(:mod:`hiar_model.keyed`): how rows are dealt out over ranks and micro-batches changes no number, to the bit.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..keyed import keyed_generator
 from ..toy.codec import ToyCodec
 from ..toy.prompt import PROMPT_TOKENS, random_tokens
 from ..toy.text import ToyTextEncoder
 from ..toy.world import ToyWorld
-from .keyed import keyed_generator
 from .shards import unfinished
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -111,7 +111,7 @@ class ToyData:
         latents, tokens, begins = [], [], []
         for row in rows:
             generator = keyed_generator(seed, stage, update, row, "clip")
-            begins.append(bool(torch.rand((), generator=generator) < self.from_start))
+            begins.append(float(generator.uniform()) < self.from_start)
             start = "center" if begins[-1] else "anywhere"
             sample = self.world.sample_batch(1, self.latent_shape[0], generator, start, self.pool)  # type: ignore[arg-type]
             latents.append(self.codec.encode(sample.videos))  # one by one: a matmul's bits depend on its batch
@@ -122,7 +122,7 @@ class ToyData:
         """Text of the given rows, float32 [b, PROMPT_TOKENS, text_dim], one token more with ``mark_continuing``."""
         generators = [keyed_generator(seed, stage, update, row, "prompt") for row in rows]
         tokens = torch.cat([random_tokens(1, g, self.pool) for g in generators])
-        return self._text(tokens, [bool(torch.rand((), generator=g) < self.from_start) for g in generators])
+        return self._text(tokens, [float(g.uniform()) < self.from_start for g in generators])
 
     def unconditional(self, batch: int = 1) -> Tensor:
         """The null prompt, float32 [batch, PROMPT_TOKENS, text_dim], one token more with ``mark_continuing``."""
@@ -200,7 +200,7 @@ class PromptData:
 
     def _draw(self, seed: int, stage: str, update: int, rows: Sequence[int], what: str) -> list[int]:
         generators = (keyed_generator(seed, stage, update, row, what) for row in rows)
-        return [int(torch.randint(len(self), (), generator=g)) for g in generators]
+        return [int(g.whole(len(self))) for g in generators]
 
     def _read(self, key: str, indices: Sequence[int]) -> Tensor:
         found: dict[int, Tensor] = {}

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..keyed import Generator, whole
 from ..schedule import TRAIN_TIMESTEPS, sigma_table
 from ..transformer import HiARTransformer
 from .teacher import flow_matching_loss
@@ -20,9 +21,7 @@ from .teacher_forcing import add_noise
 TIMESTEPS = (20.0, 980.0)  # of 1000: closer to an end neither network knows anything, or nothing is left to say
 
 
-def draw_sigma(
-    batch: int, shift: float, generator: torch.Generator, timesteps: tuple[float, float] = TIMESTEPS
-) -> Tensor:
+def draw_sigma(batch: int, shift: float, generator: Generator, timesteps: tuple[float, float] = TIMESTEPS) -> Tensor:
     """One noise level for each video, [batch] float32: uniform in the table of training, shifted, clamped.
 
     Args:
@@ -32,7 +31,7 @@ def draw_sigma(
     if not 0 < low <= high <= TRAIN_TIMESTEPS:
         raise ValueError(f"timesteps must be (low, high) with 0 < low <= high <= {TRAIN_TIMESTEPS}, got {timesteps}")
     table = torch.tensor(sigma_table(TRAIN_TIMESTEPS, shift), dtype=torch.float64)
-    drawn = table[torch.randint(TRAIN_TIMESTEPS, (batch,), generator=generator)]
+    drawn = table[whole(generator, TRAIN_TIMESTEPS, batch)]
     return drawn.clamp(low / TRAIN_TIMESTEPS, high / TRAIN_TIMESTEPS).float()
 
 

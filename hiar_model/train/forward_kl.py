@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..keyed import Generator, whole
 from ..schedule import TRAIN_TIMESTEPS
 from ..transformer import ATTENTION_MODES, HiARTransformer
 
@@ -39,9 +40,9 @@ def trajectory_x0(point: Tensor, next_point: Tensor, sigma: float | Tensor, next
     return x - ratio.view(-1, *[1] * (x.dim() - 1)) * (y - x)
 
 
-def draw_points(batch: int, first_k: int, generator: torch.Generator) -> Tensor:
+def draw_points(batch: int, first_k: int, generator: Generator) -> Tensor:
     """Which point each video is asked at: [batch] int64, uniform over the first ``first_k``."""
-    return torch.randint(first_k, (batch,), generator=generator)
+    return whole(generator, first_k, batch)
 
 
 def forward_kl_loss(
@@ -52,7 +53,7 @@ def forward_kl_loss(
     *,
     index: Tensor | None = None,
     first_k: int = 1,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
     attention: str = "bidirectional",
     frames_per_block: int = 3,
     window_frames: int | None = None,

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from ..bundle import CONFIG, SHIPPED, TOY_FORMAT, load_video_model
 from ..checkpoint import load_transformer
 from ..config import WanConfig
+from ..keyed import KeyedGenerator, keyed_generator
 from ..transformer import HiARTransformer
 from .distributed import is_first
 
@@ -38,9 +39,8 @@ def make_network(
     device = device if is_first() else "meta"
     if weights is None:
         with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
-            torch.manual_seed(seed)
             network = HiARTransformer(config)
-        _initialise(network)
+        _initialise(network, seed)
     else:
         if os.fspath(weights) in SHIPPED or _is_toy(Path(weights)):
             network = load_video_model(weights, "cpu", "float32").transformer
@@ -80,11 +80,28 @@ def _is_toy(folder: Path) -> bool:
     return config.is_file() and TOY_FORMAT in config.read_text(encoding="utf-8", errors="replace")
 
 
-def _initialise(network: HiARTransformer) -> None:
-    """Gates and the head start at zero (adaLN-Zero, arXiv 2212.09748): every block begins as the identity."""
-    last = network.time_projection[-1]
-    assert isinstance(last, torch.nn.Linear)
-    zeros = [last.weight, last.bias, network.head.head.weight, network.head.head.bias]
+def _initialise(network: HiARTransformer, seed: int) -> None:
+    """As torch initialises layers, but each parameter keyed by (seed, its name). Gates and the head start at zero
+    (adaLN-Zero, arXiv 2212.09748): every block begins as the identity.
+    """
+    if network.patch_embedding.weight.is_meta:
+        return
+
+    def key(name: str) -> KeyedGenerator:
+        return keyed_generator(seed, "weights", name)
+
     with torch.no_grad():
-        for parameter in (*zeros, *(block.modulation for block in network.blocks)):
-            parameter.zero_()  # type: ignore[operator]
+        for name, layer in network.named_modules():
+            if isinstance(layer, torch.nn.Linear | torch.nn.Conv3d):
+                bound = layer.weight[0].numel() ** -0.5
+                for kind, own in layer.named_parameters():
+                    own.copy_((2 * key(f"{name}.{kind}").uniform(*own.shape) - 1) * bound)
+        if network.position_embedding is not None:
+            table = network.position_embedding
+            table.copy_(key("position_embedding").normals(*table.shape) / table.shape[-1] ** 0.5)
+        last, head = network.time_projection[-1], network.head
+        assert isinstance(last, torch.nn.Linear)
+        head.modulation.copy_(key("head.modulation").normals(*head.modulation.shape) / network.config.dim**0.5)
+        zeros = [last.weight, last.bias, head.head.weight, head.head.bias]
+        for gate in (*zeros, *(block.modulation for block in network.blocks)):
+            gate.zero_()  # type: ignore[operator]

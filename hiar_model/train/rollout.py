@@ -20,6 +20,7 @@ from torch import Tensor
 from hiar_kernels import KVContext
 
 from ..cache import RingCache
+from ..keyed import Generator, whole
 from ..rollout import Rollout
 from ..rollout.texts import trim_padding
 from ..rollout.visits import Plan, Visit, windows_per_step
@@ -195,6 +196,6 @@ def _contexts(cache: RingCache, index: int) -> tuple[KVContext, ...]:
     return tuple(found)
 
 
-def draw_exit_step(steps: int, generator: torch.Generator) -> int:
+def draw_exit_step(steps: int, generator: Generator) -> int:
     """Uniform over 0..steps-1. Give every rank the same generator: all of them must leave at one step."""
-    return int(torch.randint(steps, (), generator=generator))
+    return int(whole(generator, steps))

@@ -1,7 +1,7 @@
 """What the trainer asks of a stage of training, and which stages there are.
 
 Nothing a stage draws may depend on a rank or on what ran before: everything is keyed by (seed, stage, update, turn,
-row), see :mod:`.keyed`. So a resumed run and any number of processes see the same numbers.
+row), see :mod:`hiar_model.keyed`. So a resumed run and any number of processes see the same numbers.
 """
 
 from __future__ import annotations

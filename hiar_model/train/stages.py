@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import save_transformer
+from ..keyed import keyed_generator
 from ..rollout.visits import windows_per_step
 from ..schedule import TRAIN_TIMESTEPS
 from ..threads import cpu_threads, fitting_threads
@@ -23,7 +24,6 @@ from .context import velocity_over_context
 from .distributed import gathered
 from .dmd import critic_loss, distribution_matching, draw_sigma
 from .forward_kl import draw_points, forward_kl_loss
-from .keyed import keyed_generator
 from .networks import frozen, make_network
 from .rollout import SelfRollout, Visited, draw_exit_step
 from .shards import shared_out
@@ -77,8 +77,7 @@ class Teacher(Stage):
         return self.sources.decode(last)
 
     def _noise(self, video: int) -> Tensor:
-        generator = keyed_generator(self.recipe.seed, "sample", video)
-        return torch.randn(*self.sources.data.latent_shape, generator=generator)
+        return keyed_generator(self.recipe.seed, "sample", video).normals(*self.sources.data.latent_shape)
 
     def export(self, model: HiARTransformer, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +145,7 @@ class OdeInit(Stage):
         trajectory, text = self.store.sample(r.seed, r.stage, update, rows)
         generators = [keyed_generator(r.seed, r.stage, update, row, "levels") for row in rows]
         points = torch.cat([draw_points(1, len(r.schedule), g) for g in generators])
-        clean = torch.tensor([float(torch.rand((), generator=g)) < r.clean for g in generators])
+        clean = torch.tensor([float(g.uniform()) < r.clean for g in generators])
         context = torch.where(clean, len(r.schedule), points + 1)
         index = torch.arange(len(rows))
         sigmas = torch.tensor(self.store.sigmas, dtype=torch.float64)
@@ -302,7 +301,7 @@ class HiAR(Stage):
         shift = r.shift if r.dmd_shift is None else r.dmd_shift
         generators = [keyed_generator(r.seed, r.stage, update, str(turn), row, "noise") for row in rows]
         sigma = torch.cat([draw_sigma(1, shift, g) for g in generators])
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators])
+        noise = torch.stack([g.normals(*x0.shape[1:]) for g in generators])
         return sigma.to(self.device), noise.to(self.device)
 
     def sample(self, update: int) -> Frames | None:

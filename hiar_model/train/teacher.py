@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..keyed import keyed_generator
 from ..schedule import TRAIN_TIMESTEPS, sigma_table
-from .keyed import keyed_generator
 from .teacher_forcing import add_noise, shift_tensor
 
 
@@ -52,8 +52,8 @@ def flow_draws(
     if shift <= 0:
         raise ValueError(f"shift must be positive, got {shift}")
     generators = [keyed_generator(seed, stage, update, row, "flow") for row in rows]
-    level, drop = torch.stack([torch.rand(2, generator=g) for g in generators], 1)
-    noise = torch.stack([torch.randn(*latent_shape, generator=g) for g in generators])
+    level, drop = torch.stack([g.uniform(2) for g in generators], 1)
+    noise = torch.stack([g.normals(*latent_shape) for g in generators])
     return FlowDraws(shift_tensor(1 - level, shift), noise, drop < text_dropout)
 
 

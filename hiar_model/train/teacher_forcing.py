@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..keyed import Generator, keyed_generator, uniform, whole
 from ..schedule import FlowSchedule, shift_sigma
 from ..transformer import HiARTransformer
 from ..video import Frames
 from .config import LevelsRecipe, TeacherForcingRecipe
 from .context import velocity_over_context
-from .keyed import keyed_generator
 from .networks import make_network
 from .sources import Sources, sample_videos, save_student
 from .stage import Scalars, Stage, Turn
@@ -47,7 +47,7 @@ class TeacherForcing(Stage):
         generators = [keyed_generator(r.seed, r.stage, update, row, "noise") for row in rows]
         levels = [sample_levels(r.levels, 1, r.schedule, g) for g in generators]
         target, context = (torch.cat(parts) for parts in zip(*levels, strict=True))
-        noise, other = torch.stack([torch.randn(2, *batch.latents.shape[1:], generator=g) for g in generators], 1)
+        noise, other = torch.stack([g.normals(2, *batch.latents.shape[1:]) for g in generators], 1)
         tensors = (batch.latents, batch.text, target, context, noise, other)
         window = r.window_frames
         assert not isinstance(window, tuple)  # the recipe sees to it
@@ -73,12 +73,12 @@ class TeacherForcing(Stage):
 
 
 def sample_levels(
-    levels: LevelsRecipe, batch: int, schedule: FlowSchedule, generator: torch.Generator
+    levels: LevelsRecipe, batch: int, schedule: FlowSchedule, generator: Generator
 ) -> tuple[Tensor, Tensor]:
     """(sigma of the target, sigma of the context), each [batch] float32."""
     sigmas = torch.tensor(schedule.sigmas)
-    step = torch.randint(len(schedule), (batch,), generator=generator)
-    kind, level, gap = torch.rand(3, batch, generator=generator)
+    step = whole(generator, len(schedule), batch)
+    kind, level, gap = uniform(generator, 3, batch)
     level = 1 - level  # (0, 1]
     lower = (level - gap).clamp(min=0)
     target, context = sigmas[step], sigmas[step + 1]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..keyed import SCHEME, require_scheme
 from ..threads import cpu_threads, fitting_threads
 from ..transformer import HiARTransformer
 from .config import TrainingRecipe
@@ -210,6 +211,7 @@ class Trainer:
     def _save(self) -> None:
         about: dict[str, Any] = {
             "recipe": self.recipe.to_dict(),
+            "noise": SCHEME,
             "update": self.update,
             "pending": self.pending,
             "ranks": self.place.ranks,
@@ -223,5 +225,6 @@ class Trainer:
             raise ValueError(
                 f"{self.folder} holds a run with another {', '.join(differ)}; choose another --out or delete the folder"
             )
+        require_scheme(str(state), about.get("noise"))
         self.snapshots.load(state, self._tensors())
         self.update, self.pending = about["update"], about["pending"]

@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import save as pack_tensors
 from torch import Tensor, nn
 
+from ..keyed import SCHEME, keyed_generator
 from .data import FLOATS, Prompts, open_tensors
-from .keyed import keyed_generator
 from .shards import agree, read_json, shard_name, shard_rows, unfinished, write, write_json
 from .teacher import Network, ode_plan, ode_trajectory
 
@@ -86,6 +86,7 @@ def generate_trajectories(
         "count": count,
         "shard_size": shard_size,
         "seed": seed,
+        "noise": SCHEME,
         "steps": steps,
         "shift": float(shift),
         "guidance": float(guidance),
@@ -224,7 +225,7 @@ class TrajectoryStore:
     def sample(self, seed: int, stage: str, update: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """:meth:`batch` of random samples, one for each row, keyed like all data of training."""
         generators = (keyed_generator(seed, stage, update, row, "trajectory") for row in rows)
-        return self.batch([int(torch.randint(len(self), (), generator=g)) for g in generators])
+        return self.batch([int(g.whole(len(self))) for g in generators])
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -243,7 +244,7 @@ def _autocast(device_type: str) -> str | None:
 
 
 def _noise(seed: int, sample: int, shape: Sequence[int]) -> Tensor:
-    return torch.randn(*shape, generator=keyed_generator(seed, _STAGE, sample, "noise"))
+    return keyed_generator(seed, _STAGE, sample, "noise").normals(*shape)
 
 
 def _is_good(folder: Path, about: Path, settings: Mapping[str, Any]) -> bool:
