@@ -29,6 +29,7 @@ from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
 from .config import WanConfig
+from .files import refuse_stand_in
 from .schedule import FlowSchedule
 from .toy.codec import ToyCodec
 from .toy.text import ToyTextEncoder
@@ -109,6 +110,7 @@ def load_video_model(
         if value:
             raise ValueError(f"model {name} is no Wan folder: it takes no {option}, got {value!r}")
     settings = _read_config(folder / CONFIG)
+    refuse_stand_in(folder / WEIGHTS)
     try:
         blob = (folder / WEIGHTS).read_bytes()
         tensors = load_tensors(blob)
@@ -180,6 +182,7 @@ def _check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The mapping of config.json, with exactly the keys that are known."""
+    refuse_stand_in(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

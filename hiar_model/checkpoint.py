@@ -19,8 +19,10 @@ from . import layouts
 from .config import WanConfig
 from .transformer import HiARTransformer
 from .weight_files import (
+    add_tensors,
     check_keys,
     check_tensors,
+    only_one,
     parse_json,
     read_json,
     read_tensors,
@@ -33,6 +35,7 @@ from .weight_files import (
 CONFIG_KEY = "hiar_config"  # WanConfig as JSON in the header of the files we write
 _PIPELINE, _EXPERT = "model_index.json", "transformer_2"  # of a diffusers folder
 _NETWORKS = ("generator_ema", "generator", "critic")  # of a training checkpoint; the last one is never taken
+Window = tuple[int | None, int | None]  # of a causal model's config.json: all, and what stays; None: it does not say
 _HEAD_DIM = 128  # of every published Wan model
 
 
@@ -46,6 +49,7 @@ class Found:
     dtypes      of its tensors, the most frequent first
     tensors, parameters, nbytes  how many and how much; q, k and v count as three
     files       that hold them
+    window_frames, sink_frames  latent frames, as a causal model's config.json says; None: it says nothing
     """
 
     layout: str
@@ -57,6 +61,8 @@ class Found:
     parameters: int
     nbytes: int
     files: tuple[Path, ...]
+    window_frames: int | None = None
+    sink_frames: int | None = None
 
     def __str__(self) -> str:
         c = self.config
@@ -64,10 +70,14 @@ class Found:
         network += f" (left: {', '.join(self.others)})" if self.others else ""
         dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
         first, more = self.files[0], len(self.files) - 1
+        told = (("window", self.window_frames), ("sink", self.sink_frames))
+        window = ", ".join(f"{name} {frames}" for name, frames in told if frames is not None)
+        window = f"; {window} latent frames by its config.json" if window else ""
         return (
             f"{self.layout} layout{network}: {c.num_layers} layers of width {c.dim}, {c.num_heads} heads; "
             f"{self.parameters:,} parameters in {self.tensors} tensors, {dtypes}, {self.nbytes / 1e9:.2f} GB in {first}"
             + (f" and {more} more" if more else "")
+            + window
         )
 
 
@@ -126,8 +136,9 @@ def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
     if theirs:
         state = renamed(state, layouts.to_native, source)
     spell = layouts.to_diffusers if theirs else None
+    window: Window = (None, None)
     if config is None:
-        config = _find_config(source, state, told)
+        config, window = _find_config(source, state, told)
     with torch.device("meta"):
         expected = HiARTransformer(config).state_dict()
     check_keys(state, expected, source, spell)
@@ -142,6 +153,8 @@ def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
         parameters=sum(value.numel() for value in state.values()),
         nbytes=sum(value.nbytes for value in state.values()),
         files=tuple(files),
+        window_frames=window[0],
+        sink_frames=window[1],
     )
     return state, found
 
@@ -182,6 +195,8 @@ def _inside(source: Path) -> Path:
         raise ValueError(f"{source}: holds two experts; give the path of one: {source / parts[0]}, {source / parts[1]}")
     if not parts or not (source / parts[0]).is_dir():
         raise ValueError(f"{source}: {_PIPELINE} is there, but no folder transformer beside it")
+    outside = sorted(source.glob("diffusion_pytorch_model*.safetensors"))[:1]
+    only_one([*outside, source / parts[0]], f"the transformer of {source}")
     return source / parts[0]
 
 
@@ -192,6 +207,7 @@ def _read_all(source: Path) -> tuple[dict[str, Any], dict[str, Any], list[Path],
     state: dict[str, Any] = {}
     told: dict[str, Any] = {}
     networks: list[str] = []
+    came: dict[str, Path] = {}
     files = weight_files(source)
     for file in files:
         content, header = read_tensors(file)
@@ -202,11 +218,7 @@ def _read_all(source: Path) -> tuple[dict[str, Any], dict[str, Any], list[Path],
             taken = {key: value for key, value in taken.items() if key != CONFIG_KEY}
         if CONFIG_KEY in header:
             told = parse_json(header[CONFIG_KEY], file)
-        for key, value in taken.items():
-            name = layouts.plain(str(key))
-            if name in state:
-                raise ValueError(f"{file}: {key} is there twice (as {name}); expected every tensor once")
-            state[name] = value
+        add_tensors(state, renamed(taken, lambda key: layouts.plain(str(key)), file), file, came)
     if not state:
         raise ValueError(f"{source}: no weights found: it holds no tensor")
     return state, told, files, networks
@@ -218,19 +230,24 @@ def _network(content: Any, file: Path) -> tuple[Mapping[str, Any], list[str]]:
         raise ValueError(f"{file}: holds a {type(content).__name__}, expected a state dict")
     there = [name for name in _NETWORKS if isinstance(content.get(name), Mapping) and content[name]]
     if not there:
+        if (what := layouts.foreign(key for key, value in content.items() if isinstance(value, Mapping))) is not None:
+            raise ValueError(f"{file}: {what}")
         return content, []
     if there[0] == _NETWORKS[-1]:
         raise ValueError(f"{file}: holds a {there[0]} only, expected {' or '.join(_NETWORKS[:-1])}")
     return content[there[0]], there
 
 
-def _find_config(source: Path, state: Mapping[str, Tensor], written: dict[str, Any]) -> WanConfig:
+def _find_config(source: Path, state: Mapping[str, Tensor], written: dict[str, Any]) -> tuple[WanConfig, Window]:
+    """Sizes, and the window and sink where config.json tells them."""
     beside = (source if source.is_dir() else source.parent) / "config.json"
     told: dict[str, Any] = {}
+    window: Window = (None, None)
     if written:
         beside, told = source, written
     elif beside.is_file():
-        told = layouts.read_sizes(read_json(beside), beside)
+        values = read_json(beside)
+        told, window = layouts.read_sizes(values, beside), layouts.read_window(values, beside)
     values = {**_infer(state), **told}
     if "num_heads" not in values and isinstance(dim := values.get("dim"), int):
         if dim % _HEAD_DIM:
@@ -240,7 +257,7 @@ def _find_config(source: Path, state: Mapping[str, Tensor], written: dict[str, A
     if lacking:
         raise ValueError(f"{source}: no Wan transformer: no key tells {', '.join(lacking)}; its keys: {some(state)}")
     try:
-        return WanConfig.from_dict(values)
+        return WanConfig.from_dict(values), window
     except TypeError as error:
         raise ValueError(f"{beside if told else source}: sizes must be numbers: {error}") from error
     except ValueError as error:

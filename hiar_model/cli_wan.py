@@ -73,10 +73,14 @@ def doctor(a: Namespace) -> None:
         for name, value in vars(a).items():
             if name not in ("config", "model") and value != defaults.get(name):
                 raise ValueError(f"--{name.replace('_', '-')} needs --model: whose memory is asked for?")
-        from .doctor import report
+        from .doctor import UNUSABLE, report
 
+        broken = []
         for topic, found in report():
             print(f"{topic + ':':<28} {found}")
+            broken += [f"{topic} is {found}"] if found.startswith(UNUSABLE) else []
+        if broken:
+            raise ValueError("; ".join(broken))
         return
     from .fit import ask, lines, parse_size
 

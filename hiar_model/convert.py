@@ -78,7 +78,7 @@ def convert(
     if on_found is not None:
         on_found(found, before)
     with whole(target) as part:
-        _write(state, found.config, part, to)
+        _write(state, found, part, to)
         again, written = read_checkpoint(part)
         after = tensors_sha256(again)
         if after != before:
@@ -106,7 +106,8 @@ def _check_target(target: Path, to: str) -> Path:
     return target
 
 
-def _write(state: Mapping[str, Tensor], config: WanConfig, part: Path, to: str) -> None:
+def _write(state: Mapping[str, Tensor], found: Found, part: Path, to: str) -> None:
+    config = found.config
     state = {key: value.contiguous() for key, value in state.items()}
     if to == "pt":
         network = {f"model.{key}": value for key, value in state.items()}
@@ -114,7 +115,7 @@ def _write(state: Mapping[str, Tensor], config: WanConfig, part: Path, to: str) 
     elif part.suffix == ".safetensors":
         save_file(state, part, file_header(config))
     else:  # a folder, whose config.json alone tells the sizes, as in the published ones
-        sizes = layouts.native_config(config)
+        sizes = layouts.native_config(config, (found.window_frames, found.sink_frames))
         if to == "diffusers":
             sizes = layouts.diffusers_config(config)
             state = {layouts.to_diffusers(key): value for key, value in state.items()}

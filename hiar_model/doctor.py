@@ -9,6 +9,7 @@ from pathlib import Path
 from .version import versions
 
 LIBRARIES = ("torch", "triton", "numpy", "safetensors", "av", "jsonargparse", "rich")
+UNUSABLE = "not usable"  # begins what is said of a part that is broken
 OPTIONAL = ("diffusers", "transformers", "flash-attn", "xformers", "matplotlib")
 
 
@@ -41,7 +42,7 @@ def report() -> Iterator[tuple[str, str]]:
         try:
             model = load_video_model(name, "cpu")
         except ValueError as error:
-            yield f"model {name}", f"not usable: {error}"
+            yield f"model {name}", f"{UNUSABLE}: {error}"
         else:
             parameters = sum(parameter.numel() for parameter in model.transformer.parameters())
             yield f"model {name}", f"{parameters:,} parameters, sha256 {model.weights_sha256}"

@@ -16,6 +16,7 @@ import torch
 
 from .cache import E4M3
 from .config import WanConfig
+from .files import refuse_stand_in
 from .memory import Memory, Part, Request, predict, vae_part
 from .weight_files import read_json, read_tensors
 
@@ -94,22 +95,27 @@ def subject(model: str) -> Subject:
 
 def _on_disk(path: Path) -> Subject:
     from .checkpoint import read_checkpoint
-    from .text import find_text_encoder
-    from .vae_weights import ORIGINAL
+    from .text import NATIVE_WEIGHTS, WEIGHTS, find_text_encoder
+    from .vae_weights import ORIGINAL, find_vae
 
     found = read_checkpoint(path)[1]  # mapped, not read
     folder, missing, text, vae = path if path.is_dir() else path.parent, [], 0, None
-    try:
+    if any((folder / name).exists() for name in (WEIGHTS, NATIVE_WEIGHTS)):
         text = find_text_encoder(folder).nbytes
-    except ValueError:
+    else:
         missing.append("text encoder")
     if (folder / "vae" / "config.json").is_file():
+        refuse_stand_in(find_vae(folder))
         vae = read_json(folder / "vae" / "config.json")
     elif (folder / ORIGINAL).is_file():
         vae = {"base_dim": len(read_tensors(folder / ORIGINAL)[0]["encoder.conv1.weight"])}
     else:
         missing.append("VAE")
-    return Subject(str(found), found.config, text_encoder=text, vae=vae, missing=tuple(missing))
+    window, sink = found.window_frames or WINDOW, found.sink_frames or 0
+    return Subject(
+        str(found), found.config, window_frames=window, sink_frames=sink, text_encoder=text, vae=vae,
+        missing=tuple(missing),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

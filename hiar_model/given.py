@@ -17,6 +17,7 @@ from typing import Any
 import av
 import numpy as np
 
+from .files import refuse_stand_in
 from .video import Frames, source_matrix
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -84,6 +85,7 @@ def _check(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
         raise ValueError(f"{option} {path}: cannot read {path.suffix or 'no suffix'!r}; legal: {', '.join(suffixes)}")
     if not path.is_file():
         raise ValueError(f"{option} {path}: no such file")
+    refuse_stand_in(path)
 
 
 def _read_image(path: Path) -> tuple[Frames, list[str]]:

@@ -68,13 +68,21 @@ _TEXT_KEY_BACK = re.compile(r"(?:encoder\.block\.(?P<n>\d+)\.)?(?P<name>.+)\.wei
 _KEY = re.compile(r"(?P<block>blocks\.\d+\.)?(?P<name>.+?)(?P<kind>\.weight|\.bias)?")
 _RENAMED = {"in_dim": "in_channels", "out_dim": "out_channels"}  # native config.json -> WanConfig
 _ABOUT_OTHERS = {"model_type", "window_size", "qk_norm", "cross_attn_norm"}  # native keys that fix no size
+CAUSAL, _OF_WINDOW = "CausalWanModel", ("local_attn_size", "sink_size")  # as Self-Forcing's code writes them
 _DIFFUSERS_SIZES = ("patch_size", "in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")
 _DIFFUSERS_OTHERS = {
     "num_attention_heads", "attention_head_dim", "cross_attn_norm", "qk_norm", "image_dim", "added_kv_proj_dim",
     "rope_max_seq_len", "pos_embed_seq_len",
 }  # fmt: skip
 _FOREIGN = (  # part of a key -> what such a file is
-    (r"\.lora_|lora_[AB]\.", "a LoRA adapter; merge it into a checkpoint first"),
+    (r"lokr_", "a LoKr adapter, a kind of LoRA; merge it into a checkpoint first"),
+    (r"\.hada_|loha_", "a LoHa adapter, a kind of LoRA; merge it into a checkpoint first"),
+    (r"(^|[._])lora(_|$)|lora_[AB]\.|_lora(\.|$)", "a LoRA adapter; merge it into a checkpoint first"),
+    (r"lycoris_|\.(oft|boft)_", "an adapter of the LoRA family; merge it into a checkpoint first"),
+    (
+        r"\.diff(_b|_m)?$|\.set_weight$",
+        "a file of differences from a checkpoint, as LoRA extractors write; add them to that checkpoint first",
+    ),
     (r"vace_", "a VACE model; expected a text-to-video one"),
     (r"face_adapter|motion_encoder|pose_patch_embedding", "a Wan-Animate model; expected a text-to-video one"),
     (
@@ -153,11 +161,30 @@ def read_sizes(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if "num_attention_heads" in values or values.get("_class_name") == "WanTransformer3DModel":
         return _diffusers_sizes(values, file)
     name = values.get("_class_name", "WanModel")
-    if name not in ("WanModel", "CausalWanModel"):
-        raise ValueError(f"{file}: describes a {name}, expected WanModel, CausalWanModel or WanTransformer3DModel")
-    kept = {_RENAMED.get(k, k): v for k, v in values.items() if not k.startswith("_") and k not in _ABOUT_OTHERS}
+    if name not in ("WanModel", CAUSAL):
+        raise ValueError(f"{file}: describes a {name}, expected WanModel, {CAUSAL} or WanTransformer3DModel")
+    others = {*_ABOUT_OTHERS, *(_OF_WINDOW if name == CAUSAL else ())}
+    kept = {_RENAMED.get(k, k): v for k, v in values.items() if not k.startswith("_") and k not in others}
     _check_known(kept, {f.name for f in fields(WanConfig)}, file, set(_RENAMED))
     return kept
+
+
+def read_window(values: Mapping[str, Any], file: Path) -> tuple[int | None, int | None]:
+    """(window_frames, sink_frames) from the config.json of a causal model, in latent frames; None: it does not say, as
+    where its ``local_attn_size`` is -1.
+
+    Raises:
+        ValueError: one line: no such numbers.
+    """
+    if values.get("_class_name") != CAUSAL:
+        return None, None
+    local, sink = (values.get(key) for key in _OF_WINDOW)
+    for key, value, least in (("local_attn_size", local, 1), ("sink_size", sink, 0)):
+        legal = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if value is not None and not legal and (key, value) != ("local_attn_size", -1):
+            more = ", or -1" if key == "local_attn_size" else ""
+            raise ValueError(f"{file}: {key} must be a whole number of at least {least}{more}, got {value!r}")
+    return None if local == -1 else local, sink
 
 
 def _diffusers_sizes(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -187,13 +214,20 @@ def _check_known(told: Iterable[str], known: set[str], file: Path, also: Iterabl
         raise ValueError(f"{file}: unknown {', '.join(unknown)}; known: {', '.join(sorted({*known, *also}))}")
 
 
-def native_config(config: WanConfig) -> dict[str, Any]:
-    """The config.json of a native folder; what the published class has no name for only where it is not the default."""
+def native_config(config: WanConfig, window: tuple[int | None, int | None] = (None, None)) -> dict[str, Any]:
+    """The config.json of a native folder; what the published class has no name for only where it is not the default.
+
+    Args:
+        window: what :func:`read_window` found; with numbers in it the model is a causal one.
+    """
     values = config.to_dict()
     for theirs, ours in _RENAMED.items():
         values[theirs] = values.pop(ours)
     if config.rope_theta == WanConfig.rope_theta:
         del values["rope_theta"]
+    if window != (None, None):
+        values |= dict(zip(_OF_WINDOW, (window[0] or -1, window[1] or 0), strict=True))
+        return {"_class_name": CAUSAL, "model_type": "t2v", **values}
     return {"_class_name": "WanModel", "model_type": "t2v", **values}
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .files import refuse_stand_in
 from .rollout.simulate import simulate
 from .rollout.visits import Plan
 
@@ -92,6 +93,7 @@ class Script:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Script:
         """From a file in UTF-8."""
+        refuse_stand_in(Path(path))
         try:
             return cls.parse(Path(path).read_text(encoding="utf-8-sig"), Path(path).name)
         except OSError as error:

@@ -25,11 +25,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import layouts
-from .weight_files import check_keys, check_tensors, read_json, read_tensors, renamed, some, weight_files, whole
+from .files import refuse_stand_in
+from .weight_files import (
+    add_tensors,
+    check_keys,
+    check_tensors,
+    only_one,
+    read_json,
+    read_tensors,
+    renamed,
+    some,
+    weight_files,
+    whole,
+)
 
 MAX_TOKENS = 512
 NATIVE_WEIGHTS, NATIVE_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
 WEIGHTS, TOKENIZER = "text_encoder", "tokenizer"  # folders of a diffusers pipeline
+TOKENIZER_JSON, SPIECE = "tokenizer.json", "spiece.model"  # either is a whole tokenizer
 OFFLOADS = (None, "cpu", "free")
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)  # float16 overflows in this network
 _CACHE_FORMAT = 1
@@ -68,6 +81,8 @@ def find_text_encoder(folder: str | os.PathLike[str]) -> TextEncoderFiles:
     source = Path(folder)
     if not source.is_dir():
         raise ValueError(f"{source}: no such folder")
+    there = [path for name in (WEIGHTS, NATIVE_WEIGHTS) if (path := source / name).exists()]
+    only_one(there, f"the text encoder of {source}")
     if (source / WEIGHTS).is_dir():
         config, tokenizer = source / WEIGHTS / "config.json", source / TOKENIZER
         files = tuple(weight_files(source / WEIGHTS))
@@ -79,8 +94,10 @@ def find_text_encoder(folder: str | os.PathLike[str]) -> TextEncoderFiles:
     else:
         legal = f"{NATIVE_WEIGHTS} and {NATIVE_TOKENIZER}/, or {WEIGHTS}/ and {TOKENIZER}/"
         raise ValueError(f"{source}: no text encoder; expected {legal}")
-    if not any((found.tokenizer / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-        raise ValueError(f"{found.tokenizer}: no tokenizer; expected tokenizer.json or spiece.model there")
+    if not any((found.tokenizer / name).is_file() for name in (TOKENIZER_JSON, SPIECE)):
+        raise ValueError(f"{found.tokenizer}: no tokenizer; expected {TOKENIZER_JSON} or {SPIECE} there")
+    for file in (*found.weights, *sorted(found.tokenizer.iterdir())):
+        refuse_stand_in(file)
     return found
 
 
@@ -125,6 +142,9 @@ class WanTextEncoder:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"the text encoder cannot run in {dtype}; legal: {', '.join(map(str, DTYPES))}")
         self.files = find_text_encoder(folder)
+        if not (self.files.tokenizer / TOKENIZER_JSON).is_file():
+            for package in ("sentencepiece", "google.protobuf"):  # what reads spiece.model
+                _library(package)
         self.device, self.dtype, self.offload = torch.device(device), dtype, offload
         self._tokenizer: Any = None
         self._model: Any = None
@@ -220,11 +240,12 @@ def load_umt5(
     library = _library("transformers")
     source = files.weights[0] if len(files.weights) == 1 else files.weights[0].parent
     state: dict[str, Any] = {}
+    came: dict[str, Path] = {}
     for file in files.weights:
         content, _ = read_tensors(file)
         if not isinstance(content, Mapping):
             raise ValueError(f"{file}: holds a {type(content).__name__}, expected a state dict")
-        state.update(content)
+        add_tensors(state, content, file, came)
     check_tensors(state, source)
     if files.config is None:
         state = renamed(state, layouts.text_to_transformers, source)

@@ -12,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .files import refuse_stand_in
 from .vae_fused import fuse, to_channels_last
+from .weight_files import only_one
 
 ORIGINAL = "Wan2.1_VAE.pth"  # beside the weights of the original layout
 DIFFUSERS = "diffusion_pytorch_model.safetensors"  # in the folder vae/ of diffusers' layout, beside config.json
@@ -37,9 +39,9 @@ def load_vae(
         channels_last: weights and features lie channels last (bench/bench_vae.py measures both).
 
     Raises:
-        ValueError: one line: no VAE there, a corrupt file, another architecture, or diffusers is not installed.
+        ValueError: one line: no VAE there, or two, a corrupt file, another architecture, or diffusers is not installed.
     """
-    file = _weights_file(Path(path))
+    file = find_vae(Path(path))
     state = _tensors(file)
     beside = file.parent / "config.json"
     if _OF_ORIGINAL in state:
@@ -68,17 +70,26 @@ def library(module: str) -> Any:
         raise ValueError(f"Wan's VAE needs diffusers: pip install 'hiar-kernels[wan]' ({error})") from error
 
 
-def _weights_file(path: Path) -> Path:
+def find_vae(path: Path) -> Path:
+    """The file of a VAE's weights that a path means; ValueError if there is none, or two."""
     if path.is_file():
         return path
-    for name in (DIFFUSERS, f"vae/{DIFFUSERS}", ORIGINAL):
-        if (path / name).is_file() and (name != DIFFUSERS or _OF_DIFFUSERS in _keys(path / name)):
-            return path / name
+    there = [
+        path / name
+        for name in (DIFFUSERS, f"vae/{DIFFUSERS}", ORIGINAL)
+        if (path / name).is_file() and (name != DIFFUSERS or _OF_DIFFUSERS in _keys(path / name))
+    ]
+    if there and there[0].name == DIFFUSERS:
+        there[1:1] = sorted(file for file in there[0].parent.glob("*.safetensors") if file.name != DIFFUSERS)
+    only_one(there, f"the VAE of {path}")
+    if there:
+        return there[0]
     raise ValueError(f"{path}: no VAE there; expected vae/{DIFFUSERS} (diffusers) or {ORIGINAL} (original)")
 
 
 def _keys(file: Path) -> list[str]:
     """Names of the tensors: in the original layout the transformer has a file of the same name."""
+    refuse_stand_in(file)
     try:
         with safe_open(file, framework="pt") as opened:
             return list(opened.keys())
@@ -88,6 +99,7 @@ def _keys(file: Path) -> list[str]:
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     """What a file holds; unpickling is weights_only."""
+    refuse_stand_in(file)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -105,6 +117,7 @@ def _corrupt(file: Path, error: Exception) -> ValueError:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    refuse_stand_in(file)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

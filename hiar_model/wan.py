@@ -56,7 +56,8 @@ def load_wan(
     prompt_cache: str | os.PathLike[str] | None = None,
     on_found: Callable[[str], None] | None = None,
 ) -> VideoModel:
-    """A :class:`VideoModel` of 480x832, 81 frames, 16 fps, 4 steps of shift 5, blocks of 3 in a window of 21.
+    """A :class:`VideoModel` of 480x832, 81 frames, 16 fps, 4 steps of shift 5, blocks of 3 in a window of 21; another
+    window, and a sink, where the config.json of a causal model tells them.
 
     Args:
         name: that it goes by. dtype: of weights and work; None: bfloat16 on CUDA, else float32. The text encoder, and
@@ -85,6 +86,8 @@ def load_wan(
     on_cpu = "vae" in offload or device.type == "cpu"
     vae = load_vae(folder, dtype=torch.float32 if on_cpu else beside, device="cpu" if on_cpu else device)
 
+    windows: dict[tuple[int | None, int | None], str | os.PathLike[str]] = {}  # that config.json tells -> of which
+
     def load(path: str | os.PathLike[str]) -> HiARTransformer:
         def check(found: Found) -> None:
             channels, needed = vae.config.z_dim, (found.config.in_channels, found.config.out_channels)
@@ -92,6 +95,13 @@ def load_wan(
                 raise ValueError(
                     f"{path}: takes {needed[0]} channels and makes {needed[1]}, the VAE in {folder} has {channels}: "
                     "expected a text-to-video model"
+                )
+            windows.setdefault((found.window_frames, found.sink_frames), path)
+            if len(windows) > 1:
+                (window, sink), other = next(iter(windows.items()))
+                raise ValueError(
+                    f"experts: the config.json of {path} says window {found.window_frames} and sink "
+                    f"{found.sink_frames}, that of {other} {window} and {sink}; steps share one window"
                 )
             if on_found is not None:
                 on_found(str(found))
@@ -105,6 +115,7 @@ def load_wan(
         experts = tuple(load_experts(files, load, own_steps))
         transformer = next(filter(None, experts))
         identity = _identity(files)
+    window, sink = next(iter(windows))
     cell = vae.config.scale_factor_spatial
     rows, columns = (cell * patch for patch in transformer.config.patch_size[1:])
     options = {"checkpoint": _written(checkpoint), "offload": ",".join(offload)}
@@ -114,8 +125,8 @@ def load_wan(
         experts=experts,
         schedule=schedule,
         frames_per_block=FRAMES_PER_BLOCK,
-        window_frames=WINDOW,
-        sink_frames=0,
+        window_frames=window or WINDOW,
+        sink_frames=sink or 0,
         fps=FPS,
         num_frames=NUM_FRAMES,
         train_frames=NUM_FRAMES,

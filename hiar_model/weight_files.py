@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .files import refuse_stand_in
 
 PICKLES = (".pth", ".pt")
 INDEX = ".safetensors.index.json"
@@ -26,8 +28,15 @@ def weight_files(source: Path) -> list[Path]:
     are published in the same folder are not among them.
 
     Raises:
-        ValueError: one line: nothing there, another suffix, a bad index, a shard that is missing.
+        ValueError: one line: nothing there, another suffix, a bad index, a shard that is missing, a git-lfs pointer.
     """
+    files = _weight_files(source)
+    for file in files:
+        refuse_stand_in(file)
+    return files
+
+
+def _weight_files(source: Path) -> list[Path]:
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
     if source.is_file():
@@ -42,12 +51,12 @@ def weight_files(source: Path) -> list[Path]:
         raise ValueError(f"{source}: several indexes ({some(p.name for p in indexes)}); give the path of one")
     if indexes:
         return _shards(indexes[0])
-    for suffixes in ((".safetensors",), PICKLES):
-        files = sorted(
-            p for p in source.iterdir() if p.suffix in suffixes and not p.name.startswith((".", *_OTHER_PARTS))
-        )
-        if files:
-            return files
+    kinds = ((".safetensors",), PICKLES)
+    inside = [p for p in sorted(source.iterdir()) if not p.name.startswith((".", *_OTHER_PARTS))]
+    of_kind = [files for kind in kinds if (files := [p for p in inside if p.suffix in kind])]
+    only_one([files[0] for files in of_kind], f"the weights of {source}")
+    if of_kind:
+        return of_kind[0]
     inner = sorted(p.name for p in source.iterdir() if p.is_dir() and any(p.glob("*.safetensors")))
     hint = f"; the folders in it hold some: {some(inner)}" if inner else ""
     raise ValueError(f"{source}: no weights found; expected *{INDEX}, *.safetensors, *.pth or *.pt{hint}")
@@ -68,6 +77,7 @@ def read_tensors(file: Path) -> tuple[Any, dict[str, str]]:
     """What one file holds, mapped into memory where its format allows, and its header; ValueError of one line for
     a file that is torn, of another format, or a pickle of more than tensors.
     """
+    refuse_stand_in(file)
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
@@ -77,6 +87,30 @@ def read_tensors(file: Path) -> tuple[Any, dict[str, str]]:
         reason = (str(error).splitlines() or [""])[0].partition(". ")[0][:150]
         kind = "safetensors" if file.suffix == ".safetensors" else "a plain PyTorch state dict (weights_only)"
         raise ValueError(f"{file}: corrupt, or not {kind}: {type(error).__name__}: {reason}") from error
+
+
+def add_tensors(state: dict[str, Any], more: Mapping[str, Any], file: Path, came: dict[str, Path]) -> None:
+    """Put the tensors of one of several files that make a model together into ``state``.
+
+    Args:
+        came: key -> the file that it came from; grows along.
+
+    Raises:
+        ValueError: a key is there already: two files for one role, both named.
+    """
+    for key, value in more.items():
+        if key in state:
+            raise ValueError(
+                f"{came[key]} and {file.name} both hold {key}: keep one of the two, or give the path of one"
+            )
+        state[key], came[key] = value, file
+
+
+def only_one(there: Sequence[Path], what: str) -> None:
+    """ValueError if more than one of the places that may hold a part of a model does."""
+    if len(there) > 1:
+        names = " and ".join(str(path) for path in there)
+        raise ValueError(f"two files for {what}: {names}; keep one, or give the path of one")
 
 
 def check_tensors(state: Mapping[str, Any], source: Path) -> None:
@@ -152,6 +186,7 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError of one line for anything else."""
+    refuse_stand_in(file)
     return parse_json(file.read_text(encoding="utf-8", errors="replace"), file)
 
 

@@ -441,6 +441,9 @@ def test_wrong_folders_are_named(folder, tmp_path):
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"no tensors")
+    two = f"two files for the VAE of {tmp_path}: {weights} and {tmp_path / wan_files.VAE}; keep one"
+    assert said(lambda: load_vae(tmp_path)).startswith(two)
+    (tmp_path / wan_files.VAE).unlink()
     for place in (tmp_path, tmp_path / "vae"):
         corrupt = f"{weights}: corrupt, or no plain state dict: SafetensorError: "
         assert said(lambda place=place: load_vae(place)).startswith(corrupt)

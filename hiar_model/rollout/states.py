@@ -16,6 +16,8 @@ import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..files import refuse_stand_in
+
 TENSORS = ("cache", "latents", "history")
 NUMBERS = ("key", "groups_done", "step")
 
@@ -69,6 +71,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: the file is not there, or corrupt.
     """
+    refuse_stand_in(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             told = file.metadata() or {}

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..files import refuse_stand_in
 from ..keyed import keyed_generator
 from ..toy.codec import ToyCodec
 from ..toy.prompt import PROMPT_TOKENS, random_tokens
@@ -263,6 +264,7 @@ class LatentData(PromptData):
 
 def open_tensors(file: Path) -> safetensors.safe_open:
     """A safetensors file, its header read; ValueError of one line if it is not there or not readable."""
+    refuse_stand_in(file)
     try:
         return safetensors.safe_open(file, "pt")
     except (OSError, safetensors.SafetensorError) as error:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
+from ..files import refuse_stand_in
 from ..text import WanTextEncoder, clean_prompt
 from .config import PromptsRecipe
 from .data import open_tensors
@@ -83,6 +84,7 @@ def _read(path: str) -> list[str]:
     """The prompts of a file, cleaned."""
     if not path:
         raise ValueError("recipe: prompts must be given: a text file, one prompt on each line")
+    refuse_stand_in(Path(path))
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError) as error:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import refuse_stand_in
+
 SETTINGS = "settings.json"
 
 
@@ -71,6 +73,7 @@ def shared_out(folder: Path, what: str, suffix: str) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; ValueError of one line if there is none."""
+    refuse_stand_in(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
