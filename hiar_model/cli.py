@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentParser, Namespace
 
+from .cli_config import ConfigFile, config_first
 from .cli_generate import generate, generate_arguments
 from .cli_parallel import launch, parity_arguments, verify_parity
 from .cli_performance import (
@@ -25,6 +26,7 @@ from .cli_train import train, train_arguments
 from .cli_wan import convert, convert_arguments, doctor, doctor_arguments
 from .version import package_version
 
+CONFIG_HELP = "file with options of this command: YAML, or the .json beside a video; words typed here count more"
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 
@@ -40,7 +42,7 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
     for name, (add_arguments, _, summary) in COMMANDS.items():
         command = ArgumentParser(description=summary, exit_on_error=False)
-        command.add_argument("--config", action="config", metavar="FILE", help="YAML file with options of this command")
+        command.add_argument("--config", action=ConfigFile, metavar="FILE", help=CONFIG_HELP)
         add_arguments(command)
         commands.add_subcommand(name, command, help=summary)
     return parser
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     debug = False
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = build_parser().parse_args(config_first(sys.argv[1:] if argv is None else argv))
         debug = arguments.debug
         chosen = arguments[arguments.subcommand]
         if chosen.get("nproc", 1) > 1 and "LOCAL_RANK" not in os.environ:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from .cli_config import Optional
 from .cli_machine import imports, load_model, machine_arguments, progress_bar
 from .cli_parallel import KEPT, job, keeping_arguments, pipeline_arguments
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 def generate_arguments(parser: ArgumentParser) -> None:
     """Options of `hiar generate`."""
-    parser.add_argument("prompt", type=str, nargs="?", help='such as "a red circle moving right"; or give --prompts')
+    parser.add_argument(
+        "prompt", action=Optional, type=str, nargs="?", help='such as "a red circle moving right"; or give --prompts'
+    )
     parser.add_argument("-o", "--out", type=str, required=True, help="name.mp4, name.gif, or name/ for PNG files")
     parser.add_argument("--model", type=str, default="toy", help="name of a shipped model, or a folder, such as of Wan")
     parser.add_argument(

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 def train_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", type=str, help="name of a shipped recipe (such as toy/hiar), or a .yaml file")
     parser.add_argument(
-        "overrides", type=str, nargs="*", metavar="key=value", help="before options; such as optimizer.lr=1e-3"
+        "overrides",
+        type=str,
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="before options; such as optimizer.lr=1e-3",
     )
     parser.add_argument("--out", type=str, help="folder of the run, which resumes; default: runs/RECIPE")
     parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if there is any), cpu, cuda")

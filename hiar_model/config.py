@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .checks import whole
+
 _PRESETS: dict[str, dict[str, Any]] = {
     "wan2.1-t2v-1.3b": {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30},
     "wan2.1-t2v-14b": {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
@@ -50,6 +52,10 @@ class WanConfig:
             object.__setattr__(self, "position_grid", tuple(self.position_grid))
         for f in fields(self):
             value = getattr(self, f.name)
+            if f.name not in ("eps", "rope_theta") and value is not None:
+                each = [whole(f"WanConfig: {f.name}", one) for one in (value if isinstance(value, tuple) else (value,))]
+                value = tuple(each) if isinstance(value, tuple) else each[0]  # numpy's too, which JSON would refuse
+                object.__setattr__(self, f.name, value)
             if value is not None and (min(value) < 1 if isinstance(value, tuple) else value <= 0):
                 raise ValueError(f"WanConfig: {f.name} must be positive, got {value}")
         if self.dim % (2 * self.num_heads):

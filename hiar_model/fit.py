@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .cache import E4M3
+from .checks import whole
 from .config import WanConfig
 from .files import refuse_stand_in
 from .memory import Memory, Part, Request, predict, vae_part
@@ -158,6 +159,11 @@ def ask(
     Raises:
         ValueError: one line that names what is wrong and what is legal.
     """
+    height, width, frames, steps, sink_frames = (
+        None if value is None else whole(name, value, least)
+        for name, value, least in (("height", height, 1), ("width", width, 1), ("frames", frames, None),
+                                   ("steps", steps, 1), ("sink-frames", sink_frames, 0))
+    )  # fmt: skip
     about = subject(model)
     if about.size is not None and (height, width) != (None, None):
         raise ValueError(f"{about.name} has one size: give no height and no width")
@@ -249,7 +255,7 @@ def changes(asked: Asked) -> list[list[Change]]:
         found.append([none, Change(4, ("--offload",), {}, ("vae",))])
     if r.cache_dtype is None:
         found.append([none, Change(8, ("--cache-dtype float8_e4m3fn",), {"cache_dtype": E4M3})])
-    if r.window_frames is None or isinstance(r.window_frames, int):
+    if not isinstance(r.window_frames, tuple):
         widest = min(r.window_frames or r.num_frames or 0, r.num_frames or r.window_frames or 0)
         narrow = [n for n in (12, 9, 6) if r.sink_frames + r.frames_per_block <= n < widest]
         found.append([none, *(Change(16 << i, (f"--window-frames {n}",), {"window_frames": n})

@@ -17,12 +17,13 @@ from torch import Tensor
 from hiar_kernels.nvtx import span
 
 from .bundle import load_video_model
+from .checks import ORDERS, as_whole, one_of, whole
 from .decoding import Decoding
 from .given import Given, read_given
 from .record import describe
 from .rollout import FinishedBlock, PipelineOptions, Rollout
 from .rollout.checkpoints import RunFolder
-from .rollout.visits import ORDERS, Plan, windows_per_step
+from .rollout.visits import Plan, windows_per_step
 from .schedule import FlowSchedule
 from .script import Script, Show, prompt_delay
 from .sessions import load_session, save_session
@@ -98,8 +99,15 @@ class Generation:
         threads: int | None = None,
         on_progress: Progress | None = None,
     ) -> None:
-        _check(num_frames=num_frames, seed=seed, steps=steps, order=order, sink_frames=sink_frames, fps=fps)
-        _whole("threads", threads, 1)
+        num_frames, steps, sink_frames, threads = (
+            None if value is None else whole(name, value, least)
+            for name, value, least in (("num_frames", num_frames, 1), ("steps", steps, 1),
+                                       ("sink_frames", sink_frames, 0), ("threads", threads, 1))
+        )  # fmt: skip
+        seed = whole("seed", seed)
+        if order is not None:
+            one_of("order", order, ORDERS)
+        fps = None if fps is None else check_fps(fps)
         blockwise, endless = endless or open_end, endless and num_frames is None
         if (endless or open_end) and order == "step_first":
             others = ", ".join(name for name in ORDERS if name != "step_first")
@@ -322,10 +330,13 @@ class Generation:
         window = self.model.window_frames if asked == "model" else asked
         if isinstance(window, str):
             raise ValueError(f'window_frames must be a number, one per step, None (all) or "model", got {window!r}')
-        if window is None or isinstance(window, int):
-            windows: tuple[int | None, ...] = (window,)
+        windows: tuple[int | None, ...]
+        if window is None or as_whole(window) is not None:
+            window = as_whole(window)
+            windows = (window,)
         else:
-            window = windows = tuple(window)
+            windows = tuple(None if each is None else whole("window_frames", each) for each in window)  # type: ignore[union-attr]
+            window = windows
             if len(windows) != len(self.schedule):
                 steps = len(self.schedule)
                 raise ValueError(f"window_frames has {len(windows)} numbers, give one for each of {steps} steps")
@@ -440,25 +451,6 @@ def stream(
             **more,
         )
     )
-
-
-def _check(
-    *, num_frames: object, seed: object, steps: object, order: object, sink_frames: object, fps: float | None
-) -> None:
-    """What can be told without a model, so that nobody waits for one to hear it."""
-    for name, value, least in (("num_frames", num_frames, 1), ("steps", steps, 1), ("sink_frames", sink_frames, 0)):
-        _whole(name, value, least)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed must be a whole number, got {seed!r}")
-    if order is not None and order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-    if fps is not None:
-        check_fps(fps)
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _load(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hiar_kernels import flow_step
 
+from .checks import as_whole
 from .rollout.noise import INITIAL, keyed_noise
 from .schedule import TRAIN_TIMESTEPS, FlowSchedule
 from .threads import cpu_threads, fitting_threads
@@ -110,9 +111,10 @@ def _given(given: Tensor | Iterable[int], batch: int, frames: int, block: int) -
         return given
     known, blocks = torch.zeros(batch, frames, dtype=torch.bool), frames // block
     for n in given:
-        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < blocks:
+        number = as_whole(n)
+        if number is None or not 0 <= number < blocks:
             raise ValueError(f"given blocks must be in 0..{blocks - 1}, got {n!r}")
-        known[:, n * block : (n + 1) * block] = True
+        known[:, number * block : (number + 1) * block] = True
     return known
 
 

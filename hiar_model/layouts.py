@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .checks import as_whole
 from .config import WanConfig
 
 NATIVE, DIFFUSERS, TRAINING = "native", "diffusers", "training"
@@ -199,7 +200,7 @@ def _diffusers_sizes(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
     sizes = {key: told[key] for key in _DIFFUSERS_SIZES if told.get(key) is not None}
     heads, width = told.get("num_attention_heads"), told.get("attention_head_dim")
     for key, value in (("num_attention_heads", heads), ("attention_head_dim", width)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        if value is not None and as_whole(value) is None:
             raise ValueError(f"{file}: sizes must be numbers: {key} is {value!r}")
     if heads is not None:
         sizes["num_heads"] = heads

@@ -25,6 +25,7 @@ from hiar_kernels import AttentionLayout, prefer
 from hiar_kernels._triton import shapes_only
 
 from .cache import RingAttend, RingCache
+from .checks import OFFLOAD
 from .config import WanConfig
 from .rollout import Rollout
 from .rollout.visits import Plan, windows_per_step
@@ -34,7 +35,6 @@ from .transformer import HiARTransformer
 _LAYERS = 2  # of the network that is run on fake tensors: a first and a last one
 WORKSPACE = 32 << 20
 """Bytes that torch keeps for cuBLAS for each stream that multiplies matrices, on sm_90 (8 MiB on most others)."""
-OFFLOAD = ("text", "vae")
 """What can leave the device: the text encoder after it has read the prompt; the VAE for good, to decode on the CPU."""
 
 

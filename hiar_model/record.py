@@ -29,7 +29,7 @@ def describe(
     model, device = run.model, run.model.device
     threads = torch.get_num_threads() if run.threads is None else run.threads
     dtype = str(model.dtype).removeprefix("torch.")
-    window = window if window is None or isinstance(window, int) else list(window)
+    window = list(window) if isinstance(window, tuple) else window
     height, width = model.pixel_size
     options: dict[str, Any] = {
         "model": model.name,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .checks import plain, whole
+
 TRAIN_TIMESTEPS = 1000  # the network's timestep is this many times sigma; 0 means clean
 
 
@@ -26,7 +28,8 @@ class FlowSchedule:
     shift: float = 5.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", tuple(self.steps))
+        object.__setattr__(self, "steps", tuple(map(plain, self.steps)))
+        object.__setattr__(self, "shift", plain(self.shift))
         inside = all(0 < s <= TRAIN_TIMESTEPS for s in self.steps)
         falling = all(a > b for a, b in zip(self.steps, self.steps[1:], strict=False))
         if not self.steps or not inside or not falling:
@@ -37,8 +40,7 @@ class FlowSchedule:
     @classmethod
     def uniform(cls, num_steps: int, shift: float = 5.0) -> FlowSchedule:
         """``num_steps`` steps at equal distances: 4 gives (1000, 750, 500, 250)."""
-        if num_steps < 1:
-            raise ValueError(f"FlowSchedule: the number of steps must be at least 1, got {num_steps}")
+        num_steps = whole("FlowSchedule: the number of steps", num_steps, 1)
         return cls(tuple(TRAIN_TIMESTEPS * (num_steps - i) / num_steps for i in range(num_steps)), shift)
 
     @property

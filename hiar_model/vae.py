@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .checks import whole
 from .vae_fused import Cache
 from .vae_weights import library, load_vae
 
@@ -129,9 +130,7 @@ class StreamingDecoder(_Stream):
 
     def __init__(self, vae: Any, *, frames_at_once: int = 1, own_stream: bool = False) -> None:
         super().__init__(vae, "decoder")
-        if isinstance(frames_at_once, bool) or not isinstance(frames_at_once, int) or frames_at_once < 1:
-            raise ValueError(f"frames_at_once must be a whole number of at least 1, got {frames_at_once!r}")
-        self.frames_at_once = frames_at_once
+        self.frames_at_once = whole("frames_at_once", frames_at_once, 1)
         self.stream = torch.cuda.Stream(self.device) if own_stream and self.device.type == "cuda" else None
 
     def decode(self, latents: Tensor) -> Frames:

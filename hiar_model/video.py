@@ -28,6 +28,8 @@ import numpy as np
 import numpy.typing as npt
 from av.filter import Graph
 
+from .checks import number_above_0
+
 Frames = npt.NDArray[np.uint8]
 """uint8 [F, H, W, 3], RGB."""
 
@@ -52,7 +54,7 @@ class Video:
 
     def __post_init__(self) -> None:
         _check_frames(self.frames)
-        check_fps(self.fps)
+        object.__setattr__(self, "fps", check_fps(self.fps))
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -82,10 +84,9 @@ class Video:
         return writer.path
 
 
-def check_fps(fps: float) -> None:
-    """ValueError unless ``fps`` is a finite number above 0."""
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not math.isfinite(fps) or fps <= 0:
-        raise ValueError(f"fps must be a number above 0, got {fps!r}")
+def check_fps(fps: float) -> float:
+    """The rate as a float; ValueError unless it is a finite number above 0."""
+    return number_above_0("fps", fps)
 
 
 def is_folder_target(path: str | os.PathLike[str]) -> bool:
@@ -166,7 +167,7 @@ class VideoWriter:
         metadata: Mapping[str, Any] | None = None,
         least_side: int = LEAST_SIDE,
     ) -> None:
-        check_fps(fps)
+        fps = check_fps(fps)
         self.path, self.fps, self.least_side = check_target(path), float(fps), least_side
         self.metadata = dict(metadata or {})
         self.folder = is_folder_target(path)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .cache import E4M3
-from .rollout.visits import CACHE_SOURCES, ORDERS
+from .checks import CACHE_SOURCES, ORDERS, whole
 from .schedule import FlowSchedule
 from .toy.world import WorldConfig
 from .transformer import HiARTransformer
@@ -87,15 +87,15 @@ class VideoModel:
 
     def __post_init__(self) -> None:
         for name in ("frames_per_block", "num_frames", "train_frames", "temporal_compression", "spatial_compression"):
-            _whole(name, getattr(self, name), 1)
-        _whole("sink_frames", self.sink_frames, 0)
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        object.__setattr__(self, "sink_frames", whole("sink_frames", self.sink_frames, 0))
         if self.cache_source not in CACHE_SOURCES:
             raise ValueError(f"cache_source must be one of {', '.join(CACHE_SOURCES)}, got {self.cache_source!r}")
         if self.order not in (None, *ORDERS):
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, or null, got {self.order!r}")
         if self.cache_source == "next_step" and self.order not in ("stream", "wavefront"):
             raise ValueError(f'cache_source "next_step" needs the order stream or wavefront, got {self.order!r}')
-        check_fps(self.fps)
+        object.__setattr__(self, "fps", check_fps(self.fps))
         self.latent_frames(self.num_frames)
         self.latent_frames(self.train_frames)
 
@@ -132,7 +132,10 @@ class VideoModel:
             ValueError: a size that it does not make; names the legal ones.
         """
         own = self.pixel_size
-        asked = own[0] if height is None else height, own[1] if width is None else width
+        asked = (
+            own[0] if height is None else whole("height", height, 1),
+            own[1] if width is None else whole("width", width, 1),
+        )
         if asked == own:
             return self
         if self.size_step is None:
@@ -140,7 +143,6 @@ class VideoModel:
                 f"model {self.name} makes frames of {own[0]}x{own[1]} pixels only, got {asked[0]}x{asked[1]}"
             )
         for name, value, step in zip(("height", "width"), asked, self.size_step, strict=True):
-            _whole(name, value, 1)
             if value % step:
                 near = " or ".join(str(n) for n in (value // step * step, value // step * step + step) if n)
                 raise ValueError(f"{name} must be a multiple of {step} pixels, got {value}, nearest {near}")
@@ -173,7 +175,7 @@ class VideoModel:
         Raises:
             ValueError: names the nearest legal numbers.
         """
-        _whole("num_frames", num_frames, 1)
+        num_frames = whole("num_frames", num_frames, 1)
         latent, rest = divmod(num_frames - 1, self.temporal_compression)
         blocks, more = divmod(latent + 1 - given, self.frames_per_block)
         if rest == 0 and more == 0 and blocks > 0:
@@ -223,8 +225,3 @@ def pick_cache_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name not in CACHE_DTYPES:
         raise ValueError(f"unknown cache-dtype {str(name)!r}; legal: {', '.join(CACHE_DTYPES)}")
     return CACHE_DTYPES[str(name)]
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

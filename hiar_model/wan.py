@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from .checkpoint import Found, load_transformer
+from .checks import OFFLOAD
 from .convert import tensors_sha256
 from .experts import load_experts, parse_experts
 from .fit import NUM_FRAMES, SIZE, WINDOW
-from .memory import OFFLOAD
 from .schedule import FlowSchedule
 from .text import NATIVE_WEIGHTS, WEIGHTS, WanTextEncoder
 from .transformer import HiARTransformer

@@ -24,7 +24,7 @@ PACKAGES = ("hiar_kernels", "hiar_model")
 # Lowest first. A module may import from its own layer and from those above it in this list, never from one below.
 # A name stands for the module and, if that is a package, for all inside; `hiar_model` itself is only its __init__.
 FOUNDATION = (
-    "version", "keyed", "config", "schedule", "fp8", "cache", "conditions", "transformer", "threads", "files",
+    "version", "checks", "keyed", "config", "schedule", "fp8", "cache", "conditions", "transformer", "threads", "files",
     "weight_files", "layouts", "checkpoint", "convert", "text",
 )  # fmt: skip
 USES = (
@@ -34,7 +34,7 @@ USES = (
 )  # fmt: skip
 COMMANDS = (
     "cli", "cli_machine", "cli_toy", "cli_train", "cli_parallel", "cli_performance", "cli_wan", "cli_generate",
-    "__main__", "doctor",
+    "cli_config", "__main__", "doctor",
 )  # fmt: skip
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kernels", ("hiar_kernels",)),

@@ -388,6 +388,6 @@ def test_windows_per_step() -> None:
     assert windows_per_step(21, 2) == (21, 21)
     assert windows_per_step([6, None], 2) == (6, None)
     assert Plan(2, "stream", 3).window_frames == (None, None)
-    for bad in ((), (1, 2, 3), {6, 9}, "6,9", 6.0):
+    for bad in ((), (1, 2, 3), {6, 9}, "69", "6,9", 6.0):
         with pytest.raises(ValueError, match="window_frames"):
             windows_per_step(bad, 2)  # type: ignore[arg-type]

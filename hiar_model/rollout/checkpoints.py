@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import whole
 from ..keyed import require_scheme
 from . import states
 
@@ -51,8 +52,7 @@ class RunFolder:
         every: int = 10,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
-            raise ValueError(f"checkpoint_every must be a whole number of blocks, 0 for none, got {every!r}")
+        every = whole("checkpoint_every", every, 0, " (blocks; 0: none)")
         self.folder, self.every, self.group = Path(folder), every, group
         self.rank, self.ranks = _place(group)
         self.begun = 0  # the block that states of this run were taken at last

@@ -22,8 +22,6 @@ from hiar_kernels import EMPTY
 from ..cache import RingCache
 from .visits import Plan, Visit, cache
 
-POLICIES = ("keep", "recache")
-
 
 @dataclass
 class History:

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from hiar_kernels import EMPTY, prefer, taken
 
 from ..cache import RingAttend
+from ..checks import ON_NAN
 from ..conditions import Live
 from ..transformer import Attend
 from .launch import Launch
 from .readback import Readback
 from .visits import Row, Visit
 
-ON_NAN = ("stop", "retry")
 _FLAGS = 256  # denoise visits between two looks, at most
 
 Inputs = list[list[Tensor]]  # of each row and visit

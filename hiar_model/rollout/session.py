@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ..cache import RingAttend, RingCache, kept_dtype, ring_frames
+from ..checks import EXECUTORS, ON_NAN, ON_NEW_TEXT, whole
 from ..keyed import SCHEME, require_scheme
 from ..schedule import FlowSchedule
 from ..transformer import HiARTransformer
 from .executor import Executor, working_dtype
 from .noise import GIVEN, GivenNoise, KeyedNoise
 from .pipeline import Pipeline, PipelineOptions, Receiver
-from .recache import POLICIES, History
-from .sentinel import ON_NAN
+from .recache import History
 from .texts import KeptTexts
 from .visits import Group, Plan, forwards, windows_per_step
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from .costs import Costs
 
-EXECUTORS = ("eager", "graph", "recorded", "pipeline", "pipeline-graph", "pipeline-recorded")
 PARALLELS = ("ulysses",)
 TRAJECTORIES = ("sde", "ode")
 
@@ -142,7 +141,7 @@ class Rollout:
         _one_of("trajectory", trajectory, TRAJECTORIES)
         _one_of("executor", executor, EXECUTORS)
         _one_of("on_nan", on_nan, ON_NAN)
-        _one_of("on_new_text", on_new_text, POLICIES)
+        _one_of("on_new_text", on_new_text, ON_NEW_TEXT)
         if parallel is not None:
             _one_of("parallel", parallel, PARALLELS)
         if on_nan == "retry" and parallel is not None:
@@ -157,6 +156,9 @@ class Rollout:
             raise ValueError(f"pairs={pairs!r} with executor={executor!r} is not legal: give {legal}")
         if parallel is not None and on_ranks and mesh is None:
             raise ValueError(f"executor={executor!r} with parallel={parallel!r} needs a mesh: see make_mesh")
+        num_frames = None if num_frames is None else whole("num_frames", num_frames)
+        height, width, batch = (whole(n, v, 1) for n, v in (("height", height), ("width", width), ("batch", batch)))
+        seed, first_frame = whole("seed", seed), whole("first_frame", first_frame)
         config = some.config
         odd = [step for step, one in enumerate(given) if one is not None and one.config != config]
         if odd:
@@ -176,7 +178,7 @@ class Rollout:
         self.shape = (config.in_channels, height, width)
         self.batch, self.seed, self.cache_dtype = batch, seed, cache_dtype
         kept_dtype(some.patch_embedding.weight.dtype, cache_dtype)
-        self.video_ids = list(range(batch)) if video_ids is None else list(video_ids)
+        self.video_ids = [whole("video_ids", n) for n in (range(batch) if video_ids is None else video_ids)]
         _require_shape("video_ids", (len(self.video_ids),), (batch,))
         if prefix is not None:
             _require_shape("prefix", tuple(prefix.shape), (batch, prefix_frames, *self.shape))

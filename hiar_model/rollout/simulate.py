@@ -15,6 +15,7 @@ from itertools import combinations
 from math import comb
 from typing import NamedTuple
 
+from ..checks import as_whole
 from . import visits
 from .costs import Costs, unit_costs
 from .visits import Group, Plan, Visit, dependencies, rank_order
@@ -210,11 +211,12 @@ class Walk:
     def timeline(self, split: int | Sequence[int]) -> Timeline:
         """Simulate one split, or the fastest one of so many ranks."""
         plan, least = self.plan, 0.0
-        if isinstance(split, int):
-            self._check_ranks(split)
-            steps_per_rank, least = self.best_split(split)
+        ranks = as_whole(split)
+        if ranks is not None:
+            self._check_ranks(ranks)
+            steps_per_rank, least = self.best_split(ranks)
         else:
-            steps_per_rank = tuple(split)
+            steps_per_rank = tuple(split)  # type: ignore[arg-type]
             self._check_ranks(len(steps_per_rank))
             if sum(steps_per_rank) != plan.steps or min(steps_per_rank) < 1:
                 raise ValueError(f"split={steps_per_rank} is not legal: give steps >= 1 that sum to {plan.steps}")

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Literal, NamedTuple
 
-ORDERS = ("step_first", "stream", "wavefront", "block_first")
-CACHE_SOURCES = ("own", "next_step")
+from ..checks import CACHE_SOURCES, ORDERS, as_whole
 
 
 class Visit(NamedTuple):
@@ -50,13 +49,16 @@ def cache(step: int, block: int) -> Visit:
 
 def windows_per_step(window_frames: int | Sequence[int | None] | None, steps: int) -> tuple[int | None, ...]:
     """One window per step from one for all (a number of frames, None: no limit) or a sequence of one per step."""
-    if window_frames is None or isinstance(window_frames, int):
-        return (window_frames,) * steps
-    if not isinstance(window_frames, Sequence) or len(window_frames) != steps:
+    one = as_whole(window_frames)
+    if window_frames is None or one is not None:
+        return (one,) * steps
+    listed = isinstance(window_frames, Sequence) and not isinstance(window_frames, str)
+    windows = tuple(window_frames) if listed or hasattr(window_frames, "tolist") else ()  # type: ignore[arg-type]
+    if len(windows) != steps:
         raise ValueError(
             f"window_frames={window_frames!r} is not legal: give None, one number of frames, or one per step ({steps})"
         )
-    return tuple(window_frames)
+    return tuple(window if as_whole(window) is None else as_whole(window) for window in windows)
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,8 @@ class Plan:
     pairs: bool = False
 
     def __post_init__(self) -> None:
-        _whole("steps", self.steps, 1)
-        _whole("frames_per_block", self.frames_per_block, 1)
-        _whole("prefix_frames", self.prefix_frames, 0)
-        _whole("sink_frames", self.sink_frames, 0)
+        for name, fewest in (("steps", 1), ("frames_per_block", 1), ("prefix_frames", 0), ("sink_frames", 0)):
+            object.__setattr__(self, name, _whole(name, getattr(self, name), fewest))
         _one_of("order", self.order, ORDERS)
         _one_of("cache_source", self.cache_source, CACHE_SOURCES)
         windows = windows_per_step(None if self.window_frames == () else self.window_frames, self.steps)
@@ -369,9 +369,11 @@ def _check_visit(plan: Plan, visit: Visit, num_blocks: int) -> None:
         raise ValueError(f"{visit} denoises a block of the prefix: made blocks start at {plan.prefix_blocks}")
 
 
-def _whole(name: str, value: object, least: int, why: str = "") -> None:
-    if not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+def _whole(name: str, value: object, least: int, why: str = "") -> int:
+    number = as_whole(value)
+    if number is None or number < least:
         raise ValueError(f"{name}={value!r} is not legal: give a whole number >= {least}{why}")
+    return number
 
 
 def _one_of(name: str, value: object, legal: tuple[str, ...]) -> None:

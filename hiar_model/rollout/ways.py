@@ -87,7 +87,7 @@ class Way:
 
     def run(self, blocks: int, vae: str = "none") -> Timeline:
         """Its timeline. A pipeline holds at most one block more than it has ranks; a VAE on it shifts the split."""
-        ranks = self.split if isinstance(self.split, int) else len(self.split)
+        ranks = len(self.split) if isinstance(self.split, tuple) else self.split
         limit = ranks + 1 if self.plan.order == "stream" else None
         split = ranks if vae == "last" else self.split
         return simulate(self.plan, blocks, split, self.costs, vae=vae, batch=self.batch, in_flight=limit)
