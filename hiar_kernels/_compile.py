@@ -112,7 +112,8 @@ class Report:
 
 def build(case: Case, arch: int) -> Any:
     """A case compiled for ``sm_<arch>``, as Triton returns it."""
-    require(arch in CHIPS, f"compile_case: no limits known for sm_{arch}; legal: {', '.join(map(str, CHIPS))}")
+    if arch not in CHIPS:
+        raise ValueError(f"compile_case: no limits known for sm_{arch}; legal: {', '.join(map(str, CHIPS))}")
     require(not interpreting(), "compile_case: needs a process without TRITON_INTERPRET=1, got one with it")
     import triton
     from triton.backends.compiler import GPUTarget
@@ -122,10 +123,13 @@ def build(case: Case, arch: int) -> Any:
     given = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
     missing, unknown = [n for n in names if n not in given], sorted(given.keys() - set(names))
     of = f"compile_case: {case.kernel.__name__}, case {case.name!r}"
-    require(not missing, f"{of}: no type for {', '.join(missing)}")
-    require(not unknown, f"{of}: the kernel has no {', '.join(unknown)}")
+    if missing:
+        raise ValueError(f"{of}: no type for {', '.join(missing)}")
+    if unknown:
+        raise ValueError(f"{of}: the kernel has no {', '.join(unknown)}")
     valueless = [n for n in names if given[n] == "constexpr" and n not in case.constexprs]
-    require(not valueless, f"{of}: no value for {', '.join(valueless)}")
+    if valueless:
+        raise ValueError(f"{of}: no value for {', '.join(valueless)}")
     make_source = ASTSource
     if case.kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource
@@ -219,7 +223,8 @@ def triton_modules() -> dict[str, list[str]]:
 def cases(op: str, arch: int) -> list[Case]:
     """What the Triton modules of an op's folder want compiled for an architecture."""
     modules = triton_modules()
-    require(op in modules, f"no Triton kernels of {op!r}; legal: {', '.join(modules) or 'none yet'}")
+    if op not in modules:
+        raise ValueError(f"no Triton kernels of {op!r}; legal: {', '.join(modules) or 'none yet'}")
     found: list[Case] = []
     for name in modules[op]:
         listed = getattr(importlib.import_module(name), "compile_cases", None)
@@ -233,7 +238,8 @@ def _tool(name: str) -> str:
     spec = importlib.util.find_spec("triton")
     assert spec is not None and spec.origin is not None
     path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
-    require(path.exists(), f"this Triton brings no {name}: {path} is not there")
+    if not path.exists():
+        raise ValueError(f"this Triton brings no {name}: {path} is not there")
     return str(path)
 
 
@@ -266,5 +272,6 @@ def _spills(ptx: str, arch: int) -> int:
             if done.returncode == 0:
                 break
     sizes = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
-    require(bool(sizes), f"ptxas for sm_{arch} did not tell its spills: {said.strip()[-200:]}")
+    if not bool(sizes):
+        raise ValueError(f"ptxas for sm_{arch} did not tell its spills: {said.strip()[-200:]}")
     return sum(map(int, sizes))

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from . import _extension
-from ._dispatch import require
 from ._library import LIBRARY
 
 emulation: Path | None = None
@@ -69,9 +68,11 @@ missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _loaded(op: str, device: str) -> bool:
     why = missing()
-    require(why is None, f"{op}: impl='cuda' needs the CUDA extension, which is not built: {why}")
+    if why is not None:
+        raise ValueError(f"{op}: impl='cuda' needs the CUDA extension, which is not built: {why}")
     here = "cuda" if emulation is None else "cpu"
-    require(device.startswith(here), f"{op}: impl='cuda' needs a {here.upper()} tensor, got one on {device}")
+    if not device.startswith(here):
+        raise ValueError(f"{op}: impl='cuda' needs a {here.upper()} tensor, got one on {device}")
     library = emulation or _extension.PACKAGE / _extension.LIBRARY
     try:
         torch.ops.load_library(library)

@@ -25,7 +25,8 @@ def prefer(impl: str) -> Iterator[None]:
     As an explicit ``impl``, it never falls back: an op that has it but cannot take its arguments raises.
     """
     global _preferred
-    require(impl in KNOWN_IMPLS, f"prefer: unknown impl {impl!r}; known: {', '.join(KNOWN_IMPLS)}")
+    if impl not in KNOWN_IMPLS:
+        raise ValueError(f"prefer: unknown impl {impl!r}; known: {', '.join(KNOWN_IMPLS)}")
     before, _preferred = _preferred, None if impl == "auto" else impl
     try:
         yield

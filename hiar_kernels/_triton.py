@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ._dispatch import require
 from ._library import LIBRARY
 
 _registered: set[str] = set()
@@ -58,9 +57,11 @@ _load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache  # what an op costs at every call would be as much as the launch
 def _loaded(op: str, device: str) -> bool:
-    require(importlib.util.find_spec("triton") is not None, f"{op}: impl='triton' needs triton, which is not installed")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(f"{op}: impl='triton' needs triton, which is not installed")
     allowed = device.startswith("cuda") or (device == "cpu" and interpreting())
-    require(allowed, f"{op}: impl='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got one on {device}")
+    if not allowed:
+        raise ValueError(f"{op}: impl='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got one on {device}")
     folder = op.removesuffix("_append")
     if folder in _registered:
         return True

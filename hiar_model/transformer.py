@@ -337,12 +337,14 @@ class HiARTransformer(nn.Module):
         if mode not in ATTENTION_MODES:
             raise ValueError(f"attention must be one of {', '.join(ATTENTION_MODES)}, got {mode!r}")
         grid = self.config.grid(*latents.shape[3:])
-        ids = range(first, first + latents.shape[1])
-        frames = torch.arange(ids.start, ids.stop, device=latents.device)[None]
+        last = first + latents.shape[1]
+        frames = torch.arange(first, last, device=latents.device)[None]
+        # a range would fix the length of what torch.compile makes, where the ids on the host are of no use
+        host_frames = None if torch.compiler.is_compiling() else [range(first, last)]
         mask = None
         if mode == "block_causal":
             mask = BlockCausal(grid[0] * grid[1], block, window, sink, start)
-        return FullSequence(self.config, grid, frames, mask, context, collect, [ids])
+        return FullSequence(self.config, grid, frames, mask, context, collect, host_frames)
 
     def run(
         self,

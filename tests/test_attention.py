@@ -11,6 +11,7 @@ from budget import assert_within_budget
 from torch import Tensor
 
 from hiar_kernels import EMPTY, BlockCausal, KVContext, attention, merge_attention, reference
+from hiar_kernels.attention import ops
 
 pytestmark = pytest.mark.cpu
 
@@ -264,6 +265,44 @@ def test_a_query_that_sees_nothing():
         if grad:
             out.sum().backward()
             assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
+COUNTS = {"shared by the rows": [[1, 0, 3, 1]], "a row without keys": [[1, 0, 3, 1], [0, 0, 0, 0]]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("what", [NAN, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("logarithms", [False, True])
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("impl", [*IMPLS, "auto", "op"])
+def test_nothing_behind_a_hidden_key_matters(impl, counts, logarithms, what, dtype):
+    """Output and gradients have the very bits that they have with zeros there; a row without keys gives 0."""
+    times = torch.tensor(COUNTS[counts], dtype=torch.float32)
+    logs = times.log().to(dtype) if logarithms else None
+    hidden = (times == 0).expand(2, -1)[..., None, None]
+    q, k, v = normal(2, 3, 2, 8, seed=1), *normal(2, 2, 4, 2, 8, seed=2)
+    results = []
+    for fill in (0.0, what):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k.masked_fill(hidden, fill), v.masked_fill(hidden, fill))]
+        if impl == "op":
+            out, _ = ops.call(*leaves, None, None, None, None, times, None)
+        else:
+            out = attention(*leaves, kv_counts=times, kv_log_counts=logs, impl=impl)
+        out.float().square().sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    out, dq, *dkv = results[1]
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert out[0].abs().min() > 0 and all((g[hidden.expand_as(g)] == 0).all() for g in dkv)
+    if len(times) > 1:
+        assert (out[1] == 0).all() and all((g[1] == 0).all() for g in (dq, *dkv))
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "auto"])
+def test_no_keys_with_counts(impl):
+    q, k = normal(2, 3, 2, 8).requires_grad_(), torch.zeros(2, 0, 2, 8, dtype=torch.float64).requires_grad_()
+    out = attention(q, k, k, kv_counts=torch.zeros(1, 0), impl=impl)
+    out.sum().backward()
+    assert (out == 0).all() and (q.grad == 0).all()
 
 
 def test_slot_order_changes_nothing():

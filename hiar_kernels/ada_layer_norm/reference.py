@@ -14,6 +14,6 @@ def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
     b, t, c = x.shape
     wide = wide_dtype(x)
     tokens = frames_of(x, shift.shape[1], "ada_layer_norm")
-    y = F.layer_norm(x.to(wide), (c,), eps=eps).view(b, -1, tokens, c)
+    y = F.layer_norm(x.to(wide), (c,), eps=eps).view(b, shift.shape[1], tokens, c)
     y = torch.addcmul(shift.to(wide).unsqueeze(2), y, 1 + scale.to(wide).unsqueeze(2))
     return y.view(b, t, c).to(x.dtype)

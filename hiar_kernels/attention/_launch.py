@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .._compile import Case
-from .._dispatch import require
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128)
@@ -108,19 +107,30 @@ def check(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor | None, context_v: 
         if x is None:
             continue
         known = x.dtype in DTYPES
-        require(known, f"attention: impl='triton' takes {name} as bfloat16, float16 or float32, got {x.dtype}")
-        require(x.dtype == q.dtype, f"attention: {name} must be {q.dtype} like q, got {x.dtype}")
-        require(x.device == q.device, f"attention: {name} must be on {q.device} like q, got {x.device}")
+        if not known:
+            raise ValueError(f"attention: impl='triton' takes {name} as bfloat16, float16 or float32, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"attention: {name} must be {q.dtype} like q, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"attention: {name} must be on {q.device} like q, got {x.device}")
         dense = x.stride(-1) == 1 or x.shape[-1] == 1 or x.numel() == 0
-        require(dense, f"attention: impl='triton' needs {name} with a last stride of 1, got {x.stride(-1)}")
+        if not dense:
+            raise ValueError(f"attention: impl='triton' needs {name} with a last stride of 1, got {x.stride(-1)}")
         near = x.stride(1) < 2**24  # offsets within a tile have 32 bits
-        require(near, f"attention: impl='triton' needs {name} with a token stride below {2**24}, got {x.stride(1)}")
+        if not near:
+            raise ValueError(
+                f"attention: impl='triton' needs {name} with a token stride below {2**24}, got {x.stride(1)}"
+            )
     sizes = ", ".join(map(str, HEAD_DIMS))
-    require(q.shape[3] in HEAD_DIMS, f"attention: impl='triton' has head_dim {sizes}, got {q.shape[3]}")
+    if q.shape[3] not in HEAD_DIMS:
+        raise ValueError(f"attention: impl='triton' has head_dim {sizes}, got {q.shape[3]}")
     if rule:  # ids on the device are not looked at
         first = rule[3]
         near = abs(first) < LARGEST_FRAME
-        require(near, f"attention: impl='triton' takes frame ids below {LARGEST_FRAME}, got mask.first_frame {first}")
+        if not near:
+            raise ValueError(
+                f"attention: impl='triton' takes frame ids below {LARGEST_FRAME}, got mask.first_frame {first}"
+            )
 
 
 _windows: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}

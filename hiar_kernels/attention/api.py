@@ -45,8 +45,9 @@ def attention(
         kv_frames: int32 [B or 1, Tk / frame_tokens], -1 where a slot is empty; default likewise.
         context: keys and values of earlier blocks (:class:`KVContext`). k, v then count only inside the query's block:
             teacher forcing, or training over constant caches.
-        kv_counts: [B or 1, Tk], how often each key occurs: adds its logarithm to the key's score; 0 hides it. Without
-            a mask only. n equal padding keys are one key with count n.
+        kv_counts: [B or 1, Tk], how often each key occurs: adds its logarithm to the key's score; 0 hides it, and
+            nothing behind a hidden key matters, NaN included: its gradient is 0. Without a mask only. n equal padding
+            keys are one key with count n.
         kv_log_counts: the logarithm of ``kv_counts`` in the dtype of q, same shape, where it is at hand: a library
             adds it to the scores, and need not make it anew in every layer.
         layout: what :func:`attention_layout` made of the same mask and ids. The libraries below then read nothing from
@@ -66,7 +67,7 @@ def attention(
 
     Returns:
         [B, Tq, H, D] contiguous, dtype of q; with ``return_lse`` also the logsumexp. A query without a visible key
-        gives 0 (logsumexp -inf).
+        gives 0 (logsumexp -inf), with gradient 0. What no query sees may hold anything, NaN too.
 
     Raises:
         ValueError: shapes, dtypes, devices or ids do not fit, with actual and expected.
@@ -80,10 +81,13 @@ def attention(
     """
     _validate(q, k, v, mask, q_frames, kv_frames, context, kv_counts)
     if kv_log_counts is not None:
-        wanted = "None without kv_counts" if kv_counts is None else f"{q.dtype} {list(kv_counts.shape)} like kv_counts"
-        fits = kv_counts is not None and (kv_log_counts.dtype, kv_log_counts.shape) == (q.dtype, kv_counts.shape)
-        found = f"{kv_log_counts.dtype} {list(kv_log_counts.shape)}"
-        require(fits, f"attention: kv_log_counts must be {wanted}, got {found}")
+        if kv_counts is None:
+            raise ValueError("attention: kv_log_counts must be None without kv_counts")
+        if (kv_log_counts.dtype, kv_log_counts.shape) != (q.dtype, kv_counts.shape):
+            raise ValueError(
+                f"attention: kv_log_counts must be {q.dtype} {list(kv_counts.shape)} like kv_counts, "
+                f"got {kv_log_counts.dtype} {list(kv_log_counts.shape)}"
+            )
     if layout is not None:
         _validate_layout(q, k, mask, context, layout)
     asked = impl

@@ -96,5 +96,6 @@ def require_fits(
 ) -> None:
     """Refuse in one line what ``impl="gluon"`` does not take."""
     lacking = unavailable(q.device) or unfit(q, k, v, mask, context, kv_counts)
-    require(lacking is None, f"attention: impl='gluon' cannot run: {lacking}")
+    if lacking is not None:
+        raise ValueError(f"attention: impl='gluon' cannot run: {lacking}")
     require(not trains, "attention: impl='gluon' has no gradient; use 'triton', 'sdpa' or torch.no_grad()")

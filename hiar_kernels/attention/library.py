@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._dispatch import require
 from ..merge_attention import merge_attention
 from .layout import AttentionLayout, Group, Run, even_cut
 from .mask import KVContext
@@ -52,12 +51,19 @@ def attend(
     """
     given = [q, k, v, *([] if context is None else [context.k, context.v])]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    require(not (trains and return_lse), f"attention: impl={impl!r} has no gradient with return_lse; use 'reference'")
+    if trains and return_lse:
+        raise ValueError(f"attention: impl={impl!r} has no gradient with return_lse; use 'reference'")
     kv_counts, bias = counts
     if kv_counts is not None:
-        require(impl == "sdpa" and not return_lse, f"attention: impl={impl!r} takes no kv_counts here; use 'reference'")
+        if not (impl == "sdpa" and not return_lse):
+            raise ValueError(f"attention: impl={impl!r} takes no kv_counts here; use 'reference'")
         if bias is None:
             bias = kv_counts.to(_wide(q)).log().to(q.dtype)  # round the logarithm: 509 is no bfloat16
+        seen = kv_counts > 0
+        # 0 times NaN is NaN: what is hidden becomes zeros. A row of -inf alone is NaN in some libraries; over zeros it
+        # may as well be 0.
+        k, v = (torch.where(seen[:, :, None, None], x, 0) for x in (k, v))
+        bias = torch.where(seen, bias, torch.where(seen.any(1, keepdim=True), float("-inf"), 0.0).to(q.dtype))
         return _plain(impl, q, k, v, scale, bias[:, None, None, :]).contiguous(), None
     num_splits = 1 if trains or not q.shape[0] else num_splits
     merged = (num_splits > 1 or return_lse) and not trains

@@ -53,6 +53,9 @@ def attention(
         seen = seen.repeat_interleave(mask.frame_tokens, 1).repeat_interleave(mask.frame_tokens, 2)
         held = seen.any(1)[:, :, None, None]  # an unseen slot may hold anything, NaN too
         keys, values = torch.where(held, keys, 0), torch.where(held, values, 0)
+    if kv_counts is not None:
+        held = (kv_counts > 0)[:, :, None, None]
+        keys, values = torch.where(held, keys, 0), torch.where(held, values, 0)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), keys.to(wide)) * scale
     if kv_counts is not None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .. import _triton
-from .._dispatch import require
 from .mask import BlockCausal
 
 TILE_QUERIES = 128  # of one CTA
@@ -65,7 +64,8 @@ class AttentionSchedule:
     def require_fits(self, q: Tensor, k: Tensor) -> None:
         """Refuse tensors of other sizes in one line."""
         found = (*q.shape[:3], k.shape[1])
-        require(found == self.shape, f"attention: schedule is of (B, Tq, H, Tk) {self.shape}, q and k have {found}")
+        if found != self.shape:
+            raise ValueError(f"attention: schedule is of (B, Tq, H, Tk) {self.shape}, q and k have {found}")
 
 
 @functools.cache
@@ -102,7 +102,8 @@ def attention_schedule(
     tokens = keys if mask is None else mask.frame_tokens
     for name, n in (("Tq", queries), ("Tk", keys)):
         whole = mask is None or n % tokens == 0
-        require(n > 0 and whole, f"attention_schedule: {name} must be a positive multiple of {tokens}, got {n}")
+        if not (n > 0 and whole):
+            raise ValueError(f"attention_schedule: {name} must be a positive multiple of {tokens}, got {n}")
     _triton.load("attention", torch.empty(0, device=device))
     from .triton_schedule import make
 

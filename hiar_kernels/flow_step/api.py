@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose, require
+from .._dispatch import choose
 from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -31,13 +31,20 @@ def flow_step(
     Raises:
         ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
-    require(x.dim() == 5, f"flow_step: x must be [B, F, C, H, W], got {list(x.shape)}")
+    if x.dim() != 5:
+        raise ValueError(f"flow_step: x must be [B, F, C, H, W], got {list(x.shape)}")
     for name, other in (("velocity", velocity), ("noise", noise)):
         ok = other is None or other.shape == x.shape
-        require(ok, f"flow_step: {name} must be {list(x.shape)}, got {[] if other is None else list(other.shape)}")
+        if not ok:
+            raise ValueError(
+                f"flow_step: {name} must be {list(x.shape)}, got {[] if other is None else list(other.shape)}"
+            )
     for name, level in (("sigma", sigma), ("sigma_next", sigma_next)):
         ok = level.dim() == 2 and level.shape[0] in (1, x.shape[0]) and level.shape[1] in (1, x.shape[1])
-        require(ok, f"flow_step: {name} must be [{x.shape[0]} or 1, {x.shape[1]} or 1], got {list(level.shape)}")
+        if not ok:
+            raise ValueError(
+                f"flow_step: {name} must be [{x.shape[0]} or 1, {x.shape[1]} or 1], got {list(level.shape)}"
+            )
     if choose("flow_step", impl, IMPLS, auto=automatic(x, velocity, noise)) == "triton":
         sigma, sigma_next = sigma.float(), sigma_next.float()
         prepare("flow_step", x=x, velocity=velocity, noise=noise, sigma=sigma, sigma_next=sigma_next)

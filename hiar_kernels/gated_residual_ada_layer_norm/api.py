@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose, require
+from .._dispatch import choose
 from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -35,16 +35,20 @@ def gated_residual_ada_layer_norm(
         ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
     ok = x.dim() == 3 and x.shape == y.shape
-    require(ok, f"{_OP}: x and y must be [B, T, C], got {list(x.shape)}, {list(y.shape)}")
-    frames, like = "F", ""
+    if not ok:
+        raise ValueError(f"{_OP}: x and y must be [B, T, C], got {list(x.shape)}, {list(y.shape)}")
     if gate is not None:
         ok = gate.dim() == 3 and gate.shape[0] in (1, x.shape[0]) and gate.shape[2] == x.shape[2]
-        require(ok, f"{_OP}: gate must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(gate.shape)}")
-        frames, like = str(gate.shape[1]), " like gate"
+        if not ok:
+            raise ValueError(f"{_OP}: gate must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(gate.shape)}")
     for name, m in (("scale", scale), ("shift", shift)):
         ok = m.dim() == 3 and m.shape[0] in (1, x.shape[0]) and m.shape[2] == x.shape[2] and m.shape == shift.shape
         ok = ok and (gate is None or m.shape[1] == gate.shape[1])
-        require(ok, f"{_OP}: {name} must be [{x.shape[0]} or 1, {frames}, {x.shape[2]}]{like}, got {list(m.shape)}")
+        if not ok:
+            frames, like = ("F", "") if gate is None else (gate.shape[1], " like gate")
+            raise ValueError(
+                f"{_OP}: {name} must be [{x.shape[0]} or 1, {frames}, {x.shape[2]}]{like}, got {list(m.shape)}"
+            )
     if choose(_OP, impl, IMPLS, auto=automatic(x, y, gate, shift, scale, norm=True)) == "triton":
         prepare(_OP, norm=True, x=x, y=y, gate=gate, shift=shift, scale=scale)
         return torch.ops.hiar.gated_residual_ada_layer_norm(x, y, gate, shift, scale, eps)

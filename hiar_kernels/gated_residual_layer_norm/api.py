@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose, require
+from .._dispatch import choose
 from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -39,11 +39,14 @@ def gated_residual_layer_norm(
         ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
     ok = x.dim() == 3 and x.shape == y.shape
-    require(ok, f"{_OP}: x and y must be [B, T, C], got {list(x.shape)}, {list(y.shape)}")
+    if not ok:
+        raise ValueError(f"{_OP}: x and y must be [B, T, C], got {list(x.shape)}, {list(y.shape)}")
     ok = gate.dim() == 3 and gate.shape[0] in (1, x.shape[0]) and gate.shape[2] == x.shape[2]
-    require(ok, f"{_OP}: gate must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(gate.shape)}")
+    if not ok:
+        raise ValueError(f"{_OP}: gate must be [{x.shape[0]} or 1, F, {x.shape[2]}], got {list(gate.shape)}")
     for name, p in (("weight", weight), ("bias", bias)):
-        require(tuple(p.shape) == x.shape[2:], f"{_OP}: {name} must be {list(x.shape[2:])}, got {list(p.shape)}")
+        if tuple(p.shape) != x.shape[2:]:
+            raise ValueError(f"{_OP}: {name} must be {list(x.shape[2:])}, got {list(p.shape)}")
     if choose(_OP, impl, IMPLS, auto=automatic(x, y, gate, weight, bias, norm=True)) == "triton":
         prepare(_OP, norm=True, x=x, y=y, gate=gate, weight=weight, bias=bias)
         return torch.ops.hiar.gated_residual_layer_norm(x, y, gate, weight, bias, eps)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _cuda, _pointwise, _triton
-from .._dispatch import choose, require
+from .._dispatch import choose
 from . import ops, reference  # noqa: F401  (registers the op)
 
 IMPLS = ("reference", "triton", "cuda")
@@ -40,23 +40,28 @@ def merge_attention(
         True
     """
     ok = len(outs) == len(lses) > 0
-    require(ok, f"merge_attention: got {len(outs)} outs and {len(lses)} lses; expected n and n >= 1")
+    if not ok:
+        raise ValueError(f"merge_attention: got {len(outs)} outs and {len(lses)} lses; expected n and n >= 1")
     b, t, h, _ = outs[0].shape
-    want = f"{list(outs[0].shape)} {outs[0].dtype}"
     for out, lse in zip(outs, lses, strict=True):
         ok = out.shape == outs[0].shape and out.dtype == outs[0].dtype
-        require(ok, f"merge_attention: every out must be {want}, got {list(out.shape)} {out.dtype}")
-        require(tuple(lse.shape) == (b, h, t), f"merge_attention: every lse must be {[b, h, t]}, got {list(lse.shape)}")
+        if not ok:
+            want = f"{list(outs[0].shape)} {outs[0].dtype}"
+            raise ValueError(f"merge_attention: every out must be {want}, got {list(out.shape)} {out.dtype}")
+        if tuple(lse.shape) != (b, h, t):
+            raise ValueError(f"merge_attention: every lse must be {[b, h, t]}, got {list(lse.shape)}")
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, *lses))
     kernel = "reference" if wants_grad else _pointwise.automatic(outs[0], cuda=True)
     impl = choose("merge_attention", impl, IMPLS, auto=kernel)
     if impl == "reference":
         return reference.merge_attention(list(outs), list(lses))
     (_cuda if impl == "cuda" else _triton).load("merge_attention", outs[0])
-    require(not wants_grad, f"merge_attention: impl={impl!r} has no gradient; use impl='reference', or no_grad()")
+    if wants_grad:
+        raise ValueError(f"merge_attention: impl={impl!r} has no gradient; use impl='reference', or no_grad()")
     for x in (*outs, *lses):
         here = x.device == outs[0].device
-        require(here, f"merge_attention: every part must be on {outs[0].device}, got {x.device}")
+        if not here:
+            raise ValueError(f"merge_attention: every part must be on {outs[0].device}, got {x.device}")
     hiar = torch.ops.hiar
     op = hiar.merge_attention_cuda if impl == "cuda" else hiar.merge_attention
     merged: tuple[Tensor, Tensor] = op(list(outs), list(lses))

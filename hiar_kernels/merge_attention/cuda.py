@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import _cuda
-from .._dispatch import require
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_PARTS = 32
@@ -16,8 +15,10 @@ def launch(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """hiar::merge_attention_cuda."""
     op, first = "merge_attention", outs[0]
     known = first.dtype in _DTYPES
-    require(known, f"{op}: impl='cuda' takes bfloat16, float16 or float32, got {first.dtype}")
-    require(len(outs) <= _MOST_PARTS, f"{op}: impl='cuda' takes at most {_MOST_PARTS} parts, got {len(outs)}")
+    if not known:
+        raise ValueError(f"{op}: impl='cuda' takes bfloat16, float16 or float32, got {first.dtype}")
+    if len(outs) > _MOST_PARTS:
+        raise ValueError(f"{op}: impl='cuda' takes at most {_MOST_PARTS} parts, got {len(outs)}")
     b, t, h, _ = first.shape
     out = torch.empty(first.shape, dtype=first.dtype, device=first.device)
     lse = torch.empty((b, h, t), dtype=torch.float32, device=first.device)

@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .._compile import Case
-from .._dispatch import require
 from .._triton import register
 
 _BLOCK_T = 16
@@ -143,10 +142,12 @@ def _view(tensors: list[Tensor]) -> Tensor:
 def launch(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """hiar::merge_attention."""
     known = outs[0].dtype in _DTYPES
-    require(known, f"merge_attention: impl='triton' takes bfloat16, float16 or float32, got {outs[0].dtype}")
+    if not known:
+        raise ValueError(f"merge_attention: impl='triton' takes bfloat16, float16 or float32, got {outs[0].dtype}")
     for x in (*outs, *lses):
         same = x.device == outs[0].device
-        require(same, f"merge_attention: every part must be on {outs[0].device}, got {x.device}")
+        if not same:
+            raise ValueError(f"merge_attention: every part must be on {outs[0].device}, got {x.device}")
     first, *more = _stacks(outs, lses)
     return merge(*first, outs[0].dtype, *more)
 

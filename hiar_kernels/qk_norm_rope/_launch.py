@@ -8,8 +8,6 @@ from decimal import Context, Decimal, localcontext
 import torch
 from torch import Tensor
 
-from .._dispatch import require
-
 _FULL_TURN = Decimal("6.283185307179586476925286766559005768394338798750211641949889")
 
 
@@ -29,19 +27,21 @@ def turns_of(head_dim: int, theta: float, device: torch.device) -> Tensor:
 def checked(op: str, qkv: Tensor, **others: Tensor) -> Tensor:
     """qkv with adjacent channels; the others must be where it is."""
     for name, x in others.items():
-        require(x.device == qkv.device, f"{op}: {name} must be on {qkv.device} like qkv, got {x.device}")
+        if x.device != qkv.device:
+            raise ValueError(f"{op}: {name} must be on {qkv.device} like qkv, got {x.device}")
     return qkv if qkv.stride(2) == 1 else qkv.contiguous()
 
 
 def check_rings(op: str, k_cache: Tensor, v_cache: Tensor) -> None:
     """Refuse rings that a kernel cannot write: channels apart, rows in one place, two sizes, one memory for both."""
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        require(cache.stride(3) == 1, f"{op}: {name} must have channels of stride 1, got {cache.stride(3)}")
+        if cache.stride(3) != 1:
+            raise ValueError(f"{op}: {name} must have channels of stride 1, got {cache.stride(3)}")
         apart = all(stride > 0 for stride, size in zip(cache.stride(), cache.shape, strict=True) if size > 1)
-        require(apart, f"{op}: {name} must not overlap itself, got strides {list(cache.stride())}")
-    require(
-        k_cache.shape == v_cache.shape,
-        f"{op}: v_cache must be {list(k_cache.shape)} like k_cache, got {list(v_cache.shape)}",
-    )
+        if not apart:
+            raise ValueError(f"{op}: {name} must not overlap itself, got strides {list(cache.stride())}")
+    if k_cache.shape != v_cache.shape:
+        raise ValueError(f"{op}: v_cache must be {list(k_cache.shape)} like k_cache, got {list(v_cache.shape)}")
     same = k_cache.numel() > 0 and k_cache.data_ptr() == v_cache.data_ptr()
-    require(not same, f"{op}: k_cache and v_cache must be apart, got the same memory")
+    if same:
+        raise ValueError(f"{op}: k_cache and v_cache must be apart, got the same memory")

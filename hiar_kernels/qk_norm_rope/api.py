@@ -90,15 +90,15 @@ def qk_norm_rope_append(
     _validate("qk_norm_rope_append", qkv, q_weight, k_weight, frames, num_heads, grid, cells)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, q_weight, k_weight))
     require(not wants_grad, "qk_norm_rope_append: has no gradient; use qk_norm_rope, or torch.no_grad()")
-    op, batch, times = "qk_norm_rope_append", qkv.shape[0], ""
+    op, batch = "qk_norm_rope_append", qkv.shape[0]
     if rows is not None:
         if rows.dim() != 2 or rows.shape[0] not in (1, 2) or rows.shape[1] != batch:
             raise ValueError(f"{op}: rows must be [1 or 2, {batch}], got {list(rows.shape)}")
         if rows.is_floating_point():
             raise ValueError(f"{op}: rows must be integers, got {rows.dtype}")
-        times = f"{rows.shape[0]}, "
     fits = slots.dim() == 2 if rows is None else slots.dim() == 3 and slots.shape[0] == rows.shape[0]
     if not fits or slots.shape[-2] not in (1, batch) or slots.shape[-1] != frames.shape[1]:
+        times = "" if rows is None else f"{rows.shape[0]}, "
         raise ValueError(f"{op}: slots must be [{times}{batch} or 1, {frames.shape[1]}], got {list(slots.shape)}")
     if slots.is_floating_point():
         raise ValueError(f"{op}: slots must be integers, got {slots.dtype}")

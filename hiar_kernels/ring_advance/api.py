@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _cuda, _triton
-from .._dispatch import choose, require
+from .._dispatch import choose
 from .._pointwise import TRITON_INSTALLED
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -52,22 +52,29 @@ def ring_advance(
         ValueError: shapes, dtypes or devices do not fit, or the implementation cannot take them.
     """
     op = "ring_advance"
-    require(frames.dim() == 2, f"{op}: frames must be [R, F], got {list(frames.shape)}")
+    if frames.dim() != 2:
+        raise ValueError(f"{op}: frames must be [R, F], got {list(frames.shape)}")
     rows, count = frames.shape
     shapes = {"position": (position, (rows,)), "slots": (slots, (rows, count))}
     shapes |= {"advance": (advance, (rows,)), "capacities": (capacities, (rows,))}
     for name, (x, shape) in shapes.items():
-        require(tuple(x.shape) == shape, f"{op}: {name} must be {list(shape)}, got {list(x.shape)}")
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(x.shape)}")
     fits = ring_frames.dim() == 2 and ring_frames.shape[0] == rows and ring_frames.shape[1] >= count
-    require(fits, f"{op}: ring_frames must be [{rows}, {count} or more], got {list(ring_frames.shape)}")
+    if not fits:
+        raise ValueError(f"{op}: ring_frames must be [{rows}, {count} or more], got {list(ring_frames.shape)}")
     for name, x in (("frames", frames), ("ring_frames", ring_frames), *((n, x) for n, (x, _) in shapes.items())):
-        require(x.dtype == torch.int32, f"{op}: {name} must be torch.int32, got {x.dtype}")
-        require(x.device == position.device, f"{op}: {name} must be on {position.device} like position, got {x.device}")
+        if x.dtype != torch.int32:
+            raise ValueError(f"{op}: {name} must be torch.int32, got {x.dtype}")
+        if x.device != position.device:
+            raise ValueError(f"{op}: {name} must be on {position.device} like position, got {x.device}")
     for name, x in (("frames", frames), ("slots", slots), ("ring_frames", ring_frames)):
         ok = x.shape[1] < 2 or x.stride(1) == 1
-        require(ok, f"{op}: the last dimension of {name} must be dense, got stride {x.stride(1)}")
+        if not ok:
+            raise ValueError(f"{op}: the last dimension of {name} must be dense, got stride {x.stride(1)}")
     for name, n in (("first_frame", first_frame), ("sink_frames", sink_frames)):
-        require(0 <= n <= _LARGEST, f"{op}: {name} must be 0 to {_LARGEST}, got {n}")
+        if not (0 <= n <= _LARGEST):
+            raise ValueError(f"{op}: {name} must be 0 to {_LARGEST}, got {n}")
     arguments = (position, frames, slots, ring_frames, advance, capacities, first_frame, sink_frames)
     kernel = "triton" if position.is_cuda and TRITON_INSTALLED else "reference"
     impl = choose(op, impl, IMPLS, auto="cuda" if _cuda.automatic(position) else kernel)

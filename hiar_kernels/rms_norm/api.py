@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose, require
+from .._dispatch import choose
 from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -29,9 +29,11 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, impl: str = "auto"
     Raises:
         ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
-    require(x.dim() == 3, f"rms_norm: x must be [B, T, C], got {list(x.shape)}")
+    if x.dim() != 3:
+        raise ValueError(f"rms_norm: x must be [B, T, C], got {list(x.shape)}")
     fits = tuple(weight.shape) == x.shape[2:]
-    require(fits, f"rms_norm: weight must be {list(x.shape[2:])}, got {list(weight.shape)}")
+    if not fits:
+        raise ValueError(f"rms_norm: weight must be {list(x.shape[2:])}, got {list(weight.shape)}")
     if choose("rms_norm", impl, IMPLS, auto=automatic(x, weight, norm=True)) == "triton":
         prepare("rms_norm", norm=True, x=x, weight=weight)
         return torch.ops.hiar.rms_norm(x, weight, eps)

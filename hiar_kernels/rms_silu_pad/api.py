@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose, require
+from .._dispatch import choose
 from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 from .layout import CACHE_FRAMES
@@ -35,19 +35,23 @@ def rms_silu_pad(
     Raises:
         ValueError: shapes do not fit, or impl="triton" cannot take the device, a dtype or so many channels.
     """
-    require(x.dim() == 5 and x.shape[2] > 0, f"rms_silu_pad: x must be [B, C, F >= 1, H, W], got {list(x.shape)}")
+    if not (x.dim() == 5 and x.shape[2] > 0):
+        raise ValueError(f"rms_silu_pad: x must be [B, C, F >= 1, H, W], got {list(x.shape)}")
     batch, channels, _, *size = x.shape
-    require(tuple(weight.shape) == (channels,), f"rms_silu_pad: weight must be [{channels}], got {list(weight.shape)}")
+    if tuple(weight.shape) != (channels,):
+        raise ValueError(f"rms_silu_pad: weight must be [{channels}], got {list(weight.shape)}")
     if cache is not None:
         fits = [*cache.shape[:2], *cache.shape[3:]] == [batch, channels, *size] and 1 <= cache.shape[2] <= CACHE_FRAMES
-        legal = f"[{batch}, {channels}, 1 or 2, {size[0]}, {size[1]}] {x.dtype}"
-        found = f"{list(cache.shape)} {cache.dtype}"
-        require(fits and cache.dtype == x.dtype, f"rms_silu_pad: cache must be {legal}, got {found}")
+        if not (fits and cache.dtype == x.dtype):
+            legal = f"[{batch}, {channels}, 1 or 2, {size[0]}, {size[1]}] {x.dtype}"
+            found = f"{list(cache.shape)} {cache.dtype}"
+            raise ValueError(f"rms_silu_pad: cache must be {legal}, got {found}")
     auto = automatic(x, weight, cache) if channels <= WIDEST else "reference"
     if choose("rms_silu_pad", impl, IMPLS, auto=auto) == "triton":
         prepare("rms_silu_pad", x=x, weight=weight, cache=cache)
         fits = channels <= WIDEST
-        require(fits, f"rms_silu_pad: impl='triton' takes at most {WIDEST} channels, got {channels}")
+        if not fits:
+            raise ValueError(f"rms_silu_pad: impl='triton' takes at most {WIDEST} channels, got {channels}")
         padded, after = torch.ops.hiar.rms_silu_pad(x, weight, cache, eps)
         return padded, after
     return reference.rms_silu_pad(x, weight, cache, eps)

@@ -143,6 +143,27 @@ def test_sixteen_bits(name, dtype, device, poisoned):
     assert_good(build(name), dtype, device)
 
 
+@pytest.mark.parametrize("what", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_nothing_behind_a_hidden_key_matters(dtype, what, device):
+    """The very bits of output and gradients that zeros there give; a row without a key gives 0."""
+    results = []
+    for fill in (0.0, what):
+        case = CASES["counts"]()
+        case.options["kv_counts"][1] = 0
+        hidden = (case.options["kv_counts"] == 0)[..., None, None]
+        case.k, case.v = case.k.masked_fill(hidden, fill), case.v.masked_fill(hidden, fill)
+        out, lse, leaves = run(case, dtype, device, grad=True)
+        out.float().square().sum().backward()
+        assert (lse[0].isfinite()).all() and (lse[1] == -math.inf).all() and (out[1] == 0).all()
+        grads = [leaf.grad.cpu() for leaf in leaves]
+        assert all((grad[1] == 0).all() for grad in grads)
+        assert all((grad.masked_fill(~hidden, 0) == 0).all() for grad in grads[1:])
+        results.append([out.detach(), lse.detach(), *grads])
+    assert results[0][0][0].abs().min() > 0
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_any_ring_and_rule(seed, device):
     """The mask, so with a plain tolerance: the budget of a handful of numbers is a matter of luck."""
