@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import layouts
 from .config import WanConfig
+from .files import check_output
 from .transformer import HiARTransformer
 from .weight_files import (
     add_tensors,
@@ -165,13 +166,12 @@ def save_transformer(model: HiARTransformer, path: str | Path) -> None:
     The file appears whole or not at all: it is written under a temporary name in the same folder and renamed.
 
     Raises:
-        ValueError: another suffix, or a folder that does not exist.
+        ValueError: another suffix, or what :func:`check_output` refuses.
     """
     target = Path(path)
     if target.suffix != ".safetensors":
         raise ValueError(f"{target}: weights are written as .safetensors, got {target.suffix or 'no suffix'!r}")
-    if not target.parent.is_dir():
-        raise ValueError(f"{target}: folder {target.parent} does not exist")
+    check_output(target)
     state = {layouts.plain(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with whole(target) as part:
         save_file(state, part, file_header(model.config))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -21,6 +23,7 @@ from .cli_performance import (
     warmup,
     warmup_arguments,
 )
+from .cli_signals import as_interrupts
 from .cli_toy import evaluate, evaluate_arguments
 from .cli_train import train, train_arguments
 from .cli_wan import convert, convert_arguments, doctor, doctor_arguments
@@ -50,16 +53,20 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (``argv`` None: the process's) and return the exit code: 0, 2 for a mistake in what was
-    asked, 1 for a result that is not finite or black, 130 for Ctrl-C. A failure is one line on stderr.
+    asked, 1 for a result that is not finite or black, 130 for Ctrl-C, SIGTERM or SIGHUP. A failure is one line on
+    stderr.
     """
     debug = False
+    with suppress(AttributeError):  # what stdout cannot spell, such as a name, is no reason to fail at the end
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         arguments = build_parser().parse_args(config_first(sys.argv[1:] if argv is None else argv))
         debug = arguments.debug
         chosen = arguments[arguments.subcommand]
         if chosen.get("nproc", 1) > 1 and "LOCAL_RANK" not in os.environ:
             return launch(sys.argv[1:] if argv is None else argv, chosen.nproc)
-        COMMANDS[arguments.subcommand][1](chosen)
+        with _interruptible():
+            COMMANDS[arguments.subcommand][1](chosen)
         return 0
     except KeyboardInterrupt as error:
         return _fail("interrupted" + "".join(f"; {detail}" for detail in error.args), INTERRUPTED, debug)
@@ -69,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error}{_hint(str(error))}", WRONG_INPUT, debug)
     except (ValueError, OSError) as error:
         return _fail(error, WRONG_INPUT, debug)
+
+
+def _interruptible() -> AbstractContextManager[None]:
+    """One process alone ends on SIGTERM as on Ctrl-C; the processes of a job have a watch that does it."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread()
+    return as_interrupts() if alone else nullcontext()
 
 
 def _hint(message: str) -> str:

@@ -16,6 +16,8 @@ from jsonargparse import ArgumentParser, Namespace
 from .cli_config import Optional
 from .cli_machine import imports, load_model, machine_arguments, progress_bar
 from .cli_parallel import KEPT, job, keeping_arguments, pipeline_arguments
+from .cli_signals import ENDING, listens
+from .files import check_text
 
 if TYPE_CHECKING:
     from .cli_parallel import Job
@@ -59,7 +61,9 @@ def generate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--on-new-text", type=str, default="keep", help="context at a new prompt: keep or recache")
     parser.add_argument("--on-nan", type=str, default="stop", help="latents that are not finite: stop or retry")
     parser.add_argument(
-        "--session", type=str, help="file that is written at the end, or at Ctrl-C, to go on from (not step_first)"
+        "--session",
+        type=str,
+        help="file that is written at the end, or at Ctrl-C or SIGTERM, to go on from (not step_first)",
     )
     parser.add_argument("--from-session", type=str, help="go on from such a file; another prompt makes it a fork")
     machine_arguments(parser)
@@ -78,6 +82,7 @@ def generate(a: Namespace) -> None:
 
 
 def _generate_here(a: Namespace, here: Job, kept: str) -> None:
+    from .files import SESSION, check_output, in_folder
     from .video import VideoWriter, check_target
 
     # What needs no model is told before one is loaded.
@@ -86,8 +91,8 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
     for option in ("image", "extend", "from_session"):
         if a[option] is not None and not Path(a[option]).exists():
             raise ValueError(f"{option.replace('_', '-')} {a[option]}: no such file")
-    if a.session is not None and not Path(a.session).absolute().parent.is_dir():
-        raise ValueError(f"session {a.session}: {Path(a.session).parent} is no folder; make it first")
+    if a.session is not None:
+        check_output(in_folder(a.session, SESSION))
     with imports():
         from hiar_kernels.nvtx import span
 
@@ -140,7 +145,10 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
         run.kept.remove()
     seconds, made = time.perf_counter() - begun, writer.frames_written
     if a.session is not None:
-        run.save_session(a.session)
+        try:
+            run.save_session(a.session)
+        except ValueError as error:
+            raise ValueError(f"{error}; {writer.path} is whole, {made} frames") from error
     if asked():
         raise KeyboardInterrupt(f"{made} frames are in {writer.path}, --from-session {a.session} goes on")
     print(f"{writer.path}: {_told(run, made, seconds)}")
@@ -159,6 +167,8 @@ def _told(run: Generation, written: int, seconds: float) -> str:
 
 def _script(a: Namespace) -> Any:
     """The prompts over time; None where there is one prompt."""
+    if a.prompt is not None:
+        check_text(a.prompt, "the prompt")
     if a.prompts is None:
         if a.prompt is None:
             raise ValueError('required: a prompt, such as "a red circle moving right", or --prompts script.txt')
@@ -196,7 +206,9 @@ def _own_steps(a: Namespace, here: Job) -> range | None:
 
 @contextmanager
 def _interrupts(session: str | None, run: Generation) -> Iterator[Callable[[], bool]]:
-    """With a session Ctrl-C ends the video behind the block that is being made; a second one ends all at once."""
+    """With a session Ctrl-C (or SIGTERM, SIGHUP) ends the video behind the block that is being made; a second one ends
+    all at once.
+    """
     asked: list[bool] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -208,8 +220,9 @@ def _interrupts(session: str | None, run: Generation) -> Iterator[Callable[[], b
     if session is None:
         yield lambda: False
         return
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, *ENDING) if listens(number)}
     try:
         yield lambda: bool(asked)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+
+from .files import check_output, temporary
 
 
 def setting_arguments(parser: ArgumentParser) -> None:
@@ -88,10 +92,13 @@ def profile(a: Namespace) -> None:
     if a.stage_times is None:
         print("\n".join(measure(setting).lines()))
         return
-    target = Path(a.stage_times)
-    if target.is_dir() or not target.parent.is_dir():
-        raise ValueError(f"cannot write {target}: it is a folder, or {target.parent} is none")
-    target.write_text(json.dumps(stage_times(setting), indent=1) + "\n")
+    target = check_output(a.stage_times)
+    text, partial = json.dumps(stage_times(setting), indent=1) + "\n", temporary(target)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
     print(f"stage times: {target}")
 
 
@@ -121,6 +128,10 @@ def bench_report(a: Namespace) -> None:
         for table in (rollout_table, parts_table):
             print("\n".join([*table(Path(a.results)), ""]))
         return
+    if a.plot is not None:
+        check_output(a.plot)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install 'hiar-kernels[bench]'")
     print("Measured rollouts, then projections by the simulator: about half a minute.", file=sys.stderr, flush=True)
     for section in report(a.stage_times, a.tflops, a.vae_ms):
         print(section, flush=True)

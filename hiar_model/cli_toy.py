@@ -11,6 +11,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from .cli_machine import load_model, machine_arguments, progress_bar
+from .files import check_output, temporary
 
 ORDINALS = {4: "quarter", 5: "fifth", 6: "sixth", 8: "eighth", 10: "tenth"}
 
@@ -125,15 +126,12 @@ def _pairs(a: Namespace) -> None:
 
 def _target(name: str | None) -> Path | None:
     """Where to write; refused before any work if it cannot be written."""
-    target = None if name is None else Path(name)
-    if target is not None and (target.is_dir() or not target.parent.is_dir()):
-        raise ValueError(f"cannot write {target}: it is a folder, or {target.parent} is none")
-    return target
+    return None if name is None else check_output(name)
 
 
 def _write(target: Path, text: str) -> None:
     """Whole or not at all."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = temporary(target)
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from . import layouts
 from .checkpoint import CONFIG_KEY, Found, file_header, read_checkpoint
 from .config import WanConfig
+from .files import check_output, in_folder
 from .weight_files import whole
 
 TARGETS = ("native", "diffusers", "pt")
@@ -99,10 +101,9 @@ def _check_target(target: Path, to: str) -> Path:
     if suffix not in legal:
         names = " or ".join(f"name{ending}" if ending else "a folder" for ending in legal)
         raise ValueError(f"{target}: --to {to} writes {names}")
-    if target.exists() and not (target.is_dir() and not suffix and not any(target.iterdir())):
+    if os.path.lexists(target) and not (target.is_dir() and not suffix and not any(target.iterdir())):
         raise ValueError(f"{target} exists and is not overwritten; choose another name")
-    if not target.parent.is_dir():
-        raise ValueError(f"{target}: folder {target.parent} does not exist")
+    check_output(in_folder(target, _SIZES))
     return target
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
+SESSION = "session.safetensors"  # in a folder that is given as a session
 _STAND_INS = (  # what a file begins with, in lower case -> what it is, where its name promises something else
     (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer, not the file itself; run `git lfs pull` there"),
     (b"version https://hawser.github.com/spec/", "a git-lfs pointer, not the file itself; run `git lfs pull` there"),
@@ -25,3 +29,54 @@ def refuse_stand_in(file: Path) -> None:
     for start, what in _STAND_INS:
         if begin.startswith(start):
             raise ValueError(f"{file}: {what}")
+
+
+def check_text(text: str, what: str) -> None:
+    """ValueError of one line for text that cannot be written down: it came from bytes that are no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = text.encode("utf-8", "backslashreplace").decode()
+        raise ValueError(f"{what} '{shown}' is not UTF-8 at character {error.start + 1}: give it in UTF-8") from error
+
+
+def temporary(target: Path, suffix: str = ".partial") -> Path:
+    """The name that a file is written under: in the same folder, so that a rename is all that is left to do, and short,
+    whatever the length of the target's own.
+    """
+    name = hashlib.blake2b(os.fsencode(target.name), digest_size=6).hexdigest()
+    return target.with_name(f".{name}.{os.getpid()}{suffix}")
+
+
+def check_output(path: str | os.PathLike[str], beside: Sequence[Path] = ()) -> Path:
+    """The path, if a file can be written there, and those ``beside`` it. To be asked before any work starts.
+
+    Raises:
+        ValueError: one line: a parent that is no folder or cannot be written to, a folder in its place, a name that is
+            too long or not UTF-8.
+    """
+    target = Path(path)
+    check_text(os.fspath(target), "the name")
+    try:
+        if not target.parent.is_dir():
+            raise ValueError(f"cannot write {target}: {target.parent} is no folder; make it first")
+        for file in (target, *beside):
+            try:
+                if file.is_dir():
+                    raise ValueError(f"cannot write {file}: it is a folder")
+                os.lstat(file)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise ValueError(f"cannot write {file}: {error.strerror or error}") from error
+        probe = temporary(target)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def in_folder(path: str | os.PathLike[str], name: str) -> Path:
+    """The file that a path means: itself, or the one of that name in it if it is a folder."""
+    return Path(path) / name if os.path.isdir(path) else Path(path)

@@ -19,6 +19,7 @@ from typing import Any
 
 from . import gpu_report
 from .config import WanConfig
+from .files import temporary
 from .rollout.costs import LINKS, Costs, Curve, Geometry, exchanged_bytes, unequal_parts, unit_costs, visit_flop
 from .rollout.drawing import draw
 from .rollout.simulate import ROUNDING, Timeline, Walk, simulate
@@ -248,7 +249,7 @@ def draw_gains(picture: str | Path, blocks: Sequence[int] = (2, 4, 7, 14, 27, 54
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
-    partial = Path(f"{picture}.partial")
+    partial = temporary(Path(picture))
     try:
         figure.savefig(partial, dpi=120, format="png")
         os.replace(partial, picture)

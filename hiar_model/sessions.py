@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
+from .files import SESSION, in_folder
 from .rollout import Rollout, states
 
 FORMAT, VERSION = "hiar-session", 1
-FILE = "session.safetensors"
+FILE = SESSION
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def save_session(
     try:
         states.write(target, tensors, told)
     except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+        raise ValueError(f"cannot write {target}: {error.strerror}" if error.strerror else str(error)) from error
     return target
 
 
@@ -118,7 +119,7 @@ def load_session(
 
 
 def _file(path: str | os.PathLike[str]) -> Path:
-    return Path(path) / FILE if Path(path).is_dir() else Path(path)
+    return in_folder(path, FILE)
 
 
 def _decoder_state(decoder: object) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

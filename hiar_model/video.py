@@ -15,8 +15,8 @@ import os
 import shutil
 import tempfile
 import textwrap
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +29,7 @@ import numpy.typing as npt
 from av.filter import Graph
 
 from .checks import number_above_0
+from .files import check_output, temporary
 
 Frames = npt.NDArray[np.uint8]
 """uint8 [F, H, W, 3], RGB."""
@@ -100,7 +101,8 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     An existing video file will be replaced; an existing folder must be empty.
 
     Raises:
-        ValueError: one line: unknown suffix (names the legal ones), missing or unwritable parent, a folder with files.
+        ValueError: one line: unknown suffix (names the legal ones), what :func:`check_output` refuses of the video or
+            its record, a folder with files.
     """
     target = Path(path)
     if not os.fspath(path) or not target.name:
@@ -108,30 +110,16 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     folder = is_folder_target(path)
     if not folder and target.suffix.lower() not in SUFFIXES:
         raise ValueError(f"cannot write {target}: unknown suffix {target.suffix!r}; {_legal()}")
-    parent = target.parent
-    try:
-        if not parent.is_dir():
-            raise ValueError(f"cannot write {target}: {parent} is no folder; make it first")
-        if folder:
-            if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
-                raise ValueError(f"cannot write {target}: it exists and is no empty folder; choose another name")
-        elif target.is_dir() or _record_path(target, folder).is_dir():
-            raise ValueError(f"cannot write {target}: it, or the record {target.name}.json, is a folder")
-        probe = _partial(target)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+    if not folder:
+        return check_output(target, beside=[_record_path(target, folder)])
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"cannot write {target}: it exists and is no empty folder; choose another name")
+    check_output(target / FOLDER_RECORD if os.path.isdir(target) else target)
     return target
 
 
 def _legal() -> str:
     return f"legal: {', '.join(f'name{suffix}' for suffix in SUFFIXES)}, or name/ for a folder of PNG files"
-
-
-def _partial(target: Path) -> Path:
-    """The temporary name: in the same folder, so that a rename is all that is left to do."""
-    return target.with_name(f".{target.name}.{os.getpid()}.partial")
 
 
 def _record_path(target: Path, folder: bool) -> Path:
@@ -176,7 +164,7 @@ class VideoWriter:
         self.frames_written = 0
         self._size: tuple[int, ...] | None = None
         self._encoder: Encoder | None = None
-        self._partials = (_partial(self.path), _partial(_record_path(self.path, False)))
+        self._partials = (temporary(self.path), temporary(_record_path(self.path, False)))
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -188,11 +176,12 @@ class VideoWriter:
         if frames.shape[1:3] != self._size:
             raise ValueError(f"frames of {frames.shape[1:3]} behind frames of {self._size} (height, width)")
         frames = upscale(frames, self.least_side)
-        if self._encoder is None:
-            height, width = frames.shape[1:3]
-            self._encoder = self._open(height, width, enlarged=(height, width) != self._size)
-        for image in frames:
-            self._encoder.add(image)
+        with self._named():
+            if self._encoder is None:
+                height, width = frames.shape[1:3]
+                self._encoder = self._open(height, width, enlarged=(height, width) != self._size)
+            for image in frames:
+                self._encoder.add(image)
         self.frames_written += len(frames)
 
     def _open(self, height: int, width: int, enlarged: bool) -> Encoder:
@@ -216,18 +205,31 @@ class VideoWriter:
         if self._encoder is None:
             raise ValueError(f"no frame was written to {self.path}")
         encoder, self._encoder = self._encoder, None
-        encoder.close()
+        with self._named():
+            encoder.close()
         partial, partial_record = self._partials
-        record = json.dumps(self._record(), indent=2, ensure_ascii=False) + "\n"
-        if self.folder:
-            (partial / FOLDER_RECORD).write_text(record, encoding="utf-8")
-            if self.path.is_dir():
+        record, failed = _record_path(self.path, self.folder), ""
+        text = json.dumps(self._record(), indent=2, ensure_ascii=False) + "\n"
+        try:
+            partial_record.write_bytes(text.encode("utf-8", "backslashreplace"))  # as JSON escapes what is no text
+        except OSError as error:  # the video is whole: it stays, and no older record beside it
+            failed = error.strerror or str(error)
+        with self._named():
+            if self.folder and self.path.is_dir():
                 self.path.rmdir()  # empty, or check_target would have refused it
-            partial.rename(self.path)
-        else:
-            partial_record.write_text(record, encoding="utf-8")
-            os.replace(partial_record, _record_path(self.path, False))
             os.replace(partial, self.path)
+        if failed:
+            record.unlink(missing_ok=True)
+            raise OSError(f"{self.path} is whole, but its record {record} cannot be written: {failed}")
+        os.replace(partial_record, record)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """What goes wrong, such as a full disk, is said of the video, not of its temporary name."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def _record(self) -> dict[str, Any]:
         import shlex
@@ -368,7 +370,7 @@ def encode_png(image: Frames) -> bytes:
 def save_png(image: Frames, path: str | os.PathLike[str]) -> None:
     """Write an image uint8 [H, W, 3] as .png, under a temporary name first."""
     _check_frames(image[None])
-    partial = _partial(Path(path))
+    partial = temporary(Path(path))
     try:
         partial.write_bytes(encode_png(image))
         os.replace(partial, path)

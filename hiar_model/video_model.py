@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .cache import E4M3
 from .checks import CACHE_SOURCES, ORDERS, whole
+from .files import check_text
 from .schedule import FlowSchedule
 from .toy.world import WorldConfig
 from .transformer import HiARTransformer
@@ -153,6 +154,7 @@ class VideoModel:
         """The prompt as the transformer takes it, [1, L, text_dim] on its device; ValueError for an illegal prompt."""
         if not isinstance(prompt, str):
             raise ValueError(f"a prompt is a string, got {type(prompt).__name__}")
+        check_text(prompt, "the prompt")
         found = self.text_encoder(prompt)
         if found.shape[-1] != (width := self.transformer.config.text_dim):
             made = found.shape[-1]

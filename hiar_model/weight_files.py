@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import refuse_stand_in
+from .files import refuse_stand_in, temporary
 
 PICKLES = (".pth", ".pt")
 INDEX = ".safetensors.index.json"
@@ -165,7 +164,7 @@ def whole(target: Path) -> Iterator[Path]:
     Raises:
         OSError: one line, also where a library reports a full disk in its own way.
     """
-    part = target.with_name(f".{target.stem}.{os.getpid()}.part{target.suffix}")
+    part = temporary(target, f".part{target.suffix}")
     try:
         yield part
         part.replace(target)

@@ -191,7 +191,7 @@ def test_a_compiled_model_is_written_under_plain_keys(tmp_path, weights):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("w.pth", "written as .safetensors, got '.pth'"), ("no/w.safetensors", "no does not exist")],
+    [("w.pth", "written as .safetensors, got '.pth'"), ("no/w.safetensors", "no is no folder; make it first")],
 )
 def test_bad_targets_are_refused(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):

@@ -191,7 +191,7 @@ def test_bad_targets(published, tmp_path):
     assert refusal(source, tmp_path / "x.pt", "native").endswith("--to native writes a folder or name.safetensors")
     assert refusal(source, tmp_path / "x.safetensors", "diffusers").endswith("--to diffusers writes a folder")
     assert refusal(source, tmp_path / "x", "pt").endswith("--to pt writes name.pt or name.pth")
-    assert refusal(source, tmp_path / "no" / "x", "native").endswith(f"folder {tmp_path / 'no'} does not exist")
+    assert refusal(source, tmp_path / "no" / "x", "native").endswith(f"{tmp_path / 'no'} is no folder; make it first")
     for name in ("there", "there.pt"):
         (tmp_path / name).mkdir() if name == "there" else (tmp_path / name).write_text("mine")
     (tmp_path / "there" / "mine").write_text("mine")

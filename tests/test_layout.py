@@ -33,8 +33,8 @@ USES = (
     "record",
 )  # fmt: skip
 COMMANDS = (
-    "cli", "cli_machine", "cli_toy", "cli_train", "cli_parallel", "cli_performance", "cli_wan", "cli_generate",
-    "cli_config", "__main__", "doctor",
+    "cli", "cli_machine", "cli_signals", "cli_toy", "cli_train", "cli_parallel", "cli_performance", "cli_wan",
+    "cli_generate", "cli_config", "__main__", "doctor",
 )  # fmt: skip
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kernels", ("hiar_kernels",)),

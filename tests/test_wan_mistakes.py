@@ -332,7 +332,7 @@ WRONG = {
     "a session nowhere": (
         None,
         [*STREAM, "--session", "no/s.safetensors"],
-        r"session no/s\.safetensors: no is no folder",
+        r"cannot write no/s\.safetensors: no is no folder",
     ),
     "no such session": (None, [*STREAM, "--from-session", "no"], "from-session no: no such file"),
     "no session": (

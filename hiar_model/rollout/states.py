@@ -7,7 +7,6 @@ text.I           texts in use         metadata              JSON: key, groups_do
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import refuse_stand_in
+from ..weight_files import whole
 
 TENSORS = ("cache", "latents", "history")
 NUMBERS = ("key", "groups_done", "step")
@@ -56,13 +56,14 @@ def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> None:
-    """Under a temporary name until it is whole; what was there before stays until then."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, partial, metadata=dict(told))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Under a temporary name until it is whole; what was there before stays until then.
+
+    Raises:
+        OSError: one line: it cannot be written.
+    """
+    tensors = {name: x.contiguous() for name, x in tensors.items()}
+    with whole(path) as part:
+        save_file(tensors, part, metadata=dict(told))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

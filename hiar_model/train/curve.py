@@ -7,6 +7,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+from ..files import temporary
+
 PICTURE = "loss.png"
 
 
@@ -38,7 +40,7 @@ def draw_loss_curve(losses: str | Path, picture: str | Path) -> None:
         axes.set(xlabel="update", ylabel=name.replace("_", " "), yscale="log")
         axes.grid(alpha=0.3)
         axes.legend()
-    partial = Path(f"{picture}.partial")
+    partial = temporary(Path(picture))
     try:
         figure.savefig(partial, dpi=120, format="png")
         os.replace(partial, picture)

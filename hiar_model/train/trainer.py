@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import check_output
 from ..keyed import SCHEME, require_scheme
 from ..threads import cpu_threads, fitting_threads
 from ..transformer import HiARTransformer
@@ -22,7 +23,7 @@ from .optimizers import Optimizers, rate_factor
 from .reading import differing_keys
 from .snapshots import Snapshots
 from .stage import Stage, Turn
-from .watch import Watch, sample_scalars
+from .watch import LOSSES, Watch, sample_scalars
 
 STATES, MODEL = "states", "model"
 
@@ -55,6 +56,7 @@ class Trainer:
         self.say = say if self.first else lambda text: None
         if self.first:
             self.folder.mkdir(parents=True, exist_ok=True)
+            check_output(self.folder / LOSSES)
         self.parts = self.place.rows(recipe.batch_size, recipe.scale.micro_batch)
         recompute = recipe.scale.activation_checkpointing
         for network in stage.frozen.values():

@@ -1,0 +1,31 @@
+"""Signals that end a command as Ctrl-C does."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""What ends a process from outside, and a terminal that is closed."""
+
+
+def listens(number: int) -> bool:
+    """Whether a signal may be handled here: whoever started the process, such as nohup, has not switched it off."""
+    return signal.getsignal(number) not in (signal.SIG_IGN, None)
+
+
+@contextmanager
+def as_interrupts() -> Iterator[None]:
+    """Within, those signals raise KeyboardInterrupt. Only for the main thread."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in ENDING if listens(number)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
