@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentParser, Namespace
 
+from .cli_choices import as_typed, check_choices, explained
 from .cli_config import ConfigFile, config_first
 from .cli_generate import generate, generate_arguments
 from .cli_parallel import launch, parity_arguments, verify_parity
@@ -52,11 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (``argv`` None: the process's) and return the exit code: 0, 2 for a mistake in what was
     asked, 1 for a result that is not finite or black, 130 for Ctrl-C. A failure is one line on stderr.
     """
-    debug = False
+    debug, parser, dests = False, build_parser(), []
+    words = config_first(sys.argv[1:] if argv is None else argv)
+    if not words:
+        parser.print_help()
+        return 0
     try:
-        arguments = build_parser().parse_args(config_first(sys.argv[1:] if argv is None else argv))
+        arguments = parser.parse_args(words)
         debug = arguments.debug
         chosen = arguments[arguments.subcommand]
+        dests = [*vars(chosen)]
+        check_choices(arguments.subcommand, chosen)
         if chosen.get("nproc", 1) > 1 and "LOCAL_RANK" not in os.environ:
             return launch(sys.argv[1:] if argv is None else argv, chosen.nproc)
         COMMANDS[arguments.subcommand][1](chosen)
@@ -66,16 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         return _fail(error, FAILED, debug)
     except ArgumentError as error:
-        return _fail(f"{error}{_hint(str(error))}", WRONG_INPUT, debug)
+        return _fail(explained(str(error), parser, words), WRONG_INPUT, debug)
     except (ValueError, OSError) as error:
-        return _fail(error, WRONG_INPUT, debug)
-
-
-def _hint(message: str) -> str:
-    """argparse before Python 3.12 takes no key=value behind an option: say where it goes."""
-    _, unrecognized, words = message.partition("unrecognized arguments: ")
-    misplaced = unrecognized and any("=" in word and not word.startswith("-") for word in words.split())
-    return "; key=value stands right behind the recipe, before options" if misplaced else ""
+        return _fail(as_typed(str(error), dests), WRONG_INPUT, debug)
 
 
 def _fail(message: object, code: int, debug: bool) -> int:

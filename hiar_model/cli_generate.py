@@ -83,9 +83,6 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
     # What needs no model is told before one is loaded.
     check_target(a.out)
     script = _script(a)
-    for option in ("image", "extend", "from_session"):
-        if a[option] is not None and not Path(a[option]).exists():
-            raise ValueError(f"{option.replace('_', '-')} {a[option]}: no such file")
     if a.session is not None and not Path(a.session).absolute().parent.is_dir():
         raise ValueError(f"session {a.session}: {Path(a.session).parent} is no folder; make it first")
     with imports():

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from .cli_choices import as_typed
+
 if TYPE_CHECKING:
     from .rollout.faults import Watch
 
@@ -167,7 +169,7 @@ def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
             code = FAILED
         except (ValueError, OSError) as error:
             code = WRONG_INPUT
-            watch.tell(str(error))
+            watch.tell(as_typed(str(error), vars(a)))
         except FloatingPointError as error:
             code = FAILED
             watch.tell(str(error))

@@ -18,7 +18,8 @@ from small_toy import BLOCK, FRAMES, PROMPT
 
 from hiar_model import bundle, generate
 from hiar_model.bundle import ToyDecoder, load_video_model
-from hiar_model.cli import build_parser, main
+from hiar_model.cli import COMMANDS, build_parser, main
+from hiar_model.cli_choices import as_typed
 from hiar_model.generation import Generation
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
@@ -97,24 +98,27 @@ def test_options_are_those_of_the_function():
 
 
 WRONG = {
-    "nothing": ([], "expected .subcommand. to be one of {generate,train,evaluate,"),
-    "no such command": (["degenerate"], "invalid choice: 'degenerate'"),
+    "no such command": (["degenerate"], "invalid choice: 'degenerate'.*did you mean generate"),
     "no prompt": (["generate", "-o", "a.mp4"], "required.*prompt"),
-    "no output": (["generate", PROMPT], "required.*out"),
+    "no output": (["generate", PROMPT], r"required: -o/--out \(name\.mp4"),
     "unknown option": (["generate", PROMPT, "-o", "a.mp4", "--speed", "3"], "unrecognized arguments: --speed"),
-    "no number": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "many"], "num_frames.*Got value: many"),
-    "no window": (["generate", PROMPT, "-o", "a.mp4", "--window-frames", "wide"], "window_frames.*wide"),
+    "misspelt option": (["generate", PROMPT, "-o", "a.mp4", "--ordr", "stream"], "did you mean --order?"),
+    "no value": (["generate", PROMPT, "-o"], "argument -o/--out: expected one argument"),
+    "no number": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "many"], "--num-frames must be.*many"),
+    "no window": (["generate", PROMPT, "-o", "a.mp4", "--window-frames", "wide"], "--window-frames .*wide.: latent"),
     "unknown output": (["generate", PROMPT, "-o", "a.avi"], r"unknown suffix '\.avi'; legal: name\.mp4"),
     "no such folder": (["generate", PROMPT, "-o", "no/a.mp4"], "no is no folder; make it first"),
     "empty prompt": (["generate", "", "-o", "a.mp4"], "the prompt is empty"),
     "unknown word": (["generate", "a red cube moving up", "-o", "a.mp4"], "'cube' is no legal shape .* circle, square"),
     "length": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "13"], "got 13, nearest 12 or 15"),
     "zero": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "0"], "at least 1, got 0"),
-    "threads": (["generate", PROMPT, "-o", "a.mp4", "--threads", "0"], "threads must be at least 1"),
+    "threads": (["generate", PROMPT, "-o", "a.mp4", "--threads", "0"], "--threads must be .* at least 1, got 0"),
     "gif pace": (["generate", PROMPT, "-o", "a.gif", "--fps", "90"], "at most 50 fps"),
     "device": (["generate", PROMPT, "-o", "a.mp4", "--device", "cuda:77"], "'cuda:77' is not there"),
     "no config": (["generate", PROMPT, "-o", "a.mp4", "--config", "nowhere.yaml"], "nowhere.yaml"),
     "no such recipe": (["train", "toy"], "no recipe 'toy': neither a file nor one of toy/hiar, "),
+    "no recipe": (["train"], r"required: RECIPE"),
+    "order": (["generate", PROMPT, "-o", "a.mp4", "--order", "straem"], "straem.; did you mean stream"),
     "recipe key": (["train", TOY, "update=3"], "unknown key update; did you mean updates"),
     "recipe value": (["train", TOY, "updates=few"], "updates must be int, got 'few'"),
     "no override": (["train", TOY, "updates"], "'updates' is no override: write key=value"),
@@ -246,3 +250,62 @@ def test_help(capsys, command):
     with pytest.raises(SystemExit) as done:
         main([*command, "--help"])
     assert done.value.code == 0 and "usage: hiar" in capsys.readouterr().out
+
+
+def test_nothing_asked_for_prints_help(capsys):
+    assert main([]) == 0
+    told = capsys.readouterr()
+    assert "usage: hiar" in told.out and "doctor" in told.out and not told.err
+
+
+LIGHT = {
+    **{f"{command} --help": ([command, "--help"], "usage: hiar") for command in COMMANDS},
+    "help": (["--help"], "usage: hiar"), "bare": ([], "usage: hiar"), "version": (["--version"], "hiar"),
+    "order": (["generate", PROMPT, "-o", "a.mp4", "--order", "foo"], "--order must be one of step_first, stream, wa"),
+    "steps": (["generate", PROMPT, "-o", "a.mp4", "--steps", "0"], "--steps must be a whole number .* 1, got 0"),
+    "dtype": (["generate", PROMPT, "-o", "a.mp4", "--dtype", "bf16"], "--dtype must be one of float32, bfloat16"),
+    "cache dtype": (["generate", PROMPT, "-o", "a.mp4", "--cache-dtype", "fp8"], "--cache-dtype must be one of"),
+    "offload": (["generate", PROMPT, "-o", "a.mp4", "--offload", "text,vea"], "got 'vea'; did you mean vae?"),
+    "model": (["generate", PROMPT, "-o", "a.mp4", "--model", "toi"], "--model 'toi' is neither .* did you mean toy?"),
+    "image": (["generate", PROMPT, "-o", "a.mp4", "--image", "i.png"], "--image i.png: no such file"),
+    "fps": (["generate", PROMPT, "-o", "a.mp4", "--fps", "-1"], "--fps must be a number above 0, got -1"),
+    "on nan": (["generate", PROMPT, "-o", "a.mp4", "--on-nan", "go"], "--on-nan must be one of stop, retry, got 'go'"),
+    "device": (["generate", PROMPT, "-o", "a.mp4", "--device", "gpu"], "--device must be one of auto, cpu, cuda"),
+    "orders": (["evaluate", "toy", "--order", "[stream,steam]"], "--order must be .* got 'steam'; did you mean stream"),
+    "ranks": (["verify-parity", "--nproc", "0"], "--nproc must be a whole number of at least 1, got 0"),
+    "warmup": (["warmup", "--order", "foo"], "--order must be one of"),
+    "profile": (["profile", "--model", "wan2.1"], "--model 'wan2.1' is no known configuration; known: toy, wan2.1-t2v"),
+    "doctor": (["doctor", "--model", "wan9"], "--model 'wan9' is no name, file or folder; names: toy, wan2.1-t2v"),
+    "layout": (["convert", "a", "b", "--to", "nativ"], "--to must be one of native, .*did you mean native"),
+    "recipe": (["train", "toy/teachr"], "no recipe 'toy/teachr': .*; did you mean toy/teacher?"),
+}  # fmt: skip
+"""What is answered before torch is imported, which takes seconds: half a second for each `--help`."""
+
+
+def test_mistakes_and_help_do_not_wait_for_torch():
+    script = (
+        "import json, sys\nfrom hiar_model.cli import main\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    try:\n        code = main(words)\n    except SystemExit as done:\n        code = done.code\n"
+        "    slow = [name for name in ('torch', 'numpy', 'av', 'rich') if name in sys.modules]\n"
+        "    print(f'END {code} {slow}', flush=True)\n"
+    )
+    words = json.dumps([words for words, _ in LIGHT.values()])
+    done = subprocess.run(
+        [sys.executable, "-c", script, words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    told = re.split(r"END (\d .*)\n", done.stdout)[:-1]
+    for (name, (_, message)), said, end in zip(LIGHT.items(), told[::2], told[1::2], strict=True):
+        assert re.search(message, said) and end[2:] == "[]", (name, said, end)
+
+
+@pytest.mark.parametrize("message, typed", [
+    ("num_frames must fill whole blocks", "--num-frames must fill whole blocks"),
+    ("window_frames=2 is not legal", "--window-frames=2 is not legal"),
+    ("seed must be", "--seed must be"),
+    ("the seed is wrong", "the seed is wrong"),
+    ("cannot read runs/num_frames of: no", "cannot read runs/num_frames of: no"),
+    ("model 'seed' is no folder", "model 'seed' is no folder"),
+])  # fmt: skip
+def test_names_as_they_are_typed(message, typed):
+    assert as_typed(message, ["num_frames", "window_frames", "seed", "model"]) == typed
