@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dests = [*vars(chosen)]
         check_choices(arguments.subcommand, chosen)
         if chosen.get("nproc", 1) > 1 and "LOCAL_RANK" not in os.environ:
-            return launch(sys.argv[1:] if argv is None else argv, chosen.nproc)
+            return launch(words, chosen.nproc, chosen.get("out") if arguments.subcommand == "generate" else None)
         COMMANDS[arguments.subcommand][1](chosen)
         return 0
     except KeyboardInterrupt as error:

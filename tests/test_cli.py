@@ -16,11 +16,12 @@ import small_toy
 import torch
 from small_toy import BLOCK, FRAMES, PROMPT
 
-from hiar_model import bundle, generate
+from hiar_model import bundle, cli_machine, generate
 from hiar_model.bundle import ToyDecoder, load_video_model
 from hiar_model.cli import COMMANDS, build_parser, main
 from hiar_model.cli_choices import as_typed
 from hiar_model.generation import Generation
+from hiar_model.train.trainer import Trainer
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
@@ -182,6 +183,31 @@ def test_interrupt(folder, here, capsys, monkeypatch):
     assert list(here.iterdir()) == []
 
 
+def test_a_video_is_not_overwritten(folder, here, capsys):
+    Path("a.mp4").write_bytes(b"mine")
+    assert "a.mp4 exists already: give another name, or --overwrite" in refused(
+        capsys, 2, "generate", PROMPT, "-o", "a.mp4", "--model", folder
+    )
+    assert Path("a.mp4").read_bytes() == b"mine" and [*here.iterdir()] == [here / "a.mp4"]
+    assert run("generate", PROMPT, "-o", "a.mp4", "--model", folder, "--overwrite") == 0
+    assert Path("a.mp4").read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_ctrl_c_among_processes_says_what_is_kept(here, capsys, monkeypatch, blocks):
+    from torch.distributed.launcher import api
+
+    def interrupted(*_):
+        Path("a.mp4.blocks").mkdir()
+        for block in range(blocks):
+            Path(f"a.mp4.blocks/block_{block:08d}.safetensors").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "elastic_launch", lambda *_: interrupted)
+    kept = "; 2 finished blocks are kept in a.mp4.blocks, --resume goes on" if blocks else ""
+    assert refused(capsys, 130, "generate", PROMPT, "-o", "a.mp4", "--nproc", "2") == f"hiar: interrupted{kept}"
+
+
 def test_debug_shows_where(capsys):
     assert run("--debug", "generate", PROMPT, "-o", "a.avi") == 2
     told = capsys.readouterr().err
@@ -207,6 +233,49 @@ def test_train_resume_generate(here, capsys):
     assert run("generate", PROMPT, "-o", "a.gif", "--model", "run/model", "--num-frames", BLOCK) == 0
     model = load_video_model("run/model", "cpu")
     assert (model.train_frames, model.num_frames) == (6, 24)
+
+
+def test_ctrl_c_in_training_writes_a_state(here, capsys, monkeypatch):
+    update, seen = Trainer._update, []
+
+    def interrupted(self):
+        seen.append(self.update)
+        if len(seen) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return update(self)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Trainer, "_update", interrupted)
+    words = ["train", TOY, *TINY, "updates=4", "--out", "run"]
+    assert run(*words) == 130
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [
+        "ending behind this update, to write a state; Ctrl-C again: at once",
+        "hiar: interrupted; after 2 of 4 updates; the same command goes on from run/states/update_00000002",
+    ]
+    assert "4 updates, batches of 1; losses every 1 to run/loss.csv" in told.out
+    assert signal.getsignal(signal.SIGINT) is before
+    assert run(*words) == 0 and seen == [0, 1, 2, 3]
+    assert len((here / "run/loss.csv").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("recipe, key, made_by", [
+    ("toy/ode_pairs", "teacher", "toy/teacher"), ("toy/ode_init", "init", "toy/teacher"),
+    ("toy/hiar", "init", "toy/ode_init"), ("wan-1.3b/hiar", "init", "wan-1.3b/ode_init"),
+])  # fmt: skip
+def test_a_missing_stage_names_the_command_that_makes_it(capsys, recipe, key, made_by):
+    line = refused(capsys, 2, "train", recipe)
+    assert line.startswith(f"hiar: {key} runs/{made_by}") and line.endswith(f"this makes it: hiar train {made_by}")
+
+
+def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):
+    clock = iter([0.0, 1.0, 29.0, 31.0, 32.0, 61.0, 62.0])
+    monkeypatch.setattr(cli_machine.time, "monotonic", lambda: next(clock))
+    with cli_machine.progress_bar("updates {task.completed}/{task.total}", "{task.fields[told]}") as bar:
+        task = bar.add_task("", total=800, completed=0, told="")
+        for update in (1, 2, 3, 4, 5, 6):
+            bar.update(task, completed=update, told=f"loss {update}")
+    assert capsys.readouterr().err == "updates 3/800, loss 3, 3.3 h left\nupdates 5/800, loss 5, 3.3 h left\n"
 
 
 def test_evaluate(folder, here, capsys):
