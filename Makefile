@@ -72,7 +72,7 @@ setup-dev: .venv/installed-dev
 
 demo: setup
 	@mkdir -p out
-	$(BIN)/hiar generate "$(PROMPT)" -o out/demo.mp4
+	$(BIN)/hiar generate "$(PROMPT)" -o out/demo.mp4 --overwrite
 	@echo
 	@echo "Look at out/demo.mp4: it should show what the prompt says, $(PROMPT), at an even pace from the first frame"
 	@echo "to the last. Now try your own: $(BIN)/hiar generate \"a blue square moving up fast\" -o out/mine.mp4"

@@ -28,7 +28,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
-from .config import WanConfig
+from .config import SHIPPED, WanConfig
 from .files import refuse_stand_in
 from .schedule import FlowSchedule
 from .toy.codec import ToyCodec
@@ -41,8 +41,6 @@ from .wan import Checkpoint, is_wan_folder, load_wan
 
 TOY_FORMAT = "hiar-toy"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-SHIPPED = {"toy": ("hiar_model.toy", "weights")}
-"""Name of a model inside the package -> (package, folder in it)."""
 TRANSFORMER, CODEC = "transformer.", "codec."
 
 

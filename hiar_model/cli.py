@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 
 from jsonargparse import ArgumentParser, Namespace
 
+from .cli_choices import as_typed, check_choices, explained
 from .cli_config import ConfigFile, config_first
 from .cli_generate import generate, generate_arguments
 from .cli_parallel import launch, parity_arguments, verify_parity
@@ -56,15 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked, 1 for a result that is not finite or black, 130 for Ctrl-C, SIGTERM or SIGHUP. A failure is one line on
     stderr.
     """
-    debug = False
+    debug, parser, dests = False, build_parser(), []
+    words = config_first(sys.argv[1:] if argv is None else argv)
+    if not words:
+        parser.print_help()
+        return 0
     with suppress(AttributeError):  # what stdout cannot spell, such as a name, is no reason to fail at the end
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        arguments = build_parser().parse_args(config_first(sys.argv[1:] if argv is None else argv))
+        arguments = parser.parse_args(words)
         debug = arguments.debug
         chosen = arguments[arguments.subcommand]
+        dests = [*vars(chosen)]
+        check_choices(arguments.subcommand, chosen)
         if chosen.get("nproc", 1) > 1 and "LOCAL_RANK" not in os.environ:
-            return launch(sys.argv[1:] if argv is None else argv, chosen.nproc)
+            return launch(words, chosen.nproc, chosen.get("out") if arguments.subcommand == "generate" else None)
         with _interruptible():
             COMMANDS[arguments.subcommand][1](chosen)
         return 0
@@ -73,22 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         return _fail(error, FAILED, debug)
     except ArgumentError as error:
-        return _fail(f"{error}{_hint(str(error))}", WRONG_INPUT, debug)
+        return _fail(explained(str(error), parser, words), WRONG_INPUT, debug)
     except (ValueError, OSError) as error:
-        return _fail(error, WRONG_INPUT, debug)
+        return _fail(as_typed(str(error), dests), WRONG_INPUT, debug)
 
 
 def _interruptible() -> AbstractContextManager[None]:
     """One process alone ends on SIGTERM as on Ctrl-C; the processes of a job have a watch that does it."""
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread()
     return as_interrupts() if alone else nullcontext()
-
-
-def _hint(message: str) -> str:
-    """argparse before Python 3.12 takes no key=value behind an option: say where it goes."""
-    _, unrecognized, words = message.partition("unrecognized arguments: ")
-    misplaced = unrecognized and any("=" in word and not word.startswith("-") for word in words.split())
-    return "; key=value stands right behind the recipe, before options" if misplaced else ""
 
 
 def _fail(message: object, code: int, debug: bool) -> int:

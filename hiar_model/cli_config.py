@@ -36,6 +36,8 @@ def config_first(words: Sequence[str]) -> list[str]:
     for i in reversed(range(len(rest))):
         if rest[i] == "--config" or rest[i].startswith("--config="):
             span = slice(i, i + 1 + (rest[i] == "--config"))
+            if span.stop > len(rest):
+                continue  # argparse says that a file is missing
             files[:0], rest[span] = rest[span], []
     command = next((i for i, word in enumerate(rest, 1) if not word.startswith("-")), 0)
     return [*rest[:command], *files, *rest[command:]]

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from .cli_config import Optional
 from .cli_machine import imports, load_model, machine_arguments, progress_bar
-from .cli_parallel import KEPT, job, keeping_arguments, pipeline_arguments
+from .cli_parallel import KEPT, job, keeping_arguments, kept_blocks, pipeline_arguments
 from .cli_signals import ENDING, listens
 from .files import check_text
 
@@ -30,6 +30,7 @@ def generate_arguments(parser: ArgumentParser) -> None:
         "prompt", action=Optional, type=str, nargs="?", help='such as "a red circle moving right"; or give --prompts'
     )
     parser.add_argument("-o", "--out", type=str, required=True, help="name.mp4, name.gif, or name/ for PNG files")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file of this name; else it is refused")
     parser.add_argument("--model", type=str, default="toy", help="name of a shipped model, or a folder, such as of Wan")
     parser.add_argument(
         "--checkpoint", type=str,
@@ -78,7 +79,10 @@ def generate(a: Namespace) -> None:
     """Make the video; on several processes, this one's part of it."""
     kept = a.out.rstrip("/") + KEPT
     with job(a, kept) as here:
-        _generate_here(a, here, kept)
+        try:
+            _generate_here(a, here, kept)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(*error.args, *filter(None, [kept_blocks(a.out)])) from error
 
 
 def _generate_here(a: Namespace, here: Job, kept: str) -> None:
@@ -86,7 +90,9 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
     from .video import VideoWriter, check_target
 
     # What needs no model is told before one is loaded.
-    check_target(a.out)
+    target = check_target(a.out)
+    if target.is_file() and not a.overwrite:
+        raise ValueError(f"{target} exists already: give another name, or --overwrite")
     script = _script(a)
     for option in ("image", "extend", "from_session"):
         if a[option] is not None and not Path(a[option]).exists():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -52,24 +54,54 @@ def imports() -> Iterator[None]:
         gc.enable()
 
 
-class _NoBar(nullcontext[Any]):
-    """In place of a progress bar where nobody would see one; rich need not be imported."""
+class Lines(nullcontext[Any]):
+    """In place of a progress bar where there is no terminal: a line every half a minute; rich need not be imported."""
 
-    disable = True
+    EVERY = 30.0  # seconds, from the beginning
 
-    def __enter__(self) -> _NoBar:
+    def __init__(self, columns: Sequence[str]) -> None:
+        super().__init__()
+        self.columns, self.disable = columns, False
+        self.total: float | None = None
+        self.fields: dict[str, Any] = {}
+        self.first: tuple[float, float] | None = None  # seconds, completed
+        self.told = time.monotonic()
+
+    def __enter__(self) -> Lines:
         return self
 
-    def add_task(self, *_: Any, **__: Any) -> None:
-        """Nothing to show."""
+    def add_task(self, _: str, total: float | None = None, completed: float = 0, **fields: Any) -> int:
+        """What the line is about."""
+        self.total, self.fields = total, fields
+        return 0
 
-    update = add_task
+    def update(self, _: int, total: float | None = None, completed: float = 0, **fields: Any) -> None:
+        """How far it is."""
+        self.total, now = total or self.total, time.monotonic()
+        self.fields.update(fields)
+        self.first = self.first or (now, completed)
+        if self.disable or now - self.told < self.EVERY:
+            return
+        self.told = now
+        seen = SimpleNamespace(completed=completed, total=self.total, fields=self.fields)
+        told = [column.format(task=seen) for column in self.columns]
+        gone, done = now - self.first[0], completed - self.first[1]
+        if self.total and done > 0:
+            told.append(f"{spoken((self.total - completed) * gone / done)} left")
+        print(", ".join(filter(None, told)), file=sys.stderr, flush=True)
+
+
+def spoken(seconds: float) -> str:
+    """Seconds, minutes or hours, as one says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def progress_bar(*columns: Any) -> Any:
-    """A progress bar on stderr, shown on a terminal only."""
+    """A progress bar on stderr; without a terminal, lines (:class:`Lines`)."""
     if not sys.stderr.isatty():
-        return _NoBar()
+        return Lines(columns)
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeRemainingColumn
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from .cli_choices import as_typed
+
 if TYPE_CHECKING:
     from .rollout.faults import Watch
 
@@ -60,8 +62,15 @@ def keeping_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def launch(argv: Sequence[str], nproc: int) -> int:
-    """Run this command in so many processes, as torchrun would; returns the exit code."""
+def kept_blocks(out: str) -> str:
+    """What is left of an unfinished video, and how it goes on; nothing where nothing is."""
+    folder = Path(out.rstrip("/") + KEPT)
+    blocks = len([*folder.glob("block_*.safetensors")])
+    return f"{blocks} finished blocks are kept in {folder}, --resume goes on" if blocks else ""
+
+
+def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
+    """Run this command in so many processes, as torchrun would; returns the exit code. ``out``: of a video."""
     import logging
     import uuid
 
@@ -92,7 +101,8 @@ def launch(argv: Sequence[str], nproc: int) -> int:
                 print(f"hiar: rank {rank} ended with code {failure.exitcode} before it could say why", file=sys.stderr)
             return failure.exitcode if failure.exitcode > 0 else FAILED
         except (SignalException, KeyboardInterrupt):
-            print("hiar: interrupted", file=sys.stderr)
+            left = "" if out is None else kept_blocks(out)
+            print("; ".join(["hiar: interrupted", *filter(None, [left])]), file=sys.stderr)
             return INTERRUPTED
         finally:
             logging.disable(logging.NOTSET)
@@ -167,7 +177,7 @@ def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
             code = FAILED
         except (ValueError, OSError) as error:
             code = WRONG_INPUT
-            watch.tell(str(error))
+            watch.tell(as_typed(str(error), vars(a)))
         except FloatingPointError as error:
             code = FAILED
             watch.tell(str(error))

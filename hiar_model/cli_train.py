@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -19,6 +22,7 @@ from .cli_parallel import FAILED, INTERRUPTED, TOLD, WRONG_INPUT
 if TYPE_CHECKING:
     from .train.config import Recipe, TrainingRecipe
     from .train.distributed import Place
+    from .train.trainer import Trainer
 
 
 def train_arguments(parser: ArgumentParser) -> None:
@@ -62,6 +66,9 @@ def _run(recipe: TrainingRecipe, folder: Path, place: Place) -> None:
 
     trainer = Trainer(recipe, make_stage(recipe, place.device), folder, place)
     say, first, begun = trainer.say, trainer.update, time.perf_counter()
+    if first < recipe.updates:
+        where = folder / LOSSES
+        say(f"{recipe.updates} updates, batches of {recipe.batch_size}; losses every {recipe.log_every} to {where}")
     if first:
         say(f"going on from update {first} of {trainer.state}")
     means: dict[str, float] = {}
@@ -77,9 +84,13 @@ def _run(recipe: TrainingRecipe, folder: Path, place: Place) -> None:
             bar.update(task, completed=update, told=f"{told}, {seen / (time.perf_counter() - begun):.2f} updates/s")
 
         try:
-            done = trainer.run(show)
+            with _interrupts(trainer, place):
+                done = trainer.run(show)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(f"the same command goes on from {trainer.state or 'the beginning'}") from error
+    if trainer.ends and not done:
+        stands = f"after {trainer.update} of {recipe.updates} updates"
+        raise KeyboardInterrupt(f"{stands}; the same command goes on from {trainer.state}")
     if not done:
         say(f"time is over after {trainer.update} of {recipe.updates} updates; the same command goes on")
         return
@@ -95,6 +106,30 @@ def _run(recipe: TrainingRecipe, folder: Path, place: Place) -> None:
         say(f"loss curve: {folder / PICTURE}")
     hint = f'; try: hiar generate "a red circle moving right" -o out.mp4 --model {model}' if model.is_dir() else ""
     say(f"model: {model}{hint}")
+
+
+@contextmanager
+def _interrupts(trainer: Trainer, place: Place) -> Iterator[None]:
+    """The first Ctrl-C (or the end of a terminal or a job) ends the run behind the update that is being made, so that
+    a state is written; a second one ends it at once. Several processes end at once.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if trainer.ends:
+            raise KeyboardInterrupt
+        trainer.end()
+        print("ending behind this update, to write a state; Ctrl-C again: at once", file=sys.stderr, flush=True)
+
+    if place.ranks > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _produce(recipe: Recipe, folder: Path, place: Place) -> None:

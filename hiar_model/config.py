@@ -19,6 +19,10 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+SHIPPED = {"toy": ("hiar_model.toy", "weights")}
+"""Name of a model inside the package -> (package, folder in it)."""
+
+
 @dataclass(frozen=True)
 class WanConfig:
     """Sizes of a Wan2.1 text-to-video transformer.

@@ -16,7 +16,7 @@ import torch
 
 from .cache import E4M3
 from .checks import whole
-from .config import WanConfig
+from .config import SHIPPED, WanConfig
 from .files import refuse_stand_in
 from .memory import Memory, Part, Request, predict, vae_part
 from .weight_files import read_json, read_tensors
@@ -76,7 +76,7 @@ def subject(model: str) -> Subject:
     Raises:
         ValueError: one line: neither a name nor weights that are known.
     """
-    from .bundle import CONFIG, SHIPPED, load_video_model
+    from .bundle import CONFIG, load_video_model
 
     published = [name for name in WanConfig.names() if name.startswith("wan")]
     if model in published:

@@ -16,10 +16,12 @@ import small_toy
 import torch
 from small_toy import BLOCK, FRAMES, PROMPT
 
-from hiar_model import bundle, generate
+from hiar_model import bundle, cli_machine, generate
 from hiar_model.bundle import ToyDecoder, load_video_model
-from hiar_model.cli import build_parser, main
+from hiar_model.cli import COMMANDS, build_parser, main
+from hiar_model.cli_choices import as_typed
 from hiar_model.generation import Generation
+from hiar_model.train.trainer import Trainer
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
@@ -97,24 +99,27 @@ def test_options_are_those_of_the_function():
 
 
 WRONG = {
-    "nothing": ([], "expected .subcommand. to be one of {generate,train,evaluate,"),
-    "no such command": (["degenerate"], "invalid choice: 'degenerate'"),
+    "no such command": (["degenerate"], "invalid choice: 'degenerate'.*did you mean generate"),
     "no prompt": (["generate", "-o", "a.mp4"], "required.*prompt"),
-    "no output": (["generate", PROMPT], "required.*out"),
+    "no output": (["generate", PROMPT], r"required: -o/--out \(name\.mp4"),
     "unknown option": (["generate", PROMPT, "-o", "a.mp4", "--speed", "3"], "unrecognized arguments: --speed"),
-    "no number": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "many"], "num_frames.*Got value: many"),
-    "no window": (["generate", PROMPT, "-o", "a.mp4", "--window-frames", "wide"], "window_frames.*wide"),
+    "misspelt option": (["generate", PROMPT, "-o", "a.mp4", "--ordr", "stream"], "did you mean --order?"),
+    "no value": (["generate", PROMPT, "-o"], "argument -o/--out: expected one argument"),
+    "no number": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "many"], "--num-frames must be.*many"),
+    "no window": (["generate", PROMPT, "-o", "a.mp4", "--window-frames", "wide"], "--window-frames .*wide.: latent"),
     "unknown output": (["generate", PROMPT, "-o", "a.avi"], r"unknown suffix '\.avi'; legal: name\.mp4"),
     "no such folder": (["generate", PROMPT, "-o", "no/a.mp4"], "no is no folder; make it first"),
     "empty prompt": (["generate", "", "-o", "a.mp4"], "the prompt is empty"),
     "unknown word": (["generate", "a red cube moving up", "-o", "a.mp4"], "'cube' is no legal shape .* circle, square"),
     "length": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "13"], "got 13, nearest 12 or 15"),
     "zero": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "0"], "at least 1, got 0"),
-    "threads": (["generate", PROMPT, "-o", "a.mp4", "--threads", "0"], "threads must be at least 1"),
+    "threads": (["generate", PROMPT, "-o", "a.mp4", "--threads", "0"], "--threads must be .* at least 1, got 0"),
     "gif pace": (["generate", PROMPT, "-o", "a.gif", "--fps", "90"], "at most 50 fps"),
     "device": (["generate", PROMPT, "-o", "a.mp4", "--device", "cuda:77"], "'cuda:77' is not there"),
     "no config": (["generate", PROMPT, "-o", "a.mp4", "--config", "nowhere.yaml"], "nowhere.yaml"),
     "no such recipe": (["train", "toy"], "no recipe 'toy': neither a file nor one of toy/hiar, "),
+    "no recipe": (["train"], r"required: RECIPE"),
+    "order": (["generate", PROMPT, "-o", "a.mp4", "--order", "straem"], "straem.; did you mean stream"),
     "recipe key": (["train", TOY, "update=3"], "unknown key update; did you mean updates"),
     "recipe value": (["train", TOY, "updates=few"], "updates must be int, got 'few'"),
     "no override": (["train", TOY, "updates"], "'updates' is no override: write key=value"),
@@ -178,6 +183,31 @@ def test_interrupt(folder, here, capsys, monkeypatch):
     assert list(here.iterdir()) == []
 
 
+def test_a_video_is_not_overwritten(folder, here, capsys):
+    Path("a.mp4").write_bytes(b"mine")
+    assert "a.mp4 exists already: give another name, or --overwrite" in refused(
+        capsys, 2, "generate", PROMPT, "-o", "a.mp4", "--model", folder
+    )
+    assert Path("a.mp4").read_bytes() == b"mine" and [*here.iterdir()] == [here / "a.mp4"]
+    assert run("generate", PROMPT, "-o", "a.mp4", "--model", folder, "--overwrite") == 0
+    assert Path("a.mp4").read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_ctrl_c_among_processes_says_what_is_kept(here, capsys, monkeypatch, blocks):
+    from torch.distributed.launcher import api
+
+    def interrupted(*_):
+        Path("a.mp4.blocks").mkdir()
+        for block in range(blocks):
+            Path(f"a.mp4.blocks/block_{block:08d}.safetensors").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "elastic_launch", lambda *_: interrupted)
+    kept = "; 2 finished blocks are kept in a.mp4.blocks, --resume goes on" if blocks else ""
+    assert refused(capsys, 130, "generate", PROMPT, "-o", "a.mp4", "--nproc", "2") == f"hiar: interrupted{kept}"
+
+
 def test_debug_shows_where(capsys):
     assert run("--debug", "generate", PROMPT, "-o", "a.avi") == 2
     told = capsys.readouterr().err
@@ -203,6 +233,49 @@ def test_train_resume_generate(here, capsys):
     assert run("generate", PROMPT, "-o", "a.gif", "--model", "run/model", "--num-frames", BLOCK) == 0
     model = load_video_model("run/model", "cpu")
     assert (model.train_frames, model.num_frames) == (6, 24)
+
+
+def test_ctrl_c_in_training_writes_a_state(here, capsys, monkeypatch):
+    update, seen = Trainer._update, []
+
+    def interrupted(self):
+        seen.append(self.update)
+        if len(seen) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return update(self)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Trainer, "_update", interrupted)
+    words = ["train", TOY, *TINY, "updates=4", "--out", "run"]
+    assert run(*words) == 130
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [
+        "ending behind this update, to write a state; Ctrl-C again: at once",
+        "hiar: interrupted; after 2 of 4 updates; the same command goes on from run/states/update_00000002",
+    ]
+    assert "4 updates, batches of 1; losses every 1 to run/loss.csv" in told.out
+    assert signal.getsignal(signal.SIGINT) is before
+    assert run(*words) == 0 and seen == [0, 1, 2, 3]
+    assert len((here / "run/loss.csv").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("recipe, key, made_by", [
+    ("toy/ode_pairs", "teacher", "toy/teacher"), ("toy/ode_init", "init", "toy/teacher"),
+    ("toy/hiar", "init", "toy/ode_init"), ("wan-1.3b/hiar", "init", "wan-1.3b/ode_init"),
+])  # fmt: skip
+def test_a_missing_stage_names_the_command_that_makes_it(capsys, recipe, key, made_by):
+    line = refused(capsys, 2, "train", recipe)
+    assert line.startswith(f"hiar: {key} runs/{made_by}") and line.endswith(f"this makes it: hiar train {made_by}")
+
+
+def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):
+    clock = iter([0.0, 1.0, 29.0, 31.0, 32.0, 61.0, 62.0])
+    monkeypatch.setattr(cli_machine.time, "monotonic", lambda: next(clock))
+    with cli_machine.progress_bar("updates {task.completed}/{task.total}", "{task.fields[told]}") as bar:
+        task = bar.add_task("", total=800, completed=0, told="")
+        for update in (1, 2, 3, 4, 5, 6):
+            bar.update(task, completed=update, told=f"loss {update}")
+    assert capsys.readouterr().err == "updates 3/800, loss 3, 3.3 h left\nupdates 5/800, loss 5, 3.3 h left\n"
 
 
 def test_evaluate(folder, here, capsys):
@@ -246,3 +319,62 @@ def test_help(capsys, command):
     with pytest.raises(SystemExit) as done:
         main([*command, "--help"])
     assert done.value.code == 0 and "usage: hiar" in capsys.readouterr().out
+
+
+def test_nothing_asked_for_prints_help(capsys):
+    assert main([]) == 0
+    told = capsys.readouterr()
+    assert "usage: hiar" in told.out and "doctor" in told.out and not told.err
+
+
+LIGHT = {
+    **{f"{command} --help": ([command, "--help"], "usage: hiar") for command in COMMANDS},
+    "help": (["--help"], "usage: hiar"), "bare": ([], "usage: hiar"), "version": (["--version"], "hiar"),
+    "order": (["generate", PROMPT, "-o", "a.mp4", "--order", "foo"], "--order must be one of step_first, stream, wa"),
+    "steps": (["generate", PROMPT, "-o", "a.mp4", "--steps", "0"], "--steps must be a whole number .* 1, got 0"),
+    "dtype": (["generate", PROMPT, "-o", "a.mp4", "--dtype", "bf16"], "--dtype must be one of float32, bfloat16"),
+    "cache dtype": (["generate", PROMPT, "-o", "a.mp4", "--cache-dtype", "fp8"], "--cache-dtype must be one of"),
+    "offload": (["generate", PROMPT, "-o", "a.mp4", "--offload", "text,vea"], "got 'vea'; did you mean vae?"),
+    "model": (["generate", PROMPT, "-o", "a.mp4", "--model", "toi"], "--model 'toi' is neither .* did you mean toy?"),
+    "image": (["generate", PROMPT, "-o", "a.mp4", "--image", "i.png"], "--image i.png: no such file"),
+    "fps": (["generate", PROMPT, "-o", "a.mp4", "--fps", "-1"], "--fps must be a number above 0, got -1"),
+    "on nan": (["generate", PROMPT, "-o", "a.mp4", "--on-nan", "go"], "--on-nan must be one of stop, retry, got 'go'"),
+    "device": (["generate", PROMPT, "-o", "a.mp4", "--device", "gpu"], "--device must be one of auto, cpu, cuda"),
+    "orders": (["evaluate", "toy", "--order", "[stream,steam]"], "--order must be .* got 'steam'; did you mean stream"),
+    "ranks": (["verify-parity", "--nproc", "0"], "--nproc must be a whole number of at least 1, got 0"),
+    "warmup": (["warmup", "--order", "foo"], "--order must be one of"),
+    "profile": (["profile", "--model", "wan2.1"], "--model 'wan2.1' is no known configuration; known: toy, wan2.1-t2v"),
+    "doctor": (["doctor", "--model", "wan9"], "--model 'wan9' is no name, file or folder; names: toy, wan2.1-t2v"),
+    "layout": (["convert", "a", "b", "--to", "nativ"], "--to must be one of native, .*did you mean native"),
+    "recipe": (["train", "toy/teachr"], "no recipe 'toy/teachr': .*; did you mean toy/teacher?"),
+}  # fmt: skip
+"""What is answered before torch is imported, which takes seconds: half a second for each `--help`."""
+
+
+def test_mistakes_and_help_do_not_wait_for_torch():
+    script = (
+        "import json, sys\nfrom hiar_model.cli import main\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    try:\n        code = main(words)\n    except SystemExit as done:\n        code = done.code\n"
+        "    slow = [name for name in ('torch', 'numpy', 'av', 'rich') if name in sys.modules]\n"
+        "    print(f'END {code} {slow}', flush=True)\n"
+    )
+    words = json.dumps([words for words, _ in LIGHT.values()])
+    done = subprocess.run(
+        [sys.executable, "-c", script, words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    told = re.split(r"END (\d .*)\n", done.stdout)[:-1]
+    for (name, (_, message)), said, end in zip(LIGHT.items(), told[::2], told[1::2], strict=True):
+        assert re.search(message, said) and end[2:] == "[]", (name, said, end)
+
+
+@pytest.mark.parametrize("message, typed", [
+    ("num_frames must fill whole blocks", "--num-frames must fill whole blocks"),
+    ("window_frames=2 is not legal", "--window-frames=2 is not legal"),
+    ("seed must be", "--seed must be"),
+    ("the seed is wrong", "the seed is wrong"),
+    ("cannot read runs/num_frames of: no", "cannot read runs/num_frames of: no"),
+    ("model 'seed' is no folder", "model 'seed' is no folder"),
+])  # fmt: skip
+def test_names_as_they_are_typed(message, typed):
+    assert as_typed(message, ["num_frames", "window_frames", "seed", "model"]) == typed

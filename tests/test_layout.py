@@ -34,7 +34,7 @@ USES = (
 )  # fmt: skip
 COMMANDS = (
     "cli", "cli_machine", "cli_signals", "cli_toy", "cli_train", "cli_parallel", "cli_performance", "cli_wan",
-    "cli_generate", "cli_config", "__main__", "doctor",
+    "cli_generate", "cli_config", "cli_choices", "__main__", "doctor",
 )  # fmt: skip
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kernels", ("hiar_kernels",)),

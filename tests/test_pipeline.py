@@ -242,7 +242,7 @@ def test_a_generation_on_one_process_keeps_what_it_made(model, tmp_path, capsys,
     ("options", "message"),
     [
         (["--resume"], "in a pipeline only: give executor pipeline"),
-        (["--nproc", "0"], "nproc must be at least 1, got 0"),
+        (["--nproc", "0"], "--nproc must be a whole number of at least 1, got 0"),
         (["--executor", "pipeline", "--steps-per-rank", "[1,1]"], "give a number for each of 1 ranks"),
         (["--executor", "warp"], "executor must be one of"),
     ],

@@ -274,8 +274,8 @@ WRONG = {
     "no height": (None, ["--height", "0"], "height must be a whole number of at least 1, got 0"),
     "length": (None, ["--num-frames", "80"], "got 80, nearest 69 or 81"),
     "one frame": (None, ["--num-frames", "1"], "got 1, nearest 9"),
-    "window": (None, ["--window-frames", "2"], "window_frames=2 is not legal: give a whole number >= 3"),
-    "sink": (None, ["--sink-frames", "19"], "window_frames=21 is not legal: give a whole number >= 22"),
+    "window": (None, ["--window-frames", "2"], "--window-frames=2 is not legal: give a whole number >= 3"),
+    "sink": (None, ["--sink-frames", "19"], "--window-frames=21 is not legal: give a whole number >= 22"),
     # images and clips
     "no such image": (None, ["--image", "no.png"], r"image no\.png: no such file"),
     "no image": (text("i.png", "x"), ["--image", "i.png"], r"image i\.png: corrupt"),
@@ -300,7 +300,7 @@ WRONG = {
     ),
     "length behind a clip": (clip(9), ["--extend", "c.mp4"], "behind 9 given frames: got 9, nearest 21"),
     # scripts
-    "no such script": (None, ["--prompts", "no.txt"], r"cannot read no\.txt: No such file"),
+    "no such script": (None, ["--prompts", "no.txt"], r"--prompts no\.txt: no such file"),
     "no time": (
         text("s.txt", f"{PROMPT}\n"),
         ["--prompts", "s.txt"],
@@ -314,11 +314,11 @@ WRONG = {
         r"s\.txt line 1 is a prompt at 0 s: leave out",
     ),
     # options
-    "dtype": (None, ["--dtype", "int8"], "unknown dtype 'int8'; legal: float32, bfloat16"),
-    "cache dtype": (None, ["--cache-dtype", "int4"], "unknown cache-dtype 'int4'; legal: .*float8_e4m3fn"),
-    "offload": (None, ["--offload", "transformer"], "offload must be of text, vae, got 'transformer'"),
-    "on new text": (None, ["--on-new-text", "forget"], "on_new_text must be one of keep, recache, got 'forget'"),
-    "on nan": (None, ["--on-nan", "hide"], "on_nan must be one of stop, retry, got 'hide'"),
+    "dtype": (None, ["--dtype", "int8"], "--dtype must be one of float32, bfloat16, .*int8"),
+    "cache dtype": (None, ["--cache-dtype", "int4"], "--cache-dtype must be .*float8_e4m3fn, got .int4."),
+    "offload": (None, ["--offload", "transformer"], "--offload must be one of text, vae, got 'transformer'"),
+    "on new text": (None, ["--on-new-text", "forget"], "--on-new-text must be one of keep, recache, got 'forget'"),
+    "on nan": (None, ["--on-nan", "hide"], "--on-nan must be one of stop, retry, got 'hide'"),
     "recache and pairs": (
         None,
         ["--on-new-text", "recache", "--pairs", "true"],

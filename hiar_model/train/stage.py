@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..transformer import HiARTransformer
 from ..video import Frames
+from .reading import shipped_recipes
 
 Scalars = Mapping[str, float | Tensor]
 """What people watch, by name: numbers, or tensors of one element that need not be waited for."""
@@ -81,7 +82,20 @@ STAGES = {
 """Name in a recipe -> (module, class); the class is made of (recipe, device)."""
 
 
+def _check_made(recipe: Any) -> None:
+    """ValueError where what an earlier stage leaves is not there: names the command that makes it."""
+    kl = getattr(recipe, "forward_kl", None)
+    named = {key: getattr(recipe, key, None) for key in ("init", "teacher", "trajectories")}
+    named["forward_kl.trajectories"] = getattr(kl, "trajectories", None)
+    named["data.folder"] = getattr(getattr(recipe, "data", None), "folder", None)
+    for key, path in named.items():
+        stage = next((s for s in shipped_recipes() if f"{path}/".startswith(f"runs/{s}/")), None)
+        if stage is not None and not Path(str(path)).exists():
+            raise ValueError(f"{key} {path}: is not there yet; this makes it: hiar train {stage}")
+
+
 def make_stage(recipe: Any, device: torch.device) -> Any:
     """The :class:`Stage` or :class:`Production` of a recipe, its networks on ``device``."""
+    _check_made(recipe)
     module, name = STAGES[recipe.stage]
     return getattr(import_module(f".{module}", __package__), name)(recipe, device)

@@ -67,7 +67,7 @@ class Trainer:
             name: Optimizers(network, recipe.optimizer_of(name)) for name, network in stage.trained.items()
         }
         self.ema = Ema(stage.trained[stage.averaged], recipe.ema)
-        self.update = 0
+        self.update, self.ends = 0, False
         self.pending: list[dict[str, float]] = []
         self.snapshots = Snapshots(self.folder / STATES)
         self.state = self.snapshots.newest()
@@ -75,7 +75,7 @@ class Trainer:
             self._load(self.state)
 
     def run(self, on_update: Callable[[int, Mapping[str, float]], None] | None = None) -> bool:
-        """Train up to ``recipe.updates``; returns whether they are done, or the time was over before.
+        """Train up to ``recipe.updates``; returns whether they are done, or the time was over or it was ended before.
 
         Args:
             on_update: called with the number of updates done and what was watched in the last one.
@@ -99,7 +99,7 @@ class Trainer:
                 self.pending.append(numbers)
                 if done % recipe.log_every == 0 or done == recipe.updates:
                     self._log(watch)
-                over = self._over(begun)
+                over = self._over(begun) or self.ends
                 if over or done % recipe.scale.checkpoint_every == 0 or done == recipe.updates:
                     self._save()
                 if on_update is not None:
@@ -107,6 +107,12 @@ class Trainer:
                 if over:
                     break
         return self.update == recipe.updates
+
+    def end(self) -> None:
+        """Let :meth:`run` write a state and return behind the update that is being made, as from a signal handler. Of
+        a run on one process: several would have to agree.
+        """
+        self.ends = True
 
     def averaged_model(self) -> HiARTransformer | None:
         """The averaged network, plain and on the CPU; None on ranks but the first. Every rank must call it."""
