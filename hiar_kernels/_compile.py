@@ -93,6 +93,7 @@ class Report:
         seconds: of compiling; next to nothing when Triton had it in its cache.
         tensor_memory: columns of one block (sm_100).
         fma: contracted products and sums of float32.
+        reduced: the types that sums, maxima and scans run over, as Triton names them.
     """
 
     registers: int
@@ -108,6 +109,7 @@ class Report:
     seconds: float
     tensor_memory: int = 0
     fma: int = 0
+    reduced: tuple[str, ...] = ()
 
 
 def build(case: Case, arch: int) -> Any:
@@ -177,7 +179,14 @@ def compile_case(case: Case, arch: int) -> Report:
         seconds=seconds,
         tensor_memory=columns,
         fma=count(r"\bfma\.rn\.f32"),
+        reduced=_reduced(compiled.asm.get("ttir") or compiled.asm["ttgir"]),
     )
+
+
+def _reduced(ir: str) -> tuple[str, ...]:
+    """Types of what the reductions and scans of a kernel take."""
+    combined = re.findall(r'"tt\.(?:reduce|scan)"\(.*?\^bb0\((.*?)\):', ir, re.DOTALL)
+    return tuple(sorted({kind for pair in combined for kind in re.findall(r": (\w+)", pair)}))
 
 
 def occupancy(arch: int, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> int:
@@ -206,6 +215,9 @@ def problems(case: Case, arch: int, report: Report) -> list[str]:
     described = any(kind.startswith("tensordesc") for kind in case.signature.values())
     if described and arch >= 90 and not report.tma:
         found.append("no bulk tensor copy, though the kernel has tensor descriptors")
+    narrow = [kind for kind in report.reduced if kind != "f32" and not re.fullmatch(r"i\d+", kind)]
+    if narrow:  # the dtype that they sum in changed between Triton 3.7 and 3.9
+        found.append(f"a reduction over {', '.join(narrow)}, allowed: float32 and integers; cast first")
     if not found and report.occupancy == 0:
         found.append(f"{report.warps} warps of {report.registers} registers do not fit on an SM of sm_{arch}")
     return found
