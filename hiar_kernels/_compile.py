@@ -38,6 +38,7 @@ class Case:
         tensor_cores: the kernel multiplies matrices, so tensor cores must be in use.
         max_registers: of a thread at launch; None: the compiler's choice.
         fp_fusion: products and sums may be contracted (``enable_fp_fusion`` of the launch).
+        spills_allowed: bytes, where a tile with so many was measured to be faster than those without.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Case:
     tensor_cores: bool = False
     max_registers: int | None = None
     fp_fusion: bool = True
+    spills_allowed: int = 0
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,8 @@ def occupancy(arch: int, registers: int, shared: int, warps: int, tensor_memory:
 def problems(case: Case, arch: int, report: Report) -> list[str]:
     """The gates that a compiled case does not pass, one line each."""
     chip, found = CHIPS[arch], []
-    if report.spills_bytes:
-        found.append(f"{report.spills_bytes} bytes of register spills, allowed 0")
+    if report.spills_bytes > case.spills_allowed:
+        found.append(f"{report.spills_bytes} bytes of register spills, allowed {case.spills_allowed}")
     if report.shared_bytes > chip.shared_block:
         found.append(f"{report.shared_bytes} bytes of shared memory, sm_{arch} has {chip.shared_block}")
     if report.tensor_memory > chip.tensor_memory:

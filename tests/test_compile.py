@@ -124,6 +124,14 @@ def test_the_types_of_reductions_are_seen(wide, kinds):
     assert bool(problems(case, 80, report)) != wide
 
 
+def test_spills_of_a_measured_tile():
+    """So many as were measured, and not one more."""
+    case, spilling = Case("c", None, {}, spills_allowed=8), dataclasses.replace(FINE, spills_bytes=8)
+    assert problems(case, 90, spilling) == []
+    more = dataclasses.replace(FINE, spills_bytes=12)
+    assert problems(case, 90, more) == ["12 bytes of register spills, allowed 8"]
+
+
 def test_a_kernel_that_does_not_compile_fails_the_gate():
     row = compile_report.inspect("op", matmul(block_m=48), 90)  # no power of two
     assert row.report is None
