@@ -28,6 +28,8 @@ def architecture(x: Tensor) -> int:
         return INTERPRETED
     major, minor = torch.cuda.get_device_capability(x.device)
     return 89 if (major, minor) == (8, 6) else 10 * major + minor  # of 8.0's kind, with the shared memory of 8.9
+
+
 _shapes_only = False
 
 
