@@ -2,6 +2,7 @@
 # make test    set up .venv with the developer tools and run the tests       (make test ARGS='-k mask' JOBS=1)
 #              one tier of them: make test-cpu, test-interpreter, test-compile
 #              numbers as other processors compute them: make test-processors
+# make test-versions   the tests on the oldest and the newest supported torch and Triton, each in an environment of its own
 # make lint    ruff, codespell        make types   mypy        make check   lint, types, tests
 # make gpu-test        run the kernels' tests on the CUDA device; needs only torch, triton, pytest
 # make gpu-bench       measure every op on it, into bench/results/; needs pytest-benchmark too (make bench: rehearsal, CPU)
@@ -25,7 +26,7 @@ PROMPT := a red circle moving right
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cpu test-processors test-interpreter test-compile gpu-test gpu-bench bench compile-report lint types check setup setup-dev clean
+.PHONY: help demo test test-versions test-cpu test-processors test-interpreter test-compile gpu-test gpu-bench bench compile-report lint types check setup setup-dev clean
 
 help:
 	@sed -n '/^[^#]/q; s/^# \{0,1\}//p' Makefile
@@ -106,6 +107,25 @@ test-interpreter: setup-dev
 test-compile: setup-dev
 	@$(call tier,compile)
 
+# The supported range, ends included: torch-triton. docs/compatibility.md has what they gave, with the date.
+VERSIONS := 2.11.0-3.6.0 2.14.1-3.8.0
+
+# Every tier of every pair runs, whatever failed before it; a pair's environment stays, in .venv-TORCH-TRITON.
+test-versions:
+	@status=0; for pair in $(VERSIONS); do \
+		torch=$${pair%-*} triton=$${pair#*-}; \
+		$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || exit 1; \
+		echo "torch $$torch, Triton $$triton: .venv-$$pair (torch is a large download: minutes)"; \
+		test -x .venv-$$pair/bin/python || $(PYTHON) -m venv .venv-$$pair || exit 1; \
+		sed "s/^torch==.*/torch==$$torch/; s/^triton==.*/triton==$$triton/; /^setuptools==/d" constraints.txt > .venv-$$pair/constraints.txt; \
+		.venv-$$pair/bin/python -m pip install --disable-pip-version-check -c .venv-$$pair/constraints.txt -e '.[dev]' || exit 1; \
+		for tier in cpu interpreter compile; do \
+			echo "torch $$torch, Triton $$triton: tests, $$tier"; \
+			TRITON_INTERPRET=$$([ $$tier = interpreter ] && echo 1 || echo 0) OMP_NUM_THREADS=1 .venv-$$pair/bin/python \
+				-m pytest -p no:benchmark -n $(JOBS) -m $$tier $(ARGS) || [ $$? -eq 5 ] || status=1; \
+		done; \
+	done; exit $$status
+
 # .venv where there is one, unless PYTHON says otherwise; nothing is installed.
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)),$(PYTHON))
 
@@ -150,5 +170,5 @@ types: setup-dev
 check: lint types test
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

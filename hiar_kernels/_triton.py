@@ -13,11 +13,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._library import LIBRARY
 
+INTERPRETED = 0  # "architecture" of the interpreter: small tiles, so that small tests have many
 _registered: set[str] = set()
+
+
+def architecture(x: Tensor) -> int:
+    """10 x major + minor of the device's compute capability; 0 in the interpreter."""
+    if not x.is_cuda:
+        return INTERPRETED
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 89 if (major, minor) == (8, 6) else 10 * major + minor  # of 8.0's kind, with the shared memory of 8.9
+
+
 _shapes_only = False
 
 

@@ -38,9 +38,9 @@ def norm_tile(channels: int, elements: int, warps_of_one: int = 8) -> dict[str, 
     return {"BLOCK_T": tokens, "BLOCK_C": width, "num_warps": 4 if width <= 1024 else 8 if tokens > 1 else warps_of_one}
 
 
-def plain_tile(channels: int) -> dict[str, int]:
+def plain_tile(channels: int, widest: int = 512) -> dict[str, int]:
     """BLOCK_T x BLOCK_C of a kernel without reductions over channels; 512 divides 1536 and 5120."""
-    width = min(512, max(16, triton.next_power_of_2(channels)))
+    width = min(widest, max(16, triton.next_power_of_2(channels)))
     return {"BLOCK_T": 8, "BLOCK_C": width, "num_warps": 4}
 
 

@@ -18,12 +18,13 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., P, H, D], P tokens of a frame -> e4m3 of that shape and its scales, float32 [..., H], finite and > 0.
 
     Operations on the device alone, each number by itself: what x holds decides, not how many frames come together.
-    What is not finite stays so: it makes NaN of its whole head and frame, for the conversion would make 448 of it.
+    What is not finite makes NaN of its whole head and frame. Nothing depends on what torch's cast does beyond 448 (2.13
+    makes 448 of it, of infinities too): nothing beyond is ever cast.
     """
     amax = torch.linalg.vector_norm(x, float("inf"), dim=(-3, -1))
-    scale = (amax.float() / LARGEST).clamp(min=_SMALLEST_SCALE)
+    scale = (amax.float() / LARGEST).clamp(min=_SMALLEST_SCALE).nan_to_num(nan=float("nan"), posinf=float("nan"))
     values = (x / scale[..., None, :, None]).to(E4M3)
-    return values, scale.nan_to_num(nan=1.0, posinf=1.0)
+    return values, scale.nan_to_num(nan=1.0)
 
 
 def dequantize(values: Tensor, scale: Tensor, out: Tensor) -> Tensor:

@@ -218,7 +218,9 @@ def decode_behind(decoder: StreamingDecoder, blocks: Iterable[Tensor]) -> Iterat
 class StreamingEncoder(_Stream):
     """Pixels to normalised latents for one clip: 1 + 4n frames at first (n >= 0), 4n in every later call.
 
-    An image is a clip of one frame. The latents are the means of what the VAE predicts: nothing is drawn.
+    An image is a clip of one frame. Other lengths are refused: diffusers' own ``encode`` drops the frames behind the
+    last 4n + 1 in silence, and its tiling leaves Wan 2.2's VAE untiled at 320 pixels (0.42.1). Latents are the means
+    of what the VAE predicts: nothing is drawn.
     """
 
     def __init__(self, vae: Any) -> None:

@@ -16,3 +16,12 @@ def matmul_kernel(a_ptr, b_ptr, c_ptr, K, stride_am, PRECISION: tl.constexpr, BL
         b = tl.load(b_ptr + (start + k[:, None]) * N + n[None, :])
         total = tl.dot(a, b, total, input_precision=PRECISION)
     tl.store(c_ptr + m[:, None] * N + n[None, :], total.to(c_ptr.dtype.element_ty))
+
+
+@triton.jit
+def sum_kernel(x_ptr, out_ptr, N: tl.constexpr, WIDE: tl.constexpr):
+    """A sum in float32, or in the dtype of x."""
+    x = tl.load(x_ptr + tl.arange(0, N))
+    if WIDE:
+        x = x.to(tl.float32)
+    tl.store(out_ptr, tl.sum(x, 0).to(out_ptr.dtype.element_ty))

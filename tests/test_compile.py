@@ -114,6 +114,24 @@ def test_a_bad_kernel_fails_the_gate(changes, arch, line):
     assert row.cells()[-1] == "FAIL"
 
 
+@pytest.mark.parametrize(("wide", "kinds"), [(True, ("f32",)), (False, ("bf16",))])
+def test_the_types_of_reductions_are_seen(wide, kinds):
+    from matmul_kernel import sum_kernel
+
+    case = Case("sum", sum_kernel, {"x_ptr": "*bf16", "out_ptr": "*bf16"}, {"N": 64, "WIDE": wide})
+    report = compile_case(case, 80)
+    assert report.reduced == kinds
+    assert bool(problems(case, 80, report)) != wide
+
+
+def test_spills_of_a_measured_tile():
+    """So many as were measured, and not one more."""
+    case, spilling = Case("c", None, {}, spills_allowed=8), dataclasses.replace(FINE, spills_bytes=8)
+    assert problems(case, 90, spilling) == []
+    more = dataclasses.replace(FINE, spills_bytes=12)
+    assert problems(case, 90, more) == ["12 bytes of register spills, allowed 8"]
+
+
 def test_a_kernel_that_does_not_compile_fails_the_gate():
     row = compile_report.inspect("op", matmul(block_m=48), 90)  # no power of two
     assert row.report is None
@@ -130,6 +148,7 @@ def test_a_kernel_that_does_not_compile_fails_the_gate():
         ({"wgmma": 0}, 90, "no wgmma instruction, so no tensor cores in use"),
         ({"mma": 0}, 100, "no tcgen05 or mma instruction, so no tensor cores in use"),
         ({"mma": 0}, 80, "no mma instruction, so no tensor cores in use"),
+        ({"reduced": ("bf16", "f32", "i32")}, 80, "a reduction over bf16, allowed: float32 and integers; cast first"),
         ({"occupancy": 0}, 80, "4 warps of 128 registers do not fit on an SM of sm_80"),
     ],
 )

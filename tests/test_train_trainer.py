@@ -123,6 +123,22 @@ def test_average_by_hand():
     assert torch.equal(first, torch.full_like(first, -1.0)) and network.training
 
 
+def test_the_average_of_narrow_weights_arrives():
+    """In bfloat16 it would stop at 0.25: a thousandth of what is left is less than half a unit in the last place."""
+    network = make_network("tiny", seed=0).to(torch.bfloat16)
+    first = network.head.head.bias
+    first.data.zero_()
+    ema = Ema(network, EmaRecipe(decay=0.999, start=0, ramp=False))
+    first.data.fill_(1.0)
+    for update in range(3000):
+        ema.update(update)
+    assert {x.dtype for x in ema.weights.values()} == {torch.float32}
+    arrived = torch.full(first.shape, 1 - 0.999**3000)
+    torch.testing.assert_close(ema.weights["head.head.bias"], arrived, rtol=1e-4, atol=0)
+    with ema.applied():
+        assert first.dtype == torch.bfloat16 and first.min() > 0.94
+
+
 def test_decay_rises_where_it_is_asked_to():
     network = make_network("tiny", seed=0)
     ramp = Ema(network, EmaRecipe(decay=0.5, start=3))

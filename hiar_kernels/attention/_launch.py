@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .._compile import Case
+from .._triton import architecture
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128)
 OPTIONAL = ("context_k", "context_v", "q_frames", "kv_frames", "context_frames", "windows", "counts", "frames")
 LARGEST_FRAME = 2**30  # exclusive: sums of two ids and a window stay within 32 bits
 WAN_HEAD_DIM = 128  # Wan 1.3B
-INTERPRETED = 0  # "architecture" of the interpreter: small tiles, so that small tests have many
 RULE = ("frame_tokens", "frames_per_block", "first_frame", "origin", "sink_frames", "sink_end")
 
 
@@ -43,20 +43,21 @@ class Tile:
         return {**self.constexprs(), "num_warps": self.warps, "num_stages": self.stages}
 
 
-# By architecture (0: the interpreter), at head_dim 128 in 16 bits: what compiles without spills in Triton 3.6 and 3.7
-# and fits the chip. sm_90: the fastest on an NVIDIA H200, 2026-11-27, torch 2.11.0+cu130, Triton 3.6.0, by
-# bench/sweep_attention.py (there dq beside a context spills 8 bytes, and none in 3.7); the others were never measured.
+# By architecture (0: the interpreter), at head_dim 128 in 16 bits: what compiles without spills in Triton 3.6, 3.7
+# and 3.8 and fits the chip. sm_90: the fastest on an NVIDIA H200, 2026-11-27, torch 2.11.0+cu130, Triton 3.6.0, by
+# bench/sweep_attention.py (dq beside a context spills 8 bytes in 3.6 and 3.8); the others were never measured.
 FORWARD = {
     0: Tile(16, 32, 4, 1, 16),
     80: Tile(128, 32, 8, 3, 16),
     90: Tile(128, 64, 8, 3, 32),  # visit 1.932 ms, pair 3.980; by tensor descriptors 2.585, 4.472; 128x128 2.594, 4.749
-    120: Tile(128, 64, 8, 2, 32),
+    100: Tile(128, 32, 8, 3, 16),
+    120: Tile(128, 64, 8, 2, 16),
 }
 DQ = {
     0: Tile(16, 32, 4, 1, 16),
     80: Tile(128, 32, 8, 2, 16),
     90: Tile(64, 64, 4, 2, 16),  # block-causal 10.23 ms, over a context 10.57; 128x64, 8 warps: 11.07 and 12.39
-    100: Tile(128, 32, 8, 2, 32),
+    100: Tile(64, 64, 8, 2, 16),
 }
 DKDV = {
     0: Tile(32, 16, 4, 1, 16),
@@ -66,7 +67,6 @@ DKDV = {
     100: Tile(32, 64, 8, 2, 32),
     120: Tile(128, 32, 8, 2, 32),
 }
-DKDV_UNMASKED = {**DKDV, 90: Tile(64, 128, 8, 2, 32)}  # not measured on sm_90 either
 FLOAT32 = {0: Tile(32, 32, 4, 1, 16), 80: Tile(32, 32, 8, 1, 32)}
 
 # Worth measuring beside the pinned ones, where nothing was measured yet. The launchers take them as ``config``,
@@ -75,20 +75,12 @@ CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {
         80: (Tile(128, 64, 8, 2, 16), Tile(64, 64, 4, 2, 16), *(replace(FORWARD[80], splits=n) for n in (1, 2, 3))),
         90: (),
-        100: (Tile(64, 64, 4, 3, 32), *(replace(FORWARD[90], splits=n) for n in (1, 2, 3))),
+        100: tuple(replace(FORWARD[100], splits=n) for n in (1, 2, 3)),
         120: (Tile(64, 64, 4, 2, 32), *(replace(FORWARD[120], splits=n) for n in (1, 2, 3))),
     },
-    "dq": {80: (Tile(64, 64, 4, 2, 16),), 90: (), 100: (Tile(64, 64, 4, 2, 16),)},
+    "dq": {80: (Tile(64, 64, 4, 2, 16),), 90: (), 100: ()},
     "dkdv": {80: (Tile(64, 64, 8, 2, 16),), 90: ()},
 }
-
-
-def architecture(x: Tensor) -> int:
-    """10 x major + minor of the device's compute capability; 0 in the interpreter."""
-    if not x.is_cuda:
-        return INTERPRETED
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 89 if (major, minor) == (8, 6) else 10 * major + minor  # of 8.0's kind, with the shared memory of 8.9
 
 
 def pick(table: dict[int, Tile], arch: int) -> Tile:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from .._triton import register
 from ._launch import (
     CANDIDATES,
     DKDV,
-    DKDV_UNMASKED,
     DQ,
     RULE,
     Tile,
@@ -305,7 +305,7 @@ def launch(
     ) -> None:
         if (dk is None and dv is None) or keys.numel() == 0:
             return
-        tile = dkdv_config or tile_for(q, DKDV if rule else DKDV_UNMASKED)
+        tile = dkdv_config or tile_for(q, DKDV)
         tiles = triton.cdiv(keys.shape[1], tile.kv)
         _attention_bwd_dkdv_kernel[(tiles * b * h,)](
             q, keys, values, q_frames, frames, on_device, kv_counts, dout, lse2, delta, dk, dv,
@@ -365,13 +365,14 @@ def compile_cases(arch: int) -> list[Case]:
     )
     return [
         delta,
-        _dq_case("training over caches", (*_FRAMES, *context), dq),
+        # on sm_90 8 bytes with Triton 3.6 and 3.8; measured with 3.6: 10.57 ms, without spills (128x64, 8 warps) 12.39
+        replace(_dq_case("training over caches", (*_FRAMES, *context), dq), spills_allowed=8 if arch == 90 else 0),
         _dq_case("block-causal", _FRAMES, dq),
         _dq_case("bidirectional", (), dq),
         _dkdv_case("own keys beside caches", OWN, _FRAMES, dkdv),
         _dkdv_case("caches with gradients", EARLIER, _FRAMES, dkdv),
         _dkdv_case("block-causal", SEEN, _FRAMES, dkdv),
-        _dkdv_case("bidirectional", EVERY, (), pick(DKDV_UNMASKED, arch)),
+        _dkdv_case("bidirectional", EVERY, (), dkdv),
     ]
 
 
