@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..cache import RingAttend, RingCache, kept_dtype, ring_frames
 from ..checks import EXECUTORS, ON_NAN, ON_NEW_TEXT, whole
-from ..keyed import SCHEME, require_scheme
 from ..schedule import FlowSchedule
 from ..transformer import HiARTransformer
+from ..version import NOISE, require_noise
 from .executor import Executor, working_dtype
 from .noise import GIVEN, GivenNoise, KeyedNoise
 from .pipeline import Pipeline, PipelineOptions, Receiver
@@ -225,7 +225,7 @@ class Rollout:
             told = (schedule, seed, self.video_ids, first_frame, trajectory, context_noise, executor)
             ranks.require_same(f"{self._video()}, {', '.join(map(str, told))}", weight.device)
             attend, self.heads = partial(UlyssesAttend, ranks), ranks.heads
-        self.noise = GIVEN if noise is not None and (renoise is not None or trajectory == "ode") else SCHEME
+        self.noise = GIVEN if noise is not None and (renoise is not None or trajectory == "ode") else NOISE
         self.executor: Executor
         if not steps:
             assert self.pipeline is not None
@@ -358,7 +358,7 @@ class Rollout:
         if state["key"] != self._key():
             raise ValueError(f"state of another rollout: expected {self._key()}, got {state['key']}")
         if self.noise != GIVEN and state["noise"] != GIVEN:
-            require_scheme("state", state["noise"])
+            require_noise("state", state["noise"])
         before = list(islice(self.groups(self.num_blocks), state["groups_done"]))
         executed = {visit for group in before for row in group for visit in row}
         text = KeptTexts.after(self.text, state["texts"])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..keyed import Generator, whole
+from ..keyed import Generator, draw_whole
 
 NEUTRAL = "medium"
 SIZES = ("small", NEUTRAL, "large")
@@ -200,9 +200,10 @@ def random_tokens(count: int, generator: Generator, pool: Tensor | None = None) 
     """`count` uniform prompts as token ids, int64 [count, PROMPT_TOKENS]; from the rows of `pool` [P, PROMPT_TOKENS]
     where given."""
     if pool is not None:
-        return pool[whole(generator, len(pool), count)]
+        return pool[draw_whole(generator, len(pool), count)]
     columns = [
-        offset + whole(generator, len(words), count) for offset, words in zip(SLOT_OFFSETS, SLOTS.values(), strict=True)
+        offset + draw_whole(generator, len(words), count)
+        for offset, words in zip(SLOT_OFFSETS, SLOTS.values(), strict=True)
     ]
     return torch.stack(columns, dim=1)
 

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..keyed import Generator, uniform, whole
+from ..keyed import Generator, draw_uniform, draw_whole
 from .prompt import (
     COLOURS,
     DIRECTIONS,
@@ -247,7 +247,7 @@ class ToyWorld:
     def sample_starts(self, batch: int, generator: Generator, start: Start = "center") -> Tensor:
         """Centres in frame 0, float64 [batch, 2] (x, y): "center" within the jitter of the middle of the frame,
         "anywhere" uniform on the torus, like a clip from the middle of a video."""
-        unit = uniform(generator, batch, 2, dtype=torch.float64)
+        unit = draw_uniform(generator, batch, 2, dtype=torch.float64)
         if start == "center":
             return self.extent / 2 + (2 * unit - 1) * self.config.start_jitter * self.config.scale
         if start == "anywhere":
@@ -273,11 +273,11 @@ class ToyWorld:
         textures: list[Texture | None] = [None] * batch
         if self.config.backgrounds is not None:
             low, high = (torch.tensor(colour, dtype=torch.float64) for colour in self.config.backgrounds)
-            unit = uniform(generator, batch, 3, dtype=torch.float64)
+            unit = draw_uniform(generator, batch, 3, dtype=torch.float64)
             backgrounds = [(r, g, b) for r, g, b in (low + unit * (high - low)).tolist()]
         if self.config.texture:
-            kinds = whole(generator, len(WAVES), batch).tolist()
-            unit = uniform(generator, batch, 2, dtype=torch.float64)
+            kinds = draw_whole(generator, len(WAVES), batch).tolist()
+            unit = draw_uniform(generator, batch, 2, dtype=torch.float64)
             strengths = (self.config.texture * (FAINTEST + (1 - FAINTEST) * unit[:, 0])).tolist()
             phases = (2 * math.pi * unit[:, 1]).tolist()
             textures = [Texture(a, WAVES[k], p) for a, k, p in zip(strengths, kinds, phases, strict=True)]

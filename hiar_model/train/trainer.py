@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..files import check_output
-from ..keyed import SCHEME, require_scheme
 from ..threads import cpu_threads, fitting_threads
 from ..transformer import HiARTransformer
+from ..version import NOISE, require_noise
 from .config import TrainingRecipe
 from .distributed import Place, largest, release, shard, synchronise
 from .ema import Ema
@@ -219,7 +219,7 @@ class Trainer:
     def _save(self) -> None:
         about: dict[str, Any] = {
             "recipe": self.recipe.to_dict(),
-            "noise": SCHEME,
+            "noise": NOISE,
             "update": self.update,
             "pending": self.pending,
             "ranks": self.place.ranks,
@@ -233,6 +233,6 @@ class Trainer:
             raise ValueError(
                 f"{self.folder} holds a run with another {', '.join(differ)}; choose another --out or delete the folder"
             )
-        require_scheme(str(state), about.get("noise"))
+        require_noise(str(state), about.get("noise"))
         self.snapshots.load(state, self._tensors())
         self.update, self.pending = about["update"], about["pending"]

@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import save as pack_tensors
 from torch import Tensor, nn
 
-from ..keyed import SCHEME, keyed_generator
+from ..keyed import keyed_generator
+from ..version import NOISE
 from .data import FLOATS, Prompts, open_tensors
 from .shards import agree, read_json, shard_name, shard_rows, unfinished, write, write_json
 from .teacher import Network, ode_plan, ode_trajectory
@@ -86,7 +87,7 @@ def generate_trajectories(
         "count": count,
         "shard_size": shard_size,
         "seed": seed,
-        "noise": SCHEME,
+        "noise": NOISE,
         "steps": steps,
         "shift": float(shift),
         "guidance": float(guidance),
