@@ -7,15 +7,31 @@ registering itself for its dispatch key.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("hiar", "DEF")
 _Outputs = tuple[Tensor, ...]
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+def without_autocast(function: _Call) -> _Call:
+    """The function in the dtypes that it says itself: a caller's autocast would round what it keeps wide."""
+
+    @functools.wraps(function)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as off:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    off.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return plain  # type: ignore[return-value]
 
 
 @contextmanager
@@ -56,7 +72,7 @@ def define(
     """
     returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
     LIBRARY.define(f"{name}({arguments}) -> {returns}")
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hiar::{name}", fake, lib=LIBRARY)
     if mutates:
         return
@@ -93,7 +109,7 @@ def define(
 
     saved_outputs = "Tensor[] outputs, " if saves_outputs else ""
     LIBRARY.define(f"{name}_backward(Tensor[] grads, bool[] needed, {saved_outputs}{arguments}) -> Tensor[]")
-    LIBRARY.impl(f"{name}_backward", backward_reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{name}_backward", without_autocast(backward_reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hiar::{name}_backward", backward_fake, lib=LIBRARY)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

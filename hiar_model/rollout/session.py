@@ -16,6 +16,7 @@ from torch import Tensor
 from ..cache import RingAttend, RingCache, kept_dtype, ring_frames
 from ..checks import EXECUTORS, ON_NAN, ON_NEW_TEXT, whole
 from ..schedule import FlowSchedule
+from ..settings import own_settings
 from ..transformer import HiARTransformer
 from ..version import NOISE, require_noise
 from .executor import Executor, working_dtype
@@ -93,12 +94,14 @@ class Rollout:
         on_new_text: where the text changes from one block to the next, "keep" leaves the context as it is; "recache"
             caches the blocks in the window once more under the new text (:mod:`hiar_model.rollout.recache`).
         keep_frames: the rings hold every frame of the video, not only a window of them; what is seen stays the same.
+        autocast: compute in the caller's autocast, as training does; else it changes nothing.
 
     Raises:
         ValueError: options that do not fit together, with the legal values.
         FloatingPointError: while iterating: latents that are not finite, with step, block, layer and implementation.
     """
 
+    @own_settings(autocast=True)
     def __init__(
         self,
         model: HiARTransformer | Sequence[HiARTransformer | None],
@@ -133,6 +136,7 @@ class Rollout:
         keep_frames: bool = False,
         on_nan: str = "stop",
         on_new_text: str = "keep",
+        autocast: bool = False,
     ) -> None:
         given = [model] * len(schedule) if isinstance(model, HiARTransformer) else list(model)
         some = next(filter(None, given), None)
@@ -225,6 +229,7 @@ class Rollout:
             told = (schedule, seed, self.video_ids, first_frame, trajectory, context_noise, executor)
             ranks.require_same(f"{self._video()}, {', '.join(map(str, told))}", weight.device)
             attend, self.heads = partial(UlyssesAttend, ranks), ranks.heads
+        self.autocast = autocast
         self.noise = GIVEN if noise is not None and (renoise is not None or trajectory == "ode") else NOISE
         self.executor: Executor
         if not steps:
@@ -238,7 +243,7 @@ class Rollout:
             math.prod(grid),
             sink_frames,
             heads=self.heads[1] - self.heads[0],
-            dtype=working_dtype(weight),
+            dtype=working_dtype(weight) if autocast else weight.dtype,
             cache_dtype=cache_dtype,
             device=weight.device,
         )
@@ -285,7 +290,8 @@ class Rollout:
         """
         if self.groups_done:
             raise ValueError(f"warm_up comes before the first block; {self.groups_done} groups of visits are done")
-        return self.executor.warm_up(self.warm_up_blocks)
+        with own_settings(self.autocast):
+            return self.executor.warm_up(self.warm_up_blocks)
 
     @property
     def warm_up_blocks(self) -> int:
@@ -322,7 +328,8 @@ class Rollout:
                     yield FinishedBlock(block, self.plan.block_frames(block)[0], latents)
 
     def _run(self, group: Group) -> list[tuple[int, Tensor]]:
-        finished = self.executor.run(group)
+        with own_settings(self.autocast):
+            finished = self.executor.run(group)
         self.groups_done += 1
         self.forwards_done += forwards([group])
         if self.on_visit is not None:

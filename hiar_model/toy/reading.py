@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..settings import own_settings
 from .prompt import COLOURS, SHAPES, SIZES, ToyPrompt
 
 NOTHING = -1
@@ -128,6 +129,7 @@ class Summary:
     saturation: float
 
     @staticmethod
+    @own_settings()
     def of(readings: Sequence[Reading]) -> Summary:
         """ValueError if there is no reading."""
         if not readings:

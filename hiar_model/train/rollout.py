@@ -142,6 +142,7 @@ class SelfRollout:
             video_ids=list(ids),
             noise=noise,
             keep_frames=True,
+            autocast=True,
             **self.options,
         )
         inputs: dict[int, Tensor] = {}

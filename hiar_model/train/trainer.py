@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files import check_output
+from ..settings import own_settings
 from ..threads import cpu_threads, fitting_threads
 from ..transformer import HiARTransformer
 from ..version import NOISE, require_noise
@@ -42,6 +43,7 @@ class Trainer:
         ValueError: the folder holds a run of another recipe, or a state that cannot be read.
     """
 
+    @own_settings()
     def __init__(
         self,
         recipe: TrainingRecipe,
@@ -74,6 +76,7 @@ class Trainer:
         if self.state is not None:
             self._load(self.state)
 
+    @own_settings()
     def run(self, on_update: Callable[[int, Mapping[str, float]], None] | None = None) -> bool:
         """Train up to ``recipe.updates``; returns whether they are done, or the time was over or it was ended before.
 
@@ -118,6 +121,7 @@ class Trainer:
         """The averaged network, plain and on the CPU; None on ranks but the first. Every rank must call it."""
         return whole(self.ema.weights, self.stage.trained[self.stage.averaged].config)
 
+    @own_settings()
     def export(self) -> Path | None:
         """Write the averaged network as the stage does; returns where, on the first rank. Every rank must call it."""
         model = self.averaged_model()
