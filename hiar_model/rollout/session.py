@@ -248,26 +248,27 @@ class Rollout:
             device=weight.device,
         )
         keyed = KeyedNoise(seed, self.video_ids, self.plan.block_frames, self.shape)
-        self.executor = Executor(
-            _models_of(steps, given),
-            self.plan,
-            self.num_blocks,
-            schedule,
-            cache,
-            grid,
-            text_of,
-            keyed if noise is None else GivenNoise(noise, self.plan.block_frames, prefix_frames),
-            renoise or keyed,
-            prefix,
-            first_frame,
-            trajectory,
-            context_noise,
-            captured or "eager",
-            attend,
-            self.pipeline,
-            on_nan,
-            History(self.plan) if on_new_text == "recache" else None,
-        )
+        with own_settings(autocast):
+            self.executor = Executor(
+                _models_of(steps, given),
+                self.plan,
+                self.num_blocks,
+                schedule,
+                cache,
+                grid,
+                text_of,
+                keyed if noise is None else GivenNoise(noise, self.plan.block_frames, prefix_frames),
+                renoise or keyed,
+                prefix,
+                first_frame,
+                trajectory,
+                context_noise,
+                captured or "eager",
+                attend,
+                self.pipeline,
+                on_nan,
+                History(self.plan) if on_new_text == "recache" else None,
+            )
 
     def _count_blocks(self, num_frames: int | None, prefix_frames: int) -> int | None:
         if num_frames is None:

@@ -33,6 +33,7 @@ class Backdrop:
     waves: Tensor  # [F, gratings, 2], amplitudes of cosine and sine; no gratings in a world without texture
 
     @property
+    @own_settings()
     def amplitude(self) -> Tensor:
         """Of the texture, [F]: root of the summed squares over the gratings."""
         return self.waves.flatten(1).norm(dim=1)

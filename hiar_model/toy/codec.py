@@ -130,6 +130,7 @@ class ToyCodec:
         """Frames [..., 3, H, W] in [-1, 1] -> uint8 [..., H, W, 3]."""
         return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)
 
+    @own_settings()
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that `from_state` takes back; they travel in the weights file."""
         layout = torch.tensor([self.patch, self.split], dtype=torch.int64)
