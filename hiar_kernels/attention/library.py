@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._dispatch import require
 from .._library import own_arithmetic
 from ..merge_attention import merge_attention
 from .layout import AttentionLayout, Group, Run, even_cut
