@@ -7,15 +7,43 @@ registering itself for its dispatch key.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("hiar", "DEF")
 _Outputs = tuple[Tensor, ...]
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+_backends: Any = torch.backends  # whose stubs lack some of it
+_PRODUCTS = (_backends.mkldnn.matmul, _backends.cuda.matmul)
+
+
+def own_arithmetic(function: _Call) -> _Call:
+    """The function in the dtypes that it says itself, whatever the caller has set: no autocast, and float32 products
+    that are float32 (not bfloat16 or TF32).
+    """
+
+    @functools.wraps(function)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        autocast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        rough = [place for place in _PRODUCTS if place.fp32_precision not in ("none", "ieee")]
+        if not autocast and not rough:
+            return function(*args, **kwargs)
+        with ExitStack() as back:
+            for device in autocast:
+                back.enter_context(torch.autocast(device, enabled=False))
+            for place in rough:
+                back.callback(setattr, place, "fp32_precision", place.fp32_precision)
+                place.fp32_precision = "ieee"
+            return function(*args, **kwargs)
+
+    return plain  # type: ignore[return-value]
 
 
 @contextmanager
@@ -56,7 +84,7 @@ def define(
     """
     returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
     LIBRARY.define(f"{name}({arguments}) -> {returns}")
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, own_arithmetic(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hiar::{name}", fake, lib=LIBRARY)
     if mutates:
         return
@@ -93,7 +121,7 @@ def define(
 
     saved_outputs = "Tensor[] outputs, " if saves_outputs else ""
     LIBRARY.define(f"{name}_backward(Tensor[] grads, bool[] needed, {saved_outputs}{arguments}) -> Tensor[]")
-    LIBRARY.impl(f"{name}_backward", backward_reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{name}_backward", own_arithmetic(backward_reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hiar::{name}_backward", backward_fake, lib=LIBRARY)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 from .config import SHIPPED, WanConfig
 from .files import refuse_stand_in
 from .schedule import FlowSchedule
+from .settings import own_settings
 from .toy.codec import ToyCodec
 from .toy.text import ToyTextEncoder
 from .toy.world import WorldConfig
@@ -73,6 +74,7 @@ def model_folder(name_or_path: str | os.PathLike[str]) -> Path:
     return Path(name)
 
 
+@own_settings()
 def load_video_model(
     name_or_path: str | os.PathLike[str] = "toy",
     device: str | torch.device = "auto",
@@ -227,6 +229,7 @@ def _frozen(values: dict[str, Any]) -> dict[str, Any]:
     return {key: freeze(value) for key, value in values.items()}
 
 
+@own_settings()
 def save_toy_model(
     folder: str | os.PathLike[str],
     transformer: HiARTransformer,

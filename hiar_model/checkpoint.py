@@ -18,6 +18,7 @@ from torch import Tensor
 from . import layouts
 from .config import WanConfig
 from .files import check_output
+from .settings import own_settings
 from .transformer import HiARTransformer
 from .weight_files import (
     add_tensors,
@@ -82,6 +83,7 @@ class Found:
         )
 
 
+@own_settings()
 def load_transformer(
     path: str | Path,
     config: WanConfig | None = None,

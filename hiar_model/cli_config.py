@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from .checks import nearest
+from .version import require_noise
 
 
 class ConfigFile(ActionConfigFile):
@@ -75,6 +76,10 @@ def _recorded(parser: ArgumentParser, record: dict[str, Any], path: Path) -> dic
         raise TypeError(f"{path}: its command cannot be read: {error}") from error
     if program != "hiar" or name != "generate" or parser.prog.split()[-1:] not in (["generate"], ["hiar"]):
         raise TypeError(f"{path} is the record of a video: it belongs to hiar generate")
+    try:
+        require_noise(str(path), record.get("noise"))
+    except ValueError as error:
+        raise TypeError(error) from error
     asked = parser.parse_args(words, _skip_validation=True).as_dict()
     plain = parser.get_defaults(skip_validation=True).as_dict()
     return {key: value for key, value in asked.items() if key not in ("config", "out") and value != plain.get(key)}

@@ -57,10 +57,9 @@ def evaluate(a: Namespace) -> None:
     if a.folder is not None or a.markdown is not None:
         raise ValueError("a folder and --markdown belong to hiar evaluate toy-table; a model is --model FOLDER")
     target = _target(a.json)
-    from .keyed import SCHEME
     from .toy.evaluate import PARTS, evaluate_toy
     from .toy.prompt import split_prompts
-    from .version import versions
+    from .version import NOISE, versions
 
     _, prompts = split_prompts()
     if a.prompts is not None and not 1 <= a.prompts <= len(prompts):
@@ -84,7 +83,7 @@ def evaluate(a: Namespace) -> None:
             "model": model.name,
             "weights_sha256": model.weights_sha256,
             "seed": a.seed,
-            "noise": SCHEME,
+            "noise": NOISE,
             "prompts": len(prompts),
             "seeds": a.seeds,
             "device": str(model.device),

@@ -27,6 +27,7 @@ from .rollout.visits import Plan, windows_per_step
 from .schedule import FlowSchedule
 from .script import Script, Show, prompt_delay
 from .sessions import load_session, save_session
+from .settings import own_settings
 from .threads import cpu_threads, fitting_threads, is_small
 from .vae import to_pixels
 from .video import Frames, Video, check_fps
@@ -64,6 +65,7 @@ class Generation:
         ValueError: one line that names what is wrong and what would be right.
     """
 
+    @own_settings()
     def __init__(
         self,
         prompt: str | None,
@@ -200,7 +202,7 @@ class Generation:
         """
         with closing(self._made()) as made:
             while True:
-                with cpu_threads(self.threads):
+                with own_settings(), cpu_threads(self.threads):
                     frames = next(made, None)
                 if frames is None:
                     return
@@ -233,6 +235,7 @@ class Generation:
         """Let the iteration end behind the block that is being made, such as from a signal handler."""
         self._ends = True
 
+    @own_settings()
     def save_session(self, path: str | os.PathLike[str]) -> Path:
         """Write a session, between two blocks: see :func:`hiar_model.sessions.save_session`."""
         if self.decoding is None:

@@ -17,11 +17,13 @@ from hiar_kernels import flow_step
 from .checks import as_whole
 from .rollout.noise import INITIAL, keyed_noise
 from .schedule import TRAIN_TIMESTEPS, FlowSchedule
+from .settings import own_settings
 from .threads import cpu_threads, fitting_threads
 from .transformer import HiARTransformer
 
 
 @torch.no_grad()
+@own_settings()
 def infill(
     model: HiARTransformer | Sequence[HiARTransformer],
     latents: Tensor,

@@ -7,7 +7,7 @@ generator, and any number of ranks draws the same batches.
 A key is hashed to 128 bits, the whole key of numpy's Philox (Salmon et al. 2011): its raw bits are the same in every
 release. What is made of them uses nothing but additions, multiplications, divisions and square roots in float64, one
 array operation each, which IEEE 754 fixes to the bit; torch's and numpy's own normals and logarithms have other code,
-and other last bits, for each instruction set.
+and other last bits, for each instruction set. :data:`hiar_model.version.NOISE` names this way in whatever is kept.
 """
 
 from __future__ import annotations
@@ -15,30 +15,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import operator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-SCHEME = "philox-128"
-"""The name of how numbers follow from a key, in records, sessions and states: another way gets another name."""
-BEFORE = "torch-32"
-"""What made the noise of those that name no scheme: torch.Generator, which uses 32 bits of a seed."""
+from .checks import as_whole
 
 _CHUNK = 1 << 14  # numbers at once: what an operation leaves stays in the processor's cache
-
-
-def require_scheme(what: str, scheme: str | None) -> None:
-    """ValueError if the noise of ``what``, which names this scheme or none, cannot be drawn again."""
-    if scheme not in (None, SCHEME):
-        raise ValueError(f"{what}: its noise is {scheme!r}, this version draws {SCHEME!r}: use the version it names")
-    if scheme is None:
-        raise ValueError(
-            f"{what}: its noise is {BEFORE!r} (it names none), this version draws {SCHEME!r}: the version that "
-            "began it can repeat it or go on, this one would make something else"
-        )
 
 
 class KeyedGenerator:
@@ -88,24 +73,20 @@ def keyed_generator(seed: int, *key: str | int) -> KeyedGenerator:
 
 
 def _part(part: object) -> str | int:
-    if isinstance(part, str):
-        return part
-    try:
-        if isinstance(part, bool):
-            raise TypeError
-        return operator.index(part)  # type: ignore[arg-type]  # numpy's whole numbers are some too
-    except TypeError:
-        raise ValueError(f"keyed_generator: a key is made of whole numbers and texts, got {part!r}") from None
+    found = part if isinstance(part, str) else as_whole(part)
+    if found is None:
+        raise ValueError(f"keyed_generator: a key is made of whole numbers and texts, got {part!r}")
+    return found
 
 
-def uniform(generator: Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def draw_uniform(generator: Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uniform over [0, 1), on the CPU."""
     if isinstance(generator, KeyedGenerator):
         return generator.uniform(*shape, dtype=dtype)
     return torch.rand(shape, generator=generator, dtype=dtype, device="cpu")
 
 
-def whole(generator: Generator, below: int, *shape: int) -> Tensor:
+def draw_whole(generator: Generator, below: int, *shape: int) -> Tensor:
     """Uniform over 0..below - 1, int64, on the CPU."""
     if isinstance(generator, KeyedGenerator):
         return generator.whole(below, *shape)

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .keyed import SCHEME, require_scheme
-from .version import versions
+from .version import NOISE, versions
 
 if TYPE_CHECKING:
     from .generation import Generation
-
-
-def require_repeatable(record: Mapping[str, Any], name: str) -> None:
-    """ValueError of one line if this version would make another video of a record, ``name`` says which one it is.
-
-    Records of before 2026-11-28 name no scheme of their noise, and today's is another one.
-    """
-    require_scheme(name, record.get("noise"))
 
 
 def describe(
@@ -66,7 +56,7 @@ def describe(
         "given": None if run.given is None else str(run.options["image"] or run.options["extend"]),
         "num_frames": run.num_frames,
         "seed": seed,
-        "noise": SCHEME,
+        "noise": NOISE,
         "steps": len(run.schedule),
         "timesteps": list(run.schedule.timesteps),
         "order": order,

@@ -417,7 +417,7 @@ class HiARTransformer(nn.Module):
         length, full = text.shape[1], self.config.text_len
         if length > full or text.shape[2] != self.config.text_dim:
             raise ValueError(f"text must be [B, at most {full}, {self.config.text_dim}], got {list(text.shape)}")
-        counts = torch.ones(1, length, device=text.device)
+        counts = torch.ones(1, length, dtype=torch.float32, device=text.device)
         if length < full:
             text = F.pad(text, (0, 0, 0, 1))
             counts = F.pad(counts, (0, 1), value=float(full - length))

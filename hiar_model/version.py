@@ -7,6 +7,11 @@ import sys
 from importlib import metadata
 
 DISTRIBUTION = "hiar-kernels"
+NOISE = "philox-128"
+"""How random numbers follow from a key (:mod:`hiar_model.keyed`), in records, sessions and states: another way gets
+another name."""
+EARLIER_NOISE = "torch-32"
+"""That of what names none, of before 2026-11-28: torch.Generator, which takes 32 bits of a key."""
 
 
 def installed_version(distribution: str) -> str | None:
@@ -30,3 +35,12 @@ def versions(*distributions: str) -> dict[str, str]:
     """Versions of this package, of Python and of the given distributions ("absent" for what is not installed)."""
     found = {DISTRIBUTION: package_version(), "python": platform.python_version()}
     return found | {name: installed_version(name) or "absent" for name in distributions}
+
+
+def require_noise(what: str, noise: str | None) -> None:
+    """ValueError of one line if the noise of ``what``, which names it or does not, is drawn in another way here."""
+    if noise != NOISE:
+        raise ValueError(
+            f"{what}: its noise is {noise or EARLIER_NOISE!r}, this version draws {NOISE!r} and would make something "
+            "else: use the version that made it, or start anew"
+        )

@@ -13,6 +13,7 @@ from .cache import E4M3
 from .checks import CACHE_SOURCES, ORDERS, whole
 from .files import check_text
 from .schedule import FlowSchedule
+from .settings import own_settings
 from .toy.world import WorldConfig
 from .transformer import HiARTransformer
 from .video import Frames, check_fps
@@ -150,6 +151,7 @@ class VideoModel:
         cell = self.spatial_compression
         return replace(self, latent_size=(self.latent_size[0], asked[0] // cell, asked[1] // cell))
 
+    @own_settings()
     def encode_text(self, prompt: str) -> Tensor:
         """The prompt as the transformer takes it, [1, L, text_dim] on its device; ValueError for an illegal prompt."""
         if not isinstance(prompt, str):
@@ -161,10 +163,12 @@ class VideoModel:
             raise ValueError(f"the text encoder makes {made} numbers of a token, the transformer takes {width}")
         return found.to(self.device, self.dtype)
 
+    @own_settings()
     def decoder(self) -> Decoder:
         """A fresh decoder, for one video."""
         return self.new_decoder()
 
+    @own_settings()
     def encoder(self) -> Encoder:
         """A fresh encoder, for one clip; ValueError if the model has none."""
         if self.new_encoder is None:

@@ -79,6 +79,7 @@ def test_the_record_of_a_video(folder, here, kind):
     ("num_frames: many\n", "many"),
     ('{"command": "rm -r x", "weights_sha256": ""}', "c.yaml is the record of a video: it belongs to hiar generate"),
     ('{"command": 7, "weights_sha256": ""}', "c.yaml: its command cannot be read"),
+    ('{"command": "hiar generate x", "weights_sha256": ""}', "c.yaml: its noise is 'torch-32', this version draws"),
     (None, "cannot read c.yaml: No such file"),
 ])  # fmt: skip
 def test_a_file_that_is_none_is_one_line(capsys, text, message):

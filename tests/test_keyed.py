@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from hiar_model.keyed import SCHEME, KeyedGenerator, _log, _normals, keyed_generator, require_scheme
+from hiar_model.keyed import KeyedGenerator, _log, _normals, keyed_generator
 from hiar_model.rollout.noise import keyed_noise
 from hiar_model.train.networks import make_network
+from hiar_model.version import NOISE, require_noise
 
 pytestmark = pytest.mark.cpu
 
@@ -174,11 +175,8 @@ def test_a_block_is_drawn_at_once():
     assert min(times) < 0.04
 
 
-def test_another_scheme_is_refused():
-    require_scheme("v.json", SCHEME)
-    with pytest.raises(
-        ValueError, match=r"^v\.json: its noise is 'torch-32' \(it names none\), this version draws 'ph"
-    ):
-        require_scheme("v.json", None)
-    with pytest.raises(ValueError, match=r"^v\.json: its noise is 'new-256', this version draws 'philox-128'"):
-        require_scheme("v.json", "new-256")
+@pytest.mark.parametrize(("noise", "named"), [(None, "torch-32"), ("new-256", "new-256")])
+def test_another_scheme_is_refused(noise, named):
+    require_noise("v.json", NOISE)
+    with pytest.raises(ValueError, match=rf"^v\.json: its noise is '{named}', this version draws 'philox-128' and"):
+        require_noise("v.json", noise)

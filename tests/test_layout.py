@@ -24,8 +24,8 @@ PACKAGES = ("hiar_kernels", "hiar_model")
 # Lowest first. A module may import from its own layer and from those above it in this list, never from one below.
 # A name stands for the module and, if that is a package, for all inside; `hiar_model` itself is only its __init__.
 FOUNDATION = (
-    "version", "checks", "keyed", "config", "schedule", "fp8", "cache", "conditions", "transformer", "threads", "files",
-    "weight_files", "layouts", "checkpoint", "convert", "text",
+    "version", "checks", "settings", "keyed", "config", "schedule", "fp8", "cache", "conditions", "transformer",
+    "threads", "files", "weight_files", "layouts", "checkpoint", "convert", "text",
 )  # fmt: skip
 USES = (
     "generation", "bundle", "train", "toy", "video", "profiling", "parallel_report", "gpu_report", "vae", "vae_weights",

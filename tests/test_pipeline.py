@@ -369,6 +369,8 @@ def test_a_run_folder_keeps_and_refuses(tmp_path):
         RunFolder(tmp_path / "run", about)
     with pytest.raises(ValueError, match="of another run: seed was 1, now it is 2"):
         RunFolder(tmp_path / "run", {**about, "seed": 2}, resume=True)
+    with pytest.raises(ValueError, match="run: its noise is 'torch-32', this version draws 'philox-128'"):
+        RunFolder(tmp_path / "run", {**about, "noise": "philox-128"}, resume=True)
     with pytest.raises(ValueError, match="checkpoint_every must be a whole number"):
         RunFolder(tmp_path / "run", about, resume=True, every=-1)
     assert RunFolder(tmp_path / "run", about, resume=True).resume(fresh()) == 0

@@ -182,6 +182,8 @@ def damaged(path, **told):
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "cannot read .*s.safetensors"),
         (lambda path: save_file({"a": torch.zeros(1)}, path), "is no session: format must be 'hiar-session', got None"),
         (lambda path: damaged(path, about="{}", texts=None), "no state of a rollout .*: texts is missing"),
+        (lambda path: damaged(path, about="{}", noise=None), "state: its noise is 'torch-32', this version draws"),
+        (lambda path: damaged(path, about="{}", noise='"new"'), "state: its noise is 'new', this version draws"),
         (lambda path: damaged(path, version="2"), "is a session of version 2, this is version 1"),
         (lambda path: damaged(path, about='{"weights": "abc"}'), "weights was 'abc', now it is 'def'"),
     ],

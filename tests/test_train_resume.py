@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import signal
@@ -159,6 +160,17 @@ def test_another_recipe_may_not_use_the_folder(tmp_path):
     assert "\n" not in str(e.value)
     scale = {"checkpoint_every": 1, "threads": 1, "micro_batch": 1, "activation_checkpointing": True}
     assert train(tmp_path, recipe(updates=2, scale=scale)).update == 2
+
+
+def test_a_state_of_other_noise_is_refused(tmp_path):
+    """A state of before the scheme was named: going on would draw other batches than it began with."""
+    train(tmp_path, recipe(updates=2))
+    file = tmp_path / "states" / "update_00000002" / ABOUT
+    about = json.loads(file.read_text())
+    assert about.pop("noise") == "philox-128"
+    file.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="update_00000002: its noise is 'torch-32', this version draws 'philox-128'"):
+        train(tmp_path, recipe(updates=2))
 
 
 @pytest.mark.parametrize("damage", ["about", "tensors", "list"])

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._library import own_arithmetic
 from ..merge_attention import merge_attention
 from .layout import AttentionLayout, Group, Run, even_cut
 from .mask import KVContext
@@ -30,6 +31,7 @@ Partial = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]
 """q, k, v [B, T, H, D], scale -> out [B, T, H, D], logsumexp [B, H, T]; without gradient."""
 
 
+@own_arithmetic
 def attend(
     impl: str,
     q: Tensor,

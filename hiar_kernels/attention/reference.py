@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._library import own_arithmetic
 from .mask import BlockCausal, KVContext, visible_with_context
 
 
@@ -31,6 +32,7 @@ def visibility(
     return visible_with_context(mask, qf, kf, context.frames, q.shape[0])
 
 
+@own_arithmetic
 def attention(
     q: Tensor,
     k: Tensor,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checks import whole
-from ..keyed import require_scheme
+from ..version import require_noise
 from . import states
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class RunFolder:
         except ValueError as error:
             raise ValueError(f"{path} is corrupt: {error}") from error
         if "noise" in about:
-            require_scheme(str(self.folder), found.get("noise"))
+            require_noise(str(self.folder), found.get("noise"))
         for key in {**found, **about}:
             was, now = found.get(key), about.get(key)
             if was != now:

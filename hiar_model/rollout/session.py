@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..cache import RingAttend, RingCache, kept_dtype, ring_frames
 from ..checks import EXECUTORS, ON_NAN, ON_NEW_TEXT, whole
-from ..keyed import SCHEME, require_scheme
 from ..schedule import FlowSchedule
+from ..settings import own_settings
 from ..transformer import HiARTransformer
+from ..version import NOISE, require_noise
 from .executor import Executor, working_dtype
 from .noise import GIVEN, GivenNoise, KeyedNoise
 from .pipeline import Pipeline, PipelineOptions, Receiver
@@ -93,12 +94,14 @@ class Rollout:
         on_new_text: where the text changes from one block to the next, "keep" leaves the context as it is; "recache"
             caches the blocks in the window once more under the new text (:mod:`hiar_model.rollout.recache`).
         keep_frames: the rings hold every frame of the video, not only a window of them; what is seen stays the same.
+        autocast: compute in the caller's autocast, as training does; else it changes nothing.
 
     Raises:
         ValueError: options that do not fit together, with the legal values.
         FloatingPointError: while iterating: latents that are not finite, with step, block, layer and implementation.
     """
 
+    @own_settings(autocast=True)
     def __init__(
         self,
         model: HiARTransformer | Sequence[HiARTransformer | None],
@@ -133,6 +136,7 @@ class Rollout:
         keep_frames: bool = False,
         on_nan: str = "stop",
         on_new_text: str = "keep",
+        autocast: bool = False,
     ) -> None:
         given = [model] * len(schedule) if isinstance(model, HiARTransformer) else list(model)
         some = next(filter(None, given), None)
@@ -225,7 +229,8 @@ class Rollout:
             told = (schedule, seed, self.video_ids, first_frame, trajectory, context_noise, executor)
             ranks.require_same(f"{self._video()}, {', '.join(map(str, told))}", weight.device)
             attend, self.heads = partial(UlyssesAttend, ranks), ranks.heads
-        self.noise = GIVEN if noise is not None and (renoise is not None or trajectory == "ode") else SCHEME
+        self.autocast = autocast
+        self.noise = GIVEN if noise is not None and (renoise is not None or trajectory == "ode") else NOISE
         self.executor: Executor
         if not steps:
             assert self.pipeline is not None
@@ -238,31 +243,32 @@ class Rollout:
             math.prod(grid),
             sink_frames,
             heads=self.heads[1] - self.heads[0],
-            dtype=working_dtype(weight),
+            dtype=working_dtype(weight) if autocast else weight.dtype,
             cache_dtype=cache_dtype,
             device=weight.device,
         )
         keyed = KeyedNoise(seed, self.video_ids, self.plan.block_frames, self.shape)
-        self.executor = Executor(
-            _models_of(steps, given),
-            self.plan,
-            self.num_blocks,
-            schedule,
-            cache,
-            grid,
-            text_of,
-            keyed if noise is None else GivenNoise(noise, self.plan.block_frames, prefix_frames),
-            renoise or keyed,
-            prefix,
-            first_frame,
-            trajectory,
-            context_noise,
-            captured or "eager",
-            attend,
-            self.pipeline,
-            on_nan,
-            History(self.plan) if on_new_text == "recache" else None,
-        )
+        with own_settings(autocast):
+            self.executor = Executor(
+                _models_of(steps, given),
+                self.plan,
+                self.num_blocks,
+                schedule,
+                cache,
+                grid,
+                text_of,
+                keyed if noise is None else GivenNoise(noise, self.plan.block_frames, prefix_frames),
+                renoise or keyed,
+                prefix,
+                first_frame,
+                trajectory,
+                context_noise,
+                captured or "eager",
+                attend,
+                self.pipeline,
+                on_nan,
+                History(self.plan) if on_new_text == "recache" else None,
+            )
 
     def _count_blocks(self, num_frames: int | None, prefix_frames: int) -> int | None:
         if num_frames is None:
@@ -285,7 +291,8 @@ class Rollout:
         """
         if self.groups_done:
             raise ValueError(f"warm_up comes before the first block; {self.groups_done} groups of visits are done")
-        return self.executor.warm_up(self.warm_up_blocks)
+        with own_settings(self.autocast):
+            return self.executor.warm_up(self.warm_up_blocks)
 
     @property
     def warm_up_blocks(self) -> int:
@@ -322,7 +329,8 @@ class Rollout:
                     yield FinishedBlock(block, self.plan.block_frames(block)[0], latents)
 
     def _run(self, group: Group) -> list[tuple[int, Tensor]]:
-        finished = self.executor.run(group)
+        with own_settings(self.autocast):
+            finished = self.executor.run(group)
         self.groups_done += 1
         self.forwards_done += forwards([group])
         if self.on_visit is not None:
@@ -358,7 +366,7 @@ class Rollout:
         if state["key"] != self._key():
             raise ValueError(f"state of another rollout: expected {self._key()}, got {state['key']}")
         if self.noise != GIVEN and state["noise"] != GIVEN:
-            require_scheme("state", state["noise"])
+            require_noise("state", state["noise"])
         before = list(islice(self.groups(self.num_blocks), state["groups_done"]))
         executed = {visit for group in before for row in group for visit in row}
         text = KeptTexts.after(self.text, state["texts"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..settings import own_settings
 from .world import WAVES, ToyWorld
 
 LIMITS = (0.25, 0.2, 0.12, 0.08)
@@ -32,6 +33,7 @@ class Backdrop:
     waves: Tensor  # [F, gratings, 2], amplitudes of cosine and sine; no gratings in a world without texture
 
     @property
+    @own_settings()
     def amplitude(self) -> Tensor:
         """Of the texture, [F]: root of the summed squares over the gratings."""
         return self.waves.flatten(1).norm(dim=1)
@@ -59,6 +61,7 @@ class Backdrop:
 class BackdropReader:
     """Fits the backgrounds of one world."""
 
+    @own_settings()
     def __init__(self, world: ToyWorld) -> None:
         self.size = (world.config.height, world.config.width)
         columns = [torch.ones(1, *self.size)]
@@ -68,6 +71,7 @@ class BackdropReader:
         self.design = torch.cat(columns).flatten(1).T.contiguous()  # [pixels, 1 + 2 gratings]
         self.products = (self.design[:, :, None] * self.design[:, None, :]).flatten(1)
 
+    @own_settings()
     def read(self, rgb: Tensor) -> tuple[Backdrop, Tensor]:
         """Of frames float32 [F, H, W, 3] in [0, 1]: what was read, and as an image [F, H, W, 3]."""
         pixels = rgb.flatten(1, 2)  # [F, pixels, 3]

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..settings import own_settings
 from .world import ToyWorld, WorldConfig
 
 Scaling = Literal["clipped", "sqrt", "common"]
@@ -61,6 +62,7 @@ class ToyCodec:
         return self.channels, height // self.cell, width // self.cell
 
     @classmethod
+    @own_settings()
     def fit(
         cls,
         world: WorldConfig | None = None,
@@ -99,6 +101,7 @@ class ToyCodec:
         scale = scale * (std / scale).square().mean().sqrt()
         return cls(mean, basis, scale, patch=patch, split=split)
 
+    @own_settings()
     def encode(self, frames: Tensor) -> Tensor:
         """Frames [B, F, 3, H, W] in [-1, 1] -> latents float32 [B, F, C, h, w]."""
         if frames.ndim != 5 or frames.shape[2] != 3:
@@ -109,6 +112,7 @@ class ToyCodec:
         parts = parts.unflatten(-1, (self.channels, self.split, self.split))
         return parts.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
 
+    @own_settings()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, F, C, h, w] -> frames float32 [B, F, 3, H, W], clamped to [-1, 1]."""
         fits = latents.ndim == 5 and latents.shape[2] == self.channels
@@ -126,6 +130,7 @@ class ToyCodec:
         """Frames [..., 3, H, W] in [-1, 1] -> uint8 [..., H, W, 3]."""
         return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)
 
+    @own_settings()
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that `from_state` takes back; they travel in the weights file."""
         layout = torch.tensor([self.patch, self.split], dtype=torch.int64)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..settings import own_settings
 from .reading import Reading
 from .world import FAINTEST, WorldConfig
 
@@ -30,6 +31,7 @@ class Diversity:
     speed: float
 
     @staticmethod
+    @own_settings()
     def of(world: WorldConfig, prompts: Sequence[Sequence[Reading]]) -> Diversity:
         """``prompts``: for each prompt the readings of its first blocks, one for each seed; what a reading does not
         show is left out. ValueError for fewer than two seeds."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..bundle import VideoModel
 from ..rollout import Rollout
 from ..rollout.visits import Plan, windows_per_step
+from ..settings import own_settings
 from .diversity import Diversity
 from .oracle import ToyOracle
 from .prompt import ToyPrompt
@@ -54,6 +55,7 @@ class EvaluationRow:
         return _plain({**asdict(self), "drift": self.drift})
 
 
+@own_settings()
 def evaluate_toy(
     model: VideoModel,
     prompts: Sequence[ToyPrompt],

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..bundle import ToyDecoder, VideoModel
 from ..infill import infill, path_breaks, seams
 from ..keyed import keyed_generator
+from ..settings import own_settings
 from .oracle import ToyOracle
 from .prompt import ToyPrompt
 from .world import ToyWorld
@@ -40,6 +41,7 @@ class Join:
     shape: float
 
 
+@own_settings()
 def measure_join(
     model: VideoModel,
     prompts: Sequence[ToyPrompt],

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..settings import own_settings
 from .backdrop import Backdrop, BackdropReader
 from .prompt import SHAPES, SIZES, ToyPrompt, parse
 from .reading import NOTHING, Reading
@@ -31,6 +32,7 @@ CHUNK = 256
 class ToyOracle:
     """Reads videos of the world of one `WorldConfig`. Building it renders the templates (some 0.1 s): keep it."""
 
+    @own_settings()
     def __init__(self, config: WorldConfig | None = None, *, reach: float = 1.5, step: float = 0.25) -> None:
         """Templates are tried up to `reach` around the first guess of the position, `step` apart; reference pixels."""
         self.world = ToyWorld(config)
@@ -59,6 +61,7 @@ class ToyOracle:
         # Farther away than any shape reaches is another thing.
         self.near = (square.sqrt() < 1.6 * self.world.radii.max() + self.config.edge).double()
 
+    @own_settings()
     def evaluate(self, frames: Tensor, prompt: str | ToyPrompt) -> Reading:
         """Reads a video: uint8 [F, H, W, 3], or float [F, 3, H, W] in [-1, 1]; whole multiples of the world's frame
         size are averaged down first. ValueError for another shape, or a prompt outside the grammar."""

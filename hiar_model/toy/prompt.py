@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..keyed import Generator, whole
+from ..keyed import Generator, draw_whole
+from ..settings import own_settings
 
 NEUTRAL = "medium"
 SIZES = ("small", NEUTRAL, "large")
@@ -196,13 +197,15 @@ def all_prompts() -> list[ToyPrompt]:
     return [ToyPrompt(**dict(zip(SLOTS, words, strict=True))) for words in itertools.product(*SLOTS.values())]
 
 
+@own_settings()
 def random_tokens(count: int, generator: Generator, pool: Tensor | None = None) -> Tensor:
     """`count` uniform prompts as token ids, int64 [count, PROMPT_TOKENS]; from the rows of `pool` [P, PROMPT_TOKENS]
     where given."""
     if pool is not None:
-        return pool[whole(generator, len(pool), count)]
+        return pool[draw_whole(generator, len(pool), count)]
     columns = [
-        offset + whole(generator, len(words), count) for offset, words in zip(SLOT_OFFSETS, SLOTS.values(), strict=True)
+        offset + draw_whole(generator, len(words), count)
+        for offset, words in zip(SLOT_OFFSETS, SLOTS.values(), strict=True)
     ]
     return torch.stack(columns, dim=1)
 
@@ -212,6 +215,7 @@ def random_prompt(generator: Generator) -> ToyPrompt:
     return ToyPrompt.from_tokens(random_tokens(1, generator)[0].tolist())
 
 
+@own_settings()
 def split_prompts(held_out: int = 64, seed: int = 0) -> tuple[list[ToyPrompt], list[ToyPrompt]]:
     """(prompts to train on, `held_out` prompts to keep for the measurement): a fixed shuffle of `all_prompts`."""
     prompts = all_prompts()
@@ -221,6 +225,7 @@ def split_prompts(held_out: int = 64, seed: int = 0) -> tuple[list[ToyPrompt], l
     return [prompts[i] for i in sorted(order[held_out:])], [prompts[i] for i in order[:held_out]]
 
 
+@own_settings()
 def token_table(prompts: Sequence[str | ToyPrompt]) -> Tensor:
     """Token ids of several prompts, int64 [len(prompts), PROMPT_TOKENS]."""
     return torch.tensor([encode(prompt) for prompt in prompts], dtype=torch.int64).reshape(-1, PROMPT_TOKENS)

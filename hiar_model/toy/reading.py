@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..settings import own_settings
 from .prompt import COLOURS, SHAPES, SIZES, ToyPrompt
 
 NOTHING = -1
@@ -62,6 +63,7 @@ class Reading:
         return self.colour_right & self.shape_right & (self.overlap > OVERLAP_LIMIT)
 
     @property
+    @own_settings()
     def velocity(self) -> Tensor:
         """float64 [2] (x, y), pixels per frame: least squares over the unwrapped path, which a jump between two blocks
         does not fool as it fools a median; NaN with fewer than two frames that show anything."""
@@ -75,11 +77,13 @@ class Reading:
         return time @ path / time.square().sum()
 
     @property
+    @own_settings()
     def speed_ratio(self) -> float:
         """Speed over the prompted speed; NaN if nothing was seen."""
         return float(self.velocity.norm() / self.velocity_wanted.norm())
 
     @property
+    @own_settings()
     def direction_error(self) -> float:
         """Degrees in [0, 180] between the fitted and the prompted direction; NaN if nothing was seen."""
         (x, y), (want_x, want_y) = self.velocity.tolist(), self.velocity_wanted.tolist()
@@ -128,6 +132,7 @@ class Summary:
     saturation: float
 
     @staticmethod
+    @own_settings()
     def of(readings: Sequence[Reading]) -> Summary:
         """ValueError if there is no reading."""
         if not readings:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..settings import own_settings
 from .prompt import NULL_TOKEN, PROMPT_TOKENS, SPEED_SLOT, VOCABULARY_SIZE, ToyPrompt, token_table
 
 
@@ -21,6 +22,7 @@ class ToyTextEncoder:
     encoder, and never a zero row, which would mean padding. With `free_speed` the null word stands for the speed.
     """
 
+    @own_settings()
     def __init__(self, text_dim: int = VOCABULARY_SIZE, free_speed: bool = False) -> None:
         """ValueError if `text_dim` has no room for the vocabulary."""
         if text_dim < VOCABULARY_SIZE:
@@ -34,6 +36,7 @@ class ToyTextEncoder:
             raise TypeError("encode takes a list of prompts, got one string")
         return self.encode_tokens(token_table(prompts))
 
+    @own_settings()
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Token ids int [..., PROMPT_TOKENS] -> float32 [..., PROMPT_TOKENS, text_dim], on the device of the ids."""
         if self.free_speed:
@@ -41,6 +44,7 @@ class ToyTextEncoder:
             tokens[..., SPEED_SLOT] = NULL_TOKEN
         return self.vectors.to(tokens.device)[tokens]
 
+    @own_settings()
     def unconditional(self, batch: int = 1) -> Tensor:
         """The null prompt of classifier-free guidance, [batch, PROMPT_TOKENS, text_dim]."""
         return self.encode_tokens(torch.full((batch, PROMPT_TOKENS), NULL_TOKEN))

@@ -16,7 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..keyed import Generator, uniform, whole
+from ..keyed import Generator, draw_uniform, draw_whole
+from ..settings import own_settings
 from .prompt import (
     COLOURS,
     DIRECTIONS,
@@ -137,6 +138,7 @@ class Sample(NamedTuple):
 class ToyWorld:
     """Renders scenes of one `WorldConfig`, on the CPU. The tables are indexed like the word lists of `prompt`."""
 
+    @own_settings()
     def __init__(self, config: WorldConfig | None = None) -> None:
         self.config = config or WorldConfig()
         self.palette = torch.tensor(self.config.palette)  # [colours, 3] in [0, 1]
@@ -147,6 +149,7 @@ class ToyWorld:
         self.headings = torch.stack([angles.cos(), -angles.sin()], dim=1)  # [directions, (x, y)], up is negative y
         self.extent = torch.tensor([self.config.width, self.config.height], dtype=torch.float64)  # (x, y)
 
+    @own_settings()
     def attributes(self, tokens: Tensor) -> dict[str, Tensor]:
         """Token ids [B, PROMPT_TOKENS] -> index into the word list of each slot, int64 [B]. ValueError for a token
         that is null or in another's slot."""
@@ -158,17 +161,20 @@ class ToyWorld:
             indices[name] = index
         return indices
 
+    @own_settings()
     def velocities(self, tokens: Tensor) -> Tensor:
         """(x, y) in real pixels per frame, float64 [B, 2]."""
         index = self.attributes(tokens)
         return self.headings[index["direction"]] * self.speeds[index["speed"]][:, None]
 
+    @own_settings()
     def expected_velocities(self, tokens: Tensor) -> Tensor:
         """`velocities`, at the mean speed where no prompt tells it."""
         if not self.config.free_speed:
             return self.velocities(tokens)
         return self.headings[self.attributes(tokens)["direction"]] * self.speeds.mean()
 
+    @own_settings()
     def centres(self, tokens: Tensor, starts: Tensor, num_frames: int, first_frame: int = 0) -> Tensor:
         """Centres (x, y) in [0, width) x [0, height), float64 [B, num_frames, 2], of clips that are at `starts` [B, 2]
         in frame 0."""
@@ -176,6 +182,7 @@ class ToyWorld:
         path = starts.double()[:, None] + frames[:, None] * self.velocities(tokens)[:, None]
         return path % self.extent
 
+    @own_settings()
     def coverage(self, shape: int, radii: Tensor, centres: Tensor) -> Tensor:
         """How much of each pixel one shape covers, float32 [N, H, W] in [0, 1]; radii [N], centres [N, 2] (x, y), in
         real pixels."""
@@ -185,6 +192,7 @@ class ToyWorld:
         distance = _signed_distance(shape, x.float()[:, None, :], y.float()[:, :, None], radii.float()[:, None, None])
         return (0.5 - distance / self.config.edge).clamp_(0, 1)
 
+    @own_settings()
     def backdrops(self, scenes: Sequence[Scene]) -> Tensor:
         """What the shapes move over: float32 [len(scenes), 3, H, W] in [0, 1]."""
         colours = [scene.background or self.config.background for scene in scenes]
@@ -197,6 +205,7 @@ class ToyWorld:
         angles = self.wave_angles([texture.wave for texture in textures]) + phases[:, None, None]
         return flat + (amplitudes[:, None, None] * angles.cos())[:, None]
 
+    @own_settings()
     def wave_angles(self, waves: Sequence[tuple[int, int]]) -> Tensor:
         """Angle of each grating at phase 0 in the middle of every pixel, radians, float32 [len(waves), H, W]."""
         x = (torch.arange(self.config.width) + 0.5) * (2 * math.pi / self.config.width)
@@ -204,6 +213,7 @@ class ToyWorld:
         cycles = torch.tensor(waves)
         return cycles[:, 0, None, None] * x + cycles[:, 1, None, None] * y[:, None]
 
+    @own_settings()
     def render_batch(
         self,
         tokens: Tensor,
@@ -228,6 +238,7 @@ class ToyWorld:
         mixed = cover[:, :, None] * (2 * contrast)[:, None]
         return mixed.add_((2 * still - 1)[..., None, :, :, :])
 
+    @own_settings()
     def render_scenes(self, scenes: Sequence[Scene], num_frames: int, first_frame: int = 0) -> Tensor:
         """Frames [first_frame, first_frame + num_frames) of several scenes, float32 [len(scenes), num_frames, 3, H, W]
         in [-1, 1]; ValueError if there is none."""
@@ -244,16 +255,18 @@ class ToyWorld:
         """Frames [first_frame, first_frame + num_frames) of one scene, float32 [num_frames, 3, H, W] in [-1, 1]."""
         return self.render_scenes([scene], num_frames, first_frame)[0]
 
+    @own_settings()
     def sample_starts(self, batch: int, generator: Generator, start: Start = "center") -> Tensor:
         """Centres in frame 0, float64 [batch, 2] (x, y): "center" within the jitter of the middle of the frame,
         "anywhere" uniform on the torus, like a clip from the middle of a video."""
-        unit = uniform(generator, batch, 2, dtype=torch.float64)
+        unit = draw_uniform(generator, batch, 2, dtype=torch.float64)
         if start == "center":
             return self.extent / 2 + (2 * unit - 1) * self.config.start_jitter * self.config.scale
         if start == "anywhere":
             return unit * self.extent
         raise ValueError(f'start must be "center" or "anywhere", got {start!r}')
 
+    @own_settings()
     def sample_scenes(
         self,
         batch: int,
@@ -273,11 +286,11 @@ class ToyWorld:
         textures: list[Texture | None] = [None] * batch
         if self.config.backgrounds is not None:
             low, high = (torch.tensor(colour, dtype=torch.float64) for colour in self.config.backgrounds)
-            unit = uniform(generator, batch, 3, dtype=torch.float64)
+            unit = draw_uniform(generator, batch, 3, dtype=torch.float64)
             backgrounds = [(r, g, b) for r, g, b in (low + unit * (high - low)).tolist()]
         if self.config.texture:
-            kinds = whole(generator, len(WAVES), batch).tolist()
-            unit = uniform(generator, batch, 2, dtype=torch.float64)
+            kinds = draw_whole(generator, len(WAVES), batch).tolist()
+            unit = draw_uniform(generator, batch, 2, dtype=torch.float64)
             strengths = (self.config.texture * (FAINTEST + (1 - FAINTEST) * unit[:, 0])).tolist()
             phases = (2 * math.pi * unit[:, 1]).tolist()
             textures = [Texture(a, WAVES[k], p) for a, k, p in zip(strengths, kinds, phases, strict=True)]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..keyed import Generator, whole
+from ..keyed import Generator, draw_whole
 from ..schedule import TRAIN_TIMESTEPS, sigma_table
 from ..transformer import HiARTransformer
 from .teacher import flow_matching_loss
@@ -31,7 +31,7 @@ def draw_sigma(batch: int, shift: float, generator: Generator, timesteps: tuple[
     if not 0 < low <= high <= TRAIN_TIMESTEPS:
         raise ValueError(f"timesteps must be (low, high) with 0 < low <= high <= {TRAIN_TIMESTEPS}, got {timesteps}")
     table = torch.tensor(sigma_table(TRAIN_TIMESTEPS, shift), dtype=torch.float64)
-    drawn = table[whole(generator, TRAIN_TIMESTEPS, batch)]
+    drawn = table[draw_whole(generator, TRAIN_TIMESTEPS, batch)]
     return drawn.clamp(low / TRAIN_TIMESTEPS, high / TRAIN_TIMESTEPS).float()
 
 

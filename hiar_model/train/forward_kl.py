@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..keyed import Generator, whole
+from ..keyed import Generator, draw_whole
 from ..schedule import TRAIN_TIMESTEPS
 from ..transformer import ATTENTION_MODES, HiARTransformer
 
@@ -42,7 +42,7 @@ def trajectory_x0(point: Tensor, next_point: Tensor, sigma: float | Tensor, next
 
 def draw_points(batch: int, first_k: int, generator: Generator) -> Tensor:
     """Which point each video is asked at: [batch] int64, uniform over the first ``first_k``."""
-    return whole(generator, first_k, batch)
+    return draw_whole(generator, first_k, batch)
 
 
 def forward_kl_loss(

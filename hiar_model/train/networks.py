@@ -14,10 +14,12 @@ from ..bundle import CONFIG, SHIPPED, TOY_FORMAT, load_video_model
 from ..checkpoint import load_transformer
 from ..config import WanConfig
 from ..keyed import KeyedGenerator, keyed_generator
+from ..settings import own_settings
 from ..transformer import HiARTransformer
 from .distributed import is_first
 
 
+@own_settings()
 def make_network(
     model: str,
     *,

@@ -20,7 +20,7 @@ from torch import Tensor
 from hiar_kernels import KVContext
 
 from ..cache import RingCache
-from ..keyed import Generator, whole
+from ..keyed import Generator, draw_whole
 from ..rollout import Rollout
 from ..rollout.texts import trim_padding
 from ..rollout.visits import Plan, Visit, windows_per_step
@@ -142,6 +142,7 @@ class SelfRollout:
             video_ids=list(ids),
             noise=noise,
             keep_frames=True,
+            autocast=True,
             **self.options,
         )
         inputs: dict[int, Tensor] = {}
@@ -198,4 +199,4 @@ def _contexts(cache: RingCache, index: int) -> tuple[KVContext, ...]:
 
 def draw_exit_step(steps: int, generator: Generator) -> int:
     """Uniform over 0..steps-1. Give every rank the same generator: all of them must leave at one step."""
-    return int(whole(generator, steps))
+    return int(draw_whole(generator, steps))

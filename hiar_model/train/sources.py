@@ -117,6 +117,7 @@ def sample_videos(sources: Sources, model: HiARTransformer, recipe: CausalRecipe
             height=height,
             width=width,
             batch=len(text),
+            autocast=True,
             order=order,
             cache_source=cache_source,
             frames_per_block=recipe.frames_per_block,

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..settings import own_settings
 from ..transformer import HiARTransformer
 from ..video import Frames
 from .reading import shipped_recipes
@@ -94,6 +95,7 @@ def _check_made(recipe: Any) -> None:
             raise ValueError(f"{key} {path}: is not there yet; this makes it: hiar train {stage}")
 
 
+@own_settings()
 def make_stage(recipe: Any, device: torch.device) -> Any:
     """The :class:`Stage` or :class:`Production` of a recipe, its networks on ``device``."""
     _check_made(recipe)

@@ -16,6 +16,7 @@ from ..checkpoint import save_transformer
 from ..keyed import keyed_generator
 from ..rollout.visits import windows_per_step
 from ..schedule import TRAIN_TIMESTEPS
+from ..settings import own_settings
 from ..threads import cpu_threads, fitting_threads
 from ..transformer import HiARTransformer
 from ..video import Frames
@@ -89,12 +90,14 @@ class Teacher(Stage):
 class OdePairs:
     """The teacher's trajectories, on disk, for the stages behind."""
 
+    @own_settings()
     def __init__(self, recipe: OdePairsRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         self.sources = Sources(recipe, device)
         weights = _needed(recipe.teacher, "teacher")
         self.teacher = frozen(make_network(recipe.teacher_model, seed=0, weights=weights, device=device))
 
+    @own_settings()
     def produce(self, folder: Path, rank: int, ranks: int, on_progress: Callable[[int, int], None]) -> str:
         r = self.recipe
         with autocast(r, self.device), cpu_threads(fitting_threads(self.teacher, asked=r.scale.threads)):

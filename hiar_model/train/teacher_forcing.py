@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..keyed import Generator, keyed_generator, uniform, whole
+from ..keyed import Generator, draw_uniform, draw_whole, keyed_generator
 from ..schedule import FlowSchedule, shift_sigma
 from ..transformer import HiARTransformer
 from ..video import Frames
@@ -77,8 +77,8 @@ def sample_levels(
 ) -> tuple[Tensor, Tensor]:
     """(sigma of the target, sigma of the context), each [batch] float32."""
     sigmas = torch.tensor(schedule.sigmas)
-    step = whole(generator, len(schedule), batch)
-    kind, level, gap = uniform(generator, 3, batch)
+    step = draw_whole(generator, len(schedule), batch)
+    kind, level, gap = draw_uniform(generator, 3, batch)
     level = 1 - level  # (0, 1]
     lower = (level - gap).clamp(min=0)
     target, context = sigmas[step], sigmas[step + 1]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..files import check_output
-from ..keyed import SCHEME, require_scheme
+from ..settings import own_settings
 from ..threads import cpu_threads, fitting_threads
 from ..transformer import HiARTransformer
+from ..version import NOISE, require_noise
 from .config import TrainingRecipe
 from .distributed import Place, largest, release, shard, synchronise
 from .ema import Ema
@@ -42,6 +43,7 @@ class Trainer:
         ValueError: the folder holds a run of another recipe, or a state that cannot be read.
     """
 
+    @own_settings()
     def __init__(
         self,
         recipe: TrainingRecipe,
@@ -74,6 +76,7 @@ class Trainer:
         if self.state is not None:
             self._load(self.state)
 
+    @own_settings()
     def run(self, on_update: Callable[[int, Mapping[str, float]], None] | None = None) -> bool:
         """Train up to ``recipe.updates``; returns whether they are done, or the time was over or it was ended before.
 
@@ -118,6 +121,7 @@ class Trainer:
         """The averaged network, plain and on the CPU; None on ranks but the first. Every rank must call it."""
         return whole(self.ema.weights, self.stage.trained[self.stage.averaged].config)
 
+    @own_settings()
     def export(self) -> Path | None:
         """Write the averaged network as the stage does; returns where, on the first rank. Every rank must call it."""
         model = self.averaged_model()
@@ -219,7 +223,7 @@ class Trainer:
     def _save(self) -> None:
         about: dict[str, Any] = {
             "recipe": self.recipe.to_dict(),
-            "noise": SCHEME,
+            "noise": NOISE,
             "update": self.update,
             "pending": self.pending,
             "ranks": self.place.ranks,
@@ -233,6 +237,6 @@ class Trainer:
             raise ValueError(
                 f"{self.folder} holds a run with another {', '.join(differ)}; choose another --out or delete the folder"
             )
-        require_scheme(str(state), about.get("noise"))
+        require_noise(str(state), about.get("noise"))
         self.snapshots.load(state, self._tensors())
         self.update, self.pending = about["update"], about["pending"]

@@ -23,7 +23,9 @@ import torch
 from safetensors.torch import save as pack_tensors
 from torch import Tensor, nn
 
-from ..keyed import SCHEME, keyed_generator
+from ..keyed import keyed_generator
+from ..settings import own_settings
+from ..version import NOISE
 from .data import FLOATS, Prompts, open_tensors
 from .shards import agree, read_json, shard_name, shard_rows, unfinished, write, write_json
 from .teacher import Network, ode_plan, ode_trajectory
@@ -34,6 +36,7 @@ CHECKS = ("sha256", "size")
 _STAGE = "trajectories"  # of the keys of prompts and noise
 
 
+@own_settings(autocast=True)
 def generate_trajectories(
     teacher: Network,
     data: Prompts,
@@ -86,7 +89,7 @@ def generate_trajectories(
         "count": count,
         "shard_size": shard_size,
         "seed": seed,
-        "noise": SCHEME,
+        "noise": NOISE,
         "steps": steps,
         "shift": float(shift),
         "guidance": float(guidance),
@@ -206,6 +209,7 @@ class TrajectoryStore:
         """(F, C, H, W) of a point."""
         return tuple(self.manifest["latent_shape"])
 
+    @own_settings(autocast=True)
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(trajectory [b, P, F, C, H, W] float32, text [b, L, text_dim] in the dtype of the data) of some samples.
 
