@@ -28,6 +28,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
+from .checkpoint import TOY_FORMAT, TOY_TRANSFORMER
 from .config import SHIPPED, WanConfig
 from .files import refuse_stand_in
 from .schedule import FlowSchedule
@@ -39,9 +40,8 @@ from .video import Frames
 from .video_model import VideoModel, pick_device, pick_dtype
 from .wan import Checkpoint, is_wan_folder, load_wan
 
-TOY_FORMAT = "hiar-toy"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-TRANSFORMER, CODEC = "transformer.", "codec."
+TRANSFORMER, CODEC = TOY_TRANSFORMER, "codec."
 
 
 @dataclass(frozen=True)

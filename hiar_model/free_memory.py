@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from .config import SHIPPED
 from .fit import PIXELS, Asked, ask, subject, ways_to_fit
 from .memory import Request, vae_part
+from .text import find_text_encoder
 from .wan import Checkpoint, is_experts, is_wan_folder
+from .weight_files import read_json
 
 SMALL = 10**9  # bytes of weights that are not worth a prediction
 MEMINFO = "/proc/meminfo"
@@ -49,13 +52,13 @@ def free_bytes(device: torch.device) -> int | None:
 
 @dataclass(frozen=True)
 class Need:
-    """A video on a device. On a CPU ``asked`` counts neither text encoder nor VAE: weights in the file's own dtype
-    (``text`` bytes, of bfloat16) are mapped, which takes no memory that cannot be given back, and the VAE works in
-    float32.
+    """A video on a device. On a CPU ``asked`` counts neither text encoder (``text``: how many numbers, of how many
+    bytes each in the file) nor VAE: weights in the file's own dtype are mapped, which takes no memory that cannot be given
+    back, and the VAE works in float32.
     """
 
     asked: Asked
-    text: int = 0
+    text: tuple[int, int] = (0, 0)
 
     def total(self) -> int:
         """Bytes at the highest."""
@@ -68,7 +71,9 @@ class Need:
         if settings is not None:
             vae = vae_part(settings, r.height, r.width, r.frames_per_block, torch.float32, "cpu")
             decoder = vae.weights + max(vae.kept, vae.peak)
-        return decoder + {torch.float32: 2, torch.float64: 4}.get(r.dtype, 0) * self.text
+        numbers, size = self.text
+        work = torch.bfloat16 if r.dtype == torch.float16 else r.dtype
+        return decoder + (0 if work.itemsize == size else numbers * work.itemsize)
 
     def ways(self, limit: int) -> Iterator[tuple[str, int]]:
         """Options that fit and what they take, those that change the video least first."""
@@ -165,14 +170,21 @@ def _need(
     if device.type == "cuda":
         return Need(ask(about, offload=offload, **options))
     without = replace(about, text_encoder=0)
-    return Need(ask(without, device="cpu", vae_dtype="none", **options), about.text_encoder)
+    size = _itemsize(find_text_encoder(folder).weights[0])
+    return Need(ask(without, device="cpu", vae_dtype="none", **options), (about.text_encoder // size, size))
+
+
+def _itemsize(weights: Path) -> int:
+    """Bytes of a number in a file of weights."""
+    if weights.suffix != ".safetensors":
+        return 2  # as published
+    with safe_open(weights, "pt") as file:
+        dtype = file.get_slice(next(iter(file.keys()))).get_dtype()
+    return {"F64": 8, "F32": 4}.get(dtype, 2)
 
 
 def _beside(folder: Path) -> tuple[int, dict[str, Any] | None]:
     """Bytes of a folder's text encoder, and the settings of its VAE, where it may have no transformer."""
-    from .text import find_text_encoder
-    from .weight_files import read_json
-
     config = folder / "vae" / "config.json"
     return find_text_encoder(folder).nbytes, read_json(config) if config.is_file() else {}
 

@@ -52,7 +52,7 @@ def test_refused_in_one_line_with_what_fits(folder, little, capsys):
         r"takes about \d+\.\d GB in float32 and \d+\.\d GB of memory are free", told
     )
     assert "these fit: " in told and "--dtype bfloat16 (" in told
-    little(half // 2)
+    little(half * 3 // 4)
     with pytest.raises(ValueError, match=r"in bfloat16 and .* GB of memory are free; .*--height"):
         generate(wan_files.PROMPT, model=folder, height=64, width=64, num_frames=33, device="cpu")
 
@@ -114,3 +114,15 @@ def test_reading_and_encoding_are_told(folder, capsys, monkeypatch):
     assert capsys.readouterr().err.splitlines() == [
         "reading (2.00 GB)", "encoding: layer 1 of 9 (10.00 GB)", "encoding: layer 3 of 9 (10.00 GB)"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("write, size", [(wan_files.write_original, 2), (wan_files.write_diffusers, 4)])
+def test_weights_in_the_dtype_of_the_file_are_mapped(tmp_path, write, size):
+    """Published: the original text encoder is bfloat16, that of diffusers float32."""
+    folder = write(tmp_path / "model")
+    for dtype in (torch.bfloat16, torch.float32):
+        one = free_memory._need(folder, None, CPU, dtype, (), None, order=None, height=64, width=64, frames=9)
+        numbers, found = one.text
+        assert found == size and numbers > 0
+        without = free_memory.replace(one, text=(0, 0)).total()
+        assert one.total() - without == (0 if dtype.itemsize == size else numbers * dtype.itemsize)
