@@ -95,11 +95,12 @@ def load_transformer(
     """A transformer with the weights of a checkpoint, in eval mode.
 
     Args:
-        path: the name of a shipped model or the folder of a toy model, a .safetensors, .pth or .pt file, an index of shards (``*.safetensors.index.json``), or a folder with an
-            index, with .safetensors shards, or with .pth / .pt files, in this order of preference; of a diffusers
-            pipeline folder (``model_index.json``) its ``transformer/``. Keys are the published Wan ones or diffusers',
-            behind any of :data:`hiar_model.layouts.WRAPPERS`. Of a training checkpoint with several networks the
-            ``generator_ema`` is taken, else the ``generator``.
+        path: "toy" or a toy model's folder, a .safetensors, .pth or .pt file, an index of shards
+            (``*.safetensors.index.json``), or a folder with an index, with .safetensors shards, or with .pth / .pt
+            files, in this order of preference; of a diffusers pipeline folder (``model_index.json``) its
+            ``transformer/``. Keys are the published Wan ones or diffusers', behind any of
+            :data:`hiar_model.layouts.WRAPPERS`. Of a training checkpoint with several networks the ``generator_ema``
+            is taken, else the ``generator``.
         config: sizes. None: from a file that this package wrote, else from ``config.json`` beside the weights (the
             published one, diffusers', or :meth:`WanConfig.to_dict`); what they leave open is read from the tensor
             shapes. Shapes do not tell the heads: they are dim / 128, as in every published model. Nor do they tell

@@ -53,8 +53,8 @@ def free_bytes(device: torch.device) -> int | None:
 @dataclass(frozen=True)
 class Need:
     """A video on a device. On a CPU ``asked`` counts neither text encoder (``text``: how many numbers, of how many
-    bytes each in the file) nor VAE: weights in the file's own dtype are mapped, which takes no memory that cannot be given
-    back, and the VAE works in float32.
+    bytes each in the file) nor VAE: weights in the file's own dtype are mapped, which takes no memory that cannot be
+    given back, and the VAE works in float32.
     """
 
     asked: Asked
