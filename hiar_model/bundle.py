@@ -28,6 +28,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
+from .checkpoint import TOY_FORMAT, TOY_TRANSFORMER
 from .config import SHIPPED, WanConfig
 from .files import refuse_stand_in
 from .schedule import FlowSchedule
@@ -40,9 +41,8 @@ from .video import Frames
 from .video_model import VideoModel, pick_device, pick_dtype
 from .wan import Checkpoint, is_wan_folder, load_wan
 
-TOY_FORMAT = "hiar-toy"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-TRANSFORMER, CODEC = "transformer.", "codec."
+TRANSFORMER, CODEC = TOY_TRANSFORMER, "codec."
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,15 @@ def load_video_model(
     offload: Sequence[str] = (),
     prompt_cache: str | os.PathLike[str] | None = None,
     on_found: Callable[[str], None] | None = None,
+    on_stage: Callable[[str, int], None] | None = None,
 ) -> VideoModel:
     """A shipped model by name, or one from a folder: of Wan, original or diffusers, or of :func:`save_toy_model`.
 
     Args:
         device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of the weights and the work; None: float32, but bfloat16 for
-            Wan on CUDA.
-        checkpoint, steps, own_steps, offload, prompt_cache, on_found: of :func:`hiar_model.wan.load_wan`; the toy model
-            takes none of them.
+            Wan.
+        checkpoint, steps, own_steps, offload, prompt_cache, on_found, on_stage: of :func:`hiar_model.wan.load_wan`; the
+            toy model takes none of them.
 
     Raises:
         ValueError: one line that names the first thing that is missing, corrupt or of the wrong shape.
@@ -104,7 +105,7 @@ def load_video_model(
     if is_wan_folder(folder):
         return load_wan(
             folder, name=name, device=device, dtype=wanted, checkpoint=checkpoint, steps=steps, own_steps=own_steps,
-            offload=offload, prompt_cache=prompt_cache, on_found=on_found,
+            offload=offload, prompt_cache=prompt_cache, on_found=on_found, on_stage=on_stage,
         )  # fmt: skip
     for option, value in (("checkpoint", checkpoint), ("offload", offload), ("prompt_cache", prompt_cache)):
         if value:

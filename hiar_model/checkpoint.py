@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import layouts
-from .config import WanConfig
+from .config import SHIPPED, WanConfig
 from .files import check_output
 from .settings import own_settings
 from .transformer import HiARTransformer
@@ -34,6 +35,7 @@ from .weight_files import (
     whole,
 )
 
+TOY_FORMAT, TOY_TRANSFORMER = "hiar-toy", "transformer."  # of a toy model's config.json; before keys of its file
 CONFIG_KEY = "hiar_config"  # WanConfig as JSON in the header of the files we write
 _PIPELINE, _EXPERT = "model_index.json", "transformer_2"  # of a diffusers folder
 _NETWORKS = ("generator_ema", "generator", "critic")  # of a training checkpoint; the last one is never taken
@@ -95,11 +97,12 @@ def load_transformer(
     """A transformer with the weights of a checkpoint, in eval mode.
 
     Args:
-        path: a .safetensors, .pth or .pt file, an index of shards (``*.safetensors.index.json``), or a folder with an
-            index, with .safetensors shards, or with .pth / .pt files, in this order of preference; of a diffusers
-            pipeline folder (``model_index.json``) its ``transformer/``. Keys are the published Wan ones or diffusers',
-            behind any of :data:`hiar_model.layouts.WRAPPERS`. Of a training checkpoint with several networks the
-            ``generator_ema`` is taken, else the ``generator``.
+        path: "toy" or a toy model's folder, a .safetensors, .pth or .pt file, an index of shards
+            (``*.safetensors.index.json``), or a folder with an index, with .safetensors shards, or with .pth / .pt
+            files, in this order of preference; of a diffusers pipeline folder (``model_index.json``) its
+            ``transformer/``. Keys are the published Wan ones or diffusers', behind any of
+            :data:`hiar_model.layouts.WRAPPERS`. Of a training checkpoint with several networks the ``generator_ema``
+            is taken, else the ``generator``.
         config: sizes. None: from a file that this package wrote, else from ``config.json`` beside the weights (the
             published one, diffusers', or :meth:`WanConfig.to_dict`); what they leave open is read from the tensor
             shapes. Shapes do not tell the heads: they are dim / 128, as in every published model. Nor do they tell
@@ -186,6 +189,9 @@ def file_header(config: WanConfig) -> dict[str, str]:
 
 def _inside(source: Path) -> Path:
     """Where the transformer of a diffusers pipeline folder lies; anything else stays."""
+    if str(source) in SHIPPED and not source.exists():
+        package, inside = SHIPPED[str(source)]
+        return Path(str(resources.files(package))) / inside
     index = source / _PIPELINE
     if not index.is_file():
         return source
@@ -210,9 +216,12 @@ def _read_all(source: Path) -> tuple[dict[str, Any], dict[str, Any], list[Path],
     told: dict[str, Any] = {}
     networks: list[str] = []
     came: dict[str, Path] = {}
-    files = weight_files(source)
+    files, toy = weight_files(source), _toy_sizes(source)
     for file in files:
         content, header = read_tensors(file)
+        if toy is not None and isinstance(content, Mapping):  # its codec, "codec.*", is no part of the transformer
+            inside = {key: value for key, value in content.items() if key.startswith(TOY_TRANSFORMER)}
+            content, told = {key.removeprefix(TOY_TRANSFORMER): value for key, value in inside.items()}, toy
         taken, names = _network(content, file)
         networks += [name for name in names if name not in networks]
         if isinstance(content, Mapping) and isinstance(content.get(CONFIG_KEY), str):
@@ -224,6 +233,14 @@ def _read_all(source: Path) -> tuple[dict[str, Any], dict[str, Any], list[Path],
     if not state:
         raise ValueError(f"{source}: no weights found: it holds no tensor")
     return state, told, files, networks
+
+
+def _toy_sizes(source: Path) -> dict[str, Any] | None:
+    """The sizes of the transformer in a folder of :func:`hiar_model.bundle.save_toy_model`; None: it is none."""
+    beside = (source if source.is_dir() else source.parent) / "config.json"
+    values = read_json(beside) if beside.is_file() else {}
+    sizes = values.get("transformer") if values.get("format") == TOY_FORMAT else None
+    return sizes if isinstance(sizes, dict) else None
 
 
 def _network(content: Any, file: Path) -> tuple[Mapping[str, Any], list[str]]:

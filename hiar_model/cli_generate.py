@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from .cli_config import Optional
-from .cli_machine import imports, load_model, machine_arguments, progress_bar
+from .cli_machine import imports, load_model, machine_arguments, progress_bar, stage_lines
 from .cli_parallel import KEPT, job, keeping_arguments, kept_blocks, pipeline_arguments
 from .cli_signals import ENDING, listens
 from .files import check_text
@@ -102,7 +102,9 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
     with imports():
         from hiar_kernels.nvtx import span
 
+        from .free_memory import require_memory
         from .generation import Generation
+        from .video_model import pick_cache_dtype, pick_device, pick_dtype
 
     notes: list[str] = []
     own_steps = _own_steps(a, here)
@@ -110,9 +112,18 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
     piped = options["executor"].startswith("pipeline")
     if piped and (a.session or a.from_session) and here.ranks > 1:
         raise ValueError("a session is one file of one process: a pipeline goes on with --resume")
+    offload = tuple(part.strip() for part in a.offload.split(",")) if a.offload else ()
+    if here.ranks == 1:
+        require_memory(
+            a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, offload=offload,
+            height=a.height, width=a.width, num_frames=a.num_frames, steps=a.steps, order=a.order,
+            window_frames=tuple(a.window_frames) if isinstance(a.window_frames, list) else a.window_frames,
+            sink_frames=a.sink_frames, cache_dtype=pick_cache_dtype(a.cache_dtype),
+        )  # fmt: skip
     model = load_model(
         a, checkpoint=a.checkpoint, steps=a.steps, own_steps=own_steps, prompt_cache=a.prompt_cache,
-        offload=[part.strip() for part in a.offload.split(",")] if a.offload else (), on_found=notes.append,
+        offload=offload, on_found=notes.append,
+        on_stage=stage_lines(),
     )  # fmt: skip
     with progress_bar("{task.fields[frames]}", "{task.fields[speed]}") as bar:
         task = bar.add_task("", total=None, frames="frames", speed="")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,23 @@ class Lines(nullcontext[Any]):
         if self.total and done > 0:
             told.append(f"{spoken((self.total - completed) * gone / done)} left")
         print(", ".join(filter(None, told)), file=sys.stderr, flush=True)
+
+
+def stage_lines(large: int = 10**9, every: float = 10.0) -> Callable[[str, int], None]:
+    """What prints the stages of reading and encoding on stderr: those of weights that take a while, or on a terminal.
+    "encoding: layer 3 of 24" is one stage, told at its beginning and then ``every`` so many seconds.
+    """
+    told, when = "", 0.0
+
+    def show(text: str, nbytes: int) -> None:
+        nonlocal told, when
+        stage, now = text.partition(":")[0], time.monotonic()
+        if (nbytes < large and not sys.stderr.isatty()) or (stage == told and now - when < every):
+            return
+        told, when = stage, now
+        print(f"{text} ({nbytes / 1e9:.2f} GB)", file=sys.stderr, flush=True)
+
+    return show
 
 
 def spoken(seconds: float) -> str:

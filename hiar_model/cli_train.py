@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from .cli_machine import progress_bar
 from .cli_parallel import FAILED, INTERRUPTED, TOLD, WRONG_INPUT
+from .cli_signals import ENDING, listens
 
 if TYPE_CHECKING:
     from .train.config import Recipe, TrainingRecipe
@@ -123,8 +124,7 @@ def _interrupts(trainer: Trainer, place: Place) -> Iterator[None]:
     if place.ranks > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
-    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, interrupt) for number in signals}
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, *ENDING) if listens(number)}
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ def convert_arguments(parser: ArgumentParser) -> None:
     """Options of `hiar convert`."""
     parser.add_argument(
         "source", type=str, metavar="IN",
-        help="a Wan or diffusers folder, .safetensors, .pth, a training .pt (its EMA is taken)",
+        help="toy, a Wan or diffusers folder, .safetensors, .pth, a training .pt (its EMA is taken)",
     )  # fmt: skip
     parser.add_argument(
         "target", type=str, metavar="OUT",

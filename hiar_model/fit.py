@@ -139,7 +139,7 @@ class Asked:
 
 
 def ask(
-    model: str,
+    model: str | Subject,
     *,
     height: int | None = None,
     width: int | None = None,
@@ -164,7 +164,7 @@ def ask(
         for name, value, least in (("height", height, 1), ("width", width, 1), ("frames", frames, None),
                                    ("steps", steps, 1), ("sink-frames", sink_frames, 0))
     )  # fmt: skip
-    about = subject(model)
+    about = model if isinstance(model, Subject) else subject(model)
     if about.size is not None and (height, width) != (None, None):
         raise ValueError(f"{about.name} has one size: give no height and no width")
     high, wide = about.size or _latent_size(about, height or SIZE[0], width or SIZE[1])

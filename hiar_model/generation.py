@@ -19,6 +19,7 @@ from hiar_kernels.nvtx import span
 from .bundle import load_video_model
 from .checks import ORDERS, as_whole, one_of, whole
 from .decoding import Decoding
+from .free_memory import require_memory
 from .given import Given, read_given
 from .record import describe
 from .rollout import FinishedBlock, PipelineOptions, Rollout
@@ -118,6 +119,10 @@ class Generation:
         kept_dtype = pick_cache_dtype(cache_dtype)
         if session is not None and keep is not None:
             raise ValueError(f"session={os.fspath(session)!r} is of one process, a pipeline keeps its own: give one")
+        require_memory(
+            model, pick_device(device), pick_dtype(dtype), height=height, width=width, num_frames=num_frames,
+            steps=steps, order=order, window_frames=window_frames, sink_frames=sink_frames, cache_dtype=kept_dtype,
+        )  # fmt: skip
         self.model = _load(model, device, dtype).sized(height, width)
         if order is None:
             order = self.model.order or "step_first"
@@ -387,7 +392,7 @@ def generate(
         sink_frames: first frames that always stay visible, inside the window's number; None: the model's.
         fps: of the written video; None: the model's.
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
-        dtype: "float32", "bfloat16", "float16" or "float64"; None: float32.
+        dtype: "float32", "bfloat16", "float16" or "float64"; None: float32, bfloat16 of Wan.
         on_progress: called with (frames done, in all, forwards done, in all) after every group of visits.
         more: of :class:`Generation`: height, width, image, extend, prompts, threads, cache_dtype, session, ...
 

@@ -13,7 +13,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
@@ -122,6 +123,7 @@ class WanTextEncoder:
             read again when needed), None leaves them on the device.
         cache: folder of embeddings, made if missing; a prompt that was encoded with the same files and dtype is read
             from there. A torn entry is made again, one that cannot be written is a warning. None: no cache.
+        on_stage: called with what is being done, in words, and the bytes of the weights.
 
     Raises:
         ValueError: one line: what is missing, unreadable or misshaped in the folder, an illegal option, a prompt that
@@ -136,6 +138,7 @@ class WanTextEncoder:
         dtype: torch.dtype | None = None,
         offload: str | None = None,
         cache: str | os.PathLike[str] | None = None,
+        on_stage: Callable[[str, int], None] | None = None,
     ) -> None:
         if offload not in OFFLOADS:
             raise ValueError(f"unknown offload {offload!r} of the text encoder; legal: None, 'cpu', 'free'")
@@ -146,6 +149,7 @@ class WanTextEncoder:
             for package in ("sentencepiece", "google.protobuf"):  # what reads spiece.model
                 _library(package)
         self.device, self.dtype, self.offload = torch.device(device), dtype, offload
+        self.on_stage = on_stage or (lambda text, nbytes: None)
         self._tokenizer: Any = None
         self._model: Any = None
         self._cache = None if cache is None else Path(cache)
@@ -178,9 +182,10 @@ class WanTextEncoder:
     def _encode(self, clean: str) -> Tensor:
         ids = self._tokens(clean)
         if self._model is None:
+            self.on_stage("reading the text encoder", self.files.nbytes)
             self._model = load_umt5(self.files, self.dtype, self.device)
         self._model.to(self.device)
-        with torch.no_grad():
+        with torch.no_grad(), self._told():
             found = self._model(input_ids=ids.to(self.device)).last_hidden_state
         if self.offload == "cpu":
             self._model.to("cpu")
@@ -191,6 +196,22 @@ class WanTextEncoder:
         if not bool(found.isfinite().all()):
             raise ValueError(f"{self.files.weights[0]}: the embedding of {clean[:60]!r} is not finite; is it damaged?")
         return found
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Around encoding: which layer is being asked, for weights that are read from a disk meanwhile."""
+        layers = self._model.encoder.block
+
+        def hook(layer: int) -> Any:
+            text = f"encoding the prompt: layer {layer} of {len(layers)}"
+            return layers[layer - 1].register_forward_pre_hook(lambda *_: self.on_stage(text, self.files.nbytes))
+
+        hooks = [hook(layer) for layer in range(1, len(layers) + 1)]
+        try:
+            yield
+        finally:
+            for one in hooks:
+                one.remove()
 
     def _tokens(self, clean: str) -> Tensor:
         """[1, L]"""

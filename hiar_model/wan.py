@@ -55,19 +55,21 @@ def load_wan(
     offload: Sequence[str] = (),
     prompt_cache: str | os.PathLike[str] | None = None,
     on_found: Callable[[str], None] | None = None,
+    on_stage: Callable[[str, int], None] | None = None,
 ) -> VideoModel:
     """A :class:`VideoModel` of 480x832, 81 frames, 16 fps, 4 steps of shift 5, blocks of 3 in a window of 21; another
     window, and a sink, where the config.json of a causal model tells them.
 
     Args:
-        name: that it goes by. dtype: of weights and work; None: bfloat16 on CUDA, else float32. The text encoder, and
-            the VAE on CUDA, know no float16: they are in bfloat16 then.
+        name: that it goes by. dtype: of weights and work; None: bfloat16. The text encoder, and the VAE on CUDA,
+            know no float16: they are in bfloat16 then; on a CPU the VAE works in float32.
         checkpoint: weights of the transformer, whatever :func:`hiar_model.load_transformer` reads, or experts.
         steps: of the schedule, spread evenly; None: 1000, 750, 500, 250.
         own_steps: of this process, where a pipeline shares the steps: it loads only their experts.
         offload: "text": the text encoder goes to the CPU when a prompt is read; "vae": the VAE works on the CPU.
         prompt_cache: folder of prompt embeddings, see :class:`WanTextEncoder`.
-        on_found: called with a line about each file of weights.
+        on_found: called with a line about each file of weights. on_stage: called with what is being read or encoded, in
+            words, and how many bytes of weights that are.
 
     Raises:
         ValueError: one line: a part that is missing, corrupt or misshaped, parts that do not fit each other.
@@ -76,12 +78,17 @@ def load_wan(
         if part not in OFFLOAD:
             raise ValueError(f"offload must be of {', '.join(OFFLOAD)}, got {part!r}")
     schedule = FlowSchedule() if steps is None else FlowSchedule.uniform(steps, FlowSchedule().shift)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or torch.bfloat16
     beside = torch.bfloat16 if dtype == torch.float16 else dtype
     # Small files first: what is wrong with them is told before the large ones are read.
     files = _experts(checkpoint, len(schedule))
     text = WanTextEncoder(
-        folder, device=device, dtype=beside, offload="cpu" if "text" in offload else None, cache=prompt_cache
+        folder,
+        device=device,
+        dtype=beside,
+        offload="cpu" if "text" in offload else None,
+        cache=prompt_cache,
+        on_stage=on_stage,
     )
     on_cpu = "vae" in offload or device.type == "cpu"
     vae = load_vae(folder, dtype=torch.float32 if on_cpu else beside, device="cpu" if on_cpu else device)
@@ -105,6 +112,8 @@ def load_wan(
                 )
             if on_found is not None:
                 on_found(str(found))
+            if on_stage is not None:
+                on_stage("reading the transformer", found.nbytes)
 
         return load_transformer(Path(path), dtype=dtype, device=device, on_found=check).requires_grad_(False)
 

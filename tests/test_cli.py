@@ -235,16 +235,17 @@ def test_train_resume_generate(here, capsys):
     assert (model.train_frames, model.num_frames) == (6, 24)
 
 
-def test_ctrl_c_in_training_writes_a_state(here, capsys, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_training_writes_a_state(here, capsys, monkeypatch, number):
     update, seen = Trainer._update, []
 
     def interrupted(self):
         seen.append(self.update)
         if len(seen) == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return update(self)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     monkeypatch.setattr(Trainer, "_update", interrupted)
     words = ["train", TOY, *TINY, "updates=4", "--out", "run"]
     assert run(*words) == 130
@@ -254,7 +255,7 @@ def test_ctrl_c_in_training_writes_a_state(here, capsys, monkeypatch):
         "hiar: interrupted; after 2 of 4 updates; the same command goes on from run/states/update_00000002",
     ]
     assert "4 updates, batches of 1; losses every 1 to run/loss.csv" in told.out
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert run(*words) == 0 and seen == [0, 1, 2, 3]
     assert len((here / "run/loss.csv").read_text().splitlines()) == 5
 

@@ -13,6 +13,7 @@ import wan_files
 from safetensors.torch import load_file, save_file
 from wan_files import WAN
 
+from hiar_model import bundle, load_video_model
 from hiar_model import convert as module
 from hiar_model.checkpoint import load_transformer, read_checkpoint, save_transformer
 from hiar_model.cli import main
@@ -243,3 +244,22 @@ def test_the_command(published, tmp_path, capsys):
     assert capsys.readouterr().err == f"hiar: {target} exists and is not overwritten; choose another name\n"
     assert main(["convert", str(published["training"]), str(tmp_path / "y")]) == 2
     assert "to" in capsys.readouterr().err
+
+
+def test_the_toy_and_its_folder_are_sources_too(here, capsys):
+    """Its folder holds a codec as well; what is converted is its transformer."""
+    folder = bundle.model_folder("toy")
+    own = load_video_model("toy", "cpu").transformer.state_dict()
+    for name, source in {"name": "toy", "folder": folder, "file": folder / "model.safetensors"}.items():
+        found = load_transformer(source, dtype=torch.float32)
+        assert found.config.position_grid == (4, 4)
+        assert all(torch.equal(value, own[key]) for key, value in found.state_dict().items())
+        for to, suffix in (("native", ""), ("native", ".safetensors"), ("pt", ".pt")):
+            target = f"{name}-{to}{suffix}"
+            assert main(["convert", str(source), target, "--to", to]) == 0
+            again = load_transformer(target, dtype=torch.float32)
+            assert again.config == found.config
+            assert all(torch.equal(value, own[key]) for key, value in again.state_dict().items())
+    capsys.readouterr()
+    assert main(["convert", "toy", "diffusers", "--to", "diffusers"]) == 2
+    assert "position_grid" in capsys.readouterr().err

@@ -30,7 +30,7 @@ FOUNDATION = (
 USES = (
     "generation", "bundle", "train", "toy", "video", "profiling", "parallel_report", "gpu_report", "vae", "vae_weights",
     "vae_fused", "memory", "fit", "sessions", "script", "infill", "experts", "video_model", "wan", "given", "decoding",
-    "record",
+    "record", "free_memory",
 )  # fmt: skip
 COMMANDS = (
     "cli", "cli_machine", "cli_signals", "cli_toy", "cli_train", "cli_parallel", "cli_performance", "cli_wan",

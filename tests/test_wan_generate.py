@@ -116,7 +116,7 @@ def test_what_a_wan_model_is_by_default(model):
     assert model.pixel_size == (480, 832) and model.num_frames == 81 and model.fps == 16
     assert (model.frames_per_block, model.window_frames, model.sink_frames) == (3, 21, 0)
     assert model.schedule.steps == (1000, 750, 500, 250) and model.schedule.shift == 5
-    assert model.dtype == torch.float32 and model.latent_frames(81) == 21
+    assert model.dtype == torch.bfloat16 and model.latent_frames(81) == 21  # the sparing dtype, on a CPU too
 
 
 def test_the_record_repeats_the_video(files, here):
@@ -142,7 +142,7 @@ def test_embeddings_of_prompts_are_kept(files, here, monkeypatch):
     assert command(*arguments, frames=9) == 0
     assert len(list((here / "known").iterdir())) == 1
     monkeypatch.setattr("hiar_model.text.load_umt5", None)  # would be called
-    assert command(*arguments, frames=9) == 0
+    assert command(*arguments, "--overwrite", frames=9) == 0
 
 
 # What a video goes on from
@@ -272,7 +272,7 @@ def test_a_session_goes_on_and_forks(files, model, here, capsys):
     assert len(images("two")) == 12 and images("one", "two") == images("all")
     assert images("fork") != images("two")
     assert command("-o", "a/", *arguments, "--from-session", "s.safetensors", frames=21) == 2
-    assert "s.safetensors stands at frame 21: num_frames must be more, got 21" in capsys.readouterr().err
+    assert "s.safetensors stands at frame 21: --num-frames must be more, got 21" in capsys.readouterr().err
     plain = whole(make(model, window_frames=6, num_frames=33)).astype(int)
     seen = np.stack([decoded(image)[0] for image in sorted((here / "all").glob("*.png"))])
     small = seen.reshape(33, HEIGHT, 8, WIDTH, 8, 3)[:, :, 4, :, 4].astype(int)
