@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .bundle import SHIPPED
 from .keyed import SCHEME, require_scheme
 from .version import versions
 
@@ -25,7 +27,7 @@ def require_repeatable(record: Mapping[str, Any], name: str) -> None:
 def describe(
     run: Generation, prompt: str | None, *, seed: int, steps: int | None, order: str, window: Any, sink: int
 ) -> dict[str, Any]:
-    """What it takes to repeat the video, as JSON takes it."""
+    """What it takes to repeat the video, as JSON takes it; without a "command" where its prompts came from no file."""
     model, device = run.model, run.model.device
     threads = torch.get_num_threads() if run.threads is None else run.threads
     dtype = str(model.dtype).removeprefix("torch.")
@@ -42,7 +44,7 @@ def describe(
         "order": order,
         "window-frames": "null" if window is None else str(window),
         "sink-frames": sink,
-        "fps": f"{run.fps:g}",
+        "fps": repr(run.fps).removesuffix(".0"),
         "device": str(device),
         "dtype": dtype,
         "threads": threads,
@@ -53,7 +55,11 @@ def describe(
     if run.show is not None:
         lines = run.show.script.lines
         prompts = [[line.seconds, line.prompt] for line in lines]
-        prompt, options["prompts"] = lines[0].prompt, run.show.script.name
+        prompt, options["prompts"] = lines[0].prompt, run.show.script.file
+    options |= {name: _absolute(options.get(name)) for name in ("image", "extend", "from-session", "prompts")}
+    if model.name not in SHIPPED and os.path.exists(model.name):
+        options["model"] = _absolute(model.name)
+    repeatable = run.show is None or run.show.script.file is not None
     for name, value in options.items():
         command += [] if value is None else [f"--{name}", str(value)]
     return {
@@ -80,5 +86,10 @@ def describe(
         "dtype": dtype,
         "threads": threads,
         "versions": versions("torch", "numpy", "av"),
-        "command": command,
+        **({"command": command} if repeatable else {}),
     }
+
+
+def _absolute(path: str | os.PathLike[str] | None) -> str | None:
+    """So that the command means the same file wherever it is run."""
+    return None if path is None else os.path.abspath(path)
