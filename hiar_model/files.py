@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SESSION = "session.safetensors"  # in a folder that is given as a session
+FILE_OPTIONS = ("--model", "--checkpoint", "--image", "--extend", "--prompts", "--from-session")
+"""Options of `hiar generate` that name what it reads."""
 _STAND_INS = (  # what a file begins with, in lower case -> what it is, where its name promises something else
     (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer, not the file itself; run `git lfs pull` there"),
     (b"version https://hawser.github.com/spec/", "a git-lfs pointer, not the file itself; run `git lfs pull` there"),
@@ -75,6 +77,17 @@ def check_output(path: str | os.PathLike[str], beside: Sequence[Path] = ()) -> P
     except OSError as error:
         raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
     return target
+
+
+def seen_from(folder: Path, command: Sequence[str]) -> list[str]:
+    """A command whose files are given by absolute paths, to be run in a folder: what lies in it is named from there, so
+    that both may move together.
+    """
+    words, base = list(command), os.path.abspath(folder)
+    for i, option in enumerate(words[:-1]):
+        if option in FILE_OPTIONS and words[i + 1].startswith(os.path.join(base, "")):
+            words[i + 1] = os.path.join(os.curdir, os.path.relpath(words[i + 1], base))
+    return words
 
 
 def in_folder(path: str | os.PathLike[str], name: str) -> Path:

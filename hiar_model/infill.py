@@ -16,6 +16,7 @@ from hiar_kernels import flow_step
 
 from .checks import as_whole
 from .rollout.noise import INITIAL, keyed_noise
+from .rollout.shapes import check_text
 from .schedule import TRAIN_TIMESTEPS, FlowSchedule
 from .settings import own_settings
 from .threads import cpu_threads, fitting_threads
@@ -72,6 +73,7 @@ def infill(
     videos = list(range(batch)) if video_ids is None else list(video_ids)
     if len(videos) != batch:
         raise ValueError(f"video_ids must be one for each of {batch} videos, got {len(videos)}")
+    check_text(text, batch, models[0].config)
     text = text.to(weight.device)
 
     def noise(step: int) -> Tensor:

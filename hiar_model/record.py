@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .config import SHIPPED
 from .version import NOISE, versions
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 def describe(
     run: Generation, prompt: str | None, *, seed: int, steps: int | None, order: str, window: Any, sink: int
 ) -> dict[str, Any]:
-    """What it takes to repeat the video, as JSON takes it."""
+    """What it takes to repeat the video, as JSON takes it; without a "command" where its prompts came from no file."""
     model, device = run.model, run.model.device
     threads = torch.get_num_threads() if run.threads is None else run.threads
     dtype = str(model.dtype).removeprefix("torch.")
@@ -32,7 +34,7 @@ def describe(
         "order": order,
         "window-frames": "null" if window is None else str(window),
         "sink-frames": sink,
-        "fps": f"{run.fps:g}",
+        "fps": repr(run.fps).removesuffix(".0"),
         "device": str(device),
         "dtype": dtype,
         "threads": threads,
@@ -43,7 +45,11 @@ def describe(
     if run.show is not None:
         lines = run.show.script.lines
         prompts = [[line.seconds, line.prompt] for line in lines]
-        prompt, options["prompts"] = lines[0].prompt, run.show.script.name
+        prompt, options["prompts"] = lines[0].prompt, run.show.script.file
+    options |= {name: _absolute(options.get(name)) for name in ("image", "extend", "from-session", "prompts")}
+    if model.name not in SHIPPED and os.path.exists(model.name):
+        options["model"] = _absolute(model.name)
+    repeatable = run.show is None or run.show.script.file is not None
     for name, value in options.items():
         command += [] if value is None else [f"--{name}", str(value)]
     return {
@@ -70,5 +76,10 @@ def describe(
         "dtype": dtype,
         "threads": threads,
         "versions": versions("torch", "numpy", "av"),
-        "command": command,
+        **({"command": command} if repeatable else {}),
     }
+
+
+def _absolute(path: str | os.PathLike[str] | None) -> str | None:
+    """So that the command means the same file wherever it is run."""
+    return None if path is None else os.path.abspath(path)

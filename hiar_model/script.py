@@ -15,7 +15,7 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -44,6 +44,7 @@ class Script:
 
     lines: tuple[Line, ...]
     name: str = "script"
+    file: str | None = None  # that it was read from
 
     def __post_init__(self) -> None:
         if not self.lines:
@@ -69,7 +70,7 @@ class Script:
             raise ValueError(f"{first.where}: the first prompt must be at 0 s, got {first.seconds:g}")
         if not first.seconds and prompt:
             raise ValueError(f"{first.where} is a prompt at 0 s: leave out the other one, {prompt!r}")
-        return Script((Line(0.0, prompt, "the prompt"), *self.lines), self.name) if prompt else self
+        return Script((Line(0.0, prompt, "the prompt"), *self.lines), self.name, self.file) if prompt else self
 
     @classmethod
     def parse(cls, text: str, name: str = "script") -> Script:
@@ -95,7 +96,8 @@ class Script:
         """From a file in UTF-8."""
         refuse_stand_in(Path(path))
         try:
-            return cls.parse(Path(path).read_text(encoding="utf-8-sig"), Path(path).name)
+            script = cls.parse(Path(path).read_text(encoding="utf-8-sig"), Path(path).name)
+            return replace(script, file=os.fspath(path))
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:

@@ -298,6 +298,7 @@ class HiARTransformer(nn.Module):
         """
         if video_start is None:
             video_start = first_frame if context is None else 0
+        self._check_counts(latents, timesteps, text)
         rule = (frames_per_block, window_frames, sink_frames, video_start)
         attend = self._full(latents, attention, *rule, first_frame, context)
         out = self.run(latents, self.modulation(timesteps, latents.shape[1]), self.embed_text(text), attend)
@@ -316,11 +317,23 @@ class HiARTransformer(nn.Module):
         first_frame: int = 0,
     ) -> list[KVContext]:
         """A forward only for its keys and values, one :class:`KVContext` for each layer; differentiable."""
+        self._check_counts(latents, timesteps, text)
         rule = (frames_per_block, window_frames, sink_frames, first_frame)
         attend = self._full(latents, attention, *rule, first_frame, None, True)
         self.run(latents, self.modulation(timesteps, latents.shape[1]), self.embed_text(text), attend, Live(()))
         assert attend.collected is not None
         return attend.collected
+
+    def _check_counts(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> None:
+        """ValueError unless there are as many timesteps and texts as videos."""
+        if latents.dim() != 5 or latents.shape[2] != self.config.in_channels:
+            raise ValueError(f"latents must be [B, F, {self.config.in_channels}, H, W], got {list(latents.shape)}")
+        batch, frames = latents.shape[:2]
+        per_frame = timesteps.dim() == 2 and timesteps.shape[1] == frames
+        if not (per_frame or timesteps.dim() == 1) or timesteps.shape[0] != batch:
+            raise ValueError(f"timesteps must be [{batch}, {frames}] or [{batch}], got {list(timesteps.shape)}")
+        if text.dim() != 3 or text.shape[0] not in (1, batch):
+            raise ValueError(f"text must be [1 or {batch}, L, {self.config.text_dim}], got {list(text.shape)}")
 
     def _full(
         self,

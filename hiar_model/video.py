@@ -29,7 +29,7 @@ import numpy.typing as npt
 from av.filter import Graph
 
 from .checks import number_above_0
-from .files import check_output, temporary
+from .files import check_output, seen_from, temporary
 
 Frames = npt.NDArray[np.uint8]
 """uint8 [F, H, W, 3], RGB."""
@@ -144,7 +144,8 @@ class VideoWriter:
 
     Args:
         path: see :func:`check_target`, which is asked at once. fps: frames per second.
-        metadata: for the record. A "command" in it (a list of words) becomes the command line that repeats the video.
+        metadata: for the record. A "command" in it (a list of words) becomes the command line that repeats the video
+            where it is run in the folder of the video.
         least_side: frames with a shorter side are enlarged, see :func:`upscale`; 1 leaves them as they are.
     """
 
@@ -237,7 +238,9 @@ class VideoWriter:
         record = {"file": self.path.name, "frames": self.frames_written, "fps": self.fps, **self.metadata}
         if "command" in record:
             name = self.path.name + "/" * self.folder
-            record["command"] = shlex.join([*record["command"], "--out", name])
+            words = seen_from(self.path.parent, record["command"])
+            words += ["--out", os.path.join(os.curdir, name) if name[0] == "-" else name]
+            record["command"] = shlex.join(words if self.folder else [*words, "--overwrite"])
         return record
 
     def _discard(self) -> None:

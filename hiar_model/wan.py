@@ -176,6 +176,11 @@ def _identity(files: Sequence[str]) -> str:
 
 
 def _written(checkpoint: Checkpoint | None) -> str:
-    if isinstance(checkpoint, Mapping):
-        return ",".join(f"{steps}={file}" for steps, file in checkpoint.items())
-    return "" if checkpoint is None else os.fspath(checkpoint)
+    """As the command line takes it, wherever it is run."""
+    if checkpoint is None:
+        return ""
+    if not is_experts(checkpoint):
+        return os.path.abspath(checkpoint)  # type: ignore[arg-type]
+    parts = checkpoint.split(",") if isinstance(checkpoint, str) else map("=".join, checkpoint.items())  # type: ignore[union-attr]
+    pairs = [part.partition("=") for part in parts]
+    return ",".join(f"{steps}={os.path.abspath(file)}" for steps, _, file in pairs)

@@ -191,7 +191,7 @@ def test_the_image_on_the_command_line(files, clip, here, capsys):
     assert f"tall.png: scaled from {2 * HEIGHT}x{WIDTH} and cut to {HEIGHT}x{WIDTH} (height x width)" in told.err
     assert "a: 13 frames, 0.8 s at 16 fps; 12 made in " in told.out
     record = json.loads((here / "a/video.json").read_text())
-    assert record["given"] == "tall.png" and "--image tall.png" in record["command"]
+    assert record["given"] == "tall.png" and "--image ./tall.png" in record["command"]
 
 
 def test_the_end_of_a_clip_is_taken(files, clip, here, capsys):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .pipeline import PipelineOptions
 from .session import FinishedBlock, Rollout
+from .shapes import require_shape
 
 __all__ = ["FinishedBlock", "PipelineOptions", "Rollout", "rollout"]
 
@@ -29,6 +30,9 @@ def rollout(model: Any, noise: Tensor | None, text: Any, schedule: Any, **option
     """
     on_block = options.pop("on_block", None)
     prefix = options.get("prefix")
+    for name, latents in (("noise", noise), ("prefix", prefix)):
+        if latents is not None:
+            require_shape(name, latents, (None,) * 5)
     if noise is not None:
         made, size = noise.shape[1], {"batch": noise.shape[0], "height": noise.shape[3], "width": noise.shape[4]}
         options = {"num_frames": made + (0 if prefix is None else prefix.shape[1]), **size, **options}

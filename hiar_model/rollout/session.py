@@ -23,6 +23,7 @@ from .executor import Executor, working_dtype
 from .noise import GIVEN, GivenNoise, KeyedNoise
 from .pipeline import Pipeline, PipelineOptions, Receiver
 from .recache import History
+from .shapes import CheckedNoise, CheckedTexts, check_text, require_shape
 from .texts import KeptTexts
 from .visits import Group, Plan, forwards, windows_per_step
 
@@ -167,6 +168,12 @@ class Rollout:
         odd = [step for step, one in enumerate(given) if one is not None and one.config != config]
         if odd:
             raise ValueError(f"model: that of step {odd[0]} is {given[odd[0]].config}, others are {config}")  # type: ignore[union-attr]
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        size = (config.in_channels, height, width)
+        for name, latents in (("prefix", prefix), ("noise", noise)):
+            if latents is not None:
+                require_shape(name, latents, (batch, None, *size))
         prefix_frames = 0 if prefix is None else prefix.shape[1]
         self.plan = Plan(
             len(schedule),
@@ -179,22 +186,22 @@ class Rollout:
             pairs is True,
         )
         self.num_blocks = self._count_blocks(num_frames, prefix_frames)
-        self.shape = (config.in_channels, height, width)
+        self.shape = size
         self.batch, self.seed, self.cache_dtype = batch, seed, cache_dtype
         kept_dtype(some.patch_embedding.weight.dtype, cache_dtype)
         self.video_ids = [whole("video_ids", n) for n in (range(batch) if video_ids is None else video_ids)]
-        _require_shape("video_ids", (len(self.video_ids),), (batch,))
-        if prefix is not None:
-            _require_shape("prefix", tuple(prefix.shape), (batch, prefix_frames, *self.shape))
+        require_shape("video_ids", (len(self.video_ids),), (batch,))
         if noise is not None:
             made = None if num_frames is None else num_frames - prefix_frames
-            _require_shape("noise", tuple(noise.shape), (batch, made, *self.shape))
+            require_shape("noise", noise, (batch, made, *self.shape))
         weight = some.patch_embedding.weight
         if captured == "graph" and weight.device.type != "cuda":
             legal = "pipeline" if on_ranks else "eager"
             raise ValueError(f"executor={executor!r} needs a CUDA device, the model is on {weight.device}; use {legal}")
         grid = config.grid(height, width)
-        self.text = text_of = text if callable(text) else lambda _: text
+        if not callable(text):
+            check_text(text, batch, config)
+        self.text = text_of = CheckedTexts(text, batch, config) if callable(text) else lambda _: text
         self.pipeline: Pipeline | None = None
         if on_ranks:
             options = pipeline or PipelineOptions()
@@ -202,9 +209,9 @@ class Rollout:
                 from ..parallel.mesh import axis
 
                 options = replace(options, group=axis(mesh, "step"))
-            size = {"height": height, "width": width, "batch": batch, "cache_dtype": cache_dtype}
+            sizes = {"height": height, "width": width, "batch": batch, "cache_dtype": cache_dtype}
             fused = pairs == "measured"
-            measure = partial(_measured, some, text_of, self.plan, num_frames, captured, size, fused)
+            measure = partial(_measured, some, text_of, self.plan, num_frames, captured, sizes, fused)
             self.pipeline = Pipeline(options, self.plan, self.num_blocks, weight.device, measure, fused)
             self.plan = self.pipeline.plan
             self.pipeline.connect((batch, frames_per_block, *self.shape), weight.dtype)
@@ -258,7 +265,7 @@ class Rollout:
                 grid,
                 text_of,
                 keyed if noise is None else GivenNoise(noise, self.plan.block_frames, prefix_frames),
-                renoise or keyed,
+                CheckedNoise(renoise, self.plan.block_frames, (batch, *self.shape)) if renoise else keyed,
                 prefix,
                 first_frame,
                 trajectory,
@@ -429,9 +436,3 @@ def _measured(
 def _one_of(name: str, value: str, legal: tuple[str, ...]) -> None:
     if value not in legal:
         raise ValueError(f"{name} must be one of {', '.join(legal)}, got {value!r}")
-
-
-def _require_shape(name: str, actual: tuple[int, ...], expected: tuple[int | None, ...]) -> None:
-    fits = len(actual) == len(expected) and all(e in (None, a) for a, e in zip(actual, expected, strict=True))
-    if not fits:
-        raise ValueError(f"{name} must be {list(expected)}, got {list(actual)}")
