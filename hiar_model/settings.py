@@ -37,7 +37,7 @@ def own_settings(autocast: bool = False) -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             back.enter_context(torch.inference_mode(False))
             back.enter_context(torch.no_grad())
-        if torch.empty(0).device.type != "cpu":
+        if torch.get_default_device().type != "cpu":
             back.enter_context(torch.device("cpu"))
         if torch.are_deterministic_algorithms_enabled():
             warn = torch.is_deterministic_algorithms_warn_only_enabled()
