@@ -15,9 +15,9 @@ from hiar_model.bundle import load_video_model
 from hiar_model.checks import as_whole, nearest, number_above_0, one_of, plain, whole
 from hiar_model.fit import ask
 from hiar_model.infill import _given
+from hiar_model.keyed import keyed_generator
 from hiar_model.rollout.simulate import simulate
 from hiar_model.rollout.visits import Plan
-from hiar_model.train.keyed import keyed_generator
 
 pytestmark = pytest.mark.cpu
 
@@ -93,5 +93,5 @@ def test_relatives(model, kind):
     ]
     assert torch.equal(*made)
     assert _given([kind(1)], 1, 6, 3).tolist() == [[False] * 3 + [True] * 3]
-    assert torch.equal(*(torch.randn(4, generator=keyed_generator(n, "a", n)) for n in (5, kind(5))))
+    assert torch.equal(*(keyed_generator(n, "a", n).normals(4) for n in (5, kind(5))))
     assert ask("wan2.1-t2v-1.3b", height=kind(480), width=kind(832), frames=kind(81)).request.height == 60
