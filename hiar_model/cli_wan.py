@@ -78,7 +78,7 @@ def doctor(a: Namespace) -> None:
         broken = []
         for topic, found in report():
             print(f"{topic + ':':<28} {found}")
-            broken += [f"{topic} is {found}"] if found.startswith(UNUSABLE) else []
+            broken += [f"the {topic} is {found}"] if found.startswith(UNUSABLE) else []
         if broken:
             raise ValueError("; ".join(broken))
         return

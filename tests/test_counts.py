@@ -65,7 +65,7 @@ def test_a_text_of_a_block_is_refused_before_its_forward(model):
         ({"prefix": PREFIX[0]}, r"prefix must be \[2, any, 2, 2, 4\], got \[3, 2, 2, 4\]"),
         ({"prefix": [PREFIX]}, r"prefix must be a tensor \[2, any, 2, 2, 4\], got list"),
         ({"video_ids": [0]}, r"video_ids must be \[2\], got \[1\]"),
-        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"batch": 0}, "batch must be a whole number of at least 1, got 0"),
     ],
 )
 def test_noises_and_prefixes(model, options, says):

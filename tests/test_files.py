@@ -129,7 +129,7 @@ def test_the_doctor_fails_where_a_shipped_model_is_broken(tmp_path, monkeypatch,
     (tmp_path / "weights" / "model.safetensors").write_text(LFS)
     monkeypatch.setattr("hiar_model.bundle.resources.files", lambda package: tmp_path)
     assert main(["doctor"]) == 2
-    assert re.search(r"hiar: model toy is not usable: .*a git-lfs pointer", capsys.readouterr().err)
+    assert re.search(r"hiar: the model toy is not usable: .*a git-lfs pointer", capsys.readouterr().err)
 
 
 # Two files for one role

@@ -168,8 +168,6 @@ class Rollout:
         odd = [step for step, one in enumerate(given) if one is not None and one.config != config]
         if odd:
             raise ValueError(f"model: that of step {odd[0]} is {given[odd[0]].config}, others are {config}")  # type: ignore[union-attr]
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
         size = (config.in_channels, height, width)
         for name, latents in (("prefix", prefix), ("noise", noise)):
             if latents is not None:
