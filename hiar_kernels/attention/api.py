@@ -82,7 +82,8 @@ def attention(
     _validate(q, k, v, mask, q_frames, kv_frames, context, kv_counts)
     if kv_log_counts is not None:
         if kv_counts is None:
-            raise ValueError("attention: kv_log_counts must be None without kv_counts")
+            found = f"{kv_log_counts.dtype} {list(kv_log_counts.shape)}"
+            raise ValueError(f"attention: kv_log_counts must be None without kv_counts, got {found}")
         if (kv_log_counts.dtype, kv_log_counts.shape) != (q.dtype, kv_counts.shape):
             raise ValueError(
                 f"attention: kv_log_counts must be {q.dtype} {list(kv_counts.shape)} like kv_counts, "
