@@ -49,7 +49,8 @@ def attention(
             nothing behind a hidden key matters, NaN included: its gradient is 0. Without a mask only. n equal padding
             keys are one key with count n.
         kv_log_counts: the logarithm of ``kv_counts`` in the dtype of q, same shape, where it is at hand: a library
-            adds it to the scores, and need not make it anew in every layer.
+            adds it to the scores, and need not make it anew in every layer, nor look for hidden keys: who gives it
+            says that these hold finite numbers and that some key of every row counts.
         layout: what :func:`attention_layout` made of the same mask and ids. The libraries below then read nothing from
             the device; without it they read the frame ids, and the device is waited for.
         schedule: what :func:`attention_schedule` made of the same sizes, mask and ids, for ``impl="gluon"``, which

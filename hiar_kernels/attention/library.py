@@ -61,11 +61,11 @@ def attend(
             raise ValueError(f"attention: impl={impl!r} takes no kv_counts here; use 'reference'")
         if bias is None:
             bias = kv_counts.to(_wide(q)).log().to(q.dtype)  # round the logarithm: 509 is no bfloat16
-        seen = kv_counts > 0
-        # 0 times NaN is NaN: what is hidden becomes zeros. A row of -inf alone is NaN in some libraries; over zeros it
-        # may as well be 0.
-        k, v = (torch.where(seen[:, :, None, None], x, 0) for x in (k, v))
-        bias = torch.where(seen, bias, torch.where(seen.any(1, keepdim=True), float("-inf"), 0.0).to(q.dtype))
+            seen = kv_counts > 0
+            # 0 times NaN is NaN: what is hidden becomes zeros. A row of -inf alone is NaN in some libraries; over zeros
+            # it may as well be 0.
+            k, v = (torch.where(seen[:, :, None, None], x, 0) for x in (k, v))
+            bias = torch.where(seen, bias, torch.where(seen.any(1, keepdim=True), float("-inf"), 0.0).to(q.dtype))
         return _plain(impl, q, k, v, scale, bias[:, None, None, :]).contiguous(), None
     num_splits = 1 if trains or not q.shape[0] else num_splits
     merged = (num_splits > 1 or return_lse) and not trains
