@@ -30,7 +30,7 @@ MODULES = {path.stem for path in (ROOT / "bench").glob("*.py")}
 BARE = """
 import sys
 
-HIDDEN = "av diffusers ftfy hypothesis jsonargparse matplotlib numpy nvtx rich safetensors transformers xdist yaml"
+HIDDEN = "av diffusers ftfy hypothesis jsonargparse matplotlib nvtx rich safetensors transformers xdist yaml"
 
 class Without:
     def __init__(self, finder):
