@@ -14,8 +14,6 @@ from .mask import BlockCausal, KVContext
 from .schedule import AttentionSchedule, attention_schedule
 
 HEAD_DIM = 128
-_unmasked: dict[tuple[tuple[int, ...], torch.device], AttentionSchedule] = {}
-"""Without a mask the sizes say all. Kept for good: captured graphs read them."""
 _MODULE = "triton.experimental.gluon.language.nvidia.hopper"
 
 
@@ -77,11 +75,7 @@ def attend(
 
     if schedule is None:
         shape = (*q.shape[:3], k.shape[1])
-        schedule = _unmasked.get((shape, q.device)) if mask is None else None
-        if schedule is None:
-            schedule = attention_schedule(shape, mask, q_frames, kv_frames, device=q.device)
-            if mask is None and not torch.cuda.is_current_stream_capturing():
-                _unmasked[shape, q.device] = schedule
+        schedule = attention_schedule(shape, mask, q_frames, kv_frames, device=q.device)
     return gluon_fwd.launch(q, k, v, schedule, q.shape[3] ** -0.5 if scale is None else scale)
 
 
