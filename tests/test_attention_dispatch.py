@@ -336,9 +336,7 @@ def test_what_runs_on_an_h200(h200):
         "bidirectional": "sdpa",
     }  # fmt: skip
     second = decide(rows=None, runs=lambda impl: impl != "gluon")
-    reason = r"sm_90 visit: cudnn with num_splits=2 \d\.\d{3} ms \(others: "
-    reason += r"gluon \d\.\d{3}, cudnn \d\.\d{3}, .*NVIDIA H200, torch"
-    assert re.match(reason, second.why), second.why
+    assert second.why.startswith("sm_90 visit: cudnn with num_splits=2 1.528 ms (others: gluon 1.326, cudnn 1.710")
     assert chosen["bidirectional"].why == "nothing measured for bidirectional on sm_90: torch's own choice"
     unknown = {shape: decide(shape, rows=None, known=False).impl for shape in list(table.SHAPES)[:4]}
     assert unknown == {"visit": "gluon", "pair": "gluon", "block_causal": "triton", "constant_context": "triton"}
