@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from .io.video import Video
     from .models.checkpoint import load_transformer, save_transformer
     from .models.flow_schedule import FlowSchedule
+    from .models.registry import load_video_model
     from .models.text_encoder import WanTextEncoder
     from .models.transformer import HiARTransformer
+    from .models.video_model import VideoModel
     from .pipelines.prompt_schedule import Script
-    from .pipelines.registry import load_video_model
-    from .pipelines.video_model import VideoModel
     from .pipelines.video_pipeline import generate, stream
     from .rollout import Rollout
     from .rollout.infill import infill
@@ -50,8 +50,8 @@ _HOME = {
     "FlowSchedule": "models.flow_schedule",
     "Rollout": "rollout",
     "Video": "io.video",
-    "VideoModel": "pipelines.video_model",
-    "load_video_model": "pipelines.registry",
+    "VideoModel": "models.video_model",
+    "load_video_model": "models.registry",
     "generate": "pipelines.video_pipeline",
     "stream": "pipelines.video_pipeline",
     "Script": "pipelines.prompt_schedule",

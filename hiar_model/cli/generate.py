@@ -102,7 +102,7 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
     with imports():
         from hiar_kernels.nvtx import span
 
-        from ..pipelines.video_model import pick_cache_dtype, pick_device, pick_dtype
+        from ..models.video_model import pick_cache_dtype, pick_device, pick_dtype
         from ..pipelines.video_pipeline import Generation
         from ..planning.free_memory import require_memory
 
@@ -197,7 +197,7 @@ def _script(a: Namespace) -> Any:
 
 def _own_steps(a: Namespace, here: Job) -> range | None:
     """The steps of this rank of a pipeline, where each has weights of its own: shared out before any are loaded."""
-    from ..pipelines.wan import is_experts
+    from ..models.wan import is_experts
 
     if not is_experts(a.checkpoint) or here.ranks == 1 or a.parallel is not None:
         return None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 if TYPE_CHECKING:
-    from ..pipelines.video_model import VideoModel
+    from ..models.video_model import VideoModel
 
 
 def machine_arguments(parser: ArgumentParser) -> None:
@@ -28,8 +28,8 @@ def load_model(a: Namespace, **options: Any) -> VideoModel:
     """The model that a command names; ``options``: of :func:`hiar_model.load_video_model`."""
     import torch
 
+    from ..models.registry import load_video_model
     from ..models.threads import is_small
-    from ..pipelines.registry import load_video_model
 
     if a.threads is not None:
         if a.threads < 1:

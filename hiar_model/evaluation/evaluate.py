@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.settings import own_settings
-from ..pipelines.registry import VideoModel
+from ..models.registry import VideoModel
 from ..rollout import Rollout
 from ..schedule.plan import Plan, windows_per_step
 from ..toy.oracle import ToyOracle

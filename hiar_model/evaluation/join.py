@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..common.keyed import keyed_generator
 from ..common.settings import own_settings
-from ..pipelines.registry import ToyDecoder, VideoModel
+from ..models.registry import ToyDecoder, VideoModel
 from ..rollout.infill import infill, path_breaks, seams
 from ..toy.oracle import ToyOracle
 from ..toy.prompt import ToyPrompt

@@ -12,7 +12,7 @@ from torch import Tensor
 from hiar_kernels.nvtx import span
 
 from ..io.video import Frames
-from .video_model import Decoder
+from ..models.video_model import Decoder
 
 _WAITING, _BLOCK = "waiting", "waiting_block"
 

@@ -20,8 +20,10 @@ from ..common.checks import ORDERS, as_whole, one_of, whole
 from ..common.settings import own_settings
 from ..io.video import Frames, Video, check_fps
 from ..models.flow_schedule import FlowSchedule
+from ..models.registry import load_video_model
 from ..models.threads import cpu_threads, fitting_threads, is_small
 from ..models.vae import to_pixels
+from ..models.video_model import VideoModel, pick_cache_dtype, pick_device, pick_dtype
 from ..planning.free_memory import require_memory
 from ..rollout import FinishedBlock, PipelineOptions, Rollout
 from ..rollout.run_folder import RunFolder
@@ -31,8 +33,6 @@ from .conditioning import Given, read_given
 from .decode import Decoding
 from .metadata import describe
 from .prompt_schedule import Script, Show, prompt_delay
-from .registry import load_video_model
-from .video_model import VideoModel, pick_cache_dtype, pick_device, pick_dtype
 
 Window = int | Sequence[int | None] | None | Literal["model"]
 Progress = Callable[[int, int | None, int, int | None], None]
@@ -50,10 +50,10 @@ class Generation:
     ``height``, ``width`` of the frames, in pixels; None: as the model says. ``cache_dtype`` of keys and values, a name
     (float8_e4m3fn among them) or a dtype; None: that of the model.
 
-    ``image`` (a file) or ``extend`` (a clip, a file) is what the video begins with (:mod:`hiar_model.pipelines.conditioning`): its
+    ``image`` (a file) or ``extend`` (a clip, a file) is what the video begins with (:mod:`.conditioning`): its
     frames come first, as they are, and count in ``num_frames``; None means as many new blocks as otherwise.
 
-    ``prompts`` change on the way (:class:`hiar_model.pipelines.prompt_schedule.Script`); ``prompt`` is then that of the time before the
+    ``prompts`` change on the way (:class:`.prompt_schedule.Script`); ``prompt`` is then that of the time before the
     script's first line, or None. ``session`` is a file of :meth:`save_session` to go on from: frames come from there
     on; with another prompt it is a fork, which shows it from the first block that had not begun. ``open_end``: the
     video is made as the beginning of an endless one, ``num_frames`` only says how far, counted from its start; so its

@@ -15,10 +15,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
+from ..config import WAN
+
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 FILES = ("rollouts.jsonl", "rollout.json", "ab.json")
 PARTS = ("attention", "matmul", "pointwise", "copy", "idle")
-FRAMES = 12  # pixel frames of a block
+FRAMES = WAN.frames_per_block * WAN.temporal_compression  # pixel frames of a block
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from test_bench import BARE
 
 pytestmark = pytest.mark.cpu
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SLOW = """
 
 def _slowed(self, blocks=Rollout.__iter__):

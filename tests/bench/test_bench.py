@@ -24,7 +24,7 @@ from hiar_kernels.attention.table import SHAPES, Measurement, read, way
 
 pytestmark = pytest.mark.cpu
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODULES = {path.stem for path in (ROOT / "bench").glob("*.py")}
 # Imported first in a process, this hides what the GPU targets promise to do without.
 BARE = """

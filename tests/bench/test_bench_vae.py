@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.cpu
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 VAES = [
     {"vae": "slow", "block_ms": [190.0, 200.0, 210.0], "frames": 12, "peak_gib": None, "rehearsal": False},
     {"vae": "fast", "block_ms": [90.0, 100.0, 110.0], "frames": 12, "peak_gib": 1.5, "rehearsal": False},

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.cpu
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 SUITE = """
 import os, pathlib, signal
 import pytest

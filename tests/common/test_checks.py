@@ -13,7 +13,7 @@ from small_toy import PROMPT
 from hiar_model import FlowSchedule, Rollout, WanConfig, generate
 from hiar_model.common.checks import as_whole, nearest, number_above_0, one_of, plain, whole
 from hiar_model.common.keyed import keyed_generator
-from hiar_model.pipelines.registry import load_video_model
+from hiar_model.models.registry import load_video_model
 from hiar_model.planning.fit import ask
 from hiar_model.rollout.infill import _given
 from hiar_model.schedule.plan import Plan

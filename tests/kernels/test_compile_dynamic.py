@@ -21,7 +21,7 @@ from hiar_kernels import BlockCausal, KVContext, _triton
 pytestmark = pytest.mark.cpu
 LENGTHS = (11, 13, 17, 19)  # equal to no other size: torch takes equal sizes to stay equal
 HOOKS = ("_fuse_qkv", "_split_qkv")  # of loading: not traced
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

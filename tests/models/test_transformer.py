@@ -19,7 +19,7 @@ from hiar_model.models.transformer import HiARTransformer
 
 pytestmark = pytest.mark.cpu
 
-GOLDEN = Path(__file__).parent / "data" / "wan_tiny.safetensors"
+GOLDEN = Path(__file__).parents[1] / "data" / "wan_tiny.safetensors"
 TINY = WanConfig(
     dim=128, ffn_dim=256, num_heads=2, num_layers=3, freq_dim=64, text_dim=48, text_len=16,
     in_channels=4, out_channels=4,

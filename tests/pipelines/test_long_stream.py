@@ -10,13 +10,13 @@ import small_toy
 from small_toy import PROMPT
 
 from hiar_model.io.video import VideoWriter
+from hiar_model.models.registry import load_video_model
 from hiar_model.pipelines.prompt_schedule import Script
-from hiar_model.pipelines.registry import load_video_model
 from hiar_model.pipelines.video_pipeline import Generation
 
 pytestmark = pytest.mark.cpu
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 TIMES = (2, 4, 6, *range(20, 160, 20))
 PROMPTS = [(t, f"a {('red', 'blue', 'green')[i % 3]} circle moving up") for i, t in enumerate(TIMES)]
 

@@ -17,8 +17,8 @@ from hiar_model import generate
 from hiar_model.cli import main
 from hiar_model.io.files import seen_from
 from hiar_model.io.video import save_png
+from hiar_model.models.wan import _written
 from hiar_model.pipelines.prompt_schedule import Script
-from hiar_model.pipelines.wan import _written
 
 pytestmark = pytest.mark.cpu
 

@@ -21,7 +21,7 @@ from small_toy import BLOCK, FRAMES, PROMPT, SIDE, WINDOW
 import hiar_model
 from hiar_model import FlowSchedule, generate, load_video_model, stream
 from hiar_model.io.video import Video, save_png
-from hiar_model.pipelines.registry import CONFIG, WEIGHTS, save_toy_model
+from hiar_model.models.registry import CONFIG, WEIGHTS, save_toy_model
 from hiar_model.pipelines.video_pipeline import Generation
 from hiar_model.toy.codec import ToyCodec
 

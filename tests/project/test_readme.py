@@ -10,7 +10,7 @@ import torch
 
 pytestmark = pytest.mark.cpu
 
-README = Path(__file__).resolve().parents[1].joinpath("README.md").read_text(encoding="utf-8")
+README = Path(__file__).resolve().parents[2].joinpath("README.md").read_text(encoding="utf-8")
 
 
 def test_the_example_of_attention_runs():

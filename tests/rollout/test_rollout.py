@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 
 
 def test_step_first_agrees_with_the_published_implementation():
-    golden = load_file(Path(__file__).parent / "data" / "wan_tiny.safetensors")
+    golden = load_file(Path(__file__).parents[1] / "data" / "wan_tiny.safetensors")
     config = WanConfig(dim=128, ffn_dim=256, num_heads=2, num_layers=3, freq_dim=64, text_dim=48, text_len=16,
                        in_channels=4, out_channels=4)  # fmt: skip
     model = HiARTransformer(config)

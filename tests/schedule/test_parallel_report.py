@@ -41,7 +41,7 @@ from hiar_model.train.engine.loss_plot import can_draw
 
 pytestmark = pytest.mark.cpu
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 SVG = "{http://www.w3.org/2000/svg}"
 
 

@@ -19,8 +19,8 @@ from hiar_model.cli import main
 from hiar_model.evaluation.diversity import Diversity
 from hiar_model.evaluation.evaluate import PARTS, evaluate_toy
 from hiar_model.evaluation.table import table
+from hiar_model.models.registry import VideoModel
 from hiar_model.models.transformer import HiARTransformer
-from hiar_model.pipelines.registry import VideoModel
 from hiar_model.schedule.plan import Plan, forwards
 from hiar_model.toy.codec import ToyCodec
 from hiar_model.toy.oracle import ToyOracle

@@ -286,7 +286,7 @@ def test_points_are_drawn_from_the_first_k():
 
 def test_memory_of_forward_kl_is_linear_in_the_length(monkeypatch):
     """What autograd keeps, by the benchmark's own measure, whose control is not linear."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
     bench = importlib.import_module("forward_kl_memory")
     kept = {impl: [bench.measure(n, impl, "cpu")["kept_bytes"] for n in (8, 16, 32)] for impl in ("auto", "reference")}
     growth = {impl: (long - middle) / (middle - short) for impl, (short, middle, long) in kept.items()}

@@ -16,7 +16,7 @@ from train_job import losses, train
 from hiar_model import config
 from hiar_model.cli import main
 from hiar_model.models.checkpoint import save_transformer
-from hiar_model.pipelines.registry import load_video_model
+from hiar_model.models.registry import load_video_model
 from hiar_model.toy.codec import ToyCodec
 from hiar_model.train.engine.networks import make_network
 

@@ -7,7 +7,7 @@ import torch
 from train_job import losses, train
 
 from hiar_model.models.flow_schedule import FlowSchedule
-from hiar_model.pipelines.registry import load_video_model
+from hiar_model.models.registry import load_video_model
 from hiar_model.toy.prompt import split_prompts, token_table
 from hiar_model.train.config.reading import make_recipe
 from hiar_model.train.config.recipe import LevelsRecipe

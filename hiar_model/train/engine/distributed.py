@@ -23,8 +23,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from ...models.registry import pick_device
 from ...models.transformer import HiARTransformer
-from ...pipelines.registry import pick_device
 from ..config.recipe import ScaleRecipe
 
 T = TypeVar("T")

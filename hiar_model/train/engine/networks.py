@@ -14,8 +14,8 @@ from ...common.keyed import KeyedGenerator, keyed_generator
 from ...common.settings import own_settings
 from ...config import WanConfig
 from ...models.checkpoint import load_transformer
+from ...models.registry import CONFIG, SHIPPED, TOY_FORMAT, load_video_model
 from ...models.transformer import HiARTransformer
-from ...pipelines.registry import CONFIG, SHIPPED, TOY_FORMAT, load_video_model
 from .distributed import is_first
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from ...config import WanConfig
 from ...io.video import Frames
 from ...models.checkpoint import save_transformer
+from ...models.registry import save_toy_model
 from ...models.transformer import HiARTransformer
 from ...models.vae import StreamingDecoder, load_vae
-from ...pipelines.registry import save_toy_model
 from ...rollout import Rollout
 from ...toy.codec import ToyCodec
 from ...toy.prompt import split_prompts, token_table

@@ -13,10 +13,10 @@ from ..common.checks import CACHE_SOURCES, ORDERS, whole
 from ..common.settings import own_settings
 from ..io.files import check_text
 from ..io.video import Frames, check_fps
-from ..models.flow_schedule import FlowSchedule
-from ..models.kv_cache import E4M3
-from ..models.transformer import HiARTransformer
 from ..toy.world import WorldConfig
+from .flow_schedule import FlowSchedule
+from .kv_cache import E4M3
+from .transformer import HiARTransformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 CACHE_DTYPES = {**DTYPES, "float8_e4m3fn": E4M3}

@@ -1,4 +1,4 @@
-"""Models on disk by one name: the toy model's folder, here, and Wan's (:mod:`hiar_model.pipelines.wan`).
+"""Models on disk by one name: the toy model's folder, here, and Wan's (:mod:`hiar_model.models.wan`).
 
 The toy model's folder holds `model.safetensors` (the transformer's tensors under the published Wan keys behind
 "transformer.", the codec's behind "codec.") and `config.json`:
@@ -32,12 +32,12 @@ from ..common.settings import own_settings
 from ..config import SHIPPED, WanConfig
 from ..io.files import refuse_stand_in
 from ..io.video import Frames
-from ..models.checkpoint import TOY_FORMAT, TOY_TRANSFORMER
-from ..models.flow_schedule import FlowSchedule
-from ..models.transformer import HiARTransformer
 from ..toy.codec import ToyCodec
 from ..toy.text import ToyTextEncoder
 from ..toy.world import WorldConfig
+from .checkpoint import TOY_FORMAT, TOY_TRANSFORMER
+from .flow_schedule import FlowSchedule
+from .transformer import HiARTransformer
 from .video_model import VideoModel, pick_device, pick_dtype
 from .wan import Checkpoint, is_wan_folder, load_wan
 
@@ -93,7 +93,7 @@ def load_video_model(
     Args:
         device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of the weights and the work; None: float32, but bfloat16 for
             Wan.
-        checkpoint, steps, own_steps, offload, prompt_cache, on_found, on_stage: of :func:`hiar_model.pipelines.wan.load_wan`; the
+        checkpoint, steps, own_steps, offload, prompt_cache, on_found, on_stage: of :func:`.wan.load_wan`; the
             toy model takes none of them.
 
     Raises:
