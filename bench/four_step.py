@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from hiar_model.config import WanConfig
 from hiar_model.distributed.pipeline import join
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.planning.measure_costs import measure_costs
 from hiar_model.rollout import PipelineOptions, Rollout

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .config import WanConfig
     from .io.video import Video
     from .models.checkpoint import load_transformer, save_transformer
-    from .models.flow_schedule import FlowSchedule
+    from .config import FlowSchedule
     from .models.registry import load_video_model
     from .models.text_encoder import WanTextEncoder
     from .models.transformer import HiARTransformer
@@ -47,7 +47,7 @@ _HOME = {
     "HiARTransformer": "models.transformer",
     "load_transformer": "models.checkpoint",
     "save_transformer": "models.checkpoint",
-    "FlowSchedule": "models.flow_schedule",
+    "FlowSchedule": "config",
     "Rollout": "rollout",
     "Video": "io.video",
     "VideoModel": "models.video_model",

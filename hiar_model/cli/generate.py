@@ -208,7 +208,7 @@ def _own_steps(a: Namespace, here: Job) -> range | None:
     import torch.distributed as dist
 
     from ..models.experts import steps_of_rank
-    from ..models.flow_schedule import FlowSchedule
+    from ..config import FlowSchedule
 
     if not isinstance(a.steps_per_rank, list):
         steps, ranks = a.steps or len(FlowSchedule()), here.ranks - a.decode_apart

@@ -8,14 +8,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-ORDERS = ("step_first", "stream", "wavefront", "block_first")
-CACHE_SOURCES = ("own", "next_step")
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
-CACHE_DTYPE_NAMES = (*DTYPE_NAMES, "float8_e4m3fn")
 OFFLOAD = ("text", "vae")
-ON_NAN = ("stop", "retry")
-ON_NEW_TEXT = ("keep", "recache")
-EXECUTORS = ("eager", "graph", "recorded", "pipeline", "pipeline-graph", "pipeline-recorded")
 
 
 def as_whole(value: object) -> int | None:
@@ -46,14 +40,27 @@ def plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
+def as_number(value: Any) -> float:
+    """A number of any kind as a float; NaN for what is none."""
+    try:
+        return math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return math.nan
+
+
 def number_above_0(name: str, value: Any) -> float:
     """The value as a float; ValueError unless it is a finite number above 0, of whatever kind."""
-    try:
-        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        number = math.nan
+    number = as_number(value)
     if not math.isfinite(number) or number <= 0:
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
+    return number
+
+
+def number_at_least_0(name: str, value: Any) -> float:
+    """The value as a float; ValueError unless it is a finite number of at least 0, of whatever kind."""
+    number = as_number(value)
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
     return number
 
 

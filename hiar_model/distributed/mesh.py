@@ -41,3 +41,9 @@ def axis(mesh: DeviceMesh, name: str) -> dist.ProcessGroup:
     if name not in names:
         raise ValueError(f"the mesh needs an axis named {name!r}, it has {', '.join(names) or 'no names'}")
     return mesh.get_group(name)
+
+
+def axis_size(mesh: DeviceMesh | None, name: str) -> int:
+    """How many processes there are along an axis; 1 where the mesh has no such axis, or there is none."""
+    names = () if mesh is None else mesh.mesh_dim_names or ()
+    return mesh.size(names.index(name)) if mesh is not None and name in names else 1

@@ -8,18 +8,18 @@ blocks. Whatever the number of ranks, the rows are the same, and so are the resu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..schedule.costs import Costs
+from ..config import ExecutionConfig
 from ..schedule.plan import Group, Plan
-from ..schedule.stages import Stage, split_steps, with_faster_pairs
+from ..schedule.stages import Stage, split_steps
+from .mesh import axis, axis_size
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -31,29 +31,7 @@ PREFIX = "pipeline"
 _FOR_EVER = timedelta(days=30)  # how long is too long is told by Watch
 
 
-@dataclass(frozen=True)
-class PipelineOptions:
-    """How a rollout with executor="pipeline" uses the processes of a job.
-
-    steps_per_rank   None: the fastest split found for `costs`; or a number for each rank, in order
-    costs            of visits; or what measures them, on the first rank: `planning.measure_costs`; None: all the same
-    decode_apart     the last rank has no steps: it takes finished blocks, to decode them beside the others' work
-    group            the processes, in order of their steps; None: all of the job
-    timeout          seconds within which a fault ends the job; a first block may take ten times that
-    alone            this process walks all steps by itself, whatever the job has
-    watch            one that runs already; None: one is started for every iteration
-    """
-
-    steps_per_rank: Sequence[int] | None = None
-    costs: Costs | Callable[..., Costs] | None = None
-    decode_apart: bool = False
-    group: dist.ProcessGroup | None = None
-    timeout: float = 60.0
-    alone: bool = False
-    watch: Watch | None = None
-
-
-def join(device_type: str = "cpu") -> int:
+def init_distributed(device_type: str = "cpu") -> int:
     """Meet the other processes that torchrun started, unless that was done; returns how many there are."""
     import torch.distributed as dist
 
@@ -66,11 +44,11 @@ def join(device_type: str = "cpu") -> int:
 
 
 class Pipeline:
-    """This process's place in a pipeline, and its links.
+    """This process's place in a pipeline, and its links, which are made when it begins to run.
 
     Args:
-        options: see there. plan, num_blocks: of the whole video. device: of the model. measure: returns measured costs.
-        choose_pairs: whether ``self.plan`` fuses visits in pairs is what is faster by measured costs.
+        execution: its mesh has the ranks along "step"; without one this process walks all steps by itself.
+        plan, num_blocks: of the whole video. device: of the model. block, dtype: shape and dtype of a block of latents.
 
     Raises:
         ValueError: the ranks cannot share the steps so.
@@ -78,61 +56,37 @@ class Pipeline:
 
     def __init__(
         self,
-        options: PipelineOptions,
+        execution: ExecutionConfig,
         plan: Plan,
         num_blocks: int | None,
         device: torch.device,
-        measure: Callable[[], Costs],
-        choose_pairs: bool = False,
+        block: tuple[int, ...],
+        dtype: torch.dtype,
     ) -> None:
-        self.options, self.plan, self.num_blocks, self.device = options, plan, num_blocks, device
+        self.execution, self.plan, self.num_blocks, self.device = execution, plan, num_blocks, device
+        self.block, self.dtype = block, dtype
         self.group: dist.ProcessGroup | None = None
-        rank, ranks = 0, 1
-        if not options.alone and join(device.type) > 1:
-            import torch.distributed as dist
-
-            self.group = options.group or dist.group.WORLD
-            rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
-            if ranks == 1:
-                self.group = None
-        self.plan, split = self._shared_out(rank, ranks, measure, choose_pairs)
-        self.stage = Stage(self.plan, split, rank)
+        rank, ranks = 0, axis_size(execution.mesh, "step")
+        if ranks > 1:
+            self.group = axis(execution.mesh, "step")
+            rank = execution.mesh.get_local_rank("step")
+        self.stage = Stage(plan, self._split(ranks), rank)
         self.links: Neighbours | None = None
-        self.watch: Watch | None = options.watch
+        self.watch: Watch | None = execution.watchdog
 
-    def _shared_out(
-        self, rank: int, ranks: int, measure: Callable[[], Costs], choose_pairs: bool
-    ) -> tuple[Plan, tuple[int, ...]]:
-        """The plan, with pairs or without, and the steps of each rank."""
-        options, plan, given = self.options, self.plan, self.options.steps_per_rank
+    def _split(self, ranks: int) -> tuple[int, ...]:
+        """Steps of each rank; every rank comes to the same."""
+        given, apart = self.execution.steps_per_rank, self.execution.dedicated_decoder_rank
         if given is not None and len(given) != ranks:
             raise ValueError(f"steps_per_rank={list(given)} is not legal: give a number for each of {ranks} ranks")
-        working = ranks - options.decode_apart
-        if given is None and not 1 <= working <= plan.steps:
-            apart = ", and one more that decodes" if options.decode_apart else ""
-            raise ValueError(f"{ranks} ranks cannot share {plan.steps} steps: give 1 to {plan.steps}{apart}")
-        found: list[tuple[Plan, tuple[int, ...]]] = [(plan, ())]
-        if rank == 0:
-            asked = options.costs
-            costs = measure() if callable(asked) else asked
-            if choose_pairs and costs is not None:
-                at_work = working if given is None else [n for n in given if n]
-                plan = with_faster_pairs(plan, self.num_blocks, at_work, costs)
-            split = tuple(given) if given is not None else split_steps(plan, self.num_blocks, working, costs)
-            found = [(plan, split)]
-        if self.group is not None:
-            import torch.distributed as dist
-
-            dist.broadcast_object_list(found, group=self.group, group_src=0)  # measured times are not the same twice
-        plan, split = found[0]
-        return plan, (*split, 0) if options.decode_apart and given is None else split
-
-    def connect(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Make the links for blocks of latents of this shape."""
-        if self.group is not None:
-            from .p2p import Neighbours
-
-            self.links = Neighbours(self.group, shape, dtype, self.device, self.num_blocks, self._check)
+        if given is not None:
+            return tuple(given)
+        working = ranks - apart
+        if not 1 <= working <= self.plan.steps:
+            decoder = ", and one more that decodes" if apart else ""
+            raise ValueError(f"{ranks} ranks cannot share {self.plan.steps} steps: give 1 to {self.plan.steps}{decoder}")
+        split = split_steps(self.plan, self.num_blocks, working, self.execution.costs)
+        return (*split, 0) if apart else split
 
     def receive(self, block: int) -> Tensor:
         """Latents of a block at the first own step's level; valid until the next call."""
@@ -173,11 +127,14 @@ class Pipeline:
             yield
             return
 
+        from .p2p import Neighbours
         from .watchdog import PipelineFault, Stopped, Watch
 
+        if self.links is None:
+            self.links = Neighbours(self.group, self.block, self.dtype, self.device, self.num_blocks, self._check)
         with ExitStack() as stack:
-            if self.options.watch is None:
-                self.watch = stack.enter_context(Watch(self.group, self.options.timeout))
+            if self.execution.watchdog is None:
+                self.watch = stack.enter_context(Watch(self.group, self.execution.timeout))
             watch = self.watch
             assert watch is not None
             watch.name = self.stage.name

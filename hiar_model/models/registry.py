@@ -4,9 +4,9 @@ The toy model's folder holds `model.safetensors` (the transformer's tensors unde
 "transformer.", the codec's behind "codec.") and `config.json`:
 
     {"format": "hiar-toy", "transformer": {fields of WanConfig}, "world": {fields of WorldConfig},
-     "schedule": {"steps": [1000, 750, 500, 250], "shift": 2.0}, "frames_per_block": 3, "window_frames": 12 (null: all),
-     "sink_frames": 0, "fps": 12, "num_frames": 48, "train_frames": 12,
-     "cache_source": "own", "order": null}                               these two may be missing
+     "rollout": {fields of RolloutConfig}, "fps": 12, "num_frames": 48, "train_frames": 12}
+
+Files of before 0.2 have the schedule and single fields in place of "rollout"; they are read too.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
 from ..common.settings import own_settings
-from ..config import SHIPPED, WanConfig
+from ..config import SHIPPED, FlowSchedule, RolloutConfig, WanConfig
 from ..io.files import refuse_stand_in
 from ..io.video import Frames
 from ..toy.codec import ToyCodec
 from ..toy.text import ToyTextEncoder
 from ..toy.world import WorldConfig
 from .checkpoint import TOY_FORMAT, TOY_TRANSFORMER
-from .flow_schedule import FlowSchedule
 from .transformer import HiARTransformer
 from .video_model import VideoModel, pick_device, pick_dtype
 from .wan import Checkpoint, is_wan_folder, load_wan
@@ -130,7 +129,7 @@ def _build(
 ) -> VideoModel:
     config = WanConfig.from_dict(values["transformer"])
     world = WorldConfig(**_frozen(values["world"]))
-    schedule = FlowSchedule(**_frozen(values["schedule"]))
+    rollout = RolloutConfig.from_dict(values["rollout"])
     with torch.device("meta"):
         transformer = HiARTransformer(config)
     groups: dict[str, dict[str, Tensor]] = {TRANSFORMER: {}, CODEC: {}}
@@ -145,14 +144,10 @@ def _build(
         raise ValueError(f"the codec has {codec.channels} channels, the transformer takes {config.in_channels}")
     transformer.load_state_dict({k: v.to(device, dtype) for k, v in groups[TRANSFORMER].items()}, assign=True)
     text = ToyTextEncoder(config.text_dim, world.free_speed)
-    window = values["window_frames"]
     return VideoModel(
         name=name,
         transformer=transformer.eval().requires_grad_(False),
-        schedule=schedule,
-        frames_per_block=values["frames_per_block"],
-        window_frames=tuple(window) if isinstance(window, list) else window,
-        sink_frames=values["sink_frames"],
+        rollout=rollout,
         fps=values["fps"],
         num_frames=values["num_frames"],
         train_frames=values["train_frames"],
@@ -163,7 +158,6 @@ def _build(
         new_encoder=lambda: codec,
         spatial_compression=codec.cell,
         world=world,
-        **{key: values.get(key, default) for key, default in _OPTIONAL.items()},
     )
 
 
@@ -192,7 +186,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is corrupt: {error}") from error
     if not isinstance(values, dict) or values.get("format") != TOY_FORMAT:
         raise ValueError(f'{path}: format must be "{TOY_FORMAT}"')
-    _same_keys(path, values, ["format", *_NESTED, *_PLAIN], also=[*_OPTIONAL])
+    if "rollout" not in values and _OLD <= set(values):
+        values = _with_rollout(values)
+    _same_keys(path, values, ["format", *_NESTED, *_PLAIN])
     for key, kind in _NESTED.items():
         if not isinstance(values[key], dict):
             raise ValueError(f"{path}: {key} must be an object")
@@ -200,9 +196,18 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-_NESTED: dict[str, Any] = {"transformer": WanConfig, "world": WorldConfig, "schedule": FlowSchedule}
-_PLAIN = ("frames_per_block", "window_frames", "sink_frames", "fps", "num_frames", "train_frames")
-_OPTIONAL: dict[str, Any] = {"cache_source": "own", "order": None}
+_NESTED: dict[str, Any] = {"transformer": WanConfig, "world": WorldConfig, "rollout": RolloutConfig}
+_PLAIN = ("fps", "num_frames", "train_frames")
+_OLD = {"schedule", "frames_per_block", "window_frames", "sink_frames"}
+
+
+def _with_rollout(values: dict[str, Any]) -> dict[str, Any]:
+    """The mapping of a config.json of before 0.2, as it is written now."""
+    values = dict(values)
+    rollout = {name: values.pop(name) for name in ("frames_per_block", "window_frames", "sink_frames")}
+    rollout |= values.pop("schedule") | {"kv_source": values.pop("cache_source", "own")}
+    order = values.pop("order", None)
+    return values | {"rollout": rollout | ({} if order is None else {"order": order})}
 
 
 def _same_keys(
@@ -236,16 +241,11 @@ def save_toy_model(
     transformer: HiARTransformer,
     codec: ToyCodec,
     *,
-    schedule: FlowSchedule,
-    frames_per_block: int = 3,
-    window_frames: int | tuple[int | None, ...] | None = 12,
-    sink_frames: int = 0,
+    rollout: RolloutConfig,
     train_frames: int = 12,
     num_frames: int | None = None,
     fps: float = 12,
     world: WorldConfig | None = None,
-    cache_source: str = "own",
-    order: str | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
     """Write a folder that :func:`load_video_model` reads; returns it.
@@ -253,8 +253,8 @@ def save_toy_model(
     A new folder appears whole or not at all; in an existing one each file is replaced at once.
 
     Args:
+        rollout: how it was trained to be rolled out.
         num_frames: of a video if nothing is said; None: four times ``train_frames``.
-        cache_source, order: the form that it was trained in; see :class:`VideoModel`.
         dtype: of the transformer's tensors in the file; the codec's are small and stay float32.
 
     Raises:
@@ -266,15 +266,10 @@ def save_toy_model(
         "format": TOY_FORMAT,
         "transformer": transformer.config.to_dict(),
         "world": dataclasses.asdict(world),
-        "schedule": dataclasses.asdict(schedule),
-        "frames_per_block": frames_per_block,
-        "window_frames": window_frames,
-        "sink_frames": sink_frames,
+        "rollout": rollout.to_dict(),
         "fps": fps,
         "num_frames": 4 * train_frames if num_frames is None else num_frames,
         "train_frames": train_frames,
-        "cache_source": cache_source,
-        "order": order,
     }
     tensors = {CODEC + name: value.detach().cpu().contiguous() for name, value in codec.state_dict().items()}
     for name, value in transformer.state_dict().items():

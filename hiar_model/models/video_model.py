@@ -9,17 +9,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..common.checks import CACHE_SOURCES, ORDERS, whole
+from ..common.checks import whole
 from ..common.settings import own_settings
+from ..config import RolloutConfig
 from ..io.files import check_text
 from ..io.video import Frames, check_fps
 from ..toy.world import WorldConfig
-from .flow_schedule import FlowSchedule
-from .kv_cache import E4M3
 from .transformer import HiARTransformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-CACHE_DTYPES = {**DTYPES, "float8_e4m3fn": E4M3}
 
 
 class Decoder(Protocol):
@@ -42,10 +40,7 @@ class VideoModel:
 
     name               as it was asked for
     transformer        the network, in evaluation mode; with ``experts`` one of them
-    schedule           noise levels of its steps
-    frames_per_block   latent frames made at once
-    window_frames      latent frames a block sees with its own, one number or one per step; None: all
-    sink_frames        first latent frames that stay visible, inside the window's number
+    rollout            how it was trained to be rolled out: what a video is made with if nothing is said
     fps, num_frames    of a video if nothing is said; num_frames counts pixel frames
     train_frames       pixel frames of the clips that it was trained on
     latent_size        (channels, height, width) of a latent frame
@@ -58,18 +53,13 @@ class VideoModel:
     temporal_compression  pixel frames per latent frame, but the first latent frame is always one pixel frame
     spatial_compression   pixels of a latent along a side
     size_step          (rows, columns) of pixels that frames may be any multiples of; None: it makes one size
-    cache_source       where the caches take their keys in the form that it was trained in: own or next_step
-    order              the order that it was trained for; None: any of the matched graph, and block_first too
     experts            a network for each step, None at those of other ranks; None: ``transformer`` at every step
     options            of the command line that loads it so, beside its name, device and dtype
     """
 
     name: str
     transformer: HiARTransformer
-    schedule: FlowSchedule
-    frames_per_block: int
-    window_frames: int | tuple[int | None, ...] | None
-    sink_frames: int
+    rollout: RolloutConfig
     fps: float
     num_frames: int
     train_frames: int
@@ -82,21 +72,12 @@ class VideoModel:
     temporal_compression: int = 1
     spatial_compression: int = 1
     size_step: tuple[int, int] | None = None
-    cache_source: str = "own"
-    order: str | None = None
     experts: tuple[HiARTransformer | None, ...] | None = None
     options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("frames_per_block", "num_frames", "train_frames", "temporal_compression", "spatial_compression"):
+        for name in ("num_frames", "train_frames", "temporal_compression", "spatial_compression"):
             object.__setattr__(self, name, whole(name, getattr(self, name), 1))
-        object.__setattr__(self, "sink_frames", whole("sink_frames", self.sink_frames, 0))
-        if self.cache_source not in CACHE_SOURCES:
-            raise ValueError(f"cache_source must be one of {', '.join(CACHE_SOURCES)}, got {self.cache_source!r}")
-        if self.order not in (None, *ORDERS):
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, or null, got {self.order!r}")
-        if self.cache_source == "next_step" and self.order not in ("stream", "wavefront"):
-            raise ValueError(f'cache_source "next_step" needs the order stream or wavefront, got {self.order!r}')
         object.__setattr__(self, "fps", check_fps(self.fps))
         self.latent_frames(self.num_frames)
         self.latent_frames(self.train_frames)
@@ -181,17 +162,17 @@ class VideoModel:
         Raises:
             ValueError: names the nearest legal numbers.
         """
-        num_frames = whole("num_frames", num_frames, 1)
+        num_frames, block = whole("num_frames", num_frames, 1), self.rollout.frames_per_block
         latent, rest = divmod(num_frames - 1, self.temporal_compression)
-        blocks, more = divmod(latent + 1 - given, self.frames_per_block)
+        blocks, more = divmod(latent + 1 - given, block)
         if rest == 0 and more == 0 and blocks > 0:
             return latent + 1
-        near = [self.pixel_frames(given + n * self.frames_per_block) for n in (blocks, blocks + 1) if n > 0]
-        near = near or [self.pixel_frames(given + self.frames_per_block)]
+        near = [self.pixel_frames(given + n * block) for n in (blocks, blocks + 1) if n > 0]
+        near = near or [self.pixel_frames(given + block)]
         ahead = self.pixel_frames(given)
         behind = f", behind {ahead} given frame{'s' * (ahead > 1)}" if given else ""
         raise ValueError(
-            f"num_frames must fill whole blocks of {self.frames_per_block} latent frames{behind}: "
+            f"num_frames must fill whole blocks of {block} latent frames{behind}: "
             f"got {num_frames}, nearest {' or '.join(map(str, near))}"
         )
 
@@ -222,12 +203,3 @@ def pick_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {str(name)!r}; legal: {', '.join(DTYPES)}")
     return DTYPES[str(name)]
-
-
-def pick_cache_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype of keys and values by name; None stays None."""
-    if name is None or name in CACHE_DTYPES.values():
-        return name  # type: ignore[return-value]
-    if name not in CACHE_DTYPES:
-        raise ValueError(f"unknown cache-dtype {str(name)!r}; legal: {', '.join(CACHE_DTYPES)}")
-    return CACHE_DTYPES[str(name)]

@@ -21,11 +21,10 @@ from pathlib import Path
 import torch
 
 from ..common.checks import OFFLOAD
-from ..config import WAN
+from ..config import WAN, FlowSchedule, RolloutConfig
 from .checkpoint import Found, load_transformer
 from .convert import tensors_sha256
 from .experts import load_experts, parse_experts
-from .flow_schedule import FlowSchedule
 from .text_encoder import NATIVE_WEIGHTS, WEIGHTS, WanTextEncoder
 from .transformer import HiARTransformer
 from .vae import StreamingDecoder, StreamingEncoder, load_vae
@@ -131,10 +130,10 @@ def load_wan(
         name=name or os.fspath(folder),
         transformer=transformer,
         experts=experts,
-        schedule=schedule,
-        frames_per_block=WAN.frames_per_block,
-        window_frames=window or WAN.window_frames,
-        sink_frames=sink or 0,
+        rollout=RolloutConfig(
+            schedule.steps, schedule.shift, frames_per_block=WAN.frames_per_block,
+            window_frames=window or WAN.window_frames, sink_frames=sink or 0,
+        ),
         fps=WAN.fps,
         num_frames=WAN.num_frames,
         train_frames=WAN.num_frames,

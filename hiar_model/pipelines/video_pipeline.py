@@ -19,7 +19,7 @@ from hiar_kernels.nvtx import span
 from ..common.checks import ORDERS, as_whole, one_of, whole
 from ..common.settings import own_settings
 from ..io.video import Frames, Video, check_fps
-from ..models.flow_schedule import FlowSchedule
+from ..config import FlowSchedule
 from ..models.registry import load_video_model
 from ..models.threads import cpu_threads, fitting_threads, is_small
 from ..models.vae import to_pixels

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.flow_schedule import FlowSchedule
+from ..config import FlowSchedule
 from ..models.transformer import HiARTransformer
 from ..rollout.engine import Rollout
 from ..schedule.costs import Costs, Curve

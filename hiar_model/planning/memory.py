@@ -26,7 +26,7 @@ from hiar_kernels._triton import shapes_only
 
 from ..common.checks import OFFLOAD
 from ..config import WanConfig
-from ..models.flow_schedule import FlowSchedule
+from ..config import FlowSchedule
 from ..models.kv_cache import RingAttend, RingCache
 from ..models.transformer import HiARTransformer
 from ..rollout import Rollout

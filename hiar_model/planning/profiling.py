@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from ..config import WanConfig
-from ..models.flow_schedule import FlowSchedule
+from ..config import FlowSchedule
 from ..models.transformer import HiARTransformer
 from ..rollout import Rollout
 from ..schedule.costs import visit_flop

@@ -5,36 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..common.checks import EXECUTORS, ON_NAN, ON_NEW_TEXT, whole
+from ..common.checks import whole
 from ..common.settings import own_settings
-from ..distributed.pipeline import Pipeline, PipelineOptions
-from ..models.flow_schedule import FlowSchedule
+from ..config import ExecutionConfig, RolloutConfig
+from ..distributed.mesh import axis_size
+from ..distributed.pipeline import Pipeline
+from ..distributed.ulysses import HeadRanks, UlyssesAttend
 from ..models.kv_cache import RingAttend, RingCache, kept_dtype, ring_frames
 from ..models.transformer import HiARTransformer
-from ..schedule.plan import Group, Plan, forwards, windows_per_step
+from ..schedule.plan import Group, Plan, forwards
 from ..version import NOISE, require_noise
-from .executor import Executor, working_dtype
+from .executor import Executor, NoiseSource, working_dtype
 from .noise import GIVEN, GivenNoise, KeyedNoise
 from .prompt_cache import KeptTexts
-from .recache import History
 from .receiver import Receiver
 from .shapes import CheckedNoise, CheckedTexts, check_text, require_shape
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from ..schedule.costs import Costs
-
-PARALLELS = ("ulysses",)
-TRAJECTORIES = ("sde", "ode")
 
 
 class FinishedBlock(NamedTuple):
@@ -50,264 +42,237 @@ class FinishedBlock(NamedTuple):
 class Rollout:
     """Makes a video block by block; iterate over it for the finished blocks (arXiv 2603.08703, section 3).
 
-    Every walk of the matched graph (``step_first``, ``stream``, ``wavefront``; pairs or not) gives the same latents;
-    ``block_first`` is the Self-Forcing baseline, which conditions on clean context.
+    Making one allocates the caches and nothing else: no process groups, no measurements, no forward.
 
     Args:
-        model: one :class:`HiARTransformer`, or one for each step; None at steps that other ranks of a pipeline have.
-        text: prompt embedding [B or 1, L, text_dim], or a callable of the block number (return the same tensor object
-            for the same prompt: its keys are computed once).
-        schedule: noise levels of the S steps.
-        num_frames: latent frames of the whole video with its prefix; None: endless (a window is needed then).
-        height, width: of a latent frame. batch: videos made at once.
-        order: "step_first" | "stream" | "wavefront" | "block_first".
-        frames_per_block: latent frames made at once.
-        window_frames: frames a block sees, its own among them; None: all; or one for each step.
-        sink_frames: first frames that stay visible, within the window's number.
-        trajectory: "sde" re-noises x0 at each step, "ode" follows the velocity.
-        noise: initial noise [B, num_frames - prefix, C, H, W]; None: keyed by (seed, video, step, block).
-        renoise: callable (step, block) -> [B, frames, C, H, W]; None: keyed likewise.
-        prefix: given clean latents [B, F, C, H, W] to go on from; its first block is short if need be.
-        first_frame: absolute id of the video's first frame.
-        seed, video_ids: key of the noise; ``video_ids`` [B], default 0..B-1.
-        context_noise: timestep that finished blocks are cached at.
-        cache_source: "own", or "next_step" (a cache takes the keys of the next step's denoise visit).
-        pairs: fuse cache(s, n - 1) and denoise(s, n) into one forward. "measured": where the first rank of a pipeline
-            finds that faster, by its own times of visits and pairs.
-        executor: "eager"; "graph": visits are captured as CUDA graphs the first time they occur, and replayed for every
-            block after that; "recorded": the same on any device, by recording torch's operations: for tests, not fast.
-            "pipeline": the steps live on the processes of the job, which must all run the same rollout; they walk
-            "step_first" and "wavefront" as "stream". Finished blocks come on the last rank, others yield none.
-            "pipeline-graph", "pipeline-recorded": with visits captured.
-        pipeline: how a pipeline uses the processes.
-        parallel: None: a visit runs in one process. "ulysses": the ranks of the axis "head" share every visit (tokens
-            outside self-attention, heads inside, 1 / R of the rings each). All of them must run the same rollout, and
-            every one makes all blocks.
-        mesh: of the processes (:func:`.distributed.make_mesh`), its axis "step" for a pipeline; None: all of the
-            job are the axis "head", or "step".
-        on_visit: called with (forwards done, forwards in all or None) after every group of visits.
-        on_boundary: in a pipeline, called with n on every rank when it has done all visits of blocks before n and none
+        model: one :class:`HiARTransformer`, or one for each of the S steps; None at steps that other ranks have.
+        prompt_embeds: [B or 1, L, text_dim], or a callable of the block number (return the same tensor object for the
+            same prompt: its keys are computed once).
+        config: what is computed. execution: where and how; None: eagerly, in this process.
+        num_latent_frames: of the whole video with its prefix; None: endless (needs a window, and no step_first).
+        latent_size: (height, width) of a latent frame.
+        seed: key of the noise, with the video's id, step and block.
+        prefix: clean latents [B, F, C, H, W] to go on from; its first block is short if need be.
+        video_ids: one for each of the B videos made at once.
+        noise: initial noise [B, num_latent_frames - prefix, C, H, W], or a callable (step, block) -> [B, frames, C, H,
+            W] for all noise, where step -1 is the initial noise; None: keyed by (seed, video, step, block).
+
+    Attributes:
+        on_task: called with (forwards done, forwards in all or None) after every group of tasks.
+        on_boundary: in a pipeline, called with n on every rank when it has done all tasks of blocks before n and none
             of block n: states taken there fit together.
-        cache_dtype: that keys and values are kept in: torch.float8_e4m3fn (with a scale for each layer, head and frame:
-            half the memory of bfloat16, and other latents: docs/memory.md), or another float; None: that of the model.
-        on_nan: what to do about latents that are not finite. "stop": say where they came from (step, block, layer,
-            implementation). "retry": repeat the visit with the reference ops and go on if that is finite; then every
-            visit waits for the device, for a look at what it made.
-        on_new_text: where the text changes from one block to the next, "keep" leaves the context as it is; "recache"
-            caches the blocks in the window once more under the new text (:mod:`hiar_model.rollout.recache`).
-        keep_frames: the rings hold every frame of the video, not only a window of them; what is seen stays the same.
-        autocast: compute in the caller's autocast, as training does; else it changes nothing.
+        on_denoise: called with the task and its input latents before each denoise task.
 
     Raises:
-        ValueError: options that do not fit together, with the legal values.
+        ValueError: arguments that do not fit together, with the legal values.
         FloatingPointError: while iterating: latents that are not finite, with step, block, layer and implementation.
+
+    Example:
+        >>> import torch
+        >>> from hiar_model import HiARTransformer, Rollout, RolloutConfig, WanConfig
+        >>> model = HiARTransformer(WanConfig(16, 32, 2, 2, text_dim=6, text_len=5, in_channels=4, out_channels=4))
+        >>> config = RolloutConfig(order="stream", window_frames=6)
+        >>> video = Rollout(model, torch.randn(1, 5, 6), config, num_latent_frames=9, latent_size=(4, 8))
+        >>> [tuple(block.latents.shape) for block in video]
+        [(1, 3, 4, 4, 8), (1, 3, 4, 4, 8), (1, 3, 4, 4, 8)]
     """
 
     @own_settings(autocast=True)
     def __init__(
         self,
         model: HiARTransformer | Sequence[HiARTransformer | None],
-        text: Tensor | Callable[[int], Tensor],
-        schedule: FlowSchedule,
+        prompt_embeds: Tensor | Callable[[int], Tensor],
+        config: RolloutConfig,
+        execution: ExecutionConfig | None = None,
         *,
-        num_frames: int | None,
-        height: int,
-        width: int,
-        batch: int = 1,
-        order: str = "step_first",
-        frames_per_block: int = 3,
-        window_frames: int | None | Sequence[int | None] = None,
-        sink_frames: int = 0,
-        trajectory: str = "sde",
-        renoise: Callable[[int, int], Tensor] | None = None,
-        noise: Tensor | None = None,
-        prefix: Tensor | None = None,
-        first_frame: int = 0,
+        num_latent_frames: int | None,
+        latent_size: tuple[int, int],
         seed: int = 0,
-        video_ids: Sequence[int] | None = None,
-        context_noise: float = 0.0,
-        cache_source: str = "own",
-        pairs: bool | str = False,
-        executor: str = "eager",
-        parallel: str | None = None,
-        pipeline: PipelineOptions | None = None,
-        mesh: DeviceMesh | None = None,
-        on_visit: Callable[[int, int | None], None] | None = None,
-        on_boundary: Callable[[int], None] | None = None,
-        cache_dtype: torch.dtype | None = None,
-        keep_frames: bool = False,
-        on_nan: str = "stop",
-        on_new_text: str = "keep",
-        autocast: bool = False,
+        prefix: Tensor | None = None,
+        video_ids: Sequence[int] = (0,),
+        noise: Tensor | NoiseSource | None = None,
     ) -> None:
-        given = [model] * len(schedule) if isinstance(model, HiARTransformer) else list(model)
-        some = next(filter(None, given), None)
-        if len(given) != len(schedule) or some is None:
-            raise ValueError(f"model: give one, or one for each of the {len(schedule)} steps; got {len(given)}")
-        _one_of("trajectory", trajectory, TRAJECTORIES)
-        _one_of("executor", executor, EXECUTORS)
-        _one_of("on_nan", on_nan, ON_NAN)
-        _one_of("on_new_text", on_new_text, ON_NEW_TEXT)
-        if parallel is not None:
-            _one_of("parallel", parallel, PARALLELS)
-        if on_nan == "retry" and parallel is not None:
-            raise ValueError(
-                f"on_nan='retry' is impossible with parallel={parallel!r} (ranks look for themselves): stop"
-            )
-        on_ranks, _, captured = executor.partition("-") if executor.startswith("pipeline") else ("", "", executor)
-        if on_ranks and order in ("step_first", "wavefront"):
-            order = "stream"
-        if not isinstance(pairs, bool) and not (pairs == "measured" and on_ranks):
-            legal = 'True, False, and "measured" with a pipeline'
-            raise ValueError(f"pairs={pairs!r} with executor={executor!r} is not legal: give {legal}")
-        if parallel is not None and on_ranks and mesh is None:
-            raise ValueError(f"executor={executor!r} with parallel={parallel!r} needs a mesh: see make_mesh")
-        num_frames = None if num_frames is None else whole("num_frames", num_frames)
-        height, width, batch = (whole(n, v, 1) for n, v in (("height", height), ("width", width), ("batch", batch)))
-        seed, first_frame = whole("seed", seed), whole("first_frame", first_frame)
-        config = some.config
-        odd = [step for step, one in enumerate(given) if one is not None and one.config != config]
-        if odd:
-            raise ValueError(f"model: that of step {odd[0]} is {given[odd[0]].config}, others are {config}")  # type: ignore[union-attr]
-        size = (config.in_channels, height, width)
-        for name, latents in (("prefix", prefix), ("noise", noise)):
-            if latents is not None:
-                require_shape(name, latents, (batch, None, *size))
+        execution = execution or ExecutionConfig()
+        models, network = _networks(model, len(config.steps))
+        weight, wan = network.patch_embedding.weight, network.config
+        self.execution, self.seed = execution, whole("seed", seed)
+        self.video_ids = [whole("video_ids", n) for n in video_ids]
+        self.batch = batch = len(self.video_ids)
+        height, width = (whole(f"latent {name}", n, 1) for name, n in zip(("height", "width"), latent_size, strict=True))
+        self.shape = (wan.in_channels, height, width)
+        grid = wan.grid(height, width)
+        if num_latent_frames is None:
+            config.require_endless()
+        else:
+            num_latent_frames = whole("num_latent_frames", num_latent_frames)
+        if prefix is not None:
+            require_shape("prefix", prefix, (batch, None, *self.shape))
         prefix_frames = 0 if prefix is None else prefix.shape[1]
-        self.plan = Plan(
-            len(schedule),
-            order,
-            frames_per_block,
-            prefix_frames,
-            windows_per_step(window_frames, len(schedule)),
-            sink_frames,
-            cache_source,
-            pairs is True,
-        )
-        self.num_blocks = self._count_blocks(num_frames, prefix_frames)
-        self.shape = size
-        self.batch, self.seed, self.cache_dtype = batch, seed, cache_dtype
-        kept_dtype(some.patch_embedding.weight.dtype, cache_dtype)
-        self.video_ids = [whole("video_ids", n) for n in (range(batch) if video_ids is None else video_ids)]
-        require_shape("video_ids", (len(self.video_ids),), (batch,))
-        if noise is not None:
-            made = None if num_frames is None else num_frames - prefix_frames
+        if isinstance(noise, Tensor):
+            made = None if num_latent_frames is None else num_latent_frames - prefix_frames
             require_shape("noise", noise, (batch, made, *self.shape))
-        weight = some.patch_embedding.weight
-        if captured == "graph" and weight.device.type != "cuda":
-            legal = "pipeline" if on_ranks else "eager"
-            raise ValueError(f"executor={executor!r} needs a CUDA device, the model is on {weight.device}; use {legal}")
-        grid = config.grid(height, width)
-        if not callable(text):
-            check_text(text, batch, config)
-        self.text = text_of = CheckedTexts(text, batch, config) if callable(text) else lambda _: text
+        if not callable(prompt_embeds):
+            check_text(prompt_embeds, batch, wan)
+        steps_ranks, head_ranks = axis_size(execution.mesh, "step"), axis_size(execution.mesh, "head")
+        if execution.on_nan == "retry" and head_ranks > 1:
+            raise ValueError("on_nan='retry' is impossible with ranks that share heads (each looks for itself): stop")
+        pipelined = steps_ranks > 1 or execution.steps_per_rank is not None
+        if pipelined and config.order in ("step_first", "wavefront"):
+            config = config.with_order("stream")  # the same numbers: ranks walk block after block
+        self.config, self.plan = config, Plan.of(config, prefix_frames)
+        self.num_blocks = self._count_blocks(num_latent_frames, prefix_frames)
+        keep_dtype = kept_dtype(weight.dtype, execution.kv_dtype)
+        self.text = CheckedTexts(prompt_embeds, batch, wan) if callable(prompt_embeds) else lambda _: prompt_embeds
         self.pipeline: Pipeline | None = None
-        if on_ranks:
-            options = pipeline or PipelineOptions()
-            if pairs == "measured" and options.costs is None:
-                raise ValueError('pairs="measured" needs costs of visits: give PipelineOptions(costs=measure_costs)')
-            if mesh is not None:
-                from ..distributed.mesh import axis
-
-                options = replace(options, group=axis(mesh, "step"))
-            sizes = {"height": height, "width": width, "batch": batch, "cache_dtype": cache_dtype}
-            fused = pairs == "measured"
-            measure = partial(_measured, options.costs, some, text_of, self.plan, num_frames, captured, sizes, fused)
-            self.pipeline = Pipeline(options, self.plan, self.num_blocks, weight.device, measure, fused)
-            self.plan = self.pipeline.plan
-            self.pipeline.connect((batch, frames_per_block, *self.shape), weight.dtype)
-        steps = range(len(schedule)) if self.pipeline is None else self.pipeline.stage.steps
-        self.groups = self.plan.groups if self.pipeline is None else self.pipeline.stage.groups
+        if pipelined:
+            block = (batch, config.frames_per_block, *self.shape)
+            self.pipeline = Pipeline(execution, self.plan, self.num_blocks, weight.device, block, weight.dtype)
         self.groups_done = self.forwards_done = 0
+        self._ahead: tuple[int, Iterator[Group]] | None = None
         self.blocks_done = self.plan.prefix_blocks
-        self.forwards_total = None if num_frames is None else forwards(self.groups(self.num_blocks))
-        self.on_visit, self.on_boundary = on_visit, on_boundary
-        extra = frames_per_block if self.plan.pairs else 0
-        if keep_frames and num_frames is None:
-            raise ValueError("keep_frames=True needs num_frames: an endless video cannot be held whole")
-        held = [ring_frames(None if keep_frames else w, num_frames, extra) for w in self.plan.window_frames]
-        # one ring may serve several steps: it must hold the widest of their windows
-        capacities = held[steps.start : steps.stop] if self.plan.caches > 1 else [max(held)]
-        attend: Callable[..., RingAttend] = RingAttend
-        self.heads = (0, config.num_heads)
-        if parallel == "ulysses":
-            from ..distributed.ulysses import HeadRanks, UlyssesAttend
-
-            ranks = HeadRanks(config, grid, mesh)
-            told = (schedule, seed, self.video_ids, first_frame, trajectory, context_noise, executor)
-            ranks.require_same(f"{self._video()}, {', '.join(map(str, told))}", weight.device)
-            attend, self.heads = partial(UlyssesAttend, ranks), ranks.heads
-        self.autocast = autocast
-        self.noise = GIVEN if noise is not None and (renoise is not None or trajectory == "ode") else NOISE
-        self.executor: Executor
+        self.on_task: Callable[[int, int | None], None] | None = None
+        self.on_boundary: Callable[[int], None] | None = None
+        self._head_ranks = HeadRanks(wan, grid, execution.mesh) if head_ranks > 1 else None
+        self.heads = (0, wan.num_heads) if self._head_ranks is None else self._head_ranks.heads
+        drawn_outside = callable(noise) or (noise is not None and config.sampler == "ode")
+        self.noise = GIVEN if drawn_outside else NOISE
+        self._executor: Executor
+        steps = self.steps
         if not steps:
             assert self.pipeline is not None
-            self.executor = cast(Executor, Receiver(self.pipeline))
+            self._executor = cast(Executor, Receiver(self.pipeline))
             return
+        keep_all = execution.keep_all_frames
+        if keep_all and num_latent_frames is None:
+            raise ValueError("keep_all_frames=True needs num_latent_frames: an endless video cannot be held whole")
+        extra = config.frames_per_block if config.fuse_cache_denoise else 0
+        rings = [ring_frames(None if keep_all else w, num_latent_frames, extra) for w in config.windows]
+        # one ring may serve several steps: it must hold the widest of their windows
+        capacities = rings[steps.start : steps.stop] if self.plan.caches > 1 else [max(rings)]
         cache = RingCache(
-            config,
+            wan,
             capacities,
             batch,
             math.prod(grid),
-            sink_frames,
+            config.sink_frames,
             heads=self.heads[1] - self.heads[0],
-            dtype=working_dtype(weight) if autocast else weight.dtype,
-            cache_dtype=cache_dtype,
+            dtype=working_dtype(weight) if execution.autocast else weight.dtype,
+            cache_dtype=keep_dtype,
             device=weight.device,
         )
-        keyed = KeyedNoise(seed, self.video_ids, self.plan.block_frames, self.shape)
-        with own_settings(autocast):
-            self.executor = Executor(
-                _models_of(steps, given),
+        keyed = KeyedNoise(self.seed, self.video_ids, self.plan.block_frames, self.shape)
+        sources: tuple[NoiseSource, NoiseSource] = (keyed, keyed)
+        if isinstance(noise, Tensor):
+            sources = GivenNoise(noise, self.plan.block_frames, prefix_frames), keyed
+        elif noise is not None:
+            checked = CheckedNoise(noise, self.plan.block_frames, (batch, *self.shape))
+            sources = checked, checked
+        attend = RingAttend if self._head_ranks is None else partial(UlyssesAttend, self._head_ranks)
+        with own_settings(execution.autocast):
+            self._executor = Executor(
+                _models_of(steps, models),
                 self.plan,
                 self.num_blocks,
-                schedule,
+                config,
+                execution,
                 cache,
                 grid,
-                text_of,
-                keyed if noise is None else GivenNoise(noise, self.plan.block_frames, prefix_frames),
-                CheckedNoise(renoise, self.plan.block_frames, (batch, *self.shape)) if renoise else keyed,
-                prefix,
-                first_frame,
-                trajectory,
-                context_noise,
-                captured or "eager",
+                (self.text, *sources, prefix),
                 attend,
                 self.pipeline,
-                on_nan,
-                History(self.plan) if on_new_text == "recache" else None,
             )
 
-    def _count_blocks(self, num_frames: int | None, prefix_frames: int) -> int | None:
-        if num_frames is None:
+    @property
+    def steps(self) -> range:
+        """The denoising steps of this process."""
+        return range(self.plan.steps) if self.pipeline is None else self.pipeline.stage.steps
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tasks run."""
+        return self._executor.device
+
+    @property
+    def cache(self) -> RingCache:
+        """Keys and values of the blocks in the window, of this process's steps and heads."""
+        return self._executor.cache
+
+    @property
+    def makes_blocks(self) -> bool:
+        """Whether finished blocks come in this process: in a pipeline on the last rank alone."""
+        return self.pipeline is None or not self.pipeline.stage.sends
+
+    @property
+    def on_denoise(self) -> Any:
+        """Called with (task, its input latents) before each denoise task; None: nothing."""
+        return self._executor.on_denoise
+
+    @on_denoise.setter
+    def on_denoise(self, hook: Any) -> None:
+        self._executor.on_denoise = hook
+
+    @cached_property
+    def forwards_total(self) -> int | None:
+        """Forwards of the whole video in this process; None: endless."""
+        return None if self.num_blocks is None else forwards(self.groups())
+
+    def groups(self) -> Iterator[Group]:
+        """The groups of tasks that this process runs, from the beginning of the video."""
+        return (self.plan if self.pipeline is None else self.pipeline.stage).groups(self.num_blocks)
+
+    def _count_blocks(self, frames: int | None, prefix_frames: int) -> int | None:
+        if frames is None:
             return None
-        block, made = self.plan.frames_per_block, num_frames - prefix_frames
+        block, made = self.plan.frames_per_block, frames - prefix_frames
         if made < 1 or made % block:
             legal = [prefix_frames + block * n for n in (made // block, made // block + 1) if n >= 1]
             raise ValueError(
-                f"num_frames must be the prefix ({prefix_frames}) and whole blocks of {block}: "
-                f"got {num_frames}, nearest {' or '.join(map(str, legal))}"
+                f"num_latent_frames must be the prefix ({prefix_frames}) and whole blocks of {block}: "
+                f"got {frames}, nearest {' or '.join(map(str, legal))}"
             )
         return self.plan.prefix_blocks + made // block
 
     def warm_up(self) -> int:
-        """Compile, load and capture ahead what the visits of this rollout need; the rollout itself does not move.
+        """Compile, load and capture ahead what the tasks of this rollout need; the rollout itself does not move.
 
         Returns:
-            How many kinds of launches there are: growth and a full window have the same ones where attention goes by
+            How many kinds of forwards there are: growth and a full window have the same ones where attention goes by
             frame ids on the device, their own where a library is told what is visible.
         """
         if self.groups_done:
-            raise ValueError(f"warm_up comes before the first block; {self.groups_done} groups of visits are done")
-        with own_settings(self.autocast):
-            return self.executor.warm_up(self.warm_up_blocks)
+            raise ValueError(f"warm_up comes before the first block; {self.groups_done} groups of tasks are done")
+        with own_settings(self.execution.autocast):
+            return self._executor.warm_up(self.warm_up_blocks)
 
     @property
     def warm_up_blocks(self) -> int:
-        """Blocks of an endless video after which its visits are of no new kind."""
+        """Blocks of an endless video after which its tasks are of no new kind."""
         block = self.plan.frames_per_block
         wide = max((window or 0 for window in self.plan.window_frames), default=0)
         return self.plan.steps + 2 * -(-(wide + block) // block) + 2
+
+    def step(self) -> list[FinishedBlock] | None:
+        """Run the next group of tasks.
+
+        Returns:
+            The blocks that it finished, most often none; None: there is nothing left to do. On an accelerator the
+            work is queued, not waited for.
+        """
+        if self._ahead is None or self._ahead[0] != self.groups_done:  # not from the start every time
+            self._ahead = self.groups_done, islice(self.groups(), self.groups_done, None)
+        group = next(self._ahead[1], None)
+        if group is None:
+            return None
+        blocks = [self._finished(*one) for one in self._run(group)]
+        self._ahead = self.groups_done, self._ahead[1]
+        return blocks
+
+    def run_until(self, stop: Callable[[Group], bool] | None = None) -> None:
+        """Run groups of tasks until the next one is such a group, or to the end; finished blocks are dropped."""
+        for group in islice(self.groups(), self.groups_done, None):
+            if stop is not None and stop(group):
+                return
+            self._run(group)
 
     def __iter__(self) -> Iterator[FinishedBlock]:
         """Finished blocks in order; a second iteration goes on where the first one stopped. In a pipeline every rank
@@ -316,9 +281,13 @@ class Rollout:
         Raises:
             PipelineFault: another rank failed; the message names it, its step and its block.
         """
+        if self._head_ranks is not None and not self.groups_done:
+            c, e = self.config, self.execution
+            about = (c.schedule, self.seed, self.video_ids, c.first_frame, c.sampler, c.context_noise, e.cuda_graph)
+            self._head_ranks.require_same(f"{self._video()}, {', '.join(map(str, about))}", self.device)
         with nullcontext() if self.pipeline is None else self.pipeline.running():
             begun: int | None = None
-            groups = islice(self.groups(self.num_blocks), self.groups_done, None)
+            groups = islice(self.groups(), self.groups_done, None)
             following = next(groups, None)
             while following is not None:
                 group, following = following, next(groups, None)
@@ -326,27 +295,30 @@ class Rollout:
                     begun = self._enter(group, begun)
                 finished = self._run(group)
                 if finished:
-                    if following is not None and self.executor.may_run_ahead(following):
+                    if following is not None and self._executor.may_run_ahead(following):
                         self._run(following)  # the device works while the block is waited for and handed over
                         following = next(groups, None)
-                    self.executor.await_finished(following)
+                    self._executor.await_finished(following)
                 for block, latents in finished:
                     self.blocks_done = block + 1
                     if self.pipeline is not None:
                         self.pipeline.hand_over(block)
-                    yield FinishedBlock(block, self.plan.block_frames(block)[0], latents)
+                    yield self._finished(block, latents)
+
+    def _finished(self, block: int, latents: Tensor) -> FinishedBlock:
+        return FinishedBlock(block, self.plan.block_frames(block)[0], latents)
 
     def _run(self, group: Group) -> list[tuple[int, Tensor]]:
-        with own_settings(self.autocast):
-            finished = self.executor.run(group)
+        with own_settings(self.execution.autocast):
+            finished = self._executor.run(group)
         self.groups_done += 1
         self.forwards_done += forwards([group])
-        if self.on_visit is not None:
-            self.on_visit(self.forwards_done, self.forwards_total)
+        if self.on_task is not None:
+            self.on_task(self.forwards_done, self.forwards_total)
         return finished
 
     def _enter(self, group: Group, begun: int | None) -> int:
-        """Before visits of a pipeline: have all of the earlier blocks been done? Returns the block begun."""
+        """Before tasks of a pipeline: have all of the earlier blocks been done? Returns the block begun."""
         assert self.pipeline is not None
         block = group[0][-1].block
         if begun is not None and block > begun:
@@ -357,82 +329,79 @@ class Rollout:
         return block
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on: position, latents in flight, caches, and texts of blocks that have begun, as
+        """All that is needed to go on: position, latents in flight, caches, and prompts of blocks that have begun, as
         copies. Take it between blocks.
         """
-        return {"key": self._key(), "noise": self.noise, "groups_done": self.groups_done, **self.executor.state_dict()}
+        return {"key": self._key(), "noise": self.noise, "groups_done": self.groups_done, **self._executor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a rollout with the same plan; text and noise may differ (a fork).
+        """Go on from :meth:`state_dict` of a rollout with the same plan; prompt and noise may differ (a fork).
 
-        Blocks that had begun keep the text they began with, so a fork is the run whose text changes at the first block
-        that had not; their noise is that of this rollout from here on.
+        Blocks that had begun keep the prompt they began with, so a fork is the run whose prompt changes at the first
+        block that had not; their noise is that of this rollout from here on.
 
         Raises:
-            ValueError: the state belongs to another plan, or no block is left that another text could show in.
+            ValueError: the state belongs to another plan, or no block is left that another prompt could show in.
         """
         if state["key"] != self._key():
             raise ValueError(f"state of another rollout: expected {self._key()}, got {state['key']}")
         if self.noise != GIVEN and state["noise"] != GIVEN:
             require_noise("state", state["noise"])
-        before = list(islice(self.groups(self.num_blocks), state["groups_done"]))
-        executed = {visit for group in before for row in group for visit in row}
+        before = list(islice(self.groups(), state["groups_done"]))
+        executed = {task for group in before for row in group for task in row}
         text = KeptTexts.after(self.text, state["texts"])
         if text.forks and self.num_blocks is not None and max(text.kept) + 1 >= self.num_blocks:
             raise ValueError(
-                f"no fork to another text here: all {self.num_blocks} blocks have begun with theirs "
+                f"no fork to another prompt here: all {self.num_blocks} blocks have begun with theirs "
                 f"(order {self.plan.order})"
             )
-        if text.forks and self.plan.pairs:
-            raise ValueError("no fork to another text with pairs=True: a pair spans two blocks and has one text")
+        if text.forks and self.plan.fuse_cache_denoise:
+            raise ValueError(
+                "no fork to another prompt with fuse_cache_denoise=True: a fused forward spans two blocks, one prompt"
+            )
         self.groups_done, self.forwards_done = state["groups_done"], forwards(before)
         last = self.plan.steps - 1
-        done = [visit.block + 1 for visit in executed if visit[:2] == ("denoise", last)]
+        done = [task.block + 1 for task in executed if task[:2] == ("denoise", last)]
         self.blocks_done = max(done, default=self.plan.prefix_blocks)
-        self.executor.load_state_dict(state, executed.__contains__)
-        self.executor.text = text
+        self._executor.load_state_dict(state, executed.__contains__)
+        self._executor.text = text
 
     @property
     def begun(self) -> int:
-        """The last block of which anything has been done, -1 before the first: a new text shows behind it."""
-        return self.executor.begun
+        """The last block of which anything has been done, -1 before the first: a new prompt shows behind it."""
+        return self._executor.begun
 
     def _key(self) -> str:
-        return f"{self._video()}, {self.executor.about}, heads {self.heads[0]} to {self.heads[1] - 1}"
+        return f"{self._video()}, {self._executor.about}, heads {self.heads[0]} to {self.heads[1] - 1}"
 
     def _video(self) -> str:
         """What ranks of the axis "head" have in common."""
         what = f"{self.plan}, {self.num_blocks} blocks, batch {self.batch}, latents {list(self.shape)}"
-        if self.cache_dtype is not None:
-            what += f", caches of {self.cache_dtype}"
+        if self.execution.kv_dtype is not None:
+            what += f", caches of {self.execution.kv_dtype}"
         if self.pipeline is not None:
             what += f", {self.pipeline.stage.name} of {list(self.pipeline.stage.split)}"
         return what
 
 
-def _models_of(steps: range, given: Sequence[HiARTransformer | None]) -> list[HiARTransformer]:
+def _networks(
+    model: HiARTransformer | Sequence[HiARTransformer | None], steps: int
+) -> tuple[list[HiARTransformer | None], HiARTransformer]:
+    """The network of each step, and one that is there."""
+    models: list[HiARTransformer | None] = [model] * steps if isinstance(model, HiARTransformer) else list(model)
+    some = next(filter(None, models), None)
+    if len(models) != steps or some is None:
+        raise ValueError(f"model: give one, or one for each of the {steps} steps; got {len(models)}")
+    for step, one in enumerate(models):
+        if one is not None and one.config != some.config:
+            raise ValueError(f"model: that of step {step} is {one.config}, others are {some.config}")
+    return models, some
+
+
+def _models_of(steps: range, models: Sequence[HiARTransformer | None]) -> list[HiARTransformer]:
     """A model for each step; where other ranks have the step, one of this rank's stands there and is never run."""
-    own = [given[step] for step in steps]
+    own = [models[step] for step in steps]
     missing = [step for step, model in zip(steps, own, strict=True) if model is None]
     if missing:
         raise ValueError(f"model: this rank has steps {list(steps)}: give the weights of step {missing[0]} too")
-    return [(given[step] if step in steps else own[0]) or own[0] for step in range(len(given))]  # type: ignore[misc]
-
-
-def _measured(
-    measure_costs: Any,
-    model: HiARTransformer,
-    text: Callable[[int], Tensor],
-    plan: Plan,
-    num_frames: int | None,
-    mode: str,
-    size: dict[str, Any],
-    pairs: bool,
-) -> Costs:
-    text_of_first, mode = text(plan.prefix_blocks), mode or "eager"
-    return measure_costs(model, text_of_first, plan, num_frames=num_frames, executor=mode, pairs=pairs, **size)
-
-
-def _one_of(name: str, value: str, legal: tuple[str, ...]) -> None:
-    if value not in legal:
-        raise ValueError(f"{name} must be one of {', '.join(legal)}, got {value!r}")
+    return [(models[step] if step in steps else own[0]) or own[0] for step in range(len(models))]  # type: ignore[misc]

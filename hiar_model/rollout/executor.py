@@ -14,12 +14,12 @@ from hiar_kernels import BlockCausal, takes_layout
 from hiar_kernels.nvtx import span
 
 from ..models.conditions import TextKV
-from ..models.flow_schedule import TRAIN_TIMESTEPS, FlowSchedule
+from ..config import TRAIN_TIMESTEPS, ExecutionConfig, RolloutConfig
 from ..models.kv_cache import RingAttend, RingCache
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import Group, Plan, Row, Visit
 from .batched_forward import Capture, Kind, Launch, on_the_way
-from .cuda_graph import CudaGraphs, Recorder
+from .cuda_graph import CudaGraphs
 from .nan_guard import Sentinel
 from .noise import INITIAL
 from .prompt_cache import TextCache, TextSlots, TextSource
@@ -53,16 +53,12 @@ class Executor:
     """Runs groups of visits and keeps what is between them: latents in flight and the rings.
 
     Args:
-        models: one for each step (the same one repeated, or experts). plan: of the visits; ``num_blocks`` of the walk.
-        schedule: noise levels. cache: the rings of the plan's caches. text: of a block, [B or 1, L, text_dim].
-        noise, renoise: initial and step noise. prefix: clean frames [B, F, C, H, W] or None.
-        first_frame: id of the video's first frame. trajectory: "sde" | "ode".
-        context_noise: timestep that finished blocks are cached at.
-        mode: "eager"; "graph": launches are captured as CUDA graphs the first time they occur, and replayed;
-            "recorded": the same with :class:`Recorder`, on any device.
-        attend: makes the self-attention of a kind of launch; takes the arguments of :class:`RingAttend`.
+        models: one for each step (the same one repeated, or experts). plan: of the tasks; ``num_blocks`` of the order.
+        config, execution: of the rollout. cache: the rings of the plan's caches. grid: (rows, columns) of tokens.
+        sources: prompt embedding of a block [B or 1, L, text_dim]; initial noise; noise of the steps; clean prefix
+            [B, F, C, H, W] or None.
+        attend: makes the self-attention of a kind of forward; takes the arguments of :class:`RingAttend`.
         pipeline: this rank's place in one; then the caches are those of its own steps.
-        on_nan: "stop" | "retry" (:mod:`.nan_guard`). history: for the policy "recache" (:mod:`.recache`), else None.
     """
 
     def __init__(
@@ -70,33 +66,25 @@ class Executor:
         models: Sequence[HiARTransformer],
         plan: Plan,
         num_blocks: int | None,
-        schedule: FlowSchedule,
+        config: RolloutConfig,
+        execution: ExecutionConfig,
         cache: RingCache,
         grid: tuple[int, int],
-        text: TextSource,
-        noise: NoiseSource,
-        renoise: NoiseSource,
-        prefix: Tensor | None,
-        first_frame: int,
-        trajectory: str,
-        context_noise: float,
-        mode: str = "eager",
+        sources: tuple[TextSource, NoiseSource, NoiseSource, Tensor | None],
         attend: Callable[..., RingAttend] = RingAttend,
         pipeline: Pipeline | None = None,
-        on_nan: str = "stop",
-        history: History | None = None,
     ) -> None:
         self.models, self.plan, self.num_blocks, self.cache, self.grid = models, plan, num_blocks, cache, grid
-        self.text, self.noise, self.renoise, self.prefix = text, noise, renoise, prefix
-        self.first_frame, self.trajectory = first_frame, trajectory
-        self.pipeline, self.history = pipeline, history
+        self.text, self.noise, self.renoise, self.prefix = sources
+        self.first_frame, self.sampler, schedule = config.first_frame, config.sampler, config.schedule
+        self.pipeline, self.history = pipeline, History(plan) if config.on_prompt_change == "recache" else None
         self.steps = range(plan.steps) if pipeline is None else pipeline.stage.steps
         weight = models[0].patch_embedding.weight
         self.device, self.dtype, self.attend = weight.device, weight.dtype, attend
         self.sigmas = schedule.sigmas
         self.wide = torch.promote_types(self.dtype, torch.float32)
         # one row for each noise level, and a last one for the clean prefix
-        levels = [TRAIN_TIMESTEPS * s for s in schedule.sigmas[:-1]] + [context_noise, 0.0]
+        levels = [TRAIN_TIMESTEPS * s for s in schedule.sigmas[:-1]] + [config.context_noise, 0.0]
         self.clean = len(levels) - 1
         timesteps = torch.tensor([levels], dtype=torch.float64, device=self.device)
         self.tables = {id(m): m.modulation_table(timesteps) for m in models}
@@ -106,11 +94,11 @@ class Executor:
         self.spare: dict[tuple[int, ...], list[Tensor]] = {}  # memory of latents that nobody needs any more, by shape
         self.drawn: dict[tuple[int, int], Tensor] = {}  # noise that was made ahead, by (step, block)
         me = weakref.proxy(self)  # no cycle: a rollout that is dropped gives its rings back at once
-        self.sentinel = Sentinel(on_nan, lambda *visit: me._ready(*visit), self.device, self.steps.stop - 1)
+        self.sentinel = Sentinel(execution.on_nan, lambda *visit: me._ready(*visit), self.device, self.steps.stop - 1)
         self.launches: dict[Kind, Launch] = {}
         self.capture: Capture | None = None
-        if mode != "eager":
-            self.capture = CudaGraphs(self.device) if mode == "graph" else Recorder.capture
+        if execution.cuda_graph:
+            self.capture = CudaGraphs(self.device)
         q = weight.new_empty(1, 1, *cache.k[0].shape[3:], dtype=working_dtype(weight))
         # frame ids on the device serve every block; a library has to be told what is visible, block by block
         self.by_layout = takes_layout(q, self._mask([0]))
@@ -119,9 +107,9 @@ class Executor:
         self.step = 0
         self.begun = -1  # the last block of which anything was done
         sigmas = ", ".join(f"{level:g}" for level in schedule.sigmas)
-        kept = "" if history is None else ", recache"
+        kept = "" if self.history is None else ", recache"
         # beside the plan, what a state depends on
-        self.about = f"{self.dtype}, noise levels {sigmas}, {trajectory}, context at {context_noise:g}{kept}"
+        self.about = f"{self.dtype}, noise levels {sigmas}, {self.sampler}, context at {config.context_noise:g}{kept}"
 
     @torch.no_grad()
     def run(self, group: Group) -> list[tuple[int, Tensor]]:
@@ -335,7 +323,7 @@ class Executor:
         model = self.models[rows[0][-1].step]
         first = self.plan.cache_index(self.steps.start)
         index = [self.plan.cache_index(row[-1].step) - first for row in rows]
-        lent = self.plan.cache_source == "next_step"
+        lent = self.plan.kv_source == "next_step"
         if self.capture is not None:
             text = self.text_slots.put(model, text)
         kind = Kind(
@@ -371,7 +359,7 @@ class Executor:
         height, width = (n * p for n, p in zip(self.grid, model.config.patch_size[1:], strict=True))
         shape = (model.config.in_channels, height, width)
         table = self.tables[id(model)]
-        return Launch(kind, model, table, attend, text, shape, cache.batch, self.wide, self.trajectory == "sde")
+        return Launch(kind, model, table, attend, text, shape, cache.batch, self.wide, self.sampler == "sde")
 
     def _mask(self, windows: Sequence[int | None]) -> BlockCausal:
         plan = self.plan
@@ -394,7 +382,7 @@ class Executor:
         texts = [self.text(row[-1].block) for row in rows]
         if any(len(row) == 2 and self.text(row[0].block) is not text for row, text in zip(rows, texts, strict=True)):
             raise ValueError(
-                "pairs=True needs one text for all blocks: both visits of a pair share their cross-attention"
+                "fuse_cache_denoise=True needs one prompt for all blocks: both tasks of a forward share their cross-attention"
             )
         return self.texts.get(model, texts, self.cache.batch)
 
@@ -403,7 +391,7 @@ class Executor:
         return self._noise(visit.step, visit.block) if self._takes_noise(visit) else None
 
     def _takes_noise(self, visit: Visit) -> bool:
-        return self.trajectory == "sde" and visit.step + 1 < self.plan.steps
+        return self.sampler == "sde" and visit.step + 1 < self.plan.steps
 
     def _noise(self, step: int, block: int) -> Tensor:
         drawn = self.drawn.pop((step, block), None)

@@ -16,7 +16,7 @@ from hiar_kernels import flow_step
 
 from ..common.checks import as_whole
 from ..common.settings import own_settings
-from ..models.flow_schedule import TRAIN_TIMESTEPS, FlowSchedule
+from ..config import TRAIN_TIMESTEPS, FlowSchedule
 from ..models.threads import cpu_threads, fitting_threads
 from ..models.transformer import HiARTransformer
 from .noise import INITIAL, keyed_noise

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from hiar_kernels import EMPTY, prefer, taken
 
-from ..common.checks import ON_NAN
 from ..models.conditions import Live
 from ..models.kv_cache import RingAttend
 from ..models.transformer import Attend
@@ -66,8 +65,6 @@ class Sentinel:
     """
 
     def __init__(self, mode: str, prepare: Prepare, device: torch.device, last_step: int) -> None:
-        if mode not in ON_NAN:
-            raise ValueError(f"on_nan must be one of {', '.join(ON_NAN)}, got {mode!r}")
         self.mode, self.prepare, self.device, self.last_step = mode, prepare, device, last_step
         self.unchecked: list[Visit] = []
         self.given: list[tuple[Row, list[Tensor]]] = []  # what each of them was given

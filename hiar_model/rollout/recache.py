@@ -33,14 +33,6 @@ class History:
     plan: Plan
     kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for name, is_legal in (
-            ("pairs=True", not self.plan.pairs),
-            (f"cache_source={self.plan.cache_source!r}", self.plan.cache_source == "own"),
-        ):
-            if not is_legal:
-                raise ValueError(f"on_new_text='recache' is impossible with {name}: give on_new_text='keep'")
-
     def note(self, visit: Visit, latents: Tensor) -> None:
         """A denoise visit is done: keep what it made, where caches are made of that; forget what no block will see."""
         if not self._cached(visit.step):

@@ -60,5 +60,5 @@ class CheckedNoise:
     def __call__(self, step: int, block: int) -> Tensor:
         noise, (start, stop) = self.given(step, block), self.frames(block)
         batch, *size = self.shape
-        require_shape(f"renoise(step {step}, block {block})", noise, (batch, stop - start, *size))
+        require_shape(f"noise(step {step}, block {block})", noise, (batch, stop - start, *size))
         return noise

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Literal, NamedTuple
 
-from ..common.checks import CACHE_SOURCES, ORDERS, as_whole
+from ..common.checks import one_of, whole
+from ..config.rollout import KV_SOURCES, ORDERS, RolloutConfig, require_order, require_windows, windows_per_step
 
 
 class Visit(NamedTuple):
@@ -47,20 +48,6 @@ def cache(step: int, block: int) -> Visit:
     return Visit("cache", step, block)
 
 
-def windows_per_step(window_frames: int | Sequence[int | None] | None, steps: int) -> tuple[int | None, ...]:
-    """One window per step from one for all (a number of frames, None: no limit) or a sequence of one per step."""
-    one = as_whole(window_frames)
-    if window_frames is None or one is not None:
-        return (one,) * steps
-    listed = isinstance(window_frames, Sequence) and not isinstance(window_frames, str)
-    windows = tuple(window_frames) if listed or hasattr(window_frames, "tolist") else ()  # type: ignore[arg-type]
-    if len(windows) != steps:
-        raise ValueError(
-            f"window_frames={window_frames!r} is not legal: give None, one number of frames, or one per step ({steps})"
-        )
-    return tuple(window if as_whole(window) is None else as_whole(window) for window in windows)
-
-
 @dataclass(frozen=True)
 class Plan:
     """What is to be visited, and in which order.
@@ -72,8 +59,8 @@ class Plan:
     window_frames       per step, how many frames a block sees with its own among them (None: all); () is None at every
                         step, `windows_per_step` turns one number into one per step
     sink_frames         first frames of the video that stay visible, inside the window's number
-    cache_source        "own": cache visits fill every cache. "next_step": cache s takes the keys of denoise(s + 1, .)
-    pairs               fuse cache(s, n - 1) and denoise(s, n) into one row
+    kv_source           "own": cache visits fill every cache. "next_step": cache s takes the keys of denoise(s + 1, .)
+    fuse_cache_denoise  cache(s, n - 1) and denoise(s, n) are one row
     """
 
     steps: int
@@ -82,28 +69,26 @@ class Plan:
     prefix_frames: int = 0
     window_frames: tuple[int | None, ...] = ()
     sink_frames: int = 0
-    cache_source: str = "own"
-    pairs: bool = False
+    kv_source: str = "own"
+    fuse_cache_denoise: bool = False
 
     def __post_init__(self) -> None:
         for name, fewest in (("steps", 1), ("frames_per_block", 1), ("prefix_frames", 0), ("sink_frames", 0)):
-            object.__setattr__(self, name, _whole(name, getattr(self, name), fewest))
-        _one_of("order", self.order, ORDERS)
-        _one_of("cache_source", self.cache_source, CACHE_SOURCES)
+            object.__setattr__(self, name, whole(name, getattr(self, name), fewest))
+        one_of("order", self.order, ORDERS)
+        one_of("kv_source", self.kv_source, KV_SOURCES)
         windows = windows_per_step(None if self.window_frames == () else self.window_frames, self.steps)
-        for window in windows:
-            if window is not None:
-                least = self.sink_frames + self.frames_per_block
-                _whole("window_frames", window, least, " (sink_frames + frames_per_block), or None")
+        require_windows(windows, self.sink_frames, self.frames_per_block)
         object.__setattr__(self, "window_frames", windows)
-        if self.cache_source == "next_step" and self.order not in ("stream", "wavefront"):
-            raise ValueError(
-                f"cache_source='next_step' is impossible with order={self.order!r}: use stream or wavefront"
-            )
-        if self.pairs and self.order == "block_first":
-            raise ValueError("pairs=True is impossible with order='block_first': use step_first, stream or wavefront")
-        if self.pairs and self.cache_source == "next_step":
-            raise ValueError("pairs=True is not offered with cache_source='next_step': use one or the other")
+        require_order(self.order, self.kv_source, self.fuse_cache_denoise)
+
+    @classmethod
+    def of(cls, config: RolloutConfig, prefix_frames: int = 0) -> Plan:
+        """The tasks of a rollout behind a prefix of so many latent frames."""
+        return cls(
+            len(config.steps), config.order, config.frames_per_block, prefix_frames, config.windows, config.sink_frames,
+            config.kv_source, config.fuse_cache_denoise,
+        )  # fmt: skip
 
     # Geometry. Blocks are numbered from 0 with those of the prefix, frames from the start of the video.
 
@@ -167,7 +152,7 @@ class Plan:
         """The visit that leaves in the cache of `step` what later blocks read there of `block`."""
         if self.graph == "clean":
             return cache(self.steps - 1, block)
-        if self.cache_source == "next_step" and block >= self.prefix_blocks and step < self.steps - 1:
+        if self.kv_source == "next_step" and block >= self.prefix_blocks and step < self.steps - 1:
             return denoise(step + 1, block)
         return cache(step, block)
 
@@ -191,7 +176,7 @@ class Plan:
         read are left out, and with them the whole prefix of a video that has nothing to make.
         """
         if num_blocks is not None:
-            _whole("num_blocks", num_blocks, self.prefix_blocks, " (the blocks of the prefix count)")
+            whole("num_blocks", num_blocks, self.prefix_blocks, " (the blocks of the prefix count)")
         elif self.order == "step_first":
             raise ValueError(
                 "order='step_first' cannot make an endless video (its first block waits for the last): "
@@ -205,13 +190,13 @@ class Plan:
 
     def _denoise_row(self, step: int, block: int, num_blocks: int | None) -> Row:
         """A denoise visit; with pairs behind the cache visit of the block before it, where there is one."""
-        if self.pairs and block > 0 and self.has_cache(step, block - 1, num_blocks):
+        if self.fuse_cache_denoise and block > 0 and self.has_cache(step, block - 1, num_blocks):
             return cache(step, block - 1), denoise(step, block)
         return (denoise(step, block),)
 
     def _lone_prefix(self) -> range:
         """The prefix blocks whose cache visits stand alone: with pairs the last one's join the first denoise visits."""
-        return range(self.prefix_blocks - 1 if self.pairs else self.prefix_blocks)
+        return range(self.prefix_blocks - 1 if self.fuse_cache_denoise else self.prefix_blocks)
 
     def _made(self, num_blocks: int | None) -> Iterable[int]:
         """The blocks to be made."""
@@ -224,7 +209,7 @@ def _walk_step_first(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
         yield from (((cache(s, n),),) for n in plan._lone_prefix() if plan.has_cache(s, n, num_blocks))
         for n in plan._made(num_blocks):
             yield (plan._denoise_row(s, n, num_blocks),)
-            if not plan.pairs and plan.has_cache(s, n, num_blocks):
+            if not plan.fuse_cache_denoise and plan.has_cache(s, n, num_blocks):
                 yield ((cache(s, n),),)
 
 
@@ -235,7 +220,7 @@ def _walk_stream(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
     for n in plan._made(num_blocks):
         for s in range(plan.steps):
             yield (plan._denoise_row(s, n, num_blocks),)
-        if not plan.pairs:
+        if not plan.fuse_cache_denoise:
             yield plan._cache_group(n, num_blocks)
 
 
@@ -246,7 +231,7 @@ def _walk_wavefront(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
     """
     for n in plan._lone_prefix():
         yield plan._cache_group(n, num_blocks)
-    pace = 1 if plan.pairs else 2
+    pace = 1 if plan.fuse_cache_denoise else 2
     made = None if num_blocks is None else num_blocks - plan.prefix_blocks
     for time in count() if made is None else range(plan.steps + pace * (made - 1)):
         rows: list[Row] = []
@@ -291,7 +276,7 @@ def check(plan: Plan, groups: Iterable[Group], num_blocks: int) -> None:
     Raises:
         ValueError: names the first visit that breaks the rules and what it lacks.
     """
-    _whole("num_blocks", num_blocks, plan.prefix_blocks, " (the blocks of the prefix count)")
+    whole("num_blocks", num_blocks, plan.prefix_blocks, " (the blocks of the prefix count)")
     done: set[Visit] = set()
     read: set[Visit] = set()
     order: list[Visit] = []
@@ -345,7 +330,7 @@ def rank_order(group: Group) -> list[Row]:
 
 def _caches_touched(plan: Plan, visit: Visit) -> set[int]:
     """The caches in which a visit reads or writes."""
-    lends = plan.cache_source == "next_step" and visit.kind == "denoise" and visit.step > 0
+    lends = plan.kv_source == "next_step" and visit.kind == "denoise" and visit.step > 0
     return {plan.cache_index(s) for s in ((visit.step - 1, visit.step) if lends else (visit.step,))}
 
 
@@ -367,15 +352,3 @@ def _check_visit(plan: Plan, visit: Visit, num_blocks: int) -> None:
         raise ValueError(f"{visit} is outside the video: blocks are 0 to {num_blocks - 1}")
     if visit.kind == "denoise" and visit.block < plan.prefix_blocks:
         raise ValueError(f"{visit} denoises a block of the prefix: made blocks start at {plan.prefix_blocks}")
-
-
-def _whole(name: str, value: object, least: int, why: str = "") -> int:
-    number = as_whole(value)
-    if number is None or number < least:
-        raise ValueError(f"{name}={value!r} is not legal: give a whole number >= {least}{why}")
-    return number
-
-
-def _one_of(name: str, value: object, legal: tuple[str, ...]) -> None:
-    if value not in legal:
-        raise ValueError(f"{name}={value!r} is unknown: give one of {', '.join(legal)}")

@@ -88,7 +88,7 @@ def limit_table(steps: Sequence[int] = STEPS) -> list[str]:
         interval = [timeline.steady_interval or 0.0 for timeline in (base, own, pipe)]
         gain = interval[0] / interval[2]
         enough = next(n for n in range(1, 100 * s) if _gain(s, n) >= 0.9 * gain)
-        paired = simulate(plan_of("stream", s, pairs=True), 3 * s + 20, s, in_flight=s)
+        paired = simulate(plan_of("stream", s, fuse_cache_denoise=True), 3 * s + 20, s, in_flight=s)
         worst = [t.prompt_delay or 0.0 for t in (base, own, pipe, paired)]
         rows.append(
             [
@@ -127,7 +127,7 @@ def setup_table(machine: Machine, steps: int = 4, blocks: int = 27, gpus: int = 
             f"{way.videos * base / plain.time:.2f}",
             _short(plain.first_block),
             "-" if interval is None else _short(interval),
-            "-" if way.plan.pairs else prompt,  # a pair has one text
+            "-" if way.plan.fuse_cache_denoise else prompt,  # a pair has one text
             f"{fps[0]:.1f}",
             f"{fps[1]:.1f}",
             f"{fps[2]:.1f}" if way.videos == 1 else "-",
@@ -225,7 +225,7 @@ def pictures() -> dict[str, str]:
 
     one = [panel(f"{order}, 1 rank", order, 4) for order in ("block_first", "stream", "step_first")]
     several = [panel(f"{ranks} ranks", "stream", 6, ranks) for ranks in (2, 3, 4)]
-    several.append(panel("4 ranks, pairs (framed: one forward)", "stream", 6, 4, pairs=True))
+    several.append(panel("4 ranks, pairs (framed: one forward)", "stream", 6, 4, fuse_cache_denoise=True))
     return {"schedule_one_rank.svg": draw(one), "schedule_pipeline.svg": draw(several)}
 
 

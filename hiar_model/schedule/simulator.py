@@ -15,8 +15,7 @@ from itertools import combinations
 from math import comb
 from typing import NamedTuple
 
-from ..common.checks import as_whole
-from . import plan as visits
+from ..common.checks import as_whole, one_of, whole
 from .costs import Costs, unit_costs
 from .plan import Group, Plan, Visit, dependencies, rank_order
 
@@ -135,7 +134,7 @@ def makespan(
     Args:
         denoise, cache: the time of a visit; a pair takes both, and its latents are there when it ends.
         send_latent: the time for latents to reach another rank.
-        send_keys: the time for lent keys (cache_source="next_step") to reach another rank.
+        send_keys: the time for lent keys (kv_source="next_step") to reach another rank.
     """
     costs = unit_costs(denoise, cache, send_latent=send_latent, send_keys=send_keys)
     found = simulate(plan, num_blocks, ranks, costs)
@@ -199,10 +198,10 @@ class Walk:
         batch: bool = False,
         in_flight: int | None = None,
     ) -> None:
-        visits._whole("num_blocks", num_blocks, plan.prefix_blocks, " (the blocks of the prefix count)")
-        visits._one_of("vae", vae, VAE)
+        whole("num_blocks", num_blocks, plan.prefix_blocks, " (the blocks of the prefix count)")
+        one_of("vae", vae, VAE)
         if in_flight is not None:
-            visits._whole("in_flight", in_flight, 1)
+            whole("in_flight", in_flight, 1)
         costs.check(plan)
         self.in_flight = in_flight
         self.plan, self.num_blocks, self.costs, self.vae, self.batch = plan, num_blocks, costs, vae, batch
@@ -264,7 +263,7 @@ class Walk:
         return best, least
 
     def _check_ranks(self, ranks: int) -> None:
-        visits._whole("ranks", ranks, 1)
+        whole("ranks", ranks, 1)
         if ranks > self.plan.steps:
             raise ValueError(f"ranks={ranks} is more than there are steps: give 1 to {self.plan.steps}")
         if ranks > 1 and self.plan.graph == "clean":
@@ -326,7 +325,7 @@ class Walk:
 
     def _imports(self, rows: Group) -> set[Visit]:
         """What rows need, of other steps at least: with own caches latents alone come from other steps."""
-        if self.plan.cache_source == "own":
+        if self.plan.kv_source == "own":
             return {visits.denoise(v.step - 1, v.block) for row in rows for v in row if v.kind == "denoise" and v.step}
         return {need for row in rows for visit in row for need in dependencies(self.plan, visit)}
 

@@ -23,9 +23,9 @@ def split_steps(plan: Plan, num_blocks: int | None, ranks: int, costs: Costs | N
     return Walk(plan, _enough(plan, num_blocks), unit_costs() if costs is None else costs).timeline(ranks).split
 
 
-def with_faster_pairs(plan: Plan, num_blocks: int | None, ranks: int | Sequence[int], costs: Costs) -> Plan:
-    """The plan with pairs or without, whichever the simulator finds faster on so many ranks, or with such a split."""
-    plans = [replace(plan, pairs=pairs) for pairs in (False, True)]
+def faster_fusion(plan: Plan, num_blocks: int | None, ranks: int | Sequence[int], costs: Costs) -> Plan:
+    """The plan with fused tasks or without, whichever the simulator finds faster on so many ranks, or with such a split."""
+    plans = [replace(plan, fuse_cache_denoise=fused) for fused in (False, True)]
     return min(plans, key=lambda one: Walk(one, _enough(one, num_blocks), costs).timeline(ranks).time)
 
 
@@ -56,10 +56,10 @@ class Stage:
             )
         if len([n for n in split if n]) > 1 and self.plan.graph == "clean":
             raise ValueError(f"order='block_first' cannot run on {len(split)} ranks (steps share one cache): give 1")
-        if len([n for n in split if n]) > 1 and self.plan.cache_source != "own":
+        if len([n for n in split if n]) > 1 and self.plan.kv_source != "own":
             raise ValueError(
-                f"cache_source={self.plan.cache_source!r} cannot run on {len(split)} ranks (keys are not sent): "
-                "give cache_source='own', or 1 rank"
+                f"kv_source={self.plan.kv_source!r} cannot run on {len(split)} ranks (keys are not sent): "
+                "give kv_source='own', or 1 rank"
             )
 
     @property

@@ -112,7 +112,7 @@ def ways(machine: Machine, steps: int = 4, gpus: int = 4) -> list[Way]:
         uneven = f" ({'+'.join(map(str, split))} steps)" if len(set(split)) > 1 else ""
         return Way(f"pipeline of {ranks}{uneven}", ranks, plan("stream"), costs, split)
 
-    lent = plan("stream", cache_source="next_step")
+    lent = plan("stream", kv_source="next_step")
     found = [
         Way("block_first", 1, plan("block_first"), costs),
         Way(f"block_first, {gpus} replicas", gpus, plan("block_first"), costs, videos=gpus),
@@ -122,7 +122,7 @@ def ways(machine: Machine, steps: int = 4, gpus: int = 4) -> list[Way]:
         Way("wavefront, diagonals as batches", 1, plan("wavefront"), costs, batch=True),
         *shared("stream", 2 * steps),
         *(even(ranks) for ranks in range(2, gpus + 1)),
-        Way(f"pipeline of {gpus}, pairs", gpus, plan("stream", pairs=True), costs, gpus),
+        Way(f"pipeline of {gpus}, pairs", gpus, plan("stream", fuse_cache_denoise=True), costs, gpus),
         Way("stream, lent keys*", 1, lent, costs),
         *(Way(f"pipeline of {ranks}, lent keys*", ranks, lent, costs, ranks) for ranks in range(2, gpus)),
     ]

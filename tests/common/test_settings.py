@@ -14,7 +14,7 @@ from torch import Tensor
 import hiar_model
 from hiar_kernels import attention
 from hiar_model.common.settings import PINNED, own_settings
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.rollout.infill import infill
 from hiar_model.toy.codec import ToyCodec
 from hiar_model.toy.oracle import ToyOracle

@@ -22,7 +22,7 @@ from small_toy import BLOCK, PROMPT
 from tiny_model import MODEL, SIZE, TEXT, run
 
 from hiar_model.cli import main
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.planning.measure_costs import measure_costs
 from hiar_model.rollout import PipelineOptions, Rollout
 from hiar_model.rollout.engine import FinishedBlock

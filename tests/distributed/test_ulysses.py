@@ -19,7 +19,7 @@ from tiny_model import TEXT, TINY, difference, make_model
 
 from hiar_model.config import WanConfig
 from hiar_model.distributed import axis, make_mesh
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.rollout import Rollout
 
 pytestmark = pytest.mark.cpu

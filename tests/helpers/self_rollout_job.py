@@ -18,7 +18,7 @@ from tiny_model import SIZE, TEXT, make_model
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.train.config.recipe import ScaleRecipe
 from hiar_model.train.engine.distributed import find_place, gathered, release, shard
 from hiar_model.train.engine.self_rollout import SelfRollout

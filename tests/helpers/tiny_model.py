@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hiar_model.config import WanConfig
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.rollout import Rollout
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, run
 
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.models.fp8 import E4M3, LARGEST, bits, dequantize, quantize
 from hiar_model.models.kv_cache import RingCache
 from hiar_model.rollout import Rollout

@@ -14,7 +14,7 @@ from hiar_kernels import qk_norm_rope
 from hiar_kernels._dispatch import prefer, taken
 from hiar_kernels.attention import table
 from hiar_model.config import WanConfig
-from hiar_model.models.flow_schedule import FlowSchedule, sigma_table
+from hiar_model.config import FlowSchedule, sigma_table
 from hiar_model.models.transformer import HiARTransformer
 
 pytestmark = pytest.mark.cpu

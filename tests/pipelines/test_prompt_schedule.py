@@ -11,7 +11,7 @@ from small_toy import BLOCK, PROMPT
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference
 
 import hiar_kernels
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.models.registry import load_video_model
 from hiar_model.pipelines.prompt_schedule import Script, Show, prompt_delay
 from hiar_model.pipelines.video_pipeline import Generation

@@ -11,7 +11,7 @@ import torch
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, run
 
 import hiar_kernels
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.models.kv_cache import RingAttend
 from hiar_model.rollout import Rollout
 from hiar_model.rollout.cuda_graph import Recorder, _Reads

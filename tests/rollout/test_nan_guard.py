@@ -10,7 +10,7 @@ from tiny_model import MODEL, SIZE, TEXT, TINY, make_model, run
 
 import hiar_kernels
 from hiar_kernels.attention import api as attention_api
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.rollout import Rollout
 from hiar_model.rollout.nan_guard import Sentinel
 from hiar_model.schedule.plan import Visit

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, run
 
 from hiar_model.config import WanConfig
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.rollout import Rollout, rollout
 from hiar_model.rollout.noise import keyed_noise

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_model import MODEL, SIZE, TEXT
 
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.rollout import Rollout
 from hiar_model.rollout.executor import Executor
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_model import MODEL, SIZE, TEXT, TINY, make_model
 
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.rollout import PipelineOptions, Rollout
 from hiar_model.rollout.session_io import FILE, load_session, save_session
 

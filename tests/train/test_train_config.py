@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hiar_model import HiARTransformer, WanConfig
-from hiar_model.models.flow_schedule import FlowSchedule, sigma_table
+from hiar_model.config import FlowSchedule, sigma_table
 from hiar_model.train.config.reading import differing_keys, dotted_keys, load_recipe, make_recipe, shipped_recipes
 from hiar_model.train.config.recipe import (
     RECIPES,

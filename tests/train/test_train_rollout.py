@@ -17,7 +17,7 @@ import torch
 from tiny_model import SIZE, TEXT, TINY, make_model, run
 
 from hiar_kernels import BlockCausal, KVContext
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.models.transformer import FullSequence
 from hiar_model.rollout import Rollout
 from hiar_model.rollout.noise import keyed_noise

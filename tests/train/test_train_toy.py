@@ -6,7 +6,7 @@ import pytest
 import torch
 from train_job import losses, train
 
-from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.config import FlowSchedule
 from hiar_model.models.registry import load_video_model
 from hiar_model.toy.prompt import split_prompts, token_table
 from hiar_model.train.config.reading import make_recipe

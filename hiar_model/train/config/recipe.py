@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from ...config import WanConfig
-from ...models.flow_schedule import FlowSchedule
+from ...config import FlowSchedule
 
 Window = int | tuple[int | None, ...] | None
 

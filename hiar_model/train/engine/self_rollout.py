@@ -20,7 +20,7 @@ from torch import Tensor
 from hiar_kernels import KVContext
 
 from ...common.keyed import Generator, draw_whole
-from ...models.flow_schedule import TRAIN_TIMESTEPS, FlowSchedule
+from ...config import TRAIN_TIMESTEPS, FlowSchedule
 from ...models.kv_cache import RingCache
 from ...models.transformer import HiARTransformer
 from ...rollout import Rollout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...models.flow_schedule import TRAIN_TIMESTEPS
+from ...config import TRAIN_TIMESTEPS
 from ...models.transformer import HiARTransformer
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...common.keyed import Generator, draw_whole
-from ...models.flow_schedule import TRAIN_TIMESTEPS, sigma_table
+from ...config import TRAIN_TIMESTEPS, sigma_table
 from ...models.transformer import HiARTransformer
 from ..stages.teacher_forcing import add_noise
 from .teacher import flow_matching_loss

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...common.keyed import Generator, draw_whole
-from ...models.flow_schedule import TRAIN_TIMESTEPS
+from ...config import TRAIN_TIMESTEPS
 from ...models.transformer import ATTENTION_MODES, HiARTransformer
 
 

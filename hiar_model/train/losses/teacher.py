@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...common.keyed import keyed_generator
-from ...models.flow_schedule import TRAIN_TIMESTEPS, sigma_table
+from ...config import TRAIN_TIMESTEPS, sigma_table
 from ..stages.teacher_forcing import add_noise, shift_tensor
 
 

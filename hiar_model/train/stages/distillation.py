@@ -16,7 +16,7 @@ from ...common.keyed import keyed_generator
 from ...common.settings import own_settings
 from ...io.video import Frames
 from ...models.checkpoint import save_transformer
-from ...models.flow_schedule import TRAIN_TIMESTEPS
+from ...config import TRAIN_TIMESTEPS
 from ...models.threads import cpu_threads, fitting_threads
 from ...models.transformer import HiARTransformer
 from ...schedule.plan import windows_per_step

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...common.keyed import Generator, draw_uniform, draw_whole, keyed_generator
 from ...io.video import Frames
-from ...models.flow_schedule import FlowSchedule, shift_sigma
+from ...config import FlowSchedule, shift_sigma
 from ...models.transformer import HiARTransformer
 from ..config.recipe import LevelsRecipe, TeacherForcingRecipe
 from ..engine.networks import make_network

@@ -1,0 +1,18 @@
+"""What is computed, and where: the sizes of the network, the rollout, its execution. Imports no torch."""
+
+from .execution import ExecutionConfig
+from .flow_schedule import TRAIN_TIMESTEPS, FlowSchedule, sigma_table
+from .rollout import RolloutConfig
+from .wan import SHIPPED, WAN, WanConfig, WanVideo
+
+__all__ = [
+    "SHIPPED",
+    "TRAIN_TIMESTEPS",
+    "WAN",
+    "ExecutionConfig",
+    "FlowSchedule",
+    "RolloutConfig",
+    "WanConfig",
+    "WanVideo",
+    "sigma_table",
+]

@@ -1,0 +1,172 @@
+"""RolloutConfig: what a rollout computes. One definition for every place that takes, stores or checks these options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from ..common.checks import as_whole, number_at_least_0, one_of, plain, whole
+from .flow_schedule import FlowSchedule
+
+ORDERS = ("step_first", "stream", "wavefront", "block_first")
+BLOCKWISE = ("stream", "wavefront")
+"""Orders that keep one cache for each step: they finish block after block, and have no end if nothing sets one."""
+KV_SOURCES = ("own", "next_step")
+SAMPLERS = ("sde", "ode")
+ON_PROMPT_CHANGE = ("keep", "recache")
+Windows = int | None | tuple[int | None, ...]
+"""Frames that a block sees, its own among them: one number for all steps or one for each; None: all earlier ones."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What a rollout computes (arXiv 2603.08703, section 3): two rollouts of one config, weights and noise are equal.
+
+    Immutable, hashable, JSON in both directions (:meth:`to_dict`, :meth:`from_dict`). Every record, session, checkpoint
+    and recipe holds one.
+
+    Args:
+        steps: unshifted timesteps of the S denoising steps, falling, in (0, 1000].
+        shift: a of the shifted schedule sigma' = a sigma / (1 + (a - 1) sigma), above 0.
+        order: of the tasks. "step_first", "stream" and "wavefront" give the same latents: every block sees earlier ones
+            at its own noise level. "block_first" is the Self-Forcing baseline: it sees finished, clean blocks.
+        frames_per_block: latent frames made at once, at least 1.
+        window_frames: latent frames that a block sees, its own among them: one number, or one for each step; None: all.
+            At least ``sink_frames + frames_per_block``.
+        sink_frames: first latent frames of the video that stay visible, within the window's number; at least 0.
+        kv_source: "own": cache tasks fill every cache. "next_step": the cache of a step takes the keys and values of
+            the next step's denoise task (shared KV), which saves S - 1 of 2 S forwards a block and is another result.
+            Needs the order stream or wavefront.
+        fuse_cache_denoise: cache(s, n - 1) and denoise(s, n) are one forward; the same numbers up to rounding.
+        sampler: "sde" adds fresh noise to the predicted x0 at each step, "ode" follows the velocity.
+        context_noise: timestep, 0 to 1000, at which finished blocks are cached.
+        on_prompt_change: "keep" leaves the context as it is where the prompt changes; "recache" computes the visible
+            blocks' keys and values once more under the new prompt.
+        first_frame: id of the video's first latent frame in the rotary embedding, at least 0.
+
+    Raises:
+        ValueError: options that do not fit together, with the legal values.
+
+    Example:
+        >>> config = RolloutConfig(order="stream", window_frames=12)
+        >>> config.schedule.sigmas[0], config.windows
+        (1.0, (12, 12, 12, 12))
+        >>> RolloutConfig.from_dict(config.to_dict()) == config
+        True
+    """
+
+    steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    shift: float = 5.0
+    order: str = "step_first"
+    frames_per_block: int = 3
+    window_frames: Windows = None
+    sink_frames: int = 0
+    kv_source: str = "own"
+    fuse_cache_denoise: bool = False
+    sampler: str = "sde"
+    context_noise: float = 0.0
+    on_prompt_change: str = "keep"
+    first_frame: int = 0
+
+    def __post_init__(self) -> None:
+        schedule = FlowSchedule(self.steps, self.shift)  # refuses what is no schedule
+        put: dict[str, Any] = {"steps": tuple(map(float, schedule.steps)), "shift": float(schedule.shift)}
+        put["frames_per_block"] = whole("frames_per_block", self.frames_per_block, 1)
+        put["sink_frames"] = whole("sink_frames", self.sink_frames, 0)
+        put["first_frame"] = whole("first_frame", self.first_frame, 0)
+        for name, legal in (("order", ORDERS), ("kv_source", KV_SOURCES), ("sampler", SAMPLERS),
+                            ("on_prompt_change", ON_PROMPT_CHANGE)):  # fmt: skip
+            one_of(name, getattr(self, name), legal)
+        put["window_frames"] = _window(self.window_frames, len(schedule))
+        put["context_noise"] = number_at_least_0("context_noise", self.context_noise)
+        for name, value in put.items():
+            object.__setattr__(self, name, value)
+        require_windows(self.windows, self.sink_frames, self.frames_per_block)
+        if not isinstance(self.fuse_cache_denoise, bool):
+            raise ValueError(f"fuse_cache_denoise must be True or False, got {self.fuse_cache_denoise!r}")
+        require_order(self.order, self.kv_source, self.fuse_cache_denoise)
+        if self.on_prompt_change == "recache" and (self.fuse_cache_denoise or self.kv_source != "own"):
+            other = "fuse_cache_denoise=True" if self.fuse_cache_denoise else f"kv_source={self.kv_source!r}"
+            raise ValueError(f"on_prompt_change='recache' is impossible with {other}: give on_prompt_change='keep'")
+
+    @property
+    def schedule(self) -> FlowSchedule:
+        """Noise levels of the steps."""
+        return FlowSchedule(self.steps, self.shift)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each step [S], in latent frames; None: all earlier ones."""
+        return windows_per_step(self.window_frames, len(self.steps))
+
+    def require_endless(self) -> None:
+        """ValueError unless a video of no set length can be made so: an order with no end, and a window."""
+        if self.order == "step_first":
+            others = ", ".join(order for order in ORDERS if order != "step_first")
+            raise ValueError(f"order step_first cannot make an endless video: give num_frames, or use {others}")
+        if None in self.windows:
+            raise ValueError("an endless video needs a window: give window_frames")
+
+    def with_order(self, order: str) -> RolloutConfig:
+        """The same tasks in another order."""
+        return replace(self, order=order)
+
+    def with_steps(self, steps: int | Sequence[float]) -> RolloutConfig:
+        """The same with other steps: so many at equal distances, or these timesteps."""
+        number = as_whole(steps)
+        if number is not None:
+            return replace(self, steps=FlowSchedule.uniform(number, self.shift).steps)
+        return replace(self, steps=tuple(steps))  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mapping for JSON, as :meth:`from_dict` reads it."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RolloutConfig:
+        """From a plain mapping; a key that is missing has its default, an unknown one is refused."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"RolloutConfig: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def windows_per_step(window_frames: Any, steps: int) -> tuple[int | None, ...]:
+    """One window for each step, from one for all (a number of frames; None: no limit) or a sequence of one per step."""
+    window = _window(window_frames, steps)
+    return window if isinstance(window, tuple) else (window,) * steps
+
+
+def _window(window_frames: Any, steps: int) -> Windows:
+    one = as_whole(window_frames)
+    if window_frames is None or one is not None:
+        return one
+    listed = isinstance(window_frames, Sequence) and not isinstance(window_frames, str)
+    windows = tuple(window_frames) if listed or hasattr(window_frames, "tolist") else ()
+    if len(windows) != steps:
+        raise ValueError(
+            f"window_frames={window_frames!r} is not legal: give None, one number of frames, or one per step ({steps})"
+        )
+    return tuple(plain(each) if as_whole(each) is None else as_whole(each) for each in windows)
+
+
+def require_windows(windows: Sequence[int | None], sink_frames: int, frames_per_block: int) -> None:
+    """ValueError unless every window holds the sink and a block: what is beyond it could not see itself."""
+    for window in windows:
+        if window is not None:
+            least = sink_frames + frames_per_block
+            whole("window_frames", window, least, " (sink_frames + frames_per_block), or None")
+
+
+def require_order(order: str, kv_source: str, fuse_cache_denoise: bool) -> None:
+    """ValueError unless the order can be walked so."""
+    if kv_source == "next_step" and order not in BLOCKWISE:
+        raise ValueError(f"kv_source='next_step' is impossible with order={order!r}: use {' or '.join(BLOCKWISE)}")
+    if fuse_cache_denoise and order == "block_first":
+        raise ValueError(
+            "fuse_cache_denoise=True is impossible with order='block_first': use step_first, stream or wavefront"
+        )
+    if fuse_cache_denoise and kv_source == "next_step":
+        raise ValueError("fuse_cache_denoise=True is not offered with kv_source='next_step': use one or the other")
