@@ -10,8 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ...config import WanConfig
-from ...config import FlowSchedule
+from ...config import FlowSchedule, WanConfig
 
 Window = int | tuple[int | None, ...] | None
 

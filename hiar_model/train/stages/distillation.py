@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ...common.keyed import keyed_generator
 from ...common.settings import own_settings
+from ...config import TRAIN_TIMESTEPS
 from ...io.video import Frames
 from ...models.checkpoint import save_transformer
-from ...config import TRAIN_TIMESTEPS
 from ...models.threads import cpu_threads, fitting_threads
 from ...models.transformer import HiARTransformer
 from ...schedule.plan import windows_per_step

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...common.keyed import Generator, draw_uniform, draw_whole, keyed_generator
-from ...io.video import Frames
 from ...config import FlowSchedule, shift_sigma
+from ...io.video import Frames
 from ...models.transformer import HiARTransformer
 from ..config.recipe import LevelsRecipe, TeacherForcingRecipe
 from ..engine.networks import make_network
