@@ -1,9 +1,9 @@
 """Whether an infilled middle joins its ends: the toy's bidirectional teacher on held-out prompts.
 
-    python bench/infill_join.py runs/toy/teacher/model/teacher.safetensors [--world varied] [--steps 4 24]
+    python -m bench.studies.infill_join runs/toy/teacher/model/teacher.safetensors [--world varied] [--steps 4 24]
 
-The first and the last block of a clip of four are given, the two between them are made. Breaks of the path at both
-seams in pixels, of the true clip, the infilled one, and the same ends around a middle made without them (chance).
+The first and the last block of a clip of four are inputs, the two between them are generated. Breaks of the path at
+both seams in pixels: of the true clip, the infilled one, and the same ends around a middle generated without them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from bench.lib import report
 from hiar_model import FlowSchedule, load_transformer, load_video_model
 from hiar_model.evaluation.join import measure_join
 from hiar_model.toy.prompt import split_prompts
@@ -30,15 +31,15 @@ def main() -> None:
     toy = load_video_model("toy", "cpu")
     teacher = load_transformer(a.weights, toy.transformer.config, dtype=torch.float32).requires_grad_(False)
     prompts = split_prompts()[1][: a.prompts]
-    print(
-        "| steps | break, true | infilled | apart | seen % | colour % | shape % |\n|---:|---:|---:|---:|---:|---:|---:|"
-    )
+    cells = []
     for steps in a.steps:
         schedule = FlowSchedule.uniform(steps, toy.schedule.shift)
         model = replace(toy, transformer=teacher, schedule=schedule, world=WORLDS[a.world])
         j = measure_join(model, prompts)
-        shares = " | ".join(f"{100 * share:.1f}" for share in (j.seen, j.colour, j.shape))
-        print(f"| {steps} | {j.true_break:.2f} | {j.infilled_break:.2f} | {j.apart_break:.2f} | {shares} |", flush=True)
+        shares = [f"{100 * share:.1f}" for share in (j.seen, j.colour, j.shape)]
+        cells.append([str(steps), *(f"{x:.2f}" for x in (j.true_break, j.infilled_break, j.apart_break)), *shares])
+    headings = ("steps", "break, true", "infilled", "apart", "seen %", "colour %", "shape %")
+    print("\n".join(report.table(headings, cells, text_columns=0)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """Every tile configuration of our Triton attention at the shapes it is used at: what the pinned tables should hold.
 
-    python bench/sweep_attention.py                  needs a CUDA device; into bench/results/<gpu>/<date>-<revision>/
-    python bench/sweep_attention.py --parts dq dkdv --shapes constant_context --seconds 120
+    python -m bench.ops.sweep_attention --parts dq dkdv --shapes constant_context --seconds 120      (default: all)
 
 Parts are kernels: `forward`, `dq` (gradient of the queries), `dkdv` (of keys and values; own ones beside a context),
 each with the small kernels around it. The first configuration of a shape is what the launcher takes by itself; results
-that differ from its are failures. A row of the table is a configuration, a column a shape. What does not compile, does
-not fit or is not reached within the seconds is told. Configurations stand in hiar_kernels/attention/_launch.py.
+that differ from its are failures. Configurations stand in hiar_kernels/attention/_launch.py.
 """
 
 from __future__ import annotations
@@ -14,9 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,16 +21,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import attention_cases
+from bench.lib import report
+from bench.lib.machine import environment, result_folder
+from bench.lib.measure import Bench, Case, check_all
+from bench.ops import attention_cases
+from bench.ops.work import Sizes, Work
 from hiar_kernels.attention import _launch
-from measure import Bench, Case, clocks, environment, result_folder, table
-from work import Sizes, Work
 
 PARTS = ("forward", "dq", "dkdv")
 SHAPES = ("visit", "pair", "block_causal", "constant_context", "bidirectional")
 TRAINED = ("block_causal", "constant_context", "bidirectional")
 PINNED = "pinned"
-TOLERANCE = 0.02  # mean |difference| / mean |value|: bfloat16 rounding stays below 0.006
 
 
 class Recorded(TorchDispatchMode):
@@ -73,14 +70,14 @@ def launcher(part: str, work: Work) -> Callable[[Any], list[Tensor]]:
         work.run("triton")  # loads the kernels too
     from hiar_kernels.attention import triton_bwd, triton_fwd
 
-    given = recorded.arguments
+    arguments = recorded.arguments
     if part == "forward":
-        return lambda tile: list(triton_fwd.launch(*given, config=tile))[:1]
-    out, lse = triton_fwd.launch(*given)
+        return lambda tile: list(triton_fwd.launch(*arguments, config=tile))[:1]
+    out, lse = triton_fwd.launch(*arguments)
     gradients = [torch.randn_like(out), torch.zeros_like(lse)]
-    tensors = sum(x is not None for x in given[:5])  # q, k, v and perhaps the context's
+    tensors = sum(x is not None for x in arguments[:5])  # q, k, v and perhaps the context's
     needed = [(i == 0) if part == "dq" else (i in (1, 2)) for i in range(tensors)]
-    return lambda tile: triton_bwd.launch(gradients, needed, [out, lse], *given, **{f"{part}_config": tile})
+    return lambda tile: triton_bwd.launch(gradients, needed, [out, lse], *arguments, **{f"{part}_config": tile})
 
 
 def cases(bench: Bench, z: Sizes, part: str, shapes: list[str], arch: int) -> Iterator[Case]:
@@ -93,10 +90,7 @@ def cases(bench: Bench, z: Sizes, part: str, shapes: list[str], arch: int) -> It
 
     def measured(shape: str, tile: Any) -> dict[str, Any]:
         work, launch, expected = prepared(shape)
-        for got, want in zip(launch(tile), expected):
-            off = ((got.float() - want.float()).abs().mean() / want.float().abs().mean()).item()
-            if not off <= TOLERANCE:
-                raise RuntimeError(f"off by {off:.3g} of the mean value, allowed {TOLERANCE}")
+        check_all(part, launch(tile), expected)
         return {"run": functools.partial(launch, tile), "flop": work_of(part, work)}
 
     for shape in shapes:
@@ -109,10 +103,10 @@ def best(section: dict[str, Any]) -> list[str]:
     """A line for each shape: the fastest configuration, and how many times as fast as the pinned one it is."""
     lines = []
     for shape in dict.fromkeys(case["shape"] for case in section["cases"]):
-        took = {c["configuration"]: c["ms"]["p50"] for c in section["cases"] if c["shape"] == shape and "ms" in c}
-        if PINNED in took:
-            fastest = min(took, key=lambda name: took[name])
-            lines.append(f"- best for {shape}: {fastest}, {took[PINNED] / took[fastest]:.2f}x of {PINNED}")
+        times = {c["configuration"]: c["ms"]["p50"] for c in section["cases"] if c["shape"] == shape and "ms" in c}
+        if PINNED in times:
+            fastest = min(times, key=lambda name: times[name])
+            lines.append(f"- best for {shape}: {fastest}, {times[PINNED] / times[fastest]:.2f}x of {PINNED}")
     return lines
 
 
@@ -125,25 +119,16 @@ def main() -> int:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a sweep measures kernels on a CUDA device, torch finds none")
-    bench, about, before = Bench("cuda", (8, 40), 0.2), environment("cuda"), clocks()
+    bench, about = Bench("cuda", (8, 40), 0.2), environment("cuda")
     arch = int("".join(map(str, torch.cuda.get_device_capability())))
     torch.set_grad_enabled(False)
-    out = args.out or result_folder(about)
-    out.mkdir(parents=True, exist_ok=True)
-    deadline = time.perf_counter()
-    lines = [f"# Tiles of the Triton attention: {about['device']}, sm_{arch}", ""]
-    lines += ["`python bench/sweep_attention.py`. Cells: p50 [p20, p80], rate of the work that must be done.", ""]
-    lines += [f"- {key}: {value}" for key, value in {**about, "clocks before": before}.items()]
-    for part in args.parts:
-        deadline += args.seconds / len(args.parts)  # what one part leaves over, the next one has
-        bench.section(part, cases(bench, Sizes(), part, args.shapes, arch), deadline - time.perf_counter())
-        section = bench.sections[part]
-        lines += ["", f"## {part}", "", *table(section, "shape"), *best(section)]
-        result = {"environment": about, "clocks before": before, "sections": bench.sections}
-        (out / "sweep_attention.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-        (out / "sweep_attention.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    print("\n".join(lines))
-    print(f"wrote {out / 'sweep_attention.md'}")
+    seconds = args.seconds / len(args.parts)
+    plan = {part: (cases(bench, Sizes(), part, args.shapes, arch), "shape", seconds) for part in args.parts}
+    page = report.run_sections(
+        bench, plan, "sweep_attention", args.out or result_folder(about), about,
+        f"Tiles of the Triton attention, sm_{arch}", "python -m bench.ops.sweep_attention", {}, best,
+    )  # fmt: skip
+    print(f"{page.read_text()}\nwrote {page}")
     return 0 if all("error" not in case for s in bench.sections.values() for case in s["cases"]) else 1
 
 

@@ -1,4 +1,4 @@
-"""One visit of a Wan transformer in plain PyTorch: what anyone would write first, and the baseline of `anchors.py`.
+"""One forward of a Wan transformer in plain PyTorch: what anyone would write first, and the baseline of `anchors.py`.
 
 Its blocks only: own keys and values go into the last slots of a ring over the whole window, text keys are constant.
 Patches, time embedding and head (under 1% of the work) are left out. Weights and inputs are random.
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.ops.work import Sizes
+
 DTYPE = torch.bfloat16
 EPS = 1e-6
 
@@ -22,10 +24,10 @@ class Block(nn.Module):
     x [B, T, width]; e [B, frames, 6, width], the time embedding; cos, sin [T, 1, head_dim / 2].
     """
 
-    def __init__(self, heads: int, head_dim: int, ffn: int, frames: int):
+    def __init__(self, z: Sizes):
         super().__init__()
-        width = heads * head_dim
-        self.split_heads, self.split_frames = (heads, head_dim), (frames, -1)
+        width, ffn = z.width, z.ffn
+        self.split_heads, self.split_frames = (z.heads, z.head_dim), (z.block, -1)
         self.modulation = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
         self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.norm_q, self.norm_k = nn.RMSNorm(width, EPS), nn.RMSNorm(width, EPS)
@@ -70,24 +72,21 @@ class Block(nn.Module):
 PARTS = (Block.before, Block.between, Block.after)  # eager; a compiled triple stands in for it
 
 
-class PlainVisit:
+class PlainTransformer:
     """All blocks over their rings. Calling it twice gives the same: the same slots are written with the same values."""
 
-    def __init__(
-        self, rows: int, heads: int, head_dim: int, ffn: int, layers: int, frames: int, tokens: int, keys: int,
-        text_tokens: int, device: str,
-    ):  # fmt: skip
+    def __init__(self, z: Sizes, batch: int, device: str):
         torch.manual_seed(0)
-        self.tokens = tokens
+        self.tokens = z.tokens
         with torch.device(device):
-            self.blocks = [Block(heads, head_dim, ffn, frames).to(DTYPE) for _ in range(layers)]
+            self.blocks = [Block(z).to(DTYPE) for _ in range(z.layers)]
             self.rings, self.texts = (
-                [[torch.randn(rows, n, heads, head_dim, dtype=DTYPE) for _ in "kv"] for _ in range(layers)]
-                for n in (keys, text_tokens)
+                [[torch.randn(batch, n, z.heads, z.head_dim, dtype=DTYPE) for _ in "kv"] for _ in range(z.layers)]
+                for n in (z.window * z.frame_tokens, z.text_tokens)
             )
-            self.x = torch.randn(rows, tokens, heads * head_dim, dtype=DTYPE)
-            self.e = torch.randn(rows, frames, 6, heads * head_dim)
-            angle = torch.rand(tokens, 1, head_dim // 2) * 6  # which angles does not matter here
+            self.x = torch.randn(batch, z.tokens, z.width, dtype=DTYPE)
+            self.e = torch.randn(batch, z.block, 6, z.width)
+            angle = torch.rand(z.tokens, 1, z.head_dim // 2) * 6  # which angles does not matter here
             self.cos, self.sin = angle.cos(), angle.sin()
 
     def __call__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], parts: tuple[Callable, ...]) -> Tensor:

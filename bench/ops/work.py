@@ -1,4 +1,4 @@
-"""What the op benchmarks are made of: sizes, the work of one op on its inputs, the ways to run it."""
+"""What the op benchmarks are made of: sizes, the work of one op on its inputs, its variants."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from measure import Bench
+from bench.lib.measure import Bench
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Sizes:
 
     width = property(lambda z: z.heads * z.head_dim)
     frame_tokens = property(lambda z: z.grid[0] * z.grid[1])
+    tokens = property(lambda z: z.block * z.frame_tokens)  # of a block: the queries of a task
 
 
 SMALL = Sizes(heads=2, head_dim=64, ffn=192, layers=2, grid=(2, 3), window=6, text_tokens=8)
@@ -40,7 +41,7 @@ class Work:
 
     Attributes:
         inputs: tensors that gradients are taken of, where they are.
-        run: the op, given the name of a way; the first outputs are compared with those of the baseline.
+        run: the op, given the name of a variant; the first outputs are compared with those of the baseline.
         forward, backward: FLOP of attention, bytes of the others that an ideal kernel has to do or to move.
     """
 
@@ -55,8 +56,8 @@ class Op:
     """An op and how to run it.
 
     Attributes:
-        ways: names to run it by, the baseline first. unit: of the work, "flop" or "bytes".
-        peers: ways that are not ours: what they refuse to do is told, and is no failure.
+        variants: names to run it by, the baseline first. unit: of the work, "flop" or "bytes".
+        peers: variants that are not ours: what they refuse to do is reported, and is no failure.
         shape: the dispatcher's name for it (hiar_kernels/attention/table.py).
         goal_ms: milliseconds to reach at the full sizes.
     """
@@ -65,14 +66,26 @@ class Op:
     make: Callable[[Bench, Sizes], Work]
     unit: str
     trained: bool
-    ways: tuple[str, ...]
+    variants: tuple[str, ...]
     peers: frozenset[str] = field(default_factory=frozenset)
     shape: str | None = None
     goal_ms: float | None = None
 
 
-def normal(bench: Bench, *shape: int) -> Tensor:
-    return torch.randn(*shape, device=bench.device).to(torch.bfloat16)
+def timed(work: Work, variant: str, direction: str) -> Callable[[], list[Tensor]]:
+    """What is measured: the op, or the gradients of its inputs with the forward done once before."""
+
+    def forward() -> list[Tensor]:
+        result = work.run(variant)
+        return [result] if isinstance(result, Tensor) else list(result)
+
+    if direction == "forward":
+        return forward
+    for x in work.inputs:
+        x.requires_grad_()
+    outs = forward()
+    grads = [torch.randn(o.shape, generator=torch.Generator().manual_seed(i)).to(o) for i, o in enumerate(outs)]
+    return lambda: list(torch.autograd.grad(outs, work.inputs, grads, retain_graph=True))
 
 
 def ids(bench: Bench, frames: list[int]) -> Tensor:

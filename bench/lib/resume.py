@@ -1,14 +1,11 @@
 """A pytest plugin for runs that may be cut short: what has passed once is not run again, time is bounded.
 
-    pytest -p resume --resume FILE --budget SECONDS ...        with bench/ on PYTHONPATH; bench/ itself loads it
+    python -m pytest -p bench.lib.resume --resume FILE --budget SECONDS ...        bench/ itself loads it
 
 FILE holds a line of JSON for each test that began and for each that finished, written at once: after a kill -9 the next
-run goes on where this one ended. It counts for one device, one revision, one state of the sources and one set of
-versions; anywhere else it is begun anew. Tests that failed run again, after those that never ran; a test that was
-running when a run died comes last, so that it cannot keep the others from their turn.
-
-After the budget no further test is begun, and the exit status is UNFINISHED. What a test hands to
-record_property("row", ...) is kept with its result.
+run goes on where this one ended. It counts for one device, revision, state of the sources and set of versions. Tests
+that failed run again, after those that never ran; last come tests in which a run died. After the budget no further test
+is begun, and the exit status is UNFINISHED. What a test hands to record_property("row", ...) is stored with its result.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from measure import environment, sources
+from bench.lib.machine import environment, sources
 
 UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
@@ -39,15 +36,14 @@ class Journal:
     """
 
     def __init__(self, file: Path | None, about: dict[str, str]):
-        self.file, self.about, self.anew = file, about, ""
+        self.file, self.about = file, about
         self.finished: dict[str, dict[str, Any]] = {}
         self.running: set[str] = set()
-        kept = self._read() if file is not None and file.exists() else []
-        if kept:
-            self.anew = _difference(kept[0], about)
-        if kept and not self.anew:
-            self.about = kept[0]
-            for line in kept[1:]:
+        lines = self._read() if file is not None and file.exists() else []
+        self.anew = _difference(lines[0], about) if lines else ""
+        if lines and not self.anew:
+            self.about = lines[0]
+            for line in lines[1:]:
                 self._take(line)
         elif file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -93,9 +89,9 @@ class Journal:
         return 2 if test in self.running else int(test in self.finished)
 
 
-def _difference(kept: dict[str, str], about: dict[str, str]) -> str:
-    names = [name for name in {**kept, **about} if name != "date" and kept.get(name) != about.get(name)]
-    return ", ".join(f"{name} was {kept.get(name)}, is {about.get(name)}" for name in names)
+def _difference(old: dict[str, str], new: dict[str, str]) -> str:
+    names = [name for name in {**old, **new} if name != "date" and old.get(name) != new.get(name)]
+    return ", ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names)
 
 
 class Resume:
@@ -106,7 +102,7 @@ class Resume:
         self.budget: float | None = config.getoption("budget")
         self.begun, self.earlier, self.left = time.monotonic(), 0, 0
         self.order: list[str] = []  # all tests of the files that are run, those left out by marker or name too
-        self.found: dict[str, Any] = {}
+        self.result: dict[str, Any] = {}
         self.journal = Journal(config.getoption("resume"), about)
 
     def rows(self) -> list[Any]:
@@ -138,9 +134,9 @@ class Resume:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, bool, bool]:
         self.journal.began(item.nodeid)
-        self.found = {"outcome": "passed", "seconds": 0.0, "row": None}
+        self.result = {"outcome": "passed", "seconds": 0.0, "row": None}
         done = yield  # an interrupt does not come back: the test stays among those running
-        self.journal.ended(item.nodeid, **self.found)
+        self.journal.ended(item.nodeid, **self.result)
         self.left -= 1
         spent = time.monotonic() - self.begun
         if nextitem is not None and self.budget is not None and spent > self.budget:
@@ -148,10 +144,10 @@ class Resume:
         return done
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.found["seconds"] += report.duration
-        if report.outcome != "passed" and self.found["outcome"] != "failed":
-            self.found["outcome"] = report.outcome
-        self.found["row"] = dict(report.user_properties).get("row", self.found["row"])
+        self.result["seconds"] += report.duration
+        if report.outcome != "passed" and self.result["outcome"] != "failed":
+            self.result["outcome"] = report.outcome
+        self.result["row"] = dict(report.user_properties).get("row", self.result["row"])
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

@@ -1,12 +1,12 @@
-"""The results of bench/ab.py: figures of two revisions, their ratio and its spread over the pairs."""
+"""The results of bench/rollout/ab.py: figures of two revisions, their ratio and its spread over the pairs."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.lib import report
 from hiar_model.planning.profiling import KINDS, LAUNCHES, SYNCS, covered, kind_of
 
 Row = dict[str, Any]
@@ -21,36 +21,35 @@ UNITS = {
 
 def parts(trace: dict[str, Any], cuda: bool) -> dict[str, float | None]:
     """Of one traced block, in milliseconds a task: the kinds of work, and the time in which the device had any."""
-    found: dict[str, float | None] = dict.fromkeys(KINDS, 0.0)
+    result: dict[str, float | None] = dict.fromkeys(KINDS, 0.0)
     tasks, operations = trace["tasks"], 0
     for name, seconds, count in trace["device"]:
         kind = kind_of(name)
-        found[kind] = (found[kind] or 0.0) + 1e3 * seconds / tasks
+        result[kind] = (result[kind] or 0.0) + 1e3 * seconds / tasks
         operations += count
-    found["busy"] = covered(trace["spans"]) / 1e3 / tasks if cuda else sum(found[kind] or 0.0 for kind in KINDS)
+    result["busy"] = covered(trace["spans"]) / 1e3 / tasks if cuda else sum(result[kind] or 0.0 for kind in KINDS)
     host = trace["host"]
-    found["launches"] = sum(n for name, n in host.items() if LAUNCHES.match(name)) / tasks if cuda else None
-    found["syncs"] = sum(host.get(name, 0) for name in SYNCS) / tasks if cuda else None
-    found["device_ops"] = operations / tasks if cuda else None
+    result["launches"] = sum(n for name, n in host.items() if LAUNCHES.match(name)) / tasks if cuda else None
+    result["syncs"] = sum(host.get(name, 0) for name in SYNCS) / tasks if cuda else None
+    result["device_ops"] = operations / tasks if cuda else None
     forwards = trace["forwards"]
-    found["device_ops_layer"] = operations / forwards / trace["layers"] if cuda and forwards else None
-    return found
+    result["device_ops_layer"] = operations / forwards / trace["layers"] if cuda and forwards else None
+    return result
 
 
 def figures(row: Row) -> dict[str, dict[str, list[float]]]:
     """Figure -> side -> values; those that both sides have. Idle is what the clock saw beyond the traced work."""
-    found: dict[str, dict[str, list[float]]] = {}
+    values: dict[str, dict[str, list[float]]] = {}
     for side, samples in row["samples"].items():
         traces = row.get("traces", {}).get(side, [])
         if traces:
             whole = median(sample["task_ms"] for sample in samples)
             traces = [{**trace, "idle": max(0.0, whole - trace["busy"])} for trace in traces]
         for name in UNITS:
-            values = [sample.get(name) for sample in (*samples, *traces)]
-            values = [value for value in values if value is not None]
-            if values:
-                found.setdefault(name, {})[side] = values
-    return {name: sides for name, sides in found.items() if len(sides) == 2}
+            present = [s[name] for s in (*samples, *traces) if s.get(name) is not None]
+            if present:
+                values.setdefault(name, {})[side] = present
+    return {name: sides for name, sides in values.items() if len(sides) == 2}
 
 
 def compared(a: list[float], b: list[float]) -> dict[str, Any]:
@@ -76,41 +75,29 @@ def _cell(values: list[float]) -> str:
 
 def table(rows: list[Row]) -> list[str]:
     """Markdown, one line for each case and figure."""
-    lines = ["| case | figure | A: median [min, max] | B: median [min, max] | A / B | of the pairs |"]
-    lines.append("|---|---|---:|---:|---:|---:|")
-    for row in rows:
-        if "error" in row:
-            continue
+    cells = []
+    for row in (row for row in rows if "error" not in row):
         for name, sides in figures(row).items():
-            found = compared(sides["A"], sides["B"])
-            ratio = "" if found["ratio"] is None else f"{found['ratio']:.3f}"
-            spread = "" if found["pairs"] is None else "{:.3f} to {:.3f}".format(*found["pairs"])
-            cells = [row["label"], UNITS[name], _cell(found["a"]), _cell(found["b"]), ratio, spread]
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines.append("")
+            c = compared(sides["A"], sides["B"])
+            ratio = "" if c["ratio"] is None else f"{c['ratio']:.3f}"
+            spread = "" if c["pairs"] is None else "{:.3f} to {:.3f}".format(*c["pairs"])
+            cells.append([row["label"].replace("|", "\\|"), UNITS[name], _cell(c["a"]), _cell(c["b"]), ratio, spread])
+    headings = ("case", "figure", "A: median [min, max]", "B: median [min, max]", "A / B", "of the pairs")
+    lines = [*report.table(headings, cells, 2), ""]
     lines += [f"- failed: {row['label']}: {row['error']}" for row in rows if "error" in row]
     return lines + [f"- cut short: {row['label']}: {row['cut']}" for row in rows if "cut" in row]
 
 
-def write(result: dict[str, Any], folder: Path) -> None:
-    """ab.md and ab.json."""
-    lines = [f"# A and B in turn: {result['environment']['device']}", "", f"`{result['command']}`", ""]
-    if result["rehearsal"]:
-        lines += ["**REHEARSAL at toy sizes on a CPU: these figures say nothing about a GPU.**", ""]
-    for name, side in result["sides"].items():
-        lines.append(f"- {name}: {', '.join(f'{key} {value}' for key, value in side.items())}")
-    lines += [f"- {key}: {value}" for key, value in result["environment"].items() if key != "revision"]
-    lines += [
-        "",
+def write(result: dict[str, Any], folder: Path) -> Path:
+    """ab.md and ab.json; the path of the first."""
+    about = {name: ", ".join(f"{key} {value}" for key, value in side.items()) for name, side in result["sides"].items()}
+    about |= {key: value for key, value in result["environment"].items() if key != "revision"}
+    body = [
         "Measured in turn, ABAB..., each revision in a process of its own. A / B is that of the medians: above 1, B",
         "takes less (of fps: below 1, B makes more). A task is one forward of one block (a visit, in older words).",
         "Attention, matmul and the other parts are of one traced block, idle is the rest of the clock's time.",
         "",
         *table(result["rows"]),
-        "",
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("ab.md", "\n".join(lines)), ("ab.json", json.dumps(result, indent=1) + "\n")):
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
+    rehearsal = "at toy sizes on a CPU" if result["rehearsal"] else ""
+    return report.write("ab", folder, about, "A and B in turn", result["command"], body, result, rehearsal)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import hiar_kernels
+from bench.lib.measure import Bench, captured
+from bench.ops.work import Sizes, Work, ids
 from hiar_kernels import qk_norm_rope_append, rms_norm
 from hiar_model.config import WanConfig
 from hiar_model.models import transformer
 from hiar_model.models.conditions import Live, ModulationTable, TextKV
 from hiar_model.models.transformer import Attend, Block, Head
-from measure import Bench
-from work import Sizes, Work, ids, normal
 
 GOAL_MS = 2.5  # of a forward of Wan 1.3B on an H200, inside the graph
 
@@ -49,7 +49,7 @@ class Append(Attend):
     def __init__(self, bench: Bench, z: Sizes, attended: Tensor):
         self.z, self.attended = z, Ready(attended)
         ring = (1, z.window * z.frame_tokens, z.heads, z.head_dim)
-        self.rings = {"k_cache": normal(bench, *ring), "v_cache": normal(bench, *ring)}
+        self.rings = {"k_cache": bench.normal(*ring), "v_cache": bench.normal(*ring)}
         self.frames = ids(bench, [z.window - 1 + i for i in range(z.block)])  # wraps
         self.slots = self.frames % z.window
 
@@ -67,7 +67,7 @@ class Emptied(Block):
         super().__init__(config)
 
         def ready(width: int) -> Ready:
-            return Ready(normal(bench, 1, z.block * z.frame_tokens, width))
+            return Ready(bench.normal(1, z.tokens, width))
 
         self.self_attn.qkv, self.self_attn.o = ready(3 * z.width), ready(z.width)
         self.cross_attn = Cross(config)
@@ -84,14 +84,14 @@ def forward_pointwise(bench: Bench, z: Sizes, gelu: bool = False) -> Work:
 
     The GELU only where asked: a matmul may have it as epilogue.
     """
-    x = normal(bench, 1, z.block * z.frame_tokens, z.width)
-    attend = Append(bench, z, normal(bench, *x.shape[:2], z.heads, z.head_dim))
+    x = bench.normal(1, z.tokens, z.width)
+    attend = Append(bench, z, bench.normal(1, z.tokens, z.heads, z.head_dim))
     config = WanConfig(dim=z.width, ffn_dim=z.ffn, num_heads=z.heads, num_layers=z.layers)
     with torch.device(bench.device):
         block, head = Emptied(bench, z, config, gelu), Head(config)
     head.head = nn.Identity()
     block, head = (m.to(torch.bfloat16).requires_grad_(False) for m in (block, head))
-    modulation = ModulationTable(normal(bench, 1, z.block, 8, z.width))  # of one layer, and the head
+    modulation = ModulationTable(bench.normal(1, z.block, 8, z.width))  # of one layer, and the head
     text = TextKV(((x, x),), x)  # nobody reads it
 
     def layers(one: Callable, last: Callable) -> Tensor:
@@ -101,7 +101,7 @@ def forward_pointwise(bench: Bench, z: Sizes, gelu: bool = False) -> Work:
         return last(y, pending, modulation)
 
     @functools.cache  # captured once
-    def way(name: str) -> Callable[[], Tensor]:
+    def variant(name: str) -> Callable[[], Tensor]:
         parts = [bench.compiled(m) if name == "compiled" else m for m in (block, head)]
 
         def run() -> Tensor:
@@ -113,24 +113,4 @@ def forward_pointwise(bench: Bench, z: Sizes, gelu: bool = False) -> Work:
     # One pass over memory from matmul to matmul, in parts as large as x: a residual and the norm after it 4, three
     # times; queries, keys and values 6; the norm of the text's queries 2.
     moved = z.layers * x.nbytes * (3 * 4 + 6 + 2 + (2 * z.ffn / z.width if gelu else 0))
-    return Work([], lambda name: way(name)(), moved)
-
-
-def forward_pointwise_gelu(bench: Bench, z: Sizes) -> Work:
-    return forward_pointwise(bench, z, gelu=True)
-
-
-def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The same as a replay of one CUDA graph."""
-    for _ in range(2):  # compiles and loads what capture may not
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
+    return Work([], lambda name: variant(name)(), moved)

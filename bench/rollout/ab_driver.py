@@ -1,4 +1,4 @@
-"""One revision's side of bench/ab.py: prepares a case and measures it whenever it is told to.
+"""One revision's side of bench/rollout/ab.py: prepares a case and measures it on request.
 
 A process of its own with that revision on PYTHONPATH. It reads one JSON request a line from stdin and answers each with
 one line. The file is this checkout's for both revisions, so it uses nothing that only one of them has, or looks first.
@@ -6,6 +6,7 @@ one line. The file is this checkout's for both revisions, so it uses nothing tha
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import inspect
@@ -15,10 +16,10 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
-    del sys.path[0]  # bench/ of this checkout, not of the revision
+    del sys.path[0]  # nothing of this checkout beside the revision's
 
 import torch
 
@@ -32,23 +33,40 @@ def now() -> float:
     return time.perf_counter()
 
 
-class RolloutCase:
-    """An endless rollout with random weights, its window full and its graphs captured; the weights are made once."""
+@functools.cache
+def weights(name: str, layers: int | None, dtype: str) -> tuple[Any, Any]:
+    """A model and an encoded prompt, both random."""
+    from hiar_model import HiARTransformer, WanConfig
 
-    models: ClassVar[dict[str, tuple[Any, Any]]] = {}
+    values = WanConfig.from_name(name).to_dict()
+    config = WanConfig.from_dict({**values, **({"num_layers": layers} if layers else {})})
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device("cuda" if CUDA else "cpu"):
+            torch.manual_seed(0)
+            return HiARTransformer(config).eval().requires_grad_(False), torch.randn(
+                1, config.text_len, config.text_dim
+            )
+    finally:
+        torch.set_default_dtype(before)
+
+
+class RolloutCase:
+    """An endless rollout with random weights, its window full and its graphs captured."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        from hiar_model import FlowSchedule, Rollout  # public names: older revisions have them too
+        from hiar_model import FlowSchedule, Rollout
 
         begun = now()
-        model, prompt = self.weights(case)
+        model, prompt = weights(case["model"], case["layers"], case["dtype"])
         c = model.config
         size = c.position_grid and tuple(n * p for n, p in zip(c.position_grid, c.patch_size[1:]))
         height, width = size or (case["height"] // 8, case["width"] // 8)  # Wan's VAE makes 8 x 8 pixels one
-        legal = inspect.signature(Rollout.__init__).parameters
+        parameters = inspect.signature(Rollout.__init__).parameters
         options = {
-            "kv_source" if "kv_source" in legal else "cache_source": "next_step" if case["shared_keys"] else "own",
-            "fuse_cache_denoise" if "fuse_cache_denoise" in legal else "pairs": case["pairs"],
+            "kv_source" if "kv_source" in parameters else "cache_source": "next_step" if case["shared_keys"] else "own",
+            "fuse_cache_denoise" if "fuse_cache_denoise" in parameters else "pairs": case["pairs"],
         }
         self.rollout = Rollout(
             model, prompt, FlowSchedule(), num_frames=None, height=height, width=width, order=case["order"],
@@ -61,25 +79,6 @@ class RolloutCase:
         self.prepared = {"build_s": built - begun, "fill_s": now() - built, "captures": self.count("captures")}
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
-
-    @classmethod
-    def weights(cls, case: dict[str, Any]) -> tuple[Any, Any]:
-        from hiar_model import HiARTransformer, WanConfig
-
-        key = json.dumps([case[name] for name in ("model", "layers", "dtype")])
-        if key not in cls.models:
-            values = WanConfig.from_name(case["model"]).to_dict()
-            config = WanConfig.from_dict({**values, **({"num_layers": case["layers"]} if case["layers"] else {})})
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(getattr(torch, case["dtype"]))
-            try:
-                with torch.device("cuda" if CUDA else "cpu"):
-                    torch.manual_seed(0)
-                    model = HiARTransformer(config).eval().requires_grad_(False)
-                    cls.models[key] = model, torch.randn(1, config.text_len, config.text_dim)
-            finally:
-                torch.set_default_dtype(before)
-        return cls.models[key]
 
     def fill(self) -> None:
         """To a full window. Graphs are captured only then, where a revision lets us put that off: half of the kinds
@@ -114,11 +113,11 @@ class RolloutCase:
 
     def measure(self) -> dict[str, Any]:
         begun = now()
-        found = self.run(self.case["blocks"])
+        work = self.run(self.case["blocks"])
         seconds = now() - begun
         frames = PIXEL_FRAMES * self.rollout.plan.frames_per_block * self.case["blocks"]
         peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else None
-        return {"task_ms": 1e3 * seconds / found["tasks"], "fps": frames / seconds, "peak_gib": peak}
+        return {"task_ms": 1e3 * seconds / work["tasks"], "fps": frames / seconds, "peak_gib": peak}
 
     def trace(self) -> dict[str, Any]:
         """One block under torch's profiler: what ran on the device and when, and what the host called."""
@@ -126,7 +125,7 @@ class RolloutCase:
 
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
         with profile(activities=activities) as profiler:
-            found = self.run(1)
+            work = self.run(1)
             now()
         seconds: Counter[str] = Counter()
         counts: Counter[str] = Counter()
@@ -137,59 +136,57 @@ class RolloutCase:
                 if getattr(event, "is_user_annotation", False):
                     continue
                 spans.append((event.time_range.start, event.time_range.end))
-                taken = event.time_range.elapsed_us()
+                microseconds = event.time_range.elapsed_us()
             else:
                 host[event.name] += 1
                 if CUDA or not event.name.startswith(("aten::", "hiar::")):
                     continue
-                taken = event.self_cpu_time_total
-            seconds[event.name] += taken / 1e6
+                microseconds = event.self_cpu_time_total
+            seconds[event.name] += microseconds / 1e6
             counts[event.name] += 1
         device = [[name, seconds[name], counts[name]] for name in seconds]
-        return {**found, "layers": self.layers, "device": device, "spans": spans, "host": host}
+        return {**work, "layers": self.layers, "device": device, "spans": spans, "host": host}
 
 
 class OpCase:
-    """One op by one way, as bench/bench_ops.py runs it; its cases are those of the revision."""
+    """One variant of an op, as bench/ops/bench_ops.py runs it; its cases are those of the revision."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        folder = str(Path(case["folder"]) / "bench")
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-        bench = importlib.import_module("measure").Bench("cuda" if CUDA else "cpu", (8, 40) if CUDA else (3, 3), 0.2)
-        work, cases = importlib.import_module("work"), importlib.import_module("op_cases")
+        names = ["bench.lib.measure", "bench.ops.work", "bench.ops.op_cases"]
+        folder = Path(case["folder"]) / "bench"
+        if not (folder / "ops").is_dir():  # a revision whose bench/ was flat
+            names = [name.rpartition(".")[2] for name in names]
+            if str(folder) not in sys.path:
+                sys.path.insert(0, str(folder))
+        measure, work, cases = map(importlib.import_module, names)
+        bench = measure.Bench("cuda" if CUDA else "cpu", (8, 40) if CUDA else (3, 3), 0.2)
         ops = {op.label: op for op in cases.table(bench, {})}
         if case["op"] not in ops:
             raise ValueError(f"op must be one of {', '.join(ops)}, got {case['op']!r}")
-        op, way = ops[case["op"]], case["way"]
-        if op.unit == "flop" or way in op.ways:  # attention takes every impl of the dispatcher, "auto" too
-            torch.manual_seed(0)
-            done = op.make(bench, work.Sizes() if CUDA else work.SMALL)
-            self.bench, self.run = bench, self.prepared_run(done, way, case["direction"])
-            self.run()
-            self.prepared: dict[str, Any] = {}
-        else:
-            raise ValueError(f"{case['op']} has no way {way!r} here; it has {', '.join(op.ways)}")
+        op, variant = ops[case["op"]], case["variant"]
+        variants = op.variants if hasattr(op, "variants") else op.ways
+        if op.unit != "flop" and variant not in variants:  # attention takes every impl of the dispatcher, "auto" too
+            raise ValueError(f"{case['op']} has no variant {variant!r} here; it has {', '.join(variants)}")
+        torch.manual_seed(0)
+        inputs = op.make(bench, work.Sizes() if CUDA else work.SMALL)
+        self.bench, self.run = bench, self.prepared_run(inputs, variant, case["direction"])
+        self.run()
+        self.prepared: dict[str, Any] = {}
 
     @staticmethod
-    def prepared_run(work: Any, way: str, direction: str) -> Any:
+    def prepared_run(work: Any, variant: str, direction: str) -> Any:
         if direction == "forward":
-
-            def forward() -> Any:
-                with torch.no_grad():
-                    return work.run(way)
-
-            return forward
+            return torch.no_grad()(lambda: work.run(variant))
         for x in work.inputs:
             x.requires_grad_()
-        outs = work.run(way)
+        outs = work.run(variant)
         outs = [outs] if isinstance(outs, torch.Tensor) else list(outs)
         grads = [torch.randn(o.shape, generator=torch.Generator().manual_seed(i)).to(o) for i, o in enumerate(outs)]
         return lambda: torch.autograd.grad(outs, work.inputs, grads, retain_graph=True)
 
     def measure(self) -> dict[str, Any]:
-        taken = self.bench.milliseconds(self.run)
-        return {"ms": taken[len(taken) // 2]}
+        times = self.bench.milliseconds(self.run)
+        return {"ms": times[len(times) // 2]}
 
 
 def about() -> dict[str, Any]:
@@ -214,10 +211,10 @@ def main() -> None:
     case: Any = None
     for line in sys.stdin:
         request = json.loads(line)
-        found: Any = {}
+        result: Any = {}
         try:
             if request["do"] == "about":
-                found = about()
+                result = about()
             elif request["do"] == "drop":
                 case = None
                 gc.collect()  # a rollout and its executor know each other
@@ -225,13 +222,13 @@ def main() -> None:
                     torch.cuda.empty_cache()
             elif request["do"] == "prepare":
                 case = (RolloutCase if request["case"]["kind"] == "rollout" else OpCase)(request["case"])
-                found = case.prepared
+                result = case.prepared
             else:
-                found = getattr(case, request["do"])()
-            answer = {"found": found}
+                result = getattr(case, request["do"])()
+            answer = {"result": result}
         except Exception as error:  # the other side is waiting for an answer
-            said = [line.strip() for line in str(error).splitlines() if line.strip()]
-            answer = {"error": f"{type(error).__name__}: {said[0] if said else ''}"[:400]}
+            line = next(iter(str(error).strip().splitlines()), "")
+            answer = {"error": f"{type(error).__name__}: {line}"[:400]}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -11,33 +11,28 @@ import torch
 from torch import Tensor
 
 import hiar_kernels
-from anchors import LIBRARIES, swapped
+from bench.lib.measure import Bench
+from bench.ops.libraries import LIBRARIES, available, library, swapped
+from bench.ops.work import Op, Sizes, Work, ids
 from hiar_kernels import BlockCausal, KVContext, attention_layout
 from hiar_kernels.attention import gluon
 from hiar_kernels.attention import table as dispatch
 from hiar_kernels.attention.api import IMPLS
 from hiar_kernels.attention.library import unavailable
-from measure import Bench, line_of
-from work import Op, Sizes, Work, ids, normal
 
 BASELINE = "sdpa"
-FLEX = {"flex": "TRITON", "flex-flash": "FLASH"}  # way -> its backend
-SPLITS = 2  # rows of one launch that the keys are cut into, beside uncut ones
+FLEX = {"flex": "TRITON", "flex-flash": "FLASH"}  # variant -> its backend
+SPLITS = 2  # parts that the keys are cut into, beside uncut ones
 
 
-@functools.cache  # made once: some compile
-def library(bench: Bench, name: str) -> Callable[..., Tensor]:
-    return LIBRARIES[name][1](bench)[0]
-
-
-def parsed(way: str) -> tuple[str, int]:
-    """A way of the dispatcher as its ``impl`` and ``num_splits``."""
-    impl, _, num_splits = way.partition(" with num_splits=")
+def parsed(variant: str) -> tuple[str, int]:
+    """A variant of the dispatcher as its ``impl`` and ``num_splits``."""
+    impl, _, num_splits = variant.partition(" with num_splits=")
     return impl, int(num_splits or 1)
 
 
 def mask_mod(mask: BlockCausal, queries: Tensor, own: Tensor, context: Tensor | None) -> Callable[..., Tensor]:
-    """The visibility rule of one batch row as FlexAttention takes it; keys of the context lie before one's own.
+    """The visibility rule of one batch item as FlexAttention takes it; keys of the context lie before one's own.
 
     Args:
         queries, own, context: frame ids, int32 [frames].
@@ -48,7 +43,7 @@ def mask_mod(mask: BlockCausal, queries: Tensor, own: Tensor, context: Tensor | 
     back = 2**30 if window is None else window - mask.sink_frames
     sink_end = mask.first_frame + mask.sink_frames
 
-    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def rule(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         first, slot = start[query // tokens], key // tokens
         frame, end = keys[slot], first + block
         visible = (frame >= 0) & (frame < end) & ((frame >= end - back) | (frame < sink_end))
@@ -57,29 +52,24 @@ def mask_mod(mask: BlockCausal, queries: Tensor, own: Tensor, context: Tensor | 
         inside = (frame >= 0) & (frame >= first) & (frame < end)
         return torch.where(slot < split, visible & (frame < first), inside)
 
-    return seen
+    return rule
 
 
 def flex(
-    bench: Bench,
-    mask: BlockCausal,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    frames: tuple[Tensor, Tensor],
-    ctx: KVContext | None,
+    bench: Bench, mask: BlockCausal, qkv: list[Tensor], frames: tuple[Tensor, Tensor], ctx: KVContext | None
 ) -> Callable[[str], Tensor]:
-    """FlexAttention by the name of a way. The block mask is made once; joining context and own keys is in its price."""
+    """FlexAttention by backend. The block mask is made once; joining context and own keys is in its price."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    q, k, v = qkv
     rule = mask_mod(mask, frames[0][0], frames[1][0], None if ctx is None else ctx.frames[0])
     length = k.shape[1] + (0 if ctx is None else ctx.k.shape[1])
     blocks = bench.compiled(create_block_mask)(rule, None, None, q.shape[1], length, device=q.device)
     function = bench.compiled(flex_attention)
 
-    def run(way: str) -> Tensor:
+    def run(variant: str) -> Tensor:
         keys, values = (k, v) if ctx is None else (torch.cat([ctx.k, k], 1), torch.cat([ctx.v, v], 1))
-        options = {"BACKEND": FLEX[way]}
+        options = {"BACKEND": FLEX[variant]}
         return function(*swapped((q, keys, values)), block_mask=blocks, kernel_options=options).transpose(1, 2)
 
     return run
@@ -93,42 +83,47 @@ def attend(
     Args:
         dense: every query sees every key, so that a library may be called directly.
     """
-    q = normal(bench, 1, len(queries) * z.frame_tokens, z.heads, z.head_dim)
-    k, v = (normal(bench, 1, len(keys) * z.frame_tokens, z.heads, z.head_dim) for _ in range(2))
+    qkv = [bench.normal(1, len(f) * z.frame_tokens, z.heads, z.head_dim) for f in (queries, keys, keys)]
     mask = BlockCausal(z.frame_tokens, z.block, z.window)
     frames = ids(bench, queries), ids(bench, keys)
     options: dict[str, Any] = {"mask": mask, "q_frames": frames[0], "kv_frames": frames[1]}
     seen = float(mask.visible(*frames, 1).sum())
     outside, cached = 0.0, None
     if context:
-        cached = KVContext(*(normal(bench, 1, len(context) * z.frame_tokens, z.heads, z.head_dim) for _ in range(2)),
+        cached = KVContext(*(bench.normal(1, len(context) * z.frame_tokens, z.heads, z.head_dim) for _ in range(2)),
                            ids(bench, context))  # fmt: skip
         start = [f // z.block * z.block for f in queries]
         seen = float(sum(s <= f < s + z.block for s in start for f in keys))
         outside = float(sum(max(s + z.block - z.window, 0) <= f < s for s in start for f in context))
     options |= {"context": cached, "layout": attention_layout(mask, [queries], [keys], [context] if context else None)}
     unit = 4.0 * z.width * z.frame_tokens**2
-    by_flex = functools.cache(lambda: flex(bench, mask, q, k, v, frames, cached))
+    by_flex = functools.cache(lambda: flex(bench, mask, qkv, frames, cached))
 
-    def run(way: str) -> Tensor:
-        if dense and way in LIBRARIES and way not in IMPLS:
-            return library(bench, way)(q, k, v)
-        if way in FLEX:
-            return by_flex()(way)
-        return dispatched(way, q, k, v, **options)
+    def run(variant: str) -> Tensor:
+        if dense:
+            return unmasked(bench, variant, *qkv, **options)
+        return by_flex()(variant) if variant in FLEX else dispatched(variant, *qkv, **options)
 
     # A backward is five matmuls for a forward's two, three of them where the keys are constant.
-    return Work([q, k, v], run, unit * (seen + outside), unit * (2.5 * seen + 1.5 * outside))
+    return Work(qkv, run, unit * (seen + outside), unit * (2.5 * seen + 1.5 * outside))
 
 
-def dispatched(way: str, *qkv: Tensor, **options: Any) -> Tensor:
-    impl, num_splits = parsed(way)
+def unmasked(bench: Bench, variant: str, *qkv: Tensor, **options: Any) -> Tensor:
+    """Where every query sees every key a library may be called directly."""
+    if variant in LIBRARIES and variant not in IMPLS:
+        return library(bench, variant)[0](*qkv)
+    return dispatched(variant, *qkv, **options)
+
+
+def dispatched(variant: str, *qkv: Tensor, **options: Any) -> Tensor:
+    impl, num_splits = parsed(variant)
     out = hiar_kernels.attention(*qkv, **options, impl=impl, num_splits=num_splits)
     assert isinstance(out, Tensor)
     return out
 
 
 def visit(bench: Bench, z: Sizes) -> Work:
+    """A task; the dispatcher's table calls it so."""
     ring = [*range(2, z.window), 0, 1]  # wrapped
     return attend(bench, z, list(range(z.window - z.block, z.window)), ring, [], dense=True)
 
@@ -149,43 +144,23 @@ def constant_context(bench: Bench, z: Sizes) -> Work:
     return attend(bench, z, video, video, video)
 
 
-def unmasked(bench: Bench, z: Sizes, queries: int, keys: int) -> Work:
-    q = normal(bench, 1, queries, z.heads, z.head_dim)
-    k, v = (normal(bench, 1, keys, z.heads, z.head_dim) for _ in range(2))
+def dense(bench: Bench, z: Sizes, queries: int, keys: int) -> Work:
+    qkv = [bench.normal(1, n, z.heads, z.head_dim) for n in (queries, keys, keys)]
     flop = 4.0 * queries * keys * z.width
-
-    def run(way: str) -> Tensor:
-        direct = way in LIBRARIES and way not in IMPLS
-        return library(bench, way)(q, k, v) if direct else dispatched(way, q, k, v)
-
-    return Work([q, k, v], run, flop, 2.5 * flop)
+    return Work(qkv, lambda variant: unmasked(bench, variant, *qkv), flop, 2.5 * flop)
 
 
 def cross(bench: Bench, z: Sizes) -> Work:
     """A block's queries over the text."""
-    return unmasked(bench, z, z.block * z.frame_tokens, z.text_tokens)
+    return dense(bench, z, z.tokens, z.text_tokens)
 
 
 def bidirectional(bench: Bench, z: Sizes) -> Work:
     """A whole video over itself: teachers and critics."""
-    return unmasked(bench, z, z.window * z.frame_tokens, z.window * z.frame_tokens)
+    return dense(bench, z, z.window * z.frame_tokens, z.window * z.frame_tokens)
 
 
-def libraries(bench: Bench, absent: dict[str, str]) -> tuple[str, ...]:
-    """What the dispatcher does not have, of the libraries that can be had here; the others go into ``absent``."""
-    found = []
-    for name, (devices, _) in LIBRARIES.items():
-        if name in IMPLS or bench.device not in devices.split() or (name in FLEX and not bench.cuda):
-            continue
-        try:
-            library(bench, name)
-            found.append(name)
-        except (ImportError, AttributeError, OSError, RuntimeError) as error:  # told in the result
-            absent[name] = line_of(error)
-    return tuple(found)
-
-
-def flex_ways(bench: Bench, absent: dict[str, str]) -> tuple[str, ...]:
+def flex_variants(bench: Bench, absent: dict[str, str]) -> tuple[str, ...]:
     """FlexAttention with a block mask, by the backends that it has here."""
     if not bench.cuda:
         absent["flex with a block mask"] = "it compiles for about half a minute a case on a CPU: only on CUDA devices"
@@ -202,32 +177,24 @@ def table(bench: Bench, absent: dict[str, str], own: tuple[str, ...]) -> list[Op
     for impl in IMPLS:
         if impl in ("reference", BASELINE, *dispatch.OWN):
             continue
-        lacking = unavailable(impl, torch.device(bench.device))
-        if lacking is None:
+        if reason := unavailable(impl, torch.device(bench.device)):
+            absent[f"{impl} for attention"] = reason
+        else:
             impls.append(impl)
-        else:
-            absent[f"{impl} for attention"] = lacking
     # on CUDA the one of torch's that sdpa takes for a logsumexp is "flash"
-    hopper = []
-    if own:
-        lacking = gluon.unavailable(torch.device(bench.device))
-        if lacking is None:
-            hopper = ["gluon"]  # without gradient and context
-        else:
-            absent["gluon for attention"] = lacking
+    hopper = ["gluon"] if own else []  # without gradient and context
+    if own and (reason := gluon.unavailable(torch.device(bench.device))):
+        hopper, absent["gluon for attention"] = [], reason
     cut = [dispatch.way(impl, SPLITS) for impl in impls if impl not in own and not (bench.cuda and impl == BASELINE)]
-    direct, masked = libraries(bench, absent), flex_ways(bench, absent)
+    direct = tuple(available(bench, absent, leave_out=(*IMPLS, *(() if bench.cuda else FLEX))))
+    masked = flex_variants(bench, absent)
 
-    def op(make: Callable[[Bench, Sizes], Work], trained: bool, peers: tuple[str, ...], more: list[str]) -> Op:
-        name = make.__name__
-        ways = (*impls, *more, *peers)
-        return Op(f"attention: {name}", make, "flop", trained, ways, frozenset(peers), name)
-
-    return [
-        op(visit, False, direct, [*hopper, *cut]),
-        op(pair, False, masked, [*hopper, *cut]),
-        op(block_causal, True, masked, []),
-        op(constant_context, True, masked, []),
-        op(cross, True, direct, hopper),
-        op(bidirectional, True, direct, []),
-    ]
+    ops = []
+    for make, trained, peers, more in (
+        (visit, False, direct, [*hopper, *cut]), (pair, False, masked, [*hopper, *cut]),
+        (block_causal, True, masked, []), (constant_context, True, masked, []),
+        (cross, True, direct, hopper), (bidirectional, True, direct, []),
+    ):  # fmt: skip
+        name, variants = make.__name__, (*impls, *more, *peers)
+        ops.append(Op(f"attention: {name}", make, "flop", trained, variants, frozenset(peers), name))
+    return ops
