@@ -27,7 +27,7 @@ from hiar_model.train.config.reading import load_recipe
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted(ROOT.glob("docs/*.md")))]
 PAGES += ["hiar_model/toy/weights/README.md"]
 NEEDS = ("GPU", "published weights")  # what no test has

@@ -25,7 +25,7 @@ def test_the_examples_run():
 
 
 def test_it_is_the_published_method():
-    golden = load_file(Path(__file__).parent / "data" / "wan_tiny.safetensors")
+    golden = load_file(Path(__file__).parents[1] / "data" / "wan_tiny.safetensors")
     model = HiARTransformer(
         WanConfig(128, 256, 2, 3, freq_dim=64, text_dim=48, text_len=16, in_channels=4, out_channels=4)
     )
