@@ -98,7 +98,7 @@ class Rollout:
         self.execution, self.seed = execution, whole("seed", seed)
         self.video_ids = [whole("video_ids", n) for n in video_ids]
         self.batch = batch = len(self.video_ids)
-        height, width = (whole(f"latent_size, {s}", n, 1) for s, n in zip(("height", "width"), latent_size, strict=True))
+        height, width = (whole("latent_size", n, 1) for n in latent_size)
         self.shape = (wan.in_channels, height, width)
         grid = wan.grid(height, width)
         if num_latent_frames is None:

@@ -89,7 +89,7 @@ def sample_levels(
 
 
 def shift_tensor(sigma: Tensor, shift: float) -> Tensor:
-    """:func:`hiar_model.models.flow_schedule.shift_sigma` for a tensor."""
+    """:func:`hiar_model.config.shift_sigma` for a tensor."""
     return shift_sigma(sigma, shift)  # type: ignore[arg-type,return-value]
 
 
