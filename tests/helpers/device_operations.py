@@ -87,7 +87,7 @@ def launches(request: Request) -> Iterator[tuple[str, Launch]]:
     model.load_state_dict(weights, assign=True)
     text = torch.empty(1, request.text_tokens or 1, request.config.text_dim, dtype=request.dtype)
     rollout = request.rollout(model, text)
-    executor = rollout.executor
+    executor = rollout._executor
     executor.attend = _Attend
     executor.by_layout = False  # one graph for all blocks: visibility by frame ids on the device
     executor.texts.hold(model, text, text)

@@ -16,13 +16,13 @@ import pytest
 import safetensors.torch
 import small_toy
 import torch
+from runs import prepare
 from small_toy import BLOCK, FRAMES, PROMPT, SIDE, WINDOW
 
 import hiar_model
 from hiar_model import FlowSchedule, generate, load_video_model, stream
 from hiar_model.io.video import Video, save_png
 from hiar_model.models.registry import CONFIG, WEIGHTS, save_toy_model
-from hiar_model.pipelines.video_pipeline import Generation
 from hiar_model.toy.codec import ToyCodec
 
 pytestmark = pytest.mark.cpu
@@ -61,8 +61,9 @@ def test_what_is_saved_is_what_is_loaded(folder, model):
     for name, value in state.items():
         assert value.dtype == torch.float32 and torch.equal(value, tensors[f"transformer.{name}"].float()), name
     assert not any(p.requires_grad for p in model.transformer.parameters()) and not model.transformer.training
-    assert (model.frames_per_block, model.window_frames, model.num_frames, model.fps) == (BLOCK, WINDOW, FRAMES, 12)
-    assert model.schedule == FlowSchedule((1000, 500), 2.0)
+    form = model.rollout
+    assert (form.frames_per_block, form.window_frames, model.num_frames, model.fps) == (BLOCK, WINDOW, FRAMES, 12)
+    assert model.rollout.schedule == FlowSchedule((1000, 500), 2.0)
     codec = ToyCodec.fit(channels=8, frames=64)
     latents = torch.randn(1, 2, *model.latent_size)
     expected = codec.to_uint8(codec.decode(latents))[0].numpy()
@@ -164,10 +165,10 @@ def test_the_same_arguments_give_the_same_video(model, folder):
 
 
 def test_a_generation_that_is_dropped_gives_its_memory_back_at_once(model):
-    made = Generation(PROMPT, model=model, num_frames=FRAMES, on_progress=lambda *told: None)
+    made = prepare(PROMPT, model=model, num_frames=FRAMES, on_progress=lambda *told: None)
     for _ in made:
         pass
-    ring = weakref.ref(made.rollout.executor.cache.k[0])
+    ring = weakref.ref(made.rollout._executor.cache.k[0])
     gc.collect()  # what was imported on the way
     gc.disable()
     try:
@@ -285,10 +286,10 @@ def test_an_image_and_a_clip_to_go_on_from(model, tmp_path):
     assert [len(block) for block in blocks] == [1, BLOCK, BLOCK]
     assert (blocks[0][0] == first.frames[0]).all()
     Video(first.frames[:5], 12).save(tmp_path / "c.mp4", least_side=1)
-    run = Generation(PROMPT, model=model, extend=tmp_path / "c.mp4")
+    run = prepare(PROMPT, model=model, extend=tmp_path / "c.mp4")
     assert run.num_frames == 5 + FRAMES and [len(frames) for frames in run] == [5, *[BLOCK] * (FRAMES // BLOCK)]
     with pytest.raises(ValueError, match="behind 5 given frames: got 12, nearest 11 or 14"):
-        Generation(PROMPT, model=model, num_frames=12, extend=tmp_path / "c.mp4")
+        prepare(PROMPT, model=model, num_frames=12, extend=tmp_path / "c.mp4")
 
 
 def test_black_is_an_error(model):
@@ -349,15 +350,15 @@ def test_import_is_cheap():
 def test_a_model_is_rolled_out_as_it_was_trained(model, form, order, source):
     trained = dataclasses.replace(model, **form)
     video = hiar_model.generate(PROMPT, model=trained, seed=3)
-    assert (video.metadata["order"], video.metadata["cache_source"]) == (order, source)
+    assert [video.metadata["rollout"][name] for name in ("order", "kv_source")] == [order, source]
     # asked of the plan too: in a network of one layer lent keys are those of its own visits
-    plan = Generation(PROMPT, model=trained).rollout.plan
-    assert (plan.order, plan.cache_source) == (order, source)
+    plan = prepare(PROMPT, model=trained).rollout.plan
+    assert (plan.order, plan.kv_source) == (order, source)
     _, height, width = model.latent_size
+    form = RolloutConfig((1000, 500), 2.0, order, BLOCK, WINDOW, kv_source=source)
     rollout = hiar_model.Rollout(
-        model.transformer, model.encode_text(PROMPT), model.schedule, num_frames=FRAMES, height=height, width=width,
-        order=order, cache_source=source, frames_per_block=BLOCK, window_frames=WINDOW, seed=3,
-    )  # fmt: skip
+        model.transformer, model.encode_text(PROMPT), form, num_latent_frames=FRAMES, latent_size=(height, width), seed=3
+    )
     expected = [model.decoder().decode(block.latents) for block in rollout]
     assert (video.frames == np.concatenate(expected)).all()
     other = hiar_model.generate(PROMPT, model=trained, seed=3, order="stream" if order == "block_first" else order)

@@ -7,13 +7,14 @@ import json
 
 import pytest
 import torch
+from recorder import recorded
+from runs import make_rollout
 from tiny_model import MODEL, SIZE, TEXT
 
 from hiar_kernels import nvtx
 from hiar_model.cli import main
 from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.planning import profiling
-from hiar_model.rollout import Rollout
 from hiar_model.schedule.costs import LINKS, measured
 
 pytestmark = pytest.mark.cpu
@@ -99,7 +100,8 @@ def test_stage_times_feed_the_simulator(tmp_path, capsys):
 
 
 def test_a_warm_up_says_what_it_costs(capfd):
-    assert main(["warmup", *TOY, "--executor", "recorded"]) == 0
+    with recorded():
+        assert main(["warmup", *TOY, "--cuda-graph=true"]) == 0
     out = capfd.readouterr().out.splitlines()
     first, _, second = (line for line in out if "process" in line)
     assert first.startswith("cold start of this process: weights ") and second.startswith("cold start of this process")
@@ -134,7 +136,7 @@ def test_ranges_are_off_and_cost_no_object():
 
 def test_ranges_of_a_rollout():
     """generate > block > visit > layer > op, nested."""
-    rollout = Rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=6, order="stream", **SIZE)
+    rollout = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=6, order="stream", **SIZE)
     nvtx.enable()
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
