@@ -96,8 +96,8 @@ def test_what_is_no_change_is_not_proposed():
 
     assert "step_first" in proposed(order="wavefront") and "step_first" not in proposed()
     assert "step_first" not in proposed(order="block_first"), "another video"
-    assert "step_first" not in proposed(order="stream", cache_source="next_step")
-    assert "float8" in proposed() and "float8" not in proposed(cache_dtype="bfloat16")
+    assert "step_first" not in proposed(order="stream", kv_source="next_step")
+    assert "float8" in proposed() and "float8" not in proposed(kv_dtype="bfloat16")
     assert "text" in proposed() and "text" not in proposed(offload=("text",))
     assert "vae" in proposed(vae_dtype=None) and "vae" not in proposed()
     assert "--window-frames 12" in proposed() and "--window-frames 12" not in proposed(window_frames=12)

@@ -75,7 +75,7 @@ def test_the_least_traffic_of_pointwise_work():
     assert profiling.pointwise_bytes(deep, 5, 4) == 3 * 5 * 4 * (norms + residuals + rope + gelu)
 
 
-@pytest.mark.parametrize("options", [["--order", "wavefront", "--pairs", "true"], ["--order", "block_first"]], ids=str)
+@pytest.mark.parametrize("options", [["--order", "wavefront", "--fuse-cache-denoise", "true"], ["--order", "block_first"]], ids=str)
 def test_a_profile(capfd, options):
     assert main(["profile", *TOY, "--blocks", "1", *options]) == 0
     out = capfd.readouterr().out
@@ -117,7 +117,7 @@ def test_a_warm_up_says_what_it_costs(capfd):
         (["--height", "33"], "height and width must be multiples of 16, got 33x832"),
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, float64, got 'int8'"),
         (["--blocks", "0"], "--blocks must be a whole number of at least 1, got 0"),
-        ([*TOY, "--executor", "graph"], "executor='graph' needs a CUDA device"),
+        ([*TOY, "--cuda-graph", "true"], "cuda_graph=True needs a CUDA device"),
     ],
     ids=str,
 )

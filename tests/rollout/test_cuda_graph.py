@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from recorder import Recorder, _Reads
 from runs import make_rollout
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, run
 
@@ -15,7 +16,6 @@ import hiar_kernels
 from hiar_model.config import FlowSchedule
 from hiar_model.models.kv_cache import RingAttend
 from hiar_model.rollout import Rollout
-from recorder import Recorder, _Reads
 from hiar_model.rollout.noise import KeyedNoise
 from hiar_model.rollout.readback import Readback
 
