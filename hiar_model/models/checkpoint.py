@@ -44,7 +44,7 @@ _HEAD_DIM = 128  # of every published Wan model
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckpointInfo:
     """What a checkpoint is; ``str()`` of it is one line.
 
     layout      "native", "diffusers" or "training" (:mod:`hiar_model.models.key_mapping`)
@@ -92,7 +92,7 @@ def load_transformer(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    on_found: Callable[[Found], None] | None = None,
+    on_checkpoint: Callable[[CheckpointInfo], None] | None = None,
 ) -> HiARTransformer:
     """A transformer with the weights of a checkpoint, in eval mode.
 
@@ -109,15 +109,15 @@ def load_transformer(
             text_len and eps: those are WanConfig's defaults.
         dtype: of the weights; None: as in the file (the widest, should they differ).
         device: None: the CPU, where the file is mapped rather than read. "meta": the file is checked, no weight read.
-        on_found: called with what was found, before the tensors are read.
+        on_checkpoint: called with what was found, before the tensors are read.
 
     Raises:
         ValueError: one line: nothing there, not readable, another kind of model, keys missing or unexpected, a wrong
             shape (actual and expected), tensors that are no floating-point weights.
     """
     state, found = read_checkpoint(path, config)
-    if on_found is not None:
-        on_found(found)
+    if on_checkpoint is not None:
+        on_checkpoint(found)
     with torch.device("meta"):
         model = HiARTransformer(found.config)
     kept = reduce(torch.promote_types, found.dtypes)
@@ -128,7 +128,7 @@ def load_transformer(
     return model.to(device=device, dtype=dtype or kept).eval()
 
 
-def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[dict[str, Tensor], Found]:
+def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[dict[str, Tensor], CheckpointInfo]:
     """Native keys -> tensors, mapped rather than read where the format allows, and what they are.
 
     Arguments and errors are :func:`load_transformer`'s; exactly the tensors of a HiARTransformer are there.
@@ -149,7 +149,7 @@ def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
         expected = HiARTransformer(config).state_dict()
     check_keys(state, expected, source, spell)
     dtypes = [value.dtype for value in state.values()]
-    found = Found(
+    found = CheckpointInfo(
         layout=key_mapping.TRAINING if networks else key_mapping.DIFFUSERS if theirs else key_mapping.NATIVE,
         network=networks[0] if networks else None,
         others=tuple(networks[1:]),

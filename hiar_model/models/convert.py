@@ -17,7 +17,7 @@ from ..config import WanConfig
 from ..io.files import check_output, in_folder
 from ..io.weight_files import whole
 from . import key_mapping
-from .checkpoint import CONFIG_KEY, Found, file_header, read_checkpoint
+from .checkpoint import CONFIG_KEY, CheckpointInfo, file_header, read_checkpoint
 
 TARGETS = ("native", "diffusers", "pt")
 _WEIGHTS, _SIZES = "diffusion_pytorch_model.safetensors", "config.json"
@@ -27,8 +27,8 @@ _WEIGHTS, _SIZES = "diffusion_pytorch_model.safetensors", "config.json"
 class Converted:
     """What was read, what was written (found by reading it again), and the hash that both share."""
 
-    source: Found
-    target: Found
+    source: CheckpointInfo
+    target: CheckpointInfo
     sha256: str
 
 
@@ -48,7 +48,7 @@ def tensors_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def convert(
-    source: str | Path, target: str | Path, to: str, on_found: Callable[[Found, str], None] | None = None
+    source: str | Path, target: str | Path, to: str, on_checkpoint: Callable[[CheckpointInfo, str], None] | None = None
 ) -> Converted:
     """Write a transformer in another layout; every tensor keeps its numbers and its dtype.
 
@@ -62,7 +62,7 @@ def convert(
             ``WanTransformer3DModel.from_pretrained`` loads, the folder ``transformer`` of a pipeline; "pt": a training
             file as Self-Forcing and HiAR write it, {"generator": {"model.<native key>": tensor}}, which tells the
             sizes too.
-        on_found: called with what the source is and its hash, before anything is written.
+        on_checkpoint: called with what the source is and its hash, before anything is written.
 
     Raises:
         ValueError: one line: an unknown layout, a name that does not fit it, a target that exists, a source that
@@ -77,8 +77,8 @@ def convert(
         except ValueError as error:  # before the hash is made
             raise ValueError(f"{source}: {error}") from error
     before = tensors_sha256(state)
-    if on_found is not None:
-        on_found(found, before)
+    if on_checkpoint is not None:
+        on_checkpoint(found, before)
     with whole(target) as part:
         _write(state, found, part, to)
         again, written = read_checkpoint(part)
@@ -107,7 +107,7 @@ def _check_target(target: Path, to: str) -> Path:
     return target
 
 
-def _write(state: Mapping[str, Tensor], found: Found, part: Path, to: str) -> None:
+def _write(state: Mapping[str, Tensor], found: CheckpointInfo, part: Path, to: str) -> None:
     config = found.config
     state = {key: value.contiguous() for key, value in state.items()}
     if to == "pt":

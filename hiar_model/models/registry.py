@@ -84,7 +84,7 @@ def load_video_model(
     own_steps: Sequence[int] | None = None,
     offload: Sequence[str] = (),
     prompt_cache: str | os.PathLike[str] | None = None,
-    on_found: Callable[[str], None] | None = None,
+    on_checkpoint: Callable[[str], None] | None = None,
     on_stage: Callable[[str, int], None] | None = None,
 ) -> VideoModel:
     """A shipped model by name, or one from a folder: of Wan, original or diffusers, or of :func:`save_toy_model`.
@@ -92,7 +92,7 @@ def load_video_model(
     Args:
         device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of the weights and the work; None: float32, but bfloat16 for
             Wan.
-        checkpoint, steps, own_steps, offload, prompt_cache, on_found, on_stage: of :func:`.wan.load_wan`; the
+        checkpoint, steps, own_steps, offload, prompt_cache, on_checkpoint, on_stage: of :func:`.wan.load_wan`; the
             toy model takes none of them.
 
     Raises:
@@ -104,7 +104,7 @@ def load_video_model(
     if is_wan_folder(folder):
         return load_wan(
             folder, name=name, device=device, dtype=wanted, checkpoint=checkpoint, steps=steps, own_steps=own_steps,
-            offload=offload, prompt_cache=prompt_cache, on_found=on_found, on_stage=on_stage,
+            offload=offload, prompt_cache=prompt_cache, on_checkpoint=on_checkpoint, on_stage=on_stage,
         )  # fmt: skip
     for option, value in (("checkpoint", checkpoint), ("offload", offload), ("prompt_cache", prompt_cache)):
         if value:

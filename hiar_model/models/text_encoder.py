@@ -1,8 +1,8 @@
-"""Prompts to embeddings: Wan's UMT5 text encoder, from either published layout, with its cleaning and its 512 tokens.
+"""Prompts to embeddings: Wan's UMT5 text encoder, from either published layout, with Wan's prompt cleaning.
 
-The published code pads the tokens to 512, masks the padding, and sets what comes out there to zero. A masked token
-changes no other one, so only the prompt's own tokens are encoded and returned; the transformer counts what is missing
-up to its text_len as zeros (:meth:`hiar_model.HiARTransformer.text_kv`), which take part in cross-attention as there.
+Wan's code pads the tokens to 512, masks the padding and sets its embeddings to zero. A masked token changes no other
+one, so only the prompt's own tokens are encoded and returned. The transformer counts zeros for the missing ones
+(:meth:`hiar_model.HiARTransformer.embed_prompt`), which take part in cross-attention as in Wan's code.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from .vae_weights import library, load_vae
 if TYPE_CHECKING:
     from ..io.video import Frames
 
-__all__ = ["Pending", "StreamingDecoder", "StreamingEncoder", "decode_behind", "load_vae", "to_pixels"]
+__all__ = ["PendingFrames", "StreamingDecoder", "StreamingEncoder", "decode_behind", "load_vae", "to_pixels"]
 
 _UPSAMPLED_FROM_ZEROS = "Rep"  # what diffusers keeps for a temporal upsampling that has seen the first frame alone
 
@@ -101,7 +101,7 @@ class _Stream:
 
 
 @dataclass(frozen=True)
-class Pending:
+class PendingFrames:
     """Frames on their way to the host."""
 
     frames: Tensor
@@ -141,7 +141,7 @@ class StreamingDecoder(_Stream):
         """
         return self.submit(latents).result()
 
-    def submit(self, latents: Tensor) -> Pending:
+    def submit(self, latents: Tensor) -> PendingFrames:
         """:meth:`decode` that does not wait: work is queued, on CUDA, and the host goes on."""
         if latents.dim() != 5 or latents.shape[0] != 1:
             raise ValueError(f"latents must be [1, f, {self.vae.config.z_dim}, h, w], got {list(latents.shape)}")
@@ -150,11 +150,11 @@ class StreamingDecoder(_Stream):
             pixels = self._decode(x)[0].float()
             frames = ((pixels + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).contiguous()
             if self.device.type != "cuda":
-                return Pending(frames)
+                return PendingFrames(frames)
             host = torch.empty(frames.shape, dtype=torch.uint8, pin_memory=True).copy_(frames, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        return Pending(host, done)
+        return PendingFrames(host, done)
 
     def decode_float(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, f, C, h, w] -> pixels [B, F, 3, H, W] in [-1, 1], dtype and device of the VAE."""

@@ -22,7 +22,7 @@ import torch
 
 from ..common.checks import OFFLOAD
 from ..config import WAN, FlowSchedule, RolloutConfig
-from .checkpoint import Found, load_transformer
+from .checkpoint import CheckpointInfo, load_transformer
 from .convert import tensors_sha256
 from .experts import load_experts, parse_experts
 from .text_encoder import NATIVE_WEIGHTS, WEIGHTS, WanTextEncoder
@@ -52,7 +52,7 @@ def load_wan(
     own_steps: Iterable[int] | None = None,
     offload: Sequence[str] = (),
     prompt_cache: str | os.PathLike[str] | None = None,
-    on_found: Callable[[str], None] | None = None,
+    on_checkpoint: Callable[[str], None] | None = None,
     on_stage: Callable[[str, int], None] | None = None,
 ) -> VideoModel:
     """A :class:`VideoModel` of 480x832, 81 frames, 16 fps, 4 steps of shift 5, blocks of 3 in a window of 21; another
@@ -66,8 +66,8 @@ def load_wan(
         own_steps: of this process, where a pipeline shares the steps: it loads only their experts.
         offload: "text": the text encoder goes to the CPU when a prompt is read; "vae": the VAE works on the CPU.
         prompt_cache: folder of prompt embeddings, see :class:`WanTextEncoder`.
-        on_found: called with a line about each file of weights. on_stage: called with what is being read or encoded, in
-            words, and how many bytes of weights that are.
+        on_checkpoint: called with one line about each transformer that is loaded.
+        on_stage: called with what is being read or encoded, in words, and the bytes of its weights.
 
     Raises:
         ValueError: one line: a part that is missing, corrupt or misshaped, parts that do not fit each other.
@@ -94,7 +94,7 @@ def load_wan(
     windows: dict[tuple[int | None, int | None], str | os.PathLike[str]] = {}  # that config.json tells -> of which
 
     def load(path: str | os.PathLike[str]) -> HiARTransformer:
-        def check(found: Found) -> None:
+        def check(found: CheckpointInfo) -> None:
             channels, needed = vae.config.z_dim, (found.config.in_channels, found.config.out_channels)
             if needed != (channels, channels):
                 raise ValueError(
@@ -108,12 +108,12 @@ def load_wan(
                     f"experts: the config.json of {path} says window {found.window_frames} and sink "
                     f"{found.sink_frames}, that of {other} {window} and {sink}; steps share one window"
                 )
-            if on_found is not None:
-                on_found(str(found))
+            if on_checkpoint is not None:
+                on_checkpoint(str(found))
             if on_stage is not None:
                 on_stage("reading the transformer", found.nbytes)
 
-        return load_transformer(Path(path), dtype=dtype, device=device, on_found=check).requires_grad_(False)
+        return load_transformer(Path(path), dtype=dtype, device=device, on_checkpoint=check).requires_grad_(False)
 
     if files is None:
         experts, transformer = None, load(folder if checkpoint is None else checkpoint)  # type: ignore[arg-type]
@@ -131,8 +131,11 @@ def load_wan(
         transformer=transformer,
         experts=experts,
         rollout=RolloutConfig(
-            schedule.steps, schedule.shift, frames_per_block=WAN.frames_per_block,
-            window_frames=window or WAN.window_frames, sink_frames=sink or 0,
+            schedule.steps,
+            schedule.shift,
+            frames_per_block=WAN.frames_per_block,
+            window_frames=window or WAN.window_frames,
+            sink_frames=sink or 0,
         ),
         fps=WAN.fps,
         num_frames=WAN.num_frames,

@@ -56,7 +56,7 @@ def refusal(*args: object) -> str:
 def test_every_layout_into_every_other(published, tmp_path, source, to):
     want = tensors_sha256(wan_files.native_state())
     told = []
-    done = convert(published[source], tmp_path / NAMES[to], to, on_found=lambda *seen: told.append(seen))
+    done = convert(published[source], tmp_path / NAMES[to], to, on_checkpoint=lambda *seen: told.append(seen))
     assert told == [(done.source, want)] and done.sha256 == want
     assert [path.name for path in tmp_path.iterdir()] == [NAMES[to]]
     state, found = read_checkpoint(tmp_path / NAMES[to])

@@ -251,7 +251,7 @@ def test_first_frame_is_a_matter_of_names():
 def test_padding_is_one_key_with_a_count(tiny, golden):
     x, t, text = (golden[f"bidirectional.{name}"] for name in ("x", "t", "context"))
     padded = torch.cat([text, torch.zeros(1, 16 - text.shape[1], 48)], 1)
-    kv = tiny.text_kv(text)
+    kv = tiny.cross_attention_kv(text)
     assert kv.layers[0][0].shape == (1, 12, 2, 64) and kv.counts.tolist() == [[1.0] * 11 + [5.0]]
     close(tiny(x, t, text), tiny(x, t, padded), 5e-6)  # float32: 2e-6 by the order of summation
     exact = HiARTransformer(TINY).requires_grad_(False).double()
