@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from .atomic import temporary
 
 SESSION = "session.safetensors"  # in a folder that is given as a session
 FILE_OPTIONS = ("--model", "--checkpoint", "--image", "--extend", "--prompts", "--from-session")
@@ -40,14 +41,6 @@ def check_text(text: str, what: str) -> None:
     except UnicodeEncodeError as error:
         shown = text.encode("utf-8", "backslashreplace").decode()
         raise ValueError(f"{what} '{shown}' is not UTF-8 at character {error.start + 1}: give it in UTF-8") from error
-
-
-def temporary(target: Path, suffix: str = ".partial") -> Path:
-    """The name that a file is written under: in the same folder, so that a rename is all that is left to do, and short,
-    whatever the length of the target's own.
-    """
-    name = hashlib.blake2b(os.fsencode(target.name), digest_size=6).hexdigest()
-    return target.with_name(f".{name}.{os.getpid()}{suffix}")
 
 
 def check_output(path: str | os.PathLike[str], beside: Sequence[Path] = ()) -> Path:

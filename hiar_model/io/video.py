@@ -1,7 +1,7 @@
-"""Videos in memory and on disk: written frame by frame, under a temporary name until they are whole.
+"""Videos in memory and on disk, written frame by frame and atomically.
 
-What a path means: `name.mp4` is H.264, `name.gif` an endless animation, a path without a suffix or with a slash at its
-end a folder of PNG files. Beside a file, or inside a folder, lies a JSON record of how the video was made.
+The path chooses the format: `name.mp4` is H.264, `name.gif` an endless animation, a path without a suffix or with a
+slash at its end a folder of PNG files. Beside a file, or in the folder, lies a JSON record of how the video was made.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import html
 import json
 import math
 import os
-import shutil
 import tempfile
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,7 +28,8 @@ import numpy.typing as npt
 from av.filter import Graph
 
 from ..common.checks import number_above_0
-from .files import check_output, seen_from, temporary
+from .atomic import atomic_write, cannot_write, discard, publish, temporary
+from .files import check_output, seen_from
 
 Frames = npt.NDArray[np.uint8]
 """uint8 [F, H, W, 3], RGB."""
@@ -47,7 +47,20 @@ CHUNK = 16  # frames enlarged at once
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A finished video: ``frames`` uint8 [F, H, W, 3] RGB, ``fps``, ``metadata`` how it was made (as JSON takes it)."""
+    """A finished video.
+
+    Attributes:
+        frames: uint8 [F, H, W, 3], RGB.
+        fps: frames per second.
+        metadata: how it was made: what JSON can hold.
+
+    Raises:
+        ValueError: frames of another dtype or shape, no frames, an ``fps`` that is no finite number above 0.
+
+    >>> video = Video(np.zeros((24, 32, 48, 3), np.uint8), fps=12, metadata={"prompt": "night"})
+    >>> video, len(video)
+    (Video(24 frames of 48x32, 12 fps, 2.0 s, 'night'), 24)
+    """
 
     frames: Frames
     fps: float
@@ -67,17 +80,20 @@ class Video:
         return f"Video({count} frames of {width}x{height}, {self.fps:g} fps, {count / self.fps:.1f} s{about})"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the video as an .mp4 inside the page, and its one line below."""
+        """For notebooks: the video as an .mp4 inside the page, and its one-line description."""
         with tempfile.TemporaryDirectory() as folder:
             data = base64.b64encode(self.save(Path(folder, "video.mp4")).read_bytes()).decode()
         source = f"data:video/mp4;base64,{data}"
         return f'<video controls loop muted autoplay src="{source}"></video><br>{html.escape(repr(self))}'
 
     def save(self, path: str | os.PathLike[str], least_side: int = LEAST_SIDE) -> Path:
-        """Write as .mp4, .gif or a folder of PNGs with the record beside it; returns the path.
+        """Write as .mp4, .gif or a folder of PNGs, with the record beside it, and return the path.
+
+        Args:
+            least_side: smaller frames are enlarged until their short side has this many pixels; 1: never.
 
         Raises:
-            ValueError: what :func:`check_target` refuses; nothing is written then, nor after any other error.
+            ValueError: what :func:`check_target` refuses. OSError: it cannot be written. Nothing is left after either.
         """
         with VideoWriter(path, self.fps, self.metadata, least_side) as writer:
             for first in range(0, len(self.frames), CHUNK):
@@ -96,7 +112,7 @@ def is_folder_target(path: str | os.PathLike[str]) -> bool:
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
-    """The path as a `Path`, if a video can be written there. To be asked before any computation starts.
+    """The path as a `Path`, if a video can be written there; call it before any computation starts.
 
     An existing video file will be replaced; an existing folder must be empty.
 
@@ -106,7 +122,7 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     """
     target = Path(path)
     if not os.fspath(path) or not target.name:
-        raise ValueError(f"{os.fspath(path)!r} is no name for a video; {_legal()}")
+        raise ValueError(f"{os.fspath(path)!r} is not a file name for a video; {_legal()}")
     folder = is_folder_target(path)
     if not folder and target.suffix.lower() not in SUFFIXES:
         raise ValueError(f"cannot write {target}: unknown suffix {target.suffix!r}; {_legal()}")
@@ -127,20 +143,19 @@ def _record_path(target: Path, folder: bool) -> Path:
 
 
 class Encoder(Protocol):
-    """Takes the frames of one video, uint8 [H, W, 3] each, all of one size."""
+    """Encodes the frames of one video, uint8 [H, W, 3] each, all of one size."""
 
     def add(self, image: Frames) -> None:
         """The next frame."""
 
     def close(self) -> None:
-        """Writes what is pending; called once, also to give up."""
+        """Flush and close; called once, also to give up."""
 
 
 class VideoWriter:
-    """Context manager that writes a video as it comes; memory does not grow with it (except for .gif, see `_Gif`).
+    """Context manager that writes a video frame by frame; only .gif keeps the frames in memory until the end.
 
-    The target appears, whole and together with its record, when the block ends without an error. After an error or
-    Ctrl-C neither it nor anything else is left.
+    The video and its record appear when the block ends without an error. After an error or Ctrl-C nothing is left.
 
     Args:
         path: see :func:`check_target`, which is asked at once. fps: frames per second.
@@ -165,7 +180,7 @@ class VideoWriter:
         self.frames_written = 0
         self._size: tuple[int, ...] | None = None
         self._encoder: Encoder | None = None
-        self._partials = (temporary(self.path), temporary(_record_path(self.path, False)))
+        self._partial = temporary(self.path)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -186,12 +201,11 @@ class VideoWriter:
         self.frames_written += len(frames)
 
     def _open(self, height: int, width: int, enlarged: bool) -> Encoder:
-        partial = self._partials[0]
         if self.folder:
-            return _Pngs(partial)
+            return _Pngs(self._partial)
         if self.path.suffix.lower() == ".gif":
-            return _Gif(partial, self.fps, height, width)
-        return _Mp4(partial, self.fps, height, width, quick=enlarged)
+            return _Gif(self._partial, self.fps, height, width)
+        return _Mp4(self._partial, self.fps, height, width, quick=enlarged)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -208,29 +222,23 @@ class VideoWriter:
         encoder, self._encoder = self._encoder, None
         with self._named():
             encoder.close()
-        partial, partial_record = self._partials
-        record, failed = _record_path(self.path, self.folder), ""
         text = json.dumps(self._record(), indent=2, ensure_ascii=False) + "\n"
-        try:
-            partial_record.write_bytes(text.encode("utf-8", "backslashreplace"))  # as JSON escapes what is no text
-        except OSError as error:  # the video is whole: it stays, and no older record beside it
-            failed = error.strerror or str(error)
         with self._named():
-            if self.folder and self.path.is_dir():
-                self.path.rmdir()  # empty, or check_target would have refused it
-            os.replace(partial, self.path)
-        if failed:
-            record.unlink(missing_ok=True)
-            raise OSError(f"{self.path} is whole, but its record {record} cannot be written: {failed}")
-        os.replace(partial_record, record)
+            publish(self._partial, self.path)
+        record = _record_path(self.path, self.folder)
+        try:
+            atomic_write(record, text.encode("utf-8", "backslashreplace"))  # lone surrogates, as JSON escapes them
+        except OSError as error:
+            record.unlink(missing_ok=True)  # of the video that was replaced
+            raise OSError(f"{self.path} is complete, but without its record: {error}") from error
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """What goes wrong, such as a full disk, is said of the video, not of its temporary name."""
+        """Errors such as a full disk name the video, not its temporary name."""
         try:
             yield
         except OSError as error:
-            raise OSError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise cannot_write(self.path, error) from error
 
     def _record(self) -> dict[str, Any]:
         import shlex
@@ -244,17 +252,12 @@ class VideoWriter:
         return record
 
     def _discard(self) -> None:
-        """Remove whatever has a temporary name; after a success that is nothing."""
+        """Close the encoder and remove the temporary file or folder, if there still is one."""
         if self._encoder is not None:
             encoder, self._encoder = self._encoder, None
             with suppress(Exception):
                 encoder.close()
-        for partial in self._partials:
-            if partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                with suppress(OSError):
-                    partial.unlink(missing_ok=True)
+        discard(self._partial)
 
 
 class _Mp4:
@@ -371,14 +374,9 @@ def encode_png(image: Frames) -> bytes:
 
 
 def save_png(image: Frames, path: str | os.PathLike[str]) -> None:
-    """Write an image uint8 [H, W, 3] as .png, under a temporary name first."""
+    """Write an image uint8 [H, W, 3] as .png, atomically."""
     _check_frames(image[None])
-    partial = temporary(Path(path))
-    try:
-        partial.write_bytes(encode_png(image))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    atomic_write(path, encode_png(image))
 
 
 def upscale(frames: Frames, least_side: int = LEAST_SIDE) -> Frames:

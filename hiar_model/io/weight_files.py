@@ -1,20 +1,18 @@
-"""Files of weights: which ones a path means, what they hold, and how a new one appears whole or not at all."""
+"""Weight files: which files a path means, and reading and checking their tensors."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from .files import refuse_stand_in, temporary
+from .files import refuse_stand_in
 
 PICKLES = (".pth", ".pt")
 INDEX = ".safetensors.index.json"
@@ -154,27 +152,6 @@ def check_keys(
             break
     if problems:
         raise ValueError(f"{source}: {'; '.join(problems)}")
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A temporary name of the same suffix in the same folder; it becomes the target's if all goes well, and else leaves
-    nothing.
-
-    Raises:
-        OSError: one line, also where a library reports a full disk in its own way.
-    """
-    part = temporary(target, f".part{target.suffix}")
-    try:
-        yield part
-        part.replace(target)
-    except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{target} is not written: {str(error).splitlines()[0]}") from error
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:

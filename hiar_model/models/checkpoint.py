@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..common.settings import own_settings
 from ..config import SHIPPED, WanConfig
+from ..io.atomic import atomic
 from ..io.files import check_output
 from ..io.weight_files import (
     add_tensors,
@@ -30,7 +31,6 @@ from ..io.weight_files import (
     renamed,
     some,
     weight_files,
-    whole,
 )
 from . import key_mapping
 from .transformer import HiARTransformer
@@ -178,8 +178,8 @@ def save_transformer(model: HiARTransformer, path: str | Path) -> None:
         raise ValueError(f"{target}: weights are written as .safetensors, got {target.suffix or 'no suffix'!r}")
     check_output(target)
     state = {key_mapping.plain(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with whole(target) as part:
-        save_file(state, part, file_header(model.config))
+    with atomic(target) as partial:
+        save_file(state, partial, file_header(model.config))
 
 
 def file_header(config: WanConfig) -> dict[str, str]:

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import WanConfig
+from ..io.atomic import atomic
 from ..io.files import check_output, in_folder
-from ..io.weight_files import whole
 from . import key_mapping
 from .checkpoint import CONFIG_KEY, CheckpointInfo, file_header, read_checkpoint
 
@@ -79,16 +79,16 @@ def convert(
     before = tensors_sha256(state)
     if on_checkpoint is not None:
         on_checkpoint(found, before)
-    with whole(target) as part:
-        _write(state, found, part, to)
-        again, written = read_checkpoint(part)
+    with atomic(target) as partial:
+        _write(state, found, partial, to)
+        again, written = read_checkpoint(partial)
         after = tensors_sha256(again)
         if after != before:
             raise ValueError(f"{target} is not kept: its tensors hash to {after}, those of {source} to {before}")
         for name in (f.name for f in fields(WanConfig)):
             if (is_now := getattr(written.config, name)) != (was := getattr(found.config, name)):
                 raise ValueError(f"{target} is not kept: it says {name} {is_now}, {source} says {was}")
-        files = tuple(target if file == part else target / file.relative_to(part) for file in written.files)
+        files = tuple(target if file == partial else target / file.relative_to(partial) for file in written.files)
     return Converted(found, replace(written, files=files), before)
 
 

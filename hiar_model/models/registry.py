@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from ..common.settings import own_settings
 from ..config import SHIPPED, RolloutConfig, WanConfig
+from ..io.atomic import atomic, atomic_write
 from ..io.files import refuse_stand_in
 from ..io.video import Frames
 from ..toy.codec import ToyCodec
@@ -279,17 +279,14 @@ def save_toy_model(
     # What cannot be loaded must not be written.
     text = json.dumps(settings, indent=2) + "\n"
     _build(str(target), json.loads(text), tensors, "", torch.device("cpu"), torch.float32)
+    files = {WEIGHTS: pack_tensors(tensors), CONFIG: text.encode()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir()
-        (partial / WEIGHTS).write_bytes(pack_tensors(tensors))
-        (partial / CONFIG).write_text(text, encoding="utf-8")
-        if target.is_dir():
-            for name in (WEIGHTS, CONFIG):
-                os.replace(partial / name, target / name)
-        else:
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if target.is_dir():
+        for name, content in files.items():
+            atomic_write(target / name, content)
+    else:
+        with atomic(target) as partial:
+            partial.mkdir()
+            for name, content in files.items():
+                (partial / name).write_bytes(content)
     return target

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..io.atomic import atomic
 from ..io.files import refuse_stand_in
 from ..io.weight_files import (
     add_tensors,
@@ -36,7 +37,6 @@ from ..io.weight_files import (
     renamed,
     some,
     weight_files,
-    whole,
 )
 from . import key_mapping
 
@@ -241,10 +241,10 @@ class WanTextEncoder:
         if self._cache is None:
             return
         try:
-            with whole(self._cache / f"{name}.safetensors") as part:
-                save_file({"embedding": embedding.cpu().contiguous()}, part, {"format": "pt", "prompt": clean})
+            with atomic(self._cache / f"{name}.safetensors") as partial:
+                save_file({"embedding": embedding.cpu().contiguous()}, partial, {"format": "pt", "prompt": clean})
         except OSError as error:
-            warnings.warn(f"the prompt's embedding is not kept: {error}", stacklevel=3)
+            warnings.warn(f"the prompt's embedding is not cached: {error}", stacklevel=3)
 
 
 def load_umt5(

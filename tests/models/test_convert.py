@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_nothing(published, tmp_path, monkeypatch, to, writer
         monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError) as refused:
         convert(published["original"], tmp_path / NAMES[to], to)
-    assert str(refused.value) == f"{tmp_path / NAMES[to]} is not written: PytorchStreamWriter failed writing file"
+    assert str(refused.value) == f"cannot write {tmp_path / NAMES[to]}: PytorchStreamWriter failed writing file"
     assert not list(tmp_path.iterdir())
 
 

@@ -264,8 +264,8 @@ def test_padding_is_one_key_with_a_count(tiny, golden):
 
 
 @pytest.mark.parametrize(("length", "width"), [(17, 48), (4, 47)])
-def test_a_text_of_a_wrong_size_is_refused(tiny, golden, length, width):
-    with pytest.raises(ValueError, match=rf"text must be \[B, at most 16, 48\], got \[1, {length}, {width}\]"):
+def test_prompt_embeds_of_a_wrong_size_are_refused(tiny, golden, length, width):
+    with pytest.raises(ValueError, match=rf"prompt_embeds must be \[B, at most 16, 48\], got \[1, {length}, {width}\]"):
         tiny(golden["bidirectional.x"], golden["bidirectional.t"], torch.zeros(1, length, width))
 
 
