@@ -307,7 +307,7 @@ def test_measured_costs_are_of_each_window():
 
 
 def test_pairs_where_they_are_faster():
-    """Alone a pair need only be cheaper than its visits; behind other ranks a block waits for its pair."""
+    """Alone a pair need only be cheaper than its tasks; behind other ranks a block waits for its pair."""
     from dataclasses import replace
 
     plan, costs = Plan(4, "stream", 3, window_frames=(9,) * 4), unit_costs()

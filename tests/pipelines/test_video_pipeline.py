@@ -353,7 +353,7 @@ def test_a_model_is_rolled_out_as_it_was_trained(model, form, order, source):
     trained = dataclasses.replace(model, rollout=dataclasses.replace(model.rollout, **form))
     video = hiar_model.generate(PROMPT, model=trained, seed=3)
     assert [video.metadata["rollout"][name] for name in ("order", "kv_source")] == [order, source]
-    # asked of the plan too: in a network of one layer lent keys are those of its own visits
+    # asked of the plan too: in a network of one layer lent keys are those of its own tasks
     plan = prepare(PROMPT, model=trained).rollout.plan
     assert (plan.order, plan.kv_source) == (order, source)
     _, height, width = model.latent_size

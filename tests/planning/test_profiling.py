@@ -135,7 +135,7 @@ def test_ranges_are_off_and_cost_no_object():
 
 
 def test_ranges_of_a_rollout():
-    """generate > block > visit > layer > op, nested."""
+    """generate > block > task > layer > op, nested."""
     rollout = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=6, order="stream", **SIZE)
     nvtx.enable()
     try:
