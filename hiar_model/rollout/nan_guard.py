@@ -60,7 +60,7 @@ class NaNGuard:
 
     Attributes:
         unchecked: denoise tasks whose flags nobody has asked for. sent: those whose flags are on their way, what
-            each of them was given, and the flags. quarantined: latents that a second look may still need, and that nobody
+            each of them was given, and the flags. quarantined: latents that a second look may still need and nobody
             else does.
     """
 

@@ -234,7 +234,8 @@ def cases(target: Path) -> None:
     dist.broadcast_object_list(folder)
     found = {"parity": parity(groups), "splits": splits(groups), "resumed": resumed(groups, Path(folder[0]) / "run")}
     video = rollout(MODEL, None, TEXT, FlowSchedule.uniform(2), num_frames=6, executor="pipeline",
-                    mesh=DeviceMesh.from_group(pair, "cpu", mesh_dim_names=("step",)), **SIZE) if rank < 2 else None  # fmt: skip
+                    mesh=DeviceMesh.from_group(pair, "cpu", mesh_dim_names=("step",)),
+                    **SIZE) if rank < 2 else None  # fmt: skip
     found["rollout"] = None if video is None else list(video.shape)
     found["endless"] = endless(dist.new_group([0, 1])) if rank < 2 else dist.new_group([0, 1]) and None
     errors = (float("nan"), MemoryError("no more"), ZeroDivisionError("division by zero"))

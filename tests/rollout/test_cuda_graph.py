@@ -36,7 +36,8 @@ WALKS = [
 
 def made(executor: str, num_frames: int | None = 18, **options) -> Rollout:
     text = options.pop("text", TEXT)
-    return make_rollout(MODEL, text, FlowSchedule.uniform(4), num_frames=num_frames, executor=executor, **SIZE, **options)
+    options = {"num_frames": num_frames, "executor": executor, **SIZE, **options}
+    return make_rollout(MODEL, text, FlowSchedule.uniform(4), **options)
 
 
 def latents(rollout: Rollout) -> torch.Tensor:

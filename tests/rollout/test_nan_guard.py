@@ -174,7 +174,8 @@ def test_a_visit_that_went_wrong_is_repeated_with_the_reference_ops(order, optio
         return (torch.full_like(out, NAN) if count[0] % 3 == 1 else out), lse
 
     monkeypatch.setattr(attention_api.library, "attend", sometimes)
-    made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=12, window_frames=7, order=order, on_nan="retry",
+    made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=12, window_frames=7, order=order,
+                        on_nan="retry",
                    **SIZE, **options)  # fmt: skip
     launched = made._executor._launch
 

@@ -285,7 +285,8 @@ def test_memory_of_an_endless_stream_is_flat():
     before = [t.data_ptr() for t in cache.k]
     kept = set()
     for block in itertools.islice(made, 667):
-        kept.add((len(made._executor.latents), len(made._executor.texts.entries), len(made._executor.nan_guard.unchecked)))
+        executor = made._executor
+        kept.add((len(executor.latents), len(executor.texts.entries), len(executor.nan_guard.unchecked)))
     assert block.first_frame == 1998
     assert len(kept) == 1
     assert [t.data_ptr() for t in cache.k] == before
