@@ -142,7 +142,7 @@ def _record_path(target: Path, folder: bool) -> Path:
     return target / FOLDER_RECORD if folder else target.with_name(target.name + ".json")
 
 
-class Encoder(Protocol):
+class FrameEncoder(Protocol):
     """Encodes the frames of one video, uint8 [H, W, 3] each, all of one size."""
 
     def add(self, image: Frames) -> None:
@@ -158,10 +158,14 @@ class VideoWriter:
     The video and its record appear when the block ends without an error. After an error or Ctrl-C nothing is left.
 
     Args:
-        path: see :func:`check_target`, which is asked at once. fps: frames per second.
-        metadata: for the record. A "command" in it (a list of words) becomes the command line that repeats the video
-            where it is run in the folder of the video.
-        least_side: frames with a shorter side are enlarged, see :func:`upscale`; 1 leaves them as they are.
+        path: checked at once by :func:`check_target`. fps: frames per second.
+        metadata: for the record. A "command" in it (a list of words) becomes a command line that, run in the video's
+            folder, makes the video again.
+        least_side: frames with a shorter side are enlarged, see :func:`upscale`; 1: never.
+
+    Raises:
+        ValueError: what :func:`check_target` refuses, an illegal rate, frames of different sizes, no frames at all.
+        OSError: the video, or only its record, cannot be written.
     """
 
     def __init__(
@@ -179,7 +183,7 @@ class VideoWriter:
             raise ValueError(f"a .gif has at most {GIF_FASTEST:g} fps, got {fps:g}; use .mp4 or a folder of PNG files")
         self.frames_written = 0
         self._size: tuple[int, ...] | None = None
-        self._encoder: Encoder | None = None
+        self._encoder: FrameEncoder | None = None
         self._partial = temporary(self.path)
 
     def __enter__(self) -> VideoWriter:
@@ -200,12 +204,12 @@ class VideoWriter:
                 self._encoder.add(image)
         self.frames_written += len(frames)
 
-    def _open(self, height: int, width: int, enlarged: bool) -> Encoder:
+    def _open(self, height: int, width: int, enlarged: bool) -> FrameEncoder:
         if self.folder:
-            return _Pngs(self._partial)
+            return _PngEncoder(self._partial)
         if self.path.suffix.lower() == ".gif":
-            return _Gif(self._partial, self.fps, height, width)
-        return _Mp4(self._partial, self.fps, height, width, quick=enlarged)
+            return _GifEncoder(self._partial, self.fps, height, width)
+        return _Mp4Encoder(self._partial, self.fps, height, width, quick=enlarged)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -260,10 +264,10 @@ class VideoWriter:
         discard(self._partial)
 
 
-class _Mp4:
-    """H.264 (MPEG-4 part 2 where the build of FFmpeg has no x264), yuv420p: what every player and browser shows.
+class _Mp4Encoder:
+    """H.264 (MPEG-4 part 2 if FFmpeg was built without x264) in yuv420p, which every player and browser shows.
 
-    ``quick`` for enlarged frames, which are smooth: x264 takes half of its time for a file as large, 0.3 dB from it.
+    ``quick``: for enlarged frames, which are smooth: half of x264's time for a file of the same size, 0.3 dB worse.
     """
 
     def __init__(self, path: Path, fps: float, height: int, width: int, *, quick: bool = False) -> None:
@@ -296,10 +300,8 @@ class _Mp4:
             self.container.close()
 
 
-class _Gif:
-    """One palette for the whole animation, so that nothing flickers. It is known at the end only: frames are kept until
-    then, unlike with the other formats.
-    """
+class _GifEncoder:
+    """One palette for the whole animation, so that nothing flickers. FFmpeg keeps all frames until the end for that."""
 
     def __init__(self, path: Path, fps: float, height: int, width: int) -> None:
         self.tick, self.fps, self.count = Fraction(1, GIF_TICKS), fps, 0
@@ -335,7 +337,7 @@ class _Gif:
             self.container.close()
 
 
-class _Pngs:
+class _PngEncoder:
     """frame_00000.png, frame_00001.png, ... in a folder."""
 
     def __init__(self, path: Path) -> None:
@@ -351,8 +353,8 @@ class _Pngs:
 
 
 def source_matrix(frame: Any) -> str | None:
-    """The colour matrix to read a decoded frame by, where it names none itself; None: go by the frame."""
-    unspecified = frame.colorspace in (0, 2) and not frame.format.is_rgb  # 0 is RGB's, but some files say it of YUV
+    """The colour matrix of a decoded frame that names none itself; None: use the frame's."""
+    unspecified = frame.colorspace in (0, 2) and not frame.format.is_rgb  # 0 means RGB, but some YUV files have it
     if not unspecified or len(frame.planes) < 3:
         return None
     return _matrix(frame.height)
@@ -380,10 +382,9 @@ def save_png(image: Frames, path: str | os.PathLike[str]) -> None:
 
 
 def upscale(frames: Frames, least_side: int = LEAST_SIDE) -> Frames:
-    """Frames [F, H, W, 3], enlarged by the smallest whole factor that makes both sides at least ``least_side`` pixels.
+    """Enlarge frames [F, H, W, 3] by the smallest whole factor that makes both sides at least ``least_side`` pixels.
 
-    Bicubic, so that a small model's smooth edges stay smooth. Large enough frames come back as they are. The weights of
-    the neighbours stand in one matrix for each axis: two matrix products take a sixth of torch's interpolation.
+    Bicubic, as one matrix product for each axis, which takes a sixth of the time of torch's interpolation.
     """
     factor = math.ceil(least_side / min(frames.shape[1:3]))
     if factor <= 1:
@@ -398,7 +399,7 @@ def upscale(frames: Frames, least_side: int = LEAST_SIDE) -> Frames:
 
 @functools.lru_cache(maxsize=8)
 def _bicubic(size: int, factor: int) -> Any:
-    """float32 [size * factor, size]: what each old pixel of a line gives to the new ones."""
+    """Interpolation matrix of one axis, float32 [size * factor, size]."""
     import torch
 
     lines = torch.eye(size, dtype=torch.float32)[None, None]
@@ -407,8 +408,8 @@ def _bicubic(size: int, factor: int) -> Any:
 
 
 def contact_sheet(frames: Frames | Iterable[Frames], columns: int, gap: int = 2, colour: int = 255) -> Frames:
-    """One image uint8 [H', W', 3] of frames uint8 [F, H, W, 3] in reading order, ``gap`` pixels of grey ``colour``
-    between and around them; places that stay empty have that colour too.
+    """Arrange frames uint8 [F, H, W, 3] in reading order in one image uint8 [H', W', 3], on a grey ``colour``, with
+    ``gap`` pixels between and around them.
     """
     images = np.asarray(frames if isinstance(frames, np.ndarray) else list(frames))
     _check_frames(images)

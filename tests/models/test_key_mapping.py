@@ -270,8 +270,8 @@ def test_a_config_of_other_heads_is_used_as_told(published, tmp_path):
     ("index", "message"),
     [
         ({"_class_name": "FluxPipeline"}, "model_index.json: describes a FluxPipeline, expected a WanPipeline"),
-        ({"_class_name": "WanPipeline", "transformer": [None, None]}, "no folder transformer beside it"),
-        ({"_class_name": "WanPipeline", "transformer": ["diffusers", "X"]}, "no folder transformer beside it"),
+        ({"_class_name": "WanPipeline", "transformer": [None, None]}, "no folder transformer"),
+        ({"_class_name": "WanPipeline", "transformer": ["diffusers", "X"]}, "no folder transformer"),
         (
             {"_class_name": "WanPipeline", "transformer": ["diffusers", "X"], "transformer_2": ["diffusers", "X"]},
             "holds two experts; give the path of one: ",
