@@ -136,8 +136,8 @@ def test_training_checkpoints(tmp_path, weights, network, rename):
 def test_dtype_and_device(tmp_path, weights):
     narrow = {key: value.to(torch.bfloat16) for key, value in weights.items()}
     path = write(tmp_path / "w.safetensors", narrow)
-    kept = load_transformer(path, CONFIG)
-    assert same(kept, narrow) and {p.dtype for p in kept.parameters()} == {torch.bfloat16}
+    saved = load_transformer(path, CONFIG)
+    assert same(saved, narrow) and {p.dtype for p in saved.parameters()} == {torch.bfloat16}
     wide = load_transformer(path, CONFIG, dtype=torch.float32, device="cpu")
     assert same(wide, {key: value.float() for key, value in narrow.items()})
     assert all(p.is_meta for p in load_transformer(path, CONFIG, device="meta").parameters())
@@ -155,9 +155,9 @@ def test_config_by_argument_header_file_and_shapes(tmp_path, weights):
     ours = dataclasses.replace(CONFIG, num_heads=2)
     (tmp_path / "config.json").write_text(json.dumps(ours.to_dict()))
     assert load_transformer(path).config == ours
-    told = dataclasses.replace(CONFIG, num_heads=8)
-    save_transformer(load_transformer(path, told), path)
-    assert load_transformer(path).config == told
+    config = dataclasses.replace(CONFIG, num_heads=8)
+    save_transformer(load_transformer(path, config), path)
+    assert load_transformer(path).config == config
     assert load_transformer(path, ours).config == ours
 
 
