@@ -216,7 +216,7 @@ def test_a_state_goes_on_bit_for_bit():
     with pytest.raises(ValueError, match=r"k\.0 must be torch.float32 .* got torch.float8_e4m3fn"):
         fresh(kv_dtype=None)._executor.cache.load_state_dict(state["cache"])
     del state["cache"]["k_scale.1"]
-    with pytest.raises(ValueError, match=r"k_scale\.1 must be torch.float32 \[3, 1, 6, 2\], got missing"):
+    with pytest.raises(ValueError, match=r"k_scale\.1 must be torch.float32 \[3, 1, 6, 2\], got nothing"):
         again._executor.cache.load_state_dict(state["cache"])
 
 
