@@ -316,4 +316,4 @@ def test_shapes_that_tell_too_little(tmp_path, weights):
     odd = {**weights, "patch_embedding.weight": torch.zeros(100, 3, 1, 2, 2)}
     assert "dim 100 is no multiple of 128: pass config=" in refusal(write(path, odd))
     line = refusal(write(path, {"decoder.conv.weight": torch.zeros(3)}))
-    assert line.endswith("no Wan transformer: no key tells dim, ffn_dim, num_layers; its keys: decoder.conv.weight")
+    assert line.endswith("no Wan transformer: no key gives dim, ffn_dim, num_layers; its keys: decoder.conv.weight")

@@ -469,7 +469,9 @@ def test_wrong_folders_are_named(folder, tmp_path):
         config.write_text(text)
         assert said(lambda: load_vae(tmp_path)).startswith(f"{config}: {message}")
     config.write_text(json.dumps({**json.loads(good), "base_dim": 16}))
-    assert f"{weights}: encoder.conv_in.weight is [8, 3, 3, 3, 3], expected [16, " in said(lambda: load_vae(tmp_path))
+    assert f"{weights}: wrong shape: encoder.conv_in.weight is [8, 3, 3, 3, 3], expected [16, " in said(
+        lambda: load_vae(tmp_path)
+    )
 
 
 def test_another_activation_is_not_fused(folder, own):
