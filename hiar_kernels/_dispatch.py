@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-KNOWN_IMPLS = ("auto", "reference", "sdpa", "triton", "cuda")
+KNOWN_IMPLS = (
+    "auto", "reference", "sdpa", "cudnn", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "triton", "gluon",
+    "cuda",
+)  # fmt: skip
 
 
 def require(condition: bool, message: str) -> None:
@@ -45,13 +48,19 @@ def taken() -> Iterator[list[tuple[str, str]]]:
         _taken = before
 
 
-def choose(op: str, impl: str, available: tuple[str, ...], auto: str) -> str:
-    """The implementation to run: "auto" is resolved, anything else must exist: never a silent fallback."""
+def resolve(op: str, impl: str, available: tuple[str, ...], auto: str) -> str:
+    """The implementation that ``impl`` stands for: "auto" is resolved, anything else must exist."""
     if impl == "auto":
-        impl = auto if _preferred is None or _preferred not in available else _preferred
-    elif impl not in available:
+        return auto if _preferred is None or _preferred not in available else _preferred
+    if impl not in available:
         kind = "has no implementation" if impl in KNOWN_IMPLS else "knows no impl"
         raise ValueError(f"{op}: {kind} {impl!r}; legal: auto, {', '.join(available)}")
+    return impl
+
+
+def choose(op: str, impl: str, available: tuple[str, ...], auto: str) -> str:
+    """:func:`resolve` for a call that is about to run, which :func:`taken` lists."""
+    impl = resolve(op, impl, available, auto)
     if _taken is not None:
         _taken.append((op, impl))
     return impl

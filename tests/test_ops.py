@@ -336,3 +336,27 @@ def test_backends_say_what_is_chosen_and_why():
         assert "reference" in choice.implementations
     assert found.devices[0] == "cpu" and found.libraries["torch"] == torch.__version__
     assert all(f"{name}: auto = " in str(found) for name in CALLS)
+
+
+def test_every_implementation_can_be_preferred():
+    """By the name that an explicit ``impl`` takes; ops without it go on by themselves."""
+    names = {impl for choice in hk.backends().ops.values() for impl in choice.implementations}
+    assert names >= {"cudnn", "flash", "flash-attn-3", "gluon"}
+    for impl in sorted(names):
+        with hk.prefer(impl):
+            if impl in ("reference", "sdpa", "cuda"):  # attention has no "cuda"
+                CALLS["attention"]("auto")
+            else:
+                assert f"impl={impl!r}" in refusal(lambda: CALLS["attention"]("auto"))
+    with pytest.raises(ValueError, match="unknown impl 'cudn'; known: auto, reference, sdpa, cudnn"), hk.prefer("cudn"):
+        pass
+
+
+def test_only_what_ran_was_taken():
+    """A question about what would run is not a call."""
+    q = normal(1, 4, 1, 2, grad=False)
+    with hk.taken() as calls:
+        hk.takes_layout(q, BlockCausal(2, 1)), hk.takes_schedule(q, q, BlockCausal(2, 1))
+        assert calls == []
+        hk.attention(q, q, q)
+    assert calls == [("attention", "sdpa")]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _triton
-from .._dispatch import choose, require
+from .._dispatch import choose, require, resolve
 from . import gluon, library, ops, reference, table
 from .layout import AttentionLayout, attention_layout
 from .mask import BlockCausal, KVContext
@@ -151,7 +151,7 @@ def takes_layout(q: Tensor, mask: BlockCausal) -> bool:
     """
     layout = AttentionLayout(mask.frame_tokens, ())
     chosen = table.choose(q, q, q, mask, None, None, layout, False, False).impl
-    return choose("attention", "auto", IMPLS, auto=chosen) in library.LIBRARIES
+    return resolve("attention", "auto", IMPLS, auto=chosen) in library.LIBRARIES
 
 
 def takes_schedule(q: Tensor, k: Tensor, mask: BlockCausal) -> bool:
@@ -159,7 +159,7 @@ def takes_schedule(q: Tensor, k: Tensor, mask: BlockCausal) -> bool:
     keys, without gradient: one made ahead then serves every layer.
     """
     chosen = table.choose(q, k, k, mask, None, None, None, False, False).impl
-    return choose("attention", "auto", IMPLS, auto=chosen) == "gluon"
+    return resolve("attention", "auto", IMPLS, auto=chosen) == "gluon"
 
 
 def _trains(q: Tensor, k: Tensor, v: Tensor, context: KVContext | None) -> bool:
