@@ -13,6 +13,7 @@ from .attention import (
     attention,
     attention_layout,
     attention_schedule,
+    attention_with_lse,
     takes_layout,
     takes_schedule,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "attention",
     "attention_layout",
     "attention_schedule",
+    "attention_with_lse",
     "backends",
     "flow_step",
     "gated_residual",

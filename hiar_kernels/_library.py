@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 LIBRARY = torch.library.Library("hiar", "DEF")
 _Outputs = tuple[Tensor, ...]
+_Value = TypeVar("_Value")
 _Call = TypeVar("_Call", bound=Callable[..., Any])
 
 
@@ -102,7 +104,8 @@ def define(
                 wanted.append(args[i])
             outs = reference(*args)
             outs = (outs,) if isinstance(outs, Tensor) else outs or ()
-            found = torch.autograd.grad(outs, wanted, grads, allow_unused=True)
+            differentiable_outs, their_grads = zip(*(pair for pair in zip(outs, grads) if pair[0].requires_grad))
+            found = torch.autograd.grad(differentiable_outs, wanted, their_grads, allow_unused=True)
         results, taken = [], {g.untyped_storage().data_ptr() for g in grads}
         for g, w in zip(found, wanted, strict=True):
             g = (torch.zeros_like(w) if g is None else g).contiguous()
@@ -144,6 +147,24 @@ def define(
         return tuple(result)
 
     torch.library.register_autograd(f"hiar::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+_remembered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> (key, value)
+
+
+def remembered(x: Tensor, key: tuple[Any, ...], make: Callable[[], _Value]) -> _Value:
+    """``make()``, which depends on x and the key alone. On a CPU the last one stays with x until x is written to: the
+    layers of a forward ask for the same one after the other.
+    """
+    if type(x) is not Tensor or x.device.type != "cpu" or x.is_inference() or torch.compiler.is_compiling():
+        return make()
+    key = (x._version, *key)
+    known = _remembered.get(x)
+    if known is None or known[0] != key:
+        with torch.inference_mode(False), torch.no_grad():  # autograd may save the value later
+            known = _remembered[x] = (key, make())
+    value: _Value = known[1]
+    return value
 
 
 def frames_of(x: Tensor, frames: int, name: str) -> int:

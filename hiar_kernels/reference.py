@@ -6,6 +6,7 @@ from functools import partial
 
 from .ada_layer_norm import ada_layer_norm as _ada_layer_norm
 from .attention import attention as _attention
+from .attention import attention_with_lse as _attention_with_lse
 from .flow_step import flow_step as _flow_step
 from .gated_residual import gated_residual as _gated_residual
 from .gated_residual_ada_layer_norm import gated_residual_ada_layer_norm as _gated_residual_ada_layer_norm
@@ -19,6 +20,7 @@ from .rms_norm import rms_norm as _rms_norm
 from .rms_silu_pad import rms_silu_pad as _rms_silu_pad
 
 attention = partial(_attention, impl="reference")
+attention_with_lse = partial(_attention_with_lse, impl="reference")
 merge_attention = partial(_merge_attention, impl="reference")
 qk_norm_rope = partial(_qk_norm_rope, impl="reference")
 qk_norm_rope_append = partial(_qk_norm_rope_append, impl="reference")

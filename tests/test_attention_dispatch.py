@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import sys
+import warnings
 from types import ModuleType
 
 import pytest
@@ -17,8 +18,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hiar_kernels as hk
-from hiar_kernels import AttentionLayout, BlockCausal, KVContext, attention, attention_layout, reference
-from hiar_kernels.attention import library, table
+from hiar_kernels import (
+    AttentionLayout,
+    BlockCausal,
+    KVContext,
+    attention,
+    attention_layout,
+    attention_with_lse,
+    reference,
+)
+from hiar_kernels.attention import dispatch, library, table
+from hiar_kernels.attention.inputs import AttentionInputs
 from hiar_kernels.attention.layout import Group, even_cut
 from hiar_model.doctor import report
 
@@ -81,8 +91,8 @@ def test_a_layout_gives_the_oracles_result(data):
     k[:, empty : empty + TOKENS] = v[:, empty : empty + TOKENS] = torch.nan
     ids = {"q_frames": torch.tensor([queries]), "kv_frames": torch.tensor([ring])}
     layout = attention_layout(mask, [queries], [ring], rows=rows)
-    out, lse = attention(q, k, v, mask=mask, **ids, layout=layout, impl="sdpa", num_splits=splits, return_lse=True)
-    wanted, wanted_lse = reference.attention(q, k, v, mask=mask, **ids, return_lse=True)
+    out, lse = attention_with_lse(q, k, v, mask=mask, **ids, layout=layout, impl="sdpa", num_splits=splits)
+    wanted, wanted_lse = reference.attention_with_lse(q, k, v, mask=mask, **ids)
     torch.testing.assert_close(out, wanted, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, wanted_lse, rtol=0, atol=1e-12)
 
@@ -156,8 +166,8 @@ def test_splits_are_rows_of_one_launch(name, calls):
     k[:, hidden] = v[:, hidden] = torch.nan
     ids = {"q_frames": torch.tensor([[9, 10, 11]]), "kv_frames": torch.tensor([ring])}
     layout = attention_layout(mask, **ids)
-    found = attention(q, k, v, mask=mask, **ids, layout=layout, impl="sdpa", num_splits=2, return_lse=True)
-    for got, wanted in zip(found, reference.attention(q, k, v, mask=mask, **ids, return_lse=True), strict=True):
+    found = attention_with_lse(q, k, v, mask=mask, **ids, layout=layout, impl="sdpa", num_splits=2)
+    for got, wanted in zip(found, reference.attention_with_lse(q, k, v, mask=mask, **ids), strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
     assert [tuple(keys.shape[:2]) for _, keys in calls] == expected
     queries, keys = calls[0]
@@ -211,8 +221,8 @@ def test_a_gradient_takes_no_splits():
         grads.append(torch.autograd.grad(out.square().sum(), (q, k)))
     for found, wanted in zip(*grads, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
-    line = refusal(lambda: attention(q, k, k, return_lse=True, impl="sdpa"))
-    assert line == "attention: impl='sdpa' has no gradient with return_lse; use 'reference'"
+    line = refusal(lambda: attention_with_lse(q, k, k, impl="sdpa"))
+    assert "impl='sdpa' has no gradient with a logsumexp" in line and "'triton' or 'reference'" in line
 
 
 # Libraries that are not here
@@ -223,11 +233,11 @@ def test_the_call_of_a_package(impl, monkeypatch):
     """By a stand-in with the package's signature: which option asks for the logsumexp, and where it comes back."""
 
     def two_and_three(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, return_attn_probs=False):
-        out, lse = reference.attention(q, k, v, scale=softmax_scale, return_lse=True)
+        out, lse = reference.attention_with_lse(q, k, v, scale=softmax_scale)
         return (out, lse, None) if return_attn_probs else out
 
     def four(q, k, v, softmax_scale=None, causal=False, return_lse=False):
-        out, lse = reference.attention(q, k, v, scale=softmax_scale, return_lse=True)
+        out, lse = reference.attention_with_lse(q, k, v, scale=softmax_scale)
         return (out, lse) if return_lse else (out, None)
 
     module = ModuleType(library.PACKAGES[impl])
@@ -285,7 +295,7 @@ ROW = {
 
 
 def decide(shape="visit", architecture=90, rows=(ROW,), runs=lambda impl: True, **options):
-    options = {"known": True, "counts": False, "return_lse": False, "trains": False, **options}
+    options = {"layout_known": True, "counts": False, "return_lse": False, "trains": False, **options}
     measured = None if rows is None else [table.Measurement(**row) for row in rows]
     return table.decide(architecture, shape, runs=runs, table=measured, **options)
 
@@ -301,12 +311,19 @@ def test_what_was_measured_decides():
 
 
 def test_what_cannot_run_is_not_chosen():
-    assert decide(known=False).impl == "triton"  # a library would read the ids from the device
+    assert decide(layout_known=False).impl == "triton"  # a library would read the ids from the device
     assert decide(runs=lambda impl: impl != "cudnn").impl == "sdpa"
-    assert decide(known=False, runs=lambda impl: False).impl == "sdpa"
-    assert decide(rows=[{**ROW, "impl": "triton", "num_splits": 1}], known=False).why.startswith("sm_90 visit: triton")
-    assert decide(counts=True).impl == "sdpa"
-    assert decide("pair", return_lse=True).impl == "triton" and decide(return_lse=True, trains=True).impl == "reference"
+    assert decide(layout_known=False, runs=lambda impl: False).impl == "sdpa"
+    own = {**ROW, "impl": "triton", "num_splits": 1}
+    assert decide(rows=[own], layout_known=False).why.startswith("sm_90 visit: triton")
+    no_triton = lambda impl: impl != "triton"  # noqa: E731
+    assert decide(counts=True).impl == decide(counts=True, return_lse=True).impl == "triton"
+    assert decide(counts=True, trains=True).impl == decide(counts=True, runs=no_triton).impl == "sdpa"
+    for options in ({}, {"trains": True}):
+        assert decide("pair", return_lse=True, **options).impl == "triton"
+    assert decide("pair", return_lse=True, runs=no_triton).impl == "flash"
+    for options in ({"trains": True}, {"counts": True}, {"runs": lambda impl: False}):
+        assert decide("pair", return_lse=True, **{"runs": no_triton, **options}).impl == "reference"
 
 
 def test_the_first_row_that_can_run_wins():
@@ -315,7 +332,7 @@ def test_the_first_row_that_can_run_wins():
     assert decide(rows=rows).impl == "flash-attn-4"
     assert decide(rows=rows, runs=lambda impl: impl != "flash-attn-4").impl == "cudnn"
     assert decide(rows=rows, runs=lambda impl: impl in ("sdpa", "triton")).impl == "triton"
-    assert decide(rows=rows, known=False).why == "sm_90 visit: triton 1.500 ms, GPU, 2026-01-01, 0123abc"
+    assert decide(rows=rows, layout_known=False).why == "sm_90 visit: triton 1.500 ms, GPU, 2026-01-01, 0123abc"
 
 
 @pytest.fixture
@@ -338,7 +355,7 @@ def test_what_runs_on_an_h200(h200):
     second = decide(rows=None, runs=lambda impl: impl != "gluon")
     assert second.why.startswith("sm_90 visit: cudnn with num_splits=2 1.528 ms (others: gluon 1.326, cudnn 1.710")
     assert chosen["bidirectional"].why == "nothing measured for bidirectional on sm_90: torch's own choice"
-    unknown = {shape: decide(shape, rows=None, known=False).impl for shape in list(table.SHAPES)[:4]}
+    unknown = {shape: decide(shape, rows=None, layout_known=False).impl for shape in list(table.SHAPES)[:4]}
     assert unknown == {"visit": "gluon", "pair": "gluon", "block_causal": "triton", "constant_context": "triton"}
     ways = {table.way(row.impl, row.num_splits) for row in table.measurements() if row.shape == "visit"}
     assert {"gluon", "cudnn with num_splits=2", "triton"} <= ways  # what is taken where it cannot run
@@ -371,7 +388,7 @@ def test_videos_that_are_one_call_are_not_split(h200, monkeypatch):
 
     def chosen(videos: int, layout: AttentionLayout) -> table.Choice:
         q, k = (h200(videos, slots * TOKENS, HEADS, 64) for slots in (2, 6))
-        return table.choose(q, k, k, mask, None, None, layout, False, False)
+        return table.choose(AttentionInputs(q, k, k, mask), layout)
 
     assert chosen(1, layout).num_splits == chosen(2, unlike).num_splits == 2
     assert chosen(2, layout).num_splits == 1
@@ -382,13 +399,14 @@ def test_shape_classes():
     mask = BlockCausal(TOKENS, 2)
     context = KVContext(normal(1, 2), normal(1, 2), torch.tensor([[0, 1]]))
     one, two, many = normal(1, 2), normal(1, 4), normal(1, 400)
+    trained = two.clone().requires_grad_()
     found = [
-        table.shape_class(one, two, mask, None, False),
-        table.shape_class(two, two, mask, None, False),
-        table.shape_class(two, two, mask, None, True),
-        table.shape_class(two, two, mask, context, True),
-        table.shape_class(two, one, None, None, False),
-        table.shape_class(two, many, None, None, False),
+        table.shape_class(AttentionInputs(one, two, two, mask)),
+        table.shape_class(AttentionInputs(two, two, two, mask)),
+        table.shape_class(AttentionInputs(trained, two, two, mask)),
+        table.shape_class(AttentionInputs(trained, two, two, mask, context=context)),
+        table.shape_class(AttentionInputs(two, one, one)),
+        table.shape_class(AttentionInputs(two, many, many)),
     ]
     assert found == list(table.SHAPES)
 
@@ -413,5 +431,18 @@ def test_the_measured_file(tmp_path, monkeypatch):
 
 def test_on_a_cpu():
     q = normal(1, 2)
-    assert table.choose(q, q, q, None, None, None, None, False, False).impl == "sdpa"
-    assert table.choose(q, q, q, None, None, None, None, True, False).impl == "reference"
+    assert table.choose(AttentionInputs(q, q, q)).impl == "sdpa"
+    assert table.choose(AttentionInputs(q, q, q), return_lse=True).impl == "reference"
+
+
+def test_the_eager_reference_on_a_gpu_is_not_silent(h200, monkeypatch):
+    """A logsumexp with gradient in float64, which nothing else takes: one line says what it costs and why."""
+    monkeypatch.setattr(table._pointwise, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(dispatch.reference, "attention", lambda call: (call.q, call.q))
+    q = h200(1, 4680, 12, 128, dtype=torch.float64).requires_grad_()
+    k = h200(1, 32760, 12, 128, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"eager reference on cuda:0.* 13.7 GiB .*with gradient.*; install triton"):
+        attention_with_lse(q, k, k)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention_with_lse(q, k, k, impl="reference")  # asked for

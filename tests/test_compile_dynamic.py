@@ -68,8 +68,8 @@ MASK = BlockCausal(2, 2, window_frames=3)
 GRID = {"num_heads": 2, "grid": (1, 3)}
 OPS: dict[str, tuple[Callable, Callable[[int], list]]] = {
     "attention": (hk.attention, lambda n: [heads(n), heads(n + 2), heads(n + 2)]),
-    "attention with counts": (
-        lambda q, k, v, c: hk.attention(q, k, v, kv_counts=c, kv_log_counts=c.log(), return_lse=True),
+    "attention with its logsumexp, of counts": (
+        lambda q, k, v, c: hk.attention_with_lse(q, k, v, kv_counts=c),
         lambda n: [heads(5), heads(n), heads(n), torch.ones(1, n)],
     ),
     "attention by default ids": (lambda q, k, v: hk.attention(q, k, v, mask=MASK), lambda n: [heads(2 * n)] * 3),
@@ -157,7 +157,8 @@ def test_the_transformer_compiles_once_on_a_cpu():
 
 def traced() -> list[Path]:
     shared = [ROOT / "hiar_model" / f"{name}.py" for name in ("transformer", "conditions")]
-    return [*sorted((ROOT / "hiar_kernels").glob("*/api.py")), *shared]
+    attention = [ROOT / "hiar_kernels" / "attention" / f"{name}.py" for name in ("inputs", "dispatch")]
+    return [*sorted((ROOT / "hiar_kernels").glob("*/api.py")), *attention, *shared]
 
 
 @pytest.mark.parametrize("file", traced(), ids=lambda file: f"{file.parent.name}/{file.name}")

@@ -60,14 +60,6 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "counts with a mask": (
         lambda: hk.attention(Q, Q, Q, mask=RULE, kv_counts=torch.ones(1, 4)), "kv_counts needs mask=None"
     ),
-    "a logarithm of no counts": (
-        lambda: hk.attention(Q, Q, Q, kv_log_counts=torch.ones(1, 4)),
-        "kv_log_counts must be None without kv_counts, got torch.float32 [1, 4]",
-    ),
-    "logarithms in another dtype": (
-        lambda: hk.attention(Q, Q, Q, kv_counts=torch.ones(1, 4), kv_log_counts=torch.ones(1, 4).half()),
-        "kv_log_counts must be torch.float32 [1, 4] like kv_counts, got torch.float16 [1, 4]",
-    ),
     "context without a mask": (
         lambda: hk.attention(Q, Q, Q, context=KVContext(Q, Q, ids([0, 1]))), "context needs a BlockCausal mask"
     ),

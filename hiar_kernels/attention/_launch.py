@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._compile import Case
 from .._triton import architecture
+from .inputs import AttentionInputs, window_list
+from .mask import BlockCausal
+from .table import HEAD_DIMS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HEAD_DIMS = (16, 32, 64, 128)
 OPTIONAL = ("context_k", "context_v", "q_frames", "kv_frames", "context_frames", "windows", "counts", "frames")
 LARGEST_FRAME = 2**30  # exclusive: sums of two ids and a window stay within 32 bits
 WAN_HEAD_DIM = 128  # Wan 1.3B
@@ -94,43 +96,40 @@ def tile_for(q: Tensor, table: dict[int, Tile]) -> Tile:
     return pick(FLOAT32 if q.dtype == torch.float32 else table, architecture(q))
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor | None, context_v: Tensor | None, rule: list[int]) -> None:
+def check(call: AttentionInputs) -> None:
     """Refuse in one line what the kernels do not take."""
-    for name, x in (("q", q), ("k", k), ("v", v), ("context.k", context_k), ("context.v", context_v)):
-        if x is None:
-            continue
-        known = x.dtype in DTYPES
-        if not known:
+    q, context = call.q, call.context
+    tensors = {"q": q, "k": call.k, "v": call.v}
+    if context is not None:
+        tensors |= {"context.k": context.k, "context.v": context.v}
+    for name, x in tensors.items():
+        if x.dtype not in DTYPES:
             raise ValueError(f"attention: impl='triton' takes {name} as bfloat16, float16 or float32, got {x.dtype}")
         if x.dtype != q.dtype:
             raise ValueError(f"attention: {name} must be {q.dtype} like q, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"attention: {name} must be on {q.device} like q, got {x.device}")
-        dense = x.stride(-1) == 1 or x.shape[-1] == 1 or x.numel() == 0
-        if not dense:
+        if x.stride(-1) != 1 and x.shape[-1] != 1 and x.numel():
             raise ValueError(f"attention: impl='triton' needs {name} with a last stride of 1, got {x.stride(-1)}")
-        near = x.stride(1) < 2**24  # offsets within a tile have 32 bits
-        if not near:
+        if x.stride(1) >= 2**24:  # offsets within a tile have 32 bits
             raise ValueError(
                 f"attention: impl='triton' needs {name} with a token stride below {2**24}, got {x.stride(1)}"
             )
-    sizes = ", ".join(map(str, HEAD_DIMS))
     if q.shape[3] not in HEAD_DIMS:
-        raise ValueError(f"attention: impl='triton' has head_dim {sizes}, got {q.shape[3]}")
-    if rule:  # ids on the device are not looked at
-        first = rule[3]
-        near = abs(first) < LARGEST_FRAME
-        if not near:
-            raise ValueError(
-                f"attention: impl='triton' takes frame ids below {LARGEST_FRAME}, got mask.first_frame {first}"
-            )
+        raise ValueError(f"attention: impl='triton' has head_dim {', '.join(map(str, HEAD_DIMS))}, got {q.shape[3]}")
+    first = 0 if call.mask is None else call.mask.first_frame  # ids on the device are not looked at
+    if abs(first) >= LARGEST_FRAME:
+        raise ValueError(
+            f"attention: impl='triton' takes frame ids below {LARGEST_FRAME}, got mask.first_frame {first}"
+        )
 
 
 _windows: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
 
-def windows_on(device: torch.device, windows: list[int]) -> Tensor:
+def windows_on(device: torch.device, mask: BlockCausal, batch: int) -> Tensor:
     """int32 [B] on the device. Kept for good: a captured graph reads it again, and must not copy it from the host."""
+    windows = window_list(mask, batch)
     key = (device, tuple(windows))
     if key not in _windows:
         _windows[key] = torch.tensor(windows, dtype=torch.int32, device=device)
@@ -153,28 +152,51 @@ def dense_rows(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def ids_of(
-    q_frames: Tensor | None, kv_frames: Tensor | None, context_frames: Tensor | None, rule: list[int], k: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Frame ids as int32 with dense rows; beside a context the keys' own too, for kernels choose between the two."""
-    if context_frames is not None and kv_frames is None:
-        first, slots = rule[3], k.shape[1] // rule[0]
+class DeviceIds(NamedTuple):
+    """Frame ids as int32 with dense rows, and the window of each batch item; None where there are none."""
+
+    q_frames: Tensor | None
+    kv_frames: Tensor | None
+    context_frames: Tensor | None
+    windows: Tensor | None
+
+    @property
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        """In the order of the kernels' arguments."""
+        return tuple(self)
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """From batch item to batch item, by the kernels' names."""
+        ids = {"stride_qfb": self.q_frames, "stride_kfb": self.kv_frames, "stride_cfb": self.context_frames}
+        return {name: row_stride(x) for name, x in ids.items()}
+
+
+def device_ids(call: AttentionInputs) -> DeviceIds:
+    """Beside a context the keys have ids of their own: kernels choose between the two at run time."""
+    mask, context, kv_frames, k = call.mask, call.context, call.kv_frames, call.k
+    if mask is not None and context is not None and kv_frames is None:
+        first, slots = mask.first_frame, k.shape[1] // mask.frame_tokens
         kv_frames = torch.arange(first, first + slots, dtype=torch.int32, device=k.device)[None]
-    ids = (q_frames, kv_frames, context_frames)
+    ids = (call.q_frames, kv_frames, None if context is None else context.frames)
     q_frames, kv_frames, context_frames = (None if x is None else dense_rows(x.to(torch.int32)) for x in ids)
-    return q_frames, kv_frames, context_frames
+    windows = None if mask is None else windows_on(k.device, mask, k.shape[0])
+    return DeviceIds(q_frames, kv_frames, context_frames, windows)
 
 
-def rule_arguments(rule: list[int], length: int) -> dict[str, Any]:
-    """The rule by the kernels' names; without one all ``length`` keys are as one frame."""
-    tokens, block, sink, first, first_block = rule or (max(1, length), 1, 0, 0, 1)
+def rule_arguments(mask: BlockCausal | None, length: int) -> dict[str, Any]:
+    """The mask by the kernels' names; without one all ``length`` keys are as one frame."""
+    if mask is None:
+        mask = BlockCausal(max(1, length), 1)
+    first, block = mask.first_frame, mask.frames_per_block
+    first_block = block if mask.first_block_frames is None else mask.first_block_frames
     return {
-        "frame_tokens": tokens,
+        "frame_tokens": mask.frame_tokens,
         "frames_per_block": block,
         "first_frame": first,
         "origin": first - (block - first_block),
-        "sink_frames": sink,
-        "sink_end": first + sink,
+        "sink_frames": mask.sink_frames,
+        "sink_end": first + mask.sink_frames,
     }
 
 

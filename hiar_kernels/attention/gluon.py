@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _triton
 from .._dispatch import require
-from .mask import BlockCausal, KVContext
+from .inputs import AttentionInputs
 from .schedule import AttentionSchedule, attention_schedule
 
 HEAD_DIM = 128
@@ -35,14 +35,13 @@ def _installed() -> bool:
         return False
 
 
-def unfit(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockCausal | None, context: KVContext | None, kv_counts: Tensor | None
-) -> str | None:
+def unfit(call: AttentionInputs) -> str | None:
     """What the kernel cannot take of a call; None if it takes it."""
+    q, k, v, mask = call.q, call.k, call.v, call.mask
     if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] != HEAD_DIM:
         return f"it takes bfloat16 and float16 of head_dim {HEAD_DIM}, got {q.dtype} of {q.shape[3]}"
-    if context is not None or kv_counts is not None:
-        return f"it takes no {'context' if context is not None else 'kv_counts'}"
+    if call.context is not None or call.kv_counts is not None:
+        return f"it takes no {'context' if call.context is not None else 'kv_counts'}"
     slot = k.shape[1] if mask is None else mask.frame_tokens
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.numel() == 0:
@@ -59,37 +58,21 @@ def unfit(
     return None
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockCausal | None,
-    q_frames: Tensor | None,
-    kv_frames: Tensor | None,
-    schedule: AttentionSchedule | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
+def attend(call: AttentionInputs, schedule: AttentionSchedule | None) -> tuple[Tensor, Tensor]:
     """(out, logsumexp) of :func:`hiar_kernels.attention`; no gradient."""
+    q, k = call.q, call.k
     _triton.load("attention", q)
     from . import gluon_fwd
 
     if schedule is None:
         shape = (*q.shape[:3], k.shape[1])
-        schedule = attention_schedule(shape, mask, q_frames, kv_frames, device=q.device)
-    return gluon_fwd.launch(q, k, v, schedule, q.shape[3] ** -0.5 if scale is None else scale)
+        schedule = attention_schedule(shape, call.mask, call.q_frames, call.kv_frames, device=q.device)
+    return gluon_fwd.launch(q, k, call.v, schedule, call.softmax_scale)
 
 
-def require_fits(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockCausal | None,
-    context: KVContext | None,
-    kv_counts: Tensor | None,
-    trains: bool,
-) -> None:
+def require_fits(call: AttentionInputs) -> None:
     """Refuse in one line what ``impl="gluon"`` does not take."""
-    lacking = unavailable(q.device) or unfit(q, k, v, mask, context, kv_counts)
-    if lacking is not None:
-        raise ValueError(f"attention: impl='gluon' cannot run: {lacking}")
-    require(not trains, "attention: impl='gluon' has no gradient; use 'triton', 'sdpa' or torch.no_grad()")
+    problem = unavailable(call.q.device) or unfit(call)
+    if problem is not None:
+        raise ValueError(f"attention: impl='gluon' cannot run: {problem}")
+    require(not call.needs_grad, "attention: impl='gluon' has no gradient; use 'triton', 'sdpa' or torch.no_grad()")

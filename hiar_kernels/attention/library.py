@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._library import own_arithmetic
+from .._library import own_arithmetic, remembered
 from ..merge_attention import merge_attention
+from .inputs import AttentionInputs
 from .layout import AttentionLayout, Group, Run, even_cut
-from .mask import KVContext
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 PACKAGES = {"flash-attn-2": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}
@@ -33,42 +33,29 @@ Partial = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]
 
 @own_arithmetic
 def attend(
-    impl: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: AttentionLayout | None,
-    context: KVContext | None,
-    counts: tuple[Tensor | None, Tensor | None],
-    scale: float | None,
-    num_splits: int = 1,
-    return_lse: bool = False,
+    impl: str, call: AttentionInputs, layout: AttentionLayout | None, num_splits: int = 1, return_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, logsumexp if asked) of :func:`hiar_kernels.attention`.
+    """(out, logsumexp if asked for) of :func:`hiar_kernels.attention`.
 
     Args:
-        layout: None: every query sees every key. counts: ``kv_counts`` and ``kv_log_counts``.
+        layout: None: every query sees every key.
         num_splits: n > 1: the keys as n rows of one launch, a second call where they leave a rest, merged; each video
             by itself. Not where a gradient is needed.
     """
-    given = [q, k, v, *([] if context is None else [context.k, context.v])]
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    q, k, v, context, scale, trains = call.q, call.k, call.v, call.context, call.scale, call.needs_grad
     if trains and return_lse:
-        raise ValueError(f"attention: impl={impl!r} has no gradient with return_lse; use 'reference'")
-    kv_counts, bias = counts
-    if kv_counts is not None:
-        if not (impl == "sdpa" and not return_lse):
-            raise ValueError(f"attention: impl={impl!r} takes no kv_counts here; use 'reference'")
-        if bias is None:
-            bias = kv_counts.to(_wide(q)).log().to(q.dtype)  # round the logarithm: 509 is no bfloat16
-            seen = kv_counts > 0
-            # 0 times NaN is NaN: what is hidden becomes zeros. A row of -inf alone is NaN in some libraries; over zeros
-            # it may as well be 0.
-            k, v = (torch.where(seen[:, :, None, None], x, 0) for x in (k, v))
-            bias = torch.where(seen, bias, torch.where(seen.any(1, keepdim=True), float("-inf"), 0.0).to(q.dtype))
-        return _plain(impl, q, k, v, scale, bias[:, None, None, :]).contiguous(), None
+        raise ValueError(no_gradient_of_lse(impl))
+    if call.kv_counts is not None:
+        if impl != "sdpa" or return_lse:
+            raise ValueError(f"attention: impl={impl!r} takes no kv_counts here; use 'triton' or 'reference'")
+        return _counted(q, k, v, call.kv_counts, scale), None
     num_splits = 1 if trains or not q.shape[0] else num_splits
     merged = (num_splits > 1 or return_lse) and not trains
+    if merged and q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"attention: impl={impl!r} gives a logsumexp of bfloat16 and float16 on CUDA, got {q.dtype}; "
+            "use 'triton' or 'reference'"
+        )
     if layout is None:
         whole = Group((0, q.shape[1]), (), ((0, k.shape[1]),) if k.shape[1] else ())
         layout = AttentionLayout(1, ((whole,),))
@@ -86,6 +73,29 @@ def attend(
         lses.append(_join([lse for _, lse in found if lse is not None], 2) if merged else None)
     out = torch.cat(outs) if len(outs) > 1 else outs[0].contiguous()
     return out, torch.cat([x for x in lses if x is not None]) if return_lse else None
+
+
+def no_gradient_of_lse(impl: str) -> str:
+    """The refusal of a logsumexp with gradient."""
+    return f"attention: impl={impl!r} has no gradient with a logsumexp; use 'triton' or 'reference'"
+
+
+def _counted(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, scale: float | None) -> Tensor:
+    """sdpa with the logarithm of the counts as a bias. 0 times NaN is NaN, so hidden keys and values become zeros."""
+    bias, hidden = remembered(counts, (q.dtype,), lambda: _bias_of(counts, q.dtype))
+    return _plain("sdpa", q, k.masked_fill(hidden, 0), v.masked_fill(hidden, 0), scale, bias).contiguous()
+
+
+def _bias_of(counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Bias [B or 1, 1, 1, Tk], and which keys are hidden [B or 1, Tk, 1, 1].
+
+    A hidden key has half the lowest number, not -inf, with which a row without any key is NaN in some libraries: beside
+    another key it gives a probability of 0, among hidden ones alone a mean of zeros.
+    """
+    bias = counts.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)  # the logarithm is rounded, not 509
+    used = counts > 0
+    bias = torch.where(used, bias, torch.finfo(dtype).min / 2)
+    return bias[:, None, None, :], ~used[:, :, None, None]
 
 
 class _Slots:

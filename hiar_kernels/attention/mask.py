@@ -98,6 +98,10 @@ class KVContext:
     scales: Tensor | None = None
     host_frames: Sequence[Sequence[int]] | None = None
 
+    @property
+    def kv(self) -> tuple[Tensor, Tensor]:
+        return self.k, self.v
+
 
 def visible_with_context(mask: BlockCausal, q_frames: Tensor, own: Tensor, context: Tensor, rows: int) -> Tensor:
     """bool [rows, Fq, Fc + Fk]: context frames of *earlier* blocks by the rule, own frames only inside the block."""

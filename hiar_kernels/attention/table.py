@@ -8,8 +8,8 @@ it runs by rule.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -17,13 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import _pointwise
 from . import gluon
+from .inputs import AttentionInputs
 from .layout import AttentionLayout
 from .library import LIBRARIES, unavailable
-from .mask import BlockCausal, KVContext
 
 OWN = ("triton", "gluon")
 """Kernels of this package: they read frame ids on the device, so one launch serves every layout."""
+HEAD_DIMS = (16, 32, 64, 128)
+"""That the Triton kernels have."""
 SHAPES = {
     "visit": "queries of one block over a ring",
     "pair": "queries of two blocks over a ring",
@@ -33,7 +36,6 @@ SHAPES = {
     "bidirectional": "more keys, no mask",
 }
 _FEW_KEYS = 1024
-_FEW_COUNTED = 128  # keys with counts up to which memory decides: queries and outputs, not scores
 _FILE = Path(__file__).with_name("measured.json")
 
 
@@ -112,57 +114,44 @@ def read(file: Path) -> tuple[Measurement, ...]:
     return tuple(found)
 
 
-def shape_class(q: Tensor, k: Tensor, mask: BlockCausal | None, context: KVContext | None, trains: bool) -> str:
+def shape_class(call: AttentionInputs) -> str:
     """The key of ``SHAPES`` that a call belongs to."""
+    mask = call.mask
     if mask is None:
-        return "cross" if k.shape[1] <= _FEW_KEYS else "bidirectional"
-    if trains:
-        return "block_causal" if context is None else "constant_context"
-    return "visit" if q.shape[1] <= mask.frames_per_block * mask.frame_tokens else "pair"
+        return "cross" if call.k.shape[1] <= _FEW_KEYS else "bidirectional"
+    if call.needs_grad:
+        return "block_causal" if call.context is None else "constant_context"
+    return "visit" if call.q.shape[1] <= mask.frames_per_block * mask.frame_tokens else "pair"
 
 
-def choose(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockCausal | None,
-    context: KVContext | None,
-    kv_counts: Tensor | None,
-    layout: AttentionLayout | None,
-    return_lse: bool,
-    trains: bool,
-) -> Choice:
+def choose(call: AttentionInputs, layout: AttentionLayout | None = None, return_lse: bool = False) -> Choice:
     """What to run for tensors like these; see :func:`rules`."""
+    q, trains = call.q, call.needs_grad
     if not q.is_cuda:
         return Choice("reference", 1, "logsumexp on a CPU") if return_lse else Choice("sdpa", 1, "a CPU")
-    counted = kv_counts is not None and k.shape[1] <= _FEW_COUNTED
-    if counted and not trains and usable("triton", q):
-        # H200, 4680 queries of 12 heads, 16 keys: 0.027 ms; sdpa 0.031 and the logarithm and cast of its bias
-        return Choice("triton", 1, f"at most {_FEW_COUNTED} keys with counts: one launch that takes the counts")
     major, minor = torch.cuda.get_device_capability(q.device)
-    found = decide(
+    choice = decide(
         10 * major + minor,
-        shape_class(q, k, mask, context, trains),
-        known=mask is None or layout is not None,
-        counts=kv_counts is not None,
+        shape_class(call),
+        layout_known=call.mask is None or layout is not None,
+        counts=call.kv_counts is not None,
         return_lse=return_lse,
         trains=trains,
         runs=lambda impl: (
-            usable(impl, q)
-            and (impl != "gluon" or (not trains and gluon.unfit(q, k, v, mask, context, kv_counts) is None))
+            usable(impl, q, return_lse) and (impl != "gluon" or (not trains and gluon.unfit(call) is None))
         ),
     )
     in_one_call = layout is None or len(layout.rows) == 1
-    if found.num_splits > 1 and q.shape[0] > 1 and in_one_call:  # whose rows fill the chip as the parts would
-        return replace(found, num_splits=1, why=f"{found.why}; uncut, for {q.shape[0]} videos are one call")
-    return found
+    if choice.num_splits > 1 and q.shape[0] > 1 and in_one_call:  # whose rows fill the chip as the splits would
+        return replace(choice, num_splits=1, why=f"{choice.why}; uncut, for {q.shape[0]} videos are one call")
+    return choice
 
 
 def decide(
     architecture: int,
     shape: str,
     *,
-    known: bool,
+    layout_known: bool,
     counts: bool,
     return_lse: bool,
     trains: bool,
@@ -172,23 +161,31 @@ def decide(
     """The choice on CUDA.
 
     Args:
-        known: the visible keys are known on the host. counts: keys have counts. runs: whether an implementation can.
-        table: default: what was measured.
+        layout_known: the visible keys are known on the host. counts: keys have counts. runs: whether an implementation
+            can. table: default: what was measured.
     """
-    if trains and return_lse:
-        return Choice("reference", 1, "a logsumexp with gradient")
+    if counts and not trains and runs("triton"):
+        # H200, 4680 queries of 12 heads, 16 keys: 0.027 ms; sdpa 0.031 and the logarithm and cast of its bias
+        return Choice("triton", 1, "keys with counts: one launch that reads no hidden key")
     if counts and not return_lse:
-        return Choice("sdpa", 1, "the fused one that takes counts, as a bias")
-    for row in () if counts else measurements() if table is None else table:
+        return Choice("sdpa", 1, "keys with counts: the library that takes them, as a bias")
+    rows = measurements() if table is None else table
+    for row in () if counts or (trains and return_lse) else rows:
         here = (row.architecture, row.shape) == (architecture, shape)
-        if here and (row.impl in OWN or known) and runs(row.impl):
+        if here and (row.impl in OWN or layout_known) and runs(row.impl):
             return Choice(row.impl, row.num_splits, str(row))
-    if known and not return_lse:
+    if layout_known and not return_lse:
         return Choice("sdpa", 1, f"nothing measured for {shape} on sm_{architecture}: torch's own choice")
-    reason = "a logsumexp is asked" if return_lse else "frame ids are on the device only"
+    reason = "frame ids are on the device only"
+    if return_lse:
+        reason = "a logsumexp with gradient is asked for" if trains else "a logsumexp is asked for"
     if runs("triton"):
         return Choice("triton", 1, reason)
-    return Choice("reference" if return_lse else "sdpa", 1, f"{reason}, and triton cannot run")
+    if not return_lse:
+        return Choice("sdpa", 1, f"{reason}, and triton cannot run")
+    if not (trains or counts) and runs("flash"):
+        return Choice("flash", 1, f"{reason}, and triton cannot run")
+    return Choice("reference", 1, f"{reason}, and no other implementation can run")
 
 
 def choices() -> dict[str, Choice]:
@@ -201,7 +198,7 @@ def choices() -> dict[str, Choice]:
         shape: decide(
             10 * major + minor,
             shape,
-            known=True,
+            layout_known=True,
             counts=False,
             return_lse=False,
             trains=shape in ("block_causal", "constant_context"),
@@ -211,22 +208,39 @@ def choices() -> dict[str, Choice]:
     }
 
 
-def usable(impl: str, q: Tensor) -> bool:
-    """Whether an implementation of the table can run here on tensors like q."""
+def triton_takes(q: Tensor) -> bool:
+    """Whether the Triton kernels are there and take tensors like q."""
+    return _pointwise.TRITON_INSTALLED and q.dtype in _pointwise.DTYPES and q.shape[-1] in HEAD_DIMS
+
+
+def usable(impl: str, q: Tensor, return_lse: bool = False) -> bool:
+    """Whether an implementation of the table can run here on tensors like q; ``return_lse``: and give a logsumexp."""
     half = q.dtype in (torch.bfloat16, torch.float16)
     if impl == "triton":
-        installed = importlib.util.find_spec("triton") is not None
-        return installed and q.dtype != torch.float64 and q.shape[-1] in (16, 32, 64, 128)
+        return triton_takes(q)
     if impl == "gluon":
         return half and q.shape[-1] == gluon.HEAD_DIM and gluon.unavailable(q.device) is None
-    return impl == "sdpa" or (half and unavailable(impl, q.device) is None)
+    return (half or (impl == "sdpa" and not return_lse)) and unavailable(impl, q.device) is None
+
+
+def warn_of_scores(call: AttentionInputs, choice: Choice) -> None:
+    """Say that the eager reference runs on a GPU, where it holds all scores at once: nobody should get it silently."""
+    b, queries, heads, _ = call.q.shape
+    keys = call.k.shape[1] + (0 if call.context is None else call.context.k.shape[1])
+    gib = b * heads * queries * keys * (8 if call.q.dtype == torch.float64 else 4) / 2**30
+    advice = "" if _pointwise.TRITON_INSTALLED else "; install triton"
+    warnings.warn(
+        f"attention: impl='auto' runs the eager reference on {call.q.device}, which holds {gib:.3g} GiB of scores: "
+        f"{choice.why}{advice}",
+        stacklevel=5,
+    )
 
 
 def rules() -> str:
     """How ``auto`` is resolved, in words."""
     return (
-        "on a CPU sdpa (reference where a logsumexp is asked); on CUDA triton for at most "
-        f"{_FEW_COUNTED} keys with counts and no gradient, else the first measured row of (architecture, shape class) "
-        "that can run, and where nothing was measured: sdpa if the layout is known on the host, triton if frame ids "
-        "are on the device only or a logsumexp is asked"
+        "on a CPU sdpa (reference where a logsumexp is asked for); on CUDA triton for keys with counts and no "
+        "gradient, else the first measured row of (architecture, shape class) that can run; where nothing was measured sdpa if "
+        "the layout is known on the host, triton if frame ids are on the device only or a logsumexp is asked for; "
+        "under torch.compile triton; where nothing else can run reference, with a warning"
     )

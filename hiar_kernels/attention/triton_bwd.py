@@ -21,14 +21,13 @@ from ._launch import (
     Tile,
     check,
     dense_rows,
-    ids_of,
+    device_ids,
     pick,
     production_case,
     row_stride,
     rule_arguments,
     strides,
     tile_for,
-    windows_on,
 )
 from ._runs import dkdv_rest, dkdv_whole, dq_rest, dq_whole
 from ._visible import (
@@ -52,6 +51,7 @@ from ._visible import (
     source_limits,
     unmasked_until,
 )
+from .inputs import AttentionInputs
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -255,18 +255,7 @@ def launch(
     grads: list[Tensor],
     needed: list[bool],
     outputs: list[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context_k: Tensor | None,
-    context_v: Tensor | None,
-    q_frames: Tensor | None,
-    kv_frames: Tensor | None,
-    context_frames: Tensor | None,
-    kv_counts: Tensor | None,
-    rule: list[int],
-    windows: list[int],
-    scale: float,
+    *arguments: Any,
     dq_config: Tile | None = None,
     dkdv_config: Tile | None = None,
 ) -> list[Tensor]:
@@ -274,31 +263,34 @@ def launch(
 
     The configurations are in place of the pinned ones, to measure them.
     """
-    check(q, k, v, context_k, context_v, rule)
+    call = AttentionInputs.from_schema(*arguments)
+    check(call)
+    q, k, v, mask, context = call.q, call.k, call.v, call.mask, call.context
     b, length, h, d = q.shape
-    given = [x for x in (q, k, v, context_k, context_v) if x is not None]
-    found: list[Tensor | None] = [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None for x, need in zip(given, needed)
+    context_k, context_v = (None, None) if context is None else context.kv
+    differentiable = [x for x in (q, k, v, context_k, context_v) if x is not None]
+    gradients: list[Tensor | None] = [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
+        for x, need in zip(differentiable, needed)
     ]
-    found += [None] * (5 - len(given))
+    gradients += [None] * (5 - len(gradients))
     dout, dlse = (g.contiguous() for g in grads)
     out, lse = (x.contiguous() for x in outputs)
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-    sign = 1.0
+    scale, sign = call.softmax_scale, 1.0
     if scale < 0:  # as the forward did
         q, scale, sign = -q, -scale, -1.0
-    q_frames, kv_frames, context_frames = ids_of(q_frames, kv_frames, context_frames, rule, k)
-    kv_counts = dense_rows(kv_counts)
+    ids, kv_counts = device_ids(call), dense_rows(call.kv_counts)
     shared: dict[str, Any] = {
         **strides("q", q),
-        "stride_qfb": row_stride(q_frames),
+        "stride_qfb": ids.strides["stride_qfb"],
+        "stride_nb": row_stride(kv_counts),
         "q_tokens": length,
         "H": h,
         "qk_scale": scale * _LOG2E.value,
         "HEAD_DIM": d,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }
-    on_device = windows_on(q.device, windows) if rule else None
 
     def key_gradients(
         keys: Tensor, values: Tensor, dk: Tensor | None, dv: Tensor | None, frames: Tensor | None, kind: int
@@ -308,10 +300,10 @@ def launch(
         tile = dkdv_config or tile_for(q, DKDV)
         tiles = triton.cdiv(keys.shape[1], tile.kv)
         _attention_bwd_dkdv_kernel[(tiles * b * h,)](
-            q, keys, values, q_frames, frames, on_device, kv_counts, dout, lse2, delta, dk, dv,
-            **strides("k", keys), **strides("v", values), stride_kfb=row_stride(frames),
-            stride_nb=row_stride(kv_counts), kv_tokens=keys.shape[1], kv_tiles=tiles, dk_scale=scale, KEYS=kind,
-            NEED_DK=dk is not None, NEED_DV=dv is not None, **rule_arguments(rule, length), **shared, **tile.options(),
+            q, keys, values, ids.q_frames, frames, ids.windows, kv_counts, dout, lse2, delta, dk, dv,
+            **strides("k", keys), **strides("v", values), stride_kfb=row_stride(frames), kv_tokens=keys.shape[1],
+            kv_tiles=tiles, dk_scale=scale, KEYS=kind, NEED_DK=dk is not None, NEED_DV=dv is not None,
+            **rule_arguments(mask, length), **shared, **tile.options(),
         )  # fmt: skip
 
     with torch.cuda.device_of(q):
@@ -320,24 +312,23 @@ def launch(
             _attention_bwd_delta_kernel[(tiles * b * h,)](
                 dout, out, lse, dlse, delta, lse2, length, tiles, h, HEAD_DIM=d, BLOCK_Q=32, num_warps=4
             )
-        dq, dk, dv, context_dk, context_dv = found
+        dq, dk, dv, context_dk, context_dv = gradients
         if dq is not None and dq.numel():
             tile = dq_config or tile_for(q, DQ)
             tiles = triton.cdiv(length, tile.q)
             _attention_bwd_dq_kernel[(tiles * b * h,)](
-                q, k, v, context_k, context_v, q_frames, kv_frames, context_frames, on_device, kv_counts, dout, lse2,
-                delta, dq, **strides("k", k), **strides("v", v), **strides("ck", context_k),
-                **strides("cv", context_v), stride_kfb=row_stride(kv_frames), stride_cfb=row_stride(context_frames),
-                stride_nb=row_stride(kv_counts), kv_tokens=k.shape[1],
+                q, k, v, context_k, context_v, *ids.pointers, kv_counts, dout, lse2, delta, dq, **strides("k", k),
+                **strides("v", v), **strides("ck", context_k), **strides("cv", context_v),
+                **{**ids.strides, **shared}, kv_tokens=k.shape[1],
                 context_tokens=0 if context_k is None else context_k.shape[1], q_tiles=tiles, dq_scale=sign * scale,
-                MASKED=bool(rule), CONTEXT=context_k is not None, **rule_arguments(rule, k.shape[1]), **shared,
+                MASKED=mask is not None, CONTEXT=context is not None, **rule_arguments(mask, k.shape[1]),
                 **tile.options(),
             )  # fmt: skip
-        own = EVERY if not rule else SEEN if context_k is None else OWN
-        key_gradients(k, v, dk, dv, kv_frames, own.value)
+        own = EVERY if mask is None else SEEN if context is None else OWN
+        key_gradients(k, v, dk, dv, ids.kv_frames, own.value)
         if context_k is not None and context_v is not None:
-            key_gradients(context_k, context_v, context_dk, context_dv, context_frames, EARLIER.value)
-    return [x for x in found if x is not None]
+            key_gradients(context_k, context_v, context_dk, context_dv, ids.context_frames, EARLIER.value)
+    return [x for x in gradients if x is not None]
 
 
 register("attention_backward", launch)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -20,14 +21,13 @@ from ._launch import (
     Tile,
     check,
     dense_rows,
-    ids_of,
+    device_ids,
     pick,
     production_case,
     row_stride,
     rule_arguments,
     strides,
     tile_for,
-    windows_on,
 )
 from ._runs import attend_rest, attend_whole
 from ._visible import (
@@ -44,6 +44,7 @@ from ._visible import (
     source_limits,
     unmasked_until,
 )
+from .inputs import AttentionInputs
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = 1.4426950408889634
@@ -166,49 +167,37 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context_k: Tensor | None,
-    context_v: Tensor | None,
-    q_frames: Tensor | None,
-    kv_frames: Tensor | None,
-    context_frames: Tensor | None,
-    kv_counts: Tensor | None,
-    rule: list[int],
-    windows: list[int],
-    scale: float,
-    config: Tile | None = None,
-) -> tuple[Tensor, Tensor]:
+def launch(*arguments: Any, config: Tile | None = None) -> tuple[Tensor, Tensor]:
     """hiar::attention; ``config`` in place of the pinned one, to measure it."""
-    check(q, k, v, context_k, context_v, rule)
+    call = AttentionInputs.from_schema(*arguments)
+    check(call)
+    q, k, mask, context = call.q, call.k, call.mask, call.context
     b, length, h, d = q.shape
     tile = config or tile_for(q, FORWARD)
     tiles = triton.cdiv(length, tile.q)
-    keys = k.shape[1] + (0 if context_k is None else context_k.shape[1])
+    context_tokens = 0 if context is None else context.k.shape[1]
     splits = tile.splits
     if not splits:
+        keys = k.shape[1] + context_tokens
         splits = splits_for(tiles * b * h, keys, _processors(q.device)) if q.is_cuda else 1
     shape, partial = (q.shape, q.dtype) if splits == 1 else ((splits, *q.shape), torch.float32)
     out = torch.empty(shape, dtype=partial, device=q.device)
     lse = torch.empty((*shape[:-4], b, h, length), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return (out, lse) if splits == 1 else (out[0].to(q.dtype), lse[0])
+    scale = call.softmax_scale
     if scale < 0:  # the kernel scales after it took the greatest score
         q, scale = -q, -scale
-    q_frames, kv_frames, context_frames = ids_of(q_frames, kv_frames, context_frames, rule, k)
-    kv_counts = dense_rows(kv_counts)
+    ids, kv_counts = device_ids(call), dense_rows(call.kv_counts)
+    context_k, context_v = (None, None) if context is None else context.kv
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(tiles * splits * b * h,)](
-            q, k, v, context_k, context_v, q_frames, kv_frames, context_frames,
-            windows_on(q.device, windows) if rule else None, kv_counts, out, lse,
-            **strides("q", q), **strides("k", k), **strides("v", v), **strides("ck", context_k),
-            **strides("cv", context_v), stride_qfb=row_stride(q_frames), stride_kfb=row_stride(kv_frames),
-            stride_cfb=row_stride(context_frames), stride_nb=row_stride(kv_counts), q_tokens=length,
-            kv_tokens=k.shape[1], context_tokens=keys - k.shape[1], q_tiles=tiles, rows=b, H=h,
-            qk_scale=scale * _LOG2E, **rule_arguments(rule, k.shape[1]), MASKED=bool(rule),
-            CONTEXT=context_k is not None, SPLITS=splits, HEAD_DIM=d,
+            q, k, call.v, context_k, context_v, *ids.pointers, kv_counts, out, lse,
+            **strides("q", q), **strides("k", k), **strides("v", call.v), **strides("ck", context_k),
+            **strides("cv", context_v), **ids.strides, stride_nb=row_stride(kv_counts), q_tokens=length,
+            kv_tokens=k.shape[1], context_tokens=context_tokens, q_tiles=tiles, rows=b, H=h,
+            qk_scale=scale * _LOG2E, **rule_arguments(mask, k.shape[1]), MASKED=mask is not None,
+            CONTEXT=context is not None, SPLITS=splits, HEAD_DIM=d,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **tile.options(),
         )  # fmt: skip
     return (out, lse) if splits == 1 else merge(out, lse, q.dtype)

@@ -12,7 +12,6 @@ from .._compile import Case
 from ._launch import RULE, dense_rows, row_stride, rule_arguments, windows_on
 from ._visible import FULL, NONE, PARTIAL, SEEN, frame_at, key_run, limits, query_ends
 from .mask import BlockCausal
-from .ops import rule_of
 from .schedule import (
     BLOCK_FIELDS,
     BLOCK_KEYS,
@@ -208,15 +207,15 @@ def make(
 ) -> AttentionSchedule:
     """:func:`hiar_kernels.attention.schedule.attention_schedule`."""
     batch, queries, heads, keys = shape
-    rule, windows = rule_of(mask, batch)
-    arguments = rule_arguments(rule, keys)
+    arguments = rule_arguments(mask, keys)
     tables = allocate(shape, arguments["frame_tokens"], arguments["sink_end"], device, ctas or multiprocessors(device))
     q_frames, kv_frames = (None if x is None else dense_rows(x.to(torch.int32)) for x in (q_frames, kv_frames))
     with torch.cuda.device_of(tables.blocks):
         _key_blocks_kernel[(batch * tables.q_tiles,)](
             tables.blocks, tables.counts, tables.limits, q_frames, kv_frames,
-            windows_on(device, windows) if rule else None, row_stride(q_frames), row_stride(kv_frames), queries, keys,
-            tables.q_tiles, tables.blocks.shape[2], **arguments, MASKED=bool(rule), TILE=TILE_QUERIES,
+            None if mask is None else windows_on(device, mask, batch), row_stride(q_frames), row_stride(kv_frames),
+            queries, keys,
+            tables.q_tiles, tables.blocks.shape[2], **arguments, MASKED=mask is not None, TILE=TILE_QUERIES,
             BLOCK=BLOCK_KEYS, CHUNK=128, num_warps=4,
         )  # fmt: skip
         rounds, rest = divmod(batch * heads * tables.q_tiles, tables.ctas)

@@ -34,7 +34,7 @@ def merge_attention(
 
     Example:
         >>> q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 6, 2, 8)
-        >>> parts = [attention(q, x, x, return_lse=True) for x in (k[:, :2], k[:, 2:])]
+        >>> parts = [attention_with_lse(q, x, x) for x in (k[:, :2], k[:, 2:])]
         >>> out, lse = merge_attention(*zip(*parts))
         >>> torch.allclose(out, attention(q, k, k), atol=1e-5)
         True

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._library import wide_dtype
-
-_turns: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # frames -> (key, turns)
+from .._library import remembered, wide_dtype
 
 
 def rope_angles(
@@ -48,25 +45,13 @@ def rope_turns(
     cells: Sequence[int] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """cos + i sin of :func:`rope_angles`, each rounded to ``dtype``: complex [B, F * tokens, head_dim / 2].
+    """cos + i sin of :func:`rope_angles`, each rounded to ``dtype``: complex [B, F * tokens, head_dim / 2]."""
 
-    The layers of a forward ask with the same ids one after the other, so on a CPU the last answer stays with them until
-    they are written to.
-    """
-    plain = type(frames) is Tensor and frames.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not plain or frames.is_inference():
-        return _turns_of(rope_angles(frames, height, width, head_dim, theta, cells), dtype)
-    key = (frames._version, height, width, head_dim, theta, cells and tuple(cells), dtype)
-    known = _turns.get(frames)
-    if known is None or known[0] != key:
-        with torch.inference_mode(False), torch.no_grad():  # autograd may save them later
-            made = _turns_of(rope_angles(frames, height, width, head_dim, theta, cells), dtype)
-        known = _turns[frames] = (key, made)
-    return known[1]
+    def make() -> Tensor:
+        angles = rope_angles(frames, height, width, head_dim, theta, cells)
+        return torch.complex(angles.cos().to(dtype), angles.sin().to(dtype))
 
-
-def _turns_of(angles: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.complex(angles.cos().to(dtype), angles.sin().to(dtype))
+    return remembered(frames, (height, width, head_dim, theta, cells and tuple(cells), dtype), make)
 
 
 def qk_norm_rope(
