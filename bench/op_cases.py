@@ -11,8 +11,8 @@ from torch import Tensor
 import attention_cases
 import hiar_kernels
 from forward_cases import GOAL_MS, forward_pointwise, forward_pointwise_gelu
-from hiar_kernels import _cuda
-from hiar_kernels._triton import interpreting
+from hiar_kernels.common import cuda_loader
+from hiar_kernels.common.triton_loader import interpreting
 from measure import Bench
 from work import Op, Sizes, Work, ids, normal
 
@@ -125,10 +125,10 @@ def merge_attention(bench: Bench, z: Sizes) -> Work:
 
 def table(bench: Bench, absent: dict[str, str]) -> list[Op]:
     """All ops, each with the ways that this machine has."""
-    kernels_run = {"triton": bench.cuda or interpreting(), "cuda": bench.cuda and _cuda.missing() is None}
+    kernels_run = {"triton": bench.cuda or interpreting(), "cuda": bench.cuda and cuda_loader.missing() is None}
     for impl in KERNELS:
         if not kernels_run[impl]:
-            absent[impl] = str(_cuda.missing()) if bench.cuda else "needs a CUDA device"
+            absent[impl] = str(cuda_loader.missing()) if bench.cuda else "needs a CUDA device"
 
     def own(name: str) -> tuple[str, ...]:
         there = hiar_kernels.backends().ops[name].implementations

@@ -1,7 +1,7 @@
 """Tiles of the pointwise kernels worth measuring, at Wan 1.3B's block: python bench/sweep_pointwise.py (a CUDA device).
 
 Microseconds of one call in a captured graph; inputs and rings rotate, so that L2 does not flatter. The pinned tiles
-stand in ``hiar_kernels/_triton_norm.py`` and ``hiar_kernels/qk_norm_rope/triton_fwd.py``.
+stand in ``hiar_kernels/norm/triton_fwd.py`` and ``hiar_kernels/qk_norm_rope/triton_fwd.py``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def microseconds(call: Callable[[int], Any], calls: int = 30, rounds: int = 10) 
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit(f"sweep_pointwise.py needs a CUDA device, torch {torch.__version__} finds none")
-    from hiar_kernels import _triton_norm
+    from hiar_kernels.norm import triton_fwd as norm
     from hiar_kernels.qk_norm_rope import triton_fwd as rope
 
     def normal(*shape: int) -> torch.Tensor:
@@ -70,7 +70,7 @@ def main() -> None:
         print(f"{name}, pinned: {microseconds(call):.2f} us")
         for tokens, warps in NORM_TILES:
             tile = {"BLOCK_T": tokens, "BLOCK_C": 2048, "num_warps": warps}
-            with patch.object(_triton_norm, "_forward_tile", lambda *_, tile=tile: tile):
+            with patch.object(norm, "_tile", lambda *_, tile=tile: tile):
                 print(f"{name}, {tokens} tokens, {warps} warps: {microseconds(call):.2f} us", flush=True)
 
     qkv = [normal(1, TOKENS, 3 * WIDTH) for _ in range(SETS)]

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from ._compile import ARCHITECTURES, CHIPS, Case, Report, _tool, cases, compile_case, problems, triton_modules
-from ._triton import interpreting
+from .common.aot import ARCHITECTURES, CHIPS, Case, Report, _tool, cases, compile_case, problems, triton_modules
+from .common.triton_loader import interpreting
 
 COLUMNS = (
     ("op", "kernel", "case", "sm", "registers", "spills B", "shared KB")
@@ -86,9 +86,9 @@ def markdown(rows: Sequence[Row], command: str) -> str:
         f"`{command}`, {datetime.date.today().isoformat()}, Triton {triton.__version__}, ptxas {release}, "
         f"torch {torch.__version__}.",
         "",
-        "Compiled ahead of time; nothing here was run or timed. Shapes: Wan2.1 at 480x832 in bfloat16, 1.3B unless",
-        "the case says otherwise, with the very configuration that the launcher picks for the architecture. Registers",
-        "and spill bytes are of one thread, shared memory of one block; wgmma to cp.async count instructions in the",
+        "Compiled ahead of time; nothing here was run or timed. Shapes: hiar_kernels/common/shapes.py, in bfloat16,",
+        "with the very configuration that the launcher picks for the architecture. Registers and spill bytes are of",
+        "one thread, shared memory of one block; wgmma to cp.async count instructions in the",
         "code, not executions. blocks/SM is what fits by registers, shared memory and warps; warps/SM the share of an",
         "SM's warps that they fill.",
         "",

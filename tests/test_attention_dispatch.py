@@ -437,7 +437,7 @@ def test_on_a_cpu():
 
 def test_the_eager_reference_on_a_gpu_is_not_silent(h200, monkeypatch):
     """A logsumexp with gradient in float64, which nothing else takes: one line says what it costs and why."""
-    monkeypatch.setattr(table._pointwise, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(table.pointwise, "TRITON_INSTALLED", False)
     monkeypatch.setattr(dispatch.reference, "attention", lambda call: (call.q, call.q))
     q = h200(1, 4680, 12, 128, dtype=torch.float64).requires_grad_()
     k = h200(1, 32760, 12, 128, dtype=torch.float64)

@@ -18,9 +18,9 @@ import torch
 from any_rule import any_ring, any_rule
 
 import hiar_kernels
-from hiar_kernels import _triton
 from hiar_kernels.attention.mask import visible_with_context
 from hiar_kernels.attention.table import SHAPES, Measurement, read, way
+from hiar_kernels.common import triton_loader
 
 pytestmark = pytest.mark.cpu
 
@@ -169,7 +169,7 @@ def test_pointwise_of_a_forward(bench, monkeypatch):
     from op_results import BENCH
     from work import SMALL as Z
 
-    monkeypatch.setattr(_triton, "load", lambda op, tensor: None)  # the ops run their references
+    monkeypatch.setattr(triton_loader, "load", lambda op, tensor: None)  # the ops run their references
     called: list[str] = []
 
     class Watch(TorchDispatchMode):

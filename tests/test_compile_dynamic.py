@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import hiar_kernels as hk
-from hiar_kernels import BlockCausal, KVContext, _triton
+from hiar_kernels import BlockCausal, KVContext
+from hiar_kernels.common import triton_loader
 
 pytestmark = pytest.mark.cpu
 LENGTHS = (11, 13, 17, 19)  # equal to no other size: torch takes equal sizes to stay equal
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 def opaque(monkeypatch):
     """Ops are opaque to the compiler, as on a GPU; references stand in for the kernels."""
     torch._dynamo.reset()
-    monkeypatch.setattr(_triton, "load", lambda op, tensor: None)
+    monkeypatch.setattr(triton_loader, "load", lambda op, tensor: None)
     with hk.prefer("triton"), torch.no_grad():
         yield
     torch._dynamo.reset()

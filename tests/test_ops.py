@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hiar_kernels as hk
-from hiar_kernels import BlockCausal, KVContext, _pointwise, _triton
+from hiar_kernels import BlockCausal, KVContext
 from hiar_kernels.attention.inputs import AttentionInputs
+from hiar_kernels.common import pointwise, triton_loader
 
 pytestmark = pytest.mark.cpu
 
@@ -323,8 +324,8 @@ class Dispatched(TorchDispatchMode):
 def test_compiled_attention_on_cuda(impl, lse, op, triton, monkeypatch):
     """Never the reference unless it was asked for: Triton's kernels are loaded, or an op carries the choice."""
     loaded = []
-    monkeypatch.setattr(_triton, "load", lambda op, tensor: loaded.append((op, tensor.device.type)))
-    monkeypatch.setattr(_pointwise, "TRITON_INSTALLED", triton)
+    monkeypatch.setattr(triton_loader, "load", lambda op, tensor: loaded.append((op, tensor.device.type)))
+    monkeypatch.setattr(pointwise, "TRITON_INSTALLED", triton)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     function = hk.attention_with_lse if lse else hk.attention
     with FakeTensorMode(), Dispatched() as dispatched:

@@ -134,7 +134,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "a cache of another batch": (lambda: append(v=CACHE[:1]), "v_cache must be [2, n * 3, 2, 4], got [1, 6, 2, 4]"),
     "x in two dimensions": (lambda: hk.ada_layer_norm(X[0], X, X), "x must be [B, T, C], got [6, 8]"),
     "shift and scale apart": (
-        lambda: hk.ada_layer_norm(X, X[:, :3], X[:, :2]), "scale must be [2 or 1, F, 8], got [2, 2, 8]"
+        lambda: hk.ada_layer_norm(X, X[:, :3], X[:, :2]), "scale must be [2, 3, 8] like shift, got [2, 2, 8]"
     ),
     "shifts that do not divide": (
         lambda: hk.ada_layer_norm(X, X[:, :4], X[:, :4]), "6 tokens are no multiple of 4 frames"
@@ -146,7 +146,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "gates that do not divide": (lambda: hk.gated_residual(X, X, X[:, :4]), "6 tokens are no multiple of 4 frames"),
     "a gate of other frames": (
         lambda: hk.gated_residual_ada_layer_norm(X, X, X[:, :2], X[:, :3], X[:, :3]),
-        "scale must be [2 or 1, 2, 8] like gate, got [2, 3, 8]",
+        "shift must be [2 or 1, 2, 8] like gate, got [2, 3, 8]",
     ),
     "y of other tokens": (
         lambda: hk.gated_residual_ada_layer_norm(X, X[:, :3], *[X[:, :3]] * 3),
@@ -154,7 +154,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "shifts without a gate apart": (
         lambda: hk.gated_residual_ada_layer_norm(X, X, None, X[:, :2], X[:, :3]),
-        "scale must be [2 or 1, F, 8], got [2, 3, 8]",
+        "scale must be [2, 2, 8] like shift, got [2, 3, 8]",
     ),
     "y of other tokens, affine": (
         lambda: hk.gated_residual_layer_norm(X, X[:, :3], X[:, :3], WEIGHT, WEIGHT),

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hiar_kernels import qk_norm_rope
-from hiar_kernels._dispatch import prefer, taken
 from hiar_kernels.attention import table
+from hiar_kernels.common.dispatch import prefer, taken
 from hiar_model.config import WanConfig
 from hiar_model.schedule import FlowSchedule, sigma_table
 from hiar_model.transformer import HiARTransformer

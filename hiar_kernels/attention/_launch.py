@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._compile import Case
-from .._triton import architecture
+from ..common.aot import Case
+from ..common.shapes import HEAD_DIM
+from ..common.triton_loader import architecture
 from .inputs import AttentionInputs, window_list
 from .mask import BlockCausal
 from .table import HEAD_DIMS
@@ -17,7 +18,6 @@ from .table import HEAD_DIMS
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPTIONAL = ("context_k", "context_v", "q_frames", "kv_frames", "context_frames", "windows", "counts", "frames")
 LARGEST_FRAME = 2**30  # exclusive: sums of two ids and a window stay within 32 bits
-WAN_HEAD_DIM = 128  # Wan 1.3B
 RULE = ("frame_tokens", "frames_per_block", "first_frame", "origin", "sink_frames", "sink_end")
 
 
@@ -203,7 +203,7 @@ def rule_arguments(mask: BlockCausal | None, length: int) -> dict[str, Any]:
 def production_case(
     name: str, kernel: Any, given: dict[str, Any], tile: Tile, *, out: str = "", tensor_cores: bool = True
 ) -> Case:
-    """A launch at Wan 1.3B's shapes in bfloat16.
+    """A launch in bfloat16.
 
     Args:
         given: constexprs beside those of the tile, and ``pointers``: the optional pointers that are not None.
@@ -211,7 +211,7 @@ def production_case(
     """
     optional = given.pop("pointers")
     types = {"frames": "*i32", "windows": "*i32", "counts": "*fp32", "lse": "*fp32", "delta": "*fp32"}
-    constexprs = {"HEAD_DIM": WAN_HEAD_DIM, "PRECISION": "tf32", **tile.constexprs(), **given}
+    constexprs = {"HEAD_DIM": HEAD_DIM, "PRECISION": "tf32", **tile.constexprs(), **given}
     constexprs["CONTEXT"] = "context_k_ptr" in optional
     constexprs = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
     signature = {}

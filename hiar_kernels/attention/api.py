@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import resolve
+from ..common.dispatch import resolve
 from . import library, ops, table  # noqa: F401  (registers the ops)
 from .dispatch import IMPLS, attend
 from .inputs import AttentionInputs

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _triton
-from .._dispatch import choose, require, resolve
+from ..common import triton_loader
+from ..common.dispatch import choose, require, resolve
 from . import gluon, library, reference, table
 from .inputs import AttentionInputs
 from .layout import AttentionLayout, attention_layout
@@ -53,7 +53,7 @@ def run(
         gluon.require_fits(call)
         return gluon.attend(call, schedule)
     if impl == "triton":
-        _triton.load("attention", q)
+        triton_loader.load("attention", q)
         return torch.ops.hiar.attention(*call.as_schema())
     if impl == "reference":
         if automatic and q.is_cuda and choice.impl == "reference":
@@ -88,7 +88,7 @@ def _traced(call: AttentionInputs, impl: str, num_splits: int | None, return_lse
     if impl in library.LIBRARIES and return_lse and call.needs_grad:
         raise ValueError(library.no_gradient_of_lse(impl))
     if impl == "triton":
-        _triton.load("attention", call.q)
+        triton_loader.load("attention", call.q)
         return torch.ops.hiar.attention(*call.as_schema())
     *tensors, _ = call.as_schema()
     out, lse = torch.ops.hiar.attention_eager(*tensors, call.scale, impl, num_splits or 0, return_lse)

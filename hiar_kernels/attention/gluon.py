@@ -8,8 +8,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from .. import _triton
-from .._dispatch import require
+from ..common import triton_loader
+from ..common.dispatch import require
 from .inputs import AttentionInputs
 from .schedule import AttentionSchedule, attention_schedule
 
@@ -61,7 +61,7 @@ def unfit(call: AttentionInputs) -> str | None:
 def attend(call: AttentionInputs, schedule: AttentionSchedule | None) -> tuple[Tensor, Tensor]:
     """(out, logsumexp) of :func:`hiar_kernels.attention`; no gradient."""
     q, k = call.q, call.k
-    _triton.load("attention", q)
+    triton_loader.load("attention", q)
     from . import gluon_fwd
 
     if schedule is None:

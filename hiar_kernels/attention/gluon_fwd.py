@@ -26,8 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .._compile import Case
-from ._launch import WAN_HEAD_DIM
+from ..common.aot import Case
 from .schedule import BLOCK_FIELDS, BLOCK_KEYS, SEGMENT_FIELDS, TILE_QUERIES, AttentionSchedule
 from .triton_schedule import merge_cuts
 
@@ -414,14 +413,14 @@ def launch(q: Tensor, k: Tensor, v: Tensor, schedule: AttentionSchedule, scale: 
 
 
 def compile_cases(arch: int) -> list[Case]:
-    """The kernel at Wan 1.3B's head size: sm_90 only, whose instructions it is written in."""
+    """sm_90 only, whose instructions it is written in."""
     if arch != 90:
         return []
     signature = dict.fromkeys(_attention_hopper_kernel.arg_names, "i32")
     for name in signature:
         if name.endswith("_desc"):
             rows = _ROWS if name == "q_desc" else BLOCK_KEYS
-            signature[name] = f"tensordesc<bf16[1, {rows}, {WAN_HEAD_DIM}],{_LAYOUT!r}>"
+            signature[name] = f"tensordesc<bf16[1, {rows}, {HEAD_DIM}],{_LAYOUT!r}>"
         elif name.endswith("_ptr"):
             wide = name in ("lse_ptr", "part_out_ptr", "part_lse_ptr")
             signature[name] = "*bf16" if name == "out_ptr" else "*fp32" if wide else "*i32"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dispatch import require
+from ..common.dispatch import require
 from .layout import AttentionLayout
 from .mask import BlockCausal, KVContext
 

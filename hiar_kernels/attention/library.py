@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._library import own_arithmetic, remembered
+from ..common.torch_library import own_arithmetic, remembered
 from ..merge_attention import merge_attention
 from .inputs import AttentionInputs
 from .layout import AttentionLayout, Group, Run, even_cut

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _triton
-from .._library import define, wide_dtype
+from ..common import triton_loader
+from ..common.torch_library import define, wide_dtype
 from . import dispatch, reference
 from .inputs import AttentionInputs
 
@@ -23,7 +23,7 @@ def _reference(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Where no kernel is registered: on a CPU. A CUDA tensor gets here only if nobody has loaded the kernels yet."""
     q = arguments[0]
     if q.is_cuda:
-        _triton.load("attention", q)
+        triton_loader.load("attention", q)
         return torch.ops.hiar.attention(*arguments)
     return reference.attention(AttentionInputs.from_schema(*arguments))
 
@@ -45,9 +45,18 @@ def _fake_eager(q: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return out, lse if options[-1] else lse.new_empty(0)
 
 
-define("attention", _TENSORS + "float scale", 2, _reference, _fake, differentiable=_DIFFERENTIABLE, saves_outputs=True)
+define(
+    __package__,
+    "attention",
+    _TENSORS + "float scale",
+    2,
+    _reference,
+    _fake,
+    differentiable=_DIFFERENTIABLE,
+    saves_outputs=True,
+)
 # num_splits 0: the choice of impl="auto". The backward runs the forward again, since libraries save what they need.
 define(
-    "attention_eager", _TENSORS + "float? scale, str impl, int num_splits, bool return_lse", 2, _eager, _fake_eager,
-    differentiable=_DIFFERENTIABLE,
+    __package__, "attention_eager", _TENSORS + "float? scale, str impl, int num_splits, bool return_lse", 2, _eager,
+    _fake_eager, differentiable=_DIFFERENTIABLE,
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import own_arithmetic
+from ..common.torch_library import own_arithmetic
 from .inputs import AttentionInputs
 from .mask import BlockCausal, visible_with_context
 

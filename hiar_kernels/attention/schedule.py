@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _triton
+from ..common import triton_loader
 from .mask import BlockCausal
 
 TILE_QUERIES = 128  # of one CTA
@@ -104,7 +104,7 @@ def attention_schedule(
         whole = mask is None or n % tokens == 0
         if not (n > 0 and whole):
             raise ValueError(f"attention_schedule: {name} must be a positive multiple of {tokens}, got {n}")
-    _triton.load("attention", torch.empty(0, device=device))
+    triton_loader.load("attention", torch.empty(0, device=device))
     from .triton_schedule import make
 
     return make(shape, mask, q_frames, kv_frames, torch.device(device), ctas)

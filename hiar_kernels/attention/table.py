@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import _pointwise
+from ..common import pointwise
 from . import gluon
 from .inputs import AttentionInputs
 from .layout import AttentionLayout
@@ -210,7 +210,7 @@ def choices() -> dict[str, Choice]:
 
 def triton_takes(q: Tensor) -> bool:
     """Whether the Triton kernels are there and take tensors like q."""
-    return _pointwise.TRITON_INSTALLED and q.dtype in _pointwise.DTYPES and q.shape[-1] in HEAD_DIMS
+    return pointwise.TRITON_INSTALLED and q.dtype in pointwise.DTYPES and q.shape[-1] in HEAD_DIMS
 
 
 def usable(impl: str, q: Tensor, return_lse: bool = False) -> bool:
@@ -228,7 +228,7 @@ def warn_of_scores(call: AttentionInputs, choice: Choice) -> None:
     b, queries, heads, _ = call.q.shape
     keys = call.k.shape[1] + (0 if call.context is None else call.context.k.shape[1])
     gib = b * heads * queries * keys * (8 if call.q.dtype == torch.float64 else 4) / 2**30
-    advice = "" if _pointwise.TRITON_INSTALLED else "; install triton"
+    advice = "" if pointwise.TRITON_INSTALLED else "; install triton"
     warnings.warn(
         f"attention: impl='auto' runs the eager reference on {call.q.device}, which holds {gib:.3g} GiB of scores: "
         f"{choice.why}{advice}",
@@ -240,7 +240,7 @@ def rules() -> str:
     """How ``auto`` is resolved, in words."""
     return (
         "on a CPU sdpa (reference where a logsumexp is asked for); on CUDA triton for keys with counts and no "
-        "gradient, else the first measured row of (architecture, shape class) that can run; where nothing was measured sdpa if "
-        "the layout is known on the host, triton if frame ids are on the device only or a logsumexp is asked for; "
-        "under torch.compile triton; where nothing else can run reference, with a warning"
+        "gradient, else the first measured row of (architecture, shape class) that can run; where nothing was "
+        "measured sdpa if the layout is known on the host, triton if frame ids are on the device only or a logsumexp "
+        "is asked for; under torch.compile triton; where nothing else can run reference, with a warning"
     )

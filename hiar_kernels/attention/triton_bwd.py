@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._compile import Case
-from .._triton import register
+from ..common.aot import Case
+from ..common.triton_loader import register
 from ._launch import (
     CANDIDATES,
     DKDV,
@@ -348,11 +348,11 @@ _FRAMES = ("q_frames_ptr", "kv_frames_ptr", "frames_ptr", "windows_ptr")
 
 
 def compile_cases(arch: int) -> list[Case]:
-    """Wan 1.3B at 480 x 832: training over caches, block-causal, bidirectional."""
+    """Training over caches, block-causal, bidirectional."""
     context = ("context_k_ptr", "context_v_ptr", "context_frames_ptr")
     dq, dkdv = pick(DQ, arch), pick(DKDV, arch)
     delta = production_case(
-        "Wan 1.3B", _attention_bwd_delta_kernel, {"pointers": ()}, Tile(32, 32, 4, 1), tensor_cores=False
+        "every shape", _attention_bwd_delta_kernel, {"pointers": ()}, Tile(32, 32, 4, 1), tensor_cores=False
     )
     return [
         delta,

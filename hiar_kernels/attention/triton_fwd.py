@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._compile import Case
-from .._triton import register
+from ..common.aot import Case
+from ..common.triton_loader import register
 from ..merge_attention.triton_fwd import merge
 from ._launch import (
     CANDIDATES,
@@ -215,7 +215,7 @@ _FRAMES = ("q_frames_ptr", "kv_frames_ptr", "windows_ptr")
 
 
 def compile_cases(arch: int) -> list[Case]:
-    """Wan 1.3B at 480 x 832: a visit over the ring, one split in two, training over caches, text, bidirectional."""
+    """A block over a ring, one whose keys are split in two, training over caches, text, bidirectional."""
     context = ("context_k_ptr", "context_v_ptr", "context_frames_ptr")
     tile = pick(FORWARD, arch)
     return [

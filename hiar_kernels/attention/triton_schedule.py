@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._compile import Case
+from ..common.aot import Case
 from ._launch import RULE, dense_rows, row_stride, rule_arguments, windows_on
 from ._visible import FULL, NONE, PARTIAL, SEEN, frame_at, key_run, limits, query_ends
 from .mask import BlockCausal
@@ -245,7 +245,7 @@ def merge_cuts(tables: AttentionSchedule, part_out: Tensor, part_lse: Tensor, ou
 
 
 def compile_cases(arch: int) -> list[Case]:
-    """Wan 1.3B's visit over a ring of 21 frames on 132 SMs: made for sm_90, plain enough for all."""
+    """A block over a ring of 21 frames on 132 SMs: made for sm_90, plain enough for all."""
     frames = ("q_frames_ptr", "kv_frames_ptr", "windows_ptr")
     kernels = (
         (_key_blocks_kernel, {"MASKED": True, "TILE": TILE_QUERIES, "BLOCK": BLOCK_KEYS, "CHUNK": 128}, frames),

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._compile import Case
-from .._triton import register
-from .._triton_flow import TILE, dense_frames, piece, strides
+from ..common.aot import Case
+from ..common.triton_loader import register
+from ._launch import TILE, dense_frames, piece, strides
 
 
 @triton.jit

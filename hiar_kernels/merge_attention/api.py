@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _cuda, _pointwise, _triton
-from .._dispatch import choose
+from ..common import cuda_loader, pointwise, triton_loader
+from ..common.dispatch import choose
 from . import ops, reference  # noqa: F401  (registers the op)
 
 IMPLS = ("reference", "triton", "cuda")
@@ -51,11 +51,11 @@ def merge_attention(
         if tuple(lse.shape) != (b, h, t):
             raise ValueError(f"merge_attention: every lse must be {[b, h, t]}, got {list(lse.shape)}")
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, *lses))
-    kernel = "reference" if wants_grad else _pointwise.automatic(outs[0], cuda=True)
+    kernel = "reference" if wants_grad else pointwise.automatic(outs[0], cuda=True)
     impl = choose("merge_attention", impl, IMPLS, auto=kernel)
     if impl == "reference":
         return reference.merge_attention(list(outs), list(lses))
-    (_cuda if impl == "cuda" else _triton).load("merge_attention", outs[0])
+    (cuda_loader if impl == "cuda" else triton_loader).load("merge_attention", outs[0])
     if wants_grad:
         raise ValueError(f"merge_attention: impl={impl!r} has no gradient; use impl='reference', or no_grad()")
     for x in (*outs, *lses):

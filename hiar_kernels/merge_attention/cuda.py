@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _cuda
+from ..common import cuda_loader
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_PARTS = 32
@@ -27,4 +27,4 @@ def launch(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-_cuda.register("merge_attention_cuda", launch)
+cuda_loader.register("merge_attention_cuda", launch)

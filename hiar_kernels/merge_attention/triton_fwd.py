@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._compile import Case
-from .._triton import register
+from ..common.aot import Case
+from ..common.shapes import HEAD_DIM
+from ..common.triton_loader import register
 
 _BLOCK_T = 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -156,13 +157,13 @@ register("merge_attention", launch)
 
 
 def compile_cases(arch: int) -> list[Case]:
-    """Two halves of the keys of a block of Wan 1.3B, as our own forward and as a library leaves them."""
+    """Two halves of the keys of a block, as our own forward and as a library leaves them."""
 
     def case(name: str, more: int, kind: str) -> Case:
         pointers = {"parts_ptr": kind, "lses_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
         pointers |= {"more_ptr": kind, "more_lses_ptr": "*fp32"} if more else {}
         absent = () if more else ("more_ptr", "more_lses_ptr")
-        sizes = {"PARTS": 2, "MORE": more, "HEAD_DIM": 128, "BLOCK_T": _BLOCK_T, "BLOCK_D": 128}
+        sizes = {"PARTS": 2, "MORE": more, "HEAD_DIM": HEAD_DIM, "BLOCK_T": _BLOCK_T, "BLOCK_D": HEAD_DIM}
         constexprs = {**sizes, **dict.fromkeys(absent)}
         others = [a for a in _merge_attention_fwd_kernel.arg_names if a not in pointers and a not in constexprs]
         sixteens = (*pointers, *[f"stride_{stack}{dim}" for stack in "pm" for dim in "nbth"])
@@ -170,6 +171,6 @@ def compile_cases(arch: int) -> list[Case]:
         return Case(name, _merge_attention_fwd_kernel, signature, constexprs, sixteens, num_warps=4)
 
     return [
-        case("two halves, Wan 1.3B", 0, "*fp32"),
-        case("two rows of a launch and a rest, Wan 1.3B", 1, "*bf16"),
+        case("two halves", 0, "*fp32"),
+        case("two rows of a launch and a rest", 1, "*bf16"),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import define
+from ..common.torch_library import define
 from . import reference
 from .layout import CACHE_FRAMES, format_of
 
@@ -20,6 +20,7 @@ def _fake(x: Tensor, weight: Tensor, cache: Tensor | None, eps: float) -> tuple[
 
 
 define(
+    __package__,
     "rms_silu_pad",
     "Tensor x, Tensor weight, Tensor? cache, float eps",
     2,

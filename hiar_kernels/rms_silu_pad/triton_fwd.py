@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._compile import Case
-from .._triton import register
+from ..common.aot import Case
+from ..common.triton_loader import register
 from .layout import CACHE_FRAMES, format_of
 
 _LAST = torch.channels_last_3d

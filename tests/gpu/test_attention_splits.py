@@ -7,7 +7,7 @@ import torch
 from budget import assert_within_budget
 
 from hiar_kernels import BlockCausal, attention, attention_layout, attention_with_lse, reference
-from hiar_kernels._dispatch import taken
+from hiar_kernels.common.dispatch import taken
 
 pytestmark = pytest.mark.gpu
 

@@ -15,8 +15,9 @@ from budget import assert_within_budget
 from test_attention import Case, gradient, ids, make, normal
 from torch import Tensor
 
-from hiar_kernels import EMPTY, BlockCausal, KVContext, _triton, attention, attention_with_lse
+from hiar_kernels import EMPTY, BlockCausal, KVContext, attention, attention_with_lse
 from hiar_kernels.attention.inputs import AttentionInputs
+from hiar_kernels.common import triton_loader
 
 pytestmark = pytest.mark.interpreter
 
@@ -270,7 +271,7 @@ def test_constant_caches_cost_no_gradient(device, monkeypatch):
 )
 def test_split_keys(name, splits, device, poisoned):
     case = build(name)
-    _triton.load("attention", case.q.to(device))
+    triton_loader.load("attention", case.q.to(device))
     from hiar_kernels.attention import _launch, triton_fwd
 
     config = replace(_launch.tile_for(case.q.to(device).float(), _launch.FORWARD), splits=splits)
@@ -288,7 +289,7 @@ def test_split_keys(name, splits, device, poisoned):
 
 
 def test_how_many_splits(device):
-    _triton.load("attention", torch.zeros(1, device=device))
+    triton_loader.load("attention", torch.zeros(1, device=device))
     from hiar_kernels.attention.triton_fwd import splits_for
 
     assert splits_for(444, 32760, 132) == 2  # a visit of Wan 1.3B on 132 SMs: 3.5 waves for 4
@@ -303,7 +304,7 @@ def test_how_many_splits(device):
 def test_opcheck(device):
     case = build("constant caches")
     q, k, v, ck, cv = (x.to(device, torch.float32).nan_to_num(0).requires_grad_() for x in case.tensors())
-    _triton.load("attention", q)
+    triton_loader.load("attention", q)
     frames = [x.to(device) for x in (case.options["q_frames"], case.options["kv_frames"], case.context.frames)]
     context = KVContext(ck, cv, frames[2])
     schema = AttentionInputs(q, k, v, case.mask, *frames[:2], context, None, 0.25).as_schema()

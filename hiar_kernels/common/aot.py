@@ -1,0 +1,291 @@
+"""Triton kernels compiled ahead of time, for GPUs that need not be there, and what came out of it.
+
+A Triton module of an op describes its production launches in ``compile_cases(arch) -> list[Case]``;
+:func:`compile_case` compiles one, and :func:`problems` says what is wrong with the result. Works in Triton 3.6 and 3.7,
+in a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .dispatch import require
+from .triton_loader import interpreting
+
+ARCHITECTURES = (80, 89, 90, 100, 120)
+_PACKAGE = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch to compile.
+
+    Attributes:
+        name: the shape in a word or two; the kernel's own name is added in reports.
+        kernel: the @triton.jit function.
+        signature: argument -> "*bf16", "*fp32", "*i32", "i32", "i64", "fp32", "constexpr", "tensordesc<bf16[64, 128]>".
+            Arguments in ``constexprs`` may be left out.
+        constexprs: values of the constexpr arguments; None for a pointer that is not given.
+        divisible: pointers and sizes that the launch is known to have as multiples of 16.
+        tensor_cores: the kernel multiplies matrices, so tensor cores must be in use.
+        max_registers: of a thread at launch; None: the compiler's choice.
+        fp_fusion: products and sums may be contracted (``enable_fp_fusion`` of the launch).
+        spills_allowed: bytes, where a tile with so many was measured to be faster than those without.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any] = field(default_factory=dict)
+    divisible: tuple[str, ...] = ()
+    num_warps: int = 4
+    num_stages: int = 3
+    tensor_cores: bool = False
+    max_registers: int | None = None
+    fp_fusion: bool = True
+    spills_allowed: int = 0
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Limits of an architecture: of one SM, and the shared memory that one block may have (bytes).
+
+    ``tensor_memory``: columns; ``tensor_core``: the instructions of which a matrix product must use one.
+    """
+
+    shared_block: int
+    shared_sm: int
+    warps: int
+    blocks: int
+    registers: int = 65536
+    tensor_memory: int = 0
+    tensor_core: tuple[str, ...] = ("mma",)
+
+
+# CUDA programming guide, table of technical specifications per compute capability. A block takes 1 KB of shared memory
+# beyond its own.
+CHIPS = {
+    80: Chip(163 * 1024, 164 * 1024, 64, 32),
+    89: Chip(99 * 1024, 100 * 1024, 48, 24),
+    90: Chip(227 * 1024, 228 * 1024, 64, 32, tensor_core=("wgmma",)),
+    100: Chip(227 * 1024, 228 * 1024, 64, 32, tensor_memory=512, tensor_core=("tcgen05", "mma")),
+    120: Chip(99 * 1024, 100 * 1024, 48, 24),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a case.
+
+    Attributes:
+        registers: of one thread, as the kernel is launched.
+        spills_bytes: bytes stored and loaded by spill code of one thread.
+        shared_bytes: of one block.
+        wgmma, mma, cp_async, tma, tcgen05: how many such instructions the code holds.
+        warps: of one block, with those that warp specialisation adds.
+        occupancy: blocks that one SM can hold; 0 when the kernel does not fit.
+        seconds: of compiling; next to nothing when Triton had it in its cache.
+        tensor_memory: columns of one block (sm_100).
+        fma: contracted products and sums of float32.
+        reduced: the types that sums, maxima and scans run over, as Triton names them.
+    """
+
+    registers: int
+    spills_bytes: int
+    shared_bytes: int
+    wgmma: int
+    mma: int
+    cp_async: int
+    tma: int
+    tcgen05: int
+    warps: int
+    occupancy: int
+    seconds: float
+    tensor_memory: int = 0
+    fma: int = 0
+    reduced: tuple[str, ...] = ()
+
+
+def build(case: Case, arch: int) -> Any:
+    """A case compiled for ``sm_<arch>``, as Triton returns it."""
+    if arch not in CHIPS:
+        raise ValueError(f"compile_case: no limits known for sm_{arch}; legal: {', '.join(map(str, CHIPS))}")
+    require(not interpreting(), "compile_case: needs a process without TRITON_INTERPRET=1, got one with it")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(case.kernel.arg_names)
+    given = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
+    missing, unknown = [n for n in names if n not in given], sorted(given.keys() - set(names))
+    of = f"compile_case: {case.kernel.__name__}, case {case.name!r}"
+    if missing:
+        raise ValueError(f"{of}: no type for {', '.join(missing)}")
+    if unknown:
+        raise ValueError(f"{of}: the kernel has no {', '.join(unknown)}")
+    valueless = [n for n in names if given[n] == "constexpr" and n not in case.constexprs]
+    if valueless:
+        raise ValueError(f"{of}: no value for {', '.join(valueless)}")
+    make_source = ASTSource
+    if case.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        make_source = GluonASTSource
+    source = make_source(
+        fn=case.kernel,
+        signature={name: given[name] for name in names},
+        constexprs=case.constexprs,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fp_fusion}
+    if case.max_registers is not None:
+        options["maxnreg"] = case.max_registers
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_case(case: Case, arch: int) -> Report:
+    """Compile for ``sm_<arch>`` and look at the result."""
+    start = time.perf_counter()
+    compiled = build(case, arch)
+    seconds = time.perf_counter() - start
+
+    ptx = compiled.asm["ptx"]
+    resources, sass = _dump(compiled.asm["cubin"])
+    found = re.search(r"\bREG:(\d+)", resources)
+    assert found is not None, resources
+    registers, shared, warps = int(found[1]), int(compiled.metadata.shared), int(compiled.metadata.num_warps)
+    columns = int(getattr(compiled.metadata, "tmem_size", 0) or 0)
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, ptx))
+
+    return Report(
+        registers=registers,
+        spills_bytes=_spills(ptx, arch) if re.search(r"\b(?:STL|LDL)\b", sass) else 0,
+        shared_bytes=shared,
+        wgmma=count(r"wgmma\.mma_async"),
+        mma=count(r"\bmma\.sync"),
+        cp_async=count(r"cp\.async\.c[ag]\."),
+        tma=count(r"cp\.async\.bulk\.tensor"),
+        tcgen05=count(r"tcgen05\.mma"),
+        warps=warps,
+        occupancy=occupancy(arch, registers, shared, warps, columns),
+        seconds=seconds,
+        tensor_memory=columns,
+        fma=count(r"\bfma\.rn\.f32"),
+        reduced=_reduced(compiled.asm.get("ttir") or compiled.asm["ttgir"]),
+    )
+
+
+def _reduced(ir: str) -> tuple[str, ...]:
+    """Types of what the reductions and scans of a kernel take."""
+    combined = re.findall(r'"tt\.(?:reduce|scan)"\(.*?\^bb0\((.*?)\):', ir, re.DOTALL)
+    return tuple(sorted({kind for pair in combined for kind in re.findall(r": (\w+)", pair)}))
+
+
+def occupancy(arch: int, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> int:
+    """Blocks of ``warps`` warps that one SM holds; registers are handed to warps in units of 256."""
+    chip = CHIPS[arch]
+    if shared > chip.shared_block or tensor_memory > chip.tensor_memory:
+        return 0
+    per_warp = -(-registers * 32 // 256) * 256
+    # Each of the four quarters of an SM has its own registers and its own warps.
+    by_registers = 4 * (chip.registers // 4 // per_warp) // warps if per_warp else chip.blocks
+    by_columns = chip.tensor_memory // tensor_memory if tensor_memory else chip.blocks
+    return min(chip.blocks, chip.warps // warps, by_registers, by_columns, chip.shared_sm // (shared + 1024))
+
+
+def problems(case: Case, arch: int, report: Report) -> list[str]:
+    """The gates that a compiled case does not pass, one line each."""
+    chip, found = CHIPS[arch], []
+    if report.spills_bytes > case.spills_allowed:
+        found.append(f"{report.spills_bytes} bytes of register spills, allowed {case.spills_allowed}")
+    if report.shared_bytes > chip.shared_block:
+        found.append(f"{report.shared_bytes} bytes of shared memory, sm_{arch} has {chip.shared_block}")
+    if report.tensor_memory > chip.tensor_memory:
+        found.append(f"{report.tensor_memory} columns of tensor memory, sm_{arch} has {chip.tensor_memory}")
+    if case.tensor_cores and not any(getattr(report, kind) for kind in chip.tensor_core):
+        found.append(f"no {' or '.join(chip.tensor_core)} instruction, so no tensor cores in use")
+    described = any(kind.startswith("tensordesc") for kind in case.signature.values())
+    if described and arch >= 90 and not report.tma:
+        found.append("no bulk tensor copy, though the kernel has tensor descriptors")
+    narrow = [kind for kind in report.reduced if kind != "f32" and not re.fullmatch(r"i\d+", kind)]
+    if narrow:  # the dtype that they sum in changed between Triton 3.7 and 3.9
+        found.append(f"a reduction over {', '.join(narrow)}, allowed: float32 and integers; cast first")
+    if not found and report.occupancy == 0:
+        found.append(f"{report.warps} warps of {report.registers} registers do not fit on an SM of sm_{arch}")
+    return found
+
+
+def triton_modules() -> dict[str, list[str]]:
+    """Folder of an op -> its Triton modules, as names that import."""
+    found: dict[str, list[str]] = {}
+    paths = [*_PACKAGE.glob("*/triton_*.py"), *_PACKAGE.glob("*/gluon_*.py")]
+    for path in sorted(paths, reverse=True):  # forward before backward
+        found.setdefault(path.parent.name, []).append(f"{_PACKAGE.name}.{path.parent.name}.{path.stem}")
+    return dict(sorted(found.items()))
+
+
+def cases(op: str, arch: int) -> list[Case]:
+    """What the Triton modules of an op's folder want compiled for an architecture."""
+    modules = triton_modules()
+    if op not in modules:
+        raise ValueError(f"no Triton kernels of {op!r}; legal: {', '.join(modules) or 'none yet'}")
+    found: list[Case] = []
+    for name in modules[op]:
+        listed = getattr(importlib.import_module(name), "compile_cases", None)
+        if listed is not None and listed.__module__ == name:  # not one that was imported
+            found += listed(arch)
+    return found
+
+
+def _tool(name: str) -> str:
+    """A program of the CUDA toolkit that Triton brings along."""
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None and spec.origin is not None
+    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise ValueError(f"this Triton brings no {name}: {path} is not there")
+    return str(path)
+
+
+def _dump(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code of a compiled kernel, as cuobjdump prints them."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+
+        def run(option: str) -> str:
+            return subprocess.run(
+                [_tool("cuobjdump"), option, str(file)], capture_output=True, text=True, check=True
+            ).stdout
+
+        return run("--dump-resource-usage"), run("--dump-sass")
+
+
+def _spills(ptx: str, arch: int) -> int:
+    """Bytes of spill stores and loads, as ptxas tells them: a stack of the kernel's own is not a spill."""
+    ptxas = _tool("ptxas-blackwell" if arch >= 100 else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        target = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
+        said = ""
+        for extra in (["--regAllocOptLevel=2"], []):  # Triton 3.7 passes it; older ptxas do not know it
+            command = [ptxas, "-v", "-lineinfo", *extra, target, str(file), "-o", f"{file}.cubin"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            said = done.stderr
+            if done.returncode == 0:
+                break
+    sizes = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+    if not bool(sizes):
+        raise ValueError(f"ptxas for sm_{arch} did not tell its spills: {said.strip()[-200:]}")
+    return sum(map(int, sizes))

@@ -1,0 +1,88 @@
+"""What the CUDA implementations share: whether the extension is there, and how they take an op over.
+
+The extension (csrc/) registers kernels as ``hiar_cuda::<op>``; ``cuda.py`` in the folder of an op checks arguments,
+allocates outputs and calls them. It is loaded when the first of them is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import extension
+from .torch_library import LIBRARY, PACKAGES
+
+emulation: Path | None = None
+"""csrc/ built for the host, kernels as loops: where tests put it here, impl="cuda" takes CPU tensors and no others."""
+
+
+def missing() -> str | None:
+    """Why impl="cuda" cannot run here, in one line; None where it can."""
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
+    return None if emulation is not None else extension.missing()
+
+
+def status() -> str:
+    """For people: what was built, or why nothing was."""
+    why = missing()
+    if why is not None:
+        return f"not built: {why}"
+    if emulation is not None:
+        return f"built for the host: {emulation}"
+    known = extension.record()
+    return f"built for sm_{', sm_'.join(known['archs'])} by nvcc {known['nvcc']}"
+
+
+def automatic(tensor: Tensor) -> bool:
+    """Whether ``impl="auto"`` may choose it for this tensor."""
+    return tensor.is_cuda and missing() is None
+
+
+def load(op: str, tensor: Tensor) -> None:
+    """Make the CUDA kernel of an op run on the tensor's device, or say in one line why it cannot.
+
+    Loads the extension and ``hiar_kernels.<folder of op>.cuda`` at the first call.
+    """
+    _load(op, str(tensor.device))
+
+
+def _load(op: str, device: str) -> bool:
+    return _loaded(op, device)
+
+
+# torch.compile runs these two while it traces, instead of tracing them: they look at files and import.
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _loaded(op: str, device: str) -> bool:
+    why = missing()
+    if why is not None:
+        raise ValueError(f"{op}: impl='cuda' needs the CUDA extension, which is not built: {why}")
+    here = "cuda" if emulation is None else "cpu"
+    if not device.startswith(here):
+        raise ValueError(f"{op}: impl='cuda' needs a {here.upper()} tensor, got one on {device}")
+    library = emulation or extension.PACKAGE / extension.LIBRARY
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        said = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"{op}: impl='cuda' cannot load its library: {said}") from None
+    importlib.import_module(f"{PACKAGES[op]}.cuda")
+    return True
+
+
+def register(name: str, launcher: Callable[..., Any]) -> None:
+    """Let a launcher serve ``hiar::name`` on CUDA tensors (in the emulation on CPU tensors)."""
+    LIBRARY.impl(name, launcher, "CUDA" if emulation is None else "CPU")

@@ -1,0 +1,198 @@
+"""The CUDA extension as a file: how csrc/ is built, or why it was not, and the record that says which.
+
+    python hiar_kernels/common/extension.py        build it in place, as `pip install -e .` does
+
+Only the standard library: setup.py runs this before torch need be there, and finds torch by its path.
+
+    HIAR_BUILD_CUDA   auto (default: built where nvcc and torch are found) | 0 | 1 (fail where it cannot be built)
+    HIAR_CUDA_ARCHS   such as 80;90a (default: those of 80;89;90a;100a;120 that nvcc knows)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent.parent  # where the library is put
+SOURCES = PACKAGE.parent / "csrc"
+LIBRARY = "_cuda_ops.so"
+RECORD = "_cuda_ops.json"
+ARCHITECTURES = ("80", "89", "90a", "100a", "120")
+_TORCH = (2, 11)  # the oldest with all of the stable ABI that csrc/ uses
+_HEADER = "include/torch/csrc/stable/library.h"
+
+
+class CannotBuild(Exception):
+    """Why, in one line."""
+
+
+def mode() -> str:
+    """HIAR_BUILD_CUDA."""
+    value = os.environ.get("HIAR_BUILD_CUDA", "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"HIAR_BUILD_CUDA must be auto, 0 or 1, got {value!r}")
+    return value
+
+
+def find_nvcc() -> Path:
+    """The compiler; CUDA_HOME, where it is set, decides alone."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+    if found is None and not home:
+        found = shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if found is None:
+        raise CannotBuild(f"no nvcc in {home}/bin (CUDA_HOME)" if home else "no nvcc on PATH or in /usr/local/cuda/bin")
+    return Path(found)
+
+
+def find_torch() -> Path:
+    """torch's folder, not imported; in an isolated build the environment that the package is for comes first."""
+    roots = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path]
+    for folder in (Path(root, "torch") for root in roots if root):
+        if (folder / "version.py").is_file():
+            version = re.search(r"__version__ = '(\d+)\.(\d+)", (folder / "version.py").read_text(encoding="utf-8"))
+            if version is None or (int(version[1]), int(version[2])) < _TORCH or not (folder / _HEADER).is_file():
+                raise CannotBuild(f"the torch in {folder} is older than {_TORCH[0]}.{_TORCH[1]} or has no headers")
+            return folder
+    raise CannotBuild(f"no torch in {roots[0]} yet: install torch first, then this package again")
+
+
+def architectures(nvcc: Path) -> tuple[str, ...]:
+    """What to compile for, as nvcc numbers it."""
+    known = set(_output(nvcc, "--list-gpu-code").replace("sm_", "").split())
+    wanted = os.environ.get("HIAR_CUDA_ARCHS")
+    if not wanted:
+        return tuple(arch for arch in ARCHITECTURES if arch.rstrip("af") in known)
+    chosen = tuple(arch for arch in re.split(r"[;,\s]+", wanted) if arch)
+    for arch in chosen:
+        if not re.fullmatch(r"\d+[af]?", arch) or arch.rstrip("af") not in known:
+            legal = " ".join(sorted(known, key=int))
+            raise CannotBuild(f"HIAR_CUDA_ARCHS names {arch!r}, which {nvcc} does not know; it knows {legal}")
+    return chosen
+
+
+def compiler_version(nvcc: Path) -> str:
+    found = re.search(r"release ([\d.]+)", _output(nvcc, "--version"))
+    return found[1] if found else "unknown"
+
+
+def targets(archs: Sequence[str]) -> list[str]:
+    """Options of :func:`command` that compile for GPUs."""
+    return ["-cudart", "static", *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)]
+
+
+def command(nvcc: Path, torch: Path, output: Path, options: Sequence[str]) -> list[str]:
+    """The call that makes the library of all of csrc/; of torch only the stable ABI: one binary for later ones too."""
+    return [
+        str(nvcc), "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+        f"-DTORCH_TARGET_VERSION=0x{_TORCH[0]:02x}{_TORCH[1]:02x}000000000000", "-isystem", f"{torch}/include",
+        "--threads", "2", *options, "-o", str(output), *map(str, sorted(SOURCES.glob("*.c*"))),
+        f"-L{torch}/lib", "-ltorch_cpu", "-lc10",
+    ]  # fmt: skip
+
+
+def digest() -> str | None:
+    """Of the sources; None where there are none, as in an installed wheel."""
+    files = [path for path in sorted(SOURCES.glob("*")) if path.suffix in (".cpp", ".cu", ".h")]
+    if not (SOURCES / "portable.h").is_file():
+        return None
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
+
+
+def record(folder: Path | None = None) -> dict[str, Any]:
+    """What the last build left: "reason" (None: it was built), "sources" (:func:`digest`), "archs", "nvcc"."""
+    try:
+        found: dict[str, Any] = json.loads(((folder or PACKAGE) / RECORD).read_text(encoding="utf-8"))
+    except OSError:
+        return {
+            "reason": "it was never built here; pip install -e . does it, or python hiar_kernels/common/extension.py"
+        }
+    return found
+
+
+def missing() -> str | None:
+    """Why there is no library to load, in one line; None where there is one."""
+    known = record()
+    if known["reason"] is not None:
+        return str(known["reason"])
+    if not (PACKAGE / LIBRARY).is_file():
+        return f"{PACKAGE / LIBRARY} is gone"
+    if digest() not in (None, known["sources"]):
+        return "csrc/ has changed since; build it again: pip install -e . or python hiar_kernels/common/extension.py"
+    return None
+
+
+def _tools() -> tuple[Path, Path]:
+    """nvcc and torch."""
+    if mode() == "0":
+        raise CannotBuild("HIAR_BUILD_CUDA=0 when the package was installed")
+    if sys.platform != "linux":
+        raise CannotBuild(f"it is built on Linux, this is {sys.platform}")
+    return find_nvcc(), find_torch()
+
+
+def builds() -> bool:
+    """Whether :func:`build` will try."""
+    try:
+        return bool(_tools())
+    except CannotBuild:
+        return False
+
+
+def build(folder: Path | None = None) -> str:
+    """Leave the library (or none) and its record in a folder, by default the package's; what was done, in one line.
+
+    Raises:
+        SystemExit: HIAR_BUILD_CUDA=1, and it cannot be built.
+    """
+    folder = folder or PACKAGE
+    library = folder / LIBRARY
+    try:
+        nvcc, torch = _tools()
+        wanted = {"reason": None, "sources": digest(), "archs": architectures(nvcc), "nvcc": compiler_version(nvcc)}
+        wanted = json.loads(json.dumps(wanted))
+        names = ", ".join(f"sm_{arch}" for arch in wanted["archs"])
+        if library.is_file() and record(folder) == wanted:
+            return f"CUDA extension up to date, for {names}"
+        new = library.with_suffix(f".{os.getpid()}.so")  # a process may have the old one open
+        try:
+            done = subprocess.run(command(nvcc, torch, new, targets(wanted["archs"])), capture_output=True, text=True)
+            if done.returncode:
+                print(done.stdout + done.stderr, file=sys.stderr)
+                said = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
+                raise CannotBuild(f"nvcc failed: {said[0].strip() if said else f'exit status {done.returncode}'}")
+            new.replace(library)
+        finally:
+            new.unlink(missing_ok=True)
+        result = f"CUDA extension built for {names}"
+    except CannotBuild as why:
+        if mode() == "1":
+            raise SystemExit(f"hiar-kernels: HIAR_BUILD_CUDA=1, but {why}") from None
+        known = record(folder)
+        if mode() == "auto" and library.is_file() and known["reason"] is None and known["sources"] == digest():
+            return f"CUDA extension kept as it was built: {why}"
+        library.unlink(missing_ok=True)
+        wanted = {"reason": str(why)}
+        result = f"CUDA extension not built: {why}; PyTorch and Triton serve every op"
+    (folder / RECORD).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+    return result
+
+
+def _output(*words: object) -> str:
+    try:
+        return subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CannotBuild(f"{words[0]} does not run: {error}") from None
+
+
+if __name__ == "__main__":
+    print(f"hiar-kernels: {build()}")
