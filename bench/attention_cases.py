@@ -215,7 +215,7 @@ def table(bench: Bench, absent: dict[str, str], own: tuple[str, ...]) -> list[Op
             hopper = ["gluon"]  # without gradient and context
         else:
             absent["gluon for attention"] = lacking
-    cut = [dispatch.way(impl, SPLITS) for impl in impls if impl not in own and not (bench.cuda and impl == BASELINE)]
+    cut = [dispatch.label(impl, SPLITS) for impl in impls if impl not in own and not (bench.cuda and impl == BASELINE)]
     direct, masked = libraries(bench, absent), flex_ways(bench, absent)
 
     def op(make: Callable[[Bench, Sizes], Work], trained: bool, peers: tuple[str, ...], more: list[str]) -> Op:

@@ -82,10 +82,10 @@ def backends() -> Backends:
     """Devices, optional libraries (looked up, never imported) and the choice of every op."""
     devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     libraries = {"torch": torch.__version__}
-    found = {name: _version(name) for name in ("triton", "flash-attn", "xformers")}
+    installed = {name: _version(name) for name in ("triton", "flash-attn", "xformers")}
     ops = {name: Choice(impls, auto, why) for name, (impls, auto, why) in _OPS.items()}
     by_shape, measured = attention_table.choices(), attention_table.measurements()
-    return Backends(tuple(devices), {**libraries, **found}, ops, by_shape, measured, cuda_loader.status())
+    return Backends(tuple(devices), {**libraries, **installed}, ops, by_shape, measured, cuda_loader.status())
 
 
 def _version(distribution: str) -> str | None:

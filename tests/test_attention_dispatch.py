@@ -347,7 +347,7 @@ def h200(monkeypatch):
 def test_what_runs_on_an_h200(h200):
     """By the table of the package, which says where every row is from."""
     chosen = table.choices()
-    ways = {shape: table.way(choice.impl, choice.num_splits) for shape, choice in chosen.items()}
+    ways = {shape: table.label(choice.impl, choice.num_splits) for shape, choice in chosen.items()}
     assert ways == {
         "visit": "gluon", "pair": "gluon", "block_causal": "sdpa", "constant_context": "triton", "cross": "sdpa",
         "bidirectional": "sdpa",
@@ -357,13 +357,13 @@ def test_what_runs_on_an_h200(h200):
     assert chosen["bidirectional"].why == "nothing measured for bidirectional on sm_90: torch's own choice"
     unknown = {shape: decide(shape, rows=None, layout_known=False).impl for shape in list(table.SHAPES)[:4]}
     assert unknown == {"visit": "gluon", "pair": "gluon", "block_causal": "triton", "constant_context": "triton"}
-    ways = {table.way(row.impl, row.num_splits) for row in table.measurements() if row.shape == "visit"}
+    ways = {table.label(row.impl, row.num_splits) for row in table.measurements() if row.shape == "visit"}
     assert {"gluon", "cudnn with num_splits=2", "triton"} <= ways  # what is taken where it cannot run
     assert table.measurements()
     source = r"NVIDIA \w+, torch [\w.+]+, cudnn \d+, triton [\d.]+, \d{4}-\d\d-\d\d, revision \w+"
     for row in table.measurements():
         assert re.match(source, row.source) and row.milliseconds > 0, row
-        assert table.way(row.impl, row.num_splits) not in row.others and row.architecture == 90
+        assert table.label(row.impl, row.num_splits) not in row.others and row.architecture == 90
     assert re.match(r"sm_90 visit: gluon 1\.\d+ ms \(others: .*cudnn", chosen["visit"].why)
 
 

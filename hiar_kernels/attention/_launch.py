@@ -28,7 +28,7 @@ class Tile:
     Attributes:
         q, kv: queries and keys of a tile. masked: width of a tile with a mask.
         warps, stages: of one program; stages of the loop's software pipeline.
-        splits: into how many parts the keys are cut (forward); 0: as many as fill the device.
+        num_splits: into how many ranges the keys are cut (forward); 0: as many as fill the device.
     """
 
     q: int
@@ -36,7 +36,7 @@ class Tile:
     warps: int
     stages: int
     masked: int = 0
-    splits: int = 0
+    num_splits: int = 0
 
     def constexprs(self) -> dict[str, int]:
         return {"BLOCK_Q": self.q, "BLOCK_KV": self.kv} | ({"BLOCK_MASKED": self.masked} if self.masked else {})
@@ -76,10 +76,10 @@ FLOAT32 = {0: Tile(32, 32, 4, 1, 16), 80: Tile(32, 32, 8, 1, 32)}
 # ``dq_config`` and ``dkdv_config``.
 CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {
-        80: (Tile(128, 64, 8, 2, 16), Tile(64, 64, 4, 2, 16), *(replace(FORWARD[80], splits=n) for n in (1, 2, 3))),
+        80: (Tile(128, 64, 8, 2, 16), Tile(64, 64, 4, 2, 16), *(replace(FORWARD[80], num_splits=n) for n in (1, 2, 3))),
         90: (),
-        100: tuple(replace(FORWARD[100], splits=n) for n in (1, 2, 3)),
-        120: (Tile(64, 64, 4, 2, 32), *(replace(FORWARD[120], splits=n) for n in (1, 2, 3))),
+        100: tuple(replace(FORWARD[100], num_splits=n) for n in (1, 2, 3)),
+        120: (Tile(64, 64, 4, 2, 32), *(replace(FORWARD[120], num_splits=n) for n in (1, 2, 3))),
     },
     "dq": {80: (Tile(64, 64, 4, 2, 16),), 90: (), 100: ()},
     "dkdv": {80: (Tile(64, 64, 8, 2, 16),), 90: ()},
@@ -201,17 +201,17 @@ def rule_arguments(mask: BlockCausal | None, length: int) -> dict[str, Any]:
 
 
 def production_case(
-    name: str, kernel: Any, given: dict[str, Any], tile: Tile, *, out: str = "", tensor_cores: bool = True
+    name: str, kernel: Any, options: dict[str, Any], tile: Tile, *, out: str = "", tensor_cores: bool = True
 ) -> Case:
     """A launch in bfloat16.
 
     Args:
-        given: constexprs beside those of the tile, and ``pointers``: the optional pointers that are not None.
+        options: constexprs beside those of the tile, and ``pointers``: the optional pointers that are not None.
         out: dtype of out_ptr, where it is not that of q.
     """
-    optional = given.pop("pointers")
+    optional = options.pop("pointers")
     types = {"frames": "*i32", "windows": "*i32", "counts": "*fp32", "lse": "*fp32", "delta": "*fp32"}
-    constexprs = {"HEAD_DIM": HEAD_DIM, "PRECISION": "tf32", **tile.constexprs(), **given}
+    constexprs = {"HEAD_DIM": HEAD_DIM, "PRECISION": "tf32", **tile.constexprs(), **options}
     constexprs["CONTEXT"] = "context_k_ptr" in optional
     constexprs = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
     signature = {}

@@ -68,15 +68,15 @@ def attention_layout(
         q, kv = _tensor(q_frames), _tensor(kv_frames)
         context = None if context_frames is None else _tensor(context_frames)
         windows = len(mask.window_frames) if isinstance(mask.window_frames, tuple) else 1
-        given = [windows, *(x.shape[0] for x in (q, kv, context) if x is not None)]
-        rows = max(given) if rows is None else rows
-        if any(n not in (1, rows) for n in given):
-            raise ValueError(f"attention_layout: windows and ids have {given} rows; each must have 1 or {rows}")
+        counts = [windows, *(x.shape[0] for x in (q, kv, context) if x is not None)]
+        rows = max(counts) if rows is None else rows
+        if any(n not in (1, rows) for n in counts):
+            raise ValueError(f"attention_layout: windows and ids have {counts} rows; each must have 1 or {rows}")
         if context is None:
-            seen, split = mask.visible(q, kv, rows), 0
+            visible, split = mask.visible(q, kv, rows), 0
         else:
-            seen, split = visible_with_context(mask, q, kv, context, rows), context.shape[1]
-        return AttentionLayout(mask.frame_tokens, _alike(tuple(_groups(row, split) for row in seen.tolist())))
+            visible, split = visible_with_context(mask, q, kv, context, rows), context.shape[1]
+        return AttentionLayout(mask.frame_tokens, _alike(tuple(_groups(row, split) for row in visible.tolist())))
 
 
 def _tensor(ids: Ids) -> Tensor:
@@ -87,19 +87,19 @@ def _alike(rows: tuple[tuple[Group, ...], ...]) -> tuple[tuple[Group, ...], ...]
     return rows[:1] if len(set(rows)) == 1 else rows
 
 
-def _groups(seen: list[list[bool]], split: int) -> tuple[Group, ...]:
-    found, start = [], 0
-    for stop in range(1, len(seen) + 1):
-        if stop < len(seen) and seen[stop] == seen[start]:
+def _groups(visible: list[list[bool]], split: int) -> tuple[Group, ...]:
+    groups, start = [], 0
+    for stop in range(1, len(visible) + 1):
+        if stop < len(visible) and visible[stop] == visible[start]:
             continue
-        found.append(Group((start, stop), _runs(seen[start][:split]), _runs(seen[start][split:])))
+        groups.append(Group((start, stop), _runs(visible[start][:split]), _runs(visible[start][split:])))
         start = stop
-    return tuple(found)
+    return tuple(groups)
 
 
-def _runs(seen: list[bool]) -> tuple[Run, ...]:
+def _runs(slots: list[bool]) -> tuple[Run, ...]:
     runs: list[Run] = []
-    for slot, visible in enumerate(seen):
+    for slot, visible in enumerate(slots):
         if visible and runs and runs[-1][1] == slot:
             runs[-1] = (runs[-1][0], slot + 1)
         elif visible:

@@ -68,9 +68,9 @@ def attend(
         q_slots, sources = _Slots(q, row, tokens), [(_Slots(k, row, tokens), _Slots(v, row, tokens))]
         if context is not None:
             sources.insert(0, (_Slots(context.k, row, tokens), _Slots(context.v, row, tokens)))
-        found = [_group(impl, group, q_slots, sources, scale, num_splits, merged) for group in groups]
-        outs.append(_join([out for out, _ in found]))
-        lses.append(_join([lse for _, lse in found if lse is not None], 2) if merged else None)
+        results = [_group(impl, group, q_slots, sources, scale, num_splits, merged) for group in groups]
+        outs.append(_join([out for out, _ in results]))
+        lses.append(_join([lse for _, lse in results if lse is not None], 2) if merged else None)
     out = torch.cat(outs) if len(outs) > 1 else outs[0].contiguous()
     return out, torch.cat([x for x in lses if x is not None]) if return_lse else None
 
@@ -220,8 +220,8 @@ def _packaged(impl: str) -> Partial:
     option = {"flash-attn-2": "return_attn_probs", "flash-attn-3": "return_attn_probs"}.get(impl, "return_lse")
 
     def call(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-        found: Any = module.flash_attn_func(q, k, v, softmax_scale=scale, **{option: True})
-        return found[0], found[1]
+        results: Any = module.flash_attn_func(q, k, v, softmax_scale=scale, **{option: True})
+        return results[0], results[1]
 
     return call
 
@@ -233,9 +233,9 @@ def unavailable(impl: str, device: torch.device) -> str | None:
     if impl in PACKAGES:
         package = PACKAGES[impl]
         try:
-            found = importlib.util.find_spec(package) is not None
+            results = importlib.util.find_spec(package) is not None
         except ModuleNotFoundError:  # of the parent package
-            found = False
-        if not found:
+            results = False
+        if not results:
             return f"{package} is not installed"
     return None if device.type == "cuda" else f"it needs a CUDA device, got {device}"

@@ -73,13 +73,13 @@ class BlockCausal:
         """bool [rows, Fq, Fk] for q_frames [rows or 1, Fq] and kv_frames [rows or 1, Fk]."""
         kv = kv_frames.long()[:, None, :]
         end = (self.block_start(q_frames) + self.frames_per_block)[:, :, None]
-        seen = (kv >= 0) & (kv < end)
+        visible_keys = (kv >= 0) & (kv < end)
         windows = self.windows(rows)
         if any(w is not None for w in windows):
             span = [_UNBOUNDED if w is None else w - self.sink_frames for w in windows]
             low = end - torch.tensor(span, device=kv.device)[:, None, None]
-            seen = seen & ((kv >= low) | (kv < self.first_frame + self.sink_frames))
-        return seen.expand(rows, q_frames.shape[1], kv_frames.shape[1])
+            visible_keys = visible_keys & ((kv >= low) | (kv < self.first_frame + self.sink_frames))
+        return visible_keys.expand(rows, q_frames.shape[1], kv_frames.shape[1])
 
 
 @dataclass(frozen=True)

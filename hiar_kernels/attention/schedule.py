@@ -63,9 +63,9 @@ class AttentionSchedule:
 
     def require_fits(self, q: Tensor, k: Tensor) -> None:
         """Refuse tensors of other sizes in one line."""
-        found = (*q.shape[:3], k.shape[1])
-        if found != self.shape:
-            raise ValueError(f"attention: schedule is of (B, Tq, H, Tk) {self.shape}, q and k have {found}")
+        sizes = (*q.shape[:3], k.shape[1])
+        if sizes != self.shape:
+            raise ValueError(f"attention: schedule is of (B, Tq, H, Tk) {self.shape}, q and k have {sizes}")
 
 
 @functools.cache

@@ -64,7 +64,7 @@ class Measurement:
     def __str__(self) -> str:
         others = ", ".join(f"{name} {ms:.3f}" for name, ms in sorted(self.others.items(), key=lambda item: item[1]))
         return (
-            f"sm_{self.architecture} {self.shape}: {way(self.impl, self.num_splits)} {self.milliseconds:.3f} ms"
+            f"sm_{self.architecture} {self.shape}: {label(self.impl, self.num_splits)} {self.milliseconds:.3f} ms"
             f"{f' (others: {others})' if others else ''}, {self.source}{f'; {self.note}' if self.note else ''}"
         )
 
@@ -78,10 +78,10 @@ class Choice:
     why: str
 
     def __str__(self) -> str:
-        return f"{way(self.impl, self.num_splits)}: {self.why}"
+        return f"{label(self.impl, self.num_splits)}: {self.why}"
 
 
-def way(impl: str, num_splits: int) -> str:
+def label(impl: str, num_splits: int) -> str:
     """An implementation and how it cuts the keys, for people: "cudnn with num_splits=2"."""
     return f"{impl} with num_splits={num_splits}" if num_splits > 1 else impl
 
@@ -100,18 +100,18 @@ def read(file: Path) -> tuple[Measurement, ...]:
     """
     if not file.exists():
         return ()
-    known = {field.name: field.default is MISSING for field in fields(Measurement)}
-    found = []
+    columns = {field.name: field.default is MISSING for field in fields(Measurement)}
+    rows = []
     for row in json.loads(file.read_text(encoding="utf-8")):
-        missing = [name for name, required in known.items() if required and name not in row]
-        for problem, names in (("unknown", sorted(row.keys() - known.keys())), ("no", missing)):
+        missing = [name for name, required in columns.items() if required and name not in row]
+        for problem, names in (("unknown", sorted(row.keys() - columns.keys())), ("no", missing)):
             if names:
-                raise ValueError(f"{file}: {problem} {', '.join(names)} in a row; legal: {', '.join(known)}")
-        found.append(Measurement(**row))
-        for name, value, legal in (("shape", found[-1].shape, SHAPES), ("impl", found[-1].impl, (*LIBRARIES, *OWN))):
+                raise ValueError(f"{file}: {problem} {', '.join(names)} in a row; legal: {', '.join(columns)}")
+        rows.append(Measurement(**row))
+        for name, value, legal in (("shape", rows[-1].shape, SHAPES), ("impl", rows[-1].impl, (*LIBRARIES, *OWN))):
             if value not in legal:
                 raise ValueError(f"{file}: unknown {name} {value!r}; legal: {', '.join(legal)}")
-    return tuple(found)
+    return tuple(rows)
 
 
 def shape_class(call: AttentionInputs) -> str:
@@ -171,8 +171,8 @@ def decide(
         return Choice("sdpa", 1, "keys with counts: the library that takes them, as a bias")
     rows = measurements() if table is None else table
     for row in () if counts or (trains and return_lse) else rows:
-        here = (row.architecture, row.shape) == (architecture, shape)
-        if here and (row.impl in OWN or layout_known) and runs(row.impl):
+        matches = (row.architecture, row.shape) == (architecture, shape)
+        if matches and (row.impl in OWN or layout_known) and runs(row.impl):
             return Choice(row.impl, row.num_splits, str(row))
     if layout_known and not return_lse:
         return Choice("sdpa", 1, f"nothing measured for {shape} on sm_{architecture}: torch's own choice")

@@ -65,16 +65,16 @@ def _attention_bwd_delta_kernel(
     pid = tl.program_id(0)
     bh = (pid // tiles).to(tl.int64)
     t = pid % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    live = t < q_tokens
+    q_mask = t < q_tokens
     offs = ((bh // H * q_tokens + t[:, None]) * H + bh % H) * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    dout = tl.load(dout_ptr + offs, mask=live[:, None], other=0.0).to(tl.float32)
-    out = tl.load(out_ptr + offs, mask=live[:, None], other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + offs, mask=q_mask[:, None], other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + offs, mask=q_mask[:, None], other=0.0).to(tl.float32)
     rows = bh * q_tokens + t
-    lse = tl.load(lse_ptr + rows, mask=live, other=float("-inf"))
-    dlse = tl.load(dlse_ptr + rows, mask=live, other=0.0)
-    nothing = lse == float("-inf")
-    tl.store(delta_ptr + rows, tl.where(nothing, 0.0, tl.sum(dout * out, 1) - dlse), mask=live)
-    tl.store(lse2_ptr + rows, tl.where(nothing, float("inf"), lse * _LOG2E), mask=live)
+    lse = tl.load(lse_ptr + rows, mask=q_mask, other=float("-inf"))
+    dlse = tl.load(dlse_ptr + rows, mask=q_mask, other=0.0)
+    empty = lse == float("-inf")
+    tl.store(delta_ptr + rows, tl.where(empty, 0.0, tl.sum(dout * out, 1) - dlse), mask=q_mask)
+    tl.store(lse2_ptr + rows, tl.where(empty, float("inf"), lse * _LOG2E), mask=q_mask)
 
 
 @triton.jit(do_not_specialize=["q_tokens", "kv_tokens", "context_tokens", "q_tiles", *RULE])
@@ -94,27 +94,27 @@ def _attention_bwd_dq_kernel(
     b = (pid // q_tiles // H).to(tl.int64)
 
     t = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    live = t < q_tokens
+    q_mask = t < q_tokens
     dims = tl.arange(0, HEAD_DIM)
     wide = t.to(tl.int64)[:, None]
     q_offs = b * stride_qb + h * stride_qh + wide * stride_qt + dims[None, :]
-    q = tl.load(q_ptr + q_offs, mask=live[:, None], other=0.0)
+    q = tl.load(q_ptr + q_offs, mask=q_mask[:, None], other=0.0)
     dense = ((b * q_tokens + wide) * H + h) * HEAD_DIM + dims[None, :]
-    dout = tl.load(dout_ptr + dense, mask=live[:, None], other=0.0)
+    dout = tl.load(dout_ptr + dense, mask=q_mask[:, None], other=0.0)
     rows = (b * H + h) * q_tokens + t
-    lse2 = tl.load(lse2_ptr + rows, mask=live, other=float("inf"))
-    delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
+    lse2 = tl.load(lse2_ptr + rows, mask=q_mask, other=float("inf"))
+    delta = tl.load(delta_ptr + rows, mask=q_mask, other=0.0)
 
     acc = tl.zeros([BLOCK_Q, HEAD_DIM], dtype=tl.float32)
     if MASKED:
         if q_frames_ptr is not None:
             q_frames_ptr += b * stride_qfb
-        ends, least, greatest = query_ends(q_frames_ptr, t, live, first_frame, frame_tokens, origin, frames_per_block)
+        ends, least, greatest = query_ends(q_frames_ptr, t, q_mask, first_frame, frame_tokens, origin, frames_per_block)
     else:
         ends, least, greatest = t, 0, 0
     if counts_ptr is not None:
         counts_ptr += b * stride_nb
-    for part in tl.static_range(WHOLE, REST + 1):
+    for phase in tl.static_range(WHOLE, REST + 1):
         for n in range(1 - CONTEXT, 2):
             own = tl.cast(n, tl.int32) == 1
             run_k_ptr, run_v_ptr, run_kt, run_vt, tokens = key_source(
@@ -137,12 +137,12 @@ def _attention_bwd_dq_kernel(
                 stop = slot + 1
                 if MASKED:
                     kind, stop = key_run(
-                        slot, slots, frames_ptr, first_frame, ends, live, least, greatest, before, back, sinks
+                        slot, slots, frames_ptr, first_frame, ends, q_mask, least, greatest, before, back, sinks
                     )
                 lo = slot * frame_tokens
                 hi = tl.where(kind == NONE, lo, stop * frame_tokens)
                 mid = unmasked_until(lo, hi, kind, BLOCK_KV)
-                if part == WHOLE:
+                if phase == WHOLE:
                     acc = dq_whole(
                         acc, q, dout, lse2, delta, lo, mid, run_k_ptr, run_v_ptr, run_kt, run_vt, qk_scale, HEAD_DIM,
                         BLOCK_KV, PRECISION,
@@ -156,9 +156,9 @@ def _attention_bwd_dq_kernel(
                 slot = stop
             tile += slot - slots  # 0, but unknown to the compiler: keeps the offsets below out of the loop's registers
     t = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    live = t < q_tokens
+    q_mask = t < q_tokens
     dense = ((b * q_tokens + t.to(tl.int64)[:, None]) * H + h) * HEAD_DIM + dims[None, :]
-    tl.store(dq_ptr + dense, (acc * dq_scale).to(dq_ptr.dtype.element_ty), mask=live[:, None])
+    tl.store(dq_ptr + dense, (acc * dq_scale).to(dq_ptr.dtype.element_ty), mask=q_mask[:, None])
 
 
 @triton.jit(do_not_specialize=["q_tokens", "kv_tokens", "kv_tiles", *RULE])
@@ -218,7 +218,7 @@ def _attention_bwd_dkdv_kernel(
         lowest, first, last = key_bounds(frames, inside)
         before, back, sinks = limits(windows_ptr, b, frames_per_block, sink_frames, sink_end, KEYS)
         slots = q_tokens // frame_tokens
-        for part in tl.static_range(WHOLE, REST + 1):
+        for phase in tl.static_range(WHOLE, REST + 1):
             slot = 0
             while slot < slots:
                 kind, stop = query_run(
@@ -228,7 +228,7 @@ def _attention_bwd_dkdv_kernel(
                 lo = slot * frame_tokens
                 hi = tl.where(kind == NONE, lo, stop * frame_tokens)
                 mid = unmasked_until(lo, hi, kind, BLOCK_Q)
-                if part == WHOLE:
+                if phase == WHOLE:
                     dk, dv = dkdv_whole(
                         dk, dv, k, v, bias, lo, mid, q_ptr, dout_ptr, lse2_ptr, delta_ptr, stride_qt, stride_dt,
                         qk_scale, False, NEED_DK, NEED_DV, HEAD_DIM, BLOCK_Q, PRECISION,
@@ -335,13 +335,13 @@ register("attention_backward", launch)
 
 
 def _dq_case(name: str, pointers: tuple[str, ...], tile: Tile) -> Case:
-    given = {"pointers": pointers, "MASKED": bool(pointers)}
-    return production_case(name, _attention_bwd_dq_kernel, given, tile)
+    constexprs = {"pointers": pointers, "MASKED": bool(pointers)}
+    return production_case(name, _attention_bwd_dq_kernel, constexprs, tile)
 
 
 def _dkdv_case(name: str, kind: Any, pointers: tuple[str, ...], tile: Tile) -> Case:
-    given = {"pointers": pointers, "KEYS": kind.value, "NEED_DK": True, "NEED_DV": True}
-    return production_case(name, _attention_bwd_dkdv_kernel, given, tile)
+    constexprs = {"pointers": pointers, "KEYS": kind.value, "NEED_DK": True, "NEED_DV": True}
+    return production_case(name, _attention_bwd_dkdv_kernel, constexprs, tile)
 
 
 _FRAMES = ("q_frames_ptr", "kv_frames_ptr", "frames_ptr", "windows_ptr")

@@ -57,37 +57,37 @@ def _attention_fwd_kernel(
     stride_vb, stride_vt, stride_vh, stride_ckb, stride_ckt, stride_ckh, stride_cvb, stride_cvt, stride_cvh,
     stride_qfb, stride_kfb, stride_cfb, stride_nb, q_tokens, kv_tokens, context_tokens, q_tiles, rows, H, qk_scale,
     frame_tokens, frames_per_block, first_frame, origin, sink_frames, sink_end,
-    MASKED: tl.constexpr, CONTEXT: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr, BLOCK_MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, CONTEXT: tl.constexpr, NUM_SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head and row; the last tiles, which see most of a causal video, come first."""
     pid = tl.program_id(0)
     tile = q_tiles - 1 - pid % q_tiles
-    split = pid // q_tiles % SPLITS
-    h = (pid // q_tiles // SPLITS % H).to(tl.int64)
-    b = (pid // q_tiles // SPLITS // H).to(tl.int64)
+    split = pid // q_tiles % NUM_SPLITS
+    h = (pid // q_tiles // NUM_SPLITS % H).to(tl.int64)
+    b = (pid // q_tiles // NUM_SPLITS // H).to(tl.int64)
 
     t = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    live = t < q_tokens
+    q_mask = t < q_tokens
     dims = tl.arange(0, HEAD_DIM)
     wide = t.to(tl.int64)[:, None]
     q_offs = b * stride_qb + h * stride_qh + wide * stride_qt + dims[None, :]
-    q = tl.load(q_ptr + q_offs, mask=live[:, None], other=0.0)
+    q = tl.load(q_ptr + q_offs, mask=q_mask[:, None], other=0.0)
 
     acc = tl.zeros([BLOCK_Q, HEAD_DIM], dtype=tl.float32)
-    total = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    highest = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    m_i = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     if MASKED:
         if q_frames_ptr is not None:
             q_frames_ptr += b * stride_qfb
-        ends, least, greatest = query_ends(q_frames_ptr, t, live, first_frame, frame_tokens, origin, frames_per_block)
+        ends, least, greatest = query_ends(q_frames_ptr, t, q_mask, first_frame, frame_tokens, origin, frames_per_block)
     else:
         ends, least, greatest = t, 0, 0
         if counts_ptr is not None:
             counts_ptr += b * stride_nb
     first_key = 0  # of the keys that the tile sees, those of this split
     last_key = 0
-    for part in tl.static_range(WHOLE if SPLITS == 1 else COUNT, REST + 1):
+    for phase in tl.static_range(WHOLE if NUM_SPLITS == 1 else COUNT, REST + 1):
         position = 0  # keys, of those that the tile sees, before this run
         for n in range(1 - CONTEXT, 2):
             own = tl.cast(n, tl.int32) == 1
@@ -111,55 +111,55 @@ def _attention_fwd_kernel(
                 stop = slot + 1
                 if MASKED:
                     kind, stop = key_run(
-                        slot, slots, frames_ptr, first_frame, ends, live, least, greatest, before, back, sinks
+                        slot, slots, frames_ptr, first_frame, ends, q_mask, least, greatest, before, back, sinks
                     )
                 lo = slot * frame_tokens
                 hi = tl.where(kind == NONE, lo, stop * frame_tokens)
-                if SPLITS > 1:
+                if NUM_SPLITS > 1:
                     begin = lo - position
                     position += hi - lo
-                    if part != COUNT:
+                    if phase != COUNT:
                         hi = tl.minimum(hi, begin + last_key)
                         lo = tl.minimum(tl.maximum(lo, begin + first_key), tl.maximum(hi, lo))
                 mid = unmasked_until(lo, tl.maximum(lo, hi), kind, BLOCK_KV)
-                if part == WHOLE:
-                    acc, total, highest = attend_whole(
-                        acc, total, highest, q, lo, mid, run_k_ptr, run_v_ptr, run_kt, run_vt, qk_scale, HEAD_DIM,
+                if phase == WHOLE:
+                    acc, l_i, m_i = attend_whole(
+                        acc, l_i, m_i, q, lo, mid, run_k_ptr, run_v_ptr, run_kt, run_vt, qk_scale, HEAD_DIM,
                         BLOCK_KV, PRECISION,
                     )  # fmt: skip
-                elif part == REST:
-                    acc, total, highest = attend_rest(
-                        acc, total, highest, q, mid, hi, run_k_ptr, run_v_ptr, run_kt, run_vt, frames_ptr, counts_ptr,
+                elif phase == REST:
+                    acc, l_i, m_i = attend_rest(
+                        acc, l_i, m_i, q, mid, hi, run_k_ptr, run_v_ptr, run_kt, run_vt, frames_ptr, counts_ptr,
                         first_frame, frame_tokens, ends, before, back, sinks, qk_scale, MASKED, HEAD_DIM, BLOCK_MASKED,
                         PRECISION,
                     )  # fmt: skip
                 slot = stop
             tile += slot - slots  # 0, but unknown to the compiler: keeps the offsets below out of the loop's registers
-        if part == COUNT:
-            share = tl.cdiv(tl.cdiv(position, SPLITS), BLOCK_KV) * BLOCK_KV
+        if phase == COUNT:
+            share = tl.cdiv(tl.cdiv(position, NUM_SPLITS), BLOCK_KV) * BLOCK_KV
             first_key = split * share
             last_key = first_key + share
 
-    nothing = total == 0.0  # the greatest score alone adds 1
-    total = tl.where(nothing, 1.0, total)
+    empty = l_i == 0.0  # the greatest score alone adds 1
+    l_i = tl.where(empty, 1.0, l_i)
     t = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    live = t < q_tokens
+    q_mask = t < q_tokens
     out_offs = (((split * rows + b) * q_tokens + t.to(tl.int64)[:, None]) * H + h) * HEAD_DIM + dims[None, :]
-    tl.store(out_ptr + out_offs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=live[:, None])
-    lse = tl.where(nothing, float("-inf"), (highest + tl.log2(total)) * _LN2)
-    tl.store(lse_ptr + ((split * rows + b) * H + h) * q_tokens + t, lse, mask=live)
+    tl.store(out_ptr + out_offs, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=q_mask[:, None])
+    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_i)) * _LN2)
+    tl.store(lse_ptr + ((split * rows + b) * H + h) * q_tokens + t, lse, mask=q_mask)
 
 
-def splits_for(tiles: int, keys: int, processors: int, most: int = 4, least_keys: int = 2048) -> int:
-    """Into how many parts to cut the keys, so that the last wave of tiles leaves few processors idle.
+def choose_num_splits(tiles: int, keys: int, processors: int, most_splits: int = 4, least_keys: int = 2048) -> int:
+    """Into how many ranges to cut the keys, so that the last wave of tiles leaves few processors idle.
 
-    A wave takes 1/n of the time with n parts; every part more costs about two percent: partial outputs and the merge.
+    A wave takes 1/n of the time with n ranges; every range more costs about two percent: partial outputs and the merge.
     """
 
     def cost(n: int) -> float:
         return -(-tiles * n // processors) / n * (1 + 0.02 * (n - 1))
 
-    return min((n for n in range(1, most + 1) if n == 1 or keys >= n * least_keys), key=cost)
+    return min((n for n in range(1, most_splits + 1) if n == 1 or keys >= n * least_keys), key=cost)
 
 
 @functools.cache
@@ -176,39 +176,39 @@ def launch(*arguments: Any, config: Tile | None = None) -> tuple[Tensor, Tensor]
     tile = config or tile_for(q, FORWARD)
     tiles = triton.cdiv(length, tile.q)
     context_tokens = 0 if context is None else context.k.shape[1]
-    splits = tile.splits
-    if not splits:
+    num_splits = tile.num_splits
+    if not num_splits:
         keys = k.shape[1] + context_tokens
-        splits = splits_for(tiles * b * h, keys, _processors(q.device)) if q.is_cuda else 1
-    shape, partial = (q.shape, q.dtype) if splits == 1 else ((splits, *q.shape), torch.float32)
+        num_splits = choose_num_splits(tiles * b * h, keys, _processors(q.device)) if q.is_cuda else 1
+    shape, partial = (q.shape, q.dtype) if num_splits == 1 else ((num_splits, *q.shape), torch.float32)
     out = torch.empty(shape, dtype=partial, device=q.device)
     lse = torch.empty((*shape[:-4], b, h, length), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
-        return (out, lse) if splits == 1 else (out[0].to(q.dtype), lse[0])
+        return (out, lse) if num_splits == 1 else (out[0].to(q.dtype), lse[0])
     scale = call.softmax_scale
     if scale < 0:  # the kernel scales after it took the greatest score
         q, scale = -q, -scale
     ids, kv_counts = device_ids(call), dense_rows(call.kv_counts)
     context_k, context_v = (None, None) if context is None else context.kv
     with torch.cuda.device_of(q):
-        _attention_fwd_kernel[(tiles * splits * b * h,)](
+        _attention_fwd_kernel[(tiles * num_splits * b * h,)](
             q, k, call.v, context_k, context_v, *ids.pointers, kv_counts, out, lse,
             **strides("q", q), **strides("k", k), **strides("v", call.v), **strides("ck", context_k),
             **strides("cv", context_v), **ids.strides, stride_nb=row_stride(kv_counts), q_tokens=length,
             kv_tokens=k.shape[1], context_tokens=context_tokens, q_tiles=tiles, rows=b, H=h,
             qk_scale=scale * _LOG2E, **rule_arguments(mask, k.shape[1]), MASKED=mask is not None,
-            CONTEXT=context is not None, SPLITS=splits, HEAD_DIM=d,
+            CONTEXT=context is not None, NUM_SPLITS=num_splits, HEAD_DIM=d,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **tile.options(),
         )  # fmt: skip
-    return (out, lse) if splits == 1 else merge(out, lse, q.dtype)
+    return (out, lse) if num_splits == 1 else merge(out, lse, q.dtype)
 
 
 register("attention", launch)
 
 
-def _case(name: str, pointers: tuple[str, ...], tile: Tile, splits: int = 1) -> Case:
-    given = {"pointers": pointers, "MASKED": "windows_ptr" in pointers, "SPLITS": splits}
-    return production_case(name, _attention_fwd_kernel, given, tile, out="fp32" if splits > 1 else "")
+def _case(name: str, pointers: tuple[str, ...], tile: Tile, num_splits: int = 1) -> Case:
+    constexprs = {"pointers": pointers, "MASKED": "windows_ptr" in pointers, "SPLITS": num_splits}
+    return production_case(name, _attention_fwd_kernel, constexprs, tile, out="fp32" if num_splits > 1 else "")
 
 
 _FRAMES = ("q_frames_ptr", "kv_frames_ptr", "windows_ptr")
@@ -229,4 +229,6 @@ def compile_cases(arch: int) -> list[Case]:
 
 def candidate_cases(arch: int) -> list[tuple[Tile, Case]]:
     """The configurations to measure, at the shape of a visit over the ring."""
-    return [(tile, _case("candidate", _FRAMES, tile, tile.splits or 1)) for tile in CANDIDATES["forward"].get(arch, ())]
+    return [
+        (tile, _case("candidate", _FRAMES, tile, tile.num_splits or 1)) for tile in CANDIDATES["forward"].get(arch, ())
+    ]

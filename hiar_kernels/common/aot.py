@@ -124,14 +124,14 @@ def build(case: Case, arch: int) -> Any:
     from triton.compiler import ASTSource
 
     names = list(case.kernel.arg_names)
-    given = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
-    missing, unknown = [n for n in names if n not in given], sorted(given.keys() - set(names))
+    types = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
+    missing, unknown = [n for n in names if n not in types], sorted(types.keys() - set(names))
     of = f"compile_case: {case.kernel.__name__}, case {case.name!r}"
     if missing:
         raise ValueError(f"{of}: no type for {', '.join(missing)}")
     if unknown:
         raise ValueError(f"{of}: the kernel has no {', '.join(unknown)}")
-    valueless = [n for n in names if given[n] == "constexpr" and n not in case.constexprs]
+    valueless = [n for n in names if types[n] == "constexpr" and n not in case.constexprs]
     if valueless:
         raise ValueError(f"{of}: no value for {', '.join(valueless)}")
     make_source = ASTSource
@@ -141,7 +141,7 @@ def build(case: Case, arch: int) -> Any:
         make_source = GluonASTSource
     source = make_source(
         fn=case.kernel,
-        signature={name: given[name] for name in names},
+        signature={name: types[name] for name in names},
         constexprs=case.constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
@@ -278,14 +278,14 @@ def _spills(ptx: str, arch: int) -> int:
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx)
         target = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
-        said = ""
+        output = ""
         for extra in (["--regAllocOptLevel=2"], []):  # Triton 3.7 passes it; older ptxas do not know it
             command = [ptxas, "-v", "-lineinfo", *extra, target, str(file), "-o", f"{file}.cubin"]
             done = subprocess.run(command, capture_output=True, text=True)
-            said = done.stderr
+            output = done.stderr
             if done.returncode == 0:
                 break
-    sizes = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+    sizes = re.findall(r"(\d+) bytes spill (?:stores|loads)", output)
     if not bool(sizes):
-        raise ValueError(f"ptxas for sm_{arch} did not tell its spills: {said.strip()[-200:]}")
+        raise ValueError(f"ptxas for sm_{arch} printed no spills: {output.strip()[-200:]}")
     return sum(map(int, sizes))

@@ -39,8 +39,8 @@ def status() -> str:
         return f"not built: {why}"
     if emulation is not None:
         return f"built for the host: {emulation}"
-    known = extension.record()
-    return f"built for sm_{', sm_'.join(known['archs'])} by nvcc {known['nvcc']}"
+    built = extension.record()
+    return f"built for sm_{', sm_'.join(built['archs'])} by nvcc {built['nvcc']}"
 
 
 def automatic(tensor: Tensor) -> bool:
@@ -70,15 +70,15 @@ def _loaded(op: str, device: str) -> bool:
     why = missing()
     if why is not None:
         raise ValueError(f"{op}: impl='cuda' needs the CUDA extension, which is not built: {why}")
-    here = "cuda" if emulation is None else "cpu"
-    if not device.startswith(here):
-        raise ValueError(f"{op}: impl='cuda' needs a {here.upper()} tensor, got one on {device}")
+    device_type = "cuda" if emulation is None else "cpu"
+    if not device.startswith(device_type):
+        raise ValueError(f"{op}: impl='cuda' needs a {device_type.upper()} tensor, got one on {device}")
     library = emulation or extension.PACKAGE / extension.LIBRARY
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        said = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"{op}: impl='cuda' cannot load its library: {said}") from None
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"{op}: impl='cuda' cannot load its library: {reason}") from None
     importlib.import_module(f"{PACKAGES[op]}.cuda")
     return True
 

@@ -69,10 +69,10 @@ def find_torch() -> Path:
 def architectures(nvcc: Path) -> tuple[str, ...]:
     """What to compile for, as nvcc numbers it."""
     known = set(_output(nvcc, "--list-gpu-code").replace("sm_", "").split())
-    wanted = os.environ.get("HIAR_CUDA_ARCHS")
-    if not wanted:
+    target = os.environ.get("HIAR_CUDA_ARCHS")
+    if not target:
         return tuple(arch for arch in ARCHITECTURES if arch.rstrip("af") in known)
-    chosen = tuple(arch for arch in re.split(r"[;,\s]+", wanted) if arch)
+    chosen = tuple(arch for arch in re.split(r"[;,\s]+", target) if arch)
     for arch in chosen:
         if not re.fullmatch(r"\d+[af]?", arch) or arch.rstrip("af") not in known:
             legal = " ".join(sorted(known, key=int))
@@ -158,18 +158,18 @@ def build(folder: Path | None = None) -> str:
     library = folder / LIBRARY
     try:
         nvcc, torch = _tools()
-        wanted = {"reason": None, "sources": digest(), "archs": architectures(nvcc), "nvcc": compiler_version(nvcc)}
-        wanted = json.loads(json.dumps(wanted))
-        names = ", ".join(f"sm_{arch}" for arch in wanted["archs"])
-        if library.is_file() and record(folder) == wanted:
+        target = {"reason": None, "sources": digest(), "archs": architectures(nvcc), "nvcc": compiler_version(nvcc)}
+        target = json.loads(json.dumps(target))
+        names = ", ".join(f"sm_{arch}" for arch in target["archs"])
+        if library.is_file() and record(folder) == target:
             return f"CUDA extension up to date, for {names}"
         new = library.with_suffix(f".{os.getpid()}.so")  # a process may have the old one open
         try:
-            done = subprocess.run(command(nvcc, torch, new, targets(wanted["archs"])), capture_output=True, text=True)
+            done = subprocess.run(command(nvcc, torch, new, targets(target["archs"])), capture_output=True, text=True)
             if done.returncode:
                 print(done.stdout + done.stderr, file=sys.stderr)
-                said = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
-                raise CannotBuild(f"nvcc failed: {said[0].strip() if said else f'exit status {done.returncode}'}")
+                errors = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
+                raise CannotBuild(f"nvcc failed: {errors[0].strip() if errors else f'exit status {done.returncode}'}")
             new.replace(library)
         finally:
             new.unlink(missing_ok=True)
@@ -181,9 +181,9 @@ def build(folder: Path | None = None) -> str:
         if mode() == "auto" and library.is_file() and known["reason"] is None and known["sources"] == digest():
             return f"CUDA extension kept as it was built: {why}"
         library.unlink(missing_ok=True)
-        wanted = {"reason": str(why)}
+        target = {"reason": str(why)}
         result = f"CUDA extension not built: {why}; PyTorch and Triton serve every op"
-    (folder / RECORD).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(target) + "\n", encoding="utf-8")
     return result
 
 

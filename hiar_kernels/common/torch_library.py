@@ -98,23 +98,23 @@ def define(
     if mutates:
         return
 
-    def wanted_positions(needed: list[bool], args: Sequence[Any]) -> list[int]:
-        given = [i for i in differentiable if args[i] is not None]
-        return [i for i, need in zip(given, needed, strict=True) if need]
+    def needed_positions(needed: list[bool], args: Sequence[Any]) -> list[int]:
+        present = [i for i in differentiable if args[i] is not None]
+        return [i for i, need in zip(present, needed, strict=True) if need]
 
     def backward_reference(grads: list[Tensor], needed: list[bool], *rest: Any) -> list[Tensor]:
         args = list(rest[1:] if saves_outputs else rest)
         with _autograd():
-            wanted = []
-            for i in wanted_positions(needed, args):
+            leaves = []
+            for i in needed_positions(needed, args):
                 args[i] = args[i].detach().requires_grad_()
-                wanted.append(args[i])
+                leaves.append(args[i])
             outs = reference(*args)
             outs = (outs,) if isinstance(outs, Tensor) else outs or ()
             differentiable_outs, their_grads = zip(*(pair for pair in zip(outs, grads) if pair[0].requires_grad))
-            found = torch.autograd.grad(differentiable_outs, wanted, their_grads, allow_unused=True)
+            gradients = torch.autograd.grad(differentiable_outs, leaves, their_grads, allow_unused=True)
         results, taken = [], {g.untyped_storage().data_ptr() for g in grads}
-        for g, w in zip(found, wanted, strict=True):
+        for g, w in zip(gradients, leaves, strict=True):
             g = (torch.zeros_like(w) if g is None else g).contiguous()
             if g.untyped_storage().data_ptr() in taken:  # as of x + y: an op may not return its arguments
                 g = g.clone()
@@ -126,30 +126,30 @@ def define(
         args = rest[1:] if saves_outputs else rest
         return [
             torch.empty(args[i].shape, dtype=args[i].dtype, device=args[i].device)
-            for i in wanted_positions(needed, args)
+            for i in needed_positions(needed, args)
         ]
 
-    saved_outputs = "Tensor[] outputs, " if saves_outputs else ""
-    LIBRARY.define(f"{name}_backward(Tensor[] grads, bool[] needed, {saved_outputs}{arguments}) -> Tensor[]")
+    outputs_argument = "Tensor[] outputs, " if saves_outputs else ""
+    LIBRARY.define(f"{name}_backward(Tensor[] grads, bool[] needed, {outputs_argument}{arguments}) -> Tensor[]")
     LIBRARY.impl(f"{name}_backward", own_arithmetic(backward_reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hiar::{name}_backward", backward_fake, lib=LIBRARY)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        kept = ((output,) if isinstance(output, Tensor) else output) if saves_outputs else ()
+        saved_outputs = ((output,) if isinstance(output, Tensor) else output) if saves_outputs else ()
         ctx.is_tensor = [isinstance(a, Tensor) for a in inputs]
         ctx.others = [None if t else a for a, t in zip(inputs, ctx.is_tensor, strict=True)]
-        ctx.save_for_backward(*kept, *[a for a in inputs if isinstance(a, Tensor)])
+        ctx.save_for_backward(*saved_outputs, *[a for a in inputs if isinstance(a, Tensor)])
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
-        kept, tensors = (saved[:outputs], iter(saved[outputs:])) if saves_outputs else ([], iter(saved))
+        saved_outputs, tensors = (saved[:outputs], iter(saved[outputs:])) if saves_outputs else ([], iter(saved))
         args = [next(tensors) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)]
         needed = [ctx.needs_input_grad[i] for i in differentiable if args[i] is not None]
-        extra = [kept] if saves_outputs else []
+        extra = [saved_outputs] if saves_outputs else []
         op = getattr(torch.ops.hiar, f"{name}_backward")
-        found = op([g.contiguous() for g in grads], needed, *extra, *args)
+        gradients = op([g.contiguous() for g in grads], needed, *extra, *args)
         result: list[Tensor | None] = [None] * len(args)
-        for i, gradient in zip(wanted_positions(needed, args), found, strict=True):
+        for i, gradient in zip(needed_positions(needed, args), gradients, strict=True):
             result[i] = gradient
         return tuple(result)
 
@@ -166,11 +166,11 @@ def remembered(x: Tensor, key: tuple[Any, ...], make: Callable[[], _Value]) -> _
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu" or x.is_inference():
         return make()
     key = (x._version, *key)
-    known = _remembered.get(x)
-    if known is None or known[0] != key:
+    entry = _remembered.get(x)
+    if entry is None or entry[0] != key:
         with torch.inference_mode(False), torch.no_grad():  # autograd may save the value later
-            known = _remembered[x] = (key, make())
-    value: _Value = known[1]
+            entry = _remembered[x] = (key, make())
+    value: _Value = entry[1]
     return value
 
 

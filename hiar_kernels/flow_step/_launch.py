@@ -14,8 +14,8 @@ def dense_frames(x: Tensor) -> Tensor:
     """x itself if each frame lies dense in memory (any strides of B and F), else a copy of which that is true."""
     _, _, channels, height, width = x.shape
     dense = all(
-        size == 1 or stride == wanted
-        for size, stride, wanted in zip((channels, height, width), x.stride()[2:], (height * width, width, 1))
+        size == 1 or stride == dense_stride
+        for size, stride, dense_stride in zip((channels, height, width), x.stride()[2:], (height * width, width, 1))
     )
     return x if dense else x.contiguous()
 

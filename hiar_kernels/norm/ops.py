@@ -21,8 +21,8 @@ def _define(op: str) -> None:
         return reference.norm(op, NormInputs.from_schema(op, *arguments))
 
     def fake(x: Tensor, *others: Any) -> Tensor | tuple[Tensor, ...]:
-        made = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(outputs))
-        return made if outputs > 1 else made[0]
+        results = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(outputs))
+        return results if outputs > 1 else results[0]
 
     optional = {"gate": "?"} if op == OPTIONAL_GATE else {}
     schema = [f"Tensor{optional.get(name, '')} {name}" for name in names] + (["float eps"] if normed else [])

@@ -182,16 +182,16 @@ def launch(op: str, grads: list[Tensor], needed: list[bool], *arguments: Tensor 
     """hiar::<op>_backward: the gradients that are needed, in the order of the arguments."""
     inputs = NormInputs.from_schema(op, *arguments)
     tensors = {name: getattr(inputs, name) for name in ARGUMENTS[op] if getattr(inputs, name) is not None}
-    wanted = [name for name, need in zip(tensors, needed, strict=True) if need]
+    names = [name for name, need in zip(tensors, needed, strict=True) if need]
     batch, _, channels = inputs.x.shape
     frames, tokens = inputs.frames, frames_of(inputs.x, inputs.frames, op)
     group, groups = groups_of(inputs.x, frames, op)
     x, y = unit_stride(inputs.x), None if inputs.y is None else unit_stride(inputs.y)
     gate, _, scale = frame_vectors(inputs)
     results: dict[str, Tensor | None] = {
-        name: torch.empty(x.shape, dtype=tensors[name].dtype, device=x.device) for name in wanted if name in ("x", "y")
+        name: torch.empty(x.shape, dtype=tensors[name].dtype, device=x.device) for name in names if name in ("x", "y")
     }
-    partials = {_IN_KERNEL.get(n, n): partial_sums(x, frames, groups) for n in wanted if n not in ("x", "y")}
+    partials = {_IN_KERNEL.get(n, n): partial_sums(x, frames, groups) for n in names if n not in ("x", "y")}
     grad = unit_stride(grads[-1])
     with torch.cuda.device_of(x):
         if inputs.eps is None:
@@ -211,10 +211,10 @@ def launch(op: str, grads: list[Tensor], needed: list[bool], *arguments: Tensor 
                 **token_strides("grad", grad), **token_strides("x", x), **token_strides("y", y),
                 **frame_strides("gate", gate), **frame_strides("scale", scale),
             )  # fmt: skip
-        for name in wanted:
+        for name in names:
             if name not in results:
                 results[name] = _sum_vector(partials[_IN_KERNEL.get(name, name)], tensors[name])
-    return [g for name in wanted if (g := results[name]) is not None]
+    return [g for name in names if (g := results[name]) is not None]
 
 
 for _op in ARGUMENTS:

@@ -92,10 +92,10 @@ def _qk_norm_rope_bwd_kernel(
     else:
         h = tl.arange(0, BLOCK_H)[:, None]
         d = tl.arange(0, BLOCK_D)[None, :]
-        nothing = tl.zeros([BLOCK_H, BLOCK_D], dqkv_ptr.dtype.element_ty)
+        zeros = tl.zeros([BLOCK_H, BLOCK_D], dqkv_ptr.dtype.element_ty)
         for i in range(0, last - first):
             at = (first + i).to(tl.int64) * (3 * WIDTH) + 2 * WIDTH + h * HEAD_DIM + d
-            tl.store(dqkv_ptr + at, nothing, mask=(h < HEADS) & (d < HEAD_DIM))
+            tl.store(dqkv_ptr + at, zeros, mask=(h < HEADS) & (d < HEAD_DIM))
 
 
 @triton.jit
@@ -107,11 +107,11 @@ def _qk_norm_rope_bwd_weight_kernel(
     which = tl.program_id(1)
     n = tl.arange(0, BLOCK_N)[:, None]
     from_ptr = shares_ptr + which.to(tl.int64) * shares * WIDTH + n * WIDTH + c[None, :]
-    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for start in range(0, shares, BLOCK_N):
-        here = (start + n < shares) & (c[None, :] < WIDTH)
-        total += tl.load(from_ptr + start * WIDTH, mask=here, other=0)
-    gradient = tl.sum(total, 0)
+        mask = (start + n < shares) & (c[None, :] < WIDTH)
+        acc += tl.load(from_ptr + start * WIDTH, mask=mask, other=0)
+    gradient = tl.sum(acc, 0)
     if which == 0:
         tl.store(q_weight_ptr + c, gradient.to(q_weight_ptr.dtype.element_ty), mask=c < WIDTH)
     else:

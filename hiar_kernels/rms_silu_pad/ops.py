@@ -12,11 +12,11 @@ from .layout import CACHE_FRAMES, format_of
 
 def _fake(x: Tensor, weight: Tensor, cache: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     batch, channels, frames, *size = x.shape
-    made = [
+    results = [
         torch.empty((batch, channels, n, *size), dtype=x.dtype, device=x.device, memory_format=format_of(x))
         for n in (frames + CACHE_FRAMES, CACHE_FRAMES)
     ]
-    return made[0], made[1]
+    return results[0], results[1]
 
 
 define(

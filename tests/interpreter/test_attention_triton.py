@@ -274,7 +274,7 @@ def test_split_keys(name, splits, device, poisoned):
     triton_loader.load("attention", case.q.to(device))
     from hiar_kernels.attention import _launch, triton_fwd
 
-    config = replace(_launch.tile_for(case.q.to(device).float(), _launch.FORWARD), splits=splits)
+    config = replace(_launch.tile_for(case.q.to(device).float(), _launch.FORWARD), num_splits=splits)
     mask, options = case.mask, {key: x.to(device) for key, x in case.options.items()}
     context = case.context
     if context is not None:
@@ -290,12 +290,12 @@ def test_split_keys(name, splits, device, poisoned):
 
 def test_how_many_splits(device):
     triton_loader.load("attention", torch.zeros(1, device=device))
-    from hiar_kernels.attention.triton_fwd import splits_for
+    from hiar_kernels.attention.triton_fwd import choose_num_splits
 
-    assert splits_for(444, 32760, 132) == 2  # a visit of Wan 1.3B on 132 SMs: 3.5 waves for 4
-    assert splits_for(132, 32760, 132) == 1
-    assert splits_for(444, 512, 132) == 1  # text
-    assert splits_for(37, 32760, 132) == 3
+    assert choose_num_splits(444, 32760, 132) == 2  # a visit of Wan 1.3B on 132 SMs: 3.5 waves for 4
+    assert choose_num_splits(132, 32760, 132) == 1
+    assert choose_num_splits(444, 512, 132) == 1  # text
+    assert choose_num_splits(37, 32760, 132) == 3
 
 
 # The op
