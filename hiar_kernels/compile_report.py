@@ -58,8 +58,8 @@ def inspect(op: str, case: Case, arch: int) -> Row:
     try:
         report = compile_case(case, arch)
     except Exception as error:  # whatever a compiler raises
-        said = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
-        return Row(op, case, arch, None, (f"does not compile: {type(error).__name__}: {said.strip()}",))
+        message = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
+        return Row(op, case, arch, None, (f"does not compile: {type(error).__name__}: {message.strip()}",))
     return Row(op, case, arch, report, tuple(problems(case, arch, report)))
 
 

@@ -63,9 +63,6 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "context without a mask": (
         lambda: hk.attention(Q, Q, Q, context=KVContext(Q, Q, ids([0, 1]))), "context needs a BlockCausal mask"
     ),
-    "context in 8 bits": (
-        lambda: hk.attention(Q, Q, Q, mask=RULE, context=KVContext(Q, Q, ids([0, 1]), Q)), "context.scales (8-bit keys)"
-    ),
     "context of another shape": (
         lambda: hk.attention(Q, Q, Q, mask=RULE, context=KVContext(Q, Q[:, :2], ids([0, 1]))),
         "context.v must be [2, 4, 2, 8], got [2, 2, 2, 8]",

@@ -142,6 +142,12 @@ def strides(name: str, x: Tensor | None) -> dict[str, int]:
     return {f"stride_{name}b": b, f"stride_{name}t": t, f"stride_{name}h": h}
 
 
+def key_strides(call: AttentionInputs) -> dict[str, int]:
+    """Of k, v and those of the context."""
+    k, v = (None, None) if call.context is None else call.context.kv
+    return {**strides("k", call.k), **strides("v", call.v), **strides("ck", k), **strides("cv", v)}
+
+
 def row_stride(x: Tensor | None) -> int:
     """Stride from row to row of ids or counts [B or 1, n]; 0 where one row serves all."""
     return 0 if x is None or x.shape[0] == 1 else x.stride(0)
@@ -210,20 +216,18 @@ def production_case(
         out: dtype of out_ptr, where it is not that of q.
     """
     optional = options.pop("pointers")
-    types = {"frames": "*i32", "windows": "*i32", "counts": "*fp32", "lse": "*fp32", "delta": "*fp32"}
+    ends = {"frames": "*i32", "windows": "*i32", **dict.fromkeys(("counts", "lse", "dlse", "lse2", "delta"), "*fp32")}
     constexprs = {"HEAD_DIM": HEAD_DIM, "PRECISION": "tf32", **tile.constexprs(), **options}
     constexprs["CONTEXT"] = "context_k_ptr" in optional
     constexprs = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
-    signature = {}
-    for arg in kernel.arg_names:
-        stem = arg.removesuffix("_ptr")
-        if stem != arg and stem in OPTIONAL and arg not in optional:
-            constexprs[arg] = None
-        elif stem != arg:
-            kind = next((kind for part, kind in types.items() if stem.endswith(part)), "*bf16")
-            signature[arg] = f"*{out}" if stem == "out" and out else kind
-        elif arg not in constexprs:
-            signature[arg] = "fp32" if arg.endswith("scale") else "i32"
-    frame_strides = ("stride_qfb", "stride_kfb", "stride_cfb", "stride_nb")
-    sixteens = [a for a in signature if a.endswith("_ptr") or (a.startswith("stride_") and a not in frame_strides)]
-    return Case(name, kernel, signature, constexprs, tuple(sixteens), tile.warps, tile.stages, tensor_cores)
+    types = {arg: "fp32" for arg in kernel.arg_names if arg.endswith("scale")}
+    for stem in (arg.removesuffix("_ptr") for arg in kernel.arg_names if arg.endswith("_ptr")):
+        types[f"{stem}_ptr"] = ends.get(stem.rpartition("_")[2], "*bf16")
+        if stem in OPTIONAL and f"{stem}_ptr" not in optional:
+            constexprs[f"{stem}_ptr"] = None
+    types |= {"out_ptr": f"*{out}"} if out else {}
+    aligned = tuple(f"stride_{x}" for x in ("q", "k", "v", "ck", "cv"))
+    unaligned = ("stride_qfb", "stride_kfb", "stride_cfb", "stride_nb")
+    case = Case.of(name, kernel, types, constexprs, aligned, num_warps=tile.warps, num_stages=tile.stages)
+    divisible = tuple(arg for arg in case.divisible if arg not in unaligned)
+    return replace(case, divisible=divisible, tensor_cores=tensor_cores)

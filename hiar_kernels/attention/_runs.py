@@ -12,7 +12,7 @@ from ._visible import EVERY, block_end, frame_at, sees
 @triton.jit
 def attend_whole(
     acc, l_i, m_i, q, lo, hi, k_ptr, v_ptr, stride_kt, stride_vt, qk_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Keys lo..hi, whole tiles that every query sees."""
     offs = tl.arange(0, BLOCK_KV)
@@ -35,7 +35,7 @@ def attend_whole(
 def attend_rest(
     acc, l_i, m_i, q, lo, hi, k_ptr, v_ptr, stride_kt, stride_vt, frames_ptr, counts_ptr, first_frame,
     frame_tokens, ends, before, back, sink_end, qk_scale,
-    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Keys lo..hi with a mask, in smaller tiles: it takes registers."""
     offs = tl.arange(0, BLOCK_KV)
@@ -70,7 +70,7 @@ def attend_rest(
 @triton.jit
 def dq_whole(
     acc, q, dout, lse2, delta, lo, hi, k_ptr, v_ptr, stride_kt, stride_vt, qk_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Keys lo..hi, whole tiles that every query sees."""
     offs = tl.arange(0, BLOCK_KV)
@@ -91,7 +91,7 @@ def dq_whole(
 def dq_rest(
     acc, q, dout, lse2, delta, lo, hi, k_ptr, v_ptr, stride_kt, stride_vt, frames_ptr, counts_ptr, first_frame,
     frame_tokens, ends, before, back, sink_end, qk_scale,
-    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Keys lo..hi with a mask, in smaller tiles: it takes registers."""
     offs = tl.arange(0, BLOCK_KV)
@@ -124,7 +124,7 @@ def dq_rest(
 def dkdv_whole(
     dk, dv, k, v, bias, lo, hi, q_ptr, dout_ptr, lse2_ptr, delta_ptr, stride_qt, stride_dt, qk_scale,
     COUNTS: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr
 ):  # fmt: skip
     """Queries lo..hi, whole tiles that see every key."""
     offs = tl.arange(0, BLOCK_Q)
@@ -153,7 +153,7 @@ def dkdv_rest(
     dk, dv, k, v, bias, lo, hi, q_ptr, dout_ptr, lse2_ptr, delta_ptr, stride_qt, stride_dt, q_frames_ptr, first_frame,
     frame_tokens, origin, frames_per_block, frames, before, back, sink_end, qk_scale,
     KEYS: tl.constexpr, COUNTS: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Queries lo..hi with a mask, in smaller tiles: it takes registers."""
     offs = tl.arange(0, BLOCK_Q)

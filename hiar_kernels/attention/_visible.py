@@ -52,7 +52,7 @@ def limits(windows_ptr, row, frames_per_block, sink_frames, sink_end, KEYS: tl.c
 def key_source(
     own, b, h, k_ptr, v_ptr, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, tokens, context_k_ptr,
     context_v_ptr, stride_ckb, stride_ckt, stride_ckh, stride_cvb, stride_cvt, stride_cvh, context_tokens,
-    CONTEXT: tl.constexpr,
+    CONTEXT: tl.constexpr
 ):  # fmt: skip
     """Where the keys and values of one batch row and head lie: one's own, or the context's.
 
@@ -166,7 +166,7 @@ def _kind_of_queries(end, frames, inside, lowest, first, last, before, back, sin
 @triton.jit
 def query_run(
     slot, slots, frames_ptr, first_frame, origin, frames_per_block, frames, inside, lowest, first, last, before, back,
-    sink_end,
+    sink_end
 ):  # fmt: skip
     """Class of the run of query slots that begins at ``slot`` for a tile of keys, and where it stops."""
     end = block_end(frame_at(frames_ptr, slot, slot < slots, first_frame), origin, frames_per_block)

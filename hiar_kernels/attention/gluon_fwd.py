@@ -83,12 +83,7 @@ def _fetch(desc, slot_desc, block_ptr, masked, b, column, slot_stride, slot_toke
         slot = start // slot_tokens
         row = start - slot * slot_tokens
         row = gl.where(gl.load(block_ptr + 1) > start, row, slot_tokens)  # a block without keys is all zeros
-        _copy(
-            slot_desc,
-            [b * slot_stride + slot, row, column],
-            full.index(stage),
-            smem.index(stage),
-        )
+        _copy(slot_desc, [b * slot_stride + slot, row, column], full.index(stage), smem.index(stage))
     else:
         _copy(desc, [b, start, column], full.index(stage), smem.index(stage))
 
@@ -97,7 +92,7 @@ def _fetch(desc, slot_desc, block_ptr, masked, b, column, slot_stride, slot_toke
 def _producer(
     q_desc, k_desc, v_desc, k_slot_desc, v_slot_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
     v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, most_segments, most_blocks, q_tiles, H, slot_stride,
-    slot_tokens,
+    slot_tokens
 ):  # fmt: skip
     cta = gl.program_id(0)
     n = gl.to_tensor(0)  # blocks handled
@@ -215,7 +210,7 @@ def _add_values(p, acc, v_smem, v_full, v_empty, n):
 def _consumer(
     out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
     v_full, v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, limits_ptr, most_segments, most_blocks, q_tiles, H,
-    q_tokens, sink_end, qk_scale, WG: gl.constexpr,
+    q_tokens, sink_end, qk_scale, WG: gl.constexpr
 ):  # fmt: skip
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _D, 16])  # noqa: E741
@@ -318,7 +313,7 @@ def _consumer(
 def _attention_hopper_kernel(
     q_desc, k_desc, v_desc, k_slot_desc, v_slot_desc, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, segments_ptr,
     segment_counts_ptr, blocks_ptr, limits_ptr, most_segments, most_blocks, q_tiles, H, q_tokens, slot_stride,
-    slot_tokens, sink_end, qk_scale,
+    slot_tokens, sink_end, qk_scale
 ):  # fmt: skip
     HALF: gl.constexpr = out_ptr.dtype.element_ty
     q_smem = gl.allocate_shared_memory(HALF, [2, 1, _R, _D], q_desc.layout)
@@ -344,18 +339,18 @@ def _attention_hopper_kernel(
             (_consumer, (
                 out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full,
                 k_empty, v_full, v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, limits_ptr, most_segments,
-                most_blocks, q_tiles, H, q_tokens, sink_end, qk_scale, 0,
+                most_blocks, q_tiles, H, q_tokens, sink_end, qk_scale, 0
             )),
             (_consumer, (
                 out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full,
                 k_empty, v_full, v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, limits_ptr, most_segments,
-                most_blocks, q_tiles, H, q_tokens, sink_end, qk_scale, 1,
+                most_blocks, q_tiles, H, q_tokens, sink_end, qk_scale, 1
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, k_slot_desc, v_slot_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full,
                 k_empty, v_full, v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, most_segments, most_blocks,
-                q_tiles, H, slot_stride, slot_tokens,
-            )),
+                q_tiles, H, slot_stride, slot_tokens
+            ))
         ],
         [4, 1],
         [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
@@ -416,18 +411,10 @@ def compile_cases(arch: int) -> list[Case]:
     """sm_90 only, whose instructions it is written in."""
     if arch != 90:
         return []
-    signature = dict.fromkeys(_attention_hopper_kernel.arg_names, "i32")
-    for name in signature:
-        if name.endswith("_desc"):
-            rows = _ROWS if name == "q_desc" else BLOCK_KEYS
-            signature[name] = f"tensordesc<bf16[1, {rows}, {HEAD_DIM}],{_LAYOUT!r}>"
-        elif name.endswith("_ptr"):
-            wide = name in ("lse_ptr", "part_out_ptr", "part_lse_ptr")
-            signature[name] = "*bf16" if name == "out_ptr" else "*fp32" if wide else "*i32"
-    signature["qk_scale"] = "fp32"
-    pointers = tuple(name for name in signature if name.endswith("_ptr"))
-    case = Case(
-        "ring of 21 frames", _attention_hopper_kernel, signature, {}, pointers, tensor_cores=True,
-        max_registers=_LAUNCH_REGISTERS,
-    )  # fmt: skip
-    return [case]
+    types = dict.fromkeys(("lse_ptr", "partial_out_ptr", "partial_lse_ptr"), "*fp32")
+    types |= {"out_ptr": "*bf16", "qk_scale": "fp32"}
+    for name in ("q_desc", "k_desc", "v_desc", "k_slot_desc", "v_slot_desc"):
+        rows = _ROWS if name == "q_desc" else BLOCK_KEYS
+        types[name] = f"tensordesc<bf16[1, {rows}, {HEAD_DIM}],{_LAYOUT!r}>"
+    options = {"tensor_cores": True, "max_registers": _LAUNCH_REGISTERS}
+    return [Case.of("ring of 21 frames", _attention_hopper_kernel, types, {}, (), **options)]

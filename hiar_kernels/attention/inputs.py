@@ -86,16 +86,15 @@ class AttentionInputs:
         """Raise ValueError in one line for what does not fit."""
         q, k, mask, context, kv_counts = self.q, self.k, self.mask, self.context, self.kv_counts
         if mask is not None and not isinstance(mask, BlockCausal):
-            found = f"a tensor {list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else repr(mask)
+            actual = f"a tensor {list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else repr(mask)
             legal = "None or BlockCausal(frame_tokens, frames_per_block, ...): who sees whom goes by frame ids"
-            raise ValueError(f"attention: mask must be {legal}; got {found}")
+            raise ValueError(f"attention: mask must be {legal}; got {actual}")
         if q.dim() != 4:
             raise ValueError(f"attention: q must be [B, Tq, H, D], got {list(q.shape)}")
         b, _, h, d = q.shape
         tensors = [("k", k, k), ("v", self.v, k)]
         if context is not None:
             require(mask is not None, "attention: context needs a BlockCausal mask, got mask=None")
-            require(context.scales is None, "attention: context.scales (8-bit keys) are not supported; expected None")
             tensors += [("context.k", context.k, context.k), ("context.v", context.v, context.k)]
         for name, x, like in tensors:
             length = like.shape[1] if like.dim() == 4 else "Tk"

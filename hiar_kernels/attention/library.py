@@ -220,8 +220,8 @@ def _packaged(impl: str) -> Partial:
     option = {"flash-attn-2": "return_attn_probs", "flash-attn-3": "return_attn_probs"}.get(impl, "return_lse")
 
     def call(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-        results: Any = module.flash_attn_func(q, k, v, softmax_scale=scale, **{option: True})
-        return results[0], results[1]
+        result: Any = module.flash_attn_func(q, k, v, softmax_scale=scale, **{option: True})
+        return result[0], result[1]
 
     return call
 
@@ -233,9 +233,9 @@ def unavailable(impl: str, device: torch.device) -> str | None:
     if impl in PACKAGES:
         package = PACKAGES[impl]
         try:
-            results = importlib.util.find_spec(package) is not None
+            installed = importlib.util.find_spec(package) is not None
         except ModuleNotFoundError:  # of the parent package
-            results = False
-        if not results:
+            installed = False
+        if not installed:
             return f"{package} is not installed"
     return None if device.type == "cuda" else f"it needs a CUDA device, got {device}"

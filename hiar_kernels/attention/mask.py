@@ -88,14 +88,12 @@ class KVContext:
 
     Args:
         k, v: [B, Tc, H, D]. frames: int32 or int64 [B or 1, Tc / frame_tokens], -1 empty.
-        scales: reserved for 8-bit keys.
         host_frames: the same ids on the host, where they are known: :func:`attention_layout` need not read a device.
     """
 
     k: Tensor
     v: Tensor
     frames: Tensor
-    scales: Tensor | None = None
     host_frames: Sequence[Sequence[int]] | None = None
 
     @property

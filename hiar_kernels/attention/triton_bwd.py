@@ -13,22 +13,7 @@ from torch import Tensor
 
 from ..common.aot import Case
 from ..common.triton_loader import register
-from ._launch import (
-    CANDIDATES,
-    DKDV,
-    DQ,
-    RULE,
-    Tile,
-    check,
-    dense_rows,
-    device_ids,
-    pick,
-    production_case,
-    row_stride,
-    rule_arguments,
-    strides,
-    tile_for,
-)
+from . import _launch
 from ._runs import dkdv_rest, dkdv_whole, dq_rest, dq_whole
 from ._visible import (
     EARLIER,
@@ -59,7 +44,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit(do_not_specialize=["q_tokens", "tiles"])
 def _attention_bwd_delta_kernel(
     dout_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, lse2_ptr, q_tokens, tiles, H,
-    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr
 ):  # fmt: skip
     """delta = rowsum(dout * out) - dlse, and the logsumexp to base 2; +inf where nothing is seen, so that p is 0."""
     pid = tl.program_id(0)
@@ -77,7 +62,7 @@ def _attention_bwd_delta_kernel(
     tl.store(lse2_ptr + rows, tl.where(empty, float("inf"), lse * _LOG2E), mask=q_mask)
 
 
-@triton.jit(do_not_specialize=["q_tokens", "kv_tokens", "context_tokens", "q_tiles", *RULE])
+@triton.jit(do_not_specialize=["q_tokens", "kv_tokens", "context_tokens", "q_tiles", *_launch.RULE])
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, context_k_ptr, context_v_ptr, q_frames_ptr, kv_frames_ptr, context_frames_ptr, windows_ptr,
     counts_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
@@ -85,7 +70,7 @@ def _attention_bwd_dq_kernel(
     stride_qfb, stride_kfb, stride_cfb, stride_nb, q_tokens, kv_tokens, context_tokens, q_tiles, H, qk_scale, dq_scale,
     frame_tokens, frames_per_block, first_frame, origin, sink_frames, sink_end,
     MASKED: tl.constexpr, CONTEXT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr, BLOCK_MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_KV: tl.constexpr, BLOCK_MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Gradient of one tile of queries of one head and row."""
     pid = tl.program_id(0)
@@ -161,14 +146,14 @@ def _attention_bwd_dq_kernel(
     tl.store(dq_ptr + dense, (acc * dq_scale).to(dq_ptr.dtype.element_ty), mask=q_mask[:, None])
 
 
-@triton.jit(do_not_specialize=["q_tokens", "kv_tokens", "kv_tiles", *RULE])
+@triton.jit(do_not_specialize=["q_tokens", "kv_tokens", "kv_tiles", *_launch.RULE])
 def _attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, q_frames_ptr, frames_ptr, windows_ptr, counts_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr,
     dv_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_qfb, stride_kfb, stride_nb, q_tokens, kv_tokens, kv_tiles, H, qk_scale, dk_scale,
     frame_tokens, frames_per_block, first_frame, origin, sink_frames, sink_end,
     KEYS: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr, BLOCK_MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_KV: tl.constexpr, BLOCK_MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Gradients of one tile of keys and values of one head and row; early keys, which most queries see, come first."""
     pid = tl.program_id(0)
@@ -256,15 +241,15 @@ def launch(
     needed: list[bool],
     outputs: list[Tensor],
     *arguments: Any,
-    dq_config: Tile | None = None,
-    dkdv_config: Tile | None = None,
+    dq_config: _launch.Tile | None = None,
+    dkdv_config: _launch.Tile | None = None,
 ) -> list[Tensor]:
     """hiar::attention_backward: the gradients of those of q, k, v and the context's k and v that are needed.
 
     The configurations are in place of the pinned ones, to measure them.
     """
     call = AttentionInputs.from_schema(*arguments)
-    check(call)
+    _launch.check(call)
     q, k, v, mask, context = call.q, call.k, call.v, call.mask, call.context
     b, length, h, d = q.shape
     context_k, context_v = (None, None) if context is None else context.kv
@@ -280,11 +265,11 @@ def launch(
     scale, sign = call.softmax_scale, 1.0
     if scale < 0:  # as the forward did
         q, scale, sign = -q, -scale, -1.0
-    ids, kv_counts = device_ids(call), dense_rows(call.kv_counts)
+    ids, kv_counts = _launch.device_ids(call), _launch.dense_rows(call.kv_counts)
     shared: dict[str, Any] = {
-        **strides("q", q),
+        **_launch.strides("q", q),
         "stride_qfb": ids.strides["stride_qfb"],
-        "stride_nb": row_stride(kv_counts),
+        "stride_nb": _launch.row_stride(kv_counts),
         "q_tokens": length,
         "H": h,
         "qk_scale": scale * _LOG2E.value,
@@ -297,13 +282,13 @@ def launch(
     ) -> None:
         if (dk is None and dv is None) or keys.numel() == 0:
             return
-        tile = dkdv_config or tile_for(q, DKDV)
+        tile = dkdv_config or _launch.tile_for(q, _launch.DKDV)
         tiles = triton.cdiv(keys.shape[1], tile.kv)
         _attention_bwd_dkdv_kernel[(tiles * b * h,)](
             q, keys, values, ids.q_frames, frames, ids.windows, kv_counts, dout, lse2, delta, dk, dv,
-            **strides("k", keys), **strides("v", values), stride_kfb=row_stride(frames), kv_tokens=keys.shape[1],
-            kv_tiles=tiles, dk_scale=scale, KEYS=kind, NEED_DK=dk is not None, NEED_DV=dv is not None,
-            **rule_arguments(mask, length), **shared, **tile.options(),
+            **_launch.strides("k", keys), **_launch.strides("v", values), stride_kfb=_launch.row_stride(frames),
+            kv_tokens=keys.shape[1], kv_tiles=tiles, dk_scale=scale, KEYS=kind, NEED_DK=dk is not None,
+            NEED_DV=dv is not None, **_launch.rule_arguments(mask, length), **shared, **tile.options(),
         )  # fmt: skip
 
     with torch.cuda.device_of(q):
@@ -314,14 +299,13 @@ def launch(
             )
         dq, dk, dv, context_dk, context_dv = gradients
         if dq is not None and dq.numel():
-            tile = dq_config or tile_for(q, DQ)
+            tile = dq_config or _launch.tile_for(q, _launch.DQ)
             tiles = triton.cdiv(length, tile.q)
             _attention_bwd_dq_kernel[(tiles * b * h,)](
-                q, k, v, context_k, context_v, *ids.pointers, kv_counts, dout, lse2, delta, dq, **strides("k", k),
-                **strides("v", v), **strides("ck", context_k), **strides("cv", context_v),
-                **{**ids.strides, **shared}, kv_tokens=k.shape[1],
+                q, k, v, context_k, context_v, *ids.pointers, kv_counts, dout, lse2, delta, dq,
+                **_launch.key_strides(call), **{**ids.strides, **shared}, kv_tokens=k.shape[1],
                 context_tokens=0 if context_k is None else context_k.shape[1], q_tiles=tiles, dq_scale=sign * scale,
-                MASKED=mask is not None, CONTEXT=context is not None, **rule_arguments(mask, k.shape[1]),
+                MASKED=mask is not None, CONTEXT=context is not None, **_launch.rule_arguments(mask, k.shape[1]),
                 **tile.options(),
             )  # fmt: skip
         own = EVERY if mask is None else SEEN if context is None else OWN
@@ -334,14 +318,14 @@ def launch(
 register("attention_backward", launch)
 
 
-def _dq_case(name: str, pointers: tuple[str, ...], tile: Tile) -> Case:
+def _dq_case(name: str, pointers: tuple[str, ...], tile: _launch.Tile) -> Case:
     constexprs = {"pointers": pointers, "MASKED": bool(pointers)}
-    return production_case(name, _attention_bwd_dq_kernel, constexprs, tile)
+    return _launch.production_case(name, _attention_bwd_dq_kernel, constexprs, tile)
 
 
-def _dkdv_case(name: str, kind: Any, pointers: tuple[str, ...], tile: Tile) -> Case:
+def _dkdv_case(name: str, kind: Any, pointers: tuple[str, ...], tile: _launch.Tile) -> Case:
     constexprs = {"pointers": pointers, "KEYS": kind.value, "NEED_DK": True, "NEED_DV": True}
-    return production_case(name, _attention_bwd_dkdv_kernel, constexprs, tile)
+    return _launch.production_case(name, _attention_bwd_dkdv_kernel, constexprs, tile)
 
 
 _FRAMES = ("q_frames_ptr", "kv_frames_ptr", "frames_ptr", "windows_ptr")
@@ -350,9 +334,9 @@ _FRAMES = ("q_frames_ptr", "kv_frames_ptr", "frames_ptr", "windows_ptr")
 def compile_cases(arch: int) -> list[Case]:
     """Training over caches, block-causal, bidirectional."""
     context = ("context_k_ptr", "context_v_ptr", "context_frames_ptr")
-    dq, dkdv = pick(DQ, arch), pick(DKDV, arch)
-    delta = production_case(
-        "every shape", _attention_bwd_delta_kernel, {"pointers": ()}, Tile(32, 32, 4, 1), tensor_cores=False
+    dq, dkdv = _launch.pick(_launch.DQ, arch), _launch.pick(_launch.DKDV, arch)
+    delta = _launch.production_case(
+        "every shape", _attention_bwd_delta_kernel, {"pointers": ()}, _launch.Tile(32, 32, 4, 1), tensor_cores=False
     )
     return [
         delta,
@@ -367,9 +351,9 @@ def compile_cases(arch: int) -> list[Case]:
     ]
 
 
-def candidate_cases(arch: int) -> list[tuple[Tile, Case]]:
+def candidate_cases(arch: int) -> list[tuple[_launch.Tile, Case]]:
     """The configurations to measure, at the shape of block-causal training (dq) and bidirectional training (dkdv)."""
-    dq, dkdv = (CANDIDATES[kernel].get(arch, ()) for kernel in ("dq", "dkdv"))
+    dq, dkdv = (_launch.CANDIDATES[kernel].get(arch, ()) for kernel in ("dq", "dkdv"))
     return [
         *((tile, _dq_case("candidate", _FRAMES, tile)) for tile in dq),
         *((tile, _dkdv_case("candidate", EVERY, (), tile)) for tile in dkdv),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -14,21 +13,7 @@ from torch import Tensor
 from ..common.aot import Case
 from ..common.triton_loader import register
 from ..merge_attention.triton_fwd import merge
-from ._launch import (
-    CANDIDATES,
-    FORWARD,
-    RULE,
-    Tile,
-    check,
-    dense_rows,
-    device_ids,
-    pick,
-    production_case,
-    row_stride,
-    rule_arguments,
-    strides,
-    tile_for,
-)
+from . import _launch
 from ._runs import attend_rest, attend_whole
 from ._visible import (
     COUNT,
@@ -45,12 +30,13 @@ from ._visible import (
     unmasked_until,
 )
 from .inputs import AttentionInputs
+from .schedule import multiprocessors
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["q_tokens", "kv_tokens", "context_tokens", "q_tiles", "rows", *RULE])
+@triton.jit(do_not_specialize=["q_tokens", "kv_tokens", "context_tokens", "q_tiles", "rows", *_launch.RULE])
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, context_k_ptr, context_v_ptr, q_frames_ptr, kv_frames_ptr, context_frames_ptr, windows_ptr,
     counts_ptr, out_ptr, lse_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
@@ -58,7 +44,7 @@ def _attention_fwd_kernel(
     stride_qfb, stride_kfb, stride_cfb, stride_nb, q_tokens, kv_tokens, context_tokens, q_tiles, rows, H, qk_scale,
     frame_tokens, frames_per_block, first_frame, origin, sink_frames, sink_end,
     MASKED: tl.constexpr, CONTEXT: tl.constexpr, NUM_SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """One tile of queries of one head and row; the last tiles, which see most of a causal video, come first."""
     pid = tl.program_id(0)
@@ -162,24 +148,19 @@ def choose_num_splits(tiles: int, keys: int, processors: int, most_splits: int =
     return min((n for n in range(1, most_splits + 1) if n == 1 or keys >= n * least_keys), key=cost)
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def launch(*arguments: Any, config: Tile | None = None) -> tuple[Tensor, Tensor]:
+def launch(*arguments: Any, config: _launch.Tile | None = None) -> tuple[Tensor, Tensor]:
     """hiar::attention; ``config`` in place of the pinned one, to measure it."""
     call = AttentionInputs.from_schema(*arguments)
-    check(call)
+    _launch.check(call)
     q, k, mask, context = call.q, call.k, call.mask, call.context
     b, length, h, d = q.shape
-    tile = config or tile_for(q, FORWARD)
+    tile = config or _launch.tile_for(q, _launch.FORWARD)
     tiles = triton.cdiv(length, tile.q)
     context_tokens = 0 if context is None else context.k.shape[1]
     num_splits = tile.num_splits
     if not num_splits:
         keys = k.shape[1] + context_tokens
-        num_splits = choose_num_splits(tiles * b * h, keys, _processors(q.device)) if q.is_cuda else 1
+        num_splits = choose_num_splits(tiles * b * h, keys, multiprocessors(q.device)) if q.is_cuda else 1
     shape, partial = (q.shape, q.dtype) if num_splits == 1 else ((num_splits, *q.shape), torch.float32)
     out = torch.empty(shape, dtype=partial, device=q.device)
     lse = torch.empty((*shape[:-4], b, h, length), dtype=torch.float32, device=q.device)
@@ -188,15 +169,15 @@ def launch(*arguments: Any, config: Tile | None = None) -> tuple[Tensor, Tensor]
     scale = call.softmax_scale
     if scale < 0:  # the kernel scales after it took the greatest score
         q, scale = -q, -scale
-    ids, kv_counts = device_ids(call), dense_rows(call.kv_counts)
+    ids, kv_counts = _launch.device_ids(call), _launch.dense_rows(call.kv_counts)
     context_k, context_v = (None, None) if context is None else context.kv
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(tiles * num_splits * b * h,)](
             q, k, call.v, context_k, context_v, *ids.pointers, kv_counts, out, lse,
-            **strides("q", q), **strides("k", k), **strides("v", call.v), **strides("ck", context_k),
-            **strides("cv", context_v), **ids.strides, stride_nb=row_stride(kv_counts), q_tokens=length,
-            kv_tokens=k.shape[1], context_tokens=context_tokens, q_tiles=tiles, rows=b, H=h,
-            qk_scale=scale * _LOG2E, **rule_arguments(mask, k.shape[1]), MASKED=mask is not None,
+            **_launch.strides("q", q), **_launch.key_strides(call), **ids.strides,
+            stride_nb=_launch.row_stride(kv_counts), q_tokens=length, kv_tokens=k.shape[1],
+            context_tokens=context_tokens, q_tiles=tiles, rows=b, H=h,
+            qk_scale=scale * _LOG2E, **_launch.rule_arguments(mask, k.shape[1]), MASKED=mask is not None,
             CONTEXT=context is not None, NUM_SPLITS=num_splits, HEAD_DIM=d,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **tile.options(),
         )  # fmt: skip
@@ -206,9 +187,9 @@ def launch(*arguments: Any, config: Tile | None = None) -> tuple[Tensor, Tensor]
 register("attention", launch)
 
 
-def _case(name: str, pointers: tuple[str, ...], tile: Tile, num_splits: int = 1) -> Case:
-    constexprs = {"pointers": pointers, "MASKED": "windows_ptr" in pointers, "SPLITS": num_splits}
-    return production_case(name, _attention_fwd_kernel, constexprs, tile, out="fp32" if num_splits > 1 else "")
+def _case(name: str, pointers: tuple[str, ...], tile: _launch.Tile, num_splits: int = 1) -> Case:
+    constexprs = {"pointers": pointers, "MASKED": "windows_ptr" in pointers, "NUM_SPLITS": num_splits}
+    return _launch.production_case(name, _attention_fwd_kernel, constexprs, tile, out="fp32" if num_splits > 1 else "")
 
 
 _FRAMES = ("q_frames_ptr", "kv_frames_ptr", "windows_ptr")
@@ -217,7 +198,7 @@ _FRAMES = ("q_frames_ptr", "kv_frames_ptr", "windows_ptr")
 def compile_cases(arch: int) -> list[Case]:
     """A block over a ring, one whose keys are split in two, training over caches, text, bidirectional."""
     context = ("context_k_ptr", "context_v_ptr", "context_frames_ptr")
-    tile = pick(FORWARD, arch)
+    tile = _launch.pick(_launch.FORWARD, arch)
     return [
         _case("ring of 21 frames", _FRAMES, tile),
         _case("ring of 24 frames, keys split in two", _FRAMES, tile, 2),
@@ -227,8 +208,7 @@ def compile_cases(arch: int) -> list[Case]:
     ]
 
 
-def candidate_cases(arch: int) -> list[tuple[Tile, Case]]:
+def candidate_cases(arch: int) -> list[tuple[_launch.Tile, Case]]:
     """The configurations to measure, at the shape of a visit over the ring."""
-    return [
-        (tile, _case("candidate", _FRAMES, tile, tile.num_splits or 1)) for tile in CANDIDATES["forward"].get(arch, ())
-    ]
+    tiles = _launch.CANDIDATES["forward"].get(arch, ())
+    return [(tile, _case("candidate", _FRAMES, tile, tile.num_splits or 1)) for tile in tiles]

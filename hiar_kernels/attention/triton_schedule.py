@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import Case
+from ..common.shapes import HEAD_DIM
 from ._launch import RULE, dense_rows, row_stride, rule_arguments, windows_on
 from ._visible import FULL, NONE, PARTIAL, SEEN, frame_at, key_run, limits, query_ends
 from .mask import BlockCausal
@@ -47,7 +50,7 @@ def _write_blocks(table_ptr, at, lo, hi, frame, partial, BLOCK: tl.constexpr, CH
 def _key_blocks_kernel(
     blocks_ptr, counts_ptr, limits_ptr, q_frames_ptr, kv_frames_ptr, windows_ptr, stride_qfb, stride_kfb, q_tokens,
     kv_tokens, q_tiles, most, frame_tokens, frames_per_block, first_frame, origin, sink_frames, sink_end,
-    MASKED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    MASKED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """The key blocks that one tile of queries sees: first those that need a mask, then the whole ones."""
     pid = tl.program_id(0)
@@ -119,7 +122,7 @@ def _write_segments(ptr, tile, lo, hi, slot, masked, mask):
 @triton.jit(do_not_specialize=["rounds", "rest", "q_tiles", "H", "most"])
 def _segments_kernel(
     counts_ptr, segments_ptr, segment_counts_ptr, cuts_ptr, rounds, rest, q_tiles, H, most, CTAS: tl.constexpr,
-    REST: tl.constexpr,
+    REST: tl.constexpr
 ):  # fmt: skip
     """The work of one CTA: whole tiles, then its range of the key blocks of the tiles that are left."""
     c = tl.program_id(0)
@@ -154,7 +157,7 @@ def _segments_kernel(
 @triton.jit(do_not_specialize=["rounds", "rest", "q_tiles", "H", "q_tokens"])
 def _merge_cuts_kernel(
     partial_out_ptr, partial_lse_ptr, cuts_ptr, out_ptr, lse_ptr, rounds, rest, q_tiles, H, q_tokens,
-    CTAS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    CTAS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
     """Rows of one tile that several CTAs shared: their partial results, weighted by their logsumexps (to base 2)."""
     i = tl.program_id(0)
@@ -248,20 +251,10 @@ def merge_cuts(tables: AttentionSchedule, partial_out: Tensor, partial_lse: Tens
 
 def compile_cases(arch: int) -> list[Case]:
     """A block over a ring of 21 frames on 132 SMs: made for sm_90, plain enough for all."""
-    frames = ("q_frames_ptr", "kv_frames_ptr", "windows_ptr")
-    kernels = (
-        (_key_blocks_kernel, {"MASKED": True, "TILE": TILE_QUERIES, "BLOCK": BLOCK_KEYS, "CHUNK": 128}, frames),
-        (_segments_kernel, {"CTAS": 132, "REST": 64}, ()),
-        (_merge_cuts_kernel, {"CTAS": 132, "TILE": TILE_QUERIES, "ROWS": _MERGED_ROWS, "HEAD_DIM": 128}, ()),
-    )
-    cases = []
-    for kernel, constexprs, _ in kernels:
-        types = {"part_out_ptr": "*fp32", "part_lse_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
-        signature = {
-            name: types.get(name, "*i32" if name.endswith("_ptr") else "i32")
-            for name in kernel.arg_names
-            if name not in constexprs
-        }
-        pointers = tuple(name for name in signature if name.endswith("_ptr"))
-        cases.append(Case("ring of 21 frames", kernel, signature, constexprs, pointers))
-    return cases
+    types = {"partial_out_ptr": "*fp32", "partial_lse_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
+    kernels: dict[Any, dict[str, Any]] = {
+        _key_blocks_kernel: {"MASKED": True, "TILE": TILE_QUERIES, "BLOCK": BLOCK_KEYS, "CHUNK": 128},
+        _segments_kernel: {"CTAS": 132, "REST": 64},
+        _merge_cuts_kernel: {"CTAS": 132, "TILE": TILE_QUERIES, "ROWS": _MERGED_ROWS, "HEAD_DIM": HEAD_DIM},
+    }
+    return [Case.of("ring of 21 frames", kernel, types, values, ()) for kernel, values in kernels.items()]

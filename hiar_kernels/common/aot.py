@@ -53,6 +53,26 @@ class Case:
     fp_fusion: bool = True
     spills_allowed: int = 0
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        kernel: Any,
+        types: dict[str, str],
+        constexprs: dict[str, Any],
+        aligned: tuple[str, ...] = ("stride_",),
+        **options: Any,
+    ) -> Case:
+        """A launch whose pointers, and the sizes whose names begin with one of ``aligned``, are multiples of 16.
+
+        ``types``: of arguments that are neither constexprs, int32 numbers nor pointers to such. ``options``: fields.
+        """
+        signature = {
+            a: types.get(a, "*i32" if a.endswith("_ptr") else "i32") for a in kernel.arg_names if a not in constexprs
+        }
+        divisible = tuple(a for a in signature if a.endswith("_ptr") or a.startswith(aligned))
+        return cls(name, kernel, signature, constexprs, divisible, **options)
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -159,9 +179,9 @@ def compile_case(case: Case, arch: int) -> Report:
 
     ptx = compiled.asm["ptx"]
     resources, sass = _dump(compiled.asm["cubin"])
-    found = re.search(r"\bREG:(\d+)", resources)
-    assert found is not None, resources
-    registers, shared, warps = int(found[1]), int(compiled.metadata.shared), int(compiled.metadata.num_warps)
+    match = re.search(r"\bREG:(\d+)", resources)
+    assert match is not None, resources
+    registers, shared, warps = int(match[1]), int(compiled.metadata.shared), int(compiled.metadata.num_warps)
     columns = int(getattr(compiled.metadata, "tmem_size", 0) or 0)
 
     def count(pattern: str) -> int:
@@ -205,33 +225,33 @@ def occupancy(arch: int, registers: int, shared: int, warps: int, tensor_memory:
 
 def problems(case: Case, arch: int, report: Report) -> list[str]:
     """The gates that a compiled case does not pass, one line each."""
-    chip, found = CHIPS[arch], []
+    chip, failures = CHIPS[arch], []
     if report.spills_bytes > case.spills_allowed:
-        found.append(f"{report.spills_bytes} bytes of register spills, allowed {case.spills_allowed}")
+        failures.append(f"{report.spills_bytes} bytes of register spills, allowed {case.spills_allowed}")
     if report.shared_bytes > chip.shared_block:
-        found.append(f"{report.shared_bytes} bytes of shared memory, sm_{arch} has {chip.shared_block}")
+        failures.append(f"{report.shared_bytes} bytes of shared memory, sm_{arch} has {chip.shared_block}")
     if report.tensor_memory > chip.tensor_memory:
-        found.append(f"{report.tensor_memory} columns of tensor memory, sm_{arch} has {chip.tensor_memory}")
+        failures.append(f"{report.tensor_memory} columns of tensor memory, sm_{arch} has {chip.tensor_memory}")
     if case.tensor_cores and not any(getattr(report, kind) for kind in chip.tensor_core):
-        found.append(f"no {' or '.join(chip.tensor_core)} instruction, so no tensor cores in use")
+        failures.append(f"no {' or '.join(chip.tensor_core)} instruction, so no tensor cores in use")
     described = any(kind.startswith("tensordesc") for kind in case.signature.values())
     if described and arch >= 90 and not report.tma:
-        found.append("no bulk tensor copy, though the kernel has tensor descriptors")
+        failures.append("no bulk tensor copy, though the kernel has tensor descriptors")
     narrow = [kind for kind in report.reduced if kind != "f32" and not re.fullmatch(r"i\d+", kind)]
     if narrow:  # the dtype that they sum in changed between Triton 3.7 and 3.9
-        found.append(f"a reduction over {', '.join(narrow)}, allowed: float32 and integers; cast first")
-    if not found and report.occupancy == 0:
-        found.append(f"{report.warps} warps of {report.registers} registers do not fit on an SM of sm_{arch}")
-    return found
+        failures.append(f"a reduction over {', '.join(narrow)}, allowed: float32 and integers; cast first")
+    if not failures and report.occupancy == 0:
+        failures.append(f"{report.warps} warps of {report.registers} registers do not fit on an SM of sm_{arch}")
+    return failures
 
 
 def triton_modules() -> dict[str, list[str]]:
     """Folder of an op -> its Triton modules, as names that import."""
-    found: dict[str, list[str]] = {}
+    by_folder: dict[str, list[str]] = {}
     paths = [*_PACKAGE.glob("*/triton_*.py"), *_PACKAGE.glob("*/gluon_*.py")]
     for path in sorted(paths, reverse=True):  # forward before backward
-        found.setdefault(path.parent.name, []).append(f"{_PACKAGE.name}.{path.parent.name}.{path.stem}")
-    return dict(sorted(found.items()))
+        by_folder.setdefault(path.parent.name, []).append(f"{_PACKAGE.name}.{path.parent.name}.{path.stem}")
+    return dict(sorted(by_folder.items()))
 
 
 def cases(op: str, arch: int) -> list[Case]:
@@ -239,12 +259,12 @@ def cases(op: str, arch: int) -> list[Case]:
     modules = triton_modules()
     if op not in modules:
         raise ValueError(f"no Triton kernels of {op!r}; legal: {', '.join(modules) or 'none yet'}")
-    found: list[Case] = []
+    all_cases: list[Case] = []
     for name in modules[op]:
         listed = getattr(importlib.import_module(name), "compile_cases", None)
         if listed is not None and listed.__module__ == name:  # not one that was imported
-            found += listed(arch)
-    return found
+            all_cases += listed(arch)
+    return all_cases
 
 
 def _tool(name: str) -> str:

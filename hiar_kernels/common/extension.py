@@ -46,12 +46,12 @@ def mode() -> str:
 def find_nvcc() -> Path:
     """The compiler; CUDA_HOME, where it is set, decides alone."""
     home = os.environ.get("CUDA_HOME")
-    found = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
-    if found is None and not home:
-        found = shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if found is None:
+    nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+    if nvcc is None and not home:
+        nvcc = shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
         raise CannotBuild(f"no nvcc in {home}/bin (CUDA_HOME)" if home else "no nvcc on PATH or in /usr/local/cuda/bin")
-    return Path(found)
+    return Path(nvcc)
 
 
 def find_torch() -> Path:
@@ -69,20 +69,20 @@ def find_torch() -> Path:
 def architectures(nvcc: Path) -> tuple[str, ...]:
     """What to compile for, as nvcc numbers it."""
     known = set(_output(nvcc, "--list-gpu-code").replace("sm_", "").split())
-    target = os.environ.get("HIAR_CUDA_ARCHS")
-    if not target:
+    requested = os.environ.get("HIAR_CUDA_ARCHS")
+    if not requested:
         return tuple(arch for arch in ARCHITECTURES if arch.rstrip("af") in known)
-    chosen = tuple(arch for arch in re.split(r"[;,\s]+", target) if arch)
-    for arch in chosen:
+    archs = tuple(arch for arch in re.split(r"[;,\s]+", requested) if arch)
+    for arch in archs:
         if not re.fullmatch(r"\d+[af]?", arch) or arch.rstrip("af") not in known:
             legal = " ".join(sorted(known, key=int))
             raise CannotBuild(f"HIAR_CUDA_ARCHS names {arch!r}, which {nvcc} does not know; it knows {legal}")
-    return chosen
+    return archs
 
 
 def compiler_version(nvcc: Path) -> str:
-    found = re.search(r"release ([\d.]+)", _output(nvcc, "--version"))
-    return found[1] if found else "unknown"
+    match = re.search(r"release ([\d.]+)", _output(nvcc, "--version"))
+    return match[1] if match else "unknown"
 
 
 def targets(archs: Sequence[str]) -> list[str]:
@@ -111,22 +111,22 @@ def digest() -> str | None:
 def record(folder: Path | None = None) -> dict[str, Any]:
     """What the last build left: "reason" (None: it was built), "sources" (:func:`digest`), "archs", "nvcc"."""
     try:
-        found: dict[str, Any] = json.loads(((folder or PACKAGE) / RECORD).read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(((folder or PACKAGE) / RECORD).read_text(encoding="utf-8"))
     except OSError:
         return {
             "reason": "it was never built here; pip install -e . does it, or python hiar_kernels/common/extension.py"
         }
-    return found
+    return content
 
 
 def missing() -> str | None:
     """Why there is no library to load, in one line; None where there is one."""
-    known = record()
-    if known["reason"] is not None:
-        return str(known["reason"])
+    last = record()
+    if last["reason"] is not None:
+        return str(last["reason"])
     if not (PACKAGE / LIBRARY).is_file():
         return f"{PACKAGE / LIBRARY} is gone"
-    if digest() not in (None, known["sources"]):
+    if digest() not in (None, last["sources"]):
         return "csrc/ has changed since; build it again: pip install -e . or python hiar_kernels/common/extension.py"
     return None
 
@@ -158,14 +158,14 @@ def build(folder: Path | None = None) -> str:
     library = folder / LIBRARY
     try:
         nvcc, torch = _tools()
-        target = {"reason": None, "sources": digest(), "archs": architectures(nvcc), "nvcc": compiler_version(nvcc)}
-        target = json.loads(json.dumps(target))
-        names = ", ".join(f"sm_{arch}" for arch in target["archs"])
-        if library.is_file() and record(folder) == target:
+        state = {"reason": None, "sources": digest(), "archs": architectures(nvcc), "nvcc": compiler_version(nvcc)}
+        state = json.loads(json.dumps(state))
+        names = ", ".join(f"sm_{arch}" for arch in state["archs"])
+        if library.is_file() and record(folder) == state:
             return f"CUDA extension up to date, for {names}"
         new = library.with_suffix(f".{os.getpid()}.so")  # a process may have the old one open
         try:
-            done = subprocess.run(command(nvcc, torch, new, targets(target["archs"])), capture_output=True, text=True)
+            done = subprocess.run(command(nvcc, torch, new, targets(state["archs"])), capture_output=True, text=True)
             if done.returncode:
                 print(done.stdout + done.stderr, file=sys.stderr)
                 errors = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
@@ -177,13 +177,13 @@ def build(folder: Path | None = None) -> str:
     except CannotBuild as why:
         if mode() == "1":
             raise SystemExit(f"hiar-kernels: HIAR_BUILD_CUDA=1, but {why}") from None
-        known = record(folder)
-        if mode() == "auto" and library.is_file() and known["reason"] is None and known["sources"] == digest():
+        last = record(folder)
+        if mode() == "auto" and library.is_file() and last["reason"] is None and last["sources"] == digest():
             return f"CUDA extension kept as it was built: {why}"
         library.unlink(missing_ok=True)
-        target = {"reason": str(why)}
+        state = {"reason": str(why)}
         result = f"CUDA extension not built: {why}; PyTorch and Triton serve every op"
-    (folder / RECORD).write_text(json.dumps(target) + "\n", encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(state) + "\n", encoding="utf-8")
     return result
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ from ._launch import TILE, dense_frames, piece, strides
 def _flow_step_bwd_kernel(
     dx0_ptr, dnext_ptr, sigma_ptr, next_ptr, dx_ptr, dvelocity_ptr, dnoise_ptr, F, n, tiles,
     stride_dx0b, stride_dx0f, stride_dnextb, stride_dnextf,
-    stride_sigmab, stride_sigmaf, stride_nextb, stride_nextf, NOISY: tl.constexpr, BLOCK: tl.constexpr,
+    stride_sigmab, stride_sigmaf, stride_nextb, stride_nextf, NOISY: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The step is linear, so its gradient needs the noise levels alone; a pointer that is None is not asked for."""
     b, f, i, at, mask = piece(F, n, tiles, BLOCK)
@@ -41,7 +43,7 @@ def _flow_step_bwd_kernel(
 
 def launch(
     grads: list[Tensor], needed: list[bool], x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor,
-    noise: Tensor | None,
+    noise: Tensor | None
 ) -> list[Tensor]:  # fmt: skip
     """hiar::flow_step_backward; ``needed`` has two flags where there is no noise, three where there is."""
     dx0, dnext = (dense_frames(g) for g in grads)
@@ -66,11 +68,10 @@ register("flow_step_backward", launch)
 
 def compile_cases(arch: int) -> list[Case]:
     """Production launches: with noise, and without."""
-    kernel, cases = _flow_step_bwd_kernel, []
-    for name, noisy, none in (("sde", True, {}), ("ode", False, {"dnoise_ptr": None})):
-        constexprs = {"BLOCK": TILE["BLOCK"], "NOISY": noisy, **none}
-        others = [a for a in kernel.arg_names if a not in constexprs]
-        signature = {a: ("*bf16" if a == "dvelocity_ptr" else "*fp32") if a.endswith("_ptr") else "i32" for a in others}
-        wide = tuple(a for a in others if a.startswith("stride_") or a.endswith("_ptr") or a == "n")
-        cases.append(Case(name, kernel, signature, constexprs, wide, num_warps=TILE["num_warps"]))
-    return cases
+    kernel, constexprs = _flow_step_bwd_kernel, {"BLOCK": TILE["BLOCK"]}
+    types = {a: "*bf16" if a == "dvelocity_ptr" else "*fp32" for a in kernel.arg_names if a.endswith("_ptr")}
+    options: dict[str, Any] = {"aligned": ("stride_", "n"), "num_warps": TILE["num_warps"]}
+    return [
+        Case.of("sde", kernel, types, {**constexprs, "NOISY": True}, **options),
+        Case.of("ode", kernel, types, {**constexprs, "NOISY": False, "dnoise_ptr": None}, **options),
+    ]

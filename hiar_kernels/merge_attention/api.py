@@ -30,7 +30,7 @@ def merge_attention(
         out [B, T, H, D] in the dtype of the outs, logsumexp [B, H, T] in float32 (float64 for float64).
 
     Raises:
-        ValueError: nothing to merge, results that differ in number, shape or dtype, or what the implementation does not take.
+        ValueError: nothing to merge, results that differ in number, shape or dtype, or what the kernel does not take.
 
     Example:
         >>> q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 6, 2, 8)

@@ -44,7 +44,7 @@ def _merge_attention_fwd_kernel(
     outs_ptr, lses_ptr, more_outs_ptr, more_lses_ptr, out_ptr, lse_ptr, stride_pn, stride_pb, stride_pt, stride_ph,
     stride_ln, stride_lb, stride_lh, stride_lt, stride_mn, stride_mb, stride_mt, stride_mh, stride_kn, stride_kb,
     stride_kh, stride_kt, T, H, tiles,
-    COUNT: tl.constexpr, MORE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    COUNT: tl.constexpr, MORE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """Two stacks of partial results: COUNT evenly spaced ones, and MORE others."""
     pid = tl.program_id(0)
@@ -158,17 +158,11 @@ def compile_cases(arch: int) -> list[Case]:
     """Two halves of the keys of a block, as our own forward and as a library leaves them."""
 
     def case(name: str, more: int, kind: str) -> Case:
-        pointers = {"outs_ptr": kind, "lses_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
-        pointers |= {"more_outs_ptr": kind, "more_lses_ptr": "*fp32"} if more else {}
-        absent = () if more else ("more_outs_ptr", "more_lses_ptr")
+        types = {"outs_ptr": kind, "lses_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
+        types |= {"more_outs_ptr": kind, "more_lses_ptr": "*fp32"}
         sizes = {"COUNT": 2, "MORE": more, "HEAD_DIM": HEAD_DIM, "BLOCK_T": _BLOCK_T, "BLOCK_D": HEAD_DIM}
-        constexprs = {**sizes, **dict.fromkeys(absent)}
-        others = [a for a in _merge_attention_fwd_kernel.arg_names if a not in pointers and a not in constexprs]
-        sixteens = (*pointers, *[f"stride_{stack}{dim}" for stack in "pm" for dim in "nbth"])
-        signature = {**pointers, **dict.fromkeys(others, "i32")}
-        return Case(name, _merge_attention_fwd_kernel, signature, constexprs, sixteens, num_warps=4)
+        absent = {} if more else {"more_outs_ptr": None, "more_lses_ptr": None}
+        aligned = ("stride_p", "stride_m")
+        return Case.of(name, _merge_attention_fwd_kernel, types, {**sizes, **absent}, aligned, num_warps=4)
 
-    return [
-        case("two halves", 0, "*fp32"),
-        case("two rows of a launch and a rest", 1, "*bf16"),
-    ]
+    return [case("two halves", 0, "*fp32"), case("two rows of a launch and a rest", 1, "*bf16")]

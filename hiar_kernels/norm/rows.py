@@ -99,19 +99,11 @@ def production_case(
 
     Pointers and strides are multiples of 16, ``eps`` is a float, all else int32.
     """
-    pointers = {f"{a}_ptr": kind for names, kind in ((narrow, "*bf16"), (wide, "*fp32")) for a in names.split()}
-    absent = dict.fromkeys(a for a in kernel.arg_names if a.endswith("_ptr") and a not in pointers)
+    types = {f"{a}_ptr": kind for names, kind in ((narrow, "*bf16"), (wide, "*fp32")) for a in names.split()}
+    absent = dict.fromkeys(a for a in kernel.arg_names if a.endswith("_ptr") and a not in types)
     values = {"C": channels, **{k: v for k, v in tile.items() if k != "num_warps"}, **absent, **constexprs}
-    others = [a for a in kernel.arg_names if a not in pointers and a not in values]
-    return Case(
-        name=f"{name}{channels} channels",
-        kernel=kernel,
-        signature={**pointers, **{a: "fp32" if a == "eps" else "i32" for a in others}},
-        constexprs=values,
-        divisible=(*pointers, *[a for a in others if a.startswith("stride_")]),
-        num_warps=tile["num_warps"],
-        fp_fusion=fp_fusion,
-    )
+    options: dict[str, Any] = {"num_warps": tile["num_warps"], "fp_fusion": fp_fusion}
+    return Case.of(f"{name}{channels} channels", kernel, {**types, "eps": "fp32"}, values, **options)
 
 
 @triton.jit

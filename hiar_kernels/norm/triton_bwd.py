@@ -43,7 +43,7 @@ def _norm_bwd_kernel(
     F, tokens, groups, stride_dhb, stride_dht, stride_gradb, stride_gradt, stride_xb, stride_xt, stride_yb, stride_yt,
     stride_gateb, stride_gatef, stride_scaleb, stride_scalef, eps,
     C: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-    PER_FRAME: tl.constexpr, RMS: tl.constexpr,
+    PER_FRAME: tl.constexpr, RMS: tl.constexpr
 ):  # fmt: skip
     """dx, dy, and the sums of a group for gate, shift and scale; a pointer that is None is not needed."""
     b, f, group = tile_of_program(F, groups)
@@ -104,7 +104,7 @@ def _norm_bwd_kernel(
 def _gated_residual_bwd_kernel(
     grad_ptr, y_ptr, gate_ptr, dx_ptr, dy_ptr, dgate_ptr, F, tokens, groups,
     stride_gradb, stride_gradt, stride_yb, stride_yt, stride_gateb, stride_gatef,
-    C: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """dx (a copy: an op may not return its argument), dy, and the sums of a group for the gate; None: not needed."""
     b, f, group = tile_of_program(F, groups)
@@ -133,7 +133,7 @@ def _gated_residual_bwd_kernel(
 @triton.jit
 def _sum_partials_kernel(
     partial_ptr, out_ptr, F, groups, summands,
-    C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """out[row] = sum of the ``summands`` groups of a row: those of one video, or of all where they share the row."""
     row = tl.program_id(0)
@@ -227,7 +227,7 @@ def _cases(op: str, arch: int, gated: bool = True) -> list[Case]:
         return [
             production_case(
                 label, _gated_residual_bwd_kernel, c, "grad y dx dy", "gate dgate", _residual_tile(c, arch),
-                GROUP=FULL_GROUP,
+                GROUP=FULL_GROUP
             )
             for c in CHANNELS
         ]  # fmt: skip

@@ -35,7 +35,7 @@ def _norm_fwd_kernel(
     x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, h_ptr, out_ptr, F, tokens, tiles,
     stride_xb, stride_xt, stride_yb, stride_yt, stride_gateb, stride_gatef,
     stride_shiftb, stride_shiftf, stride_scaleb, stride_scalef, eps,
-    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PER_FRAME: tl.constexpr, RMS: tl.constexpr,
+    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PER_FRAME: tl.constexpr, RMS: tl.constexpr
 ):  # fmt: skip
     b, f, tile = tile_of_program(F, tiles)
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -67,7 +67,7 @@ def _norm_fwd_kernel(
 def _gated_residual_fwd_kernel(
     x_ptr, y_ptr, gate_ptr, out_ptr, F, tokens, tiles,
     stride_xb, stride_xt, stride_yb, stride_yt, stride_gateb, stride_gatef,
-    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     b, f, tile = tile_of_program(F, tiles)
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)

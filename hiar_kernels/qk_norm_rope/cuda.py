@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common import cuda_loader
-from ._launch import turns_of
-from .inputs import append_from_schema, empty_like_q
+from .inputs import append_from_schema, empty_like_q, turns_of
 
 
 def launch(*arguments: Any) -> Tensor:

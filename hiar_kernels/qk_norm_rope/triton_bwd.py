@@ -17,8 +17,7 @@ from torch import Tensor
 from ..common import triton_loader
 from ..common.aot import Case
 from ..common.shapes import HEAD_DIM, HEADS
-from ._launch import turns_of
-from .inputs import RopeInputs
+from .inputs import RopeInputs, turns_of
 from .triton_fwd import cos_sin, inverse_rms, row_strides, tile, turn
 
 MOST_SHARES = 2048  # of a weight gradient; 16 bytes of them for each row of 7 C bf16 numbers at 16 rows a program
@@ -31,7 +30,7 @@ def _backward_of_one(
     x_ptr, g_ptr, dx_ptr, weight_ptr, share_ptr, frames_ptr, turns_ptr,
     stride_xb, stride_xt, stride_fb, stride_ff, tokens, frame_tokens, first_cell, columns, first, last, eps,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_WEIGHT: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_WEIGHT: tl.constexpr
 ):  # fmt: skip
     """q or k of the rows first to last - 1 of [B T]; x_ptr and dx_ptr point at its third of qkv."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
@@ -69,7 +68,7 @@ def _qk_norm_rope_bwd_kernel(
     qkv_ptr, gq_ptr, gk_ptr, dqkv_ptr, q_weight_ptr, k_weight_ptr, shares_ptr, frames_ptr, turns_ptr,
     stride_xb, stride_xt, stride_fb, stride_ff, batch_tokens, tokens, frame_tokens, first_cell, columns, rows, eps,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_WEIGHT: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_WEIGHT: tl.constexpr
 ):  # fmt: skip
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     pid = tl.program_id(0)
@@ -154,18 +153,14 @@ triton_loader.register("qk_norm_rope_backward", launch)
 
 def compile_cases(arch: int) -> list[Case]:
     """In bfloat16; the configuration is the same on every architecture."""
-    weights = {"q_weight_ptr": "*bf16", "k_weight_ptr": "*bf16", "shares_ptr": "*fp32"}
-    pointers = dict.fromkeys(("qkv_ptr", "gq_ptr", "gk_ptr", "dqkv_ptr"), "*bf16") | weights
-    pointers |= {"frames_ptr": "*i32", "turns_ptr": "*i64"}
+    types = dict.fromkeys(("qkv_ptr", "gq_ptr", "gk_ptr", "dqkv_ptr", "q_weight_ptr", "k_weight_ptr"), "*bf16")
+    types |= {"shares_ptr": "*fp32", "turns_ptr": "*i64", "eps": "fp32"}
     cases = []
     for heads in HEADS:
         name, config = f"{heads} heads", tile(heads, HEAD_DIM, 16)
         warps = config.pop("num_warps")
         fixed: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": HEAD_DIM, "NEED_X": True, "NEED_WEIGHT": True, **config}
-        others = [n for n in _qk_norm_rope_bwd_kernel.arg_names if n not in pointers and n not in fixed]
-        signature = pointers | {n: "fp32" if n == "eps" else "i32" for n in others}
-        aligned = (*pointers, "stride_xb", "stride_xt")
-        cases.append(Case(name, _qk_norm_rope_bwd_kernel, signature, fixed, aligned, num_warps=warps))
-        fixed = {"WIDTH": heads * HEAD_DIM, **SUM_TILE}
-        cases.append(Case(name, _qk_norm_rope_bwd_weight_kernel, weights | {"shares": "i32"}, fixed, tuple(weights)))
+        sums = {"WIDTH": heads * HEAD_DIM, **SUM_TILE}
+        cases.append(Case.of(name, _qk_norm_rope_bwd_kernel, types, fixed, ("stride_x",), num_warps=warps))
+        cases.append(Case.of(name, _qk_norm_rope_bwd_weight_kernel, types, sums, ()))
     return cases

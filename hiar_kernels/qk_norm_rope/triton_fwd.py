@@ -18,8 +18,7 @@ from torch import Tensor
 from ..common import triton_loader
 from ..common.aot import Case
 from ..common.shapes import HEAD_DIM, HEADS
-from ._launch import turns_of
-from .inputs import RopeInputs, append_from_schema, empty_like_q
+from .inputs import RopeInputs, append_from_schema, empty_like_q, turns_of
 
 
 @triton.jit
@@ -63,7 +62,7 @@ def _qk_norm_rope_fwd_kernel(
     stride_xb, stride_xt, stride_fb, stride_ff, stride_sn, stride_sb, stride_sf, stride_rn, stride_rb,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     frame_tokens, first_cell, columns, num_slots, num_rows, eps,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, COPIES: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, COPIES: tl.constexpr
 ):  # fmt: skip
     """COPIES: how often k and v are written into the ring; 0: k only, to where k_ptr is a tensor like q."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
@@ -173,8 +172,6 @@ def compile_cases(arch: int) -> list[Case]:
         for name, copies in (("functional", 0), ("append", 1), ("append to two rings", 2)):
             fixed: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": HEAD_DIM, "COPIES": copies, **config}
             fixed |= {"rows_ptr": None} if copies < 2 else {}
-            signature = {arg: types.get(arg, "i32") for arg in kernel.arg_names if arg not in fixed}
-            aligned = [arg for arg in signature if arg.endswith("_ptr")]
-            aligned += [arg for arg in signature if arg.startswith("stride_") and arg[7] in "xkv"]
-            cases.append(Case(f"{name}, {heads} heads", kernel, signature, fixed, tuple(aligned), num_warps=warps))
+            aligned = ("stride_x", "stride_k", "stride_v")
+            cases.append(Case.of(f"{name}, {heads} heads", kernel, types, fixed, aligned, num_warps=warps))
     return cases

@@ -18,7 +18,7 @@ from .inputs import RingState
 def _ring_advance_fwd_kernel(
     position_ptr, frames_ptr, slots_ptr, ring_ptr, advance_ptr, capacities_ptr, stride_p, stride_f, stride_s, stride_r,
     stride_a, stride_c, count, columns, first_frame, sink,
-    BLOCK_F: tl.constexpr,
+    BLOCK_F: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     position_ptr += row * stride_p
@@ -55,7 +55,4 @@ register("ring_advance", launch)
 
 def compile_cases(arch: int) -> list[Case]:
     """Blocks of 3 frames, on every architecture alike."""
-    names = _ring_advance_fwd_kernel.arg_names
-    signature = {name: "*i32" if name.endswith("_ptr") else "i32" for name in names if name != "BLOCK_F"}
-    pointers = tuple(name for name in signature if name.endswith("_ptr"))
-    return [Case("blocks of 3", _ring_advance_fwd_kernel, signature, {"BLOCK_F": 4}, pointers, num_warps=1)]
+    return [Case.of("blocks of 3", _ring_advance_fwd_kernel, {}, {"BLOCK_F": 4}, (), num_warps=1)]

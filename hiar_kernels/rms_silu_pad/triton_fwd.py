@@ -45,7 +45,7 @@ def _dense(b, t, frames, c, p, n, C: tl.constexpr, LAST: tl.constexpr):
 def _rms_silu_pad_fwd_kernel(
     x_ptr, weight_ptr, cache_ptr, out_ptr, after_ptr, F, n, tiles, cached_frames,
     stride_xb, stride_xf, step_x, stride_cacheb, stride_cachef, step_cache, eps,
-    C: tl.constexpr, PAST: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    C: tl.constexpr, PAST: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
     """A program owns all channels of BLOCK_P pixels of one frame of the result; ``known``: frames of the cache."""
     pid = tl.program_id(0)
@@ -116,23 +116,14 @@ register("rms_silu_pad", launch)
 
 
 def compile_cases(arch: int) -> list[Case]:
-    """The decoder at 480x832: its widths, in both memory formats; one configuration serves every architecture."""
-    kernel, cases = _rms_silu_pad_fwd_kernel, []
-    pointers = dict.fromkeys(("x_ptr", "weight_ptr", "cache_ptr", "out_ptr", "after_ptr"), "*bf16")
+    """Widths of a decoder in both memory formats; one configuration serves every architecture."""
+    types = dict.fromkeys(("x_ptr", "weight_ptr", "cache_ptr", "out_ptr", "after_ptr"), "*bf16") | {"eps": "fp32"}
+    cases = []
     for last in (False, True):
         for channels in (96, 192, 384):
             tile = tile_of(channels, last)
-            values: dict[str, Any] = {"C": channels, "PAST": CACHE_FRAMES, "LAST": last}
-            values |= {k: v for k, v in tile.items() if k != "num_warps"}
-            others = [a for a in kernel.arg_names if a not in pointers and a not in values]
-            cases.append(
-                Case(
-                    f"{channels} channels{', last' if last else ''}",
-                    kernel,
-                    {**pointers, **{a: "fp32" if a == "eps" else "i32" for a in others}},
-                    values,
-                    divisible=(*pointers, "n", *[a for a in others if a.startswith(("stride_", "step_"))]),
-                    num_warps=tile["num_warps"],
-                )
-            )
+            warps, name = tile.pop("num_warps"), f"{channels} channels{', last' if last else ''}"
+            values: dict[str, Any] = {"C": channels, "PAST": CACHE_FRAMES, "LAST": last, **tile}
+            aligned = ("stride_", "step_", "n")
+            cases.append(Case.of(name, _rms_silu_pad_fwd_kernel, types, values, aligned, num_warps=warps))
     return cases
