@@ -57,7 +57,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Backends:
-    """``devices`` and ``libraries`` (None: not installed) found, the :class:`Choice` of every op, that of ``attention``
+    """``devices``, ``libraries`` (None: not installed), the :class:`Choice` of every op, that of ``attention``
     for each shape class, what was ``measured`` of it, on any GPU, and whether the CUDA ``extension`` is built.
     """
 
@@ -79,7 +79,7 @@ class Backends:
 
 
 def backends() -> Backends:
-    """Devices, optional libraries (looked up, never imported) and the choice of every op."""
+    """Report devices, optional libraries (looked up, never imported) and the choice of every op."""
     devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     libraries = {"torch": torch.__version__}
     installed = {name: _version(name) for name in ("triton", "flash-attn", "xformers")}

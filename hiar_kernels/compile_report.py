@@ -1,4 +1,4 @@
-"""What the compiler makes of every Triton kernel at production shapes, without a GPU.
+"""Registers, spills, shared memory and instructions of every Triton kernel, compiled without a GPU.
 
     python -m hiar_kernels.compile_report                    every op, for sm_80, 89, 90, 100, 120
     python -m hiar_kernels.compile_report --arch 90 --op attention --markdown report.md
@@ -54,10 +54,10 @@ class Row:
 
 
 def inspect(op: str, case: Case, arch: int) -> Row:
-    """Compile one case and hold it against the gates; a compiler that refuses is a failed gate too."""
+    """Compile one case and check the gates; a compile error is a failed gate too."""
     try:
         report = compile_case(case, arch)
-    except Exception as error:  # whatever a compiler raises
+    except Exception as error:  # any compiler error
         message = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
         return Row(op, case, arch, None, (f"does not compile: {type(error).__name__}: {message.strip()}",))
     return Row(op, case, arch, report, tuple(problems(case, arch, report)))
@@ -74,7 +74,7 @@ def text_table(rows: Iterable[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row], command: str) -> str:
-    """The committed page: how it came about, then a table for each architecture."""
+    """The committed page: command and versions, then a table for each architecture."""
     import triton
 
     ptxas = subprocess.run([_tool("ptxas"), "--version"], capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""Named ranges for Nsight Systems: generate > block > visit > layer > op. Off unless asked for; see docs/profiling.md.
+"""Named ranges for Nsight Systems: generate > block > task > layer > op. Off unless asked for; see docs/profiling.md.
 
 On with ``HIAR_NVTX=1`` in the environment when this package is imported, or by :func:`enable`.
 """
@@ -23,7 +23,7 @@ def enable(on: bool = True) -> None:
 
 
 def span(name: str, *parts: object) -> AbstractContextManager[Any]:
-    """``with span("layer", 3):`` marks a range "layer 3". Off, it makes no string and no object."""
+    """``with span("layer", 3):`` marks a range "layer 3". When off it creates no string and no object."""
     if not _on or torch.compiler.is_compiling():
         return _OFF
     return _range(" ".join([name, *map(str, parts)]))
@@ -31,7 +31,7 @@ def span(name: str, *parts: object) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _range(name: str) -> Iterator[None]:
-    """For nsys, and for torch's profiler, which needs no CUDA."""
+    """A range in nsys and in torch's profiler, which needs no CUDA."""
     nvtx = torch.cuda.nvtx.range(name) if torch.cuda.is_available() else _OFF
     with torch.profiler.record_function(name), nvtx:
         yield

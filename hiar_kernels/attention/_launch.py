@@ -1,4 +1,4 @@
-"""What the launchers of the attention kernels share on the host: refusals, arguments, tiles."""
+"""Host code that the attention launchers share: argument checks, kernel arguments, tile sizes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RULE = ("frame_tokens", "frames_per_block", "first_frame", "origin", "sink_frame
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is cut up and launched.
+    """Tile sizes and launch options of a kernel.
 
     Attributes:
         q, kv: queries and keys of a tile. masked: width of a tile with a mask.
@@ -87,7 +87,7 @@ CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
 
 
 def pick(table: dict[int, Tile], arch: int) -> Tile:
-    """The entry of the architecture, or of the newest older one."""
+    """Look up an architecture, or the newest older one."""
     return table[max((a for a in table if a <= arch), default=min(table))]
 
 
@@ -97,7 +97,7 @@ def tile_for(q: Tensor, table: dict[int, Tile]) -> Tile:
 
 
 def check(call: AttentionInputs) -> None:
-    """Refuse in one line what the kernels do not take."""
+    """Raise ValueError in one line for inputs that the kernels do not support."""
     q, context = call.q, call.context
     tensors = {"q": q, "k": call.k, "v": call.v}
     if context is not None:
@@ -117,7 +117,7 @@ def check(call: AttentionInputs) -> None:
             )
     if q.shape[3] not in HEAD_DIMS:
         raise ValueError(f"attention: impl='triton' has head_dim {', '.join(map(str, HEAD_DIMS))}, got {q.shape[3]}")
-    first = 0 if call.mask is None else call.mask.first_frame  # ids on the device are not looked at
+    first = 0 if call.mask is None else call.mask.first_frame  # ids on the device are not checked: no sync
     if abs(first) >= LARGEST_FRAME:
         raise ValueError(
             f"attention: impl='triton' takes frame ids below {LARGEST_FRAME}, got mask.first_frame {first}"
@@ -128,7 +128,7 @@ _windows: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
 
 def windows_on(device: torch.device, mask: BlockCausal, batch: int) -> Tensor:
-    """int32 [B] on the device. Kept for good: a captured graph reads it again, and must not copy it from the host."""
+    """int32 [B] on the device. Cached forever: a captured graph reads it on replay and must not copy from the host."""
     windows = window_list(mask, batch)
     key = (device, tuple(windows))
     if key not in _windows:
@@ -137,19 +137,19 @@ def windows_on(device: torch.device, mask: BlockCausal, batch: int) -> Tensor:
 
 
 def strides(name: str, x: Tensor | None) -> dict[str, int]:
-    """Strides of x [B, T, H, D] by the kernels' names; 0 where it is not given."""
+    """Strides of x [B, T, H, D] by the kernels' names; 0 for None."""
     b, t, h = (0, 0, 0) if x is None else x.stride()[:3]
     return {f"stride_{name}b": b, f"stride_{name}t": t, f"stride_{name}h": h}
 
 
 def key_strides(call: AttentionInputs) -> dict[str, int]:
-    """Of k, v and those of the context."""
+    """Strides of k, v and of the context's k, v."""
     k, v = (None, None) if call.context is None else call.context.kv
     return {**strides("k", call.k), **strides("v", call.v), **strides("ck", k), **strides("cv", v)}
 
 
 def row_stride(x: Tensor | None) -> int:
-    """Stride from row to row of ids or counts [B or 1, n]; 0 where one row serves all."""
+    """Batch stride of ids or counts [B or 1, n]; 0 if one row is shared."""
     return 0 if x is None or x.shape[0] == 1 else x.stride(0)
 
 
@@ -179,7 +179,7 @@ class DeviceIds(NamedTuple):
 
 
 def device_ids(call: AttentionInputs) -> DeviceIds:
-    """Beside a context the keys have ids of their own: kernels choose between the two at run time."""
+    """With a context the own keys need explicit ids too, since the kernels choose between the two at run time."""
     mask, context, kv_frames, k = call.mask, call.context, call.kv_frames, call.k
     if mask is not None and context is not None and kv_frames is None:
         first, slots = mask.first_frame, k.shape[1] // mask.frame_tokens

@@ -1,5 +1,5 @@
 # mypy: allow-incomplete-defs
-"""The loops over tiles in the attention kernels: whole tiles without a mask, and the rest of a run with one."""
+"""Inner loops of the attention kernels: full tiles without a mask, and the rest of a run with one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def attend_whole(
     acc, l_i, m_i, q, lo, hi, k_ptr, v_ptr, stride_kt, stride_vt, qk_scale,
     HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Keys lo..hi, whole tiles that every query sees."""
+    """Keys lo..hi in full tiles that are visible to every query."""
     offs = tl.arange(0, BLOCK_KV)
     dims = tl.arange(0, HEAD_DIM)[None, :]
     k_offs, v_offs = offs[:, None] * stride_kt + dims, offs[:, None] * stride_vt + dims
@@ -37,7 +37,7 @@ def attend_rest(
     frame_tokens, ends, before, back, sink_end, qk_scale,
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Keys lo..hi with a mask, in smaller tiles: it takes registers."""
+    """Keys lo..hi with a mask, in smaller tiles because the mask needs registers."""
     offs = tl.arange(0, BLOCK_KV)
     dims = tl.arange(0, HEAD_DIM)[None, :]
     k_offs, v_offs = offs[:, None] * stride_kt + dims, offs[:, None] * stride_vt + dims
@@ -57,7 +57,7 @@ def attend_rest(
         else:
             scores = tl.where(inside[None, :], scores, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(scores, 1))
-        finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a query that has seen nothing so far
+        finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # no visible key so far
         p = tl.exp2(scores - finite[:, None])
         alpha = tl.exp2(m_i - finite)
         l_i = l_i * alpha + tl.sum(p, 1)
@@ -72,7 +72,7 @@ def dq_whole(
     acc, q, dout, lse2, delta, lo, hi, k_ptr, v_ptr, stride_kt, stride_vt, qk_scale,
     HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Keys lo..hi, whole tiles that every query sees."""
+    """Keys lo..hi in full tiles that are visible to every query."""
     offs = tl.arange(0, BLOCK_KV)
     dims = tl.arange(0, HEAD_DIM)[None, :]
     k_offs, v_offs = offs[:, None] * stride_kt + dims, offs[:, None] * stride_vt + dims
@@ -93,7 +93,7 @@ def dq_rest(
     frame_tokens, ends, before, back, sink_end, qk_scale,
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_KV: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Keys lo..hi with a mask, in smaller tiles: it takes registers."""
+    """Keys lo..hi with a mask, in smaller tiles because the mask needs registers."""
     offs = tl.arange(0, BLOCK_KV)
     dims = tl.arange(0, HEAD_DIM)[None, :]
     k_offs, v_offs = offs[:, None] * stride_kt + dims, offs[:, None] * stride_vt + dims
@@ -126,7 +126,7 @@ def dkdv_whole(
     COUNTS: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
     PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Queries lo..hi, whole tiles that see every key."""
+    """Queries lo..hi in full tiles that see every key."""
     offs = tl.arange(0, BLOCK_Q)
     dims = tl.arange(0, HEAD_DIM)[None, :]
     q_offs, d_offs = offs[:, None] * stride_qt + dims, offs[:, None] * stride_dt + dims
@@ -155,7 +155,7 @@ def dkdv_rest(
     KEYS: tl.constexpr, COUNTS: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Queries lo..hi with a mask, in smaller tiles: it takes registers."""
+    """Queries lo..hi with a mask, in smaller tiles because the mask needs registers."""
     offs = tl.arange(0, BLOCK_Q)
     dims = tl.arange(0, HEAD_DIM)[None, :]
     q_offs, d_offs = offs[:, None] * stride_qt + dims, offs[:, None] * stride_dt + dims
@@ -180,6 +180,6 @@ def dkdv_rest(
         if NEED_DK:
             delta = tl.load(delta_ptr + rows, mask=q_mask, other=0.0)
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-            ds = tl.where(visible, p * (dp - delta[None, :]), 0.0)  # an unseen key may be NaN
+            ds = tl.where(visible, p * (dp - delta[None, :]), 0.0)  # a hidden key may be NaN
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Which keys a pass is over: all of them; those the rule shows; with a context: own ones, earlier ones.
+# Keys of a pass: all; visible by the mask; with a context: own keys, keys of earlier blocks.
 EVERY = tl.constexpr(0)
 SEEN = tl.constexpr(1)
 OWN = tl.constexpr(2)
@@ -119,7 +119,7 @@ def sees(frame, end, before, back, sink_end):
 
 @triton.jit
 def query_ends(frames_ptr, t, q_mask, first_frame, frame_tokens, origin, frames_per_block):
-    """Ends of the blocks of queries t, and the least and the greatest of those that are live."""
+    """Ends of the blocks of queries t, and the least and the greatest of those inside q_mask."""
     ends = block_end(frame_at(frames_ptr, t // frame_tokens, q_mask, first_frame), origin, frames_per_block)
     return ends, tl.min(tl.where(q_mask, ends, _LARGEST), 0), tl.max(tl.where(q_mask, ends, -_LARGEST), 0)
 
@@ -130,7 +130,7 @@ def _kind_of_keys(frame, ends, q_mask, least, greatest, before, back, sink_end):
     full = (frame >= 0) & (frame < least - before) & ((frame >= greatest - back) | (frame < sink_end))
     any_visible = (frame >= 0) & (frame < greatest - before) & ((frame >= least - back) | (frame < sink_end))
     kind = tl.where(full, FULL, NONE)
-    if any_visible & (kind == NONE):  # bounds alone may be wrong: a slot that no one sees may hold NaN
+    if any_visible & (kind == NONE):  # the bounds alone are not exact, and a slot that no query sees may hold NaN
         kind = tl.max(tl.where(q_mask & sees(frame, ends, before, back, sink_end), PARTIAL, NONE), 0)
     return kind
 

@@ -1,4 +1,4 @@
-"""Which implementation runs a call of attention, and the call of it."""
+"""Choose the implementation of an attention call and run it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``impl="gluon"``: the Hopper kernel's host side, and what it takes. Imports triton only where it runs."""
+"""Host side of ``impl="gluon"``, the Hopper kernel, and its requirements. Imports triton only when it runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _installed() -> bool:
 
 
 def unfit(call: AttentionInputs) -> str | None:
-    """What the kernel cannot take of a call; None if it takes it."""
+    """Why the kernel does not support a call; None if it does."""
     q, k, v, mask = call.q, call.k, call.v, call.mask
     if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] != HEAD_DIM:
         return f"it takes bfloat16 and float16 of head_dim {HEAD_DIM}, got {q.dtype} of {q.shape[3]}"
@@ -71,7 +71,7 @@ def attend(call: AttentionInputs, schedule: AttentionSchedule | None) -> tuple[T
 
 
 def require_fits(call: AttentionInputs) -> None:
-    """Refuse in one line what ``impl="gluon"`` does not take."""
+    """Raise ValueError in one line for what ``impl="gluon"`` does not support."""
     problem = unavailable(call.q.device) or unfit(call)
     if problem is not None:
         raise ValueError(f"attention: impl='gluon' cannot run: {problem}")

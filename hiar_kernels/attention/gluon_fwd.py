@@ -140,7 +140,7 @@ def _exp2(x):
 
 @gluon.jit
 def _row_max(x, LAYOUT: gl.constexpr):
-    """In 8 chains a row: one of 32 dependent steps would stand in the way."""
+    """Reduce in 8 chains per row: a single chain of 32 dependent steps would be too slow."""
     chunks = gl.max(x.reshape([x.shape[0], x.shape[1] // 32, 32]), axis=1)
     return gl.convert_layout(gl.max(chunks, axis=1), LAYOUT)
 
@@ -176,7 +176,7 @@ def _masked_scores(q, k_smem, k_full, k_empty, n, zeros, block_ptr, limits_ptr, 
 
 @gluon.jit
 def _soften(scores, m_i, l_i, LAYOUT: gl.constexpr):
-    """One step of the softmax where a row may have seen nothing yet: P, its factor for what was before, m, l_i."""
+    """One online-softmax step for rows that may have no visible key yet; returns P, alpha, m_i, l_i."""
     m_new = gl.maximum(m_i, _row_max(scores, LAYOUT))
     base = gl.where(m_new == float("-inf"), 0.0, m_new)
     p = _exp2(scores - base[:, None])
@@ -197,7 +197,7 @@ def _rescaled(acc, alpha):
 
 @gluon.jit
 def _add_values(p, acc, v_smem, v_full, v_empty, n):
-    """acc + P V of the n-th block, waited for."""
+    """Add P V of the n-th block to acc and wait for the result."""
     stage = _stage(n)
     mbarrier.wait(v_full.index(stage), _phase(n))
     acc = warpgroup_mma(p, v_smem.index(stage).reshape([_N, _D]), acc, is_async=True)
@@ -385,7 +385,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, schedule: AttentionSchedule, scale: 
     """
     schedule.require_fits(q, k)
     b, queries, h, d = q.shape
-    if scale < 0:  # the kernel takes the greatest score before it scales
+    if scale < 0:  # the kernel takes the maximum before it scales
         q, scale = -q, -scale
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h, queries), dtype=torch.float32, device=q.device)
@@ -408,7 +408,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, schedule: AttentionSchedule, scale: 
 
 
 def compile_cases(arch: int) -> list[Case]:
-    """sm_90 only, whose instructions it is written in."""
+    """Hopper (sm_90) only."""
     if arch != 90:
         return []
     types = dict.fromkeys(("lse_ptr", "partial_out_ptr", "partial_lse_ptr"), "*fp32")

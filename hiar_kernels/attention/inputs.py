@@ -1,4 +1,4 @@
-"""The arguments of one call of attention: checked once, then passed around as one object."""
+"""The arguments of one attention call as one object."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UNBOUNDED = -1  # "no window" in the schema's int list
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What :func:`hiar_kernels.attention` computes of; its fields are the arguments there. scale None: 1 / sqrt(D)."""
+    """Inputs of one call; the fields are the arguments of :func:`hiar_kernels.attention`. scale None: 1 / sqrt(D)."""
 
     q: Tensor
     k: Tensor
@@ -83,7 +83,7 @@ class AttentionInputs:
         return cls(q, k, v, mask, q_frames, kv_frames, context, kv_counts, scale)
 
     def validate(self) -> None:
-        """Raise ValueError in one line for what does not fit."""
+        """Raise ValueError, in one line, if shapes, dtypes, devices or ids are wrong."""
         q, k, mask, context, kv_counts = self.q, self.k, self.mask, self.context, self.kv_counts
         if mask is not None and not isinstance(mask, BlockCausal):
             actual = f"a tensor {list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else repr(mask)
@@ -134,7 +134,7 @@ class AttentionInputs:
                 raise ValueError(f"attention: {ids} must be on {q.device} like q, got {frames.device}")
 
     def validate_layout(self, layout: AttentionLayout) -> None:
-        """Refuse a layout of other lengths: a library would read past the keys."""
+        """Reject a layout of other lengths, with which a library would read past the keys."""
         mask, context = self.mask, self.context
         require(mask is not None, "attention: layout needs the BlockCausal mask that it was made of, got mask=None")
         assert mask is not None

@@ -61,7 +61,7 @@ def attend(
         layout = AttentionLayout(1, ((whole,),))
     rows, tokens = layout.rows, layout.frame_tokens
     if num_splits > 1:
-        rows = rows * (q.shape[0] // len(rows))  # the parts of one video's keys are rows of a launch
+        rows = rows * (q.shape[0] // len(rows))  # the splits of one video's keys are rows of a launch
     outs, lses = [], []
     for b, groups in enumerate(rows):
         row = None if len(rows) == 1 else b
@@ -76,12 +76,12 @@ def attend(
 
 
 def no_gradient_of_lse(impl: str) -> str:
-    """The refusal of a logsumexp with gradient."""
+    """Error message for a logsumexp with gradient."""
     return f"attention: impl={impl!r} has no gradient with a logsumexp; use 'triton' or 'reference'"
 
 
 def _counted(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, scale: float | None) -> Tensor:
-    """sdpa with the logarithm of the counts as a bias. 0 times NaN is NaN, so hidden keys and values become zeros."""
+    """sdpa with log(counts) as a bias. Hidden keys and values are zeroed because 0 * NaN is NaN."""
     bias, hidden = remembered(counts, (q.dtype,), lambda: _bias_of(counts, q.dtype))
     return _plain("sdpa", q, k.masked_fill(hidden, 0), v.masked_fill(hidden, 0), scale, bias).contiguous()
 
@@ -92,7 +92,9 @@ def _bias_of(counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     A hidden key has half the lowest number, not -inf, with which a row without any key is NaN in some libraries: beside
     another key it gives a probability of 0, among hidden ones alone a mean of zeros.
     """
-    bias = counts.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)  # the logarithm is rounded, not 509
+    bias = (
+        counts.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)
+    )  # round the logarithm, not the count: 509 is no bfloat16
     used = counts > 0
     bias = torch.where(used, bias, torch.finfo(dtype).min / 2)
     return bias[:, None, None, :], ~used[:, :, None, None]
@@ -124,7 +126,7 @@ def _group(
     num_splits: int,
     merged: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sources: keys and values of the context, if there is one, then one's own."""
+    """``sources``: keys and values of the context, if any, then the own ones."""
     query, runs = _join(q.views((group.queries,))), (group.context, group.own)[-len(sources) :]
     if not any(runs):
         lse = query.new_full((query.shape[0], query.shape[2], query.shape[1]), float("-inf"), dtype=_wide(query))
@@ -146,7 +148,7 @@ def _split(
     scale: float | None,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
-    """Of one video's queries [1, T, H, D] to runs of tokens of each source: rows of one launch, and a rest."""
+    """Attend one video's queries [1, T, H, D] to runs of tokens: rows of one launch, and a second call for the rest."""
     cuts = [even_cut(each, num_splits) for each in runs]
     best = max(range(len(cuts)), key=lambda i: cut.length if (cut := cuts[i]) is not None else 0)
     cut, outs, lses = cuts[best], [], []
@@ -180,7 +182,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _plain(impl: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None = None) -> Tensor:
-    """One differentiable call. In float32 on a CPU, where bfloat16 is the slower one."""
+    """One differentiable library call; in float32 on a CPU, where bfloat16 is slower."""
     dtype, device = q.dtype, q.device.type
     if impl in PACKAGES:
         return _packaged(impl)(q, k, v, scale)[0]
@@ -196,7 +198,7 @@ def _plain(impl: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias
 
 
 def partial(impl: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """One call of a library with its logsumexp; without gradient."""
+    """One library call that also returns the logsumexp; no gradient."""
     if impl in PACKAGES:
         return _packaged(impl)(q, k, v, scale)
     dtype = q.dtype
@@ -215,7 +217,7 @@ def partial(impl: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> 
 
 @functools.cache
 def _packaged(impl: str) -> Partial:
-    """flash_attn_func of a package, whose versions name its logsumexp differently."""
+    """flash_attn_func of a package; versions name the logsumexp option differently."""
     module = importlib.import_module(PACKAGES[impl])
     option = {"flash-attn-2": "return_attn_probs", "flash-attn-3": "return_attn_probs"}.get(impl, "return_lse")
 
@@ -234,7 +236,7 @@ def unavailable(impl: str, device: torch.device) -> str | None:
         package = PACKAGES[impl]
         try:
             installed = importlib.util.find_spec(package) is not None
-        except ModuleNotFoundError:  # of the parent package
+        except ModuleNotFoundError:  # the parent package is missing
             installed = False
         if not installed:
             return f"{package} is not installed"

@@ -1,4 +1,4 @@
-"""The one visibility rule: who attends to whom, decided by absolute frame ids."""
+"""Block-causal visibility by absolute frame ids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EMPTY = -1  # frame id of a cache slot that holds nothing
+EMPTY = -1  # frame id of an empty cache slot
 _UNBOUNDED = 2**62
 
 
@@ -55,12 +55,12 @@ class BlockCausal:
             raise ValueError(f"BlockCausal: first_block_frames must be 1 to {self.frames_per_block}, got {first}")
 
     def windows(self, rows: int | None) -> tuple[int | None, ...]:
-        """The window of each batch row; ``rows`` None: as given."""
+        """The window of each batch row; ``rows`` None: as stored."""
         w = self.window_frames
         if not isinstance(w, tuple):
             return (w,) * (1 if rows is None else rows)
         if rows is not None and len(w) != rows:
-            raise ValueError(f"BlockCausal: {len(w)} windows for a batch of {rows} rows; give one or {rows}")
+            raise ValueError(f"BlockCausal: {len(w)} windows for a batch of {rows} rows; pass one or {rows}")
         return w
 
     def block_start(self, frames: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ _DIFFERENTIABLE = (0, 1, 2, 3, 4)
 
 
 def _reference(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Where no kernel is registered: on a CPU. A CUDA tensor gets here only if nobody has loaded the kernels yet."""
+    """CPU fallback. A CUDA tensor arrives here only before the kernels are loaded: load them, or raise."""
     q = arguments[0]
     if q.is_cuda:
         triton_loader.load("attention", q)

@@ -1,4 +1,4 @@
-"""What ``impl="auto"`` runs for attention: by measurement where there is one, else by rule; always with the reason.
+"""What ``impl="auto"`` runs for attention, and why: by measurement if there is one, else by rule.
 
 ``measured.json`` beside this file holds what the benchmarks measured: for an (architecture, shape class) one row or
 several, the preferred one first, and the first that can run wins. ``bench/`` writes it. An architecture that is not in
@@ -26,7 +26,7 @@ from .library import LIBRARIES, unavailable
 OWN = ("triton", "gluon")
 """Kernels of this package: they read frame ids on the device, so one launch serves every layout."""
 HEAD_DIMS = (16, 32, 64, 128)
-"""That the Triton kernels have."""
+"""Head sizes of the Triton kernels."""
 SHAPES = {
     "visit": "queries of one block over a ring",
     "pair": "queries of two blocks over a ring",
@@ -47,9 +47,9 @@ class Measurement:
         architecture: 10 x major + minor of the compute capability. shape: a key of ``SHAPES``.
         impl: of :func:`hiar_kernels.attention`. num_splits: into how many rows of one launch it cuts the keys.
         milliseconds: median device time; where it is trained, of forward and backward together.
-        others: way -> its milliseconds in the same run.
+        others: label -> milliseconds in the same run.
         source: GPU, versions, date and revision of the run.
-        note: what the figure does not say by itself.
+        note: anything to know about the figure.
     """
 
     architecture: int
@@ -82,13 +82,13 @@ class Choice:
 
 
 def label(impl: str, num_splits: int) -> str:
-    """An implementation and how it cuts the keys, for people: "cudnn with num_splits=2"."""
+    """Display name of an implementation, such as "cudnn with num_splits=2"."""
     return f"{impl} with num_splits={num_splits}" if num_splits > 1 else impl
 
 
 @functools.cache
 def measurements() -> tuple[Measurement, ...]:
-    """The measured table, in order of preference."""
+    """All measurements, in order of preference."""
     return read(_FILE)
 
 
@@ -96,7 +96,7 @@ def read(file: Path) -> tuple[Measurement, ...]:
     """The measurements in a file, none if there is no such file.
 
     Raises:
-        ValueError: the file says what this version does not know, or leaves something out.
+        ValueError: the file has unknown or missing fields or values.
     """
     if not file.exists():
         return ()
@@ -125,7 +125,7 @@ def shape_class(call: AttentionInputs) -> str:
 
 
 def choose(call: AttentionInputs, layout: AttentionLayout | None = None, return_lse: bool = False) -> Choice:
-    """What to run for tensors like these; see :func:`rules`."""
+    """Choose the implementation for a call; see :func:`rules`."""
     q, trains = call.q, call.needs_grad
     if not q.is_cuda:
         return Choice("reference", 1, "logsumexp on a CPU") if return_lse else Choice("sdpa", 1, "a CPU")
@@ -142,7 +142,7 @@ def choose(call: AttentionInputs, layout: AttentionLayout | None = None, return_
         ),
     )
     in_one_call = layout is None or len(layout.rows) == 1
-    if choice.num_splits > 1 and q.shape[0] > 1 and in_one_call:  # whose rows fill the chip as the splits would
+    if choice.num_splits > 1 and q.shape[0] > 1 and in_one_call:  # the batch fills the chip as the splits would
         return replace(choice, num_splits=1, why=f"{choice.why}; uncut, for {q.shape[0]} videos are one call")
     return choice
 
@@ -209,7 +209,7 @@ def choices() -> dict[str, Choice]:
 
 
 def triton_takes(q: Tensor) -> bool:
-    """Whether the Triton kernels are there and take tensors like q."""
+    """Whether Triton is installed and its kernels support tensors like q."""
     return pointwise.TRITON_INSTALLED and q.dtype in pointwise.DTYPES and q.shape[-1] in HEAD_DIMS
 
 
@@ -224,7 +224,7 @@ def usable(impl: str, q: Tensor, return_lse: bool = False) -> bool:
 
 
 def warn_of_scores(call: AttentionInputs, choice: Choice) -> None:
-    """Say that the eager reference runs on a GPU, where it holds all scores at once: nobody should get it silently."""
+    """Warn that the eager reference, which materialises all scores, runs on a GPU."""
     b, queries, heads, _ = call.q.shape
     keys = call.k.shape[1] + (0 if call.context is None else call.context.k.shape[1])
     gib = b * heads * queries * keys * (8 if call.q.dtype == torch.float64 else 4) / 2**30
@@ -237,7 +237,7 @@ def warn_of_scores(call: AttentionInputs, choice: Choice) -> None:
 
 
 def rules() -> str:
-    """How ``auto`` is resolved, in words."""
+    """How ``auto`` is resolved, as text."""
     return (
         "on a CPU sdpa (reference where a logsumexp is asked for); on CUDA triton for keys with counts and no "
         "gradient, else the first measured row of (architecture, shape class) that can run; where nothing was "

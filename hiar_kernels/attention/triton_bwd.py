@@ -1,5 +1,5 @@
 # mypy: allow-incomplete-defs
-"""attention in Triton: backward. Deterministic: every gradient is summed by one program, in a fixed order."""
+"""attention in Triton: backward. Deterministic: one program sums each gradient in a fixed order."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _attention_bwd_delta_kernel(
     dout_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, lse2_ptr, q_tokens, tiles, H,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr
 ):  # fmt: skip
-    """delta = rowsum(dout * out) - dlse, and the logsumexp to base 2; +inf where nothing is seen, so that p is 0."""
+    """delta = rowsum(dout * out) - dlse, and the logsumexp to base 2; +inf where no key is visible, so that p is 0."""
     pid = tl.program_id(0)
     bh = (pid // tiles).to(tl.int64)
     t = pid % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -244,9 +244,9 @@ def launch(
     dq_config: _launch.Tile | None = None,
     dkdv_config: _launch.Tile | None = None,
 ) -> list[Tensor]:
-    """hiar::attention_backward: the gradients of those of q, k, v and the context's k and v that are needed.
+    """hiar::attention_backward: gradients of q, k, v and the context's k and v, as far as needed.
 
-    The configurations are in place of the pinned ones, to measure them.
+    ``dq_config`` and ``dkdv_config`` replace the pinned tiles, for benchmarks.
     """
     call = AttentionInputs.from_schema(*arguments)
     _launch.check(call)

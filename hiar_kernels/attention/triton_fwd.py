@@ -126,7 +126,7 @@ def _attention_fwd_kernel(
             first_key = split * share
             last_key = first_key + share
 
-    empty = l_i == 0.0  # the greatest score alone adds 1
+    empty = l_i == 0.0  # the maximum itself adds 1
     l_i = tl.where(empty, 1.0, l_i)
     t = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q_mask = t < q_tokens
@@ -149,7 +149,7 @@ def choose_num_splits(tiles: int, keys: int, processors: int, most_splits: int =
 
 
 def launch(*arguments: Any, config: _launch.Tile | None = None) -> tuple[Tensor, Tensor]:
-    """hiar::attention; ``config`` in place of the pinned one, to measure it."""
+    """hiar::attention; ``config`` replaces the pinned tile, for benchmarks."""
     call = AttentionInputs.from_schema(*arguments)
     _launch.check(call)
     q, k, mask, context = call.q, call.k, call.mask, call.context
@@ -167,7 +167,7 @@ def launch(*arguments: Any, config: _launch.Tile | None = None) -> tuple[Tensor,
     if out.numel() == 0:
         return (out, lse) if num_splits == 1 else (out[0].to(q.dtype), lse[0])
     scale = call.softmax_scale
-    if scale < 0:  # the kernel scales after it took the greatest score
+    if scale < 0:  # the kernel scales after taking the maximum
         q, scale = -q, -scale
     ids, kv_counts = _launch.device_ids(call), _launch.dense_rows(call.kv_counts)
     context_k, context_v = (None, None) if context is None else context.kv
@@ -209,6 +209,6 @@ def compile_cases(arch: int) -> list[Case]:
 
 
 def candidate_cases(arch: int) -> list[tuple[_launch.Tile, Case]]:
-    """The configurations to measure, at the shape of a visit over the ring."""
+    """Configurations to measure, for a block over the ring."""
     tiles = _launch.CANDIDATES["forward"].get(arch, ())
     return [(tile, _case("candidate", _FRAMES, tile, tile.num_splits or 1)) for tile in tiles]

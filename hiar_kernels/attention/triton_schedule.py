@@ -102,7 +102,7 @@ def _key_blocks_kernel(
             slot = stop
         if phase == 0:
             masked = at
-    if at == 0:  # nothing to see: one block without keys, so that zeros are written
+    if at == 0:  # nothing visible: one block without keys, so that zeros are written
         at = _write_blocks(table_ptr, at, 0, 1, 0, 0, BLOCK, CHUNK)
         tl.store(table_ptr + 1, 0)
         masked = at

@@ -1,7 +1,7 @@
-"""Triton kernels compiled ahead of time, for GPUs that need not be there, and what came out of it.
+"""Compile Triton kernels ahead of time, for GPUs that need not be present, and inspect the result.
 
 A Triton module of an op describes its production launches in ``compile_cases(arch) -> list[Case]``;
-:func:`compile_case` compiles one, and :func:`problems` says what is wrong with the result. Works in Triton 3.6 and 3.7,
+:func:`compile_case` compiles one, and :func:`problems` checks the result. Works in Triton 3.6 and 3.7,
 in a process without TRITON_INTERPRET.
 """
 
@@ -103,7 +103,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a case.
+    """Resources and instructions of a compiled case.
 
     Attributes:
         registers: of one thread, as the kernel is launched.
@@ -172,7 +172,7 @@ def build(case: Case, arch: int) -> Any:
 
 
 def compile_case(case: Case, arch: int) -> Report:
-    """Compile for ``sm_<arch>`` and look at the result."""
+    """Compile for ``sm_<arch>`` and report registers, spills, shared memory and instructions."""
     start = time.perf_counter()
     compiled = build(case, arch)
     seconds = time.perf_counter() - start
@@ -206,7 +206,7 @@ def compile_case(case: Case, arch: int) -> Report:
 
 
 def _reduced(ir: str) -> tuple[str, ...]:
-    """Types of what the reductions and scans of a kernel take."""
+    """Operand types of the reductions and scans of a kernel."""
     combined = re.findall(r'"tt\.(?:reduce|scan)"\(.*?\^bb0\((.*?)\):', ir, re.DOTALL)
     return tuple(sorted({kind for pair in combined for kind in re.findall(r": (\w+)", pair)}))
 
@@ -224,7 +224,7 @@ def occupancy(arch: int, registers: int, shared: int, warps: int, tensor_memory:
 
 
 def problems(case: Case, arch: int, report: Report) -> list[str]:
-    """The gates that a compiled case does not pass, one line each."""
+    """The failed gates of a compiled case, one line each."""
     chip, failures = CHIPS[arch], []
     if report.spills_bytes > case.spills_allowed:
         failures.append(f"{report.spills_bytes} bytes of register spills, allowed {case.spills_allowed}")
@@ -255,7 +255,7 @@ def triton_modules() -> dict[str, list[str]]:
 
 
 def cases(op: str, arch: int) -> list[Case]:
-    """What the Triton modules of an op's folder want compiled for an architecture."""
+    """The compile cases of an op's folder for an architecture."""
     modules = triton_modules()
     if op not in modules:
         raise ValueError(f"no Triton kernels of {op!r}; legal: {', '.join(modules) or 'none yet'}")
@@ -268,12 +268,12 @@ def cases(op: str, arch: int) -> list[Case]:
 
 
 def _tool(name: str) -> str:
-    """A program of the CUDA toolkit that Triton brings along."""
+    """Path of a CUDA toolkit program bundled with Triton."""
     spec = importlib.util.find_spec("triton")
     assert spec is not None and spec.origin is not None
     path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
     if not path.exists():
-        raise ValueError(f"this Triton brings no {name}: {path} is not there")
+        raise ValueError(f"this Triton has no {name}: {path} does not exist")
     return str(path)
 
 
@@ -292,7 +292,7 @@ def _dump(cubin: bytes) -> tuple[str, str]:
 
 
 def _spills(ptx: str, arch: int) -> int:
-    """Bytes of spill stores and loads, as ptxas tells them: a stack of the kernel's own is not a spill."""
+    """Bytes of spill stores and loads reported by ptxas; a kernel's own stack is not a spill."""
     ptxas = _tool("ptxas-blackwell" if arch >= 100 else "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")

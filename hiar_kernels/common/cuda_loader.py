@@ -1,4 +1,4 @@
-"""What the CUDA implementations share: whether the extension is there, and how they take an op over.
+"""Loading of the CUDA extension and registration of its kernels.
 
 The extension (csrc/) registers kernels as ``hiar_cuda::<op>``; ``cuda.py`` in the folder of an op checks arguments,
 allocates outputs and calls them. It is loaded when the first of them is asked for.
@@ -19,7 +19,7 @@ from . import extension
 from .torch_library import LIBRARY, PACKAGES
 
 emulation: Path | None = None
-"""csrc/ built for the host, kernels as loops: where tests put it here, impl="cuda" takes CPU tensors and no others."""
+"""csrc/ built for the host, kernels as loops. If tests set it, impl="cuda" takes CPU tensors only."""
 
 
 def missing() -> str | None:
@@ -33,7 +33,7 @@ def _missing() -> str | None:
 
 
 def status() -> str:
-    """For people: what was built, or why nothing was."""
+    """What was built, or why nothing was, as text."""
     why = missing()
     if why is not None:
         return f"not built: {why}"
@@ -49,7 +49,7 @@ def automatic(tensor: Tensor) -> bool:
 
 
 def load(op: str, tensor: Tensor) -> None:
-    """Make the CUDA kernel of an op run on the tensor's device, or say in one line why it cannot.
+    """Load the CUDA kernel of an op for the tensor's device, or raise ValueError with the reason.
 
     Loads the extension and ``hiar_kernels.<folder of op>.cuda`` at the first call.
     """
@@ -60,7 +60,7 @@ def _load(op: str, device: str) -> bool:
     return _loaded(op, device)
 
 
-# torch.compile runs these two while it traces, instead of tracing them: they look at files and import.
+# torch.compile calls these two while tracing instead of tracing them: they read files and import.
 _load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Choice of implementation and one-line refusals, shared by every op."""
+"""Choice of the implementation, shared by every op."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _taken: list[tuple[str, str]] | None = None
 
 @contextmanager
 def prefer(impl: str) -> Iterator[None]:
-    """Within this block ``impl="auto"`` means ``impl`` in every op that has it: to test or compare a whole model.
+    """Within this block ``impl="auto"`` means ``impl`` in every op that has it, to test or compare a whole model.
 
-    As an explicit ``impl``, it never falls back: an op that has it but cannot take its arguments raises.
+    Like an explicit ``impl`` it never falls back: an op that has it but does not support its arguments raises.
     """
     global _preferred
     if impl not in KNOWN_IMPLS:
@@ -39,7 +39,7 @@ def prefer(impl: str) -> Iterator[None]:
 
 @contextmanager
 def taken() -> Iterator[list[tuple[str, str]]]:
-    """The list that within this block gets (op, implementation) of every op as it runs."""
+    """Record (op, implementation) of every op that runs within this block."""
     global _taken
     before, _taken = _taken, []
     try:

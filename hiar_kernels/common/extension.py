@@ -1,8 +1,8 @@
-"""The CUDA extension as a file: how csrc/ is built, or why it was not, and the record that says which.
+"""Build of the CUDA extension from csrc/, and the record of the result.
 
     python hiar_kernels/common/extension.py        build it in place, as `pip install -e .` does
 
-Only the standard library: setup.py runs this before torch need be there, and finds torch by its path.
+Standard library only: setup.py runs this before torch is importable, and locates torch by path.
 
     HIAR_BUILD_CUDA   auto (default: built where nvcc and torch are found) | 0 | 1 (fail where it cannot be built)
     HIAR_CUDA_ARCHS   such as 80;90a (default: those of 80;89;90a;100a;120 that nvcc knows)
@@ -32,11 +32,11 @@ _HEADER = "include/torch/csrc/stable/library.h"
 
 
 class CannotBuild(Exception):
-    """Why, in one line."""
+    """The reason, in one line."""
 
 
 def mode() -> str:
-    """HIAR_BUILD_CUDA."""
+    """The value of HIAR_BUILD_CUDA."""
     value = os.environ.get("HIAR_BUILD_CUDA", "auto")
     if value not in ("auto", "0", "1"):
         raise SystemExit(f"HIAR_BUILD_CUDA must be auto, 0 or 1, got {value!r}")
@@ -44,7 +44,7 @@ def mode() -> str:
 
 
 def find_nvcc() -> Path:
-    """The compiler; CUDA_HOME, where it is set, decides alone."""
+    """Path of nvcc; only CUDA_HOME is searched if it is set."""
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
     if nvcc is None and not home:
@@ -55,7 +55,7 @@ def find_nvcc() -> Path:
 
 
 def find_torch() -> Path:
-    """torch's folder, not imported; in an isolated build the environment that the package is for comes first."""
+    """torch's folder, located without import; in an isolated build the target environment comes first."""
     roots = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path]
     for folder in (Path(root, "torch") for root in roots if root):
         if (folder / "version.py").is_file():
@@ -67,7 +67,7 @@ def find_torch() -> Path:
 
 
 def architectures(nvcc: Path) -> tuple[str, ...]:
-    """What to compile for, as nvcc numbers it."""
+    """Architectures to compile for, as nvcc numbers them."""
     known = set(_output(nvcc, "--list-gpu-code").replace("sm_", "").split())
     requested = os.environ.get("HIAR_CUDA_ARCHS")
     if not requested:
@@ -86,12 +86,12 @@ def compiler_version(nvcc: Path) -> str:
 
 
 def targets(archs: Sequence[str]) -> list[str]:
-    """Options of :func:`command` that compile for GPUs."""
+    """nvcc options for GPU architectures."""
     return ["-cudart", "static", *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)]
 
 
 def command(nvcc: Path, torch: Path, output: Path, options: Sequence[str]) -> list[str]:
-    """The call that makes the library of all of csrc/; of torch only the stable ABI: one binary for later ones too."""
+    """The nvcc command for the library. It uses torch's stable ABI only, so one binary serves later versions too."""
     return [
         str(nvcc), "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden",
         f"-DTORCH_TARGET_VERSION=0x{_TORCH[0]:02x}{_TORCH[1]:02x}000000000000", "-isystem", f"{torch}/include",
@@ -101,7 +101,7 @@ def command(nvcc: Path, torch: Path, output: Path, options: Sequence[str]) -> li
 
 
 def digest() -> str | None:
-    """Of the sources; None where there are none, as in an installed wheel."""
+    """Hash of the sources; None if there are none, as in an installed wheel."""
     files = [path for path in sorted(SOURCES.glob("*")) if path.suffix in (".cpp", ".cu", ".h")]
     if not (SOURCES / "portable.h").is_file():
         return None
@@ -109,7 +109,7 @@ def digest() -> str | None:
 
 
 def record(folder: Path | None = None) -> dict[str, Any]:
-    """What the last build left: "reason" (None: it was built), "sources" (:func:`digest`), "archs", "nvcc"."""
+    """The record of the last build: "reason" (None: it was built), "sources" (:func:`digest`), "archs", "nvcc"."""
     try:
         content: dict[str, Any] = json.loads(((folder or PACKAGE) / RECORD).read_text(encoding="utf-8"))
     except OSError:
@@ -120,7 +120,7 @@ def record(folder: Path | None = None) -> dict[str, Any]:
 
 
 def missing() -> str | None:
-    """Why there is no library to load, in one line; None where there is one."""
+    """Why there is no library to load, in one line; None if there is one."""
     last = record()
     if last["reason"] is not None:
         return str(last["reason"])
@@ -132,7 +132,7 @@ def missing() -> str | None:
 
 
 def _tools() -> tuple[Path, Path]:
-    """nvcc and torch."""
+    """Paths of nvcc and torch."""
     if mode() == "0":
         raise CannotBuild("HIAR_BUILD_CUDA=0 when the package was installed")
     if sys.platform != "linux":
@@ -149,7 +149,7 @@ def builds() -> bool:
 
 
 def build(folder: Path | None = None) -> str:
-    """Leave the library (or none) and its record in a folder, by default the package's; what was done, in one line.
+    """Build the library and write its record into a folder, by default the package's; returns a one-line summary.
 
     Raises:
         SystemExit: HIAR_BUILD_CUDA=1, and it cannot be built.

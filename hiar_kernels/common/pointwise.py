@@ -1,4 +1,4 @@
-"""What the pointwise ops share on the host: what their Triton kernels take, and when "auto" chooses them."""
+"""Argument checks and the choice of "auto", shared by the pointwise ops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WHY = (
 
 
 def automatic(x: Tensor, *others: Tensor | None, norm: bool = False, cuda: bool = False) -> str:
-    """The implementation that ``impl="auto"`` takes for these floats; ``cuda``: of an op that has such a one too."""
+    """The implementation of ``impl="auto"`` for these floats; ``cuda``: the op has a CUDA kernel too."""
     takes = x.is_cuda and all(t is None or t.dtype in DTYPES for t in (x, *others))
     if not takes or (norm and x.shape[-1] > WIDEST_NORM):
         return "reference"
@@ -28,7 +28,7 @@ def automatic(x: Tensor, *others: Tensor | None, norm: bool = False, cuda: bool 
 
 
 def prepare(op: str, *, impl: str = "triton", norm: bool = False, **tensors: Tensor | None) -> None:
-    """Load an op's Triton or CUDA kernels for the first of the tensors; refuse in one line what they do not take."""
+    """Load an op's Triton or CUDA kernels for the first tensor's device; raise ValueError for unsupported tensors."""
     first, x = next((name, t) for name, t in tensors.items() if t is not None)
     (cuda_loader if impl == "cuda" else triton_loader).load(op, x)
     for name, t in tensors.items():

@@ -1,4 +1,4 @@
-"""torch.library plumbing shared by the ops: schema, fake, and a backward that is itself an op.
+"""torch.library registration of the ops: schema, fake, and a backward that is itself an op.
 
 Every functional op ``hiar::name`` gets a twin ``hiar::name_backward``. Both run their reference wherever no kernel is
 registered for the device, so schemas, fakes and gradients are testable on a CPU; a kernel replaces either by
@@ -22,13 +22,13 @@ _Value = TypeVar("_Value")
 _Call = TypeVar("_Call", bound=Callable[..., Any])
 
 
-_backends: Any = torch.backends  # whose stubs lack some of it
+_backends: Any = torch.backends  # incomplete stubs
 _PRODUCTS = (_backends.mkldnn.matmul, _backends.cuda.matmul)
 
 
 def own_arithmetic(function: _Call) -> _Call:
-    """The function in the dtypes that it says itself, whatever the caller has set: no autocast, and float32 products
-    that are float32 (not bfloat16 or TF32).
+    """Run the function without autocast and with float32 products in float32 (not bfloat16 or TF32), whatever the
+    caller has set.
     """
 
     @functools.wraps(function)
@@ -50,7 +50,7 @@ def own_arithmetic(function: _Call) -> _Call:
 
 @contextmanager
 def _autograd() -> Iterator[None]:
-    """Autograd inside a kernel, where a dispatch mode (FLOP counter, selective checkpointing) has switched it off."""
+    """Enable autograd inside a kernel, even if a dispatch mode (FLOP counter, selective checkpointing) disabled it."""
     off = torch._C._dispatch_tls_local_exclude_set()
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
         off = off.remove(key)
@@ -116,7 +116,7 @@ def define(
         results, taken = [], {g.untyped_storage().data_ptr() for g in grads}
         for g, w in zip(gradients, leaves, strict=True):
             g = (torch.zeros_like(w) if g is None else g).contiguous()
-            if g.untyped_storage().data_ptr() in taken:  # as of x + y: an op may not return its arguments
+            if g.untyped_storage().data_ptr() in taken:  # as for x + y: an op may not return its arguments
                 g = g.clone()
             taken.add(g.untyped_storage().data_ptr())
             results.append(g)
@@ -160,8 +160,8 @@ _remembered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> (k
 
 
 def remembered(x: Tensor, key: tuple[Any, ...], make: Callable[[], _Value]) -> _Value:
-    """``make()``, which depends on x and the key alone. On a CPU the last one stays with x until x is written to: the
-    layers of a forward ask for the same one after the other.
+    """Cached ``make()``, which depends on x and the key alone. On a CPU the last value is cached with x until x is
+    written to, because all layers of a forward ask for the same one.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu" or x.is_inference():
         return make()
@@ -175,7 +175,7 @@ def remembered(x: Tensor, key: tuple[Any, ...], make: Callable[[], _Value]) -> _
 
 
 def frames_of(x: Tensor, frames: int, name: str) -> int:
-    """Tokens of one frame of x [B, T, C]; refuses a T that the frames do not divide."""
+    """Tokens per frame of x [B, T, C]; ValueError if T is no multiple of the frames."""
     if frames < 1 or x.shape[1] % frames:
         raise ValueError(f"{name}: {x.shape[1]} tokens are no multiple of {frames} frames")
     return x.shape[1] // frames

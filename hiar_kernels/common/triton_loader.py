@@ -1,4 +1,4 @@
-"""What the Triton implementations share: whether they may run here, and how they take an op over.
+"""Loading of the Triton kernels and their registration as implementations of the ops.
 
 The interpreter (TRITON_INTERPRET=1, read by Triton when it is imported) runs kernels on the CPU, for tests.
 """
@@ -26,7 +26,7 @@ def architecture(x: Tensor) -> int:
     if not x.is_cuda:
         return INTERPRETED
     major, minor = torch.cuda.get_device_capability(x.device)
-    return 89 if (major, minor) == (8, 6) else 10 * major + minor  # of 8.0's kind, with the shared memory of 8.9
+    return 89 if (major, minor) == (8, 6) else 10 * major + minor  # like 8.0, with the shared memory of 8.9
 
 
 _shapes_only = False
@@ -38,7 +38,7 @@ def interpreting() -> bool:
 
 
 def load(op: str, tensor: Tensor) -> None:
-    """Make ``torch.ops.hiar.<op>`` run its Triton kernel on the tensor's device, or say in one line why it cannot.
+    """Load the Triton kernels of ``torch.ops.hiar.<op>`` for the tensor's device, or raise ValueError with the reason.
 
     Imports ``hiar_kernels.<folder of op>.triton_fwd`` (and ``triton_bwd`` where there is one) at the first call.
     """
@@ -48,7 +48,7 @@ def load(op: str, tensor: Tensor) -> None:
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Within this block ``impl="triton"`` needs no kernel, for it is given fake tensors: what would be allocated?"""
+    """Within this block ``impl="triton"`` loads no kernel: fake tensors show what would be allocated."""
     global _shapes_only
     before, _shapes_only = _shapes_only, True
     try:
@@ -61,12 +61,12 @@ def _load(op: str, device: str) -> bool:
     return _loaded(op, device)
 
 
-# torch.compile cannot trace an import, so it shall run this while it traces. As torch.compiler.assume_constant_result
-# does, which would import torch._dynamo and with it triton.
+# torch.compile cannot trace an import, so it calls this while tracing. torch.compiler.assume_constant_result does the
+# same, but imports torch._dynamo and with it triton.
 _load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@functools.cache  # what an op costs at every call would be as much as the launch
+@functools.cache  # uncached this would cost as much as the launch
 def _loaded(op: str, device: str) -> bool:
     if importlib.util.find_spec("triton") is None:
         raise ValueError(f"{op}: impl='triton' needs triton, which is not installed")

@@ -11,7 +11,7 @@ TILE = {"BLOCK": 1024, "num_warps": 4}
 
 
 def dense_frames(x: Tensor) -> Tensor:
-    """x itself if each frame lies dense in memory (any strides of B and F), else a copy of which that is true."""
+    """x itself if each frame is dense in memory (any strides of B and F), else a dense copy."""
     _, _, channels, height, width = x.shape
     dense = all(
         size == 1 or stride == dense_stride

@@ -21,7 +21,7 @@ def _flow_step_bwd_kernel(
     stride_dx0b, stride_dx0f, stride_dnextb, stride_dnextf,
     stride_sigmab, stride_sigmaf, stride_nextb, stride_nextf, NOISY: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The step is linear, so its gradient needs the noise levels alone; a pointer that is None is not asked for."""
+    """The step is linear, so its gradient needs the noise levels alone; None: gradient not needed."""
     b, f, i, at, mask = piece(F, n, tiles, BLOCK)
     sigma = tl.load(sigma_ptr + b * stride_sigmab + f * stride_sigmaf).to(tl.float32)
     following = tl.load(next_ptr + b * stride_nextb + f * stride_nextf).to(tl.float32)

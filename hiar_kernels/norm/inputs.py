@@ -57,7 +57,7 @@ class NormInputs:
         return self.weight is not None and self.bias is None
 
     def validate(self, op: str) -> None:
-        """Raise ValueError in one line for what does not fit."""
+        """Raise ValueError, in one line, if shapes are wrong."""
         x, y, gate, shift = self.x, self.y, self.gate, self.shift
         if y is not None:
             if x.dim() != 3 or x.shape != y.shape:

@@ -1,5 +1,5 @@
 # mypy: allow-incomplete-defs
-"""What the row-wise Triton kernels share: [B, F tokens, C] cut into tiles of tokens that never leave their frame.
+"""Helpers of the norm kernels: [B, F tokens, C] cut into tiles of tokens that never leave their frame.
 
 A program of the forward owns one tile of BLOCK_T tokens, so what belongs to a frame (shift, scale, gate) is loaded once
 for the tile. A program of the backward walks a group of tokens of one frame, keeps the sums over the group in registers
@@ -45,7 +45,7 @@ def plain_tile(channels: int, widest: int = 512) -> dict[str, int]:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """x itself if its last dimension is dense in memory, else a copy of which that is true."""
+    """x itself if its last dimension is dense in memory, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -81,7 +81,7 @@ def groups_of(x: Tensor, frames: int, op: str) -> tuple[int, int]:
 
 
 def partial_sums(x: Tensor, frames: int, groups: int) -> Tensor:
-    """Room for the sums of each group: [B, F, G, C] float32."""
+    """Buffer for the sums of each group: float32 [B, F, G, C]."""
     return torch.empty((x.shape[0], frames, groups, x.shape[2]), dtype=torch.float32, device=x.device)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 class RopeInputs:
     """The arguments of ``hiar::qk_norm_rope`` in the order of its schema; height, width: tokens of a whole frame.
 
-    ``cells`` (start, stop): the tokens of every frame that are there; None: all of them.
+    ``cells`` (start, stop): which tokens of every frame qkv holds; None: all of them.
     """
 
     qkv: Tensor
@@ -43,7 +43,7 @@ class RopeInputs:
 
     @property
     def frame_tokens(self) -> int:
-        """Tokens of a frame that are there."""
+        """Tokens of a frame in qkv: all, or those of ``cells``."""
         return self.height * self.width if self.cells is None else self.cells[1] - self.cells[0]
 
     @property
@@ -53,7 +53,7 @@ class RopeInputs:
         return batch, tokens, self.num_heads, self.head_dim
 
     def validate(self, op: str) -> None:
-        """Raise ValueError in one line for what does not fit."""
+        """Raise ValueError, in one line, if shapes or dtypes are wrong."""
         cells, whole, heads = self.cells, self.height * self.width, self.num_heads
         if cells is not None and not (len(cells) == 2 and 0 <= cells[0] < cells[1] <= whole):
             raise ValueError(f"{op}: cells must be (start, stop) with 0 <= start < stop <= {whole}, got {cells}")
@@ -72,7 +72,7 @@ class RopeInputs:
             raise ValueError(f"{op}: frames must be integer ids, got {frames.dtype}")
 
     def on_device(self, op: str, **others: Tensor | None) -> RopeInputs:
-        """For a kernel: adjacent channels of qkv; ids and ``others`` must be where it is."""
+        """Inputs for a kernel: dense channels of qkv; ids and ``others`` must be on its device."""
         for name, x in (("frames", self.frames), *others.items()):
             if x is not None and x.device != self.qkv.device:
                 raise ValueError(f"{op}: {name} must be on {self.qkv.device} like qkv, got {x.device}")
@@ -81,7 +81,7 @@ class RopeInputs:
 
 @dataclass(frozen=True)
 class Rings:
-    """Where the keys and values go: frame slots of caches [rows, S P, H, D]; see qk_norm_rope_append."""
+    """Destination of keys and values: frame slots of caches [rows, S P, H, D]; see qk_norm_rope_append."""
 
     slots: Tensor
     k_cache: Tensor
@@ -94,7 +94,7 @@ class Rings:
         return 1 if self.rows is None else len(self.rows)
 
     def validate(self, op: str, inputs: RopeInputs) -> None:
-        """Raise ValueError in one line for what does not fit."""
+        """Raise ValueError, in one line, if shapes or dtypes are wrong."""
         rows, slots, batch, count = self.rows, self.slots, inputs.qkv.shape[0], inputs.frames.shape[1]
         if rows is not None:
             if rows.dim() != 2 or rows.shape[0] not in (1, 2) or rows.shape[1] != batch:
@@ -115,7 +115,7 @@ class Rings:
                 raise ValueError(f"{op}: {name} must be {legal}, got {list(cache.shape)}")
 
     def validate_layout(self, op: str) -> None:
-        """Refuse caches that a kernel cannot write: channels apart, rows in one place, two sizes, one memory."""
+        """Reject caches that a kernel cannot write: strided channels, overlapping rows, unequal sizes, one memory."""
         k, v = self.k_cache, self.v_cache
         for name, cache in (("k_cache", k), ("v_cache", v)):
             if cache.stride(3) != 1:

@@ -29,7 +29,7 @@ def cos_sin(turns_ptr, frame, row, column, HEAD_DIM: tl.constexpr, BLOCK_D: tl.c
     pair = tl.arange(0, BLOCK_D // 2)[None, :]
     turns = tl.load(turns_ptr + pair, mask=pair < PAIRS, other=0)
     place = tl.where(pair < PAIRS - 2 * THIRD, frame, tl.where(pair < PAIRS - THIRD, row, column))
-    angle = place * turns  # wraps: whole turns fall off the top, one turn is 2^64
+    angle = place * turns  # wraps around: one turn is 2^64, so whole turns drop out
     quarter = ((angle >> 61) + 1) >> 1  # to the nearest quarter turn; what is left is t pi / 4, -1 <= t < 1
     t = ((angle << 2) >> 32).to(tl.int32).to(tl.float32) * 4.656612873077393e-10  # 2^-31
     z = t * t
@@ -122,7 +122,7 @@ def row_strides(ids: Tensor) -> tuple[int, int]:
 
 
 def _launch(inputs: RopeInputs, slots: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, copies: int) -> Tensor:
-    """Writes k (with copies: and v) and returns q; without copies slots and v are stand-ins."""
+    """Write k (with copies also v) and return q; without copies slots and v are placeholders."""
     qkv, frame_tokens = inputs.qkv, inputs.frame_tokens
     q = empty_like_q(inputs)
     if q.numel() == 0:

@@ -25,10 +25,10 @@ def ring_advance(
     sink_frames: int = 0,
     impl: str = "auto",
 ) -> None:
-    """Write the frame ids and ring slots of every row's next visit, note them in the rings, and move on.
+    """Write the frame ids and ring slots of every row's next task, record them in the rings, and advance.
 
     A row is one ring (a step's, of one video). All tensors are int32 on one device and nothing is read on the host, so
-    a captured graph that begins with this call needs no new arguments from visit to visit.
+    a captured graph that begins with this call needs no new arguments from task to task.
 
     With g = position[r] + i and size = capacities[r], before position moves::
 
@@ -39,11 +39,11 @@ def ring_advance(
         position[r] += advance[r]
 
     Args:
-        position: [R], written: first frame of the next visit, counted from the video's first; 0 up to 2^30.
+        position: [R], written: first frame of the next task, counted from the video's first; 0 up to 2^30.
         frames, slots: [R, F], written. Their last dimension is dense, rows may be strided.
         ring_frames: [R, C], written: which frame each slot holds; as dense as they, C at least the largest capacity.
-        advance: [R]: 0 where the row visits the same frames again (a denoise visit), else the frames it is done with.
-        capacities: [R]: frame slots of each ring, enough for the frames of a visit beside the sinks.
+        advance: [R]: 0 if the next task has the same frames again (after a denoise task), else the finished frames.
+        capacities: [R]: frame slots of each ring, enough for the frames of a task beside the sinks.
         first_frame: id of the video's first frame. sink_frames: first frames, which keep their slots for good.
         impl: "auto" | "reference" | "triton" or "cuda" (one launch, no allocation).
 

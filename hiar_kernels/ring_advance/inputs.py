@@ -28,7 +28,7 @@ class RingState:
         return tuple(getattr(self, field.name) for field in fields(self))
 
     def validate(self) -> None:
-        """Raise ValueError in one line for what does not fit."""
+        """Raise ValueError, in one line, if shapes, dtypes or devices are wrong."""
         op = "ring_advance"
         if self.frames.dim() != 2:
             raise ValueError(f"{op}: frames must be [R, F], got {list(self.frames.shape)}")

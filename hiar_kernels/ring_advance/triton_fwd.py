@@ -32,7 +32,7 @@ def _ring_advance_fwd_kernel(
     frame = first_frame + g
     tl.store(frames_ptr + row * stride_f + i, frame, mask=mask)
     tl.store(slots_ptr + row * stride_s + i, slot, mask=mask)
-    tl.store(ring_ptr + row * stride_r + slot, frame, mask=mask & (slot < columns))  # never into other memory
+    tl.store(ring_ptr + row * stride_r + slot, frame, mask=mask & (slot < columns))  # never out of bounds
     tl.store(position_ptr, position + tl.load(advance_ptr + row * stride_a))
 
 

@@ -47,7 +47,7 @@ def _rms_silu_pad_fwd_kernel(
     stride_xb, stride_xf, step_x, stride_cacheb, stride_cachef, step_cache, eps,
     C: tl.constexpr, PAST: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
-    """A program owns all channels of BLOCK_P pixels of one frame of the result; ``known``: frames of the cache."""
+    """One program: all channels of BLOCK_P pixels of one frame of the result; ``cached_frames``: of the cache."""
     pid = tl.program_id(0)
     frame = pid // tiles
     b, t = (frame // (F + PAST)).to(tl.int64), (frame % (F + PAST)).to(tl.int64)
@@ -59,7 +59,7 @@ def _rms_silu_pad_fwd_kernel(
     if t < PAST:
         y = tl.zeros(mask.shape, tl.float32)
         if cache_ptr is not None:
-            at = t - PAST + cached_frames  # before the frames that are known there are zeros
+            at = t - PAST + cached_frames  # zeros before the cached frames
             from_cache = cache_ptr + b * stride_cacheb + at * stride_cachef + _inside(c, p, step_cache, LAST)
             y = tl.load(from_cache, mask=mask & (at >= 0), other=0.0).to(tl.float32)
     else:
