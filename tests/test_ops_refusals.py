@@ -85,7 +85,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         "kv_frames must be int32 or int64, got torch.float32",
     ),
     "windows of another batch": (
-        lambda: hk.attention(Q, Q, Q, mask=BlockCausal(2, 2, (3, 4, 5))), "3 windows for a batch of 2 rows; give one or"
+        lambda: hk.attention(Q, Q, Q, mask=BlockCausal(2, 2, (3, 4, 5))), "3 windows for a batch of 2 rows"
     ),
     "no tokens in a frame": (lambda: BlockCausal(0, 2), "frame_tokens must be at least 1, got 0"),
     "no frames in a block": (lambda: BlockCausal(2, 0), "frames_per_block must be at least 1, got 0"),

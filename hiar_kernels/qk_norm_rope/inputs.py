@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from decimal import Context, Decimal, localcontext
 from typing import Any
 
@@ -31,7 +31,10 @@ class RopeInputs:
     cells: Sequence[int] | None = None
 
     def as_schema(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, field.name) for field in fields(RopeInputs))
+        return (
+            self.qkv, self.q_weight, self.k_weight, self.frames, self.num_heads, self.height, self.width, self.eps,
+            self.theta, self.cells,
+        )  # fmt: skip
 
     @property
     def head_dim(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ class RingState:
     sink_frames: int
 
     def as_schema(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+        tensors = (self.position, self.frames, self.slots, self.ring_frames, self.advance, self.capacities)
+        return (*tensors, self.first_frame, self.sink_frames)
 
     def validate(self) -> None:
         """Raise ValueError, in one line, if shapes, dtypes or devices are wrong."""
