@@ -395,6 +395,12 @@ def refusal(call: Callable[[], object]) -> str:
     return str(refused.value)
 
 
+def assert_says(line: str, op: str, *parts: str) -> None:
+    """The message of an op names the culprit and the legal values."""
+    assert line.startswith(f"{op}: ")
+    assert not [part for part in parts if part not in line], line
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_an_explicit_impl_never_falls_back(name):
     there = hk.backends().ops[name].implementations
@@ -403,14 +409,14 @@ def test_an_explicit_impl_never_falls_back(name):
         CALLS[name](impl)
     if "triton" in there:
         line = refusal(lambda: CALLS[name]("triton"))
-        assert line == f"{name}: impl='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got one on cpu"
+        assert_says(line, name, "impl='triton'", "CUDA", "TRITON_INTERPRET=1", "cpu")
     if "cuda" in there:
         line = refusal(lambda: CALLS[name]("cuda"))
         assert line.startswith(f"{name}: impl='cuda' needs ")
     for impl in {"sdpa", "triton", "cuda"} - set(there):
         line = refusal(lambda impl=impl: CALLS[name](impl))
-        assert line == f"{name}: has no implementation {impl!r}; legal: {legal}"
-    assert refusal(lambda: CALLS[name]("fast")) == f"{name}: knows no impl 'fast'; legal: {legal}"
+        assert_says(line, name, repr(impl), legal)
+    assert_says(refusal(lambda: CALLS[name]("fast")), name, "'fast'", legal)
 
 
 def test_the_oracle_is_the_reference():
