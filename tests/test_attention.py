@@ -309,6 +309,18 @@ def test_the_largest_scores_beside_a_hidden_key(impl):
         assert out.item() == 2.0
 
 
+def test_counts_that_are_written_to():
+    """What sdpa made of them for an earlier call is not used again; another dtype of queries has its own."""
+    q, (k, v) = normal(2, 3, 2, 8, seed=1), normal(2, 2, 4, 2, 8, seed=2)
+    times = torch.tensor([[1.0, 0.0, 3.0, 1.0]])
+    for dtype in (torch.float64, torch.float32):
+        for values in ([1.0, 0.0, 3.0, 1.0], [1.0, 2.0, 0.0, 1.0]):
+            times.copy_(torch.tensor([values]))
+            call = [x.to(dtype) for x in (q, k, v)]
+            expected = reference.attention(*call, kv_counts=times)
+            torch.testing.assert_close(attention(*call, kv_counts=times, impl="sdpa"), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("impl", [*IMPLS, "auto"])
 def test_no_keys_with_counts(impl):
     q, k = normal(2, 3, 2, 8).requires_grad_(), torch.zeros(2, 0, 2, 8, dtype=torch.float64).requires_grad_()

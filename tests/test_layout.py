@@ -214,6 +214,13 @@ def test_kernels_know_no_model():
             assert not [t for t in imports(ROOT, module) if t.startswith("hiar_model")], module
 
 
+def test_what_ops_share_knows_no_op():
+    for module in modules(ROOT):
+        if module.startswith("hiar_kernels.common."):
+            ours = [t for t in imports(ROOT, module) if t.startswith("hiar_kernels.")]
+            assert all(t.startswith("hiar_kernels.common") for t in ours), module
+
+
 def test_visits_are_plain_python():
     assert "torch" not in reached(ROOT, "hiar_model.rollout.visits")
 
