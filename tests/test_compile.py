@@ -57,6 +57,13 @@ def test_gradients_of_norms_cancel_exactly():
     assert compile_case(dataclasses.replace(backward[0], fp_fusion=True), 90).fma > 0
 
 
+def test_logsumexps_are_compiled_as_they_are_launched():
+    """In float32: with another type fewer registers are needed, and spills stay unseen."""
+    backward = importlib.import_module("hiar_kernels.attention.triton_bwd").compile_cases(90)
+    types = {kind for case in backward for name, kind in case.signature.items() if "lse" in name or "delta" in name}
+    assert types == {"*fp32"}
+
+
 def test_hopper_attention_looks_at_every_factor_before_it_skips():
     """The rescale is left out where the factors looked at are 1: all that would multiply must be among them."""
     (case,) = importlib.import_module("hiar_kernels.attention.gluon_fwd").compile_cases(90)
