@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hiar_kernels.attention.table import SHAPES, Measurement, measurements, way
+from hiar_kernels.attention.table import SHAPES, Measurement, label, measurements
 from measure import Bench, result_folder
 from resume import sources
 
@@ -104,7 +104,7 @@ def best(rows: list[Row], source: str) -> list[Measurement]:
                 if impl in taken:
                     continue
                 taken.add(impl)
-                others = {way(*other): round(late, 3) for late, *other in ranked if other != [impl, splits]}
+                others = {label(*other): round(late, 3) for late, *other in ranked if other != [impl, splits]}
                 found.append(Measurement(arch, shape, impl, splits, round(ms, 3), others, source))
                 if impl == "triton":  # it takes whatever a call is made of
                     break

@@ -19,7 +19,7 @@ from any_rule import any_ring, any_rule
 
 import hiar_kernels
 from hiar_kernels.attention.mask import visible_with_context
-from hiar_kernels.attention.table import SHAPES, Measurement, read, way
+from hiar_kernels.attention.table import SHAPES, Measurement, label, read
 from hiar_kernels.common import triton_loader
 
 pytestmark = pytest.mark.cpu
@@ -277,7 +277,7 @@ def test_the_choices_of_the_dispatcher(bench, tmp_path):
 
     def attention(shape: str, impl: str, ms: float, num_splits: int = 1, **more: Any) -> dict[str, Any]:
         named = {"shape": shape, "impl": impl, "num_splits": num_splits, "arch": 90}
-        return row(f"attention: {shape}", way(impl, num_splits), ms, **named, **more)
+        return row(f"attention: {shape}", label(impl, num_splits), ms, **named, **more)
 
     rows = [attention("visit", "sdpa", 3.0), attention("visit", "cudnn", 2.5), attention("visit", "cudnn", 2.0, 2)]
     rows += [attention("visit", "triton", 2.2), row("attention: visit", "flex", 1.0, shape="visit", arch=90)]
