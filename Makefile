@@ -21,7 +21,7 @@ BIN := .venv/bin
 # pip says what it collects, downloads and installs: nobody looks at a silent line for minutes.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 DESCRIPTION := pyproject.toml setup.py constraints.txt hiar_kernels/common/extension.py $(wildcard csrc/*.c* csrc/*.h)
-NUMERIC := tests/test_attention.py tests/test_pointwise.py tests/test_transformer.py tests/test_rollout.py
+NUMERIC := tests/kernels/test_attention.py tests/kernels/test_pointwise.py tests/models/test_transformer.py tests/rollout/test_rollout.py
 PROMPT := a red circle moving right
 
 .DEFAULT_GOAL := help
@@ -140,9 +140,9 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__)
 endef
 export gpu_check
 
-# One process each, without the plugins that happen to be installed; bench/resume.py keeps what has passed in out/.
-gpu_run = @env -u TRITON_INTERPRET PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONPATH=.:bench $(GPU_PYTHON) -m pytest \
-	-p resume --resume out/$@.jsonl --budget $(BUDGET)
+# One process each, without the plugins that happen to be installed; bench/lib/resume.py keeps what has passed in out/.
+gpu_run = @env -u TRITON_INTERPRET PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONPATH=. $(GPU_PYTHON) -m pytest \
+	-p bench.lib.resume --resume out/$@.jsonl --budget $(BUDGET)
 
 gpu-test:
 	@$(GPU_PYTHON) -c "$$gpu_check" "make $@" torch triton pytest

@@ -210,7 +210,7 @@ def make(
     device: torch.device,
     ctas: int | None,
 ) -> AttentionSchedule:
-    """:func:`hiar_kernels.attention.schedule.attention_schedule`."""
+    """:func:`hiar_kernels.attention_schedule`."""
     batch, queries, heads, keys = shape
     arguments = rule_arguments(mask, keys)
     tables = allocate(shape, arguments["frame_tokens"], arguments["sink_end"], device, ctas or multiprocessors(device))

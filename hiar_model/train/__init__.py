@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .dmd import dmd_gradient, dmd_loss
-    from .forward_kl import trajectory_x0
+    from .losses.dmd import dmd_gradient, dmd_loss
+    from .losses.forward_kl import trajectory_x0
 
 __all__ = ["dmd_gradient", "dmd_loss", "trajectory_x0"]
 
-_HOME = {"dmd_gradient": "dmd", "dmd_loss": "dmd", "trajectory_x0": "forward_kl"}
+_HOME = {"dmd_gradient": "losses.dmd", "dmd_loss": "losses.dmd", "trajectory_x0": "losses.forward_kl"}
 """Public name -> the module that holds it."""
 
 

@@ -1,0 +1,181 @@
+"""bench/rollout/ab.py rehearsed on the CPU: two revisions in turn, with no more installed than a GPU machine has."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_bench import BARE
+
+from bench.rollout import ab as ab_module
+from bench.rollout import ab_results as results
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+SLOW = """
+
+def _slowed(self, blocks=Rollout.__iter__):
+    import time
+    for block in blocks(self):
+        time.sleep(0.3)
+        yield block
+
+Rollout.__iter__ = _slowed
+"""
+GIT = ("git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A repository of two revisions, the second slower by 0.3 s a block."""
+    tree = tmp_path_factory.mktemp("ab") / "tree"
+    for folder in ("bench", "hiar_kernels", "hiar_model"):
+        ignored = shutil.ignore_patterns("__pycache__", "results", "*.so")
+        shutil.copytree(ROOT / folder, tree / folder, ignore=ignored)
+
+    def git(*words):
+        return subprocess.run([*GIT, *words], cwd=tree, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    (tree / ".gitignore").write_text("__pycache__\nout\n")
+    git("add", "-A")
+    git("commit", "-qm", "fast")
+    with (tree / "hiar_model" / "rollout" / "__init__.py").open("a") as file:
+        file.write(SLOW)
+    git("commit", "-qam", "slow")
+    return tree, git
+
+
+@pytest.fixture
+def ab(repository, tmp_path):
+    tree, _ = repository
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "sitecustomize.py").write_text(BARE.replace("xdist", "xdist pytest"))
+
+    def run(*arguments: str, hide: bool = True) -> tuple[int, dict, str, str]:
+        environment = {**os.environ, "PYTHONPATH": str(bare) if hide else "", "OMP_NUM_THREADS": "1"}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+        command = [sys.executable, "-m", "bench.rollout.ab", *arguments, "--results", str(tmp_path / "results")]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tree)
+        file = tmp_path / "results" / "ab.json"
+        found = json.loads(file.read_text()) if file.exists() else {}
+        return done.returncode, found, done.stdout, done.stderr
+
+    return run
+
+
+def ratio(row, figure):
+    return results.compared(*(results.figures(row)[figure][side] for side in "AB"))
+
+
+def test_a_slower_revision_is_seen(ab, repository, tmp_path):
+    """Through worktrees, with the fill and capture of a GPU's graphs, in both of two rollouts."""
+    _, git = repository
+    asked = ["--order", "stream", "--order", "stream+shared_keys", "--executor", "recorded", "--rounds", "2"]
+    status, found, out, err = ab("HEAD~1", "HEAD", *asked)
+    assert status == 0, out + err
+    assert [row["label"] for row in found["rows"]] == ["stream, recorded", "stream, shared keys, recorded"]
+    for row in found["rows"]:
+        assert [len(row["samples"][side]) for side in "AB"] == [2, 2] and len(row["prepared"]) == 2
+        tasks = 8 if "shared" not in row["label"] else 5
+        times = results.figures(row)["task_ms"]
+        assert 300 / tasks < min(times["B"])  # it sleeps so long; how long A takes is the machine's business
+        assert all(a["fps"] * a["task_ms"] == pytest.approx(12e3 / tasks) for a in row["samples"]["A"])
+        slower = ratio(row, "task_ms")
+        assert 0 < slower["pairs"][0] <= slower["ratio"] <= slower["pairs"][1]
+        assert {"attention", "matmul", "pointwise", "copy", "idle"} <= set(results.figures(row))
+        assert results.figures(row)["idle"]["B"][0] > 150 / tasks
+    assert [found["sides"][side]["revision"] for side in "AB"] == [
+        git("rev-parse", "--short=10", f"HEAD{back}").strip() for back in ("~1", "")
+    ]
+    page = (tmp_path / "results" / "ab.md").read_text()
+    assert "REHEARSAL" in page and "| stream, recorded | ms a task |" in page
+    assert len(git("worktree", "list").splitlines()) == 1, "a worktree was left behind"
+
+
+def test_ops(ab, repository):
+    tree, _ = repository
+    asked = [
+        "--a-dir",
+        str(tree),
+        "--b-dir",
+        str(tree),
+        "--case",
+        "op",
+        "--op",
+        "attention: visit",
+        "--op",
+        "flow_step",
+    ]
+    status, found, out, _ = ab(*asked, "--variant", "auto", "--rounds", "1")
+    assert status == 1  # no pointwise op has that way
+    attention, flow = found["rows"]
+    assert ratio(attention, "ms")["ratio"] > 0
+    assert "flow_step has no variant 'auto' here; it has eager, compiled" in flow["error"]
+    assert f"- failed: {flow['label']}: A: ValueError" in out
+
+
+def test_commands_in_cpu_seconds(ab, repository):
+    tree, _ = repository
+    burn = "import time, hiar_model; t = time.process_time()\nwhile time.process_time() - t < 0.3: pass"
+    fails = "import sys; print('no\\nluck', file=sys.stderr); sys.exit(3)"
+    asked = ["HEAD~1", "--b-dir", str(tree), "--case", "command", "--rounds", "1"]
+    status, found, out, err = ab(*asked, *(f'--command=python -c "{line}"' for line in (burn, fails)), hide=False)
+    assert status == 1 and not found["rehearsal"], out + err
+    for side in "AB":
+        (sample,) = found["rows"][0]["samples"][side]
+        assert 0.3 <= sample["cpu_s"] < 3 and sample["wall_s"] >= 0.3 and 5 < sample["rss_mib"] < 2000
+    assert found["rows"][1]["error"] == "A: exit status 3: luck"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["HEAD"], "give two revisions, --a-dir and --b-dir, or one of each; got 1 revisions"),
+        (["HEAD", "no-such"], "git rev-parse --verify no-such^{commit}: fatal: Needed a single revision"),
+        (["HEAD", "--b-dir", "bench"], "B: bench holds no hiar_model: give the root of a checkout"),
+        (["HEAD", "HEAD", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["HEAD", "HEAD", "--case", "op"], "--case op needs --op NAME"),
+        (["HEAD", "HEAD", "--case", "command"], "--case command needs --command 'LINE'"),
+    ],
+    ids=str,
+)
+def test_wrong_requests(repository, monkeypatch, arguments, line):
+    tree, git = repository
+    monkeypatch.setattr(ab_module, "ROOT", tree)
+    monkeypatch.setattr(sys, "argv", ["ab.py", *arguments])
+    with pytest.raises(SystemExit, match=re.escape(line)):
+        ab_module.main()
+    assert len(git("worktree", "list").splitlines()) == 1
+
+
+def test_parts_of_a_trace():
+    """Two tasks in one forward of three layers; the kernels overlap by half a millisecond."""
+    trace = {
+        "tasks": 2, "forwards": 1, "layers": 3, "spans": [[0, 2000], [1500, 3000]],
+        "device": [["_attention_fwd_kernel", 0.002, 3], ["nvjet_sm90", 0.001, 6], ["Memset (Unknown)", 0.0005, 3]],
+        "host": {"cudaGraphLaunch": 1, "cudaLaunchKernel": 3, "cudaEventSynchronize": 1, "aten::add": 9},
+    }  # fmt: skip
+    found = results.parts(trace, cuda=True)
+    assert found == {
+        "attention": 1.0, "matmul": 0.5, "pointwise": 0.0, "copy": 0.25, "busy": 1.5,
+        "launches": 2.0, "syncs": 0.5, "device_ops": 6.0, "device_ops_layer": 4.0,
+    }  # fmt: skip
+    row = {"label": "x", "samples": {side: [{"task_ms": 2.0, "fps": 6.0}] for side in "AB"}}
+    row["traces"] = {side: [found] for side in "AB"}
+    assert results.figures(row)["idle"] == {"A": [0.5], "B": [0.5]}
+    assert "| x | idle, ms a task | 0.5 | 0.5 | 1.000 |  |" in results.table([row])
+
+
+def test_the_spread_is_of_the_pairs():
+    """Drift that both sides share is no spread of the ratio."""
+    found = results.compared([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert found == {"a": [4.0, 2.0, 6.0], "b": [2.0, 1.0, 3.0], "ratio": 2.0, "pairs": [2.0, 2.0]}
