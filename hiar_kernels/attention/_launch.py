@@ -11,9 +11,8 @@ from torch import Tensor
 from ..common.aot import Case
 from ..common.shapes import HEAD_DIM
 from ..common.triton_loader import architecture
-from .inputs import AttentionInputs, window_list
+from .inputs import TRITON_HEAD_DIMS, AttentionInputs, window_list
 from .mask import BlockCausal
-from .table import HEAD_DIMS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPTIONAL = ("context_k", "context_v", "q_frames", "kv_frames", "context_frames", "windows", "counts", "frames")
@@ -115,8 +114,10 @@ def check(call: AttentionInputs) -> None:
             raise ValueError(
                 f"attention: impl='triton' needs {name} with a token stride below {2**24}, got {x.stride(1)}"
             )
-    if q.shape[3] not in HEAD_DIMS:
-        raise ValueError(f"attention: impl='triton' has head_dim {', '.join(map(str, HEAD_DIMS))}, got {q.shape[3]}")
+    if q.shape[3] not in TRITON_HEAD_DIMS:
+        raise ValueError(
+            f"attention: impl='triton' has head_dim {', '.join(map(str, TRITON_HEAD_DIMS))}, got {q.shape[3]}"
+        )
     first = 0 if call.mask is None else call.mask.first_frame  # ids on the device are not checked: no sync
     if abs(first) >= LARGEST_FRAME:
         raise ValueError(

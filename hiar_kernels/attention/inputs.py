@@ -13,6 +13,7 @@ from ..common.dispatch import require
 from .layout import AttentionLayout
 from .mask import BlockCausal, KVContext
 
+TRITON_HEAD_DIMS = (16, 32, 64, 128)
 _UNBOUNDED = -1  # "no window" in the schema's int list
 
 

@@ -19,14 +19,12 @@ from torch import Tensor
 
 from ..common import pointwise
 from . import gluon
-from .inputs import AttentionInputs
+from .inputs import TRITON_HEAD_DIMS, AttentionInputs
 from .layout import AttentionLayout
 from .library import LIBRARIES, unavailable
 
 OWN = ("triton", "gluon")
 """Kernels of this package: they read frame ids on the device, so one launch serves every layout."""
-HEAD_DIMS = (16, 32, 64, 128)
-"""Head sizes of the Triton kernels."""
 SHAPES = {
     "visit": "queries of one block over a ring",
     "pair": "queries of two blocks over a ring",
@@ -210,7 +208,7 @@ def choices() -> dict[str, Choice]:
 
 def triton_takes(q: Tensor) -> bool:
     """Whether Triton is installed and its kernels support tensors like q."""
-    return pointwise.TRITON_INSTALLED and q.dtype in pointwise.DTYPES and q.shape[-1] in HEAD_DIMS
+    return pointwise.TRITON_INSTALLED and q.dtype in pointwise.DTYPES and q.shape[-1] in TRITON_HEAD_DIMS
 
 
 def usable(impl: str, q: Tensor, return_lse: bool = False) -> bool:
