@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose
-from .._pointwise import automatic, prepare
+from ..common.dispatch import choose
+from ..common.pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
 IMPLS = ("reference", "triton")

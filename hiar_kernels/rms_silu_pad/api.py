@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose
-from .._pointwise import automatic, prepare
+from ..common.dispatch import choose
+from ..common.pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 from .layout import CACHE_FRAMES
 
@@ -44,8 +44,8 @@ def rms_silu_pad(
         fits = [*cache.shape[:2], *cache.shape[3:]] == [batch, channels, *size] and 1 <= cache.shape[2] <= CACHE_FRAMES
         if not (fits and cache.dtype == x.dtype):
             legal = f"[{batch}, {channels}, 1 or 2, {size[0]}, {size[1]}] {x.dtype}"
-            found = f"{list(cache.shape)} {cache.dtype}"
-            raise ValueError(f"rms_silu_pad: cache must be {legal}, got {found}")
+            actual = f"{list(cache.shape)} {cache.dtype}"
+            raise ValueError(f"rms_silu_pad: cache must be {legal}, got {actual}")
     auto = automatic(x, weight, cache) if channels <= WIDEST else "reference"
     if choose("rms_silu_pad", impl, IMPLS, auto=auto) == "triton":
         prepare("rms_silu_pad", x=x, weight=weight, cache=cache)

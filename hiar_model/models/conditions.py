@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -96,13 +96,6 @@ class TextKV:
     counts: Tensor
     embedded: Tensor | None = None
     counted: bool = True
-    log_counts: Tensor = field(init=False)
-    """Logarithm of the counts in the keys' dtype: made once for all layers and visits."""
-
-    def __post_init__(self) -> None:
-        dtype = (self.layers[0][0] if self.embedded is None else self.embedded).dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        object.__setattr__(self, "log_counts", self.counts.to(wide).log().to(dtype))
 
     @property
     def batch(self) -> int:

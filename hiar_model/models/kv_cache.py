@@ -345,10 +345,9 @@ class RingAttend(Attend):
             frames, layout = frames[rows, first:], None if layout is None else layout.select(start, stop, first)
             schedule = None  # of all rows and queries
         with span("attention"):
-            out: Any = attention(
+            return attention(
                 q, k, v, mask=mask, q_frames=frames, kv_frames=kv_frames, layout=layout, schedule=schedule
             )
-        return out
 
 
 def kept_dtype(dtype: torch.dtype, cache_dtype: torch.dtype | None) -> torch.dtype:

@@ -101,14 +101,11 @@ class CrossAttention(nn.Module):
         k = rms_norm(self.k(text), self.norm_k.weight, eps=self.eps)
         return k.unflatten(-1, split), self.v(text).unflatten(-1, split)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, counts: tuple[Tensor, Tensor] | None) -> Tensor:
-        """``counts`` of the keys and their logarithms; None: each occurs once."""
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, counts: Tensor | None) -> Tensor:
+        """``counts`` of the keys; None: each occurs once."""
         q = rms_norm(self.q(x), self.norm_q.weight, eps=self.eps).unflatten(-1, (self.heads, -1))
         k, v = k.to(q.dtype).expand(len(q), -1, -1, -1), v.to(q.dtype).expand(len(q), -1, -1, -1)
-        times, logs = (None, None) if counts is None else (counts[0], counts[1].to(q.dtype))
-        out = attention(q, k, v, kv_counts=times, kv_log_counts=logs)
-        assert isinstance(out, Tensor)
-        return self.o(out.flatten(2))
+        return self.o(attention(q, k, v, kv_counts=counts).flatten(2))
 
 
 class Pending(NamedTuple):
@@ -164,13 +161,13 @@ class Block(nn.Module):
         if attended is None:
             return None
         k, v = text.of(layer, self.cross_attn.kv)
-        counts = (text.counts, text.log_counts) if text.counted else None
+        counts = text.counts if text.counted else None
         if live is not None:
             x = live.tokens(x, x.shape[1] // modulation.frames)
             modulation = modulation.select(live)
             _, _, gate1, shift2, scale2, gate2 = modulation.of_layer(layer, self.modulation)
             k, v = live.of_rows(k), live.of_rows(v)
-            counts = None if counts is None else (live.of_rows(counts[0]), live.of_rows(counts[1]))
+            counts = None if counts is None else live.of_rows(counts)
         with span("output"):
             norm = self.norm3
             x, normed = gated_residual_layer_norm(
@@ -246,9 +243,7 @@ class FullSequence(Attend):
             return None
         ids = None if self.mask is None else self.frames
         context = None if self.context is None else self.context[layer]
-        out = attention(q, k, v, mask=self.mask, q_frames=ids, kv_frames=ids, context=context, layout=self.layout)
-        assert isinstance(out, Tensor)
-        return out
+        return attention(q, k, v, mask=self.mask, q_frames=ids, kv_frames=ids, context=context, layout=self.layout)
 
 
 class HiARTransformer(nn.Module):

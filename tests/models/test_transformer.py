@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hiar_kernels import qk_norm_rope
-from hiar_kernels._dispatch import prefer, taken
 from hiar_kernels.attention import table
+from hiar_kernels.common.dispatch import prefer, taken
 from hiar_model.config import WanConfig
 from hiar_model.models.flow_schedule import FlowSchedule, sigma_table
 from hiar_model.models.transformer import HiARTransformer
@@ -326,13 +326,13 @@ def test_training_runs_what_was_measured(monkeypatch):
     """On an H200 it would take the library in groups where that won, since the layout is known to every layer."""
     choose, chosen = table.choose, []
 
-    def also_there(q, k, v, mask, context, counts, layout, return_lse, trains):
-        shape = table.shape_class(q, k, mask, context, trains)
-        options = {"counts": counts is not None, "return_lse": return_lse, "trains": trains}
-        known = mask is None or layout is not None
-        if mask is not None:
-            chosen.append((shape, table.decide(90, shape, known=known, runs=lambda impl: True, **options).impl))
-        return choose(q, k, v, mask, context, counts, layout, return_lse, trains)
+    def also_there(call, layout, return_lse):
+        shape = table.shape_class(call)
+        options = {"counts": False, "return_lse": return_lse, "trains": call.needs_grad}
+        if call.mask is not None:
+            known = layout is not None
+            chosen.append((shape, table.decide(90, shape, layout_known=known, runs=lambda impl: True, **options).impl))
+        return choose(call, layout, return_lse)
 
     monkeypatch.setattr(table, "choose", also_there)
     latents, timesteps, text = inputs(frames=6)
