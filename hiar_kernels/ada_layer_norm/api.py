@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose
+from .._dispatch import check_eps, check_floats, choose
 from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -27,6 +27,8 @@ def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
     Raises:
         ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
+    check_floats("ada_layer_norm", x=x, shift=shift, scale=scale)
+    check_eps("ada_layer_norm", eps)
     if x.dim() != 3:
         raise ValueError(f"ada_layer_norm: x must be [B, T, C], got {list(x.shape)}")
     for name, m in (("shift", shift), ("scale", scale)):

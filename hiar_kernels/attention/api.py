@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import _triton
-from .._dispatch import choose, require
+from .._dispatch import check_floats, check_tensor, choose, require
 from . import gluon, library, ops, reference, table
 from .layout import AttentionLayout, attention_layout
 from .mask import BlockCausal, KVContext
@@ -90,6 +92,8 @@ def attention(
                 f"attention: kv_log_counts must be {q.dtype} {list(kv_counts.shape)} like kv_counts, "
                 f"got {kv_log_counts.dtype} {list(kv_log_counts.shape)}"
             )
+    if scale is not None and (isinstance(scale, str) or not -math.inf < scale < math.inf):
+        raise ValueError(f"attention: scale must be a finite number, or None for 1 / sqrt(D), got {scale!r}")
     if layout is not None:
         _validate_layout(q, k, mask, context, layout)
     asked = impl
@@ -206,6 +210,13 @@ def _validate(
         found = f"a tensor {list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else repr(mask)
         legal = "None or BlockCausal(frame_tokens, frames_per_block, ...): who sees whom goes by frame ids"
         raise ValueError(f"attention: mask must be {legal}; got {found}")
+    check_floats("attention", q=q)
+    check_tensor("attention", "k", k)
+    check_tensor("attention", "v", v)
+    optional = {"q_frames": q_frames, "kv_frames": kv_frames, "kv_counts": kv_counts}
+    for name, given in optional.items():
+        if given is not None:
+            check_tensor("attention", name, given)
     if q.dim() != 4:
         raise ValueError(f"attention: q must be [B, Tq, H, D], got {list(q.shape)}")
     b, _, h, d = q.shape
@@ -222,8 +233,6 @@ def _validate(
             raise ValueError(f"attention: {name} must be {q.dtype} like q, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"attention: {name} must be on {q.device} like q, got {x.device}")
-    if not q.is_floating_point():
-        raise ValueError(f"attention: q must be floating point, got {q.dtype}")
     if mask is None:
         require(q_frames is None and kv_frames is None, "attention: frame ids need a BlockCausal mask, got mask=None")
         if kv_counts is not None and (

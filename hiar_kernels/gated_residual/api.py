@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose
+from .._dispatch import check_floats, choose
 from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -26,6 +26,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, impl: str = "auto") ->
     Raises:
         ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
+    check_floats("gated_residual", x=x, y=y, gate=gate)
     if x.dim() != 3 or x.shape != y.shape:
         raise ValueError(f"gated_residual: x and y must be [B, T, C], got {list(x.shape)}, {list(y.shape)}")
     if gate.dim() != 3 or gate.shape[0] not in (1, x.shape[0]) or gate.shape[2] != x.shape[2]:

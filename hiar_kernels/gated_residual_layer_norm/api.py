@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose
+from .._dispatch import check_eps, check_floats, choose
 from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -38,6 +38,8 @@ def gated_residual_layer_norm(
     Raises:
         ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
+    check_floats(_OP, x=x, y=y, gate=gate, weight=weight, bias=bias)
+    check_eps(_OP, eps)
     ok = x.dim() == 3 and x.shape == y.shape
     if not ok:
         raise ValueError(f"{_OP}: x and y must be [B, T, C], got {list(x.shape)}, {list(y.shape)}")

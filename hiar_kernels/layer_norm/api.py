@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose
+from .._dispatch import check_eps, check_floats, choose
 from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -26,6 +26,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6, im
     Raises:
         ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
+    check_floats("layer_norm", x=x, weight=weight, bias=bias)
+    check_eps("layer_norm", eps)
     if x.dim() != 3:
         raise ValueError(f"layer_norm: x must be [B, T, C], got {list(x.shape)}")
     for name, p in (("weight", weight), ("bias", bias)):

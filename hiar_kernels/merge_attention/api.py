@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _cuda, _pointwise, _triton
-from .._dispatch import choose
+from .._dispatch import check_floats, choose
 from . import ops, reference  # noqa: F401  (registers the op)
 
 IMPLS = ("reference", "triton", "cuda")
@@ -39,9 +39,14 @@ def merge_attention(
         >>> torch.allclose(out, attention(q, k, k), atol=1e-5)
         True
     """
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, Tensor | list | tuple):
+            raise ValueError(f"merge_attention: {name} must be tensors, got {type(parts).__name__}")
     ok = len(outs) == len(lses) > 0
     if not ok:
         raise ValueError(f"merge_attention: got {len(outs)} outs and {len(lses)} lses; expected n and n >= 1")
+    for part in zip(outs, lses, strict=True):
+        check_floats("merge_attention", **{"every out": part[0], "every lse": part[1]})
     b, t, h, _ = outs[0].shape
     for out, lse in zip(outs, lses, strict=True):
         ok = out.shape == outs[0].shape and out.dtype == outs[0].dtype

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .._dispatch import choose, require
+from .._dispatch import check_eps, check_floats, check_tensor, choose, require
 from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the ops)
 
@@ -44,7 +47,7 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes or dtypes do not fit, or impl="triton" cannot take the device or a dtype.
     """
-    _validate("qk_norm_rope", qkv, q_weight, k_weight, frames, num_heads, grid, cells)
+    _validate("qk_norm_rope", qkv, q_weight, k_weight, frames, num_heads, grid, cells, eps, theta)
     if choose("qk_norm_rope", impl, IMPLS, auto=automatic(q_weight, k_weight, qkv, norm=True)) == "triton":
         prepare("qk_norm_rope", norm=True, q_weight=q_weight, k_weight=k_weight, qkv=qkv)
         q, k = torch.ops.hiar.qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, *grid, eps, theta, cells)
@@ -87,7 +90,9 @@ def qk_norm_rope_append(
         ValueError: shapes or dtypes do not fit, a gradient is asked for, impl="triton" or "cuda" cannot take the
             device, a dtype or the layout of a cache, or is not installed.
     """
-    _validate("qk_norm_rope_append", qkv, q_weight, k_weight, frames, num_heads, grid, cells)
+    check_floats("qk_norm_rope_append", qkv=qkv, k_cache=k_cache, v_cache=v_cache)
+    check_tensor("qk_norm_rope_append", "slots", slots)
+    _validate("qk_norm_rope_append", qkv, q_weight, k_weight, frames, num_heads, grid, cells, eps, theta)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, q_weight, k_weight))
     require(not wants_grad, "qk_norm_rope_append: has no gradient; use qk_norm_rope, or torch.no_grad()")
     op, batch = "qk_norm_rope_append", qkv.shape[0]
@@ -134,7 +139,16 @@ def _validate(
     num_heads: int,
     grid: tuple[int, int],
     cells: tuple[int, int] | None,
+    eps: float,
+    theta: float,
 ) -> None:
+    check_floats(op, qkv=qkv, q_weight=q_weight, k_weight=k_weight)
+    check_tensor(op, "frames", frames)
+    check_eps(op, eps)
+    if theta is None or isinstance(theta, str) or not 0 < theta < math.inf:
+        raise ValueError(f"{op}: theta must be a finite number above 0, got {theta!r}")
+    if not isinstance(grid, Sequence) or len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"{op}: grid must be (rows, columns) of at least 1, got {grid!r}")
     if cells is not None and not (len(cells) == 2 and 0 <= cells[0] < cells[1] <= grid[0] * grid[1]):
         raise ValueError(
             f"{op}: cells must be (start, stop) with 0 <= start < stop <= {grid[0] * grid[1]}, got {cells}"
@@ -150,5 +164,9 @@ def _validate(
             raise ValueError(f"{op}: {name} must be [{c // 3}], got {list(w.shape)}")
     if frames.dim() != 2 or frames.shape[0] not in (1, b) or frames.shape[1] * tokens != t:
         raise ValueError(f"{op}: frames must be [{b} or 1, {t} / {tokens}], got {list(frames.shape)}")
+    if qkv.shape[2] > 1 and qkv.stride(2) != 1:
+        raise ValueError(f"{op}: the last dimension of qkv must be dense, got stride {qkv.stride(2)}; use contiguous()")
+    if frames.device != qkv.device:
+        raise ValueError(f"{op}: frames must be on {qkv.device} like qkv, got {frames.device}")
     if frames.is_floating_point():
         raise ValueError(f"{op}: frames must be integer ids, got {frames.dtype}")

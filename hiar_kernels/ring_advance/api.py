@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _cuda, _triton
-from .._dispatch import choose
+from .._dispatch import check_tensor, choose
 from .._pointwise import TRITON_INSTALLED
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -52,6 +52,11 @@ def ring_advance(
         ValueError: shapes, dtypes or devices do not fit, or the implementation cannot take them.
     """
     op = "ring_advance"
+    for name, x in (
+        ("position", position), ("frames", frames), ("slots", slots), ("ring_frames", ring_frames),
+        ("advance", advance), ("capacities", capacities),
+    ):  # fmt: skip
+        check_tensor(op, name, x)
     if frames.dim() != 2:
         raise ValueError(f"{op}: frames must be [R, F], got {list(frames.shape)}")
     rows, count = frames.shape

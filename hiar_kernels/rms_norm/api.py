@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose
+from .._dispatch import check_eps, check_floats, choose
 from .._pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -29,6 +29,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, impl: str = "auto"
     Raises:
         ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
+    check_floats("rms_norm", x=x, weight=weight)
+    check_eps("rms_norm", eps)
     if x.dim() != 3:
         raise ValueError(f"rms_norm: x must be [B, T, C], got {list(x.shape)}")
     fits = tuple(weight.shape) == x.shape[2:]
