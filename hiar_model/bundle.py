@@ -29,6 +29,7 @@ from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
 from .checkpoint import TOY_FORMAT, TOY_TRANSFORMER
+from .checks import path_like
 from .config import SHIPPED, WanConfig
 from .files import refuse_stand_in
 from .schedule import FlowSchedule
@@ -58,6 +59,7 @@ class ToyDecoder:
 
 def model_folder(name_or_path: str | os.PathLike[str]) -> Path:
     """The folder of a shipped model or of a path; ValueError if there is none."""
+    path_like("model", name_or_path)
     name = os.fspath(name_or_path)
     if name in SHIPPED:
         package, inside = SHIPPED[name]

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import layouts
 from .config import SHIPPED, WanConfig
-from .files import check_output
+from .files import check_output, save_tensors
 from .settings import own_settings
 from .transformer import HiARTransformer
 from .weight_files import (
@@ -179,7 +178,7 @@ def save_transformer(model: HiARTransformer, path: str | Path) -> None:
     check_output(target)
     state = {layouts.plain(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with whole(target) as part:
-        save_file(state, part, file_header(model.config))
+        save_tensors(state, part, file_header(model.config))
 
 
 def file_header(config: WanConfig) -> dict[str, str]:

@@ -252,12 +252,12 @@ def test_bad_input_is_one_line(what):
     assert message in line
     names = (
         "attention|merge_attention|BlockCausal|qk_norm_rope|qk_norm_rope_append|ada_layer_norm|layer_norm|"
-        "gated_residual|gated_residual_ada_layer_norm|gated_residual_layer_norm|flow_step|rms_norm|rms_silu_pad"
+        "gated_residual|gated_residual_ada_layer_norm|gated_residual_layer_norm|flow_step|rms_norm|rms_silu_pad|ring_advance"
     )
     assert re.match(f"({names}): ", line)
 
 
-M, W = torch.zeros(2, 2, 8), torch.ones(8)
+M, W, PIXELS = torch.zeros(2, 2, 8), torch.ones(8), torch.zeros(2, 8, 1, 4, 4)
 POINTWISE: dict[str, Callable[..., object]] = {  # of the first tensor, the last one, and eps where there is one
     "ada_layer_norm": lambda x=X, last=M, eps=1e-6: hk.ada_layer_norm(x, M, last, eps=eps),
     "gated_residual": lambda x=X, last=M: hk.gated_residual(x, X, last),
@@ -267,7 +267,7 @@ POINTWISE: dict[str, Callable[..., object]] = {  # of the first tensor, the last
     "gated_residual_layer_norm": lambda x=X, last=W, eps=1e-6: hk.gated_residual_layer_norm(x, X, M, W, last, eps=eps),
     "layer_norm": lambda x=X, last=W, eps=1e-6: hk.layer_norm(x, W, last, eps=eps),
     "rms_norm": lambda x=X, last=W, eps=1e-6: hk.rms_norm(x, last, eps=eps),
-    "rms_silu_pad": lambda x=torch.zeros(2, 8, 1, 4, 4), last=W, eps=1e-6: hk.rms_silu_pad(x, last, eps=eps),
+    "rms_silu_pad": lambda x=PIXELS, last=W, eps=1e-6: hk.rms_silu_pad(x, last, eps=eps),
     "flow_step": lambda x=LATENT, last=LEVEL: hk.flow_step(x, LATENT, LEVEL, last),
     "qk_norm_rope": lambda x=QKV, last=W, eps=1e-6: hk.qk_norm_rope(x, W, last, TWO, num_heads=2, grid=(1, 3), eps=eps),
 }

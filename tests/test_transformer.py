@@ -127,6 +127,12 @@ def test_uniform_schedules(steps):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: FlowSchedule(shift=float("nan")), "shift must be a number above 0, got nan"),
+        (lambda: FlowSchedule(shift=float("inf")), "shift must be a number above 0, got inf"),
+        (lambda: FlowSchedule(shift="5"), "shift must be a number above 0, got '5'"),
+        (lambda: FlowSchedule(("1000", "500")), "steps must fall within (0, 1000], got ['1000', '500']"),
+        (lambda: FlowSchedule(5), "steps must fall within (0, 1000], got 5"),
+        (lambda: FlowSchedule.uniform(1001), "number of steps must be a whole number from 1 to 1000, got 1001"),
         (lambda: FlowSchedule(()), "steps must fall within (0, 1000], got []"),
         (lambda: FlowSchedule((500, 750)), "must fall"),
         (lambda: FlowSchedule((1000, 0)), "must fall within (0, 1000]"),
