@@ -59,7 +59,8 @@ class ToyDecoder:
 
 def model_folder(name_or_path: str | os.PathLike[str]) -> Path:
     """The folder of a shipped model or of a path; ValueError if there is none."""
-    path_like("model", name_or_path)
+    if name_or_path != "":  # which is no name of a model either, as said below
+        path_like("model", name_or_path)
     name = os.fspath(name_or_path)
     if name in SHIPPED:
         package, inside = SHIPPED[name]

@@ -93,7 +93,6 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
     target = check_target(a.out)
     if target.is_file() and not a.overwrite:
         raise ValueError(f"{target} exists already: give another name, or --overwrite")
-    script = _script(a)
     for option in ("image", "extend", "from_session"):
         if a[option] is not None and not Path(a[option]).exists():
             raise ValueError(f"{option.replace('_', '-')} {a[option]}: no such file")
@@ -104,6 +103,7 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
     )
     if a.from_session is not None:  # that may be replaced by --session
         require_apart({"-o": target}, {"--from-session": in_folder(a.from_session, SESSION)})
+    script = _script(a)
     with imports():
         from hiar_kernels.nvtx import span
 

@@ -32,7 +32,7 @@ class FlowSchedule:
         steps = tuple(map(plain, self.steps)) if isinstance(self.steps, Iterable) else ()
         inside = all(isinstance(s, int | float) and 0 < s <= TRAIN_TIMESTEPS for s in steps)
         if not steps or not inside or not all(a > b for a, b in pairwise(steps)):
-            got = list(steps) if steps else self.steps
+            got = list(steps) if isinstance(self.steps, Iterable) else self.steps
             raise ValueError(f"FlowSchedule: steps must fall within (0, {TRAIN_TIMESTEPS}], got {got}")
         number_above_0("FlowSchedule: shift", self.shift)
         object.__setattr__(self, "steps", steps)

@@ -340,7 +340,7 @@ LIGHT = {
     **{f"{command} --help": ([command, "--help"], "usage: hiar") for command in COMMANDS},
     "help": (["--help"], "usage: hiar"), "bare": ([], "usage: hiar"), "version": (["--version"], "hiar"),
     "order": (["generate", PROMPT, "-o", "a.mp4", "--order", "foo"], "--order must be one of step_first, stream, wa"),
-    "steps": (["generate", PROMPT, "-o", "a.mp4", "--steps", "0"], "--steps must be a whole number .* 1, got 0"),
+    "steps": (["generate", PROMPT, "-o", "a.mp4", "--steps", "0"], "--steps must be a whole number from 1 to 1000, got 0"),
     "dtype": (["generate", PROMPT, "-o", "a.mp4", "--dtype", "bf16"], "--dtype must be one of float32, bfloat16"),
     "cache dtype": (["generate", PROMPT, "-o", "a.mp4", "--cache-dtype", "fp8"], "--cache-dtype must be one of"),
     "offload": (["generate", PROMPT, "-o", "a.mp4", "--offload", "text,vea"], "got 'vea'; did you mean vae?"),

@@ -176,7 +176,7 @@ def test_a_video_stays_where_its_session_fails(run, tmp_path, monkeypatch, capsy
         Path(path).write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(states, "save_file", torn)
+    monkeypatch.setattr(states, "save_tensors", torn)
     assert run("v.mp4", "--session", "s.safetensors", "--order", "stream") == 2
     line = capsys.readouterr().err
     assert line.startswith("hiar: s.safetensors is not written: ") and "No space left on device" in line
