@@ -350,7 +350,7 @@ LIGHT = {
     "on nan": (["generate", PROMPT, "-o", "a.mp4", "--on-nan", "go"], "--on-nan must be one of stop, retry, got 'go'"),
     "device": (["generate", PROMPT, "-o", "a.mp4", "--device", "gpu"], "--device must be one of auto, cpu, cuda"),
     "orders": (["evaluate", "toy", "--order", "[stream,steam]"], "--order must be .* got 'steam'; did you mean stream"),
-    "ranks": (["verify-parity", "--nproc", "0"], "--nproc must be a whole number of at least 1, got 0"),
+    "ranks": (["verify-parity", "--nproc", "0"], "--nproc must be a whole number from 1 to"),
     "warmup": (["warmup", "--order", "foo"], "--order must be one of"),
     "profile": (["profile", "--model", "wan2.1"], "--model 'wan2.1' is no known configuration; known: toy, wan2.1-t2v"),
     "doctor": (["doctor", "--model", "wan9"], "--model 'wan9' is no name, file or folder; names: toy, wan2.1-t2v"),
