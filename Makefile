@@ -21,7 +21,7 @@ BIN := .venv/bin
 # pip says what it collects, downloads and installs: nobody looks at a silent line for minutes.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 DESCRIPTION := pyproject.toml setup.py constraints.txt hiar_kernels/_extension.py $(wildcard csrc/*.c* csrc/*.h)
-NUMERIC := tests/test_attention.py tests/test_pointwise.py tests/test_transformer.py tests/test_rollout.py
+NUMERIC := tests/kernels/test_attention.py tests/kernels/test_pointwise.py tests/models/test_transformer.py tests/rollout/test_rollout.py
 PROMPT := a red circle moving right
 
 .DEFAULT_GOAL := help

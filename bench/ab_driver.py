@@ -38,8 +38,8 @@ class RolloutCase:
     models: ClassVar[dict[str, tuple[Any, Any]]] = {}
 
     def __init__(self, case: dict[str, Any]) -> None:
+        from hiar_model.models.flow_schedule import FlowSchedule
         from hiar_model.rollout import Rollout
-        from hiar_model.schedule import FlowSchedule
 
         begun = now()
         model, prompt = self.weights(case)
@@ -66,7 +66,7 @@ class RolloutCase:
     @classmethod
     def weights(cls, case: dict[str, Any]) -> tuple[Any, Any]:
         from hiar_model.config import WanConfig
-        from hiar_model.transformer import HiARTransformer
+        from hiar_model.models.transformer import HiARTransformer
 
         key = json.dumps([case[name] for name in ("model", "layers", "dtype")])
         if key not in cls.models:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hiar_model.profiling import KINDS, LAUNCHES, SYNCS, covered, kind_of
+from hiar_model.planning.profiling import KINDS, LAUNCHES, SYNCS, covered, kind_of
 
 Row = dict[str, Any]
 UNITS = {

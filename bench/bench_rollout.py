@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hiar_model.profiling import Profile, Setting, profile
+from hiar_model.planning.profiling import Profile, Setting, profile
 from op_results import CUDA
 
 CAPTURED = "graph" if CUDA else "recorded"

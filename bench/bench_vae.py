@@ -41,8 +41,8 @@ def weights() -> dict[str, Tensor]:
 def decoder(fused: bool = True, channels_last: bool = False, **options: Any) -> Any:
     from diffusers import AutoencoderKLWan
 
-    from hiar_model.vae import StreamingDecoder
-    from hiar_model.vae_fused import fuse, to_channels_last
+    from hiar_model.models.vae import StreamingDecoder
+    from hiar_model.models.vae_fused import fuse, to_channels_last
 
     with torch.device("meta"):
         vae = AutoencoderKLWan(**SIZES)

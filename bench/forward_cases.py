@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import hiar_kernels
 from hiar_kernels import qk_norm_rope_append, rms_norm
-from hiar_model import transformer
-from hiar_model.conditions import Live, ModulationTable, TextKV
 from hiar_model.config import WanConfig
-from hiar_model.transformer import Attend, Block, Head
+from hiar_model.models import transformer
+from hiar_model.models.conditions import Live, ModulationTable, TextKV
+from hiar_model.models.transformer import Attend, Block, Head
 from measure import Bench
 from work import Sizes, Work, ids, normal
 

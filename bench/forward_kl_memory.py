@@ -22,8 +22,8 @@ import torch
 
 import hiar_kernels
 from hiar_model.config import WanConfig
-from hiar_model.train.forward_kl import forward_kl_loss
-from hiar_model.transformer import HiARTransformer
+from hiar_model.models.transformer import HiARTransformer
+from hiar_model.train.losses.forward_kl import forward_kl_loss
 from measure import environment, result_folder
 
 FRAMES = (21, 42, 84, 168, 336)

@@ -21,15 +21,15 @@ import torch
 import torch.distributed as dist
 
 from hiar_model.config import WanConfig
+from hiar_model.distributed.pipeline import join
+from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.models.transformer import HiARTransformer
+from hiar_model.planning.measure_costs import measure_costs
 from hiar_model.rollout import PipelineOptions, Rollout
-from hiar_model.rollout.balance import measure_costs
-from hiar_model.rollout.costs import Costs, Curve
-from hiar_model.rollout.pipeline import join
-from hiar_model.rollout.simulate import Timeline, simulate
-from hiar_model.rollout.stage import split_steps
-from hiar_model.rollout.visits import Plan
-from hiar_model.schedule import FlowSchedule
-from hiar_model.transformer import HiARTransformer
+from hiar_model.schedule.costs import Costs, Curve
+from hiar_model.schedule.plan import Plan
+from hiar_model.schedule.simulator import Timeline, simulate
+from hiar_model.schedule.stages import split_steps
 from measure import environment
 
 VAE_SECONDS = 0.312  # of a block of 480x832 by the full Wan VAE: assumed; on an H200 the fused one takes 0.146

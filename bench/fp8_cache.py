@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hiar_model.bundle import VideoModel, load_video_model
+from hiar_model.models.registry import VideoModel, load_video_model
 from hiar_model.rollout import Rollout
 from hiar_model.toy.oracle import ToyOracle
 from hiar_model.toy.prompt import ToyPrompt, split_prompts

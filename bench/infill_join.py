@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from hiar_model import FlowSchedule, load_transformer, load_video_model
-from hiar_model.toy.join import measure_join
+from hiar_model.evaluation.join import measure_join
 from hiar_model.toy.prompt import split_prompts
 from hiar_model.toy.world import WORLDS
 

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from hiar_model.generation import Generation
-from hiar_model.script import Script
-from hiar_model.video import VideoWriter
+from hiar_model.io.video import VideoWriter
+from hiar_model.pipelines.prompt_schedule import Script
+from hiar_model.pipelines.video_pipeline import Generation
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from hiar_model.parallel_report import measured_table
+from hiar_model.schedule.report import measured_table
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_VISIT = 0.05  # seconds

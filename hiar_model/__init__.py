@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import rollout, train
-    from .bundle import load_video_model
-    from .checkpoint import load_transformer, save_transformer
     from .config import WanConfig
-    from .generation import generate, stream
-    from .infill import infill
+    from .io.video import Video
+    from .models.checkpoint import load_transformer, save_transformer
+    from .models.flow_schedule import FlowSchedule
+    from .models.registry import load_video_model
+    from .models.text_encoder import WanTextEncoder
+    from .models.transformer import HiARTransformer
+    from .models.video_model import VideoModel
+    from .pipelines.prompt_schedule import Script
+    from .pipelines.video_pipeline import generate, stream
     from .rollout import Rollout
-    from .schedule import FlowSchedule
-    from .script import Script
-    from .sessions import load_session, save_session
-    from .text import WanTextEncoder
-    from .transformer import HiARTransformer
-    from .video import Video
-    from .video_model import VideoModel
+    from .rollout.infill import infill
+    from .rollout.session_io import load_session, save_session
 
 __all__ = [
     "WanConfig",
@@ -44,21 +44,21 @@ __all__ = [
 
 _HOME = {
     "WanConfig": "config",
-    "HiARTransformer": "transformer",
-    "load_transformer": "checkpoint",
-    "save_transformer": "checkpoint",
-    "FlowSchedule": "schedule",
+    "HiARTransformer": "models.transformer",
+    "load_transformer": "models.checkpoint",
+    "save_transformer": "models.checkpoint",
+    "FlowSchedule": "models.flow_schedule",
     "Rollout": "rollout",
-    "Video": "video",
-    "VideoModel": "video_model",
-    "load_video_model": "bundle",
-    "generate": "generation",
-    "stream": "generation",
-    "Script": "script",
-    "infill": "infill",
-    "save_session": "sessions",
-    "load_session": "sessions",
-    "WanTextEncoder": "text",
+    "Video": "io.video",
+    "VideoModel": "models.video_model",
+    "load_video_model": "models.registry",
+    "generate": "pipelines.video_pipeline",
+    "stream": "pipelines.video_pipeline",
+    "Script": "pipelines.prompt_schedule",
+    "infill": "rollout.infill",
+    "save_session": "rollout.session_io",
+    "load_session": "rollout.session_io",
+    "WanTextEncoder": "models.text_encoder",
 }
 """Public name -> the module that holds it."""
 _SUBPACKAGES = ("rollout", "train")  # rollout is callable as well: hiar_model.rollout(...)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pipeline import PipelineOptions
-from .session import FinishedBlock, Rollout
+from ..distributed.pipeline import PipelineOptions
+from .engine import FinishedBlock, Rollout
 from .shapes import require_shape
 
 __all__ = ["FinishedBlock", "PipelineOptions", "Rollout", "rollout"]
@@ -48,7 +48,7 @@ def rollout(model: Any, noise: Tensor | None, text: Any, schedule: Any, **option
 
 
 class _CallableModule(ModuleType):
-    """``hiar_model.rollout(...)`` is the function, ``hiar_model.rollout.visits`` the package: both names are public."""
+    """``hiar_model.rollout(...)`` is the function, ``hiar_model.schedule.plan`` the package: both names are public."""
 
     __call__ = staticmethod(rollout)
 

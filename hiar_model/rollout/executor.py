@@ -13,20 +13,20 @@ from torch import Tensor
 from hiar_kernels import BlockCausal, takes_layout
 from hiar_kernels.nvtx import span
 
-from ..cache import RingAttend, RingCache
-from ..conditions import TextKV
-from ..schedule import TRAIN_TIMESTEPS, FlowSchedule
-from ..transformer import HiARTransformer
-from .graph import CudaGraphs, Recorder
-from .launch import Capture, Kind, Launch, on_the_way
+from ..models.conditions import TextKV
+from ..models.flow_schedule import TRAIN_TIMESTEPS, FlowSchedule
+from ..models.kv_cache import RingAttend, RingCache
+from ..models.transformer import HiARTransformer
+from ..schedule.plan import Group, Plan, Row, Visit
+from .batched_forward import Capture, Kind, Launch, on_the_way
+from .cuda_graph import CudaGraphs, Recorder
+from .nan_guard import Sentinel
 from .noise import INITIAL
+from .prompt_cache import TextCache, TextSlots, TextSource
 from .recache import History, forget
-from .sentinel import Sentinel
-from .texts import TextCache, TextSlots, TextSource
-from .visits import Group, Plan, Row, Visit
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline
+    from ..distributed.pipeline import Pipeline
 
 NoiseSource = Callable[[int, int], Tensor]  # (step, block) -> [B, frames, C, H, W]; step -1: initial noise
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..keyed import keyed_generator
+from ..common.keyed import keyed_generator
 
 INITIAL = -1  # the "step" of the initial noise
 GIVEN = "given"  # in place of a scheme's name: nothing is drawn here

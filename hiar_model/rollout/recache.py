@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hiar_kernels import EMPTY
 
-from ..cache import RingCache
-from .visits import Plan, Visit, cache
+from ..models.kv_cache import RingCache
+from ..schedule.plan import Plan, Visit, cache
 
 
 @dataclass

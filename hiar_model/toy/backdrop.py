@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..settings import own_settings
+from ..common.settings import own_settings
 from .world import WAVES, ToyWorld
 
 LIMITS = (0.25, 0.2, 0.12, 0.08)

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..settings import own_settings
+from ..common.settings import own_settings
 from .world import ToyWorld, WorldConfig
 
 Scaling = Literal["clipped", "sqrt", "common"]

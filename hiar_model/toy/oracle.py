@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..settings import own_settings
+from ..common.settings import own_settings
 from .backdrop import Backdrop, BackdropReader
 from .prompt import SHAPES, SIZES, ToyPrompt, parse
 from .reading import NOTHING, Reading

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..keyed import Generator, draw_whole
-from ..settings import own_settings
+from ..common.keyed import Generator, draw_whole
+from ..common.settings import own_settings
 
 NEUTRAL = "medium"
 SIZES = ("small", NEUTRAL, "large")

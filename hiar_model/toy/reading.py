@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..settings import own_settings
+from ..common.settings import own_settings
 from .prompt import COLOURS, SHAPES, SIZES, ToyPrompt
 
 NOTHING = -1

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..settings import own_settings
+from ..common.settings import own_settings
 from .prompt import NULL_TOKEN, PROMPT_TOKENS, SPEED_SLOT, VOCABULARY_SIZE, ToyPrompt, token_table
 
 

@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..keyed import Generator, draw_uniform, draw_whole
-from ..settings import own_settings
+from ..common.keyed import Generator, draw_uniform, draw_whole
+from ..common.settings import own_settings
 from .prompt import (
     COLOURS,
     DIRECTIONS,

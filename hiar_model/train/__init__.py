@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .dmd import dmd_gradient, dmd_loss
-    from .forward_kl import trajectory_x0
+    from .losses.dmd import dmd_gradient, dmd_loss
+    from .losses.forward_kl import trajectory_x0
 
 __all__ = ["dmd_gradient", "dmd_loss", "trajectory_x0"]
 

@@ -1,6 +1,6 @@
 """Captured CUDA graphs: the bits of the eager run, no host synchronisation and no allocation in a visit.
 
-The stand-in's tests (tests/test_graph.py) hold the logic on a CPU; here are the claims that only a device can show.
+The stand-in's tests (tests/rollout/test_cuda_graph.py) hold the logic on a CPU; here are the claims that only a device can show.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import torch
 
 import hiar_kernels
 from hiar_model.config import WanConfig
-from hiar_model.profiling import SYNCS, calls_within
+from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.models.transformer import HiARTransformer
+from hiar_model.planning.profiling import SYNCS, calls_within
 from hiar_model.rollout import Rollout
-from hiar_model.schedule import FlowSchedule
-from hiar_model.transformer import HiARTransformer
 
 pytestmark = pytest.mark.gpu
 

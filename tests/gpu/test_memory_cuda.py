@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hiar_model.config import WanConfig
-from hiar_model.memory import Request, predict
-from hiar_model.transformer import HiARTransformer
+from hiar_model.models.transformer import HiARTransformer
+from hiar_model.planning.memory import Request, predict
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ import torch
 from budget import assert_within_budget
 
 from hiar_model.config import WanConfig
-from hiar_model.transformer import Block
+from hiar_model.models.transformer import Block
 
 pytestmark = pytest.mark.interpreter
 

@@ -7,9 +7,9 @@ import torch
 
 import hiar_kernels
 from hiar_model.config import WanConfig
+from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.models.transformer import HiARTransformer
 from hiar_model.rollout import Rollout
-from hiar_model.schedule import FlowSchedule
-from hiar_model.transformer import HiARTransformer
 
 pytestmark = pytest.mark.interpreter
 

@@ -1,0 +1,59 @@
+"""What `hiar doctor` says: what is installed, which devices there are, what would run, and what is missing and why."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..version import versions
+
+LIBRARIES = ("torch", "triton", "numpy", "safetensors", "av", "jsonargparse", "rich")
+UNUSABLE = "not usable"  # begins what is said of a part that is broken
+OPTIONAL = ("diffusers", "transformers", "flash-attn", "xformers", "matplotlib")
+
+
+def report() -> Iterator[tuple[str, str]]:
+    """(topic, what is found), line by line; imports torch and loads the shipped model."""
+    import torch
+
+    import hiar_kernels
+
+    from ..models.registry import SHIPPED, load_video_model
+
+    own = versions()
+    yield "package", f"hiar-kernels {own['hiar-kernels']} in {Path(__file__).resolve().parents[1]}"
+    yield "python", f"{own['python']} on {platform.system()} {platform.machine()}"
+    for topic, names in (("libraries", LIBRARIES), ("optional", OPTIONAL)):
+        found = versions(*names)
+        yield topic, ", ".join(f"{name} {found[name]}" for name in names)
+    yield "torch threads", f"{torch.get_num_threads()}"
+    backends = hiar_kernels.backends()
+    yield "devices", ", ".join(backends.devices)
+    yield "CUDA", cuda()
+    yield "CUDA extension", backends.extension
+    for op, choice in backends.ops.items():
+        yield f"op {op}", f"auto = {choice.auto} of {', '.join(choice.implementations)}: {choice.why}"
+    for shape, taken in backends.attention.items():
+        yield f"attention {shape}", str(taken)
+    for row in backends.measured:
+        yield "attention measured", str(row)
+    for name in SHIPPED:
+        try:
+            model = load_video_model(name, "cpu")
+        except ValueError as error:
+            yield f"model {name}", f"{UNUSABLE}: {error}"
+        else:
+            parameters = sum(parameter.numel() for parameter in model.transformer.parameters())
+            yield f"model {name}", f"{parameters:,} parameters, sha256 {model.weights_sha256}"
+
+
+def cuda() -> str:
+    """What torch can do with CUDA here, and if nothing, why."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"not in this torch: {torch.__version__} is a build without CUDA"
+    if not torch.cuda.is_available():
+        return f"torch is built for CUDA {torch.version.cuda}, but finds no usable driver or device"
+    return f"{torch.version.cuda}, {torch.cuda.device_count()} device(s)"

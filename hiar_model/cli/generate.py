@@ -1,0 +1,251 @@
+"""`hiar generate`: a prompt, or a script of them, to a video on disk."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from ..io.files import check_text
+from .config_file import Optional
+from .machine import imports, load_model, machine_arguments, progress_bar, stage_lines
+from .parallel import KEPT, job, keeping_arguments, kept_blocks, pipeline_arguments
+from .signals import ENDING, listens
+
+if TYPE_CHECKING:
+    from ..pipelines.video_pipeline import Generation
+    from .parallel import Job
+
+
+def generate_arguments(parser: ArgumentParser) -> None:
+    """Options of `hiar generate`."""
+    parser.add_argument(
+        "prompt", action=Optional, type=str, nargs="?", help='such as "a red circle moving right"; or give --prompts'
+    )
+    parser.add_argument("-o", "--out", type=str, required=True, help="name.mp4, name.gif, or name/ for PNG files")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file of this name; else it is refused")
+    parser.add_argument("--model", type=str, default="toy", help="name of a shipped model, or a folder, such as of Wan")
+    parser.add_argument(
+        "--checkpoint", type=str,
+        help="in place of a Wan folder's own: hiar.pt, .safetensors, a folder; or by step, 0-1=high.pt,2-3=low.pt",
+    )  # fmt: skip
+    parser.add_argument("--height", type=int, help="pixels; default: what the model says, 480 of Wan")
+    parser.add_argument("--width", type=int, help="pixels; default: what the model says, 832 of Wan")
+    parser.add_argument(
+        "--num-frames", type=int, help="pixel frames from the video's start; default: what the model says"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all noise")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
+    parser.add_argument(
+        "--order", type=str,
+        help="step_first, stream, wavefront or block_first; default: the model's, else wavefront if it is small and on "
+        "a CPU, else step_first",
+    )  # fmt: skip
+    parser.add_argument(
+        "--window-frames",
+        type=int | list[int | None] | None | Literal["model"],
+        default="model",
+        help="latent frames a block sees, its own among them: a number, one per step as [6,9,12,12], or null for all",
+    )
+    parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
+    parser.add_argument("--fps", type=float, help="of the video; default: the model's")
+    parser.add_argument("--image", type=str, help="first frame: a picture, scaled and cut to the size of the video")
+    parser.add_argument("--extend", type=str, help="first frames: a clip, of which the last 1 + 4n frames are taken")
+    parser.add_argument("--prompts", type=str, help='script of lines "seconds prompt", counted from the video\'s start')
+    parser.add_argument("--on-new-text", type=str, default="keep", help="context at a new prompt: keep or recache")
+    parser.add_argument("--on-nan", type=str, default="stop", help="latents that are not finite: stop or retry")
+    parser.add_argument(
+        "--session",
+        type=str,
+        help="file that is written at the end, or at Ctrl-C or SIGTERM, to go on from (not step_first)",
+    )
+    parser.add_argument("--from-session", type=str, help="go on from such a file; another prompt makes it a fork")
+    machine_arguments(parser)
+    parser.add_argument("--cache-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
+    parser.add_argument("--offload", type=str, help="what leaves the GPU: text (once the prompt is read), vae, or both")
+    parser.add_argument("--prompt-cache", type=str, help="folder that keeps embeddings of prompts (Wan)")
+    pipeline_arguments(parser)
+    keeping_arguments(parser)
+
+
+def generate(a: Namespace) -> None:
+    """Make the video; on several processes, this one's part of it."""
+    kept = a.out.rstrip("/") + KEPT
+    with job(a, kept) as here:
+        try:
+            _generate_here(a, here, kept)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(*error.args, *filter(None, [kept_blocks(a.out)])) from error
+
+
+def _generate_here(a: Namespace, here: Job, kept: str) -> None:
+    from ..io.files import SESSION, check_output, in_folder, require_apart
+    from ..io.video import VideoWriter, check_target, is_folder_target, record_path
+
+    # What needs no model is told before one is loaded.
+    target = check_target(a.out)
+    if target.is_file() and not a.overwrite:
+        raise ValueError(f"{target} exists already: give another name, or --overwrite")
+    for option in ("image", "extend", "from_session"):
+        if a[option] is not None and not Path(a[option]).exists():
+            raise ValueError(f"{option.replace('_', '-')} {a[option]}: no such file")
+    session = None if a.session is None else check_output(in_folder(a.session, SESSION))
+    require_apart(
+        {"-o": target, "the record of -o": record_path(target, is_folder_target(a.out)), "--session": session},
+        {f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint")},
+    )
+    if a.from_session is not None:  # that may be replaced by --session
+        require_apart({"-o": target}, {"--from-session": in_folder(a.from_session, SESSION)})
+    script = _script(a)
+    with imports():
+        from hiar_kernels.nvtx import span
+
+        from ..models.video_model import pick_cache_dtype, pick_device, pick_dtype
+        from ..pipelines.video_pipeline import Generation
+        from ..planning.free_memory import require_memory
+
+    notes: list[str] = []
+    own_steps = _own_steps(a, here)
+    options = here.options(a)
+    piped = options["executor"].startswith("pipeline")
+    if piped and (a.session or a.from_session) and here.ranks > 1:
+        raise ValueError("a session is one file of one process: a pipeline goes on with --resume")
+    offload = tuple(part.strip() for part in a.offload.split(",")) if a.offload else ()
+    if here.ranks == 1:
+        require_memory(
+            a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, offload=offload,
+            height=a.height, width=a.width, num_frames=a.num_frames, steps=a.steps, order=a.order,
+            window_frames=tuple(a.window_frames) if isinstance(a.window_frames, list) else a.window_frames,
+            sink_frames=a.sink_frames, cache_dtype=pick_cache_dtype(a.cache_dtype),
+        )  # fmt: skip
+    model = load_model(
+        a, checkpoint=a.checkpoint, steps=a.steps, own_steps=own_steps, prompt_cache=a.prompt_cache,
+        offload=offload, on_found=notes.append,
+        on_stage=stage_lines(),
+    )  # fmt: skip
+    with progress_bar("{task.fields[frames]}", "{task.fields[speed]}") as bar:
+        task = bar.add_task("", total=None, frames="frames", speed="")
+        begun = time.perf_counter()
+
+        def show(frames: int, frames_total: int | None, forwards: int, forwards_total: int | None) -> None:
+            assert frames_total is not None
+            done, of = (frames, frames_total) if forwards_total is None else (forwards, forwards_total)
+            speed = frames_total * done / of / (time.perf_counter() - begun)
+            told = {"frames": f"frames {frames}/{frames_total}", "speed": f"{speed:.1f} fps"}
+            bar.update(task, total=of, completed=done, **told)
+
+        run = Generation(
+            a.prompt, model=model, height=a.height, width=a.width, num_frames=a.num_frames, seed=a.seed, steps=a.steps,
+            order=a.order, window_frames=a.window_frames, sink_frames=a.sink_frames, fps=a.fps, image=a.image,
+            extend=a.extend, prompts=script, on_new_text=a.on_new_text, on_nan=a.on_nan, cache_dtype=a.cache_dtype,
+            threads=a.threads, session=a.from_session, open_end=bool(a.session or a.from_session), on_progress=show,
+            keep=kept if a.resume or piped else None, resume=a.resume, checkpoint_every=a.checkpoint_every, **options,
+        )  # fmt: skip
+        begun = time.perf_counter()
+        if not run.shows:
+            for _ in run:
+                pass
+            return
+        given = () if run.given is None or a.from_session else run.given.notes
+        for line in [*notes, *given, *run.told()]:
+            print(line, file=sys.stderr)
+        writer = VideoWriter(a.out, run.fps, run.metadata, size=run.model.pixel_size)
+        with (
+            span("generate"),
+            writer,
+            _interrupts(a.session, run) as asked,
+        ):
+            for frames in run:
+                writer.write(frames)
+    if run.kept is not None:
+        run.kept.remove()
+    seconds, made = time.perf_counter() - begun, writer.frames_written
+    if a.session is not None:
+        try:
+            run.save_session(a.session)
+        except ValueError as error:
+            raise ValueError(f"{error}; {writer.path} is whole, {made} frames") from error
+    if asked():
+        raise KeyboardInterrupt(f"{made} frames are in {writer.path}, --from-session {a.session} goes on")
+    print(f"{writer.path}: {_told(run, made, seconds)}")
+
+
+def _told(run: Generation, written: int, seconds: float) -> str:
+    """How much was written, and how fast it was made: with decoding and without."""
+    assert run.decoding is not None
+    made = written if run.given is None or run.session is not None else written - len(run.given.frames)
+    alone = made / max(seconds - run.decoding.seconds, 1e-9)
+    without = "waiting for the VAE, which works beside" if run.decoding.behind else "decoding"
+    speed = f"{made / seconds:.2f} fps; {alone:.2f} fps without {without}"
+    told = f"{written} frames, {written / run.fps:.1f} s at {run.fps:g} fps"
+    return f"{told}; {f'{made} ' if made < written else ''}made in {seconds:.1f} s ({speed})"
+
+
+def _script(a: Namespace) -> Any:
+    """The prompts over time; None where there is one prompt."""
+    if a.prompt is not None:
+        check_text(a.prompt, "the prompt")
+    if a.prompts is None:
+        if a.prompt is None:
+            raise ValueError('required: a prompt, such as "a red circle moving right", or --prompts script.txt')
+        return None
+    from ..pipelines.prompt_schedule import Script
+
+    return Script.read(a.prompts)
+
+
+def _own_steps(a: Namespace, here: Job) -> range | None:
+    """The steps of this rank of a pipeline, where each has weights of its own: shared out before any are loaded."""
+    from ..models.wan import is_experts
+
+    if not is_experts(a.checkpoint) or here.ranks == 1 or a.parallel is not None:
+        return None
+    if a.steps_per_rank == "measured":
+        raise ValueError(
+            "weights by step are loaded before visits are measured: give --steps-per-rank [1,1,2], or count"
+        )
+    import torch.distributed as dist
+
+    from ..models.experts import steps_of_rank
+    from ..models.flow_schedule import FlowSchedule
+
+    if not isinstance(a.steps_per_rank, list):
+        steps, ranks = a.steps or len(FlowSchedule()), here.ranks - a.decode_apart
+        if not 1 <= ranks <= steps:
+            return None  # the pipeline refuses it
+        split = [steps // ranks + (rank >= ranks - steps % ranks) for rank in range(ranks)]
+        a.steps_per_rank = split + [0] * a.decode_apart
+    if len(a.steps_per_rank) != here.ranks:
+        return None  # likewise
+    return steps_of_rank(a.steps_per_rank, dist.get_rank())
+
+
+@contextmanager
+def _interrupts(session: str | None, run: Generation) -> Iterator[Callable[[], bool]]:
+    """With a session Ctrl-C (or SIGTERM, SIGHUP) ends the video behind the block that is being made; a second one ends
+    all at once.
+    """
+    asked: list[bool] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        run.end()
+
+    if session is None:
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, *ENDING) if listens(number)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,265 @@
+"""Commands on several processes: how they are started, joined and ended, and `verify-parity`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from .choices import as_typed
+
+if TYPE_CHECKING:
+    from ..distributed.watchdog import Watch
+
+FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+KEPT = ".blocks"  # behind the name of the output: the folder of an unfinished run
+TOLD = "HIAR_TOLD"  # a file that appears once a process has said what went wrong
+
+
+def pipeline_arguments(parser: ArgumentParser, nproc: int = 1) -> None:
+    """How the steps live on processes; shared by `generate` and `verify-parity`."""
+    parser.add_argument("--nproc", type=int, default=nproc, help="processes to start here, as torchrun does")
+    parser.add_argument(
+        "--executor",
+        type=str,
+        help="eager or graph, pipeline or pipeline-graph; default: pipeline on several processes, else eager",
+    )
+    parser.add_argument(
+        "--parallel",
+        type=Literal["ulysses"] | None,
+        help="ulysses: the processes share every visit by attention heads, instead of the steps",
+    )
+    parser.add_argument(
+        "--steps-per-rank",
+        type=list[int] | Literal["count", "measured"],
+        default="count",
+        help="such as [1,1,2]; count: as even as it gets; measured: by the time that visits take here",
+    )
+    parser.add_argument(
+        "--pairs",
+        type=bool | Literal["measured"],
+        default=False,
+        help="fuse each cache visit with the next denoise visit; measured: if that is faster here (pipeline)",
+    )
+    parser.add_argument("--decode-apart", action="store_true", help="the last process only decodes")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds in which a fault of a process ends all")
+
+
+def keeping_arguments(parser: ArgumentParser) -> None:
+    """What is kept of a run on processes."""
+    parser.add_argument(
+        "--resume", action="store_true", help=f"go on from what an interrupted pipeline left in OUT{KEPT}"
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=10, help="blocks between two states to resume from; 0: none"
+    )
+
+
+def kept_blocks(out: str) -> str:
+    """What is left of an unfinished video, and how it goes on; nothing where nothing is."""
+    folder = Path(out.rstrip("/") + KEPT)
+    blocks = len([*folder.glob("block_*.safetensors")])
+    return f"{blocks} finished blocks are kept in {folder}, --resume goes on" if blocks else ""
+
+
+def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
+    """Run this command in so many processes, as torchrun would; returns the exit code. ``out``: of a video."""
+    import logging
+    import uuid
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.disable()  # the launcher's own account of a failure: the processes tell it in one line
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "told"
+        os.environ[TOLD] = str(told)
+        try:
+            elastic_launch(config, sys.executable)("-u", "-m", "hiar_model", *argv)
+            return 0
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if not told.exists():
+                print(f"hiar: rank {rank} ended with code {failure.exitcode} before it could say why", file=sys.stderr)
+            return failure.exitcode if failure.exitcode > 0 else FAILED
+        except (SignalException, KeyboardInterrupt):
+            left = "" if out is None else kept_blocks(out)
+            print("; ".join(["hiar: interrupted", *filter(None, [left])]), file=sys.stderr)
+            return INTERRUPTED
+        finally:
+            logging.disable(logging.NOTSET)
+            del os.environ[TOLD]
+
+
+@dataclass
+class Job:
+    """This process among those of the job. `watch`: None where it is alone."""
+
+    ranks: int
+    watch: Watch | None
+
+    def options(self, a: Namespace) -> dict[str, Any]:
+        """Of a `Generation`, from the command line."""
+        from ..distributed.pipeline import PipelineOptions
+
+        if a.parallel is not None:
+            return {"executor": a.executor or "eager", "parallel": a.parallel, "pairs": a.pairs}
+        executor = a.executor or ("pipeline" if self.ranks > 1 else "eager")
+        if self.ranks > 1 and not executor.startswith("pipeline"):
+            raise ValueError(f"executor {executor} is one process's, and there are {self.ranks}: give pipeline")
+        given = a.steps_per_rank
+        options = PipelineOptions(
+            steps_per_rank=given if isinstance(given, list) else None,
+            costs="measured" if given == "measured" else None,
+            decode_apart=a.decode_apart,
+            timeout=a.timeout,
+            watch=self.watch,
+        )
+        return {"executor": executor, "pipeline": options, "pairs": a.pairs}
+
+
+@contextmanager
+def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
+    """Join the processes that were started with this one; what goes wrong in any of them is told once.
+
+    Args:
+        a: of the command; "device" becomes this process's own. kept: folder that holds what a fault leaves.
+    """
+    if a.nproc < 1:
+        raise ValueError(f"nproc must be at least 1, got {a.nproc}")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Job(1, None)
+        return
+    import torch.distributed as dist
+
+    from ..distributed.pipeline import join
+    from ..distributed.watchdog import PipelineFault, Watch
+
+    def advice(finished: int) -> str:
+        if told := os.environ.get(TOLD):
+            Path(told).touch()
+        return f"; {finished} finished blocks are kept in {kept}, --resume goes on" if kept and finished else ""
+
+    a.device, missing = _own_device(a.device)
+    join("cuda" if a.device.startswith("cuda") else "cpu")
+    code = 0
+    with Watch(dist.group.WORLD, a.timeout, advice) as watch:  # type: ignore[arg-type]
+        try:
+            if missing:
+                raise ValueError(missing)
+            if a.nproc not in (1, world):
+                raise ValueError(f"nproc is {a.nproc}, but torchrun started {world} processes: give one")
+            yield Job(world, watch)
+        except SystemExit as error:
+            code = int(error.code or 0)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except PipelineFault:
+            code = FAILED
+        except (ValueError, OSError) as error:
+            code = WRONG_INPUT
+            watch.tell(as_typed(str(error), vars(a)))
+        except FloatingPointError as error:
+            code = FAILED
+            watch.tell(str(error))
+        except BaseException as error:
+            if a.get("debug"):
+                raise
+            code = FAILED
+            watch.failed(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # an ordinary exit tears down torch's links in an order that may abort the process
+
+
+def _own_device(asked: str) -> tuple[str, str]:
+    """The device of this process, and what is wrong with it: each has a GPU of its own."""
+    import torch
+
+    if asked not in ("auto", "cuda") or not torch.cuda.is_available():
+        return asked, ""
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        return "cpu", f"{local + 1} processes on this machine need a CUDA device each, it has {count}"
+    torch.cuda.set_device(local)
+    return f"cuda:{local}", ""
+
+
+# hiar verify-parity
+
+
+def parity_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("prompt", type=str, nargs="?", default="a red circle moving right", help="of the video")
+    parser.add_argument("--model", type=str, default="toy", help="name of a shipped model, or a folder")
+    parser.add_argument("--num-frames", type=int, help="pixel frames; default: what the model says")
+    parser.add_argument("--seed", type=int, default=0, help="of all noise")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="difference that is still accepted")
+    pipeline_arguments(parser, nproc=2)
+    parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if there is any), cpu, cuda")
+    parser.add_argument("--dtype", type=str, help="float32, bfloat16, float16 or float64")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch, in each process")
+
+
+def verify_parity(a: Namespace) -> None:
+    """The same video on the job's processes and on one: print the largest difference of their latents.
+
+    Raises:
+        FloatingPointError: it is larger than the tolerance.
+    """
+    if not a.tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, got {a.tolerance}")
+    with job(a) as here:
+        import torch
+
+        from ..models.registry import load_video_model
+        from ..pipelines.video_pipeline import Generation
+
+        torch.set_num_threads(a.threads)
+        model = load_video_model(a.model, a.device, a.dtype)
+
+        def make(**options: Any) -> tuple[Generation, list[Any]]:
+            run = Generation(
+                a.prompt, model=model, num_frames=a.num_frames, seed=a.seed, steps=a.steps, order="stream", **options
+            )
+            return run, [block.latents for block in run.rollout]
+
+        run, made = make(**{**here.options(a), **({} if here.ranks > 1 or a.parallel else {"executor": "pipeline"})})
+        if not run.shows:
+            return
+        pipeline = run.rollout.pipeline
+        shared = "+".join(map(str, pipeline.stage.split)) + " steps" if pipeline else f"parallel={a.parallel}"
+        pairs = run.rollout.plan.pairs
+        del run
+        executor = a.executor or ("eager" if a.parallel else "pipeline")
+        alone = executor.partition("-")[2] or "eager" if executor.startswith("pipeline") else executor
+        expected = make(executor=alone, pairs=pairs)[1]
+        difference = max(float((x.double() - y.double()).abs().max()) for x, y in zip(made, expected, strict=True))
+        same = all(torch.equal(x, y) for x, y in zip(made, expected, strict=True))
+        told = "the same bits" if same else f"largest difference {difference:.3g}"
+        where = f"{model.device}, {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+        print(
+            f"{len(made)} blocks of {model.name} ({model.weights_sha256[:12]}) on {here.ranks} processes "
+            f"({shared}) and on one ({where}): {told}"
+        )
+        if not difference <= a.tolerance:  # nan is a difference too
+            raise FloatingPointError(f"latents differ by {difference:.3g}, tolerance is {a.tolerance:g}")

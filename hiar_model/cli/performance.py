@@ -1,0 +1,140 @@
+"""Commands about speed: warmup, profile, bench-report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from ..io.files import check_output, temporary
+
+
+def setting_arguments(parser: ArgumentParser) -> None:
+    """What is run; shared by the commands here."""
+    parser.add_argument("--model", type=str, default="wan2.1-t2v-1.3b", help="a configuration; weights are random")
+    parser.add_argument("--height", type=int, help="pixels; default: 480, or the one size that the model has")
+    parser.add_argument("--width", type=int, help="pixels; default: 832, likewise")
+    parser.add_argument("--order", type=str, default="stream", help="stream, wavefront or block_first")
+    parser.add_argument("--pairs", type=bool, default=False, help="fuse each cache visit with the next denoise visit")
+    parser.add_argument("--window-frames", type=int, default=21, help="latent frames a block sees, its own among them")
+    parser.add_argument("--sink-frames", type=int, default=0, help="first frames that always stay visible")
+    parser.add_argument("--executor", type=str, help="eager, graph or recorded; default: graph on CUDA, eager on a CPU")
+    parser.add_argument("--layers", type=int, help="of the network; default: all")
+    parser.add_argument("--device", type=str, help="default: cuda if there is any, else cpu")
+    parser.add_argument("--dtype", type=str, help="default: bfloat16 on CUDA, float32 on a CPU")
+
+
+def _setting(a: Namespace, **more: Any) -> Any:
+    import torch
+
+    from ..planning.profiling import Setting
+
+    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.startswith("cuda")
+    legal = ("bfloat16", "float16", "float32", "float64")
+    dtype = a.dtype or ("bfloat16" if cuda else "float32")
+    if dtype not in legal:
+        raise ValueError(f"dtype must be one of {', '.join(legal)}, got {dtype!r}")
+    return Setting(
+        model=a.model, height=a.height, width=a.width, order=a.order, pairs=a.pairs, window_frames=a.window_frames,
+        sink_frames=a.sink_frames, executor=a.executor or ("graph" if cuda else "eager"), dtype=dtype, device=device,
+        layers=a.layers, **more,
+    )  # fmt: skip
+
+
+def warmup_arguments(parser: ArgumentParser) -> None:
+    setting_arguments(parser)
+    parser.add_argument(
+        "--again", type=bool, default=True, help="then measure a second process, which finds the caches"
+    )
+
+
+def warmup(a: Namespace) -> None:
+    from ..planning.profiling import warm_up
+
+    _, start = warm_up(_setting(a))
+    print(
+        f"cold start of this process: weights {start.build:.1f} s, first run of {start.kinds} kinds of launches "
+        f"(compiling, loading, capturing) {start.warm_up:.1f} s",
+        flush=True,
+    )
+    if a.again:
+        print("a second process:", flush=True)
+        command = [sys.executable, "-m", "hiar_model", "warmup", "--again=false"]
+        given = {k: v for k, v in vars(a).items() if k not in ("again", "config") and v is not None}
+        for name, value in given.items():
+            command.append(f"--{name.replace('_', '-')}={json.dumps(value) if isinstance(value, bool) else value}")
+        if subprocess.run(command).returncode:
+            raise ValueError("the second process failed; its own line says why")
+
+
+def profile_arguments(parser: ArgumentParser) -> None:
+    setting_arguments(parser)
+    parser.add_argument("--blocks", type=int, default=2, help="blocks to measure, once the window is full")
+    parser.add_argument(
+        "--stage-times", type=str, help="instead: visits by the frames they see, into this JSON file for bench-report"
+    )
+
+
+def profile(a: Namespace) -> None:
+    if a.blocks < 1:
+        raise ValueError(f"blocks must be at least 1, got {a.blocks}")
+    setting = _setting(a, blocks=a.blocks)
+    from ..planning.profiling import profile as measure
+    from ..planning.profiling import stage_times
+
+    if a.stage_times is None:
+        print("\n".join(measure(setting).lines()))
+        return
+    target = check_output(a.stage_times)
+    text, partial = json.dumps(stage_times(setting), indent=1) + "\n", temporary(target)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"stage times: {target}")
+
+
+def report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--measured", type=str, help="JSON of bench/test_four_step_speedup.py: its table instead")
+    parser.add_argument("--stage-times", type=str, help="JSON of hiar profile --stage-times; default: the roofline")
+    parser.add_argument("--tflops", type=float, default=790.0, help="of the roofline")
+    parser.add_argument("--vae-ms", type=float, default=145.5, help="decode of a block, where stage times do not say")
+    parser.add_argument("--results", type=str, help="a folder like bench/results: only the rollouts measured in it")
+    parser.add_argument("--plot", type=str, help="draw the gains into this .png too; needs matplotlib")
+
+
+def bench_report(a: Namespace) -> None:
+    from ..schedule.gpu_tables import parts_table, rollout_table
+    from ..schedule.report import draw_gains, measured_table, report
+
+    if a.measured is not None:
+        try:
+            lines = measured_table(json.loads(Path(a.measured).read_text(encoding="utf-8")))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{a.measured} is no result of bench/test_four_step_speedup.py: {error!r}") from None
+        print("\n".join(lines))
+        return
+    if a.results is not None:
+        if not Path(a.results).is_dir():
+            raise ValueError(f"--results {a.results} is no folder: give one that holds <device>/<date>-<revision>/")
+        for table in (rollout_table, parts_table):
+            print("\n".join([*table(Path(a.results)), ""]))
+        return
+    if a.plot is not None:
+        check_output(a.plot)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install 'hiar-kernels[bench]'")
+    print("Measured rollouts, then projections by the simulator: about half a minute.", file=sys.stderr, flush=True)
+    for section in report(a.stage_times, a.tflops, a.vae_ms):
+        print(section, flush=True)
+    if a.plot is not None:
+        draw_gains(a.plot)
+        print(f"plot: {a.plot}")

@@ -1,0 +1,201 @@
+"""`hiar train`: a recipe, on one process or on those of torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from .machine import progress_bar
+from .parallel import FAILED, INTERRUPTED, TOLD, WRONG_INPUT
+from .signals import ENDING, listens
+
+if TYPE_CHECKING:
+    from ..train.config.recipe import Recipe, TrainingRecipe
+    from ..train.engine.distributed import Place
+    from ..train.engine.trainer import Trainer
+
+
+def train_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("recipe", type=str, help="name of a shipped recipe (such as toy/hiar), or a .yaml file")
+    parser.add_argument(
+        "overrides",
+        type=str,
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="before options; such as optimizer.lr=1e-3",
+    )
+    parser.add_argument("--out", type=str, help="folder of the run, which resumes; default: runs/RECIPE")
+    parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if there is any), cpu, cuda")
+    parser.add_argument("--nproc", type=int, default=1, help="processes to start here, as torchrun does")
+
+
+def train(a: Namespace) -> None:
+    overrides = dict(_override(text) for text in a.overrides)
+    from ..train.config.reading import load_recipe, shipped_recipes
+    from ..train.config.recipe import TrainingRecipe
+    from ..train.engine.distributed import find_place, find_share
+
+    recipe = load_recipe(a.recipe, overrides)
+    folder = Path(a.out or Path("runs", a.recipe if a.recipe in shipped_recipes() else Path(a.recipe).stem))
+    with _among_others():
+        place = find_place(recipe.scale, a.device) if isinstance(recipe, TrainingRecipe) else find_share(a.device)
+        if a.nproc not in (1, place.ranks):
+            raise ValueError(f"nproc is {a.nproc}, but torchrun started {place.ranks} processes: give one")
+        if isinstance(recipe, TrainingRecipe):
+            _run(recipe, folder, place)
+        else:
+            _produce(recipe, folder, place)
+
+
+def _run(recipe: TrainingRecipe, folder: Path, place: Place) -> None:
+    from ..train.engine.loss_plot import PICTURE, can_draw, draw_loss_curve
+    from ..train.engine.metrics import LOSSES
+    from ..train.engine.trainer import Trainer
+    from ..train.stages.base import make_stage
+
+    trainer = Trainer(recipe, make_stage(recipe, place.device), folder, place)
+    say, first, begun = trainer.say, trainer.update, time.perf_counter()
+    if first < recipe.updates:
+        where = folder / LOSSES
+        say(f"{recipe.updates} updates, batches of {recipe.batch_size}; losses every {recipe.log_every} to {where}")
+    if first:
+        say(f"going on from update {first} of {trainer.state}")
+    means: dict[str, float] = {}
+    with _bar(place, "{task.completed}/{task.total}", "{task.fields[told]}") as bar:
+        task = bar.add_task("", total=recipe.updates, completed=first, told="")
+
+        def show(update: int, numbers: Mapping[str, float]) -> None:
+            seen = update - first
+            for name in (name for name in numbers if name.endswith("_loss")):
+                mean = means.get(name, numbers[name])
+                means[name] = mean + (numbers[name] - mean) / min(seen, 100)
+            told = ", ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in means.items())
+            bar.update(task, completed=update, told=f"{told}, {seen / (time.perf_counter() - begun):.2f} updates/s")
+
+        try:
+            with _interrupts(trainer, place):
+                done = trainer.run(show)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(f"the same command goes on from {trainer.state or 'the beginning'}") from error
+    if trainer.ends and not done:
+        stands = f"after {trainer.update} of {recipe.updates} updates"
+        raise KeyboardInterrupt(f"{stands}; the same command goes on from {trainer.state}")
+    if not done:
+        say(f"time is over after {trainer.update} of {recipe.updates} updates; the same command goes on")
+        return
+    model = trainer.export()
+    if model is None:
+        return
+    if not can_draw():
+        say("no picture of the loss curve: matplotlib is not installed (pip install 'hiar-kernels[train]')")
+    elif not (folder / LOSSES).exists():
+        say(f"no picture of the loss curve: {folder / LOSSES} is not there")
+    else:
+        draw_loss_curve(folder / LOSSES, folder / PICTURE)
+        say(f"loss curve: {folder / PICTURE}")
+    hint = f'; try: hiar generate "a red circle moving right" -o out.mp4 --model {model}' if model.is_dir() else ""
+    say(f"model: {model}{hint}")
+
+
+@contextmanager
+def _interrupts(trainer: Trainer, place: Place) -> Iterator[None]:
+    """The first Ctrl-C (or the end of a terminal or a job) ends the run behind the update that is being made, so that
+    a state is written; a second one ends it at once. Several processes end at once.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if trainer.ends:
+            raise KeyboardInterrupt
+        trainer.end()
+        print("ending behind this update, to write a state; Ctrl-C again: at once", file=sys.stderr, flush=True)
+
+    if place.ranks > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, *ENDING) if listens(number)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _produce(recipe: Recipe, folder: Path, place: Place) -> None:
+    from ..train.stages.base import make_stage
+
+    if recipe.scale.threads:
+        import torch
+
+        torch.set_num_threads(recipe.scale.threads)
+    stage = make_stage(recipe, place.device)
+    with _bar(place, "{task.completed}/{task.total}") as bar:
+        task = bar.add_task("", total=None)
+        told = stage.produce(
+            folder, place.rank, place.ranks, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if place.rank == 0:
+        print(told)
+
+
+def _bar(place: Place, *columns: str) -> Any:
+    bar = progress_bar(*columns)
+    bar.disable = bar.disable or place.rank != 0
+    return bar
+
+
+@contextmanager
+def _among_others() -> Iterator[None]:
+    """Where several processes run: what goes wrong in one of them, or in all alike, is told once."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    code = 0
+    try:
+        yield
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves while another still asks
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except (ValueError, OSError) as error:
+        code = WRONG_INPUT
+        _tell(error)
+    except FloatingPointError as error:
+        code = FAILED
+        _tell(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # an ordinary exit tears down torch's links in an order that may abort the process
+
+
+def _tell(error: Exception) -> None:
+    if told := os.environ.get(TOLD):
+        with suppress(FileExistsError):
+            os.close(os.open(told, os.O_CREAT | os.O_EXCL))
+            print("hiar:", " ".join(str(error).split()), file=sys.stderr)
+    else:
+        rank = os.environ.get("RANK", "?")
+        print(f"hiar: rank {rank}:", " ".join(str(error).split()), file=sys.stderr)
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not key or not sign:
+        raise ValueError(f"{text!r} is no override: write key=value, such as updates=100")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value  # a word

@@ -1,0 +1,96 @@
+"""Commands about weights on disk: `hiar convert`, `hiar doctor`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+if TYPE_CHECKING:
+    from ..models.checkpoint import Found
+
+# hiar convert
+
+
+def convert_arguments(parser: ArgumentParser) -> None:
+    """Options of `hiar convert`."""
+    parser.add_argument(
+        "source", type=str, metavar="IN",
+        help="toy, a Wan or diffusers folder, .safetensors, .pth, a training .pt (its EMA is taken)",
+    )  # fmt: skip
+    parser.add_argument(
+        "target", type=str, metavar="OUT",
+        help="new folder (native, diffusers), name.safetensors (native) or name.pt (pt); nothing is overwritten",
+    )  # fmt: skip
+    parser.add_argument("--to", type=str, required=True, help="native, diffusers or pt")
+
+
+def convert(a: Namespace) -> None:
+    """Convert, and print what was found, written, and the hash of all tensors before and after."""
+    from ..models.convert import convert as convert_files
+
+    def show(found: Found, sha256: str) -> None:
+        print(f"in:  {found}\n     tensors sha256 {sha256}", flush=True)
+
+    done = convert_files(a.source, a.target, a.to, on_found=show)
+    print(f"out: {done.target}\n     tensors sha256 {done.sha256}: read again, the same")
+
+
+# hiar doctor
+
+
+def doctor_arguments(parser: ArgumentParser) -> None:
+    """Options of `hiar doctor`."""
+    parser.add_argument(
+        "--model", type=str,
+        help="tell the memory of its videos: wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy, or a folder; no weights are loaded",
+    )  # fmt: skip
+    parser.add_argument("--gpu-memory", type=str, help="does it fit? Such as 24GB (10^9 bytes), 24GiB, or 24,40,80,141")
+    parser.add_argument("--height", type=int, help="pixels; default: 480, or the one size that the model has")
+    parser.add_argument("--width", type=int, help="pixels; default: 832, likewise")
+    parser.add_argument("--frames", type=int, help="pixel frames; default: 81, or what the model says")
+    parser.add_argument("--order", type=str, default="step_first", help="step_first, stream, wavefront or block_first")
+    parser.add_argument(
+        "--window-frames",
+        type=int | list[int | None] | None | Literal["model"],
+        default="model",
+        help="latent frames a block sees, its own among them: a number, one per step, or null for all; default: 21",
+    )
+    parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
+    parser.add_argument("--batch", type=int, default=1, help="videos made at once")
+    parser.add_argument("--pairs", type=bool, default=False, help="fuse each cache visit with the next denoise visit")
+    parser.add_argument("--dtype", type=str, help="of weights and work; default: bfloat16, of the toy float32")
+    parser.add_argument("--cache-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
+    parser.add_argument("--vae-dtype", type=str, help="default: bfloat16; none: no VAE on the GPU")
+    parser.add_argument("--offload", type=str, help="what leaves the GPU: text (once the prompt is read), vae, or both")
+
+
+def doctor(a: Namespace) -> None:
+    """What is installed; with a model, the parts of its memory, whether they fit, and what makes them fit."""
+    if a.model is None:
+        defaults = {"order": "step_first", "window_frames": "model", "batch": 1, "pairs": False}
+        for name, value in vars(a).items():
+            if name not in ("config", "model") and value != defaults.get(name):
+                raise ValueError(f"--{name.replace('_', '-')} needs --model: whose memory is asked for?")
+        from .doctor import UNUSABLE, report
+
+        broken = []
+        for topic, found in report():
+            print(f"{topic + ':':<28} {found}")
+            broken += [f"the {topic} is {found}"] if found.startswith(UNUSABLE) else []
+        if broken:
+            raise ValueError("; ".join(broken))
+        return
+    from ..planning.fit import ask, lines, parse_size
+
+    limits = [parse_size(size) for size in a.gpu_memory.split(",")] if a.gpu_memory is not None else []
+    window = tuple(a.window_frames) if isinstance(a.window_frames, list) else a.window_frames
+    asked = ask(
+        a.model, height=a.height, width=a.width, frames=a.frames, steps=a.steps, window_frames=window,
+        sink_frames=a.sink_frames, dtype=a.dtype, cache_dtype=a.cache_dtype, vae_dtype=a.vae_dtype,
+        offload=[name.strip() for name in a.offload.split(",")] if a.offload else (),
+        order=a.order, batch=a.batch, pairs=a.pairs,
+    )  # fmt: skip
+    for line in lines(asked, limits):
+        print(line)

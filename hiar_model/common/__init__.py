@@ -1,0 +1,1 @@
+"""What every layer may use: checks of arguments, torch's process settings, keyed random numbers."""

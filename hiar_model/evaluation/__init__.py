@@ -1,0 +1,1 @@
+"""How good toy models are: measured by the oracle of their world."""

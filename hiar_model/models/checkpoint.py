@@ -1,0 +1,305 @@
+"""Weights in and out: one transformer from any published layout, and what was found on the way."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.settings import own_settings
+from ..config import SHIPPED, WanConfig
+from ..io.files import check_output, save_tensors
+from ..io.weight_files import (
+    add_tensors,
+    check_keys,
+    check_tensors,
+    only_one,
+    parse_json,
+    read_json,
+    read_tensors,
+    renamed,
+    some,
+    weight_files,
+    whole,
+)
+from . import key_mapping as layouts
+from .transformer import HiARTransformer
+
+TOY_FORMAT, TOY_TRANSFORMER = "hiar-toy", "transformer."  # of a toy model's config.json; before keys of its file
+CONFIG_KEY = "hiar_config"  # WanConfig as JSON in the header of the files we write
+_PIPELINE, _EXPERT = "model_index.json", "transformer_2"  # of a diffusers folder
+_NETWORKS = ("generator_ema", "generator", "critic")  # of a training checkpoint; the last one is never taken
+Window = tuple[int | None, int | None]  # of a causal model's config.json: all, and what stays; None: it does not say
+_HEAD_DIM = 128  # of every published Wan model
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a checkpoint is; ``str()`` of it is one line.
+
+    layout      "native", "diffusers" or "training" (:mod:`hiar_model.models.key_mapping`)
+    network     the one that was taken from a training file; others: the networks left there
+    config      sizes of the transformer
+    dtypes      of its tensors, the most frequent first
+    tensors, parameters, nbytes  how many and how much; q, k and v count as three
+    files       that hold them
+    window_frames, sink_frames  latent frames, as a causal model's config.json says; None: it says nothing
+    """
+
+    layout: str
+    network: str | None
+    others: tuple[str, ...]
+    config: WanConfig
+    dtypes: tuple[torch.dtype, ...]
+    tensors: int
+    parameters: int
+    nbytes: int
+    files: tuple[Path, ...]
+    window_frames: int | None = None
+    sink_frames: int | None = None
+
+    def __str__(self) -> str:
+        c = self.config
+        network = "" if self.network is None else f", network {self.network}"
+        network += f" (left: {', '.join(self.others)})" if self.others else ""
+        dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        first, more = self.files[0], len(self.files) - 1
+        told = (("window", self.window_frames), ("sink", self.sink_frames))
+        window = ", ".join(f"{name} {frames}" for name, frames in told if frames is not None)
+        window = f"; {window} latent frames by its config.json" if window else ""
+        return (
+            f"{self.layout} layout{network}: {c.num_layers} layers of width {c.dim}, {c.num_heads} heads; "
+            f"{self.parameters:,} parameters in {self.tensors} tensors, {dtypes}, {self.nbytes / 1e9:.2f} GB in {first}"
+            + (f" and {more} more" if more else "")
+            + window
+        )
+
+
+@own_settings()
+def load_transformer(
+    path: str | Path,
+    config: WanConfig | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    on_found: Callable[[Found], None] | None = None,
+) -> HiARTransformer:
+    """A transformer with the weights of a checkpoint, in eval mode.
+
+    Args:
+        path: "toy" or a toy model's folder, a .safetensors, .pth or .pt file, an index of shards
+            (``*.safetensors.index.json``), or a folder with an index, with .safetensors shards, or with .pth / .pt
+            files, in this order of preference; of a diffusers pipeline folder (``model_index.json``) its
+            ``transformer/``. Keys are the published Wan ones or diffusers', behind any of
+            :data:`hiar_model.models.key_mapping.WRAPPERS`. Of a training checkpoint with several networks the ``generator_ema``
+            is taken, else the ``generator``.
+        config: sizes. None: from a file that this package wrote, else from ``config.json`` beside the weights (the
+            published one, diffusers', or :meth:`WanConfig.to_dict`); what they leave open is read from the tensor
+            shapes. Shapes do not tell the heads: they are dim / 128, as in every published model. Nor do they tell
+            text_len and eps: those are WanConfig's defaults.
+        dtype: of the weights; None: as in the file (the widest, should they differ).
+        device: None: the CPU, where the file is mapped rather than read. "meta": the file is checked, no weight read.
+        on_found: called with what was found, before the tensors are read.
+
+    Raises:
+        ValueError: one line: nothing there, not readable, another kind of model, keys missing or unexpected, a wrong
+            shape (actual and expected), tensors that are no floating-point weights.
+    """
+    state, found = read_checkpoint(path, config)
+    if on_found is not None:
+        on_found(found)
+    with torch.device("meta"):
+        model = HiARTransformer(found.config)
+    kept = reduce(torch.promote_types, found.dtypes)
+    if device is not None and torch.device(device).type == "meta":
+        state = {name: value.to(device) for name, value in state.items()}  # before any are fused, which reads them
+    model.load_state_dict(state, assign=True)
+    del state  # what was fused or is cast below need not stay
+    return model.to(device=device, dtype=dtype or kept).eval()
+
+
+def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[dict[str, Tensor], Found]:
+    """Native keys -> tensors, mapped rather than read where the format allows, and what they are.
+
+    Arguments and errors are :func:`load_transformer`'s; exactly the tensors of a HiARTransformer are there.
+    """
+    source = _inside(Path(path))
+    state, told, files, networks = _read_all(source)
+    if (what := layouts.foreign(state)) is not None:
+        raise ValueError(f"{source}: {what}")
+    check_tensors(state, source)
+    theirs = layouts.is_diffusers(state)
+    if theirs:
+        state = renamed(state, layouts.to_native, source)
+    spell = layouts.to_diffusers if theirs else None
+    window: Window = (None, None)
+    if config is None:
+        config, window = _find_config(source, state, told)
+    with torch.device("meta"):
+        expected = HiARTransformer(config).state_dict()
+    check_keys(state, expected, source, spell)
+    dtypes = [value.dtype for value in state.values()]
+    found = Found(
+        layout=layouts.TRAINING if networks else layouts.DIFFUSERS if theirs else layouts.NATIVE,
+        network=networks[0] if networks else None,
+        others=tuple(networks[1:]),
+        config=config,
+        dtypes=tuple(sorted(set(dtypes), key=lambda dtype: (-dtypes.count(dtype), str(dtype)))),
+        tensors=len(state),
+        parameters=sum(value.numel() for value in state.values()),
+        nbytes=sum(value.nbytes for value in state.values()),
+        files=tuple(files),
+        window_frames=window[0],
+        sink_frames=window[1],
+    )
+    return state, found
+
+
+def save_transformer(model: HiARTransformer, path: str | Path) -> None:
+    """Write the weights to a .safetensors file under the published Wan keys, with the config in its header.
+
+    The file appears whole or not at all: it is written under a temporary name in the same folder and renamed.
+
+    Raises:
+        ValueError: another suffix, or what :func:`check_output` refuses.
+    """
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target}: weights are written as .safetensors, got {target.suffix or 'no suffix'!r}")
+    check_output(target)
+    state = {layouts.plain(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with whole(target) as part:
+        save_tensors(state, part, file_header(model.config))
+
+
+def file_header(config: WanConfig) -> dict[str, str]:
+    """The header of a .safetensors file that we write."""
+    return {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())}
+
+
+def _inside(source: Path) -> Path:
+    """Where the transformer of a diffusers pipeline folder lies; anything else stays."""
+    if str(source) in SHIPPED and not source.exists():
+        package, inside = SHIPPED[str(source)]
+        return Path(str(resources.files(package))) / inside
+    index = source / _PIPELINE
+    if not index.is_file():
+        return source
+    told = read_json(index)
+    if not str(told.get("_class_name")).startswith("Wan"):
+        raise ValueError(f"{index}: describes a {told.get('_class_name')}, expected a WanPipeline")
+    parts = [name for name in ("transformer", _EXPERT) if isinstance(told.get(name), list) and told[name][0]]
+    if len(parts) > 1:
+        raise ValueError(f"{source}: holds two experts; give the path of one: {source / parts[0]}, {source / parts[1]}")
+    if not parts or not (source / parts[0]).is_dir():
+        raise ValueError(f"{source}: {_PIPELINE} is there, but no folder transformer beside it")
+    outside = sorted(source.glob("diffusion_pytorch_model*.safetensors"))[:1]
+    only_one([*outside, source / parts[0]], f"the transformer of {source}")
+    return source / parts[0]
+
+
+def _read_all(source: Path) -> tuple[dict[str, Any], dict[str, Any], list[Path], list[str]]:
+    """Plain keys -> tensors of all files, the config that a file of ours tells, the files, and the names of the
+    networks of a training file, the one that is taken first.
+    """
+    state: dict[str, Any] = {}
+    told: dict[str, Any] = {}
+    networks: list[str] = []
+    came: dict[str, Path] = {}
+    files, toy = weight_files(source), _toy_sizes(source)
+    for file in files:
+        content, header = read_tensors(file)
+        if toy is not None and isinstance(content, Mapping):  # its codec, "codec.*", is no part of the transformer
+            inside = {key: value for key, value in content.items() if key.startswith(TOY_TRANSFORMER)}
+            content, told = {key.removeprefix(TOY_TRANSFORMER): value for key, value in inside.items()}, toy
+        taken, names = _network(content, file)
+        networks += [name for name in names if name not in networks]
+        if isinstance(content, Mapping) and isinstance(content.get(CONFIG_KEY), str):
+            header = {CONFIG_KEY: content[CONFIG_KEY]}
+            taken = {key: value for key, value in taken.items() if key != CONFIG_KEY}
+        if CONFIG_KEY in header:
+            told = parse_json(header[CONFIG_KEY], file)
+        add_tensors(state, renamed(taken, lambda key: layouts.plain(str(key)), file), file, came)
+    if not state:
+        raise ValueError(f"{source}: no weights found: it holds no tensor")
+    return state, told, files, networks
+
+
+def _toy_sizes(source: Path) -> dict[str, Any] | None:
+    """The sizes of the transformer in a folder of :func:`hiar_model.models.registry.save_toy_model`; None: it is none."""
+    beside = (source if source.is_dir() else source.parent) / "config.json"
+    values = read_json(beside) if beside.is_file() else {}
+    sizes = values.get("transformer") if values.get("format") == TOY_FORMAT else None
+    return sizes if isinstance(sizes, dict) else None
+
+
+def _network(content: Any, file: Path) -> tuple[Mapping[str, Any], list[str]]:
+    """The state dict, out of a training checkpoint's several; the names of those, the one that is taken first."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, expected a state dict")
+    there = [name for name in _NETWORKS if isinstance(content.get(name), Mapping) and content[name]]
+    if not there:
+        if (what := layouts.foreign(key for key, value in content.items() if isinstance(value, Mapping))) is not None:
+            raise ValueError(f"{file}: {what}")
+        return content, []
+    if there[0] == _NETWORKS[-1]:
+        raise ValueError(f"{file}: holds a {there[0]} only, expected {' or '.join(_NETWORKS[:-1])}")
+    return content[there[0]], there
+
+
+def _find_config(source: Path, state: Mapping[str, Tensor], written: dict[str, Any]) -> tuple[WanConfig, Window]:
+    """Sizes, and the window and sink where config.json tells them."""
+    beside = (source if source.is_dir() else source.parent) / "config.json"
+    told: dict[str, Any] = {}
+    window: Window = (None, None)
+    if written:
+        beside, told = source, written
+    elif beside.is_file():
+        values = read_json(beside)
+        told, window = layouts.read_sizes(values, beside), layouts.read_window(values, beside)
+    values = {**_infer(state), **told}
+    if "num_heads" not in values and isinstance(dim := values.get("dim"), int):
+        if dim % _HEAD_DIM:
+            raise ValueError(f"{source}: dim {dim} is no multiple of {_HEAD_DIM}: pass config= to tell the heads")
+        values["num_heads"] = dim // _HEAD_DIM
+    lacking = [name for name in ("dim", "ffn_dim", "num_layers") if name not in values]
+    if lacking:
+        raise ValueError(f"{source}: no Wan transformer: no key tells {', '.join(lacking)}; its keys: {some(state)}")
+    try:
+        return WanConfig.from_dict(values), window
+    except TypeError as error:
+        raise ValueError(f"{beside if told else source}: sizes must be numbers: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{beside if told else source}: {error}") from error
+
+
+def _infer(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the shapes tell; a key that is absent or has no such shape tells nothing."""
+
+    def shape(key: str, dims: int) -> tuple[int, ...] | None:
+        return tuple(state[key].shape) if key in state and state[key].dim() == dims else None
+
+    values: dict[str, Any] = {}
+    if patch := shape("patch_embedding.weight", 5):
+        values |= {"dim": patch[0], "in_channels": patch[1], "patch_size": patch[2:]}
+        if (head := shape("head.head.weight", 2)) and math.prod(patch[2:]):
+            values["out_channels"] = head[0] // math.prod(patch[2:])
+    if ffn := shape("blocks.0.ffn.0.weight", 2):
+        values["ffn_dim"] = ffn[0]
+    if text := shape("text_embedding.0.weight", 2):
+        values["text_dim"] = text[1]
+    if time := shape("time_embedding.0.weight", 2):
+        values["freq_dim"] = time[1]
+    layers = [int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))]
+    if layers:
+        values["num_layers"] = min(max(layers) + 1, len(state))  # one stray key makes no billion layers
+    return values

@@ -1,0 +1,124 @@
+"""`hiar convert`: one transformer from any layout into any other, with the proof that no number changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import WanConfig
+from ..io.files import check_output, in_folder, save_tensors
+from ..io.weight_files import whole
+from . import key_mapping as layouts
+from .checkpoint import CONFIG_KEY, Found, file_header, read_checkpoint
+
+TARGETS = ("native", "diffusers", "pt")
+_WEIGHTS, _SIZES = "diffusion_pytorch_model.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was read, what was written (found by reading it again), and the hash that both share."""
+
+    source: Found
+    target: Found
+    sha256: str
+
+
+def tensors_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over all tensors of a transformer, hexadecimal: the same in every layout, file split and order.
+
+    Args:
+        state: native keys -> tensors (q, k, v apart), as :func:`hiar_model.models.checkpoint.read_checkpoint` gives them. In
+            the order of the sorted keys, each adds ``key dtype [shape]`` as a line of text and its bytes, row by row.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def convert(
+    source: str | Path, target: str | Path, to: str, on_found: Callable[[Found, str], None] | None = None
+) -> Converted:
+    """Write a transformer in another layout; every tensor keeps its numbers and its dtype.
+
+    What was written is read again and compared, tensors by their hash and sizes one by one, before it gets its name:
+    ``target`` appears whole and proven, or not at all. Nothing that exists is overwritten.
+
+    Args:
+        source: whatever :func:`hiar_model.load_transformer` reads.
+        target: the new folder (``to`` "native" or "diffusers"), .safetensors file ("native") or .pt file ("pt").
+        to: "native": published Wan keys, as the folder of Wan2.1-T2V or as one file; "diffusers": what
+            ``WanTransformer3DModel.from_pretrained`` loads, the folder ``transformer`` of a pipeline; "pt": a training
+            file as Self-Forcing and HiAR write it, {"generator": {"model.<native key>": tensor}}, which tells the
+            sizes too.
+        on_found: called with what the source is and its hash, before anything is written.
+
+    Raises:
+        ValueError: one line: an unknown layout, a name that does not fit it, a target that exists, a source that
+            cannot be read, a size that the layout has no name for, a round trip that changed something.
+        OSError: one line: the target cannot be written.
+    """
+    target = _check_target(Path(target), to)
+    state, found = read_checkpoint(source)
+    if to == "diffusers":
+        try:
+            layouts.diffusers_config(found.config)
+        except ValueError as error:  # before the hash is made
+            raise ValueError(f"{source}: {error}") from error
+    before = tensors_sha256(state)
+    if on_found is not None:
+        on_found(found, before)
+    with whole(target) as part:
+        _write(state, found, part, to)
+        again, written = read_checkpoint(part)
+        after = tensors_sha256(again)
+        if after != before:
+            raise ValueError(f"{target} is not kept: its tensors hash to {after}, those of {source} to {before}")
+        for name in (f.name for f in fields(WanConfig)):
+            if (is_now := getattr(written.config, name)) != (was := getattr(found.config, name)):
+                raise ValueError(f"{target} is not kept: it says {name} {is_now}, {source} says {was}")
+        files = tuple(target if file == part else target / file.relative_to(part) for file in written.files)
+    return Converted(found, replace(written, files=files), before)
+
+
+def _check_target(target: Path, to: str) -> Path:
+    if to not in TARGETS:
+        raise ValueError(f"unknown layout {to!r}; legal: {', '.join(TARGETS)}")
+    legal = {"native": ("", ".safetensors"), "diffusers": ("",), "pt": (".pt", ".pth")}[to]
+    files = (".safetensors", ".pt", ".pth")  # any other suffix belongs to the name of a folder, such as Wan2.1
+    suffix = target.suffix if target.suffix in files else ""
+    if suffix not in legal:
+        names = " or ".join(f"name{ending}" if ending else "a folder" for ending in legal)
+        raise ValueError(f"{target}: --to {to} writes {names}")
+    if os.path.lexists(target) and not (target.is_dir() and not suffix and not any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not overwritten; choose another name")
+    check_output(in_folder(target, _SIZES))
+    return target
+
+
+def _write(state: Mapping[str, Tensor], found: Found, part: Path, to: str) -> None:
+    config = found.config
+    state = {key: value.contiguous() for key, value in state.items()}
+    if to == "pt":
+        network = {f"model.{key}": value for key, value in state.items()}
+        torch.save({"generator": network, CONFIG_KEY: json.dumps(config.to_dict())}, part)
+    elif part.suffix == ".safetensors":
+        save_tensors(state, part, file_header(config))
+    else:  # a folder, whose config.json alone tells the sizes, as in the published ones
+        sizes = layouts.native_config(config, (found.window_frames, found.sink_frames))
+        if to == "diffusers":
+            sizes = layouts.diffusers_config(config)
+            state = {layouts.to_diffusers(key): value for key, value in state.items()}
+        part.mkdir()
+        save_tensors(state, part / _WEIGHTS, {"format": "pt"})
+        (part / _SIZES).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")

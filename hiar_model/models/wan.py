@@ -1,0 +1,186 @@
+"""A published Wan folder as a model: transformer, UMT5 text encoder and VAE, from the original or diffusers' layout.
+
+    Wan2.1-T2V-1.3B/                            Wan2.1-T2V-1.3B-Diffusers/
+      config.json                                 model_index.json
+      diffusion_pytorch_model*.safetensors        transformer/
+      models_t5_umt5-xxl-enc-bf16.pth             text_encoder/
+      google/umt5-xxl/                            tokenizer/
+      Wan2.1_VAE.pth                              vae/
+
+A ``checkpoint`` takes the place of the folder's transformer, which need not be there then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ..common.checks import OFFLOAD
+from ..planning.fit import NUM_FRAMES, SIZE, WINDOW
+from .checkpoint import Found, load_transformer
+from .convert import tensors_sha256
+from .experts import load_experts, parse_experts
+from .flow_schedule import FlowSchedule
+from .text_encoder import NATIVE_WEIGHTS, WEIGHTS, WanTextEncoder
+from .transformer import HiARTransformer
+from .vae import StreamingDecoder, StreamingEncoder, load_vae
+from .vae_weights import ORIGINAL
+from .video_model import VideoModel
+
+FPS, FRAMES_PER_BLOCK = 16, 3
+Checkpoint = str | os.PathLike[str] | Mapping[str, str]
+"""A file or folder of weights; or one for each noise level: "0-1=high.pt,2-3=low.pt", {"0-1": "high.pt", ...}."""
+
+
+def is_wan_folder(folder: Path) -> bool:
+    """Whether any part of a published Wan folder lies there."""
+    parts = ("model_index.json", NATIVE_WEIGHTS, ORIGINAL, WEIGHTS, "vae")
+    return any((folder / name).exists() for name in parts) or any(folder.glob("diffusion_pytorch_model*"))
+
+
+def load_wan(
+    folder: Path,
+    *,
+    device: torch.device,
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+    checkpoint: Checkpoint | None = None,
+    steps: int | None = None,
+    own_steps: Iterable[int] | None = None,
+    offload: Sequence[str] = (),
+    prompt_cache: str | os.PathLike[str] | None = None,
+    on_found: Callable[[str], None] | None = None,
+    on_stage: Callable[[str, int], None] | None = None,
+) -> VideoModel:
+    """A :class:`VideoModel` of 480x832, 81 frames, 16 fps, 4 steps of shift 5, blocks of 3 in a window of 21; another
+    window, and a sink, where the config.json of a causal model tells them.
+
+    Args:
+        name: that it goes by. dtype: of weights and work; None: bfloat16. The text encoder, and the VAE on CUDA,
+            know no float16: they are in bfloat16 then; on a CPU the VAE works in float32.
+        checkpoint: weights of the transformer, whatever :func:`hiar_model.load_transformer` reads, or experts.
+        steps: of the schedule, spread evenly; None: 1000, 750, 500, 250.
+        own_steps: of this process, where a pipeline shares the steps: it loads only their experts.
+        offload: "text": the text encoder goes to the CPU when a prompt is read; "vae": the VAE works on the CPU.
+        prompt_cache: folder of prompt embeddings, see :class:`WanTextEncoder`.
+        on_found: called with a line about each file of weights. on_stage: called with what is being read or encoded, in
+            words, and how many bytes of weights that are.
+
+    Raises:
+        ValueError: one line: a part that is missing, corrupt or misshaped, parts that do not fit each other.
+    """
+    for part in offload:
+        if part not in OFFLOAD:
+            raise ValueError(f"offload must be of {', '.join(OFFLOAD)}, got {part!r}")
+    schedule = FlowSchedule() if steps is None else FlowSchedule.uniform(steps, FlowSchedule().shift)
+    dtype = dtype or torch.bfloat16
+    beside = torch.bfloat16 if dtype == torch.float16 else dtype
+    # Small files first: what is wrong with them is told before the large ones are read.
+    files = _experts(checkpoint, len(schedule))
+    text = WanTextEncoder(
+        folder,
+        device=device,
+        dtype=beside,
+        offload="cpu" if "text" in offload else None,
+        cache=prompt_cache,
+        on_stage=on_stage,
+    )
+    on_cpu = "vae" in offload or device.type == "cpu"
+    vae = load_vae(folder, dtype=torch.float32 if on_cpu else beside, device="cpu" if on_cpu else device)
+
+    windows: dict[tuple[int | None, int | None], str | os.PathLike[str]] = {}  # that config.json tells -> of which
+
+    def load(path: str | os.PathLike[str]) -> HiARTransformer:
+        def check(found: Found) -> None:
+            channels, needed = vae.config.z_dim, (found.config.in_channels, found.config.out_channels)
+            if needed != (channels, channels):
+                raise ValueError(
+                    f"{path}: takes {needed[0]} channels and makes {needed[1]}, the VAE in {folder} has {channels}: "
+                    "expected a text-to-video model"
+                )
+            windows.setdefault((found.window_frames, found.sink_frames), path)
+            if len(windows) > 1:
+                (window, sink), other = next(iter(windows.items()))
+                raise ValueError(
+                    f"experts: the config.json of {path} says window {found.window_frames} and sink "
+                    f"{found.sink_frames}, that of {other} {window} and {sink}; steps share one window"
+                )
+            if on_found is not None:
+                on_found(str(found))
+            if on_stage is not None:
+                on_stage("reading the transformer", found.nbytes)
+
+        return load_transformer(Path(path), dtype=dtype, device=device, on_found=check).requires_grad_(False)
+
+    if files is None:
+        experts, transformer = None, load(folder if checkpoint is None else checkpoint)  # type: ignore[arg-type]
+        identity = tensors_sha256(transformer.state_dict())
+    else:
+        experts = tuple(load_experts(files, load, own_steps))
+        transformer = next(filter(None, experts))
+        identity = _identity(files)
+    window, sink = next(iter(windows))
+    cell = vae.config.scale_factor_spatial
+    rows, columns = (cell * patch for patch in transformer.config.patch_size[1:])
+    options = {"checkpoint": _written(checkpoint), "offload": ",".join(offload)}
+    return VideoModel(
+        name=name or os.fspath(folder),
+        transformer=transformer,
+        experts=experts,
+        schedule=schedule,
+        frames_per_block=FRAMES_PER_BLOCK,
+        window_frames=window or WINDOW,
+        sink_frames=sink or 0,
+        fps=FPS,
+        num_frames=NUM_FRAMES,
+        train_frames=NUM_FRAMES,
+        latent_size=(vae.config.z_dim, SIZE[0] // cell, SIZE[1] // cell),
+        weights_sha256=identity,
+        text_encoder=text,
+        new_decoder=lambda: StreamingDecoder(vae, own_stream=True),
+        new_encoder=lambda: StreamingEncoder(vae),
+        temporal_compression=vae.config.scale_factor_temporal,
+        spatial_compression=cell,
+        size_step=(rows, columns),
+        options={option: value for option, value in options.items() if value},
+    )
+
+
+def is_experts(checkpoint: Checkpoint | None) -> bool:
+    """Whether a checkpoint is several, one for each noise level."""
+    if isinstance(checkpoint, str):
+        return "=" in checkpoint and not Path(checkpoint).exists()
+    return isinstance(checkpoint, Mapping)
+
+
+def _experts(checkpoint: Checkpoint | None, steps: int) -> tuple[str, ...] | None:
+    """The file of each step; None if there is one for all."""
+    if not is_experts(checkpoint):
+        return None
+    files = parse_experts(checkpoint, steps)  # type: ignore[arg-type]
+    missing = [file for file in files if not Path(file).exists()]
+    if missing:
+        raise ValueError(f"experts: {missing[0]}: no such file or folder")
+    return files
+
+
+def _identity(files: Sequence[str]) -> str:
+    """The same for every rank of a pipeline, though none reads all files."""
+    stamps = [(Path(file).name, (stat := Path(file).stat()).st_size, stat.st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+
+
+def _written(checkpoint: Checkpoint | None) -> str:
+    """As the command line takes it, wherever it is run."""
+    if checkpoint is None:
+        return ""
+    if not is_experts(checkpoint):
+        return os.path.abspath(checkpoint)  # type: ignore[arg-type]
+    parts = checkpoint.split(",") if isinstance(checkpoint, str) else map("=".join, checkpoint.items())  # type: ignore[union-attr]
+    pairs = [part.partition("=") for part in parts]
+    return ",".join(f"{steps}={os.path.abspath(file)}" for steps, _, file in pairs)

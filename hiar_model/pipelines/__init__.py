@@ -1,0 +1,1 @@
+"""Prompt to video: models from disk, the video pipeline, its conditioning and metadata."""

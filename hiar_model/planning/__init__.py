@@ -1,0 +1,1 @@
+"""What a rollout will take, before it runs: memory, time, what fits."""

@@ -1,0 +1,1 @@
+"""The grid of steps and blocks as data: tasks, orders, costs, the simulator. Plain Python, no torch."""

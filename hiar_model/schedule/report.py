@@ -1,0 +1,406 @@
+"""What more GPUs gain, by the simulator: the tables and pictures of docs/parallel.md.
+
+    python -m hiar_model.schedule.report                      all tables, Markdown
+    python -m hiar_model.schedule.report --docs docs          write the pictures, and the tables that the pages quote
+    python -m hiar_model.schedule.report --plot gains.png     gain over blocks, a line for each number of steps
+
+These are projections, from a roofline or from stage times measured on one GPU; what was measured as a whole is in
+:mod:`.gpu_report`, whose tables are among those of README and docs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..config import WanConfig
+from ..io.files import temporary
+from . import gpu_tables as gpu_report
+from .costs import LINKS, Costs, Curve, Geometry, exchanged_bytes, unequal_parts, unit_costs, visit_flop
+from .plan import Plan
+from .simulator import ROUNDING, Timeline, Walk, simulate
+from .strategies import MODELS, TFLOPS, VAE_MS, WINDOW, Machine, machines, plan_of, ways
+from .timeline import draw
+
+STEPS = (2, 4, 8, 20, 50)
+BLOCKS = (7, 27, 81, 200)
+RANKS = (1, 2, 4, 8, 16, 32)
+PIXEL_FRAMES = 4  # per latent frame; the first latent frame is one pixel frame
+PAGES = ("parallel.md", "profiling.md", "../README.md")  # that quote tables, as seen from docs/
+GENTLE_TFLOPS = 150.0  # a consumer card
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table, its first column to the left."""
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)]
+
+
+def ranks_of(steps: int) -> list[int]:
+    """The rank counts shown for so many steps: powers of two, and one rank per step."""
+    return sorted({*(r for r in RANKS if r <= steps), steps})
+
+
+def grid_table(steps: int = 4, blocks: int = 4) -> list[str]:
+    """When each visit may start at the earliest: the starts of its denoise and its cache visit, one rank per step."""
+    timeline = simulate(plan_of("stream", steps), blocks + 1, steps)
+    starts = {visit: event.start for event in timeline.events for row in event.rows for visit in row}
+    rows = [
+        [f"step {s}", *(f"{starts['denoise', s, n]:g}, {starts['cache', s, n]:g}" for n in range(blocks))]  # type: ignore[index]
+        for s in range(steps)
+    ]
+    return markdown(["denoise, cache", *(f"block {n}" for n in range(blocks))], rows)
+
+
+# Gain over one GPU that runs block-first.
+
+
+def gain_table(
+    costs: Costs, steps: Sequence[int] = STEPS, blocks: Sequence[int] = BLOCKS, frames_per_block: int = 3
+) -> list[str]:
+    """How much sooner a pipeline has made a video than one rank block-first, by steps S, blocks N and ranks."""
+    rows, gap = [], 0.0
+    for s in steps:
+        for n in blocks:
+            base = simulate(plan_of("block_first", s, frames_per_block=frames_per_block), n, costs=costs).time
+            walk = Walk(plan_of("stream", s, frames_per_block=frames_per_block), n, costs)
+            found = {ranks: walk.timeline(ranks) for ranks in ranks_of(s)}
+            gap = max(gap, *(1 - timeline.least / timeline.time for timeline in found.values()))
+            cells = {ranks: f"{base / timeline.time:.2f}" for ranks, timeline in found.items()}
+            rows.append([f"{s}", f"{n}", *(cells.get(r, "") for r in RANKS), cells[s]])
+    told = "No other split of the steps over the ranks is faster"
+    told += "." if gap <= ROUNDING else f" by more than {max(gap, 0.0001):.2%}."
+    return [*markdown(["S", "N", *(f"{r} ranks" if r > 1 else "1 rank" for r in RANKS), "S ranks"], rows), "", told]
+
+
+def limit_table(steps: Sequence[int] = STEPS) -> list[str]:
+    """What an S-rank pipeline gains in the steady state, visits of one cost."""
+    rows = []
+    for s in steps:
+        base, own, pipe = (
+            simulate(plan_of(order, s), 3 * s + 20, ranks)
+            for order, ranks in (("block_first", 1), ("stream", 1), ("stream", s))
+        )
+        interval = [timeline.steady_interval or 0.0 for timeline in (base, own, pipe)]
+        gain = interval[0] / interval[2]
+        enough = next(n for n in range(1, 100 * s) if _gain(s, n) >= 0.9 * gain)
+        paired = simulate(plan_of("stream", s, pairs=True), 3 * s + 20, s, in_flight=s)
+        worst = [t.prompt_delay or 0.0 for t in (base, own, pipe, paired)]
+        rows.append(
+            [
+                f"{s}",
+                *(f"{x:g}" for x in interval),
+                f"{gain:g}",
+                f"{gain / s:.1%}",
+                f"{enough}",
+                *(f"{x:g}" for x in worst),
+            ]
+        )
+    headings = ["S", "block-first every", "HiAR every", "S ranks every", "gain", "gain / GPU", "blocks for 90%"]
+    return markdown([*headings, *(f"prompt: {x}" for x in ("block-first", "HiAR", "S ranks", "S ranks, pairs"))], rows)
+
+
+def _gain(steps: int, blocks: int) -> float:
+    """Of one rank per step over block-first, by the closed forms (tests hold them against the simulator)."""
+    return ((steps + 1) * blocks - 1) / (2 * blocks + steps - 2)
+
+
+# Ways to use one machine, side by side.
+
+
+def setup_table(machine: Machine, steps: int = 4, blocks: int = 27, gpus: int = 4) -> list[str]:
+    """Every way to make one video of so many blocks, with all that a quoted speedup must name."""
+    rows, base = [], 0.0
+    for way in ways(machine, steps, gpus):
+        plain = way.run(blocks)
+        base = base or plain.time
+        frames = 1 + PIXEL_FRAMES * (blocks * way.plan.frames_per_block - 1)
+        fps = [way.videos * frames / run.time for run in (plain, way.run(blocks, "last"), way.run(blocks, "own"))]
+        interval, delay = plain.steady_interval, plain.prompt_delay
+        prompt = f"{_short(delay)} ({delay / interval:.1f})" if delay is not None and interval is not None else "-"
+        cells = [
+            _short(plain.time),
+            f"{way.videos * base / plain.time:.2f}",
+            _short(plain.first_block),
+            "-" if interval is None else _short(interval),
+            "-" if way.plan.pairs else prompt,  # a pair has one text
+            f"{fps[0]:.1f}",
+            f"{fps[1]:.1f}",
+            f"{fps[2]:.1f}" if way.videos == 1 else "-",
+            _short((way.exchanged or plain.bytes_sent / blocks) / 1e6),
+            f"{sum(plain.utilisation) / plain.ranks:.0%}",
+        ]
+        rows.append([way.name, f"{way.gpus}", *cells])
+    headings = ["way", "GPUs", "whole s", "gain", "first block s", "then every s", "prompt s (blocks)"]
+    headings += ["fps", "fps, VAE on the last GPU", "fps, VAE on one GPU more", "MB sent per block", "busy"]
+    why = unequal_parts(machine.config, machine.geometry, gpus)
+    notes = [f"No Ulysses over {gpus}: {why}.", ""] if why else []
+    return [*markdown(headings, rows), "", *notes, "*: another model, which has to be trained so."]
+
+
+def link_table(found: Sequence[Machine], blocks: int = 27) -> list[str]:
+    """The gain of some ways over one GPU block-first, by model and link."""
+    picked = [f"{order}, Ulysses over 4" for order in ("block_first", "stream")]
+    picked += ["pipeline of 2", "pipeline of 4", "pipeline of 3, lent keys*"]
+    rows = []
+    for machine in found:
+        by_name = {way.name: way for way in ways(machine)}
+        base = by_name["block_first"].run(blocks).time
+        gains = (f"{base / by_name[name].run(blocks).time:.2f}" if name in by_name else "-" for name in picked)
+        rows.append([machine.name, machine.link.name, *gains])
+    sources = sorted({machine.costs.source for machine in found})
+    assumed = [f"- {source}; latencies, sizes and windows as in the tables of each machine" for source in sources]
+    return [
+        *markdown(["model", "link", *picked], rows),
+        "",
+        "*: another model, which has to be trained so.",
+        "",
+        *assumed,
+    ]
+
+
+def memory_table(models: Sequence[str] = MODELS, gpus: int = 4, steps: int = 4) -> list[str]:
+    """GiB of cached keys and values on one GPU, bf16, full window; the weights are on every GPU whole."""
+    rows = []
+    for model in models:
+        config, g = WanConfig.from_name(model), Geometry()
+        step = g.key_bytes(config) / g.frames_per_block * WINDOW / 2**30
+        rows.append([model, *(f"{x * step:.1f}" for x in (1, 1 / gpus, steps, steps / gpus, steps / gpus))])
+    names = ("block_first", f"block_first, Ulysses over {gpus}", "stream", f"stream, Ulysses over {gpus}")
+    return markdown(["model", *names, f"pipeline of {gpus}"], rows)
+
+
+def _short(value: float) -> str:
+    """Three digits that matter, never an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+# Where context parallelism overtakes.
+
+
+def crossing_table(
+    models: Sequence[str] = MODELS, tflops: Sequence[float] = (TFLOPS, GENTLE_TFLOPS), steps: Sequence[int] = STEPS
+) -> list[str]:
+    """The bandwidth above which block-first under head parallelism beats a pipeline on as many GPUs, once it is steady.
+
+    (S+1) (V/R + X/bandwidth) = P V, with V the time of a visit over a full window, X the bytes that a GPU sends in it
+    and P V the interval of the pipeline; latencies and what heads leave unequal are left out.
+    """
+    rows = []
+    for model in models:
+        config, g = WanConfig.from_name(model), Geometry()
+        frame = g.frame_tokens(config)
+        flop = visit_flop(config, g.frames_per_block * frame, WINDOW * frame)
+        for s in steps:
+            for ranks in (r for r in (2, 4, 8) if r <= s and not config.num_heads % r):
+                pace = simulate(plan_of("stream", s), 3 * s + 20, ranks).steady_interval or 0.0
+                sent = exchanged_bytes(config, g, ranks)
+                rates = []
+                for speed in tflops:
+                    visit = flop / (speed * 1e12)
+                    rates.append((s + 1) * sent / (visit * (pace - (s + 1) / ranks)) / 1e9)
+                efficiency = (s + 1) / ranks / pace
+                rows.append(
+                    [model, f"{s}", f"{ranks}", f"{sent / 1e6:.0f}", f"{efficiency:.1%}", *(f"{r:.3g}" for r in rates)]
+                )
+    headings = ["model", "S", "GPUs", "MB per GPU and visit", "efficiency needed"]
+    table = markdown([*headings, *(f"GB/s at {speed:g} TFLOP/s" for speed in tflops)], rows)
+    note = f"- roofline: FLOP of a visit over a full window of {WINDOW} / TFLOP/s (not measured); no latencies"
+    return [*table, "", note]
+
+
+# Pictures.
+
+
+def pictures() -> dict[str, str]:
+    """File name -> SVG of docs/parallel.md: four steps, visits of one cost."""
+
+    def panel(name: str, order: str, blocks: int, ranks: int = 1, **options: object) -> tuple[str, Timeline]:
+        timeline = simulate(Plan(4, order, 3, **options), blocks, ranks)  # type: ignore[arg-type]
+        return f"{name}: first block after {timeline.first_block:g}, all {blocks} after {timeline.time:g}", timeline
+
+    one = [panel(f"{order}, 1 rank", order, 4) for order in ("block_first", "stream", "step_first")]
+    several = [panel(f"{ranks} ranks", "stream", 6, ranks) for ranks in (2, 3, 4)]
+    several.append(panel("4 ranks, pairs (framed: one forward)", "stream", 6, 4, pairs=True))
+    return {"schedule_one_rank.svg": draw(one), "schedule_pipeline.svg": draw(several)}
+
+
+def draw_gains(picture: str | Path, blocks: Sequence[int] = (2, 4, 7, 14, 27, 54, 81, 120, 200)) -> None:
+    """Draw the gain over one rank block-first by blocks, one line for each number of steps, into a .png; every visit 1.
+
+    Left one rank per step, right four ranks at most. Needs matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, title, most in zip(
+        figure.subplots(1, 2), ("one rank per step", "four ranks at most"), (50, 4), strict=True
+    ):
+        for s in STEPS:
+            bases = [simulate(plan_of("block_first", s), n).time for n in blocks]
+            times = [simulate(plan_of("stream", s), n, min(s, most)).time for n in blocks]
+            axes.plot(blocks, [b / t for b, t in zip(bases, times, strict=True)], marker=".", label=f"{s} steps")
+        axes.set(title=title, xlabel="blocks", ylabel="gain over one rank block-first", xscale="log")
+        axes.set_xticks(blocks[::2], [str(n) for n in blocks[::2]])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    partial = temporary(Path(picture))
+    try:
+        figure.savefig(partial, dpi=120, format="png")
+        os.replace(partial, picture)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# The report, and the page that quotes it.
+
+
+def quoted_tables() -> dict[str, Callable[[], list[str]]]:
+    """The tables that README and docs quote, by name."""
+    by_name = {f"{m.name} {name}": m for name in LINKS for m in machines(links=(name,))}
+
+    def setup(key: str) -> Callable[[], list[str]]:
+        machine = by_name[key]
+        return lambda: [*setup_table(machine), "", *machine.assumptions()]
+
+    tables: dict[str, Callable[[], list[str]]] = {
+        "grid": grid_table,
+        "limits": limit_table,
+        "gain unit": lambda: gain_table(unit_costs()),
+        "links": lambda: link_table(machines()),
+        "crossing": crossing_table,
+        "memory": memory_table,
+    }
+    tables |= {f"setups {key}": setup(key) for key in by_name}
+    tables |= {"measured rollouts": gpu_report.rollout_table, "measured parts": gpu_report.parts_table}
+    times = gpu_report.stage_times()
+    if times is not None:
+        _, fused = gpu_report.vae_ms(times.parent)
+
+        def timed(*links: str) -> list[Machine]:
+            return machines(times, vae_ms=fused or VAE_MS, links=links or LINKS)
+
+        tables["measured links"] = lambda: link_table(timed())
+        tables["measured setups"] = lambda: [*setup_table(timed("nvlink")[0]), "", *timed("nvlink")[0].assumptions()]
+    return tables
+
+
+def report(stage_times: str | Path | None = None, tflops: float = TFLOPS, vae_ms: float = VAE_MS) -> Iterator[str]:
+    """All tables as Markdown, one section after the other as it is made: what was measured, then the projections.
+
+    Args:
+        stage_times: JSON of stage times measured on one device (see `rollout.costs.measured`). None: both models at
+            `tflops` TFLOP/s.
+        vae_ms: time to decode a block, where stage times do not say.
+    """
+    found = machines(stage_times, tflops, vae_ms)
+    steps = STEPS if isinstance(found[0].costs.denoise, Curve) else (len(found[0].costs.denoise),)
+    about = "Projections by a simulator; nobody has run them on several GPUs."
+    sections: list[tuple[str, Callable[[], list[str]]]] = [
+        ("# Rollouts measured on one GPU", gpu_report.rollout_table),
+        ("## Where a visit goes, ms", gpu_report.parts_table),
+        ("# Steps over ranks", lambda: [about]),
+        ("## Steady state, every visit 1", partial(limit_table, steps)),
+        ("## Gain over one rank block-first, every visit 1", partial(gain_table, unit_costs(), steps)),
+    ]
+    for machine in found:
+        where = f"{machine.name}, {machine.link.name}"
+        if 4 in steps:
+            sections.append(
+                (f"## Ways to make 27 blocks in 4 steps: {where}", partial(_with_notes, setup_table, machine))
+            )
+        if machine.link is found[0].link:  # a pipeline hardly notices the link: the table of links shows it
+
+            def gains(machine: Machine) -> list[str]:
+                return gain_table(machine.costs, steps, frames_per_block=machine.geometry.frames_per_block)
+
+            name = f"## Gain over one GPU block-first: {where}"
+            sections.append((name, partial(_with_notes, gains, machine)))
+    if 4 in steps:
+        sections.append(("## Gain of 27 blocks in 4 steps, by link", partial(link_table, found)))
+    sections.append(("## Link speed above which context parallelism is faster", partial(crossing_table, steps=steps)))
+    sections.append(("## Caches on one GPU, GiB", memory_table))
+    for title, make in sections:
+        yield "\n".join([title, "", *make(), ""])
+
+
+def _with_notes(table: Callable[[Machine], list[str]], machine: Machine) -> list[str]:
+    return [*table(machine), "", *machine.assumptions()]
+
+
+MEASURED = ("blocks", "order", "way", "steps per rank", "seconds", "speedup", "first block s", "then every s",
+            "prompt s", "fps without VAE", "fps with VAE*", "simulator s")  # fmt: skip
+
+
+def measured_table(found: Mapping[str, Any]) -> list[str]:
+    """Markdown of a run of bench/test_four_step_speedup.py; the baseline of its speedups is block-first on one rank.
+
+    Args:
+        found: what the run left as JSON, {"environment", "rows"}.
+    """
+    about, rows = found["environment"], found["rows"]
+    base = {row["blocks"]: row["seconds"] for row in rows if (row["order"], row["way"]) == ("block_first", "alone")}
+    lines = ["| " + " | ".join(MEASURED) + " |", "|" + "---|" * 4 + "---:|" * (len(MEASURED) - 4)]
+    for row in rows:
+        way = row["way"] if row["ranks"] == 1 else f"{row['way']} of {row['ranks']}"
+        speedup = (row["ranks"] if row["way"] == "replicas" else 1) * base[row["blocks"]] / row["seconds"]
+        numbers = (row["seconds"], speedup, row["first_block"], row["interval"], row["prompt"], row["fps"])
+        cells = [str(row["blocks"]), row["order"], way + ("" if row["measured"] else ", projected")]
+        cells.append("+".join(map(str, row["split"])) if row["way"] == "pipeline" else "")
+        cells += ["" if n is None else f"{n:.3g}" for n in (*numbers, row.get("fps_vae"), row["predicted"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Speedup over block_first on one rank with as many blocks, of replicas in videos a second; no VAE in any time.",
+        "*: by the simulator, with an assumed 312 ms a block on the last rank.",
+        "",
+    ]
+    return lines + [f"- {key}: {value}" for key, value in about.items() if "visit_s" not in key]
+
+
+def refreshed(page: str) -> str:
+    """The text of a page with its tables made anew: all between `<!-- table NAME -->` and `<!-- end -->`."""
+    tables = quoted_tables()
+
+    def table(match: re.Match[str]) -> str:
+        if match[1] not in tables:
+            raise ValueError(f"table {match[1]!r} is unknown: give one of {', '.join(tables)}")
+        return "\n".join([f"<!-- table {match[1]} -->", "", *tables[match[1]](), "", "<!-- end -->"])
+
+    return re.sub(r"<!-- table ([^>]*) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Print the report, or refresh the documents."""
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser(description="What more GPUs gain, by the simulator.")
+    parser.add_argument("--stage-times", help="JSON of measured stage times; default: the roofline")
+    parser.add_argument("--tflops", type=float, default=TFLOPS, help="of the roofline")
+    parser.add_argument("--vae-ms", type=float, default=VAE_MS, help="decode of a block")
+    parser.add_argument("--plot", help="draw the gains into this .png instead; needs matplotlib")
+    parser.add_argument(
+        "--docs", type=Path, help="the folder docs: refresh the tables and pictures of its pages and README"
+    )
+    a = parser.parse_args()
+    if a.plot is not None:
+        draw_gains(a.plot)
+        return
+    if a.docs is None:
+        for section in report(a.stage_times, a.tflops, a.vae_ms):
+            print(section, flush=True)
+        return
+    for name, text in pictures().items():
+        (a.docs / name).write_text(text, encoding="utf-8")
+    for name in PAGES:
+        page = a.docs / name
+        page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

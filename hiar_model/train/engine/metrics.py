@@ -1,0 +1,149 @@
+"""What people watch: a table of losses, TensorBoard, sheets of samples, and W&B where its variable is set."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...io.video import Frames, contact_sheet, save_png
+
+LOSSES, SAMPLES, EVENTS = "loss.csv", "samples", "tensorboard"
+WANDB_VARIABLE = "WANDB_PROJECT"
+SATURATED = 4  # of 255: how near to black or full a channel counts as saturated
+SHEET_FRAMES, SHEET_SIDE = 24, 208  # of a video on a sheet, evenly spread; pixels of a frame's longer side, at most
+
+
+def sample_scalars(frames: Frames) -> dict[str, float]:
+    """What tells that a student collapses, of videos uint8 [N, F, H, W, 3].
+
+    motion       mean absolute difference of successive frames, of 1: it falls where videos freeze
+    saturation   share of channels at black or full: it rises where colours burn out
+    """
+    motion, saturated = [], []
+    for video in frames:  # one by one: real ones are large
+        steps = np.abs(np.diff(video.astype(np.int16), axis=0))
+        motion.append(steps.mean() / 255 if len(steps) else 0.0)
+        saturated.append(((video <= SATURATED) | (video >= 255 - SATURATED)).mean())
+    return {"sample_motion": float(np.mean(motion)), "sample_saturation": float(np.mean(saturated))}
+
+
+class Watch:
+    """The record of one run in its folder; the first rank has one.
+
+    loss.csv       one row for every logged update, a column for every number; a resumed run goes on behind ``update``
+    tensorboard/   the same, and the sheets, where tensorboard is installed
+    samples/       sheets as .png, one video a row
+
+    Args:
+        update: how many updates are done: what was recorded after them is dropped. name: of the run, for W&B.
+        say: told once what is missing.
+
+    Raises:
+        ValueError: the variable of W&B is set, and wandb is not installed.
+    """
+
+    def __init__(
+        self, folder: Path, update: int, recipe: Mapping[str, Any], say: Callable[[str], None] = print
+    ) -> None:
+        self.folder = folder
+        self.columns = self._drop_rows_after(update)
+        self.events: Any = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(folder / EVENTS), purge_step=update + 1)
+        else:
+            say("no TensorBoard scalars: tensorboard is not installed (pip install 'hiar-kernels[train]')")
+        self.wandb: Any = None
+        if project := os.environ.get(WANDB_VARIABLE):
+            if importlib.util.find_spec("wandb") is None:
+                raise ValueError(f"{WANDB_VARIABLE} is set to {project!r}, but wandb is not installed")
+            import wandb
+
+            self.wandb = wandb.init(
+                project=project, name=folder.name, dir=str(folder), config=dict(recipe), resume="allow"
+            )
+
+    def scalars(self, update: int, numbers: Mapping[str, float]) -> None:
+        """Numbers after so many updates, by name."""
+        self._write_row({"update": str(update), **{name: f"{value:.9g}" for name, value in numbers.items()}})
+        if self.events is not None:
+            for name, value in numbers.items():
+                self.events.add_scalar(name.replace("_", "/", 1), value, update)
+        if self.wandb is not None:
+            self.wandb.log(dict(numbers), step=update)
+
+    def sheet(self, update: int, frames: Frames) -> Path:
+        """Videos uint8 [N, F, H, W, 3] as one image, a video a row; returns the .png. Of long videos some frames, large
+        ones made smaller."""
+        chosen = np.linspace(0, frames.shape[1] - 1, min(SHEET_FRAMES, frames.shape[1])).round().astype(int)
+        few = _smaller(frames[:, chosen].reshape(-1, *frames.shape[2:]), SHEET_SIDE)
+        image = contact_sheet(few, columns=len(chosen))
+        (self.folder / SAMPLES).mkdir(exist_ok=True)
+        path = self.folder / SAMPLES / f"update_{update:08d}.png"
+        save_png(image, path)
+        if self.events is not None:
+            self.events.add_image("samples", image, update, dataformats="HWC")
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({"samples": wandb.Image(image)}, step=update)
+        return path
+
+    def close(self) -> None:
+        """Write what is pending."""
+        if self.events is not None:
+            self.events.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _write_row(self, row: dict[str, str]) -> None:
+        path = self.folder / LOSSES
+        fresh = [name for name in row if name not in self.columns]
+        if fresh:  # a number that is not watched in every row: the table gets a column
+            self.columns = self.columns + fresh
+            _rewrite(path, self.columns, _read(path)[1])
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+    def _drop_rows_after(self, update: int) -> list[str]:
+        """Rows that a killed run logged after its last state will be written again; returns the columns."""
+        columns, rows = _read(self.folder / LOSSES)
+        kept = [row for row in rows if None not in row.values() and int(row["update"]) <= update]
+        if columns and len(kept) < len(rows):
+            _rewrite(self.folder / LOSSES, columns, kept)
+        return columns
+
+
+def _smaller(frames: Frames, side: int) -> Frames:
+    """uint8 [F, H, W, 3], means over squares of pixels so that no side is longer; what fills no square is cut off."""
+    factor = -(-max(frames.shape[1:3]) // side)
+    if factor == 1:
+        return frames
+    height, width = (size // factor for size in frames.shape[1:3])
+    cut = frames[:, : height * factor, : width * factor]
+    squares = cut.reshape(-1, height, factor, width, factor, 3)
+    return squares.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
+
+
+def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    if not path.exists():
+        return [], []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        return list(reader.fieldnames or []), list(reader)
+
+
+def _rewrite(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)

@@ -1,0 +1,103 @@
+"""`--config`: a file with everything in it is enough, what `--print_config` writes is such a file, a record too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import small_toy
+from small_toy import PROMPT
+
+from hiar_model.cli import build_parser, main
+from hiar_model.cli.config_file import config_first
+
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
+
+OTHER = "a small blue square moving left"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(small_toy.write_model(tmp_path_factory.mktemp("models") / "small"))
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def record(name: str) -> dict:
+    return json.loads(Path(f"{name}.json").read_text())
+
+
+def write(name: str, text: str) -> None:
+    Path(name).write_text(text, encoding="utf-8")
+
+
+def test_a_prompt_in_the_file(folder):
+    write("c.yaml", f"prompt: {PROMPT}\nout: a.gif\nmodel: {folder}\nnum-frames: 6\n")
+    assert run("generate", "--config", "c.yaml") == 0
+    assert (record("a.gif")["prompt"], record("a.gif")["num_frames"]) == (PROMPT, 6)
+
+
+@pytest.mark.parametrize("words", [
+    (OTHER, "--config", "c.yaml", "--seed", "5"), ("--config=c.yaml", "--seed", "5", OTHER),
+    ("--seed", "5", OTHER, "--config", "c.yaml"),
+])  # fmt: skip
+def test_what_is_typed_counts_more_wherever_it_stands(words):
+    write("c.yaml", f"prompt: {PROMPT}\nout: a.gif\nseed: 4\nnum_frames: 6\n")
+    told = build_parser().parse_args(config_first(["generate", *words]))["generate"]
+    assert (told.prompt, told.seed, told.num_frames) == (OTHER, 5, 6)
+
+
+def test_what_print_config_writes(folder, capsys):
+    with pytest.raises(SystemExit):
+        run("generate", PROMPT, "-o", "a.gif", "--model", folder, "--num-frames", 6, "--window-frames", "[3,6]",
+            "--steps", 2, "--print_config")  # fmt: skip
+    write("c.yaml", capsys.readouterr().out)
+    assert run("generate", "--config", "c.yaml") == 0
+    assert (record("a.gif")["window_frames"], record("a.gif")["prompt"]) == ([3, 6], PROMPT)
+
+
+@pytest.mark.parametrize("kind", ["a.mp4.json", "a/video.json"])
+def test_the_record_of_a_video(folder, here, kind):
+    name = "a/" if "/" in kind else "a.mp4"
+    made = ["--num-frames", 9, "--seed", -5, "--steps", 3, "--order", "stream", "--window-frames", "[3,4,6]"]
+    assert run("generate", PROMPT, "-o", name, "--model", folder, *made) == 0
+    assert run("generate", "--config", kind, "-o", "b/") == 0
+    assert run("generate", "--config", kind, "-o", "c/", "--seed", 6, OTHER) == 0
+    first, again, other = (json.loads(Path(f).read_text()) for f in (kind, "b/video.json", "c/video.json"))
+    same = {"file": "", "command": ""}
+    assert {**again, **same} == {**first, **same}
+    assert {**other, **same} == {**first, **same, "prompt": OTHER, "seed": 6}
+
+
+@pytest.mark.parametrize("text, message", [
+    ("num_frame: 6\n", "c.yaml: unknown key num_frame; did you mean num_frames?"),
+    ("- 6\n", "c.yaml must hold key: value lines, got list"),
+    ("seed: 1\nnum_frames: 6\nseed: 2\n", "the key seed stands twice"),
+    ("a: [\n", "c.yaml is neither YAML nor JSON"),
+    ("num_frames: many\n", "many"),
+    ('{"command": "rm -r x", "weights_sha256": ""}', "c.yaml is the record of a video: it belongs to hiar generate"),
+    ('{"command": 7, "weights_sha256": ""}', "c.yaml: its command cannot be read"),
+    ('{"command": "hiar generate x", "weights_sha256": ""}', "c.yaml: its noise is 'torch-32', this version draws"),
+    (None, "cannot read c.yaml: No such file"),
+])  # fmt: skip
+def test_a_file_that_is_none_is_one_line(capsys, text, message):
+    if text is not None:
+        write("c.yaml", text)
+    assert run("generate", PROMPT, "-o", "a.mp4", "--config", "c.yaml") == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+
+
+def test_a_record_belongs_to_generate(folder, capsys):
+    assert run("generate", PROMPT, "-o", "a.gif", "--model", folder) == 0
+    assert run("doctor", "--config", "a.gif.json") == 2
+    assert "belongs to hiar generate" in capsys.readouterr().err
+
+
+def test_a_recipe_by_a_file_too(capsys):
+    write("c.yaml", "recipe: toy/teacher_forcing\nout: here\n")
+    told = build_parser().parse_args(config_first(["train", "--config", "c.yaml"]))["train"]
+    assert (told.recipe, told.out) == ("toy/teacher_forcing", "here")

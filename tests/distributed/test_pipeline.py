@@ -1,0 +1,398 @@
+"""Steps on ranks: the same bits as one process, faults that end a job in time, runs that go on where they ended.
+
+The processes are real (torchrun, gloo); what they run is in pipeline_job.py, all cases in one start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_toy
+import torch
+from small_toy import BLOCK, PROMPT
+from tiny_model import MODEL, SIZE, TEXT, run
+
+from hiar_model.cli import main
+from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.planning.measure_costs import measure_costs
+from hiar_model.rollout import PipelineOptions, Rollout
+from hiar_model.rollout.engine import FinishedBlock
+from hiar_model.rollout.noise import KeyedNoise
+from hiar_model.rollout.run_folder import RunFolder
+from hiar_model.schedule.costs import unit_costs
+from hiar_model.schedule.plan import Plan, check, rank_order
+from hiar_model.schedule.stages import Stage, split_steps, with_faster_pairs
+
+pytestmark = pytest.mark.cpu
+
+JOB = Path(__file__).parent / "pipeline_job.py"
+PATIENCE = 240  # seconds that any of these jobs may take on a busy machine
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(processes: int, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [*command, str(JOB), *map(str, words)], capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT
+    )
+
+
+# On several processes
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """What each of four ranks found."""
+    target = tmp_path_factory.mktemp("job") / "found.json"
+    done = torchrun(4, "cases", target)
+    assert target.exists(), done.stderr[-3000:]
+    return json.loads(target.read_text()), done.stderr
+
+
+def test_pipelines_give_the_bits_of_one_process(cases):
+    assert [rank["parity"] for rank in cases[0]] == [[]] * 4
+
+
+def test_splits_decoding_apart_captured_visits_and_own_weights(cases):
+    assert [rank["splits"] for rank in cases[0]] == [[]] * 4
+
+
+def test_steps_and_heads_on_one_mesh(cases):
+    assert [rank["shared"] for rank in cases[0]] == [[]] * 4
+
+
+def test_states_of_all_ranks_go_on_bit_for_bit(cases):
+    for rank in cases[0][:3]:
+        # blocks 0 to 4 were kept: the newest state that needs no later one is that of block 4
+        assert rank["resumed"]["at"] == 4 and rank["resumed"]["same"]
+        assert rank["resumed"]["left"] == 5
+        assert rank["resumed"]["states"][-2:] == [4, 6]
+
+
+def test_rollout_returns_latents_on_the_last_rank_alone(cases):
+    assert [rank["rollout"] for rank in cases[0]] == [None, [1, 6, 2, 2, 4], None, None]
+
+
+def test_an_endless_pipeline_is_flat_and_can_be_left(cases):
+    first, last = (rank["endless"] for rank in cases[0][:2])
+    assert first == {"taken": 0}
+    assert last == {"taken": 40, "same": True, "kept": 1}
+
+
+def test_latents_leave_before_the_cache_visit_and_are_awaited_a_block_ahead(cases):
+    first, second = (rank["traced"] for rank in cases[0][:2])
+    none = "posted none"
+    assert first == [
+        f"denoise 0 {none}", "send 0", f"cache 0 {none}",
+        f"denoise 1 {none}", "send 1", f"cache 1 {none}",
+        f"denoise 2 {none}", "send 2",
+    ]  # fmt: skip
+    assert second == ["denoise 0 posted 1", "cache 0 posted 1", "denoise 1 posted 2", "cache 1 posted 2",
+                      f"denoise 2 {none}"]  # fmt: skip
+
+
+def test_a_failing_rank_is_told_once_and_heard_of_by_all(cases):
+    found, told = cases
+    place = "at step 1 of block 2"
+    expected = [
+        f"rank 1 (step 1) failed {place}: FloatingPointError: latents are not finite from step 1 of block 2 on: "
+        "the noise of its step",
+        f"rank 1 (step 1) is out of memory {place}: MemoryError: no more",
+        f"rank 1 (step 1) failed {place}: ZeroDivisionError: division by zero",
+    ]
+    assert [line for line in told.splitlines() if line.startswith("hiar: ")] == [f"hiar: {line}" for line in expected]
+    for rank in (0, 2):
+        assert found[rank]["failing"] == [f"PipelineFault: {line}" for line in expected]
+    assert found[1]["failing"] == [line.partition(": ")[2] for line in expected]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("kill", "rank 1 (step 1) died at step 1 of block 4"),
+        ("stop", "rank 1 (step 1) gave no sign of life for 3 s at step 1 of block 4"),
+        ("hang", "rank 1 (step 1) hangs for 3 s at step 1 of block 4"),
+    ],
+)
+def test_a_fault_ends_the_job_in_time(how, message):
+    done = torchrun(3, how)
+    ended = time.time()
+    assert done.returncode
+    told = [line for line in done.stderr.splitlines() if line.startswith("hiar: ")]
+    assert len(told) == 1 and told[0].startswith(f"hiar: {message}"), done.stderr[-3000:]
+    begun = float(re.search(rf"{how} at ([\d.]+)", done.stdout)[1])
+    assert ended - begun < 4 + 6, "the limit, and what a busy machine takes to end processes"
+
+
+def test_processes_end_without_their_launcher():
+    done = torchrun(3, "orphan")  # returns when the last of them has closed its output
+    ended = time.time()
+    assert done.returncode == -signal.SIGKILL
+    begun = float(re.search(r"orphan at ([\d.]+)", done.stdout)[1])
+    assert ended - begun < 4 + 6
+
+
+def test_a_killed_generation_is_resumed(tmp_path):
+    model = small_toy.write_model(tmp_path / "model")
+    command = [sys.executable, "-m", "hiar_model", "generate", PROMPT, "-o", "made/", "--model", str(model),
+               "--num-frames", str(16 * BLOCK), "--seed", "3", "--nproc", "2", "--checkpoint-every", "2",
+               "--timeout", "10"]  # fmt: skip
+    started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    kept, until = tmp_path / "made.blocks", time.time() + PATIENCE
+    while not list(kept.glob("block_*")) and time.time() < until:
+        time.sleep(0.05)
+    victim = workers(started.pid)[0]
+    while len(list(kept.glob("state_000002_*"))) < 2 and time.time() < until:
+        time.sleep(0.01)
+    os.kill(victim, signal.SIGKILL)
+    assert started.wait(PATIENCE) == 1
+    told = started.stderr.read()
+    assert re.fullmatch(
+        r"hiar: rank \d \(step \d\) died at step \d of block \d+.*; \d+ finished blocks are kept in made\.blocks, "
+        r"--resume goes on\n",
+        told,
+    ), told
+    assert not (tmp_path / "made").exists() and (kept / "run.json").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".partial")]
+    states = [set(re.findall(r"state_(\d+)", " ".join(p.name for p in kept.glob(f"*rank_{r}.*")))) for r in (0, 1)]
+    common = int(max(states[0] & states[1]))
+    assert 2 <= common < 16
+
+    done = subprocess.run(
+        [*command, "--resume"], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"made: {16 * BLOCK} frames") and not kept.exists()
+    from hiar_model import generate
+
+    video = generate(PROMPT, model=model, num_frames=16 * BLOCK, seed=3, device="cpu")
+    video.save(tmp_path / "whole")
+    for frame in (tmp_path / "whole").glob("*.png"):
+        assert frame.read_bytes() == (tmp_path / "made" / frame.name).read_bytes(), frame.name
+
+
+def workers(launcher: int) -> list[int]:
+    """Processes that a process started and that run Python, from /proc."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                status, words = (entry / "status").read_text(), (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if f"\nPPid:\t{launcher}\n" in status and b"generate" in words:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+# In one process
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(small_toy.write_model(tmp_path_factory.mktemp("models") / "small"))
+
+
+def test_parity_is_verified_and_can_fail(model, capsys, monkeypatch):
+    assert main(["verify-parity", "--nproc", "1", "--model", model]) == 0
+    told = capsys.readouterr().out
+    assert re.search(
+        r"4 blocks of .* on 1 processes \(2 steps\) and on one \(cpu, float32, 1 threads\): the same bits", told
+    )
+    keyed, calls = KeyedNoise.__call__, []
+    monkeypatch.setattr(KeyedNoise, "__call__", lambda *key: keyed(*key) + 1e-4 * len(calls.append(0) or calls))
+    assert main(["verify-parity", "--nproc", "1", "--model", model]) == 1
+    assert re.match(r"hiar: latents differ by [\d.e-]+, tolerance is 0\n", capsys.readouterr().err)
+    assert main(["verify-parity", "--nproc", "1", "--model", model, "--tolerance", "1"]) == 0
+    assert "largest difference 0.0" in capsys.readouterr().out
+
+
+def test_a_generation_on_one_process_keeps_what_it_made(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    request = ["generate", PROMPT, "-o", "a/", "--model", model, "--checkpoint-every", "1"]
+    save = RunFolder.save_block
+
+    def interrupted(self, finished):
+        save(self, finished)
+        if finished.block == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_block", interrupted)
+        assert main([*request, "--executor", "pipeline"]) == 130
+    assert len(list(Path("a.blocks").glob("block_*"))) == 3 and not Path("a").exists()
+    assert main([*request, "--executor", "pipeline", "--resume"]) == 0
+    assert main([*request[:3], "b/", *request[4:]]) == 0
+    capsys.readouterr()
+    for frame in Path("b").glob("*.png"):
+        assert frame.read_bytes() == Path("a", frame.name).read_bytes()
+    assert not Path("a.blocks").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resume"], "in a pipeline only: give executor pipeline"),
+        (["--nproc", "0"], "--nproc must be a whole number of at least 1, got 0"),
+        (["--executor", "pipeline", "--steps-per-rank", "[1,1]"], "give a number for each of 1 ranks"),
+        (["--executor", "warp"], "executor must be one of"),
+    ],
+)
+def test_bad_requests(model, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", PROMPT, "-o", "a/", "--model", model, *options]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{}, {"window_frames": 7, "pairs": True}, {"order": "block_first"}], ids=str)
+def test_one_rank_is_a_pipeline_too(options):
+    assert torch.equal(run(executor="pipeline", **options), run(**options))
+
+
+def test_stages_share_out_the_walk():
+    plan = Plan(4, "stream", 3, prefix_frames=4, window_frames=(9,) * 4)
+    for split in ((4,), (1, 3), (2, 1, 1), (1, 1, 1, 1)):
+        stages = [Stage(plan, split, rank) for rank in range(len(split))]
+        rows = [list(stage.groups(6)) for stage in stages]
+        every = [(row,) for group in plan.groups(6) for row in rank_order(group)]
+        assert sorted(group for own in rows for group in own) == sorted(every)
+        assert [stage.sends for stage in stages] == [True] * (len(split) - 1) + [False]
+        for stage, own in zip(stages, rows, strict=True):
+            assert {row[-1].step for group in own for row in group} == set(stage.steps)
+            blocks = [group[0][-1].block for group in own]
+            assert blocks == sorted(blocks), "a state between two blocks is one of whole blocks"
+        check(plan, every, 6)
+    taker = Stage(plan, (2, 2, 0), 2)
+    assert [group[0][0] for group in taker.groups(6)] == [("denoise", 3, n) for n in range(2, 6)]
+    assert taker.name == "rank 2 (takes finished blocks)"
+
+
+def test_steps_are_split_by_their_costs():
+    plan = Plan(8, "stream", 3, window_frames=(6,) * 4 + (21,) * 4)
+    assert split_steps(plan, None, 2) == (4, 4)
+    dear = measured_like(6, 1.0, 21, 4.0)
+    split = split_steps(plan, None, 2, dear)
+    assert sum(split) == 8 and split[0] > split[1]
+    with pytest.raises(ValueError, match="ranks=9 is more than there are steps: give 1 to 8"):
+        split_steps(plan, 7, 9)
+
+
+def measured_like(low: int, cheap: float, high: int, dear: float):
+    from dataclasses import replace
+
+    from hiar_model.schedule.costs import Curve
+
+    line = Curve(((low, cheap), (high, dear)))
+    return replace(unit_costs(), denoise=line, cache=line)
+
+
+def test_measured_costs_are_of_each_window():
+    plan = Plan(2, "stream", 3, window_frames=(9, 15))
+    costs = measure_costs(MODEL, TEXT, plan, num_frames=30, **SIZE)
+    assert [frames for frames, _ in costs.denoise.points] == [6, 9, 15]
+    assert all(0 < seconds < 5 for _, seconds in (*costs.denoise.points, *costs.cache.points))
+    assert "measured on the CPU" in costs.source
+
+
+def test_pairs_where_they_are_faster():
+    """Alone a pair need only be cheaper than its visits; behind other ranks a block waits for its pair."""
+    from dataclasses import replace
+
+    plan, costs = Plan(4, "stream", 3, window_frames=(9,) * 4), unit_costs()
+    assert with_faster_pairs(plan, 27, 1, replace(costs, pair=0.97)).pairs
+    assert not with_faster_pairs(plan, 27, 1, replace(costs, pair=1.03)).pairs
+    assert not with_faster_pairs(plan, 7, 4, replace(costs, pair=0.97)).pairs  # 2N + 2S - 3 against 2N + S - 2
+    assert with_faster_pairs(plan, 7, (1, 1, 1, 1), replace(costs, pair=0.7)).pairs
+    measured = measure_costs(MODEL, TEXT, plan, num_frames=30, pairs=True, **SIZE)
+    assert 0.1 < measured.pair < 10 and measured.pair != 1
+    with pytest.raises(
+        ValueError, match='pairs=.measured. with executor=.eager. is not legal: give True, False, and "m'
+    ):
+        run(pairs="measured")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"executor": "pipeline-graph"}, "executor='pipeline-graph' needs a CUDA device"),
+        (
+            {"pipeline": PipelineOptions((1, 1))},
+            r"steps_per_rank=\[1, 1\] is not legal: give a number for each of 1 ra",
+        ),
+        ({"pipeline": PipelineOptions((3,))}, r"steps per rank \[3\] is not legal: give numbers >= 1 that sum to 4"),
+        ({"pipeline": PipelineOptions(decode_apart=True)}, "1 ranks cannot share 4 steps: give 1 to 4, and one more"),
+        ({"parallel": "ulysses"}, "needs a mesh"),
+        ({"model": [MODEL, None, MODEL, MODEL]}, r"this rank has steps \[0, 1, 2, 3\]: give the weights of step 1 too"),
+        ({"model": [None] * 4}, "give one, or one for each of the 4 steps"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        run(**{"executor": "pipeline", **options})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("plan", "split", "message"),
+    [
+        (Plan(4, "stream", 3), (2, 1), "is not legal"),
+        (Plan(4, "stream", 3), (4, -1, 1), "is not legal"),
+        (Plan(4, "stream", 3), (0, 4), "is not legal"),
+        (Plan(4, "block_first", 3), (2, 2), "steps share one cache"),
+        (Plan(4, "stream", 3, cache_source="next_step"), (2, 2), "keys are not sent"),
+    ],
+)
+def test_illegal_stages(plan, split, message):
+    with pytest.raises(ValueError, match=message):
+        Stage(plan, split, 0)
+
+
+def test_a_run_folder_keeps_and_refuses(tmp_path):
+    about = {"seed": 1, "windows": (3, 4)}
+    kept = RunFolder(tmp_path / "run", about)
+    RunFolder(tmp_path / "run", {"seed": 7})  # nothing was kept yet: nothing to lose
+    kept = RunFolder(tmp_path / "run", about)
+    kept.save_block(FinishedBlock(3, 9, torch.ones(1, 3, 2, 2, 2)))
+    assert kept.blocks() == [3] and kept.load_block(3).first_frame == 9
+    with pytest.raises(ValueError, match="holds an unfinished run: go on with it"):
+        RunFolder(tmp_path / "run", about)
+    with pytest.raises(ValueError, match="of another run: seed was 1, now it is 2"):
+        RunFolder(tmp_path / "run", {**about, "seed": 2}, resume=True)
+    with pytest.raises(ValueError, match="run: its noise is 'torch-32', this version draws 'philox-128'"):
+        RunFolder(tmp_path / "run", {**about, "noise": "philox-128"}, resume=True)
+    with pytest.raises(ValueError, match="checkpoint_every must be a whole number"):
+        RunFolder(tmp_path / "run", about, resume=True, every=-1)
+    assert RunFolder(tmp_path / "run", about, resume=True).resume(fresh()) == 0
+    (tmp_path / "run" / "block_000003.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="cannot read .*block_000003"):
+        kept.load_block(3)
+
+
+def fresh() -> Rollout:
+    return Rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=9, executor="pipeline", **SIZE)
+
+
+def test_one_process_resumes_too(tmp_path):
+    whole = [block.latents for block in fresh()]
+    made, kept = fresh(), RunFolder(tmp_path / "run", {}, every=1)
+    made.on_boundary = lambda n: kept.boundary(made, n)
+    for block in made:
+        kept.save_block(block)
+    assert kept.states() == [1, 2]
+    again = fresh()
+    assert kept.resume(again) == 2
+    rest = [block.latents for block in again]
+    assert len(rest) == 1 and np.array_equal(rest[0].numpy(), whole[2].numpy())
+    kept.remove()
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,40 @@
+"""A toy model of random weights, small enough to be made for a test: its videos are noise, but legal ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from hiar_model.config import WanConfig
+from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.models.registry import save_toy_model
+from hiar_model.models.transformer import HiARTransformer
+from hiar_model.toy.codec import ToyCodec
+
+PROMPT = "a red circle moving right"
+BLOCK, WINDOW, TRAIN_FRAMES, FRAMES = 3, 9, 6, 12
+SIDE = 32  # pixels
+
+
+def write_model(folder: Path, schedule: FlowSchedule | None = None) -> Path:
+    """A folder that load_video_model reads."""
+    channels = 8
+    config = WanConfig(
+        dim=32, ffn_dim=64, num_heads=2, num_layers=1, freq_dim=32, text_dim=32, text_len=8,
+        in_channels=channels, out_channels=channels,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = HiARTransformer(config)
+    return save_toy_model(
+        folder,
+        transformer,
+        ToyCodec.fit(channels=config.in_channels, frames=64),
+        schedule=schedule or FlowSchedule((1000, 500), shift=2.0),
+        frames_per_block=BLOCK,
+        window_frames=WINDOW,
+        train_frames=TRAIN_FRAMES,
+        num_frames=FRAMES,
+        fps=12,
+    )

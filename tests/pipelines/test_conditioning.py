@@ -1,0 +1,211 @@
+"""Pictures and clips that a video goes on from are taken as they look to people; what is written says its colours."""
+
+from __future__ import annotations
+
+import weakref
+from fractions import Fraction
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+from av.sidedata.sidedata import Type
+from PIL import Image, ImageCms, ImageOps
+
+from hiar_model.io.video import Video
+from hiar_model.pipelines import conditioning as module
+from hiar_model.pipelines.conditioning import _orientation, read_given
+
+pytestmark = pytest.mark.cpu
+
+SIZE = (48, 64)
+
+
+def picture(height: int = 48, width: int = 64) -> np.ndarray:
+    """Red left, blue right, brighter towards the top: no turn or mirror looks like another."""
+    rows, columns = np.mgrid[:height, :width]
+    red, blue = np.where(columns < width / 2, 255, 0), np.where(columns < width / 2, 0, 255)
+    return (np.stack([red, 0 * red, blue], -1) * (1 - 0.7 * rows[..., None] / height)).astype(np.uint8)
+
+
+def off(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(int) - b.astype(int)).mean())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_stands_as_its_exif_says(tmp_path, orientation):
+    undo = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, 1)
+    stored, turn = Image.fromarray(picture()), Image.Exif()
+    turn[0x0112] = undo
+    stored.info["exif"] = turn.tobytes()
+    stored.getexif()[0x0112] = undo
+    stored = ImageOps.exif_transpose(stored)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "p.png", exif=exif)
+    given = read_given(tmp_path / "p.png", None, SIZE)
+    assert given is not None
+    assert np.array_equal(given.frames[0], picture())
+    assert bool(given.notes) == (orientation > 1)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    """Hidden under alpha 0 lie loud colours."""
+    if mode == "P":
+        image = Image.fromarray(np.kron([[0, 1], [1, 0]], np.ones((24, 32))).astype(np.uint8))
+        image.putpalette([0, 255, 0, 200, 100, 50])
+        image.save(tmp_path / "p.png", transparency=0)
+    else:
+        bands = np.zeros((*SIZE, len(mode)), np.uint8)
+        bands[..., 0], bands[:24, 32:, -1], bands[24:, :32, -1] = 200, 255, 255
+        Image.fromarray(bands, mode).save(tmp_path / "p.png")
+    given = read_given(tmp_path / "p.png", None, SIZE)
+    assert given is not None
+    assert given.frames[0][2, 2].tolist() == [255, 255, 255]
+    assert given.frames[0][2, 60, 0] == 200
+    assert "transparent parts are put on white" in given.notes[0]
+
+
+def test_sixteen_bits_and_other_colour_spaces(tmp_path):
+    grey = np.linspace(0, 65535, SIZE[1]).round().astype(np.uint16) * np.ones(SIZE, np.uint16)
+    Image.fromarray(grey).save(tmp_path / "p.png")
+    given = read_given(tmp_path / "p.png", None, SIZE)
+    assert given is not None
+    assert np.abs(given.frames[0][..., 1] - grey / 257).max() <= 1
+    Image.fromarray(picture()).convert("CMYK").save(tmp_path / "p.jpg", quality=98)
+    given = read_given(tmp_path / "p.jpg", None, SIZE)
+    assert given is not None
+    assert off(given.frames[0], picture()) < 4
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(picture()).save(tmp_path / "s.png", icc_profile=srgb)
+    given = read_given(tmp_path / "s.png", None, SIZE)
+    assert given is not None
+    assert np.abs(given.frames[0].astype(int) - picture()).max() <= 1
+    Image.fromarray(picture()).save(tmp_path / "b.png", icc_profile=b"no profile")
+    given = read_given(tmp_path / "b.png", None, SIZE)
+    assert given is not None
+    assert "colour profile cannot be read" in given.notes[0]
+    assert np.array_equal(given.frames[0], picture())
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("turns", range(4))
+def test_the_display_matrix_of_a_clip(turns, mirrored):
+    """Against the definition: pixel (x, y) is shown at (a x + c y, b x + d y)."""
+    a, b, c, d = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[turns]
+    if mirrored:
+        a, c = -a, -c
+    matrix = np.array([a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30], np.int64).astype(np.int32)
+    frame = SimpleNamespace(side_data={Type.DISPLAYMATRIX: matrix.tobytes()})
+    image = picture(4, 6)
+    rows, columns = np.mgrid[:4, :6]
+    x, y = a * columns + c * rows, b * columns + d * rows
+    x, y = x - x.min(), y - y.min()
+    shown = np.zeros((y.max() + 1, x.max() + 1, 3), np.uint8)
+    shown[y, x] = image
+    quarter, flip = _orientation(frame)
+    found = np.rot90(image, quarter)
+    assert np.array_equal(found[:, ::-1] if flip else found, shown)
+    assert _orientation(SimpleNamespace(side_data={})) == (0, False)
+
+
+def clip(path, frames: np.ndarray, aspect: Fraction | None = None, **options) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        for image in frames:
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p", **options)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    """32 columns of pixels twice as wide as high look like 64."""
+    narrow = np.stack([picture()[:, ::2]] * 5)
+    clip(tmp_path / "c.mp4", narrow, Fraction(2, 1))
+    given = read_given(None, tmp_path / "c.mp4", SIZE)
+    assert given is not None
+    assert given.frames.shape == (5, *SIZE, 3)
+    assert off(given.frames[2], picture()) < 6
+    assert "2 times as wide as high" in given.notes[-1]
+
+
+@pytest.mark.parametrize(("lines", "matrix"), [(720, "ITU709"), (480, "ITU601")])
+def test_a_clip_that_does_not_say_its_matrix_is_read_by_its_size(tmp_path, lines, matrix):
+    colour = np.array([200, 40, 40], np.uint8)
+    clip(tmp_path / "c.mp4", np.broadcast_to(colour, (3, lines, 64, 3)).copy(), dst_colorspace=matrix)
+    given = read_given(None, tmp_path / "c.mp4", (lines, 64))
+    assert given is not None
+    assert np.abs(given.frames[1, 9, 9].astype(int) - colour).max() <= 3
+
+
+@pytest.mark.parametrize(("height", "tag", "matrix"), [(720, 1, "ITU709"), (480, 6, "ITU601")])
+def test_an_mp4_says_its_colours(tmp_path, height, tag, matrix):
+    colour = np.array([200, 40, 40], np.uint8)
+    video = Video(np.broadcast_to(colour, (3, height, 640, 3)).copy(), 16.0)
+    with av.open(str(video.save(tmp_path / "v.mp4"))) as container:
+        frame = next(container.decode(video=0))
+        said = container.streams.video[0].codec_context
+        assert (said.colorspace, said.color_primaries, said.color_trc, said.color_range) == (tag, tag, tag, 1)
+        shown = frame.to_ndarray(format="rgb24", src_colorspace=matrix)[100, 100]
+    assert np.abs(shown.astype(int) - colour).max() <= 3
+    given = read_given(None, tmp_path / "v.mp4", (height, 640))
+    assert given is not None
+    assert np.abs(given.frames[0, 9, 9].astype(int) - colour).max() <= 3
+
+
+def test_a_large_clip_takes_the_memory_of_its_small_frames(tmp_path, monkeypatch):
+    """Of the file's size a few frames are there at a time."""
+    clip(tmp_path / "c.mp4", np.stack([np.kron(picture(), np.ones((4, 4, 1), np.uint8))] * 40))
+    alive, most = [], 0
+    upright = module._Clip._upright
+
+    def watched(self, *args):
+        nonlocal most
+        image = upright(self, *args)
+        alive.append(weakref.ref(image))
+        most = max(most, sum(x() is not None for x in alive))
+        return image
+
+    monkeypatch.setattr(module._Clip, "_upright", watched)
+    found = read_given(None, tmp_path / "c.mp4", SIZE, step=4)
+    assert found is not None
+    assert found.frames.shape == (37, *SIZE, 3)
+    assert 1 < most <= 17  # two handfuls
+
+
+CONTAINERS = {"mkv": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4"}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("damage", ["cut short", "a hole"])
+def test_a_clip_that_is_not_whole_is_refused(tmp_path, kind, damage):
+    """It was taken as far as it could be read: the video would have gone on from the wrong place."""
+    whole, noise = tmp_path / f"whole.{kind}", np.random.default_rng(0)
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream(CONTAINERS[kind], rate=16)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for _ in range(24):
+            image = noise.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    assert len(read_given(None, whole, SIZE, 1).frames) == 24
+    data, broken = bytearray(whole.read_bytes()), tmp_path / f"broken.{kind}"
+    middle = len(data) // 2
+    broken.write_bytes(
+        data[: middle + 40] if damage == "cut short" else data[:middle] + bytes(1500) + data[middle + 1500 :]
+    )
+    with pytest.raises(ValueError, match=r"cut short: its frames end at|damaged at its frame \d+|corrupt"):
+        read_given(None, broken, SIZE, 1)
+
+
+def test_a_picture_of_too_many_pixels_is_named_so(tmp_path, recwarn):
+    Image.new("1", (15000, 15000)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"more pixels than are read \(178 million\): scale it down"):
+        read_given(tmp_path / "a.png", None, SIZE)
+    Image.new("1", (10000, 10000)).save(tmp_path / "b.png")  # Pillow warns of an attack
+    read_given(tmp_path / "b.png", None, SIZE)
+    assert not recwarn.list

@@ -1,0 +1,59 @@
+"""A long video takes no more memory than a short one: what is held after 200 frames is what is held after 2,000."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import small_toy
+from small_toy import PROMPT
+
+from hiar_model.io.video import VideoWriter
+from hiar_model.models.registry import load_video_model
+from hiar_model.pipelines.prompt_schedule import Script
+from hiar_model.pipelines.video_pipeline import Generation
+
+pytestmark = pytest.mark.cpu
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+TIMES = (2, 4, 6, *range(20, 160, 20))
+PROMPTS = [(t, f"a {('red', 'blue', 'green')[i % 3]} circle moving up") for i, t in enumerate(TIMES)]
+
+
+@pytest.fixture
+def long_stream(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import long_stream
+
+    yield long_stream
+    sys.modules.pop("long_stream", None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_video_model(small_toy.write_model(tmp_path_factory.mktemp("m") / "small"), "cpu")
+
+
+def test_2000_frames_in_flat_memory(long_stream, model, tmp_path):
+    """Written as they come; prompts change on the way, and the context is cached again under each."""
+    options = {"prompts": Script.of(PROMPTS), "on_new_text": "recache"}
+    run = Generation(PROMPT, model=model, endless=True, order="stream", **options)
+    rows = []
+    with VideoWriter(tmp_path / "long.mp4", run.fps, run.metadata, least_side=1) as writer:
+        for row in long_stream.watch(run, writer, 200):
+            rows.append(row)
+            if row.frames >= 2000:
+                break
+    assert writer.frames_written >= 2000 and len(rows) == 10
+    assert {(row.tensors, row.tensor_bytes) for row in rows} == {(rows[0].tensors, rows[0].tensor_bytes)}
+    assert max(row.blocks for row in rows[2:]) - rows[1].blocks < 500, [row.blocks for row in rows]
+
+
+def test_the_count_tells_growth(long_stream):
+    before = long_stream.held(0)
+    import torch
+
+    kept = [torch.zeros(1000) for _ in range(5)]
+    after = long_stream.held(0)
+    assert (after.tensors - before.tensors, after.tensor_bytes - before.tensor_bytes) == (len(kept), 5 * 4000)

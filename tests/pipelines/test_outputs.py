@@ -1,0 +1,293 @@
+"""What is written: checked before work starts, kept when something fails later; signals end a run as Ctrl-C does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_toy
+import torch
+from safetensors import SafetensorError
+
+from hiar_model import generate
+from hiar_model.cli import main
+from hiar_model.io.files import check_output, temporary
+from hiar_model.io.video import VideoWriter
+from hiar_model.models.checkpoint import save_transformer
+from hiar_model.rollout import state_io as states
+
+pytestmark = pytest.mark.cpu
+
+PROMPT = "a red circle moving right"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "small"
+    small_toy.write_model(folder)
+    return folder
+
+
+@pytest.fixture
+def run(small, tmp_path, monkeypatch):
+    """`hiar generate` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield lambda out, *more, prompt=PROMPT: main(["generate", prompt, "-o", out, "--model", str(small), *more])
+    torch.set_num_threads(threads)
+
+
+def named(length: int, suffix: str) -> str:
+    """A name of so many bytes, most of them in letters of three."""
+    stem = length - len(suffix)
+    return "猫" * (stem // 3) + "x" * (stem % 3) + suffix
+
+
+def no_work(*_, **__):
+    raise AssertionError("work began")
+
+
+# Names
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", "/"])
+@pytest.mark.parametrize("length", [200, 230, 238, 240, 250])
+def test_a_long_name_is_written(run, tmp_path, length, suffix):
+    name = named(length + (suffix == "/"), suffix)
+    assert run(name) == 0
+    record = tmp_path / name / "video.json" if suffix == "/" else tmp_path / f"{name}.json"
+    assert json.loads(record.read_text())["file"] == name.rstrip("/")
+    assert len(list(tmp_path.iterdir())) == (1 if suffix == "/" else 2)
+
+
+@pytest.mark.parametrize(("length", "suffix"), [(251, ".mp4"), (255, ".mp4"), (256, ".mp4"), (257, "/"), (251, ".gif")])
+def test_a_name_that_is_too_long_is_refused_before_work(run, tmp_path, monkeypatch, capsys, length, suffix):
+    monkeypatch.setattr("hiar_model.cli.generate.load_model", no_work)
+    assert run(named(length, suffix)) == 2
+    assert capsys.readouterr().err.rstrip().endswith(": File name too long")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["cr\udce9e.mp4", "cr\udce9e/", "\udce9/v.mp4"])
+def test_a_name_that_is_no_utf8(run, tmp_path, monkeypatch, capsys, out):
+    monkeypatch.setattr("hiar_model.cli.generate.load_model", no_work)
+    os.mkdir(b"\xe9")
+    assert run(out) == 2
+    assert r"\udce9" in (line := capsys.readouterr().err) and "is not UTF-8 at character" in line
+    assert os.listdir(b".") == [b"\xe9"]
+
+
+def test_a_prompt_that_is_no_utf8(run, small, monkeypatch, capsys):
+    with pytest.raises(ValueError, match=r"^the prompt 'a cr\\udce9e' is not UTF-8 at character 5: give it in UTF-8$"):
+        generate("a cr\udce9e", model=small)
+    monkeypatch.setattr("hiar_model.cli.generate.load_model", no_work)
+    assert run("v.mp4", prompt="a cr\udce9e") == 2
+    assert "the prompt 'a cr\\udce9e' is not UTF-8 at character 5" in capsys.readouterr().err
+
+
+def test_a_record_takes_what_is_no_text(tmp_path, small):
+    """Such as the path of an image that somebody else named."""
+    video = generate(PROMPT, model=small)
+    video.metadata["given"] = "cr\udce9e.png"
+    video.save(tmp_path / "v.mp4")
+    assert json.loads((tmp_path / "v.mp4.json").read_text(encoding="utf-8"))["given"] == "cr\udce9e.png"
+
+
+def test_a_name_that_stdout_cannot_spell(tmp_path, small):
+    command = [sys.executable, "-m", "hiar_model", "generate", PROMPT, "-o", "猫.mp4", "--model", str(small)]
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith(r"\u732b.mp4: "), done.stderr
+
+
+def test_a_temporary_name_is_short_and_its_own(tmp_path):
+    names = [temporary(tmp_path / named(length, ".mp4")).name for length in (10, 255)]
+    assert len(set(names)) == 2 and max(map(len, names)) < 40
+
+
+LONG = named(256, ".out")
+OUTPUTS = {  # a command, and what it would do first
+    "session": (["generate", PROMPT, "-o", "v.mp4", "--session", LONG], "hiar_model.cli.generate.load_model"),
+    "evaluation": (["evaluate", "toy", "--json", LONG], "hiar_model.cli.evaluate.load_model"),
+    "stage times": (["profile", "--model", "toy", "--stage-times", LONG], "hiar_model.planning.profiling.stage_times"),
+    "plot": (["bench-report", "--plot", LONG], "hiar_model.schedule.report.report"),
+    "weights": (
+        ["convert", "IN", LONG.replace(".out", ".safetensors"), "--to", "native"],
+        "hiar_model.models.convert.read_checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_every_output_is_checked_before_work(tmp_path, monkeypatch, capsys, output):
+    monkeypatch.chdir(tmp_path)
+    words, first = OUTPUTS[output]
+    monkeypatch.setattr(first, no_work)
+    assert main(words) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("hiar: cannot write ") and line.endswith(": File name too long\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_the_place_of_an_output(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="folder: it is a folder$"):
+        check_output(tmp_path / "folder")
+    (tmp_path / "w.safetensors").mkdir()
+    with pytest.raises(ValueError, match="it is a folder$"):
+        save_transformer(None, tmp_path / "w.safetensors")  # type: ignore[arg-type]
+
+
+# What fails later
+
+
+def full(*_, **__):
+    raise FULL
+
+
+def test_a_full_disk_is_said_of_the_video(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hiar_model.io.video._Mp4.add", full)
+    assert run("v.mp4") == 2
+    assert capsys.readouterr().err == "hiar: cannot write v.mp4: No space left on device\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["v.mp4", "v.gif", "v/"])
+def test_a_video_stays_where_its_record_fails(tmp_path, small, monkeypatch, out):
+    video = generate(PROMPT, model=small)
+    if out != "v/":
+        (tmp_path / f"{out}.json").write_text('"of an older video"')
+    writer = VideoWriter(tmp_path / out, video.fps)
+    with pytest.raises(OSError, match=r"is whole, but its record .*json cannot be written: No space left"), writer:
+        writer.write(video.frames)
+        monkeypatch.setattr(Path, "write_bytes", full)
+    assert [p.name for p in tmp_path.iterdir()] == [out.rstrip("/")]
+
+
+def test_a_video_stays_where_its_session_fails(run, tmp_path, monkeypatch, capsys):
+    def torn(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(states, "save_tensors", torn)
+    assert run("v.mp4", "--session", "s.safetensors", "--order", "stream") == 2
+    line = capsys.readouterr().err
+    assert line.startswith("hiar: s.safetensors is not written: ") and "No space left on device" in line
+    assert line.endswith("v.mp4 is whole, 12 frames\n") and line.count("\n") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"v.mp4", "v.mp4.json"}
+
+
+# Signals
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("session", [False, True])
+def test_a_signal_ends_a_run_as_ctrl_c_does(run, tmp_path, monkeypatch, capsys, name, session):
+    before, write = signal.getsignal(getattr(signal, name)), VideoWriter.write
+
+    def interrupted(writer, frames):
+        write(writer, frames)
+        signal.raise_signal(getattr(signal, name))
+
+    monkeypatch.setattr(VideoWriter, "write", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    more = ["--session", "s.safetensors"] if session else []
+    assert run("v.mp4", "--order", "stream", *more) == 130
+    goes_on = "frames are in v.mp4, --from-session s.safetensors goes on"
+    assert capsys.readouterr().err.startswith("hiar: interrupted") and "Traceback" not in capsys.readouterr().err
+    there = {p.name for p in tmp_path.iterdir()}
+    assert there == ({"v.mp4", "v.mp4.json", "s.safetensors"} if session else set()), goes_on
+    assert signal.getsignal(getattr(signal, name)) == before
+
+
+def test_a_hangup_that_is_switched_off_stays_so(run, tmp_path, monkeypatch):
+    """As nohup does."""
+    write, before = VideoWriter.write, signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def hung_up(writer, frames):
+        signal.raise_signal(signal.SIGHUP)
+        write(writer, frames)
+
+    monkeypatch.setattr(VideoWriter, "write", hung_up)
+    try:
+        assert run("v.mp4", "--order", "stream") == 0 and (tmp_path / "v.mp4").exists()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_terminated_process_leaves_nothing_half(tmp_path, small, nproc):
+    words = ["generate", PROMPT, "-o", "v.mp4", "--model", str(small), "--num-frames", "30000", "--order", "stream"]
+    command = [sys.executable, "-m", "hiar_model", *words, "--nproc", str(nproc), "--timeout", "60"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+    while not any(p.name.endswith(".partial") for p in tmp_path.iterdir()):  # the video begins
+        assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+        signal.sigtimedwait([], 0.05)
+    process.terminate()
+    line = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "interrupted" in line and "Traceback" not in line, line
+    assert {p.name for p in tmp_path.iterdir()} <= {"v.mp4.blocks"}
+
+
+# Two names for one file, closed streams, who may read
+
+
+@pytest.mark.parametrize("out, more, culprits", [
+    ("a.mp4", ["--session", "a.mp4"], "--session and -o are one file"),
+    ("a.mp4", ["--session", "./a.mp4.json"], "--session and the record of -o are one file"),
+    ("link.mp4", ["--session", "real.mp4"], "--session and -o are one file"),
+    ("new/", ["--session", "new"], "--session and -o are one file"),
+    ("real.mp4", ["--extend", "real.mp4"], "-o would replace real.mp4, which --extend reads"),
+    ("a.mp4", ["--prompts", "a.mp4.json"], "the record of -o would replace a.mp4.json, which --prompts reads"),
+    ("real.mp4", ["--from-session", "real.mp4"], "-o would replace real.mp4, which --from-session reads"),
+    ("a.mp4", ["--extend", "real.mp4", "--session", "link.mp4"], "--session would replace real.mp4, which --extend"),
+])  # fmt: skip
+def test_no_output_replaces_another_or_what_is_read(run, capsys, monkeypatch, out, more, culprits):
+    """The session took the video's place, and the last line said that the video was there."""
+    for name in ("real.mp4", "a.mp4.json"):
+        Path(name).write_text("kept")
+    Path("link.mp4").symlink_to("real.mp4")
+    monkeypatch.setattr("hiar_model.pipelines.video_pipeline.Generation", no_work)
+    assert run(out, "--overwrite", "--order", "stream", *more) == 2
+    assert culprits in capsys.readouterr().err
+    assert Path("real.mp4").read_text() == Path("a.mp4.json").read_text() == "kept"
+
+
+def test_a_session_may_take_the_place_of_the_one_it_goes_on_from(run):
+    assert run("a.mp4", "--num-frames", "3", "--order", "stream", "--session", "s") == 0
+    assert run("b.mp4", "--num-frames", "6", "--order", "stream", "--from-session", "s", "--session", "s") == 0
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(small, tmp_path, closed):
+    """Of cron or a service: nothing was made, and nothing said why."""
+    words = [sys.executable, "-m", "hiar_model", "generate", f"'{PROMPT}'", "-o", "a.mp4", "--num-frames", "3"]
+    line = " ".join([*words, "--model", str(small), closed])
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, timeout=300).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.mp4.json"}
+
+
+def test_others_may_read_what_is_written(small, tmp_path):
+    """As they may any file that is made here: safetensors' own writer leaves it to the owner alone."""
+    (tmp_path / "plain").touch()
+    states.write(tmp_path / "state", {"x": torch.zeros(1)}, {})
+    assert (tmp_path / "state").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_an_error_of_the_system_is_told_without_its_number(run, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise FileExistsError(17, "File exists", "a place")
+
+    monkeypatch.setattr("hiar_model.pipelines.video_pipeline.Generation", refuse)
+    assert run("a.mp4") == 2
+    assert capsys.readouterr().err == "hiar: a place: File exists\n"

@@ -1,0 +1,189 @@
+"""`hiar doctor --model`: what it tells, what it proposes, what it refuses; and the page that quotes it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import wan_files
+
+from hiar_model.cli import main
+from hiar_model.planning import fit
+from hiar_model.planning.fit import ask, parse_size, subject, ways_to_fit
+from hiar_model.planning.memory import Part, vae_part
+
+pytestmark = pytest.mark.cpu
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
+SMALL = {"height": 64, "width": 96, "vae_dtype": "none"}
+WAN = "wan2.1-t2v-1.3b"
+
+
+def said(*words: str) -> str:
+    """What the command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        assert main(["doctor", *words]) == 0
+    return told.getvalue().strip()
+
+
+def refused(capsys, *words: str) -> str:
+    assert main(["doctor", *words]) == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1 and not told.out
+    return told.err.strip()
+
+
+def quoted(page: str) -> str:
+    """The page with the output of its commands made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        _, name, *words = shlex.split(match[1])
+        assert name == "doctor"
+        return f"<!-- {match[1]} -->\n\n{said(*words)}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (hiar [^>]*) -->.*?<!-- end -->", made, page, flags=re.DOTALL)
+
+
+def test_the_page_says_what_the_command_says():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.count("<!-- hiar doctor") == 2
+    assert quoted(page) == page, "stale: python tests/planning/test_fit.py writes it anew"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24e9), ("24", 24e9), ("24 gb", 24e9), ("24GiB", 24 * 2**30), ("0.5tb", 5e11), ("512MiB", 2**29)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "24 apples", "-3GB", "0", "24GBs", "1e3", "24,5GB"])
+def test_no_sizes(text):
+    with pytest.raises(ValueError, match=r"is no size: give such as 24GB .* 24GiB .* or 80"):
+        parse_size(text)
+
+
+def test_ways_to_fit_change_as_little_as_they_can():
+    asked = ask(WAN, order="stream", sink_frames=3, **SMALL)
+    whole = asked.memory().total
+    assert ways_to_fit(asked, whole, shown=1)[0][0].options == ()
+    ways = ways_to_fit(asked, whole - 1)
+    assert [str(change) for change, _ in ways] == [
+        "--offload text",
+        "--order step_first",
+        "--cache-dtype float8_e4m3fn",
+    ]
+    for change, memory in ways:
+        assert memory == change.made(asked).memory() and memory.total < whole
+    # while the prompt is read both are there: only afterwards is there room for caches
+    models = asked.memory().reading  # weights, and what torch gives cuBLAS
+    [(only, memory)] = ways_to_fit(asked, models)
+    assert str(only) == "--offload text" and memory.total == models and memory.when == "reading the prompt"
+    assert ways_to_fit(asked, models - 1) == []
+
+
+def test_what_is_no_change_is_not_proposed():
+    def proposed(**options) -> str:
+        return " ".join(str(c) for group in fit.changes(ask(WAN, **{**SMALL, **options})) for c in group)
+
+    assert "step_first" in proposed(order="wavefront") and "step_first" not in proposed()
+    assert "step_first" not in proposed(order="block_first"), "another video"
+    assert "step_first" not in proposed(order="stream", cache_source="next_step")
+    assert "float8" in proposed() and "float8" not in proposed(cache_dtype="bfloat16")
+    assert "text" in proposed() and "text" not in proposed(offload=("text",))
+    assert "vae" in proposed(vae_dtype=None) and "vae" not in proposed()
+    assert "--window-frames 12" in proposed() and "--window-frames 12" not in proposed(window_frames=12)
+    assert "--window-frames 6" not in proposed(sink_frames=4)
+    assert "--window-frames" not in proposed(window_frames=(21, 12, 9, 9))
+
+
+def test_a_table_adds_up():
+    words = ["--model", WAN, "--height", "64", "--width", "96", "--order", "stream", "--cache-dtype", "float8_e4m3fn"]
+    told = said(*words, "--vae-dtype", "none", "--gpu-memory", "24GB,1GB")
+    parts = {m[1]: float(m[2]) for m in re.finditer(r"^\| (\S.*?) \| ([\d.]+) \|", told, re.MULTILINE)}
+    peak = float(re.search(r"\*\*peak\*\* \| \*\*([\d.]+)\*\*", told)[1])
+    assert peak == pytest.approx(sum(parts.values()), abs=0.06)
+    assert parts["transformer"] == 2.84 and parts["text encoder"] == 11.36
+    assert "24.00 GB: fits" in told and "1.00 GB: does not fit" in told
+    assert "Nothing that can be changed here makes it fit" in told
+
+
+def test_the_toy():
+    told = said("--model", "toy", "--gpu-memory", "1")
+    assert "latents 48 x 8x8" in told and "1.00 GB: fits" in told and "VAE" not in told
+
+
+@pytest.mark.parametrize("write", [wan_files.write_original, wan_files.write_diffusers])
+def test_a_folder(write, tmp_path):
+    folder = write(tmp_path / "model")
+    about = subject(str(folder))
+    assert about.config == wan_files.WAN and about.missing == ()
+    assert about.text_encoder > 0 and about.vae["base_dim"] == 8
+    small = ["--height", "32", "--width", "32", "--frames", "9"]
+    told = said("--model", str(folder), *small)
+    assert "latents 3 x 4x4" in told and "| VAE |" in told
+    alone = subject(str(write(tmp_path / "alone", parts=False)))
+    assert alone.missing == ("text encoder", "VAE") and alone.vae is None
+    told = said("--model", str(tmp_path / "alone"), *small)
+    assert "Not counted, for it is not there: text encoder, VAE." in told
+
+
+def test_a_training_file(tmp_path):
+    about = subject(str(wan_files.write_training(tmp_path / "hiar.pt")))
+    assert about.config == wan_files.WAN and "network generator_ema" in about.name
+
+
+def test_a_vae():
+    """Of its parts, weights by diffusers' own count; what is kept grows with the picture, not with the block."""
+    wanted = sum(p.numel() for p in wan_files.vae().parameters())
+    numbers = 4 * 2 * 16  # float32 means and deviations of the latents
+    small = vae_part({"base_dim": 8}, 4, 4, 3, torch.float32)
+    assert small.weights == 4 * wanted and small.kept > numbers and small.peak > 0
+    wide, long = vae_part({"base_dim": 8}, 4, 8, 3, torch.float32), vae_part({"base_dim": 8}, 4, 4, 6, torch.float32)
+    assert wide.kept - numbers == 2 * (small.kept - numbers) and long.kept == small.kept
+    assert wide.peak > small.peak and long.peak > small.peak
+    half = vae_part({"base_dim": 8}, 4, 4, 3, torch.bfloat16)
+    assert half.kept - numbers == (small.kept - numbers) // 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpu-memory", "24GB"], "--gpu-memory needs --model"),
+        (["--frames", "9"], "--frames needs --model"),
+        (["--model", "wan9"], "model 'wan9' is no name, file or folder; names: toy, .*wan2.1-t2v-1.3b"),
+        (["--model", WAN, "--gpu-memory", "much"], "'much' is no size: give such as 24GB"),
+        (["--model", WAN, "--height", "470"], "height must be a multiple of 16 and width of 16 pixels, got 470x832"),
+        (["--model", WAN, "--frames", "80"], "whole blocks of 3 latent frames: got 80, nearest 69 or 81"),
+        (["--model", WAN, "--frames", "0"], "got 0, nearest 9"),
+        (["--model", WAN, "--dtype", "int8"], "dtype must be one of float32, .*, got 'int8'"),
+        (["--model", WAN, "--cache-dtype", "fp8"], "cache-dtype must be one of .*float8_e4m3fn, got 'fp8'"),
+        (["--model", WAN, "--vae-dtype", "none", "--offload", "all"], "--offload must be one of text, vae, got 'all'"),
+        (["--model", WAN, "--order", "sideways"], "order"),
+        (["--model", WAN, "--window-frames", "2"], "--window-frames=2 .* 3"),
+        (["--model", "toy", "--height", "64"], "toy has one size"),
+        (["--model", "."], "no weights found"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_refusals(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(said, refused(capsys, *words))
+
+
+def test_an_offloaded_part_is_not_on_the_gpu():
+    asked = ask(WAN, **{**SMALL, "vae_dtype": None}, offload=("vae",))
+    assert asked.memory().vae == Part()
+    both = replace(asked, offload=("text", "vae"))
+    assert asked.memory().resident - both.memory().resident == 2 * fit.UMT5_XXL
+
+
+if __name__ == "__main__":
+    PAGE.write_text(quoted(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,160 @@
+"""The predicted memory of a rollout is what a rollout takes: counted tensor by tensor on a CPU, by torch on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hiar_model.config import WanConfig
+from hiar_model.models.transformer import HiARTransformer
+from hiar_model.planning.memory import WORKSPACE, LiveBytes, Memory, Part, Request, predict
+
+pytestmark = pytest.mark.cpu
+
+E4M3 = torch.float8_e4m3fn
+CONFIG = WanConfig(dim=64, ffn_dim=160, num_heads=2, num_layers=3, freq_dim=16, text_dim=24, text_len=40)
+NARROW = replace(CONFIG, dim=16, ffn_dim=16, num_heads=1, num_layers=1)  # latents are the most of it
+REQUEST = Request(CONFIG, 8, 12, 24, steps=3, window_frames=9, dtype=torch.float32, device="cpu")
+
+
+def taken(request: Request) -> int:
+    """The most bytes of tensors that were alive while a video was made, its weights among them."""
+    with LiveBytes() as live:
+        model = HiARTransformer(request.config).to(request.dtype).eval().requires_grad_(False)
+        live.restart()
+        text = torch.randn(1, request.config.text_len, request.config.text_dim, dtype=request.dtype)
+        for _ in request.rollout(model, text):
+            pass
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"order": "stream", "dtype": torch.bfloat16},
+        {"order": "wavefront", "pairs": True},
+        {"order": "block_first", "window_frames": 6, "sink_frames": 3},
+        {"order": "stream", "cache_source": "next_step", "window_frames": (3, 6, 12)},
+        {"order": "stream", "cache_dtype": E4M3},
+        {"order": "wavefront", "cache_dtype": torch.bfloat16, "batch": 2},
+        {"window_frames": None, "batch": 3, "cache_dtype": E4M3},
+        {"num_frames": 60, "window_frames": 3, "steps": 1, "dtype": torch.float64},
+        {"num_frames": 120, "window_frames": 3, "config": NARROW},
+        {"config": replace(CONFIG, num_layers=9), "pairs": True},
+    ],
+    ids=str,
+)
+def test_a_rollout_takes_what_was_predicted(options):
+    request = replace(REQUEST, **options)
+    memory, found = predict(request), taken(request)
+    assert abs(memory.total / found - 1) < 0.1, (memory, found)
+    # of the parts, too, none could be left out: every one that counts is larger than what is allowed
+    assert memory.total == memory.transformer + memory.caches + memory.scratch + memory.prompt + memory.latents + (
+        memory.activations
+    )
+    assert min(memory.caches, memory.activations) > 0.1 * abs(memory.total - found)
+
+
+@pytest.mark.parametrize("order", ["step_first", "stream"])
+def test_what_captured_visits_take_beside_eager_ones(order):
+    """The prompt's keys once more, in a place of their own; on a GPU a second workspace of cuBLAS and the pool."""
+    eager = replace(REQUEST, order=order, device="cuda")
+    one, other = predict(eager), predict(replace(eager, executor="graph"))
+    keys = 3 * 2 * 48 * 64 * 4  # layers, keys and values, tokens (40 in tiles of 16), width, float32
+    assert keys <= other.prompt - one.prompt <= 1.05 * keys
+    assert (one.workspaces, other.workspaces) == (WORKSPACE, 2 * WORKSPACE)
+    assert predict(replace(eager, device="cpu")).workspaces == 0
+    assert one.activations == other.activations
+    assert other.visiting - one.visiting == other.prompt - one.prompt + WORKSPACE
+    decoding = Part(kept=5, peak=1 << 30)
+    one, other = (replace(memory, vae=decoding) for memory in (one, other))
+    assert other.decoding - one.decoding == other.prompt - one.prompt + WORKSPACE + one.activations
+
+
+def test_nothing_is_kept_of_fake_tensors():
+    """A real rollout of the same shapes, after the prediction, works and gives the same as before it."""
+
+    def made() -> torch.Tensor:
+        torch.manual_seed(0)
+        model = HiARTransformer(request.config).eval().requires_grad_(False)
+        return torch.cat([block.latents for block in request.rollout(model, torch.ones(1, 3, 24))], 1)
+
+    request = replace(REQUEST, order="wavefront", pairs=True, num_frames=9, text_tokens=3)
+    before = made()
+    predict(replace(request, device="cuda"))
+    predict(request)
+    assert torch.equal(made(), before)
+
+
+def test_live_bytes():
+    with LiveBytes() as live:
+        x = torch.zeros(100)
+        view = x[10:].view(9, 10)
+        assert live.now == live.peak == 400
+        y = x + 1  # 400 more, at the end of the statement gone again
+        del y
+        assert (live.now, live.peak) == (400, 800)
+        x.add_(1)
+        assert live.restart() == 400 == live.peak
+        del x
+        assert live.now == 400, "a view keeps the whole"
+        del view
+    assert live.now == 0
+
+
+def test_the_caches_are_those_of_the_engine():
+    """Wan 1.3B at 480x832, by hand: 1560 tokens a frame of 1536 numbers, 30 layers, keys and values."""
+    frame = 1560 * 1536 * 30 * 2
+    wan = Request(WanConfig.from_name("wan2.1-t2v-1.3b"), 60, 104, 21, window_frames=21)
+    ids = 4 * 21
+    memory = predict(wan)
+    assert memory.caches == 2 * 21 * frame + ids and memory.rings == 1 and memory.scratch == 0
+    assert memory.transformer == 2 * 1_418_996_800
+    narrow = predict(replace(wan, order="stream", cache_dtype=E4M3))
+    scales = 4 * 21 * 12 * 4 * 2 * 30
+    assert narrow.caches == 4 * (21 * frame + ids) + scales and narrow.rings == 4
+    assert narrow.scratch == 4 * 2 * 21 * frame // 30
+    ring = 1560 * 1536 * 2  # of a frame's tokens, bfloat16
+    assert memory.activations > 3 * ring * 8960 / 1536, "the feed-forward's hidden width alone"
+
+
+def test_phases():
+    memory = Memory(
+        transformer=10, caches=30, rings=2, scratch=3, prompt=4, latents=5, activations=7,
+        text_encoder=Part(20), vae=Part(2, 6, 9),
+    )  # fmt: skip
+    resident = 10 + 30 + 3 + 4 + 5 + 20 + 2 + 6
+    assert (memory.resident, memory.visiting, memory.decoding) == (resident, resident + 7, resident + 9)
+    assert (memory.reading, memory.total, memory.when) == (32, resident + 9, "decoding")
+    light = replace(memory, offload=("text", "vae"))
+    assert (light.reading, light.total, light.when) == (30, 59, "a visit")
+    assert replace(light, caches=0).when == "reading the prompt"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"order": "sideways"}, "order"),
+        ({"window_frames": 2}, r"window_frames=2 .* 3"),
+        ({"num_frames": 10}, "nearest 9 or 12"),
+        ({"num_frames": None, "order": "stream", "window_frames": None}, "endless video needs a window"),
+        ({"cache_dtype": torch.int8}, "cache_dtype must be one of float8_e4m3fn"),
+        ({"height": 9}, "9x12 is no multiple of the patch"),
+    ],
+    ids=str,
+)
+def test_what_a_rollout_refuses_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        predict(replace(REQUEST, **options))
+
+
+def test_devices_and_offloads():
+    with pytest.raises(ValueError, match="device must be cuda or cpu, got 'tpu'"):
+        replace(REQUEST, device="tpu")
+    with pytest.raises(ValueError, match="executor must be eager or graph, got 'pipeline'"):
+        replace(REQUEST, executor="pipeline")
+    with pytest.raises(ValueError, match="offload must be of text, vae, got 'weights'"):
+        predict(REQUEST, offload=("weights",))

@@ -1,0 +1,113 @@
+"""Counts that do not fit, of texts, noises, prefixes, timesteps: refused at the call, before any layer runs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from hiar_model import FlowSchedule, HiARTransformer, Rollout, WanConfig, rollout
+from hiar_model.models.transformer import Block
+from hiar_model.rollout.infill import infill
+
+pytestmark = pytest.mark.cpu
+
+CONFIG = WanConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=1, freq_dim=8, text_dim=6, text_len=5,
+                   in_channels=2, out_channels=2)  # fmt: skip
+SCHEDULE = FlowSchedule(steps=(1000, 500))
+TEXT, NOISE, PREFIX = torch.ones(2, 4, 6), torch.zeros(2, 6, 2, 2, 4), torch.zeros(2, 3, 2, 2, 4)
+
+
+@pytest.fixture
+def model(monkeypatch) -> HiARTransformer:
+    """One whose layers may not run."""
+
+    def ran(*_):
+        raise AssertionError("a layer ran")
+
+    monkeypatch.setattr(Block, "forward", ran)
+    return HiARTransformer(CONFIG).eval()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (torch.ones(3, 4, 6), "[1 or 2, at most 5, 6] (one prompt for all 2 videos or one for each), got [3, 4, 6]"),
+        (torch.ones(4, 6), "[1 or 2, at most 5, 6] (one prompt for all 2 videos or one for each), got [4, 6]"),
+        (torch.ones(2, 6, 6), "[1 or 2, at most 5, 6] (one prompt for all 2 videos or one for each), got [2, 6, 6]"),
+        (torch.ones(2, 4, 7), "[1 or 2, at most 5, 6] (one prompt for all 2 videos or one for each), got [2, 4, 7]"),
+        ([TEXT[:1], TEXT[1:]], "a tensor [1 or 2, at most 5, 6], got list"),
+        (None, "a tensor [1 or 2, at most 5, 6], got NoneType"),
+    ],
+)
+@pytest.mark.parametrize("of_block", [False, True])
+def test_texts(model, text, says, of_block):
+    given = (lambda block: TEXT if block == 0 else text) if of_block else text
+    name = "text of block 1" if of_block else "text"
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{name} must be {says}')}$"):
+        run = Rollout(model, given, SCHEDULE, num_frames=6, height=2, width=4, batch=2)
+        run.text(0), run.text(1)
+
+
+def test_a_text_of_a_block_is_refused_before_its_forward(model):
+    with pytest.raises(ValueError, match=r"^text of block 0 must be \[1, at most 5, 6\] \(the prompt of one video\)"):
+        list(Rollout(model, lambda block: TEXT, SCHEDULE, num_frames=6, height=2, width=4))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"noise": NOISE[:1]}, r"noise must be \[2, any, 2, 2, 4\], got \[1, 6, 2, 2, 4\]"),
+        ({"noise": NOISE[:, :3]}, r"noise must be \[2, 6, 2, 2, 4\], got \[2, 3, 2, 2, 4\]"),
+        ({"noise": NOISE[0]}, r"noise must be \[2, any, 2, 2, 4\], got \[6, 2, 2, 4\]"),
+        ({"prefix": PREFIX[:1]}, r"prefix must be \[2, any, 2, 2, 4\], got \[1, 3, 2, 2, 4\]"),
+        ({"prefix": PREFIX[0]}, r"prefix must be \[2, any, 2, 2, 4\], got \[3, 2, 2, 4\]"),
+        ({"prefix": [PREFIX]}, r"prefix must be a tensor \[2, any, 2, 2, 4\], got list"),
+        ({"video_ids": [0]}, r"video_ids must be \[2\], got \[1\]"),
+        ({"batch": 0}, "batch must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_noises_and_prefixes(model, options, says):
+    with pytest.raises(ValueError, match=f"^{says}$"):
+        Rollout(model, TEXT, SCHEDULE, **{"num_frames": 6, "height": 2, "width": 4, "batch": 2, **options})
+
+
+@pytest.mark.parametrize(("name", "given"), [("noise", NOISE[0]), ("prefix", PREFIX[0])])
+def test_the_function(model, name, given):
+    options = {"noise": NOISE, name: given}
+    with pytest.raises(
+        ValueError, match=rf"^{name} must be \[any, any, any, any, any\], got \[.., 2, 2, 4\]".replace("..", ".")
+    ):
+        rollout(model, options.pop("noise"), TEXT, SCHEDULE, **options)
+
+
+def test_renoise():
+    model = HiARTransformer(CONFIG).eval()
+    run = Rollout(model, TEXT, SCHEDULE, num_frames=6, height=2, width=4, batch=2, renoise=lambda s, n: NOISE[:1, :3])
+    with pytest.raises(
+        ValueError, match=r"^renoise\(step 0, block 0\) must be \[2, 3, 2, 2, 4\], got \[1, 3, 2, 2, 4\]$"
+    ):
+        next(iter(run))
+
+
+@pytest.mark.parametrize(
+    ("latents", "timesteps", "text", "says"),
+    [
+        (NOISE, torch.ones(1, 6), TEXT, r"timesteps must be \[2, 6\] or \[2\], got \[1, 6\]"),
+        (NOISE, torch.ones(2, 3), TEXT, r"timesteps must be \[2, 6\] or \[2\], got \[2, 3\]"),
+        (NOISE, torch.ones(3), TEXT, r"timesteps must be \[2, 6\] or \[2\], got \[3\]"),
+        (NOISE, torch.ones(2, 6), torch.ones(3, 4, 6), r"text must be \[1 or 2, L, 6\], got \[3, 4, 6\]"),
+        (NOISE, torch.ones(2, 6), torch.ones(4, 6), r"text must be \[1 or 2, L, 6\], got \[4, 6\]"),
+        (NOISE[0], torch.ones(2, 6), TEXT, r"latents must be \[B, F, 2, H, W\], got \[6, 2, 2, 4\]"),
+    ],
+)
+@pytest.mark.parametrize("call", ["__call__", "kv"])
+def test_one_forward(model, latents, timesteps, text, says, call):
+    with pytest.raises(ValueError, match=f"^{says}$"):
+        getattr(model, call)(latents, timesteps, text)
+
+
+def test_infill(model):
+    with pytest.raises(ValueError, match=r"^text must be \[1 or 2, at most 5, 6\] .*, got \[3, 4, 6\]$"):
+        infill(model, NOISE, [0], torch.ones(3, 4, 6), SCHEDULE)

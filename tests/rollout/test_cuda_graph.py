@@ -1,0 +1,314 @@
+"""Captured launches, by the stand-in: the same latents from the same device state, whatever the walk."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+
+import pytest
+import torch
+from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, run
+
+import hiar_kernels
+from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.models.kv_cache import RingAttend
+from hiar_model.rollout import Rollout
+from hiar_model.rollout.cuda_graph import Recorder, _Reads
+from hiar_model.rollout.noise import KeyedNoise
+from hiar_model.rollout.readback import Readback
+
+pytestmark = pytest.mark.cpu
+
+WALKS = [
+    {"order": "step_first"},
+    {"order": "step_first", "pairs": True},
+    {"order": "stream"},
+    {"order": "stream", "pairs": True},
+    {"order": "wavefront"},
+    {"order": "wavefront", "pairs": True},
+    {"order": "block_first"},
+    {"order": "stream", "cache_source": "next_step"},
+    {"order": "wavefront", "cache_source": "next_step"},
+]
+
+
+def made(executor: str, num_frames: int | None = 18, **options) -> Rollout:
+    text = options.pop("text", TEXT)
+    return Rollout(MODEL, text, FlowSchedule.uniform(4), num_frames=num_frames, executor=executor, **SIZE, **options)
+
+
+def latents(rollout: Rollout) -> torch.Tensor:
+    return torch.cat([block.latents for block in rollout], 1)
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])  # by frame ids on the device; by layouts, as a library
+@pytest.mark.parametrize("walk", WALKS, ids=str)
+def test_captured_and_eager_are_the_same_bits(walk, impl):
+    shape = (1, 4, TINY.in_channels, *SIZE.values())
+    prefix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    for options in (
+        {"window_frames": 9},
+        {"window_frames": 7, "sink_frames": 1, "prefix": prefix, "num_frames": 22, "first_frame": 5},
+        {"window_frames": (6, 7, 9, 12), "trajectory": "ode", "batch": 2},
+    ):
+        with hiar_kernels.prefer(impl):
+            eager, recorded = (made(executor, **walk, **options) for executor in ("eager", "recorded"))
+            for one, other in zip(eager, recorded, strict=True):
+                assert torch.equal(one.latents, other.latents), options
+        # rings, not only results: the same keys in the same slots under the same frame ids
+        one, other = (rollout.executor.cache.state_dict() for rollout in (eager, recorded))
+        held = one["frames"] >= 0
+        assert torch.equal(one["frames"], other["frames"]) and bool(held.any())
+        seen = held.repeat_interleave(eager.executor.cache.frame_tokens, 2)
+        for name in one.keys() - {"frames"}:
+            assert torch.equal(one[name][seen], other[name][seen]), name
+        assert recorded.executor.counters.launches == eager.executor.counters.launches
+        assert recorded.executor.counters.captures and not eager.executor.counters.captures
+
+
+def test_the_rings_move_on_by_themselves():
+    """On the device, in the replay; the host only keeps count."""
+    with hiar_kernels.prefer("reference"):
+        rollout = made("recorded", num_frames=None, order="stream", window_frames=6)
+        cache = rollout.executor.cache
+        blocks = iter(rollout)
+        for n in range(8):
+            wanted = list(cache.stands)
+
+            def stand_at(index: int, frame: int, n: int = n) -> None:
+                assert n == 0 or cache.stands[index] == frame, "written from the host"
+                type(cache).stand_at(cache, index, frame)
+
+            cache.stand_at = stand_at
+            next(blocks)
+            assert cache.positions[:, 0].tolist() == cache.stands != wanted
+            assert cache.frames[:, 0].tolist() == cache.held
+
+
+@pytest.mark.parametrize("walk", WALKS, ids=str)
+def test_captures_do_not_grow_with_the_video(walk):
+    counts = []
+    with hiar_kernels.prefer("reference"):
+        for frames in (30, 60):
+            rollout = made("recorded", num_frames=frames, window_frames=9, **walk)
+            latents(rollout)
+            counts.append(rollout.executor.counters.captures)
+    assert counts[0] == counts[1]
+    # growth is served by the graphs of the full window: what differs are kinds of visits, and how full a diagonal is
+    few = {"step_first": 2, "block_first": 2, "stream": 2 * 4, "wavefront": 4 * 4}
+    assert counts[0] <= few[walk["order"]] + 4 * ("pairs" in walk), counts
+
+
+def test_by_layout_captures_follow_the_visible_blocks():
+    """A library is told lengths: every block of the growth is another graph; a full ring is one, wherever it begins."""
+    counts = []
+    with hiar_kernels.prefer("sdpa"):
+        for frames in (30, 60):
+            rollout = made("recorded", num_frames=frames, order="stream", window_frames=9)
+            latents(rollout)
+            counts.append(rollout.executor.counters.captures)
+    assert counts[0] == counts[1]
+    assert counts[0] == 3 * (4 + 1), counts  # four denoise visits and a batch of cache visits, at 3, 6 and 9 frames
+
+
+def test_another_prompt_needs_no_other_graph():
+    other = torch.randn(1, 2, TINY.text_dim, generator=torch.Generator().manual_seed(3))  # another length too
+    with hiar_kernels.prefer("reference"):
+        for walk in ({"order": "stream"}, {"order": "step_first"}):
+            eager, recorded = (
+                made(e, text=lambda block: TEXT if block < 4 else other, window_frames=6, **walk)
+                for e in ("eager", "recorded")
+            )
+            constant = made("recorded", window_frames=6, **walk)
+            found, wanted = latents(recorded), latents(eager)
+            assert torch.equal(found, wanted)
+            assert difference(found, latents(constant)) > 0.01
+            assert recorded.executor.counters.captures == constant.executor.counters.captures
+
+
+def test_a_state_goes_on_in_the_other_executor():
+    with hiar_kernels.prefer("reference"):
+        whole = latents(made("eager", order="wavefront", window_frames=9))
+        for first, second in (("eager", "recorded"), ("recorded", "eager"), ("recorded", "recorded")):
+            begun = made(first, order="wavefront", window_frames=9)
+            blocks = iter(begun)
+            parts = [next(blocks).latents for _ in range(3)]
+            resumed = made(second, order="wavefront", window_frames=9)
+            resumed.load_state_dict(begun.state_dict())
+            parts += [block.latents for block in resumed]
+            assert torch.equal(torch.cat(parts, 1), whole)
+
+
+def test_nothing_comes_from_the_host_in_a_replayed_visit(monkeypatch):
+    """Index tensors made from Python lists inside the forward would be copies from the host in every capture."""
+    rollout = made("eager", num_frames=None, order="wavefront", pairs=True, window_frames=6)
+    blocks = iter(rollout)
+    for _ in range(4):
+        next(blocks)
+    launches = list(rollout.executor.launches.values())
+    tensor = torch.tensor
+
+    def refuse(*args, **kwargs):
+        caller = sys._getframe(1).f_globals["__name__"]
+        assert not caller.startswith("hiar_model"), f"torch.tensor in {caller}"
+        return tensor(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", refuse)
+    with torch.no_grad():
+        for launch in launches:
+            launch.body()
+
+
+@pytest.mark.parametrize("walk", WALKS[2:], ids=str)
+def test_a_visit_reads_nothing_and_a_block_is_waited_for_once(walk, monkeypatch):
+    """As on an accelerator: what would wait for the device is refused while groups are executed, else counted."""
+    looks, numbers = [], Readback.numbers
+
+    def counted(readback):
+        looks.append(len(readback.host))
+        return numbers(readback)
+
+    monkeypatch.setattr(Readback, "numbers", counted)
+    with hiar_kernels.prefer("reference"):
+        rollout = made("recorded", num_frames=None, window_frames=6, **walk)
+        rollout.warm_up()  # the one text is read when its keys are made: its padding is cut off
+        rollout.executor.sentinel.device = torch.device("cuda")  # only told: nothing runs there
+        execute = rollout.executor.run
+
+        def unread(group):
+            with _Reads(), Recorder():
+                return execute(group)
+
+        monkeypatch.setattr(rollout.executor, "run", unread)
+        blocks = iter(rollout)
+        for n in range(1, 6):
+            next(blocks)
+            assert len(looks) == n
+    assert sum(looks) >= 5 * 4, "the flag of every denoise visit"
+
+
+@pytest.mark.parametrize("walk", [{"order": "wavefront"}, {"order": "stream", "pairs": True}], ids=str)
+def test_the_host_draws_noise_before_it_waits(walk, monkeypatch):
+    """Drawn between the wait for a block and the next visit, it would be time in which the device idles."""
+    seen, draw, read, prepare = [], KeyedNoise.__call__, Readback.numbers, RingAttend.enter
+
+    def noted(name, function):
+        return lambda *given, **more: seen.append((name, *given[1:])) or function(*given, **more)
+
+    monkeypatch.setattr(KeyedNoise, "__call__", noted("draw", draw))
+    monkeypatch.setattr(RingAttend, "enter", noted("visit", prepare))
+    expected = latents(made("eager", window_frames=6, **walk))
+    monkeypatch.setattr(Readback, "numbers", noted("wait", read))
+    rollout = made("eager", window_frames=6, **walk)
+    rollout.executor.sentinel.device = torch.device("cuda")  # only told: looked at once a block
+    seen.clear()
+    assert torch.equal(latents(rollout), expected)
+    draws = [one[1:] for one in seen if one[0] == "draw"]
+    assert len(draws) == len(set(draws)) == 4 * 6, "each once"
+    names = [name for name, *_ in seen]
+    waits = [i for i, name in enumerate(names) if name == "wait" and "visit" in names[i:]]
+    assert len(waits) == 5 and {names[i + 1] for i in waits} == {"visit"} and "draw" in {names[i - 1] for i in waits}
+
+
+@pytest.mark.parametrize("executor", ["eager", "recorded"])
+def test_a_rollout_that_is_dropped_gives_its_memory_back_at_once(executor):
+    """Not when Python next looks for cycles: the rings of the next one may not fit beside these."""
+    rollout = made(executor, order="wavefront", window_frames=6)
+    latents(rollout)
+    ring = weakref.ref(rollout.executor.cache.k[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del rollout
+        assert ring() is None
+    finally:
+        gc.enable()
+
+
+def test_memory_of_latents_is_used_again():
+    rollout = made("recorded", num_frames=None, order="wavefront", window_frames=6)
+    blocks, places = iter(rollout), set()
+    for n in range(12):
+        block = next(blocks)
+        held = list(rollout.executor.latents.values()) + [x for free in rollout.executor.spare.values() for x in free]
+        places.add(len(held))
+        assert block.latents.data_ptr() not in {x.data_ptr() for x in held}, "a finished block belongs to the caller"
+        if n == 5:
+            places.clear()
+    assert len(places) == 1
+
+
+# The stand-in
+
+
+def test_a_recording_runs_on_the_same_memory():
+    x, out = torch.arange(4.0), torch.zeros(4)
+    python = [2.0]
+
+    def run() -> None:
+        y = (x.view(2, 2) * python[0]).t()
+        out.copy_(y.reshape(4))
+        x.add_(1)
+
+    recording = Recorder.capture(run)
+    assert x.tolist() == [1, 2, 3, 4] and out.tolist() == [0, 4, 2, 6]
+    python[0] = 100.0  # frozen: a graph knows no Python
+    recording.replay()
+    assert x.tolist() == [2, 3, 4, 5] and out.tolist() == [2, 6, 4, 8]
+
+
+@pytest.mark.parametrize("read", [lambda x: x.item(), lambda x: x.nonzero(), lambda x: bool(x), lambda x: x.tolist()])
+def test_reading_on_the_host_is_refused(read):
+    with pytest.raises(RuntimeError, match=r"^[\w:]+ reads a tensor on the host, which a captured graph cannot do"):
+        Recorder.capture(lambda: read(torch.ones(1)))
+
+
+def test_without_a_layout_a_library_cannot_be_captured():
+    mask = hiar_kernels.BlockCausal(1, 1)
+    q = torch.randn(1, 2, 1, 4)
+    ids = torch.tensor([[0, 1]])
+    with pytest.raises(RuntimeError, match="reads a tensor on the host"):
+        Recorder.capture(lambda: hiar_kernels.attention(q, q, q, mask=mask, q_frames=ids, kv_frames=ids, impl="sdpa"))
+
+
+def test_graphs_need_a_gpu():
+    with pytest.raises(ValueError, match="executor='graph' needs a CUDA device, the model is on cpu; use eager"):
+        made("graph")
+    with pytest.raises(ValueError, match="executor must be one of eager, graph, recorded, .*got 'fast'"):
+        made("fast")
+
+
+def test_experts_have_graphs_of_their_own():
+    experts = [make_model(s) for s in range(2)] * 2
+    with hiar_kernels.prefer("reference"):
+        options = {"model": experts, "order": "step_first", "num_frames": 15, "window_frames": 6}
+        assert torch.equal(run(executor="recorded", **options), run(**options))
+
+
+@pytest.mark.parametrize(
+    ("walk", "impl"),
+    [*((walk, "reference") for walk in WALKS[::2]), *((walk, "sdpa") for walk in WALKS[1:7:2])],
+    ids=str,
+)
+def test_after_warming_up_nothing_is_captured(walk, impl):
+    options = {"num_frames": 30, "window_frames": 8, "sink_frames": 1, **walk}
+    with hiar_kernels.prefer(impl):
+        warm, cold = made("recorded", **options), made("recorded", **options)
+        kinds = warm.warm_up()
+        assert kinds == warm.executor.counters.captures
+        found = latents(warm)
+        assert warm.executor.counters.captures == kinds
+        assert torch.equal(found, latents(cold))
+        assert cold.executor.counters.captures <= kinds
+    with pytest.raises(ValueError, match="warm_up comes before the first block"):
+        warm.warm_up()
+
+
+def test_warming_up_is_bounded_for_an_endless_video():
+    rollout = made("recorded", num_frames=None, order="stream", window_frames=6)
+    kinds = rollout.warm_up()
+    blocks = iter(rollout)
+    for _ in range(9):
+        next(blocks)
+    assert rollout.executor.counters.captures == kinds

@@ -1,0 +1,285 @@
+"""A rollout on disk: what goes on, or forks, gives the bits of a run that was never interrupted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_model import MODEL, SIZE, TEXT, TINY, make_model
+
+from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.rollout import PipelineOptions, Rollout
+from hiar_model.rollout.session_io import FILE, load_session, save_session
+
+pytestmark = pytest.mark.cpu
+
+OTHER = torch.randn(1, 4, TINY.text_dim, generator=torch.Generator().manual_seed(7))
+PREFIX = torch.randn(1, 4, TINY.in_channels, *SIZE.values(), generator=torch.Generator().manual_seed(2))
+STEPS = 3
+
+
+def start(text=TEXT, **options) -> Rollout:
+    options = {"num_frames": 15, "window_frames": 7, "order": "stream", **options}
+    model = options.pop("model", MODEL)
+    return Rollout(model, text, FlowSchedule.uniform(STEPS), **SIZE, **options)
+
+
+def switched(block: int):
+    return lambda n: TEXT if n < block else OTHER
+
+
+def latents(blocks) -> torch.Tensor:
+    return torch.cat([block.latents for block in blocks], 1)
+
+
+class Carrying:
+    """A decoder that carries something on: what it decodes is the sum of all so far."""
+
+    def __init__(self) -> None:
+        self.sum, self.count = torch.zeros(1), 0
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        self.sum, self.count = self.sum + latents.sum(), self.count + 1
+        return self.sum.clone()
+
+    def state_dict(self):
+        return {"sum": self.sum, "count": self.count}
+
+    def load_state_dict(self, state) -> None:
+        self.sum, self.count = state["sum"], state["count"]
+
+
+CASES = [
+    {},
+    {"order": "wavefront"},
+    {"order": "wavefront", "batch": 2},
+    {"order": "block_first"},
+    {"order": "step_first"},
+    {"pairs": True},
+    {"order": "wavefront", "pairs": True},
+    {"order": "step_first", "pairs": True},
+    {"cache_source": "next_step"},
+    {"order": "wavefront", "cache_source": "next_step"},
+    {"window_frames": (3, 6, 7)},
+    {"window_frames": None},
+    {"window_frames": 8, "sink_frames": 2, "order": "wavefront"},
+    {"prefix": PREFIX, "num_frames": 16},
+    {"prefix": PREFIX, "num_frames": 16, "order": "wavefront", "window_frames": 5},
+    {"prefix": PREFIX, "num_frames": 16, "order": "step_first", "window_frames": 5},
+    {"executor": "recorded"},
+    {"trajectory": "ode", "model": [make_model(s) for s in range(STEPS)]},
+    {"on_new_text": "recache"},
+    {"on_new_text": "recache", "order": "block_first"},
+    {"on_new_text": "recache", "order": "wavefront", "prefix": PREFIX, "num_frames": 16},
+    {"cache_dtype": torch.float8_e4m3fn, "order": "wavefront"},
+]
+# where a pair spans two blocks, or every block has begun, another text cannot show
+FORKS = [case for case in CASES if not case.get("pairs") and case.get("order") != "step_first"]
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_what_goes_on_is_what_was_never_interrupted(tmp_path, options):
+    whole = latents(start(**options))
+    for after in (1, 3):
+        first, decoder = start(**options), Carrying()
+        made = list(itertools.islice(first, after))
+        for block in made:
+            decoder.decode(block.latents)
+        save_session(tmp_path / "s.safetensors", first, decoder)
+        list(first)  # the file must not depend on what the rollout does next
+        second, again = start(text=TEXT.clone(), **options), Carrying()
+        found = load_session(tmp_path / "s.safetensors", second, again)
+        assert found.blocks == made[-1].block + 1 == second.blocks_done
+        assert again.count == after and torch.equal(again.sum, decoder.sum)
+        assert torch.equal(latents([*made, *second]), whole)
+        assert second.forwards_done == second.forwards_total and not second.executor.latents
+
+
+@pytest.mark.parametrize("options", FORKS, ids=str)
+def test_a_fork_is_the_run_whose_text_changes_there(tmp_path, options):
+    first = start(**options)
+    made = list(itertools.islice(first, 2))
+    save_session(tmp_path / "s.safetensors", first)
+    fork = start(OTHER, **options)
+    block = load_session(tmp_path / "s.safetensors", fork).fork_block
+    assert made[-1].block < block < first.num_blocks
+    expected = latents(start(switched(block), **options))
+    assert torch.equal(latents([*made, *fork]), expected)
+    assert not torch.equal(expected, latents(start(**options)))
+
+
+def test_a_fork_of_a_fork(tmp_path):
+    """Texts of blocks in flight are handed on, whichever rollout they began in."""
+    options = {"order": "wavefront", "num_frames": 21}
+    run = start(**options)
+    made = list(itertools.islice(run, 1))
+    bounds = []
+    for text in (OTHER, TEXT):
+        save_session(tmp_path / "s.safetensors", run)
+        run = start(text, **options)
+        bounds.append(load_session(tmp_path / "s.safetensors", run).fork_block)
+        made += list(itertools.islice(run, 1))
+    assert bounds == [2, 3] and made[-1].block == 2
+    expected = start(lambda n: OTHER if n == 2 else TEXT, **options)
+    assert torch.equal(latents([*made, *run]), latents(expected))
+
+
+def test_noise_of_a_fork_may_differ_too(tmp_path):
+    first = start()
+    made = list(itertools.islice(first, 2))
+    save_session(tmp_path, first)
+    fork = start(seed=1)
+    load_session(tmp_path, fork)
+    rest = latents(fork)
+    assert (tmp_path / FILE).is_file()
+    assert not torch.equal(rest, latents(list(start())[len(made) :]))
+
+
+def test_the_file_keeps_no_more_than_it_must(tmp_path):
+    """One text for many blocks is there once; tensors only, no pickle; nothing temporary stays."""
+    first = start(order="wavefront", num_frames=30)
+    next(iter(first))
+    path = save_session(tmp_path / "s.safetensors", first, about={"frames": 3})
+    with safe_open(path, "pt") as file:
+        told, names = file.metadata(), list(file.keys())
+    assert [name for name in names if name.startswith("text.")] == ["text.0"]
+    assert json.loads(told["about"]) == {"frames": 3} and told["format"] == "hiar-session"
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_a_write_that_fails_leaves_the_last_session(tmp_path, monkeypatch):
+    first = start()
+    next(iter(first))
+    path = save_session(tmp_path / "s.safetensors", first)
+    before = path.read_bytes()
+
+    def full(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hiar_model.rollout.state_io.save_tensors", full)
+    with pytest.raises(ValueError, match="No space left on device"):
+        save_session(path, first)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def damaged(path, **told):
+    """Rewrite a session with other metadata."""
+    with safe_open(path, "pt") as file:
+        was = file.metadata()
+    save_file(load_file(path), path, metadata={k: v for k, v in {**was, **told}.items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "cannot read .*s.safetensors"),
+        (lambda path: path.write_bytes(b"x" * 40), "cannot read .*s.safetensors"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "cannot read .*s.safetensors"),
+        (lambda path: save_file({"a": torch.zeros(1)}, path), "is no session: format must be 'hiar-session', got None"),
+        (lambda path: damaged(path, about="{}", texts=None), "no state of a rollout .*: texts is missing"),
+        (lambda path: damaged(path, about="{}", noise=None), "state: its noise is 'torch-32', this version draws"),
+        (lambda path: damaged(path, about="{}", noise='"new"'), "state: its noise is 'new', this version draws"),
+        (lambda path: damaged(path, version="2"), "is a session of version 2, this is version 1"),
+        (lambda path: damaged(path, about='{"weights": "abc"}'), "weights was 'abc', now it is 'def'"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(tmp_path, change, message):
+    first = start()
+    next(iter(first))
+    path = save_session(tmp_path / "s.safetensors", first)
+    change(path)
+    fresh = start()
+    with pytest.raises(ValueError, match=message) as error:
+        load_session(path, fresh, about={"weights": "def"})
+    assert "\n" not in str(error.value)
+    assert torch.equal(latents(fresh), latents(start())), "the rollout must be untouched"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_frames": 18}, "state of another rollout: .* 6 blocks"),
+        ({"window_frames": 6}, "state of another rollout"),
+        ({"order": "block_first"}, "state of another rollout"),
+        ({"trajectory": "ode"}, "state of another rollout: .*, ode"),
+        ({"context_noise": 10.0}, "context at 10"),
+        ({"on_new_text": "recache"}, "recache"),
+        ({"cache_dtype": torch.float8_e4m3fn}, "state of another rollout: .*float8"),
+        ({"model": make_model().double()}, "float64"),
+    ],
+    ids=str,
+)
+def test_another_rollout_is_refused(tmp_path, options, message):
+    first = start()
+    next(iter(first))
+    path = save_session(tmp_path / "s.safetensors", first)
+    with pytest.raises(ValueError, match=message):
+        load_session(path, start(**options))
+
+
+def test_another_schedule_is_refused(tmp_path):
+    first = start()
+    next(iter(first))
+    path = save_session(tmp_path / "s.safetensors", first)
+    options = {"num_frames": 15, "window_frames": 7, "order": "stream", **SIZE}
+    with pytest.raises(ValueError, match="noise levels 1, 0.9"):
+        load_session(path, Rollout(MODEL, TEXT, FlowSchedule((1000, 600, 300)), **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": "step_first"}, r"all 5 blocks have begun with theirs \(order step_first\)"),
+        ({"pairs": True}, "pairs=True"),
+    ],
+)
+def test_a_fork_that_could_not_show_is_refused(tmp_path, options, message):
+    first = start(**options)
+    next(iter(first))
+    path = save_session(tmp_path / "s.safetensors", first)
+    with pytest.raises(ValueError, match=f"no fork to another text .*{message}"):
+        load_session(path, start(OTHER, **options))
+
+
+@pytest.mark.parametrize(("saved", "given"), [(Carrying(), None), (None, Carrying())])
+def test_a_decoder_of_another_kind_is_refused(tmp_path, saved, given):
+    first = start()
+    next(iter(first))
+    path = save_session(tmp_path / "s.safetensors", first, saved)
+    with pytest.raises(ValueError, match="decoder state, the decoder given takes"):
+        load_session(path, start(), given)
+
+
+def test_a_refusal_of_either_leaves_rollout_and_decoder_as_they_were(tmp_path):
+    first, decoder = start(), Carrying()
+    decoder.decode(next(iter(first)).latents)
+    path = save_session(tmp_path / "s.safetensors", first, decoder)
+
+    class Refusing(Carrying):
+        def load_state_dict(self, state) -> None:
+            if state["count"]:
+                raise ValueError("sum is of another decoder")
+
+    fresh = start()
+    with pytest.raises(ValueError, match=r"s\.safetensors: sum is of another decoder"):
+        load_session(path, fresh, Refusing())
+    assert torch.equal(latents(fresh), latents(start()))
+    other = Carrying()
+    with pytest.raises(ValueError, match="state of another rollout"):
+        load_session(path, start(num_frames=18), other)
+    assert other.count == 0 and float(other.sum) == 0
+
+
+def test_a_pipeline_alone_is_one_process(tmp_path):
+    options = {"executor": "pipeline", "pipeline": PipelineOptions(alone=True)}
+    first = start(**options)
+    made = list(itertools.islice(first, 2))
+    path = save_session(tmp_path / "s.safetensors", first)
+    second = start(**options)
+    load_session(path, second)
+    assert torch.equal(latents([*made, *second]), latents(start()))

@@ -1,0 +1,118 @@
+"""The tables of what was measured on GPUs: every kind of result is read, and the figures follow from the files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hiar_model.cli import main
+from hiar_model.planning.profiling import KINDS
+from hiar_model.schedule import gpu_tables as gpu_report
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = [{"name": name, "seconds": 0.01, "kernels": 3.0, "limit": 0.0, "why": ""} for name in (*KINDS, "idle")]
+
+
+def cells(table: list[str]) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("|")][2:]
+
+
+def profile(**setting) -> dict:
+    return {
+        "setting": {"order": "stream", "pairs": False, "executor": "graph", **setting}, "device": "NVIDIA X",
+        "seconds": 0.05, "frames_per_second": 30.0, "peak_bytes": 3 * 2**30, "launches": 0.75, "syncs": 0.25,
+        "parts": PARTS,
+    }  # fmt: skip
+
+
+def vae(*times: tuple[str, float]) -> dict:
+    rows = [{"vae": name, "rehearsal": False, "block_ms": [ms, ms, ms], "peak_gib": 1.0} for name, ms in times]
+    return {"environment": {}, "rows": [*rows, {"vae": "tiled", "absent": "no room"}]}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two GPUs' results in all three forms, and a rehearsal that must not show."""
+
+    def write(name: str, *values: dict) -> None:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(map(json.dumps, values)) + "\n")
+
+    write("x/2026-01-02-aaa/rollouts.jsonl", profile(), profile(order="wavefront", pairs=True))
+    write("x/2026-01-02-aaa/notes.json", {"rollouts.jsonl": ["as it was"]})
+    write("x/2026-01-02-aaa/vae.json", vae(("diffusers' modules", 600.0), ("fused", 200.0), ("fused, wide", 100.0)))
+    row = {
+        "rollout": "block-first, graph", "visit_ms": 40.0, "block_ms": 200.0, "fps": 60.0, "peak_gib": 2.0,
+        "launches": 1.0, "syncs": 0.2, "parts": PARTS, "rehearsal": False,
+    }  # fmt: skip
+    about = {"device": "NVIDIA X"}
+    write("x/2026-01-03-bbb/rollout.json", {"environment": about, "rows": [row, {**row, "rehearsal": True}]})
+    case = {"kind": "rollout", "order": "stream", "pairs": False, "shared_keys": True, "executor": "graph"}
+    samples = {"A": [{"task_ms": 80.0, "fps": 20.0}], "B": [{"task_ms": t, "fps": 24.0} for t in (50.0, 60.0, 70.0)]}
+    trace = {**dict.fromkeys(KINDS, 10.0), "busy": 39.0, "launches": 0.5, "syncs": None}
+    rows = [{**case, "samples": samples, "traces": {"B": [trace]}}, {"kind": "op"}, {**case, "error": "A died"}]
+    sides = {"A": {"revision": "old"}, "B": {"revision": "new"}}
+    write("y/2026-01-01-ab/ab.json", {"environment": about, "rehearsal": False, "sides": sides, "rows": rows})
+    write("cpu-x86-64/2026-01-05-ccc/rollouts.jsonl", profile())
+    return tmp_path
+
+
+def test_rollouts_of_every_kind_of_file(root):
+    table = gpu_report.rollout_table(root)
+    found = cells(table)
+    assert [row[:2] for row in found] == [
+        ["X, 2026-01-01-ab A", "stream, shared keys, graph (1)"],
+        ["X, 2026-01-01-ab B", "stream, shared keys, graph (2)"],
+        ["X, 2026-01-02-aaa", "stream, graph (3)"],
+        ["X, 2026-01-02-aaa", "wavefront, pairs, graph"],
+        ["X, 2026-01-03-bbb", "block-first, graph"],
+    ]
+    assert found[0][2:] == ["80.0", "20.0", "", "", ""] and found[1][2:4] == ["60.0", "24.0"]
+    # 12 frames: 0.4 s to make, 0.6 or 0.1 to decode; 0.2 s with the VAE of the same GPU's older folder
+    assert found[2][2:] == ["50.0", "30.0", "12.0", "24.0", "3.00"]
+    assert found[4][2:] == ["40.0", "60.0", "15.0", "40.0", "2.00"]
+    assert table[-4:-1] == ["- (1) revision old", "- (2) revision new", "- (3) as it was"]
+    assert table[-1].endswith("same GPU: diffusers' modules 600.0 ms, fused 100.0 ms (2026-01-02-aaa)")
+
+
+def test_parts_are_of_the_newest_folder_of_a_gpu(root):
+    found = cells(gpu_report.parts_table(root))
+    assert [row[0] for row in found] == ["X, 2026-01-01-ab A", "X, 2026-01-01-ab B", "X, 2026-01-03-bbb"]
+    assert found[0][2:] == ["80.0", *[""] * 7]
+    assert found[1][2:] == ["60.0", *["10.0"] * 4, "21.0", "0.50", ""]
+    assert found[2][2:] == ["40.0", *["10.0"] * 5, "1.00", "0.20"]
+
+
+def test_the_command(root, tmp_path, capsys):
+    assert main(["bench-report", "--results", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "\n".join(gpu_report.rollout_table(root)) in out and "\n".join(gpu_report.parts_table(root)) in out
+    assert main(["bench-report", "--results", str(root / "no")]) == 2
+    assert "is no folder" in capsys.readouterr().err
+    (root / "y/2026-01-01-ab/ab.json").write_text("{}")
+    assert main(["bench-report", "--results", str(root)]) == 2
+    assert "ab.json is no result of the benches: KeyError('rows')" in capsys.readouterr().err
+
+
+def test_nothing_measured(tmp_path):
+    assert gpu_report.rollout_table(tmp_path) == gpu_report.parts_table(tmp_path) == gpu_report.NOTHING
+    assert gpu_report.stage_times(tmp_path) is None
+
+
+def test_the_committed_results_are_whole():
+    """Every folder of a GPU has a README, and every line of rollouts.jsonl a note that says what it is of."""
+    folders = gpu_report.folders(ROOT / "bench" / "results")
+    assert folders
+    for folder in folders:
+        assert (folder / "README.md").is_file() or (folder / "ab.md").is_file(), folder
+        assert gpu_report.rollouts(folder)
+    first = next(f for f in folders if f.name == "2026-11-27-6a287b229b")
+    assert [m.note[:21] for m in gpu_report.rollouts(first)] == ["revision 6a287b229b a"] + [
+        "the changed tile, att"
+    ] * 4
+    assert gpu_report.vae_ms(first) == (pytest.approx(268.8, abs=0.05), pytest.approx(145.5, abs=0.05))

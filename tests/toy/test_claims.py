@@ -1,0 +1,26 @@
+"""docs/claims.md shows the tables that the committed evaluations make, all of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hiar_model.evaluation.table import table
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).resolve().parents[1]
+SHOWN = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+FOLDERS = sorted(path.name for path in (ROOT / "bench" / "results").glob("toy-training*"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_comparison_is_that_of_the_committed_evaluations(folder: str) -> None:
+    command = f"hiar evaluate toy-table bench/results/{folder}"
+    found = re.search(rf"<!-- {re.escape(command)} -->\n\n((?:\|.*\n)+)\n", SHOWN)
+    assert found, f"docs/claims.md lacks the table of {folder}"
+    rows, _, legend = table(ROOT / "bench" / "results" / folder).partition("\n\n")
+    assert found[1].strip() == rows.strip(), f"run: {command}, and paste it"
+    assert legend.strip() in SHOWN

@@ -1,0 +1,177 @@
+"""Training on two processes (gloo, FSDP2): the losses of one process, states that change hands, what is refused.
+
+All cases of two processes run in one start of torchrun: train_job.py.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from train_job import ENVIRONMENT, PATIENCE, PULL, losses, recipe, start, train
+
+from hiar_model.models.checkpoint import save_transformer
+from hiar_model.train.config.reading import make_recipe
+from hiar_model.train.engine.distributed import Place
+from hiar_model.train.engine.networks import make_network
+from hiar_model.train.stages.base import make_stage
+
+pytestmark = pytest.mark.cpu
+
+ADAMW = {"kind": "adamw", "lr": 1e-3, "warmup": 0.0, "cooldown": 0.0}
+MUON = {"kind": "muon_adamw", "lr": 0.01, "warmup": 0.0, "cooldown": 0.0}
+SHARED = {"model": "tiny", "num_frames": 6, "window_frames": 6, "precision": "float32", "log_every": 1}
+WATCHED = ("critic_loss", "student_loss", "critic_gradient_norm", "student_gradient_norm")
+
+
+def hiar(folder: Path, **values) -> dict:
+    """A recipe of the real stage, for 10 updates, with a teacher and trajectories in the folder."""
+    kl = {"trajectories": str(folder / "pairs")}
+    return {
+        **SHARED, "stage": "hiar", "teacher": str(folder / "teacher.safetensors"), "teacher_model": "tiny",
+        "updates": 10, "batch_size": 4, "critic_updates": 2, "optimizer": ADAMW, "critic_optimizer": ADAMW,
+        "forward_kl": kl, "ema": {"decay": 0.9, "start": 1}, "sample_every": 5, "sample_prompts": 2, **values,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folder of all runs: on one process first, then two go on with some of them and have their own."""
+    folder = tmp_path_factory.mktemp("runs")
+    teacher = make_network("tiny", seed=7)
+    torch.nn.init.normal_(teacher.head.head.weight, std=0.2)
+    save_transformer(teacher, folder / "teacher.safetensors")
+    pairs = {"stage": "ode_pairs", "teacher": str(folder / "teacher.safetensors"), "teacher_model": "tiny", "count": 4}
+    pairs |= {"model": "tiny", "num_frames": 6, "precision": "float32", "steps": 8, "points": [0, 2, 4, 6, -1]}
+    stage = make_stage(make_recipe(pairs), torch.device("cpu"))
+    stage.produce(folder / "pairs", 0, 1, lambda done, total: None)
+
+    train(folder / "hiar one", hiar(folder))
+    train(folder / "pull one", recipe())
+    train(folder / "teacher forcing one", forcing())
+    train(folder / "muon one", recipe(optimizer=MUON))
+    with pytest.raises(KeyboardInterrupt):
+        train(folder / "one to two", recipe(), _stop)
+    scales = {"shard": 1}, {"micro_batch": 1, "activation_checkpointing": True}
+    wrong = ("batch_size", 3), ("scale", {"shard": 3}), ("seed", -1)
+    cases = [
+        {"name": "hiar two", "recipe": hiar(folder)},
+        {"name": "one to two", "recipe": recipe(), "stop": 6},
+        {"name": "pull two", "recipe": recipe(scale={"checkpoint_every": 2}), "stop": 5},
+        {"name": "muon two", "recipe": recipe(optimizer=MUON), "stop": 5},
+        *({"name": f"teacher forcing {i}", "recipe": forcing(scale=scale)} for i, scale in enumerate(scales)),
+        *({"name": f"wrong {key}", "recipe": recipe(**{key: value})} for key, value in wrong),
+    ]
+    done = start(folder, cases, processes=2)
+    assert (folder / "found.json").exists(), done.stderr[-3000:]
+    return folder, json.loads((folder / "found.json").read_text()), done.stderr
+
+
+def forcing(**values) -> dict:
+    return {**SHARED, "stage": "teacher_forcing", "updates": 3, "batch_size": 4, "optimizer": ADAMW, **values}
+
+
+def _stop(done, numbers):
+    if done == 3:
+        raise KeyboardInterrupt
+
+
+def close(ours: list[dict[str, str]], theirs: list[dict[str, str]], names=WATCHED) -> None:
+    assert [row["update"] for row in ours] == [row["update"] for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for name in names:
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=2e-4), (name, a["update"])
+
+
+def test_hiar_has_the_losses_of_one_process(made):
+    folder, found, _ = made
+    assert [rank["hiar two"]["met"] for rank in found] == ["", ""]
+    ours = losses(folder / "hiar two")
+    assert len(ours) == 10
+    close(ours, losses(folder / "hiar one"), (*WATCHED, "student_dmd_normaliser", "student_forward_kl"))
+    close(ours[4::5], losses(folder / "hiar one")[4::5], ("sample_motion", "sample_saturation"))
+
+
+@pytest.mark.parametrize("scale", [0, 1])
+def test_copies_accumulation_and_recomputation_change_no_loss(made, scale):
+    """Two whole copies of the weights; a shard each, rows one by one, blocks recomputed."""
+    folder, found, _ = made
+    assert [rank[f"teacher forcing {scale}"]["met"] for rank in found] == ["", ""]
+    names = ("student_loss", "student_gradient_norm")
+    close(losses(folder / f"teacher forcing {scale}"), losses(folder / "teacher forcing one"), names)
+
+
+def test_a_state_of_one_process_is_read_by_two(made):
+    folder, found, _ = made
+    assert [rank["one to two"]["met"] for rank in found] == ["stopped", "stopped"]
+    close(losses(folder / "one to two"), losses(folder / "pull one")[:6])
+
+
+def test_a_state_of_two_processes_is_read_by_one(made):
+    folder, found, _ = made
+    assert [rank["pull two"]["met"] for rank in found] == ["stopped", "stopped"]
+    about = json.loads((folder / "pull two" / "states" / "update_00000004" / "about.json").read_text())
+    assert (about["update"], about["ranks"]) == (4, 2)
+    trainer = train(folder / "pull two", recipe())
+    assert trainer.update == 8
+    close(losses(folder / "pull two"), losses(folder / "pull one"))
+    # and on to two and back: this state came from one, to two, to one
+    close(losses(folder / "one to two"), losses(folder / "pull one")[:6])
+    assert train(folder / "one to two", recipe()).update == 8
+    close(losses(folder / "one to two"), losses(folder / "pull one"))
+
+
+def test_the_model_is_written_whole_by_the_first_rank(made):
+    folder, found, _ = made
+    first, second = (rank["hiar two"]["exported"] for rank in found)
+    assert first == str(folder / "hiar two" / "model") and second is None
+    assert sorted(p.name for p in Path(first).iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_muon_of_shards(made):
+    """Five updates on two processes, three more on one."""
+    folder, found, _ = made
+    assert [rank["muon two"]["met"] for rank in found] == ["stopped", "stopped"]
+    train(folder / "muon two", recipe(optimizer=MUON))
+    close(losses(folder / "muon two"), losses(folder / "muon one"))
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("batch_size", "ValueError: recipe: batch_size must be a multiple of the 2 processes, got 3"),
+        ("scale", "ValueError: recipe: scale.shard must divide the 2 processes, got 3"),
+    ],
+)
+def test_every_rank_refuses(made, case, message):
+    for rank in made[1]:
+        assert rank[f"wrong {case}"]["met"].startswith(message)
+
+
+def test_a_row_of_another_rank_is_named_by_all(made):
+    """Row 1 is the second rank's; with this seed it is not finite."""
+    for rank in made[1]:
+        where = "update 0, turn critic 0; last good state: none"
+        assert rank["wrong seed"]["met"] == f"FloatingPointError: loss is nan in rows [1, 3] of the batch, {where}"
+
+
+def test_the_command_on_two_processes_tells_a_mistake_once(tmp_path):
+    words = ["train", "toy/teacher_forcing", "scale.threads=1", "batch_size=3", "--nproc", "2", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hiar_model", *words],
+        cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True,
+        timeout=PATIENCE,
+    )  # fmt: skip
+    told = [line for line in done.stderr.splitlines() if line.startswith("hiar: ")]
+    assert done.returncode == 2 and len(told) == 1, done.stderr[-2000:]
+    assert "batch_size must be a multiple of the 2 processes" in told[0]
+
+
+def test_rows_of_every_rank():
+    assert Place(1, 2, torch.device("cpu")).rows(8, 3) == [[1, 3, 5], [7]]
+    assert Place(0, 1, torch.device("cpu")).rows(3, None) == [[0, 1, 2]]
+    assert recipe()["teacher"] == PULL

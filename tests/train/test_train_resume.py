@@ -1,0 +1,195 @@
+"""Exact resume: kill -9 at any moment, full disks, wrong folders."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from train_job import ENVIRONMENT, PATIENCE, command, losses, recipe, start, stop_after, train
+
+from hiar_model.train.engine.snapshots import ABOUT, Snapshots
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: its losses, its weights."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    trainer = train(folder, recipe())
+    return losses(folder), everything(trainer)
+
+
+def everything(trainer) -> dict[str, torch.Tensor]:
+    """Every tensor of a state, and the averages once more, whether the state has them or not."""
+    averages = {f"averaged {name}": value for name, value in trainer.ema.weights.items()}
+    return {name: value.clone() for name, value in {**trainer._tensors(), **averages}.items()}
+
+
+def same(folder, whole):
+    """The run in the folder ended as the uninterrupted one, to the bit."""
+    rows, tensors = whole
+    assert losses(folder) == rows
+    found = everything(train(folder, recipe()))
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert torch.equal(found[name], value), name
+
+
+def states(folder) -> list[str]:
+    return sorted(p.name for p in (folder / "states").iterdir())
+
+
+def test_the_uninterrupted_run_is_one(whole):
+    rows, tensors = whole
+    assert [row["update"] for row in rows] == [str(i) for i in range(1, 9)]
+    assert len({row["student_loss"] for row in rows}) == 8
+    kinds = {name.partition("/")[0] for name in tensors if not name.startswith("averaged ")}
+    assert kinds == {"average", "critic", "student", "critic.optimizer", "student.optimizer"}
+    some = "student/head.head.weight"
+    assert not torch.equal(tensors[some], tensors[some.replace("student/", "average/")])
+    assert tensors["student.optimizer/head.head.weight/step"] == 8
+    assert tensors["critic.optimizer/head.head.weight/step"] == 16
+
+
+def test_killed_at_random_moments(tmp_path, whole):
+    """kill -9 from outside, three times, each a random while after a random update; then to the end."""
+    folder, moments = tmp_path / "run", random.Random(time.time_ns())
+    reached = 0
+    for _ in range(3):
+        process = subprocess.Popen(command(folder, recipe()), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        assert process.stdout is not None
+        wanted = reached + moments.randint(1, 2)
+        for line in process.stdout:
+            if int(line.removeprefix("update ")) >= wanted:
+                break
+        time.sleep(moments.uniform(0, 0.1))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        newest = Snapshots(folder / "states").newest()
+        reached = 0 if newest is None else int(newest.name.removeprefix("update_"))
+    done = start(folder, recipe())
+    assert done.returncode == 0, done.stderr[-2000:]
+    same(folder, whole)
+
+
+# Syncs of one state: tensors, their list, about.json, the folder; then the rename, and the folder above.
+@pytest.mark.parametrize(("sync", "kept"), [(6, 2), (8, 2), (9, 2), (10, 4)])
+def test_killed_while_a_state_is_written(tmp_path, whole, sync, kept):
+    folder = tmp_path / "run"
+    done = start(folder, recipe(), sync)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    newest = Snapshots(folder / "states").newest()
+    assert newest is not None and newest.name == f"update_{kept:08d}"
+    assert len(states(folder)) == 2, "the one before is still there, whole or under its temporary name"
+    train(folder, recipe())
+    assert states(folder) == ["update_00000008"]
+    same(folder, whole)
+
+
+def test_killed_before_the_first_state(tmp_path, whole):
+    folder = tmp_path / "run"
+    assert start(folder, recipe(), 1).returncode == -signal.SIGKILL
+    assert Snapshots(folder / "states").newest() is None and losses(folder)
+    train(folder, recipe())
+    same(folder, whole)
+
+
+def test_rows_that_wait_for_the_log_are_kept(tmp_path):
+    """States fall between rows of the log: the row's mean is over what was before and after."""
+    every = recipe(log_every=3, updates=7)
+    train(tmp_path / "whole", every)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", every, stop_after(5))
+    assert [row["update"] for row in losses(tmp_path / "parts")] == ["3"]
+    train(tmp_path / "parts", every)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert [row["update"] for row in losses(tmp_path / "whole")] == ["3", "6", "7"]
+
+
+def test_a_full_disk_leaves_the_last_good_state(tmp_path, whole, monkeypatch):
+    folder, sync, calls = tmp_path / "run", os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="update_00000004 cannot be written: No space left on device") as error:
+            train(folder, recipe())
+    assert str(error.value).endswith("the last good one is " + str(folder / "states" / "update_00000002"))
+    assert states(folder) == ["update_00000002"]
+    train(folder, recipe())
+    same(folder, whole)
+
+
+def test_a_file_that_may_not_grow(tmp_path):
+    """The kernel refuses to write on in the middle of the tensors: no patched function."""
+    code = (
+        "import resource, signal, sys, train_job; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from pathlib import Path\n"
+        "def small(done, numbers):\n"
+        "    if done == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
+        "train_job.train(Path(sys.argv[1]), train_job.recipe(), small)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        env={**ENVIRONMENT, "PYTHONPATH": os.path.dirname(__file__)}, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert "update_00000004 cannot be written: " in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].endswith("update_00000002")
+    assert states(tmp_path / "run") == ["update_00000002"]
+
+
+def test_another_recipe_may_not_use_the_folder(tmp_path):
+    train(tmp_path, recipe(updates=2))
+    with pytest.raises(ValueError, match="a run with another seed, updates, optimizer.lr; choose another --out") as e:
+        train(tmp_path, recipe(seed=1, optimizer={"kind": "adamw", "lr": 1e-3, "warmup": 0.0}))
+    assert "\n" not in str(e.value)
+    scale = {"checkpoint_every": 1, "threads": 1, "micro_batch": 1, "activation_checkpointing": True}
+    assert train(tmp_path, recipe(updates=2, scale=scale)).update == 2
+
+
+def test_a_state_of_other_noise_is_refused(tmp_path):
+    """A state of before the scheme was named: going on would draw other batches than it began with."""
+    train(tmp_path, recipe(updates=2))
+    file = tmp_path / "states" / "update_00000002" / ABOUT
+    about = json.loads(file.read_text())
+    assert about.pop("noise") == "philox-128"
+    file.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="update_00000002: its noise is 'torch-32', this version draws 'philox-128'"):
+        train(tmp_path, recipe(updates=2))
+
+
+@pytest.mark.parametrize("damage", ["about", "tensors", "list"])
+def test_a_damaged_state_is_named(tmp_path, damage):
+    train(tmp_path, recipe(updates=2))
+    state = tmp_path / "states" / "update_00000002"
+    file = {"about": state / ABOUT, "tensors": state / "__0_0.distcp", "list": state / ".metadata"}[damage]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match="update_00000002.* cannot be read: ") as error:
+        train(tmp_path, recipe(updates=2))
+    assert "\n" not in str(error.value)
+
+
+def test_time_over(tmp_path, whole):
+    """max_minutes: a state, then the end; the same folder goes on."""
+    folder = tmp_path / "run"
+    scale = {"checkpoint_every": 100, "threads": 1, "max_minutes": 1e-9}
+    trainer = train(folder, recipe(scale=scale))
+    assert trainer.update == 1 and states(folder) == ["update_00000001"]
+    assert not trainer.run() and trainer.update == 2
+    train(folder, recipe())
+    same(folder, whole)

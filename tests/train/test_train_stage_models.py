@@ -1,0 +1,182 @@
+"""Runs of the stages of distillation: resumed in the middle, the models that come out, recipes that are refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import make_model
+from tiny_stages import FRAMES, SCHEDULE, VARIANTS, make, values, write_files
+from train_job import losses, train
+
+from hiar_model import config
+from hiar_model.cli import main
+from hiar_model.models.checkpoint import save_transformer
+from hiar_model.models.registry import load_video_model
+from hiar_model.toy.codec import ToyCodec
+from hiar_model.train.engine.networks import make_network
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+def interrupt(done, numbers):
+    if done == 2:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("more", [{}, {"shared_rollout": True, "forward_kl": {"first_k": 2}}], ids=["", "shared"])
+def test_resume(files, tmp_path, more):
+    """Four updates, or two, a new process' worth of objects, and two: the same losses, to the last digit."""
+    recipe = values(files, "hiar", critic_updates=2, scale={"threads": 1, "checkpoint_every": 2}, **more)
+    whole = train(tmp_path / "whole", recipe)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", recipe, interrupt)
+    parts = train(tmp_path / "parts", recipe)
+    rows = losses(tmp_path / "whole")
+    assert [row["update"] for row in rows] == ["1", "2", "3", "4"] and losses(tmp_path / "parts") == rows
+    assert len({row["student_loss"] for row in rows}) == len({row["critic_loss"] for row in rows}) == 4
+    for name, value in whole._tensors().items():
+        assert torch.equal(parts._tensors()[name], value), name
+
+
+@pytest.fixture
+def codec(monkeypatch):
+    """The toy's codec, fitted once."""
+    monkeypatch.setattr(ToyCodec, "fit", functools.cache(functools.partial(ToyCodec.fit, frames=200)))
+
+
+def same_weights(network, other, dtype=torch.float32) -> bool:
+    """``network`` was read from what ``other`` was written to in ``dtype``."""
+    found, written = network.state_dict(), other.state_dict()
+    return found.keys() == written.keys() and all(
+        torch.equal(found[k], v.to(dtype).float()) for k, v in written.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("variant", "order", "cache_source", "window"),
+    [
+        ("matched", "stream", "own", 4),
+        ("clean", "block_first", "own", 4),
+        ("lent", "stream", "next_step", 4),
+        ("windows", "stream", "own", [3, 4, 6]),
+    ],
+)
+def test_exported_students(files, tmp_path, codec, capsys, variant, order, cache_source, window):
+    """A model folder in the form that was trained; it makes the sheet's videos, and `hiar evaluate` takes it."""
+    more = {"data": {"world": "varied"}, "forward_kl": {"weight": 0}, "sample_prompts": 2, **VARIANTS[variant]}
+    stage = make(files, "hiar", **more)
+    student = stage.trained["student"]
+    sheet = stage.sample(1)
+    assert sheet.shape == (2, 2 * FRAMES, 32, 32, 3) and sheet.dtype == "uint8"
+    folder = stage.export(student, tmp_path / "model")
+    told = json.loads((folder / "config.json").read_text())
+    assert [told[name] for name in ("order", "cache_source", "window_frames")] == [order, cache_source, window]
+    assert [told[name] for name in ("frames_per_block", "sink_frames", "train_frames")] == [2, 1, FRAMES]
+    assert told["schedule"] == SCHEDULE and told["world"]["texture"] > 0
+    for read in (load_video_model(folder, "cpu", "float32").transformer, make_network("tiny", seed=9, weights=folder)):
+        assert same_weights(read, student, torch.float16)
+    options = [
+        "--model",
+        folder,
+        "--prompts",
+        "1",
+        "--num-frames",
+        "[6]",
+        "--parts",
+        "2",
+        "--json",
+        tmp_path / "a.json",
+    ]
+    assert main([str(word) for word in ["evaluate", "toy", *options]]) == 0, capsys.readouterr().err
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert (row["order"], row["num_frames"]) == (order, 6)
+
+
+def test_a_student_of_a_world_that_tells_no_speed(files, tmp_path, codec):
+    """Neither its training nor the model that comes out is told the speed."""
+    stage = make(files, "hiar", data={"world": "free_speed"}, forward_kl={"weight": 0})
+    model = load_video_model(stage.export(stage.trained["student"], tmp_path / "model"), "cpu", "float32")
+    prompts = ["a red circle moving up slowly", "a red circle moving up fast"]
+    for slow, fast in (map(model.encode_text, prompts), stage.sources.text.encode(prompts)):
+        assert torch.equal(slow, fast)
+
+
+def test_exported_teacher(files, tmp_path, codec):
+    stage = make(files, "teacher", data={}, sample_prompts=2, sample_steps=2)
+    assert stage.sample(1).shape == (2, FRAMES, 32, 32, 3)
+    path = stage.export(stage.trained["teacher"], tmp_path / "model")
+    assert same_weights(make_network("tiny", seed=9, weights=path), stage.trained["teacher"])
+
+
+def test_a_critic_of_another_size(files, tmp_path, monkeypatch):
+    """Both networks are trained, the large one beside a small critic."""
+    monkeypatch.setitem(config._PRESETS, "flat", {**config._PRESETS["tiny"], "num_layers": 1})
+    path = tmp_path / "flat.safetensors"
+    save_transformer(make_model(4, config.WanConfig.from_name("flat")), path)
+    made = train(tmp_path / "run", values(files, "hiar", critic_model="flat", critic_init=str(path), critic_updates=1))
+    networks = {**made.stage.trained, **made.stage.frozen}
+    assert {name: len(n.blocks) for name, n in networks.items()} == {"critic": 1, "student": 2, "teacher": 2}
+    assert not same_weights(make_network("flat", seed=9, weights=path), networks["critic"])
+    with pytest.raises(ValueError, match="teacher.safetensors has the size .*, the recipe's flat is"):
+        make(files, "hiar", critic_model="flat", critic_init=str(files / "teacher.safetensors"))
+
+
+def test_without_a_codec(files, tmp_path):
+    """Of encoded prompts the weights come out, and no videos are shown."""
+    for name, kind in (("teacher", "teacher"), ("student", "ode_init"), ("student", "hiar")):
+        stage = make(files, kind)
+        assert stage.sample(1) is None
+        path = stage.export(stage.trained[name], tmp_path / kind)
+        assert path == tmp_path / kind / f"{name}.safetensors"
+        assert same_weights(make_network("tiny", seed=9, weights=path), stage.trained[name])
+
+
+@pytest.mark.parametrize("stage", ["ode_init", "hiar"])
+def test_a_corrupt_shard_is_left_out_only_on_request(files, tmp_path, stage):
+    pairs = tmp_path / "pairs"
+    shutil.copytree(files / "pairs", pairs)
+    (pairs / "shard-00001.safetensors").write_bytes(b"torn")
+
+    def asked(**more):
+        more["trajectories"] = str(pairs)
+        return make(files, stage, **more) if stage == "ode_init" else make(files, stage, forward_kl=more)
+
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors: .* leave it out with skip_corrupt"):
+        asked()
+    with pytest.warns(UserWarning, match=r"shard-00001\.safetensors: .*: left out with its 2 samples"):
+        left = asked(skip_corrupt=True)
+    assert len(left.store) == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "words"),
+    [
+        ("ode_pairs", {}, "recipe: teacher must be given: it names what an earlier stage has made"),
+        ("ode_init", {"trajectories": ""}, "recipe: trajectories must be given"),
+        ("ode_init", {"trajectories": "nowhere"}, "nowhere: holds no trajectories; expected manifest.json"),
+        ("ode_init", {"shift": 1.0}, "pairs: its points are at t = 1000, 857.143, 400, 0, the student's steps at 1000, "
+         "750, 250, 0: make them agree by steps and shift of both, and by points"),
+        ("ode_init", {"steps": [1000, 750]}, "the student's steps at 1000, 857.143, 0: make them agree"),
+        ("ode_init", {"num_frames": 8}, r"its latents are \[6, 2, 4, 4\], the recipe's must end in \[8, 2, 4, 4\]"),
+        ("hiar", {"teacher": ""}, "recipe: teacher must be given"),
+        ("hiar", {"forward_kl": {"trajectories": None}}, r"recipe: forward_kl\.trajectories must be given"),
+        ("hiar", {"forward_kl": {"first_k": 4}}, r"forward_kl\.first_k must be below the 4 points of .*pairs, got 4"),
+        ("hiar", {"data": {}, "num_frames": 6}, r"its latents are \[6, 2, 4, 4\], .* must end in \[2, 8, 8\]"),
+        ("hiar", {"critic_updates": 64}, "recipe: critic_updates must be at most 63, got 64"),
+        ("hiar", {"batch_size": 65537}, "recipe: batch_size must be at most 65536, got 65537"),
+    ],
+)  # fmt: skip
+def test_refused(files, codec, stage, more, words):
+    with pytest.raises(ValueError, match=words) as error:
+        make(files, stage, **more)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,339 @@
+"""The trainer in one process: turns, accumulation, averages, what is watched, what stops it."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import av
+import numpy as np
+import pytest
+import torch
+from train_job import Pull, losses, recipe, train
+
+from hiar_model.io.video import Frames
+from hiar_model.train.config.reading import make_recipe
+from hiar_model.train.config.recipe import EmaRecipe, OptimizerRecipe
+from hiar_model.train.engine.distributed import Place
+from hiar_model.train.engine.ema import Ema
+from hiar_model.train.engine.metrics import Watch, sample_scalars
+from hiar_model.train.engine.networks import make_network
+from hiar_model.train.engine.optimizers import Optimizers, rate_factor
+from hiar_model.train.engine.trainer import Trainer
+
+pytestmark = pytest.mark.cpu
+
+CPU = torch.device("cpu")
+
+
+def make(folder, stage=None, say=lambda text: None, **values) -> Trainer:
+    made = make_recipe(recipe(**values))
+    return Trainer(made, stage or Pull(made, CPU), folder, Place(0, 1, CPU), say)
+
+
+# Turns and batches
+
+
+def test_turns_rows_and_steps(tmp_path):
+    trainer = make(tmp_path, updates=2, scale={"micro_batch": 3, "checkpoint_every": 9})
+    trainer.run()
+    one = [(turn, rows) for turn, update, rows in trainer.stage.asked if update == 1]
+    assert one == [(turn, rows) for turn in ("critic 0", "critic 1", "student 0") for rows in ([0, 1, 2], [3])]
+    steps = {name: int(o.state()["head.head.weight/step"]) for name, o in trainer.optimizers.items()}
+    assert steps == {"critic": 4, "student": 2}
+
+
+def test_only_the_network_of_the_turn_is_updated(tmp_path):
+    trainer = make(tmp_path)
+    before = {n: [p.clone() for p in m.parameters()] for n, m in trainer.stage.trained.items()}
+    trainer._turn(trainer.stage.turns(0)[0])
+    critic, student = (
+        [not torch.equal(a, b) for a, b in zip(before[n], trainer.stage.trained[n].parameters())]
+        for n in ("critic", "student")
+    )
+    assert any(critic) and not any(student)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_any_micro_batch_gives_the_same_losses(tmp_path, micro_batch):
+    rows = []
+    for name, size in (("whole", None), ("parts", micro_batch)):
+        train(tmp_path / name, recipe(updates=4, scale={"micro_batch": size}))
+        rows.append(losses(tmp_path / name))
+    for a, b in zip(*rows, strict=True):
+        for name in ("critic_loss", "student_loss", "critic_gradient_norm", "student_gradient_norm"):
+            assert float(b[name]) == pytest.approx(float(a[name]), rel=1e-5), name
+
+
+def test_the_gradient_is_that_of_the_mean_over_the_batch(tmp_path):
+    """A hand computation in one piece, beside two unequal parts."""
+    trainer = make(tmp_path, scale={"micro_batch": 3})
+    optimizer, seen = trainer.optimizers["student"], []
+    optimizer.step = lambda done: seen.extend(p.grad.clone() for p in optimizer.parameters if p.grad is not None)
+    optimizer.recipe = OptimizerRecipe("adamw", clip_norm=1e9)
+    student = trainer.stage.turns(0)[-1]
+    told = trainer._turn(student)
+    loss, _ = trainer.stage.loss(student, 0, [0, 1, 2, 3])
+    wanted = torch.autograd.grad(loss, [p for p in optimizer.parameters if p.grad is not None])
+    for found, grad in zip(seen, wanted, strict=True):
+        torch.testing.assert_close(found, grad, rtol=1e-4, atol=1e-7)
+    assert told["loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in wanted))
+    assert told["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+    assert told["rows"] == pytest.approx((3 * 3 + 1 * 1) / 4), "means over rows, of what is watched too"
+
+
+def test_recomputed_blocks_change_no_number(tmp_path):
+    for name, wanted in (("kept", False), ("again", True)):
+        train(tmp_path / name, recipe(updates=3, scale={"activation_checkpointing": wanted}))
+    assert losses(tmp_path / "kept") == losses(tmp_path / "again")
+
+
+def test_recomputed_blocks_keep_less(tmp_path):
+    def saved(wanted: bool) -> int:
+        trainer = make(tmp_path / str(wanted), scale={"activation_checkpointing": wanted})
+        count = 0
+
+        def pack(x):
+            nonlocal count
+            count += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            trainer.stage.loss(trainer.stage.turns(0)[-1], 0, [0, 1, 2, 3])
+        return count
+
+    assert saved(True) < saved(False) / 2
+
+
+# Averages and optimisers
+
+
+def test_average_by_hand():
+    network = make_network("tiny", seed=0)
+    ema, first = Ema(network, EmaRecipe(decay=0.75, start=2, ramp=False)), network.head.head.bias
+    values = [1.0, 3.0, 7.0, -1.0]
+    expected = [1.0, 3.0, 0.75 * 3 + 0.25 * 7, 0.75 * (0.75 * 3 + 0.25 * 7) + 0.25 * -1]
+    for update, (value, wanted) in enumerate(zip(values, expected, strict=True)):
+        first.data.fill_(value)
+        ema.update(update)
+        assert torch.allclose(ema.weights["head.head.bias"], torch.full_like(first, wanted)), update
+    with ema.applied():
+        assert torch.allclose(first, torch.full_like(first, expected[-1])) and not network.training
+    assert torch.equal(first, torch.full_like(first, -1.0)) and network.training
+
+
+def test_the_average_of_narrow_weights_arrives():
+    """In bfloat16 it would stop at 0.25: a thousandth of what is left is less than half a unit in the last place."""
+    network = make_network("tiny", seed=0).to(torch.bfloat16)
+    first = network.head.head.bias
+    first.data.zero_()
+    ema = Ema(network, EmaRecipe(decay=0.999, start=0, ramp=False))
+    first.data.fill_(1.0)
+    for update in range(3000):
+        ema.update(update)
+    assert {x.dtype for x in ema.weights.values()} == {torch.float32}
+    arrived = torch.full(first.shape, 1 - 0.999**3000)
+    torch.testing.assert_close(ema.weights["head.head.bias"], arrived, rtol=1e-4, atol=0)
+    with ema.applied():
+        assert first.dtype == torch.bfloat16 and first.min() > 0.94
+
+
+def test_decay_rises_where_it_is_asked_to():
+    network = make_network("tiny", seed=0)
+    ramp = Ema(network, EmaRecipe(decay=0.5, start=3))
+    assert [ramp.decay(u) for u in (0, 2, 3, 4, 11, 12, 99)] == [0, 0, 0.1, 2 / 11, 9 / 18, 0.5, 0.5]
+
+
+def test_average_follows_the_student_alone(tmp_path):
+    trainer = make(tmp_path, ema={"decay": 0.5, "ramp": False}, updates=1)
+    start = {n: p.detach().clone() for n, p in trainer.stage.trained["student"].named_parameters()}
+    trainer.run()
+    for name, p in trainer.stage.trained["student"].named_parameters():
+        torch.testing.assert_close(trainer.ema.weights[name], (start[name] + p.detach()) / 2)
+    exported = torch.load(trainer.export())
+    for name, value in make_network("tiny", seed=0).state_dict().items():
+        assert exported[name].shape == value.shape
+    torch.testing.assert_close(exported["head.head.bias"], trainer.ema.weights["head.head.bias"])
+
+
+def test_rate_rises_stays_and_falls():
+    assert rate_factor(0.0, 0.1, 0.5) < 0.01
+    assert rate_factor(0.05, 0.1, 0.5) == pytest.approx(0.5, abs=0.01)
+    assert rate_factor(0.3, 0.1, 0.5) == 1
+    assert rate_factor(0.75, 0.1, 0.5) == 0.5
+    assert rate_factor(1.0, 0.1, 0.5) == 0
+    assert rate_factor(0.0, 0.0, 0.0) == rate_factor(1.0, 0.0, 0.0) == 1
+
+
+def test_muon_has_the_matrices_of_the_blocks():
+    made = Optimizers(make_network("tiny", seed=0), OptimizerRecipe("muon_adamw", lr=0.5, betas=(0.0, 0.9)))
+    adamw, muon = made.parts
+    (group,) = muon.param_groups
+    names = {made._names[id(p)] for p in group["params"]}
+    assert {"blocks.1.ffn.0.weight", "blocks.0.self_attn.qkv.weight"} <= names
+    assert all(n.startswith("blocks.") and n.endswith("weight") and "norm" not in n for n in names)
+    assert sum(len(g["params"]) for part in made.parts for g in part.param_groups) == len(made.parameters)
+    assert adamw.param_groups[0]["weight_decay"] == 0 and muon.param_groups[0]["weight_decay"] == 0.01
+    (alone,) = Optimizers(make_network("tiny", seed=0), OptimizerRecipe("adamw", weight_decay=0.3)).parts
+    assert alone.param_groups[0]["weight_decay"] == 0.3
+    rates = []
+    alone.step = lambda: rates.append(alone.param_groups[0]["lr"])
+    made.parts = [alone]
+    for done in (0.01, 0.3, 0.8):
+        made.step(done)
+    assert rates == pytest.approx([0.5 * 0.505, 0.5, 0.25])
+
+
+# What is watched
+
+
+def test_the_table(tmp_path):
+    """Means over the updates since the last row; what is not in every row has a column all the same."""
+
+    class Now(Pull):
+        def sample(self, update) -> Frames:
+            return np.full((2, 3, 8, 8, 3), 10 * update, np.uint8)
+
+    made = make_recipe(recipe(updates=5, log_every=2, sample_every=4))
+    trainer, seen = Trainer(made, Now(made, CPU), tmp_path, say=lambda text: None), []
+    trainer.run(lambda update, numbers: seen.append(numbers["student_loss"]))
+    rows = losses(tmp_path)
+    assert [row["update"] for row in rows] == ["2", "4", "5"]
+    assert [float(row["student_loss"]) for row in rows] == pytest.approx(
+        [(seen[0] + seen[1]) / 2, (seen[2] + seen[3]) / 2, seen[4]], rel=1e-6
+    )
+    assert [row["sample_motion"] for row in rows] == ["", "0", "0"]
+    assert [row["rate"] for row in rows] == ["1", "1", "0.5"], "of the last update in each: cooldown is 0.4 of 5"
+    assert {"critic_loss", "critic_gradient_norm", "critic_largest", "student_gradient_norm", "rate"} <= rows[0].keys()
+    sheets = sorted(p.name for p in (tmp_path / "samples").iterdir())
+    assert sheets == ["update_00000004.png", "update_00000005.png"]
+    assert (tmp_path / "samples" / sheets[0]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_samples_are_of_the_averaged_weights(tmp_path):
+    class Now(Pull):
+        def sample(self, update) -> None:
+            self.seen = self.trained["student"].head.head.bias.detach().clone()
+
+    made = make_recipe(recipe(updates=3, sample_every=3, ema={"decay": 0.9, "ramp": False}))
+    trainer = Trainer(made, Now(made, CPU), tmp_path, say=lambda text: None)
+    trainer.run()
+    assert torch.equal(trainer.stage.seen, trainer.ema.weights["head.head.bias"])
+    assert not torch.equal(trainer.stage.seen, trainer.stage.trained["student"].head.head.bias)
+
+
+def test_motion_and_saturation():
+    frames = np.full((1, 3, 2, 2, 3), 100, np.uint8)
+    frames[0, 1], frames[0, 2] = 151, 49  # differences 51 and 102: on average 0.3 of 255
+    frames[0, 0, 0, 0], frames[0, 0, 1, 1] = 0, 252  # 6 of 36 channels, in one frame
+    told = sample_scalars(frames)
+    changed = (151 - 0 + abs(151 - 252) - 2 * 51) * 3 / 12
+    assert told["sample_motion"] == pytest.approx(((51 + changed) + 102) / 2 / 255)
+    assert told["sample_saturation"] == pytest.approx(6 / 36)
+    assert sample_scalars(frames[:, :1])["sample_motion"] == 0
+
+
+def test_a_sheet_of_long_and_large_videos(tmp_path):
+    """24 frames from first to last, each the mean of squares of 4 pixels."""
+    video = np.zeros((2, 47, 482, 832, 3), np.uint8)
+    video[0, :] = np.arange(47).reshape(47, 1, 1, 1)
+    video[1, :, ::4] = 200
+    path = Watch(tmp_path, 0, {}).sheet(1, video)
+    with av.open(str(path)) as opened:
+        sheet = next(opened.decode(video=0)).to_ndarray(format="rgb24")
+    assert sheet.shape == (2 * 122 + 2, 24 * 210 + 2, 3)
+    assert [sheet[60, 100 + 210 * i, 0] for i in range(24)] == list(range(0, 47, 2))
+    assert (sheet[124:-2, 2:210] == 50).all()
+
+
+def test_tensorboard_has_scalars_and_sheets(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    watch = Watch(tmp_path, 0, {})
+    watch.scalars(3, {"student_loss": 0.5, "student_dmd_normaliser": 2.0})
+    watch.sheet(3, np.zeros((2, 3, 8, 8, 3), np.uint8))
+    watch.close()
+    Watch(tmp_path, 2, {}).close()  # a run that goes on behind update 2: what came later does not count
+    watch = Watch(tmp_path, 2, {})
+    watch.scalars(4, {"student_loss": 0.25})
+    watch.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"student/loss", "student/dmd_normaliser"} <= set(events.Tags()["scalars"]) and events.Tags()["images"]
+    assert [(e.step, e.value) for e in events.Scalars("student/loss")] == [(4, 0.25)]
+
+
+def test_without_tensorboard_it_is_said_once(tmp_path, monkeypatch):
+    find, told = importlib.util.find_spec, []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
+    trainer = make(tmp_path, updates=2, say=told.append)
+    trainer.run()
+    assert told == ["no TensorBoard scalars: tensorboard is not installed (pip install 'hiar-kernels[train]')"]
+    assert len(losses(tmp_path)) == 2 and not (tmp_path / "tensorboard").exists()
+
+
+def test_wandb_only_where_its_variable_is_set(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    Watch(tmp_path, 0, {}, lambda text: None).close()
+    monkeypatch.setenv("WANDB_PROJECT", "films")
+    with pytest.raises(ValueError, match="WANDB_PROJECT is set to 'films', but wandb is not installed"):
+        Watch(tmp_path, 0, {}, lambda text: None)
+
+
+# What stops it
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_a_loss_that_is_not_finite(tmp_path, micro_batch):
+    class Broken(Pull):
+        def noise(self, update, turn, row):
+            return super().noise(update, turn, row) * (math.nan if (update, turn, row) == (3, "critic 1", 2) else 1)
+
+    made = make_recipe(recipe(scale={"checkpoint_every": 2, "micro_batch": micro_batch}))
+    trainer = Trainer(made, Broken(made, CPU), tmp_path, say=lambda text: None)
+    with pytest.raises(FloatingPointError) as error:
+        trainer.run()
+    rows = [2] if micro_batch else [0, 1, 2, 3]
+    good = tmp_path / "states" / "update_00000002"
+    assert str(error.value) == (
+        f"loss is nan in rows {rows} of the batch, update 3, turn critic 1; last good state: {good}"
+    )
+    again = Trainer(made, Pull(made, CPU), tmp_path, say=lambda text: None)
+    assert again.update == 2 and all(bool(x.isfinite().all()) for x in again._tensors().values())
+
+
+def test_a_gradient_that_is_not_finite(tmp_path):
+    class Broken(Pull):
+        def loss(self, turn, update, rows):
+            loss, told = super().loss(turn, update, rows)
+            weight = self.trained[turn.network].head.head.weight
+            return loss + (weight.sum() * 0).sqrt(), told  # 0, of infinite slope
+
+    made = make_recipe(recipe())
+    with pytest.raises(FloatingPointError, match="gradient norm is nan, loss .*, update 0, turn critic 0; .*: none"):
+        Trainer(made, Broken(made, CPU), tmp_path, say=lambda text: None).run()
+
+
+# Threads
+
+
+def test_small_networks_train_in_one_thread_and_the_setting_is_put_back(tmp_path):
+    before, inside = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        scale = {"threads": 0, "checkpoint_every": 9}
+        make(tmp_path / "a", scale=scale).run(lambda *_: inside.append(torch.get_num_threads()))
+        assert set(inside) == {1} and torch.get_num_threads() == 2
+
+        def fail(*_):
+            inside.append(torch.get_num_threads())
+            raise OSError("full")
+
+        with pytest.raises(OSError, match="full"):
+            make(tmp_path / "b", scale={**scale, "threads": 3}).run(fail)
+        assert inside[-1] == 3 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
