@@ -19,6 +19,29 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class WanVideo:
+    """What Wan 2.1 makes, as it was trained, and what its causal few-step models share.
+
+    size, num_frames, fps   of a video: pixels (height, width), pixel frames, pixel frames a second
+    frames_per_block, window_frames   latent frames made at once, and seen by a block, its own among them
+    temporal_compression    pixel frames per latent frame; the first latent frame is always one pixel frame
+    spatial_compression     pixels of a latent along a side
+    text_encoder_parameters   of UMT5-XXL's encoder, as published
+    """
+
+    size: tuple[int, int] = (480, 832)
+    num_frames: int = 81
+    fps: int = 16
+    frames_per_block: int = 3
+    window_frames: int = 21
+    temporal_compression: int = 4
+    spatial_compression: int = 8
+    text_encoder_parameters: int = 5_680_910_336
+
+
+WAN = WanVideo()
+
 SHIPPED = {"toy": ("hiar_model.toy", "weights")}
 """Name of a model inside the package -> (package, folder in it)."""
 

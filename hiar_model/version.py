@@ -8,7 +8,7 @@ from importlib import metadata
 
 DISTRIBUTION = "hiar-kernels"
 NOISE = "philox-128"
-"""How random numbers follow from a key (:mod:`hiar_model.common.keyed`), in records, sessions and states: another way gets
+"""How random numbers follow from a key (:mod:`.common.keyed`), in records, sessions and states: another way gets
 another name."""
 EARLIER_NOISE = "torch-32"
 """That of what names none, of before 2026-11-28: torch.Generator, which takes 32 bits of a key."""

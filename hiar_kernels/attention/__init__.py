@@ -1,9 +1,10 @@
 """Attention by absolute frame ids."""
 
 from .api import attention, takes_layout, takes_schedule
+from .gluon import attention_schedule
 from .layout import AttentionLayout, attention_layout
 from .mask import EMPTY, BlockCausal, KVContext
-from .schedule import AttentionSchedule, attention_schedule
+from .schedule import AttentionSchedule
 
 __all__ = [
     "EMPTY",

@@ -11,10 +11,46 @@ from torch import Tensor
 from .. import _triton
 from .._dispatch import require
 from .mask import BlockCausal, KVContext
-from .schedule import AttentionSchedule, attention_schedule
+from .schedule import AttentionSchedule
 
 HEAD_DIM = 128
 _MODULE = "triton.experimental.gluon.language.nvidia.hopper"
+
+
+def attention_schedule(
+    shape: tuple[int, int, int, int],
+    mask: BlockCausal | None = None,
+    q_frames: Tensor | None = None,
+    kv_frames: Tensor | None = None,
+    *,
+    device: torch.device | str,
+    ctas: int | None = None,
+) -> AttentionSchedule:
+    """What :func:`hiar_kernels.attention` with ``impl="gluon"`` does for such a call; it launches two small kernels.
+
+    Args:
+        shape: (B, Tq, H, Tk). mask, q_frames, kv_frames: as for ``attention``; frame ids int32 on the device.
+        ctas: programs of the grid; default: one for each SM of the device.
+
+    Raises:
+        ValueError: lengths are no multiples of the mask's frame_tokens.
+
+    Example (on a GPU)::
+
+        schedule = attention_schedule((1, 4680, 12, 32760), mask, q_frames, kv_frames, device="cuda")
+        for q, k, v in layers:
+            out = attention(q, k, v, mask=mask, q_frames=q_frames, kv_frames=kv_frames, schedule=schedule, impl="gluon")
+    """
+    _, queries, _, keys = shape
+    tokens = keys if mask is None else mask.frame_tokens
+    for name, n in (("Tq", queries), ("Tk", keys)):
+        whole = mask is None or n % tokens == 0
+        if not (n > 0 and whole):
+            raise ValueError(f"attention_schedule: {name} must be a positive multiple of {tokens}, got {n}")
+    _triton.load("attention", torch.empty(0, device=device))
+    from .triton_schedule import make
+
+    return make(shape, mask, q_frames, kv_frames, torch.device(device), ctas)
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _triton
-from .mask import BlockCausal
-
 TILE_QUERIES = 128  # of one CTA
 BLOCK_KEYS = 128  # of one step of its loop
 BLOCK_FIELDS = 4  # start, stop, frame, partial
@@ -23,7 +20,7 @@ SEGMENT_FIELDS = 8  # tile, first block, last block + 1, slot for a partial resu
 
 @dataclass(frozen=True)
 class AttentionSchedule:
-    """The work of ``impl="gluon"``, made by :func:`attention_schedule`; all tensors int32 on the device.
+    """The work of ``impl="gluon"``, made by :func:`hiar_kernels.attention_schedule`; all tensors int32 on the device.
 
     A query tile is 128 queries of one head and batch item, number ``(item * heads + head) * q_tiles + tile``. Every CTA
     first does whole tiles, ``rounds`` of them, so that neighbours walk the same keys; the tiles of the last, unfilled
@@ -72,42 +69,6 @@ class AttentionSchedule:
 def multiprocessors(device: torch.device) -> int:
     """SMs of a CUDA device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def attention_schedule(
-    shape: tuple[int, int, int, int],
-    mask: BlockCausal | None = None,
-    q_frames: Tensor | None = None,
-    kv_frames: Tensor | None = None,
-    *,
-    device: torch.device | str,
-    ctas: int | None = None,
-) -> AttentionSchedule:
-    """What :func:`hiar_kernels.attention` with ``impl="gluon"`` does for such a call; it launches two small kernels.
-
-    Args:
-        shape: (B, Tq, H, Tk). mask, q_frames, kv_frames: as for ``attention``; frame ids int32 on the device.
-        ctas: programs of the grid; default: one for each SM of the device.
-
-    Raises:
-        ValueError: lengths are no multiples of the mask's frame_tokens.
-
-    Example (on a GPU)::
-
-        schedule = attention_schedule((1, 4680, 12, 32760), mask, q_frames, kv_frames, device="cuda")
-        for q, k, v in layers:
-            out = attention(q, k, v, mask=mask, q_frames=q_frames, kv_frames=kv_frames, schedule=schedule, impl="gluon")
-    """
-    _, queries, _, keys = shape
-    tokens = keys if mask is None else mask.frame_tokens
-    for name, n in (("Tq", queries), ("Tk", keys)):
-        whole = mask is None or n % tokens == 0
-        if not (n > 0 and whole):
-            raise ValueError(f"attention_schedule: {name} must be a positive multiple of {tokens}, got {n}")
-    _triton.load("attention", torch.empty(0, device=device))
-    from .triton_schedule import make
-
-    return make(shape, mask, q_frames, kv_frames, torch.device(device), ctas)
 
 
 def allocate(

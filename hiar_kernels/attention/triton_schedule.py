@@ -206,7 +206,7 @@ def make(
     device: torch.device,
     ctas: int | None,
 ) -> AttentionSchedule:
-    """:func:`hiar_kernels.attention.schedule.attention_schedule`."""
+    """:func:`hiar_kernels.attention_schedule`."""
     batch, queries, heads, keys = shape
     rule, windows = rule_of(mask, batch)
     arguments = rule_arguments(rule, keys)

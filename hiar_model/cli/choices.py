@@ -63,7 +63,7 @@ def check_choices(command: str, a: Namespace) -> None:
 
 
 def _recipes() -> list[str]:
-    folder = Path(__file__).parent / "train/recipes"
+    folder = Path(__file__).parents[1] / "train/recipes"
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 

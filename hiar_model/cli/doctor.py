@@ -22,7 +22,7 @@ def report() -> Iterator[tuple[str, str]]:
     from ..models.registry import SHIPPED, load_video_model
 
     own = versions()
-    yield "package", f"hiar-kernels {own['hiar-kernels']} in {Path(__file__).resolve().parents[1]}"
+    yield "package", f"hiar-kernels {own['hiar-kernels']} in {Path(__file__).resolve().parents[2]}"
     yield "python", f"{own['python']} on {platform.system()} {platform.machine()}"
     for topic, names in (("libraries", LIBRARIES), ("optional", OPTIONAL)):
         found = versions(*names)

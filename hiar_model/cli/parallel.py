@@ -119,6 +119,7 @@ class Job:
     def options(self, a: Namespace) -> dict[str, Any]:
         """Of a `Generation`, from the command line."""
         from ..distributed.pipeline import PipelineOptions
+        from ..planning.measure_costs import measure_costs
 
         if a.parallel is not None:
             return {"executor": a.executor or "eager", "parallel": a.parallel, "pairs": a.pairs}
@@ -128,7 +129,7 @@ class Job:
         given = a.steps_per_rank
         options = PipelineOptions(
             steps_per_rank=given if isinstance(given, list) else None,
-            costs="measured" if given == "measured" else None,
+            costs=measure_costs if "measured" in (given, a.pairs) else None,
             decode_apart=a.decode_apart,
             timeout=a.timeout,
             watch=self.watch,

@@ -103,7 +103,7 @@ def profile(a: Namespace) -> None:
 
 
 def report_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--measured", type=str, help="JSON of bench/test_four_step_speedup.py: its table instead")
+    parser.add_argument("--measured", type=str, help="JSON of bench/rollout/test_four_step_speedup.py: its table")
     parser.add_argument("--stage-times", type=str, help="JSON of hiar profile --stage-times; default: the roofline")
     parser.add_argument("--tflops", type=float, default=790.0, help="of the roofline")
     parser.add_argument("--vae-ms", type=float, default=145.5, help="decode of a block, where stage times do not say")
@@ -119,7 +119,8 @@ def bench_report(a: Namespace) -> None:
         try:
             lines = measured_table(json.loads(Path(a.measured).read_text(encoding="utf-8")))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{a.measured} is no result of bench/test_four_step_speedup.py: {error!r}") from None
+            bench = "bench/rollout/test_four_step_speedup.py"
+            raise ValueError(f"{a.measured} is no result of {bench}: {error!r}") from None
         print("\n".join(lines))
         return
     if a.results is not None:

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..rollout.executor import Counters
 from ..schedule.costs import Costs
 from ..schedule.plan import Group, Plan
 from ..schedule.stages import Stage, split_steps, with_faster_pairs
@@ -37,7 +36,7 @@ class PipelineOptions:
     """How a rollout with executor="pipeline" uses the processes of a job.
 
     steps_per_rank   None: the fastest split found for `costs`; or a number for each rank, in order
-    costs            of visits; "measured": the first rank times them (:func:`measure_costs`); None: all the same
+    costs            of visits; or what measures them, on the first rank: `planning.measure_costs`; None: all the same
     decode_apart     the last rank has no steps: it takes finished blocks, to decode them beside the others' work
     group            the processes, in order of their steps; None: all of the job
     timeout          seconds within which a fault ends the job; a first block may take ten times that
@@ -46,7 +45,7 @@ class PipelineOptions:
     """
 
     steps_per_rank: Sequence[int] | None = None
-    costs: Costs | Literal["measured"] | None = None
+    costs: Costs | Callable[..., Costs] | None = None
     decode_apart: bool = False
     group: dist.ProcessGroup | None = None
     timeout: float = 60.0
@@ -115,7 +114,7 @@ class Pipeline:
         found: list[tuple[Plan, tuple[int, ...]]] = [(plan, ())]
         if rank == 0:
             asked = options.costs
-            costs = measure() if choose_pairs or isinstance(asked, str) else asked
+            costs = measure() if callable(asked) else asked
             if choose_pairs and costs is not None:
                 at_work = working if given is None else [n for n in given if n]
                 plan = with_faster_pairs(plan, self.num_blocks, at_work, costs)
@@ -216,36 +215,3 @@ class Pipeline:
     def _check(self) -> None:
         if self.watch is not None:
             self.watch.check()
-
-
-class Receiver:
-    """In place of an executor, on a rank without steps: takes finished blocks."""
-
-    about, begun = "no visits", -1
-    text: Any = None  # of the blocks: nothing here needs it
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline, self.counters = pipeline, Counters()
-
-    def run(self, group: Group) -> list[tuple[int, Tensor]]:
-        """The block of the last denoise visit, made elsewhere."""
-        block = group[0][-1].block
-        return [(block, self.pipeline.receive(block).to(self.pipeline.device, copy=True))]
-
-    def may_run_ahead(self, following: Group) -> bool:
-        """A pipeline's groups have their times."""
-        return False
-
-    def await_finished(self, following: Group | None) -> None:
-        """Nothing: the rank that made a block has looked at it."""
-
-    def warm_up(self, blocks: int) -> int:
-        """Nothing."""
-        return 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {"cache": {}, "latents": {}, "history": {}, "step": 0, "texts": {}}
-
-    def load_state_dict(self, state: dict[str, Any], done: Callable[[Any], bool]) -> None:
-        """Nothing."""

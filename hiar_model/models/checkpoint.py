@@ -31,7 +31,7 @@ from ..io.weight_files import (
     weight_files,
     whole,
 )
-from . import key_mapping as layouts
+from . import key_mapping
 from .transformer import HiARTransformer
 
 TOY_FORMAT, TOY_TRANSFORMER = "hiar-toy", "transformer."  # of a toy model's config.json; before keys of its file
@@ -100,7 +100,7 @@ def load_transformer(
             (``*.safetensors.index.json``), or a folder with an index, with .safetensors shards, or with .pth / .pt
             files, in this order of preference; of a diffusers pipeline folder (``model_index.json``) its
             ``transformer/``. Keys are the published Wan ones or diffusers', behind any of
-            :data:`hiar_model.models.key_mapping.WRAPPERS`. Of a training checkpoint with several networks the ``generator_ema``
+            :data:`.key_mapping.WRAPPERS`. Of a training checkpoint with several networks the ``generator_ema``
             is taken, else the ``generator``.
         config: sizes. None: from a file that this package wrote, else from ``config.json`` beside the weights (the
             published one, diffusers', or :meth:`WanConfig.to_dict`); what they leave open is read from the tensor
@@ -134,13 +134,13 @@ def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
     """
     source = _inside(Path(path))
     state, told, files, networks = _read_all(source)
-    if (what := layouts.foreign(state)) is not None:
+    if (what := key_mapping.foreign(state)) is not None:
         raise ValueError(f"{source}: {what}")
     check_tensors(state, source)
-    theirs = layouts.is_diffusers(state)
+    theirs = key_mapping.is_diffusers(state)
     if theirs:
-        state = renamed(state, layouts.to_native, source)
-    spell = layouts.to_diffusers if theirs else None
+        state = renamed(state, key_mapping.to_native, source)
+    spell = key_mapping.to_diffusers if theirs else None
     window: Window = (None, None)
     if config is None:
         config, window = _find_config(source, state, told)
@@ -149,7 +149,7 @@ def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
     check_keys(state, expected, source, spell)
     dtypes = [value.dtype for value in state.values()]
     found = Found(
-        layout=layouts.TRAINING if networks else layouts.DIFFUSERS if theirs else layouts.NATIVE,
+        layout=key_mapping.TRAINING if networks else key_mapping.DIFFUSERS if theirs else key_mapping.NATIVE,
         network=networks[0] if networks else None,
         others=tuple(networks[1:]),
         config=config,
@@ -176,7 +176,7 @@ def save_transformer(model: HiARTransformer, path: str | Path) -> None:
     if target.suffix != ".safetensors":
         raise ValueError(f"{target}: weights are written as .safetensors, got {target.suffix or 'no suffix'!r}")
     check_output(target)
-    state = {layouts.plain(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state = {key_mapping.plain(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with whole(target) as part:
         save_tensors(state, part, file_header(model.config))
 
@@ -228,14 +228,14 @@ def _read_all(source: Path) -> tuple[dict[str, Any], dict[str, Any], list[Path],
             taken = {key: value for key, value in taken.items() if key != CONFIG_KEY}
         if CONFIG_KEY in header:
             told = parse_json(header[CONFIG_KEY], file)
-        add_tensors(state, renamed(taken, lambda key: layouts.plain(str(key)), file), file, came)
+        add_tensors(state, renamed(taken, lambda key: key_mapping.plain(str(key)), file), file, came)
     if not state:
         raise ValueError(f"{source}: no weights found: it holds no tensor")
     return state, told, files, networks
 
 
 def _toy_sizes(source: Path) -> dict[str, Any] | None:
-    """The sizes of the transformer in a folder of :func:`hiar_model.models.registry.save_toy_model`; None: it is none."""
+    """The sizes of the transformer in a folder of :func:`.registry.save_toy_model`; None: it is none."""
     beside = (source if source.is_dir() else source.parent) / "config.json"
     values = read_json(beside) if beside.is_file() else {}
     sizes = values.get("transformer") if values.get("format") == TOY_FORMAT else None
@@ -248,7 +248,8 @@ def _network(content: Any, file: Path) -> tuple[Mapping[str, Any], list[str]]:
         raise ValueError(f"{file}: holds a {type(content).__name__}, expected a state dict")
     there = [name for name in _NETWORKS if isinstance(content.get(name), Mapping) and content[name]]
     if not there:
-        if (what := layouts.foreign(key for key, value in content.items() if isinstance(value, Mapping))) is not None:
+        groups = [key for key, value in content.items() if isinstance(value, Mapping)]
+        if (what := key_mapping.foreign(groups)) is not None:
             raise ValueError(f"{file}: {what}")
         return content, []
     if there[0] == _NETWORKS[-1]:
@@ -265,7 +266,7 @@ def _find_config(source: Path, state: Mapping[str, Tensor], written: dict[str, A
         beside, told = source, written
     elif beside.is_file():
         values = read_json(beside)
-        told, window = layouts.read_sizes(values, beside), layouts.read_window(values, beside)
+        told, window = key_mapping.read_sizes(values, beside), key_mapping.read_window(values, beside)
     values = {**_infer(state), **told}
     if "num_heads" not in values and isinstance(dim := values.get("dim"), int):
         if dim % _HEAD_DIM:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import WanConfig
 from ..io.files import check_output, in_folder, save_tensors
 from ..io.weight_files import whole
-from . import key_mapping as layouts
+from . import key_mapping
 from .checkpoint import CONFIG_KEY, Found, file_header, read_checkpoint
 
 TARGETS = ("native", "diffusers", "pt")
@@ -35,7 +35,7 @@ def tensors_sha256(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over all tensors of a transformer, hexadecimal: the same in every layout, file split and order.
 
     Args:
-        state: native keys -> tensors (q, k, v apart), as :func:`hiar_model.models.checkpoint.read_checkpoint` gives them. In
+        state: native keys -> tensors (q, k, v apart), as :func:`.checkpoint.read_checkpoint` gives them. In
             the order of the sorted keys, each adds ``key dtype [shape]`` as a line of text and its bytes, row by row.
     """
     digest = hashlib.sha256()
@@ -72,7 +72,7 @@ def convert(
     state, found = read_checkpoint(source)
     if to == "diffusers":
         try:
-            layouts.diffusers_config(found.config)
+            key_mapping.diffusers_config(found.config)
         except ValueError as error:  # before the hash is made
             raise ValueError(f"{source}: {error}") from error
     before = tensors_sha256(state)
@@ -115,10 +115,10 @@ def _write(state: Mapping[str, Tensor], found: Found, part: Path, to: str) -> No
     elif part.suffix == ".safetensors":
         save_tensors(state, part, file_header(config))
     else:  # a folder, whose config.json alone tells the sizes, as in the published ones
-        sizes = layouts.native_config(config, (found.window_frames, found.sink_frames))
+        sizes = key_mapping.native_config(config, (found.window_frames, found.sink_frames))
         if to == "diffusers":
-            sizes = layouts.diffusers_config(config)
-            state = {layouts.to_diffusers(key): value for key, value in state.items()}
+            sizes = key_mapping.diffusers_config(config)
+            state = {key_mapping.to_diffusers(key): value for key, value in state.items()}
         part.mkdir()
         save_tensors(state, part / _WEIGHTS, {"format": "pt"})
         (part / _SIZES).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")

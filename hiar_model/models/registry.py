@@ -96,7 +96,7 @@ def load_video_model(
     Args:
         device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of the weights and the work; None: float32, but bfloat16 for
             Wan.
-        checkpoint, steps, own_steps, offload, prompt_cache, on_found, on_stage: of :func:`hiar_model.models.wan.load_wan`; the
+        checkpoint, steps, own_steps, offload, prompt_cache, on_found, on_stage: of :func:`.wan.load_wan`; the
             toy model takes none of them.
 
     Raises:

@@ -37,7 +37,7 @@ from ..io.weight_files import (
     weight_files,
     whole,
 )
-from . import key_mapping as layouts
+from . import key_mapping
 
 MAX_TOKENS = 512
 NATIVE_WEIGHTS, NATIVE_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
@@ -268,8 +268,8 @@ def load_umt5(
         add_tensors(state, content, file, came)
     check_tensors(state, source)
     if files.config is None:
-        state = renamed(state, layouts.text_to_transformers, source)
-        sizes, spell = _native_sizes(state, source), layouts.text_to_native
+        state = renamed(state, key_mapping.text_to_transformers, source)
+        sizes, spell = _native_sizes(state, source), key_mapping.text_to_native
     else:
         sizes, spell = _told_sizes(files.config), None
         if "shared.weight" in state:  # the embedding under its second name
@@ -294,9 +294,9 @@ def _native_sizes(state: Mapping[str, Tensor], source: Path) -> dict[str, int]:
         _EMBEDDING, block.format("0.SelfAttention.relative_attention_bias"), block.format("0.SelfAttention.q"),
         block.format("1.DenseReluDense.wi_0"),
     )  # fmt: skip
-    lacking = [layouts.text_to_native(key) for key in keys if key not in state or state[key].dim() != 2]
+    lacking = [key_mapping.text_to_native(key) for key in keys if key not in state or state[key].dim() != 2]
     if lacking:
-        found = some(map(layouts.text_to_native, state))
+        found = some(map(key_mapping.text_to_native, state))
         raise ValueError(f"{source}: no UMT5 encoder: no matrix {', '.join(lacking)}; its keys: {found}")
     (vocabulary, width), (buckets, heads), (inner, _), (hidden, _) = (state[key].shape for key in keys)
     layers = {key.split(".")[2] for key in state if key.startswith("encoder.block.")}

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from ..common.checks import OFFLOAD
-from ..planning.fit import NUM_FRAMES, SIZE, WINDOW
+from ..config import WAN
 from .checkpoint import Found, load_transformer
 from .convert import tensors_sha256
 from .experts import load_experts, parse_experts
@@ -32,7 +32,6 @@ from .vae import StreamingDecoder, StreamingEncoder, load_vae
 from .vae_weights import ORIGINAL
 from .video_model import VideoModel
 
-FPS, FRAMES_PER_BLOCK = 16, 3
 Checkpoint = str | os.PathLike[str] | Mapping[str, str]
 """A file or folder of weights; or one for each noise level: "0-1=high.pt,2-3=low.pt", {"0-1": "high.pt", ...}."""
 
@@ -133,13 +132,13 @@ def load_wan(
         transformer=transformer,
         experts=experts,
         schedule=schedule,
-        frames_per_block=FRAMES_PER_BLOCK,
-        window_frames=window or WINDOW,
+        frames_per_block=WAN.frames_per_block,
+        window_frames=window or WAN.window_frames,
         sink_frames=sink or 0,
-        fps=FPS,
-        num_frames=NUM_FRAMES,
-        train_frames=NUM_FRAMES,
-        latent_size=(vae.config.z_dim, SIZE[0] // cell, SIZE[1] // cell),
+        fps=WAN.fps,
+        num_frames=WAN.num_frames,
+        train_frames=WAN.num_frames,
+        latent_size=(vae.config.z_dim, WAN.size[0] // cell, WAN.size[1] // cell),
         weights_sha256=identity,
         text_encoder=text,
         new_decoder=lambda: StreamingDecoder(vae, own_stream=True),

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..config import SHIPPED
 from ..version import NOISE, versions
 
-if TYPE_CHECKING:
-    from .video_pipeline import Generation
-
 
 def describe(
-    run: Generation, prompt: str | None, *, seed: int, steps: int | None, order: str, window: Any, sink: int
+    run: Any, prompt: str | None, *, seed: int, steps: int | None, order: str, window: Any, sink: int
 ) -> dict[str, Any]:
     """What it takes to repeat the video, as JSON takes it; without a "command" where its prompts came from no file."""
     model, device = run.model, run.model.device

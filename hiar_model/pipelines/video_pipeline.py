@@ -50,10 +50,10 @@ class Generation:
     ``height``, ``width`` of the frames, in pixels; None: as the model says. ``cache_dtype`` of keys and values, a name
     (float8_e4m3fn among them) or a dtype; None: that of the model.
 
-    ``image`` (a file) or ``extend`` (a clip, a file) is what the video begins with (:mod:`hiar_model.pipelines.conditioning`): its
+    ``image`` (a file) or ``extend`` (a clip, a file) is what the video begins with (:mod:`.conditioning`): its
     frames come first, as they are, and count in ``num_frames``; None means as many new blocks as otherwise.
 
-    ``prompts`` change on the way (:class:`hiar_model.pipelines.prompt_schedule.Script`); ``prompt`` is then that of the time before the
+    ``prompts`` change on the way (:class:`.prompt_schedule.Script`); ``prompt`` is then that of the time before the
     script's first line, or None. ``session`` is a file of :meth:`save_session` to go on from: frames come from there
     on; with another prompt it is a fork, which shows it from the first block that had not begun. ``open_end``: the
     video is made as the beginning of an endless one, ``num_frames`` only says how far, counted from its start; so its

@@ -15,15 +15,12 @@ from typing import Any
 import torch
 
 from ..common.checks import whole
-from ..config import SHIPPED, WanConfig
+from ..config import SHIPPED, WAN, WanConfig
 from ..io.files import refuse_stand_in
 from ..io.weight_files import read_json, read_tensors
 from ..models.kv_cache import E4M3
 from .memory import Memory, Part, Request, predict, vae_part
 
-PIXELS, FRAMES = 8, 4  # of one latent: Wan's VAE, each way; its first latent frame is one pixel frame
-WINDOW, NUM_FRAMES, SIZE = 21, 81, (480, 832)  # as Wan2.1 was trained
-UMT5_XXL = 5_680_910_336  # parameters of the published text encoder
 SHOWN = 3  # ways to fit
 _UNITS = {"": 10**9, "gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20, "tb": 10**12, "tib": 2**40}
 
@@ -57,14 +54,14 @@ class Subject:
     name: str
     config: WanConfig
     frames_per_block: int = 3
-    window_frames: int | None | tuple[int | None, ...] = WINDOW
+    window_frames: int | None | tuple[int | None, ...] = WAN.window_frames
     sink_frames: int = 0
     steps: int = 4
-    num_frames: int = NUM_FRAMES
+    num_frames: int = WAN.num_frames
     dtype: str = "bfloat16"
     size: tuple[int, int] | None = None
-    pixels: int = PIXELS
-    frames: int = FRAMES
+    pixels: int = WAN.spatial_compression
+    frames: int = WAN.temporal_compression
     text_encoder: int = 0
     vae: dict[str, Any] | None = None
     missing: tuple[str, ...] = ()
@@ -80,7 +77,7 @@ def subject(model: str) -> Subject:
 
     published = [name for name in WanConfig.names() if name.startswith("wan")]
     if model in published:
-        return Subject(model, WanConfig.from_name(model), text_encoder=2 * UMT5_XXL, vae={})
+        return Subject(model, WanConfig.from_name(model), text_encoder=2 * WAN.text_encoder_parameters, vae={})
     path = Path(model)
     told = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     if model in SHIPPED or told.get("format") == "hiar-toy":
@@ -112,7 +109,7 @@ def _on_disk(path: Path) -> Subject:
         vae = {"base_dim": len(read_tensors(folder / ORIGINAL)[0]["encoder.conv1.weight"])}
     else:
         missing.append("VAE")
-    window, sink = found.window_frames or WINDOW, found.sink_frames or 0
+    window, sink = found.window_frames or WAN.window_frames, found.sink_frames or 0
     return Subject(
         str(found), found.config, window_frames=window, sink_frames=sink, text_encoder=text, vae=vae,
         missing=tuple(missing),
@@ -167,7 +164,7 @@ def ask(
     about = model if isinstance(model, Subject) else subject(model)
     if about.size is not None and (height, width) != (None, None):
         raise ValueError(f"{about.name} has one size: give no height and no width")
-    high, wide = about.size or _latent_size(about, height or SIZE[0], width or SIZE[1])
+    high, wide = about.size or _latent_size(about, height or WAN.size[0], width or WAN.size[1])
     kept = None if cache_dtype is None else _dtype("cache-dtype", cache_dtype)
     request = Request(
         about.config, high, wide, _latent_frames(about, about.num_frames if frames is None else frames),

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..config import SHIPPED
+from ..config import SHIPPED, WAN
 from ..io.weight_files import read_json
 from ..models.text_encoder import find_text_encoder
 from ..models.wan import Checkpoint, is_experts, is_wan_folder
-from .fit import PIXELS, Asked, ask, subject, ways_to_fit
+from .fit import Asked, ask, subject, ways_to_fit
 from .memory import Request, vae_part
 
 SMALL = 10**9  # bytes of weights that are not worth a prediction
@@ -88,12 +88,12 @@ class Need:
         beside = found._beside(r)
         for change, memory in ways_to_fit(found.asked, limit - beside, 2) if beside < limit else ():
             yield f"{said}{change}", memory.total + beside
-        rows, columns = r.config.patch_size[1:]
+        (rows, columns), cell = r.config.patch_size[1:], WAN.spatial_compression
         for part in (3, 2, 1):
             height, width = (side * part // 4 // step * step for side, step in ((r.height, rows), (r.width, columns)))
             less = replace(found, asked=replace(found.asked, request=replace(r, height=height, width=width)))
             if min(height, width) and (total := less.total()) <= limit:
-                yield f"{said}--height {PIXELS * height} --width {PIXELS * width}", total
+                yield f"{said}--height {cell * height} --width {cell * width}", total
                 return
 
 
@@ -112,7 +112,7 @@ def require_memory(
     """Refuse a video that does not fit what is free on the device, before any weights are read.
 
     Args:
-        model: a folder; whatever is no Wan folder, or small, is not looked at. options: of :func:`hiar_model.planning.fit.ask`.
+        model: a folder; whatever is no Wan folder, or small, is not looked at. options: of :func:`.fit.ask`.
 
     Raises:
         ValueError: one line: what it takes, what is free, the options that fit.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common.checks import EXECUTORS, ON_NAN, ON_NEW_TEXT, whole
 from ..common.settings import own_settings
-from ..distributed.pipeline import Pipeline, PipelineOptions, Receiver
+from ..distributed.pipeline import Pipeline, PipelineOptions
 from ..models.flow_schedule import FlowSchedule
 from ..models.kv_cache import RingAttend, RingCache, kept_dtype, ring_frames
 from ..models.transformer import HiARTransformer
@@ -25,6 +25,7 @@ from .executor import Executor, working_dtype
 from .noise import GIVEN, GivenNoise, KeyedNoise
 from .prompt_cache import KeptTexts
 from .recache import History
+from .receiver import Receiver
 from .shapes import CheckedNoise, CheckedTexts, check_text, require_shape
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Rollout:
         parallel: None: a visit runs in one process. "ulysses": the ranks of the axis "head" share every visit (tokens
             outside self-attention, heads inside, 1 / R of the rings each). All of them must run the same rollout, and
             every one makes all blocks.
-        mesh: of the processes (:func:`hiar_model.distributed.make_mesh`), its axis "step" for a pipeline; None: all of the
+        mesh: of the processes (:func:`.distributed.make_mesh`), its axis "step" for a pipeline; None: all of the
             job are the axis "head", or "step".
         on_visit: called with (forwards done, forwards in all or None) after every group of visits.
         on_boundary: in a pipeline, called with n on every rank when it has done all visits of blocks before n and none
@@ -203,13 +204,15 @@ class Rollout:
         self.pipeline: Pipeline | None = None
         if on_ranks:
             options = pipeline or PipelineOptions()
+            if pairs == "measured" and options.costs is None:
+                raise ValueError('pairs="measured" needs costs of visits: give PipelineOptions(costs=measure_costs)')
             if mesh is not None:
                 from ..distributed.mesh import axis
 
                 options = replace(options, group=axis(mesh, "step"))
             sizes = {"height": height, "width": width, "batch": batch, "cache_dtype": cache_dtype}
             fused = pairs == "measured"
-            measure = partial(_measured, some, text_of, self.plan, num_frames, captured, sizes, fused)
+            measure = partial(_measured, options.costs, some, text_of, self.plan, num_frames, captured, sizes, fused)
             self.pipeline = Pipeline(options, self.plan, self.num_blocks, weight.device, measure, fused)
             self.plan = self.pipeline.plan
             self.pipeline.connect((batch, frames_per_block, *self.shape), weight.dtype)
@@ -417,6 +420,7 @@ def _models_of(steps: range, given: Sequence[HiARTransformer | None]) -> list[Hi
 
 
 def _measured(
+    measure_costs: Any,
     model: HiARTransformer,
     text: Callable[[int], Tensor],
     plan: Plan,
@@ -425,8 +429,6 @@ def _measured(
     size: dict[str, Any],
     pairs: bool,
 ) -> Costs:
-    from ..planning.measure_costs import measure_costs
-
     text_of_first, mode = text(plan.prefix_blocks), mode or "eager"
     return measure_costs(model, text_of_first, plan, num_frames=num_frames, executor=mode, pairs=pairs, **size)
 

@@ -62,7 +62,7 @@ class Executor:
             "recorded": the same with :class:`Recorder`, on any device.
         attend: makes the self-attention of a kind of launch; takes the arguments of :class:`RingAttend`.
         pipeline: this rank's place in one; then the caches are those of its own steps.
-        on_nan: "stop" | "retry" (:mod:`.sentinel`). history: for the policy "recache" (:mod:`.recache`), else None.
+        on_nan: "stop" | "retry" (:mod:`.nan_guard`). history: for the policy "recache" (:mod:`.recache`), else None.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.checks import whole
 from ..version import require_noise
-from . import state_io as states
+from . import state_io
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -91,14 +91,14 @@ class RunFolder:
     def save_block(self, finished: FinishedBlock) -> None:
         """Keep the latents of a finished block."""
         name = f"block_{finished.block:06d}.safetensors"
-        states.write(self.folder / name, {"latents": finished.latents}, {"first_frame": str(finished.first_frame)})
+        state_io.write(self.folder / name, {"latents": finished.latents}, {"first_frame": str(finished.first_frame)})
 
     def load_block(self, block: int) -> FinishedBlock:
         """A block that is there."""
         from .engine import FinishedBlock
 
         path = self.folder / f"block_{block:06d}.safetensors"
-        tensors, told = states.read(path)
+        tensors, told = state_io.read(path)
         return FinishedBlock(block, int(told["first_frame"]), tensors["latents"])
 
     # States.
@@ -112,7 +112,7 @@ class RunFolder:
         """For ``on_boundary``: save this rank's state if one is due."""
         if not self.every or block % self.every:
             return
-        states.write(self.folder / self._state(block), *states.pack(rollout.state_dict()))
+        state_io.write(self.folder / self._state(block), *state_io.pack(rollout.state_dict()))
         self.begun = block
         self._forget()
 
@@ -122,7 +122,7 @@ class RunFolder:
         common = set.intersection(*map(set, self._gather(mine)))
         self.begun = max(common, default=0)
         if self.begun:
-            rollout.load_state_dict(states.unpack(*states.read(self.folder / self._state(self.begun))))
+            rollout.load_state_dict(state_io.unpack(*state_io.read(self.folder / self._state(self.begun))))
         return self.begun
 
     def _made(self, rollout: Rollout, block: int) -> set[int]:

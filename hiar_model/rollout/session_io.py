@@ -16,8 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..io.files import SESSION, in_folder
-from . import Rollout
-from . import state_io as states
+from . import Rollout, state_io
 
 FORMAT, VERSION = "hiar-session", 1
 FILE = SESSION
@@ -59,7 +58,7 @@ def save_session(
         raise ValueError("a session is one file of one process: a pipeline keeps its states in a folder (RunFolder)")
     target = _file(path)
     state = rollout.state_dict()
-    tensors, told = states.pack(state)
+    tensors, told = state_io.pack(state)
     kept, others = _decoder_state(decoder)
     tensors |= {f"decoder.{name}": x for name, x in kept.items()}
     told |= {
@@ -70,7 +69,7 @@ def save_session(
         "about": json.dumps(dict(about or {})),
     }
     try:
-        states.write(target, tensors, told)
+        state_io.write(target, tensors, told)
     except OSError as error:
         raise ValueError(f"cannot write {target}: {error.strerror}" if error.strerror else str(error)) from error
     return target
@@ -93,7 +92,7 @@ def load_session(
             and the decoder are untouched then.
     """
     source = _file(path)
-    tensors, told = states.read(source)
+    tensors, told = state_io.read(source)
     if told.get("format") != FORMAT:
         raise ValueError(f"{source} is no session: format must be {FORMAT!r}, got {told.get('format')!r}")
     if told["version"] != str(VERSION):
@@ -102,7 +101,7 @@ def load_session(
     for name, now in json.loads(json.dumps(dict(about or {}))).items():
         if name in was and was[name] != now:
             raise ValueError(f"{source} is of another run: {name} was {was[name]!r}, now it is {now!r}")
-    kept, others = states.under(tensors, "decoder"), json.loads(told["decoder"])
+    kept, others = state_io.under(tensors, "decoder"), json.loads(told["decoder"])
     saved, takes = others is not None, hasattr(decoder, "load_state_dict")
     if saved != takes:
         found, needed = ("a", "none") if saved else ("no", "one")
@@ -111,7 +110,7 @@ def load_session(
     try:
         if saved:  # first: a state that it refuses leaves the rollout as it was
             decoder.load_state_dict({**kept, **others})  # type: ignore[attr-defined]
-        rollout.load_state_dict(states.unpack(tensors, told))
+        rollout.load_state_dict(state_io.unpack(tensors, told))
     except ValueError as error:
         if saved:
             decoder.load_state_dict(before)  # type: ignore[attr-defined]

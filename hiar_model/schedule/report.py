@@ -5,7 +5,7 @@
     python -m hiar_model.schedule.report --plot gains.png     gain over blocks, a line for each number of steps
 
 These are projections, from a roofline or from stage times measured on one GPU; what was measured as a whole is in
-:mod:`.gpu_report`, whose tables are among those of README and docs.
+:mod:`.gpu_tables`, whose tables are among those of README and docs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from ..config import WanConfig
 from ..io.files import temporary
-from . import gpu_tables as gpu_report
+from . import gpu_tables
 from .costs import LINKS, Costs, Curve, Geometry, exchanged_bytes, unequal_parts, unit_costs, visit_flop
 from .plan import Plan
 from .simulator import ROUNDING, Timeline, Walk, simulate
@@ -277,10 +277,10 @@ def quoted_tables() -> dict[str, Callable[[], list[str]]]:
         "memory": memory_table,
     }
     tables |= {f"setups {key}": setup(key) for key in by_name}
-    tables |= {"measured rollouts": gpu_report.rollout_table, "measured parts": gpu_report.parts_table}
-    times = gpu_report.stage_times()
+    tables |= {"measured rollouts": gpu_tables.rollout_table, "measured parts": gpu_tables.parts_table}
+    times = gpu_tables.stage_times()
     if times is not None:
-        _, fused = gpu_report.vae_ms(times.parent)
+        _, fused = gpu_tables.vae_ms(times.parent)
 
         def timed(*links: str) -> list[Machine]:
             return machines(times, vae_ms=fused or VAE_MS, links=links or LINKS)
@@ -302,8 +302,8 @@ def report(stage_times: str | Path | None = None, tflops: float = TFLOPS, vae_ms
     steps = STEPS if isinstance(found[0].costs.denoise, Curve) else (len(found[0].costs.denoise),)
     about = "Projections by a simulator; nobody has run them on several GPUs."
     sections: list[tuple[str, Callable[[], list[str]]]] = [
-        ("# Rollouts measured on one GPU", gpu_report.rollout_table),
-        ("## Where a visit goes, ms", gpu_report.parts_table),
+        ("# Rollouts measured on one GPU", gpu_tables.rollout_table),
+        ("## Where a visit goes, ms", gpu_tables.parts_table),
         ("# Steps over ranks", lambda: [about]),
         ("## Steady state, every visit 1", partial(limit_table, steps)),
         ("## Gain over one rank block-first, every visit 1", partial(gain_table, unit_costs(), steps)),
@@ -338,7 +338,7 @@ MEASURED = ("blocks", "order", "way", "steps per rank", "seconds", "speedup", "f
 
 
 def measured_table(found: Mapping[str, Any]) -> list[str]:
-    """Markdown of a run of bench/test_four_step_speedup.py; the baseline of its speedups is block-first on one rank.
+    """Markdown of bench/rollout/test_four_step_speedup.py; speedups are over block-first on one rank.
 
     Args:
         found: what the run left as JSON, {"environment", "rows"}.

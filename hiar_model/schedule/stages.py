@@ -15,7 +15,7 @@ def split_steps(plan: Plan, num_blocks: int | None, ranks: int, costs: Costs | N
 
     Args:
         num_blocks: of the walk; None: endless, judged by its steady state.
-        costs: of the visits, such as :func:`hiar_model.planning.measure_costs.measure_costs` returns; None: all cost the same.
+        costs: of the visits, such as :func:`.measure_costs` returns; None: all cost the same.
 
     Raises:
         ValueError: more ranks than steps, or a walk that ranks cannot share.

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config import WanConfig
+from ..config import WAN, WanConfig
 from .costs import LINKS, Costs, Geometry, Link, exchanged_bytes, head_parallel, measured, roofline, unequal_parts
 from .plan import Plan
 from .simulator import Timeline, simulate
 
-WINDOW = 21  # latent frames
+WINDOW = WAN.window_frames
 NARROW = (6, 9, 12, 21)  # windows per step, for four steps
 MODELS = ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b")
 TFLOPS = 790.0

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dmd_gradient", "dmd_loss", "trajectory_x0"]
 
-_HOME = {"dmd_gradient": "dmd", "dmd_loss": "dmd", "trajectory_x0": "forward_kl"}
+_HOME = {"dmd_gradient": "losses.dmd", "dmd_loss": "losses.dmd", "trajectory_x0": "losses.forward_kl"}
 """Public name -> the module that holds it."""
 
 

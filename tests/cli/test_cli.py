@@ -17,10 +17,9 @@ import torch
 from small_toy import BLOCK, FRAMES, PROMPT
 
 from hiar_model import generate
-from hiar_model.cli import COMMANDS, build_parser, main
-from hiar_model.cli import machine as cli_machine
+from hiar_model.cli import COMMANDS, build_parser, machine, main
 from hiar_model.cli.choices import as_typed
-from hiar_model.models import registry as bundle
+from hiar_model.models import registry
 from hiar_model.models.registry import ToyDecoder, load_video_model
 from hiar_model.pipelines.video_pipeline import Generation
 from hiar_model.train.engine.trainer import Trainer
@@ -172,7 +171,7 @@ def test_not_finite_and_black(folder, here, capsys, monkeypatch):
         return model
 
     with monkeypatch.context() as patch:
-        patch.setattr(bundle, "load_video_model", broken)
+        patch.setattr(registry, "load_video_model", broken)
         assert "step" in refused(capsys, 1, "generate", PROMPT, "-o", "a.mp4", "--model", folder)
     monkeypatch.setattr(ToyDecoder, "decode", lambda self, latents: torch.zeros(BLOCK, 8, 8, 3).byte().numpy())
     assert "all black: step 1, block 0" in refused(capsys, 1, "generate", PROMPT, "-o", "a.mp4", "--model", folder)
@@ -281,8 +280,8 @@ def test_a_missing_stage_names_the_command_that_makes_it(capsys, recipe, key, ma
 
 def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):
     clock = iter([0.0, 1.0, 29.0, 31.0, 32.0, 61.0, 62.0])
-    monkeypatch.setattr(cli_machine.time, "monotonic", lambda: next(clock))
-    with cli_machine.progress_bar("updates {task.completed}/{task.total}", "{task.fields[told]}") as bar:
+    monkeypatch.setattr(machine.time, "monotonic", lambda: next(clock))
+    with machine.progress_bar("updates {task.completed}/{task.total}", "{task.fields[told]}") as bar:
         task = bar.add_task("", total=800, completed=0, told="")
         for update in (1, 2, 3, 4, 5, 6):
             bar.update(task, completed=update, told=f"loss {update}")
@@ -318,7 +317,7 @@ def test_doctor(capsys):
 def test_the_module_is_the_command():
     def process(*words):
         program = [sys.executable, "-m", "hiar_model", *words]
-        return subprocess.run(program, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+        return subprocess.run(program, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
 
     right, wrong = process("--version"), process("x")
     assert right.returncode == 0 and right.stdout.startswith("hiar ")

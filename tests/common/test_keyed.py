@@ -22,7 +22,7 @@ from hiar_model.version import NOISE, require_noise
 
 pytestmark = pytest.mark.cpu
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Of one machine, by float.hex: every other one must find the same bits.
 EXPECTED = """\

@@ -34,7 +34,7 @@ from hiar_model.schedule.stages import Stage, split_steps, with_faster_pairs
 
 pytestmark = pytest.mark.cpu
 
-JOB = Path(__file__).parent / "pipeline_job.py"
+JOB = Path(__file__).parents[1] / "helpers" / "pipeline_job.py"
 PATIENCE = 240  # seconds that any of these jobs may take on a busy machine
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -1,6 +1,7 @@
 """Captured CUDA graphs: the bits of the eager run, no host synchronisation and no allocation in a visit.
 
-The stand-in's tests (tests/rollout/test_cuda_graph.py) hold the logic on a CPU; here are the claims that only a device can show.
+The stand-in's tests (tests/rollout/test_cuda_graph.py) hold the logic on a CPU; here are the claims that only a
+device can show.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What test_pipeline.py runs under torchrun: pipelines of 1 to 4 of its processes, against one process.
 
 torchrun --nproc-per-node 4 tests/helpers/pipeline_job.py cases RESULT.json      every case; what each rank found
-torchrun --nproc-per-node 3 tests/helpers/pipeline_job.py stop | kill | hang     rank 1 does that in the middle of a visit;
+torchrun --nproc-per-node 3 tests/helpers/pipeline_job.py stop | kill | hang     rank 1 does that inside a visit;
                                                                              orphan: it kills torchrun
 """
 
@@ -24,6 +24,7 @@ from hiar_model.distributed import make_mesh
 from hiar_model.distributed.pipeline import join
 from hiar_model.distributed.watchdog import PipelineFault
 from hiar_model.models.flow_schedule import FlowSchedule
+from hiar_model.planning.measure_costs import measure_costs
 from hiar_model.rollout import PipelineOptions, Rollout, rollout
 from hiar_model.rollout.run_folder import RunFolder
 
@@ -100,7 +101,7 @@ def splits(groups) -> list[str]:
     for name, ranks, options, wanted in [
         ("given", 2, {"place": {"steps_per_rank": (1, 3)}}, (1, 3)),
         ("apart", 3, {"place": {"decode_apart": True}}, (2, 2, 0)),
-        ("measured", 2, {"place": {"costs": "measured"}}, None),
+        ("measured", 2, {"place": {"costs": measure_costs}}, None),
         ("captured", 2, {"executor": "pipeline-recorded"}, (2, 2)),
         ("experts", 2, {"model": [m if s // 2 == rank else None for s, m in enumerate(experts)]}, (2, 2)),
     ]:
@@ -116,7 +117,7 @@ def splits(groups) -> list[str]:
             wrong.append(f"{name}: another result")
     found, chosen = None, [False]
     if rank < 2:
-        made = make(4, groups[2], pairs="measured", **base)
+        made = make(4, groups[2], place={"costs": measure_costs}, pairs="measured", **base)
         found, chosen = latents(made), [made.plan.pairs]
     dist.broadcast_object_list(chosen)
     expected = single(4, pairs=chosen[0], **base)

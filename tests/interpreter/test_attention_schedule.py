@@ -6,8 +6,8 @@ The kernel itself runs on a GPU only; here its walk over the tables is written o
 import pytest
 import torch
 
-from hiar_kernels import BlockCausal, reference
-from hiar_kernels.attention.schedule import BLOCK_KEYS, TILE_QUERIES, AttentionSchedule, attention_schedule
+from hiar_kernels import BlockCausal, attention_schedule, reference
+from hiar_kernels.attention.schedule import BLOCK_KEYS, TILE_QUERIES, AttentionSchedule
 
 pytestmark = pytest.mark.interpreter
 

@@ -125,7 +125,7 @@ def test_other_stand_ins(tmp_path, content, what):
 
 
 def test_the_doctor_fails_where_a_shipped_model_is_broken(tmp_path, monkeypatch, capsys):
-    shutil.copytree(Path(small_toy.__file__).parents[1] / "hiar_model" / "toy" / "weights", tmp_path / "weights")
+    shutil.copytree(Path(small_toy.__file__).parents[2] / "hiar_model" / "toy" / "weights", tmp_path / "weights")
     (tmp_path / "weights" / "model.safetensors").write_text(LFS)
     monkeypatch.setattr("hiar_model.models.registry.resources.files", lambda package: tmp_path)
     assert main(["doctor"]) == 2

@@ -21,7 +21,7 @@ from hiar_kernels import BlockCausal, KVContext, _triton
 pytestmark = pytest.mark.cpu
 LENGTHS = (11, 13, 17, 19)  # equal to no other size: torch takes equal sizes to stay equal
 HOOKS = ("_fuse_qkv", "_split_qkv")  # of loading: not traced
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_the_transformer_compiles_once_on_a_cpu():
 
 
 def traced() -> list[Path]:
-    shared = [ROOT / "hiar_model" / f"{name}.py" for name in ("transformer", "conditions")]
+    shared = [ROOT / "hiar_model" / "models" / f"{name}.py" for name in ("transformer", "conditions")]
     return [*sorted((ROOT / "hiar_kernels").glob("*/api.py")), *shared]
 
 

@@ -16,7 +16,7 @@ from wan_files import WAN
 from hiar_model import load_video_model
 from hiar_model.cli import main
 from hiar_model.models import convert as module
-from hiar_model.models import registry as bundle
+from hiar_model.models import registry
 from hiar_model.models.checkpoint import load_transformer, read_checkpoint, save_transformer
 from hiar_model.models.convert import TARGETS, convert, tensors_sha256
 from hiar_model.models.transformer import HiARTransformer
@@ -162,7 +162,7 @@ def test_a_lossy_write_is_not_kept(published, tmp_path, monkeypatch):
 
 
 def test_other_sizes_are_not_kept(published, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.layouts, "native_config", lambda config, window: {**config.to_dict(), "eps": 0.5})
+    monkeypatch.setattr(module.key_mapping, "native_config", lambda config, window: {**config.to_dict(), "eps": 0.5})
     line = refusal(published["original"], tmp_path / "out", "native")
     assert line == f"{tmp_path / 'out'} is not kept: it says eps 0.5, {published['original']} says 1e-06"
     assert not list(tmp_path.iterdir())
@@ -249,7 +249,7 @@ def test_the_command(published, tmp_path, capsys):
 
 def test_the_toy_and_its_folder_are_sources_too(here, capsys):
     """Its folder holds a codec as well; what is converted is its transformer."""
-    folder = bundle.model_folder("toy")
+    folder = registry.model_folder("toy")
     own = load_video_model("toy", "cpu").transformer.state_dict()
     for name, source in {"name": "toy", "folder": folder, "file": folder / "model.safetensors"}.items():
         found = load_transformer(source, dtype=torch.float32)

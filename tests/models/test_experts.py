@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -127,7 +128,8 @@ def test_in_a_pipeline_each_rank_has_its_own(tmp_path):
     for name, model in (("high", HIGH), ("low", LOW)):
         save_transformer(model, tmp_path / f"{name}.safetensors")
     job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(tmp_path)]
-    done = subprocess.run(job, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(job, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "latents.pt", weights_only=True)
     assert torch.equal(found, run(model=EXPERTS, order="stream", **OPTIONS))

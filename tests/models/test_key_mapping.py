@@ -16,7 +16,7 @@ from torch import Tensor
 from wan_files import WAN
 
 from hiar_model.config import WanConfig
-from hiar_model.models import key_mapping as layouts
+from hiar_model.models import key_mapping
 from hiar_model.models.checkpoint import Found, load_transformer, read_checkpoint
 
 pytestmark = pytest.mark.cpu
@@ -60,37 +60,37 @@ def spoil(published: dict[str, Path], tmp_path: Path, change) -> Path:
 
 def test_the_map_is_diffusers_own_and_leads_back():
     ours, theirs = wan_files.native_state(), wan_files.diffusers_transformer().state_dict()
-    assert {layouts.to_diffusers(key) for key in ours} == set(theirs)
+    assert {key_mapping.to_diffusers(key) for key in ours} == set(theirs)
     for key, value in ours.items():
-        assert torch.equal(theirs[layouts.to_diffusers(key)], value), key
-        assert layouts.to_native(layouts.to_diffusers(key)) == key
-    assert layouts.is_diffusers(theirs) and not layouts.is_diffusers(ours)
+        assert torch.equal(theirs[key_mapping.to_diffusers(key)], value), key
+        assert key_mapping.to_native(key_mapping.to_diffusers(key)) == key
+    assert key_mapping.is_diffusers(theirs) and not key_mapping.is_diffusers(ours)
     for other in ("position_embedding", "blocks.0.extra.weight", "extra", ""):  # not ours to rename
-        assert layouts.to_diffusers(other) == other == layouts.to_native(other)
+        assert key_mapping.to_diffusers(other) == other == key_mapping.to_native(other)
 
 
 def test_the_text_encoders_map_leads_back():
     theirs = [key for key in wan_files.text_encoder().state_dict() if key != "shared.weight"]
     ours = wan_files.original_text_encoder_state()
-    assert sorted(map(layouts.text_to_transformers, ours)) == sorted(theirs)
-    assert sorted(map(layouts.text_to_native, theirs)) == sorted(ours)
+    assert sorted(map(key_mapping.text_to_transformers, ours)) == sorted(theirs)
+    assert sorted(map(key_mapping.text_to_native, theirs)) == sorted(ours)
     for other in ("shared.weight", "lm_head.weight", "blocks.0.extra.weight", "extra", "encoder.block.0.extra.weight"):
-        assert layouts.text_to_transformers(other) == other == layouts.text_to_native(other)
+        assert key_mapping.text_to_transformers(other) == other == key_mapping.text_to_native(other)
 
 
 @pytest.mark.parametrize("changes", [{}, {"eps": 1e-5, "patch_size": (1, 1, 2), "text_dim": 8, "out_channels": 3}])
 def test_sizes_survive_both_config_files(changes):
     config = dataclasses.replace(WAN, **changes)
     here = Path("config.json")
-    for written in (layouts.native_config(config), layouts.diffusers_config(config), config.to_dict()):
-        told = layouts.read_sizes(json.loads(json.dumps(written)), here)
+    for written in (key_mapping.native_config(config), key_mapping.diffusers_config(config), config.to_dict()):
+        told = key_mapping.read_sizes(json.loads(json.dumps(written)), here)
         assert WanConfig.from_dict(told) == config
     odd = dataclasses.replace(config, rope_theta=20000.0, text_len=9, position_grid=(2, 3))
-    assert WanConfig.from_dict(layouts.read_sizes(layouts.native_config(odd), here)) == odd
+    assert WanConfig.from_dict(key_mapping.read_sizes(key_mapping.native_config(odd), here)) == odd
     for name in ("rope_theta", "text_len", "position_grid"):
         one = dataclasses.replace(config, **{name: getattr(odd, name)})
         with pytest.raises(ValueError, match=f"diffusers' layout has no {name}: it means .*, the model has "):
-            layouts.diffusers_config(one)
+            key_mapping.diffusers_config(one)
 
 
 # Loading

@@ -296,7 +296,7 @@ def test_a_rank_that_only_decodes(folder, vae):
     from vae_job import video
 
     job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*job, str(Path(__file__).parent / "vae_job.py"), str(folder)]
+    command = [*job, str(Path(__file__).parents[1] / "helpers" / "vae_job.py"), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert (folder / "split.json").exists(), done.stderr[-3000:]

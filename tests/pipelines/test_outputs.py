@@ -19,7 +19,7 @@ from hiar_model.cli import main
 from hiar_model.io.files import check_output, temporary
 from hiar_model.io.video import VideoWriter
 from hiar_model.models.checkpoint import save_transformer
-from hiar_model.rollout import state_io as states
+from hiar_model.rollout import state_io
 
 pytestmark = pytest.mark.cpu
 
@@ -176,7 +176,7 @@ def test_a_video_stays_where_its_session_fails(run, tmp_path, monkeypatch, capsy
         Path(path).write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(states, "save_tensors", torn)
+    monkeypatch.setattr(state_io, "save_tensors", torn)
     assert run("v.mp4", "--session", "s.safetensors", "--order", "stream") == 2
     line = capsys.readouterr().err
     assert line.startswith("hiar: s.safetensors is not written: ") and "No space left on device" in line
@@ -280,7 +280,7 @@ def test_closed_streams(small, tmp_path, closed):
 def test_others_may_read_what_is_written(small, tmp_path):
     """As they may any file that is made here: safetensors' own writer leaves it to the owner alone."""
     (tmp_path / "plain").touch()
-    states.write(tmp_path / "state", {"x": torch.zeros(1)}, {})
+    state_io.write(tmp_path / "state", {"x": torch.zeros(1)}, {})
     assert (tmp_path / "state").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import wan_files
 
+from hiar_model import config
 from hiar_model.cli import main
 from hiar_model.planning import fit
 from hiar_model.planning.fit import ask, parse_size, subject, ways_to_fit
@@ -20,7 +21,7 @@ from hiar_model.planning.memory import Part, vae_part
 
 pytestmark = pytest.mark.cpu
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
 SMALL = {"height": 64, "width": 96, "vae_dtype": "none"}
 WAN = "wan2.1-t2v-1.3b"
 
@@ -182,7 +183,7 @@ def test_an_offloaded_part_is_not_on_the_gpu():
     asked = ask(WAN, **{**SMALL, "vae_dtype": None}, offload=("vae",))
     assert asked.memory().vae == Part()
     both = replace(asked, offload=("text", "vae"))
-    assert asked.memory().resident - both.memory().resident == 2 * fit.UMT5_XXL
+    assert asked.memory().resident - both.memory().resident == 2 * config.WAN.text_encoder_parameters
 
 
 if __name__ == "__main__":

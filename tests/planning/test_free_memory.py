@@ -106,11 +106,11 @@ def test_reading_and_encoding_are_told(folder, capsys, monkeypatch):
         "encoding the prompt: layer 2 of 2",
     ]  # fmt: skip
     assert all(nbytes > 0 for _, nbytes in told)
-    from hiar_model.cli import machine as cli_machine
+    from hiar_model.cli import machine
 
     clock = iter([0.0, 1.0, 2.0, 13.0, 14.0])
-    monkeypatch.setattr(cli_machine.time, "monotonic", lambda: next(clock))
-    show = cli_machine.stage_lines()
+    monkeypatch.setattr(machine.time, "monotonic", lambda: next(clock))
+    show = machine.stage_lines()
     for text, nbytes in (("reading", 2 * 10**9), *((f"encoding: layer {n} of 9", 10**10) for n in (1, 2, 3)), ("x", 1)):
         show(text, nbytes)
     assert capsys.readouterr().err.splitlines() == [

@@ -1,4 +1,5 @@
-"""The shape of the source tree: imports run one way, implementations of an op do not know each other, files stay short.
+"""The shape of the source tree: imports run one way and in no circle, implementations of an op do not know each other,
+files stay short.
 
 Everything is read from the syntax tree, function-level imports included, so nothing has to be importable. The functions
 take the root of a tree and return the problems they find as lines; the last tests hand them trees that are wrong.
@@ -18,33 +19,18 @@ import pytest
 
 pytestmark = pytest.mark.cpu
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("hiar_kernels", "hiar_model")
+HERE = "tests/project/test_layout.py"
 
-# Lowest first. A module may import from its own layer and from those above it in this list, never from one below.
-# A name stands for the module and, if that is a package, for all inside; `hiar_model` itself is only its __init__.
-FOUNDATION = (
-    "version", "checks", "settings", "keyed", "config", "schedule", "fp8", "cache", "conditions", "transformer",
-    "threads", "files", "weight_files", "layouts", "checkpoint", "convert", "text",
+# Lowest first: a file imports from its own unit and from those above it in this list. A unit is a folder or a file of
+# hiar_model, all of hiar_kernels, or hiar_model/__init__.py itself, which gives the public names.
+UNITS = (
+    "hiar_kernels", "hiar_model.common", "hiar_model.version", "hiar_model.config", "hiar_model.io",
+    "hiar_model.schedule", "hiar_model.toy", "hiar_model.models", "hiar_model.distributed", "hiar_model.rollout",
+    "hiar_model.planning", "hiar_model.pipelines", "hiar_model.evaluation", "hiar_model.train", "hiar_model",
+    "hiar_model.cli", "hiar_model.__main__",
 )  # fmt: skip
-USES = (
-    "generation", "bundle", "train", "toy", "video", "profiling", "parallel_report", "gpu_report", "vae", "vae_weights",
-    "vae_fused", "memory", "fit", "sessions", "script", "infill", "experts", "video_model", "wan", "given", "decoding",
-    "record", "free_memory",
-)  # fmt: skip
-COMMANDS = (
-    "cli", "cli_machine", "cli_signals", "cli_toy", "cli_train", "cli_parallel", "cli_performance", "cli_wan",
-    "cli_generate", "cli_config", "cli_choices", "__main__", "doctor",
-)  # fmt: skip
-LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("kernels", ("hiar_kernels",)),
-    ("foundation", tuple(f"hiar_model.{m}" for m in FOUNDATION)),
-    ("parallel", ("hiar_model.distributed",)),
-    ("rollout", ("hiar_model.rollout",)),
-    ("use", tuple(f"hiar_model.{m}" for m in USES)),
-    ("package", ("hiar_model",)),
-    ("command line", tuple(f"hiar_model.{m}" for m in COMMANDS)),
-)
 IMPLEMENTATIONS = {"reference", "triton_fwd", "triton_bwd", "cuda"}  # file names inside the folder of an op
 LONGEST_FILE = 500
 SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h"}
@@ -98,41 +84,56 @@ def imports(root: Path, module: str) -> set[str]:
     return found - {module}
 
 
-def layer(module: str) -> int | None:
-    """Index into LAYERS, None when the table does not know the module."""
-    for index, (_, names) in enumerate(LAYERS):
-        if any(module == n or (n != "hiar_model" and module.startswith(n + ".")) for n in names):
-            return index
-    return None
+def unit(module: str) -> str:
+    """The folder, or the file beside the folders, that a module belongs to."""
+    first, *rest = module.split(".")
+    return first if first == "hiar_kernels" or not rest else f"{first}.{rest[0]}"
 
 
-def unknown_modules(root: Path) -> list[str]:
+def unknown_units(root: Path) -> list[str]:
     return [
-        f"{path}: {module} stands in no layer; add it to LAYERS in tests/project/test_layout.py, as low as its imports allow"
+        f"{path}: {unit(module)} is in no order; add it to UNITS in {HERE}, as low as it can stand"
         for module, path in modules(root).items()
-        if layer(module) is None
+        if unit(module) not in UNITS
     ]
 
 
-def dead_names(root: Path) -> list[str]:
+def dead_units(root: Path) -> list[str]:
     """Names of the table that stand for nothing any more."""
-    names = [name for _, names in LAYERS for name in names]
-    return [f"LAYERS names {name}, which is not in the tree" for name in names if name not in modules(root)]
+    return [f"UNITS names {name}, which is not in the tree" for name in UNITS if name not in modules(root)]
 
 
 def wrong_direction(root: Path) -> list[str]:
     problems = []
     for module, path in modules(root).items():
-        own = layer(module)
         for target in sorted(imports(root, module)):
-            other = layer(target) if target.partition(".")[0] in PACKAGES else None
-            if own is not None and other is not None and other > own:
-                problems.append(f"{path} ({LAYERS[own][0]}) imports {target} ({LAYERS[other][0]}): {arrow()}")
+            own, other = unit(module), unit(target)
+            if own in UNITS and other in UNITS and UNITS.index(other) > UNITS.index(own):
+                problems.append(f"{path} imports {target}: {own} may not import {other}, which comes after it in UNITS")
     return problems
 
 
-def arrow() -> str:
-    return "imports run " + " <- ".join(name for name, _ in LAYERS)
+def circles(root: Path) -> list[str]:
+    """Files that import each other, directly or in a circle; imports of types alone and inside of functions count."""
+    ours = {
+        module: {t for t in imports(root, module) if t in modules(root) and t not in PACKAGES}
+        for module in modules(root)
+        if modules(root)[module].name != "__init__.py"
+    }
+    reachable = {module: _reach(ours, module) for module in ours}
+    rings = {tuple(sorted(o for o in reachable[m] if m in reachable.get(o, ()))) for m in ours if m in reachable[m]}
+    return [f"{modules(root)[ring[0]]}: a circle of imports: {', '.join(ring)}" for ring in sorted(rings)]
+
+
+def _reach(graph: dict[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    todo = [start]
+    while todo:
+        for target in graph.get(todo.pop(), ()):
+            if target not in seen:
+                seen.add(target)
+                todo.append(target)
+    return seen
 
 
 def entangled_implementations(root: Path) -> list[str]:
@@ -198,24 +199,28 @@ def reached(root: Path, module: str) -> set[str]:
     return seen
 
 
-CHECKS = (unknown_modules, wrong_direction, entangled_implementations, long_files, untiered_tests)
+CHECKS = (unknown_units, wrong_direction, circles, entangled_implementations, long_files, untiered_tests)
 
 
-@pytest.mark.parametrize("find", [*CHECKS, dead_names])
+@pytest.mark.parametrize("find", [*CHECKS, dead_units])
 def test_tree(find):
     assert modules(ROOT).keys() >= set(PACKAGES), "the packages were not found: is ROOT right?"
     problems = find(ROOT)
     assert not problems, "\n" + "\n".join(problems)
 
 
-def test_kernels_know_no_model():
+@pytest.mark.parametrize("unit_name", ["hiar_model.schedule", "hiar_model.config"])
+def test_schedules_and_configuration_are_plain_python(unit_name):
     for module in modules(ROOT):
-        if module.startswith("hiar_kernels"):
-            assert not [t for t in imports(ROOT, module) if t.startswith("hiar_model")], module
+        if unit(module) == unit_name:
+            assert "torch" not in reached(ROOT, module), module
 
 
-def test_visits_are_plain_python():
-    assert "torch" not in reached(ROOT, "hiar_model.schedule.plan")
+def test_the_reference_rollout_shares_nothing_with_the_engine():
+    """An oracle that called what it is compared with would agree with it in everything."""
+    ours = [name for name in reached(ROOT, "hiar_model.rollout.reference") if name.startswith("hiar_model.")]
+    assert any(name.endswith(".transformer") for name in ours)  # whose weights it takes
+    assert not [name for name in ours if name.startswith("hiar_model.rollout") or "cache" in name]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -240,7 +245,8 @@ def tree(tmp_path):
         modules.cache_clear()
         return tmp_path
 
-    for folder in ("hiar_kernels", "hiar_kernels/norm", "hiar_kernels/attention", "hiar_model", "hiar_model/rollout"):
+    folders = ("hiar_kernels/norm", "hiar_kernels/attention", "hiar_model/rollout", "hiar_model/schedule")
+    for folder in ("hiar_kernels", "hiar_model", *folders):
         write(f"{folder}/__init__.py")
     write("hiar_kernels/norm/reference.py", "import torch\n")
     write("hiar_kernels/norm/triton_fwd.py")
@@ -248,7 +254,7 @@ def tree(tmp_path):
     write("hiar_kernels/attention/reference.py", "from ..norm.reference import norm\n")
     write("hiar_model/config.py", "import dataclasses\n")
     write("hiar_model/schedule/plan.py", "from ..config import X\n")
-    write("hiar_model/cli.py", "import hiar_model\nfrom . import config\n")
+    write("hiar_model/cli/__init__.py", "import hiar_model\nfrom .. import config\n")
     write("tests/test_norm.py", "import pytest\npytestmark = pytest.mark.cpu\n")
     write("tests/interpreter/test_norm.py", "import pytest\npytestmark = [pytest.mark.interpreter]\n")
     return write
@@ -263,11 +269,12 @@ def test_a_legal_tree_passes(tree):
 @pytest.mark.parametrize(
     ("check", "path", "text"),
     [
-        (unknown_modules, "hiar_model/surprise.py", ""),
-        (unknown_modules, "hiar_model/surprise/inner.py", ""),
+        (unknown_units, "hiar_model/surprise.py", ""),
+        (unknown_units, "hiar_model/surprise/inner.py", ""),
+        (circles, "hiar_model/config.py", "from .schedule import plan\n"),
         (wrong_direction, "hiar_kernels/norm/api.py", "from hiar_model.config import X\n"),
         (wrong_direction, "hiar_kernels/norm/api.py", "import hiar_model.config\n"),
-        (wrong_direction, "hiar_model/config.py", "from .rollout import visits\n"),
+        (wrong_direction, "hiar_model/config.py", "from .rollout import engine\n"),
         (wrong_direction, "hiar_model/config.py", "from hiar_model import rollout\n"),
         (wrong_direction, "hiar_model/schedule/plan.py", "from .. import WanConfig\n"),
         (wrong_direction, "hiar_model/schedule/plan.py", "def late():\n    from ..cli import main\n"),
@@ -290,9 +297,9 @@ def test_a_wrong_tree_fails(tree, check, path, text):
 
 
 def test_a_dead_name_is_told(tree):
-    root = tree("hiar_model/pipelines/video_pipeline.py")
-    assert "LAYERS names hiar_model.models.transformer, which is not in the tree" in dead_names(root)
-    assert not [line for line in dead_names(root) if "generation" in line]
+    root = tree("hiar_model/pipelines/__init__.py")
+    assert "UNITS names hiar_model.models, which is not in the tree" in dead_units(root)
+    assert not [line for line in dead_units(root) if "pipelines" in line]
 
 
 def test_torch_is_found_through_our_modules(tree):

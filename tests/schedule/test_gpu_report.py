@@ -9,11 +9,11 @@ import pytest
 
 from hiar_model.cli import main
 from hiar_model.planning.profiling import KINDS
-from hiar_model.schedule import gpu_tables as gpu_report
+from hiar_model.schedule import gpu_tables
 
 pytestmark = pytest.mark.cpu
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = [{"name": name, "seconds": 0.01, "kernels": 3.0, "limit": 0.0, "why": ""} for name in (*KINDS, "idle")]
 
 
@@ -63,7 +63,7 @@ def root(tmp_path):
 
 
 def test_rollouts_of_every_kind_of_file(root):
-    table = gpu_report.rollout_table(root)
+    table = gpu_tables.rollout_table(root)
     found = cells(table)
     assert [row[:2] for row in found] == [
         ["X, 2026-01-01-ab A", "stream, shared keys, graph (1)"],
@@ -81,7 +81,7 @@ def test_rollouts_of_every_kind_of_file(root):
 
 
 def test_parts_are_of_the_newest_folder_of_a_gpu(root):
-    found = cells(gpu_report.parts_table(root))
+    found = cells(gpu_tables.parts_table(root))
     assert [row[0] for row in found] == ["X, 2026-01-01-ab A", "X, 2026-01-01-ab B", "X, 2026-01-03-bbb"]
     assert found[0][2:] == ["80.0", *[""] * 7]
     assert found[1][2:] == ["60.0", *["10.0"] * 4, "21.0", "0.50", ""]
@@ -91,7 +91,7 @@ def test_parts_are_of_the_newest_folder_of_a_gpu(root):
 def test_the_command(root, tmp_path, capsys):
     assert main(["bench-report", "--results", str(root)]) == 0
     out = capsys.readouterr().out
-    assert "\n".join(gpu_report.rollout_table(root)) in out and "\n".join(gpu_report.parts_table(root)) in out
+    assert "\n".join(gpu_tables.rollout_table(root)) in out and "\n".join(gpu_tables.parts_table(root)) in out
     assert main(["bench-report", "--results", str(root / "no")]) == 2
     assert "is no folder" in capsys.readouterr().err
     (root / "y/2026-01-01-ab/ab.json").write_text("{}")
@@ -100,19 +100,19 @@ def test_the_command(root, tmp_path, capsys):
 
 
 def test_nothing_measured(tmp_path):
-    assert gpu_report.rollout_table(tmp_path) == gpu_report.parts_table(tmp_path) == gpu_report.NOTHING
-    assert gpu_report.stage_times(tmp_path) is None
+    assert gpu_tables.rollout_table(tmp_path) == gpu_tables.parts_table(tmp_path) == gpu_tables.NOTHING
+    assert gpu_tables.stage_times(tmp_path) is None
 
 
 def test_the_committed_results_are_whole():
     """Every folder of a GPU has a README, and every line of rollouts.jsonl a note that says what it is of."""
-    folders = gpu_report.folders(ROOT / "bench" / "results")
+    folders = gpu_tables.folders(ROOT / "bench" / "results")
     assert folders
     for folder in folders:
         assert (folder / "README.md").is_file() or (folder / "ab.md").is_file(), folder
-        assert gpu_report.rollouts(folder)
+        assert gpu_tables.rollouts(folder)
     first = next(f for f in folders if f.name == "2026-11-27-6a287b229b")
-    assert [m.note[:21] for m in gpu_report.rollouts(first)] == ["revision 6a287b229b a"] + [
+    assert [m.note[:21] for m in gpu_tables.rollouts(first)] == ["revision 6a287b229b a"] + [
         "the changed tile, att"
     ] * 4
-    assert gpu_report.vae_ms(first) == (pytest.approx(268.8, abs=0.05), pytest.approx(145.5, abs=0.05))
+    assert gpu_tables.vae_ms(first) == (pytest.approx(268.8, abs=0.05), pytest.approx(145.5, abs=0.05))

@@ -11,7 +11,7 @@ from hiar_model.evaluation.table import table
 
 pytestmark = pytest.mark.cpu
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHOWN = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
 FOLDERS = sorted(path.name for path in (ROOT / "bench" / "results").glob("toy-training*"))
 

@@ -163,7 +163,7 @@ def test_the_command_on_two_processes_tells_a_mistake_once(tmp_path):
     words = ["train", "toy/teacher_forcing", "scale.threads=1", "batch_size=3", "--nproc", "2", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, "-m", "hiar_model", *words],
-        cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True,
+        cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True, text=True,
         timeout=PATIENCE,
     )  # fmt: skip
     told = [line for line in done.stderr.splitlines() if line.startswith("hiar: ")]

@@ -75,7 +75,7 @@ def test_the_command_on_two_processes(wan, tmp_path):
     """They do not wait for each other: none has a process group."""
     told = [f"prompts={wan.parent / 'prompts.txt'}", f"text_encoder={wan}", "shard_size=1", "scale.threads=1"]
     words = [sys.executable, "-m", "hiar_model", "train", "wan-1.3b/prompts", *told, "--nproc", "2", "--device", "cpu"]
-    place = {"cwd": tmp_path, "env": {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])}}
+    place = {"cwd": tmp_path, "env": {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])}}
     done = subprocess.run(words, **place, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("prompts: runs/wan-1.3b/prompts")

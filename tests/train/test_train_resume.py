@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+import train_job
 from train_job import ENVIRONMENT, PATIENCE, command, losses, recipe, start, stop_after, train
 
 from hiar_model.train.engine.snapshots import ABOUT, Snapshots
@@ -146,7 +147,8 @@ def test_a_file_that_may_not_grow(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "run")],
-        env={**ENVIRONMENT, "PYTHONPATH": os.path.dirname(__file__)}, capture_output=True, text=True, timeout=PATIENCE,
+        env={**ENVIRONMENT, "PYTHONPATH": os.path.dirname(train_job.__file__)},
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert "update_00000004 cannot be written: " in done.stderr.splitlines()[-1]
     assert done.stderr.splitlines()[-1].endswith("update_00000002")

@@ -15,7 +15,7 @@ from hiar_model.train import dmd_gradient, dmd_loss, trajectory_x0
 from hiar_model.train.config.reading import make_recipe
 from hiar_model.train.engine.self_rollout import SelfRollout
 from hiar_model.train.engine.trainer import Trainer
-from hiar_model.train.stages import distillation as stages
+from hiar_model.train.stages import distillation
 from hiar_model.train.stages.base import Turn, make_stage
 
 pytestmark = pytest.mark.cpu
@@ -239,9 +239,9 @@ def test_turns():
     def names(stage, update=0):
         return [(str(turn), turn.network) for turn in stage.turns(update)]
 
-    for kind, network in ((stages.Teacher, "teacher"), (stages.OdeInit, "student")):
+    for kind, network in ((distillation.Teacher, "teacher"), (distillation.OdeInit, "student")):
         assert names(object.__new__(kind)) == [(f"{network} 0", network)]
-    made = object.__new__(stages.HiAR)
+    made = object.__new__(distillation.HiAR)
     made.recipe = make_recipe({"stage": "hiar", "model": "tiny"})
     critics = [(f"critic {i}", "critic") for i in range(5)]
     assert names(made) == names(made, 9) == [*critics, ("student 0", "student")]
@@ -312,13 +312,13 @@ def test_no_video_comes_twice(files, asked):
 @pytest.mark.parametrize("shared", [False, True])
 def test_noise_of_the_turns(files, monkeypatch, shared):
     """Turns differ in level and noise, even over the same videos; rows too."""
-    told, loss = [], stages.critic_loss
+    told, loss = [], distillation.critic_loss
 
     def keep(model, x0, text, sigma, noise):
         told.append((x0, sigma, noise))
         return loss(model, x0, text, sigma, noise)
 
-    monkeypatch.setattr(stages, "critic_loss", keep)
+    monkeypatch.setattr(distillation, "critic_loss", keep)
     stage = make(files, "hiar", shared_rollout=shared)
     for turn in stage.turns(0)[:3]:
         stage.loss(turn, 0, ROWS)

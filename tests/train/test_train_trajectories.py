@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on(whole, data, tmp_path):
         f"generate_trajectories(MODEL, PromptData(sys.argv[1], {SHAPE}), sys.argv[2], **{SMALL},\n"
         "                      on_progress=lambda done, in_all: time.sleep(0.2))"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "helpers"), *sys.path])
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(data.folder), str(tmp_path)], env={**os.environ, "PYTHONPATH": path}
     )

@@ -38,7 +38,8 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     """
     shipped = shipped_recipes()
     if name in shipped:
-        text = resources.files("hiar_model.train").joinpath("recipes", *f"{name}.yaml".split("/")).read_text(encoding="utf-8")
+        file = resources.files("hiar_model.train").joinpath("recipes", *f"{name}.yaml".split("/"))
+        text = file.read_text(encoding="utf-8")
     elif Path(name).is_file():
         try:
             text = Path(name).read_text(encoding="utf-8-sig")

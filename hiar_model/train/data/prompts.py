@@ -1,4 +1,4 @@
-"""Prompts to embeddings on disk, once for all stages: :class:`.data.PromptData` reads them."""
+"""Prompts to embeddings on disk, once for all stages: :class:`.datasets.PromptData` reads them."""
 
 from __future__ import annotations
 

@@ -73,14 +73,14 @@ class Production(Protocol):
 
 
 STAGES = {
-    "prompts": ("prompts", "EncodedPrompts"),
-    "teacher_forcing": ("teacher_forcing", "TeacherForcing"),
-    "teacher": ("stages", "Teacher"),
-    "ode_pairs": ("stages", "OdePairs"),
-    "ode_init": ("stages", "OdeInit"),
-    "hiar": ("stages", "HiAR"),
+    "prompts": ("data.prompts", "EncodedPrompts"),
+    "teacher_forcing": ("stages.teacher_forcing", "TeacherForcing"),
+    "teacher": ("stages.distillation", "Teacher"),
+    "ode_pairs": ("stages.distillation", "OdePairs"),
+    "ode_init": ("stages.distillation", "OdeInit"),
+    "hiar": ("stages.distillation", "HiAR"),
 }
-"""Name in a recipe -> (module, class); the class is made of (recipe, device)."""
+"""Name in a recipe -> (module of hiar_model.train, class); the class is made of (recipe, device)."""
 
 
 def _check_made(recipe: Any) -> None:
@@ -100,4 +100,4 @@ def make_stage(recipe: Any, device: torch.device) -> Any:
     """The :class:`Stage` or :class:`Production` of a recipe, its networks on ``device``."""
     _check_made(recipe)
     module, name = STAGES[recipe.stage]
-    return getattr(import_module(f".{module}", __package__), name)(recipe, device)
+    return getattr(import_module(f"hiar_model.train.{module}"), name)(recipe, device)
