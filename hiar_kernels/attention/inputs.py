@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.dispatch import require
+from ..common.dispatch import check_floats, check_tensor, require
 from .layout import AttentionLayout
 from .mask import BlockCausal, KVContext
 
@@ -90,6 +91,12 @@ class AttentionInputs:
             actual = f"a tensor {list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else repr(mask)
             legal = "None or BlockCausal(frame_tokens, frames_per_block, ...): who sees whom goes by frame ids"
             raise ValueError(f"attention: mask must be {legal}; got {actual}")
+        if self.scale is not None and (isinstance(self.scale, str) or not -math.inf < self.scale < math.inf):
+            raise ValueError(f"attention: scale must be a finite number, or None for 1 / sqrt(D), got {self.scale!r}")
+        check_floats("attention", q=q)
+        for name in ("k", "v", "q_frames", "kv_frames", "kv_counts"):
+            if name in "kv" or getattr(self, name) is not None:
+                check_tensor("attention", name, getattr(self, name))
         if q.dim() != 4:
             raise ValueError(f"attention: q must be [B, Tq, H, D], got {list(q.shape)}")
         b, _, h, d = q.shape
@@ -105,8 +112,6 @@ class AttentionInputs:
                 raise ValueError(f"attention: {name} must be {q.dtype} like q, got {x.dtype}")
             if x.device != q.device:
                 raise ValueError(f"attention: {name} must be on {q.device} like q, got {x.device}")
-        if not q.is_floating_point():
-            raise ValueError(f"attention: q must be floating point, got {q.dtype}")
         if mask is None:
             no_ids = self.q_frames is None and self.kv_frames is None
             require(no_ids, "attention: frame ids need a BlockCausal mask, got mask=None")

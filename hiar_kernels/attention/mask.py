@@ -37,6 +37,15 @@ class BlockCausal:
     first_block_frames: int | None = None
 
     def __post_init__(self) -> None:
+        windows = self.window_frames if isinstance(self.window_frames, Sequence) else (self.window_frames,)
+        numbers = [("frame_tokens", self.frame_tokens), ("frames_per_block", self.frames_per_block)]
+        numbers += [("sink_frames", self.sink_frames), ("first_frame", self.first_frame)]
+        numbers += [("window_frames", window) for window in windows if window is not None]
+        if self.first_block_frames is not None:
+            numbers.append(("first_block_frames", self.first_block_frames))
+        for name, number in numbers:
+            if number is None or isinstance(number, bool | float | str):
+                raise ValueError(f"BlockCausal: {name} must be a whole number, got {number!r}")
         for name in ("frame_tokens", "frames_per_block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"BlockCausal: {name} must be at least 1, got {getattr(self, name)}")

@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 KNOWN_IMPLS = (
     "auto", "reference", "sdpa", "cudnn", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "triton", "gluon",
     "cuda",
 )  # fmt: skip
+
+
+def check_floats(op: str, **tensors: object) -> None:
+    """Raise ValueError unless all are tensors of a dtype that the ops compute in, on one device."""
+    first, device = "", None
+    for name, x in tensors.items():
+        check_tensor(op, name, x)
+        assert isinstance(x, Tensor)
+        if x.dtype not in FLOATS:
+            raise ValueError(f"{op}: {name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
+        if device is None:
+            first, device = name, x.device
+        elif x.device != device:
+            raise ValueError(f"{op}: {name} must be on {device} like {first}, got {x.device}")
+
+
+def check_tensor(op: str, name: str, x: object) -> None:
+    """Raise ValueError unless it is a tensor: numpy's arrays, lists and None are not."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def check_eps(op: str, eps: float | None) -> None:
+    """Raise ValueError unless it is a finite number of at least 0."""
+    if eps is None or isinstance(eps, str) or not 0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps must be a finite number of at least 0, got {eps!r}")
 
 
 def require(condition: bool, message: str) -> None:

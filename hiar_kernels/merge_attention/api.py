@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common import cuda_loader, pointwise, triton_loader
-from ..common.dispatch import choose
+from ..common.dispatch import check_floats, choose
 from . import ops, reference  # noqa: F401  (registers the op)
 
 IMPLS = ("reference", "triton", "cuda")
@@ -39,8 +39,13 @@ def merge_attention(
         >>> torch.allclose(out, attention(q, k, k), atol=1e-5)
         True
     """
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, Tensor | list | tuple):
+            raise ValueError(f"merge_attention: {name} must be tensors, got {type(parts).__name__}")
     if not len(outs) == len(lses) > 0:
         raise ValueError(f"merge_attention: got {len(outs)} outs and {len(lses)} lses; expected n and n >= 1")
+    for out, lse in zip(outs, lses, strict=True):
+        check_floats("merge_attention", **{"every out": out, "every lse": lse})
     b, t, h, _ = outs[0].shape
     for out, lse in zip(outs, lses, strict=True):
         if out.shape != outs[0].shape or out.dtype != outs[0].dtype:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..common.dispatch import check_eps, check_floats
+
 ARGUMENTS = {
     "layer_norm": ("x", "weight", "bias"),
     "rms_norm": ("x", "weight"),
@@ -58,6 +60,12 @@ class NormInputs:
 
     def validate(self, op: str) -> None:
         """Raise ValueError, in one line, if shapes are wrong."""
+        tensors = {name: getattr(self, name) for name in ARGUMENTS[op]}
+        if op == OPTIONAL_GATE and self.gate is None:
+            del tensors["gate"]
+        check_floats(op, **tensors)
+        if op != "gated_residual":
+            check_eps(op, self.eps)
         x, y, gate, shift = self.x, self.y, self.gate, self.shift
         if y is not None:
             if x.dim() != 3 or x.shape != y.shape:

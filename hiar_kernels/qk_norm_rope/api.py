@@ -8,7 +8,7 @@ from torch import Tensor
 from ..common.dispatch import choose, require
 from ..common.pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the ops)
-from .inputs import Rings, RopeInputs, append_as_schema
+from .inputs import Rings, RopeInputs, append_as_schema, token_grid
 
 IMPLS = ("reference", "triton")
 APPEND_IMPLS = ("reference", "triton", "cuda")
@@ -46,7 +46,7 @@ def qk_norm_rope(
         ValueError: shapes or dtypes do not fit, or impl="triton" cannot take the device or a dtype.
     """
     op = "qk_norm_rope"
-    inputs = RopeInputs(qkv, q_weight, k_weight, frames, num_heads, *grid, eps, theta, cells)
+    inputs = RopeInputs(qkv, q_weight, k_weight, frames, num_heads, *token_grid(op, grid), eps, theta, cells)
     inputs.validate(op)
     if choose(op, impl, IMPLS, auto=automatic(q_weight, k_weight, qkv, norm=True)) == "triton":
         prepare(op, norm=True, q_weight=q_weight, k_weight=k_weight, qkv=qkv)
@@ -91,7 +91,7 @@ def qk_norm_rope_append(
             device, a dtype or the layout of a cache, or is not installed.
     """
     op = "qk_norm_rope_append"
-    inputs = RopeInputs(qkv, q_weight, k_weight, frames, num_heads, *grid, eps, theta, cells)
+    inputs = RopeInputs(qkv, q_weight, k_weight, frames, num_heads, *token_grid(op, grid), eps, theta, cells)
     inputs.validate(op)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, q_weight, k_weight))
     require(not needs_grad, "qk_norm_rope_append: has no gradient; use qk_norm_rope, or torch.no_grad()")

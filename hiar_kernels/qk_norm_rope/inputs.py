@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Context, Decimal, localcontext
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..common.dispatch import check_eps, check_floats, check_tensor
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class RopeInputs:
 
     def validate(self, op: str) -> None:
         """Raise ValueError, in one line, if shapes or dtypes are wrong."""
+        check_floats(op, qkv=self.qkv, q_weight=self.q_weight, k_weight=self.k_weight)
+        check_tensor(op, "frames", self.frames)
+        check_eps(op, self.eps)
+        if self.theta is None or isinstance(self.theta, str) or not 0 < self.theta < math.inf:
+            raise ValueError(f"{op}: theta must be a finite number above 0, got {self.theta!r}")
         cells, whole, heads = self.cells, self.height * self.width, self.num_heads
         if cells is not None and not (len(cells) == 2 and 0 <= cells[0] < cells[1] <= whole):
             raise ValueError(f"{op}: cells must be (start, stop) with 0 <= start < stop <= {whole}, got {cells}")
@@ -68,6 +76,10 @@ class RopeInputs:
         for name, w in (("q_weight", self.q_weight), ("k_weight", self.k_weight)):
             if w.shape != (c // 3,):
                 raise ValueError(f"{op}: {name} must be [{c // 3}], got {list(w.shape)}")
+        if self.qkv.shape[2] > 1 and (stride := self.qkv.stride(2)) != 1:
+            raise ValueError(f"{op}: the last dimension of qkv must be dense, got stride {stride}; use contiguous()")
+        if self.frames.device != self.qkv.device:
+            raise ValueError(f"{op}: frames must be on {self.qkv.device} like qkv, got {self.frames.device}")
         frames, tokens = self.frames, self.frame_tokens
         if frames.dim() != 2 or frames.shape[0] not in (1, b) or frames.shape[1] * tokens != t:
             raise ValueError(f"{op}: frames must be [{b} or 1, {t} / {tokens}], got {list(frames.shape)}")
@@ -98,6 +110,8 @@ class Rings:
 
     def validate(self, op: str, inputs: RopeInputs) -> None:
         """Raise ValueError, in one line, if shapes or dtypes are wrong."""
+        check_floats(op, qkv=inputs.qkv, k_cache=self.k_cache, v_cache=self.v_cache)
+        check_tensor(op, "slots", self.slots)
         rows, slots, batch, count = self.rows, self.slots, inputs.qkv.shape[0], inputs.frames.shape[1]
         if rows is not None:
             if rows.dim() != 2 or rows.shape[0] not in (1, 2) or rows.shape[1] != batch:
@@ -129,6 +143,13 @@ class Rings:
             raise ValueError(f"{op}: v_cache must be {list(k.shape)} like k_cache, got {list(v.shape)}")
         if k.numel() > 0 and k.data_ptr() == v.data_ptr():
             raise ValueError(f"{op}: k_cache and v_cache must be apart, got the same memory")
+
+
+def token_grid(op: str, grid: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of tokens of a frame; ValueError for what is none."""
+    if not isinstance(grid, Sequence) or len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"{op}: grid must be (rows, columns) of at least 1, got {grid!r}")
+    return grid[0], grid[1]
 
 
 def append_as_schema(inputs: RopeInputs, rings: Rings) -> tuple[Any, ...]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.dispatch import check_tensor
+
 LARGEST = 2**30  # frames and sinks in int32, with room for a sum of two
 
 
@@ -31,6 +33,8 @@ class RingState:
     def validate(self) -> None:
         """Raise ValueError, in one line, if shapes, dtypes or devices are wrong."""
         op = "ring_advance"
+        for name in ("position", "frames", "slots", "ring_frames", "advance", "capacities"):
+            check_tensor(op, name, getattr(self, name))
         if self.frames.dim() != 2:
             raise ValueError(f"{op}: frames must be [R, F], got {list(self.frames.shape)}")
         rows, count = self.frames.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.dispatch import choose
+from ..common.dispatch import check_eps, check_floats, choose
 from ..common.pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 from .layout import CACHE_FRAMES
@@ -35,6 +35,10 @@ def rms_silu_pad(
     Raises:
         ValueError: shapes do not fit, or impl="triton" cannot take the device, a dtype or so many channels.
     """
+    check_floats("rms_silu_pad", x=x, weight=weight)
+    if cache is not None:
+        check_floats("rms_silu_pad", x=x, cache=cache)
+    check_eps("rms_silu_pad", eps)
     if not (x.dim() == 5 and x.shape[2] > 0):
         raise ValueError(f"rms_silu_pad: x must be [B, C, F >= 1, H, W], got {list(x.shape)}")
     batch, channels, _, *size = x.shape

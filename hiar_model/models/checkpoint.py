@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..common.settings import own_settings
 from ..config import SHIPPED, WanConfig
-from ..io.files import check_output
+from ..io.files import check_output, save_tensors
 from ..io.weight_files import (
     add_tensors,
     check_keys,
@@ -179,7 +178,7 @@ def save_transformer(model: HiARTransformer, path: str | Path) -> None:
     check_output(target)
     state = {key_mapping.plain(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with whole(target) as part:
-        save_file(state, part, file_header(model.config))
+        save_tensors(state, part, file_header(model.config))
 
 
 def file_header(config: WanConfig) -> dict[str, str]:

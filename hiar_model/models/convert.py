@@ -10,11 +10,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import WanConfig
-from ..io.files import check_output, in_folder
+from ..io.files import check_output, in_folder, save_tensors
 from ..io.weight_files import whole
 from . import key_mapping
 from .checkpoint import CONFIG_KEY, Found, file_header, read_checkpoint
@@ -114,12 +113,12 @@ def _write(state: Mapping[str, Tensor], found: Found, part: Path, to: str) -> No
         network = {f"model.{key}": value for key, value in state.items()}
         torch.save({"generator": network, CONFIG_KEY: json.dumps(config.to_dict())}, part)
     elif part.suffix == ".safetensors":
-        save_file(state, part, file_header(config))
+        save_tensors(state, part, file_header(config))
     else:  # a folder, whose config.json alone tells the sizes, as in the published ones
         sizes = key_mapping.native_config(config, (found.window_frames, found.sink_frames))
         if to == "diffusers":
             sizes = key_mapping.diffusers_config(config)
             state = {key_mapping.to_diffusers(key): value for key, value in state.items()}
         part.mkdir()
-        save_file(state, part / _WEIGHTS, {"format": "pt"})
+        save_tensors(state, part / _WEIGHTS, {"format": "pt"})
         (part / _SIZES).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")

@@ -28,6 +28,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
+from ..common.checks import path_like
 from ..common.settings import own_settings
 from ..config import SHIPPED, WanConfig
 from ..io.files import refuse_stand_in
@@ -58,6 +59,8 @@ class ToyDecoder:
 
 def model_folder(name_or_path: str | os.PathLike[str]) -> Path:
     """The folder of a shipped model or of a path; ValueError if there is none."""
+    if name_or_path != "":  # which is no name of a model either, as said below
+        path_like("model", name_or_path)
     name = os.fspath(name_or_path)
     if name in SHIPPED:
         package, inside = SHIPPED[name]

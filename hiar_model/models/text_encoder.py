@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..io.files import refuse_stand_in
+from ..io.files import refuse_stand_in, save_tensors
 from ..io.weight_files import (
     add_tensors,
     check_keys,
@@ -242,7 +241,7 @@ class WanTextEncoder:
             return
         try:
             with whole(self._cache / f"{name}.safetensors") as part:
-                save_file({"embedding": embedding.cpu().contiguous()}, part, {"format": "pt", "prompt": clean})
+                save_tensors({"embedding": embedding.cpu().contiguous()}, part, {"format": "pt", "prompt": clean})
         except OSError as error:
             warnings.warn(f"the prompt's embedding is not kept: {error}", stacklevel=3)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hiar_kernels.nvtx import span
 
-from ..common.checks import ORDERS, as_whole, one_of, whole
+from ..common.checks import MOST_STEPS, MOST_THREADS, ORDERS, as_whole, one_of, path_like, whole
 from ..common.settings import own_settings
 from ..io.video import Frames, Video, check_fps
 from ..models.flow_schedule import FlowSchedule
@@ -103,11 +103,18 @@ class Generation:
         on_progress: Progress | None = None,
     ) -> None:
         num_frames, steps, sink_frames, threads = (
-            None if value is None else whole(name, value, least)
-            for name, value, least in (("num_frames", num_frames, 1), ("steps", steps, 1),
-                                       ("sink_frames", sink_frames, 0), ("threads", threads, 1))
+            None if value is None else whole(name, value, least, most=most)
+            for name, value, least, most in (
+                ("num_frames", num_frames, 1, None), ("steps", steps, 1, MOST_STEPS),
+                ("sink_frames", sink_frames, 0, None), ("threads", threads, 1, MOST_THREADS))
         )  # fmt: skip
         seed = whole("seed", seed)
+        if prompts is not None and not isinstance(prompts, Script):
+            raise ValueError(f"prompts must be a Script, such as Script.read('script.txt'), got {prompts!r}")
+        if on_progress is not None and not callable(on_progress):
+            raise ValueError(f"on_progress must be a function or None, got {on_progress!r}")
+        if session is not None:
+            path_like("session", session)
         if order is not None:
             one_of("order", order, ORDERS)
         fps = None if fps is None else check_fps(fps)
@@ -335,8 +342,9 @@ class Generation:
 
     def _window(self, asked: Window, endless: bool) -> int | tuple[int | None, ...] | None:
         """The window in use: one number, one per step, or None for all earlier frames."""
-        window = self.model.window_frames if asked == "model" else asked
-        if isinstance(window, str):
+        window = self.model.window_frames if isinstance(asked, str) and asked == "model" else asked
+        sequence = isinstance(window, Iterable) and not isinstance(window, str | bytes)
+        if window is not None and as_whole(window) is None and not sequence:
             raise ValueError(f'window_frames must be a number, one per step, None (all) or "model", got {window!r}')
         windows: tuple[int | None, ...]
         if window is None or as_whole(window) is not None:

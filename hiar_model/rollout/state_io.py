@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ..io.files import refuse_stand_in
+from ..io.files import refuse_stand_in, save_tensors
 from ..io.weight_files import whole
 
 TENSORS = ("cache", "latents", "history")
@@ -63,7 +63,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], told: Mapping[str, str]) ->
     """
     tensors = {name: x.contiguous() for name, x in tensors.items()}
     with whole(path) as part:
-        save_file(tensors, part, metadata=dict(told))
+        save_tensors(tensors, part, told)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -177,7 +177,7 @@ def test_a_video_stays_where_its_session_fails(run, tmp_path, monkeypatch, capsy
         Path(path).write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(state_io, "save_file", torn)
+    monkeypatch.setattr(state_io, "save_tensors", torn)
     assert run("v.mp4", "--session", "s.safetensors", "--order", "stream") == 2
     line = capsys.readouterr().err
     assert line.startswith("hiar: s.safetensors is not written: ") and "No space left on device" in line
@@ -239,3 +239,58 @@ def test_a_terminated_process_leaves_nothing_half(tmp_path, small, nproc):
     line = done.stderr
     assert done.returncode == 130 and "interrupted" in line and "Traceback" not in line, line
     assert {p.name for p in tmp_path.iterdir()} <= {"v.mp4.blocks"}
+
+
+# Two names for one file, closed streams, who may read
+
+
+@pytest.mark.parametrize("out, more, culprits", [
+    ("a.mp4", ["--session", "a.mp4"], "--session and -o are one file"),
+    ("a.mp4", ["--session", "./a.mp4.json"], "--session and the record of -o are one file"),
+    ("link.mp4", ["--session", "real.mp4"], "--session and -o are one file"),
+    ("new/", ["--session", "new"], "--session and -o are one file"),
+    ("real.mp4", ["--extend", "real.mp4"], "-o would replace real.mp4, which --extend reads"),
+    ("a.mp4", ["--prompts", "a.mp4.json"], "the record of -o would replace a.mp4.json, which --prompts reads"),
+    ("real.mp4", ["--from-session", "real.mp4"], "-o would replace real.mp4, which --from-session reads"),
+    ("a.mp4", ["--extend", "real.mp4", "--session", "link.mp4"], "--session would replace real.mp4, which --extend"),
+])  # fmt: skip
+def test_no_output_replaces_another_or_what_is_read(run, capsys, monkeypatch, out, more, culprits):
+    """The session took the video's place, and the last line said that the video was there."""
+    for name in ("real.mp4", "a.mp4.json"):
+        Path(name).write_text("kept")
+    Path("link.mp4").symlink_to("real.mp4")
+    monkeypatch.setattr("hiar_model.pipelines.video_pipeline.Generation", no_work)
+    assert run(out, "--overwrite", "--order", "stream", *more) == 2
+    assert culprits in capsys.readouterr().err
+    assert Path("real.mp4").read_text() == Path("a.mp4.json").read_text() == "kept"
+
+
+def test_a_session_may_take_the_place_of_the_one_it_goes_on_from(run):
+    assert run("a.mp4", "--num-frames", "3", "--order", "stream", "--session", "s") == 0
+    assert run("b.mp4", "--num-frames", "6", "--order", "stream", "--from-session", "s", "--session", "s") == 0
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(small, tmp_path, closed):
+    """Of cron or a service: nothing was made, and nothing said why."""
+    words = [sys.executable, "-m", "hiar_model", "generate", f"'{PROMPT}'", "-o", "a.mp4", "--num-frames", "3"]
+    line = " ".join([*words, "--model", str(small), closed])
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, timeout=300).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.mp4.json"}
+
+
+def test_others_may_read_what_is_written(small, tmp_path):
+    """As they may any file that is made here: safetensors' own writer leaves it to the owner alone."""
+    (tmp_path / "plain").touch()
+    state_io.write(tmp_path / "state", {"x": torch.zeros(1)}, {})
+    assert (tmp_path / "state").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_an_error_of_the_system_is_told_without_its_number(run, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise FileExistsError(17, "File exists", "a place")
+
+    monkeypatch.setattr("hiar_model.pipelines.video_pipeline.Generation", refuse)
+    assert run("a.mp4") == 2
+    assert capsys.readouterr().err == "hiar: a place: File exists\n"
