@@ -200,9 +200,9 @@ def _script(a: Namespace) -> Any:
         if a.prompt is None:
             raise ValueError('required: a prompt, such as "a red circle moving right", or --prompts script.txt')
         return None
-    from ..pipelines.prompt_schedule import Script
+    from ..pipelines.prompt_schedule import PromptSchedule
 
-    return Script.read(a.prompts)
+    return PromptSchedule.read(a.prompts)
 
 
 def _own_steps(a: Namespace, here: Job) -> range | None:

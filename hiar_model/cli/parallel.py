@@ -17,7 +17,7 @@ from .choices import as_typed
 
 if TYPE_CHECKING:
     from ..config import ExecutionConfig
-    from ..distributed.watchdog import Watch
+    from ..distributed.watchdog import Watchdog
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 KEPT = ".blocks"  # behind the name of the output: the folder of an unfinished run
@@ -112,7 +112,7 @@ class Job:
     """This process among those of the job. `watch`: None where it is alone."""
 
     ranks: int
-    watch: Watch | None
+    watch: Watchdog | None
 
     def execution(self, a: Namespace) -> ExecutionConfig:
         """Where a video runs, from the command line."""
@@ -157,7 +157,7 @@ def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
     import torch.distributed as dist
 
     from ..distributed.pipeline import init_distributed
-    from ..distributed.watchdog import PipelineFault, Watch
+    from ..distributed.watchdog import PipelineFault, Watchdog
 
     def advice(finished: int) -> str:
         if told := os.environ.get(TOLD):
@@ -167,7 +167,7 @@ def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
     a.device, missing = _own_device(a.device)
     init_distributed("cuda" if a.device.startswith("cuda") else "cpu")
     code = 0
-    with Watch(dist.group.WORLD, a.timeout, advice) as watch:  # type: ignore[arg-type]
+    with Watchdog(dist.group.WORLD, a.timeout, advice) as watch:  # type: ignore[arg-type]
         try:
             if missing:
                 raise ValueError(missing)

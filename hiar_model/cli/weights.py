@@ -82,11 +82,11 @@ def doctor(a: Namespace) -> None:
         if broken:
             raise ValueError("; ".join(broken))
         return
-    from ..planning.fit import ask, lines, parse_size
+    from ..planning.fit import fit_query, lines, parse_size
 
     limits = [parse_size(size) for size in a.gpu_memory.split(",")] if a.gpu_memory is not None else []
     window = tuple(a.window_frames) if isinstance(a.window_frames, list) else a.window_frames
-    asked = ask(
+    asked = fit_query(
         a.model, height=a.height, width=a.width, frames=a.frames, steps=a.steps, window_frames=window,
         sink_frames=a.sink_frames, dtype=a.dtype, kv_dtype=a.kv_dtype, vae_dtype=a.vae_dtype,
         offload=[name.strip() for name in a.offload.split(",")] if a.offload else (),

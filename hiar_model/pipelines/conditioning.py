@@ -27,20 +27,20 @@ _GROUND = 255  # grey behind transparent pixels
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class ConditioningFrames:
     """The first frames of a video, uint8 [F, H, W, 3]; ``notes``: what was done to them, a line each."""
 
     frames: Frames
     notes: tuple[str, ...] = ()
 
 
-def read_given(
+def read_conditioning(
     image: str | os.PathLike[str] | None,
     extend: str | os.PathLike[str] | None,
     size: tuple[int, int],
     step: int = 1,
     fps: float | None = None,
-) -> Given | None:
+) -> ConditioningFrames | None:
     """The frames that a video begins with; None if nothing is given.
 
     Args:
@@ -59,7 +59,7 @@ def read_given(
         path = Path(image)
         picture, notes = _read_image(path)
         fitted = _Fitted(path, size)
-        return Given(fitted.take([picture]), (*notes, *fitted.notes))
+        return ConditioningFrames(fitted.take([picture]), (*notes, *fitted.notes))
     if extend is None:
         return None
     path = Path(extend)
@@ -77,7 +77,7 @@ def read_given(
         notes.append(f"{path}: the last {kept} of {len(frames)} frames are taken (1 + {step}n)")
     if clip.rate and fps and abs(clip.rate - fps) > 0.01 * fps:
         notes.append(f"{path}: its frames are of {clip.rate:g} fps, in the video they are shown at {fps:g}")
-    return Given(frames[-kept:], (*notes, *fitted.notes))
+    return ConditioningFrames(frames[-kept:], (*notes, *fitted.notes))
 
 
 def _check(path: Path, option: str, suffixes: tuple[str, ...]) -> None:

@@ -35,7 +35,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Script:
+class PromptSchedule:
     """Prompts by rising time.
 
     Raises:
@@ -59,7 +59,7 @@ class Script:
                 raise ValueError(f"{line.where}: times must rise, {line.seconds:g} comes behind {before:g}")
             before = line.seconds
 
-    def from_start(self, prompt: str | None = None) -> Script:
+    def from_start(self, prompt: str | None = None) -> PromptSchedule:
         """The script from 0 s on, where ``prompt`` is that of the time before its first line.
 
         Raises:
@@ -70,10 +70,10 @@ class Script:
             raise ValueError(f"{first.where}: the first prompt must be at 0 s, got {first.seconds:g}")
         if not first.seconds and prompt:
             raise ValueError(f"{first.where} is a prompt at 0 s: leave out the other one, {prompt!r}")
-        return Script((Line(0.0, prompt, "the prompt"), *self.lines), self.name, self.file) if prompt else self
+        return PromptSchedule((Line(0.0, prompt, "the prompt"), *self.lines), self.name, self.file) if prompt else self
 
     @classmethod
-    def parse(cls, text: str, name: str = "script") -> Script:
+    def parse(cls, text: str, name: str = "script") -> PromptSchedule:
         """From lines "seconds prompt"; ``name`` is told in messages."""
         lines = []
         for number, raw in enumerate(text.splitlines(), 1):
@@ -92,7 +92,7 @@ class Script:
         return cls(tuple(lines), name)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Script:
+    def read(cls, path: str | os.PathLike[str]) -> PromptSchedule:
         """From a file in UTF-8."""
         refuse_stand_in(Path(path))
         try:
@@ -104,7 +104,7 @@ class Script:
             raise ValueError(f"{path} is not text in UTF-8: {error}") from error
 
     @classmethod
-    def of(cls, prompts: Iterable[tuple[float, str]], name: str = "prompts") -> Script:
+    def of(cls, prompts: Iterable[tuple[float, str]], name: str = "prompts") -> PromptSchedule:
         """From pairs (seconds, prompt)."""
         return cls(tuple(Line(float(t), p.strip(), f"{name} entry {i}") for i, (t, p) in enumerate(prompts, 1)), name)
 
@@ -120,14 +120,14 @@ class Show:
     script: the prompts. texts: of each line, equal prompts share one tensor. start: seconds at which a block begins.
     """
 
-    script: Script
+    script: PromptSchedule
     texts: tuple[Tensor, ...]
     start: Callable[[int], float]
 
     @classmethod
     def encoded(
         cls,
-        script: Script,
+        script: PromptSchedule,
         encode: Callable[[str], Tensor],
         start: Callable[[int], float],
         num_blocks: int | None = None,

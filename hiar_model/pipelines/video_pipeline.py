@@ -33,10 +33,10 @@ from ..rollout import FinishedBlock, Rollout
 from ..rollout.run_folder import RunFolder
 from ..rollout.session_io import load_session, save_session
 from ..schedule.plan import Plan
-from .conditioning import Given, read_given
+from .conditioning import ConditioningFrames, read_conditioning
 from .decode import Decoding
 from .metadata import describe
-from .prompt_schedule import Script, Show, prompt_delay
+from .prompt_schedule import EncodedPromptSchedule, PromptSchedule, prompt_delay
 
 Window = int | Sequence[int | None] | None | Literal["model"]
 Progress = Callable[[int, int | None, int, int | None], None]
@@ -63,7 +63,7 @@ class VideoOptions:
         fps: of the written video; None: the model's.
         image, extend: a picture, or a clip, that the video begins with (files): its frames come first, as they are, and
             count in ``num_frames``; None means as many new blocks as otherwise.
-        prompts: they change on the way (:class:`hiar_model.Script`); ``prompt`` is then that of the time before the
+        prompts: they change on the way (:class:`hiar_model.PromptSchedule`); ``prompt`` is then that of the time before the
             script's first line, or None.
         on_prompt_change: "keep" or "recache", of :class:`hiar_model.RolloutConfig`.
         fuse_cache_denoise: of :class:`hiar_model.RolloutConfig`.
@@ -90,7 +90,7 @@ class VideoOptions:
     fps: float | None = None
     image: str | os.PathLike[str] | None = None
     extend: str | os.PathLike[str] | None = None
-    prompts: Script | None = None
+    prompts: PromptSchedule | None = None
     on_prompt_change: str = "keep"
     fuse_cache_denoise: bool = False
     session: str | os.PathLike[str] | None = None
@@ -268,7 +268,7 @@ class VideoRun:
         if (endless or options.open_end) and None in self.config.windows:
             raise ValueError("an endless video needs a window: give window_frames")
         networks = self.model.networks(len(self.config.steps))
-        self.given = read_given(
+        self.given = read_conditioning(
             options.image, options.extend, self.model.pixel_size, self.model.temporal_compression, self.fps
         )
         prefix_frames = self._prefix_frames()
@@ -276,7 +276,7 @@ class VideoRun:
         self.num_frames = None if latent_frames is None else self.model.pixel_frames(latent_frames)
         length = None if options.open_end else latent_frames  # what the rollout knows of it
         self.prefix = None if self.given is None else self._encoded(self.given)
-        self.show: Show | None = None
+        self.show: EncodedPromptSchedule | None = None
         text = self._text(options.prompt, options.prompts, Plan.of(self.config, prefix_frames), length)
         self.rollout = Rollout(
             networks,
@@ -401,12 +401,12 @@ class VideoRun:
             raise ValueError(f"{os.fspath(session)} stands at frame {stands}: num_frames must be more, got {asked}")
         return last
 
-    def _encoded(self, given: Given) -> Tensor:
+    def _encoded(self, given: ConditioningFrames) -> Tensor:
         """[1, f, C, h, w]"""
         return self.model.encoder().encode(to_pixels(given.frames)).to(self.model.device, self.model.dtype)
 
     def _text(
-        self, prompt: str | None, prompts: Script | None, blocks: Plan, latent_frames: int | None
+        self, prompt: str | None, prompts: PromptSchedule | None, blocks: Plan, latent_frames: int | None
     ) -> Tensor | Show:
         """Of the one prompt, or of each block."""
         if prompts is None:
@@ -416,7 +416,7 @@ class VideoRun:
             return self.model.pixel_frames(blocks.block_frames(n)[0]) / self.fps
 
         num_blocks = None if latent_frames is None else blocks.block_of(latent_frames - 1) + 1
-        self.show = Show.encoded(prompts.from_start(prompt), self.model.encode_text, start, num_blocks)
+        self.show = EncodedPromptSchedule.encoded(prompts.from_start(prompt), self.model.encode_text, start, num_blocks)
         return self.show
 
     def _blocks(self) -> Iterator[FinishedBlock]:

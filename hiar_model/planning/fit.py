@@ -118,7 +118,7 @@ def _on_disk(path: Path) -> Subject:
 
 
 @dataclass(frozen=True)
-class Asked:
+class FitQuery:
     """A video of a model: what `hiar doctor` was asked, and what it may change."""
 
     subject: Subject
@@ -136,7 +136,7 @@ class Asked:
         return predict(r, text_encoder=text, vae=vae, offload=self.offload)
 
 
-def ask(
+def fit_query(
     model: str | Subject,
     *,
     height: int | None = None,
@@ -153,7 +153,7 @@ def ask(
     offload: Sequence[str] = (),
     device: str = "cuda",
     **options: Any,
-) -> Asked:
+) -> FitQuery:
     """The request in pixels; what is None is as the model says. ``options``: those of :class:`Request`.
 
     Raises:
@@ -179,7 +179,7 @@ def ask(
         dtype=_dtype("dtype", dtype or about.dtype), device=device,
         kv_dtype=None if kv_dtype is None else _dtype("kv-dtype", kv_dtype), **options,
     )  # fmt: skip
-    return Asked(about, request, None if vae_dtype == "none" else _dtype("vae-dtype", vae_dtype or "bfloat16"),
+    return FitQuery(about, request, None if vae_dtype == "none" else _dtype("vae-dtype", vae_dtype or "bfloat16"),
                  tuple(offload))  # fmt: skip
 
 
@@ -229,7 +229,7 @@ class Change:
         fields, offload = {**self.fields, **other.fields}, tuple(dict.fromkeys(self.offload + other.offload))
         return Change(self.cost + other.cost, self.options + other.options, fields, offload)
 
-    def made(self, asked: Asked) -> Asked:
+    def made(self, asked: FitQuery) -> FitQuery:
         """The request with these options."""
         request, fields = asked.request, dict(self.fields)
         if "kv_dtype" in fields:
@@ -242,7 +242,7 @@ class Change:
         return " ".join(kept + ([f"--offload {','.join(self.offload)}"] if self.offload else []))
 
 
-def changes(asked: Asked) -> list[list[Change]]:
+def changes(asked: FitQuery) -> list[list[Change]]:
     """Alternatives that may be combined, one of each list: first those that leave the video as it is (the text encoder
     leaves; all blocks of a step before the next step, shown at the end; decoding on the CPU), then e4m3 keys, whose
     error is measured in docs/memory.md, and last narrower windows.
@@ -265,7 +265,7 @@ def changes(asked: Asked) -> list[list[Change]]:
     return found
 
 
-def ways_to_fit(asked: Asked, limit: int, shown: int = SHOWN) -> list[tuple[Change, Memory]]:
+def options_that_fit(asked: FitQuery, limit: int, shown: int = SHOWN) -> list[tuple[Change, Memory]]:
     """Combinations of changes that fit, cheapest first; none of them contains another one whole."""
     found: list[tuple[Change, Memory]] = []
     combined = [sum(chosen, Change()) for chosen in product(*changes(asked))]
@@ -287,7 +287,7 @@ def _parts(change: Change) -> list[str]:
 # How it is told.
 
 
-def lines(asked: Asked, limits: Sequence[int] = ()) -> Iterator[str]:
+def lines(asked: FitQuery, limits: Sequence[int] = ()) -> Iterator[str]:
     """Markdown: the parts, the total, and for each size of a GPU whether that fits or what makes it fit."""
     about, r, memory = asked.subject, asked.request, asked.memory()
     rollout, kept = r.rollout, "" if r.kv_dtype is None else f", keys in {_name(r.kv_dtype)}"
@@ -312,7 +312,7 @@ def lines(asked: Asked, limits: Sequence[int] = ()) -> Iterator[str]:
         yield from _verdict(asked, memory, limit)
 
 
-def _rows(asked: Asked, memory: Memory) -> Iterator[tuple[str, int, str]]:
+def _rows(asked: FitQuery, memory: Memory) -> Iterator[tuple[str, int, str]]:
     r = asked.request
     yield "transformer", memory.transformer, "weights"
     if asked.subject.text_encoder:
@@ -336,12 +336,12 @@ def _rows(asked: Asked, memory: Memory) -> Iterator[tuple[str, int, str]]:
         yield "decoding", memory.vae.peak, "beside all that, for a moment"
 
 
-def _verdict(asked: Asked, memory: Memory, limit: int) -> Iterator[str]:
+def _verdict(asked: FitQuery, memory: Memory, limit: int) -> Iterator[str]:
     if memory.total <= limit:
         yield f"{_gb(limit)} GB: fits, {_gb(limit - memory.total)} GB are left."
         return
     yield f"{_gb(limit)} GB: does not fit, {_gb(memory.total - limit)} GB are missing."
-    ways = ways_to_fit(asked, limit)
+    ways = options_that_fit(asked, limit)
     if not ways:
         yield "Nothing that can be changed here makes it fit; a smaller picture, a shorter video or more GPUs may."
         return

@@ -17,7 +17,7 @@ from ..config import SHIPPED, WAN
 from ..io.weight_files import read_json
 from ..models.text_encoder import find_text_encoder
 from ..models.wan import Checkpoint, is_experts, is_wan_folder
-from .fit import Asked, ask, subject, ways_to_fit
+from .fit import FitQuery, fit_query, options_that_fit, subject
 from .memory import Request, vae_part
 
 SMALL = 10**9  # bytes of weights that are not worth a prediction
@@ -57,7 +57,7 @@ class Need:
     given back, and the VAE works in float32.
     """
 
-    asked: Asked
+    asked: FitQuery
     text: tuple[int, int] = (0, 0)
 
     def total(self) -> int:
@@ -86,7 +86,7 @@ class Need:
                 yield said.strip(), total
                 return
         beside = found._beside(r)
-        for change, memory in ways_to_fit(found.asked, limit - beside, 2) if beside < limit else ():
+        for change, memory in options_that_fit(found.asked, limit - beside, 2) if beside < limit else ():
             yield f"{said}{change}", memory.total + beside
         (rows, columns), cell = r.config.patch_size[1:], WAN.spatial_compression
         for part in (3, 2, 1):
@@ -168,10 +168,10 @@ def _need(
     options |= {"dtype": _name(work), "kv_dtype": kv_dtype,
                 "order": order or "step_first"}  # fmt: skip
     if device.type == "cuda":
-        return Need(ask(about, offload=offload, **options))
+        return Need(fit_query(about, offload=offload, **options))
     without = replace(about, text_encoder=0)
     size = _itemsize(find_text_encoder(folder).weights[0])
-    return Need(ask(without, device="cpu", vae_dtype="none", **options), (about.text_encoder // size, size))
+    return Need(fit_query(without, device="cpu", vae_dtype="none", **options), (about.text_encoder // size, size))
 
 
 def _itemsize(weights: Path) -> int:

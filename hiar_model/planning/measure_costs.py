@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import ExecutionConfig, RolloutConfig
 from ..models.transformer import HiARTransformer
 from ..rollout.engine import Rollout
-from ..schedule.costs import Costs, Curve
+from ..schedule.costs import CostCurve, Costs
 
 
 def measure_costs(
@@ -63,7 +63,7 @@ def measure_costs(
 
     device = model.patch_embedding.weight.device
     measured = {window: times(window) for window in windows}
-    denoise, cache = (Curve(tuple((w, measured[w][kind]) for w in sorted(measured))) for kind in ("denoise", "cache"))
+    denoise, cache = (CostCurve(tuple((w, measured[w][kind]) for w in sorted(measured))) for kind in ("denoise", "cache"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     factor = 1.0
     if fused:

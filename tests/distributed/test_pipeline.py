@@ -292,9 +292,9 @@ def test_steps_are_split_by_their_costs():
 def measured_like(low: int, cheap: float, high: int, dear: float):
     from dataclasses import replace
 
-    from hiar_model.schedule.costs import Curve
+    from hiar_model.schedule.costs import CostCurve
 
-    line = Curve(((low, cheap), (high, dear)))
+    line = CostCurve(((low, cheap), (high, dear)))
     return replace(unit_costs(), denoise=line, cache=line)
 
 

@@ -216,10 +216,10 @@ def test_a_script_on_the_command_line(files, model, here, capsys):
 
 def test_a_script_behind_an_image(model, clip, here):
     """Times count from the image: of blocks 1, 13, 25 ..., 0.7 s is in the second, which begins at frame 13."""
-    from hiar_model import Script
+    from hiar_model import PromptSchedule
 
     save_png(clip[0], "first.png")
-    script = Script.of([(0, PROMPT), (0.7, NEXT)])
+    script = PromptSchedule.of([(0, PROMPT), (0.7, NEXT)])
     run = prepare(None, model=model, image="first.png", prompts=script, order="stream", **SIZE, num_frames=25)
     assert run.notes()[1] == f"0.7 s {NEXT!r}: shows from 0.8125 s (block 2)"
     plain = make(model, image="first.png", num_frames=25)

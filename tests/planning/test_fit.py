@@ -17,7 +17,7 @@ from runs import changed
 from hiar_model import config
 from hiar_model.cli import main
 from hiar_model.planning import fit
-from hiar_model.planning.fit import ask, parse_size, subject, ways_to_fit
+from hiar_model.planning.fit import fit_query, options_that_fit, parse_size, subject
 from hiar_model.planning.memory import Part, vae_part
 
 pytestmark = pytest.mark.cpu
@@ -73,10 +73,10 @@ def test_no_sizes(text):
 
 
 def test_ways_to_fit_change_as_little_as_they_can():
-    asked = ask(WAN, order="stream", sink_frames=3, **SMALL)
+    asked = fit_query(WAN, order="stream", sink_frames=3, **SMALL)
     whole = asked.memory().total
-    assert ways_to_fit(asked, whole, shown=1)[0][0].options == ()
-    ways = ways_to_fit(asked, whole - 1)
+    assert options_that_fit(asked, whole, shown=1)[0][0].options == ()
+    ways = options_that_fit(asked, whole - 1)
     assert [str(change) for change, _ in ways] == [
         "--offload text",
         "--order step_first",
@@ -86,18 +86,18 @@ def test_ways_to_fit_change_as_little_as_they_can():
         assert memory == change.made(asked).memory() and memory.total < whole
     # while the prompt is read both are there: only afterwards is there room for caches
     models = asked.memory().reading  # weights, and what torch gives cuBLAS
-    [(only, memory)] = ways_to_fit(asked, models)
+    [(only, memory)] = options_that_fit(asked, models)
     assert str(only) == "--offload text" and memory.total == models and memory.when == "reading the prompt"
-    assert ways_to_fit(asked, models - 1) == []
+    assert options_that_fit(asked, models - 1) == []
 
 
 def test_what_is_no_change_is_not_proposed():
     def proposed(**options) -> str:
-        return " ".join(str(c) for group in fit.changes(ask(WAN, **{**SMALL, **options})) for c in group)
+        return " ".join(str(c) for group in fit.changes(fit_query(WAN, **{**SMALL, **options})) for c in group)
 
     assert "step_first" in proposed(order="wavefront") and "step_first" not in proposed()
     assert "step_first" not in proposed(order="block_first"), "another video"
-    shared = ask(WAN, **SMALL, order="stream")
+    shared = fit_query(WAN, **SMALL, order="stream")
     shared = replace(shared, request=changed(shared.request, kv_source="next_step"))
     assert not [change for group in fit.changes(shared) for change in group if "step_first" in str(change)]
     assert "float8" in proposed() and "float8" not in proposed(kv_dtype="bfloat16")
@@ -183,7 +183,7 @@ def test_refusals(words, said, capsys, tmp_path, monkeypatch):
 
 
 def test_an_offloaded_part_is_not_on_the_gpu():
-    asked = ask(WAN, **{**SMALL, "vae_dtype": None}, offload=("vae",))
+    asked = fit_query(WAN, **{**SMALL, "vae_dtype": None}, offload=("vae",))
     assert asked.memory().vae == Part()
     both = replace(asked, offload=("text", "vae"))
     assert asked.memory().resident - both.memory().resident == 2 * config.WAN.text_encoder_parameters

@@ -48,7 +48,7 @@ def test_texts(model, text, says, of_block):
     name = "text of block 1" if of_block else "text"
     with pytest.raises(ValueError, match=f"^{re.escape(f'{name} must be {says}')}$"):
         run = make_rollout(model, given, SCHEDULE, num_frames=6, height=2, width=4, batch=2)
-        run.text(0), run.text(1)
+        run.prompt_embeds(0), run.prompt_embeds(1)
 
 
 def test_a_text_of_a_block_is_refused_before_its_forward(model):

@@ -148,7 +148,7 @@ def test_nothing_comes_from_the_host_in_a_replayed_visit(monkeypatch):
     blocks = iter(rollout)
     for _ in range(4):
         next(blocks)
-    launches = list(rollout._executor.launches.values())
+    launches = list(rollout._executor.batched_forwards.values())
     tensor = torch.tensor
 
     def refuse(*args, **kwargs):
@@ -233,7 +233,9 @@ def test_memory_of_latents_is_used_again():
     blocks, places = iter(rollout), set()
     for n in range(12):
         block = next(blocks)
-        held = list(rollout._executor.latents.values()) + [x for free in rollout._executor.spare.values() for x in free]
+        held = list(rollout._executor.latents.values()) + [
+            x for free in rollout._executor.free_buffers.values() for x in free
+        ]
         places.add(len(held))
         assert block.latents.data_ptr() not in {x.data_ptr() for x in held}, "a finished block belongs to the caller"
         if n == 5:

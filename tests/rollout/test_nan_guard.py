@@ -45,7 +45,7 @@ def broken(place: str, value: float = NAN):
         ),
         ("blocks.1.ffn.2.bias", "layer 1, feed-forward \\(gated_residual_ada_layer_norm: reference\\)"),
         ("head.head.bias", "the head \\(gated_residual_ada_layer_norm: reference\\)"),
-        ("blocks.1.cross_attn.v.bias", "the text's keys for layer 1"),
+        ("blocks.1.cross_attn.v.bias", "the prompt's keys for layer 1"),
     ],
 )
 @pytest.mark.parametrize("order", ["stream", "wavefront"])
@@ -103,7 +103,7 @@ def test_watching_costs_no_look_at_the_device_for_each_visit(monkeypatch):
     """As on an accelerator: one look a finished block; latents a second run may need are quarantined until then."""
     expected = run(num_frames=15, order="stream", window_frames=7)
     looks, quarantined = [], []
-    look = NaNGuard.look
+    look = NaNGuard.read
 
     def counted(self):
         if self.sent is not None:
@@ -177,13 +177,13 @@ def test_a_visit_that_went_wrong_is_repeated_with_the_reference_ops(order, optio
     made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=12, window_frames=7, order=order,
                         on_nan="retry",
                    **SIZE, **options)  # fmt: skip
-    launched = made._executor._launch
+    launched = made._executor._forward
 
     def counting(*args):
         count[0] += 1
         return launched(*args)
 
-    made._executor._launch = counting
+    made._executor._forward = counting
     with pytest.warns(RuntimeWarning, match="not finite from step .* of block .* on: layer 0, .*; finite with") as told:
         found = torch.cat([block.latents for block in made], 1)
     assert len(told) == 1, "told once"

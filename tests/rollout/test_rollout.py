@@ -286,7 +286,7 @@ def test_memory_of_an_endless_stream_is_flat():
     kept = set()
     for block in itertools.islice(made, 667):
         executor = made._executor
-        kept.add((len(executor.latents), len(executor.texts.entries), len(executor.nan_guard.unchecked)))
+        kept.add((len(executor.latents), len(executor.prompt_cache.entries), len(executor.nan_guard.unchecked)))
     assert block.first_frame == 1998
     assert len(kept) == 1
     assert [t.data_ptr() for t in cache.k] == before
