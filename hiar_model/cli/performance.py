@@ -64,7 +64,7 @@ def warmup(a: Namespace) -> None:
 
     _, start = warm_up(_setting(a))
     print(
-        f"cold start of this process: weights {start.build:.1f} s, first run of {start.kinds} kinds of launches "
+        f"cold start of this process: weights {start.build:.1f} s, first run of {start.kinds} kinds of forwards "
         f"(compiling, loading, capturing) {start.warm_up:.1f} s",
         flush=True,
     )

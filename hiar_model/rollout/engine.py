@@ -336,9 +336,7 @@ class Rollout:
         return block
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the state: position, latents in flight, caches, and the prompts of blocks in flight. Call it between
-        blocks.
-        """
+        """A copy of the state: position, caches, latents in flight and their prompts. Call it between blocks."""
         return {"key": self._key(), "noise": self.noise, "groups_done": self.groups_done, **self._executor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from hiar_model import config
 from hiar_model.cli import main
 from hiar_model.planning import fit
 from hiar_model.planning.fit import fit_query, options_that_fit, parse_size, subject
-from hiar_model.planning.memory import Part, vae_part
+from hiar_model.planning.memory import ComponentMemory, vae_memory
 
 pytestmark = pytest.mark.cpu
 
@@ -73,22 +73,22 @@ def test_no_sizes(text):
 
 
 def test_ways_to_fit_change_as_little_as_they_can():
-    asked = fit_query(WAN, order="stream", sink_frames=3, **SMALL)
-    whole = asked.memory().total
-    assert options_that_fit(asked, whole, shown=1)[0][0].options == ()
-    ways = options_that_fit(asked, whole - 1)
+    query = fit_query(WAN, order="stream", sink_frames=3, **SMALL)
+    whole = query.memory().total
+    assert options_that_fit(query, whole, shown=1)[0][0].options == ()
+    ways = options_that_fit(query, whole - 1)
     assert [str(change) for change, _ in ways] == [
         "--offload text",
         "--order step_first",
         "--kv-dtype float8_e4m3fn",
     ]
     for change, memory in ways:
-        assert memory == change.made(asked).memory() and memory.total < whole
+        assert memory == change.apply(query).memory() and memory.total < whole
     # while the prompt is read both are there: only afterwards is there room for caches
-    models = asked.memory().reading  # weights, and what torch gives cuBLAS
-    [(only, memory)] = options_that_fit(asked, models)
+    models = query.memory().encoding  # weights, and what torch gives cuBLAS
+    [(only, memory)] = options_that_fit(query, models)
     assert str(only) == "--offload text" and memory.total == models and memory.when == "reading the prompt"
-    assert options_that_fit(asked, models - 1) == []
+    assert options_that_fit(query, models - 1) == []
 
 
 def test_what_is_no_change_is_not_proposed():
@@ -148,13 +148,13 @@ def test_a_vae():
     """Of its parts, weights by diffusers' own count; what is kept grows with the picture, not with the block."""
     wanted = sum(p.numel() for p in wan_files.vae().parameters())
     numbers = 4 * 2 * 16  # float32 means and deviations of the latents
-    small = vae_part({"base_dim": 8}, 4, 4, 3, torch.float32)
-    assert small.weights == 4 * wanted and small.kept > numbers and small.peak > 0
-    wide, long = vae_part({"base_dim": 8}, 4, 8, 3, torch.float32), vae_part({"base_dim": 8}, 4, 4, 6, torch.float32)
-    assert wide.kept - numbers == 2 * (small.kept - numbers) and long.kept == small.kept
+    small = vae_memory({"base_dim": 8}, 4, 4, 3, torch.float32)
+    assert small.weights == 4 * wanted and small.resident > numbers and small.peak > 0
+    wide, long = vae_memory({"base_dim": 8}, 4, 8, 3, torch.float32), vae_memory({"base_dim": 8}, 4, 4, 6, torch.float32)
+    assert wide.resident - numbers == 2 * (small.resident - numbers) and long.resident == small.resident
     assert wide.peak > small.peak and long.peak > small.peak
-    half = vae_part({"base_dim": 8}, 4, 4, 3, torch.bfloat16)
-    assert half.kept - numbers == (small.kept - numbers) // 2
+    half = vae_memory({"base_dim": 8}, 4, 4, 3, torch.bfloat16)
+    assert half.resident - numbers == (small.resident - numbers) // 2
 
 
 @pytest.mark.parametrize(
@@ -183,10 +183,10 @@ def test_refusals(words, said, capsys, tmp_path, monkeypatch):
 
 
 def test_an_offloaded_part_is_not_on_the_gpu():
-    asked = fit_query(WAN, **{**SMALL, "vae_dtype": None}, offload=("vae",))
-    assert asked.memory().vae == Part()
-    both = replace(asked, offload=("text", "vae"))
-    assert asked.memory().resident - both.memory().resident == 2 * config.WAN.text_encoder_parameters
+    query = fit_query(WAN, **{**SMALL, "vae_dtype": None}, offload=("vae",))
+    assert query.memory().vae == ComponentMemory()
+    both = replace(query, offload=("text", "vae"))
+    assert query.memory().resident - both.memory().resident == 2 * config.WAN.text_encoder_parameters
 
 
 if __name__ == "__main__":

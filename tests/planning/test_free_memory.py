@@ -124,7 +124,7 @@ def test_weights_in_the_dtype_of_the_file_are_mapped(tmp_path, write, size):
     folder = write(tmp_path / "model")
     for dtype in (torch.bfloat16, torch.float32):
         one = free_memory._need(folder, None, CPU, dtype, (), None, order=None, height=64, width=64, frames=9)
-        numbers, found = one.text
+        numbers, found = one.text_encoder
         assert found == size and numbers > 0
         without = free_memory.replace(one, text=(0, 0)).total()
         assert one.total() - without == (0 if dtype.itemsize == size else numbers * dtype.itemsize)

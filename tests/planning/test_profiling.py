@@ -109,7 +109,7 @@ def test_a_warm_up_says_what_it_costs(capfd):
     out = capfd.readouterr().out.splitlines()
     first, _, second = (line for line in out if "process" in line)
     assert first.startswith("cold start of this process: weights ") and second.startswith("cold start of this process")
-    assert "first run of" in first and "kinds of launches (compiling, loading, capturing)" in first
+    assert "first run of" in first and "kinds of forwards (compiling, loading, capturing)" in first
 
 
 @pytest.mark.parametrize(
