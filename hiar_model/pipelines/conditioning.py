@@ -44,8 +44,8 @@ def read_conditioning(
 
     Args:
         image: path of a picture. extend: path of a clip, of which the last 1 + n ``step`` frames are used.
-        size: (height, width) in pixels of the video. Other sizes are scaled to cover it and centre-cropped.
-        step: pixel frames of a latent frame. fps: of the video; a clip of another rate is not resampled, a note says so.
+        size: (height, width) in pixels of the video; other sizes are scaled to cover it and centre-cropped.
+        step: pixel frames of a latent frame. fps: of the video; clips of another rate are not resampled, with a note.
 
     Raises:
         ValueError: one line: both are set; or the file is missing, unreadable, of another kind, or too short.
@@ -218,5 +218,6 @@ class _Resizer:
         planes = torch.nn.functional.interpolate(planes, scaled, mode="bicubic", antialias=True)
         cropped = planes[:, :, top : top + high, left : left + wide].round_().clamp_(0, 255).to(torch.uint8)
         pixels = "" if aspect == 1 else f", its pixels {aspect:.4g} times as wide as high"
-        self.notes = (f"{self.path}: scaled from {height}x{width} and cropped to {high}x{wide} (height x width)" + pixels,)
+        change = f"scaled from {height}x{width} and cropped to {high}x{wide} (height x width){pixels}"
+        self.notes = (f"{self.path}: {change}",)
         return cropped.movedim(1, 3).numpy()

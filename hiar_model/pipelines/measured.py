@@ -1,4 +1,4 @@
-"""Task costs measured before a video starts: they decide how a pipeline divides its steps and whether it fuses tasks."""
+"""Task costs measured before a video starts: they decide how a pipeline divides its steps and if it fuses tasks."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def parse_size(size: str) -> int:
     nbytes = round(float(match[1]) * _UNITS[unit]) if match and unit in _UNITS else 0
     if nbytes < 1:
         legal = "a size such as 24GB (24 x 10^9 bytes), 24GiB (24 x 2^30) or 80"
-        raise ValueError(f"gpu-memory must be {legal}, got {size!r}")
+        raise ValueError(f"gpu_memory must be {legal}, got {size!r}")
     return nbytes
 
 
@@ -92,7 +92,8 @@ def subject(model: str) -> Subject:
             frames=toy.temporal_compression,
         )  # fmt: skip
     if not path.exists():
-        raise ValueError(f"model must be a name, file or folder, got {model!r}; names: {', '.join([*SHIPPED, *published])}")
+        names = ", ".join([*SHIPPED, *published])
+        raise ValueError(f"model must be a name, file or folder, got {model!r}; names: {names}")
     return _on_disk(path)
 
 
@@ -247,9 +248,9 @@ class Change:
 
 
 def changes(query: FitQuery) -> list[list[Change]]:
-    """Lists of alternatives, to combine one of each: first those that do not change the video (offload the text encoder;
-    order step_first, which finishes all blocks at the end; decode on the CPU), then e4m3 KV, whose error is measured in
-    docs/memory.md, and last narrower windows.
+    """Lists of alternatives, to combine one of each: first those that keep the video unchanged (offload the text
+    encoder; order step_first, which finishes all blocks at the end; decode on the CPU), then e4m3 KV, whose error is
+    measured in docs/memory.md, and last narrower windows.
     """
     r, rollout, none = query.request, query.request.rollout, Change()
     alternatives: list[list[Change]] = []

@@ -63,14 +63,18 @@ def measure_costs(
 
     device = model.patch_embedding.weight.device
     measured = {window: times(window) for window in windows}
-    denoise, cache = (CostCurve(tuple((w, measured[w][kind]) for w in sorted(measured))) for kind in ("denoise", "cache"))
+
+    def curve(kind: str) -> CostCurve:
+        return CostCurve(tuple((window, measured[window][kind]) for window in sorted(measured)))
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     factor = 1.0
     if fused:
         widest = max(windows)
         factor = times(widest, True)["fused"] / (measured[widest]["denoise"] + measured[widest]["cache"])
     how = "CUDA graphs" if execution.cuda_graph else "eager"
-    return Costs(denoise, cache, pair=factor, source=f"tasks measured on {name}, {batch} at once, {how}")
+    source = f"tasks measured on {name}, {batch} at once, {how}"
+    return Costs(curve("denoise"), curve("cache"), pair=factor, source=source)
 
 
 def _now(device: torch.device) -> float:

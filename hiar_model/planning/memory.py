@@ -116,8 +116,8 @@ class Request:
 
 @dataclass(frozen=True)
 class ComponentMemory:
-    """Bytes of a model beside the transformer: ``weights``, ``resident`` features that stay from block to block, and the
-    ``peak`` of its work on top of both.
+    """Bytes of a model beside the transformer: ``weights``, ``resident`` features that stay from block to block, and
+    the ``peak`` of its work on top of both.
     """
 
     weights: int = 0
@@ -196,7 +196,11 @@ class Memory:
 
 
 def predict(
-    request: Request, *, text_encoder: ComponentMemory | None = None, vae: ComponentMemory | None = None, offload: Sequence[str] = ()
+    request: Request,
+    *,
+    text_encoder: ComponentMemory | None = None,
+    vae: ComponentMemory | None = None,
+    offload: Sequence[str] = (),
 ) -> Memory:
     """Predict the memory of a rollout; nothing is allocated.
 
@@ -322,7 +326,7 @@ def _counted(request: Request) -> Counted:
 def vae_memory(
     config: Mapping[str, Any], height: int, width: int, frames: int, dtype: torch.dtype, device: str = "cuda"
 ) -> ComponentMemory:
-    """Memory of diffusers' AutoencoderKLWan of this config that decodes blocks of ``frames`` latents of height x width."""
+    """Memory of diffusers' AutoencoderKLWan of this config, decoding ``frames`` latent frames of height x width."""
     return _vae(json.dumps(dict(config), sort_keys=True), height, width, frames, dtype, device)
 
 

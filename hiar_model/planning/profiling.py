@@ -230,7 +230,7 @@ def _report(
         "pointwise": (moved / limits["bytes"], f"{moved / 1e9:.4g} GB"),
     }
     spent, kernels, busy = _spent(profiler, cuda)
-    parts = [KindTime(kind, spent[kind] / profiled, kernels[kind] / profiled, *why.get(kind, (0.0, ""))) for kind in KINDS]
+    parts = [KindTime(k, spent[k] / profiled, kernels[k] / profiled, *why.get(k, (0.0, ""))) for k in KINDS]
     parts.append(KindTime("idle", max(0.0, seconds / tasks - busy / profiled), 0))
     names = calls_within(profiler.events(), _PROFILED) if cuda else []
     return Profile(

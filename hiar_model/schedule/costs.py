@@ -197,7 +197,8 @@ def roofline(
         raise ValueError(f"tflops={tflops} is not legal: give a number > 0")
     g = geometry or Geometry()
     frame, tokens = g.frame_tokens(config), g.frame_tokens(config) * g.frames_per_block
-    line = CostCurve(tuple((k, task_flop(config, tokens, k * frame) / (tflops * 1e12)) for k in (0, g.frames_per_block)))
+    points = ((k, task_flop(config, tokens, k * frame) / (tflops * 1e12)) for k in (0, g.frames_per_block))
+    line = CostCurve(tuple(points))
     source = f"roofline: FLOP of a task / {tflops:g} TFLOP/s (not measured)"
     return _with_link(Costs(line, line, decode=decode, source=source), config, g, link)
 

@@ -77,7 +77,7 @@ def test_the_record_of_a_video(folder, here, kind):
     ("- 6\n", "c.yaml must hold key: value lines, got list"),
     ("a: [\n", "c.yaml is neither YAML nor JSON"),
     ("num_frames: many\n", "many"),
-    ('{"command": "rm -r x", "weights_sha256": ""}', "c.yaml is the record of a video: it belongs to hiar generate"),
+    ('{"command": "rm -r x", "weights_sha256": ""}', "c.yaml is the metadata of a video, for hiar generate only"),
     ('{"command": 7, "weights_sha256": ""}', "c.yaml: its command cannot be read"),
     ('{"command": "hiar generate x", "weights_sha256": ""}', "c.yaml: its noise is 'torch-32', this version draws"),
     (None, "cannot read c.yaml: No such file"),

@@ -158,8 +158,9 @@ def test_a_killed_generation_is_resumed(tmp_path):
     assert started.wait(PATIENCE) == 1
     told = started.stderr.read()
     assert re.fullmatch(
-        r"hiar: rank \d \(step \d\) died at step \d of block \d+.*; \d+ finished blocks are kept in made\.blocks, "
-        r"--resume goes on\n",
+        r"hiar: rank \d \(step \d\) died at step \d of block \d+.*; \d+ finished blocks are in made\.blocks, "
+        r"continue with --resume
+",
         told,
     ), told
     assert not (tmp_path / "made").exists() and (kept / "run.json").exists()

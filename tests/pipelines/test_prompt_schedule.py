@@ -61,17 +61,17 @@ def test_a_script_is_read(tmp_path):
     [
         ("", "script has no prompts"),
         ("# only this\n\n", "script has no prompts"),
-        ("a red circle", "script line 1: begins with 'a', not with a time"),
-        ("0 x\n12,5 y", "script line 2: begins with '12,5', not with a time"),
-        ("0", "script line 1: no prompt behind the time 0"),
-        ("0 x\n-1 y", "script line 2: a time is a number of seconds from 0 on, got -1"),
+        ("a red circle", "prompt schedule line 1: starts with 'a', expected"),
+        ("0 x\n12,5 y", "prompt schedule line 2: starts with '12,5', expected"),
+        ("0", "prompt schedule line 1: no prompt behind the time 0"),
+        ("0 x\n-1 y", "prompt schedule line 2: a time is a number of seconds from 0 on, got -1"),
         ("0 x\nnan y", "line 2: a time is a number of seconds from 0 on, got nan"),
         ("0 x\ninf y", "line 2: a time is a number of seconds from 0 on, got inf"),
-        ("0 x\n2 y\n2 z", "script line 3: times must rise, 2 comes behind 2"),
-        ("1 x", "script line 1: the first prompt must be at 0 s, got 1"),
-        ("0 x\n1 why?", "script line 2: cannot show 'why\\?'"),
-        ("0 x\n7 y", "script line 2: 7 s is too late to show, the last block begins at 6.75 s"),
-        ("0 x\n1 y\n1.2 z", "line 2: never shows, the next prompt takes over at the same block \\(2, from 1.5 s\\)"),
+        ("0 x\n2 y\n2 z", "prompt schedule line 3: times must ascend, got 2 after 2"),
+        ("1 x", "prompt schedule line 1: the first prompt must be at 0 s, got 1"),
+        ("0 x\n1 why?", "prompt schedule line 2: cannot show 'why\\?'"),
+        ("0 x\n7 y", "prompt schedule line 2: 7 s is too late, the last block starts at 6.75 s"),
+        ("0 x\n1 y\n1.2 z", "line 2: has no effect, the next prompt replaces it in the same block \\(2, from 1.5 s\\)"),
     ],
 )
 def test_a_wrong_script_is_refused_in_one_line(text, message):
@@ -86,7 +86,7 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"0 \xff\xfe")
     with pytest.raises(ValueError, match="x.txt is not text in UTF-8"):
         PromptSchedule.read(tmp_path / "x.txt")
-    with pytest.raises(ValueError, match="line 1 is a prompt at 0 s: leave out the other one, 'x'"):
+    with pytest.raises(ValueError, match="line 1 is the prompt at 0 s: leave out the other one, 'x'"):
         PromptSchedule.parse("0 y").from_start("x")
 
 
@@ -261,7 +261,7 @@ def test_a_video_of_a_script(model):
     ]
     assert made.metadata["prompts"] == [[0.0, PROMPT], [0.5, NEXT]]
     assert "command" not in made.metadata  # no file holds these prompts
-    with pytest.raises(ValueError, match="script line 2: .*colour"):
+    with pytest.raises(ValueError, match="prompt schedule line 2: .*colour"):
         prepare(None, model=model, prompts=PromptSchedule.parse(f"0 {PROMPT}\n1 a beige circle moving up"))
     with pytest.raises(ValueError, match="a prompt is a string, got NoneType"):
         prepare(None, model=model)
@@ -280,5 +280,5 @@ def test_a_video_goes_on_from_its_session(model, tmp_path):
     fork = list(prepare(NEXT, session=path, **options))
     _, expected = frames(model, None, prompts=PromptSchedule.of([(0, PROMPT), (2 * BLOCK / 12, NEXT)]))
     assert all((a == b).all() for a, b in zip([*made, *fork], expected, strict=True))
-    with pytest.raises(ValueError, match="nothing to save yet"):
+    with pytest.raises(ValueError, match="nothing to save"):
         prepare(PROMPT, **options).save_session(tmp_path / "t")

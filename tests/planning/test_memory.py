@@ -10,7 +10,7 @@ from runs import changed, make_request
 
 from hiar_model.config import WanConfig
 from hiar_model.models.transformer import HiARTransformer
-from hiar_model.planning.memory import WORKSPACE, LiveBytes, Memory, ComponentMemory, Request, predict
+from hiar_model.planning.memory import WORKSPACE, ComponentMemory, LiveBytes, Memory, Request, predict
 
 pytestmark = pytest.mark.cpu
 

@@ -235,7 +235,7 @@ def test_another_schedule_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": "step_first"}, r"all 5 blocks have begun with theirs \(order step_first\)"),
+        ({"order": "step_first"}, r"all 5 blocks have started with theirs \(order step_first\)"),
         ({"pairs": True}, "pairs=True"),
     ],
 )
