@@ -93,7 +93,7 @@ def test_a_file_that_is_none_is_one_line(capsys, text, message):
 def test_a_record_belongs_to_generate(folder, capsys):
     assert run("generate", PROMPT, "-o", "a.gif", "--model", folder) == 0
     assert run("doctor", "--config", "a.gif.json") == 2
-    assert "belongs to hiar generate" in capsys.readouterr().err
+    assert "for hiar generate only" in capsys.readouterr().err
 
 
 def test_a_recipe_by_a_file_too(capsys):

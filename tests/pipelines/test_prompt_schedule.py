@@ -63,10 +63,10 @@ def test_a_script_is_read(tmp_path):
         ("# only this\n\n", "script has no prompts"),
         ("a red circle", "prompt schedule line 1: starts with 'a', expected"),
         ("0 x\n12,5 y", "prompt schedule line 2: starts with '12,5', expected"),
-        ("0", "prompt schedule line 1: no prompt behind the time 0"),
-        ("0 x\n-1 y", "prompt schedule line 2: a time is a number of seconds from 0 on, got -1"),
-        ("0 x\nnan y", "line 2: a time is a number of seconds from 0 on, got nan"),
-        ("0 x\ninf y", "line 2: a time is a number of seconds from 0 on, got inf"),
+        ("0", "prompt schedule line 1: no prompt after the time 0"),
+        ("0 x\n-1 y", "prompt schedule line 2: time must be a number of seconds, at least 0, got -1"),
+        ("0 x\nnan y", "line 2: time must be a number of seconds, at least 0, got nan"),
+        ("0 x\ninf y", "line 2: time must be a number of seconds, at least 0, got inf"),
         ("0 x\n2 y\n2 z", "prompt schedule line 3: times must ascend, got 2 after 2"),
         ("1 x", "prompt schedule line 1: the first prompt must be at 0 s, got 1"),
         ("0 x\n1 why?", "prompt schedule line 2: cannot show 'why\\?'"),
@@ -84,7 +84,7 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="cannot read .*none.txt: No such file"):
         PromptSchedule.read(tmp_path / "none.txt")
     (tmp_path / "x.txt").write_bytes(b"0 \xff\xfe")
-    with pytest.raises(ValueError, match="x.txt is not text in UTF-8"):
+    with pytest.raises(ValueError, match="x.txt is not UTF-8"):
         PromptSchedule.read(tmp_path / "x.txt")
     with pytest.raises(ValueError, match="line 1 is the prompt at 0 s: leave out the other one, 'x'"):
         PromptSchedule.parse("0 y").from_start("x")
@@ -129,7 +129,7 @@ def test_what_a_live_change_waits(options, ranks, blocks, forwards, again):
 
 
 def test_in_step_first_no_live_change_shows():
-    with pytest.raises(ValueError, match="step_first begins every block before one is finished"):
+    with pytest.raises(ValueError, match="got step_first, which starts every block before one is"):
         prompt_delay(Plan(4, "step_first", 3))
 
 

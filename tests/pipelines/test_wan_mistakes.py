@@ -289,7 +289,7 @@ WRONG = {
     "image and clip": (
         both(image(), clip(9)),
         ["--image", "i.png", "--extend", "c.mp4"],
-        r"image i\.png and extend c\.mp4 cannot both",
+        r"image i\.png and extend c\.mp4 exclude each other",
     ),
     "no such clip": (None, ["--extend", "no.mp4"], r"extend no\.mp4: no such file"),
     "a torn clip": (both(clip(9), torn("c.mp4", "c.mp4")), ["--extend", "c.mp4"], r"extend c\.mp4: corrupt"),
@@ -306,7 +306,7 @@ WRONG = {
         ["--prompts", "s.txt"],
         r"s\.txt line 1: starts with 'a', expected",
     ),
-    "times that fall": (text("s.txt", "1 a\n0.5 b\n"), ["--prompts", "s.txt"], r"s\.txt line 2: times must rise"),
+    "times that fall": (text("s.txt", "1 a\n0.5 b\n"), ["--prompts", "s.txt"], r"s\.txt line 2: times must ascend"),
     "too late": (text("s.txt", "9 a cat\n"), ["--prompts", "s.txt"], r"s\.txt line 1: 9 s is too late"),
     "two at the start": (
         text("s.txt", "0 a cat\n"),

@@ -305,7 +305,7 @@ def test_after_warming_up_nothing_is_captured(walk, impl):
         assert warm._executor.counters.captures == kinds
         assert torch.equal(found, latents(cold))
         assert cold._executor.counters.captures <= kinds
-    with pytest.raises(ValueError, match="warm_up comes before the first block"):
+    with pytest.raises(ValueError, match="warm_up must come before the first block"):
         warm.warm_up()
 
 

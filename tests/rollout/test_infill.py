@@ -44,9 +44,9 @@ def plain(sampler: str, model) -> torch.Tensor:
     return x
 
 
-def run(given=ENDS, **options) -> torch.Tensor:
+def run(known=ENDS, **options) -> torch.Tensor:
     options = {"seed": 5, **options}
-    return infill(options.pop("model", MODEL), options.pop("latents", CLEAN), given, TEXT, SCHEDULE, **options)
+    return infill(options.pop("model", MODEL), options.pop("latents", CLEAN), known, TEXT, SCHEDULE, **options)
 
 
 @pytest.mark.parametrize("sampler", ["sde", "ode"])
@@ -125,11 +125,11 @@ def test_not_finite_is_told():
     [
         ({"latents": CLEAN[:, :10]}, "whole blocks of frames_per_block=3, got 10 frames"),
         ({"latents": CLEAN[0]}, r"latents must be \[B, F, 2, H, W\], got \[12, 2, 2, 4\]"),
-        ({"given": [4]}, r"given blocks must be in 0..3, got 4"),
-        ({"given": torch.ones(2, 9, dtype=torch.bool)}, r"given must be bool \[2, 12\], got torch.bool \[2, 9\]"),
-        ({"given": torch.ones(2, 12)}, r"given must be bool \[2, 12\], got torch.float32"),
+        ({"known": [4]}, r"known blocks must be in 0..3, got 4"),
+        ({"known": torch.ones(2, 9, dtype=torch.bool)}, r"known must be bool \[2, 12\], got torch.bool \[2, 9\]"),
+        ({"known": torch.ones(2, 12)}, r"known must be bool \[2, 12\], got torch.float32"),
         ({"sampler": "x"}, "sampler must be one of sde, ode, got 'x'"),
-        ({"model": [MODEL]}, "one for each of the 3 steps; got 1"),
+        ({"model": [MODEL]}, "one for each of the 3 steps, got 1"),
         ({"video_ids": [1]}, "one for each of 2 videos, got 1"),
     ],
     ids=str,

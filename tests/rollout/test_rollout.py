@@ -225,7 +225,7 @@ def test_save_load_go_on_equals_one_run_bit_for_bit(order, after):
     resumed = torch.cat([b.latents for b in [*blocks, *second]], 1)
     assert torch.equal(resumed, whole)
     assert not second._executor.latents
-    with pytest.raises(ValueError, match="state of another rollout"):
+    with pytest.raises(ValueError, match="state of a different rollout"):
         make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=9, order=order, **SIZE).load_state_dict(state)
 
 
