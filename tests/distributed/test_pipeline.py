@@ -336,7 +336,10 @@ def test_pairs_where_they_are_faster():
             "1 ranks cannot share 4 steps: give 1 to 4, and one more",
         ),
         ({"parallel": "ulysses"}, "needs a mesh"),
-        ({"model": [MODEL, None, MODEL, MODEL]}, r"step 1 is None, expected weights of all steps of this rank, \[0, 1, 2, 3\]"),
+        (
+            {"model": [MODEL, None, MODEL, MODEL]},
+            r"step 1 is None, expected weights of all steps of this rank, \[0, 1, 2, 3\]",
+        ),
         ({"model": [None] * 4}, "one network, or one for each of the 4 steps"),
     ],
 )

@@ -52,7 +52,8 @@ def test_texts(model, text, says, of_block):
 
 
 def test_a_text_of_a_block_is_refused_before_its_forward(model):
-    with pytest.raises(ValueError, match=r"^prompt_embeds of block 0 must be \[1, at most 5, 6\] \(the prompt of one video\)"):
+    message = r"^prompt_embeds of block 0 must be \[1, at most 5, 6\] \(the prompt of one video\)"
+    with pytest.raises(ValueError, match=message):
         list(make_rollout(model, lambda block: TEXT, SCHEDULE, num_frames=6, height=2, width=4))
 
 
