@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..common import environment
 from .choices import as_typed
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 RUN_FOLDER = ".blocks"  # suffix of the output's name: the folder of an unfinished run
-REPORTED = "HIAR_ERROR_REPORTED"  # names a file that exists once a process has printed its error
 
 
 def pipeline_arguments(parser: ArgumentParser, nproc: int = 1) -> None:
@@ -85,13 +85,12 @@ def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.disable()  # the processes report a failure in one line, the launcher in many
     with tempfile.TemporaryDirectory() as folder:
         reported = Path(folder) / "reported"
-        os.environ[REPORTED] = str(reported)
         try:
-            elastic_launch(config, sys.executable)("-u", "-m", "hiar_model", *argv)
+            with environment.for_children(reported):
+                elastic_launch(config, sys.executable)("-u", "-m", "hiar_model", *argv)
             return 0
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
@@ -104,7 +103,6 @@ def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
             return INTERRUPTED
         finally:
             logging.disable(logging.NOTSET)
-            del os.environ[REPORTED]
 
 
 @dataclass
@@ -150,7 +148,7 @@ def job(a: Namespace, folder: str | None = None) -> Iterator[Job]:
     """
     if a.nproc < 1:
         raise ValueError(f"nproc must be at least 1, got {a.nproc}")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = environment.world_size()
     if world == 1:
         yield Job(1, None)
         return
@@ -160,8 +158,8 @@ def job(a: Namespace, folder: str | None = None) -> Iterator[Job]:
     from ..distributed.watchdog import PipelineFault, Watchdog
 
     def advice(finished: int) -> str:
-        if path := os.environ.get(REPORTED):
-            Path(path).touch()
+        if (file := environment.error_file()) is not None:
+            file.touch()
         return f"; {finished} finished blocks are in {folder}, continue with --resume" if folder and finished else ""
 
     a.device, missing = _own_device(a.device)
@@ -202,7 +200,7 @@ def _own_device(device: str) -> tuple[str, str]:
 
     if device not in ("auto", "cuda") or not torch.cuda.is_available():
         return device, ""
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local, count = environment.local_rank(), torch.cuda.device_count()
     if local >= count:
         return "cpu", f"each process needs a CUDA device: this is process {local + 1}, the machine has {count}"
     torch.cuda.set_device(local)

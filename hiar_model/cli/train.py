@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..common import environment
 from .machine import progress_bar
-from .parallel import FAILED, INTERRUPTED, REPORTED, WRONG_INPUT
+from .parallel import FAILED, INTERRUPTED, WRONG_INPUT
 from .signals import ENDING, listens
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def _bar(place: Place, *columns: str) -> Any:
 @contextmanager
 def _report_once() -> Iterator[None]:
     """In a job of several processes: report an error of one, or the same error of all, once."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if environment.world_size() == 1:
         yield
         return
     code = 0
@@ -183,13 +184,12 @@ def _report_once() -> Iterator[None]:
 
 
 def _report(error: Exception) -> None:
-    if path := os.environ.get(REPORTED):
+    if (file := environment.error_file()) is not None:
         with suppress(FileExistsError):
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            file.touch(exist_ok=False)
             print("hiar:", " ".join(str(error).split()), file=sys.stderr)
     else:
-        rank = os.environ.get("RANK", "?")
-        print(f"hiar: rank {rank}:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"hiar: rank {environment.rank()}:", " ".join(str(error).split()), file=sys.stderr)
 
 
 def _override(argument: str) -> tuple[str, Any]:

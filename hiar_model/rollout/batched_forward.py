@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hiar_kernels import AttentionLayout, flow_step
 
-from ..models.conditions import Live, ModulationTable, TextKV
-from ..models.kv_cache import RingAttend
+from ..models.conditions import CrossAttentionKV, ModulationTable, OutputSelection
+from ..models.kv_cache import CachedAttention
 from ..models.transformer import HiARTransformer
 
 
@@ -70,8 +70,8 @@ class BatchedForward:
         key: GraphKey,
         model: HiARTransformer,
         table: ModulationTable,
-        attend: RingAttend,
-        prompt_kv: TextKV,
+        attend: CachedAttention,
+        prompt_kv: CrossAttentionKV,
         shape: tuple[int, int, int],
         batch: int,
         sigma_dtype: torch.dtype,
@@ -86,9 +86,9 @@ class BatchedForward:
         denoising = key.denoising
         denoised = key.items[denoising[0]][-1][1] if denoising else 0
         first = frames - denoised if denoising else 0
-        self.live: Live | None = None
+        self.selection: OutputSelection | None = None
         if first or len(denoising) < len(key.items):
-            self.live = Live(tuple(i * batch + b for i in denoising for b in range(batch)), first)
+            self.selection = OutputSelection(tuple(i * batch + b for i in denoising for b in range(batch)), first)
         self.sigmas = torch.zeros(2, len(denoising) * batch, 1, dtype=sigma_dtype, device=weight.device)
         self.noise = self.x.new_zeros(len(denoising) * batch, denoised, *shape) if sde else None
         # x[s + 1] of the denoise tasks in order, and whether each is finite
@@ -133,11 +133,11 @@ class BatchedForward:
 
     def body(self) -> None:
         """The forward and the denoising step: device operations only."""
-        self.attend.begin()
-        velocity = self.model.run(self.x, self.table.at(self.levels), self.prompt_kv, self.attend, self.live)
+        self.attend.advance_device()
+        velocity = self.model.run(self.x, self.table.at(self.levels), self.prompt_kv, self.attend, self.selection)
         if velocity is None:
             return
-        x = self.x if self.live is None else self.live.select(self.x)
+        x = self.x if self.selection is None else self.selection.select(self.x)
         self.out.copy_(flow_step(x, velocity, self.sigmas[0], self.sigmas[1], self.noise)[1])
         largest = torch.linalg.vector_norm(self.out.view(len(self.finite), -1), torch.inf, 1)  # propagates NaN
         torch.lt(largest, torch.inf, out=self.finite)

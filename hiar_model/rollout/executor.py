@@ -14,8 +14,8 @@ from hiar_kernels import BlockCausal, takes_layout
 from hiar_kernels.nvtx import span
 
 from ..config import TRAIN_TIMESTEPS, ExecutionConfig, RolloutConfig
-from ..models.conditions import TextKV
-from ..models.kv_cache import RingAttend, RingCache
+from ..models.conditions import CrossAttentionKV
+from ..models.kv_cache import CachedAttention, RingCache
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import BatchItem, Group, Plan, Task
 from .batched_forward import BatchedForward, Capture, GraphKey, pinned
@@ -58,7 +58,7 @@ class Executor:
             tokens of a frame.
         sources: prompt embeddings of a block [B or 1, L, text_dim]; initial noise; noise of the steps; clean prefix
             [B, F, C, H, W] or None.
-        attend: makes the self-attention of a forward; takes the arguments of :class:`RingAttend`.
+        attend: makes the self-attention of a forward; takes the arguments of :class:`CachedAttention`.
         pipeline: this rank's stage; the caches are then those of its own steps.
     """
 
@@ -72,7 +72,7 @@ class Executor:
         cache: RingCache,
         grid: tuple[int, int],
         sources: tuple[PromptSource, NoiseSource, NoiseSource, Tensor | None],
-        attend: Callable[..., RingAttend] = RingAttend,
+        attend: Callable[..., CachedAttention] = CachedAttention,
         pipeline: Pipeline | None = None,
     ) -> None:
         self.models, self.plan, self.num_blocks, self.cache, self.grid = models, plan, num_blocks, cache, grid
@@ -327,7 +327,7 @@ class Executor:
             x = self.history.latents(one)
             self._forward([(one,)], [[self._input(one) if x is None else x]], self.prompt_embeds(block))
 
-    def _prepared(self, items: list[BatchItem], prompt_kv: TextKV) -> BatchedForward:
+    def _prepared(self, items: list[BatchItem], prompt_kv: CrossAttentionKV) -> BatchedForward:
         """The forward of batch items with caches and prompt in place."""
         model = self.models[items[0][-1].step]
         first = self.plan.cache_index(self.steps.start)
@@ -346,18 +346,18 @@ class Executor:
         forward = self._forward_of(key, model, prompt_kv)
         forward.prompt_kv = prompt_kv
         starts = [self.plan.block_frames(item[0].block)[0] for item in items]
-        layout = forward.attend.enter(starts, layout=self.by_layout)
+        layout = forward.attend.prepare_host(starts, layout=self.by_layout)
         if layout is not None and self.capture is not None:
             forward = self._forward_of(replace(key, layout=layout), model, prompt_kv)
         forward.attend.layout = layout
         return forward
 
-    def _forward_of(self, key: GraphKey, model: HiARTransformer, prompt_kv: TextKV) -> BatchedForward:
+    def _forward_of(self, key: GraphKey, model: HiARTransformer, prompt_kv: CrossAttentionKV) -> BatchedForward:
         if key not in self.batched_forwards:
             self.batched_forwards[key] = self._new_forward(key, model, prompt_kv)
         return self.batched_forwards[key]
 
-    def _new_forward(self, key: GraphKey, model: HiARTransformer, prompt_kv: TextKV) -> BatchedForward:
+    def _new_forward(self, key: GraphKey, model: HiARTransformer, prompt_kv: CrossAttentionKV) -> BatchedForward:
         cache, (first, last, stride) = self.cache, key.caches
         frames = sum(count for _, count in key.items[0])
         done = [sum(count for kind, count in item if kind == "cache") for item in key.items]
@@ -389,7 +389,7 @@ class Executor:
             return task.step
         return self.clean if task.block < self.plan.prefix_blocks else task.step + 1
 
-    def _prompt_kv(self, model: HiARTransformer, items: list[BatchItem]) -> TextKV:
+    def _prompt_kv(self, model: HiARTransformer, items: list[BatchItem]) -> CrossAttentionKV:
         prompts = [self.prompt_embeds(item[-1].block) for item in items]
         of_items = zip(items, prompts, strict=True)
         if any(len(item) == 2 and self.prompt_embeds(item[0].block) is not prompt for item, prompt in of_items):

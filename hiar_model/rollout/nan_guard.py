@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from hiar_kernels import EMPTY, prefer, taken
 
-from ..models.conditions import Live
-from ..models.kv_cache import RingAttend
-from ..models.transformer import Attend
+from ..models.conditions import OutputSelection
+from ..models.kv_cache import CachedAttention
+from ..models.transformer import SelfAttention
 from ..schedule.plan import BatchItem, Task
 from .batched_forward import BatchedForward
 from .readback import Readback
@@ -153,9 +153,9 @@ def _is_finite(forward: BatchedForward) -> bool:
     return bool(torch.stack(flags).all())
 
 
-def _at(ring: Tensor, attend: RingAttend, slots: Any) -> Tensor:
+def _at(ring: Tensor, attend: CachedAttention, slots: Any) -> Tensor:
     """Frames of one layer's ring; ``slots`` index [batch items * B, slot]."""
-    framed = attend.cache.rows(ring, attend.caches, attend.used).unflatten(1, (attend.used, -1))
+    framed = attend.cache.view(ring, attend.ring_slice, attend.used_slots).unflatten(1, (attend.used_slots, -1))
     return framed[slots] if framed.dtype.itemsize > 1 else framed.view(torch.uint8)[slots].view(framed.dtype)
 
 
@@ -223,16 +223,18 @@ def _tensors(result: Any) -> Sequence[Tensor]:
     return [] if result is None else [result[0], result[1].y]
 
 
-class _TracedAttention(Attend):
+class _TracedAttention(SelfAttention):
     """Self-attention that reports the KV that it reads and the result."""
 
-    def __init__(self, attend: RingAttend, tracer: _ForwardTracer) -> None:
+    def __init__(self, attend: CachedAttention, tracer: _ForwardTracer) -> None:
         self.attend, self.tracer = attend, tracer
 
-    def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:
+    def __call__(
+        self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, selection: OutputSelection | None
+    ) -> Tensor | None:
         for x in self._earlier(layer):
             self.tracer.see(f"layer {layer}, keys that an earlier task left in the cache", x, computed=False)
-        out = self.attend(layer, qkv, q_weight, k_weight, live)
+        out = self.attend(layer, qkv, q_weight, k_weight, selection)
         self.tracer.see(f"layer {layer}, self-attention", out)
         return out
 
@@ -243,8 +245,8 @@ class _TracedAttention(Attend):
         for rings in (cache.k, cache.v):
             yield _at(rings[layer], attend, earlier)
 
-    def begin(self) -> None:
-        self.attend.begin()
+    def advance_device(self) -> None:
+        self.attend.advance_device()
 
     def share(self, x: Tensor, frames: int) -> Tensor:
         return self.attend.share(x, frames)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..models.conditions import TextKV
+from ..models.conditions import CrossAttentionKV
 from ..models.transformer import HiARTransformer
 
 _TILE = 16  # tokens: prompts are padded to a multiple, so that similar lengths have the same shape
@@ -48,10 +48,10 @@ class PromptCache:
     """``limit``: prompts, and stacks of prompts, that are cached."""
 
     limit: int
-    entries: dict[tuple[int, int], tuple[Tensor, TextKV]] = field(default_factory=dict)
-    stacked: dict[tuple[int, ...], TextKV] = field(default_factory=dict)
+    entries: dict[tuple[int, int], tuple[Tensor, CrossAttentionKV]] = field(default_factory=dict)
+    stacked: dict[tuple[int, ...], CrossAttentionKV] = field(default_factory=dict)
 
-    def get(self, model: HiARTransformer, prompts: Sequence[Tensor], batch: int = 1) -> TextKV:
+    def get(self, model: HiARTransformer, prompts: Sequence[Tensor], batch: int = 1) -> CrossAttentionKV:
         """KV of one prompt [B or 1, L, text_dim] per batch item, stacked to [items * B, ...]; [1, ...] if all batch
         items share one prompt of batch 1.
         """
@@ -72,7 +72,7 @@ class PromptCache:
 
     def add(self, model: HiARTransformer, prompt: Tensor, trimmed: Tensor) -> None:
         """Compute and store the KV of a prompt; ``trimmed`` is the prompt without padding."""
-        self.entries[id(model), id(prompt)] = (prompt, _padded(model.text_kv(trimmed)))
+        self.entries[id(model), id(prompt)] = (prompt, _padded(model.cross_attention_kv(trimmed)))
 
     def _evict(self, used: set[tuple[int, int]]) -> None:
         while len(self.entries) > self.limit:
@@ -87,15 +87,15 @@ class PromptCache:
 class PromptBuffers:
     """Fixed buffers that captured graphs read the prompt from: one for each network and shape."""
 
-    buffers: dict[tuple[int, tuple[int, ...]], TextKV] = field(default_factory=dict)
-    contents: dict[tuple[int, tuple[int, ...]], TextKV] = field(default_factory=dict)
+    buffers: dict[tuple[int, tuple[int, ...]], CrossAttentionKV] = field(default_factory=dict)
+    contents: dict[tuple[int, tuple[int, ...]], CrossAttentionKV] = field(default_factory=dict)
 
-    def put(self, model: HiARTransformer, kv: TextKV) -> TextKV:
+    def put(self, model: HiARTransformer, kv: CrossAttentionKV) -> CrossAttentionKV:
         """Copy a prompt's KV into the buffer of its shape, unless it is there already, and return the buffer."""
         key = (id(model), kv.shape)
         if key not in self.buffers:
             layers = tuple((k.clone(), v.clone()) for k, v in kv.layers)
-            self.buffers[key], self.contents[key] = TextKV(layers, kv.counts.clone(), counted=kv.counted), kv
+            self.buffers[key], self.contents[key] = CrossAttentionKV(layers, kv.counts.clone(), counted=kv.counted), kv
         if self.contents[key] is not kv:
             buffer = self.buffers[key]
             buffer.counts.copy_(kv.counts)
@@ -122,14 +122,14 @@ def _pad(x: Tensor, length: int) -> Tensor:
     return torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:])], 1)
 
 
-def _padded(kv: TextKV) -> TextKV:
+def _padded(kv: CrossAttentionKV) -> CrossAttentionKV:
     length = -(-kv.counts.shape[1] // _TILE) * _TILE
     layers = tuple((_pad(k, length), _pad(v, length)) for k, v in kv.layers)
     counted = kv.counted or length > kv.counts.shape[1]
-    return TextKV(layers, _pad(kv.counts, length), counted=counted)
+    return CrossAttentionKV(layers, _pad(kv.counts, length), counted=counted)
 
 
-def _stack(kvs: Sequence[TextKV], batch: int) -> TextKV:
+def _stack(kvs: Sequence[CrossAttentionKV], batch: int) -> CrossAttentionKV:
     """KV of prompts of different lengths as one batch, ``batch`` samples for each; missing keys count 0 times."""
     length = max(kv.counts.shape[1] for kv in kvs)
     layers = []
@@ -138,4 +138,4 @@ def _stack(kvs: Sequence[TextKV], batch: int) -> TextKV:
         layers.append((k, v))
     counts = [_pad(kv.counts, length).expand(batch, -1) for kv in kvs]
     uniform = all(kv.counts.shape[1] == length and not kv.counted for kv in kvs)
-    return TextKV(tuple(layers), torch.cat(counts), counted=not uniform)
+    return CrossAttentionKV(tuple(layers), torch.cat(counts), counted=not uniform)
