@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from .p2p import Neighbours
-    from .watchdog import Watch
+    from .watchdog import Watchdog
 
 PREFIX = "pipeline"
-_FOR_EVER = timedelta(days=30)  # how long is too long is told by Watch
+_FOR_EVER = timedelta(days=30)  # how long is too long is told by Watchdog
 
 
 def init_distributed(device_type: str = "cpu") -> int:
@@ -72,7 +72,7 @@ class Pipeline:
             rank = execution.mesh.get_local_rank("step")
         self.stage = Stage(plan, self._split(ranks), rank)
         self.links: Neighbours | None = None
-        self.watch: Watch | None = execution.watchdog
+        self.watch: Watchdog | None = execution.watchdog
 
     def _split(self, ranks: int) -> tuple[int, ...]:
         """Steps of each rank; every rank comes to the same."""
@@ -128,13 +128,13 @@ class Pipeline:
             return
 
         from .p2p import Neighbours
-        from .watchdog import PipelineFault, Stopped, Watch
+        from .watchdog import PipelineFault, Stopped, Watchdog
 
         if self.links is None:
             self.links = Neighbours(self.group, self.block, self.dtype, self.device, self.num_blocks, self._check)
         with ExitStack() as stack:
             if self.execution.watchdog is None:
-                self.watch = stack.enter_context(Watch(self.group, self.execution.timeout))
+                self.watch = stack.enter_context(Watchdog(self.group, self.execution.timeout))
             watch = self.watch
             assert watch is not None
             watch.name = self.stage.name

@@ -46,7 +46,7 @@ class Stopped(Exception):
     """The consumer of the blocks has had enough."""
 
 
-class Watch:
+class Watchdog:
     """One process's part in watching over a job.
 
     Args:
@@ -90,7 +90,7 @@ class Watch:
 
     # The main thread.
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._old: Any = None
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             self._old = (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import WanConfig
-from .plan import Plan, Row
+from .plan import BatchItem, Plan
 
 BF16 = 2  # bytes
 
@@ -25,7 +25,7 @@ def _not_negative(name: str, value: float) -> None:
 
 
 @dataclass(frozen=True)
-class Curve:
+class CostCurve:
     """Time of a task over the latent frames it sees, its own among them: straight between the points given.
 
     Left of the first and right of the last point the nearest line goes on; one point is a constant.
@@ -47,9 +47,9 @@ class Curve:
         (x0, y0), (x1, y1) = self.points[right - 1 : right + 1]
         return y0 + (y1 - y0) * (frames - x0) / (x1 - x0)
 
-    def scaled(self, factor: float, more: float = 0.0) -> Curve:
+    def scaled(self, factor: float, more: float = 0.0) -> CostCurve:
         """The curve times `factor`, plus `more`."""
-        return Curve(tuple((frames, time * factor + more) for frames, time in self.points))
+        return CostCurve(tuple((frames, time * factor + more) for frames, time in self.points))
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Costs:
     source           where the figures are from, in words
     """
 
-    denoise: Curve | tuple[Curve, ...]
-    cache: Curve | tuple[Curve, ...]
+    denoise: CostCurve | tuple[CostCurve, ...]
+    cache: CostCurve | tuple[CostCurve, ...]
     pair: float = 1.0
     batch: tuple[float, ...] = (1.0,)
     decode: float = 0.0
@@ -118,12 +118,12 @@ class Costs:
         if not self.batch:
             raise ValueError("batch=() is not legal: give the time per row of 1, 2, ... rows in one launch")
 
-    def curve(self, kind: str, step: int) -> Curve:
+    def curve(self, kind: str, step: int) -> CostCurve:
         """The curve of a kind of task at a step."""
         found = self.denoise if kind == "denoise" else self.cache
-        return found if isinstance(found, Curve) else found[step]
+        return found if isinstance(found, CostCurve) else found[step]
 
-    def row(self, plan: Plan, row: Row) -> float:
+    def row(self, plan: Plan, row: BatchItem) -> float:
         """Time of one row run alone. Both tasks of a pair see what each would see alone."""
         time = sum(self.curve(v.kind, v.step)(plan.visible_frames(v.step, v.block)) for v in row)
         return time * self.pair if len(row) == 2 else time
@@ -132,7 +132,7 @@ class Costs:
         """Refuse costs that do not fit the plan."""
         for name in ("denoise", "cache"):
             curves = getattr(self, name)
-            if not isinstance(curves, Curve) and len(curves) != plan.steps:
+            if not isinstance(curves, CostCurve) and len(curves) != plan.steps:
                 raise ValueError(f"{name} has {len(curves)} curves: give one, or one per step ({plan.steps})")
 
 
@@ -144,8 +144,8 @@ def unit_costs(
     for name, value in times.items():
         _not_negative(name, value)
     return Costs(
-        Curve(((0, denoise),)),
-        Curve(((0, cache),)),
+        CostCurve(((0, denoise),)),
+        CostCurve(((0, cache),)),
         decode=decode,
         latents=Message(delay=send_latent),
         keys=Message(delay=send_keys),
@@ -197,7 +197,8 @@ def roofline(
         raise ValueError(f"tflops={tflops} is not legal: give a number > 0")
     g = geometry or Geometry()
     frame, tokens = g.frame_tokens(config), g.frame_tokens(config) * g.frames_per_block
-    line = Curve(tuple((k, task_flop(config, tokens, k * frame) / (tflops * 1e12)) for k in (0, g.frames_per_block)))
+    points = ((k, task_flop(config, tokens, k * frame) / (tflops * 1e12)) for k in (0, g.frames_per_block))
+    line = CostCurve(tuple(points))
     source = f"roofline: FLOP of a task / {tflops:g} TFLOP/s (not measured)"
     return _with_link(Costs(line, line, decode=decode, source=source), config, g, link)
 
@@ -269,8 +270,8 @@ def head_parallel(costs: Costs, config: WanConfig, geometry: Geometry, ranks: in
         sent = exchanged_bytes(config, geometry, ranks)
         exchange = 2 * config.num_layers * link.latency + sent / link.bytes_per_second
 
-    def share(curves: Curve | tuple[Curve, ...]) -> Curve | tuple[Curve, ...]:
-        if isinstance(curves, Curve):
+    def share(curves: CostCurve | tuple[CostCurve, ...]) -> CostCurve | tuple[CostCurve, ...]:
+        if isinstance(curves, CostCurve):
             return curves.scaled(1 / ranks, exchange)
         return tuple(curve.scaled(1 / ranks, exchange) for curve in curves)
 
@@ -282,8 +283,8 @@ def _with_link(costs: Costs, config: WanConfig, geometry: Geometry, link: Link) 
     return replace(costs, latents=latents, keys=keys)
 
 
-def _curves(values: Sequence[Any]) -> Curve | tuple[Curve, ...]:
+def _curves(values: Sequence[Any]) -> CostCurve | tuple[CostCurve, ...]:
     """One curve, or one per step, from the lists of a JSON file."""
     if values and isinstance(values[0][0], Sequence):
-        return tuple(Curve(tuple((x, y) for x, y in curve)) for curve in values)
-    return Curve(tuple((x, y) for x, y in values))
+        return tuple(CostCurve(tuple((x, y) for x, y in curve)) for curve in values)
+    return CostCurve(tuple((x, y) for x, y in values))

@@ -31,10 +31,10 @@ class Task(NamedTuple):
         return f"{self.kind}({self.step}, {self.block})"
 
 
-Row = tuple[Task, ...]
+BatchItem = tuple[Task, ...]
 """One batch row of one forward: a task alone, or the pair cache(s, n - 1), denoise(s, n) fused into one."""
 
-Group = tuple[Row, ...]
+Group = tuple[BatchItem, ...]
 """Rows that do not need each other, by rising step: they may run as one batch."""
 
 
@@ -188,7 +188,7 @@ class Plan:
         """All cache tasks of one block: independent once the block is denoised."""
         return tuple((cache(s, block),) for s in range(self.steps) if self.has_cache(s, block, num_blocks))
 
-    def _denoise_row(self, step: int, block: int, num_blocks: int | None) -> Row:
+    def _denoise_row(self, step: int, block: int, num_blocks: int | None) -> BatchItem:
         """A denoise task; with pairs behind the cache task of the block before it, where there is one."""
         if self.fuse_cache_denoise and block > 0 and self.has_cache(step, block - 1, num_blocks):
             return cache(step, block - 1), denoise(step, block)
@@ -234,7 +234,7 @@ def _walk_wavefront(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
     pace = 1 if plan.fuse_cache_denoise else 2
     made = None if num_blocks is None else num_blocks - plan.prefix_blocks
     for time in count() if made is None else range(plan.steps + pace * (made - 1)):
-        rows: list[Row] = []
+        rows: list[BatchItem] = []
         for s in range(min(plan.steps, time + 1)):
             ahead, late = divmod(time - s, pace)
             n = plan.prefix_blocks + ahead
@@ -321,7 +321,7 @@ def forwards(groups: Iterable[Group]) -> int:
     return sum(len(row) for group in groups for row in group)
 
 
-def rank_order(group: Group) -> list[Row]:
+def rank_order(group: Group) -> list[BatchItem]:
     """The rows of a group one after another, as a rank that runs them singly should: the oldest block first, since a
     younger one could not go on without it; within a block denoise tasks first, since other ranks wait for the latents.
     """
@@ -334,7 +334,7 @@ def _caches_touched(plan: Plan, task: Task) -> set[int]:
     return {plan.cache_index(s) for s in ((task.step - 1, task.step) if lends else (task.step,))}
 
 
-def _check_row(row: Row) -> None:
+def _check_row(row: BatchItem) -> None:
     if len(row) == 1:
         return
     if not row or row != (cache(row[-1].step, row[-1].block - 1), denoise(row[-1].step, row[-1].block)):

@@ -19,7 +19,7 @@ from typing import Any
 from ..config import WanConfig
 from ..io.atomic import atomic, atomic_write
 from . import gpu_tables
-from .costs import LINKS, Costs, Curve, Geometry, exchanged_bytes, task_flop, unequal_parts, unit_costs
+from .costs import LINKS, CostCurve, Costs, Geometry, exchanged_bytes, task_flop, unequal_parts, unit_costs
 from .plan import Plan
 from .simulator import ROUNDING, Timeline, Walk, simulate
 from .strategies import MODELS, TFLOPS, VAE_MS, WINDOW, Machine, machines, plan_of, ways
@@ -294,7 +294,7 @@ def report(stage_times: str | Path | None = None, tflops: float = TFLOPS, vae_ms
         vae_ms: time to decode a block, where stage times do not say.
     """
     found = machines(stage_times, tflops, vae_ms)
-    steps = STEPS if isinstance(found[0].costs.denoise, Curve) else (len(found[0].costs.denoise),)
+    steps = STEPS if isinstance(found[0].costs.denoise, CostCurve) else (len(found[0].costs.denoise),)
     about = "Projections by a simulator; nobody has run them on several GPUs."
     sections: list[tuple[str, Callable[[], list[str]]]] = [
         ("# Rollouts measured on one GPU", gpu_tables.rollout_table),

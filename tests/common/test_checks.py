@@ -16,7 +16,7 @@ from hiar_model import FlowSchedule, WanConfig, generate
 from hiar_model.common.checks import as_whole, nearest, number_above_0, one_of, path_like, plain, whole
 from hiar_model.common.keyed import keyed_generator
 from hiar_model.models.registry import load_video_model
-from hiar_model.planning.fit import ask
+from hiar_model.planning.fit import fit_query
 from hiar_model.rollout.infill import _given
 from hiar_model.schedule.plan import Plan
 from hiar_model.schedule.simulator import simulate
@@ -96,7 +96,7 @@ def test_relatives(model, kind):
     assert torch.equal(*made)
     assert _given([kind(1)], 1, 6, 3).tolist() == [[False] * 3 + [True] * 3]
     assert torch.equal(*(keyed_generator(n, "a", n).normals(4) for n in (5, kind(5))))
-    assert ask("wan2.1-t2v-1.3b", height=kind(480), width=kind(832), frames=kind(81)).request.height == 60
+    assert fit_query("wan2.1-t2v-1.3b", height=kind(480), width=kind(832), frames=kind(81)).request.height == 60
 
 
 def test_paths():

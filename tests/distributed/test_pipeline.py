@@ -155,8 +155,8 @@ def test_a_killed_generation_is_resumed(tmp_path):
     assert started.wait(PATIENCE) == 1
     told = started.stderr.read()
     assert re.fullmatch(
-        r"hiar: rank \d \(step \d\) died at step \d of block \d+.*; \d+ finished blocks are kept in made\.blocks, "
-        r"--resume goes on\n",
+        r"hiar: rank \d \(step \d\) died at step \d of block \d+.*; \d+ finished blocks are in made\.blocks, "
+        r"continue with --resume\n",
         told,
     ), told
     assert not (tmp_path / "made").exists() and (kept / "run.json").exists()
@@ -237,7 +237,7 @@ def test_a_generation_on_one_process_keeps_what_it_made(model, tmp_path, capsys,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--resume"], "in a pipeline only: give executor pipeline"),
+        (["--resume"], "for pipelines only: give --parallel pipeline"),
         (["--nproc", "0"], "--nproc must be a whole number of at least 1, got 0"),
         (["--executor", "pipeline", "--steps-per-rank", "[1,1]"], "give a number for each of 1 ranks"),
         (["--executor", "warp"], "executor must be one of"),
@@ -287,9 +287,9 @@ def test_steps_are_split_by_their_costs():
 def measured_like(low: int, cheap: float, high: int, dear: float):
     from dataclasses import replace
 
-    from hiar_model.schedule.costs import Curve
+    from hiar_model.schedule.costs import CostCurve
 
-    line = Curve(((low, cheap), (high, dear)))
+    line = CostCurve(((low, cheap), (high, dear)))
     return replace(unit_costs(), denoise=line, cache=line)
 
 
@@ -330,8 +330,11 @@ def test_pairs_where_they_are_faster():
             "1 ranks cannot share 4 steps: give 1 to 4, and one more",
         ),
         ({"parallel": "ulysses"}, "needs a mesh"),
-        ({"model": [MODEL, None, MODEL, MODEL]}, r"this rank has steps \[0, 1, 2, 3\]: give the weights of step 1 too"),
-        ({"model": [None] * 4}, "give one, or one for each of the 4 steps"),
+        (
+            {"model": [MODEL, None, MODEL, MODEL]},
+            r"step 1 is None, expected weights of all steps of this rank, \[0, 1, 2, 3\]",
+        ),
+        ({"model": [None] * 4}, "one network, or one for each of the 4 steps"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(options, message):

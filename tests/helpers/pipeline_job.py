@@ -173,7 +173,7 @@ def resumed(groups, folder: Path) -> dict:
 def traced(group) -> list[str]:
     """What two ranks do, in order: tasks, sends, and which receives are posted when a task begins."""
     made, events = make(2, group, num_frames=9), []
-    launch, send, links = made._executor._launch, made.pipeline.send, made.pipeline.links
+    launch, send, links = made._executor._forward, made.pipeline.send, made.pipeline.links
 
     def launched(rows, inputs):
         ahead = ",".join(str(n) for n in sorted(links.posted)) if links.posted else "none"
@@ -184,7 +184,7 @@ def traced(group) -> list[str]:
         events.append(f"send {block}")
         send(block, latents)
 
-    made._executor._launch, made.pipeline.send = launched, sent
+    made._executor._forward, made.pipeline.send = launched, sent
     latents(made)
     return events
 
@@ -199,7 +199,7 @@ def endless(group) -> dict:
         taken.append(block.latents)
         held = made._executor
         if block.block >= 8:
-            kept.add((len(held.latents), sum(map(len, held.spare.values())), len(made.pipeline.links.posted)))
+            kept.add((len(held.latents), sum(map(len, held.free_buffers.values())), len(made.pipeline.links.posted)))
         if block.block == 39:
             break
     if rank == 0:

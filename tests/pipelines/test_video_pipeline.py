@@ -237,12 +237,12 @@ ILLEGAL = {
     "image": ({"image": 3}, "image must be the path of a file or folder, got 3"),
     "clip": ({"extend": b"x.mp4"}, "extend must be the path of a file or folder, got b'x.mp4'"),
     "session": ({"session": 3}, "session must be the path of a file or folder, got 3"),
-    "prompts": ({"prompts": "a.txt"}, r"prompts must be a Script, such as Script.read\('script.txt'\), got 'a.txt'"),
+    "prompts": ({"prompts": "a.txt"}, r"prompts must be a PromptSchedule, such as PromptSchedule.read\('script.txt'\), got 'a.txt'"),
     "progress": ({"on_progress": 3}, "on_progress must be a function or None, got 3"),
     "device": ({"device": "abacus"}, "unknown device 'abacus'; legal: auto, cpu"),
     "device number": ({"device": "cuda:99"}, "is not there"),
     "dtype": ({"dtype": "int8"}, "unknown dtype 'int8'; legal: float32"),
-    "other dtype": ({"dtype": "float64"}, "the model given is in torch.float32, not in float64"),
+    "other dtype": ({"dtype": "float64"}, "dtype must be that of the loaded model, torch.float32, got float64"),
     "model": ({"model": "nowhere"}, "'nowhere' is neither a folder nor a shipped model"),
 }  # fmt: skip
 
@@ -258,9 +258,9 @@ def test_illegal_requests(model, name, make, monkeypatch):
 
 
 def test_endless_needs_a_window_and_an_order(model):
-    with pytest.raises(ValueError, match="needs a window"):
+    with pytest.raises(ValueError, match="window_frames must be a number for an endless video"):
         stream(PROMPT, model=model, window_frames=None)
-    with pytest.raises(ValueError, match="step_first cannot make an endless video: .*use stream, wavefront"):
+    with pytest.raises(ValueError, match="order must be one of stream, wavefront, .* got step_first"):
         stream(PROMPT, model=model, order="step_first")
     assert len(generate(PROMPT, model=model, window_frames=None, order="stream")) == FRAMES
 
@@ -315,7 +315,7 @@ def test_black_is_an_error(model):
             return np.full((BLOCK, SIDE, SIDE, 3), 0 if self.calls == 3 else 9, np.uint8)
 
     dark = dataclasses.replace(model, new_decoder=Dark)
-    with pytest.raises(FloatingPointError, match="frames 6 to 8 came out all black: step 1, block 2"):
+    with pytest.raises(FloatingPointError, match="frames 6 to 8 are all black: step 1, block 2"):
         generate(PROMPT, model=dark)
 
 

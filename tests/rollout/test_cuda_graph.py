@@ -149,7 +149,7 @@ def test_nothing_comes_from_the_host_in_a_replayed_visit(monkeypatch):
     blocks = iter(rollout)
     for _ in range(4):
         next(blocks)
-    launches = list(rollout._executor.launches.values())
+    launches = list(rollout._executor.batched_forwards.values())
     tensor = torch.tensor
 
     def refuse(*args, **kwargs):
@@ -234,7 +234,9 @@ def test_memory_of_latents_is_used_again():
     blocks, places = iter(rollout), set()
     for n in range(12):
         block = next(blocks)
-        held = list(rollout._executor.latents.values()) + [x for free in rollout._executor.spare.values() for x in free]
+        held = list(rollout._executor.latents.values()) + [
+            x for free in rollout._executor.free_buffers.values() for x in free
+        ]
         places.add(len(held))
         assert block.latents.data_ptr() not in {x.data_ptr() for x in held}, "a finished block belongs to the caller"
         if n == 5:
@@ -304,7 +306,7 @@ def test_after_warming_up_nothing_is_captured(walk, impl):
         assert warm._executor.counters.captures == kinds
         assert torch.equal(found, latents(cold))
         assert cold._executor.counters.captures <= kinds
-    with pytest.raises(ValueError, match="warm_up comes before the first block"):
+    with pytest.raises(ValueError, match="warm_up must come before the first block"):
         warm.warm_up()
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hiar_model.config import WanConfig
 from hiar_model.schedule.costs import (
     LINKS,
+    CostCurve,
     Costs,
-    Curve,
     Geometry,
     Link,
     Message,
@@ -98,7 +98,7 @@ def test_steady_interval_and_prompt_delay(
 
 def test_a_short_video_has_no_steady_state() -> None:
     assert simulate(windowed(4), 7, 4).steady_interval is None
-    growing = Costs(Curve(((0, 1), (3, 2))), Curve(((0, 1), (3, 2))))
+    growing = Costs(CostCurve(((0, 1), (3, 2))), CostCurve(((0, 1), (3, 2))))
     assert simulate(Plan(4, "stream", 3), 40, 1, growing).steady_interval is None  # its window grows for ever
     assert simulate(windowed(4), 40, 1, growing).steady_interval == 8 * 8
 
@@ -126,7 +126,7 @@ def test_sending_takes_time() -> None:
 
 
 def test_a_link_carries_one_message_at_a_time() -> None:
-    unit = Curve(((0, 1),))
+    unit = CostCurve(((0, 1),))
     slow = Costs(unit, unit, latents=Message(nbytes=10, busy=5, delay=1))
     timeline = simulate(windowed(2), 4, 2, slow)
     # Block 0 leaves rank 0 at 1, is through at 6 and there at 7; the link then takes block after block, 5 each.
@@ -150,7 +150,7 @@ def test_decoding() -> None:
 
 
 def test_batches() -> None:
-    unit = Curve(((0, 1),))
+    unit = CostCurve(((0, 1),))
     costs = Costs(unit, unit, batch=(1, 0.75))
     timeline = simulate(Plan(2, "wavefront", 1), 2, 1, costs, batch=True)  # d | c d | d c | d
     assert timeline.time == 1 + 1.5 + 1.5 + 1
@@ -161,7 +161,7 @@ def test_batches() -> None:
 
 
 def test_flow_control() -> None:
-    fast_first = Costs(tuple(Curve(((0, t),)) for t in (1, 3)), Curve(((0, 1),)))
+    fast_first = Costs(tuple(CostCurve(((0, t),)) for t in (1, 3)), CostCurve(((0, 1),)))
     free = simulate(windowed(2), 40, 2, fast_first)
     held = simulate(windowed(2), 40, 2, fast_first, in_flight=3)
     assert free.time == held.time and free.steady_interval == held.steady_interval == 4
@@ -190,7 +190,7 @@ def cost_sets(draw: st.DrawFn) -> Costs:
     def number() -> float:
         return draw(st.integers(0, 8)) / 4
 
-    curves = [Curve(((0, number() + 0.25), (3, number() + 2.25))) for _ in range(2)]
+    curves = [CostCurve(((0, number() + 0.25), (3, number() + 2.25))) for _ in range(2)]
     messages = [Message(1, number(), number()) for _ in range(2)]
     return Costs(*curves, pair=0.75, batch=(1, 0.5), decode=number(), latents=messages[0], keys=messages[1])
 
@@ -278,13 +278,13 @@ def test_many_steps_are_fast_and_proven() -> None:
 
 
 def test_curves() -> None:
-    curve = Curve(((3, 1), (6, 2), (21, 5)))
+    curve = CostCurve(((3, 1), (6, 2), (21, 5)))
     assert [curve(x) for x in (0, 3, 4.5, 6, 11, 21, 26)] == [0, 1, 1.5, 2, 3, 5, 6]
-    assert Curve(((3, 7),))(99) == 7
+    assert CostCurve(((3, 7),))(99) == 7
     assert curve.scaled(2, 1)(4.5) == 4
     for bad in ((), ((3, 1), (3, 2)), ((6, 1), (3, 2)), ((3, -1),)):
         with pytest.raises(ValueError, match="is no curve"):
-            Curve(bad)
+            CostCurve(bad)
 
 
 def test_work_and_bytes_of_the_published_sizes() -> None:
@@ -372,8 +372,8 @@ def test_measured_stage_times(tmp_path: Path) -> None:
         (lambda p: simulate(p, 3, 2, batch=True), "ranks=2 is impossible with batch=True: give 1"),
         (lambda p: simulate(p, 3, in_flight=0), "in_flight=0 is not legal: give a whole number >= 1"),
         (lambda p: simulate(windowed(8, "wavefront"), 9, 2, in_flight=2), "in_flight=2 is impossible with order="),
-        (lambda p: Costs(Curve(((0, 1),)), Curve(((0, 1),)), pair=-1), "pair=-1 is no time"),
-        (lambda p: Costs(Curve(((0, 1),)), Curve(((0, 1),)), batch=()), "batch=() is not legal"),
+        (lambda p: Costs(CostCurve(((0, 1),)), CostCurve(((0, 1),)), pair=-1), "pair=-1 is no time"),
+        (lambda p: Costs(CostCurve(((0, 1),)), CostCurve(((0, 1),)), batch=()), "batch=() is not legal"),
         (lambda p: Link("x", 0, 0), "bytes_per_second=0 of link x is not legal: give one > 0"),
         (lambda p: roofline(SMALL, 0, LINKS["pcie"]), "tflops=0 is not legal: give a number > 0"),
     ],
