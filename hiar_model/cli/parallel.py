@@ -17,7 +17,7 @@ from .choices import as_typed
 
 if TYPE_CHECKING:
     from ..config import ExecutionConfig
-    from ..distributed.watchdog import Watch
+    from ..distributed.watchdog import Watchdog
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 KEPT = ".blocks"  # behind the name of the output: the folder of an unfinished run
@@ -109,10 +109,10 @@ def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
 
 @dataclass
 class Job:
-    """This process among those of the job. `watch`: None where it is alone."""
+    """This process among those of the job. `watchdog`: None where it is alone."""
 
     ranks: int
-    watch: Watch | None
+    watchdog: Watchdog | None
 
     def execution(self, a: Namespace) -> ExecutionConfig:
         """Where a video runs, from the command line."""
@@ -137,7 +137,7 @@ class Job:
             kv_dtype=a.get("kv_dtype"),
             on_nan=a.get("on_nan") or "stop",
             timeout=a.timeout,
-            watchdog=self.watch,
+            watchdog=self.watchdog,
         )
 
 
@@ -157,7 +157,7 @@ def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
     import torch.distributed as dist
 
     from ..distributed.pipeline import init_distributed
-    from ..distributed.watchdog import PipelineFault, Watch
+    from ..distributed.watchdog import PipelineFault, Watchdog
 
     def advice(finished: int) -> str:
         if told := os.environ.get(TOLD):
@@ -167,13 +167,13 @@ def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
     a.device, missing = _own_device(a.device)
     init_distributed("cuda" if a.device.startswith("cuda") else "cpu")
     code = 0
-    with Watch(dist.group.WORLD, a.timeout, advice) as watch:  # type: ignore[arg-type]
+    with Watchdog(dist.group.WORLD, a.timeout, advice) as watchdog:  # type: ignore[arg-type]
         try:
             if missing:
                 raise ValueError(missing)
             if a.nproc not in (1, world):
                 raise ValueError(f"nproc is {a.nproc}, but torchrun started {world} processes: give one")
-            yield Job(world, watch)
+            yield Job(world, watchdog)
         except SystemExit as error:
             code = int(error.code or 0)
         except KeyboardInterrupt:
@@ -182,15 +182,15 @@ def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
             code = FAILED
         except (ValueError, OSError) as error:
             code = WRONG_INPUT
-            watch.tell(as_typed(str(error), vars(a)))
+            watchdog.report(as_typed(str(error), vars(a)))
         except FloatingPointError as error:
             code = FAILED
-            watch.tell(str(error))
+            watchdog.report(str(error))
         except BaseException as error:
             if a.get("debug"):
                 raise
             code = FAILED
-            watch.failed(error)
+            watchdog.report_error(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # an ordinary exit tears down torch's links in an order that may abort the process

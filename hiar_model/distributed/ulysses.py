@@ -1,13 +1,13 @@
-"""Head-parallel attention inside a task (Ulysses: Jacobs et al. 2023, arXiv 2309.14509): one video on several GPUs.
+"""Head-parallel attention (Ulysses: Jacobs et al. 2023, arXiv 2309.14509): several GPUs share every task.
 
-Each of R ranks holds T / R tokens, a part of every frame, with all their channels; norms, modulation, cross-attention
-and feed-forward never notice. For self-attention tokens are exchanged for heads, and back:
+Each of R ranks has T / R tokens, a part of every frame, with all channels; norms, modulation, cross-attention and
+feed-forward run unchanged. Self-attention exchanges tokens for heads, and back:
 
     [B, T / R, H, D]  --all-to-all-->  [B, T, H / R, D]  attention over the ring  --all-to-all-->  [B, T / R, H, D]
 
-so the rings of a rank hold H / R heads: 1 / R of the memory. In each layer a rank sends 4 T C (R - 1) / R^2 numbers for
-a row of T tokens of C channels, and to have them in order for sending and for use it copies T C / R numbers six times;
-nothing overlaps with the exchanges. Latents are whole on every rank, and every rank makes the same blocks.
+so the KV cache of a rank has H / R heads and takes 1 / R of the memory. In each layer a rank sends 4 T C (R - 1) / R^2
+numbers per batch item of T tokens and C channels, and copies T C / R numbers six times to order them; nothing overlaps
+with the exchanges. Every rank has whole latents and returns the same blocks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..models.conditions import Live
 from ..models.kv_cache import RingAttend
 from .mesh import axis, make_mesh
 
-# An op, not a function: complete when it returns, and one operation for whoever records or compiles a task.
+# A custom op, so that CUDA graph capture and torch.compile see one operation, complete when it returns.
 _LIBRARY = torch.library.Library("hiar_model", "DEF")
 _GROUPS: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
 
@@ -48,18 +48,18 @@ torch.library.register_fake("hiar_model::exchange", lambda x, group: torch.empty
 
 
 class HeadRanks:
-    """The ranks that share one task, and what this one of them holds.
+    """The ranks that share every task, and the share of this one.
 
     Args:
         config: of the transformer. grid: (rows, columns) of tokens in a frame. mesh: with an axis "head"; None: all
-            processes of the job are that axis.
+            processes of the job.
 
     Attributes:
-        rank, size: of this process on the axis. cells: the tokens [start, stop) of every frame that it holds.
-        heads: [start, stop) of its heads.
+        rank, size: of this process on the axis. cells: its tokens [start, stop) of every frame.
+        heads: its heads [start, stop).
 
     Raises:
-        ValueError: heads or the tokens of a frame cannot be shared out evenly.
+        ValueError: the heads or the tokens of a frame are not a multiple of the ranks.
     """
 
     def __init__(self, config: WanConfig, grid: tuple[int, int], mesh: DeviceMesh | None = None) -> None:
@@ -73,8 +73,8 @@ class HeadRanks:
             common = math.gcd(heads, tokens)
             legal = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
             raise ValueError(
-                f"parallel='ulysses' shares {heads} heads and {tokens} tokens a frame evenly: on {legal} ranks, "
-                f"not on {self.size}"
+                f"parallel='ulysses' divides {heads} heads and {tokens} tokens per frame evenly: the head axis must "
+                f"have {legal} ranks, got {self.size}"
             )
         self.cells = _part(tokens, self.rank, self.size)
         self.heads = _part(heads, self.rank, self.size)
@@ -84,15 +84,15 @@ class HeadRanks:
         with span("all-to-all"):
             return torch.ops.hiar_model.exchange(x, self.group.group_name)
 
-    def require_same(self, what: str, device: torch.device) -> None:
-        """Refuse to go on where ranks were told different things: they would make one video out of several."""
-        number = int.from_bytes(hashlib.sha256(what.encode()).digest()[:7], "little")
-        found = self.exchange(torch.full((self.size,), number, dtype=torch.int64, device=device)).tolist()
-        others = [rank for rank, other in enumerate(found) if other != number]
+    def require_same(self, description: str, device: torch.device) -> None:
+        """ValueError unless the description of the rollout is the same on every rank; compares hashes."""
+        own = int.from_bytes(hashlib.sha256(description.encode()).digest()[:7], "little")
+        hashes = self.exchange(torch.full((self.size,), own, dtype=torch.int64, device=device)).tolist()
+        others = [rank for rank, other in enumerate(hashes) if other != own]
         if others:
             raise ValueError(
                 f"parallel='ulysses' needs the same rollout on every rank; rank {self.rank} of the head axis has "
-                f"{what}, another than rank {', '.join(map(str, others))}"
+                f"{description}, unlike rank {', '.join(map(str, others))}"
             )
 
 

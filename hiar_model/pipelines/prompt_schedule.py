@@ -221,9 +221,9 @@ def prompt_delay(plan: Plan, ranks: int = 1, on_new_text: str = "keep") -> Promp
         )
     limit = ranks + 1 if ranks > 1 else None  # as a pipeline holds them
     timeline = simulate(plan, plan.prefix_blocks + 4 * plan.steps + 20, ranks, in_flight=limit)
-    begun, finished = timeline.begun, timeline.finished
+    started, finished = timeline.started, timeline.finished
     block = timeline.num_blocks - 2 * plan.steps - 4  # away from both ends
-    blocks = sum(begun[block] < end <= finished[block + 1] for end in finished.values())
+    blocks = sum(started[block] < end <= finished[block + 1] for end in finished.values())
     again: int | None = 0
     if on_new_text == "recache":
         again = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import ExecutionConfig, RolloutConfig
 from ..models.transformer import HiARTransformer
 from ..rollout.engine import Rollout
-from ..schedule.costs import Costs, Curve
+from ..schedule.costs import CostCurve, Costs
 
 
 def measure_costs(
@@ -63,14 +63,16 @@ def measure_costs(
 
     device = model.patch_embedding.weight.device
     measured = {window: times(window) for window in windows}
-    denoise, cache = (Curve(tuple((w, measured[w][kind]) for w in sorted(measured))) for kind in ("denoise", "cache"))
+    denoise, cache = (
+        CostCurve(tuple((w, measured[w][kind]) for w in sorted(measured))) for kind in ("denoise", "cache")
+    )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     factor = 1.0
     if fused:
         widest = max(windows)
         factor = times(widest, True)["fused"] / (measured[widest]["denoise"] + measured[widest]["cache"])
     how = "CUDA graphs" if execution.cuda_graph else "eager"
-    return Costs(denoise, cache, pair=factor, source=f"tasks measured on {name}, {batch} at once, {how}")
+    return Costs(denoise, cache, fused=factor, source=f"tasks measured on {name}, {batch} at once, {how}")
 
 
 def _now(device: torch.device) -> float:

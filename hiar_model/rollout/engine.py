@@ -325,7 +325,7 @@ class Rollout:
             self.pipeline.done(begun)
             if self.on_boundary is not None:
                 self.on_boundary(block)
-        self.pipeline.enter(group)
+        self.pipeline.start(group)
         return block
 
     def state_dict(self) -> dict[str, Any]:

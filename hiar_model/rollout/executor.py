@@ -17,7 +17,7 @@ from ..config import TRAIN_TIMESTEPS, ExecutionConfig, RolloutConfig
 from ..models.conditions import TextKV
 from ..models.kv_cache import RingAttend, RingCache
 from ..models.transformer import HiARTransformer
-from ..schedule.plan import Group, Plan, Row, Task
+from ..schedule.plan import BatchItem, Group, Plan, Task
 from .batched_forward import BatchedForward, Capture, GraphKey, on_the_way
 from .cuda_graph import CudaGraphs
 from .nan_guard import NaNGuard
@@ -262,7 +262,7 @@ class Executor:
                 runs.append([i])
         return runs
 
-    def _joins(self, rows: list[Row], row: Row) -> bool:
+    def _joins(self, rows: list[BatchItem], row: BatchItem) -> bool:
         last = rows[-1]
         if self.models[last[-1].step] is not self.models[row[-1].step] or self._frame_count(last) != self._frame_count(
             row
@@ -273,11 +273,11 @@ class Executor:
             return False
         return len(rows) == 1 or stride == last[-1].step - rows[-2][-1].step
 
-    def _frame_count(self, row: Row) -> int:
+    def _frame_count(self, row: BatchItem) -> int:
         return sum(stop - start for start, stop in (self.plan.block_frames(v.block) for v in row))
 
     def _launch(
-        self, rows: list[Row], inputs: list[list[Tensor]], text: Tensor | None = None
+        self, rows: list[BatchItem], inputs: list[list[Tensor]], text: Tensor | None = None
     ) -> list[tuple[Task, Tensor]]:
         """Run rows as one batch; returns the denoised latents of each denoise task, valid until the next launch.
 
@@ -295,7 +295,7 @@ class Executor:
         launch = self.nan_guard.watch(rows, inputs, launch, text)
         return list(zip(tasks, launch.out.chunk(len(tasks)), strict=True)) if tasks else []
 
-    def _ready(self, rows: list[Row], inputs: list[list[Tensor]], text: Tensor | None = None) -> BatchedForward:
+    def _ready(self, rows: list[BatchItem], inputs: list[list[Tensor]], text: Tensor | None = None) -> BatchedForward:
         """The launch of such rows, filled with what they need; rings stand where the rows begin."""
         model = self.models[rows[0][-1].step]
         launch = self._prepared(rows, self._text(model, rows) if text is None else self.texts.get(model, [text]))
@@ -318,7 +318,7 @@ class Executor:
             x = self.history.latents(one)
             self._launch([(one,)], [[self._input(one) if x is None else x]], self.text(block))
 
-    def _prepared(self, rows: list[Row], text: TextKV) -> BatchedForward:
+    def _prepared(self, rows: list[BatchItem], text: TextKV) -> BatchedForward:
         """The launch of such rows, with rings and text in place for them."""
         model = self.models[rows[0][-1].step]
         first = self.plan.cache_index(self.steps.start)
@@ -378,7 +378,7 @@ class Executor:
             return task.step
         return self.clean if task.block < self.plan.prefix_blocks else task.step + 1
 
-    def _text(self, model: HiARTransformer, rows: list[Row]) -> TextKV:
+    def _text(self, model: HiARTransformer, rows: list[BatchItem]) -> TextKV:
         texts = [self.text(row[-1].block) for row in rows]
         if any(len(row) == 2 and self.text(row[0].block) is not text for row, text in zip(rows, texts, strict=True)):
             raise ValueError(

@@ -27,14 +27,14 @@ from hiar_kernels import EMPTY, prefer, taken
 from ..models.conditions import Live
 from ..models.kv_cache import RingAttend
 from ..models.transformer import Attend
-from ..schedule.plan import Row, Task
+from ..schedule.plan import BatchItem, Task
 from .batched_forward import BatchedForward
 from .readback import Readback
 
 _FLAGS = 256  # denoise tasks between two looks, at most
 
 Inputs = list[list[Tensor]]  # of each row and task
-Prepare = Callable[[list[Row], Inputs, Tensor | None], BatchedForward]
+Prepare = Callable[[list[BatchItem], Inputs, Tensor | None], BatchedForward]
 """Makes the launch of rows ready to run, once more if it has run: same inputs, rings where they stood. The last
 argument is a text in place of that of the blocks.
 """
@@ -67,13 +67,15 @@ class NaNGuard:
     def __init__(self, mode: str, prepare: Prepare, device: torch.device, last_step: int) -> None:
         self.mode, self.prepare, self.device, self.last_step = mode, prepare, device, last_step
         self.unchecked: list[Task] = []
-        self.given: list[tuple[Row, list[Tensor]]] = []  # what each of them was given
+        self.given: list[tuple[BatchItem, list[Tensor]]] = []  # what each of them was given
         self.flags = torch.ones(_FLAGS, dtype=torch.bool, device=device)
-        self.sent: tuple[list[tuple[Row, list[Tensor]]], Readback] | None = None
+        self.sent: tuple[list[tuple[BatchItem, list[Tensor]]], Readback] | None = None
         self.quarantined: list[Tensor] = []
         self.retried = 0
 
-    def watch(self, rows: list[Row], inputs: Inputs, launch: BatchedForward, text: Tensor | None) -> BatchedForward:
+    def watch(
+        self, rows: list[BatchItem], inputs: Inputs, launch: BatchedForward, text: Tensor | None
+    ) -> BatchedForward:
         """Rows have been run. Returns the launch that holds their results."""
         if self.mode == "retry":
             return launch if _is_sound(launch) else self._retry(rows, inputs, text)
@@ -119,7 +121,7 @@ class NaNGuard:
         while self.quarantined and not self.unchecked and self.sent is None:
             yield self.quarantined.pop()
 
-    def _retry(self, rows: list[Row], inputs: Inputs, text: Tensor | None) -> BatchedForward:
+    def _retry(self, rows: list[BatchItem], inputs: Inputs, text: Tensor | None) -> BatchedForward:
         found = ((row, find(self.prepare([row], [given], text))) for row, given in zip(rows, inputs, strict=True))
         row, place = next(((row, place) for row, place in found if place), (rows[0], None))
         task, launch = row[-1], self.prepare(rows, inputs, text)

@@ -120,7 +120,7 @@ def test_a_failing_rank_is_told_once_and_heard_of_by_all(cases):
     ("how", "message"),
     [
         ("kill", "rank 1 (step 1) died at step 1 of block 4"),
-        ("stop", "rank 1 (step 1) gave no sign of life for 3 s at step 1 of block 4"),
+        ("stop", "rank 1 (step 1) sent no heartbeat for 3 s at step 1 of block 4"),
         ("hang", "rank 1 (step 1) hangs for 3 s at step 1 of block 4"),
     ],
 )
@@ -244,7 +244,7 @@ def test_a_generation_on_one_process_keeps_what_it_made(model, tmp_path, capsys,
     [
         (["--resume"], "in a pipeline only: give executor pipeline"),
         (["--nproc", "0"], "--nproc must be a whole number of at least 1, got 0"),
-        (["--executor", "pipeline", "--steps-per-rank", "[1,1]"], "give a number for each of 1 ranks"),
+        (["--executor", "pipeline", "--steps-per-rank", "[1,1]"], "a number for each of 1 ranks"),
         (["--executor", "warp"], "executor must be one of"),
     ],
 )
@@ -261,7 +261,7 @@ def test_one_rank_is_a_pipeline_too(options):
     assert torch.equal(run(executor="pipeline", **options), run(**options))
 
 
-def test_stages_share_out_the_walk():
+def test_stages_share_all_tasks():
     plan = Plan(4, "stream", 3, prefix_frames=4, window_frames=(9,) * 4)
     for split in ((4,), (1, 3), (2, 1, 1), (1, 1, 1, 1)):
         stages = [Stage(plan, split, rank) for rank in range(len(split))]
@@ -285,16 +285,16 @@ def test_steps_are_split_by_their_costs():
     dear = measured_like(6, 1.0, 21, 4.0)
     split = split_steps(plan, None, 2, dear)
     assert sum(split) == 8 and split[0] > split[1]
-    with pytest.raises(ValueError, match="ranks=9 is more than there are steps: give 1 to 8"):
+    with pytest.raises(ValueError, match="ranks must be 1 to 8, the number of steps, got 9"):
         split_steps(plan, 7, 9)
 
 
 def measured_like(low: int, cheap: float, high: int, dear: float):
     from dataclasses import replace
 
-    from hiar_model.schedule.costs import Curve
+    from hiar_model.schedule.costs import CostCurve
 
-    line = Curve(((low, cheap), (high, dear)))
+    line = CostCurve(((low, cheap), (high, dear)))
     return replace(unit_costs(), denoise=line, cache=line)
 
 
@@ -311,28 +311,27 @@ def test_pairs_where_they_are_faster():
     from dataclasses import replace
 
     plan, costs = Plan(4, "stream", 3, window_frames=(9,) * 4), unit_costs()
-    assert faster_fusion(plan, 27, 1, replace(costs, pair=0.97)).fuse_cache_denoise
-    assert not faster_fusion(plan, 27, 1, replace(costs, pair=1.03)).fuse_cache_denoise
-    assert not faster_fusion(plan, 7, 4, replace(costs, pair=0.97)).fuse_cache_denoise  # 2N + 2S - 3 against 2N + S - 2
-    assert faster_fusion(plan, 7, (1, 1, 1, 1), replace(costs, pair=0.7)).fuse_cache_denoise
+    assert faster_fusion(plan, 27, 1, replace(costs, fused=0.97)).fuse_cache_denoise
+    assert not faster_fusion(plan, 27, 1, replace(costs, fused=1.03)).fuse_cache_denoise
+    assert not faster_fusion(
+        plan, 7, 4, replace(costs, fused=0.97)
+    ).fuse_cache_denoise  # 2N + 2S - 3 against 2N + S - 2
+    assert faster_fusion(plan, 7, (1, 1, 1, 1), replace(costs, fused=0.7)).fuse_cache_denoise
     config = RolloutConfig(order="stream", window_frames=9)
     sizes = {"num_latent_frames": 30, "latent_size": tuple(SIZE.values())}
     measured = measure_costs(MODEL, TEXT, config, fused=True, **sizes)
-    assert 0.1 < measured.pair < 10 and measured.pair != 1
+    assert 0.1 < measured.fused < 10 and measured.fused != 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"executor": "pipeline-graph"}, "needs a CUDA device"),
-        (
-            {"steps_per_rank": (1, 1)},
-            r"steps_per_rank=\[1, 1\] is not legal: give a number for each of 1 ra",
-        ),
-        ({"steps_per_rank": (3,)}, r"steps per rank \[3\] is not legal: give numbers >= 1 that sum to 4"),
+        ({"steps_per_rank": (1, 1)}, r"steps_per_rank must have a number for each of 1 ranks, got \[1, 1\]"),
+        ({"steps_per_rank": (3,)}, r"steps per rank must be numbers >= 1 that sum to 4, .*got \[3\]"),
         (
             {"dedicated_decoder_rank": True, "steps_per_rank": None},
-            "1 ranks cannot share 4 steps: give 1 to 4, and one more",
+            "a pipeline of 4 steps must have 1 to 4 ranks, and one more that decodes, got 1",
         ),
         ({"parallel": "ulysses"}, "needs a mesh"),
         ({"model": [MODEL, None, MODEL, MODEL]}, r"this rank has steps \[0, 1, 2, 3\]: give the weights of step 1 too"),
@@ -348,9 +347,9 @@ def test_bad_options_are_refused_in_one_line(options, message):
 @pytest.mark.parametrize(
     ("plan", "split", "message"),
     [
-        (Plan(4, "stream", 3), (2, 1), "is not legal"),
-        (Plan(4, "stream", 3), (4, -1, 1), "is not legal"),
-        (Plan(4, "stream", 3), (0, 4), "is not legal"),
+        (Plan(4, "stream", 3), (2, 1), "must be numbers >= 1 that sum to 4"),
+        (Plan(4, "stream", 3), (4, -1, 1), "must be numbers >= 1 that sum to 4"),
+        (Plan(4, "stream", 3), (0, 4), "must be numbers >= 1 that sum to 4"),
         (Plan(4, "block_first", 3), (2, 2), "steps share one cache"),
         (Plan(4, "stream", 3, kv_source="next_step"), (2, 2), "keys are not sent"),
     ],

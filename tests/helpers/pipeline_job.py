@@ -108,7 +108,7 @@ def splits(groups) -> list[str]:
     for name, ranks, options, wanted in [
         ("given", 2, {"steps_per_rank": (1, 3)}, (1, 3)),
         ("apart", 3, {"dedicated_decoder_rank": True}, (2, 2, 0)),
-        ("costs", 2, {"costs": replace(unit_costs(), pair=0.9)}, (2, 2)),
+        ("costs", 2, {"costs": replace(unit_costs(), fused=0.9)}, (2, 2)),
         ("captured", 2, {"executor": "pipeline-recorded"}, (2, 2)),
         ("experts", 2, {"model": [m if s // 2 == rank else None for s, m in enumerate(experts)]}, (2, 2)),
     ]:

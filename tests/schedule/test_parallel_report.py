@@ -36,7 +36,7 @@ from hiar_model.schedule.report import (
     setup_table,
 )
 from hiar_model.schedule.simulator import makespan, simulate
-from hiar_model.schedule.strategies import machines, plan_of, ways
+from hiar_model.schedule.strategies import machines, plan_of, strategies
 from hiar_model.train.engine.loss_plot import can_draw
 
 pytestmark = pytest.mark.cpu
@@ -69,7 +69,7 @@ def test_pictures_of_the_page() -> None:
         assert same, f"{name} is stale: run python -m hiar_model.schedule.report --docs docs"
 
 
-def test_pictures_show_every_visit_inside_the_frame() -> None:
+def test_pictures_show_every_task_inside_the_frame() -> None:
     for name, svg in pictures().items():
         root = ElementTree.fromstring(svg)
         width, height = float(root.attrib["width"]), float(root.attrib["height"])
@@ -81,13 +81,13 @@ def test_pictures_show_every_visit_inside_the_frame() -> None:
         if name == "schedule_one_rank.svg":
             plans = [(Plan(4, order, 3), 4) for order in ("block_first", "stream", "step_first")]
         else:
-            plans = [(Plan(4, "stream", 3), 6)] * 3 + [(Plan(4, "stream", 3, pairs=True), 6)]
+            plans = [(Plan(4, "stream", 3), 6)] * 3 + [(Plan(4, "stream", 3, fuse_cache_denoise=True), 6)]
             assert framed == 4 * 5
         assert len(boxes) - legend - framed == sum(forwards(plan.groups(n)) for plan, n in plans)
 
 
 def test_an_unknown_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="table 'gains' is unknown: give one of grid, limits"):
+    with pytest.raises(ValueError, match="table must be one of grid, limits, .*got 'gains'"):
         refreshed("<!-- table gains -->\n<!-- end -->")
     assert refreshed("no table") == "no table"
 
@@ -153,7 +153,7 @@ def test_limits() -> None:
 
 
 @pytest.mark.parametrize(("steps", "ranks"), [(4, 2), (4, 4), (8, 4)])
-def test_both_ways_are_equal_where_they_cross(steps: int, ranks: int) -> None:
+def test_both_are_equally_fast_at_the_crossing(steps: int, ranks: int) -> None:
     model = "wan2.1-t2v-1.3b"
     found = rows(crossing_table([model], [100.0], [steps]))
     rate = next(float(row[-1]) for row in found if row[2] == str(ranks)) * 1e9
@@ -165,10 +165,10 @@ def test_both_ways_are_equal_where_they_cross(steps: int, ranks: int) -> None:
     assert ulysses == pytest.approx(pipeline, rel=0.005)  # the rate is printed with three digits
 
 
-def test_ways() -> None:
+def test_strategies() -> None:
     machine = next(m for m in machines(links=("pcie",)) if m.name == "wan2.1-t2v-1.3b")
-    by_name = {way.name: way for way in ways(machine)}
-    times = {name: way.run(27).time for name, way in by_name.items()}
+    by_name = {strategy.name: strategy for strategy in strategies(machine)}
+    times = {name: strategy.run(27).time for name, strategy in by_name.items()}
     assert times["pipeline of 3 (2+1+1 steps)"] == pytest.approx(times["pipeline of 2"], rel=1e-3)
     assert times["stream"] == pytest.approx(times["step_first"])
     table = {row[0]: row for row in rows(setup_table(machine))}
@@ -178,8 +178,8 @@ def test_ways() -> None:
         seconds = by_name[name].run(27).time
         assert row[7] == f"{by_name[name].videos * (1 + 4 * (3 * 27 - 1)) / seconds:.1f}"
         assert float(row[8]) <= float(row[7])  # decoding costs time
-    assert not [way.name for way in ways(machine, steps=8, gpus=8) if "Ulysses" in way.name]  # 12 heads
-    assert "No Ulysses over 8: the 12 heads must fall into equal parts." in setup_table(machine, 8, 3, 8)
+    assert not [s.name for s in strategies(machine, steps=8, gpus=8) if "Ulysses" in s.name]  # 12 heads
+    assert "No Ulysses over 8: 12 heads cannot be divided evenly." in setup_table(machine, 8, 3, 8)
 
 
 # From measured stage times.
@@ -193,19 +193,19 @@ def test_report_from_stage_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file.write_text(json.dumps(stages))
     text = "\n".join(report(file))
     assert "stage times measured on a test, revision r1" in text and "FLOP of a task / " not in text
-    assert text.count("Ways to make 27 blocks") == len(LINKS)
+    assert text.count("Strategies for 27 blocks") == len(LINKS)
     # a block of a full window: 4 denoise tasks and one cache task of 2 s
     assert "| block_first | 1 | 242 | 1.00 | 2 | 10 | 18 (1.8) |" in text
     file.write_text(json.dumps(stages | {"model": "toy", "height": 16, "width": 16}))
-    assert "No Ulysses over 4: the 2 heads must fall into equal parts." in "\n".join(report(file))
+    assert "No Ulysses over 4: 2 heads cannot be divided evenly." in "\n".join(report(file))
     per_step = [[[3, 0.5]], [[3, 0.25]]]
     file.write_text(json.dumps(stages | {"denoise_s": per_step, "cache_s": per_step}))
     text = "\n".join(report(file))
-    assert "Ways to make" not in text and "| 2 | 27 |" in text  # two curves: two steps
+    assert "Strategies for" not in text and "| 2 | 27 |" in text  # two curves: two steps
 
 
 def test_the_report_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each table is printed when it is made: what was measured stands there before the first simulation."""
+    """Each table is printed when it is made: measurements come before the first simulation."""
     shown: list[str] = []
 
     def stop(*_: object) -> list[str]:
