@@ -387,7 +387,7 @@ class _Bounds:
         first, last = [0.0] * (steps + 1), [0.0] * (steps + 1)
         for job in simulation.jobs:
             self.work[job.step] += job.cost
-            blocks = {task.block for task in _tasks(job.items) if task.kind == "denoise"} or {job.decoded}
+            blocks: set[int | None] = {t.block for t in _tasks(job.items) if t.kind == "denoise"} or {job.decoded}
             if plan.prefix_blocks in blocks and not plan.prefix_blocks:  # every rank can start on a prefix at once
                 first[job.step] = job.cost
             if simulation.num_blocks - 1 in blocks:
