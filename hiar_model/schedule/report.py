@@ -1,7 +1,6 @@
-"""What more GPUs gain, by the simulator: the tables and pictures of docs/parallel.md.
+"""What more GPUs gain, by the simulator: the tables and pictures that README and docs/ quote (docs/refresh.py).
 
     python -m hiar_model.schedule.report                      all tables, Markdown
-    python -m hiar_model.schedule.report --docs docs          write the pictures, and the tables that the pages quote
     python -m hiar_model.schedule.report --plot gains.png     gain over blocks, a line for each number of steps
 
 These are projections, from a roofline or from stage times measured on one GPU; what was measured as a whole is in
@@ -11,7 +10,6 @@ These are projections, from a roofline or from stage times measured on one GPU; 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,14 +21,13 @@ from . import gpu_tables
 from .costs import LINKS, Costs, Curve, Geometry, exchanged_bytes, task_flop, unequal_parts, unit_costs
 from .plan import Plan
 from .simulator import ROUNDING, Timeline, Walk, simulate
-from .strategies import MODELS, TFLOPS, VAE_MS, WINDOW, Machine, machines, plan_of, ways
+from .strategies import MODELS, TFLOPS, VAE_MS, WINDOW, Machine, machines, plan_of, strategies
 from .timeline import draw
 
 STEPS = (2, 4, 8, 20, 50)
 BLOCKS = (7, 27, 81, 200)
 RANKS = (1, 2, 4, 8, 16, 32)
 PIXEL_FRAMES = 4  # per latent frame; the first latent frame is one pixel frame
-PAGES = ("parallel.md", "profiling.md", "../README.md")  # that quote tables, as seen from docs/
 GENTLE_TFLOPS = 150.0  # a consumer card
 
 
@@ -101,7 +98,7 @@ def limit_table(steps: Sequence[int] = STEPS) -> list[str]:
             ]
         )
     headings = ["S", "block-first every", "HiAR every", "S ranks every", "gain", "gain / GPU", "blocks for 90%"]
-    return markdown([*headings, *(f"prompt: {x}" for x in ("block-first", "HiAR", "S ranks", "S ranks, pairs"))], rows)
+    return markdown([*headings, *(f"prompt: {x}" for x in ("block-first", "HiAR", "S ranks", "S ranks, fused"))], rows)
 
 
 def _gain(steps: int, blocks: int) -> float:
@@ -115,27 +112,27 @@ def _gain(steps: int, blocks: int) -> float:
 def setup_table(machine: Machine, steps: int = 4, blocks: int = 27, gpus: int = 4) -> list[str]:
     """Every way to make one video of so many blocks, with all that a quoted speedup must name."""
     rows, base = [], 0.0
-    for way in ways(machine, steps, gpus):
-        plain = way.run(blocks)
+    for one in strategies(machine, steps, gpus):
+        plain = one.run(blocks)
         base = base or plain.time
-        frames = 1 + PIXEL_FRAMES * (blocks * way.plan.frames_per_block - 1)
-        fps = [way.videos * frames / run.time for run in (plain, way.run(blocks, "last"), way.run(blocks, "own"))]
+        frames = 1 + PIXEL_FRAMES * (blocks * one.plan.frames_per_block - 1)
+        fps = [one.videos * frames / run.time for run in (plain, one.run(blocks, "last"), one.run(blocks, "own"))]
         interval, delay = plain.steady_interval, plain.prompt_delay
         prompt = f"{_short(delay)} ({delay / interval:.1f})" if delay is not None and interval is not None else "-"
         cells = [
             _short(plain.time),
-            f"{way.videos * base / plain.time:.2f}",
+            f"{one.videos * base / plain.time:.2f}",
             _short(plain.first_block),
             "-" if interval is None else _short(interval),
-            "-" if way.plan.fuse_cache_denoise else prompt,  # a pair has one text
+            "-" if one.plan.fuse_cache_denoise else prompt,  # a fused forward has one prompt
             f"{fps[0]:.1f}",
             f"{fps[1]:.1f}",
-            f"{fps[2]:.1f}" if way.videos == 1 else "-",
-            _short((way.exchanged or plain.bytes_sent / blocks) / 1e6),
+            f"{fps[2]:.1f}" if one.videos == 1 else "-",
+            _short((one.exchanged or plain.bytes_sent / blocks) / 1e6),
             f"{sum(plain.utilisation) / plain.ranks:.0%}",
         ]
-        rows.append([way.name, f"{way.gpus}", *cells])
-    headings = ["way", "GPUs", "whole s", "gain", "first block s", "then every s", "prompt s (blocks)"]
+        rows.append([one.name, f"{one.gpus}", *cells])
+    headings = ["strategy", "GPUs", "whole s", "gain", "first block s", "then every s", "prompt s (blocks)"]
     headings += ["fps", "fps, VAE on the last GPU", "fps, VAE on one GPU more", "MB sent per block", "busy"]
     why = unequal_parts(machine.config, machine.geometry, gpus)
     notes = [f"No Ulysses over {gpus}: {why}.", ""] if why else []
@@ -143,12 +140,12 @@ def setup_table(machine: Machine, steps: int = 4, blocks: int = 27, gpus: int = 
 
 
 def link_table(found: Sequence[Machine], blocks: int = 27) -> list[str]:
-    """The gain of some ways over one GPU block-first, by model and link."""
+    """The gain of some strategies over one GPU block-first, by model and link."""
     picked = [f"{order}, Ulysses over 4" for order in ("block_first", "stream")]
-    picked += ["pipeline of 2", "pipeline of 4", "pipeline of 3, lent keys*"]
+    picked += ["pipeline of 2", "pipeline of 4", "pipeline of 3, shared KV*"]
     rows = []
     for machine in found:
-        by_name = {way.name: way for way in ways(machine)}
+        by_name = {one.name: one for one in strategies(machine)}
         base = by_name["block_first"].run(blocks).time
         gains = (f"{base / by_name[name].run(blocks).time:.2f}" if name in by_name else "-" for name in picked)
         rows.append([machine.name, machine.link.name, *gains])
@@ -207,7 +204,7 @@ def crossing_table(
                 rows.append(
                     [model, f"{s}", f"{ranks}", f"{sent / 1e6:.0f}", f"{efficiency:.1%}", *(f"{r:.3g}" for r in rates)]
                 )
-    headings = ["model", "S", "GPUs", "MB per GPU and visit", "efficiency needed"]
+    headings = ["model", "S", "GPUs", "MB per GPU and task", "efficiency needed"]
     table = markdown([*headings, *(f"GB/s at {speed:g} TFLOP/s" for speed in tflops)], rows)
     note = f"- roofline: FLOP of a task over a full window of {WINDOW} / TFLOP/s (not measured); no latencies"
     return [*table, "", note]
@@ -225,7 +222,7 @@ def pictures() -> dict[str, str]:
 
     one = [panel(f"{order}, 1 rank", order, 4) for order in ("block_first", "stream", "step_first")]
     several = [panel(f"{ranks} ranks", "stream", 6, ranks) for ranks in (2, 3, 4)]
-    several.append(panel("4 ranks, pairs (framed: one forward)", "stream", 6, 4, fuse_cache_denoise=True))
+    several.append(panel("4 ranks, fused (framed: one forward)", "stream", 6, 4, fuse_cache_denoise=True))
     return {"schedule_one_rank.svg": draw(one), "schedule_pipeline.svg": draw(several)}
 
 
@@ -257,7 +254,7 @@ def draw_gains(picture: str | Path, blocks: Sequence[int] = (2, 4, 7, 14, 27, 54
         partial.unlink(missing_ok=True)
 
 
-# The report, and the page that quotes it.
+# The report, and what pages quote of it.
 
 
 def quoted_tables() -> dict[str, Callable[[], list[str]]]:
@@ -303,7 +300,7 @@ def report(stage_times: str | Path | None = None, tflops: float = TFLOPS, vae_ms
     about = "Projections by a simulator; nobody has run them on several GPUs."
     sections: list[tuple[str, Callable[[], list[str]]]] = [
         ("# Rollouts measured on one GPU", gpu_tables.rollout_table),
-        ("## Where a task goes, ms", gpu_tables.parts_table),
+        ("## Where the time of a task goes, ms", gpu_tables.parts_table),
         ("# Steps over ranks", lambda: [about]),
         ("## Steady state, every task 1", partial(limit_table, steps)),
         ("## Gain over one rank block-first, every task 1", partial(gain_table, unit_costs(), steps)),
@@ -333,7 +330,7 @@ def _with_notes(table: Callable[[Machine], list[str]], machine: Machine) -> list
     return [*table(machine), "", *machine.assumptions()]
 
 
-MEASURED = ("blocks", "order", "way", "steps per rank", "seconds", "speedup", "first block s", "then every s",
+MEASURED = ("blocks", "order", "strategy", "steps per rank", "seconds", "speedup", "first block s", "then every s",
             "prompt s", "fps without VAE", "fps with VAE*", "simulator s")  # fmt: skip
 
 
@@ -363,20 +360,8 @@ def measured_table(found: Mapping[str, Any]) -> list[str]:
     return lines + [f"- {key}: {value}" for key, value in about.items() if "visit_s" not in key]
 
 
-def refreshed(page: str) -> str:
-    """The text of a page with its tables made anew: all between `<!-- table NAME -->` and `<!-- end -->`."""
-    tables = quoted_tables()
-
-    def table(match: re.Match[str]) -> str:
-        if match[1] not in tables:
-            raise ValueError(f"table {match[1]!r} is unknown: give one of {', '.join(tables)}")
-        return "\n".join([f"<!-- table {match[1]} -->", "", *tables[match[1]](), "", "<!-- end -->"])
-
-    return re.sub(r"<!-- table ([^>]*) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
-
-
 def main() -> None:
-    """Print the report, or refresh the documents."""
+    """Print the report."""
     from argparse import ArgumentParser
 
     parser = ArgumentParser(description="What more GPUs gain, by the simulator.")
@@ -384,22 +369,12 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=TFLOPS, help="of the roofline")
     parser.add_argument("--vae-ms", type=float, default=VAE_MS, help="decode of a block")
     parser.add_argument("--plot", help="draw the gains into this .png instead; needs matplotlib")
-    parser.add_argument(
-        "--docs", type=Path, help="the folder docs: refresh the tables and pictures of its pages and README"
-    )
     a = parser.parse_args()
     if a.plot is not None:
         draw_gains(a.plot)
         return
-    if a.docs is None:
-        for section in report(a.stage_times, a.tflops, a.vae_ms):
-            print(section, flush=True)
-        return
-    for name, text in pictures().items():
-        (a.docs / name).write_text(text, encoding="utf-8")
-    for name in PAGES:
-        page = a.docs / name
-        page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for section in report(a.stage_times, a.tflops, a.vae_ms):
+        print(section, flush=True)
 
 
 if __name__ == "__main__":

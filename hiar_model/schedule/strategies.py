@@ -73,8 +73,8 @@ def plan_of(
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to use the GPUs of a machine. `split`: see `simulate`; `exchanged`: bytes per block, all GPUs."""
+class Strategy:
+    """A use of the GPUs of a machine. `split`: see `simulate`; `exchanged`: bytes per block, all GPUs."""
 
     name: str
     gpus: int
@@ -93,40 +93,40 @@ class Way:
         return simulate(self.plan, blocks, split, self.costs, vae=vae, batch=self.batch, in_flight=limit)
 
 
-def ways(machine: Machine, steps: int = 4, gpus: int = 4) -> list[Way]:
+def strategies(machine: Machine, steps: int = 4, gpus: int = 4) -> list[Strategy]:
     """The baselines and pipelines that are compared, the one-GPU baseline first."""
     config, g, costs = machine.config, machine.geometry, machine.costs
 
     def plan(order: str, **options: object) -> Plan:
         return plan_of(order, steps, frames_per_block=g.frames_per_block, **options)  # type: ignore[arg-type]
 
-    def shared(order: str, tasks: int) -> list[Way]:
+    def by_heads(order: str, tasks: int) -> list[Strategy]:
         if unequal_parts(config, g, gpus):
             return []
         parallel = head_parallel(costs, config, g, gpus, machine.link)
         sent = tasks * gpus * exchanged_bytes(config, g, gpus)
-        return [Way(f"{order}, Ulysses over {gpus}", gpus, plan(order), parallel, exchanged=sent)]
+        return [Strategy(f"{order}, Ulysses over {gpus}", gpus, plan(order), parallel, exchanged=sent)]
 
-    def even(ranks: int) -> Way:
+    def even(ranks: int) -> Strategy:
         split = tuple(len(range(rank, steps, ranks)) for rank in range(ranks))  # the first ranks take what is over
         uneven = f" ({'+'.join(map(str, split))} steps)" if len(set(split)) > 1 else ""
-        return Way(f"pipeline of {ranks}{uneven}", ranks, plan("stream"), costs, split)
+        return Strategy(f"pipeline of {ranks}{uneven}", ranks, plan("stream"), costs, split)
 
-    lent = plan("stream", kv_source="next_step")
+    shared = plan("stream", kv_source="next_step")
     found = [
-        Way("block_first", 1, plan("block_first"), costs),
-        Way(f"block_first, {gpus} replicas", gpus, plan("block_first"), costs, videos=gpus),
-        *shared("block_first", steps + 1),
-        Way("step_first", 1, plan("step_first"), costs),
-        Way("stream", 1, plan("stream"), costs),
-        Way("wavefront, diagonals as batches", 1, plan("wavefront"), costs, batch=True),
-        *shared("stream", 2 * steps),
+        Strategy("block_first", 1, plan("block_first"), costs),
+        Strategy(f"block_first, {gpus} replicas", gpus, plan("block_first"), costs, videos=gpus),
+        *by_heads("block_first", steps + 1),
+        Strategy("step_first", 1, plan("step_first"), costs),
+        Strategy("stream", 1, plan("stream"), costs),
+        Strategy("wavefront, diagonals as batches", 1, plan("wavefront"), costs, batch=True),
+        *by_heads("stream", 2 * steps),
         *(even(ranks) for ranks in range(2, gpus + 1)),
-        Way(f"pipeline of {gpus}, pairs", gpus, plan("stream", fuse_cache_denoise=True), costs, gpus),
-        Way("stream, lent keys*", 1, lent, costs),
-        *(Way(f"pipeline of {ranks}, lent keys*", ranks, lent, costs, ranks) for ranks in range(2, gpus)),
+        Strategy(f"pipeline of {gpus}, fused", gpus, plan("stream", fuse_cache_denoise=True), costs, gpus),
+        Strategy("stream, shared KV*", 1, shared, costs),
+        *(Strategy(f"pipeline of {ranks}, shared KV*", ranks, shared, costs, ranks) for ranks in range(2, gpus)),
     ]
     if steps == len(NARROW):
         narrow, name = plan("stream", windows=NARROW), f"windows {', '.join(map(str, NARROW))}*"
-        found += [Way(f"pipeline of {ranks}, {name}", ranks, narrow, costs, ranks) for ranks in (2, gpus)]
+        found += [Strategy(f"pipeline of {ranks}, {name}", ranks, narrow, costs, ranks) for ranks in (2, gpus)]
     return found

@@ -17,7 +17,7 @@ def draw(panels: Sequence[tuple[str, Timeline]]) -> str:
     """An SVG of timelines above each other, on one axis of time.
 
     Args:
-        panels: (title, timeline at unit costs). A pair is one frame around both of its tasks.
+        panels: (title, timeline at unit costs). A fused forward is one frame around both of its tasks.
     """
     steps = max(timeline.plan.steps for _, timeline in panels)
     length = max(timeline.time for _, timeline in panels)
@@ -90,7 +90,7 @@ def _axis(length: float, y: float) -> list[str]:
         x = LEFT + UNIT * time
         marks.append(f'<path d="M{x} {y - 4}v5" stroke="#777"/>')
         marks.append(_text(x, y + 14, str(time), fill="#555"))
-    marks.append(_text(10, y + 14, "time in visits", anchor="start", fill="#555"))
+    marks.append(_text(10, y + 14, "time in tasks", anchor="start", fill="#555"))
     return marks
 
 
