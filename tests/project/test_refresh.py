@@ -43,7 +43,7 @@ def test_a_stale_block_is_named_and_renewed(root):
     page = root / "docs" / "a.md"
     good = page.read_text()
     page.write_text(good.replace("two\n\n<!-- end", "three\n\n<!-- end"))
-    assert refresh.stale(root) == ["docs/a.md is stale, run make docs; first at line 10: three"]
+    assert refresh.stale(root) == ["docs/a.md is stale, run make docs; first at line 11: three"]
     assert refresh.stale(root, write=True) == [] and page.read_text() == good
 
 
