@@ -331,7 +331,7 @@ def _rows(asked: Asked, memory: Memory) -> Iterator[tuple[str, int, str]]:
         yield "workspaces", memory.workspaces, "of matrix products, 32 MiB a stream"
     yield "prompt", memory.prompt, "its keys in every layer, modulation, buffers"
     yield "latents", memory.latents, "in flight"
-    yield "a visit", memory.activations, "of its graphs, kept" if memory.captured else "beside all that, for a moment"
+    yield "a task", memory.activations, "of its graphs, kept" if memory.captured else "beside all that, for a moment"
     if memory.vae.weights:
         yield "decoding", memory.vae.peak, "beside all that, for a moment"
 

@@ -192,7 +192,7 @@ class Memory:
     @property
     def when(self) -> str:
         """Which of the three it is."""
-        named = {"a visit": self.visiting, "decoding": self.decoding, "reading the prompt": self.reading}
+        named = {"a task": self.visiting, "decoding": self.decoding, "reading the prompt": self.reading}
         return max(named, key=lambda name: named[name])
 
 

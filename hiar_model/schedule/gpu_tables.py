@@ -80,20 +80,29 @@ def _notes(file: Path) -> Iterator[str]:
         yield ""
 
 
-def _name(order: str, fused: bool, shared_kv: bool, executor: str) -> str:
-    return f"{order}{', fused' if fused else ''}{', shared KV' if shared_kv else ''}, {executor}"
+def _name(order: str, fused: bool, shared_kv: bool, how: str) -> str:
+    return f"{order}{', fused' if fused else ''}{', shared KV' if shared_kv else ''}, {how}"
 
 
 def _profiles(file: Path) -> Iterator[Measured]:
     for line, note in zip(file.read_text(encoding="utf-8").splitlines(), _notes(file), strict=False):
         p = json.loads(line)
-        s = p["setting"]
-        shared = "next_step" in (s.get("cache_source"), p.get("extra", {}).get("cache_source"))
         yield Measured(
-            p["device"], file.parent.name, _name(s["order"], s["pairs"], shared, s["executor"]), note,
+            p["device"], file.parent.name, _profiled(p), note,
             1e3 * p["seconds"], p["frames_per_second"], None if p["peak_bytes"] is None else p["peak_bytes"] / 2**30,
             p["launches"], p["syncs"], {part["name"]: 1e3 * part["seconds"] for part in p["parts"]},
         )  # fmt: skip
+
+
+def _profiled(p: dict[str, Any]) -> str:
+    """The name of a profiled rollout; settings have a "rollout" since 2026-11-28."""
+    s = p["setting"]
+    if "rollout" in s:
+        r = s["rollout"]
+        how = "graph" if s["cuda_graph"] else "eager"
+        return _name(r["order"], r["fuse_cache_denoise"], r["kv_source"] == "next_step", how)
+    shared = "next_step" in (s.get("cache_source"), p.get("extra", {}).get("cache_source"))
+    return _name(s["order"], s["pairs"], shared, s["executor"])
 
 
 def _bench(file: Path) -> Iterator[Measured]:
@@ -175,7 +184,7 @@ class _Marks:
         return ["", *(f"- ({i}) {note}" for i, note in enumerate(self.notes, 1))]
 
 
-HEAD = ("measured", "rollout", "ms per task", "fps", "fps, diffusers' VAE", "fps, fused VAE", "peak GiB")
+HEAD = ("measured", "rollout", "ms a task", "fps", "fps, diffusers' VAE", "fps, fused VAE", "peak GiB")
 NOTHING = ["No measurements: bench/results/ has no rollouts on a GPU."]
 
 
@@ -208,7 +217,7 @@ def breakdown_table(root: Path | None = None) -> list[str]:
     newest = {folder.parent: folder for folder in folders(root)}
     if not newest:
         return NOTHING
-    head = ("measured", "rollout", "ms per task", *KINDS, "launches", "host syncs")
+    head = ("measured", "rollout", "ms a task", *KINDS, "launches", "host syncs")
     lines, marks = [_line(head), _line(["---"] * 2 + ["---:"] * (len(head) - 2))], _Marks()
     for folder in newest.values():
         for m in rollouts(folder):

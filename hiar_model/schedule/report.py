@@ -1,7 +1,6 @@
-"""The simulator's speedups on several GPUs: tables and pictures of docs/parallel.md.
+"""The simulator's speedups on several GPUs: tables and pictures for README and docs/ (docs/refresh.py).
 
     python -m hiar_model.schedule.report                      all tables, as Markdown
-    python -m hiar_model.schedule.report --docs docs          update the pictures and tables of README and docs
     python -m hiar_model.schedule.report --plot gains.png     speedup by number of blocks, a line per number of steps
 
 These are projections from a roofline or from stage times measured on one GPU. Whole rollouts that were measured are in
@@ -11,7 +10,6 @@ These are projections from a roofline or from stage times measured on one GPU. W
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,6 @@ from .timeline import draw
 STEPS = (2, 4, 8, 20, 50)
 BLOCKS = (7, 27, 81, 200)
 RANKS = (1, 2, 4, 8, 16, 32)
-PAGES = ("parallel.md", "profiling.md", "../README.md")  # pages with tables, relative to docs/
 GENTLE_TFLOPS = 150.0  # a consumer card
 ANOTHER_MODEL = "*: another model, which has to be trained so."
 
@@ -258,7 +255,7 @@ def draw_gains(picture: str | Path, blocks: Sequence[int] = (2, 4, 7, 14, 27, 54
         partial.unlink(missing_ok=True)
 
 
-# The report, and the pages that quote it.
+# The report, and its tables for pages.
 
 
 def quoted_tables() -> dict[str, Callable[[], list[str]]]:
@@ -305,7 +302,7 @@ def report(stage_times: str | Path | None = None, tflops: float = TFLOPS, vae_ms
     about = "Projections of the simulator, not measured on several GPUs."
     sections: list[tuple[str, Callable[[], list[str]]]] = [
         ("# Rollouts measured on one GPU", gpu_tables.rollout_table),
-        ("## Where a task goes, ms", gpu_tables.breakdown_table),
+        ("## Where the time of a task goes, ms", gpu_tables.breakdown_table),
         ("# Steps over ranks", lambda: [about]),
         ("## Steady state, every task 1", partial(limit_table, steps)),
         ("## Gain over one rank block-first, every task 1", partial(gain_table, unit_costs(), steps)),
@@ -365,20 +362,8 @@ def measured_table(results: Mapping[str, Any]) -> list[str]:
     return lines + [f"- {key}: {value}" for key, value in about.items() if "visit_s" not in key]
 
 
-def refreshed(page: str) -> str:
-    """A page with its tables regenerated: all between `<!-- table NAME -->` and `<!-- end -->`."""
-    tables = quoted_tables()
-
-    def table(match: re.Match[str]) -> str:
-        if match[1] not in tables:
-            raise ValueError(f"table must be one of {', '.join(tables)}, got {match[1]!r}")
-        return "\n".join([f"<!-- table {match[1]} -->", "", *tables[match[1]](), "", "<!-- end -->"])
-
-    return re.sub(r"<!-- table ([^>]*) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
-
-
 def main() -> None:
-    """Print the report, or update the documents."""
+    """Print the report."""
     from argparse import ArgumentParser
 
     parser = ArgumentParser(description="Simulated speedups on several GPUs.")
@@ -386,20 +371,12 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=TFLOPS, help="of the roofline, TFLOP/s")
     parser.add_argument("--vae-ms", type=float, default=VAE_MS, help="milliseconds to decode a block")
     parser.add_argument("--plot", help="instead: plot the speedups into this .png; needs matplotlib")
-    parser.add_argument("--docs", type=Path, help="the folder docs: update tables and pictures of its pages and README")
     a = parser.parse_args()
     if a.plot is not None:
         draw_gains(a.plot)
         return
-    if a.docs is None:
-        for section in report(a.stage_times, a.tflops, a.vae_ms):
-            print(section, flush=True)
-        return
-    for name, svg in pictures().items():
-        (a.docs / name).write_text(svg, encoding="utf-8")
-    for name in PAGES:
-        page = a.docs / name
-        page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for section in report(a.stage_times, a.tflops, a.vae_ms):
+        print(section, flush=True)
 
 
 if __name__ == "__main__":

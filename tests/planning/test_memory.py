@@ -131,7 +131,7 @@ def test_phases():
     assert (memory.resident, memory.visiting, memory.decoding) == (resident, resident + 7, resident + 9)
     assert (memory.reading, memory.total, memory.when) == (32, resident + 9, "decoding")
     light = replace(memory, offload=("text", "vae"))
-    assert (light.reading, light.total, light.when) == (30, 59, "a visit")
+    assert (light.reading, light.total, light.when) == (30, 59, "a task")
     assert replace(light, caches=0).when == "reading the prompt"
 
 

@@ -14,6 +14,7 @@ from hiar_model.schedule import gpu_tables
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parents[2]
+FUSED = {"order": "wavefront", "fuse_cache_denoise": True, "kv_source": "own"}
 PARTS = [{"name": name, "seconds": 0.01, "kernels": 3.0, "limit": 0.0, "why": ""} for name in (*KINDS, "idle")]
 
 
@@ -23,7 +24,7 @@ def cells(table: list[str]) -> list[list[str]]:
 
 def profile(**setting) -> dict:
     return {
-        "setting": {"order": "stream", "pairs": False, "executor": "graph", **setting}, "device": "NVIDIA X",
+        "setting": setting or {"order": "stream", "pairs": False, "executor": "graph"}, "device": "NVIDIA X",
         "seconds": 0.05, "frames_per_second": 30.0, "peak_bytes": 3 * 2**30, "launches": 0.75, "syncs": 0.25,
         "parts": PARTS,
     }  # fmt: skip
@@ -43,7 +44,7 @@ def root(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("\n".join(map(json.dumps, values)) + "\n")
 
-    write("x/2026-01-02-aaa/rollouts.jsonl", profile(), profile(order="wavefront", pairs=True))
+    write("x/2026-01-02-aaa/rollouts.jsonl", profile(), profile(rollout=FUSED, cuda_graph=True))
     write("x/2026-01-02-aaa/notes.json", {"rollouts.jsonl": ["as it was"]})
     write("x/2026-01-02-aaa/vae.json", vae(("diffusers' modules", 600.0), ("fused", 200.0), ("fused, wide", 100.0)))
     row = {
