@@ -101,9 +101,7 @@ class Rollout:
         height, width = (whole("latent_size", n, 1) for n in latent_size)
         self.shape = (wan.in_channels, height, width)
         grid = wan.grid(height, width)
-        if num_latent_frames is None:
-            config.require_endless()
-        else:
+        if num_latent_frames is not None:
             num_latent_frames = whole("num_latent_frames", num_latent_frames)
         if prefix is not None:
             require_shape("prefix", prefix, (batch, None, *self.shape))
@@ -116,9 +114,11 @@ class Rollout:
         steps_ranks, head_ranks = axis_size(execution.mesh, "step"), axis_size(execution.mesh, "head")
         if execution.on_nan == "retry" and head_ranks > 1:
             raise ValueError("on_nan='retry' is impossible with ranks that share heads (each looks for itself): stop")
-        pipelined = steps_ranks > 1 or execution.steps_per_rank is not None
+        pipelined = steps_ranks > 1 or execution.steps_per_rank is not None or execution.dedicated_decoder_rank
         if pipelined and config.order in ("step_first", "wavefront"):
-            config = config.with_order("stream")  # the same numbers: ranks walk block after block
+            config = config.with_order("stream")  # the same numbers: ranks run block after block
+        if num_latent_frames is None:
+            config.require_endless()
         self.config, self.plan = config, Plan.of(config, prefix_frames)
         self.num_blocks = self._count_blocks(num_latent_frames, prefix_frames)
         kv_dtype = None if execution.kv_dtype is None else getattr(torch, execution.kv_dtype)

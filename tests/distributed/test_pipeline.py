@@ -68,7 +68,7 @@ def test_splits_a_decoder_rank_captured_tasks_and_own_weights(cases):
 
 
 def test_steps_and_heads_on_one_mesh(cases):
-    assert [rank["shared"] for rank in cases[0]] == [[]] * 4
+    assert [rank["step and head"] for rank in cases[0]] == [[]] * 4
 
 
 def test_states_of_all_ranks_resume_bit_for_bit(cases):
@@ -86,7 +86,7 @@ def test_rollout_returns_latents_on_the_last_rank_alone(cases):
 def test_an_endless_pipeline_takes_constant_memory_and_can_be_left(cases):
     first, last = (rank["endless"] for rank in cases[0][:2])
     assert first == {"taken": 0}
-    assert last == {"taken": 40, "same": True, "kept": 1}
+    assert last == {"taken": 40, "same": True, "sizes": 1}
 
 
 def test_latents_are_sent_before_the_cache_task_and_received_a_block_ahead(cases):
@@ -228,9 +228,9 @@ def test_a_generation_on_one_process_saves_its_blocks(model, tmp_path, capsys, m
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save_block", interrupted)
-        assert main([*request, "--executor", "pipeline"]) == 130
+        assert main([*request, "--parallel", "pipeline"]) == 130
     assert len(list(Path("a.blocks").glob("block_*"))) == 3 and not Path("a").exists()
-    assert main([*request, "--executor", "pipeline", "--resume"]) == 0
+    assert main([*request, "--parallel", "pipeline", "--resume"]) == 0
     assert main([*request[:3], "b/", *request[4:]]) == 0
     capsys.readouterr()
     for frame in Path("b").glob("*.png"):
@@ -241,10 +241,10 @@ def test_a_generation_on_one_process_saves_its_blocks(model, tmp_path, capsys, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--resume"], "in a pipeline only: give executor pipeline"),
+        (["--resume"], "in a pipeline only: give --parallel pipeline"),
         (["--nproc", "0"], "--nproc must be a whole number of at least 1, got 0"),
-        (["--executor", "pipeline", "--steps-per-rank", "[1,1]"], "a number for each of 1 ranks"),
-        (["--executor", "warp"], "executor must be one of"),
+        (["--parallel", "pipeline", "--steps-per-rank", "[1,1]"], "a number for each of 1 ranks"),
+        (["--parallel", "warp"], "--parallel must be one of pipeline, ulysses, got 'warp'"),
     ],
 )
 def test_bad_requests(model, tmp_path, capsys, monkeypatch, options, message):
