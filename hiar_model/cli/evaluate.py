@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ..io.files import check_output, temporary
+from ..io.atomic import atomic_write
+from ..io.files import check_output
 from .machine import load_model, machine_arguments, progress_bar
 
 ORDINALS = {4: "quarter", 5: "fifth", 6: "sixth", 8: "eighth", 10: "tenth"}
@@ -90,7 +90,7 @@ def evaluate(a: Namespace) -> None:
             "dtype": str(model.dtype).removeprefix("torch."),
             "versions": versions("torch"),
         }
-        _write(target, json.dumps({**about, "rows": [row.to_dict() for row in rows]}, indent=2) + "\n")
+        atomic_write(target, json.dumps({**about, "rows": [row.to_dict() for row in rows]}, indent=2) + "\n")
 
 
 def _table(a: Namespace) -> None:
@@ -102,7 +102,7 @@ def _table(a: Namespace) -> None:
     text = table(a.folder)
     print(text, end="")
     if target is not None:
-        _write(target, text)
+        atomic_write(target, text)
 
 
 def _pairs(a: Namespace) -> None:
@@ -126,16 +126,6 @@ def _pairs(a: Namespace) -> None:
 def _target(name: str | None) -> Path | None:
     """Where to write; refused before any work if it cannot be written."""
     return None if name is None else check_output(name)
-
-
-def _write(target: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = temporary(target)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _print_rows(rows: Sequence[Any], title: str) -> None:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..common import environment
 from .machine import progress_bar
-from .parallel import FAILED, INTERRUPTED, TOLD, WRONG_INPUT
+from .parallel import FAILED, INTERRUPTED, WRONG_INPUT
 from .signals import ENDING, listens
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _bar(place: Place, *columns: str) -> Any:
 @contextmanager
 def _among_others() -> Iterator[None]:
     """Where several processes run: what goes wrong in one of them, or in all alike, is told once."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if environment.world_size() == 1:
         yield
         return
     code = 0
@@ -182,13 +183,12 @@ def _among_others() -> Iterator[None]:
 
 
 def _tell(error: Exception) -> None:
-    if told := os.environ.get(TOLD):
+    if (file := environment.error_file()) is not None:
         with suppress(FileExistsError):
-            os.close(os.open(told, os.O_CREAT | os.O_EXCL))
+            file.touch(exist_ok=False)
             print("hiar:", " ".join(str(error).split()), file=sys.stderr)
     else:
-        rank = os.environ.get("RANK", "?")
-        print(f"hiar: rank {rank}:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"hiar: rank {environment.rank()}:", " ".join(str(error).split()), file=sys.stderr)
 
 
 def _override(text: str) -> tuple[str, Any]:
