@@ -83,25 +83,21 @@ class WanConfig:
     position_grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        if self.position_grid is not None:
-            object.__setattr__(self, "position_grid", tuple(self.position_grid))
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in ("eps", "rope_theta") and value is not None:
-                numbers = [whole(f"WanConfig: {f.name}", n) for n in (value if isinstance(value, tuple) else (value,))]
-                value = tuple(numbers) if isinstance(value, tuple) else numbers[0]  # Python's integers, for JSON
-                object.__setattr__(self, f.name, value)
-            if value is not None and (min(value) < 1 if isinstance(value, tuple) else value <= 0):
+            if isinstance(value, (list, tuple)):
+                value = tuple(whole(f"WanConfig: {f.name}", n) for n in value)
+            elif value is not None and f.name not in ("eps", "rope_theta"):
+                value = whole(f"WanConfig: {f.name}", value)
+            object.__setattr__(self, f.name, value)
+            if value is not None and (min(value) if isinstance(value, tuple) else value) <= 0:
                 raise ValueError(f"WanConfig: {f.name} must be positive, got {value}")
         if self.dim % (2 * self.num_heads):
             raise ValueError(
                 f"WanConfig: dim must be num_heads ({self.num_heads}) times an even number, got {self.dim}"
             )
         if self.patch_size[0] != 1:
-            raise ValueError(
-                f"WanConfig: patch_size[0] must be 1, got {self.patch_size[0]}: a token lies in one frame"
-            )
+            raise ValueError(f"WanConfig: patch_size[0] must be 1, got {self.patch_size[0]}: a token lies in one frame")
 
     @property
     def head_dim(self) -> int:
@@ -143,9 +139,4 @@ class WanConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mapping, the inverse of :meth:`from_dict`."""
-        values = {**asdict(self), "patch_size": list(self.patch_size)}
-        if self.position_grid is None:
-            del values["position_grid"]
-        else:
-            values["position_grid"] = list(self.position_grid)
-        return values
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items() if v is not None}

@@ -36,7 +36,7 @@ _GROUPS: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
 
 
 def _exchange(x: Tensor, group: str) -> Tensor:
-    """x [R, ...]: part i goes to rank i; part i of the result came from rank i."""
+    """All-to-all of x [R, ...]: x[i] goes to rank i; result[i] is from rank i."""
     out = torch.empty_like(x)
     dist.all_to_all_single(out, x, group=_GROUPS[group])
     return out
@@ -76,11 +76,11 @@ class HeadRanks:
                 f"parallel='ulysses' divides {heads} heads and {tokens} tokens per frame evenly: the head axis must "
                 f"have {legal} ranks, got {self.size}"
             )
-        self.cells = _part(tokens, self.rank, self.size)
-        self.heads = _part(heads, self.rank, self.size)
+        self.cells = _share(tokens, self.rank, self.size)
+        self.heads = _share(heads, self.rank, self.size)
 
     def exchange(self, x: Tensor) -> Tensor:
-        """x [R, ...], contiguous: part i goes to rank i; part i of the result came from rank i."""
+        """All-to-all of contiguous x [R, ...]: x[i] goes to rank i; result[i] is from rank i."""
         with span("all-to-all"):
             return torch.ops.hiar_model.exchange(x, self.group.group_name)
 
@@ -96,12 +96,12 @@ class HeadRanks:
             )
 
 
-def _part(total: int, rank: int, size: int) -> tuple[int, int]:
+def _share(total: int, rank: int, size: int) -> tuple[int, int]:
     return total // size * rank, total // size * (rank + 1)
 
 
 class UlyssesAttention(CachedAttention):
-    """:class:`CachedAttention` of rings that hold this rank's heads, for activations that hold its tokens."""
+    """:class:`CachedAttention` with caches of this rank's heads and activations of this rank's tokens."""
 
     def __init__(self, ranks: HeadRanks, *args: Any) -> None:
         super().__init__(*args)
@@ -115,23 +115,23 @@ class UlyssesAttention(CachedAttention):
         return x.unflatten(1, (frames, -1))[:, :, slice(*self.ranks.cells)].flatten(1, 2)
 
     def join(self, x: Tensor, frames: int) -> Tensor:
-        parts = self.ranks.exchange(x.expand(self.ranks.size, *x.shape).contiguous())
-        return parts.unflatten(2, (frames, -1)).permute(1, 2, 0, 3, 4).flatten(1, 3)
+        shares = self.ranks.exchange(x.expand(self.ranks.size, *x.shape).contiguous())
+        return shares.unflatten(2, (frames, -1)).permute(1, 2, 0, 3, 4).flatten(1, 3)
 
     def _append(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, **options: Any) -> Tensor:
-        """qkv [B, T / R, 3 C] -> q [B, T, H / R, D]; k and v of these heads go into the rings of the layer."""
-        (rows, tokens, width), ranks, heads = qkv.shape, self.ranks.size, options["num_heads"]
-        packed = qkv.new_empty(heads, 3, rows, tokens, width // 3 // heads)  # heads outside: a part for each rank
-        q_out, k_out, v_out = packed.permute(1, 2, 3, 0, 4)  # [B, T / R, H, D], as rings of the visit's own frames
+        """qkv [B, T / R, 3 C] -> q [B, T, H / R, D]; k and v of these heads go into the layer's cache."""
+        (batch, tokens, width), ranks, heads = qkv.shape, self.ranks.size, options["num_heads"]
+        packed = qkv.new_empty(heads, 3, batch, tokens, width // 3 // heads)  # heads first: a share for each rank
+        q_out, k_out, v_out = packed.permute(1, 2, 3, 0, 4)  # [B, T / R, H, D], as caches of the task's own frames
         q = qk_norm_rope_append(
             qkv, q_weight, k_weight, self.frames, self._in_order, k_out, v_out, cells=self.ranks.cells, **options
         )
         q_out.copy_(q)
-        # [rank, its heads, 3, B, F, cells, D] -> [3, B, F, rank, cells, heads, D]: tokens of a frame in their order
-        came = self.ranks.exchange(packed).unflatten(0, (ranks, -1)).unflatten(4, (self.frames.shape[1], -1))
-        whole = came.permute(2, 3, 4, 0, 5, 1, 6)
-        self._write(layer, whole[1], whole[2])
-        return whole[0].flatten(1, 3)
+        # [rank, heads of it, 3, B, F, cells, D] -> [3, B, F, rank, cells, heads, D]: the tokens of a frame in order
+        received = self.ranks.exchange(packed).unflatten(0, (ranks, -1)).unflatten(4, (self.frames.shape[1], -1))
+        q_k_v = received.permute(2, 3, 4, 0, 5, 1, 6)
+        self._write(layer, q_k_v[1], q_k_v[2])
+        return q_k_v[0].flatten(1, 3)
 
     def __call__(
         self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, selection: OutputSelection | None
@@ -140,6 +140,6 @@ class UlyssesAttention(CachedAttention):
         if out is None:
             return None
         ranks, frames = self.ranks.size, out.shape[1] // self.cache.frame_tokens
-        # [B, F, rank, cells, heads, D] -> to each rank its cells; came back from each rank: its heads
+        # [B, F, rank, cells, heads, D]: send each rank its cells, receive from each rank its heads
         sent = out.unflatten(1, (frames, ranks, -1)).permute(2, 0, 1, 3, 4, 5).contiguous()
         return self.ranks.exchange(sent).permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2)

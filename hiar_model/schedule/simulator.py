@@ -114,34 +114,6 @@ class Timeline:
         return tuple(b / self.time if self.time else 0.0 for b in busy)
 
 
-class Makespan(NamedTuple):
-    """The time of a video, and the steps of each rank."""
-
-    time: float
-    steps_per_rank: tuple[int, ...]
-
-
-def makespan(
-    plan: Plan,
-    num_blocks: int,
-    ranks: int,
-    denoise: float = 1.0,
-    cache: float = 1.0,
-    send_latent: float = 0.0,
-    send_keys: float = 0.0,
-) -> Makespan:
-    """The time of a video at unit costs on `ranks` ranks, with the best split of the steps over them.
-
-    Args:
-        denoise, cache: time of a task; a fused item takes both, and its latents are ready when it ends.
-        send_latent: time for latents to reach another rank.
-        send_keys: time for shared keys and values (kv_source="next_step") to reach another rank.
-    """
-    costs = unit_costs(denoise, cache, send_latent=send_latent, send_keys=send_keys)
-    timeline = simulate(plan, num_blocks, ranks, costs)
-    return Makespan(timeline.time, timeline.split)
-
-
 def simulate(
     plan: Plan,
     num_blocks: int,

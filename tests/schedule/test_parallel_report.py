@@ -29,7 +29,7 @@ from hiar_model.schedule.report import (
     report,
     setup_table,
 )
-from hiar_model.schedule.simulator import makespan, simulate
+from hiar_model.schedule.simulator import simulate
 from hiar_model.schedule.strategies import machines, plan_of, strategies
 from hiar_model.train.engine.loss_plot import can_draw
 
@@ -66,7 +66,7 @@ def test_pictures_show_every_task_inside_the_frame() -> None:
 def test_gains_agree_with_the_closed_forms() -> None:
     for s, n, *gains in rows(gain_table(unit_costs(), steps=(2, 4, 8))):
         steps, blocks = int(s), int(n)
-        best = (makespan(plan_of("block_first", steps), blocks, 1).time) / (2 * blocks + steps - 2)
+        best = (simulate(plan_of("block_first", steps), blocks, 1).time) / (2 * blocks + steps - 2)
         assert gains[-1] == f"{best:.2f}"
         assert gains[0] == f"{((steps + 1) * blocks - 1) / (2 * steps * blocks - steps):.2f}"
 
@@ -87,7 +87,7 @@ def test_limits() -> None:
         assert [float(x) for x in (base, own, pipe, gain)] == [steps + 1, 2 * steps, 2, (steps + 1) / 2]
         assert each == f"{(steps + 1) / (2 * steps):.1%}"
         reached = [
-            makespan(plan_of("block_first", steps), m, 1).time / makespan(plan_of("stream", steps), m, steps).time
+            simulate(plan_of("block_first", steps), m, 1).time / simulate(plan_of("stream", steps), m, steps).time
             for m in (n - 1, n)
         ]
         assert reached[0] < 0.9 * float(gain) <= reached[1]

@@ -28,7 +28,7 @@ from hiar_model.schedule.costs import (
     unit_costs,
 )
 from hiar_model.schedule.plan import Plan, cache, denoise, dependencies, forwards
-from hiar_model.schedule.simulator import Simulation, Timeline, makespan, simulate
+from hiar_model.schedule.simulator import Simulation, Timeline, simulate
 
 pytestmark = pytest.mark.cpu
 
@@ -38,6 +38,11 @@ SMALL, LARGE = (WanConfig.from_name(f"wan2.1-t2v-{size}") for size in ("1.3b", "
 def windowed(steps: int, order: str = "stream", **options: Any) -> Plan:
     """A plan of 3-frame blocks whose tasks stay cheap however long the video is."""
     return Plan(steps, order, 3, window_frames=(21,) * steps, **options)
+
+
+def makespan(plan: Plan, num_blocks: int, ranks: int, **times: float) -> Timeline:
+    """The timeline at unit costs on so many ranks, with the best split."""
+    return simulate(plan, num_blocks, ranks, unit_costs(**times))
 
 
 # The figures of the design.
@@ -61,7 +66,7 @@ def test_four_steps(order: str) -> None:
     own, shared = Plan(4, order, 3), Plan(4, order, 3, kv_source="next_step")
     spans = [makespan(own, 27, ranks) for ranks in (1, 2, 3, 4)]
     assert [span.time for span in spans] == [212, 108, 108, 56]
-    assert [span.steps_per_rank for span in spans] == [(4,), (2, 2), (2, 1, 1), (1, 1, 1, 1)]
+    assert [span.split for span in spans] == [(4,), (2, 2), (2, 1, 1), (1, 1, 1, 1)]
     assert [makespan(shared, 27, ranks).time for ranks in (1, 2, 3)] == [134, 82, 56]
 
 
@@ -119,10 +124,11 @@ def test_sending_takes_time() -> None:
     assert makespan(Plan(4, "stream", 3), blocks, 1, denoise=2, cache=0.5).time == 4 * (2 * blocks + 0.5 * (blocks - 1))
     # the split counts: step 0 alone reads keys, so steps 0 and 1 on one rank need no dear round trip
     shared = Plan(3, "stream", 3, window_frames=(None, 3, 3), kv_source="next_step")
-    assert makespan(shared, 6, 2, send_keys=3) == (13, (2, 1))
+    timeline = makespan(shared, 6, 2, send_keys=3)
+    assert (timeline.time, timeline.split) == (13, (2, 1))
     # dear cache tasks, all on the last step, pull the split towards it
     windows = (3, 3, 3, None)  # the last step alone has cache tasks
-    assert makespan(Plan(4, "stream", 3, window_frames=windows), blocks, 2, cache=3).steps_per_rank == (3, 1)
+    assert makespan(Plan(4, "stream", 3, window_frames=windows), blocks, 2, cache=3).split == (3, 1)
 
 
 def test_a_link_carries_one_message_at_a_time() -> None:
