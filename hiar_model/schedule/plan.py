@@ -32,7 +32,7 @@ class Task(NamedTuple):
 
 
 BatchItem = tuple[Task, ...]
-"""One sample of a forward's batch: a single task, or cache(s, n - 1) and denoise(s, n) fused."""
+"""One item of a forward's batch: a single task, or cache(s, n - 1) and denoise(s, n) fused."""
 
 Group = tuple[BatchItem, ...]
 """Batch items that do not depend on each other, by rising step: they may run as one batch."""

@@ -96,8 +96,7 @@ def test_limits() -> None:
 @pytest.mark.parametrize(("steps", "ranks"), [(4, 2), (4, 4), (8, 4)])
 def test_both_are_equally_fast_at_the_crossing(steps: int, ranks: int) -> None:
     model = "wan2.1-t2v-1.3b"
-    found = rows(crossing_table([model], [100.0], [steps]))
-    rate = next(float(row[-1]) for row in found if row[2] == str(ranks)) * 1e9
+    rate = next(float(row[-1]) for row in rows(crossing_table([model], [100.0], [steps])) if row[2] == str(ranks)) * 1e9
     config, link = WanConfig.from_name(model), Link("crossing", rate, 0.0)
     costs = roofline(config, 100.0, link)
     shared = head_parallel(costs, config, Geometry(), ranks, link)
@@ -146,7 +145,7 @@ def test_report_from_stage_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_report_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each table is printed when it is made: measurements come before the first simulation."""
+    """Tables are printed one by one: measurements come before the first simulation."""
     shown: list[str] = []
 
     def stop(*_: object) -> list[str]:
@@ -161,8 +160,16 @@ def test_the_report_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "## Where the time of a task goes, ms" in shown[0] and "Steady state" not in shown[0]
 
 
-def row_of(order: str, way: str, ranks: int, seconds: float, **more) -> dict:
-    row = {"order": order, "way": way, "ranks": ranks, "split": [4], "blocks": 27, "measured": True, "seconds": seconds}
+def row_of(order: str, strategy: str, ranks: int, seconds: float, **more) -> dict:
+    row = {
+        "order": order,
+        "way": strategy,
+        "ranks": ranks,
+        "split": [4],
+        "blocks": 27,
+        "measured": True,
+        "seconds": seconds,
+    }
     numbers = {"first_block": 0.5, "interval": 0.25, "prompt": None, "fps": 24.0, "fps_vae": 15.0, "predicted": seconds}
     return {**row, **numbers, **more}
 

@@ -122,12 +122,12 @@ def test_sending_takes_time() -> None:
     assert both.time == 2 * blocks + 0.25 * (blocks - 1) + 0.5 * blocks
     assert makespan(Plan(4, "stream", 3), blocks, 1, send_latent=9, send_keys=9).time == 8 * blocks - 4
     assert makespan(Plan(4, "stream", 3), blocks, 1, denoise=2, cache=0.5).time == 4 * (2 * blocks + 0.5 * (blocks - 1))
-    # the split counts: step 0 alone reads keys, so steps 0 and 1 on one rank need no dear round trip
+    # the split matters: only step 0 reads keys, so steps 0 and 1 on one rank need no slow round trip
     shared = Plan(3, "stream", 3, window_frames=(None, 3, 3), kv_source="next_step")
     timeline = makespan(shared, 6, 2, send_keys=3)
     assert (timeline.time, timeline.split) == (13, (2, 1))
-    # dear cache tasks, all on the last step, pull the split towards it
-    windows = (3, 3, 3, None)  # the last step alone has cache tasks
+    # slow cache tasks, all on the last step, give its rank fewer steps
+    windows = (3, 3, 3, None)  # only the last step has cache tasks
     assert makespan(Plan(4, "stream", 3, window_frames=windows), blocks, 2, cache=3).split == (3, 1)
 
 
