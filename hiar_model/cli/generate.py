@@ -87,19 +87,24 @@ def generate(a: Namespace) -> None:
 
 
 def _generate_here(a: Namespace, here: Job, kept: str) -> None:
-    from ..io.files import SESSION, check_output, in_folder
-    from ..io.video import VideoWriter, check_target
+    from ..io.files import SESSION, check_output, in_folder, require_apart
+    from ..io.video import VideoWriter, check_target, is_folder_target, record_path
 
     # What needs no model is told before one is loaded.
     target = check_target(a.out)
     if target.is_file() and not a.overwrite:
         raise ValueError(f"{target} exists already: give another name, or --overwrite")
-    script = _script(a)
     for option in ("image", "extend", "from_session"):
         if a[option] is not None and not Path(a[option]).exists():
             raise ValueError(f"{option.replace('_', '-')} {a[option]}: no such file")
-    if a.session is not None:
-        check_output(in_folder(a.session, SESSION))
+    session = None if a.session is None else check_output(in_folder(a.session, SESSION))
+    require_apart(
+        {"-o": target, "the record of -o": record_path(target, is_folder_target(a.out)), "--session": session},
+        {f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint")},
+    )
+    if a.from_session is not None:  # that may be replaced by --session
+        require_apart({"-o": target}, {"--from-session": in_folder(a.from_session, SESSION)})
+    script = _script(a)
     with imports():
         from hiar_kernels.nvtx import span
 
@@ -161,9 +166,10 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
         given = () if run.given is None or a.from_session else run.given.notes
         for line in [*notes, *given, *run.notes()]:
             print(line, file=sys.stderr)
+        writer = VideoWriter(a.out, run.fps, run.metadata, size=run.model.pixel_size)
         with (
             span("generate"),
-            VideoWriter(a.out, run.fps, run.metadata) as writer,
+            writer,
             _interrupts(a.session, run) as asked,
         ):
             for frames in run:

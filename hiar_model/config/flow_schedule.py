@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from ..common.checks import plain, whole
+from ..common.checks import MOST_STEPS, number_above_0, plain, whole
 
-TRAIN_TIMESTEPS = 1000  # timestep of the network = 1000 sigma; 0 is clean
+TRAIN_TIMESTEPS = MOST_STEPS  # timestep of the network = 1000 sigma; 0 is clean
 
 
 def shift_sigma(sigma: float, shift: float) -> float:
@@ -35,19 +36,19 @@ class FlowSchedule:
     shift: float = 5.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", tuple(map(plain, self.steps)))
+        steps = tuple(map(plain, self.steps)) if isinstance(self.steps, Iterable) else ()
+        in_range = all(isinstance(s, int | float) and 0 < s <= TRAIN_TIMESTEPS for s in steps)
+        if not steps or not in_range or not all(a > b for a, b in pairwise(steps)):
+            got = list(steps) if isinstance(self.steps, Iterable) else self.steps
+            raise ValueError(f"FlowSchedule: steps must fall within (0, {TRAIN_TIMESTEPS}], got {got}")
+        number_above_0("FlowSchedule: shift", self.shift)
+        object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "shift", plain(self.shift))
-        in_range = all(0 < s <= TRAIN_TIMESTEPS for s in self.steps)
-        falling = all(a > b for a, b in zip(self.steps, self.steps[1:], strict=False))
-        if not self.steps or not in_range or not falling:
-            raise ValueError(f"FlowSchedule: steps must fall within (0, {TRAIN_TIMESTEPS}], got {list(self.steps)}")
-        if self.shift <= 0:
-            raise ValueError(f"FlowSchedule: shift must be positive, got {self.shift}")
 
     @classmethod
     def uniform(cls, num_steps: int, shift: float = 5.0) -> FlowSchedule:
         """``num_steps`` equally spaced steps: 4 gives (1000, 750, 500, 250)."""
-        num_steps = whole("FlowSchedule: the number of steps", num_steps, 1)
+        num_steps = whole("FlowSchedule: the number of steps", num_steps, 1, most=MOST_STEPS)
         return cls(tuple(TRAIN_TIMESTEPS * (num_steps - i) / num_steps for i in range(num_steps)), shift)
 
     @property

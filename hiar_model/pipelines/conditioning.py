@@ -7,6 +7,7 @@ are not square stretched.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -17,12 +18,14 @@ from typing import Any
 import av
 import numpy as np
 
+from ..common.checks import path_like
 from ..io.files import refuse_stand_in
 from ..io.video import Frames, source_matrix
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 _AT_ONCE = 8  # frames resized together
+_REPAIR = "get it again, or write what is whole of it anew (ffmpeg -i IN OUT)"
 _GROUND = 255  # grey behind transparent pixels
 
 
@@ -54,15 +57,15 @@ def read_given(
         ValueError: one line: both, no such file, not readable, another kind of file, too few frames.
     """
     if image is not None and extend is not None:
-        raise ValueError(f"image {os.fspath(image)} and extend {os.fspath(extend)} cannot both begin a video: give one")
+        raise ValueError(f"image {image!s} and extend {extend!s} cannot both begin a video: give one")
     if image is not None:
-        path = Path(image)
+        path = path_like("image", image)
         picture, notes = _read_image(path)
         fitted = _Fitted(path, size)
         return Given(fitted.take([picture]), (*notes, *fitted.notes))
     if extend is None:
         return None
-    path = Path(extend)
+    path = path_like("extend", extend)
     clip = _Clip(path)
     fitted = _Fitted(path, size, clip)
     frames = fitted.take(clip.frames())
@@ -95,7 +98,10 @@ def _read_image(path: Path) -> tuple[Frames, list[str]]:
     _check(path, "image", IMAGES)
     notes: list[str] = []
     try:
-        with Image.open(path) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photos are welcome
+            opened = Image.open(path)
+        with opened as picture:
             frames = getattr(picture, "n_frames", 1)
             if frames != 1:
                 raise ValueError(f"image {path} holds {frames} frames, expected one; give a clip as extend")
@@ -104,7 +110,9 @@ def _read_image(path: Path) -> tuple[Frames, list[str]]:
             if turned.getexif() != picture.getexif():
                 notes.append(f"{path}: turned as its EXIF orientation says")
             return _to_srgb(turned, path, notes), notes
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image {path}: more pixels than are read (178 million): scale it down first") from error
+    except (OSError, SyntaxError) as error:
         said = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(f"image {path}: corrupt, or not what its suffix says: {said}") from error
 
@@ -148,7 +156,7 @@ class _Clip:
 
     def frames(self) -> Iterator[Frames]:
         """uint8 [H, W, 3] each, as a player shows them but for the shape of pixels."""
-        path, size, count = self.path, None, 0
+        path, size, count, end = self.path, None, 0, 0.0
         try:
             with av.open(str(path)) as container:
                 if not container.streams.video:
@@ -160,7 +168,15 @@ class _Clip:
                     if size not in (None, image.shape):
                         raise ValueError(f"extend {path}: its frames differ in size")
                     size, count = image.shape, count + 1
+                    if frame.is_corrupt:
+                        raise ValueError(f"extend {path}: damaged at its frame {count}; {_REPAIR}")
+                    end = max(end, float(frame.time or 0) + float((frame.duration or 0) * (frame.time_base or 0)))
                     yield image
+                whole = _seconds(container, stream)
+                if count and whole - end > max(0.05 * whole, 2 / (self.rate or 1)):
+                    raise ValueError(
+                        f"extend {path}: cut short: its frames end at {end:.2f} of {whole:.2f} s; {_REPAIR}"
+                    )
         except (av.error.FFmpegError, OSError) as error:
             said = error.strerror or error
             raise ValueError(f"extend {path}: corrupt, or not what its suffix says: {said}") from error
@@ -176,6 +192,16 @@ class _Clip:
         self.aspect = 1 / aspect if turns % 2 else aspect
         image = np.rot90(image, turns)
         return np.ascontiguousarray(image[:, ::-1] if flip else image)
+
+
+def _seconds(container: Any, stream: Any) -> float:
+    """How long the pictures of a file are to go on, as it says itself; 0: it does not say."""
+    if container.format.name == "avi":  # its duration is that of what is there
+        return float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
+    if stream.duration:
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    alone = len(container.streams) == 1  # sound may go on longer
+    return float(container.duration or 0) / 1e6 if alone else 0.0
 
 
 def _orientation(frame: Any) -> tuple[int, bool]:

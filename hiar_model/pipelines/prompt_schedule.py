@@ -47,6 +47,8 @@ class Script:
     file: str | None = None  # that it was read from
 
     def __post_init__(self) -> None:
+        if isinstance(self.lines, str) or not all(isinstance(line, Line) for line in self.lines or ()):
+            raise ValueError("Script takes lines: use Script.of([(0, 'a prompt'), ...]), or Script.read('script.txt')")
         if not self.lines:
             raise ValueError(f'{self.name} has no prompts: give lines "seconds prompt", the first at 0')
         before = -1.0

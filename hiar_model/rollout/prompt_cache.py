@@ -101,7 +101,6 @@ class PromptBuffers:
         if self.holds[key] is not text:
             place = self.places[key]
             place.counts.copy_(text.counts)
-            place.log_counts.copy_(text.log_counts)
             for (k, v), (new_k, new_v) in zip(place.layers, text.layers, strict=True):
                 k.copy_(new_k)
                 v.copy_(new_v)

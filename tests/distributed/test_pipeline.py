@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import small_toy
 import torch
+from processes import PATIENCE, torchrun
+from processes import run as run_python
 from runs import make_rollout
 from small_toy import BLOCK, PROMPT
 from tiny_model import MODEL, SIZE, TEXT, run
@@ -36,15 +38,7 @@ from hiar_model.schedule.stages import Stage, faster_fusion, split_steps
 pytestmark = pytest.mark.cpu
 
 JOB = Path(__file__).parents[1] / "helpers" / "pipeline_job.py"
-PATIENCE = 240  # seconds for any of these jobs on a busy machine
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def torchrun(processes: int, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [*command, str(JOB), *map(str, words)], capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT
-    )
 
 
 # On several processes
@@ -54,7 +48,7 @@ def torchrun(processes: int, *words: object) -> subprocess.CompletedProcess[str]
 def cases(tmp_path_factory):
     """The results of each of four ranks, and stderr."""
     target = tmp_path_factory.mktemp("job") / "results.json"
-    done = torchrun(4, "cases", target)
+    done = torchrun(4, JOB, "cases", target)
     assert target.exists(), done.stderr[-3000:]
     return json.loads(target.read_text()), done.stderr
 
@@ -125,7 +119,7 @@ def test_a_failing_rank_is_reported_once_and_known_to_all(cases):
     ],
 )
 def test_a_fault_ends_the_job_in_time(how, message):
-    done = torchrun(3, how)
+    done = torchrun(3, JOB, how)
     ended = time.time()
     assert done.returncode
     reported = [line for line in done.stderr.splitlines() if line.startswith("hiar: ")]
@@ -135,8 +129,9 @@ def test_a_fault_ends_the_job_in_time(how, message):
 
 
 def test_processes_end_without_their_launcher():
-    done = torchrun(3, "orphan")  # returns when the last process has closed its output
-    ended = time.time()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(JOB), "orphan"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT)
+    ended = time.time()  # the last process has closed its output
     assert done.returncode == -signal.SIGKILL
     fault = float(re.search(r"orphan at ([\d.]+)", done.stdout)[1])
     assert ended - fault < 4 + 6
@@ -144,10 +139,12 @@ def test_processes_end_without_their_launcher():
 
 def test_a_killed_generation_is_resumed(tmp_path):
     model = small_toy.write_model(tmp_path / "model")
-    command = [sys.executable, "-m", "hiar_model", "generate", PROMPT, "-o", "made/", "--model", str(model),
-               "--num-frames", str(16 * BLOCK), "--seed", "3", "--nproc", "2", "--checkpoint-every", "2",
-               "--timeout", "10"]  # fmt: skip
-    started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    command = ["-m", "hiar_model", "generate", PROMPT, "-o", "made/", "--model", str(model), "--seed", "3",
+               "--num-frames", str(16 * BLOCK), "--nproc", "2", "--checkpoint-every", "2", "--timeout",
+               "10"]  # fmt: skip
+    started = subprocess.Popen(
+        [sys.executable, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
     folder, until = tmp_path / "made.blocks", time.time() + PATIENCE
     while not list(folder.glob("block_*")) and time.time() < until:
         time.sleep(0.05)
@@ -167,9 +164,7 @@ def test_a_killed_generation_is_resumed(tmp_path):
     common = int(max(states[0] & states[1]))
     assert 2 <= common < 16
 
-    done = subprocess.run(
-        [*command, "--resume"], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT
-    )
+    done = run_python([*command, "--resume"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"made: {16 * BLOCK} frames") and not folder.exists()
     from hiar_model import generate

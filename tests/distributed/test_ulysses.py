@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import processes  # noqa: F401 - the server of its processes has torch
 import pytest
 import torch
 import torch.distributed as dist
@@ -116,7 +117,7 @@ def on_a_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.start_processes(on_a_rank, (str(folder),), nprocs=RANKS, start_method="spawn")
+    torch.multiprocessing.start_processes(on_a_rank, (str(folder),), nprocs=RANKS, start_method="forkserver")
     return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
 
 

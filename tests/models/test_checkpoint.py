@@ -174,7 +174,7 @@ def test_nothing_partial_is_left(tmp_path, weights, monkeypatch):
         Path(name).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("hiar_model.models.checkpoint.save_file", torn)
+    monkeypatch.setattr("hiar_model.models.checkpoint.save_tensors", torn)
     with pytest.raises(OSError, match="no space left"):
         save_transformer(model, path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before

@@ -7,6 +7,7 @@ stands under ``scale`` says where a run happens, never what is learnt: it may ch
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -65,7 +66,7 @@ class OptimizerRecipe:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and self.clip_norm > 0 and self.weight_decay >= 0):
+        if not (0 < self.lr < math.inf and self.clip_norm > 0 and 0 <= self.weight_decay < math.inf):
             raise ValueError(
                 "recipe: lr and clip_norm must be above 0, weight_decay at least 0, "
                 f"got {self.lr}, {self.clip_norm}, {self.weight_decay}"
