@@ -3,10 +3,12 @@
 #              one tier of them: make test-cpu, test-interpreter, test-compile
 #              numbers as other processors compute them: make test-processors
 # make test-versions   the tests on the oldest and the newest supported torch and Triton, each in an environment of its own
-# make lint    ruff, codespell        make types   mypy        make check   lint, types, tests
+# make lint    ruff, codespell        make types   mypy        make check   lint, types, docs-check, tests
 # make gpu-test        run the kernels' tests on the CUDA device; needs only torch, triton, pytest
 # make gpu-bench       measure every op on it, into bench/results/; needs pytest-benchmark too (make bench: rehearsal, CPU)
 #                      both end after BUDGET seconds; cut short by that or by anything, run again they go on
+# make docs            renew the tables and pictures that commands print into README and docs/
+# make docs-check      tell which of them are stale
 # make compile-report  write docs/compile_report.md: registers, spills, tensor cores of every kernel; needs no GPU
 # make clean   remove .venv and everything else that was built; videos in out/ stay
 #
@@ -26,7 +28,7 @@ PROMPT := a red circle moving right
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-versions test-cpu test-processors test-interpreter test-compile gpu-test gpu-bench bench compile-report lint types check setup setup-dev clean
+.PHONY: help demo test test-versions test-cpu test-processors test-interpreter test-compile gpu-test gpu-bench bench compile-report docs docs-check lint types check setup setup-dev clean
 
 help:
 	@sed -n '/^[^#]/q; s/^# \{0,1\}//p' Makefile
@@ -161,6 +163,12 @@ bench: setup-dev
 compile-report: setup-dev
 	@$(BIN)/python -m hiar_kernels.compile_report --markdown docs/compile_report.md
 
+docs: setup-dev
+	@$(BIN)/python docs/refresh.py
+
+docs-check: setup-dev
+	@$(BIN)/python docs/refresh.py --check
+
 lint: setup-dev
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m codespell_lib
@@ -168,7 +176,7 @@ lint: setup-dev
 types: setup-dev
 	@$(BIN)/python -m mypy
 
-check: lint types test
+check: lint types docs-check test
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

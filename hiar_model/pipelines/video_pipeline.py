@@ -107,7 +107,7 @@ class VideoOptions:
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else whole(name, value, least, most=most))
         if self.prompts is not None and not isinstance(self.prompts, PromptSchedule):
-            raise ValueError(f"prompts must be a PromptSchedule, such as PromptSchedule.read('script.txt'), got {self.prompts!r}")
+            raise ValueError(f"prompts must be a PromptSchedule (.read('script.txt')), got {self.prompts!r}")
         if self.on_progress is not None and not callable(self.on_progress):
             raise ValueError(f"on_progress must be a function or None, got {self.on_progress!r}")
         if self.session is not None:

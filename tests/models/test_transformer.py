@@ -138,10 +138,10 @@ def test_uniform_schedules(steps):
         (lambda: FlowSchedule((1000, 0)), "must fall within (0, 1000]"),
         (lambda: FlowSchedule(shift=0.0), "shift must be a number above 0, got 0.0"),
         (lambda: FlowSchedule.uniform(0), "a whole number from 1 to 1000, got 0"),
-        (lambda: WanConfig(24, 40, 5, 1), "dim 24 is not num_heads 5 times an even number"),
+        (lambda: WanConfig(24, 40, 5, 1), "dim must be num_heads (5) times an even number, got 24"),
         (lambda: WanConfig(24, 40, 2, 0), "num_layers must be positive, got 0"),
         (lambda: WanConfig(24, 40, 2, 1, patch_size=(2, 2, 2)), "patch_size[0] must be 1, got 2"),
-        (lambda: WanConfig.from_name("wan"), "unknown model 'wan'; known: wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy"),
+        (lambda: WanConfig.from_name("wan"), "model must be one of wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy, got 'wan'"),
         (lambda: WanConfig.from_dict({"dim": 4, "heads": 2}), "unknown heads; known: dim, eps"),
     ],
 )
@@ -279,7 +279,7 @@ def test_other_bad_calls_are_refused(tiny, golden):
     x, t, text = (golden[f"bidirectional.{name}"] for name in ("x", "t", "context"))
     with pytest.raises(ValueError, match="attention must be one of bidirectional, block_causal, got 'causal'"):
         tiny(x, t, text, "causal")
-    with pytest.raises(ValueError, match="latent frame 7x12 is no multiple of the patch 2x2"):
+    with pytest.raises(ValueError, match="multiples of the patch 2x2, got 7x12"):
         tiny(x[..., :7, :], t, text)
 
 

@@ -237,7 +237,7 @@ ILLEGAL = {
     "image": ({"image": 3}, "image must be the path of a file or folder, got 3"),
     "clip": ({"extend": b"x.mp4"}, "extend must be the path of a file or folder, got b'x.mp4'"),
     "session": ({"session": 3}, "session must be the path of a file or folder, got 3"),
-    "prompts": ({"prompts": "a.txt"}, r"prompts must be a PromptSchedule, such as PromptSchedule.read\('script.txt'\), got 'a.txt'"),
+    "prompts": ({"prompts": "a.txt"}, "prompts must be a PromptSchedule .* got 'a.txt'"),
     "progress": ({"on_progress": 3}, "on_progress must be a function or None, got 3"),
     "device": ({"device": "abacus"}, "unknown device 'abacus'; legal: auto, cpu"),
     "device number": ({"device": "cuda:99"}, "is not there"),

@@ -143,7 +143,7 @@ def test_phases():
         ({"num_frames": 10}, "nearest 9 or 12"),
         ({"num_frames": None, "order": "stream", "window_frames": None}, "endless video needs a window"),
         ({"kv_dtype": torch.int8}, "kv_dtype must be one of .*float8_e4m3fn"),
-        ({"height": 9}, "9x12 is no multiple of the patch"),
+        ({"height": 9}, "multiples of the patch 2x2, got 9x12"),
     ],
     ids=str,
 )
