@@ -15,7 +15,7 @@ import torch
 import wan_files
 from train_job import ENVIRONMENT, PATIENCE, losses
 
-from hiar_model import config
+from hiar_model.config import wan as wan_config
 from hiar_model.cli import main
 from hiar_model.models.checkpoint import load_transformer
 from hiar_model.models.text_encoder import WanTextEncoder
@@ -90,7 +90,7 @@ def test_it_goes_on_where_it_ended(wan, tmp_path, monkeypatch):
     whole = bits(folder)
     (folder / "shard-00000.safetensors").write_bytes(whole["shard-00000.safetensors"][:-1])
     (folder / "shard-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="unfinished, 2 of 3 shards are there: the command that made them goes on"):
+    with pytest.raises(ValueError, match="unfinished, 2 of 3 shards exist"):
         PromptData(folder, SHAPE)
     encode = WanTextEncoder._encode
     monkeypatch.setattr(WanTextEncoder, "_encode", lambda self, text: encoded.append(text) or encode(self, text))
@@ -145,7 +145,7 @@ def test_files_without_prompts(wan, tmp_path, content, message):
 def test_samples_are_decoded_by_the_vae(wan, tmp_path):
     """In its own precision whatever the trainer's is; a folder without a VAE is refused before anything is trained."""
     stage(wan).produce(tmp_path, 0, 1, lambda *told: None)
-    told = {"data.folder": str(tmp_path), "data.latent_size": [4, 4], "num_frames": SHAPE[0], "data.vae": str(wan)}
+    told = {"data.folder": str(tmp_path), "data.latent_size": [4, 4], "num_latent_frames": SHAPE[0], "data.vae": str(wan)}
     recipe = load_recipe("wan-1.3b/ode_pairs", told)
     sources = Sources(recipe, torch.device("cpu"))
     assert torch.equal(sources.shown(2), PromptData(tmp_path, SHAPE).first(5)[:2]) and len(sources.shown(9)) == 5
@@ -161,12 +161,12 @@ def test_the_wan_recipes_one_after_another(wan, here, monkeypatch, capsys):
     """As shipped but for sizes: from prompts and the published folder to a student, by `hiar train`."""
     size = dataclasses.asdict(wan_files.WAN)
     for name in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b"):
-        monkeypatch.setitem(config._PRESETS, name, size)
+        monkeypatch.setitem(wan_config._PRESETS, name, size)
     (here / "checkpoints").mkdir()
     (here / "checkpoints" / wan.name).symlink_to(wan)
     (here / "prompts.txt").write_text("\n".join(PROMPTS))
-    small = ["data.latent_size=[4,4]", "num_frames=6", "scale.threads=1"]
-    few = [*small, "updates=2", "batch_size=2", "log_every=1", "window_frames=6", "sample_every=2"]
+    small = ["data.latent_size=[4,4]", "num_latent_frames=6", "scale.threads=1"]
+    few = [*small, "updates=2", "batch_size=2", "log_every=1", "rollout.window_frames=6", "sample_every=2"]
 
     def done(recipe: str, *words: str) -> Path:
         assert main(["train", f"wan-1.3b/{recipe}", *words, "--device", "cpu"]) == 0, capsys.readouterr().err

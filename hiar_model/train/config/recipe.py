@@ -1,7 +1,7 @@
-"""Recipes: everything that decides a training run, as immutable values read from YAML and key=value.
+"""Recipes: every option of a training run, as frozen dataclasses (YAML and key=value: :mod:`.reading`).
 
-A recipe file says ``stage: NAME``, which chooses its class below; the other keys are the fields of that class. What
-stands under ``scale`` says where a run happens, never what is learnt: it may change when the run goes on.
+``stage: NAME`` in a recipe file chooses its class below; the other keys are the fields of that class. The section
+``scale`` says where a run happens and changes nothing that is learnt: a resumed run may have another one.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ...config import WanConfig
-from ...config import FlowSchedule
-
-Window = int | tuple[int | None, ...] | None
+from ...common.checks import number_above_0, number_at_least_0, one_of, whole
+from ...config import RolloutConfig, WanConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class DataRecipe:
 
     Args:
         world: of the toy, by name. codec_floor: of its codec. held_out_prompts: never trained on, kept for evaluation.
-        from_start: share of toy clips that are a video's beginning. mark_continuing: texts say which are not
+        from_start: share of toy clips that are a video's beginning. mark_continuing: prompts say which are not
             (:class:`hiar_model.train.data.datasets.ToyData`).
         folder: of encoded prompts (or clips) instead of the toy world. latent_size: (height, width) of their latents.
         vae: folder of a Wan model whose VAE decodes samples of such prompts; null: none are shown.
@@ -41,9 +39,9 @@ class DataRecipe:
         _at_least(self, 0, "held_out_prompts")
         _share(self, "from_start")
         if (self.folder is None) != (self.latent_size is None):
-            raise ValueError("recipe: data.folder and data.latent_size go together, or are both null for the toy world")
+            raise ValueError("folder and latent_size go together, or are both null for the toy world")
         if self.vae is not None and self.folder is None:
-            raise ValueError("recipe: data.vae is for data.folder, the toy world has a codec of its own")
+            raise ValueError("vae is for data.folder, the toy world has a codec of its own")
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,11 @@ class OptimizerRecipe:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and self.clip_norm > 0 and self.weight_decay >= 0):
-            raise ValueError(
-                "recipe: lr and clip_norm must be above 0, weight_decay at least 0, "
-                f"got {self.lr}, {self.clip_norm}, {self.weight_decay}"
-            )
+        number_above_0("lr", self.lr)
+        number_above_0("clip_norm", self.clip_norm)
+        number_at_least_0("weight_decay", self.weight_decay)
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"recipe: betas must be in 0..1 without 1, got {list(self.betas)}")
+            raise ValueError(f"betas must be in 0..1 without 1, got {list(self.betas)}")
         _share(self, "warmup", "cooldown")
 
 
@@ -99,12 +95,12 @@ class ScaleRecipe:
     """Where a run happens. Losses stay the same up to rounding, whatever stands here.
 
     Args:
-        micro_batch: rows of a batch that one process computes at once; null: all of its share.
+        micro_batch: samples that one process computes at once; null: its whole share of a batch.
         shard: processes that share the weights of one copy; 0: all. The number of copies follows.
-        activation_checkpointing: blocks keep nothing for the backward pass but their input.
+        activation_checkpointing: recompute each block in the backward pass from its saved input.
         threads: of torch on the CPU; 0: one for small networks such as the toy's, else torch's choice.
-        max_minutes: the run stops after so long, in a state to go on from; null: never.
-        checkpoint_every: updates between two states to go on from.
+        max_minutes: save a state and stop after so many minutes; null: never.
+        checkpoint_every: updates between two saved states.
     """
 
     micro_batch: int | None = None
@@ -117,8 +113,8 @@ class ScaleRecipe:
     def __post_init__(self) -> None:
         _at_least(self, 0, "shard", "threads")
         _at_least(self, 1, "checkpoint_every", "micro_batch")
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ValueError(f"recipe: max_minutes must be above 0, got {self.max_minutes}")
+        if self.max_minutes is not None:
+            number_above_0("max_minutes", self.max_minutes)
 
 
 @dataclass(frozen=True)
@@ -165,17 +161,17 @@ class NetworkRecipe(Recipe):
 
     Args:
         model: size of the network, a name that WanConfig knows. seed: of weights, data and noise.
-        num_frames: latent frames of a clip.
+        num_latent_frames: of a clip.
     """
 
     model: str = "toy"
     data: DataRecipe = field(default_factory=DataRecipe)
     seed: int = 0
-    num_frames: int = 12
+    num_latent_frames: int = 12
 
     def __post_init__(self) -> None:
-        _sizes(self, "model")
-        _at_least(self, 1, "num_frames")
+        _model_size(self, "model")
+        _at_least(self, 1, "num_latent_frames")
 
 
 @dataclass(frozen=True)
@@ -184,8 +180,8 @@ class TrainingRecipe(NetworkRecipe):
 
     Args:
         init: weights to begin with, the folder of a model or a checkpoint; null: random.
-        updates: of the run. batch_size: rows in each optimiser step, over all processes.
-        log_every, sample_every: updates between two rows of the log, two sheets of samples; 0: no samples.
+        updates: of the run. batch_size: samples in each optimiser step, over all processes.
+        log_every, sample_every: updates between two rows of loss.csv, two sheets of samples; 0: no samples.
         sample_prompts: videos on a sheet.
     """
 
@@ -213,42 +209,21 @@ class CausalRecipe(TrainingRecipe):
     """What every stage that trains a block-causal network has.
 
     Args:
-        frames_per_block, window_frames, sink_frames: the block-causal rule; a window may be one number per step.
-        steps, shift: the noise schedule of the rollout.
+        rollout: how the student will be rolled out; it is trained for that, and its model folder says so.
     """
 
-    frames_per_block: int = 3
-    window_frames: Window = 12
-    sink_frames: int = 0
-    steps: tuple[float, ...] = (1000, 750, 500, 250)
-    shift: float = 1.0
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(shift=1.0, order="stream", window_frames=12))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "frames_per_block")
-        if self.num_frames % self.frames_per_block or self.num_frames < 2 * self.frames_per_block:
+        block = self.rollout.frames_per_block
+        if self.num_latent_frames % block or self.num_latent_frames < 2 * block:
             raise ValueError(
-                f"recipe: num_frames must be a multiple of frames_per_block {self.frames_per_block} and at least two "
-                f"blocks, got {self.num_frames}"
+                f"num_latent_frames must be a multiple of rollout.frames_per_block {block} and at least two blocks, "
+                f"got {self.num_latent_frames}"
             )
-        steps = len(self.schedule)
-        if isinstance(self.window_frames, tuple) and len(self.window_frames) != steps:
-            raise ValueError(
-                f"recipe: window_frames has {len(self.window_frames)} numbers, give one for each of {steps} steps"
-            )
-        windows = self.window_frames if isinstance(self.window_frames, tuple) else (self.window_frames,)
-        least = self.sink_frames + self.frames_per_block
-        _at_least(self, 0, "sink_frames")
-        if any(window is not None and window < least for window in windows):
-            raise ValueError(
-                f"recipe: window_frames must be at least sink_frames + frames_per_block = {least}, "
-                f"got {plain(self.window_frames)}"
-            )
-
-    @property
-    def schedule(self) -> FlowSchedule:
-        """The noise schedule."""
-        return FlowSchedule(self.steps, self.shift)
+        if self.rollout.first_frame:
+            raise ValueError(f"rollout.first_frame must be 0 in training, got {self.rollout.first_frame}")
 
 
 @dataclass(frozen=True)
@@ -268,7 +243,7 @@ class LevelsRecipe:
     def __post_init__(self) -> None:
         shares = (self.matched, self.clean, self.continuous)
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(f"recipe: levels must be at least 0 and sum to 1, got {list(shares)}")
+            raise ValueError(f"matched, clean and continuous must be at least 0 and sum to 1, got {list(shares)}")
 
 
 @dataclass(frozen=True)
@@ -287,7 +262,7 @@ class TeacherForcingRecipe(CausalRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_window(self)
+        _trained_on_clips(self)
 
 
 @dataclass(frozen=True)
@@ -336,7 +311,7 @@ class OdePairsRecipe(NetworkRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "count", "shard_size", "batch_size", "steps")
-        _sizes(self, "teacher_model")
+        _model_size(self, "teacher_model")
 
 
 @dataclass(frozen=True)
@@ -357,7 +332,7 @@ class OdeInitRecipe(CausalRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         _share(self, "clean")
-        _one_window(self)
+        _trained_on_clips(self)
 
 
 @dataclass(frozen=True)
@@ -378,8 +353,7 @@ class ForwardKLRecipe:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "first_k")
-        if self.weight < 0:
-            raise ValueError(f"recipe: forward_kl.weight must be at least 0, got {self.weight}")
+        number_at_least_0("weight", self.weight)
 
 
 @dataclass(frozen=True)
@@ -389,10 +363,9 @@ class HiARRecipe(CausalRecipe):
     Args:
         teacher: weights. teacher_model: its size.
         critic_init, critic_model: weights that the critic begins with, and its size; null: the teacher's.
-        order: "step_first" matches the noise of the context, "block_first" is Self-Forcing.
-        cache_source: "own", or "next_step": lent keys. guidance: of the teacher in DMD. dmd_shift: of its noise levels;
-            null: the schedule's. critic_updates: of the critic for each of the student. critic_optimizer: its own.
-        shared_rollout: the turns of one update share its videos, each with noise of its own; false: new ones for each.
+        guidance: of the teacher in DMD. dmd_shift: of the noise levels in DMD; null: rollout.shift.
+        critic_updates: optimiser steps of the critic for each step of the student. critic_optimizer: of the critic.
+        shared_rollout: all steps of an update share its videos, each with its own noise; false: new videos for each.
     """
 
     stage: ClassVar[str] = "hiar"
@@ -401,8 +374,6 @@ class HiARRecipe(CausalRecipe):
     teacher_model: str = "toy"
     critic_init: str | None = None
     critic_model: str | None = None
-    order: Literal["step_first", "block_first"] = "step_first"
-    cache_source: Literal["own", "next_step"] = "own"
     guidance: float = 3.0
     dmd_shift: float | None = None
     critic_updates: int = 5
@@ -413,16 +384,14 @@ class HiARRecipe(CausalRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "critic_updates")
-        _sizes(self, "teacher_model")
+        _model_size(self, "teacher_model")
         if self.critic_model is not None:
-            _sizes(self, "critic_model")
+            _model_size(self, "critic_model")
             if self.critic_init is None and self.critic_model != self.teacher_model:
                 raise ValueError(
-                    f"recipe: critic_init must be given: the teacher's weights are no {self.critic_model} to begin with"
+                    f"critic_init must be given: the teacher's weights are not of the size {self.critic_model}"
                 )
-        if self.order == "block_first":
-            if self.cache_source != "own":
-                raise ValueError("recipe: cache_source next_step lends matched keys: order must be step_first")
+        if self.rollout.order == "block_first":
             _one_window(self)
 
     def optimizer_of(self, network: str) -> OptimizerRecipe:
@@ -437,28 +406,31 @@ RECIPES: dict[str, type[Recipe]] = {
 
 def _at_least(recipe: Any, least: int, *names: str) -> None:
     for name in names:
-        value = getattr(recipe, name)
-        if value is not None and value < least:
-            raise ValueError(f"recipe: {name} must be at least {least}, got {value}")
+        if getattr(recipe, name) is not None:
+            whole(name, getattr(recipe, name), least)
 
 
 def _share(recipe: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(recipe, name) <= 1:
-            raise ValueError(f"recipe: {name} must be in 0..1, got {getattr(recipe, name)}")
+            raise ValueError(f"{name} must be in 0..1, got {getattr(recipe, name)}")
 
 
-def _sizes(recipe: Any, *names: str) -> None:
+def _model_size(recipe: Any, *names: str) -> None:
     for name in names:
-        if getattr(recipe, name) not in WanConfig.names():
-            raise ValueError(
-                f"recipe: {name} must be one of {', '.join(WanConfig.names())}, got {getattr(recipe, name)!r}"
-            )
+        one_of(name, getattr(recipe, name), WanConfig.names())
 
 
 def _one_window(recipe: CausalRecipe) -> None:
-    if isinstance(recipe.window_frames, tuple):
-        raise ValueError(f"recipe: window_frames must be one number here, got {list(recipe.window_frames)}")
+    if len(set(recipe.rollout.windows)) > 1:
+        raise ValueError(f"rollout.window_frames must be one number here, got {plain(recipe.rollout.window_frames)}")
+
+
+def _trained_on_clips(recipe: CausalRecipe) -> None:
+    """Stages that make no rollout train one window, and every step with keys of its own."""
+    _one_window(recipe)
+    if recipe.rollout.kv_source != "own":
+        raise ValueError(f"rollout.kv_source must be own in the stage {recipe.stage}, got {recipe.rollout.kv_source}")
 
 
 def plain(value: Any) -> Any:

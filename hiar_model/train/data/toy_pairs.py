@@ -1,4 +1,4 @@
-"""What a teacher of the toy world shows: the ends of its trajectories, read back from pixels."""
+"""Reads what a teacher of the toy world shows at the ends of its trajectories, from pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""The loss plot of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw_loss_curve(losses: str | Path, picture: str | Path) -> None:
+def draw_losses(losses: str | Path, picture: str | Path) -> None:
     """Draw every column "NETWORK_loss" of a loss.csv over "update" into a .png, raw and averaged; needs matplotlib.
 
     Raises:
