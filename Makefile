@@ -140,9 +140,9 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__)
 endef
 export gpu_check
 
-# One process each, without the plugins that happen to be installed; bench/resume.py keeps what has passed in out/.
-gpu_run = @env -u TRITON_INTERPRET PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONPATH=.:bench $(GPU_PYTHON) -m pytest \
-	-p resume --resume out/$@.jsonl --budget $(BUDGET)
+# One process each, without the plugins that happen to be installed; bench/lib/resume.py keeps what has passed in out/.
+gpu_run = @env -u TRITON_INTERPRET PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONPATH=. $(GPU_PYTHON) -m pytest \
+	-p bench.lib.resume --resume out/$@.jsonl --budget $(BUDGET)
 
 gpu-test:
 	@$(GPU_PYTHON) -c "$$gpu_check" "make $@" torch triton pytest

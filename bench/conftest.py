@@ -1,16 +1,10 @@
-"""What the benchmarks share: the device, its limits measured in the same run, and the table at the end.
+"""What the pytest benchmarks share: the device, its limits measured in the same run, and the tables at the end.
 
-pytest bench/ --benchmark-only          on a CUDA device: Wan 1.3B sizes, into bench/results/<gpu>/<date>-<revision>/
-                                        without one: rehearsal at small sizes, its figures mean nothing; out/bench/
-
-ops.md and ops.json hold every op, ops.png shows them, rollout.md and rollout.json are of whole rollouts, vae.md and
-vae.json of the VAE. measured.json is hiar_kernels/attention/measured.json with this run's measurements in it, to be
-copied there. With --resume FILE the rows of earlier runs in FILE are among them (resume.py).
+On a CUDA device: Wan 1.3B's sizes; without one a rehearsal at small sizes, into out/bench/. See README.md.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,24 +12,28 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench.lib.machine import CUDA, result_folder
+from bench.lib.measure import default_bench, large_copy, large_matmul, percentiles
+from bench.ops import bench_ops
+from bench.rollout import bench_rollout
+from bench.vae import bench_vae
 
-import op_results
-import rollout_results
-import vae_results
-from op_results import BENCH, CUDA, REHEARSAL, default_folder
-
-pytest_plugins = ["resume"]
+pytest_plugins = ["bench.lib.resume"]
+REHEARSAL = "REHEARSAL at small sizes on a CPU: these figures mean nothing, only the path was tried"
 DURATION = (
     "all of it takes 180 s of CPU, 160 of them test_two_ranks_on_two_cores, which says how far it is "
     "and is right on idle cores alone (-k 'not two_ranks' leaves it out)"
 )
-# what names a row -> who tells and writes such rows
-TABLES = {"op": op_results, "rollout": rollout_results, "vae": vae_results}
+TABLES = {"op": bench_ops, "rollout": bench_rollout, "vae": bench_vae}  # the key that such rows have
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, metavar="DIR", help="where the tables go (default: see conftest.py)")
+
+
+def pytest_configure() -> None:
+    torch._dynamo.config.recompile_limit = 256  # every shape and mask is a compilation of its own,
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # and eager must not be measured as if compiled
 
 
 def pytest_report_header() -> str:
@@ -47,14 +45,9 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session")
 def limits() -> dict[str, float]:
     """What a large matmul and a large copy reach here: FLOP/s and bytes/s."""
-    n, size = (8192, 1 << 30) if CUDA else (128, 1 << 20)
-    a, b = (torch.randn(n, n, device=BENCH.device).to(torch.bfloat16) for _ in range(2))
-    x, y = (torch.zeros(size, dtype=torch.uint8, device=BENCH.device) for _ in range(2))
-    found = {}
-    for unit, work, run in (("flop", 2.0 * n**3, lambda: a @ b), ("bytes", 2.0 * size, lambda: y.copy_(x))):
-        taken = BENCH.milliseconds(run)
-        found[unit] = work / (taken[len(taken) // 2] / 1e3)
-    return found
+    bench = default_bench()
+    cases = {"flop": large_matmul(bench, 8192 if CUDA else 128), "bytes": large_copy(bench, 1024 if CUDA else 1)}
+    return {unit: case[unit] / percentiles(bench.milliseconds(case["run"]))[1] * 1e3 for unit, case in cases.items()}
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -63,20 +56,20 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = outcome.get_result()
     case = getattr(item, "callspec", None)
     if report.failed and case is not None and "op" in case.params:
-        said = str(getattr(report.longrepr, "reprcrash", None) or report.longrepr).strip().splitlines()[-1]
-        labels = {"op": case.params["op"].label, "pass": case.params["direction"], "way": case.params["way"]}
-        report.user_properties.append(("row", {**labels, "error": said[:200]}))
+        line = str(getattr(report.longrepr, "reprcrash", None) or report.longrepr).strip().splitlines()[-1]
+        labels = {"op": case.params["op"].label, "pass": case.params["direction"], "variant": case.params["variant"]}
+        report.user_properties.append(("row", {**labels, "error": line[:200]}))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     run: Any = config.pluginmanager.get_plugin("resume-run")
-    rows = [] if run is None else run.rows()
-    about, folder = (None, None) if run is None else (run.journal.about, config.getoption("results"))
+    every = [] if run is None else run.rows()
     for kind, results in TABLES.items():
-        found = [row for row in rows if kind in row]
-        found = vae_results.with_vae(found, rows) if kind == "rollout" else found
-        if found:
+        rows = [row for row in every if kind in row]
+        rows = bench_vae.with_vae(rows, every) if kind == "rollout" else rows
+        if rows:
+            about = run.journal.about
+            page = results.write(rows, about, config.getoption("results") or result_folder(about, rehearsal=not CUDA))
             terminalreporter.section(f"{kind}s" if CUDA else f"{kind}s, {REHEARSAL}")
-            for line in results.table(found):
+            for line in (*results.table(rows), f"wrote {page}"):
                 terminalreporter.write_line(line)
-            terminalreporter.write_line(f"wrote {results.write(found, about, folder or default_folder(about))}")

@@ -13,7 +13,7 @@ fi
 before=$(realpath "$1") out=$(mkdir -p "$2" && realpath "$2")
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${PYTHON:-python3}
-export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/bench:$PWD/tests
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/tests
 status=0
 
 step() { # name, seconds, command
@@ -29,9 +29,9 @@ step() { # name, seconds, command
 together=()
 "$python" -c 'import xdist' 2> /dev/null && together=(-n 14)
 step tests 170 "$python" -m pytest -p no:cacheprovider -q "${together[@]}" -m gpu tests/gpu tests/interpreter
-step ops 45 env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "$python" -m pytest -q -p resume --resume "$out/ops.jsonl" --budget 35 \
-    -p pytest_benchmark.plugin bench/bench_ops.py --benchmark-only --results "$out/ops" \
+step ops 45 env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "$python" -m pytest -q -p bench.lib.resume --resume "$out/ops.jsonl" --budget 35 \
+    -p pytest_benchmark.plugin bench/ops/bench_ops.py --benchmark-only --results "$out/ops" \
     -k '(attention-visit or attention-pair or pointwise) and not flex and not flash and not efficient and not compiled and not GELU and not eager'
-step rollouts 140 "$python" bench/ab.py --a-dir "$before" --b-dir . --order stream --order block_first --pairs \
-    --shared-keys --rounds 4 --budget 110 --results "$out/ab"
+step rollouts 140 "$python" -m bench.rollout.ab --a-dir "$before" --b-dir . --order stream --order block_first \
+    --order wavefront+pairs --order stream+shared_keys --rounds 4 --budget 110 --results "$out/ab"
 exit $status

@@ -7,22 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import rollout, train
-    from .config import WanConfig
+    from .config import ExecutionConfig, FlowSchedule, RolloutConfig, WanConfig
     from .io.video import Video
     from .models.checkpoint import load_transformer, save_transformer
-    from .config import FlowSchedule
     from .models.registry import load_video_model
     from .models.text_encoder import WanTextEncoder
     from .models.transformer import HiARTransformer
     from .models.video_model import VideoModel
     from .pipelines.prompt_schedule import Script
-    from .pipelines.video_pipeline import generate, stream
+    from .pipelines.video_pipeline import VideoPipeline, generate, stream
     from .rollout import Rollout
     from .rollout.infill import infill
     from .rollout.session_io import load_session, save_session
 
 __all__ = [
     "WanConfig",
+    "RolloutConfig",
+    "ExecutionConfig",
+    "VideoPipeline",
     "HiARTransformer",
     "load_transformer",
     "save_transformer",
@@ -44,6 +46,9 @@ __all__ = [
 
 _HOME = {
     "WanConfig": "config",
+    "RolloutConfig": "config",
+    "ExecutionConfig": "config",
+    "VideoPipeline": "pipelines.video_pipeline",
     "HiARTransformer": "models.transformer",
     "load_transformer": "models.checkpoint",
     "save_transformer": "models.checkpoint",

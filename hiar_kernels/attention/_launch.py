@@ -45,7 +45,7 @@ class Tile:
 
 # By architecture (0: the interpreter), at head_dim 128 in 16 bits: what compiles without spills in Triton 3.6, 3.7
 # and 3.8 and fits the chip. sm_90: the fastest on an NVIDIA H200, 2026-11-27, torch 2.11.0+cu130, Triton 3.6.0, by
-# bench/sweep_attention.py (dq beside a context spills 8 bytes in 3.6 and 3.8); the others were never measured.
+# bench/ops/sweep_attention.py (dq beside a context spills 8 bytes in 3.6 and 3.8); the others were never measured.
 FORWARD = {
     0: Tile(16, 32, 4, 1, 16),
     80: Tile(128, 32, 8, 3, 16),

@@ -11,11 +11,13 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..common import checks
 from ..config import SHIPPED, WanConfig
+from ..config.execution import KV_DTYPES, ON_NAN
+from ..config.rollout import KV_SOURCES, ON_PROMPT_CHANGE, ORDERS
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "order": checks.ORDERS, "dtype": checks.DTYPE_NAMES, "cache_dtype": checks.CACHE_DTYPE_NAMES,
-    "vae_dtype": (*checks.DTYPE_NAMES, "none"), "on_nan": checks.ON_NAN, "on_new_text": checks.ON_NEW_TEXT,
-    "executor": checks.EXECUTORS, "cache_source": checks.CACHE_SOURCES, "offload": checks.OFFLOAD,
+    "order": ORDERS, "dtype": checks.DTYPE_NAMES, "kv_dtype": KV_DTYPES, "vae_dtype": (*checks.DTYPE_NAMES, "none"),
+    "on_nan": ON_NAN, "on_prompt_change": ON_PROMPT_CHANGE, "kv_source": KV_SOURCES, "offload": checks.OFFLOAD,
+    "parallel": ("pipeline", "ulysses"),
     "to": ("native", "diffusers", "pt"), "world": ("plain", "varied", "free_speed"),
 }  # fmt: skip
 """By the name of the option; one in a list, or between commas, is checked like one alone."""

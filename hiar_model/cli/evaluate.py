@@ -77,7 +77,7 @@ def evaluate(a: Namespace) -> None:
             on_videos=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     _print_rows(rows, f"{model.name} ({model.weights_sha256[:12]}), {len(prompts)} held-out prompts, seed {a.seed}, "
-                      f"{len(model.schedule)} steps")  # fmt: skip
+                      f"{len(model.rollout.steps)} steps")  # fmt: skip
     if target is not None:
         about = {
             "model": model.name,

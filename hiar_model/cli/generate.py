@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +21,7 @@ from .parallel import KEPT, job, keeping_arguments, kept_blocks, pipeline_argume
 from .signals import ENDING, listens
 
 if TYPE_CHECKING:
-    from ..pipelines.video_pipeline import Generation
+    from ..pipelines.video_pipeline import VideoRun
     from .parallel import Job
 
 
@@ -59,7 +60,7 @@ def generate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--image", type=str, help="first frame: a picture, scaled and cut to the size of the video")
     parser.add_argument("--extend", type=str, help="first frames: a clip, of which the last 1 + 4n frames are taken")
     parser.add_argument("--prompts", type=str, help='script of lines "seconds prompt", counted from the video\'s start')
-    parser.add_argument("--on-new-text", type=str, default="keep", help="context at a new prompt: keep or recache")
+    parser.add_argument("--on-prompt-change", type=str, default="keep", help="context at a new prompt: keep or recache")
     parser.add_argument("--on-nan", type=str, default="stop", help="latents that are not finite: stop or retry")
     parser.add_argument(
         "--session",
@@ -68,7 +69,7 @@ def generate_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--from-session", type=str, help="go on from such a file; another prompt makes it a fork")
     machine_arguments(parser)
-    parser.add_argument("--cache-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
+    parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
     parser.add_argument("--offload", type=str, help="what leaves the GPU: text (once the prompt is read), vae, or both")
     parser.add_argument("--prompt-cache", type=str, help="folder that keeps embeddings of prompts (Wan)")
     pipeline_arguments(parser)
@@ -102,14 +103,14 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
     with imports():
         from hiar_kernels.nvtx import span
 
-        from ..models.video_model import pick_cache_dtype, pick_device, pick_dtype
-        from ..pipelines.video_pipeline import Generation
+        from ..models.video_model import pick_device, pick_dtype
+        from ..pipelines.video_pipeline import VideoOptions, VideoPipeline
         from ..planning.free_memory import require_memory
 
     notes: list[str] = []
     own_steps = _own_steps(a, here)
-    options = here.options(a)
-    piped = options["executor"].startswith("pipeline")
+    execution = here.execution(a)
+    piped = a.parallel == "pipeline" or (here.ranks > 1 and a.parallel is None)
     if piped and (a.session or a.from_session) and here.ranks > 1:
         raise ValueError("a session is one file of one process: a pipeline goes on with --resume")
     offload = tuple(part.strip() for part in a.offload.split(",")) if a.offload else ()
@@ -118,7 +119,7 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
             a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, offload=offload,
             height=a.height, width=a.width, num_frames=a.num_frames, steps=a.steps, order=a.order,
             window_frames=tuple(a.window_frames) if isinstance(a.window_frames, list) else a.window_frames,
-            sink_frames=a.sink_frames, cache_dtype=pick_cache_dtype(a.cache_dtype),
+            sink_frames=a.sink_frames, kv_dtype=a.kv_dtype,
         )  # fmt: skip
     model = load_model(
         a, checkpoint=a.checkpoint, steps=a.steps, own_steps=own_steps, prompt_cache=a.prompt_cache,
@@ -136,20 +137,29 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
             told = {"frames": f"frames {frames}/{frames_total}", "speed": f"{speed:.1f} fps"}
             bar.update(task, total=of, completed=done, **told)
 
-        run = Generation(
-            a.prompt, model=model, height=a.height, width=a.width, num_frames=a.num_frames, seed=a.seed, steps=a.steps,
+        if piped and execution.mesh is None and execution.steps_per_rank is None:
+            execution = replace(execution, steps_per_rank=(a.steps or len(model.rollout.steps),))
+        fuse = a.fuse_cache_denoise
+        options = VideoOptions(
+            a.prompt, height=a.height, width=a.width, num_frames=a.num_frames, seed=a.seed, steps=a.steps,
             order=a.order, window_frames=a.window_frames, sink_frames=a.sink_frames, fps=a.fps, image=a.image,
-            extend=a.extend, prompts=script, on_new_text=a.on_new_text, on_nan=a.on_nan, cache_dtype=a.cache_dtype,
-            threads=a.threads, session=a.from_session, open_end=bool(a.session or a.from_session), on_progress=show,
-            keep=kept if a.resume or piped else None, resume=a.resume, checkpoint_every=a.checkpoint_every, **options,
+            extend=a.extend, prompts=script, on_prompt_change=a.on_prompt_change,
+            fuse_cache_denoise=False if fuse == "measured" else fuse, threads=a.threads, session=a.from_session,
+            open_end=bool(a.session or a.from_session), on_progress=show,
+            run_folder=kept if a.resume or piped else None, resume=a.resume, checkpoint_every=a.checkpoint_every,
         )  # fmt: skip
+        if "measured" in (a.steps_per_rank, fuse):
+            from ..pipelines.measured import measured
+
+            execution, options = measured(model, execution, options, choose_fusion=fuse == "measured")
+        run = VideoPipeline(model, execution).prepare(options)
         begun = time.perf_counter()
-        if not run.shows:
+        if not run.makes_frames:
             for _ in run:
                 pass
             return
         given = () if run.given is None or a.from_session else run.given.notes
-        for line in [*notes, *given, *run.told()]:
+        for line in [*notes, *given, *run.notes()]:
             print(line, file=sys.stderr)
         with (
             span("generate"),
@@ -158,8 +168,8 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
         ):
             for frames in run:
                 writer.write(frames)
-    if run.kept is not None:
-        run.kept.remove()
+    if run.run_folder is not None:
+        run.run_folder.remove()
     seconds, made = time.perf_counter() - begun, writer.frames_written
     if a.session is not None:
         try:
@@ -171,7 +181,7 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
     print(f"{writer.path}: {_told(run, made, seconds)}")
 
 
-def _told(run: Generation, written: int, seconds: float) -> str:
+def _told(run: VideoRun, written: int, seconds: float) -> str:
     """How much was written, and how fast it was made: with decoding and without."""
     assert run.decoding is not None
     made = written if run.given is None or run.session is not None else written - len(run.given.frames)
@@ -199,30 +209,30 @@ def _own_steps(a: Namespace, here: Job) -> range | None:
     """The steps of this rank of a pipeline, where each has weights of its own: shared out before any are loaded."""
     from ..models.wan import is_experts
 
-    if not is_experts(a.checkpoint) or here.ranks == 1 or a.parallel is not None:
+    if not is_experts(a.checkpoint) or here.ranks == 1 or a.parallel == "ulysses":
         return None
     if a.steps_per_rank == "measured":
         raise ValueError(
-            "weights by step are loaded before visits are measured: give --steps-per-rank [1,1,2], or count"
+            "weights by step are loaded before tasks are measured: give --steps-per-rank [1,1,2], or count"
         )
     import torch.distributed as dist
 
-    from ..models.experts import steps_of_rank
     from ..config import FlowSchedule
+    from ..models.experts import steps_of_rank
 
     if not isinstance(a.steps_per_rank, list):
-        steps, ranks = a.steps or len(FlowSchedule()), here.ranks - a.decode_apart
+        steps, ranks = a.steps or len(FlowSchedule()), here.ranks - a.dedicated_decoder_rank
         if not 1 <= ranks <= steps:
             return None  # the pipeline refuses it
         split = [steps // ranks + (rank >= ranks - steps % ranks) for rank in range(ranks)]
-        a.steps_per_rank = split + [0] * a.decode_apart
+        a.steps_per_rank = split + [0] * a.dedicated_decoder_rank
     if len(a.steps_per_rank) != here.ranks:
         return None  # likewise
     return steps_of_rank(a.steps_per_rank, dist.get_rank())
 
 
 @contextmanager
-def _interrupts(session: str | None, run: Generation) -> Iterator[Callable[[], bool]]:
+def _interrupts(session: str | None, run: VideoRun) -> Iterator[Callable[[], bool]]:
     """With a session Ctrl-C (or SIGTERM, SIGHUP) ends the video behind the block that is being made; a second one ends
     all at once.
     """

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 from .choices import as_typed
 
 if TYPE_CHECKING:
+    from ..config import ExecutionConfig
     from ..distributed.watchdog import Watch
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
@@ -26,29 +27,26 @@ TOLD = "HIAR_TOLD"  # a file that appears once a process has said what went wron
 def pipeline_arguments(parser: ArgumentParser, nproc: int = 1) -> None:
     """How the steps live on processes; shared by `generate` and `verify-parity`."""
     parser.add_argument("--nproc", type=int, default=nproc, help="processes to start here, as torchrun does")
-    parser.add_argument(
-        "--executor",
-        type=str,
-        help="eager or graph, pipeline or pipeline-graph; default: pipeline on several processes, else eager",
-    )
+    parser.add_argument("--cuda-graph", type=bool, default=False, help="capture forwards as CUDA graphs")
     parser.add_argument(
         "--parallel",
-        type=Literal["ulysses"] | None,
-        help="ulysses: the processes share every visit by attention heads, instead of the steps",
+        type=str,
+        help="pipeline: the processes share the steps; ulysses: they share every forward by attention heads; default: "
+        "pipeline where there are several",
     )
     parser.add_argument(
         "--steps-per-rank",
         type=list[int] | Literal["count", "measured"],
         default="count",
-        help="such as [1,1,2]; count: as even as it gets; measured: by the time that visits take here",
+        help="such as [1,1,2]; count: as even as it gets; measured: by the time that tasks take here",
     )
     parser.add_argument(
-        "--pairs",
+        "--fuse-cache-denoise",
         type=bool | Literal["measured"],
         default=False,
-        help="fuse each cache visit with the next denoise visit; measured: if that is faster here (pipeline)",
+        help="fuse each cache task with the next denoise task; measured: if that is faster here (pipeline)",
     )
-    parser.add_argument("--decode-apart", action="store_true", help="the last process only decodes")
+    parser.add_argument("--dedicated-decoder-rank", action="store_true", help="the last process only decodes")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds in which a fault of a process ends all")
 
 
@@ -116,25 +114,31 @@ class Job:
     ranks: int
     watch: Watch | None
 
-    def options(self, a: Namespace) -> dict[str, Any]:
-        """Of a `Generation`, from the command line."""
-        from ..distributed.pipeline import PipelineOptions
-        from ..planning.measure_costs import measure_costs
+    def execution(self, a: Namespace) -> ExecutionConfig:
+        """Where a video runs, from the command line."""
+        from ..config import ExecutionConfig
 
-        if a.parallel is not None:
-            return {"executor": a.executor or "eager", "parallel": a.parallel, "pairs": a.pairs}
-        executor = a.executor or ("pipeline" if self.ranks > 1 else "eager")
-        if self.ranks > 1 and not executor.startswith("pipeline"):
-            raise ValueError(f"executor {executor} is one process's, and there are {self.ranks}: give pipeline")
-        given = a.steps_per_rank
-        options = PipelineOptions(
-            steps_per_rank=given if isinstance(given, list) else None,
-            costs=measure_costs if "measured" in (given, a.pairs) else None,
-            decode_apart=a.decode_apart,
+        pipelined = a.parallel == "pipeline" or (a.parallel is None and self.ranks > 1)
+        if a.fuse_cache_denoise == "measured" and not pipelined:
+            raise ValueError(
+                "--fuse-cache-denoise measured is for a pipeline: give true or false, or --parallel pipeline"
+            )
+        mesh = None
+        if self.ranks > 1 or a.parallel == "ulysses":
+            from ..distributed.mesh import make_mesh
+
+            mesh = make_mesh(step=self.ranks) if pipelined else make_mesh(head=self.ranks)
+        split = tuple(a.steps_per_rank) if isinstance(a.steps_per_rank, list) and pipelined else None
+        return ExecutionConfig(
+            cuda_graph=a.cuda_graph,
+            mesh=mesh,
+            steps_per_rank=split,
+            dedicated_decoder_rank=a.dedicated_decoder_rank,
+            kv_dtype=a.get("kv_dtype"),
+            on_nan=a.get("on_nan") or "stop",
             timeout=a.timeout,
-            watch=self.watch,
+            watchdog=self.watch,
         )
-        return {"executor": executor, "pipeline": options, "pairs": a.pairs}
 
 
 @contextmanager
@@ -152,7 +156,7 @@ def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
         return
     import torch.distributed as dist
 
-    from ..distributed.pipeline import join
+    from ..distributed.pipeline import init_distributed
     from ..distributed.watchdog import PipelineFault, Watch
 
     def advice(finished: int) -> str:
@@ -161,7 +165,7 @@ def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
         return f"; {finished} finished blocks are kept in {kept}, --resume goes on" if kept and finished else ""
 
     a.device, missing = _own_device(a.device)
-    join("cuda" if a.device.startswith("cuda") else "cpu")
+    init_distributed("cuda" if a.device.startswith("cuda") else "cpu")
     code = 0
     with Watch(dist.group.WORLD, a.timeout, advice) as watch:  # type: ignore[arg-type]
         try:
@@ -232,28 +236,35 @@ def verify_parity(a: Namespace) -> None:
     with job(a) as here:
         import torch
 
+        from ..config import ExecutionConfig
         from ..models.registry import load_video_model
-        from ..pipelines.video_pipeline import Generation
+        from ..pipelines.measured import measured
+        from ..pipelines.video_pipeline import VideoOptions, VideoPipeline
 
         torch.set_num_threads(a.threads)
         model = load_video_model(a.model, a.device, a.dtype)
+        fuse = a.fuse_cache_denoise
+        options = VideoOptions(
+            a.prompt, num_frames=a.num_frames, seed=a.seed, steps=a.steps, order="stream",
+            fuse_cache_denoise=False if fuse == "measured" else fuse,
+        )  # fmt: skip
+        execution = here.execution(a)
+        if execution.mesh is None and execution.steps_per_rank is None:
+            execution = replace(execution, steps_per_rank=(a.steps or len(model.rollout.steps),))
+        if "measured" in (a.steps_per_rank, fuse):
+            execution, options = measured(model, execution, options, choose_fusion=fuse == "measured")
 
-        def make(**options: Any) -> tuple[Generation, list[Any]]:
-            run = Generation(
-                a.prompt, model=model, num_frames=a.num_frames, seed=a.seed, steps=a.steps, order="stream", **options
-            )
+        def blocks(execution: ExecutionConfig) -> tuple[Any, list[Any]]:
+            run = VideoPipeline(model, execution).prepare(options)
             return run, [block.latents for block in run.rollout]
 
-        run, made = make(**{**here.options(a), **({} if here.ranks > 1 or a.parallel else {"executor": "pipeline"})})
-        if not run.shows:
+        run, made = blocks(execution)
+        if not run.makes_frames:
             return
         pipeline = run.rollout.pipeline
         shared = "+".join(map(str, pipeline.stage.split)) + " steps" if pipeline else f"parallel={a.parallel}"
-        pairs = run.rollout.plan.pairs
         del run
-        executor = a.executor or ("eager" if a.parallel else "pipeline")
-        alone = executor.partition("-")[2] or "eager" if executor.startswith("pipeline") else executor
-        expected = make(executor=alone, pairs=pairs)[1]
+        expected = blocks(ExecutionConfig(cuda_graph=execution.cuda_graph))[1]
         difference = max(float((x.double() - y.double()).abs().max()) for x, y in zip(made, expected, strict=True))
         same = all(torch.equal(x, y) for x, y in zip(made, expected, strict=True))
         told = "the same bits" if same else f"largest difference {difference:.3g}"

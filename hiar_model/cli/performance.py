@@ -21,10 +21,10 @@ def setting_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="pixels; default: 480, or the one size that the model has")
     parser.add_argument("--width", type=int, help="pixels; default: 832, likewise")
     parser.add_argument("--order", type=str, default="stream", help="stream, wavefront or block_first")
-    parser.add_argument("--pairs", type=bool, default=False, help="fuse each cache visit with the next denoise visit")
+    parser.add_argument("--fuse-cache-denoise", type=bool, default=False, help="one forward for both kinds of tasks")
     parser.add_argument("--window-frames", type=int, default=21, help="latent frames a block sees, its own among them")
     parser.add_argument("--sink-frames", type=int, default=0, help="first frames that always stay visible")
-    parser.add_argument("--executor", type=str, help="eager, graph or recorded; default: graph on CUDA, eager on a CPU")
+    parser.add_argument("--cuda-graph", type=bool | None, help="capture forwards as CUDA graphs; default: on CUDA")
     parser.add_argument("--layers", type=int, help="of the network; default: all")
     parser.add_argument("--device", type=str, help="default: cuda if there is any, else cpu")
     parser.add_argument("--dtype", type=str, help="default: bfloat16 on CUDA, float32 on a CPU")
@@ -33,6 +33,7 @@ def setting_arguments(parser: ArgumentParser) -> None:
 def _setting(a: Namespace, **more: Any) -> Any:
     import torch
 
+    from ..config import RolloutConfig
     from ..planning.profiling import Setting
 
     device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,9 +43,12 @@ def _setting(a: Namespace, **more: Any) -> Any:
     if dtype not in legal:
         raise ValueError(f"dtype must be one of {', '.join(legal)}, got {dtype!r}")
     return Setting(
-        model=a.model, height=a.height, width=a.width, order=a.order, pairs=a.pairs, window_frames=a.window_frames,
-        sink_frames=a.sink_frames, executor=a.executor or ("graph" if cuda else "eager"), dtype=dtype, device=device,
-        layers=a.layers, **more,
+        model=a.model, height=a.height, width=a.width,
+        rollout=RolloutConfig(
+            order=a.order, window_frames=a.window_frames, sink_frames=a.sink_frames,
+            fuse_cache_denoise=a.fuse_cache_denoise,
+        ),
+        cuda_graph=cuda if a.cuda_graph is None else a.cuda_graph, dtype=dtype, device=device, layers=a.layers, **more,
     )  # fmt: skip
 
 
@@ -103,7 +107,7 @@ def profile(a: Namespace) -> None:
 
 
 def report_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--measured", type=str, help="JSON of bench/test_four_step_speedup.py: its table instead")
+    parser.add_argument("--measured", type=str, help="JSON of bench/rollout/test_four_step_speedup.py: its table")
     parser.add_argument("--stage-times", type=str, help="JSON of hiar profile --stage-times; default: the roofline")
     parser.add_argument("--tflops", type=float, default=790.0, help="of the roofline")
     parser.add_argument("--vae-ms", type=float, default=145.5, help="decode of a block, where stage times do not say")
@@ -119,7 +123,8 @@ def bench_report(a: Namespace) -> None:
         try:
             lines = measured_table(json.loads(Path(a.measured).read_text(encoding="utf-8")))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{a.measured} is no result of bench/test_four_step_speedup.py: {error!r}") from None
+            bench = "bench/rollout/test_four_step_speedup.py"
+            raise ValueError(f"{a.measured} is no result of {bench}: {error!r}") from None
         print("\n".join(lines))
         return
     if a.results is not None:

@@ -59,9 +59,9 @@ def doctor_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
     parser.add_argument("--batch", type=int, default=1, help="videos made at once")
-    parser.add_argument("--pairs", type=bool, default=False, help="fuse each cache visit with the next denoise visit")
+    parser.add_argument("--fuse-cache-denoise", type=bool, default=False, help="one forward for both kinds of tasks")
     parser.add_argument("--dtype", type=str, help="of weights and work; default: bfloat16, of the toy float32")
-    parser.add_argument("--cache-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
+    parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
     parser.add_argument("--vae-dtype", type=str, help="default: bfloat16; none: no VAE on the GPU")
     parser.add_argument("--offload", type=str, help="what leaves the GPU: text (once the prompt is read), vae, or both")
 
@@ -69,7 +69,7 @@ def doctor_arguments(parser: ArgumentParser) -> None:
 def doctor(a: Namespace) -> None:
     """What is installed; with a model, the parts of its memory, whether they fit, and what makes them fit."""
     if a.model is None:
-        defaults = {"order": "step_first", "window_frames": "model", "batch": 1, "pairs": False}
+        defaults = {"order": "step_first", "window_frames": "model", "batch": 1, "fuse_cache_denoise": False}
         for name, value in vars(a).items():
             if name not in ("config", "model") and value != defaults.get(name):
                 raise ValueError(f"--{name.replace('_', '-')} needs --model: whose memory is asked for?")
@@ -88,9 +88,9 @@ def doctor(a: Namespace) -> None:
     window = tuple(a.window_frames) if isinstance(a.window_frames, list) else a.window_frames
     asked = ask(
         a.model, height=a.height, width=a.width, frames=a.frames, steps=a.steps, window_frames=window,
-        sink_frames=a.sink_frames, dtype=a.dtype, cache_dtype=a.cache_dtype, vae_dtype=a.vae_dtype,
+        sink_frames=a.sink_frames, dtype=a.dtype, kv_dtype=a.kv_dtype, vae_dtype=a.vae_dtype,
         offload=[name.strip() for name in a.offload.split(",")] if a.offload else (),
-        order=a.order, batch=a.batch, pairs=a.pairs,
+        order=a.order, batch=a.batch, fuse_cache_denoise=a.fuse_cache_denoise,
     )  # fmt: skip
     for line in lines(asked, limits):
         print(line)

@@ -130,7 +130,8 @@ class RolloutConfig:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"RolloutConfig: unknown {', '.join(unknown)}; known: {', '.join(known)}")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        plain_values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+        return cls(**plain_values)
 
 
 def windows_per_step(window_frames: Any, steps: int) -> tuple[int | None, ...]:

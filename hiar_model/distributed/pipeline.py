@@ -83,8 +83,8 @@ class Pipeline:
             return tuple(given)
         working = ranks - apart
         if not 1 <= working <= self.plan.steps:
-            decoder = ", and one more that decodes" if apart else ""
-            raise ValueError(f"{ranks} ranks cannot share {self.plan.steps} steps: give 1 to {self.plan.steps}{decoder}")
+            steps, decoder = self.plan.steps, ", and one more that decodes" if apart else ""
+            raise ValueError(f"{ranks} ranks cannot share {steps} steps: give 1 to {steps}{decoder}")
         split = split_steps(self.plan, self.num_blocks, working, self.execution.costs)
         return (*split, 0) if apart else split
 

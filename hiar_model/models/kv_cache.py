@@ -7,7 +7,7 @@ is overwriting. Which slot holds which frame is written beside the keys (-1 empt
 Where each ring stands is kept on the device and moves on there (:func:`hiar_kernels.ring_advance`), so that a captured
 graph serves every block; the host keeps the same in plain numbers and never has to ask.
 
-Keys may be kept in fewer bits than the network works in (``cache_dtype``; e4m3 with a scale for each layer, head and
+Keys may be kept in fewer bits than the network works in (``kv_dtype``; e4m3 with a scale for each layer, head and
 frame slot). What a visit sees is then read back into one scratch that all layers share, its own keys among it: every
 walk sees the same numbers. In bfloat16 over e4m3 that moves 7 bytes for each number seen, beside the 2 that attention
 reads.
@@ -60,7 +60,7 @@ class RingCache:
         config: of the transformer. capacities: frame slots of each cache (:func:`ring_frames`).
         batch: videos. frame_tokens: tokens of a frame. sink_frames: first frames that are never overwritten.
         heads: how many are kept; None: all.
-        dtype: that the network works in. cache_dtype: that keys and values are kept in (one of ``CACHE_DTYPES``); None:
+        dtype: that the network works in. kv_dtype: that keys and values are kept in (one of ``CACHE_DTYPES``); None:
             the same.
 
     Attributes:
@@ -69,7 +69,7 @@ class RingCache:
             they are kept in another dtype. frames: int32 [cache, batch, slot], -1 empty.
 
     Raises:
-        ValueError: another ``cache_dtype``.
+        ValueError: another ``kv_dtype``.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class RingCache:
         *,
         heads: int | None = None,
         dtype: torch.dtype = torch.float32,
-        cache_dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.capacities, self.batch = config, tuple(capacities), batch
         self.frame_tokens, self.sink_frames = frame_tokens, sink_frames
-        shape, kept = self.shape(config, capacities, batch, frame_tokens, heads), kept_dtype(dtype, cache_dtype)
+        shape, kept = self.shape(config, capacities, batch, frame_tokens, heads), kv_dtype_of(dtype, kv_dtype)
         layers, scaled = range(config.num_layers), (*shape[:2], max(capacities), shape[3])
         self.k = [torch.empty(shape, dtype=kept, device=device) for _ in layers]
         self.v = [torch.empty(shape, dtype=kept, device=device) for _ in layers]
@@ -119,10 +119,10 @@ class RingCache:
         frame_tokens: int,
         dtype: torch.dtype = torch.float32,
         heads: int | None = None,
-        cache_dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> int:
         """Bytes that keys, values, their scales, the scratch and frame ids will take, before anything is allocated."""
-        shape, kept = cls.shape(config, capacities, batch, frame_tokens, heads), kept_dtype(dtype, cache_dtype)
+        shape, kept = cls.shape(config, capacities, batch, frame_tokens, heads), kv_dtype_of(dtype, kv_dtype)
         numbers, slots = math.prod(shape), len(capacities) * batch * max(capacities)
         of_layer = numbers * kept.itemsize + (slots * shape[3] * torch.float32.itemsize if kept == E4M3 else 0)
         scratch = 0 if kept == dtype else 2 * numbers * dtype.itemsize
@@ -351,13 +351,13 @@ class RingAttend(Attend):
         return out
 
 
-def kept_dtype(dtype: torch.dtype, cache_dtype: torch.dtype | None) -> torch.dtype:
+def kv_dtype_of(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> torch.dtype:
     """What keys are kept in beside a network that works in ``dtype``; ValueError for what no cache can hold."""
-    if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
+    if kv_dtype is not None and kv_dtype not in CACHE_DTYPES:
         legal = ", ".join(str(x).removeprefix("torch.") for x in CACHE_DTYPES)
-        found = str(cache_dtype).removeprefix("torch.")
-        raise ValueError(f"cache_dtype must be one of {legal}, or None for that of the weights; got {found}")
-    return dtype if cache_dtype is None else cache_dtype
+        found = str(kv_dtype).removeprefix("torch.")
+        raise ValueError(f"kv_dtype must be one of {legal}, or None for that of the weights; got {found}")
+    return dtype if kv_dtype is None else kv_dtype
 
 
 class _SharedRows:

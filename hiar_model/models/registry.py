@@ -29,7 +29,7 @@ from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
 from ..common.settings import own_settings
-from ..config import SHIPPED, FlowSchedule, RolloutConfig, WanConfig
+from ..config import SHIPPED, RolloutConfig, WanConfig
 from ..io.files import refuse_stand_in
 from ..io.video import Frames
 from ..toy.codec import ToyCodec
@@ -186,7 +186,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is corrupt: {error}") from error
     if not isinstance(values, dict) or values.get("format") != TOY_FORMAT:
         raise ValueError(f'{path}: format must be "{TOY_FORMAT}"')
-    if "rollout" not in values and _OLD <= set(values):
+    if "rollout" not in values and set(values) >= _OLD:
         values = _with_rollout(values)
     _same_keys(path, values, ["format", *_NESTED, *_PLAIN])
     for key, kind in _NESTED.items():

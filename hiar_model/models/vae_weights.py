@@ -36,7 +36,7 @@ def load_vae(
         dtype: of weights and work; None: bfloat16 on CUDA, else float32.
         fused: norm, SiLU and causal padding before each convolution are one op (:func:`hiar_kernels.rms_silu_pad`).
             The keys of its state dict stay the same.
-        channels_last: weights and features lie channels last (bench/bench_vae.py measures both).
+        channels_last: weights and features lie channels last (bench/vae/bench_vae.py measures both).
 
     Raises:
         ValueError: one line: no VAE there, or two, a corrupt file, another architecture, or diffusers is not installed.

@@ -11,43 +11,50 @@ from ..config import SHIPPED
 from ..version import NOISE, versions
 
 
-def describe(
-    run: Any, prompt: str | None, *, seed: int, steps: int | None, order: str, window: Any, sink: int
-) -> dict[str, Any]:
-    """What it takes to repeat the video, as JSON takes it; without a "command" where its prompts came from no file."""
-    model, device = run.model, run.model.device
+def describe(run: Any) -> dict[str, Any]:
+    """What it takes to repeat a :class:`.video_pipeline.VideoRun`, as JSON takes it; without a "command" where its
+    prompts came from no file.
+    """
+    model, options, config, execution = run.model, run.options, run.config, run.execution
+    device = model.device
     threads = torch.get_num_threads() if run.threads is None else run.threads
     dtype = str(model.dtype).removeprefix("torch.")
-    window = list(window) if isinstance(window, tuple) else window
+    window = list(config.window_frames) if isinstance(config.window_frames, tuple) else config.window_frames
     height, width = model.pixel_size
-    options: dict[str, Any] = {
+    words: dict[str, Any] = {
         "model": model.name,
         **model.options,
         "height": None if model.size_step is None else height,
         "width": None if model.size_step is None else width,
         "num-frames": run.num_frames,
-        "seed": seed,
-        "steps": steps,
-        "order": order,
+        "seed": options.seed,
+        "steps": options.steps,
+        "order": config.order,
         "window-frames": "null" if window is None else str(window),
-        "sink-frames": sink,
+        "sink-frames": config.sink_frames,
         "fps": repr(run.fps).removesuffix(".0"),
         "device": str(device),
         "dtype": dtype,
         "threads": threads,
-        **run.options,
+        "image": options.image,
+        "extend": options.extend,
+        "kv-dtype": execution.kv_dtype,
+        "fuse-cache-denoise": "true" if config.fuse_cache_denoise else None,
+        "on-prompt-change": None if options.prompts is None else config.on_prompt_change,
+        "on-nan": None if execution.on_nan == "stop" else execution.on_nan,
+        "from-session": options.session,
     }
+    prompt, prompts = options.prompt, None
     command = ["hiar", "generate", *([] if prompt is None else [prompt])]
-    prompts = None
     if run.show is not None:
         lines = run.show.script.lines
         prompts = [[line.seconds, line.prompt] for line in lines]
-        prompt, options["prompts"] = lines[0].prompt, run.show.script.file
-    options |= {name: _absolute(options.get(name)) for name in ("image", "extend", "from-session", "prompts")}
+        prompt, words["prompts"] = lines[0].prompt, run.show.script.file
+    words |= {name: _absolute(words.get(name)) for name in ("image", "extend", "from-session", "prompts")}
     if model.name not in SHIPPED and os.path.exists(model.name):
-        options["model"] = _absolute(model.name)
+        words["model"] = _absolute(model.name)
     repeatable = run.show is None or run.show.script.file is not None
-    for name, value in options.items():
+    for name, value in words.items():
         command += [] if value is None else [f"--{name}", str(value)]
     return {
         "prompt": prompt,
@@ -56,21 +63,17 @@ def describe(
         "weights_sha256": model.weights_sha256,
         "height": height,
         "width": width,
-        "given": None if run.given is None else str(run.options["image"] or run.options["extend"]),
+        "given": None if run.given is None else str(options.image or options.extend),
         "num_frames": run.num_frames,
-        "seed": seed,
+        "seed": options.seed,
         "noise": NOISE,
-        "steps": len(run.schedule),
-        "timesteps": list(run.schedule.timesteps),
-        "order": order,
-        "cache_source": model.cache_source,
-        "frames_per_block": model.frames_per_block,
-        "window_frames": window,
-        "sink_frames": sink,
+        "rollout": config.to_dict(),
+        "timesteps": list(config.schedule.timesteps),
         "fps": run.fps,
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": dtype,
+        "kv_dtype": execution.kv_dtype,
         "threads": threads,
         "versions": versions("torch", "numpy", "av"),
         **({"command": command} if repeatable else {}),

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..common.checks import whole
-from ..config import SHIPPED, WAN, WanConfig
+from ..config import SHIPPED, WAN, RolloutConfig, WanConfig
+from ..config.rollout import BLOCKWISE
 from ..io.files import refuse_stand_in
 from ..io.weight_files import read_json, read_tensors
 from ..models.kv_cache import E4M3
@@ -41,6 +42,9 @@ def parse_size(text: str) -> int:
     return size
 
 
+_ROLLOUT = RolloutConfig(window_frames=WAN.window_frames)
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model as far as its memory goes.
@@ -53,10 +57,7 @@ class Subject:
 
     name: str
     config: WanConfig
-    frames_per_block: int = 3
-    window_frames: int | None | tuple[int | None, ...] = WAN.window_frames
-    sink_frames: int = 0
-    steps: int = 4
+    rollout: RolloutConfig = _ROLLOUT
     num_frames: int = WAN.num_frames
     dtype: str = "bfloat16"
     size: tuple[int, int] | None = None
@@ -83,8 +84,8 @@ def subject(model: str) -> Subject:
     if model in SHIPPED or told.get("format") == "hiar-toy":
         toy = load_video_model(model, "cpu")  # some megabytes; its text encoder is a table, its codec stays on the CPU
         return Subject(
-            model, toy.transformer.config, toy.frames_per_block, toy.window_frames, toy.sink_frames, len(toy.schedule),
-            toy.num_frames, "float32", toy.latent_size[1:], frames=toy.temporal_compression,
+            model, toy.transformer.config, toy.rollout, toy.num_frames, "float32", toy.latent_size[1:],
+            frames=toy.temporal_compression,
         )  # fmt: skip
     if not path.exists():
         raise ValueError(f"model {model!r} is no name, file or folder; names: {', '.join([*SHIPPED, *published])}")
@@ -111,7 +112,7 @@ def _on_disk(path: Path) -> Subject:
         missing.append("VAE")
     window, sink = found.window_frames or WAN.window_frames, found.sink_frames or 0
     return Subject(
-        str(found), found.config, window_frames=window, sink_frames=sink, text_encoder=text, vae=vae,
+        str(found), found.config, RolloutConfig(window_frames=window, sink_frames=sink), text_encoder=text, vae=vae,
         missing=tuple(missing),
     )  # fmt: skip
 
@@ -129,7 +130,7 @@ class Asked:
         """Predicted."""
         vae, r = Part(), self.request
         if self.subject.vae is not None and self.vae_dtype is not None and "vae" not in self.offload:
-            size = (r.height, r.width, r.frames_per_block)
+            size = (r.height, r.width, r.rollout.frames_per_block)
             vae = vae_part(self.subject.vae, *size, self.vae_dtype, r.device)
         text = Part(self.subject.text_encoder)
         return predict(r, text_encoder=text, vae=vae, offload=self.offload)
@@ -145,7 +146,9 @@ def ask(
     window_frames: int | None | str | tuple[int | None, ...] = "model",
     sink_frames: int | None = None,
     dtype: str | None = None,
-    cache_dtype: str | None = None,
+    kv_dtype: str | None = None,
+    order: str = "step_first",
+    fuse_cache_denoise: bool = False,
     vae_dtype: str | None = None,
     offload: Sequence[str] = (),
     device: str = "cuda",
@@ -165,22 +168,19 @@ def ask(
     if about.size is not None and (height, width) != (None, None):
         raise ValueError(f"{about.name} has one size: give no height and no width")
     high, wide = about.size or _latent_size(about, height or WAN.size[0], width or WAN.size[1])
-    kept = None if cache_dtype is None else _dtype("cache-dtype", cache_dtype)
+    rollout = about.rollout if steps is None else about.rollout.with_steps(steps)
+    if window_frames != "model":
+        rollout = replace(rollout, window_frames=window_frames)  # type: ignore[arg-type]
+    if sink_frames is not None:
+        rollout = replace(rollout, sink_frames=sink_frames)
     request = Request(
         about.config, high, wide, _latent_frames(about, about.num_frames if frames is None else frames),
-        steps=about.steps if steps is None else steps, frames_per_block=about.frames_per_block,
-        window_frames=_window(about, steps) if window_frames == "model" else window_frames,  # type: ignore[arg-type]
-        sink_frames=about.sink_frames if sink_frames is None else sink_frames,
-        dtype=_dtype("dtype", dtype or about.dtype), cache_dtype=kept, device=device, **options,
+        replace(rollout, order=order, fuse_cache_denoise=fuse_cache_denoise),
+        dtype=_dtype("dtype", dtype or about.dtype), device=device,
+        kv_dtype=None if kv_dtype is None else _dtype("kv-dtype", kv_dtype), **options,
     )  # fmt: skip
     return Asked(about, request, None if vae_dtype == "none" else _dtype("vae-dtype", vae_dtype or "bfloat16"),
                  tuple(offload))  # fmt: skip
-
-
-def _window(about: Subject, steps: int | None) -> int | None | tuple[int | None, ...]:
-    if isinstance(about.window_frames, tuple) and steps not in (None, about.steps):
-        raise ValueError(f"{about.name} has a window for each of {about.steps} steps: with other steps give one")
-    return about.window_frames
 
 
 def _latent_size(about: Subject, height: int, width: int) -> tuple[int, int]:
@@ -191,13 +191,14 @@ def _latent_size(about: Subject, height: int, width: int) -> tuple[int, int]:
 
 
 def _latent_frames(about: Subject, frames: int) -> int:
+    block = about.rollout.frames_per_block
     latent, rest = divmod(frames - 1, about.frames)
-    if frames > 0 and not rest and not (latent + 1) % about.frames_per_block:
+    if frames > 0 and not rest and not (latent + 1) % block:
         return latent + 1
-    below = max(0, (frames - 1) // about.frames + 1) // about.frames_per_block * about.frames_per_block
-    near = [1 + (n - 1) * about.frames for n in (below, below + about.frames_per_block) if n > 0]
+    below = max(0, (frames - 1) // about.frames + 1) // block * block
+    near = [1 + (n - 1) * about.frames for n in (below, below + block) if n > 0]
     raise ValueError(
-        f"frames must fill whole blocks of {about.frames_per_block} latent frames: got {frames}, "
+        f"frames must fill whole blocks of {block} latent frames: got {frames}, "
         f"nearest {' or '.join(map(str, near))}"
     )
 
@@ -206,7 +207,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def _dtype(option: str, name: str) -> torch.dtype:
-    legal = {**_DTYPES, "float8_e4m3fn": E4M3} if option == "cache-dtype" else _DTYPES
+    legal = {**_DTYPES, "float8_e4m3fn": E4M3} if option == "kv-dtype" else _DTYPES
     if name not in legal:
         raise ValueError(f"{option} must be one of {', '.join(legal)}, got {name!r}")
     return legal[name]
@@ -221,7 +222,7 @@ class Change:
 
     cost: int = 0
     options: tuple[str, ...] = ()
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)  # of the rollout, or of the request
     offload: tuple[str, ...] = ()
 
     def __add__(self, other: Change) -> Change:
@@ -230,7 +231,11 @@ class Change:
 
     def made(self, asked: Asked) -> Asked:
         """The request with these options."""
-        return replace(asked, request=replace(asked.request, **self.fields), offload=asked.offload + self.offload)
+        request, fields = asked.request, dict(self.fields)
+        if "kv_dtype" in fields:
+            request = replace(request, kv_dtype=fields.pop("kv_dtype"))
+        request = replace(request, rollout=replace(request.rollout, **fields))
+        return replace(asked, request=request, offload=asked.offload + self.offload)
 
     def __str__(self) -> str:
         kept = [option for option in self.options if not option.startswith("--offload")]
@@ -242,19 +247,19 @@ def changes(asked: Asked) -> list[list[Change]]:
     leaves; all blocks of a step before the next step, shown at the end; decoding on the CPU), then e4m3 keys, whose
     error is measured in docs/memory.md, and last narrower windows.
     """
-    r, none = asked.request, Change()
+    r, rollout, none = asked.request, asked.request.rollout, Change()
     found = []
     if asked.subject.text_encoder and "text" not in asked.offload:
         found.append([none, Change(1, ("--offload",), {}, ("text",))])
-    if r.order in ("stream", "wavefront") and r.num_frames is not None and r.cache_source == "own":
+    if rollout.order in BLOCKWISE and r.num_frames is not None and rollout.kv_source == "own":
         found.append([none, Change(2, ("--order step_first",), {"order": "step_first"})])
     if asked.subject.vae is not None and asked.vae_dtype is not None and "vae" not in asked.offload:
         found.append([none, Change(4, ("--offload",), {}, ("vae",))])
-    if r.cache_dtype is None:
-        found.append([none, Change(8, ("--cache-dtype float8_e4m3fn",), {"cache_dtype": E4M3})])
-    if not isinstance(r.window_frames, tuple):
-        widest = min(r.window_frames or r.num_frames or 0, r.num_frames or r.window_frames or 0)
-        narrow = [n for n in (12, 9, 6) if r.sink_frames + r.frames_per_block <= n < widest]
+    if r.kv_dtype is None:
+        found.append([none, Change(8, ("--kv-dtype float8_e4m3fn",), {"kv_dtype": E4M3})])
+    if not isinstance(window := rollout.window_frames, tuple):
+        widest = min(window or r.num_frames or 0, r.num_frames or window or 0)
+        narrow = [n for n in (12, 9, 6) if rollout.sink_frames + rollout.frames_per_block <= n < widest]
         found.append([none, *(Change(16 << i, (f"--window-frames {n}",), {"window_frames": n})
                               for i, n in enumerate(narrow))])  # fmt: skip
     return found
@@ -285,12 +290,13 @@ def _parts(change: Change) -> list[str]:
 def lines(asked: Asked, limits: Sequence[int] = ()) -> Iterator[str]:
     """Markdown: the parts, the total, and for each size of a GPU whether that fits or what makes it fit."""
     about, r, memory = asked.subject, asked.request, asked.memory()
-    kept = "" if r.cache_dtype is None else f", keys in {_name(r.cache_dtype)}"
-    window = "all" if r.window_frames is None else r.window_frames
+    rollout, kept = r.rollout, "" if r.kv_dtype is None else f", keys in {_name(r.kv_dtype)}"
+    window = "all" if rollout.window_frames is None else rollout.window_frames
     batch = f", {r.batch} videos at once" if r.batch > 1 else ""
     yield (
-        f"{about.name}: latents {r.num_frames} x {r.height}x{r.width}, {r.steps} steps, order {r.order}"
-        f"{', pairs' if r.pairs else ''}, window {window}, {_name(r.dtype)}{kept}{batch}"
+        f"{about.name}: latents {r.num_frames} x {r.height}x{r.width}, {len(rollout.steps)} steps, "
+        f"order {rollout.order}"
+        f"{', fused' if rollout.fuse_cache_denoise else ''}, window {window}, {_name(r.dtype)}{kept}{batch}"
     )
     yield ""
     yield "| part | GB (10^9 bytes) | |"

@@ -69,7 +69,7 @@ class Need:
             return 0
         settings, decoder = self.asked.subject.vae, 0
         if settings is not None:
-            vae = vae_part(settings, r.height, r.width, r.frames_per_block, torch.float32, "cpu")
+            vae = vae_part(settings, r.height, r.width, r.rollout.frames_per_block, torch.float32, "cpu")
             decoder = vae.weights + max(vae.kept, vae.peak)
         numbers, size = self.text
         work = torch.bfloat16 if r.dtype == torch.float16 else r.dtype
@@ -106,7 +106,7 @@ def require_memory(
     offload: tuple[str, ...] = (),
     num_frames: int | None = None,
     order: str | None = None,
-    cache_dtype: torch.dtype | None = None,
+    kv_dtype: str | None = None,
     **options: Any,
 ) -> None:
     """Refuse a video that does not fit what is free on the device, before any weights are read.
@@ -126,7 +126,7 @@ def require_memory(
     if free is None or sum(file.stat().st_size for file in files) < SMALL:
         return
     try:
-        need = _need(folder, one, device, dtype, offload, cache_dtype, frames=num_frames, order=order, **options)
+        need = _need(folder, one, device, dtype, offload, kv_dtype, frames=num_frames, order=order, **options)
         total = need.total()
     except (ValueError, TypeError, OSError):
         return  # what is wrong is told by what reads it
@@ -156,7 +156,7 @@ def _first_file(checkpoint: Checkpoint | None) -> str | None:
 
 def _need(
     folder: Path, one: str | None, device: torch.device, dtype: torch.dtype | None, offload: tuple[str, ...],
-    cache_dtype: torch.dtype | None, order: str | None, **options: Any,
+    kv_dtype: str | None, order: str | None, **options: Any,
 ) -> Need:  # fmt: skip
     about = subject(str(folder)) if one is None else subject(one)
     if one is not None:
@@ -165,7 +165,7 @@ def _need(
     work = dtype or torch.bfloat16
     if isinstance(options.get("window_frames"), list):
         options["window_frames"] = tuple(options["window_frames"])
-    options |= {"dtype": _name(work), "cache_dtype": None if cache_dtype is None else _name(cache_dtype),
+    options |= {"dtype": _name(work), "kv_dtype": kv_dtype,
                 "order": order or "step_first"}  # fmt: skip
     if device.type == "cuda":
         return Need(ask(about, offload=offload, **options))

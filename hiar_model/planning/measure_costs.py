@@ -1,89 +1,80 @@
-"""Times of visits, measured where they will run: what steps are shared out by."""
+"""Seconds of the tasks, measured where they will run: a pipeline divides its steps by them."""
 
 from __future__ import annotations
 
 import time
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import FlowSchedule
+from ..config import ExecutionConfig, RolloutConfig
 from ..models.transformer import HiARTransformer
 from ..rollout.engine import Rollout
 from ..schedule.costs import Costs, Curve
-from ..schedule.plan import Plan, Visit
 
 
 def measure_costs(
     model: HiARTransformer,
-    text: Tensor,
-    plan: Plan,
+    prompt_embeds: Tensor,
+    config: RolloutConfig,
+    execution: ExecutionConfig | None = None,
     *,
-    num_frames: int | None,
-    height: int,
-    width: int,
+    num_latent_frames: int | None,
+    latent_size: tuple[int, int],
     batch: int = 1,
-    executor: str = "eager",
     repeats: int = 4,
-    pairs: bool = False,
-    cache_dtype: torch.dtype | None = None,
+    fused: bool = False,
 ) -> Costs:
-    """Seconds of a denoise and a cache visit over the frames they see, means of a short rollout for each window.
+    """Seconds of a denoise and a cache task over the frames they see, means of a short rollout for each window.
 
     Args:
-        text: prompt [B or 1, L, text_dim]. plan: of the video; its windows are what is measured.
-        num_frames: of the video; None: endless. height, width: of a latent frame. executor: "eager", "graph", ...
-        repeats: blocks that are timed once the window is full. pairs: time pairs too, at the widest window.
-        cache_dtype: of :class:`Rollout`.
+        prompt_embeds: [B or 1, L, text_dim]. config: of the video; its windows are what is measured. execution: its
+            ``cuda_graph`` and ``kv_dtype`` count.
+        num_latent_frames: of the video; None: endless. latent_size: (height, width) of a latent frame.
+        batch: videos at once. repeats: blocks that are timed once the window is full. fused: time fused tasks too, at
+            the widest window.
     """
-    block, sink = plan.frames_per_block, plan.sink_frames
-    total = None if num_frames is None else -(-num_frames // block) * block
-    windows = {min(w or total or 0, total or w or 0) for w in plan.window_frames} | {sink + 2 * block}
-    options: dict[str, Any] = {"height": height, "width": width, "batch": batch, "executor": executor}
-    options["cache_dtype"] = cache_dtype
-    found = {window: _times(model, text, plan, window, repeats, **options) for window in windows}
-    denoise, cache = (Curve(tuple((w, found[w][kind]) for w in sorted(found))) for kind in ("denoise", "cache"))
+    execution = execution or ExecutionConfig()
+    execution = ExecutionConfig(cuda_graph=execution.cuda_graph, kv_dtype=execution.kv_dtype)
+    block, sink = config.frames_per_block, config.sink_frames
+    total = None if num_latent_frames is None else -(-num_latent_frames // block) * block
+    windows = {min(w or total or 0, total or w or 0) for w in config.windows} | {sink + 2 * block}
+
+    def times(window: int, fuse: bool = False) -> dict[str, float]:
+        """Kind of task, or "fused" -> seconds, with the window full."""
+        growth = -(-window // block)
+        rollout = Rollout(
+            model, prompt_embeds,
+            RolloutConfig(
+                (1000.0,), order="stream", frames_per_block=block, window_frames=max(window, sink + block + 1),
+                sink_frames=sink, fuse_cache_denoise=fuse,
+            ),
+            execution, num_latent_frames=(growth + 2 + repeats) * block, latent_size=latent_size,
+            video_ids=range(batch),
+        )  # fmt: skip
+        seconds: dict[str, list[float]] = {}
+        for group in rollout.groups():
+            task, begun = group[0][-1], _now(device)
+            rollout.step()
+            if task.block > growth:  # what is met for the first time is compiled or captured
+                seconds.setdefault("fused" if len(group[0]) == 2 else task.kind, []).append(_now(device) - begun)
+        return {kind: fmean(each) for kind, each in seconds.items()}  # a video takes their sum
+
     device = model.patch_embedding.weight.device
+    measured = {window: times(window) for window in windows}
+    denoise, cache = (Curve(tuple((w, measured[w][kind]) for w in sorted(measured))) for kind in ("denoise", "cache"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     factor = 1.0
-    if pairs:
+    if fused:
         widest = max(windows)
-        pair = _times(model, text, plan, widest, repeats, pairs=True, **options)["pair"]
-        factor = pair / (found[widest]["denoise"] + found[widest]["cache"])
-    source = f"visits measured on {name}, {batch} at once, executor {executor}"
-    return Costs(denoise, cache, pair=factor, source=source)
-
-
-def _times(
-    model: HiARTransformer, text: Tensor, plan: Plan, window: int, repeats: int, **options: Any
-) -> dict[str, float]:
-    """Kind of visit, or "pair" -> seconds, with the window full."""
-    growth = -(-window // plan.frames_per_block)
-    rollout = Rollout(
-        model,
-        text,
-        FlowSchedule.uniform(1),
-        num_frames=(growth + 2 + repeats) * plan.frames_per_block,
-        order="stream",
-        frames_per_block=plan.frames_per_block,
-        window_frames=max(window, plan.sink_frames + plan.frames_per_block + 1),
-        sink_frames=plan.sink_frames,
-        **options,
-    )
-    taken: dict[str, list[float]] = {}
-    device = model.patch_embedding.weight.device
-    for group in rollout.groups(rollout.num_blocks):
-        visit: Visit = group[0][-1]
-        begun = _now(device)
-        rollout.executor.run(group)
-        if visit.block > growth:  # what is met for the first time is compiled or captured
-            taken.setdefault("pair" if len(group[0]) == 2 else visit.kind, []).append(_now(device) - begun)
-    return {kind: fmean(times) for kind, times in taken.items()}  # a video takes their sum
+        factor = times(widest, True)["fused"] / (measured[widest]["denoise"] + measured[widest]["cache"])
+    how = "CUDA graphs" if execution.cuda_graph else "eager"
+    return Costs(denoise, cache, pair=factor, source=f"tasks measured on {name}, {batch} at once, {how}")
 
 
 def _now(device: torch.device) -> float:
+    """time.perf_counter() after a device synchronisation."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -21,16 +21,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hiar_kernels import AttentionLayout, prefer
+from hiar_kernels import prefer
 from hiar_kernels._triton import shapes_only
 
-from ..common.checks import OFFLOAD
-from ..config import WanConfig
-from ..config import FlowSchedule
-from ..models.kv_cache import RingAttend, RingCache
+from ..common.checks import OFFLOAD, one_of
+from ..config import ExecutionConfig, RolloutConfig, WanConfig
+from ..models.kv_cache import RingCache
 from ..models.transformer import HiARTransformer
 from ..rollout import Rollout
-from ..schedule.plan import Plan, windows_per_step
+from ..rollout.footprint import forwards, prompt_bytes
+from ..schedule.plan import Plan
 
 _LAYERS = 2  # of the network that is run on fake tensors: a first and a last one
 WORKSPACE = 32 << 20
@@ -74,6 +74,9 @@ class LiveBytes(TorchDispatchMode):
         return self.now
 
 
+_ROLLOUT = RolloutConfig()
+
+
 @dataclass(frozen=True)
 class Request:
     """A rollout, in what decides about memory.
@@ -81,10 +84,11 @@ class Request:
     config             of the transformer
     height, width      of a latent frame
     num_frames         latent frames of the whole video; None: endless
-    steps, order, frames_per_block, window_frames, sink_frames, cache_source, pairs, batch: of `Rollout`
-    dtype              of weights and work; cache_dtype: of keys and values, None: the same
+    rollout            what is computed
+    batch              videos at once
+    dtype              of weights and work; kv_dtype: of keys and values, None: the same
     text_tokens        of the prompt; None: as long as it may be
-    executor           "eager" | "graph"
+    cuda_graph         whether forwards are captured
     device             "cuda": with the kernels of a GPU (of torch where triton is not installed); "cpu"
     """
 
@@ -92,40 +96,22 @@ class Request:
     height: int
     width: int
     num_frames: int | None
-    steps: int = 4
-    order: str = "step_first"
-    frames_per_block: int = 3
-    window_frames: int | None | tuple[int | None, ...] = None
-    sink_frames: int = 0
-    cache_source: str = "own"
-    pairs: bool = False
+    rollout: RolloutConfig = _ROLLOUT
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
-    cache_dtype: torch.dtype | None = None
+    kv_dtype: torch.dtype | None = None
     text_tokens: int | None = None
     device: str = "cuda"
-    executor: str = "eager"
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
-        if self.device not in ("cuda", "cpu"):
-            raise ValueError(f"device must be cuda or cpu, got {self.device!r}")
-        if self.executor not in ("eager", "graph"):
-            raise ValueError(f"executor must be eager or graph, got {self.executor!r}")
+        one_of("device", self.device, ("cuda", "cpu"))
 
-    @property
-    def plan(self) -> Plan:
-        """Its visits."""
-        windows = windows_per_step(self.window_frames, self.steps)
-        return Plan(self.steps, self.order, self.frames_per_block, 0, windows, self.sink_frames, self.cache_source,
-                    self.pairs)  # fmt: skip
-
-    def rollout(self, model: HiARTransformer, text: Tensor, executor: str | None = None) -> Rollout:
-        """With weights of this config; ``executor`` in place of the request's own."""
+    def make(self, model: HiARTransformer, prompt_embeds: Tensor) -> Rollout:
+        """The rollout, eager, with weights of this config."""
         return Rollout(
-            model, text, FlowSchedule.uniform(self.steps), num_frames=self.num_frames, height=self.height,
-            width=self.width, batch=self.batch, order=self.order, frames_per_block=self.frames_per_block,
-            window_frames=self.window_frames, sink_frames=self.sink_frames, cache_source=self.cache_source,
-            pairs=self.pairs, cache_dtype=self.cache_dtype, executor=executor or self.executor,
+            model, prompt_embeds, self.rollout, ExecutionConfig(kv_dtype=self.kv_dtype),  # type: ignore[arg-type]
+            num_latent_frames=self.num_frames, latent_size=(self.height, self.width), video_ids=range(self.batch),
         )  # fmt: skip
 
 
@@ -227,10 +213,10 @@ def predict(
     config, counted = request.config, _counted(request)
     rows, columns = config.grid(request.height, request.width)
     ring = (counted.capacities, request.batch, rows * columns)
-    caches = RingCache.memory_bytes(config, *ring, request.dtype, cache_dtype=request.cache_dtype)
-    narrow = request.cache_dtype not in (None, request.dtype)
+    caches = RingCache.memory_bytes(config, *ring, request.dtype, kv_dtype=request.kv_dtype)
+    narrow = request.kv_dtype not in (None, request.dtype)
     scratch = 2 * math.prod(RingCache.shape(config, *ring)) * request.dtype.itemsize if narrow else 0
-    captured = request.executor == "graph"
+    captured = request.cuda_graph
     streams = 1 + captured if request.device == "cuda" else 0  # visits are captured on a stream of their own
     return Memory(
         transformer=weights_bytes(config, request.dtype),
@@ -260,7 +246,7 @@ def _latents(request: Request) -> int:
 
     A block's latents stay until their last reader; memory that is free again is used for the next ones.
     """
-    plan, block = request.plan, request.frames_per_block
+    plan, block = Plan.of(request.rollout), request.rollout.frames_per_block
     seen = max((window or 0 for window in plan.window_frames), default=0)
     blocks = request.num_frames // block if request.num_frames else None
     readers: dict[tuple[int, int], int] = {}
@@ -309,16 +295,6 @@ def fake(device: str, dtype: torch.dtype) -> Iterator[None]:
             yield
 
 
-class _Attend(RingAttend):
-    """What is visible is worked out on the host, with real numbers."""
-
-    def enter(self, starts: Sequence[int], layout: bool = True) -> AttentionLayout | None:
-        from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-        with unset_fake_temporarily():
-            return super().enter(starts, layout)
-
-
 @lru_cache(maxsize=256)
 def _counted(request: Request) -> Counted:
     """Each kind of visit, run once on fake tensors."""
@@ -332,27 +308,18 @@ def _counted(request: Request) -> Counted:
         del weights
         tokens = few.text_len if request.text_tokens is None else request.text_tokens
         text = torch.empty(1, tokens, few.text_dim, dtype=request.dtype)
-        # recorded: set up as for graphs, but nothing is captured here
-        rollout = request.rollout(model, text, "recorded" if request.executor == "graph" else "eager")
-        executor, cache = rollout.executor, rollout.executor.cache
-        executor.attend = _Attend
-        executor.texts.hold(model, text, text)
-        layers = executor.texts.get(model, [text]).layers
-        copies = 2 if request.executor == "graph" else 1
-        prompt = copies * sum(x.nbytes for pair in layers for x in pair)
-        seen: set[Any] = set()
+        rollout = request.make(model, text)
+        cache = rollout.cache
+        prompt = (1 + request.cuda_graph) * prompt_bytes(rollout, model, text)  # graphs read theirs in a fixed place
         activations = 0
-        for launch in executor.prepared(rollout.warm_up_blocks):
-            what = (replace(launch.kind, caches=(0, 0, 0)), launch.attend.layout)
-            if what not in seen:
-                seen.add(what)
-                before = live.restart()
-                launch.body()
-                activations = max(activations, live.peak - before)
+        for forward in forwards(rollout, request.cuda_graph):
+            before = live.restart()
+            forward.body()
+            activations = max(activations, live.peak - before)
         held = live.now - prompt - sum(p.nbytes for p in model.parameters())
         for kept in (*cache.k, *cache.v, *cache.k_scales, *cache.v_scales, *cache.scratch, cache.frames):
             held -= kept.nbytes
-    return Counted(tuple(cache.capacities), prompt // len(layers), held, activations)
+    return Counted(tuple(cache.capacities), prompt // few.num_layers, held, activations)
 
 
 def vae_part(

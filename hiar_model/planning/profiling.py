@@ -8,15 +8,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
 
-from ..config import WanConfig
-from ..config import FlowSchedule
+from ..config import WAN, ExecutionConfig, RolloutConfig, WanConfig
 from ..models.transformer import HiARTransformer
 from ..rollout import Rollout
 from ..schedule.costs import visit_flop
@@ -26,10 +25,12 @@ KINDS = ("attention", "matmul", "pointwise", "copy")
 _ATTENTION = re.compile(r"attention|attn|fmha|flash|sdpa|softmax", re.IGNORECASE)
 _MATMUL = re.compile(r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|addmm|::mm|::bmm|::linear|matmul", re.IGNORECASE)
 _COPY = re.compile(r"memcpy|memset|copy_|::to$|::cat$", re.IGNORECASE)
-_PIXEL_FRAMES = 4  # of a latent frame
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 LAUNCHES = re.compile(r"^(cuda|cu)LaunchKernel|^cudaGraphLaunch|^cudaLaunchCooperativeKernel")
 _WATCHED = "the watched blocks"
+
+
+_ROLLOUT = RolloutConfig(order="stream", window_frames=WAN.window_frames)
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,23 @@ class Setting:
     Attributes:
         model: a name of :meth:`WanConfig.from_name`. height, width: pixels; None: 480 x 832, or the model's one size.
         blocks: measured, once the window is full.
-        order, pairs, window_frames, sink_frames, executor: of :class:`Rollout`. layers: of the network; None: all.
+        rollout: what is computed. cuda_graph: whether forwards are captured. layers: of the network; None: all.
     """
 
     model: str = "wan2.1-t2v-1.3b"
     height: int | None = None
     width: int | None = None
     blocks: int = 2
-    order: str = "stream"
-    pairs: bool = False
-    window_frames: int = 21
-    sink_frames: int = 0
-    executor: str = "graph"
+    rollout: RolloutConfig = _ROLLOUT
+    cuda_graph: bool = True
     dtype: str = "bfloat16"
     device: str = "cuda"
     layers: int | None = None
+
+    @property
+    def window(self) -> int:
+        """The widest window, in latent frames."""
+        return max(window or 0 for window in self.rollout.windows)
 
     def config(self) -> WanConfig:
         """Of the network that is run."""
@@ -68,10 +71,11 @@ class Setting:
                 raise ValueError(f"{self.model} has one size: give no height and no width")
             rows, columns = (n * p for n, p in zip(config.position_grid, config.patch_size[1:], strict=True))
             return rows, columns
-        height, width = self.height or 480, self.width or 832
-        if height % 16 or width % 16:
-            raise ValueError(f"height and width must be multiples of 16, got {height}x{width}")
-        return height // 8, width // 8
+        height, width = self.height or WAN.size[0], self.width or WAN.size[1]
+        step = 2 * WAN.spatial_compression
+        if height % step or width % step:
+            raise ValueError(f"height and width must be multiples of {step}, got {height}x{width}")
+        return height // WAN.spatial_compression, width // WAN.spatial_compression
 
 
 @dataclass
@@ -115,7 +119,8 @@ class Profile:
         s, size = self.setting, "x".join(map(str, self.setting.latent_size()))
         rows = [
             f"{s.model}{f' ({s.layers} layers)' if s.layers else ''}, random weights, latents {size}, {s.dtype}, "
-            f"window {s.window_frames}, order {s.order}{', pairs' if s.pairs else ''}, executor {s.executor}, "
+            f"window {s.rollout.window_frames}, order {s.rollout.order}"
+            f"{', fused' if s.rollout.fuse_cache_denoise else ''}, {'CUDA graphs' if s.cuda_graph else 'eager'}, "
             f"{self.device}",
             f"limits measured in this run: matmul {self.limits['flop'] / 1e12:.4g} TFLOP/s, "
             f"copy {self.limits['bytes'] / 1e9:.4g} GB/s",
@@ -157,11 +162,11 @@ def build(setting: Setting) -> tuple[Rollout, float]:
     finally:
         torch.set_default_dtype(before)
     # step_first makes no endless video: until the window is full, and then the blocks to measure
-    bounded = 3 * (-(-setting.window_frames // 3) + setting.blocks) if setting.order == "step_first" else None
+    frames = setting.rollout.frames_per_block
+    full = -(-(setting.window or 0) // frames) + setting.blocks
     rollout = Rollout(
-        model, text, FlowSchedule(), num_frames=bounded, height=height, width=width, order=setting.order,
-        pairs=setting.pairs, window_frames=setting.window_frames, sink_frames=setting.sink_frames,
-        executor=setting.executor,
+        model, text, setting.rollout, ExecutionConfig(cuda_graph=setting.cuda_graph),
+        num_latent_frames=frames * full if setting.rollout.order == "step_first" else None, latent_size=(height, width),
     )  # fmt: skip
     return rollout, _now(device) - begun
 
@@ -169,9 +174,9 @@ def build(setting: Setting) -> tuple[Rollout, float]:
 def warm_up(setting: Setting) -> tuple[Rollout, Start]:
     """Build a rollout and run each of its kinds of launches once."""
     rollout, seconds = build(setting)
-    begun = _now(rollout.executor.device)
+    begun = _now(rollout.device)
     kinds = rollout.warm_up()
-    return rollout, Start(seconds, _now(rollout.executor.device) - begun, kinds)
+    return rollout, Start(seconds, _now(rollout.device) - begun, kinds)
 
 
 def profile(setting: Setting) -> Profile:
@@ -180,15 +185,15 @@ def profile(setting: Setting) -> Profile:
     Raises:
         ValueError: order step_first, which has no steady state: its blocks are finished all at the end.
     """
-    if setting.order == "step_first":
+    if setting.rollout.order == "step_first":
         raise ValueError("profile needs an order with a steady state: stream, wavefront or block_first, got step_first")
     rollout, start = warm_up(setting)
-    device, cuda = rollout.executor.device, rollout.executor.device.type == "cuda"
+    device, cuda = rollout.device, rollout.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     blocks = iter(rollout)
     for block in blocks:
-        if block.first_frame + rollout.plan.frames_per_block >= setting.window_frames:
+        if block.first_frame + rollout.plan.frames_per_block >= setting.window:
             break
     begun, before = _now(device), rollout.forwards_done
     for _ in range(setting.blocks):
@@ -208,13 +213,13 @@ def profile(setting: Setting) -> Profile:
 def _report(
     setting: Setting, rollout: Rollout, start: Start, profiler: Any, seconds: float, visits: int, watched: int
 ) -> Profile:
-    device = rollout.executor.device
+    device = rollout.device
     cuda = device.type == "cuda"
     config, plan = setting.config(), rollout.plan
     peak = torch.cuda.max_memory_allocated(device) if cuda else None  # before the limits, whose copies take 2.5 GB
     limits = machine_limits(device, getattr(torch, setting.dtype))
-    tokens = rollout.executor.cache.frame_tokens * plan.frames_per_block
-    keys = rollout.executor.cache.frame_tokens * setting.window_frames
+    tokens = rollout.cache.frame_tokens * plan.frames_per_block
+    keys = rollout.cache.frame_tokens * setting.window
     attention = 4.0 * tokens * (keys + config.text_len) * config.dim * config.num_layers
     matmul = visit_flop(config, tokens, keys) - attention
     moved = pointwise_bytes(config, tokens, getattr(torch, setting.dtype).itemsize)
@@ -237,7 +242,7 @@ def _report(
         sum(bool(LAUNCHES.match(name)) for name in names) / watched if cuda else None,
         sum(name in SYNCS for name in names) / watched if cuda else None,
         peak,
-        _PIXEL_FRAMES * plan.frames_per_block * setting.blocks / seconds,
+        WAN.temporal_compression * plan.frames_per_block * setting.blocks / seconds,
         limits,
     )
 
@@ -323,13 +328,14 @@ def stage_times(setting: Setting) -> dict[str, Any]:
     Returns:
         What :func:`hiar_model.schedule.costs.measured` reads; medians over the steps.
     """
-    rollout, _ = warm_up(Setting(**{**vars(setting), "order": "step_first", "pairs": False}))
-    plan, device = rollout.plan, rollout.executor.device
+    plain = replace(setting.rollout, order="step_first", fuse_cache_denoise=False)
+    rollout, _ = warm_up(replace(setting, rollout=plain))
+    plan, device = rollout.plan, rollout.device
     taken: dict[str, dict[int, list[float]]] = {"denoise": {}, "cache": {}}
-    for group in plan.groups(rollout.num_blocks):
+    for group in rollout.groups():
         visit = group[0][0]
         begun = _now(device)
-        rollout.executor.run(group)
+        rollout.step()
         seen = plan.visible_frames(visit.step, visit.block)
         taken[visit.kind].setdefault(seen, []).append(_now(device) - begun)
     curves = {kind: [[seen, median(times)] for seen, times in sorted(found.items())] for kind, found in taken.items()}

@@ -18,7 +18,7 @@ from ..config import ExecutionConfig, RolloutConfig
 from ..distributed.mesh import axis_size
 from ..distributed.pipeline import Pipeline
 from ..distributed.ulysses import HeadRanks, UlyssesAttend
-from ..models.kv_cache import RingAttend, RingCache, kept_dtype, ring_frames
+from ..models.kv_cache import RingAttend, RingCache, ring_frames
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import Group, Plan, forwards
 from ..version import NOISE, require_noise
@@ -98,7 +98,7 @@ class Rollout:
         self.execution, self.seed = execution, whole("seed", seed)
         self.video_ids = [whole("video_ids", n) for n in video_ids]
         self.batch = batch = len(self.video_ids)
-        height, width = (whole(f"latent {name}", n, 1) for name, n in zip(("height", "width"), latent_size, strict=True))
+        height, width = (whole("latent_size", n, 1) for n in latent_size)
         self.shape = (wan.in_channels, height, width)
         grid = wan.grid(height, width)
         if num_latent_frames is None:
@@ -121,7 +121,7 @@ class Rollout:
             config = config.with_order("stream")  # the same numbers: ranks walk block after block
         self.config, self.plan = config, Plan.of(config, prefix_frames)
         self.num_blocks = self._count_blocks(num_latent_frames, prefix_frames)
-        keep_dtype = kept_dtype(weight.dtype, execution.kv_dtype)
+        kv_dtype = None if execution.kv_dtype is None else getattr(torch, execution.kv_dtype)
         self.text = CheckedTexts(prompt_embeds, batch, wan) if callable(prompt_embeds) else lambda _: prompt_embeds
         self.pipeline: Pipeline | None = None
         if pipelined:
@@ -157,7 +157,7 @@ class Rollout:
             config.sink_frames,
             heads=self.heads[1] - self.heads[0],
             dtype=working_dtype(weight) if execution.autocast else weight.dtype,
-            cache_dtype=keep_dtype,
+            kv_dtype=kv_dtype,
             device=weight.device,
         )
         keyed = KeyedNoise(self.seed, self.video_ids, self.plan.block_frames, self.shape)

@@ -13,8 +13,8 @@ from torch import Tensor
 from hiar_kernels import BlockCausal, takes_layout
 from hiar_kernels.nvtx import span
 
-from ..models.conditions import TextKV
 from ..config import TRAIN_TIMESTEPS, ExecutionConfig, RolloutConfig
+from ..models.conditions import TextKV
 from ..models.kv_cache import RingAttend, RingCache
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import Group, Plan, Row, Visit
@@ -382,7 +382,7 @@ class Executor:
         texts = [self.text(row[-1].block) for row in rows]
         if any(len(row) == 2 and self.text(row[0].block) is not text for row, text in zip(rows, texts, strict=True)):
             raise ValueError(
-                "fuse_cache_denoise=True needs one prompt for all blocks: both tasks of a forward share their cross-attention"
+                "fuse_cache_denoise=True needs one prompt for all blocks: fused tasks share their cross-attention"
             )
         return self.texts.get(model, texts, self.cache.batch)
 

@@ -1,9 +1,10 @@
 """What was measured on GPUs: the tables that README and docs quote, from the folders of bench/results.
 
 A folder bench/results/<device>/<date>-<revision>/ counts where it holds rollouts: ``rollouts.jsonl`` (profiles of
-`hiar profile`, one a line), ``rollout.json`` (bench/bench_rollout.py) or ``ab.json`` (bench/ab.py). ``vae.json`` beside
-them gives the frames per second with the VAE, ``anchors.json`` a plain PyTorch forward to compare with, ``notes.json``
-what has to be said of a file: {"rollouts.jsonl": [a note for each line]}. A further folder needs no code.
+`hiar profile`, one a line), ``rollout.json`` (bench/rollout/bench_rollout.py) or ``ab.json`` (bench/rollout/ab.py).
+``vae.json`` beside them gives the frames per second with the VAE, ``anchors.json`` a plain PyTorch forward to compare
+with, ``notes.json`` what has to be said of a file: {"rollouts.jsonl": [a note for each line]}. A further folder needs
+no code.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ def parts_table(root: Path | None = None) -> list[str]:
 
 
 def plain(folder: Path) -> Iterator[tuple[str, str, float]]:
-    """(device, how, milliseconds) of bench/anchors.py's visit: one batch row, nothing of ours in it."""
+    """(device, how, milliseconds) of bench/studies/anchors.py's visit: one batch row, nothing of ours in it."""
     file = folder / "anchors.json"
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rehearsal": True}
     if not values["rehearsal"]:

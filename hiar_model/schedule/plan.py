@@ -11,7 +11,7 @@ Two kinds of visit make a whole rollout: `denoise(step, block)` takes a block on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal, NamedTuple

@@ -338,7 +338,7 @@ MEASURED = ("blocks", "order", "way", "steps per rank", "seconds", "speedup", "f
 
 
 def measured_table(found: Mapping[str, Any]) -> list[str]:
-    """Markdown of a run of bench/test_four_step_speedup.py; the baseline of its speedups is block-first on one rank.
+    """Markdown of bench/rollout/test_four_step_speedup.py; speedups are over block-first on one rank.
 
     Args:
         found: what the run left as JSON, {"environment", "rows"}.

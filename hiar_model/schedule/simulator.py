@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from ..common.checks import as_whole, one_of, whole
 from .costs import Costs, unit_costs
-from .plan import Group, Plan, Visit, dependencies, rank_order
+from .plan import Group, Plan, Visit, denoise, dependencies, rank_order
 
 VAE = ("none", "last", "own")
 MOST_SPLITS = 20_000  # what is enumerated; beyond it the split with the best bound is taken and improved
@@ -326,7 +326,7 @@ class Walk:
     def _imports(self, rows: Group) -> set[Visit]:
         """What rows need, of other steps at least: with own caches latents alone come from other steps."""
         if self.plan.kv_source == "own":
-            return {visits.denoise(v.step - 1, v.block) for row in rows for v in row if v.kind == "denoise" and v.step}
+            return {denoise(v.step - 1, v.block) for row in rows for v in row if v.kind == "denoise" and v.step}
         return {need for row in rows for visit in row for need in dependencies(self.plan, visit)}
 
     def _time(self, split: tuple[int, ...]) -> float:

@@ -24,7 +24,7 @@ def split_steps(plan: Plan, num_blocks: int | None, ranks: int, costs: Costs | N
 
 
 def faster_fusion(plan: Plan, num_blocks: int | None, ranks: int | Sequence[int], costs: Costs) -> Plan:
-    """The plan with fused tasks or without, whichever the simulator finds faster on so many ranks, or with such a split."""
+    """The plan with fused tasks or without, whichever the simulator finds faster on so many ranks, or such a split."""
     plans = [replace(plan, fuse_cache_denoise=fused) for fused in (False, True)]
     return min(plans, key=lambda one: Walk(one, _enough(one, num_blocks), costs).timeline(ranks).time)
 

@@ -1,4 +1,4 @@
-"""bench/ab.py rehearsed on the CPU: two revisions in turn, with no more installed than a GPU machine has."""
+"""bench/rollout/ab.py rehearsed on the CPU: two revisions in turn, with no more installed than a GPU machine has."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from test_bench import BARE
+
+from bench.rollout import ab as ab_module
+from bench.rollout import ab_results as results
 
 pytestmark = pytest.mark.cpu
 
@@ -60,7 +63,7 @@ def ab(repository, tmp_path):
     def run(*arguments: str, hide: bool = True) -> tuple[int, dict, str, str]:
         environment = {**os.environ, "PYTHONPATH": str(bare) if hide else "", "OMP_NUM_THREADS": "1"}
         environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-        command = [sys.executable, str(tree / "bench" / "ab.py"), *arguments, "--results", str(tmp_path / "results")]
+        command = [sys.executable, "-m", "bench.rollout.ab", *arguments, "--results", str(tmp_path / "results")]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tree)
         file = tmp_path / "results" / "ab.json"
         found = json.loads(file.read_text()) if file.exists() else {}
@@ -69,24 +72,14 @@ def ab(repository, tmp_path):
     return run
 
 
-def ratio(row, figure, results):
+def ratio(row, figure):
     return results.compared(*(results.figures(row)[figure][side] for side in "AB"))
 
 
-@pytest.fixture
-def results(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import ab_results
-
-    yield ab_results
-    for name in ("ab", "ab_results", "measure"):
-        sys.modules.pop(name, None)
-
-
-def test_a_slower_revision_is_seen(ab, repository, results, tmp_path):
+def test_a_slower_revision_is_seen(ab, repository, tmp_path):
     """Through worktrees, with the fill and capture of a GPU's graphs, in both of two rollouts."""
     _, git = repository
-    asked = ["--order", "stream", "--shared-keys", "--executor", "recorded", "--rounds", "2"]
+    asked = ["--order", "stream", "--order", "stream+shared_keys", "--executor", "recorded", "--rounds", "2"]
     status, found, out, err = ab("HEAD~1", "HEAD", *asked)
     assert status == 0, out + err
     assert [row["label"] for row in found["rows"]] == ["stream, recorded", "stream, shared keys, recorded"]
@@ -96,7 +89,7 @@ def test_a_slower_revision_is_seen(ab, repository, results, tmp_path):
         times = results.figures(row)["task_ms"]
         assert 300 / tasks < min(times["B"])  # it sleeps so long; how long A takes is the machine's business
         assert all(a["fps"] * a["task_ms"] == pytest.approx(12e3 / tasks) for a in row["samples"]["A"])
-        slower = ratio(row, "task_ms", results)
+        slower = ratio(row, "task_ms")
         assert 0 < slower["pairs"][0] <= slower["ratio"] <= slower["pairs"][1]
         assert {"attention", "matmul", "pointwise", "copy", "idle"} <= set(results.figures(row))
         assert results.figures(row)["idle"]["B"][0] > 150 / tasks
@@ -108,7 +101,7 @@ def test_a_slower_revision_is_seen(ab, repository, results, tmp_path):
     assert len(git("worktree", "list").splitlines()) == 1, "a worktree was left behind"
 
 
-def test_ops_and_fresh_processes(ab, repository, results):
+def test_ops(ab, repository):
     tree, _ = repository
     asked = [
         "--a-dir",
@@ -122,11 +115,11 @@ def test_ops_and_fresh_processes(ab, repository, results):
         "--op",
         "flow_step",
     ]
-    status, found, out, _ = ab(*asked, "--way", "auto", "--rounds", "1", "--fresh")
+    status, found, out, _ = ab(*asked, "--variant", "auto", "--rounds", "1")
     assert status == 1  # no pointwise op has that way
     attention, flow = found["rows"]
-    assert ratio(attention, "ms", results)["ratio"] > 0
-    assert "flow_step has no way 'auto' here; it has eager, compiled" in flow["error"]
+    assert ratio(attention, "ms")["ratio"] > 0
+    assert "flow_step has no variant 'auto' here; it has eager, compiled" in flow["error"]
     assert f"- failed: {flow['label']}: A: ValueError" in out
 
 
@@ -155,18 +148,16 @@ def test_commands_in_cpu_seconds(ab, repository):
     ],
     ids=str,
 )
-def test_wrong_requests(repository, results, monkeypatch, arguments, line):
-    import ab
-
+def test_wrong_requests(repository, monkeypatch, arguments, line):
     tree, git = repository
-    monkeypatch.setattr(ab, "ROOT", tree)
+    monkeypatch.setattr(ab_module, "ROOT", tree)
     monkeypatch.setattr(sys, "argv", ["ab.py", *arguments])
     with pytest.raises(SystemExit, match=re.escape(line)):
-        ab.main()
+        ab_module.main()
     assert len(git("worktree", "list").splitlines()) == 1
 
 
-def test_parts_of_a_trace(results):
+def test_parts_of_a_trace():
     """Two tasks in one forward of three layers; the kernels overlap by half a millisecond."""
     trace = {
         "tasks": 2, "forwards": 1, "layers": 3, "spans": [[0, 2000], [1500, 3000]],
@@ -184,7 +175,7 @@ def test_parts_of_a_trace(results):
     assert "| x | idle, ms a task | 0.5 | 0.5 | 1.000 |  |" in results.table([row])
 
 
-def test_the_spread_is_of_the_pairs(results):
+def test_the_spread_is_of_the_pairs():
     """Drift that both sides share is no spread of the ratio."""
     found = results.compared([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
     assert found == {"a": [4.0, 2.0, 6.0], "b": [2.0, 1.0, 3.0], "ratio": 2.0, "pairs": [2.0, 2.0]}

@@ -1,4 +1,4 @@
-"""bench/anchors.py rehearsed on the CPU: all of it runs, nothing vanishes, a wrong merge is noticed."""
+"""bench/studies/anchors.py rehearsed on the CPU: all of it runs, nothing vanishes, a wrong merge is noticed."""
 
 from __future__ import annotations
 
@@ -12,25 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.lib.measure import Bench
+from bench.lib.report import section_table
+from bench.studies import anchors
+
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "bench" / "anchors.py"
-
-
-@pytest.fixture
-def anchors(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import anchors
-
-    yield anchors
-    for name in ("anchors", "measure", "plain_visit"):
-        sys.modules.pop(name, None)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", "bench.studies.anchors", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 def measured(bench):
@@ -59,8 +53,8 @@ def test_rehearsal(tmp_path):
 
     page = (tmp_path / "result" / "anchors.md").read_text()
     assert "REHEARSAL at toy sizes on cpu" in page
-    for heading in ("## limits", "## attention", "## matmul", "## visit", "## Absent libraries"):
-        assert heading in page
+    for line in ("## limits", "## attention", "## matmul", "## visit", "- absent: flash-attn-2: "):
+        assert line in page
 
 
 def test_refuses_what_cannot_work():
@@ -69,10 +63,10 @@ def test_refuses_what_cannot_work():
     assert "--small" in done.stderr.splitlines()[-1]
 
 
-def test_work_of_the_full_sizes(anchors):
+def test_work_of_the_full_sizes():
     full = anchors.Sizes()
     assert full.windows == [4680, 9360, 14040, 18720, 23400, 28080, 32760]
-    assert full.visit_flop() == pytest.approx(40.41e12, rel=1e-3)  # counted by hand for 1.3B at a full window
+    assert full.forward_flop() == pytest.approx(40.41e12, rel=1e-3)  # counted by hand for 1.3B at a full window
 
 
 def base_two(out, lse):
@@ -90,9 +84,9 @@ def crossed(out, lse):
 
 
 @pytest.mark.parametrize("merge", [base_two, even, crossed])
-def test_a_wrong_merge_is_a_failure(anchors, monkeypatch, merge):
+def test_a_wrong_merge_is_a_failure(monkeypatch, merge):
     monkeypatch.setattr(anchors, "merge_halves", merge)
-    bench = anchors.Bench("cpu", (1, 1), 0.0)
+    bench = Bench("cpu", (1, 1), 0.0)
     monkeypatch.setattr(bench, "compiled", lambda function: function)
     sizes = anchors.Sizes(**anchors.TOY)
     with torch.no_grad():
@@ -100,10 +94,10 @@ def test_a_wrong_merge_is_a_failure(anchors, monkeypatch, merge):
         bench.section("attention", cases, budget=60.0)
     failed = [case["mode"] for case in bench.sections["attention"]["cases"] if "error" in case]
     assert failed == ["split"] * len(sizes.windows)
-    assert len(measured(bench)) == len(sizes.windows) * len(sizes.rows)
+    assert len(measured(bench)) == len(sizes.windows) * len(sizes.batches)
 
 
-def test_failures_and_late_cases_are_told(anchors):
+def test_failures_and_late_cases_are_told():
     def broken():
         raise ValueError("no such kernel\nsecond line")
 
@@ -111,11 +105,11 @@ def test_failures_and_late_cases_are_told(anchors):
         until = torch.tensor(0.0)
         return {"run": lambda: [until.add_(1) for _ in range(20000)], "flop": 1.0}
 
-    bench = anchors.Bench("cpu", (1, 1), 0.0)
+    bench = Bench("cpu", (1, 1), 0.0)
     bench.section("matmul", [({"m": 1}, broken), ({"m": 2}, slow), ({"m": 3}, slow)], budget=0.01)
     section = bench.sections["matmul"]
     assert section["cases"][0] == {"m": 1, "error": "ValueError: no such kernel"}
     assert section["not_reached"] == [{"m": 3}]
-    lines = anchors.table(section, "m")
+    lines = section_table(section, "m")
     assert "- failed: 1: ValueError: no such kernel" in lines
     assert "- not reached within 0 s: 3" in lines

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -18,14 +17,20 @@ import torch
 from any_rule import any_ring, any_rule
 
 import hiar_kernels
+from bench.lib.machine import ROOT, sources
+from bench.lib.measure import check_all, default_bench
+from bench.ops import attention_cases, bench_ops
+from bench.ops.attention_cases import mask_mod
+from bench.ops.bench_ops import best, merged, table
+from bench.ops.forward_cases import Append, forward_pointwise
+from bench.ops.work import SMALL, Sizes, Work
 from hiar_kernels import _triton
 from hiar_kernels.attention.mask import visible_with_context
 from hiar_kernels.attention.table import SHAPES, Measurement, read, way
 
 pytestmark = pytest.mark.cpu
 
-ROOT = Path(__file__).resolve().parents[2]
-MODULES = {path.stem for path in (ROOT / "bench").glob("*.py")}
+BENCH = default_bench()
 # Imported first in a process, this hides what the GPU targets promise to do without.
 BARE = """
 import sys
@@ -47,15 +52,6 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    """bench/ on the path: its modules are imported for one test."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    yield
-    for name in MODULES:
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture
 def run_pytest(tmp_path):
     """As the GPU targets of the Makefile do, with only torch, triton, pytest and pytest-benchmark installed.
 
@@ -67,10 +63,10 @@ def run_pytest(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tree)
     (tmp_path / "sitecustomize.py").write_text(BARE)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of xdist
-    path = os.pathsep.join(map(str, (tmp_path, tree, tree / "bench")))
+    path = os.pathsep.join(map(str, (tmp_path, tree)))
     environment |= {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "pytest", "-p", "resume", "--resume", "out/journal.jsonl"]
+    command = [sys.executable, "-m", "pytest", "-p", "bench.lib.resume", "--resume", "out/journal.jsonl"]
 
     def run(*arguments: str) -> str:
         done = subprocess.run([*command, *arguments], cwd=tree, env=environment, capture_output=True, text=True)
@@ -81,15 +77,16 @@ def run_pytest(tmp_path):
 
 
 def test_rehearsal(run_pytest, tmp_path):
-    command = ["-p", "pytest_benchmark.plugin", "bench/bench_ops.py", "--benchmark-only", "--results", str(tmp_path)]
+    command = ["-p", "pytest_benchmark.plugin", "bench/ops/bench_ops.py", "--benchmark-only"]
+    command += ["--results", str(tmp_path)]
     said = run_pytest(*command)
     assert "REHEARSAL at small sizes" in said and "180 s of CPU, 160 of them test_two_ranks_on_two_cores" in said
     result = json.loads((tmp_path / "ops.json").read_text())
     assert result["rehearsal"] is True
-    measured = {(row["op"], row["pass"], row["way"]) for row in result["rows"]}
+    measured = {(row["op"], row["pass"], row["variant"]) for row in result["rows"]}
     norms = ("ada_layer_norm", "layer_norm", "rms_norm", "gated_residual_ada_layer_norm", "gated_residual_layer_norm")
     for op in (*norms, "gated_residual", "qk_norm_rope"):
-        assert {(op, d, way) for d in ("forward", "backward") for way in ("eager", "compiled")} <= measured
+        assert {(op, d, variant) for d in ("forward", "backward") for variant in ("eager", "compiled")} <= measured
     for op in (
         "qk_norm_rope_append",
         "flow_step",
@@ -98,7 +95,7 @@ def test_rehearsal(run_pytest, tmp_path):
         "rms_silu_pad",
         "all pointwise of a forward",
     ):
-        assert {(op, "forward", way) for way in ("eager", "compiled")} <= measured
+        assert {(op, "forward", variant) for variant in ("eager", "compiled")} <= measured
     for op in ("visit", "pair", "block_causal", "constant_context", "cross", "bidirectional"):
         assert (f"attention: {op}", "forward", "sdpa") in measured
         named = [r for r in result["rows"] if r["shape"] == op and "impl" in r]
@@ -107,11 +104,10 @@ def test_rehearsal(run_pytest, tmp_path):
     for row in result["rows"]:
         assert "error" not in row and row["rate"] > 0 and row["ms"] == sorted(row["ms"])
     for name in ("triton", "cuda", "cudnn for attention"):
-        assert "CUDA device" in result["absent"][name], "it is not told that our kernels were left out"
+        assert "CUDA device" in result["absent"][name], "nothing says that our kernels were left out"
     assert "half a minute" in result["absent"]["flex with a block mask"]
     page = (tmp_path / "ops.md").read_text()
-    assert "REHEARSAL" in page and not re.search(r"\dx \|", page), "a rehearsal tells no speedup"
-    assert "no plot: matplotlib is not installed" in page
+    assert "REHEARSAL" in page and not re.search(r"\dx \|", page), "a rehearsal has no speedup"
     assert not (tmp_path / "measured.json").exists(), "a rehearsal chooses no implementation"
 
     again = run_pytest(*command, "-k", "cross")
@@ -137,11 +133,7 @@ def test_gpu_tests_need_no_more(run_pytest):
         ("bidirectional", 6 * 6, 2.5 * 36),
     ],
 )
-def test_work_of_attention(bench, name, forward, backward):
-    import attention_cases
-    from op_results import BENCH
-    from work import SMALL
-
+def test_work_of_attention(name, forward, backward):
     unit = 4 * SMALL.heads * SMALL.head_dim * (SMALL.grid[0] * SMALL.grid[1]) ** 2
     work = getattr(attention_cases, name)(BENCH, SMALL)
     assert work.forward == unit * forward
@@ -149,9 +141,8 @@ def test_work_of_attention(bench, name, forward, backward):
     assert work.run("sdpa").shape == work.inputs[0].shape
 
 
-def test_sizes_are_those_of_the_model(bench):
+def test_sizes_are_those_of_the_model():
     from hiar_model.config import WanConfig
-    from work import Sizes
 
     z, model = Sizes(), WanConfig.from_name("wan2.1-t2v-1.3b")
     assert (z.width, z.frame_tokens) == (1536, 1560)
@@ -159,15 +150,12 @@ def test_sizes_are_those_of_the_model(bench):
     assert z.grid == model.grid(60, 104) and z.text_tokens == model.text_len and z.channels == model.in_channels
 
 
-def test_pointwise_of_a_forward(bench, monkeypatch):
+def test_pointwise_of_a_forward(monkeypatch):
     """It runs the ops that the model runs, in their order, and no matmul; the compiler sees the borders."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from forward_cases import Append, forward_pointwise
     from hiar_model.config import WanConfig
     from hiar_model.models.transformer import HiARTransformer
-    from op_results import BENCH
-    from work import SMALL as Z
 
     monkeypatch.setattr(_triton, "load", lambda op, tensor: None)  # the ops run their references
     called: list[str] = []
@@ -182,19 +170,24 @@ def test_pointwise_of_a_forward(bench, monkeypatch):
         called.clear()
         return found
 
-    config = WanConfig(dim=Z.width, ffn_dim=Z.ffn, num_heads=Z.heads, num_layers=Z.layers, text_dim=8, text_len=8)
+    config = WanConfig(
+        dim=SMALL.width, ffn_dim=SMALL.ffn, num_heads=SMALL.heads, num_layers=SMALL.layers, text_dim=8, text_len=8
+    )
     model = HiARTransformer(config)
-    latents = torch.randn(1, Z.block, config.in_channels, 2 * Z.grid[0], 2 * Z.grid[1])
-    attend = Append(BENCH, Z, torch.randn(1, Z.block * Z.frame_tokens, Z.heads, Z.head_dim))
-    work = forward_pointwise(BENCH, Z, gelu=True)
+    latents = torch.randn(1, SMALL.block, config.in_channels, 2 * SMALL.grid[0], 2 * SMALL.grid[1])
+    attend = Append(BENCH, SMALL, torch.randn(1, SMALL.block * SMALL.frame_tokens, SMALL.heads, SMALL.head_dim))
+    work = forward_pointwise(BENCH, SMALL, gelu=True)
     with torch.no_grad():
-        modulation, text = model.modulation(torch.zeros(1, Z.block), Z.block), model.text_kv(torch.randn(1, 8, 8))
+        modulation, text = (
+            model.modulation(torch.zeros(1, SMALL.block), SMALL.block),
+            model.text_kv(torch.randn(1, 8, 8)),
+        )
         with Watch(), hiar_kernels.prefer("triton"):
             model.run(latents, modulation, text, attend)
         wanted = ops()
         with Watch():
             ours = work.run("triton")
-        assert called.count("aten::gelu") == Z.layers
+        assert called.count("aten::gelu") == SMALL.layers
         assert not [name for name in called if "mm" in name.split("::")[1] or "attention" in name], called
         assert ops() == wanted and "hiar::qk_norm_rope_append" in wanted
         eager = work.run("eager")
@@ -203,15 +196,13 @@ def test_pointwise_of_a_forward(bench, monkeypatch):
     for other in (ours, compiled):
         torch.testing.assert_close(other.float(), eager.float(), rtol=0.02, atol=0.05)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 6, "fused across a matmul"
-    assert work.forward > forward_pointwise(BENCH, Z).forward
+    assert work.forward > forward_pointwise(BENCH, SMALL).forward
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_rule_of_flex_attention(bench, seed):
+def test_the_rule_of_flex_attention(seed):
     """Its mask_mod at every (query, key) is the rule of the kernels."""
     from torch.nn.attention.flex_attention import create_mask
-
-    from attention_cases import mask_mod
 
     random = Random(seed)
     rule, _, windows, frames = any_rule(random)
@@ -228,11 +219,7 @@ def test_the_rule_of_flex_attention(bench, seed):
 
 
 @pytest.mark.parametrize("name", ["pair", "block_causal", "constant_context"])
-def test_flex_attention_without_its_compiler(bench, monkeypatch, name):
-    import attention_cases
-    from op_results import BENCH
-    from work import SMALL
-
+def test_flex_attention_without_its_compiler(monkeypatch, name):
     monkeypatch.setattr(BENCH, "compiled", lambda function: function)
     monkeypatch.setattr(attention_cases, "FLEX", {"flex": "AUTO"})
     with torch.no_grad():
@@ -244,18 +231,17 @@ def test_flex_attention_without_its_compiler(bench, monkeypatch, name):
 # The results
 
 
-def row(op: str, way: str, ms: float, **more: Any) -> dict[str, Any]:
-    found = {"op": op, "pass": "forward", "way": way, "baseline": way in ("eager", "sdpa"), "ms": [ms, ms, ms]}
-    found |= {"unit": "bytes", "rate": 1e9, "limit": 2e9, "of_limit": 0.5, "goal_ms": None, "rehearsal": False}
-    return found | more
+def row(op: str, variant: str, ms: float, **more: Any) -> dict[str, Any]:
+    values = {"op": op, "pass": "forward", "variant": variant, "ms": [ms, ms, ms]}
+    values |= {"baseline": variant in ("eager", "sdpa")}
+    values |= {"unit": "bytes", "rate": 1e9, "limit": 2e9, "of_limit": 0.5, "goal_ms": None, "rehearsal": False}
+    return values | more
 
 
-def test_what_is_wrong_gives_no_speedup(bench):
-    from op_results import table
-
-    rows = [row(op, way, ms) for op in ("good", "bad") for way, ms in (("eager", 2.0), ("triton", 0.5))]
-    rows.append({"op": "bad", "pass": "forward", "way": "compiled", "error": "off by 1"})
-    rows.append({"op": "good", "pass": "forward", "way": "flex", "refused": "no backward"})
+def test_what_is_wrong_gives_no_speedup():
+    rows = [row(op, variant, ms) for op in ("good", "bad") for variant, ms in (("eager", 2.0), ("triton", 0.5))]
+    rows.append({"op": "bad", "pass": "forward", "variant": "compiled", "error": "off by 1"})
+    rows.append({"op": "good", "pass": "forward", "variant": "flex", "refused": "no backward"})
     lines = table(rows)
     assert next(line for line in lines if "good | forward | triton" in line).endswith("| 4.00x |")
     assert next(line for line in lines if "bad | forward | triton" in line).endswith("| 50% |  |")
@@ -264,17 +250,13 @@ def test_what_is_wrong_gives_no_speedup(bench):
     assert not [line for line in table([{**r, "rehearsal": True} for r in rows]) if re.search(r"\dx \|", line)]
 
 
-def test_a_goal_is_told(bench):
-    from op_results import table
-
-    line = "- goal: all forward triton: 2.100 ms, wanted at most 2.5 ms"
+def test_goals_stand_below_the_table():
+    line = "- goal: all forward triton: 2.100 ms, at most 2.5 ms"
     assert line in table([row("all", "triton", 2.1, goal_ms=2.5)])
     assert line not in table([row("all", "triton", 2.1, goal_ms=2.5, rehearsal=True)])
 
 
-def test_the_choices_of_the_dispatcher(bench, tmp_path):
-    from op_results import best, merged
-
+def test_the_choices_of_the_dispatcher(tmp_path):
     def attention(shape: str, impl: str, ms: float, num_splits: int = 1, **more: Any) -> dict[str, Any]:
         named = {"shape": shape, "impl": impl, "num_splits": num_splits, "arch": 90}
         return row(f"attention: {shape}", way(impl, num_splits), ms, **named, **more)
@@ -287,7 +269,7 @@ def test_the_choices_of_the_dispatcher(bench, tmp_path):
     rows.append(attention("bidirectional", "flash", 1.0))  # no backward: not for training
     rows += [
         attention("cross", "sdpa", 1.0),
-        {"op": "attention: cross", "pass": "forward", "way": "triton", "error": "x"},
+        {"op": "attention: cross", "pass": "forward", "variant": "triton", "error": "x"},
     ]
     found = best(rows, "H200, today")
     twice, uncut = "cudnn with num_splits=2", {"cudnn": 2.5, "sdpa": 3.0}
@@ -305,53 +287,42 @@ def test_the_choices_of_the_dispatcher(bench, tmp_path):
     assert {m.shape for m in kept} <= set(SHAPES)
 
 
-def test_a_plot_beside_the_table(bench, tmp_path, monkeypatch):
-    import op_results
-
+def test_limits_stand_above_the_table(tmp_path):
     about = {"device": "a GPU", "date": "2026-01-01T00:00:00Z", "revision": "abc", "torch": "2"}
-    rows = [row(op, way, 1.0) for op in ("one", "two") for way in ("eager", "triton")]
-    page = op_results.write(rows, about, tmp_path)
-    assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
-    assert "![part of the limit](ops.png)" in page.read_text() and "limits: 2 GB/s" in page.read_text()
-    assert "no plot: nothing was measured" in op_results.plot([], "", tmp_path / "none.png")
+    page = bench_ops.write([row("one", "eager", 1.0)], about, tmp_path).read_text()
+    assert "- limits: 2 GB/s (a large matmul" in page and "| one | forward | eager |" in page
 
 
-def test_a_wrong_kernel_is_a_failure(bench, monkeypatch):
-    import bench_ops
-    from work import Work
-
+def test_a_wrong_kernel_is_a_failure():
     right = [torch.ones(8)]
-    bench_ops.agree("op", [torch.ones(8) * 1.01], right)
-    with pytest.raises(AssertionError, match="op: result 0 is off by 0.05 of the mean value, allowed 0.02"):
-        bench_ops.agree("op", [torch.ones(8) * 1.05], right)
-    with pytest.raises(AssertionError):
-        bench_ops.agree("op", [torch.full((8,), float("nan"))], right)
+    check_all("op", [torch.ones(8) * 1.01], right)
+    with pytest.raises(RuntimeError, match="op: result 0 is off by 0.05 of the mean value, allowed 0.02"):
+        check_all("op", [torch.ones(8) * 1.05], right)
+    with pytest.raises(RuntimeError, match="off by nan"):
+        check_all("op", [torch.full((8,), float("nan"))], right)
 
-    def broken(way: str) -> torch.Tensor:
-        raise RuntimeError(f"{way} cannot\nsecond line")
+    def broken(variant: str) -> torch.Tensor:
+        raise RuntimeError(f"{variant} cannot\nsecond line")
 
     assert bench_ops.first_results(Work([], broken, 1.0), "flex", "forward", True)[2] == "RuntimeError: flex cannot"
     with pytest.raises(RuntimeError, match="triton cannot"):
         bench_ops.first_results(Work([], broken, 1.0), "triton", "forward", False)
 
 
-def test_no_speedup_while_a_kernel_test_is_red(bench, tmp_path):
-    import op_results
-    from resume import sources
-
+def test_no_speedup_while_a_kernel_test_is_red(tmp_path):
     def journal(**outcomes: str):
-        lines = [{"sources": sources(op_results.ROOT)}, *({"test": t, "outcome": o} for t, o in outcomes.items())]
+        lines = [{"sources": sources(ROOT)}, *({"test": t, "outcome": o} for t, o in outcomes.items())]
         file = tmp_path / "gpu-test.jsonl"
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return op_results.failing(file)
+        return bench_ops.failing(file)
 
     rows = [row("one", "eager", 2.0), row("one", "triton", 1.0)]
-    assert journal(one="passed") == op_results.failing(tmp_path / "none") == []
-    assert any("2.00x" in line for line in op_results.table(rows, []))
+    assert journal(one="passed") == bench_ops.failing(tmp_path / "none") == []
+    assert any("2.00x" in line for line in bench_ops.table(rows, []))
     red = journal(one="passed", two="failed")
     assert red == ["two"]
-    lines = op_results.table(rows, red)
-    assert not any("x |" in line for line in lines) and "- no speedup is told, 1 of make gpu-test fail: two" in lines
+    lines = bench_ops.table(rows, red)
+    assert not any("x |" in line for line in lines) and "- no speedup while 1 of make gpu-test fail: two" in lines
     file = tmp_path / "gpu-test.jsonl"
-    file.write_text(file.read_text().replace(sources(op_results.ROOT), "other sources"))
-    assert op_results.failing(file) == []
+    file.write_text(file.read_text().replace(sources(ROOT), "other sources"))
+    assert bench_ops.failing(file) == []

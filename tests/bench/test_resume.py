@@ -1,4 +1,4 @@
-"""bench/resume.py: a run that is cut short goes on where it ended, and forgets what was of another state."""
+"""bench/lib/resume.py: a run that is cut short goes on where it ended, and forgets what was of another state."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from bench.lib import resume
+from bench.lib.machine import ROOT, revision, sources
+
 pytestmark = pytest.mark.cpu
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 SUITE = """
 import os, pathlib, signal
 import pytest
@@ -44,9 +45,10 @@ def suite(tmp_path):
     def run(*arguments: str, end: str = "SIGKILL") -> tuple[int, str, str]:
         (tmp_path / "ran.txt").write_text("")
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(BENCH), "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "pytest", "-p", "resume", "--resume", "out/journal.jsonl", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment | {"END": end}, capture_output=True, text=True)
+        environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", "pytest", "-p", "bench.lib.resume", "--resume", "out/journal.jsonl"]
+        environment["END"] = end
+        done = subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr, (tmp_path / "ran.txt").read_text().strip()
 
     return run
@@ -94,20 +96,10 @@ def test_a_budget_ends_a_run(suite, tmp_path):
 # The journal
 
 
-@pytest.fixture
-def resume(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import resume
-
-    yield resume
-    for name in ("resume", "measure"):
-        sys.modules.pop(name, None)
-
-
 ABOUT = {"device": "H200", "date": "2026-01-01", "revision": "abc", "torch": "2.11", "sources": "f00"}
 
 
-def begun(resume, file):
+def begun(file):
     journal = resume.Journal(file, ABOUT)
     for test in ("a", "b", "c"):
         journal.began(test)
@@ -116,23 +108,23 @@ def begun(resume, file):
     return file
 
 
-def test_it_counts_for_the_same_state(resume, tmp_path):
-    found = resume.Journal(begun(resume, tmp_path / "j"), {**ABOUT, "date": "2026-01-02"})
+def test_it_counts_for_the_same_state(tmp_path):
+    found = resume.Journal(begun(tmp_path / "j"), {**ABOUT, "date": "2026-01-02"})
     assert found.about == ABOUT and found.anew == ""
     assert [found.passed(test) for test in "abcd"] == [True, False, False, False]
     assert [found.turn(test) for test in "bcd"] == [1, 2, 0]
 
 
 @pytest.mark.parametrize("what", sorted(set(ABOUT) - {"date"}))
-def test_anything_else_begins_anew(resume, tmp_path, what):
-    found = resume.Journal(begun(resume, tmp_path / "j"), {**ABOUT, what: "other"})
+def test_anything_else_begins_anew(tmp_path, what):
+    found = resume.Journal(begun(tmp_path / "j"), {**ABOUT, what: "other"})
     assert not found.finished and not found.running
     assert found.anew == f"{what} was {ABOUT[what]}, is other"
     assert len((tmp_path / "j").read_text().splitlines()) == 1
 
 
-def test_a_line_that_a_kill_cut_off(resume, tmp_path):
-    file = begun(resume, tmp_path / "j")
+def test_a_line_that_a_kill_cut_off(tmp_path):
+    file = begun(tmp_path / "j")
     whole = file.read_text()
     file.write_text(whole + '{"test": "d", "outc')
     found = resume.Journal(file, ABOUT)
@@ -144,9 +136,9 @@ def test_a_line_that_a_kill_cut_off(resume, tmp_path):
     assert json.loads(file.read_text()) == ABOUT
 
 
-def test_the_digest_knows_every_source(resume, tmp_path):
+def test_the_digest_knows_every_source(tmp_path):
     def digest() -> str:
-        return resume.sources(tmp_path)
+        return sources(tmp_path)
 
     (tmp_path / "op").mkdir()
     seen = {digest()}
@@ -170,19 +162,14 @@ def test_results_do_not_make_a_revision_dirty(tmp_path):
         identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
-    def revision() -> str:
-        code = "from measure import environment; print(environment('cpu')['revision'])"
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "bench", capture_output=True, text=True)
-        return done.stdout.strip()
-
     (tmp_path / "bench" / "results").mkdir(parents=True)
-    (tmp_path / "bench" / "measure.py").write_text((BENCH / "measure.py").read_text())
-    (tmp_path / ".gitignore").write_text("__pycache__\n")
+    assert revision(tmp_path) == "unknown"
+    (tmp_path / "kernel.py").touch()
     for command in (["init"], ["add", "."], ["commit", "-m", "all"]):
         git(*command)
-    clean = revision()
+    clean = revision(tmp_path)
     assert len(clean) == 10
     (tmp_path / "bench" / "results" / "ops.md").touch()
-    assert revision() == clean
-    (tmp_path / "kernel.py").touch()
-    assert revision() == f"{clean}-dirty"
+    assert revision(tmp_path) == clean
+    (tmp_path / "kernel.py").write_text("changed")
+    assert revision(tmp_path) == f"{clean}-dirty"

@@ -17,9 +17,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from tiny_model import TEXT, TINY, difference, make_model
 
-from hiar_model.config import WanConfig
+from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.distributed import axis, make_mesh
-from hiar_model.config import FlowSchedule
 from hiar_model.rollout import Rollout
 
 pytestmark = pytest.mark.cpu

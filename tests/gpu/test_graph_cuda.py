@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import hiar_kernels
-from hiar_model.config import WanConfig
-from hiar_model.config import FlowSchedule
+from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.planning.profiling import SYNCS, calls_within
 from hiar_model.rollout import Rollout

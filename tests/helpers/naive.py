@@ -1,4 +1,5 @@
-"""Oracles for the tests: definitions written down as plainly as possible, without a line of the packages under test.
+"""Oracles of the ops: definitions written down as plainly as possible, without a line of the packages under test. That
+of the network and of the rollout is hiar_model.rollout.reference.
 
 Everything computes in the dtype of its arguments: float64 gives the exact result, a narrow dtype what plain torch makes
 of it (the yardstick of tests/helpers/budget.py).
@@ -150,75 +151,3 @@ def rope(x: Tensor, frames: Sequence[int], rows: int, columns: int, theta: float
     out[..., 0::2] = x[..., 0::2] * real - x[..., 1::2] * imag
     out[..., 1::2] = x[..., 0::2] * imag + x[..., 1::2] * real
     return out
-
-
-def gelu(x: Tensor) -> Tensor:
-    return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def silu(x: Tensor) -> Tensor:
-    return x / (1 + torch.exp(-x))
-
-
-def transformer(
-    weights: dict[str, Tensor], latents: Tensor, timesteps: Tensor, text: Tensor, seen: Tensor | None, *, heads: int,
-    text_len: int, frames: Sequence[int] | None = None, eps: float = 1e-6, theta: float = 10000.0,
-) -> Tensor:  # fmt: skip
-    """The Wan2.1 network on published keys: latents [B, F, C, H, W], timesteps [B, F], seen bool [B, T, T] -> velocity.
-
-    Gradients reach whatever in weights asks for them; the sinusoid and RoPE tables are float64, then cast.
-    """
-
-    def linear(name: str, x: Tensor) -> Tensor:
-        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    def split(x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:2], heads, -1)
-
-    dtype = latents.dtype
-    b, f, _, height, width = latents.shape
-    patch = weights["patch_embedding.weight"]
-    rows, columns = height // patch.shape[3], width // patch.shape[4]
-    tokens = rows * columns
-    frames = range(f) if frames is None else frames
-
-    bias, stride = weights["patch_embedding.bias"], patch.shape[2:]
-    x = torch.nn.functional.conv3d(latents.transpose(1, 2), patch, bias, stride=stride)
-    x = x.flatten(2).transpose(1, 2)
-
-    half = weights["time_embedding.0.weight"].shape[1] // 2
-    angles = [[[t / 10000 ** (i / half) for i in range(half)] for t in row] for row in timesteps.tolist()]
-    wave = torch.tensor(angles, dtype=torch.float64)
-    e = linear("time_embedding.2", silu(linear("time_embedding.0", torch.cat([wave.cos(), wave.sin()], -1).to(dtype))))
-    six = linear("time_projection.1", silu(e)).reshape(b, f, 6, -1)
-
-    padded = torch.zeros(b, text_len, text.shape[2], dtype=dtype)
-    padded[:, : text.shape[1]] = text
-    prompt = linear("text_embedding.2", gelu(linear("text_embedding.0", padded)))
-
-    for n in range(1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))):
-        at = f"blocks.{n}"
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            per_frame(m, tokens) for m in (weights[f"{at}.modulation"][:, None] + six).unbind(2)
-        )
-        h = layer_norm(x, eps) * (1 + scale1) + shift1
-        own = f"{at}.self_attn"
-        q, k = (split(rms_norm(linear(f"{own}.{c}", h), weights[f"{own}.norm_{c}.weight"], eps)) for c in "qk")
-        q, k = (torch.stack([rope(row, frames, rows, columns, theta) for row in y]) for y in (q, k))
-        out, _ = attend(q, k, split(linear(f"{own}.v", h)), seen)
-        x = x + gate1 * linear(f"{own}.o", out.flatten(2))
-
-        h = layer_norm(x, eps) * weights[f"{at}.norm3.weight"] + weights[f"{at}.norm3.bias"]
-        other = f"{at}.cross_attn"
-        q = split(rms_norm(linear(f"{other}.q", h), weights[f"{other}.norm_q.weight"], eps))
-        k = split(rms_norm(linear(f"{other}.k", prompt), weights[f"{other}.norm_k.weight"], eps))
-        out, _ = attend(q, k, split(linear(f"{other}.v", prompt)))
-        x = x + linear(f"{other}.o", out.flatten(2))
-
-        h = layer_norm(x, eps) * (1 + scale2) + shift2
-        x = x + gate2 * linear(f"{at}.ffn.2", gelu(linear(f"{at}.ffn.0", h)))
-
-    shift, scale = (per_frame(m, tokens) for m in (weights["head.modulation"][:, None] + e[:, :, None]).unbind(2))
-    x = linear("head.head", layer_norm(x, eps) * (1 + scale) + shift)
-    x = x.reshape(b, f, rows, columns, patch.shape[3], patch.shape[4], -1)
-    return torch.einsum("bfyxpqc->bfcypxq", x).reshape(b, f, -1, height, width)

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from tiny_model import MODEL, SIZE, TEXT, TINY, make_model
 
 import hiar_kernels
+from hiar_model.config import FlowSchedule
 from hiar_model.distributed import make_mesh
 from hiar_model.distributed.pipeline import join
 from hiar_model.distributed.watchdog import PipelineFault
-from hiar_model.config import FlowSchedule
 from hiar_model.planning.measure_costs import measure_costs
 from hiar_model.rollout import PipelineOptions, Rollout, rollout
 from hiar_model.rollout.run_folder import RunFolder

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hiar_model.config import WanConfig
-from hiar_model.config import FlowSchedule
+from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.models.registry import save_toy_model
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.toy.codec import ToyCodec

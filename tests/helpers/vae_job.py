@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 from tiny_model import SIZE, make_model
 
-from hiar_model.config import WanConfig
+from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.distributed.pipeline import join
-from hiar_model.config import FlowSchedule
 from hiar_model.models.vae import StreamingDecoder, load_vae
 from hiar_model.rollout import PipelineOptions, Rollout
 

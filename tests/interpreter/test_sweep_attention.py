@@ -1,41 +1,34 @@
-"""bench/sweep_attention.py at small sizes: every configuration is run in place of the pinned one, and checked."""
+"""bench/ops/sweep_attention.py at small sizes: every configuration is run in place of the pinned one, and checked."""
 
 from __future__ import annotations
 
+import functools
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from bench.lib import measure
+from bench.lib.measure import Bench
+from bench.ops import attention_cases
+from bench.ops import sweep_attention as sweep
+from bench.ops.work import Sizes
 from hiar_kernels.attention import _launch
 from hiar_kernels.attention._launch import Tile
 
 pytestmark = pytest.mark.interpreter
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
-
-@pytest.fixture
-def sweep(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import sweep_attention
-
-    yield sweep_attention
-    for name in {path.stem for path in BENCH.glob("*.py")}:
-        sys.modules.pop(name, None)
-
 
 @pytest.mark.parametrize("part", ["forward", "dq", "dkdv"])
-def test_every_configuration_is_run_and_checked(sweep, device, monkeypatch, part):
+def test_every_configuration_is_run_and_checked(device, monkeypatch, part):
     other = Tile(64, 64, 4, 1, 16)
     monkeypatch.setattr(_launch, "CANDIDATES", {part: {0: (other,)}})
-    sizes = sweep.Sizes(heads=1, head_dim=128, grid=(2, 3), window=6)
+    sizes = Sizes(heads=1, head_dim=128, grid=(2, 3), window=6)
     tile_options, used = Tile.options, []
     monkeypatch.setattr(Tile, "options", lambda tile: used.append(tile) or tile_options(tile))
 
     def measured(shape: str) -> list[dict]:
-        bench = sweep.Bench(device.type, (1, 1), 0.0)
+        bench = Bench(device.type, (1, 1), 0.0)
         with torch.no_grad():
             bench.section(part, sweep.cases(bench, sizes, part, ["pair", shape], 0), budget=300.0)
         return [case for case in bench.sections[part]["cases"] if case["shape"] == shape]
@@ -45,19 +38,19 @@ def test_every_configuration_is_run_and_checked(sweep, device, monkeypatch, part
     assert not [case for case in found if "error" in case], found
     assert other in used and len(set(used)) > 1
     assert len(sweep.best({"cases": found})) == 1
-    monkeypatch.setattr(sweep, "TOLERANCE", -1.0)
+    monkeypatch.setattr(measure, "check", functools.partial(measure.check, tolerance=-1.0))
     assert all("off by" in case["error"] for case in measured("constant_context"))
 
 
-def test_work_of_the_parts(sweep, device):
-    bench = sweep.Bench(device.type, (1, 1), 0.0)
-    sizes = sweep.Sizes(heads=1, head_dim=16, grid=(1, 1), window=6)
+def test_work_of_the_parts(device):
+    bench = Bench(device.type, (1, 1), 0.0)
+    sizes = Sizes(heads=1, head_dim=16, grid=(1, 1), window=6)
     unit = 4 * 16  # own keys in 2 blocks of 3 frames: 18 pairs, earlier ones: 9
-    work = sweep.attention_cases.constant_context(bench, sizes)
+    work = attention_cases.constant_context(bench, sizes)
     assert [sweep.work_of(part, work) for part in sweep.PARTS] == [unit * 27, unit * 27 * 1.5, unit * 18 * 2]
 
 
-def test_it_needs_a_gpu(sweep, monkeypatch, capsys):
+def test_it_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["sweep_attention.py"])
     with pytest.raises(SystemExit) as ended:

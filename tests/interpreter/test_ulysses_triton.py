@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 
 import hiar_kernels
-from hiar_model.config import WanConfig
-from hiar_model.config import FlowSchedule
+from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.rollout import Rollout
 

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from tiny_model import SIZE, TEXT, TINY, difference, make_model, run
 
+from hiar_model.config import FlowSchedule
 from hiar_model.models.checkpoint import load_transformer, save_transformer
 from hiar_model.models.experts import load_experts, parse_experts, steps_of_rank
-from hiar_model.config import FlowSchedule
 from hiar_model.rollout import PipelineOptions, Rollout
 
 pytestmark = pytest.mark.cpu

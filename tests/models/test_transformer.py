@@ -13,9 +13,9 @@ from torch import Tensor
 from hiar_kernels import qk_norm_rope
 from hiar_kernels._dispatch import prefer, taken
 from hiar_kernels.attention import table
-from hiar_model.config import WanConfig
-from hiar_model.config import FlowSchedule, sigma_table
+from hiar_model.config import FlowSchedule, WanConfig, sigma_table
 from hiar_model.models.transformer import HiARTransformer
+from hiar_model.rollout.reference import forward_block
 
 pytestmark = pytest.mark.cpu
 
@@ -191,20 +191,18 @@ MODES = {
 }
 
 
-def dense(rule: dict[str, int] | None, frames: int, batch: int, tokens: int = 6) -> Tensor | None:
-    if rule is None:
-        return None
-    seen = [[naive.sees(i, j, **rule) for j in range(frames)] for i in range(frames)]
-    return naive.spread(seen, tokens).expand(batch, -1, -1)
-
-
-def gradients(model: HiARTransformer) -> dict[str, Tensor]:
-    """Of every weight, under the published keys."""
-    state = {key: p.grad for key, p in model.named_parameters()}
-    for key in [k for k in state if ".qkv." in k]:
-        parts = state.pop(key).chunk(3)
-        state |= {key.replace("qkv", c): part for c, part in zip("qkv", parts)}
-    return state
+def oracle(model: HiARTransformer, rule: dict[str, int] | None, latents: Tensor, timesteps: Tensor, text: Tensor):
+    """Velocity of all frames, block after block by hiar_model.rollout.reference."""
+    frames = latents.shape[1]
+    block = frames if rule is None else rule["block"]
+    velocities, earlier = [], []
+    for first in range(0, frames, block):
+        own = range(first, min(first + block, frames))
+        visible = [j for j in range(own.stop) if rule is None or naive.sees(first, j, **rule)]
+        velocity, kv = forward_block(model, latents[:, own], timesteps[:, own], text, own, earlier, visible)
+        velocities.append(velocity)
+        earlier.append(kv)
+    return torch.cat(velocities, 1)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -216,15 +214,12 @@ def test_forward_and_gradients_equal_the_oracle(mode):
     """
     rule, options = MODES[mode]
     exact = small(dtype=torch.float64)
-    weights = {key: value.detach().clone().requires_grad_() for key, value in exact.state_dict().items()}
     latents, timesteps, text = inputs()
     probe = torch.randn(2, 8, 2, 4, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     oracle_in = latents.clone().requires_grad_()
-    expected = naive.transformer(
-        weights, oracle_in, timesteps, text, dense(rule, 8, 2), heads=SMALL.num_heads, text_len=SMALL.text_len
-    )
+    expected = oracle(exact, rule, oracle_in, timesteps, text)
     (expected * probe).sum().backward()
-    wanted = {key: value.grad for key, value in weights.items()} | {"latents": oracle_in.grad}
+    wanted = {key: value.grad for key, value in exact.named_parameters()} | {"latents": oracle_in.grad}
 
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         model = small(dtype=dtype)
@@ -234,7 +229,7 @@ def test_forward_and_gradients_equal_the_oracle(mode):
         assert out.dtype == dtype
         close(out, expected.detach(), tolerance * expected.abs().max().item())
         (out * probe.to(dtype)).sum().backward()
-        found = gradients(model) | {"latents": x.grad}
+        found = {key: value.grad for key, value in model.named_parameters()} | {"latents": x.grad}
         assert found.keys() == wanted.keys()
         for key, gradient in wanted.items():
             error = (found[key].double() - gradient).abs().max() / gradient.abs().max()

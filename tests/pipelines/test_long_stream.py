@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import small_toy
 from small_toy import PROMPT
 
+from bench.studies import long_stream
 from hiar_model.io.video import VideoWriter
 from hiar_model.models.registry import load_video_model
 from hiar_model.pipelines.prompt_schedule import Script
@@ -16,18 +14,8 @@ from hiar_model.pipelines.video_pipeline import Generation
 
 pytestmark = pytest.mark.cpu
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 TIMES = (2, 4, 6, *range(20, 160, 20))
 PROMPTS = [(t, f"a {('red', 'blue', 'green')[i % 3]} circle moving up") for i, t in enumerate(TIMES)]
-
-
-@pytest.fixture
-def long_stream(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import long_stream
-
-    yield long_stream
-    sys.modules.pop("long_stream", None)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +23,7 @@ def model(tmp_path_factory):
     return load_video_model(small_toy.write_model(tmp_path_factory.mktemp("m") / "small"), "cpu")
 
 
-def test_2000_frames_in_flat_memory(long_stream, model, tmp_path):
+def test_2000_frames_in_flat_memory(model, tmp_path):
     """Written as they come; prompts change on the way, and the context is cached again under each."""
     options = {"prompts": Script.of(PROMPTS), "on_new_text": "recache"}
     run = Generation(PROMPT, model=model, endless=True, order="stream", **options)
@@ -50,10 +38,10 @@ def test_2000_frames_in_flat_memory(long_stream, model, tmp_path):
     assert max(row.blocks for row in rows[2:]) - rows[1].blocks < 500, [row.blocks for row in rows]
 
 
-def test_the_count_tells_growth(long_stream):
-    before = long_stream.held(0)
+def test_the_count_tells_growth():
+    before = long_stream.memory(0)
     import torch
 
     kept = [torch.zeros(1000) for _ in range(5)]
-    after = long_stream.held(0)
+    after = long_stream.memory(0)
     assert (after.tensors - before.tensors, after.tensor_bytes - before.tensor_bytes) == (len(kept), 5 * 4000)

@@ -10,7 +10,7 @@ import wan_files
 
 from hiar_model import generate, load_video_model
 from hiar_model.cli import main
-from hiar_model.pipelines import wan
+from hiar_model.models import wan
 from hiar_model.planning import free_memory
 from hiar_model.planning.free_memory import free_bytes, require_memory
 

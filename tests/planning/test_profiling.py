@@ -11,8 +11,7 @@ from tiny_model import MODEL, SIZE, TEXT
 
 from hiar_kernels import nvtx
 from hiar_model.cli import main
-from hiar_model.config import WanConfig
-from hiar_model.config import FlowSchedule
+from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.planning import profiling
 from hiar_model.rollout import Rollout
 from hiar_model.schedule.costs import LINKS, measured

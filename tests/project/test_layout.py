@@ -216,6 +216,13 @@ def test_schedules_and_configuration_are_plain_python(unit_name):
             assert "torch" not in reached(ROOT, module), module
 
 
+def test_the_reference_rollout_shares_nothing_with_the_engine():
+    """An oracle that called what it is compared with would agree with it in everything."""
+    ours = [name for name in reached(ROOT, "hiar_model.rollout.reference") if name.startswith("hiar_model.")]
+    assert any(name.endswith(".transformer") for name in ours)  # whose weights it takes
+    assert not [name for name in ours if name.startswith("hiar_model.rollout") or "cache" in name]
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_import_is_light(package):
     code = f"import sys, {package}; print(*sorted(set({NOT_AT_IMPORT!r}) & set(sys.modules)))"

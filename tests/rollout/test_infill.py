@@ -10,8 +10,8 @@ import small_toy
 import torch
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model
 
-from hiar_model.evaluation.join import Join, measure_join
 from hiar_model.config import FlowSchedule
+from hiar_model.evaluation.join import Join, measure_join
 from hiar_model.models.registry import load_video_model
 from hiar_model.rollout.infill import infill, path_breaks, seams
 from hiar_model.rollout.noise import INITIAL, keyed_noise

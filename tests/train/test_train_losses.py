@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 from tiny_model import SIZE, TEXT, TINY, make_model
 
 import hiar_model
+from bench.studies.forward_kl_memory import measure
 from hiar_model.train.losses.dmd import (
     critic_loss,
     distribution_matching,
@@ -284,11 +282,9 @@ def test_points_are_drawn_from_the_first_k():
     assert set(student.asked[1][1].tolist()) == {1000.0}
 
 
-def test_memory_of_forward_kl_is_linear_in_the_length(monkeypatch):
+def test_memory_of_forward_kl_is_linear_in_the_length():
     """What autograd keeps, by the benchmark's own measure, whose control is not linear."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
-    bench = importlib.import_module("forward_kl_memory")
-    kept = {impl: [bench.measure(n, impl, "cpu")["kept_bytes"] for n in (8, 16, 32)] for impl in ("auto", "reference")}
+    kept = {impl: [measure(n, impl, "cpu")["kept_bytes"] for n in (8, 16, 32)] for impl in ("auto", "reference")}
     growth = {impl: (long - middle) / (middle - short) for impl, (short, middle, long) in kept.items()}
     assert growth["auto"] == pytest.approx(2, rel=0.01)
     assert growth["reference"] > 2.1

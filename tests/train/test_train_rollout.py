@@ -1,26 +1,27 @@
 """The self-rollout: its parallel forward is the exit step's own visits, values and gradients, in float64.
 
-The oracle below knows no ring and no executor: visits one after another over whole sequences, of which those of the
-exit step alone carry gradient and all cached keys are constants.
+The oracle is hiar_model.rollout.reference, which knows no ring and no executor: visits one after another, of which
+those of the exit step alone carry gradient and all cached keys are constants.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from tiny_model import SIZE, TEXT, TINY, make_model, run
 
-from hiar_kernels import BlockCausal, KVContext
 from hiar_model.config import FlowSchedule
-from hiar_model.models.transformer import FullSequence
-from hiar_model.rollout import Rollout
+from hiar_model.rollout import Rollout, reference
 from hiar_model.rollout.noise import keyed_noise
+from hiar_model.rollout.reference import forward_block
 from hiar_model.train.engine.distributed import gathered
 from hiar_model.train.engine.self_rollout import SelfRollout, Visited, draw_exit_step
 
@@ -52,92 +53,32 @@ def student() -> torch.nn.Module:
     return make_model().double().requires_grad_(True)
 
 
-class Oracle:
-    """x0 of the exit step's visits, one after another."""
+def oracle(model, exit_step: int, **options) -> torch.Tensor:
+    """x0 of the exit step by hiar_model.rollout.reference, with gradient in the visits of that step alone."""
+    clean, block = options.get("order") == "block_first", options.get("frames_per_block", 3)
+    schedule = FlowSchedule(SCHEDULE.steps[: exit_step + 1]) if clean else SCHEDULE
+    models = [copy.deepcopy(model)] * len(schedule)
+    models[exit_step] = model
+    sigma, denoised = schedule.sigmas[exit_step], []
 
-    def __init__(
-        self,
-        model,
-        *,
-        order="step_first",
-        cache_source="own",
-        frames_per_block=3,
-        window_frames=None,
-        sink_frames=0,
-        trajectory="sde",
-        context_noise=0.0,
-        pairs=False,
-    ) -> None:
-        self.model, self.block, self.sink, self.sde = model, frames_per_block, sink_frames, trajectory == "sde"
-        self.windows = window_frames if isinstance(window_frames, tuple) else (window_frames,) * STEPS
-        self.blocks, self.context_noise = FRAMES // frames_per_block, context_noise
-        self.walk = {"block_first": self.clean}.get(order, self.lent if cache_source == "next_step" else self.matched)
+    def spy(network, latents, timesteps, *rest):
+        if network is model and float(timesteps[0, 0]) == 1000 * sigma:
+            denoised.append((latents, timesteps, *rest))
+        return forward_block(network, latents, timesteps, *rest)
 
-    def visit(self, x, t, step, n, cache, gradient):
-        """(velocity, keys of the block) over what a cache holds of earlier blocks."""
-        config, first = TINY, n * self.block
-        mask = BlockCausal(2, self.block, self.windows[step], self.sink)
-        context = None
-        if cache:
-            context = [
-                KVContext(*(torch.cat([getattr(kv[layer], name) for kv in cache], 1) for name in ("k", "v", "frames")))
-                for layer in range(config.num_layers)
-            ]
-        ids = torch.arange(first, first + self.block)[None]
-        attend = FullSequence(config, (1, 2), ids, mask, context, collect=True)
-        with torch.set_grad_enabled(gradient):
-            modulation = self.model.modulation(torch.full((len(x),), t, dtype=torch.float64), self.block)
-            velocity = self.model.run(x, modulation, self.model.text_kv(TEXTS), attend)
-        return velocity, [KVContext(kv.k.detach(), kv.v.detach(), kv.frames) for kv in attend.collected]
-
-    def noise(self, step, n):
-        return torch.stack([keyed_noise(SEED, i, step, n, (self.block, *LATENT)) for i in IDS]).double()
-
-    def denoise(self, x, step, n, cache, exit_step, last=False):
-        """(x0 with gradient at the exit step, x at the next level, keys)."""
-        sigma, below = SCHEDULE.sigmas[step], 0.0 if last else SCHEDULE.sigmas[step + 1]
-        velocity, keys = self.visit(x, 1000 * sigma, step, n, cache, step == exit_step)
-        x0 = x - sigma * velocity
-        onward = x + (below - sigma) * velocity
-        if self.sde:
-            onward = (1 - below) * x0 + (below * self.noise(step, n) if below else 0)
-        return x0, onward.detach(), keys
-
-    def level(self, step):
-        return 1000 * SCHEDULE.sigmas[step] if step < STEPS else self.context_noise
-
-    def matched(self, exit_step):
-        x, made = [self.noise(-1, n) for n in range(self.blocks)], []
-        for step in range(exit_step + 1):
-            cache, made = [], []
-            for n in range(self.blocks):
-                x0, x[n], _ = self.denoise(x[n], step, n, cache, exit_step)
-                made.append(x0)
-                cache.append(self.visit(x[n], self.level(step + 1), step, n, cache, False)[1])
-        return torch.cat(made, 1)
-
-    def clean(self, exit_step):
-        cache, made = [], []
-        for n in range(self.blocks):
-            x = self.noise(-1, n)
-            for step in range(exit_step + 1):
-                x0, x, _ = self.denoise(x, step, n, cache, exit_step, last=step == exit_step)
-            made.append(x0)
-            cache.append(self.visit(x, self.context_noise, exit_step, n, cache, False)[1])
-        return torch.cat(made, 1)
-
-    def lent(self, exit_step):
-        caches, made = [[] for _ in range(STEPS)], []
-        for n in range(self.blocks):
-            x = self.noise(-1, n)
-            for step in range(STEPS):
-                x0, x, keys = self.denoise(x, step, n, caches[step], exit_step)
-                if step == exit_step:
-                    made.append(x0)
-                if step:
-                    caches[step - 1].append(keys)
-            caches[-1].append(self.visit(x, self.context_noise, STEPS - 1, n, caches[-1], False)[1])
-        return torch.cat(made, 1)
+    same = ("window_frames", "sink_frames", "frames_per_block", "context_noise")
+    with patch.object(reference, "forward_block", spy):
+        reference.hierarchical_denoising(
+            models,
+            TEXTS,
+            schedule,
+            lambda step, n: torch.stack([keyed_noise(SEED, video, step, n, (block, *LATENT)) for video in IDS]),
+            FRAMES // block,
+            sampler=options.get("trajectory", "sde"),
+            context="clean" if clean else {None: "matched"}.get(options.get("cache_source"), "next_step"),
+            **{name: options[name] for name in same if name in options},
+        )
+    return torch.cat([x - sigma * forward_block(model, x, *rest)[0] for x, *rest in denoised], 1)
 
 
 def self_rollout(model, exit_step: int, **options) -> tuple[SelfRollout, Visited]:
@@ -149,7 +90,7 @@ def self_rollout(model, exit_step: int, **options) -> tuple[SelfRollout, Visited
 def test_the_parallel_forward_is_the_exit_step(name, exit_step):
     """x0 to 1e-13, the gradient of every weight to 1e-12 of its largest number."""
     model, weights = student(), torch.randn(2, FRAMES, *LATENT, generator=torch.Generator().manual_seed(2)).double()
-    expected = Oracle(model, **CASES[name]).walk(exit_step)
+    expected = oracle(model, exit_step, **CASES[name])
     gradients = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
     made, visited = self_rollout(model, exit_step, **CASES[name])
     found = made.predict(visited, TEXTS)

@@ -1,0 +1,107 @@
+"""Whole rollouts of Wan 1.3B at 480x832, window 21, random weights: every executor and order in one table.
+
+On a CPU the same code runs the toy's sizes, as a rehearsal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.lib import report
+from bench.lib.machine import CUDA
+from hiar_model.planning.profiling import Profile, Setting, profile
+
+CAPTURED = "graph" if CUDA else "recorded"
+CASES: dict[str, dict[str, Any]] = {
+    "block-first, eager": {"order": "block_first", "executor": "eager"},
+    "block-first, graph": {"order": "block_first", "executor": CAPTURED},
+    "HiAR stream, eager": {"order": "stream", "executor": "eager"},
+    "HiAR stream, graph": {"order": "stream", "executor": CAPTURED},
+    "HiAR stream, pairs, graph": {"order": "stream", "pairs": True, "executor": CAPTURED},
+    "HiAR wavefront, graph": {"order": "wavefront", "executor": CAPTURED},
+    "HiAR wavefront, pairs, graph": {"order": "wavefront", "pairs": True, "executor": CAPTURED},
+}
+SMALL = {"model": "toy", "window_frames": 6, "layers": 2, "device": "cpu", "dtype": "float32", "blocks": 1}
+Row = dict[str, Any]
+# (rollout, figure, sense, goal): on one H200, Wan 1.3B, 480x832, window 21, VAE excluded
+GOALS = (
+    ("HiAR stream, graph", "visit_ms", "at most", 66.0),
+    ("HiAR wavefront, graph", "visit_ms", "at most", 61.0),
+    ("HiAR wavefront, pairs, graph", "visit_ms", "at most", 61.0),
+    ("HiAR stream, graph", "fps", "at least", 24.0),
+    ("block-first, graph", "fps", "at least", 36.0),
+)
+COLUMNS = {
+    "visit_ms": "task ms", "block_ms": "block ms", "fps": "fps without VAE", "fps_vae": "fps with VAE",
+    "of_roofline": "of roofline", "launches": "launches a task", "syncs": "syncs a task", "peak_gib": "peak GiB",
+    "cold_s": "cold start s",
+}  # fmt: skip
+
+
+def row_of(name: str, result: Profile) -> Row:
+    """A rollout's row: what its table shows and, under "parts", where the time went."""
+    roofline = sum(part.limit for part in result.parts)
+    return {
+        "rollout": name,
+        "visit_ms": 1e3 * result.seconds,
+        "block_ms": 1e3 * result.seconds * result.visits / result.setting.blocks,
+        "fps": result.frames_per_second,
+        "of_roofline": roofline / result.seconds,
+        "launches": result.launches,
+        "syncs": result.syncs,
+        "peak_gib": None if result.peak_bytes is None else result.peak_bytes / 2**30,
+        "cold_s": result.start.build + result.start.warm_up,
+        "parts": [dataclasses.asdict(part) for part in result.parts],
+        "rehearsal": not CUDA,
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rollout(benchmark: Any, record_property: Any, name: str) -> None:
+    setting = Setting(**{**({} if CUDA else SMALL), **CASES[name]})
+    row = row_of(name, benchmark.pedantic(lambda: profile(setting), rounds=1))
+    benchmark.extra_info.update(row)
+    record_property("row", row)
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+def largest_loss(row: Row) -> str:
+    """The kind of work that lies furthest above its limit, in milliseconds a task."""
+    parts = {part["name"]: 1e3 * (part["seconds"] - part["limit"]) for part in row["parts"]}
+    name = max(parts, key=lambda part: parts[part])
+    return f"{name} +{parts[name]:.2f} ms"
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Markdown."""
+    cells = []
+    for row in rows:
+        figures = ["" if row[key] is None else f"{row[key]:.3g}" for key in COLUMNS]
+        cells.append([row["rollout"], *figures, largest_loss(row)])
+    lines = [*report.table(["rollout", *COLUMNS.values(), "largest loss"], cells), ""]
+    by_name = {row["rollout"]: row for row in rows if not row["rehearsal"]}
+    for name, figure, sense, goal in GOALS:
+        if name in by_name:
+            lines.append(f"- goal: {name}: {COLUMNS[figure]} {by_name[name][figure]:.3g}, {sense} {goal:g}")
+    return lines
+
+
+def write(rows: list[Row], about: dict[str, str], folder: Path) -> Path:
+    """rollout.md and rollout.json; the path of the first."""
+    body = [
+        "Wan 1.3B with random weights, 480x832, window of 21 latent frames, blocks of 3, 4 steps, steady state, one",
+        "GPU. A task is one forward of one block; block-first makes 5 of them a block, HiAR 8. The roofline is the",
+        "FLOP and the bytes of a task at the rates of a large matmul and a large copy in the same run. With the VAE",
+        "the same GPU decodes each block when it is done (vae.md, the fastest one); empty: not measured in this run.",
+        "",
+        *table(rows),
+    ]
+    rehearsal = "on a CPU with the toy's sizes" if rows[0]["rehearsal"] else ""
+    command, result = "pytest bench/rollout/bench_rollout.py --benchmark-only", {"environment": about, "rows": rows}
+    return report.write("rollout", folder, about, "Rollouts", command, body, result, rehearsal)

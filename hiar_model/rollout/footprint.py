@@ -1,0 +1,51 @@
+"""What a rollout takes, counted on fake tensors: :mod:`hiar_model.planning.memory` adds it up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from hiar_kernels import AttentionLayout
+
+from ..models.kv_cache import RingAttend
+from ..models.transformer import HiARTransformer
+from .batched_forward import Launch
+from .engine import Rollout
+
+
+class _HostAttention(RingAttend):
+    """What is visible is worked out on the host, with real numbers."""
+
+    def enter(self, starts: Sequence[int], layout: bool = True) -> AttentionLayout | None:
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        with unset_fake_temporarily():
+            return super().enter(starts, layout)
+
+
+def prompt_bytes(rollout: Rollout, model: HiARTransformer, prompt_embeds: Tensor) -> int:
+    """Bytes of the keys and values of a prompt with no padding, in all layers; the rollout keeps them."""
+    prompts = rollout._executor.texts
+    prompts.hold(model, prompt_embeds, prompt_embeds)
+    return sum(x.nbytes for pair in prompts.get(model, [prompt_embeds]).layers for x in pair)
+
+
+def forwards(rollout: Rollout, captured: bool) -> Iterator[Launch]:
+    """One forward of each kind of the rollout, set up to run on fake tensors, not run.
+
+    Args:
+        captured: set up as for CUDA graphs, which read from fixed places; nothing is captured here.
+    """
+    executor = rollout._executor
+    executor.attend = _HostAttention
+    if captured:
+        executor.capture = lambda run: run()
+    seen: set[Any] = set()
+    for forward in executor.prepared(rollout.warm_up_blocks):
+        kind = (replace(forward.kind, caches=(0, 0, 0)), forward.attend.layout)
+        if kind not in seen:
+            seen.add(kind)
+            yield forward
