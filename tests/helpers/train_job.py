@@ -3,7 +3,8 @@
 python tests/helpers/train_job.py FOLDER RECIPE.json [SYNC]
     trains; a line "update N" for each; kill -9 of itself in the SYNC-th of the syncs to disk
 torchrun --nproc-per-node 2 tests/helpers/train_job.py FOLDER CASES.json
-    trains each {"name", "recipe", "stop"} in FOLDER/name, up to update "stop" if there is one; results.json has the error of each rank
+    trains each {"name", "recipe", "stop"} in FOLDER/name, up to update "stop" if there is one; results.json has the
+    error of each rank
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ wan._PRESETS["tiny"] = {
 
 
 class Pull:
-    """A stage of two networks that regress noise of their own, sample by sample: cheap, with update steps like HiAR's."""
+    """A stage of two networks that regress noise of their own, sample by sample: cheap, with HiAR's update steps."""
 
     averaged = "student"
 

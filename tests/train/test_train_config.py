@@ -80,12 +80,13 @@ def test_overrides_and_files(tmp_path):
         {"updates": 7, "optimizer.lr": 1, "levels.clean": 0.2, "rollout.window_frames": None, "scale.max_minutes": 2},
     )
     assert isinstance(recipe, TeacherForcingRecipe)
-    assert (recipe.updates, recipe.optimizer.lr, recipe.rollout.windows, recipe.scale.max_minutes) == (7, 1, (None,) * 4, 2)
+    assert (recipe.updates, recipe.optimizer.lr, recipe.scale.max_minutes) == (7, 1.0, 2.0)
+    assert recipe.rollout.window_frames is None
     path = tmp_path / "mine.yaml"
     path.write_text("stage: hiar\nrollout: {steps: [1000, 500], window_frames: [6, null]}\noptimizer: {lr: 2e-6}\n")
     mine = load_recipe(str(path), {"critic_optimizer.betas": [0, 0.9], "data.folder": "x", "data.latent_size": [4, 4]})
     assert isinstance(mine, HiARRecipe)
-    assert mine.rollout == RolloutConfig((1000, 500), 1.0, "stream", window_frames=(6, None)), "other keys have defaults"
+    assert mine.rollout == RolloutConfig((1000, 500), 1.0, "stream", window_frames=(6, None)), "the rest are defaults"
     assert mine.optimizer.lr == 2e-6, "YAML reads 2e-6 as a string"
     assert mine.optimizer_of("critic").betas == (0.0, 0.9) and mine.optimizer_of("student").lr == 2e-6
 
@@ -103,8 +104,8 @@ REFUSED = {
     "unknown": ("toy/hiar", {"update": 1}, "unknown key update; did you mean updates?"),
     "unknown in a section": ("toy/hiar", {"optimizer.lrr": 1}, "unknown key optimizer.lrr; did you mean optimizer.lr?"),
     "of a section": ("toy/hiar", {"betas": [0, 1]}, "unknown key betas; did you mean optimizer.betas?"),
-    "of before 0.2": ("toy/hiar", {"window_frames": 6}, "unknown key window_frames; did you mean rollout.window_frames?"),
-    "a section's letter": ("toy/hiar", {"critic_optimiser.lr": 1}, "unknown key critic_optimiser.lr; did you mean critic"),
+    "of before 0.2": ("toy/hiar", {"window_frames": 6}, "did you mean rollout.window_frames?"),
+    "a section's letter": ("toy/hiar", {"critic_optimiser.lr": 1}, "unknown key .*; did you mean critic_opt"),
     "another stage's": ("toy/teacher", {"critic_updates": 1}, "unknown key critic_updates"),
     "far": ("toy/teacher", {"zzz": 1}, "unknown key zzz; legal: precision, "),
     "stage": ("toy/hiar", {"stage": "hair"}, "stage must be one of .*hiar, got 'hair'; did you mean hiar?"),
@@ -116,24 +117,24 @@ REFUSED = {
     "a truth": ("toy/hiar", {"updates": True}, "updates must be int, got True"),
     "null": ("toy/hiar", {"updates": None}, "updates must be int, got None"),
     "number": ("toy/hiar", {"optimizer.lr": "few"}, "optimizer.lr must be float, got 'few'"),
-    "word": ("toy/hiar", {"rollout.order": "stepfirst"}, "rollout.order must be one of .*, got 'stepfirst'; .* step_first?"),
+    "word": ("toy/hiar", {"rollout.order": "stepfirst"}, "rollout.order .* one of .*, got 'stepfirst'; .* step_first?"),
     "list": ("toy/hiar", {"rollout.steps": 1000}, r"rollout.steps must be tuple\[float, ...\], got 1000"),
     "two": ("toy/hiar", {"optimizer.betas": [0.9]}, r"optimizer.betas must be tuple\[float, float\], got \[0.9\]"),
-    "window": ("toy/hiar", {"rollout.window_frames": "all"}, r"rollout.window_frames must be int \| None \| .*, got 'all'"),
-    "windows": ("toy/hiar", {"rollout.window_frames": [6, 12]}, r"rollout.window_frames=\(6, 12\) .* one per step \(4\)"),
-    "narrow": ("toy/hiar", {"rollout.window_frames": 5, "rollout.sink_frames": 3}, "rollout.window_frames .* at least 6 .*5"),
+    "window": ("toy/hiar", {"rollout.window_frames": "all"}, r"rollout.window_frames must be int \|.*, got 'all'"),
+    "windows": ("toy/hiar", {"rollout.window_frames": [6, 12]}, r"rollout.window_frames=\(6, 12\) .* step \(4\)"),
+    "narrow": ("toy/hiar", {"rollout.window_frames": 5, "rollout.sink_frames": 3}, "rollout.window_f.* at least 6"),
     "one window": (
         "toy/hiar", {"rollout.order": "block_first", "rollout.window_frames": [3, 6, 9, 12]},
         "rollout.window_frames must be one number here, got",
     ),
-    "clips, windows": ("toy/ode_init", {"rollout.window_frames": [3, 6, 9, 12]}, "rollout.window_frames must be one number"),
+    "clips, windows": ("toy/ode_init", {"rollout.window_frames": [3, 6, 9, 12]}, "rollout.window_frames must be one"),
     "clips, shared keys": ("toy/teacher_forcing", {"rollout.kv_source": "next_step"}, "rollout.kv_source must be own"),
     "shared keys": (
         "toy/hiar", {"rollout.order": "block_first", "rollout.kv_source": "next_step"},
         "rollout.kv_source='next_step' is impossible with order='block_first'",
     ),
     "first frame": ("toy/hiar", {"rollout.first_frame": 3}, "rollout.first_frame must be 0 in training, got 3"),
-    "blocks": ("toy/hiar", {"num_latent_frames": 7}, "multiple of rollout.frames_per_block 3 and at least two .*, got 7"),
+    "blocks": ("toy/hiar", {"num_latent_frames": 7}, "multiple of rollout.frames_per_block 3 .*, got 7"),
     "one block": ("toy/hiar", {"num_latent_frames": 3}, "at least two blocks, got 3"),
     "schedule": ("toy/hiar", {"rollout.steps": [500, 750]}, "rollout.*steps must fall within"),
     "model": ("toy/hiar", {"model": "wan"}, "model must be one of wan2.1-t2v-1.3b, .*, got 'wan'"),

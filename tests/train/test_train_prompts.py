@@ -15,8 +15,8 @@ import torch
 import wan_files
 from train_job import ENVIRONMENT, PATIENCE, losses
 
-from hiar_model.config import wan as wan_config
 from hiar_model.cli import main
+from hiar_model.config import wan as wan_config
 from hiar_model.models.checkpoint import load_transformer
 from hiar_model.models.text_encoder import WanTextEncoder
 from hiar_model.models.vae import StreamingDecoder, load_vae
@@ -145,8 +145,8 @@ def test_files_without_prompts(wan, tmp_path, content, message):
 def test_samples_are_decoded_by_the_vae(wan, tmp_path):
     """In its own precision whatever the trainer's is; a folder without a VAE is refused before anything is trained."""
     stage(wan).produce(tmp_path, 0, 1, lambda *told: None)
-    told = {"data.folder": str(tmp_path), "data.latent_size": [4, 4], "num_latent_frames": SHAPE[0], "data.vae": str(wan)}
-    recipe = load_recipe("wan-1.3b/ode_pairs", told)
+    changes = {"data.folder": str(tmp_path), "data.latent_size": [4, 4], "num_latent_frames": SHAPE[0]}
+    recipe = load_recipe("wan-1.3b/ode_pairs", {**changes, "data.vae": str(wan)})
     sources = Sources(recipe, torch.device("cpu"))
     assert torch.equal(sources.shown(2), PromptData(tmp_path, SHAPE).first(5)[:2]) and len(sources.shown(9)) == 5
     latents = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -154,7 +154,7 @@ def test_samples_are_decoded_by_the_vae(wan, tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         assert np.array_equal(sources.decode(latents), np.stack(expected))
     with pytest.raises(ValueError, match="Wan2.1_VAE"):
-        Sources(load_recipe("wan-1.3b/ode_pairs", {**told, "data.vae": str(tmp_path)}), torch.device("cpu"))
+        Sources(load_recipe("wan-1.3b/ode_pairs", {**changes, "data.vae": str(tmp_path)}), torch.device("cpu"))
 
 
 def test_the_wan_recipes_one_after_another(wan, here, monkeypatch, capsys):

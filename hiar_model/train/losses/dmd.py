@@ -15,7 +15,7 @@ from torch import Tensor
 from ...common.keyed import Generator, draw_whole
 from ...config import TRAIN_TIMESTEPS, sigma_table
 from ...models.transformer import HiARTransformer
-from ..stages.teacher_forcing import add_noise
+from .noise import add_noise
 from .teacher import flow_matching_loss
 
 TIMESTEPS = (20.0, 980.0)  # of 1000: nearer to an end neither network has anything to say

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...common.keyed import keyed_generator
 from ...config import TRAIN_TIMESTEPS, sigma_table
-from ..stages.teacher_forcing import add_noise, shift_tensor
+from .noise import add_noise, shift_tensor
 
 
 class Network(Protocol):

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ...common.keyed import Generator, draw_uniform, draw_whole, keyed_generator
 from ...config import FlowSchedule
-from ...config.flow_schedule import shift_sigma
 from ...io.video import Frames
 from ...models.transformer import HiARTransformer
 from ..config.recipe import LevelsRecipe, TeacherForcingRecipe
 from ..engine.networks import make_network
 from ..losses.context import velocity_over_context
+from ..losses.noise import add_noise, shift_tensor
 from .base import Scalars, Stage, UpdateStep
 from .sources import Sources, block_causal, sample_videos, save_student
 
@@ -81,17 +81,6 @@ def sample_levels(
     free = kind >= levels.matched + levels.clean
     target = torch.where(free, shift_tensor(level, schedule.shift), target)
     return target, torch.where(free, shift_tensor(lower, schedule.shift), context)
-
-
-def shift_tensor(sigma: Tensor, shift: float) -> Tensor:
-    """:func:`hiar_model.config.flow_schedule.shift_sigma` for a tensor."""
-    return shift_sigma(sigma, shift)  # type: ignore[arg-type,return-value]
-
-
-def add_noise(x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """(1 - sigma) x0 + sigma noise for sigma [B]."""
-    s = sigma.view(-1, *[1] * (x0.dim() - 1))
-    return (1 - s) * x0 + s * noise
 
 
 def teacher_forcing_errors(
