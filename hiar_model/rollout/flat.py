@@ -65,10 +65,14 @@ def make_rollout(
     require_shape("video_ids", (len(ids),), (batch,))
     if parallel is not None:
         one_of("parallel", parallel, ("ulysses",))
-    if mesh is None and (executor.startswith("pipeline") or parallel is not None):
-        world = init_distributed()
-        mesh = make_mesh(head=world) if parallel else make_mesh(step=world) if world > 1 else None
-    if executor.startswith("pipeline") and mesh is None:
+    pipelined, split = executor.startswith("pipeline"), execution.get("steps_per_rank")
+    if mesh is None and parallel is not None:
+        if pipelined:
+            raise ValueError(f"executor={executor!r} with parallel={parallel!r} needs a mesh: see make_mesh")
+        mesh = make_mesh(head=init_distributed())
+    if mesh is None and pipelined and (split is None or len(split) > 1) and (world := init_distributed()) > 1:
+        mesh = make_mesh(step=world)
+    if pipelined and mesh is None and split is None:
         execution = {"steps_per_rank": (len(schedule),), **execution}
     sources: Any = noise
     if renoise is not None:

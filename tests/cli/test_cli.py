@@ -335,7 +335,7 @@ LIGHT = {
     "order": (["generate", PROMPT, "-o", "a.mp4", "--order", "foo"], "--order must be one of step_first, stream, wa"),
     "steps": (["generate", PROMPT, "-o", "a.mp4", "--steps", "0"], "--steps must be a whole number .* 1, got 0"),
     "dtype": (["generate", PROMPT, "-o", "a.mp4", "--dtype", "bf16"], "--dtype must be one of float32, bfloat16"),
-    "cache dtype": (["generate", PROMPT, "-o", "a.mp4", "--cache-dtype", "fp8"], "--cache-dtype must be one of"),
+    "cache dtype": (["generate", PROMPT, "-o", "a.mp4", "--kv-dtype", "fp8"], "--kv-dtype must be one of"),
     "offload": (["generate", PROMPT, "-o", "a.mp4", "--offload", "text,vea"], "got 'vea'; did you mean vae?"),
     "model": (["generate", PROMPT, "-o", "a.mp4", "--model", "tooy"], "--model 'tooy' is neither .* did you mean toy?"),
     "image": (["generate", PROMPT, "-o", "a.mp4", "--image", "i.png"], "--image i.png: no such file"),

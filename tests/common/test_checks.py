@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import small_toy
 import torch
+from runs import make_rollout
 from small_toy import PROMPT
 
-from hiar_model import FlowSchedule, Rollout, WanConfig, generate
+from hiar_model import FlowSchedule, WanConfig, generate
 from hiar_model.common.checks import as_whole, nearest, number_above_0, one_of, plain, whole
 from hiar_model.common.keyed import keyed_generator
 from hiar_model.models.registry import load_video_model
@@ -88,7 +89,7 @@ def test_relatives(model, kind):
     _, rows, columns = model.latent_size
     sizes = {"num_frames": 3, "height": rows, "width": columns, "batch": 1, "seed": 3}
     made = [
-        torch.cat([block.latents for block in Rollout(model.transformer, text, two, **size)])
+        torch.cat([block.latents for block in make_rollout(model.transformer, text, two, **size)])
         for size in (sizes, {name: kind(n) for name, n in sizes.items()} | {"video_ids": [kind(0)]})
     ]
     assert torch.equal(*made)

@@ -18,19 +18,20 @@ import numpy as np
 import pytest
 import small_toy
 import torch
+from runs import make_rollout
 from small_toy import BLOCK, PROMPT
 from tiny_model import MODEL, SIZE, TEXT, run
 
 from hiar_model.cli import main
-from hiar_model.config import FlowSchedule
+from hiar_model.config import FlowSchedule, RolloutConfig
 from hiar_model.planning.measure_costs import measure_costs
-from hiar_model.rollout import PipelineOptions, Rollout
+from hiar_model.rollout import Rollout
 from hiar_model.rollout.engine import FinishedBlock
 from hiar_model.rollout.noise import KeyedNoise
 from hiar_model.rollout.run_folder import RunFolder
 from hiar_model.schedule.costs import unit_costs
 from hiar_model.schedule.plan import Plan, check, rank_order
-from hiar_model.schedule.stages import Stage, split_steps, with_faster_pairs
+from hiar_model.schedule.stages import Stage, faster_fusion, split_steps
 
 pytestmark = pytest.mark.cpu
 
@@ -298,8 +299,8 @@ def measured_like(low: int, cheap: float, high: int, dear: float):
 
 
 def test_measured_costs_are_of_each_window():
-    plan = Plan(2, "stream", 3, window_frames=(9, 15))
-    costs = measure_costs(MODEL, TEXT, plan, num_frames=30, **SIZE)
+    config = RolloutConfig((1000, 500), order="stream", window_frames=(9, 15))
+    costs = measure_costs(MODEL, TEXT, config, num_latent_frames=30, latent_size=tuple(SIZE.values()))
     assert [frames for frames, _ in costs.denoise.points] == [6, 9, 15]
     assert all(0 < seconds < 5 for _, seconds in (*costs.denoise.points, *costs.cache.points))
     assert "measured on the CPU" in costs.source
@@ -310,28 +311,26 @@ def test_pairs_where_they_are_faster():
     from dataclasses import replace
 
     plan, costs = Plan(4, "stream", 3, window_frames=(9,) * 4), unit_costs()
-    assert with_faster_pairs(plan, 27, 1, replace(costs, pair=0.97)).pairs
-    assert not with_faster_pairs(plan, 27, 1, replace(costs, pair=1.03)).pairs
-    assert not with_faster_pairs(plan, 7, 4, replace(costs, pair=0.97)).pairs  # 2N + 2S - 3 against 2N + S - 2
-    assert with_faster_pairs(plan, 7, (1, 1, 1, 1), replace(costs, pair=0.7)).pairs
-    measured = measure_costs(MODEL, TEXT, plan, num_frames=30, pairs=True, **SIZE)
+    assert faster_fusion(plan, 27, 1, replace(costs, pair=0.97)).fuse_cache_denoise
+    assert not faster_fusion(plan, 27, 1, replace(costs, pair=1.03)).fuse_cache_denoise
+    assert not faster_fusion(plan, 7, 4, replace(costs, pair=0.97)).fuse_cache_denoise  # 2N + 2S - 3 against 2N + S - 2
+    assert faster_fusion(plan, 7, (1, 1, 1, 1), replace(costs, pair=0.7)).fuse_cache_denoise
+    config = RolloutConfig(order="stream", window_frames=9)
+    sizes = {"num_latent_frames": 30, "latent_size": tuple(SIZE.values())}
+    measured = measure_costs(MODEL, TEXT, config, fused=True, **sizes)
     assert 0.1 < measured.pair < 10 and measured.pair != 1
-    with pytest.raises(
-        ValueError, match='pairs=.measured. with executor=.eager. is not legal: give True, False, and "m'
-    ):
-        run(pairs="measured")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"executor": "pipeline-graph"}, "executor='pipeline-graph' needs a CUDA device"),
+        ({"executor": "pipeline-graph"}, "needs a CUDA device"),
         (
-            {"pipeline": PipelineOptions((1, 1))},
+            {"steps_per_rank": (1, 1)},
             r"steps_per_rank=\[1, 1\] is not legal: give a number for each of 1 ra",
         ),
-        ({"pipeline": PipelineOptions((3,))}, r"steps per rank \[3\] is not legal: give numbers >= 1 that sum to 4"),
-        ({"pipeline": PipelineOptions(decode_apart=True)}, "1 ranks cannot share 4 steps: give 1 to 4, and one more"),
+        ({"steps_per_rank": (3,)}, r"steps per rank \[3\] is not legal: give numbers >= 1 that sum to 4"),
+        ({"dedicated_decoder_rank": True, "steps_per_rank": None}, "1 ranks cannot share 4 steps: give 1 to 4, and one more"),
         ({"parallel": "ulysses"}, "needs a mesh"),
         ({"model": [MODEL, None, MODEL, MODEL]}, r"this rank has steps \[0, 1, 2, 3\]: give the weights of step 1 too"),
         ({"model": [None] * 4}, "give one, or one for each of the 4 steps"),
@@ -350,7 +349,7 @@ def test_bad_options_are_refused_in_one_line(options, message):
         (Plan(4, "stream", 3), (4, -1, 1), "is not legal"),
         (Plan(4, "stream", 3), (0, 4), "is not legal"),
         (Plan(4, "block_first", 3), (2, 2), "steps share one cache"),
-        (Plan(4, "stream", 3, cache_source="next_step"), (2, 2), "keys are not sent"),
+        (Plan(4, "stream", 3, kv_source="next_step"), (2, 2), "keys are not sent"),
     ],
 )
 def test_illegal_stages(plan, split, message):
@@ -380,7 +379,7 @@ def test_a_run_folder_keeps_and_refuses(tmp_path):
 
 
 def fresh() -> Rollout:
-    return Rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=9, executor="pipeline", **SIZE)
+    return make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=9, executor="pipeline", **SIZE)
 
 
 def test_one_process_resumes_too(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from runs import make_rollout
 from tiny_model import TEXT, TINY, difference, make_model
 
 from hiar_model.config import FlowSchedule, WanConfig
@@ -48,7 +49,7 @@ VIDEOS: dict[str, dict[str, Any]] = {
 
 def start(**options: Any) -> Rollout:
     options = {"num_frames": 9, **SIZE, **options}
-    return Rollout(options.pop("model", MODEL), options.pop("text", TEXT), FlowSchedule.uniform(4), **options)
+    return make_rollout(options.pop("model", MODEL), options.pop("text", TEXT), FlowSchedule.uniform(4), **options)
 
 
 def run(**options: Any) -> torch.Tensor:
@@ -82,7 +83,7 @@ def on_a_rank(rank: int, folder: str) -> None:
     found["replica"] = (replica, run(parallel="ulysses", mesh=two, seed=replica, **VIDEOS["pairs"]))
 
     made = start(parallel="ulysses", mesh=four, order="stream", window_frames=5)
-    ring = made.executor.cache
+    ring = made._executor.cache
     found["ring"] = sum(t.numel() * t.element_size() for t in [*ring.k, *ring.v, ring.frames])
     first = next(iter(made))
     state = made.state_dict()
@@ -164,7 +165,7 @@ def test_two_axes_at_once(found):
 
 
 def test_a_rank_holds_its_heads_of_the_rings(found):
-    cache = start(order="stream", window_frames=5).executor.cache
+    cache = start(order="stream", window_frames=5)._executor.cache
     tokens, of_ids = cache.frame_tokens, cache.frames.numel() * cache.frames.element_size()
     whole = cache.memory_bytes(CONFIG, cache.capacities, 1, tokens)
     for of_rank in found:

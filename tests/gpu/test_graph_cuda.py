@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from runs import make_rollout
 
 import hiar_kernels
 from hiar_model.config import FlowSchedule, WanConfig
@@ -42,7 +43,7 @@ def model():
 def made(model: HiARTransformer, executor: str, **options) -> Rollout:
     text = torch.randn(1, 4, CONFIG.text_dim, generator=torch.Generator().manual_seed(1)).to(model.head.head.weight)
     options = {"num_frames": 24, "window_frames": 9, "sink_frames": 1, **options}
-    return Rollout(model, text, FlowSchedule(), height=16, width=24, executor=executor, **options)
+    return make_rollout(model, text, FlowSchedule(), height=16, width=24, executor=executor, **options)
 
 
 @pytest.mark.parametrize("impl", ["triton", "sdpa"])  # by frame ids on the device; by layouts, through a library
@@ -53,7 +54,7 @@ def test_graph_and_eager_are_the_same_bits(model, walk, impl):
         for one, other in zip(eager, graph, strict=True):
             assert torch.equal(one.latents, other.latents), one.block
     if impl == "triton":
-        assert graph.executor.counters.captures < graph.executor.counters.launches
+        assert graph._executor.counters.captures < graph._executor.counters.launches
 
 
 @pytest.mark.parametrize("walk", WALKS[1:], ids=str)
@@ -67,14 +68,14 @@ def test_a_visit_waits_for_nothing_and_allocates_nothing(model, walk):
             before = torch.cuda.memory_stats()["allocation.all.allocated"]
             torch.cuda.set_sync_debug_mode("error")
             try:
-                rollout.executor.run(group)
+                rollout._executor.run(group)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            rollout.executor.await_finished(None)  # whether a finished block is finite
+            rollout._executor.await_finished(None)  # whether a finished block is finite
             # a finished block is given away in memory of its own
             if n > 20 and not finishes and not begins:
                 assert torch.cuda.memory_stats()["allocation.all.allocated"] == before, group
-        assert rollout.executor.counters.captures == len(rollout.executor.launches)
+        assert rollout._executor.counters.captures == len(rollout._executor.launches)
 
 
 @pytest.mark.parametrize("walk", WALKS[1:], ids=str)

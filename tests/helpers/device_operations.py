@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import make_request
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -21,8 +22,9 @@ from hiar_kernels import _cuda
 from hiar_kernels._triton import shapes_only
 from hiar_model.config import WanConfig
 from hiar_model.models.transformer import HiARTransformer
-from hiar_model.planning.memory import Request, _Attend
+from hiar_model.planning.memory import Request
 from hiar_model.rollout.batched_forward import Launch
+from hiar_model.rollout.footprint import _HostAttention
 
 NO_LAUNCH = {
     "empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "lift_fresh", "device", "promote_types",
@@ -76,7 +78,7 @@ CONFIG = WanConfig(
     dim=256, ffn_dim=512, num_heads=2, num_layers=LAYERS, freq_dim=64, text_dim=32, text_len=64, in_channels=4,
     out_channels=4,
 )  # fmt: skip
-REQUEST = Request(CONFIG, 8, 12, 24, steps=4, window_frames=9, dtype=torch.bfloat16, text_tokens=10)
+REQUEST = make_request(CONFIG, 8, 12, 24, steps=4, window_frames=9, dtype=torch.bfloat16, text_tokens=10)
 
 
 def launches(request: Request) -> Iterator[tuple[str, Launch]]:
@@ -86,9 +88,9 @@ def launches(request: Request) -> Iterator[tuple[str, Launch]]:
     weights = {name: torch.empty(x.shape, dtype=request.dtype) for name, x in model.state_dict().items()}
     model.load_state_dict(weights, assign=True)
     text = torch.empty(1, request.text_tokens or 1, request.config.text_dim, dtype=request.dtype)
-    rollout = request.rollout(model, text)
-    executor = rollout.executor
-    executor.attend = _Attend
+    rollout = request.make(model, text)
+    executor = rollout._executor
+    executor.attend = _HostAttention
     executor.by_layout = False  # one graph for all blocks: visibility by frame ids on the device
     executor.texts.hold(model, text, text)
     seen = set()

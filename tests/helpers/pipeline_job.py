@@ -13,20 +13,23 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from runs import make_rollout
 from tiny_model import MODEL, SIZE, TEXT, TINY, make_model
+from torch.distributed.device_mesh import DeviceMesh
 
 import hiar_kernels
 from hiar_model.config import FlowSchedule
 from hiar_model.distributed import make_mesh
-from hiar_model.distributed.pipeline import join
+from hiar_model.distributed.pipeline import init_distributed
 from hiar_model.distributed.watchdog import PipelineFault
-from hiar_model.planning.measure_costs import measure_costs
-from hiar_model.rollout import PipelineOptions, Rollout, rollout
+from hiar_model.rollout import Rollout, rollout
 from hiar_model.rollout.run_folder import RunFolder
+from hiar_model.schedule.costs import unit_costs
 
 RANKS = 4
 PREFIX = torch.randn(1, 4, TINY.in_channels, *SIZE.values(), generator=torch.Generator().manual_seed(2))
@@ -49,12 +52,16 @@ PARITY = [
 
 
 def make(steps: int, group=None, **options) -> Rollout:
-    place = {"group": group, "alone": group is None, "timeout": 20, **options.pop("place", {})}
     text = options.pop("text", TEXT)
     executor = options.pop("executor", "pipeline")
     model = options.pop("model", MODEL)
-    schedule = FlowSchedule.uniform(steps)
-    return Rollout(model, text, schedule, executor=executor, pipeline=PipelineOptions(**place), **SIZE, **options)
+    if group is not None and dist.get_world_size(group) > 1:
+        options.setdefault("mesh", DeviceMesh.from_group(group, "cpu", mesh_dim_names=("step",)))
+    elif "mesh" not in options and executor.startswith("pipeline"):
+        options["steps_per_rank"] = (steps,)  # this process alone
+    return make_rollout(
+        model, text, FlowSchedule.uniform(steps), executor=executor, **{"timeout": 20, **SIZE, **options}
+    )
 
 
 def latents(made: Rollout) -> torch.Tensor | None:
@@ -83,11 +90,11 @@ def parity(groups) -> list[str]:
             made = make(steps, groups[ranks], **options)
             found = latents(made)
             last = dist.get_rank() == ranks - 1
-            held = made.executor.cache.k[0].shape[0]
+            held = made._executor.cache.k[0].shape[0]
             if (found is not None) != last or (last and not torch.equal(found, expected)):
                 wrong.append(f"{steps} steps on {ranks}: {options}")
-            if held != made.pipeline.stage.split[dist.get_rank()] or made.executor.latents:
-                wrong.append(f"{steps} steps on {ranks} hold {held} caches, {len(made.executor.latents)} latents")
+            if held != made.pipeline.stage.split[dist.get_rank()] or made._executor.latents:
+                wrong.append(f"{steps} steps on {ranks} hold {held} caches, {len(made._executor.latents)} latents")
     return wrong
 
 
@@ -99,9 +106,9 @@ def splits(groups) -> list[str]:
     with hiar_kernels.prefer("reference"):
         expected, expected_experts = single(4, **base), single(4, model=experts, **base)
     for name, ranks, options, wanted in [
-        ("given", 2, {"place": {"steps_per_rank": (1, 3)}}, (1, 3)),
-        ("apart", 3, {"place": {"decode_apart": True}}, (2, 2, 0)),
-        ("measured", 2, {"place": {"costs": measure_costs}}, None),
+        ("given", 2, {"steps_per_rank": (1, 3)}, (1, 3)),
+        ("apart", 3, {"dedicated_decoder_rank": True}, (2, 2, 0)),
+        ("costs", 2, {"costs": replace(unit_costs(), pair=0.9)}, (2, 2)),
         ("captured", 2, {"executor": "pipeline-recorded"}, (2, 2)),
         ("experts", 2, {"model": [m if s // 2 == rank else None for s, m in enumerate(experts)]}, (2, 2)),
     ]:
@@ -115,14 +122,6 @@ def splits(groups) -> list[str]:
             wrong.append(f"{name}: split {split}")
         if rank == ranks - 1 and not torch.equal(found, expected_experts if name == "experts" else expected):
             wrong.append(f"{name}: another result")
-    found, chosen = None, [False]
-    if rank < 2:
-        made = make(4, groups[2], place={"costs": measure_costs}, pairs="measured", **base)
-        found, chosen = latents(made), [made.plan.pairs]
-    dist.broadcast_object_list(chosen)
-    expected = single(4, pairs=chosen[0], **base)
-    if rank == 1 and not torch.equal(found, expected):
-        wrong.append("measured pairs: another result")
     return wrong
 
 
@@ -131,12 +130,12 @@ def shared_visits() -> list[str]:
     mesh = make_mesh(step=2, head=2)
     options = {"num_frames": 12, "window_frames": 6}
     expected = single(4, **options)
-    made = make(4, mesh=mesh, parallel="ulysses", place={"alone": False}, **options)
+    made = make(4, mesh=mesh, **options)
     found, last = latents(made), dist.get_rank() >= 2
     wrong = [] if (found is not None) == last else ["blocks on the wrong ranks"]
     if last and not torch.allclose(found, expected, atol=1e-5, rtol=0):
         wrong.append("another result")
-    if made.executor.cache.k[0].shape[0] != 2 or made.executor.cache.k[0].shape[3] != 1:
+    if made._executor.cache.k[0].shape[0] != 2 or made._executor.cache.k[0].shape[3] != 1:
         wrong.append("a rank holds other steps or heads")
     return wrong
 
@@ -174,7 +173,7 @@ def resumed(groups, folder: Path) -> dict:
 def traced(group) -> list[str]:
     """What two ranks do, in order: visits, sends, and which receives are posted when a visit begins."""
     made, events = make(2, group, num_frames=9), []
-    launch, send, links = made.executor._launch, made.pipeline.send, made.pipeline.links
+    launch, send, links = made._executor._launch, made.pipeline.send, made.pipeline.links
 
     def launched(rows, inputs):
         ahead = ",".join(str(n) for n in sorted(links.posted)) if links.posted else "none"
@@ -185,7 +184,7 @@ def traced(group) -> list[str]:
         events.append(f"send {block}")
         send(block, latents)
 
-    made.executor._launch, made.pipeline.send = launched, sent
+    made._executor._launch, made.pipeline.send = launched, sent
     latents(made)
     return events
 
@@ -198,7 +197,7 @@ def endless(group) -> dict:
     taken, kept = [], set()
     for block in made:
         taken.append(block.latents)
-        held = made.executor
+        held = made._executor
         if block.block >= 8:
             kept.add((len(held.latents), sum(map(len, held.spare.values())), len(made.pipeline.links.posted)))
         if block.block == 39:
@@ -235,7 +234,7 @@ def cases(target: Path) -> None:
     dist.broadcast_object_list(folder)
     found = {"parity": parity(groups), "splits": splits(groups), "resumed": resumed(groups, Path(folder[0]) / "run")}
     video = rollout(MODEL, None, TEXT, FlowSchedule.uniform(2), num_frames=6, executor="pipeline",
-                    pipeline=PipelineOptions(group=pair), **SIZE) if rank < 2 else None  # fmt: skip
+                    mesh=DeviceMesh.from_group(pair, "cpu", mesh_dim_names=("step",)), **SIZE) if rank < 2 else None  # fmt: skip
     found["rollout"] = None if video is None else list(video.shape)
     found["endless"] = endless(dist.new_group([0, 1])) if rank < 2 else dist.new_group([0, 1]) and None
     errors = (float("nan"), MemoryError("no more"), ZeroDivisionError("division by zero"))
@@ -265,13 +264,13 @@ def doomed(how: str) -> None:
 
     if how == "orphan":
         os.close(2)  # what is told cannot be heard either
-    for _ in make(3, dist.group.WORLD, num_frames=None, window_frames=6, renoise=renoise, place={"timeout": 4}):
+    for _ in make(3, dist.group.WORLD, num_frames=None, window_frames=6, renoise=renoise, timeout=4):
         pass
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    join()
+    init_distributed()
     if sys.argv[1] == "cases":
         cases(Path(sys.argv[2]))
         sys.stdout.flush()

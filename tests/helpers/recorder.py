@@ -1,7 +1,7 @@
 """A stand-in for CUDA graphs that keeps their rules on a CPU.
 
-It records the operations that torch dispatches and runs them again: numbers that Python computed are frozen, and reading
-a tensor on the host is an error, so that what would go wrong on a GPU goes wrong on a CPU too.
+It records the operations that torch dispatches and runs them again: numbers that Python computed are frozen, and
+reading a tensor on the host is an error, so that what would go wrong on a GPU goes wrong on a CPU too.
 """
 
 from __future__ import annotations

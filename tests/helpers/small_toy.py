@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hiar_model.config import FlowSchedule, WanConfig
+from hiar_model.config import RolloutConfig, WanConfig
 from hiar_model.models.registry import save_toy_model
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.toy.codec import ToyCodec
@@ -16,7 +16,7 @@ BLOCK, WINDOW, TRAIN_FRAMES, FRAMES = 3, 9, 6, 12
 SIDE = 32  # pixels
 
 
-def write_model(folder: Path, schedule: FlowSchedule | None = None) -> Path:
+def write_model(folder: Path, rollout: RolloutConfig | None = None) -> Path:
     """A folder that load_video_model reads."""
     channels = 8
     config = WanConfig(
@@ -30,9 +30,7 @@ def write_model(folder: Path, schedule: FlowSchedule | None = None) -> Path:
         folder,
         transformer,
         ToyCodec.fit(channels=config.in_channels, frames=64),
-        schedule=schedule or FlowSchedule((1000, 500), shift=2.0),
-        frames_per_block=BLOCK,
-        window_frames=WINDOW,
+        rollout=rollout or RolloutConfig((1000, 500), 2.0, frames_per_block=BLOCK, window_frames=WINDOW),
         train_frames=TRAIN_FRAMES,
         num_frames=FRAMES,
         fps=12,

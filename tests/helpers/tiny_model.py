@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
+from runs import make_rollout
 
 from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.models.transformer import HiARTransformer
-from hiar_model.rollout import Rollout
 from hiar_model.rollout.noise import keyed_noise
 from hiar_model.rollout.reference import hierarchical_denoising
 
@@ -34,7 +34,7 @@ TEXT = torch.randn(1, 3, TINY.text_dim, generator=torch.Generator().manual_seed(
 
 def run(num_frames: int = 9, steps: int = 4, **options) -> torch.Tensor:
     schedule = FlowSchedule.uniform(steps)
-    made = Rollout(
+    made = make_rollout(
         options.pop("model", MODEL), options.pop("text", TEXT), schedule, num_frames=num_frames, **SIZE, **options
     )
     return torch.cat([block.latents for block in made], 1)

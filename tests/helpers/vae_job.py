@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from runs import make_rollout
 from tiny_model import SIZE, make_model
 
 from hiar_model.config import FlowSchedule, WanConfig
-from hiar_model.distributed.pipeline import join
+from hiar_model.distributed.pipeline import init_distributed
 from hiar_model.models.vae import StreamingDecoder, load_vae
-from hiar_model.rollout import PipelineOptions, Rollout
+from hiar_model.rollout import Rollout
 
 CONFIG = WanConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=1, freq_dim=8, text_dim=6, text_len=5)
 STEPS, FRAMES = 2, 6
@@ -29,13 +30,13 @@ def video(executor: str, **options: object) -> Rollout:
     text = torch.randn(1, 3, CONFIG.text_dim, generator=torch.Generator().manual_seed(1))
     schedule = FlowSchedule.uniform(STEPS)
     order = {"order": "stream", "window_frames": 6}
-    return Rollout(
+    return make_rollout(
         make_model(0, CONFIG), text, schedule, num_frames=FRAMES, executor=executor, **SIZE, **order, **options
     )
 
 
 def main(folder: Path) -> None:
-    made = video("pipeline", pipeline=PipelineOptions(decode_apart=True, timeout=60))
+    made = video("pipeline", dedicated_decoder_rank=True, timeout=60)
     assert made.pipeline is not None
     if made.pipeline.stage.steps:
         assert not list(made)
@@ -47,7 +48,7 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    join()
+    init_distributed()
     main(Path(sys.argv[1]))
     sys.stdout.flush()
     os._exit(0)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from runs import make_rollout
 
 import hiar_kernels
 from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.models.transformer import HiARTransformer
-from hiar_model.rollout import Rollout
 
 pytestmark = pytest.mark.interpreter
 
@@ -28,7 +28,7 @@ def test_a_rollout_on_triton_kernels(device, options):
     text = torch.randn(1, 4, CONFIG.text_dim, device=device)
 
     def run() -> torch.Tensor:
-        made = Rollout(model, text, FlowSchedule.uniform(2), num_frames=9, height=4, width=6, **options)
+        made = make_rollout(model, text, FlowSchedule.uniform(2), num_frames=9, height=4, width=6, **options)
         return torch.cat([block.latents for block in made], 1)
 
     with hiar_kernels.prefer("reference"):
@@ -48,7 +48,7 @@ def test_captured_launches_on_triton_kernels(device, options):
     captured = "recorded" if device.type == "cpu" else "graph"
     with hiar_kernels.prefer("triton"):
         eager, replayed = (
-            Rollout(
+            make_rollout(
                 model, text, FlowSchedule.uniform(2), num_frames=5, height=2, width=4, frames_per_block=1,
                 window_frames=2, executor=executor, **options,
             )
@@ -56,7 +56,7 @@ def test_captured_launches_on_triton_kernels(device, options):
         )  # fmt: skip
         for one, other in zip(eager, replayed, strict=True):
             assert torch.equal(one.latents, other.latents), one.block
-    assert replayed.executor.counters.captures < replayed.executor.counters.launches
+    assert replayed._executor.counters.captures < replayed._executor.counters.launches
 
 
 def test_what_is_preferred_is_restored():

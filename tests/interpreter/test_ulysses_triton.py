@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from runs import make_rollout
 
 import hiar_kernels
 from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.models.transformer import HiARTransformer
-from hiar_model.rollout import Rollout
 
 pytestmark = pytest.mark.interpreter
 
@@ -37,7 +37,7 @@ def test_the_same_latents_eager_and_captured(device):
     captured = "recorded" if device.type == "cpu" else "graph"
 
     def run(**more) -> torch.Tensor:
-        made = Rollout(
+        made = make_rollout(
             model, text, FlowSchedule.uniform(2), num_frames=4, height=4, width=4, frames_per_block=1,
             window_frames=2, order="wavefront", pairs=True, **more,
         )  # fmt: skip

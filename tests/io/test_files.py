@@ -246,7 +246,7 @@ def test_the_window_of_a_causal_model(here, capsys, values, window, told):
     causal(here / "original", **values)
     notes: list[str] = []
     model = load_video_model("original", "cpu", on_found=notes.append)
-    assert (model.window_frames, model.sink_frames) == window
+    assert (model.rollout.window_frames, model.rollout.sink_frames) == window
     assert notes[0].endswith(f"; {told} by its config.json" if told else WEIGHTS)
     assert main(["doctor", "--model", "original", "--height", "32", "--width", "48"]) == 0
     assert f"window {window[0]}," in capsys.readouterr().out

@@ -162,7 +162,7 @@ def test_a_lossy_write_is_not_kept(published, tmp_path, monkeypatch):
 
 
 def test_other_sizes_are_not_kept(published, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.layouts, "native_config", lambda config, window: {**config.to_dict(), "eps": 0.5})
+    monkeypatch.setattr(module.key_mapping, "native_config", lambda config, window: {**config.to_dict(), "eps": 0.5})
     line = refusal(published["original"], tmp_path / "out", "native")
     assert line == f"{tmp_path / 'out'} is not kept: it says eps 0.5, {published['original']} says 1e-06"
     assert not list(tmp_path.iterdir())

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from runs import make_rollout
 from tiny_model import SIZE, TEXT, TINY, difference, make_model, run
 
 from hiar_model.config import FlowSchedule
 from hiar_model.models.checkpoint import load_transformer, save_transformer
 from hiar_model.models.experts import load_experts, parse_experts, steps_of_rank
-from hiar_model.rollout import PipelineOptions, Rollout
 
 pytestmark = pytest.mark.cpu
 
@@ -146,8 +146,8 @@ def job(folder: Path) -> None:
         return load_transformer(file, TINY).eval().requires_grad_(False)
 
     models = load_experts(files, load, steps_of_rank(split, rank))
-    options = PipelineOptions(steps_per_rank=split, timeout=60)
-    made = Rollout(models, TEXT, FlowSchedule.uniform(4), executor="pipeline", pipeline=options, **SIZE, **OPTIONS)
+    options = {"executor": "pipeline", "steps_per_rank": split, "timeout": 60, **SIZE, **OPTIONS}
+    made = make_rollout(models, TEXT, FlowSchedule.uniform(4), **options)
     blocks = [block.latents for block in made]
     if blocks:
         torch.save(torch.cat(blocks, 1), folder / "latents.pt")

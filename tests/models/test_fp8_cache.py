@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import make_rollout
 from safetensors.torch import load, save
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, run
 
@@ -146,9 +147,9 @@ def test_lent_keys_bring_their_scales(order):
 def test_lent_keys_are_the_very_same():
     """The last block's keys at step 1 stand in both rings: nothing has overwritten them."""
     options = {"num_frames": 9, "order": "stream", "window_frames": 6, "cache_source": "next_step", **SIZE}
-    rollout = Rollout(MODEL, TEXT, FlowSchedule.uniform(2), cache_dtype=E4M3, **options)
+    rollout = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), cache_dtype=E4M3, **options)
     list(rollout)
-    cache = rollout.executor.cache
+    cache = rollout._executor.cache
     slots = cache.slots(0, [6, 7, 8])
     assert cache.frames[:, 0, slots].tolist() == [[6, 7, 8], [6, 7, 8]]
     for layer in range(TINY.num_layers):
@@ -174,9 +175,9 @@ def test_it_is_near_the_rollout_with_whole_keys(options):
 def test_what_a_visit_sees_is_what_is_kept():
     """Values times scales, its own keys among them, in the ring's own places."""
     options = {"num_frames": 9, "order": "stream", "window_frames": 6, **SIZE}
-    rollout = Rollout(MODEL, TEXT, FlowSchedule.uniform(2), cache_dtype=E4M3, **options)
+    rollout = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), cache_dtype=E4M3, **options)
     list(rollout)
-    cache: RingCache = rollout.executor.cache
+    cache: RingCache = rollout._executor.cache
     assert {x.dtype for x in (*cache.k, *cache.v)} == {E4M3} and len(cache.k_scales) == TINY.num_layers
     k, v = cache.seen(1, slice(0, 2), 6)
     for ring, scales, seen in ((cache.k[1], cache.k_scales[1], k), (cache.v[1], cache.v_scales[1], v)):
@@ -198,7 +199,7 @@ def test_a_state_goes_on_bit_for_bit():
     options = {"num_frames": 12, "order": "stream", "window_frames": 6, "cache_dtype": E4M3, **SIZE}
 
     def fresh(**more) -> Rollout:
-        return Rollout(MODEL, TEXT, FlowSchedule.uniform(3), **{**options, **more})
+        return make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), **{**options, **more})
 
     expected = [block.latents for block in fresh()]
     first = fresh()
@@ -213,10 +214,10 @@ def test_a_state_goes_on_bit_for_bit():
     with pytest.raises(ValueError, match="another rollout"):
         fresh(cache_dtype=None).load_state_dict(state)
     with pytest.raises(ValueError, match=r"k\.0 must be torch.float32 .* got torch.float8_e4m3fn"):
-        fresh(cache_dtype=None).executor.cache.load_state_dict(state["cache"])
+        fresh(cache_dtype=None)._executor.cache.load_state_dict(state["cache"])
     del state["cache"]["k_scale.1"]
     with pytest.raises(ValueError, match=r"k_scale\.1 must be torch.float32 \[3, 1, 6, 2\], got missing"):
-        again.executor.cache.load_state_dict(state["cache"])
+        again._executor.cache.load_state_dict(state["cache"])
 
 
 @pytest.mark.parametrize("wrong", [torch.float8_e5m2, torch.int8])

@@ -70,7 +70,7 @@ def refusal(call, *args: object, **options: object) -> str:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_both_layouts_are_transformers_own_network(folders, layout):
     """Equal to transformers' encoder called as the published pipeline does: 512 tokens, a mask, zeros behind."""
-    from diffusers.models.wan.pipeline_wan import prompt_clean
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folders["diffusers"] / "tokenizer")
@@ -122,7 +122,7 @@ def test_transformer_takes_what_it_gives(folders, tmp_path):
 
 
 def test_cleaning_is_the_published_one():
-    from diffusers.models.wan.pipeline_wan import prompt_clean
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
     assert clean_prompt(DIRTY) == "a red circle moving & turning right — slowly"
     for prompt in (DIRTY, "", " \n", "ï¬\x81re &lt;b&gt;", "a\u3000b\u00a0c", "< &amp;lt;", "日本 の 犬", "don’t"):

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import prepare
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hiar_model
 from hiar_model.models import threads
 from hiar_model.models.threads import cpu_threads, fitting_threads
-from hiar_model.pipelines.video_pipeline import Generation
 
 pytestmark = pytest.mark.cpu
 
@@ -73,7 +73,7 @@ def test_calls_of_a_block(model, order, most):
 
     block.forward = counted
     try:
-        for _ in Generation(PROMPT, model=model, num_frames=24, order=order):
+        for _ in prepare(PROMPT, model=model, num_frames=24, order=order):
             pass
     finally:
         del block.forward
@@ -85,7 +85,7 @@ def test_calls_of_a_video(model):
     """All of a short video, from its text to its pixels, in the order that is chosen for it: 79,147 at 6a287b2, which
     chose step_first.
     """
-    run = Generation(PROMPT, model=model, num_frames=24)
+    run = prepare(PROMPT, model=model, num_frames=24)
     assert run.rollout.plan.order == "wavefront"
     with Calls() as calls:
         assert sum(map(len, run)) == 24

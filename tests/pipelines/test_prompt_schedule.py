@@ -7,6 +7,7 @@ import itertools
 import pytest
 import small_toy
 import torch
+from runs import make_rollout, prepare
 from small_toy import BLOCK, PROMPT
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference
 
@@ -14,8 +15,6 @@ import hiar_kernels
 from hiar_model.config import FlowSchedule
 from hiar_model.models.registry import load_video_model
 from hiar_model.pipelines.prompt_schedule import Script, Show, prompt_delay
-from hiar_model.pipelines.video_pipeline import Generation
-from hiar_model.rollout import Rollout
 from hiar_model.rollout.noise import keyed_noise
 from hiar_model.schedule.plan import Plan
 
@@ -99,7 +98,7 @@ def test_a_prompt_takes_over_at_the_first_block_that_begins_at_its_time(num_bloc
     made = show(Script.parse("0 a\n0.75 bb\n2.3 ccc\n6.75 a"), num_blocks)
     assert [int(made(n)[0, 0, 0]) for n in range(11)] == [1, 2, 2, 2, 3, 3, 3, 3, 3, 1, 1]
     assert made(0) is made(10), "one tensor for one prompt: its keys are computed once"
-    assert made.told() == [
+    assert made.notes() == [
         "0 s 'a': shows from 0 s (block 0)",
         "0.75 s 'bb': shows from 0.75 s (block 1)",
         "2.3 s 'ccc': shows from 3 s (block 4)",
@@ -137,11 +136,11 @@ def test_in_step_first_no_live_change_shows():
 # What becomes of the context
 
 
-def run(order="stream", switch=2, on_new_text="keep", steps=3, **options) -> torch.Tensor:
+def run(order="stream", switch=2, on_prompt_change="keep", steps=3, **options) -> torch.Tensor:
     options = {"num_frames": 15, "window_frames": 7, **options}
     text = options.pop("text", lambda n: TEXT if n < switch else OTHER)
     schedule = FlowSchedule.uniform(steps)
-    made = Rollout(MODEL, text, schedule, order=order, on_new_text=on_new_text, **SIZE, **options)
+    made = make_rollout(MODEL, text, schedule, order=order, on_prompt_change=on_prompt_change, **SIZE, **options)
     return torch.cat([block.latents for block in made], 1)
 
 
@@ -160,15 +159,15 @@ def run(order="stream", switch=2, on_new_text="keep", steps=3, **options) -> tor
 )
 def test_walks_agree_on_a_recached_context(options):
     """A property of the text at each block, not of a walk."""
-    expected = run("stream", on_new_text="recache", **options)
+    expected = run("stream", on_prompt_change="recache", **options)
     for order in ("step_first", "wavefront"):
-        assert difference(run(order, on_new_text="recache", **options), expected) < 1e-5, order
+        assert difference(run(order, on_prompt_change="recache", **options), expected) < 1e-5, order
     assert difference(run("stream", **options), expected) > 1e-3
 
 
 @pytest.mark.parametrize("order", ["stream", "step_first", "wavefront", "block_first"])
 def test_recaching_concerns_what_comes_behind_the_change(order):
-    keep, again = run(order), run(order, on_new_text="recache")
+    keep, again = run(order), run(order, on_prompt_change="recache")
     assert torch.equal(keep[:, :6], again[:, :6]), "blocks before the change know nothing of it"
     assert difference(keep[:, 6:9], again[:, 6:9]) > 1e-3
     same = {"text": TEXT, "on_new_text": "recache"}
@@ -179,13 +178,13 @@ def test_recaching_concerns_what_comes_behind_the_change(order):
 def test_recaching_is_the_video_that_began_with_the_window_under_the_new_text(impl):
     """In the clean graph literally: given the frames of the blocks in the window, a rollout makes the same block."""
     with hiar_kernels.prefer(impl):
-        again = run("block_first", switch=3, on_new_text="recache")
+        again = run("block_first", switch=3, on_prompt_change="recache")
 
         def renoise(step: int, block: int) -> torch.Tensor:
             return keyed_noise(0, 0, step, block + 1, (3, *PREFIX.shape[2:]))[None]
 
         options = {"num_frames": 9, "window_frames": 7, "prefix": again[:, 3:9], "first_frame": 3, **SIZE}
-        made = Rollout(
+        made = make_rollout(
             MODEL, OTHER, FlowSchedule.uniform(3), order="block_first", noise=renoise(-1, 2), renoise=renoise, **options
         )
         assert difference(next(iter(made)).latents, again[:, 9:12]) < 1e-5
@@ -197,7 +196,7 @@ def test_all_context_under_the_new_text_is_the_new_text_alone():
     given = PREFIX[:, :3]
     options = {"prefix": given, "num_frames": 9, "window_frames": None}
     expected = run(text=OTHER, **options)
-    assert difference(run(switch=1, on_new_text="recache", **options), expected) < 1e-6
+    assert difference(run(switch=1, on_prompt_change="recache", **options), expected) < 1e-6
     assert difference(run(switch=1, **options), expected) > 1e-3
 
 
@@ -205,29 +204,29 @@ def test_the_price_of_recaching_is_as_told():
     for order, steps, expected in (("stream", 3, 3 * 2), ("block_first", 3, 2), ("wavefront", 3, 3 * 2)):
         count = []
         for policy in ("keep", "recache"):
-            made = Rollout(
+            made = make_rollout(
                 MODEL, lambda n: TEXT if n < 3 else OTHER, FlowSchedule.uniform(steps), num_frames=18,
-                window_frames=9, order=order, on_new_text=policy, **SIZE,
+                window_frames=9, order=order, on_prompt_change=policy, **SIZE,
             )  # fmt: skip
             list(made)
-            count.append(made.executor.counters.cache)
+            count.append(made._executor.counters.cache)
         assert count[1] - count[0] == expected == prompt_delay(made.plan, 1, "recache").recache, order
 
 
 def test_what_is_kept_to_be_cached_again_does_not_grow():
-    made = Rollout(
+    made = make_rollout(
         MODEL, TEXT, FlowSchedule.uniform(2), num_frames=None, order="stream", window_frames=8, sink_frames=2,
-        on_new_text="recache", **SIZE,
+        on_prompt_change="recache", **SIZE,
     )  # fmt: skip
-    kept = [len(made.executor.history.kept) for _ in itertools.islice(made, 30)]
+    kept = [len(made._executor.history.kept) for _ in itertools.islice(made, 30)]
     assert set(kept[5:]) == {2 * 2}  # at each step the block in the window and the sink's
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pairs": True}, "on_new_text='recache' is impossible with pairs=True"),
-        ({"cache_source": "next_step"}, "on_new_text='recache' is impossible with cache_source='next_step'"),
+        ({"pairs": True}, "on_prompt_change='recache' is impossible with pairs=True"),
+        ({"cache_source": "next_step"}, "on_prompt_change='recache' is impossible with cache_source='next_step'"),
         ({"on_new_text": "forget"}, "on_new_text must be one of keep, recache, got 'forget'"),
     ],
 )
@@ -245,7 +244,7 @@ def model(tmp_path_factory):
 
 
 def frames(model, prompt, **options):
-    made = Generation(prompt, model=model, num_frames=18, order="stream", **options)
+    made = prepare(prompt, model=model, num_frames=18, order="stream", **options)
     return made, list(made)
 
 
@@ -256,30 +255,30 @@ def test_a_video_of_a_script(model):
     _, also = frames(model, PROMPT, prompts=Script.of([(0.5, NEXT)]))
     assert [(a == b).all() for a, b in zip(found, plain, strict=True)] == [True, True] + [False] * 4
     assert all((a == b).all() for a, b in zip(found, also, strict=True))
-    assert made.told()[1:] == [
+    assert made.notes()[1:] == [
         f"0.5 s {NEXT!r}: shows from 0.5 s (block 2)",
         "a new prompt shows at worst in block 2 from now, after 6 forwards",
     ]
     assert made.metadata["prompts"] == [[0.0, PROMPT], [0.5, NEXT]]
     assert "command" not in made.metadata  # no file holds these prompts
     with pytest.raises(ValueError, match="script line 2: .*colour"):
-        Generation(None, model=model, prompts=Script.parse(f"0 {PROMPT}\n1 a beige circle moving up"))
+        prepare(None, model=model, prompts=Script.parse(f"0 {PROMPT}\n1 a beige circle moving up"))
     with pytest.raises(ValueError, match="a prompt is a string, got NoneType"):
-        Generation(None, model=model)
+        prepare(None, model=model)
 
 
 def test_a_video_goes_on_from_its_session(model, tmp_path):
     options = {"model": model, "num_frames": 18, "order": "stream"}
     _, whole = frames(model, PROMPT)
-    first = Generation(PROMPT, **options)
+    first = prepare(PROMPT, **options)
     made = list(itertools.islice(first, 2))
     path = first.save_session(tmp_path / "s.safetensors")
-    resumed = Generation(PROMPT, session=path, **options)
+    resumed = prepare(PROMPT, session=path, **options)
     rest = list(resumed)
     assert len(rest) == 4 and resumed.frames_done == 18
     assert all((a == b).all() for a, b in zip([*made, *rest], whole, strict=True))
-    fork = list(Generation(NEXT, session=path, **options))
+    fork = list(prepare(NEXT, session=path, **options))
     _, expected = frames(model, None, prompts=Script.of([(0, PROMPT), (2 * BLOCK / 12, NEXT)]))
     assert all((a == b).all() for a, b in zip([*made, *fork], expected, strict=True))
     with pytest.raises(ValueError, match="nothing to save yet"):
-        Generation(PROMPT, **options).save_session(tmp_path / "t")
+        prepare(PROMPT, **options).save_session(tmp_path / "t")

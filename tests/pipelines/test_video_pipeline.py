@@ -16,13 +16,13 @@ import pytest
 import safetensors.torch
 import small_toy
 import torch
+from runs import prepare
 from small_toy import BLOCK, FRAMES, PROMPT, SIDE, WINDOW
 
 import hiar_model
-from hiar_model import FlowSchedule, generate, load_video_model, stream
+from hiar_model import FlowSchedule, RolloutConfig, generate, load_video_model, stream
 from hiar_model.io.video import Video, save_png
 from hiar_model.models.registry import CONFIG, WEIGHTS, save_toy_model
-from hiar_model.pipelines.video_pipeline import Generation
 from hiar_model.toy.codec import ToyCodec
 
 pytestmark = pytest.mark.cpu
@@ -61,8 +61,9 @@ def test_what_is_saved_is_what_is_loaded(folder, model):
     for name, value in state.items():
         assert value.dtype == torch.float32 and torch.equal(value, tensors[f"transformer.{name}"].float()), name
     assert not any(p.requires_grad for p in model.transformer.parameters()) and not model.transformer.training
-    assert (model.frames_per_block, model.window_frames, model.num_frames, model.fps) == (BLOCK, WINDOW, FRAMES, 12)
-    assert model.schedule == FlowSchedule((1000, 500), 2.0)
+    form = model.rollout
+    assert (form.frames_per_block, form.window_frames, model.num_frames, model.fps) == (BLOCK, WINDOW, FRAMES, 12)
+    assert model.rollout.schedule == FlowSchedule((1000, 500), 2.0)
     codec = ToyCodec.fit(channels=8, frames=64)
     latents = torch.randn(1, 2, *model.latent_size)
     expected = codec.to_uint8(codec.decode(latents))[0].numpy()
@@ -73,22 +74,23 @@ def test_what_is_saved_is_what_is_loaded(folder, model):
 def test_saving_again_replaces(copy, model):
     (copy / "README.md").write_text("model card")
     codec = ToyCodec.fit(channels=8, frames=64)
-    save_toy_model(copy, model.transformer, codec, schedule=FlowSchedule((1000,), 3.0), dtype=torch.bfloat16)
+    save_toy_model(copy, model.transformer, codec, rollout=RolloutConfig((1000,), 3.0), dtype=torch.bfloat16)
     again = load_video_model(copy, "cpu")
-    assert again.schedule == FlowSchedule((1000,), 3.0) and again.num_frames == 4 * again.train_frames
+    assert again.rollout.schedule == FlowSchedule((1000,), 3.0) and again.num_frames == 4 * again.train_frames
     assert sorted(p.name for p in copy.iterdir()) == ["README.md", CONFIG, WEIGHTS]
 
 
 def test_what_cannot_be_used_is_not_saved(tmp_path, model):
     broken = load_video_model(model.name, "cpu").transformer
-    codec, schedule = ToyCodec.fit(channels=8, frames=64), FlowSchedule((1000,), 3.0)
-    for settings, message in (({"frames_per_block": 5}, "whole blocks of 5"), ({"fps": 0}, "fps must be a number")):
+    codec, rollout = ToyCodec.fit(channels=8, frames=64), RolloutConfig((1000,), 3.0)
+    fives = dataclasses.replace(rollout, frames_per_block=5)
+    for settings, message in (({"rollout": fives}, "whole blocks of 5"), ({"fps": 0}, "fps must be a number")):
         with pytest.raises(ValueError, match=message):
-            save_toy_model(tmp_path / "m", broken, codec, schedule=schedule, **settings)
+            save_toy_model(tmp_path / "m", broken, codec, **{"rollout": rollout, **settings})
     with torch.no_grad():
         broken.blocks[0].ffn[0].weight[0, 0] = 1e6
     with pytest.raises(ValueError, match=r"transformer\.blocks\.0\.ffn\.0\.weight is not finite in torch.float16"):
-        save_toy_model(tmp_path / "m", broken, codec, schedule=schedule)
+        save_toy_model(tmp_path / "m", broken, codec, rollout=rollout)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,8 +133,8 @@ DAMAGES = {
     "wrong size": (edit_config(lambda c: c["transformer"].update(num_layers=2)), r"blocks\.1\.\S+ is missing"),
     "wrong kind": (edit_config(lambda c: c["transformer"].update(dim="wide")), "dim must be a whole number"),
     "odd frame": (edit_config(lambda c: c["world"].update(height=36)), "frame size 36x32 must be a multiple of 8"),
-    "zero": (edit_config(lambda c: c.update(frames_per_block=0)), "frames_per_block must be a whole number"),
-    "no schedule": (edit_config(lambda c: c["schedule"].update(steps=[])), "steps must fall within"),
+    "zero": (edit_config(lambda c: c["rollout"].update(frames_per_block=0)), "frames_per_block must be a whole number"),
+    "no schedule": (edit_config(lambda c: c["rollout"].update(steps=[])), "steps must fall within"),
 }  # fmt: skip
 
 
@@ -164,10 +166,10 @@ def test_the_same_arguments_give_the_same_video(model, folder):
 
 
 def test_a_generation_that_is_dropped_gives_its_memory_back_at_once(model):
-    made = Generation(PROMPT, model=model, num_frames=FRAMES, on_progress=lambda *told: None)
+    made = prepare(PROMPT, model=model, num_frames=FRAMES, on_progress=lambda *told: None)
     for _ in made:
         pass
-    ring = weakref.ref(made.rollout.executor.cache.k[0])
+    ring = weakref.ref(made.rollout._executor.cache.k[0])
     gc.collect()  # what was imported on the way
     gc.disable()
     try:
@@ -193,11 +195,11 @@ def test_endless(model, order):
 
 
 def test_a_model_with_a_window_for_each_step(model):
-    own = dataclasses.replace(model, window_frames=(4, 9))
+    own = dataclasses.replace(model, rollout=dataclasses.replace(model.rollout, window_frames=(4, 9)))
     asked = generate(PROMPT, model=model, window_frames=[4, 9])
     assert (generate(PROMPT, model=own).frames == asked.frames).all()
-    assert asked.metadata["window_frames"] == [4, 9]
-    with pytest.raises(ValueError, match="window_frames has 2 numbers, give one for each of 3 steps"):
+    assert asked.metadata["rollout"]["window_frames"] == [4, 9]
+    with pytest.raises(ValueError, match=r"window_frames=\(4, 9\) .* one per step \(3\)"):
         generate(PROMPT, model=own, steps=3)
 
 
@@ -285,10 +287,10 @@ def test_an_image_and_a_clip_to_go_on_from(model, tmp_path):
     assert [len(block) for block in blocks] == [1, BLOCK, BLOCK]
     assert (blocks[0][0] == first.frames[0]).all()
     Video(first.frames[:5], 12).save(tmp_path / "c.mp4", least_side=1)
-    run = Generation(PROMPT, model=model, extend=tmp_path / "c.mp4")
+    run = prepare(PROMPT, model=model, extend=tmp_path / "c.mp4")
     assert run.num_frames == 5 + FRAMES and [len(frames) for frames in run] == [5, *[BLOCK] * (FRAMES // BLOCK)]
     with pytest.raises(ValueError, match="behind 5 given frames: got 12, nearest 11 or 14"):
-        Generation(PROMPT, model=model, num_frames=12, extend=tmp_path / "c.mp4")
+        prepare(PROMPT, model=model, num_frames=12, extend=tmp_path / "c.mp4")
 
 
 def test_black_is_an_error(model):
@@ -309,9 +311,10 @@ def test_metadata_is_complete(model):
     video = generate(PROMPT, model=model, seed=3, steps=2, order="stream", fps=8)
     told = json.loads(json.dumps(video.metadata))
     assert told["prompt"] == PROMPT and told["weights_sha256"] == model.weights_sha256
-    assert (told["seed"], told["steps"], told["order"], told["fps"]) == (3, 2, "stream", 8)
+    form = RolloutConfig.from_dict(told["rollout"])
+    assert (told["seed"], len(form.steps), form.order, told["fps"]) == (3, 2, "stream", 8)
     assert told["timesteps"] == pytest.approx([1000, 2000 / 3]) and told["versions"]["torch"] == torch.__version__
-    assert (told["window_frames"], told["sink_frames"], told["num_frames"]) == (WINDOW, 0, FRAMES)
+    assert (form.window_frames, form.sink_frames, told["num_frames"]) == (WINDOW, 0, FRAMES)
     assert (told["device"], told["dtype"]) == ("cpu", "float32")
 
 
@@ -322,7 +325,7 @@ def test_public_names():
     for name in hiar_model.__all__:
         assert getattr(hiar_model, name) is not None, name
     assert set(hiar_model.__all__) <= set(dir(hiar_model))
-    assert callable(hiar_model.rollout) and hiar_model.schedule.plan.ORDERS
+    assert callable(hiar_model.rollout) and hiar_model.train
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         hiar_model.nonsense  # noqa: B018
 
@@ -340,24 +343,24 @@ def test_import_is_cheap():
 @pytest.mark.parametrize(
     ("form", "order", "source"),
     [
-        ({}, "wavefront", "own"),  # a small one, trained for no order
-        ({"order": "step_first"}, "step_first", "own"),
+        ({}, "wavefront", "own"),  # a small one on a CPU, the same result
+        ({"order": "wavefront"}, "wavefront", "own"),
         ({"order": "block_first"}, "block_first", "own"),
-        ({"order": "stream", "cache_source": "next_step"}, "stream", "next_step"),
+        ({"order": "stream", "kv_source": "next_step"}, "stream", "next_step"),
     ],
 )
 def test_a_model_is_rolled_out_as_it_was_trained(model, form, order, source):
-    trained = dataclasses.replace(model, **form)
+    trained = dataclasses.replace(model, rollout=dataclasses.replace(model.rollout, **form))
     video = hiar_model.generate(PROMPT, model=trained, seed=3)
-    assert (video.metadata["order"], video.metadata["cache_source"]) == (order, source)
+    assert [video.metadata["rollout"][name] for name in ("order", "kv_source")] == [order, source]
     # asked of the plan too: in a network of one layer lent keys are those of its own visits
-    plan = Generation(PROMPT, model=trained).rollout.plan
-    assert (plan.order, plan.cache_source) == (order, source)
+    plan = prepare(PROMPT, model=trained).rollout.plan
+    assert (plan.order, plan.kv_source) == (order, source)
     _, height, width = model.latent_size
+    form = RolloutConfig((1000, 500), 2.0, order, BLOCK, WINDOW, kv_source=source)
     rollout = hiar_model.Rollout(
-        model.transformer, model.encode_text(PROMPT), model.schedule, num_frames=FRAMES, height=height, width=width,
-        order=order, cache_source=source, frames_per_block=BLOCK, window_frames=WINDOW, seed=3,
-    )  # fmt: skip
+        model.transformer, model.encode_text(PROMPT), form, num_latent_frames=FRAMES, latent_size=(height, width), seed=3
+    )
     expected = [model.decoder().decode(block.latents) for block in rollout]
     assert (video.frames == np.concatenate(expected)).all()
     other = hiar_model.generate(PROMPT, model=trained, seed=3, order="stream" if order == "block_first" else order)
@@ -365,6 +368,6 @@ def test_a_model_is_rolled_out_as_it_was_trained(model, form, order, source):
 
 
 def test_lent_keys_refuse_an_order_that_has_none(model):
-    lent = dataclasses.replace(model, order="stream", cache_source="next_step")
+    lent = dataclasses.replace(model, rollout=dataclasses.replace(model.rollout, order="stream", kv_source="next_step"))
     with pytest.raises(ValueError, match="'next_step' is impossible with order='step_first'"):
         hiar_model.generate(PROMPT, model=lent, order="step_first")

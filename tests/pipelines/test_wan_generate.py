@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import wan_files
+from runs import prepare
 
 from hiar_model import load_transformer, load_video_model, save_transformer
 from hiar_model.cli import main
@@ -22,7 +23,6 @@ from hiar_model.cli.parallel import Job
 from hiar_model.io.video import Video, save_png
 from hiar_model.models.vae import StreamingDecoder
 from hiar_model.pipelines.decode import Decoding
-from hiar_model.pipelines.video_pipeline import Generation
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
@@ -61,7 +61,7 @@ def command(*words, prompt: str | None = PROMPT, frames: int = FRAMES) -> int:
 
 
 def make(model, prompt=PROMPT, **options) -> list[np.ndarray]:
-    return list(Generation(prompt, model=model, **{**SIZE, "num_frames": FRAMES, "order": "stream", **options}))
+    return list(prepare(prompt, model=model, **{**SIZE, "num_frames": FRAMES, "order": "stream", **options}))
 
 
 def whole(blocks) -> np.ndarray:
@@ -114,14 +114,14 @@ def test_other_weights_give_another_video(files, model):
 
 def test_what_a_wan_model_is_by_default(model):
     assert model.pixel_size == (480, 832) and model.num_frames == 81 and model.fps == 16
-    assert (model.frames_per_block, model.window_frames, model.sink_frames) == (3, 21, 0)
-    assert model.schedule.steps == (1000, 750, 500, 250) and model.schedule.shift == 5
+    assert (model.rollout.frames_per_block, model.rollout.window_frames, model.rollout.sink_frames) == (3, 21, 0)
+    assert model.rollout.schedule.steps == (1000, 750, 500, 250) and model.rollout.schedule.shift == 5
     assert model.dtype == torch.bfloat16 and model.latent_frames(81) == 21  # the sparing dtype, on a CPU too
 
 
 def test_the_record_repeats_the_video(files, here):
     options = ["--checkpoint", files / "hiar.pt", "--steps", 2, "--window-frames", "[6,9]", "--sink-frames", 1,
-               "--cache-dtype", "float8_e4m3fn", "--offload", "text,vae", "--order", "stream"]  # fmt: skip
+               "--kv-dtype", "float8_e4m3fn", "--offload", "text,vae", "--order", "stream"]  # fmt: skip
     assert command("-o", "first/", "--model", files / "parts", *options) == 0
     record = json.loads((here / "first/video.json").read_text())
     words = shlex.split(record["command"])
@@ -131,7 +131,7 @@ def test_the_record_repeats_the_video(files, here):
 
 
 def test_blocks_come_before_the_end(model):
-    run = Generation(PROMPT, model=model, order="stream", **SIZE, num_frames=33)
+    run = prepare(PROMPT, model=model, order="stream", **SIZE, num_frames=33)
     done = [(len(frames), run.rollout.forwards_done) for frames in run]
     assert [frames for frames, _ in done] == [9, 12, 12]
     assert done[0][1] < done[1][1] < done[2][1] and done[0][1] == 4
@@ -163,7 +163,7 @@ def test_an_image_is_the_first_frame(model, clip, here):
     assert np.array_equal(blocks[0][0], clip[0])
     save_png(clip[-1], "other.png")
     assert (whole(make(model, image="other.png", num_frames=25)[1:]) != whole(blocks[1:])).any()
-    assert Generation(PROMPT, model=model, image="first.png", **SIZE).num_frames == 85
+    assert prepare(PROMPT, model=model, image="first.png", **SIZE).num_frames == 85
 
 
 def test_what_is_given_is_what_the_network_and_the_decoder_see(model, clip, here):
@@ -174,11 +174,11 @@ def test_what_is_given_is_what_the_network_and_the_decoder_see(model, clip, here
         for image in clip:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
-    run = Generation(PROMPT, model=model, extend="clip.mkv", order="stream", **SIZE, num_frames=37)
+    run = prepare(PROMPT, model=model, extend="clip.mkv", order="stream", **SIZE, num_frames=37)
     given, *made = list(run)
     assert np.array_equal(given, clip) and [len(frames) for frames in made] == [12, 12]
     assert run.prefix.shape == (1, 4, 16, HEIGHT // 8, WIDTH // 8)
-    again = Generation(PROMPT, model=model, extend="clip.mkv", order="stream", **SIZE, num_frames=37)
+    again = prepare(PROMPT, model=model, extend="clip.mkv", order="stream", **SIZE, num_frames=37)
     latents = torch.cat([run.prefix, *(block.latents for block in again.rollout)], 1)
     alone = StreamingDecoder(model.decoder().vae).decode(latents)
     assert np.array_equal(alone[13:], whole(made))
@@ -208,7 +208,7 @@ def test_the_end_of_a_clip_is_taken(files, clip, here, capsys):
 def test_a_script_on_the_command_line(files, model, here, capsys):
     (here / "script.txt").write_text(f"0 {PROMPT}\n0.5 {NEXT}\n")
     arguments = ["-o", "a/", "--model", files / "original", "--prompts", "script.txt", "--order", "stream"]
-    assert command(*arguments, "--on-new-text", "recache", prompt=None) == 0
+    assert command(*arguments, "--on-prompt-change", "recache", prompt=None) == 0
     told = capsys.readouterr().err
     assert f"0.5 s {NEXT!r}: shows from 0.5625 s (block 1)" in told and "a new prompt shows at worst in block" in told
     assert "cache its context again" in told
@@ -220,8 +220,8 @@ def test_a_script_behind_an_image(model, clip, here):
 
     save_png(clip[0], "first.png")
     script = Script.of([(0, PROMPT), (0.7, NEXT)])
-    run = Generation(None, model=model, image="first.png", prompts=script, order="stream", **SIZE, num_frames=25)
-    assert run.told()[1] == f"0.7 s {NEXT!r}: shows from 0.8125 s (block 2)"
+    run = prepare(None, model=model, image="first.png", prompts=script, order="stream", **SIZE, num_frames=25)
+    assert run.notes()[1] == f"0.7 s {NEXT!r}: shows from 0.8125 s (block 2)"
     plain = make(model, image="first.png", num_frames=25)
     same = [np.array_equal(a, b) for a, b in zip(run, plain, strict=True)]
     assert same == [True, True, False]
@@ -312,13 +312,13 @@ def test_one_block_behind(model, here):
     """Frames of a decoder with a stream of its own come behind the next block; a session keeps those on the way."""
     behind = dataclasses.replace(model, new_decoder=lambda: Beside(model.decoder()))
     expected = make(model, num_frames=33)
-    run = Generation(PROMPT, model=behind, order="stream", **SIZE, num_frames=33)
+    run = prepare(PROMPT, model=behind, order="stream", **SIZE, num_frames=33)
     frames = iter(run)
     first = next(frames)
     assert run.rollout.blocks_done == 2 and run.decoding.behind and run.frames_done == 9
     run.save_session("s.safetensors")
     assert np.array_equal(whole([first, *frames]), whole(expected))
-    rest = Generation(PROMPT, model=behind, order="stream", session="s.safetensors", **SIZE, num_frames=33)
+    rest = prepare(PROMPT, model=behind, order="stream", session="s.safetensors", **SIZE, num_frames=33)
     assert np.array_equal(whole([first, *rest]), whole(expected))
 
 

@@ -315,13 +315,13 @@ WRONG = {
     ),
     # options
     "dtype": (None, ["--dtype", "int8"], "--dtype must be one of float32, bfloat16, .*int8"),
-    "cache dtype": (None, ["--cache-dtype", "int4"], "--cache-dtype must be .*float8_e4m3fn, got .int4."),
+    "cache dtype": (None, ["--kv-dtype", "int4"], "--kv-dtype must be .*float8_e4m3fn, got .int4."),
     "offload": (None, ["--offload", "transformer"], "--offload must be one of text, vae, got 'transformer'"),
-    "on new text": (None, ["--on-new-text", "forget"], "--on-new-text must be one of keep, recache, got 'forget'"),
+    "on new text": (None, ["--on-prompt-change", "forget"], "--on-prompt-change must be one of keep, recache, got 'forget'"),
     "on nan": (None, ["--on-nan", "hide"], "--on-nan must be one of stop, retry, got 'hide'"),
     "recache and pairs": (
         None,
-        ["--on-new-text", "recache", "--pairs", "true"],
+        ["--on-prompt-change", "recache", "--pairs", "true"],
         "'recache' is impossible with pairs=True",
     ),
     "a session of step_first": (

@@ -79,7 +79,7 @@ def test_ways_to_fit_change_as_little_as_they_can():
     assert [str(change) for change, _ in ways] == [
         "--offload text",
         "--order step_first",
-        "--cache-dtype float8_e4m3fn",
+        "--kv-dtype float8_e4m3fn",
     ]
     for change, memory in ways:
         assert memory == change.made(asked).memory() and memory.total < whole
@@ -96,8 +96,8 @@ def test_what_is_no_change_is_not_proposed():
 
     assert "step_first" in proposed(order="wavefront") and "step_first" not in proposed()
     assert "step_first" not in proposed(order="block_first"), "another video"
-    assert "step_first" not in proposed(order="stream", cache_source="next_step")
-    assert "float8" in proposed() and "float8" not in proposed(cache_dtype="bfloat16")
+    assert "step_first" not in proposed(order="stream", kv_source="next_step")
+    assert "float8" in proposed() and "float8" not in proposed(kv_dtype="bfloat16")
     assert "text" in proposed() and "text" not in proposed(offload=("text",))
     assert "vae" in proposed(vae_dtype=None) and "vae" not in proposed()
     assert "--window-frames 12" in proposed() and "--window-frames 12" not in proposed(window_frames=12)
@@ -106,7 +106,7 @@ def test_what_is_no_change_is_not_proposed():
 
 
 def test_a_table_adds_up():
-    words = ["--model", WAN, "--height", "64", "--width", "96", "--order", "stream", "--cache-dtype", "float8_e4m3fn"]
+    words = ["--model", WAN, "--height", "64", "--width", "96", "--order", "stream", "--kv-dtype", "float8_e4m3fn"]
     told = said(*words, "--vae-dtype", "none", "--gpu-memory", "24GB,1GB")
     parts = {m[1]: float(m[2]) for m in re.finditer(r"^\| (\S.*?) \| ([\d.]+) \|", told, re.MULTILINE)}
     peak = float(re.search(r"\*\*peak\*\* \| \*\*([\d.]+)\*\*", told)[1])
@@ -165,7 +165,7 @@ def test_a_vae():
         (["--model", WAN, "--frames", "80"], "whole blocks of 3 latent frames: got 80, nearest 69 or 81"),
         (["--model", WAN, "--frames", "0"], "got 0, nearest 9"),
         (["--model", WAN, "--dtype", "int8"], "dtype must be one of float32, .*, got 'int8'"),
-        (["--model", WAN, "--cache-dtype", "fp8"], "cache-dtype must be one of .*float8_e4m3fn, got 'fp8'"),
+        (["--model", WAN, "--kv-dtype", "fp8"], "cache-dtype must be one of .*float8_e4m3fn, got 'fp8'"),
         (["--model", WAN, "--vae-dtype", "none", "--offload", "all"], "--offload must be one of text, vae, got 'all'"),
         (["--model", WAN, "--order", "sideways"], "order"),
         (["--model", WAN, "--window-frames", "2"], "--window-frames=2 .* 3"),

@@ -67,7 +67,7 @@ def test_what_is_said_to_fit_is_accepted(folder, little):
     words = re.findall(r"--([\w-]+) ([\w.]+)", re.split("these fit: |; ", str(error.value))[2])
     numbers = {"height", "width", "window-frames"}
     options = {name.replace("-", "_"): int(value) if name in numbers else value for name, value in words}
-    for name, kinds in (("dtype", torch.bfloat16), ("cache_dtype", torch.float8_e4m3fn)):
+    for name, kinds in (("dtype", torch.bfloat16),):
         options.update({name: kinds} if name in options else {})
     require_memory(folder, CPU, options.pop("dtype", None), **{**sizes, **options})
 

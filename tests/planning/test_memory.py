@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runs import changed, make_request
 
 from hiar_model.config import WanConfig
 from hiar_model.models.transformer import HiARTransformer
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.cpu
 E4M3 = torch.float8_e4m3fn
 CONFIG = WanConfig(dim=64, ffn_dim=160, num_heads=2, num_layers=3, freq_dim=16, text_dim=24, text_len=40)
 NARROW = replace(CONFIG, dim=16, ffn_dim=16, num_heads=1, num_layers=1)  # latents are the most of it
-REQUEST = Request(CONFIG, 8, 12, 24, steps=3, window_frames=9, dtype=torch.float32, device="cpu")
+REQUEST = make_request(CONFIG, 8, 12, 24, steps=3, window_frames=9, dtype=torch.float32, device="cpu")
 
 
 def taken(request: Request) -> int:
@@ -25,7 +26,7 @@ def taken(request: Request) -> int:
         model = HiARTransformer(request.config).to(request.dtype).eval().requires_grad_(False)
         live.restart()
         text = torch.randn(1, request.config.text_len, request.config.text_dim, dtype=request.dtype)
-        for _ in request.rollout(model, text):
+        for _ in request.make(model, text):
             pass
     return live.peak
 
@@ -35,20 +36,20 @@ def taken(request: Request) -> int:
     [
         {},
         {"order": "stream", "dtype": torch.bfloat16},
-        {"order": "wavefront", "pairs": True},
+        {"order": "wavefront", "fuse_cache_denoise": True},
         {"order": "block_first", "window_frames": 6, "sink_frames": 3},
-        {"order": "stream", "cache_source": "next_step", "window_frames": (3, 6, 12)},
-        {"order": "stream", "cache_dtype": E4M3},
-        {"order": "wavefront", "cache_dtype": torch.bfloat16, "batch": 2},
-        {"window_frames": None, "batch": 3, "cache_dtype": E4M3},
+        {"order": "stream", "kv_source": "next_step", "window_frames": (3, 6, 12)},
+        {"order": "stream", "kv_dtype": E4M3},
+        {"order": "wavefront", "kv_dtype": torch.bfloat16, "batch": 2},
+        {"window_frames": None, "batch": 3, "kv_dtype": E4M3},
         {"num_frames": 60, "window_frames": 3, "steps": 1, "dtype": torch.float64},
         {"num_frames": 120, "window_frames": 3, "config": NARROW},
-        {"config": replace(CONFIG, num_layers=9), "pairs": True},
+        {"config": replace(CONFIG, num_layers=9), "fuse_cache_denoise": True},
     ],
     ids=str,
 )
 def test_a_rollout_takes_what_was_predicted(options):
-    request = replace(REQUEST, **options)
+    request = changed(REQUEST, **options)
     memory, found = predict(request), taken(request)
     assert abs(memory.total / found - 1) < 0.1, (memory, found)
     # of the parts, too, none could be left out: every one that counts is larger than what is allowed
@@ -61,12 +62,12 @@ def test_a_rollout_takes_what_was_predicted(options):
 @pytest.mark.parametrize("order", ["step_first", "stream"])
 def test_what_captured_visits_take_beside_eager_ones(order):
     """The prompt's keys once more, in a place of their own; on a GPU a second workspace of cuBLAS and the pool."""
-    eager = replace(REQUEST, order=order, device="cuda")
-    one, other = predict(eager), predict(replace(eager, executor="graph"))
+    eager = changed(REQUEST, order=order, device="cuda")
+    one, other = predict(eager), predict(changed(eager, cuda_graph=True))
     keys = 3 * 2 * 48 * 64 * 4  # layers, keys and values, tokens (40 in tiles of 16), width, float32
     assert keys <= other.prompt - one.prompt <= 1.05 * keys
     assert (one.workspaces, other.workspaces) == (WORKSPACE, 2 * WORKSPACE)
-    assert predict(replace(eager, device="cpu")).workspaces == 0
+    assert predict(changed(eager, device="cpu")).workspaces == 0
     assert one.activations == other.activations
     assert other.visiting - one.visiting == other.prompt - one.prompt + WORKSPACE
     decoding = Part(kept=5, peak=1 << 30)
@@ -80,11 +81,11 @@ def test_nothing_is_kept_of_fake_tensors():
     def made() -> torch.Tensor:
         torch.manual_seed(0)
         model = HiARTransformer(request.config).eval().requires_grad_(False)
-        return torch.cat([block.latents for block in request.rollout(model, torch.ones(1, 3, 24))], 1)
+        return torch.cat([block.latents for block in request.make(model, torch.ones(1, 3, 24))], 1)
 
-    request = replace(REQUEST, order="wavefront", pairs=True, num_frames=9, text_tokens=3)
+    request = changed(REQUEST, order="wavefront", fuse_cache_denoise=True, num_frames=9, text_tokens=3)
     before = made()
-    predict(replace(request, device="cuda"))
+    predict(changed(request, device="cuda"))
     predict(request)
     assert torch.equal(made(), before)
 
@@ -108,12 +109,12 @@ def test_live_bytes():
 def test_the_caches_are_those_of_the_engine():
     """Wan 1.3B at 480x832, by hand: 1560 tokens a frame of 1536 numbers, 30 layers, keys and values."""
     frame = 1560 * 1536 * 30 * 2
-    wan = Request(WanConfig.from_name("wan2.1-t2v-1.3b"), 60, 104, 21, window_frames=21)
+    wan = make_request(WanConfig.from_name("wan2.1-t2v-1.3b"), 60, 104, 21, window_frames=21)
     ids = 4 * 21
     memory = predict(wan)
     assert memory.caches == 2 * 21 * frame + ids and memory.rings == 1 and memory.scratch == 0
     assert memory.transformer == 2 * 1_418_996_800
-    narrow = predict(replace(wan, order="stream", cache_dtype=E4M3))
+    narrow = predict(changed(wan, order="stream", kv_dtype=E4M3))
     scales = 4 * 21 * 12 * 4 * 2 * 30
     assert narrow.caches == 4 * (21 * frame + ids) + scales and narrow.rings == 4
     assert narrow.scratch == 4 * 2 * 21 * frame // 30
@@ -141,20 +142,18 @@ def test_phases():
         ({"window_frames": 2}, r"window_frames=2 .* 3"),
         ({"num_frames": 10}, "nearest 9 or 12"),
         ({"num_frames": None, "order": "stream", "window_frames": None}, "endless video needs a window"),
-        ({"cache_dtype": torch.int8}, "cache_dtype must be one of float8_e4m3fn"),
+        ({"kv_dtype": torch.int8}, "kv_dtype must be one of float8_e4m3fn"),
         ({"height": 9}, "9x12 is no multiple of the patch"),
     ],
     ids=str,
 )
 def test_what_a_rollout_refuses_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
-        predict(replace(REQUEST, **options))
+        predict(changed(REQUEST, **options))
 
 
 def test_devices_and_offloads():
     with pytest.raises(ValueError, match="device must be cuda or cpu, got 'tpu'"):
-        replace(REQUEST, device="tpu")
-    with pytest.raises(ValueError, match="executor must be eager or graph, got 'pipeline'"):
-        replace(REQUEST, executor="pipeline")
+        changed(REQUEST, device="tpu")
     with pytest.raises(ValueError, match="offload must be of text, vae, got 'weights'"):
         predict(REQUEST, offload=("weights",))

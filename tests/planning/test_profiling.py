@@ -7,13 +7,14 @@ import json
 
 import pytest
 import torch
+from recorder import recorded
+from runs import make_rollout
 from tiny_model import MODEL, SIZE, TEXT
 
 from hiar_kernels import nvtx
 from hiar_model.cli import main
 from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.planning import profiling
-from hiar_model.rollout import Rollout
 from hiar_model.schedule.costs import LINKS, measured
 
 pytestmark = pytest.mark.cpu
@@ -74,7 +75,7 @@ def test_the_least_traffic_of_pointwise_work():
     assert profiling.pointwise_bytes(deep, 5, 4) == 3 * 5 * 4 * (norms + residuals + rope + gelu)
 
 
-@pytest.mark.parametrize("options", [["--order", "wavefront", "--pairs", "true"], ["--order", "block_first"]], ids=str)
+@pytest.mark.parametrize("options", [["--order", "wavefront", "--fuse-cache-denoise", "true"], ["--order", "block_first"]], ids=str)
 def test_a_profile(capfd, options):
     assert main(["profile", *TOY, "--blocks", "1", *options]) == 0
     out = capfd.readouterr().out
@@ -99,7 +100,8 @@ def test_stage_times_feed_the_simulator(tmp_path, capsys):
 
 
 def test_a_warm_up_says_what_it_costs(capfd):
-    assert main(["warmup", *TOY, "--executor", "recorded"]) == 0
+    with recorded():
+        assert main(["warmup", *TOY, "--cuda-graph=true"]) == 0
     out = capfd.readouterr().out.splitlines()
     first, _, second = (line for line in out if "process" in line)
     assert first.startswith("cold start of this process: weights ") and second.startswith("cold start of this process")
@@ -115,7 +117,7 @@ def test_a_warm_up_says_what_it_costs(capfd):
         (["--height", "33"], "height and width must be multiples of 16, got 33x832"),
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, float64, got 'int8'"),
         (["--blocks", "0"], "--blocks must be a whole number of at least 1, got 0"),
-        ([*TOY, "--executor", "graph"], "executor='graph' needs a CUDA device"),
+        ([*TOY, "--cuda-graph", "true"], "cuda_graph=True needs a CUDA device"),
     ],
     ids=str,
 )
@@ -134,7 +136,7 @@ def test_ranges_are_off_and_cost_no_object():
 
 def test_ranges_of_a_rollout():
     """generate > block > visit > layer > op, nested."""
-    rollout = Rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=6, order="stream", **SIZE)
+    rollout = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=6, order="stream", **SIZE)
     nvtx.enable()
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:

@@ -6,8 +6,9 @@ import re
 
 import pytest
 import torch
+from runs import make_rollout
 
-from hiar_model import FlowSchedule, HiARTransformer, Rollout, WanConfig, rollout
+from hiar_model import FlowSchedule, HiARTransformer, WanConfig, rollout
 from hiar_model.models.transformer import Block
 from hiar_model.rollout.infill import infill
 
@@ -46,13 +47,13 @@ def test_texts(model, text, says, of_block):
     given = (lambda block: TEXT if block == 0 else text) if of_block else text
     name = "text of block 1" if of_block else "text"
     with pytest.raises(ValueError, match=f"^{re.escape(f'{name} must be {says}')}$"):
-        run = Rollout(model, given, SCHEDULE, num_frames=6, height=2, width=4, batch=2)
+        run = make_rollout(model, given, SCHEDULE, num_frames=6, height=2, width=4, batch=2)
         run.text(0), run.text(1)
 
 
 def test_a_text_of_a_block_is_refused_before_its_forward(model):
     with pytest.raises(ValueError, match=r"^text of block 0 must be \[1, at most 5, 6\] \(the prompt of one video\)"):
-        list(Rollout(model, lambda block: TEXT, SCHEDULE, num_frames=6, height=2, width=4))
+        list(make_rollout(model, lambda block: TEXT, SCHEDULE, num_frames=6, height=2, width=4))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_a_text_of_a_block_is_refused_before_its_forward(model):
 )
 def test_noises_and_prefixes(model, options, says):
     with pytest.raises(ValueError, match=f"^{says}$"):
-        Rollout(model, TEXT, SCHEDULE, **{"num_frames": 6, "height": 2, "width": 4, "batch": 2, **options})
+        make_rollout(model, TEXT, SCHEDULE, **{"num_frames": 6, "height": 2, "width": 4, "batch": 2, **options})
 
 
 @pytest.mark.parametrize(("name", "given"), [("noise", NOISE[0]), ("prefix", PREFIX[0])])
@@ -84,7 +85,7 @@ def test_the_function(model, name, given):
 
 def test_renoise():
     model = HiARTransformer(CONFIG).eval()
-    run = Rollout(model, TEXT, SCHEDULE, num_frames=6, height=2, width=4, batch=2, renoise=lambda s, n: NOISE[:1, :3])
+    run = make_rollout(model, TEXT, SCHEDULE, num_frames=6, height=2, width=4, batch=2, renoise=lambda s, n: NOISE[:1, :3])
     with pytest.raises(
         ValueError, match=r"^renoise\(step 0, block 0\) must be \[2, 3, 2, 2, 4\], got \[1, 3, 2, 2, 4\]$"
     ):

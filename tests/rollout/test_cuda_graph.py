@@ -8,13 +8,14 @@ import weakref
 
 import pytest
 import torch
+from recorder import Recorder, _Reads
+from runs import make_rollout
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, run
 
 import hiar_kernels
 from hiar_model.config import FlowSchedule
 from hiar_model.models.kv_cache import RingAttend
 from hiar_model.rollout import Rollout
-from hiar_model.rollout.cuda_graph import Recorder, _Reads
 from hiar_model.rollout.noise import KeyedNoise
 from hiar_model.rollout.readback import Readback
 
@@ -35,7 +36,7 @@ WALKS = [
 
 def made(executor: str, num_frames: int | None = 18, **options) -> Rollout:
     text = options.pop("text", TEXT)
-    return Rollout(MODEL, text, FlowSchedule.uniform(4), num_frames=num_frames, executor=executor, **SIZE, **options)
+    return make_rollout(MODEL, text, FlowSchedule.uniform(4), num_frames=num_frames, executor=executor, **SIZE, **options)
 
 
 def latents(rollout: Rollout) -> torch.Tensor:
@@ -57,21 +58,21 @@ def test_captured_and_eager_are_the_same_bits(walk, impl):
             for one, other in zip(eager, recorded, strict=True):
                 assert torch.equal(one.latents, other.latents), options
         # rings, not only results: the same keys in the same slots under the same frame ids
-        one, other = (rollout.executor.cache.state_dict() for rollout in (eager, recorded))
+        one, other = (rollout._executor.cache.state_dict() for rollout in (eager, recorded))
         held = one["frames"] >= 0
         assert torch.equal(one["frames"], other["frames"]) and bool(held.any())
-        seen = held.repeat_interleave(eager.executor.cache.frame_tokens, 2)
+        seen = held.repeat_interleave(eager._executor.cache.frame_tokens, 2)
         for name in one.keys() - {"frames"}:
             assert torch.equal(one[name][seen], other[name][seen]), name
-        assert recorded.executor.counters.launches == eager.executor.counters.launches
-        assert recorded.executor.counters.captures and not eager.executor.counters.captures
+        assert recorded._executor.counters.launches == eager._executor.counters.launches
+        assert recorded._executor.counters.captures and not eager._executor.counters.captures
 
 
 def test_the_rings_move_on_by_themselves():
     """On the device, in the replay; the host only keeps count."""
     with hiar_kernels.prefer("reference"):
         rollout = made("recorded", num_frames=None, order="stream", window_frames=6)
-        cache = rollout.executor.cache
+        cache = rollout._executor.cache
         blocks = iter(rollout)
         for n in range(8):
             wanted = list(cache.stands)
@@ -93,7 +94,7 @@ def test_captures_do_not_grow_with_the_video(walk):
         for frames in (30, 60):
             rollout = made("recorded", num_frames=frames, window_frames=9, **walk)
             latents(rollout)
-            counts.append(rollout.executor.counters.captures)
+            counts.append(rollout._executor.counters.captures)
     assert counts[0] == counts[1]
     # growth is served by the graphs of the full window: what differs are kinds of visits, and how full a diagonal is
     few = {"step_first": 2, "block_first": 2, "stream": 2 * 4, "wavefront": 4 * 4}
@@ -107,7 +108,7 @@ def test_by_layout_captures_follow_the_visible_blocks():
         for frames in (30, 60):
             rollout = made("recorded", num_frames=frames, order="stream", window_frames=9)
             latents(rollout)
-            counts.append(rollout.executor.counters.captures)
+            counts.append(rollout._executor.counters.captures)
     assert counts[0] == counts[1]
     assert counts[0] == 3 * (4 + 1), counts  # four denoise visits and a batch of cache visits, at 3, 6 and 9 frames
 
@@ -124,7 +125,7 @@ def test_another_prompt_needs_no_other_graph():
             found, wanted = latents(recorded), latents(eager)
             assert torch.equal(found, wanted)
             assert difference(found, latents(constant)) > 0.01
-            assert recorded.executor.counters.captures == constant.executor.counters.captures
+            assert recorded._executor.counters.captures == constant._executor.counters.captures
 
 
 def test_a_state_goes_on_in_the_other_executor():
@@ -146,7 +147,7 @@ def test_nothing_comes_from_the_host_in_a_replayed_visit(monkeypatch):
     blocks = iter(rollout)
     for _ in range(4):
         next(blocks)
-    launches = list(rollout.executor.launches.values())
+    launches = list(rollout._executor.launches.values())
     tensor = torch.tensor
 
     def refuse(*args, **kwargs):
@@ -173,14 +174,14 @@ def test_a_visit_reads_nothing_and_a_block_is_waited_for_once(walk, monkeypatch)
     with hiar_kernels.prefer("reference"):
         rollout = made("recorded", num_frames=None, window_frames=6, **walk)
         rollout.warm_up()  # the one text is read when its keys are made: its padding is cut off
-        rollout.executor.sentinel.device = torch.device("cuda")  # only told: nothing runs there
-        execute = rollout.executor.run
+        rollout._executor.sentinel.device = torch.device("cuda")  # only told: nothing runs there
+        execute = rollout._executor.run
 
         def unread(group):
             with _Reads(), Recorder():
                 return execute(group)
 
-        monkeypatch.setattr(rollout.executor, "run", unread)
+        monkeypatch.setattr(rollout._executor, "run", unread)
         blocks = iter(rollout)
         for n in range(1, 6):
             next(blocks)
@@ -201,7 +202,7 @@ def test_the_host_draws_noise_before_it_waits(walk, monkeypatch):
     expected = latents(made("eager", window_frames=6, **walk))
     monkeypatch.setattr(Readback, "numbers", noted("wait", read))
     rollout = made("eager", window_frames=6, **walk)
-    rollout.executor.sentinel.device = torch.device("cuda")  # only told: looked at once a block
+    rollout._executor.sentinel.device = torch.device("cuda")  # only told: looked at once a block
     seen.clear()
     assert torch.equal(latents(rollout), expected)
     draws = [one[1:] for one in seen if one[0] == "draw"]
@@ -216,7 +217,7 @@ def test_a_rollout_that_is_dropped_gives_its_memory_back_at_once(executor):
     """Not when Python next looks for cycles: the rings of the next one may not fit beside these."""
     rollout = made(executor, order="wavefront", window_frames=6)
     latents(rollout)
-    ring = weakref.ref(rollout.executor.cache.k[0])
+    ring = weakref.ref(rollout._executor.cache.k[0])
     gc.collect()
     gc.disable()
     try:
@@ -231,7 +232,7 @@ def test_memory_of_latents_is_used_again():
     blocks, places = iter(rollout), set()
     for n in range(12):
         block = next(blocks)
-        held = list(rollout.executor.latents.values()) + [x for free in rollout.executor.spare.values() for x in free]
+        held = list(rollout._executor.latents.values()) + [x for free in rollout._executor.spare.values() for x in free]
         places.add(len(held))
         assert block.latents.data_ptr() not in {x.data_ptr() for x in held}, "a finished block belongs to the caller"
         if n == 5:
@@ -296,11 +297,11 @@ def test_after_warming_up_nothing_is_captured(walk, impl):
     with hiar_kernels.prefer(impl):
         warm, cold = made("recorded", **options), made("recorded", **options)
         kinds = warm.warm_up()
-        assert kinds == warm.executor.counters.captures
+        assert kinds == warm._executor.counters.captures
         found = latents(warm)
-        assert warm.executor.counters.captures == kinds
+        assert warm._executor.counters.captures == kinds
         assert torch.equal(found, latents(cold))
-        assert cold.executor.counters.captures <= kinds
+        assert cold._executor.counters.captures <= kinds
     with pytest.raises(ValueError, match="warm_up comes before the first block"):
         warm.warm_up()
 
@@ -311,4 +312,4 @@ def test_warming_up_is_bounded_for_an_endless_video():
     blocks = iter(rollout)
     for _ in range(9):
         next(blocks)
-    assert rollout.executor.counters.captures == kinds
+    assert rollout._executor.counters.captures == kinds

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from device_operations import LAYERS, REQUEST, launches, on_cuda, operations
+from runs import changed
 
 from hiar_model.models import transformer
 from hiar_model.planning.memory import Request
@@ -42,22 +43,22 @@ def too_many(request: Request, monkeypatch: pytest.MonkeyPatch) -> tuple[list[st
 
 WAYS = [
     {"order": "step_first"},
-    {"order": "step_first", "pairs": True},
+    {"order": "step_first", "fuse_cache_denoise": True},
     {"order": "stream"},
     {"order": "stream", "batch": 2},
     {"order": "wavefront"},
-    {"order": "wavefront", "pairs": True},
+    {"order": "wavefront", "fuse_cache_denoise": True},
     {"order": "block_first"},
-    {"order": "stream", "cache_source": "next_step"},
-    {"order": "wavefront", "cache_source": "next_step"},
+    {"order": "stream", "kv_source": "next_step"},
+    {"order": "wavefront", "kv_source": "next_step"},
 ]
 
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
 def test_operations_of_a_visit(options, monkeypatch):
-    failed, counts = too_many(replace(REQUEST, **options), monkeypatch)
+    failed, counts = too_many(changed(REQUEST, **options), monkeypatch)
     assert counts and not failed, "\n" + "\n".join(failed)
-    if options.get("cache_source"):
+    if options.get("kv_source"):
         assert any("shared" in name for name in counts)
 
 
@@ -70,7 +71,7 @@ def test_a_long_prompt_costs_no_more(monkeypatch):
         return torch.empty_like(q)
 
     monkeypatch.setattr(importlib.import_module("hiar_kernels.attention.library"), "_plain", library)
-    long = replace(REQUEST, config=replace(REQUEST.config, text_len=400), text_tokens=300)
+    long = changed(REQUEST, config=replace(REQUEST.config, text_len=400), text_tokens=300)
     failed, counts = too_many(long, monkeypatch)
     assert not failed and set(counts.values()) == {13}, failed  # and that call
     assert len(biases) >= LAYERS and all(b.dtype == torch.bfloat16 and b.shape[-1] == 304 for b in biases)

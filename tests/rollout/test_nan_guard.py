@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from runs import make_rollout
 from tiny_model import MODEL, SIZE, TEXT, TINY, make_model, run
 
 import hiar_kernels
@@ -78,21 +79,21 @@ def test_the_experts_step_is_named():
 
 def spoil(made: Rollout, step: int, block: int, layer: int) -> None:
     """Have the cache visit of a block leave a NaN among its keys."""
-    run_group = made.executor.run
+    run_group = made._executor.run
 
     def spoilt(group):
         found = run_group(group)
         if any(visit == ("cache", step, block) for row in group for visit in row):
-            ring = made.executor.cache
+            ring = made._executor.cache
             slot = ring.slots(ring.frames.shape[0] - 1 and step, range(*made.plan.block_frames(block)))[0]
             ring.k[layer][step if ring.frames.shape[0] > 1 else 0, 0, slot * ring.frame_tokens, 0, 0] = NAN
         return found
 
-    made.executor.run = spoilt
+    made._executor.run = spoilt
 
 
 def test_keys_that_an_earlier_visit_left_are_told_from_ones_own():
-    made = Rollout(MODEL, TEXT, FlowSchedule.uniform(4), num_frames=9, order="stream", **SIZE)
+    made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(4), num_frames=9, order="stream", **SIZE)
     spoil(made, 2, 0, 1)
     with pytest.raises(FloatingPointError, match="step 2 of block 1 on: layer 1, keys that an earlier visit left"):
         list(made)
@@ -111,11 +112,11 @@ def test_watching_costs_no_look_at_the_device_for_each_visit(monkeypatch):
         look(self)
 
     monkeypatch.setattr(Sentinel, "look", counted)
-    made = Rollout(MODEL, TEXT, FlowSchedule.uniform(4), num_frames=15, order="stream", window_frames=7, **SIZE)
-    made.executor.sentinel.device = torch.device("cuda")  # only told: nothing runs there
+    made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(4), num_frames=15, order="stream", window_frames=7, **SIZE)
+    made._executor.sentinel.device = torch.device("cuda")  # only told: nothing runs there
     assert torch.equal(torch.cat([block.latents for block in made], 1), expected)
     assert looks == [[Visit("denoise", step, block) for step in range(4)] for block in range(5)]
-    assert max(withheld) <= 8 and not made.executor.sentinel.withheld
+    assert max(withheld) <= 8 and not made._executor.sentinel.withheld
 
 
 @pytest.mark.parametrize("step", [0, 1, 3])
@@ -124,8 +125,8 @@ def test_a_late_look_still_finds_the_layer(step, order):
     """The latents that the visit was given are held back; keys that later visits left are not taken for them."""
     experts = [make_model() for _ in range(4)]
     experts[step] = broken("blocks.1.ffn.0.bias")
-    made = Rollout(experts, TEXT, FlowSchedule.uniform(4), num_frames=15, order=order, window_frames=7, **SIZE)
-    made.executor.sentinel.device = torch.device("cuda")
+    made = make_rollout(experts, TEXT, FlowSchedule.uniform(4), num_frames=15, order=order, window_frames=7, **SIZE)
+    made._executor.sentinel.device = torch.device("cuda")
     with pytest.raises(FloatingPointError, match=f"from step {step} of block 0 on: layer 1, feed-forward"):
         list(made)
 
@@ -151,7 +152,7 @@ def flaky(monkeypatch):
 
 def made_with(on_nan: str, order: str = "stream", **options) -> tuple[torch.Tensor, Rollout, list[str]]:
     options = {"num_frames": 12, "window_frames": 7, **options}
-    made = Rollout(MODEL, TEXT, FlowSchedule.uniform(3), order=order, on_nan=on_nan, **SIZE, **options)
+    made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), order=order, on_nan=on_nan, **SIZE, **options)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         found = torch.cat([block.latents for block in made], 1)
@@ -173,19 +174,19 @@ def test_a_visit_that_went_wrong_is_repeated_with_the_reference_ops(order, optio
         return (torch.full_like(out, NAN) if count[0] % 3 == 1 else out), lse
 
     monkeypatch.setattr(attention_api.library, "attend", sometimes)
-    made = Rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=12, window_frames=7, order=order, on_nan="retry",
+    made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=12, window_frames=7, order=order, on_nan="retry",
                    **SIZE, **options)  # fmt: skip
-    launched = made.executor._launch
+    launched = made._executor._launch
 
     def counting(*args):
         count[0] += 1
         return launched(*args)
 
-    made.executor._launch = counting
+    made._executor._launch = counting
     with pytest.warns(RuntimeWarning, match="not finite from step .* of block .* on: layer 0, .*; finite with") as told:
         found = torch.cat([block.latents for block in made], 1)
     assert len(told) == 1, "told once"
-    assert made.executor.sentinel.retried > 1
+    assert made._executor.sentinel.retried > 1
     assert (found - expected).abs().max() < 1e-4
 
 
@@ -201,8 +202,8 @@ def test_a_cache_visit_that_went_wrong_is_repeated_before_anyone_reads_it():
     good = make_model()
     expected = run(model=good, steps=1, order="stream")
     schedule = FlowSchedule.uniform(1)
-    made = Rollout(good, TEXT, schedule, num_frames=9, order="stream", on_nan="retry", **SIZE)
-    run_group, bias = made.executor.run, good.blocks[0].ffn[2].bias
+    made = make_rollout(good, TEXT, schedule, num_frames=9, order="stream", on_nan="retry", **SIZE)
+    run_group, bias = made._executor.run, good.blocks[0].ffn[2].bias
     mended = bias.detach().clone()
 
     def spoilt(group):
@@ -210,8 +211,8 @@ def test_a_cache_visit_that_went_wrong_is_repeated_before_anyone_reads_it():
             bias.data.copy_(model.blocks[0].ffn[2].bias)
         return run_group(group)
 
-    made.executor.run = spoilt
-    prepare, seen = made.executor.sentinel.prepare, []
+    made._executor.run = spoilt
+    prepare, seen = made._executor.sentinel.prepare, []
 
     def mend(*args):
         seen.append(args)
@@ -219,7 +220,7 @@ def test_a_cache_visit_that_went_wrong_is_repeated_before_anyone_reads_it():
             bias.data.copy_(mended)
         return prepare(*args)
 
-    made.executor.sentinel.prepare = mend
+    made._executor.sentinel.prepare = mend
     with pytest.warns(
         RuntimeWarning, match="cached keys are not finite from step 0 of block 0 on: layer 0, feed-forward"
     ):

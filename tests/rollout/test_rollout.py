@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import make_rollout
 from safetensors.torch import load_file
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, reference, run
 
 from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.models.transformer import HiARTransformer
-from hiar_model.rollout import Rollout, rollout
+from hiar_model.rollout import rollout
 from hiar_model.rollout.noise import keyed_noise
 
 pytestmark = pytest.mark.cpu
@@ -156,15 +157,15 @@ def test_step_first_equals_one_teacher_forced_forward():
     x0 = [keyed_noise(0, 0, -1, n, (3, 2, 2, 4))[None] for n in range(3)]
     first = torch.cat(x0, 1)
     context: dict[int, torch.Tensor] = {}
-    inner = Rollout(MODEL, TEXT, schedule, num_frames=frames, **SIZE)
-    original = inner.executor._put
+    inner = make_rollout(MODEL, TEXT, schedule, num_frames=frames, **SIZE)
+    original = inner._executor._put
 
     def spy(level, block, latents):
         if level == 1:
             context[block] = latents
         original(level, block, latents)
 
-    inner.executor._put = spy
+    inner._executor._put = spy
     list(inner)
     noisy = torch.cat([context[n] for n in range(3)], 1)
     t = [torch.full((1, frames), s) for s in schedule.timesteps]
@@ -212,7 +213,7 @@ def test_text_of_each_block():
 @pytest.mark.parametrize("after", [1, 2])
 def test_save_load_go_on_equals_one_run_bit_for_bit(order, after):
     def start():
-        return Rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=12, window_frames=5, order=order, **SIZE)
+        return make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=12, window_frames=5, order=order, **SIZE)
 
     whole = torch.cat([b.latents for b in start()], 1)
     first = start()
@@ -223,9 +224,9 @@ def test_save_load_go_on_equals_one_run_bit_for_bit(order, after):
     second.load_state_dict(state)
     resumed = torch.cat([b.latents for b in [*blocks, *second]], 1)
     assert torch.equal(resumed, whole)
-    assert not second.executor.latents
+    assert not second._executor.latents
     with pytest.raises(ValueError, match="state of another rollout"):
-        Rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=9, order=order, **SIZE).load_state_dict(state)
+        make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=9, order=order, **SIZE).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -241,20 +242,20 @@ def test_save_load_go_on_equals_one_run_bit_for_bit(order, after):
     ],
 )
 def test_forwards_are_as_planned(options, forwards, launches):
-    made = Rollout(MODEL, TEXT, FlowSchedule.uniform(4), num_frames=15, **SIZE, **options)
+    made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(4), num_frames=15, **SIZE, **options)
     seen = []
     made.on_visit = lambda done, total: seen.append((done, total))
     assert [b.first_frame for b in made] == [0, 3, 6, 9, 12]
-    counters = made.executor.counters
+    counters = made._executor.counters
     assert counters.denoise + counters.cache == made.forwards_total == forwards
     assert seen[-1] == (forwards, forwards)
     assert counters.launches == launches
-    assert not made.executor.latents, "latents in flight must all be consumed"
+    assert not made._executor.latents, "latents in flight must all be consumed"
 
 
 def test_a_cache_visit_skips_what_nobody_reads(monkeypatch):
     """The head never runs for a cache visit, nor the last layer beyond its keys; the prompt's keys are made once."""
-    made = Rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=6, order="stream", **SIZE)
+    made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=6, order="stream", **SIZE)
     calls = {"head": 0, "ffn": 0, "text": 0}
     handles = [
         MODEL.head.register_forward_hook(lambda *_: calls.__setitem__("head", calls["head"] + 1)),
@@ -269,8 +270,8 @@ def test_a_cache_visit_skips_what_nobody_reads(monkeypatch):
 
 def test_poisoned_rings_change_nothing():
     options = {"num_frames": 9, "order": "wavefront", "window_frames": 5, **SIZE}
-    made = Rollout(MODEL, TEXT, FlowSchedule.uniform(4), **options)
-    for tensor in made.executor.cache.k + made.executor.cache.v:
+    made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(4), **options)
+    for tensor in made._executor.cache.k + made._executor.cache.v:
         tensor.fill_(float("nan"))
     assert torch.equal(
         torch.cat([b.latents for b in made], 1), run(**{k: v for k, v in options.items() if k not in SIZE})
@@ -279,12 +280,12 @@ def test_poisoned_rings_change_nothing():
 
 def test_memory_of_an_endless_stream_is_flat():
     """2,000 frames: rings as predicted, nothing else kept."""
-    made = Rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=None, order="stream", window_frames=7, **SIZE)
-    cache = made.executor.cache
+    made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=None, order="stream", window_frames=7, **SIZE)
+    cache = made._executor.cache
     before = [t.data_ptr() for t in cache.k]
     kept = set()
     for block in itertools.islice(made, 667):
-        kept.add((len(made.executor.latents), len(made.executor.texts.entries), len(made.executor.sentinel.unchecked)))
+        kept.add((len(made._executor.latents), len(made._executor.texts.entries), len(made._executor.sentinel.unchecked)))
     assert block.first_frame == 1998
     assert len(kept) == 1
     assert [t.data_ptr() for t in cache.k] == before

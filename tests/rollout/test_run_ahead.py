@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from runs import make_rollout
 from tiny_model import MODEL, SIZE, TEXT
 
 from hiar_model.config import FlowSchedule
 from hiar_model.rollout import Rollout
-from hiar_model.rollout.executor import Executor
+from hiar_model.rollout._executor import Executor
 
 pytestmark = pytest.mark.cpu
 
@@ -17,7 +18,7 @@ OPTIONS = {"num_frames": 12, "window_frames": 6, **SIZE}
 
 
 def rollout(text=TEXT, **options) -> Rollout:
-    return Rollout(MODEL, text, FlowSchedule.uniform(4), **{**OPTIONS, **options})
+    return make_rollout(MODEL, text, FlowSchedule.uniform(4), **{**OPTIONS, **options})
 
 
 @pytest.fixture

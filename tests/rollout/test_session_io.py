@@ -7,12 +7,13 @@ import json
 
 import pytest
 import torch
+from runs import make_rollout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_model import MODEL, SIZE, TEXT, TINY, make_model
 
 from hiar_model.config import FlowSchedule
-from hiar_model.rollout import PipelineOptions, Rollout
+from hiar_model.rollout import Rollout
 from hiar_model.rollout.session_io import FILE, load_session, save_session
 
 pytestmark = pytest.mark.cpu
@@ -25,7 +26,7 @@ STEPS = 3
 def start(text=TEXT, **options) -> Rollout:
     options = {"num_frames": 15, "window_frames": 7, "order": "stream", **options}
     model = options.pop("model", MODEL)
-    return Rollout(model, text, FlowSchedule.uniform(STEPS), **SIZE, **options)
+    return make_rollout(model, text, FlowSchedule.uniform(STEPS), **SIZE, **options)
 
 
 def switched(block: int):
@@ -96,7 +97,7 @@ def test_what_goes_on_is_what_was_never_interrupted(tmp_path, options):
         assert found.blocks == made[-1].block + 1 == second.blocks_done
         assert again.count == after and torch.equal(again.sum, decoder.sum)
         assert torch.equal(latents([*made, *second]), whole)
-        assert second.forwards_done == second.forwards_total and not second.executor.latents
+        assert second.forwards_done == second.forwards_total and not second._executor.latents
 
 
 @pytest.mark.parametrize("options", FORKS, ids=str)
@@ -228,7 +229,7 @@ def test_another_schedule_is_refused(tmp_path):
     path = save_session(tmp_path / "s.safetensors", first)
     options = {"num_frames": 15, "window_frames": 7, "order": "stream", **SIZE}
     with pytest.raises(ValueError, match="noise levels 1, 0.9"):
-        load_session(path, Rollout(MODEL, TEXT, FlowSchedule((1000, 600, 300)), **options))
+        load_session(path, make_rollout(MODEL, TEXT, FlowSchedule((1000, 600, 300)), **options))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_a_refusal_of_either_leaves_rollout_and_decoder_as_they_were(tmp_path):
 
 
 def test_a_pipeline_alone_is_one_process(tmp_path):
-    options = {"executor": "pipeline", "pipeline": PipelineOptions(alone=True)}
+    options = {"executor": "pipeline"}
     first = start(**options)
     made = list(itertools.islice(first, 2))
     path = save_session(tmp_path / "s.safetensors", first)

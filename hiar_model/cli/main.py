@@ -1,0 +1,105 @@
+"""The command `hiar`. Only what a command needs is imported, when it runs: `hiar --help` does not wait for torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+
+from jsonargparse import ArgumentParser, Namespace
+
+from ..version import package_version
+from .choices import as_typed, check_choices, explained
+from .config_file import ConfigFile, config_first
+from .evaluate import evaluate, evaluate_arguments
+from .generate import generate, generate_arguments
+from .parallel import launch, parity_arguments, verify_parity
+from .performance import bench_report, profile, profile_arguments, report_arguments, warmup, warmup_arguments
+from .signals import as_interrupts
+from .train import train, train_arguments
+from .weights import convert, convert_arguments, doctor, doctor_arguments
+
+CONFIG_HELP = "file with options of this command: YAML, or the .json beside a video; words typed here count more"
+FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def build_parser() -> ArgumentParser:
+    """The whole command line; an unknown option or key is refused."""
+    parser = ArgumentParser(
+        prog="hiar",
+        description="Long video by hierarchical denoising.",
+        version=package_version(),
+        exit_on_error=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    commands = parser.add_subcommands(required=True, metavar="COMMAND")
+    for name, (add_arguments, _, summary) in COMMANDS.items():
+        command = ArgumentParser(description=summary, exit_on_error=False)
+        command.add_argument("--config", action=ConfigFile, metavar="FILE", help=CONFIG_HELP)
+        add_arguments(command)
+        commands.add_subcommand(name, command, help=summary)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line (``argv`` None: the process's) and return the exit code: 0, 2 for a mistake in what was
+    asked, 1 for a result that is not finite or black, 130 for Ctrl-C, SIGTERM or SIGHUP. A failure is one line on
+    stderr.
+    """
+    debug, parser, dests = False, build_parser(), []
+    words = config_first(sys.argv[1:] if argv is None else argv)
+    if not words:
+        parser.print_help()
+        return 0
+    with suppress(AttributeError):  # what stdout cannot spell, such as a name, is no reason to fail at the end
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        arguments = parser.parse_args(words)
+        debug = arguments.debug
+        chosen = arguments[arguments.subcommand]
+        dests = [*vars(chosen)]
+        check_choices(arguments.subcommand, chosen)
+        if chosen.get("nproc", 1) > 1 and "LOCAL_RANK" not in os.environ:
+            return launch(words, chosen.nproc, chosen.get("out") if arguments.subcommand == "generate" else None)
+        with _interruptible():
+            COMMANDS[arguments.subcommand][1](chosen)
+        return 0
+    except KeyboardInterrupt as error:
+        return _fail("interrupted" + "".join(f"; {detail}" for detail in error.args), INTERRUPTED, debug)
+    except FloatingPointError as error:
+        return _fail(error, FAILED, debug)
+    except ArgumentError as error:
+        return _fail(explained(str(error), parser, words), WRONG_INPUT, debug)
+    except (ValueError, OSError) as error:
+        return _fail(as_typed(str(error), dests), WRONG_INPUT, debug)
+
+
+def _interruptible() -> AbstractContextManager[None]:
+    """One process alone ends on SIGTERM as on Ctrl-C; the processes of a job have a watch that does it."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread()
+    return as_interrupts() if alone else nullcontext()
+
+
+def _fail(message: object, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print("hiar:", " ".join(str(message).split()), file=sys.stderr)
+    return code
+
+
+Command = tuple[Callable[[ArgumentParser], None], Callable[[Namespace], None], str]
+COMMANDS: dict[str, Command] = {
+    "generate": (generate_arguments, generate, "Make a video of a prompt."),
+    "train": (train_arguments, train, "Train by a recipe, here or under torchrun; the same command resumes."),
+    "evaluate": (evaluate_arguments, evaluate, "Measure how well a toy model's videos keep their prompts."),
+    "verify-parity": (parity_arguments, verify_parity, "Compare a pipeline of processes with one, bit for bit."),
+    "warmup": (warmup_arguments, warmup, "Compile and capture ahead for a size; say what a cold start costs."),
+    "profile": (profile_arguments, profile, "Say where the time of a rollout goes, beside the machine's limits."),
+    "bench-report": (report_arguments, bench_report, "Say what more GPUs gain: measured, and by the simulator."),
+    "convert": (convert_arguments, convert, "Write weights in another layout, and prove that nothing changed."),
+    "doctor": (doctor_arguments, doctor, "Say what is installed and would run; with --model, what memory it takes."),
+}
