@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hiar_model.evaluation.table import table
+from bench.studies.toy_table import table
 
 pytestmark = pytest.mark.cpu
 
@@ -18,7 +18,7 @@ FOLDERS = sorted(path.name for path in (ROOT / "bench" / "results").glob("toy-tr
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_comparison_is_that_of_the_committed_evaluations(folder: str) -> None:
-    command = f"hiar evaluate toy-table bench/results/{folder}"
+    command = f"python -m bench.studies.toy_table bench/results/{folder}"
     found = re.search(rf"<!-- {re.escape(command)} -->\n\n((?:\|.*\n)+)\n", SHOWN)
     assert found, f"docs/claims.md lacks the table of {folder}"
     rows, _, legend = table(ROOT / "bench" / "results" / folder).partition("\n\n")

@@ -160,7 +160,7 @@ def test_clips_of_a_folder_belong_to_their_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, r"no data; expected; expected \*\.safetensors"),
+        ({}, r"no data; expected \*\.safetensors"),
         ({"a": b"nonsense"}, r"a\.safetensors: cannot be read"),
         ({"a": {"unconditional": EMPTY}}, r"a\.safetensors: key text is missing; it holds unconditional"),
         (

@@ -101,9 +101,9 @@ def test_a_teacher_learns_the_toy_world():
 )
 def test_shapes_that_do_not_fit_are_refused(change, message):
     x = torch.ones(2, *SHAPE)
-    given = {"x0": x, "text": torch.ones(2, 3, 6), "sigma": torch.ones(2), "noise": x, **change}
+    legal = {"x0": x, "prompt_embeds": torch.ones(2, 3, 6), "sigma": torch.ones(2), "noise": x}
     with pytest.raises(ValueError, match=message):
-        flow_matching_loss(lambda latents, *_, **__: latents, **given)
+        flow_matching_loss(lambda latents, *_, **__: latents, **{**legal, **change})
 
 
 def test_draws_belong_to_their_rows():
