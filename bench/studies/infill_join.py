@@ -41,7 +41,7 @@ class Join:
 
     videos: int
     blocks: int
-    given: tuple[int, ...]
+    known_blocks: tuple[int, ...]
     true_break: float
     infilled_break: float
     apart_break: float
@@ -56,13 +56,13 @@ def measure_join(
     prompts: Sequence[ToyPrompt],
     *,
     blocks: int = 4,
-    given: Sequence[int] = (0, 3),
+    known_blocks: Sequence[int] = (0, 3),
     seed: int = 0,
     batch: int = 16,
     on_videos: Callable[[int], None] | None = None,
     **options: Any,
 ) -> Join:
-    """Render a clip of each prompt, keep the ``given`` blocks of ``blocks``, infill the others, and read the paths.
+    """Render a clip of each prompt, infill all of its ``blocks`` but ``known_blocks``, and read the paths.
 
     Args:
         model: a toy model; a bidirectional teacher joins best.
@@ -75,11 +75,12 @@ def measure_join(
     decoder = model.decoder()
     if model.world is None or not isinstance(decoder, ToyDecoder):
         raise ValueError(f"model {model.name!r} shows no toy world: nothing to measure")
-    if not prompts or not 0 < len(set(given)) < blocks:
-        raise ValueError(f"need prompts, and some of {blocks} blocks given but not all; got {len(prompts)}, {given}")
+    if not prompts or not 0 < len(set(known_blocks)) < blocks:
+        got = f"{len(prompts)} prompts, {known_blocks}"
+        raise ValueError(f"need prompts, and some of {blocks} blocks known but not all; got {got}")
     world, oracle, codec = ToyWorld(model.world), ToyOracle(model.world), decoder.codec
     rollout, known = model.rollout, torch.zeros(blocks, dtype=torch.bool)
-    known[list(given)] = True
+    known[list(known_blocks)] = True
     known = known.repeat_interleave(rollout.frames_per_block)
     where, rows = seams(known), []
     for first in range(0, len(prompts), batch):
@@ -89,7 +90,8 @@ def measure_join(
         prompt_embeds = torch.cat([model.encode_text(prompt.text()) for prompt in some])
         own = {"frames_per_block": rollout.frames_per_block, "seed": seed, "video_ids": videos, **options}
         infilled, free = (
-            infill(model.transformer, clean, ends, prompt_embeds, rollout.schedule, **own).cpu() for ends in (given, ())
+            infill(model.transformer, clean, ends, prompt_embeds, rollout.schedule, **own).cpu()
+            for ends in (known_blocks, ())
         )
         mask = known[:, None, None, None]
         for i, prompt in enumerate(some):
@@ -104,7 +106,7 @@ def measure_join(
     of_infilled = [x for breaks, _ in rows for x in breaks[1]]
     seen = sum(math.isfinite(x) for x in of_infilled) / len(of_infilled)
     colour, shape = (_mean([right[kind] for _, right in rows]) for kind in range(2))
-    return Join(len(rows), blocks, tuple(given), true, infilled, apart, seen, colour, shape)
+    return Join(len(rows), blocks, tuple(known_blocks), true, infilled, apart, seen, colour, shape)
 
 
 def _clips(world: ToyWorld, prompts: Sequence[ToyPrompt], frames: int, seed: int, videos: Sequence[int]) -> Tensor:
@@ -120,17 +122,17 @@ def _mean(values: Sequence[float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-def seams(given: Tensor) -> list[int]:
-    """Frames f of one video, given bool [F], at which f - 1 and f are of two kinds."""
-    changes = given[1:] != given[:-1]
+def seams(known: Tensor) -> list[int]:
+    """Frames f of one video, known bool [F], where only one of f - 1 and f is known."""
+    changes = known[1:] != known[:-1]
     return [int(f) + 1 for f in changes.nonzero()[:, 0]]
 
 
 def path_breaks(centres: Tensor, extent: Tensor, at: Sequence[int], reach: int = 3) -> list[float]:
-    """How far a moving thing's path breaks at some frames, in pixels; nan where the thing is not seen.
+    """How far the path of a moving shape breaks at some frames, in pixels; NaN where the shape is not seen.
 
-    At frame f the path of the ``reach`` frames before it is continued by its own mean step and compared with where the
-    ``reach`` frames from f on are, on average: 0 for one straight line through both.
+    At frame f the path of the ``reach`` frames before it is continued by its mean step and compared with the mean
+    position of the ``reach`` frames from f on: 0 for one straight line through both.
 
     Args:
         centres: [F, 2] (x, y) of each frame, as :class:`hiar_model.toy.reading.Reading` has them; nan: not seen.
@@ -139,7 +141,7 @@ def path_breaks(centres: Tensor, extent: Tensor, at: Sequence[int], reach: int =
     if reach < 2:
         raise ValueError(f"reach must be at least 2 frames, to have a step; got {reach}")
     centres, extent = centres.double(), extent.double()
-    found = []
+    breaks = []
     for f in at:
         if not reach <= f <= len(centres) - reach:
             raise ValueError(
@@ -153,8 +155,8 @@ def path_breaks(centres: Tensor, extent: Tensor, at: Sequence[int], reach: int =
         before = path[:reach]
         pace = (before[-1] - before[0]) / (reach - 1)
         ahead = before.mean(0) + pace * torch.arange(reach).add(reach - (reach - 1) / 2)[:, None]
-        found.append(float((path[reach:] - ahead).mean(0).norm()))
-    return found
+        breaks.append(float((path[reach:] - ahead).mean(0).norm()))
+    return breaks
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
         where = folder / LOSSES
         say(f"{recipe.updates} updates, batches of {recipe.batch_size}; losses every {recipe.log_every} to {where}")
     if first:
-        say(f"going on from update {first} of {trainer.state}")
+        say(f"resuming from update {first} of {trainer.state}")
     means: dict[str, float] = {}
     with _bar(context, "{task.completed}/{task.total}", "{task.fields[losses]}") as bar:
         task = bar.add_task("", total=recipe.updates, completed=first, losses="")
@@ -90,12 +90,12 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
             with _interrupts(trainer, context):
                 done = trainer.run(show)
         except KeyboardInterrupt as error:
-            raise KeyboardInterrupt(f"the same command goes on from {trainer.state or 'the beginning'}") from error
+            raise KeyboardInterrupt(f"the same command resumes from {trainer.state or 'the start'}") from error
     if trainer.stopping and not done:
-        stands = f"after {trainer.update} of {recipe.updates} updates"
-        raise KeyboardInterrupt(f"{stands}; the same command goes on from {trainer.state}")
+        done = f"after {trainer.update} of {recipe.updates} updates"
+        raise KeyboardInterrupt(f"{done}; the same command resumes from {trainer.state}")
     if not done:
-        say(f"time is over after {trainer.update} of {recipe.updates} updates; the same command goes on")
+        say(f"max_minutes reached after {trainer.update} of {recipe.updates} updates; the same command resumes")
         return
     model = trainer.export()
     if model is None:
@@ -113,15 +113,15 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
 
 @contextmanager
 def _interrupts(trainer: Trainer, context: DistContext) -> Iterator[None]:
-    """The first Ctrl-C (or the end of a terminal or a job) ends the run behind the update that is being made, so that
-    a state is written; a second one ends it at once. Several processes end at once.
+    """The first Ctrl-C (or the end of a terminal or a job) saves a state and stops after the current update; a second
+    one stops at once. Several processes stop at once.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if trainer.stopping:
             raise KeyboardInterrupt
         trainer.stop()
-        print("ending behind this update, to write a state; Ctrl-C again: at once", file=sys.stderr, flush=True)
+        print("stopping after this update, with a saved state; Ctrl-C again: at once", file=sys.stderr, flush=True)
 
     if context.world_size > 1 or threading.current_thread() is not threading.main_thread():
         yield
@@ -159,7 +159,7 @@ def _bar(context: DistContext, *columns: str) -> Any:
 
 @contextmanager
 def _among_others() -> Iterator[None]:
-    """Where several processes run: what goes wrong in one of them, or in all alike, is told once."""
+    """With several processes: print an error of one of them, or the same error of all, once."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -169,7 +169,7 @@ def _among_others() -> Iterator[None]:
         import torch.distributed as dist
 
         if dist.is_initialized():
-            dist.barrier()  # nobody leaves while another still asks
+            dist.barrier()  # no process exits while another still communicates
     except KeyboardInterrupt:
         code = INTERRUPTED
     except (ValueError, OSError) as error:
@@ -196,7 +196,7 @@ def _tell(error: Exception) -> None:
 def _override(text: str) -> tuple[str, Any]:
     key, sign, value = text.partition("=")
     if not key or not sign:
-        raise ValueError(f"{text!r} is no override: write key=value, such as updates=100")
+        raise ValueError(f"{text!r} is not an override: write key=value, such as updates=100")
     try:
         return key, json.loads(value)
     except ValueError:

@@ -47,7 +47,7 @@ def test_the_join_is_measured_on_the_toy_world(model):
     """A model of random weights joins nothing; the true clip does, and is read from its own pixels."""
     done = []
     join = measure_join(model, split_prompts()[1][:3], batch=2, on_videos=done.append)
-    assert isinstance(join, Join) and (join.videos, join.blocks, join.given) == (3, 4, (0, 3))
+    assert isinstance(join, Join) and (join.videos, join.blocks, join.known_blocks) == (3, 4, (0, 3))
     assert join.true_break < 1.0
     assert not join.infilled_break < 1.0  # nan where nothing is seen
     assert 0 <= join.seen <= 1 and done == [2, 3]
@@ -65,5 +65,5 @@ def test_a_perfect_infill_is_measured_as_one(model, monkeypatch):
 def test_what_cannot_be_measured_is_refused(model):
     with pytest.raises(ValueError, match="shows no toy world"):
         measure_join(dataclasses.replace(model, world=None), split_prompts()[1][:1])
-    with pytest.raises(ValueError, match="some of 4 blocks given but not all"):
-        measure_join(model, split_prompts()[1][:1], given=(0, 1, 2, 3))
+    with pytest.raises(ValueError, match="some of 4 blocks known but not all"):
+        measure_join(model, split_prompts()[1][:1], known_blocks=(0, 1, 2, 3))

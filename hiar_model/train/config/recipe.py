@@ -19,8 +19,8 @@ class DataRecipe:
     """What is trained on.
 
     Args:
-        world: of the toy, by name. codec_floor: of its codec. held_out_prompts: never trained on, kept for evaluation.
-        from_start: share of toy clips that are a video's beginning. mark_continuing: prompts say which are not
+        world: name of the toy world. codec_floor: of its codec. held_out_prompts: how many are left for evaluation.
+        from_start: share of toy clips that begin a video. mark_continuing: one more prompt token marks the others
             (:class:`hiar_model.train.data.datasets.ToyData`).
         folder: of encoded prompts (or clips) instead of the toy world. latent_size: (height, width) of their latents.
         vae: folder of a Wan model whose VAE decodes samples of such prompts; null: none are shown.
@@ -77,8 +77,8 @@ class EmaRecipe:
     """The running average of weights that is sampled and exported.
 
     Args:
-        decay: of what was there, per update. start: updates after which it begins; until then it is the weights.
-        ramp: the decay begins small and rises to ``decay``, so that a short run does not average its beginning.
+        decay: per update. start: first update that is averaged; before, the average is a copy of the weights.
+        ramp: raise the decay from small values to ``decay``, so that a short run forgets its first weights.
     """
 
     decay: float = 0.998
@@ -92,13 +92,13 @@ class EmaRecipe:
 
 @dataclass(frozen=True)
 class ScaleRecipe:
-    """Where a run happens. Losses stay the same up to rounding, whatever stands here.
+    """Where and how a run executes; changes losses by rounding at most.
 
     Args:
         micro_batch: samples that one process computes at once; null: its whole share of a batch.
-        shard: processes that share the weights of one copy; 0: all. The number of copies follows.
+        shard: processes over which one copy of the weights is sharded; 0: all.
         activation_checkpointing: recompute each block in the backward pass from its saved input.
-        threads: of torch on the CPU; 0: one for small networks such as the toy's, else torch's choice.
+        threads: of torch on the CPU; 0: one for small networks such as the toy's, else torch's default.
         max_minutes: save a state and stop after so many minutes; null: never.
         checkpoint_every: updates between two saved states.
     """
@@ -122,7 +122,7 @@ class Recipe:
     """What every stage has.
 
     Args:
-        precision: "bfloat16" (autocast, of what trains), or "float32".
+        precision: "bfloat16" (autocast), or "float32".
     """
 
     stage: ClassVar[str]
@@ -131,7 +131,7 @@ class Recipe:
     scale: ScaleRecipe = field(default_factory=ScaleRecipe)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain mapping as JSON takes it, ``stage`` among it."""
+        """Plain mapping for JSON, with ``stage``."""
         return {"stage": self.stage, **plain(self)}
 
 
@@ -141,7 +141,7 @@ class PromptsRecipe(Recipe):
 
     Args:
         prompts: text file, one on each line. text_encoder: folder of a Wan model that has it.
-        negative: the prompt of guidance's other side, in place of the empty one. shard_size: prompts in one file.
+        negative: prompt for the unconditional side of guidance, in place of the empty one. shard_size: prompts a file.
     """
 
     stage: ClassVar[str] = "prompts"
@@ -160,7 +160,7 @@ class NetworkRecipe(Recipe):
     """What every stage with a network has.
 
     Args:
-        model: size of the network, a name that WanConfig knows. seed: of weights, data and noise.
+        model: size of the network, a name of WanConfig. seed: of weights, data and noise.
         num_latent_frames: of a clip.
     """
 
@@ -179,7 +179,7 @@ class TrainingRecipe(NetworkRecipe):
     """What every stage that trains a network has.
 
     Args:
-        init: weights to begin with, the folder of a model or a checkpoint; null: random.
+        init: initial weights, the folder of a model or a checkpoint; null: random.
         updates: of the run. batch_size: samples in each optimiser step, over all processes.
         log_every, sample_every: updates between two rows of loss.csv, two sheets of samples; 0: no samples.
         sample_prompts: videos on a sheet.
@@ -200,7 +200,7 @@ class TrainingRecipe(NetworkRecipe):
         _at_least(self, 0, "sample_every")
 
     def optimizer_of(self, network: str) -> OptimizerRecipe:
-        """That of a network; stages that train several say which is whose."""
+        """The optimiser of a network, by its name in the stage."""
         return self.optimizer
 
 
@@ -228,7 +228,7 @@ class CausalRecipe(TrainingRecipe):
 
 @dataclass(frozen=True)
 class LevelsRecipe:
-    """How noise levels of (target, context) are drawn in teacher forcing.
+    """The distribution of noise levels (target, context) in teacher forcing.
 
     Args:
         matched: share of (sigma_s, sigma_{s+1}) of the schedule, s uniform: step-first order.
@@ -251,8 +251,8 @@ class TeacherForcingRecipe(CausalRecipe):
     """Matched-noise teacher forcing from real clips.
 
     Args:
-        levels: which noise levels are trained.
-        first_block_weight: of a video's first block in the loss: it must place its shape without any context.
+        levels: distribution of the noise levels.
+        first_block_weight: loss weight of a video's first block, which has no context.
     """
 
     stage: ClassVar[str] = "teacher_forcing"
@@ -293,7 +293,7 @@ class OdePairsRecipe(NetworkRecipe):
 
     Args:
         teacher: weights. teacher_model: its size. count: trajectories; shard_size: in one file; batch_size: at once.
-        steps, shift, guidance: of the ODE. points: which of its states are kept, -1 the last.
+        steps, shift, guidance: of the ODE. points: indices of the states that are stored, -1 the last.
     """
 
     stage: ClassVar[str] = "ode_pairs"
@@ -316,11 +316,11 @@ class OdePairsRecipe(NetworkRecipe):
 
 @dataclass(frozen=True)
 class OdeInitRecipe(CausalRecipe):
-    """A causal student that learns the teacher's trajectories: where distillation begins.
+    """A causal student that learns the teacher's trajectories: the initial weights of distillation.
 
     Args:
-        trajectories: folder that a stage ode_pairs wrote. clean: share of contexts that are clean, not matched.
-        skip_corrupt: leave out shards that are not as they were written, by name; false: the first one ends the run.
+        trajectories: output folder of a stage ode_pairs. clean: share of contexts that are clean, not matched.
+        skip_corrupt: leave out damaged shards, with a warning for each; false: the first one ends the run.
     """
 
     stage: ClassVar[str] = "ode_init"
@@ -340,8 +340,8 @@ class ForwardKLRecipe:
     """The regulariser that keeps motion.
 
     Args:
-        weight: of it beside the DMD loss; 0: none. trajectories: folder that a stage ode_pairs wrote.
-        first_k: of the trajectories' points, from which one is drawn. attention: of the student during it.
+        weight: factor of the forward KL beside the DMD loss; 0: none. trajectories: output folder of a stage ode_pairs.
+        first_k: the student predicts from one of the first k points. attention: of the student in this loss.
         skip_corrupt: as for ode_init.
     """
 
@@ -362,7 +362,7 @@ class HiARRecipe(CausalRecipe):
 
     Args:
         teacher: weights. teacher_model: its size.
-        critic_init, critic_model: weights that the critic begins with, and its size; null: the teacher's.
+        critic_init, critic_model: initial weights of the critic, and its size; null: the teacher's.
         guidance: of the teacher in DMD. dmd_shift: of the noise levels in DMD; null: rollout.shift.
         critic_updates: optimiser steps of the critic for each step of the student. critic_optimizer: of the critic.
         shared_rollout: all steps of an update share its videos, each with its own noise; false: new videos for each.

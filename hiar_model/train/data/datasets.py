@@ -150,7 +150,7 @@ class PromptData:
         ValueError: one line with the file and the key that is missing, unreadable or of a wrong shape.
     """
 
-    CLIPS: tuple[str, ...] = ()  # further keys that every shard holds, as long as its text
+    CLIPS: tuple[str, ...] = ()  # further keys of every shard, as long as its text
 
     def __init__(self, folder: str | Path, latent_shape: tuple[int, int, int, int]) -> None:
         if len(latent_shape) != 4 or min(latent_shape) < 1:
@@ -254,7 +254,7 @@ class LatentData(PromptData):
     CLIPS = ("latents",)
 
     def clips(self, seed: int, stage: str, update: int, samples: Sequence[int]) -> Batch:
-        """Clips of the given rows, latents in float32."""
+        """Clips of some samples, latents in float32."""
         indices = self._draw(seed, stage, update, samples, "clip")
         from_start = torch.ones(len(indices), dtype=torch.bool)
         return Batch(self._read("latents", indices).float(), self._read("text", indices), from_start)

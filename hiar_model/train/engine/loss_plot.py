@@ -21,7 +21,7 @@ def draw_losses(losses: str | Path, picture: str | Path) -> None:
     """Draw every column "NETWORK_loss" of a loss.csv over "update" into a .png, raw and averaged; needs matplotlib.
 
     Raises:
-        ValueError: the file holds no row.
+        ValueError: the file has no rows.
     """
     from matplotlib.figure import Figure
 
@@ -29,7 +29,7 @@ def draw_losses(losses: str | Path, picture: str | Path) -> None:
         reader = csv.DictReader(file)
         rows, names = list(reader), [name for name in reader.fieldnames or [] if name.endswith("_loss")]
     if not rows:
-        raise ValueError(f"{losses} holds no row")
+        raise ValueError(f"{losses} has no rows")
     figure = Figure(figsize=(8, 4 * len(names) + 0.5), layout="constrained")
     for axes, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
         updates, values = zip(*((int(row["update"]), float(row[name])) for row in rows if row[name]), strict=True)

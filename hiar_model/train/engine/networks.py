@@ -54,7 +54,7 @@ def make_network(
 
 
 def frozen(network: HiARTransformer, dtype: torch.dtype | None = None) -> HiARTransformer:
-    """The same network in evaluation mode, without gradients, in ``dtype`` if that is given."""
+    """The same network in evaluation mode, without gradients, converted to ``dtype``; None: as it is."""
     return network.to(dtype=dtype).eval().requires_grad_(False)
 
 

@@ -58,7 +58,7 @@ class Trainer:
         self.recipe, self.stage, self.folder = recipe, stage, Path(folder)
         self.dist_context = dist_context or DistContext(0, 1, torch.device("cpu"))
         self.first = self.dist_context.rank == 0
-        self.say = say if self.first else lambda text: None
+        self.say = say if self.first else lambda line: None
         if self.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             check_output(self.folder / LOSSES)
@@ -224,7 +224,7 @@ class Trainer:
         return bool(self.dist_context.all_reduce_max([float(time.monotonic() - start > 60 * limit)])[0])
 
     def _state_dict(self) -> dict[str, Any]:
-        """Weights, optimiser states and averages, as torch.distributed.checkpoint saves them, and loads in place."""
+        """Weights, optimiser states and averages, for torch.distributed.checkpoint to save or load in place."""
         state: dict[str, Any] = {"average": self.ema.weights}
         for name, network in self.stage.trained.items():
             weights = {key: p.detach() for key, p in network.named_parameters()}

@@ -82,7 +82,7 @@ STAGES = {
     "ode_init": ("stages.distillation", "OdeInit"),
     "hiar": ("stages.distillation", "HiAR"),
 }
-"""Name in a recipe -> (module of hiar_model.train, class); the class is made of (recipe, device)."""
+"""Name in a recipe -> (module of hiar_model.train, class); the class takes (recipe, device)."""
 
 
 def _check_inputs(recipe: Any) -> None:
