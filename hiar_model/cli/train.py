@@ -92,8 +92,8 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(f"the same command resumes from {trainer.state or 'the start'}") from error
     if trainer.stopping and not done:
-        done = f"after {trainer.update} of {recipe.updates} updates"
-        raise KeyboardInterrupt(f"{done}; the same command resumes from {trainer.state}")
+        count = f"{trainer.update} of {recipe.updates} updates"
+        raise KeyboardInterrupt(f"after {count}; the same command resumes from {trainer.state}")
     if not done:
         say(f"max_minutes reached after {trainer.update} of {recipe.updates} updates; the same command resumes")
         return

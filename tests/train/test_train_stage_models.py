@@ -109,7 +109,7 @@ def test_exported_students(files, tmp_path, codec, capsys, variant, order, kv_so
     ]
     assert main([str(word) for word in ["evaluate", "toy", *options]]) == 0, capsys.readouterr().err
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert (row["order"], row["num_frames"]) == (order, 6)
+    assert (row["rollout"]["order"], row["num_frames"]) == (order, 6)
 
 
 def test_a_student_of_a_world_without_prompted_speed(files, tmp_path, codec):

@@ -160,8 +160,8 @@ class Trainer:
             (loss * (share * dist_context.world_size)).backward()
             names = ["loss", *scalars]
             values = [loss.detach().double(), *scalars.values()]
-            values = [torch.as_tensor(v, dtype=torch.float64).to(dist_context.device) for v in values]
-            parts.append(share * torch.stack(values))
+            tensors = [torch.as_tensor(v, dtype=torch.float64).to(dist_context.device) for v in values]
+            parts.append(share * torch.stack(tensors))
         self._reshard()
         means = dist_context.all_reduce_sum(torch.stack(parts).sum(0))
         norm = optimizer.clip().detach().double().reshape(1)
