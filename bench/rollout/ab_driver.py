@@ -104,7 +104,7 @@ class RolloutCase:
         return getattr(getattr(self.executor, "counters", None), name, None)
 
     def run(self, blocks: int) -> dict[str, Any]:
-        """Tasks (forwards of one block, visits in older revisions) and batched forwards that these blocks took."""
+        """Tasks (visits in older revisions: forwards of one block) and batched forwards that these blocks took."""
         tasks, forwards = self.rollout.forwards_done, self.count("launches")
         for _ in range(blocks):
             next(self.blocks)

@@ -94,7 +94,7 @@ def write(result: dict[str, Any], folder: Path) -> Path:
     about |= {key: value for key, value in result["environment"].items() if key != "revision"}
     body = [
         "Measured in turn, ABAB..., each revision in a process of its own. A / B is that of the medians: above 1, B",
-        "takes less (of fps: below 1, B makes more). A task is one forward of one block (a visit, in older words).",
+        "takes less (of fps: below 1, B makes more). A task is one forward of one block.",
         "Attention, matmul and the other parts are of one traced block, idle is the rest of the clock's time.",
         "",
         *table(result["rows"]),

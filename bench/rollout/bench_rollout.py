@@ -49,7 +49,7 @@ def row_of(name: str, result: Profile) -> Row:
     return {
         "rollout": name,
         "visit_ms": 1e3 * result.seconds,
-        "block_ms": 1e3 * result.seconds * result.visits / result.setting.blocks,
+        "block_ms": 1e3 * result.seconds * result.tasks / result.setting.blocks,
         "fps": result.frames_per_second,
         "of_roofline": roofline / result.seconds,
         "launches": result.launches,

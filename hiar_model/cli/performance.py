@@ -82,7 +82,7 @@ def profile_arguments(parser: ArgumentParser) -> None:
     setting_arguments(parser)
     parser.add_argument("--blocks", type=int, default=2, help="blocks to measure, once the window is full")
     parser.add_argument(
-        "--stage-times", type=str, help="instead: visits by the frames they see, into this JSON file for bench-report"
+        "--stage-times", type=str, help="instead: tasks by the frames they see, into this JSON file for bench-report"
     )
 
 

@@ -1,4 +1,4 @@
-"""Several processes for one video: the mesh of a job, and head-parallel attention inside a visit."""
+"""Several processes for one video: the mesh of a job, and head-parallel attention inside a task."""
 
 from .mesh import AXES, axis, make_mesh
 

@@ -1,7 +1,7 @@
 """The processes of a job as a mesh of three axes, (step, head, replica).
 
 step      denoising steps live on ranks; latents go from one to the next
-head      one visit is shared: tokens outside self-attention, heads inside it
+head      one task is shared: tokens outside self-attention, heads inside it
 replica   other videos; nothing is exchanged
 """
 

@@ -1,6 +1,6 @@
 """Steps on ranks: what one process of a pipeline has, does, and tells.
 
-A rank walks the plan's visits at its own steps, block by block, and holds only their caches. Latents x[s + 1][n] go to
+A rank walks the plan's tasks at its own steps, block by block, and holds only their caches. Latents x[s + 1][n] go to
 the next rank the moment denoise(s, n) ends, before cache(s, n): see :class:`Neighbours`. The last rank has the finished
 blocks. Whatever the number of ranks, the rows are the same, and so are the results, bit for bit.
 """
@@ -105,9 +105,9 @@ class Pipeline:
         self._at(place)
 
     def enter(self, group: Group) -> None:
-        """These visits come next."""
-        visit = group[0][-1]
-        self._at(f"step {visit.step} of block {visit.block} ({visit.kind})")
+        """These tasks come next."""
+        task = group[0][-1]
+        self._at(f"step {task.step} of block {task.block} ({task.kind})")
 
     def hand_over(self, block: int) -> None:
         """A finished block goes to whoever iterates; how long that takes is none of ours."""

@@ -1,4 +1,4 @@
-"""Head-parallel attention inside a visit (Ulysses: Jacobs et al. 2023, arXiv 2309.14509): one video on several GPUs.
+"""Head-parallel attention inside a task (Ulysses: Jacobs et al. 2023, arXiv 2309.14509): one video on several GPUs.
 
 Each of R ranks holds T / R tokens, a part of every frame, with all their channels; norms, modulation, cross-attention
 and feed-forward never notice. For self-attention tokens are exchanged for heads, and back:
@@ -30,7 +30,7 @@ from ..models.conditions import Live
 from ..models.kv_cache import RingAttend
 from .mesh import axis, make_mesh
 
-# An op, not a function: complete when it returns, and one operation for whoever records or compiles a visit.
+# An op, not a function: complete when it returns, and one operation for whoever records or compiles a task.
 _LIBRARY = torch.library.Library("hiar_model", "DEF")
 _GROUPS: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
 
@@ -48,7 +48,7 @@ torch.library.register_fake("hiar_model::exchange", lambda x, group: torch.empty
 
 
 class HeadRanks:
-    """The ranks that share one visit, and what this one of them holds.
+    """The ranks that share one task, and what this one of them holds.
 
     Args:
         config: of the transformer. grid: (rows, columns) of tokens in a frame. mesh: with an axis "head"; None: all

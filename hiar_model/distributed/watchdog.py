@@ -7,7 +7,7 @@ reads the same of the others. Whoever finds a fault first tells it; the others h
     a process that was killed    its neighbours see the link break; where a launcher ends the rest (SIGTERM), whoever
                                  does not answer the roll call is the one
     a process that stopped       nothing heard from it for the time limit
-    a process that hangs         heard from, but in one visit for the time limit
+    a process that hangs         heard from, but in one task for the time limit
     a launcher that was killed   takes the store with it: every process ends by itself
 
 Until a process has made its first block it has ten times the limit: weights are loaded and kernels compiled then.

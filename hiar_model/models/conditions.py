@@ -97,7 +97,7 @@ class TextKV:
     embedded: Tensor | None = None
     counted: bool = True
     log_counts: Tensor = field(init=False)
-    """Logarithm of the counts in the keys' dtype: made once for all layers and visits."""
+    """Logarithm of the counts in the keys' dtype: made once for all layers and tasks."""
 
     def __post_init__(self) -> None:
         dtype = (self.layers[0][0] if self.embedded is None else self.embedded).dtype

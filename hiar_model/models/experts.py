@@ -64,7 +64,7 @@ def steps_of_rank(split: Sequence[int], rank: int) -> range:
 def load_experts(
     files: Sequence[str], load: Callable[[str], HiARTransformer], steps: Iterable[int] | None = None
 ) -> list[HiARTransformer | None]:
-    """A model for each step, None where this process has no visits; each file is loaded once.
+    """A model for each step, None where this process has no tasks; each file is loaded once.
 
     Args:
         files: of each step (:func:`parse_experts`). load: such as :func:`hiar_model.load_transformer`.

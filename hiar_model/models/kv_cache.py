@@ -1,6 +1,6 @@
 """Matched-noise caches: rings of frame slots, one row for each denoising step.
 
-One tensor for each layer, [cache, batch, slot * frame_tokens, H, D], so that visits at successive steps are rows of one
+One tensor for each layer, [cache, batch, slot * frame_tokens, H, D], so that tasks at successive steps are rows of one
 batch without copies. A frame's slot follows from its id alone: sink frames keep theirs, the others go round; eviction
 is overwriting. Which slot holds which frame is written beside the keys (-1 empty), and visibility looks only there.
 
@@ -8,7 +8,7 @@ Where each ring stands is kept on the device and moves on there (:func:`hiar_ker
 graph serves every block; the host keeps the same in plain numbers and never has to ask.
 
 Keys may be kept in fewer bits than the network works in (``kv_dtype``; e4m3 with a scale for each layer, head and
-frame slot). What a visit sees is then read back into one scratch that all layers share, its own keys among it: every
+frame slot). What a task sees is then read back into one scratch that all layers share, its own keys among it: every
 walk sees the same numbers. In bfloat16 over e4m3 that moves 7 bytes for each number seen, beside the 2 that attention
 reads.
 """
@@ -141,7 +141,7 @@ class RingCache:
         self.stands = [None] * len(self.capacities)
 
     def stand_at(self, cache: int, frame: int) -> None:
-        """See to it that the next visit of a cache begins at a frame; nothing to do where it stands there already."""
+        """See to it that the next task of a cache begins at a frame; nothing to do where it stands there already."""
         if self.stands[cache] != frame:
             self.positions[cache].fill_(frame)
             self.stands[cache] = frame
@@ -192,12 +192,12 @@ class RingCache:
 class RingAttend(Attend):
     """:class:`hiar_model.models.transformer.Attend` of one kind of batch: append to the rings, then attend over them.
 
-    What differs from visit to visit lies on the device: :meth:`enter` does the host's part of a visit, :meth:`begin`
+    What differs from task to task lies on the device: :meth:`enter` does the host's part of a task, :meth:`begin`
     the device's, and a graph that was captured from :meth:`begin` on serves every block.
 
     Args:
         cache: the rings. caches: which of them are the rows of this batch, as a slice.
-        frames: of a visit. done: for each cache, how many of them its ring moves on by.
+        frames: of a task. done: for each cache, how many of them its ring moves on by.
         first_frame: id of the video's first frame. mask: the rule, with one window for each batch row.
         lends: for each cache whether this visit's keys are also left in the cache before it.
     """
@@ -219,7 +219,7 @@ class RingAttend(Attend):
         self.used = max(cache.capacities[s] for s in self.steps)
         rows, device = len(self.steps) * cache.batch, cache.frames.device
         self.frames = torch.zeros(rows, frames, dtype=torch.int32, device=device)
-        # where the visit's keys go, and where else a visit that lends leaves them: in the ring before its own
+        # where the visit's keys go, and where else a task that lends leaves them: in the ring before its own
         self.places = torch.zeros(2, rows, frames, dtype=torch.int32, device=device)
         self.slots = self.places[0]
         self.advance = torch.tensor(done, dtype=torch.int32, device=device).repeat_interleave(cache.batch)
@@ -233,13 +233,13 @@ class RingAttend(Attend):
         self._slots = torch.zeros(rows, frames, dtype=torch.int64, device=device)
         self._in_order = torch.arange(frames, dtype=torch.int32, device=device)[None]
         self.layout: AttentionLayout | None = None
-        # where the kernel goes by one: made on the device once a visit, for all layers
+        # where the kernel goes by one: made on the device once a task, for all layers
         k = cache.rows(cache.scratch[0] if cache.scratch else cache.k[0], caches, self.used)
         self.by_schedule = takes_schedule(k[:, : frames * cache.frame_tokens], k, mask)
         self.schedule: AttentionSchedule | None = None
 
     def enter(self, starts: Sequence[int], layout: bool = True) -> AttentionLayout | None:
-        """The host's part: the visit of each cache begins at a frame, counted from the video's first.
+        """The host's part: the task of each cache begins at a frame, counted from the video's first.
 
         Returns:
             What the queries will see, if asked; ``self.layout`` is to be it where attention should go by it.
@@ -258,7 +258,7 @@ class RingAttend(Attend):
         return attention_layout(self.mask, rows, held)
 
     def begin(self) -> None:
-        """The device's part: frame ids and slots of this visit, noted in the rings, which move on."""
+        """The device's part: frame ids and slots of this task, noted in the rings, which move on."""
         cache, shared = self.cache, self._shared
         positions = cache.positions[self.caches].view(-1)
         options: dict[str, Any] = {"first_frame": self.first_frame, "sink_frames": cache.sink_frames}
@@ -313,7 +313,7 @@ class RingAttend(Attend):
         return q
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """k, v [B, F, ..., H, D], tokens of a frame in one dimension or several, into the slots of the visit, in the
+        """k, v [B, F, ..., H, D], tokens of a frame in one dimension or several, into the slots of the task, in the
         rings' own dtype.
         """
         cache, where = self.cache, (self._rows, self._slots)

@@ -438,7 +438,7 @@ class HiARTransformer(nn.Module):
         return TextKV((), counts, embedded, counted=length < full)
 
     def text_kv(self, text: Tensor) -> TextKV:
-        """Prompt [B, L, text_dim] -> its keys and values for every layer, made once for all visits."""
+        """Prompt [B, L, text_dim] -> its keys and values for every layer, made once for all tasks."""
         prompt = self.embed_text(text)
         assert prompt.embedded is not None
         kv: list[Callable[[Tensor], tuple[Tensor, Tensor]]] = [block.cross_attn.kv for block in self.blocks]  # type: ignore[union-attr,misc]

@@ -194,8 +194,8 @@ class PromptDelay:
     behind the start of a block, which keeps the prompt it began with), in the steady state.
 
     blocks    blocks that are finished in that time, the first to show the new prompt among them
-    forwards  the time, in visits of equal length
-    recache   cache visits that policy "recache" adds before it shows, at most; None: those of all earlier blocks
+    forwards  the time, in tasks of equal length
+    recache   cache tasks that policy "recache" adds before it shows, at most; None: those of all earlier blocks
     """
 
     blocks: int

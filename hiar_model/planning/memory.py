@@ -1,6 +1,6 @@
 """What a video will take of a device's memory, before anything is loaded: `hiar doctor --model ...`.
 
-Weights, caches and latents follow from the sizes. What a visit needs beside them is counted: the rollout's own code
+Weights, caches and latents follow from the sizes. What a task needs beside them is counted: the rollout's own code
 runs once on fake tensors, which have shapes and no memory, with few layers (the most that is alive at a time does not
 depend on how many there are). Units: bytes; GB is 10^9 of them, GiB 2^30.
 """
@@ -134,11 +134,11 @@ class Memory:
     text_encoder, vae  weights, as `Part`
     caches             keys, values, scales and frame ids of all ``rings``
     scratch            what all layers read narrow keys into
-    prompt             keys and values of the prompt for every layer (twice where visits are captured: graphs read them
-                       in a fixed place), modulation, buffers of visits
+    prompt             keys and values of the prompt for every layer (twice where tasks are captured: graphs read them
+                       in a fixed place), modulation, buffers of tasks
     latents            in flight, and the block that was finished last
-    activations        the most that a visit needs beside all this
-    captured           that lies in the private pool of the graphs, which nothing else can use between visits
+    activations        the most that a task needs beside all this
+    captured           that lies in the private pool of the graphs, which nothing else can use between tasks
     workspaces         of cuBLAS, one for each stream that multiplies matrices
     offload            what leaves the device, of `OFFLOAD`
     """
@@ -176,7 +176,7 @@ class Memory:
 
     @property
     def visiting(self) -> int:
-        """Peak of a visit."""
+        """Peak of a task."""
         return self.resident + (0 if self.captured else self.activations)
 
     @property
@@ -217,7 +217,7 @@ def predict(
     narrow = request.kv_dtype not in (None, request.dtype)
     scratch = 2 * math.prod(RingCache.shape(config, *ring)) * request.dtype.itemsize if narrow else 0
     captured = request.cuda_graph
-    streams = 1 + captured if request.device == "cuda" else 0  # visits are captured on a stream of their own
+    streams = 1 + captured if request.device == "cuda" else 0  # tasks are captured on a stream of their own
     return Memory(
         transformer=weights_bytes(config, request.dtype),
         caches=caches - scratch,
@@ -252,22 +252,22 @@ def _latents(request: Request) -> int:
     readers: dict[tuple[int, int], int] = {}
     most = 0
     for group in plan.groups(blocks if blocks is not None else seen // block + plan.steps + 2):
-        for visit in (visit for row in group for visit in row):
-            if visit.kind == "denoise":
-                readers.setdefault((visit.step, visit.block), 1)
-                readers[visit.step + 1, visit.block] = (visit.step + 1 < plan.steps) + plan.has_cache(
-                    visit.step, visit.block, blocks
+        for task in (task for row in group for task in row):
+            if task.kind == "denoise":
+                readers.setdefault((task.step, task.block), 1)
+                readers[task.step + 1, task.block] = (task.step + 1 < plan.steps) + plan.has_cache(
+                    task.step, task.block, blocks
                 )
         most = max(most, len(readers))
-        for visit in (visit for row in group for visit in row):
-            level = visit.step + (visit.kind == "cache")
-            readers[level, visit.block] -= 1
+        for task in (task for row in group for task in row):
+            level = task.step + (task.kind == "cache")
+            readers[level, task.block] -= 1
         readers = {key: n for key, n in readers.items() if n}
     frame = request.config.in_channels * request.height * request.width
     return (most + 2) * request.batch * block * frame * request.dtype.itemsize
 
 
-# What a visit needs, counted.
+# What a task needs, counted.
 
 
 class Counted(NamedTuple):
@@ -297,7 +297,7 @@ def fake(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 @lru_cache(maxsize=256)
 def _counted(request: Request) -> Counted:
-    """Each kind of visit, run once on fake tensors."""
+    """Each kind of task, run once on fake tensors."""
     few = replace(request.config, num_layers=min(_LAYERS, request.config.num_layers))
     with torch.device("meta"):
         model = HiARTransformer(few).eval().requires_grad_(False)

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity
 from ..config import WAN, ExecutionConfig, RolloutConfig, WanConfig
 from ..models.transformer import HiARTransformer
 from ..rollout import Rollout
-from ..schedule.costs import visit_flop
+from ..schedule.costs import task_flop
 from ..version import package_version
 
 KINDS = ("attention", "matmul", "pointwise", "copy")
@@ -80,7 +80,7 @@ class Setting:
 
 @dataclass
 class Start:
-    """Seconds from nothing to the first visit that runs at full speed."""
+    """Seconds from nothing to the first task that runs at full speed."""
 
     build: float
     warm_up: float
@@ -89,7 +89,7 @@ class Start:
 
 @dataclass
 class Part:
-    """One kind of work, per visit: seconds on the device, kernels, and the seconds that the machine's limit allows."""
+    """One kind of work, per task: seconds on the device, kernels, and the seconds that the machine's limit allows."""
 
     name: str
     seconds: float
@@ -100,12 +100,12 @@ class Part:
 
 @dataclass
 class Profile:
-    """What :func:`profile` found, per visit where not said otherwise."""
+    """What :func:`profile` found, per task where not said otherwise."""
 
     setting: Setting
     device: str
     start: Start
-    visits: int
+    tasks: int
     seconds: float
     parts: list[Part]
     launches: float | None
@@ -126,13 +126,13 @@ class Profile:
             f"copy {self.limits['bytes'] / 1e9:.4g} GB/s",
             f"cold start: weights {self.start.build:.1f} s, warm-up {self.start.warm_up:.1f} s for {self.start.kinds} "
             "kinds of launches",
-            f"{1e3 * self.seconds:.3f} ms a visit over {self.visits} visits, {self.frames_per_second:.2f} pixel frames "
+            f"{1e3 * self.seconds:.3f} ms a task over {self.tasks} tasks, {self.frames_per_second:.2f} pixel frames "
             "a second without the VAE",
         ]
         for name, value in (("kernel or graph launches", self.launches), ("host syncs", self.syncs)):
-            rows.append(f"{name} a visit: " + ("not counted on a CPU" if value is None else f"{value:.2f}"))
+            rows.append(f"{name} a task: " + ("not counted on a CPU" if value is None else f"{value:.2f}"))
         peak = "not counted on a CPU" if self.peak_bytes is None else f"{self.peak_bytes / 2**30:.2f} GiB"
-        rows += [f"peak memory: {peak}", "", "| part | ms a visit | share | kernels | limit ms | of limit | limit is |"]
+        rows += [f"peak memory: {peak}", "", "| part | ms a task | share | kernels | limit ms | of limit | limit is |"]
         rows.append("|---|---:|---:|---:|---:|---:|---|")
         for part in self.parts:
             limit = " | "
@@ -198,7 +198,7 @@ def profile(setting: Setting) -> Profile:
     begun, before = _now(device), rollout.forwards_done
     for _ in range(setting.blocks):
         next(blocks)
-    seconds, visits = _now(device) - begun, rollout.forwards_done - before
+    seconds, tasks = _now(device) - begun, rollout.forwards_done - before
     # again under the profiler, whose own cost must not be in the figures above
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     before = rollout.forwards_done
@@ -207,11 +207,11 @@ def profile(setting: Setting) -> Profile:
             for _ in range(setting.blocks):
                 next(blocks)
         _now(device)
-    return _report(setting, rollout, start, profiler, seconds, visits, rollout.forwards_done - before)
+    return _report(setting, rollout, start, profiler, seconds, tasks, rollout.forwards_done - before)
 
 
 def _report(
-    setting: Setting, rollout: Rollout, start: Start, profiler: Any, seconds: float, visits: int, watched: int
+    setting: Setting, rollout: Rollout, start: Start, profiler: Any, seconds: float, tasks: int, watched: int
 ) -> Profile:
     device = rollout.device
     cuda = device.type == "cuda"
@@ -221,7 +221,7 @@ def _report(
     tokens = rollout.cache.frame_tokens * plan.frames_per_block
     keys = rollout.cache.frame_tokens * setting.window
     attention = 4.0 * tokens * (keys + config.text_len) * config.dim * config.num_layers
-    matmul = visit_flop(config, tokens, keys) - attention
+    matmul = task_flop(config, tokens, keys) - attention
     moved = pointwise_bytes(config, tokens, getattr(torch, setting.dtype).itemsize)
     why = {
         "attention": (attention / limits["flop"], f"{attention / 1e12:.4g} TFLOP"),
@@ -230,14 +230,14 @@ def _report(
     }
     spent, kernels, busy = _spent(profiler, cuda)
     parts = [Part(name, spent[name] / watched, kernels[name] / watched, *why.get(name, (0.0, ""))) for name in KINDS]
-    parts.append(Part("idle", max(0.0, seconds / visits - busy / watched), 0))
+    parts.append(Part("idle", max(0.0, seconds / tasks - busy / watched), 0))
     names = calls_within(profiler.events(), _WATCHED) if cuda else []
     return Profile(
         setting,
         torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         start,
-        visits,
-        seconds / visits,
+        tasks,
+        seconds / tasks,
         parts,
         sum(bool(LAUNCHES.match(name)) for name in names) / watched if cuda else None,
         sum(name in SYNCS for name in names) / watched if cuda else None,
@@ -323,7 +323,7 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 
 
 def stage_times(setting: Setting) -> dict[str, Any]:
-    """Seconds of a denoise and of a cache visit over the frames that it sees, for the pipeline simulator.
+    """Seconds of a denoise and of a cache task over the frames that it sees, for the pipeline simulator.
 
     Returns:
         What :func:`hiar_model.schedule.costs.measured` reads; medians over the steps.
@@ -333,11 +333,11 @@ def stage_times(setting: Setting) -> dict[str, Any]:
     plan, device = rollout.plan, rollout.device
     taken: dict[str, dict[int, list[float]]] = {"denoise": {}, "cache": {}}
     for group in rollout.groups():
-        visit = group[0][0]
+        task = group[0][0]
         begun = _now(device)
         rollout.step()
-        seen = plan.visible_frames(visit.step, visit.block)
-        taken[visit.kind].setdefault(seen, []).append(_now(device) - begun)
+        seen = plan.visible_frames(task.step, task.block)
+        taken[task.kind].setdefault(seen, []).append(_now(device) - begun)
     curves = {kind: [[seen, median(times)] for seen, times in sorted(found.items())] for kind, found in taken.items()}
     height, width = setting.latent_size()
     return {

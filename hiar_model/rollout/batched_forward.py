@@ -1,4 +1,4 @@
-"""One kind of batched forward, with everything that changes from visit to visit in device memory.
+"""One kind of batched forward, with everything that changes from task to task in device memory.
 
 The same kind runs again and again: filled by the host, then run as it is, or replayed as a graph captured from it.
 """
@@ -31,7 +31,7 @@ Capture = Callable[[Callable[[], Any]], Captured]
 
 
 @dataclass(frozen=True)
-class Kind:
+class GraphKey:
     """What a captured launch is fixed to.
 
     Attributes:
@@ -55,7 +55,7 @@ class Kind:
         return [i for i, row in enumerate(self.rows) if row[-1][0] == "denoise"]
 
 
-class Launch:
+class BatchedForward:
     """A kind of forward, its input buffers and its body.
 
     Args:
@@ -66,7 +66,7 @@ class Launch:
 
     def __init__(
         self,
-        kind: Kind,
+        kind: GraphKey,
         model: HiARTransformer,
         table: ModulationTable,
         attend: RingAttend,
@@ -89,7 +89,7 @@ class Launch:
             self.live = Live(tuple(i * batch + b for i in wanted for b in range(batch)), first)
         self.sigmas = torch.zeros(2, len(wanted) * batch, 1, dtype=wide, device=weight.device)
         self.noise = self.x.new_zeros(len(wanted) * batch, denoised, *shape) if sde else None
-        # x[s + 1] of each denoise visit, one after the other, and whether it is finite
+        # x[s + 1] of each denoise task, one after the other, and whether it is finite
         self.out = self.x.new_zeros(len(wanted) * batch, denoised, *shape)
         self.finite = torch.ones(len(wanted), dtype=torch.bool, device=weight.device)
         self.captured: Captured | None = None
@@ -102,15 +102,15 @@ class Launch:
         sigmas: Sequence[Sequence[float]],
         noise: Sequence[Tensor | None],
     ) -> None:
-        """Inputs of a visit, copied to where the body reads them.
+        """Inputs of a task, copied to where the body reads them.
 
         Args:
-            latents: of each row and visit, [B, frames, C, H, W]. levels: of each row and frame, a row of the table.
-            sigmas: of each denoise visit (sigma, next sigma). noise: of each, None where it has no weight.
+            latents: of each row and task, [B, frames, C, H, W]. levels: of each row and frame, a row of the table.
+            sigmas: of each denoise task (sigma, next sigma). noise: of each, None where it has no weight.
         """
-        for i, visits in enumerate(latents):
+        for i, tasks in enumerate(latents):
             place, first = self.x[i * self.batch : (i + 1) * self.batch], 0
-            for x in visits:
+            for x in tasks:
                 place[:, first : first + x.shape[1]].copy_(x)
                 first += x.shape[1]
         self._tell("levels", self.levels, [list(row) for row in levels for _ in range(self.batch)])
@@ -129,7 +129,7 @@ class Launch:
             self._told[name] = numbers
 
     def body(self) -> None:
-        """The forward, and the step of the denoise visits; on the device alone."""
+        """The forward, and the step of the denoise tasks; on the device alone."""
         self.attend.begin()
         velocity = self.model.run(self.x, self.table.at(self.levels), self.text, self.attend, self.live)
         if velocity is None:
@@ -140,7 +140,7 @@ class Launch:
         torch.lt(largest, torch.inf, out=self.finite)
 
     def run(self, capture: Capture | None = None) -> None:
-        """The visit that was filled in; replayed if it was captured before."""
+        """The task that was filled in; replayed if it was captured before."""
         if self.captured is not None:
             self.captured.replay()
         elif capture is not None:

@@ -24,7 +24,7 @@ from ..schedule.plan import Group, Plan, forwards
 from ..version import NOISE, require_noise
 from .executor import Executor, NoiseSource, working_dtype
 from .noise import GIVEN, GivenNoise, KeyedNoise
-from .prompt_cache import KeptTexts
+from .prompt_cache import ResumedPrompts
 from .receiver import Receiver
 from .shapes import CheckedNoise, CheckedTexts, check_text, require_shape
 
@@ -349,7 +349,7 @@ class Rollout:
             require_noise("state", state["noise"])
         before = list(islice(self.groups(), state["groups_done"]))
         executed = {task for group in before for row in group for task in row}
-        text = KeptTexts.after(self.text, state["texts"])
+        text = ResumedPrompts.after(self.text, state["texts"])
         if text.forks and self.num_blocks is not None and max(text.kept) + 1 >= self.num_blocks:
             raise ValueError(
                 f"no fork to another prompt here: all {self.num_blocks} blocks have begun with theirs "

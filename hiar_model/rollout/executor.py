@@ -1,4 +1,4 @@
-"""The one loop: executes groups of visits on tensors. What is visited, and when, is the plan's business."""
+"""The one loop: executes groups of tasks on tensors. What is visited, and when, is the plan's business."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..config import TRAIN_TIMESTEPS, ExecutionConfig, RolloutConfig
 from ..models.conditions import TextKV
 from ..models.kv_cache import RingAttend, RingCache
 from ..models.transformer import HiARTransformer
-from ..schedule.plan import Group, Plan, Row, Visit
-from .batched_forward import Capture, Kind, Launch, on_the_way
+from ..schedule.plan import Group, Plan, Row, Task
+from .batched_forward import BatchedForward, Capture, GraphKey, on_the_way
 from .cuda_graph import CudaGraphs
-from .nan_guard import Sentinel
+from .nan_guard import NaNGuard
 from .noise import INITIAL
-from .prompt_cache import TextCache, TextSlots, TextSource
+from .prompt_cache import PromptBuffers, PromptCache, TextSource
 from .recache import History, forget
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Counters:
 
 
 class Executor:
-    """Runs groups of visits and keeps what is between them: latents in flight and the rings.
+    """Runs groups of tasks and keeps what is between them: latents in flight and the rings.
 
     Args:
         models: one for each step (the same one repeated, or experts). plan: of the tasks; ``num_blocks`` of the order.
@@ -88,14 +88,14 @@ class Executor:
         self.clean = len(levels) - 1
         timesteps = torch.tensor([levels], dtype=torch.float64, device=self.device)
         self.tables = {id(m): m.modulation_table(timesteps) for m in models}
-        self.texts, self.text_slots = TextCache(limit=2 * len(models) + 2), TextSlots()
+        self.texts, self.text_slots = PromptCache(limit=2 * len(models) + 2), PromptBuffers()
         self.latents: dict[tuple[int, int], Tensor] = {}  # (level, block) -> x
-        self.readers: dict[tuple[int, int], int] = {}  # visits that still need it
+        self.readers: dict[tuple[int, int], int] = {}  # tasks that still need it
         self.spare: dict[tuple[int, ...], list[Tensor]] = {}  # memory of latents that nobody needs any more, by shape
         self.drawn: dict[tuple[int, int], Tensor] = {}  # noise that was made ahead, by (step, block)
         me = weakref.proxy(self)  # no cycle: a rollout that is dropped gives its rings back at once
-        self.sentinel = Sentinel(execution.on_nan, lambda *visit: me._ready(*visit), self.device, self.steps.stop - 1)
-        self.launches: dict[Kind, Launch] = {}
+        self.nan_guard = NaNGuard(execution.on_nan, lambda *task: me._ready(*task), self.device, self.steps.stop - 1)
+        self.launches: dict[GraphKey, BatchedForward] = {}
         self.capture: Capture | None = None
         if execution.cuda_graph:
             self.capture = CudaGraphs(self.device)
@@ -103,7 +103,7 @@ class Executor:
         # frame ids on the device serve every block; a library has to be told what is visible, block by block
         self.by_layout = takes_layout(q, self._mask([0]))
         self.counters = Counters()
-        self.on_denoise: Callable[[Visit, Tensor], None] | None = None  # told each denoise visit and its input
+        self.on_denoise: Callable[[Task, Tensor], None] | None = None  # told each denoise task and its input
         self.step = 0
         self.begun = -1  # the last block of which anything was done
         sigmas = ", ".join(f"{level:g}" for level in schedule.sigmas)
@@ -124,7 +124,7 @@ class Executor:
         if self.history is not None:
             for row in group:
                 self._cache_again(row[-1])
-        inputs = [[self._input(visit) for visit in row] for row in group]
+        inputs = [[self._input(task) for task in row] for row in group]
         if self.on_denoise is not None:
             for row, taken in zip(group, inputs, strict=True):
                 if row[-1].kind == "denoise":
@@ -134,57 +134,57 @@ class Executor:
             rows = [group[i] for i in run]
             with span("block", *{row[-1].block: None for row in rows}):
                 denoised = self._launch(rows, [inputs[i] for i in run])
-            for visit, latents in denoised:
+            for task, latents in denoised:
                 kept = self._keep(latents)
                 if self.history is not None:
-                    self.history.note(visit, kept)
-                self._put(visit.step + 1, visit.block, kept)
-                if visit.step + 1 == self.steps.stop and self.pipeline is not None and self.pipeline.stage.sends:
-                    self.sentinel.look()  # before another rank takes them for sound
-                    self.pipeline.send(visit.block, kept)
-                elif visit.step + 1 == self.plan.steps:
-                    finished.append((visit.block, kept.clone()))
+                    self.history.note(task, kept)
+                self._put(task.step + 1, task.block, kept)
+                if task.step + 1 == self.steps.stop and self.pipeline is not None and self.pipeline.stage.sends:
+                    self.nan_guard.look()  # before another rank takes them for sound
+                    self.pipeline.send(task.block, kept)
+                elif task.step + 1 == self.plan.steps:
+                    finished.append((task.block, kept.clone()))
         for row in group:
-            for visit in row:
-                self._release(visit)
+            for task in row:
+                self._release(task)
         return finished
 
     def may_run_ahead(self, following: Group) -> bool:
-        """Whether these visits may be queued before the blocks that were finished are waited for and handed over.
+        """Whether these tasks may be queued before the blocks that were finished are waited for and handed over.
 
-        Cache visits alone: they belong to blocks that have begun, so no prompt that comes meanwhile is missed. On a CPU
+        Cache tasks alone: they belong to blocks that have begun, so no prompt that comes meanwhile is missed. On a CPU
         nothing is queued: the block would only come later.
         """
-        alone = self.pipeline is None and all(visit.kind == "cache" for row in following for visit in row)
-        return alone and self.device.type != "cpu" and self.sentinel.mode != "retry"
+        alone = self.pipeline is None and all(task.kind == "cache" for row in following for task in row)
+        return alone and self.device.type != "cpu" and self.nan_guard.mode != "retry"
 
     def await_finished(self, following: Group | None) -> None:
         """Wait until the blocks that were finished are known to be finite.
 
-        Before that, while the device works, the host draws the noise of the ``following`` visits: drawn after the wait
+        Before that, while the device works, the host draws the noise of the ``following`` tasks: drawn after the wait
         it is time in which the device has nothing to do.
 
         Raises:
-            FloatingPointError: names the first visit that went wrong, and where in it.
+            FloatingPointError: names the first task that went wrong, and where in it.
         """
-        for visit in (row[-1] for row in following or () if row[-1].kind == "denoise"):
-            if visit.step == 0 and (0, visit.block) not in self.latents:
-                self.drawn[INITIAL, visit.block] = self._draw(INITIAL, visit.block)
-            if self._takes_noise(visit):
-                self.drawn[visit.step, visit.block] = self._draw(visit.step, visit.block)
-        self.sentinel.look()
+        for task in (row[-1] for row in following or () if row[-1].kind == "denoise"):
+            if task.step == 0 and (0, task.block) not in self.latents:
+                self.drawn[INITIAL, task.block] = self._draw(INITIAL, task.block)
+            if self._takes_noise(task):
+                self.drawn[task.step, task.block] = self._draw(task.step, task.block)
+        self.nan_guard.look()
         self._reuse()
 
     @torch.no_grad()
     def warm_up(self, blocks: int) -> int:
         """Run each kind of launch in the walk of the video once, on zeros: everything that can be compiled, loaded or
-        captured then is. Before the first visit only. ``blocks``: to walk of an endless video.
+        captured then is. Before the first task only. ``blocks``: to walk of an endless video.
 
         Returns:
             How many kinds there are.
         """
         assert not self.latents and not self.counters.launches, "the rollout has begun"
-        seen: set[Kind] = set()
+        seen: set[GraphKey] = set()
         for launch in self.prepared(blocks):
             if launch.kind not in seen:
                 seen.add(launch.kind)
@@ -193,7 +193,7 @@ class Executor:
         self.cache.reset()
         return len(seen)
 
-    def prepared(self, blocks: int) -> Iterator[Launch]:
+    def prepared(self, blocks: int) -> Iterator[BatchedForward]:
         """The launches of the walk (of an endless video: its first ``blocks``), set up, not filled: to run here."""
         walk = self.plan.groups if self.pipeline is None else self.pipeline.stage.groups
         for group in walk(self.num_blocks or blocks + self.plan.prefix_blocks):
@@ -203,16 +203,16 @@ class Executor:
 
     # Latents in flight.
 
-    def _input(self, visit: Visit) -> Tensor:
-        if visit.kind == "cache" and visit.block < self.plan.prefix_blocks:
+    def _input(self, task: Task) -> Tensor:
+        if task.kind == "cache" and task.block < self.plan.prefix_blocks:
             assert self.prefix is not None
-            start, stop = self.plan.block_frames(visit.block)
+            start, stop = self.plan.block_frames(task.block)
             return self.prefix[:, start:stop].to(self.device, self.dtype)
-        level = visit.step if visit.kind == "denoise" else visit.step + 1
-        if level == self.steps.start and (level, visit.block) not in self.latents:
-            self.begun = max(self.begun, visit.block)
-            self._put(level, visit.block, self._keep(self._arriving(level, visit.block)))
-        return self.latents[level, visit.block]
+        level = task.step if task.kind == "denoise" else task.step + 1
+        if level == self.steps.start and (level, task.block) not in self.latents:
+            self.begun = max(self.begun, task.block)
+            self._put(level, task.block, self._keep(self._arriving(level, task.block)))
+        return self.latents[level, task.block]
 
     def _arriving(self, level: int, block: int) -> Tensor:
         if level == 0:
@@ -228,8 +228,8 @@ class Executor:
         else:
             self._spare(latents)
 
-    def _release(self, visit: Visit) -> None:
-        key = (visit.step if visit.kind == "denoise" else visit.step + 1, visit.block)
+    def _release(self, task: Task) -> None:
+        key = (task.step if task.kind == "denoise" else task.step + 1, task.block)
         if key in self.readers:
             self.readers[key] -= 1
             if not self.readers[key]:
@@ -237,17 +237,17 @@ class Executor:
                 self._spare(self.latents.pop(key))
 
     def _keep(self, latents: Tensor) -> Tensor:
-        """A copy on the device, in memory that was used before where there is some: nothing is allocated per visit."""
+        """A copy on the device, in memory that was used before where there is some: nothing is allocated per task."""
         spare = self.spare.get(tuple(latents.shape))
         place = spare.pop() if spare else torch.empty(latents.shape, dtype=self.dtype, device=self.device)
         return place.copy_(on_the_way(latents, self.device), non_blocking=True)
 
     def _spare(self, latents: Tensor) -> None:
-        self.sentinel.withheld.append(latents)
+        self.nan_guard.quarantined.append(latents)
         self._reuse()
 
     def _reuse(self) -> None:
-        for x in self.sentinel.release():
+        for x in self.nan_guard.release():
             self.spare.setdefault(tuple(x.shape), []).append(x)
 
     # One batched forward.
@@ -278,47 +278,47 @@ class Executor:
 
     def _launch(
         self, rows: list[Row], inputs: list[list[Tensor]], text: Tensor | None = None
-    ) -> list[tuple[Visit, Tensor]]:
-        """Run rows as one batch; returns the denoised latents of each denoise visit, valid until the next launch.
+    ) -> list[tuple[Task, Tensor]]:
+        """Run rows as one batch; returns the denoised latents of each denoise task, valid until the next launch.
 
         ``text``: in place of that of the blocks.
         """
-        visits = [row[-1] for row in rows if row[-1].kind == "denoise"]
+        tasks = [row[-1] for row in rows if row[-1].kind == "denoise"]
         launch = self._ready(rows, inputs, text)
         captured = launch.captured is None and self.capture is not None
-        with span("visit", *(visit for row in rows for visit in row)):
+        with span("visit", *(task for row in rows for task in row)):
             launch.run(self.capture)
         self.counters.captures += captured
         self.counters.launches += 1
-        self.counters.denoise += len(visits)
-        self.counters.cache += sum(len(row) for row in rows) - len(visits)
-        launch = self.sentinel.watch(rows, inputs, launch, text)
-        return list(zip(visits, launch.out.chunk(len(visits)), strict=True)) if visits else []
+        self.counters.denoise += len(tasks)
+        self.counters.cache += sum(len(row) for row in rows) - len(tasks)
+        launch = self.nan_guard.watch(rows, inputs, launch, text)
+        return list(zip(tasks, launch.out.chunk(len(tasks)), strict=True)) if tasks else []
 
-    def _ready(self, rows: list[Row], inputs: list[list[Tensor]], text: Tensor | None = None) -> Launch:
+    def _ready(self, rows: list[Row], inputs: list[list[Tensor]], text: Tensor | None = None) -> BatchedForward:
         """The launch of such rows, filled with what they need; rings stand where the rows begin."""
         model = self.models[rows[0][-1].step]
         launch = self._prepared(rows, self._text(model, rows) if text is None else self.texts.get(model, [text]))
         levels = [[self._level(v) for v in row for _ in range(*self.plan.block_frames(v.block))] for row in rows]
-        visits = [row[-1] for row in rows if row[-1].kind == "denoise"]
-        steps = [(self.sigmas[v.step], self.sigmas[v.step + 1]) for v in visits]
-        launch.fill(inputs, levels, steps, [self._renoise(v) for v in visits])
+        tasks = [row[-1] for row in rows if row[-1].kind == "denoise"]
+        steps = [(self.sigmas[v.step], self.sigmas[v.step + 1]) for v in tasks]
+        launch.fill(inputs, levels, steps, [self._renoise(v) for v in tasks])
         return launch
 
-    def _cache_again(self, visit: Visit) -> None:
-        """Before a denoise visit at which the text changes: the blocks it sees are cached under the new text."""
+    def _cache_again(self, task: Task) -> None:
+        """Before a denoise task at which the text changes: the blocks it sees are cached under the new text."""
         assert self.history is not None
-        block = visit.block
-        if visit.kind == "cache" or not block or self.text(block) is self.text(block - 1):
+        block = task.block
+        if task.kind == "cache" or not block or self.text(block) is self.text(block - 1):
             return
-        again = self.history.visits(visit)
+        again = self.history.tasks(task)
         if again:
             forget(self.cache, self.plan.cache_index(again[0].step) - self.plan.cache_index(self.steps.start))
         for one in again:
             x = self.history.latents(one)
             self._launch([(one,)], [[self._input(one) if x is None else x]], self.text(block))
 
-    def _prepared(self, rows: list[Row], text: TextKV) -> Launch:
+    def _prepared(self, rows: list[Row], text: TextKV) -> BatchedForward:
         """The launch of such rows, with rings and text in place for them."""
         model = self.models[rows[0][-1].step]
         first = self.plan.cache_index(self.steps.start)
@@ -326,7 +326,7 @@ class Executor:
         lent = self.plan.kv_source == "next_step"
         if self.capture is not None:
             text = self.text_slots.put(model, text)
-        kind = Kind(
+        kind = GraphKey(
             id(model),
             (index[0], index[-1], index[1] - index[0] if len(index) > 1 else 1),
             tuple(tuple((v.kind, len(range(*self.plan.block_frames(v.block)))) for v in row) for row in rows),
@@ -348,7 +348,7 @@ class Executor:
         launch.attend.layout = layout
         return launch
 
-    def _new_launch(self, kind: Kind, model: HiARTransformer, text: TextKV) -> Launch:
+    def _new_launch(self, kind: GraphKey, model: HiARTransformer, text: TextKV) -> BatchedForward:
         cache, (first, last, stride) = self.cache, kind.caches
         frames = sum(count for _, count in kind.rows[0])
         done = [sum(count for name, count in row if name == "cache") for row in kind.rows]
@@ -359,7 +359,7 @@ class Executor:
         height, width = (n * p for n, p in zip(self.grid, model.config.patch_size[1:], strict=True))
         shape = (model.config.in_channels, height, width)
         table = self.tables[id(model)]
-        return Launch(kind, model, table, attend, text, shape, cache.batch, self.wide, self.sampler == "sde")
+        return BatchedForward(kind, model, table, attend, text, shape, cache.batch, self.wide, self.sampler == "sde")
 
     def _mask(self, windows: Sequence[int | None]) -> BlockCausal:
         plan = self.plan
@@ -372,11 +372,11 @@ class Executor:
             plan.first_block_frames,
         )
 
-    def _level(self, visit: Visit) -> int:
+    def _level(self, task: Task) -> int:
         """Row of the modulation table: the noise level that the network is told."""
-        if visit.kind == "denoise":
-            return visit.step
-        return self.clean if visit.block < self.plan.prefix_blocks else visit.step + 1
+        if task.kind == "denoise":
+            return task.step
+        return self.clean if task.block < self.plan.prefix_blocks else task.step + 1
 
     def _text(self, model: HiARTransformer, rows: list[Row]) -> TextKV:
         texts = [self.text(row[-1].block) for row in rows]
@@ -386,12 +386,12 @@ class Executor:
             )
         return self.texts.get(model, texts, self.cache.batch)
 
-    def _renoise(self, visit: Visit) -> Tensor | None:
+    def _renoise(self, task: Task) -> Tensor | None:
         """Noise of a step on its way to the device; None where it has no weight."""
-        return self._noise(visit.step, visit.block) if self._takes_noise(visit) else None
+        return self._noise(task.step, task.block) if self._takes_noise(task) else None
 
-    def _takes_noise(self, visit: Visit) -> bool:
-        return self.sampler == "sde" and visit.step + 1 < self.plan.steps
+    def _takes_noise(self, task: Task) -> bool:
+        return self.sampler == "sde" and task.step + 1 < self.plan.steps
 
     def _noise(self, step: int, block: int) -> Tensor:
         drawn = self.drawn.pop((step, block), None)
@@ -417,8 +417,8 @@ class Executor:
             "texts": {block: self.text(block) for block in range(max(0, first), self.begun + 1)},
         }
 
-    def load_state_dict(self, state: dict[str, Any], done: Callable[[Visit], bool]) -> None:
-        """Take over a saved state; ``done`` tells which visits were executed before it."""
+    def load_state_dict(self, state: dict[str, Any], done: Callable[[Task], bool]) -> None:
+        """Take over a saved state; ``done`` tells which tasks were executed before it."""
         self.cache.load_state_dict(state["cache"])
         self.latents, self.readers, self.drawn, self.step = {}, {}, {}, state["step"]
         self.begun = max(state["texts"], default=-1)
@@ -427,6 +427,6 @@ class Executor:
         for name, x in state["latents"].items():
             level, block = map(int, name.split("/"))
             self._put(level, block, self._keep(x))
-            for visit in (Visit("denoise", level, block), Visit("cache", level - 1, block)):
-                if visit.step in range(self.plan.steps) and done(visit):
-                    self._release(visit)
+            for task in (Task("denoise", level, block), Task("cache", level - 1, block)):
+                if task.step in range(self.plan.steps) and done(task):
+                    self._release(task)

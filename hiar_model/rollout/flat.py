@@ -78,9 +78,10 @@ def make_rollout(
     if renoise is not None:
         weight = model if hasattr(model, "config") else next(filter(None, model))
         size = (weight.config.in_channels, height, width)
+        ahead = 0 if prefix is None else prefix.shape[1]
         if noise is not None:
-            require_shape("noise", noise, (batch, None, *size))
-        sources = _both(Plan.of(config, 0 if prefix is None else prefix.shape[1]), noise, renoise, seed, ids, size)
+            require_shape("noise", noise, (batch, None if num_frames is None else num_frames - ahead, *size))
+        sources = _both(Plan.of(config, ahead), noise, renoise, seed, ids, size)
     made = Rollout(
         model,
         text,

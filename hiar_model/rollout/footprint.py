@@ -12,7 +12,7 @@ from hiar_kernels import AttentionLayout
 
 from ..models.kv_cache import RingAttend
 from ..models.transformer import HiARTransformer
-from .batched_forward import Launch
+from .batched_forward import BatchedForward
 from .engine import Rollout
 
 
@@ -33,7 +33,7 @@ def prompt_bytes(rollout: Rollout, model: HiARTransformer, prompt_embeds: Tensor
     return sum(x.nbytes for pair in prompts.get(model, [prompt_embeds]).layers for x in pair)
 
 
-def forwards(rollout: Rollout, captured: bool) -> Iterator[Launch]:
+def forwards(rollout: Rollout, captured: bool) -> Iterator[BatchedForward]:
     """One forward of each kind of the rollout, set up to run on fake tensors, not run.
 
     Args:

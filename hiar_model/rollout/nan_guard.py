@@ -1,13 +1,13 @@
-"""The watch over latents that are not finite: where they came from, and the visit once more with the reference ops.
+"""The watch over latents that are not finite: where they came from, and the task once more with the reference ops.
 
-"stop": every visit leaves a flag on the device. When a block is finished the flags are sent to the host, which goes on
-and reads them before it hands the block over (on a CPU: after each visit): one wait a block, none a visit. What the
-visits since the last look were given is kept until then; a visit that went wrong is run again on that, layer by layer,
+"stop": every task leaves a flag on the device. When a block is finished the flags are sent to the host, which goes on
+and reads them before it hands the block over (on a CPU: after each task): one wait a block, none a task. What the
+tasks since the last look were given is kept until then; a task that went wrong is run again on that, layer by layer,
 to find the first one with a non-finite result.
 
-"retry": every visit is looked at before the next one, its keys in the rings too, which has the host wait for the device
-once a visit. One that went wrong is run again by the reference implementations (whose attention holds all scores of a
-visit at once): it overwrites its own keys, so that nothing of the first try is left. If that is finite the rollout goes
+"retry": every task is looked at before the next one, its keys in the rings too, which has the host wait for the device
+once a task. One that went wrong is run again by the reference implementations (whose attention holds all scores of a
+task at once): it overwrites its own keys, so that nothing of the first try is left. If that is finite the rollout goes
 on, and says so once.
 """
 
@@ -27,14 +27,14 @@ from hiar_kernels import EMPTY, prefer, taken
 from ..models.conditions import Live
 from ..models.kv_cache import RingAttend
 from ..models.transformer import Attend
-from ..schedule.plan import Row, Visit
-from .batched_forward import Launch
+from ..schedule.plan import Row, Task
+from .batched_forward import BatchedForward
 from .readback import Readback
 
-_FLAGS = 256  # denoise visits between two looks, at most
+_FLAGS = 256  # denoise tasks between two looks, at most
 
-Inputs = list[list[Tensor]]  # of each row and visit
-Prepare = Callable[[list[Row], Inputs, Tensor | None], Launch]
+Inputs = list[list[Tensor]]  # of each row and task
+Prepare = Callable[[list[Row], Inputs, Tensor | None], BatchedForward]
 """Makes the launch of rows ready to run, once more if it has run: same inputs, rings where they stood. The last
 argument is a text in place of that of the blocks.
 """
@@ -42,7 +42,7 @@ argument is a text in place of that of the blocks.
 
 @dataclass(frozen=True)
 class Place:
-    """Where the first non-finite number is: a part of a layer or of a visit, and what computed it."""
+    """Where the first non-finite number is: a part of a layer or of a task, and what computed it."""
 
     part: str
     implementation: str = ""
@@ -51,29 +51,29 @@ class Place:
         return f"{self.part} ({self.implementation})" if self.implementation else self.part
 
 
-class Sentinel:
+class NaNGuard:
     """Watches the launches of one executor.
 
     Args:
         mode: "stop" | "retry". prepare: see ``Prepare``. device: of the latents.
-        last_step: visits of this step finish a block here.
+        last_step: tasks of this step finish a block here.
 
     Attributes:
-        unchecked: denoise visits whose flags nobody has asked for. sent: those whose flags are on their way, what
-            each of them was given, and the flags. withheld: latents that a second look may still need, and that nobody
+        unchecked: denoise tasks whose flags nobody has asked for. sent: those whose flags are on their way, what
+            each of them was given, and the flags. quarantined: latents that a second look may still need and nobody
             else does.
     """
 
     def __init__(self, mode: str, prepare: Prepare, device: torch.device, last_step: int) -> None:
         self.mode, self.prepare, self.device, self.last_step = mode, prepare, device, last_step
-        self.unchecked: list[Visit] = []
+        self.unchecked: list[Task] = []
         self.given: list[tuple[Row, list[Tensor]]] = []  # what each of them was given
         self.flags = torch.ones(_FLAGS, dtype=torch.bool, device=device)
         self.sent: tuple[list[tuple[Row, list[Tensor]]], Readback] | None = None
-        self.withheld: list[Tensor] = []
+        self.quarantined: list[Tensor] = []
         self.retried = 0
 
-    def watch(self, rows: list[Row], inputs: Inputs, launch: Launch, text: Tensor | None) -> Launch:
+    def watch(self, rows: list[Row], inputs: Inputs, launch: BatchedForward, text: Tensor | None) -> BatchedForward:
         """Rows have been run. Returns the launch that holds their results."""
         if self.mode == "retry":
             return launch if _is_sound(launch) else self._retry(rows, inputs, text)
@@ -92,7 +92,7 @@ class Sentinel:
         return launch
 
     def send(self) -> None:
-        """Send the flags of all unchecked visits to the host, once those that were sent before are looked at."""
+        """Send the flags of all unchecked tasks to the host, once those that were sent before are looked at."""
         self.look()
         self.sent = list(self.given), Readback(self.flags[: len(self.unchecked)])
         self.unchecked.clear()
@@ -102,7 +102,7 @@ class Sentinel:
         """Look at the flags that were sent, if there are any; waits for them.
 
         Raises:
-            FloatingPointError: names the first visit that went wrong, and where in it.
+            FloatingPointError: names the first task that went wrong, and where in it.
         """
         if self.sent is None:
             return
@@ -111,36 +111,36 @@ class Sentinel:
         if bad:
             row, given = bad[0]
             place = find(self.prepare([row], [given], None))
-            unknown = "a second run of the visit is finite (on_nan='retry' looks at every visit before the next)"
+            unknown = "a second run of the task is finite (on_nan='retry' looks at every task before the next)"
             raise FloatingPointError(f"{_not_finite(row[-1])}: {place or unknown}")
 
     def release(self) -> Iterator[Tensor]:
-        """What was withheld, if nothing is unchecked any more."""
-        while self.withheld and not self.unchecked and self.sent is None:
-            yield self.withheld.pop()
+        """What was quarantined, if nothing is unchecked any more."""
+        while self.quarantined and not self.unchecked and self.sent is None:
+            yield self.quarantined.pop()
 
-    def _retry(self, rows: list[Row], inputs: Inputs, text: Tensor | None) -> Launch:
+    def _retry(self, rows: list[Row], inputs: Inputs, text: Tensor | None) -> BatchedForward:
         found = ((row, find(self.prepare([row], [given], text))) for row, given in zip(rows, inputs, strict=True))
         row, place = next(((row, place) for row, place in found if place), (rows[0], None))
-        visit, launch = row[-1], self.prepare(rows, inputs, text)
+        task, launch = row[-1], self.prepare(rows, inputs, text)
         with prefer("reference"):
             launch.body()
             if not _is_sound(launch):
                 again = find(self.prepare(rows, inputs, text))
-                raise FloatingPointError(f"{_not_finite(visit)}: {place}; with the reference ops again: {again}")
+                raise FloatingPointError(f"{_not_finite(task)}: {place}; with the reference ops again: {again}")
         self.retried += 1
         if self.retried == 1:
-            told = f"{_not_finite(visit)}: {place}; finite with the reference ops, going on (told once)"
+            told = f"{_not_finite(task)}: {place}; finite with the reference ops, going on (told once)"
             warnings.warn(told, RuntimeWarning, stacklevel=2)
         return launch
 
 
-def _not_finite(visit: Visit) -> str:
-    what = "latents" if visit.kind == "denoise" else "cached keys"
-    return f"{what} are not finite from step {visit.step} of block {visit.block} on"
+def _not_finite(task: Task) -> str:
+    what = "latents" if task.kind == "denoise" else "cached keys"
+    return f"{what} are not finite from step {task.step} of block {task.block} on"
 
 
-def _is_sound(launch: Launch) -> bool:
+def _is_sound(launch: BatchedForward) -> bool:
     """Whether the latents that a launch made, and the keys it left in the rings, are finite; waits for the device."""
     attend, cache = launch.attend, launch.attend.cache
     written = torch.arange(len(attend.slots), device=attend.slots.device)[:, None], attend.slots.long()
@@ -163,7 +163,7 @@ def _finite(x: Tensor) -> Tensor:
 # Layer by layer.
 
 
-def find(launch: Launch) -> Place | None:
+def find(launch: BatchedForward) -> Place | None:
     """Run a launch that is ready, eagerly, and name the first part of it whose result is not finite."""
     watch = _Watch()
     watch.see("its input latents", launch.x)
@@ -239,13 +239,13 @@ class _Watched(Attend):
 
     def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:
         for k in self._held(layer):
-            self.watch.see(f"layer {layer}, keys that an earlier visit left in the cache", k, made=False)
+            self.watch.see(f"layer {layer}, keys that an earlier task left in the cache", k, made=False)
         out = self.whole(layer, qkv, q_weight, k_weight, live)
         self.watch.see(f"layer {layer}, self-attention", out)
         return out
 
     def _held(self, layer: int) -> Iterator[Tensor]:
-        """Keys and values of the frames before the visit's own; what later visits have left since is none of it."""
+        """Keys and values of the frames before the visit's own; what later tasks have left since is none of it."""
         attend, cache = self.whole, self.whole.cache
         earlier = (attend.kv_frames != EMPTY) & (attend.kv_frames < attend.frames[:, :1])
         for rings in (cache.k, cache.v):

@@ -18,14 +18,14 @@ TextSource = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
-class KeptTexts:
+class ResumedPrompts:
     """The texts of a rollout that goes on: blocks that had begun keep theirs, later ones get ``given``."""
 
     given: TextSource
     kept: Mapping[int, Tensor]
 
     @classmethod
-    def after(cls, given: TextSource, saved: Mapping[int, Tensor]) -> KeptTexts:
+    def after(cls, given: TextSource, saved: Mapping[int, Tensor]) -> ResumedPrompts:
         """``saved`` are copies: where a given text is the same, that very object stands in, as without a break."""
         kept: dict[int, Tensor] = {}
         for block, text in saved.items():
@@ -44,7 +44,7 @@ class KeptTexts:
 
 
 @dataclass
-class TextCache:
+class PromptCache:
     """``limit``: prompts, and stacks of prompts, that are kept."""
 
     limit: int
@@ -83,7 +83,7 @@ class TextCache:
 
 
 @dataclass
-class TextSlots:
+class PromptBuffers:
     """Fixed places for texts, which captured graphs read: another prompt of the same shape is copied there."""
 
     places: dict[tuple[int, tuple[int, ...]], TextKV] = field(default_factory=dict)

@@ -7,7 +7,7 @@ but with the text of n. They see each other and nothing older: cache s is then a
 the new text. In the clean graph (block_first) the one cache is made anew ahead of denoise(0, n).
 
 That is a property of the text at each block, not of a walk: all walks of the matched graph still agree. It takes the
-cache visits of a window for each step, once for a change, and the latents of a window at every level are kept for it.
+cache tasks of a window for each step, once for a change, and the latents of a window at every level are kept for it.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ from torch import Tensor
 from hiar_kernels import EMPTY
 
 from ..models.kv_cache import RingCache
-from ..schedule.plan import Plan, Visit, cache
+from ..schedule.plan import Plan, Task, cache
 
 
 @dataclass
 class History:
     """Latents of finished levels, as long as a later block may have to cache them again.
 
-    plan: of the visits. kept: (level, block) -> latents [B, F, C, H, W], copies.
+    plan: of the tasks. kept: (level, block) -> latents [B, F, C, H, W], copies.
     """
 
     plan: Plan
     kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def note(self, visit: Visit, latents: Tensor) -> None:
-        """A denoise visit is done: keep what it made, where caches are made of that; forget what no block will see."""
-        if not self._cached(visit.step):
+    def note(self, task: Task, latents: Tensor) -> None:
+        """A denoise task is done: keep what it made, where caches are made of that; forget what no block will see."""
+        if not self._cached(task.step):
             return
-        level, following = visit.step + 1, visit.block + 1
-        seen = self._seen(visit.step, following)
+        level, following = task.step + 1, task.block + 1
+        seen = self._seen(task.step, following)
         for key in [key for key in self.kept if key[0] == level and key[1] not in seen]:
             del self.kept[key]
-        if visit.block in seen:
-            self.kept[level, visit.block] = latents.clone()
+        if task.block in seen:
+            self.kept[level, task.block] = latents.clone()
 
-    def visits(self, visit: Visit) -> list[Visit]:
-        """The cache visits that come before a denoise visit at which the text changes."""
+    def tasks(self, task: Task) -> list[Task]:
+        """The cache tasks that come before a denoise task at which the text changes."""
         clean = self.plan.graph == "clean"
-        if clean and visit.step:
+        if clean and task.step:
             return []
-        step = self.plan.steps - 1 if clean else visit.step
-        return [cache(step, block) for block in self._seen(step, visit.block)]
+        step = self.plan.steps - 1 if clean else task.step
+        return [cache(step, block) for block in self._seen(step, task.block)]
 
-    def latents(self, visit: Visit) -> Tensor | None:
+    def latents(self, task: Task) -> Tensor | None:
         """The input of one of them; None for a block of the prefix."""
-        return None if visit.block < self.plan.prefix_blocks else self.kept[visit.step + 1, visit.block]
+        return None if task.block < self.plan.prefix_blocks else self.kept[task.step + 1, task.block]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies, by name."""
@@ -68,7 +68,7 @@ class History:
         return self.plan.graph == "matched" or step == self.plan.steps - 1
 
     def _seen(self, step: int, block: int) -> list[int]:
-        """The earlier blocks that a block sees in the cache that visits of this step fill."""
+        """The earlier blocks that a block sees in the cache that tasks of this step fill."""
         readers = range(self.plan.steps) if self.plan.graph == "clean" else (step,)
         return sorted({seen for s in readers for seen in self.plan.seen(s, block)})
 

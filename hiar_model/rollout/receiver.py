@@ -22,7 +22,7 @@ class Receiver:
         self.pipeline, self.counters = pipeline, Counters()
 
     def run(self, group: Group) -> list[tuple[int, Tensor]]:
-        """The block of the last denoise visit, made elsewhere."""
+        """The block of the last denoise task, made elsewhere."""
         block = group[0][-1].block
         return [(block, self.pipeline.receive(block).to(self.pipeline.device, copy=True))]
 

@@ -1,6 +1,6 @@
-"""What visits and transfers cost, for the simulator: in units, from the work in FLOP, or from measured times.
+"""What tasks and transfers cost, for the simulator: in units, from the work in FLOP, or from measured times.
 
-A visit costs the more the more it sees, so its cost is a curve over visible latent frames. The simulator knows no other
+A task costs the more the more it sees, so its cost is a curve over visible latent frames. The simulator knows no other
 property of a machine: whatever is not in a `Costs` (stragglers, launch gaps, clocks) is not in its result.
 """
 
@@ -26,7 +26,7 @@ def _not_negative(name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class Curve:
-    """Time of a visit over the latent frames it sees, its own among them: straight between the points given.
+    """Time of a task over the latent frames it sees, its own among them: straight between the points given.
 
     Left of the first and right of the last point the nearest line goes on; one point is a constant.
     """
@@ -93,10 +93,10 @@ LINKS = {
 
 @dataclass(frozen=True)
 class Costs:
-    """All that the simulator asks. Times are in any one unit: visits for `unit_costs`, else seconds.
+    """All that the simulator asks. Times are in any one unit: tasks for `unit_costs`, else seconds.
 
-    denoise, cache   time of a visit, one curve for every step or one per step
-    pair             time of a fused pair over the sum of its two visits
+    denoise, cache   time of a task, one curve for every step or one per step
+    pair             time of a fused pair over the sum of its two tasks
     batch            time per row over that of a row alone, by rows in one launch (1, 2, ...; the last goes on)
     decode           time to decode the pixels of one block
     latents, keys    transfer of a block's latents to another rank; of its lent keys and values, all layers
@@ -119,12 +119,12 @@ class Costs:
             raise ValueError("batch=() is not legal: give the time per row of 1, 2, ... rows in one launch")
 
     def curve(self, kind: str, step: int) -> Curve:
-        """The curve of a kind of visit at a step."""
+        """The curve of a kind of task at a step."""
         found = self.denoise if kind == "denoise" else self.cache
         return found if isinstance(found, Curve) else found[step]
 
     def row(self, plan: Plan, row: Row) -> float:
-        """Time of one row run alone. Both visits of a pair see what each would see alone."""
+        """Time of one row run alone. Both tasks of a pair see what each would see alone."""
         time = sum(self.curve(v.kind, v.step)(plan.visible_frames(v.step, v.block)) for v in row)
         return time * self.pair if len(row) == 2 else time
 
@@ -139,7 +139,7 @@ class Costs:
 def unit_costs(
     denoise: float = 1.0, cache: float = 1.0, decode: float = 0.0, send_latent: float = 0.0, send_keys: float = 0.0
 ) -> Costs:
-    """Every visit the same, whatever it sees; transfers are pure delay."""
+    """Every task the same, whatever it sees; transfers are pure delay."""
     times = {"denoise": denoise, "cache": cache, "decode": decode, "send_latent": send_latent, "send_keys": send_keys}
     for name, value in times.items():
         _not_negative(name, value)
@@ -175,7 +175,7 @@ class Geometry:
         return 2 * config.num_layers * self.frames_per_block * self.frame_tokens(config) * config.dim * element
 
 
-def visit_flop(config: WanConfig, tokens: int, keys: float) -> float:
+def task_flop(config: WanConfig, tokens: int, keys: float) -> float:
     """Work of one forward of `tokens` tokens over `keys` keys: matmuls and attention.
 
     Per layer: q, k, v, o 8Td^2; q and o of the cross-attention 4Td^2 (its keys are made once per prompt); feed-forward
@@ -189,16 +189,16 @@ def visit_flop(config: WanConfig, tokens: int, keys: float) -> float:
 def roofline(
     config: WanConfig, tflops: float, link: Link, decode: float = 0.0, geometry: Geometry | None = None
 ) -> Costs:
-    """Costs in seconds as if every visit ran at `tflops` TFLOP/s, whatever its shape: no measurement, a lower bound.
+    """Costs in seconds as if every task ran at `tflops` TFLOP/s, whatever its shape: no measurement, a lower bound.
 
-    A cache visit counts as much as a denoise visit, a pair as both, a row of a batch as a row alone.
+    A cache task counts as much as a denoise task, a pair as both, a row of a batch as a row alone.
     """
     if not tflops > 0:
         raise ValueError(f"tflops={tflops} is not legal: give a number > 0")
     g = geometry or Geometry()
     frame, tokens = g.frame_tokens(config), g.frame_tokens(config) * g.frames_per_block
-    line = Curve(tuple((k, visit_flop(config, tokens, k * frame) / (tflops * 1e12)) for k in (0, g.frames_per_block)))
-    source = f"roofline: FLOP of a visit / {tflops:g} TFLOP/s (not measured)"
+    line = Curve(tuple((k, task_flop(config, tokens, k * frame) / (tflops * 1e12)) for k in (0, g.frames_per_block)))
+    source = f"roofline: FLOP of a task / {tflops:g} TFLOP/s (not measured)"
     return _with_link(Costs(line, line, decode=decode, source=source), config, g, link)
 
 
@@ -236,7 +236,7 @@ def measured(stage_times: str | Path | Mapping[str, Any], link: Link) -> tuple[W
 
 
 def exchanged_bytes(config: WanConfig, geometry: Geometry, ranks: int) -> float:
-    """Bytes that each of `ranks` ranks sends in one visit under head parallelism (Ulysses).
+    """Bytes that each of `ranks` ranks sends in one task under head parallelism (Ulysses).
 
     A rank holds tokens outside attention and heads inside it: q, k, v of [T/R, d] change over before each attention,
     the output changes back after it, and (R-1)/R of each goes to other ranks. 4 T d (R-1)/R^2 elements a layer. Cached
@@ -247,7 +247,7 @@ def exchanged_bytes(config: WanConfig, geometry: Geometry, ranks: int) -> float:
 
 
 def unequal_parts(config: WanConfig, geometry: Geometry, ranks: int) -> str | None:
-    """Why so many ranks cannot share a visit by heads; None where they can."""
+    """Why so many ranks cannot share a task by heads; None where they can."""
     tokens = geometry.frame_tokens(config)
     for what, number in (("heads", config.num_heads), ("tokens of a frame", tokens)):
         if ranks < 1 or number % ranks:
@@ -256,7 +256,7 @@ def unequal_parts(config: WanConfig, geometry: Geometry, ranks: int) -> str | No
 
 
 def head_parallel(costs: Costs, config: WanConfig, geometry: Geometry, ranks: int, link: Link) -> Costs:
-    """Costs of a visit shared by `ranks` ranks: its time / ranks, plus two exchanges a layer that nothing hides.
+    """Costs of a task shared by `ranks` ranks: its time / ranks, plus two exchanges a layer that nothing hides.
 
     Raises:
         ValueError: the ranks divide the heads or the tokens of a frame into unequal parts.

@@ -26,11 +26,11 @@ FRAMES = WAN.frames_per_block * WAN.temporal_compression  # pixel frames of a bl
 
 @dataclass(frozen=True)
 class Measured:
-    """One rollout on one GPU, per visit (one forward of one block).
+    """One rollout on one GPU, per task (one forward of one block).
 
     Attributes:
         run: date and revision. note: what has to be said of it.
-        visit, fps: milliseconds, pixel frames a second without the VAE.
+        task, fps: milliseconds, pixel frames a second without the VAE.
         peak_gib, launches, syncs: None where they were not counted. parts: milliseconds by kind of work.
     """
 
@@ -38,7 +38,7 @@ class Measured:
     run: str
     rollout: str
     note: str
-    visit: float
+    task: float
     fps: float
     peak_gib: float | None
     launches: float | None
@@ -117,17 +117,17 @@ def _ab(file: Path) -> Iterator[Measured]:
                 found = [sample[name] for sample in row.get(kind, {}).get(side, []) if sample.get(name) is not None]
                 return median(found) if found else None
 
-            visit, fps = middle("task_ms", "samples"), middle("fps", "samples")
-            if visit is None or fps is None:
+            task, fps = middle("task_ms", "samples"), middle("fps", "samples")
+            if task is None or fps is None:
                 continue
             parts = {kind: value for kind in PARTS if (value := middle(kind)) is not None}
             busy = middle("busy")
             if busy is not None:
-                parts["idle"] = max(0.0, visit - busy)
+                parts["idle"] = max(0.0, task - busy)
             yield Measured(
                 values["environment"]["device"], f"{file.parent.name} {side}",
                 _name(row["order"], row["pairs"], row["shared_keys"], row["executor"]),
-                f"revision {values['sides'][side]['revision']}", visit, fps, middle("peak_gib", "samples"),
+                f"revision {values['sides'][side]['revision']}", task, fps, middle("peak_gib", "samples"),
                 middle("launches"), middle("syncs"), parts,
             )  # fmt: skip
 
@@ -192,7 +192,7 @@ def rollout_table(root: Path | None = None) -> list[str]:
     for folder in found:
         source, full, fused = vae_of(found, folder)
         for m in rollouts(folder):
-            figures = (m.visit, m.fps, m.with_vae(full), m.with_vae(fused), m.peak_gib)
+            figures = (m.task, m.fps, m.with_vae(full), m.with_vae(fused), m.peak_gib)
             lines.append(_line([_run(m.device, m.run), marks.mark(m), *map(_number, figures)]))
         for device, how, ms in plain(folder):
             about = f"one forward in plain PyTorch, {how}"
@@ -204,7 +204,7 @@ def rollout_table(root: Path | None = None) -> list[str]:
 
 
 def parts_table(root: Path | None = None) -> list[str]:
-    """Markdown: where the milliseconds of a visit go and what the host does, of the newest folder of each GPU."""
+    """Markdown: where the milliseconds of a task go and what the host does, of the newest folder of each GPU."""
     newest = {folder.parent: folder for folder in folders(root)}
     if not newest:
         return NOTHING
@@ -212,13 +212,13 @@ def parts_table(root: Path | None = None) -> list[str]:
     lines, marks = [_line(head), _line(["---"] * 2 + ["---:"] * (len(head) - 2))], _Marks()
     for folder in newest.values():
         for m in rollouts(folder):
-            figures = (m.visit, *(m.parts.get(kind) for kind in PARTS), m.launches, m.syncs)
+            figures = (m.task, *(m.parts.get(kind) for kind in PARTS), m.launches, m.syncs)
             lines.append(_line([_run(m.device, m.run), marks.mark(m), *map(_number, figures)]))
     return lines + marks.lines()
 
 
 def plain(folder: Path) -> Iterator[tuple[str, str, float]]:
-    """(device, how, milliseconds) of bench/studies/anchors.py's visit: one batch row, nothing of ours in it."""
+    """(device, how, milliseconds) of bench/studies/anchors.py's task: one batch row, nothing of ours in it."""
     file = folder / "anchors.json"
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rehearsal": True}
     if not values["rehearsal"]:

@@ -1,7 +1,7 @@
-"""Which visits make a rollout, what each needs, and the orders they may be walked in. Plain data, no tensors.
+"""Which tasks make a rollout, what each needs, and the orders they may be walked in. Plain data, no tensors.
 
-Two kinds of visit make a whole rollout: `denoise(step, block)` takes a block one noise level down, and
-`cache(step, block)` leaves the block's keys and values at its new level for later blocks to read. What a visit needs
+Two kinds of task make a whole rollout: `denoise(step, block)` takes a block one noise level down, and
+`cache(step, block)` leaves the block's keys and values at its new level for later blocks to read. What a task needs
 (`dependencies`) spans a graph; an order is a walk of it in groups of independent rows. `Plan.groups` writes the walks,
 `check` proves one legal, `forwards` counts it. What it costs on one rank or several: `simulate`.
 
@@ -20,7 +20,7 @@ from ..common.checks import one_of, whole
 from ..config.rollout import KV_SOURCES, ORDERS, RolloutConfig, require_order, require_windows, windows_per_step
 
 
-class Visit(NamedTuple):
+class Task(NamedTuple):
     """One forward of the network on one block."""
 
     kind: Literal["denoise", "cache"]
@@ -31,21 +31,21 @@ class Visit(NamedTuple):
         return f"{self.kind}({self.step}, {self.block})"
 
 
-Row = tuple[Visit, ...]
-"""One batch row of one forward: a visit alone, or the pair cache(s, n - 1), denoise(s, n) fused into one."""
+Row = tuple[Task, ...]
+"""One batch row of one forward: a task alone, or the pair cache(s, n - 1), denoise(s, n) fused into one."""
 
 Group = tuple[Row, ...]
 """Rows that do not need each other, by rising step: they may run as one batch."""
 
 
-def denoise(step: int, block: int) -> Visit:
-    """The visit that takes a block from noise level `step` to `step + 1`."""
-    return Visit("denoise", step, block)
+def denoise(step: int, block: int) -> Task:
+    """The task that takes a block from noise level `step` to `step + 1`."""
+    return Task("denoise", step, block)
 
 
-def cache(step: int, block: int) -> Visit:
-    """The visit that leaves a block's keys and values at noise level `step + 1` in the cache of `step`."""
-    return Visit("cache", step, block)
+def cache(step: int, block: int) -> Task:
+    """The task that leaves a block's keys and values at noise level `step + 1` in the cache of `step`."""
+    return Task("cache", step, block)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Plan:
     window_frames       per step, how many frames a block sees with its own among them (None: all); () is None at every
                         step, `windows_per_step` turns one number into one per step
     sink_frames         first frames of the video that stay visible, inside the window's number
-    kv_source           "own": cache visits fill every cache. "next_step": cache s takes the keys of denoise(s + 1, .)
+    kv_source           "own": cache tasks fill every cache. "next_step": cache s takes the keys of denoise(s + 1, .)
     fuse_cache_denoise  cache(s, n - 1) and denoise(s, n) are one row
     """
 
@@ -123,7 +123,7 @@ class Plan:
         return [*range(min(sink, recent)), *range(recent, block)]
 
     def visible_frames(self, step: int, block: int) -> int:
-        """How many frames a visit of the block sees at this step, its own among them."""
+        """How many frames a task of the block sees at this step, its own among them."""
         start = max(0, self._window_start(step, block))
         return self.block_frames(block)[1] - start + min(start, self.sink_frames)
 
@@ -145,11 +145,11 @@ class Plan:
         return self.steps if self.order in ("stream", "wavefront") else 1
 
     def cache_index(self, step: int) -> int:
-        """Which of the `caches` a visit at this step reads and writes."""
+        """Which of the `caches` a task at this step reads and writes."""
         return step if self.caches > 1 else 0
 
-    def provider(self, step: int, block: int) -> Visit:
-        """The visit that leaves in the cache of `step` what later blocks read there of `block`."""
+    def provider(self, step: int, block: int) -> Task:
+        """The task that leaves in the cache of `step` what later blocks read there of `block`."""
         if self.graph == "clean":
             return cache(self.steps - 1, block)
         if self.kv_source == "next_step" and block >= self.prefix_blocks and step < self.steps - 1:
@@ -157,14 +157,14 @@ class Plan:
         return cache(step, block)
 
     def has_cache(self, step: int, block: int, num_blocks: int | None = None) -> bool:
-        """Whether a walk of num_blocks (None: endless) visits cache(step, block): whether a later visit reads it."""
+        """Whether a walk of num_blocks (None: endless) has cache(step, block): whether a later task reads it."""
         reader = max(block + 1, self.prefix_blocks)  # the next block that is denoised
         if (num_blocks is not None and reader >= num_blocks) or self.provider(step, block) != cache(step, block):
             return False
         # The next block looks back furthest: what it does not see, no later one sees (the sink is seen by all).
         if self.sees(step, block + 1, block):
             return True
-        # The clean cache is read by the denoise visits of every step, each with its own window.
+        # The clean cache is read by the denoise tasks of every step, each with its own window.
         return self.graph == "clean" and any(self.sees(s, reader, block) for s in range(self.steps))
 
     # The walks.
@@ -172,7 +172,7 @@ class Plan:
     def groups(self, num_blocks: int | None) -> Iterator[Group]:
         """The walk of a video of num_blocks blocks, those of the prefix among them (None: endless), group by group.
 
-        Lazy: a group takes the memory and time of its own rows however long the video is. Cache visits that nobody will
+        Lazy: a group takes the memory and time of its own rows however long the video is. Cache tasks that nobody will
         read are left out, and with them the whole prefix of a video that has nothing to make.
         """
         if num_blocks is not None:
@@ -185,17 +185,17 @@ class Plan:
         return filter(None, _WALKS[self.order](self, num_blocks))
 
     def _cache_group(self, block: int, num_blocks: int | None) -> Group:
-        """All cache visits of one block: independent once the block is denoised."""
+        """All cache tasks of one block: independent once the block is denoised."""
         return tuple((cache(s, block),) for s in range(self.steps) if self.has_cache(s, block, num_blocks))
 
     def _denoise_row(self, step: int, block: int, num_blocks: int | None) -> Row:
-        """A denoise visit; with pairs behind the cache visit of the block before it, where there is one."""
+        """A denoise task; with pairs behind the cache task of the block before it, where there is one."""
         if self.fuse_cache_denoise and block > 0 and self.has_cache(step, block - 1, num_blocks):
             return cache(step, block - 1), denoise(step, block)
         return (denoise(step, block),)
 
     def _lone_prefix(self) -> range:
-        """The prefix blocks whose cache visits stand alone: with pairs the last one's join the first denoise visits."""
+        """The prefix blocks whose cache tasks stand alone: with pairs the last one's join the first denoise tasks."""
         return range(self.prefix_blocks - 1 if self.fuse_cache_denoise else self.prefix_blocks)
 
     def _made(self, num_blocks: int | None) -> Iterable[int]:
@@ -214,7 +214,7 @@ def _walk_step_first(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
 
 
 def _walk_stream(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
-    """Block by block through all steps, cache visits once a block is finished. In the clean graph: block_first."""
+    """Block by block through all steps, cache tasks once a block is finished. In the clean graph: block_first."""
     for n in plan._lone_prefix():
         yield plan._cache_group(n, num_blocks)
     for n in plan._made(num_blocks):
@@ -227,7 +227,7 @@ def _walk_stream(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
 def _walk_wavefront(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
     """Diagonals: with n counted from the first made block, denoise(s, n) at time s + 2n and cache(s, n) one later.
 
-    With pairs denoise(s, n) is at time s + n. A step's visits come at different times, so no group holds a step twice.
+    With pairs denoise(s, n) is at time s + n. A step's tasks come at different times, so no group holds a step twice.
     """
     for n in plan._lone_prefix():
         yield plan._cache_group(n, num_blocks)
@@ -255,13 +255,13 @@ _WALKS: dict[str, Callable[[Plan, int | None], Iterator[Group]]] = {
 }
 
 
-def dependencies(plan: Plan, visit: Visit) -> frozenset[Visit]:
-    """The visits that must be done before this one. In a pair the row itself meets the need for cache(s, n - 1)."""
-    step, block = visit.step, visit.block
+def dependencies(plan: Plan, task: Task) -> frozenset[Task]:
+    """The tasks that must be done before this one. In a pair the row itself meets the need for cache(s, n - 1)."""
+    step, block = task.step, task.block
     needs = {plan.provider(step, m) for m in plan.seen(step, block)}
-    if visit.kind == "denoise" and step > 0:
+    if task.kind == "denoise" and step > 0:
         needs.add(denoise(step - 1, block))
-    if visit.kind == "cache" and block >= plan.prefix_blocks:  # prefix blocks are given, not denoised
+    if task.kind == "cache" and block >= plan.prefix_blocks:  # prefix blocks are given, not denoised
         needs.add(denoise(step, block))
     return frozenset(needs)
 
@@ -269,69 +269,69 @@ def dependencies(plan: Plan, visit: Visit) -> frozenset[Visit]:
 def check(plan: Plan, groups: Iterable[Group], num_blocks: int) -> None:
     """Prove that a walk makes a video of num_blocks blocks (those of the prefix among them) in a legal way.
 
-    Legal: each visit finds what it needs in earlier groups or ahead of it in its row; none comes twice; every made
-    block is denoised at every step; every cache visit is read by some visit; no two rows of a group touch one cache;
+    Legal: each task finds what it needs in earlier groups or ahead of it in its row; none comes twice; every made
+    block is denoised at every step; every cache task is read by some task; no two rows of a group touch one cache;
     and each cache goes forward only, since new frames overwrite old ones.
 
     Raises:
-        ValueError: names the first visit that breaks the rules and what it lacks.
+        ValueError: names the first task that breaks the rules and what it lacks.
     """
     whole("num_blocks", num_blocks, plan.prefix_blocks, " (the blocks of the prefix count)")
-    done: set[Visit] = set()
-    read: set[Visit] = set()
-    order: list[Visit] = []
+    done: set[Task] = set()
+    read: set[Task] = set()
+    order: list[Task] = []
     reached: dict[int, tuple[int, int]] = {}  # how far each cache has come: (pass, block)
     for group in groups:
-        holder: dict[int, Visit] = {}  # which row of this group touches a cache, by its last visit
-        fresh: set[Visit] = set()
+        holder: dict[int, Task] = {}  # which row of this group touches a cache, by its last task
+        fresh: set[Task] = set()
         for row in group:
             _check_row(row)
-            for visit in row:
-                _check_visit(plan, visit, num_blocks)
-                if visit in done or visit in fresh:
-                    raise ValueError(f"{visit} comes twice")
-                needs = dependencies(plan, visit)
-                lacking = needs - done - set(row[: row.index(visit)])
+            for task in row:
+                _check_task(plan, task, num_blocks)
+                if task in done or task in fresh:
+                    raise ValueError(f"{task} comes twice")
+                needs = dependencies(plan, task)
+                lacking = needs - done - set(row[: row.index(task)])
                 if lacking:
-                    raise ValueError(f"{visit} needs {min(lacking)}, which is in no earlier group")
+                    raise ValueError(f"{task} needs {min(lacking)}, which is in no earlier group")
                 read |= needs
-                fresh.add(visit)
-                order.append(visit)
-            for index in sorted({index for visit in row for index in _caches_touched(plan, visit)}):
+                fresh.add(task)
+                order.append(task)
+            for index in sorted({index for task in row for index in _caches_touched(plan, task)}):
                 if index in holder:
                     raise ValueError(f"{row[-1]} and {holder[index]} are two rows of a group on one cache ({index})")
                 holder[index] = row[-1]
-                for visit in row:
-                    place = (visit.step if plan.order == "step_first" else 0, visit.block)
+                for task in row:
+                    place = (task.step if plan.order == "step_first" else 0, task.block)
                     if place < reached.get(index, place):
-                        raise ValueError(f"{visit} comes too late: cache {index} has already gone on to later frames")
+                        raise ValueError(f"{task} comes too late: cache {index} has already gone on to later frames")
                     reached[index] = place
         done |= fresh
     for block in range(plan.prefix_blocks, num_blocks):
         for step in range(plan.steps):
             if denoise(step, block) not in done:
                 raise ValueError(f"{denoise(step, block)} is missing: every made block needs all {plan.steps} steps")
-    for visit in order:
-        if visit.kind == "cache" and visit not in read:
-            raise ValueError(f"{visit} is needless: no visit of the walk reads it")
+    for task in order:
+        if task.kind == "cache" and task not in read:
+            raise ValueError(f"{task} is needless: no task of the walk reads it")
 
 
 def forwards(groups: Iterable[Group]) -> int:
-    """How many visits a walk makes; a pair counts two."""
+    """How many tasks a walk makes; a pair counts two."""
     return sum(len(row) for group in groups for row in group)
 
 
 def rank_order(group: Group) -> list[Row]:
     """The rows of a group one after another, as a rank that runs them singly should: the oldest block first, since a
-    younger one could not go on without it; within a block denoise visits first, since other ranks wait for the latents.
+    younger one could not go on without it; within a block denoise tasks first, since other ranks wait for the latents.
     """
     return sorted(group, key=lambda row: (row[-1].block, row[-1].kind != "denoise"))
 
 
-def _caches_touched(plan: Plan, visit: Visit) -> set[int]:
-    """The caches in which a visit reads or writes."""
-    lends = plan.kv_source == "next_step" and visit.kind == "denoise" and visit.step > 0
-    return {plan.cache_index(s) for s in ((visit.step - 1, visit.step) if lends else (visit.step,))}
+def _caches_touched(plan: Plan, task: Task) -> set[int]:
+    """The caches in which a task reads or writes."""
+    lends = plan.kv_source == "next_step" and task.kind == "denoise" and task.step > 0
+    return {plan.cache_index(s) for s in ((task.step - 1, task.step) if lends else (task.step,))}
 
 
 def _check_row(row: Row) -> None:
@@ -339,16 +339,16 @@ def _check_row(row: Row) -> None:
         return
     if not row or row != (cache(row[-1].step, row[-1].block - 1), denoise(row[-1].step, row[-1].block)):
         text = ", ".join(map(str, row))
-        raise ValueError(f"({text}) is no row: give one visit, or the pair cache(s, n - 1), denoise(s, n)")
+        raise ValueError(f"({text}) is no row: give one task, or the pair cache(s, n - 1), denoise(s, n)")
 
 
-def _check_visit(plan: Plan, visit: Visit, num_blocks: int) -> None:
-    """Refuse what is no visit of this video at all."""
-    if visit.kind not in ("denoise", "cache"):
-        raise ValueError(f"{visit} is of no known kind: give denoise or cache")
-    if not 0 <= visit.step < plan.steps:
-        raise ValueError(f"{visit} is outside the schedule: steps are 0 to {plan.steps - 1}")
-    if not 0 <= visit.block < num_blocks:
-        raise ValueError(f"{visit} is outside the video: blocks are 0 to {num_blocks - 1}")
-    if visit.kind == "denoise" and visit.block < plan.prefix_blocks:
-        raise ValueError(f"{visit} denoises a block of the prefix: made blocks start at {plan.prefix_blocks}")
+def _check_task(plan: Plan, task: Task, num_blocks: int) -> None:
+    """Refuse what is no task of this video at all."""
+    if task.kind not in ("denoise", "cache"):
+        raise ValueError(f"{task} is of no known kind: give denoise or cache")
+    if not 0 <= task.step < plan.steps:
+        raise ValueError(f"{task} is outside the schedule: steps are 0 to {plan.steps - 1}")
+    if not 0 <= task.block < num_blocks:
+        raise ValueError(f"{task} is outside the video: blocks are 0 to {num_blocks - 1}")
+    if task.kind == "denoise" and task.block < plan.prefix_blocks:
+        raise ValueError(f"{task} denoises a block of the prefix: made blocks start at {plan.prefix_blocks}")

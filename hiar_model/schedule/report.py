@@ -20,7 +20,7 @@ from typing import Any
 from ..config import WanConfig
 from ..io.files import temporary
 from . import gpu_tables
-from .costs import LINKS, Costs, Curve, Geometry, exchanged_bytes, unequal_parts, unit_costs, visit_flop
+from .costs import LINKS, Costs, Curve, Geometry, exchanged_bytes, task_flop, unequal_parts, unit_costs
 from .plan import Plan
 from .simulator import ROUNDING, Timeline, Walk, simulate
 from .strategies import MODELS, TFLOPS, VAE_MS, WINDOW, Machine, machines, plan_of, ways
@@ -46,9 +46,9 @@ def ranks_of(steps: int) -> list[int]:
 
 
 def grid_table(steps: int = 4, blocks: int = 4) -> list[str]:
-    """When each visit may start at the earliest: the starts of its denoise and its cache visit, one rank per step."""
+    """When each task may start at the earliest: the starts of its denoise and its cache task, one rank per step."""
     timeline = simulate(plan_of("stream", steps), blocks + 1, steps)
-    starts = {visit: event.start for event in timeline.events for row in event.rows for visit in row}
+    starts = {task: event.start for event in timeline.events for row in event.rows for task in row}
     rows = [
         [f"step {s}", *(f"{starts['denoise', s, n]:g}, {starts['cache', s, n]:g}" for n in range(blocks))]  # type: ignore[index]
         for s in range(steps)
@@ -78,7 +78,7 @@ def gain_table(
 
 
 def limit_table(steps: Sequence[int] = STEPS) -> list[str]:
-    """What an S-rank pipeline gains in the steady state, visits of one cost."""
+    """What an S-rank pipeline gains in the steady state, tasks of one cost."""
     rows = []
     for s in steps:
         base, own, pipe = (
@@ -187,29 +187,29 @@ def crossing_table(
 ) -> list[str]:
     """The bandwidth above which block-first under head parallelism beats a pipeline on as many GPUs, once it is steady.
 
-    (S+1) (V/R + X/bandwidth) = P V, with V the time of a visit over a full window, X the bytes that a GPU sends in it
+    (S+1) (V/R + X/bandwidth) = P V, with V the time of a task over a full window, X the bytes that a GPU sends in it
     and P V the interval of the pipeline; latencies and what heads leave unequal are left out.
     """
     rows = []
     for model in models:
         config, g = WanConfig.from_name(model), Geometry()
         frame = g.frame_tokens(config)
-        flop = visit_flop(config, g.frames_per_block * frame, WINDOW * frame)
+        flop = task_flop(config, g.frames_per_block * frame, WINDOW * frame)
         for s in steps:
             for ranks in (r for r in (2, 4, 8) if r <= s and not config.num_heads % r):
                 pace = simulate(plan_of("stream", s), 3 * s + 20, ranks).steady_interval or 0.0
                 sent = exchanged_bytes(config, g, ranks)
                 rates = []
                 for speed in tflops:
-                    visit = flop / (speed * 1e12)
-                    rates.append((s + 1) * sent / (visit * (pace - (s + 1) / ranks)) / 1e9)
+                    task = flop / (speed * 1e12)
+                    rates.append((s + 1) * sent / (task * (pace - (s + 1) / ranks)) / 1e9)
                 efficiency = (s + 1) / ranks / pace
                 rows.append(
                     [model, f"{s}", f"{ranks}", f"{sent / 1e6:.0f}", f"{efficiency:.1%}", *(f"{r:.3g}" for r in rates)]
                 )
     headings = ["model", "S", "GPUs", "MB per GPU and visit", "efficiency needed"]
     table = markdown([*headings, *(f"GB/s at {speed:g} TFLOP/s" for speed in tflops)], rows)
-    note = f"- roofline: FLOP of a visit over a full window of {WINDOW} / TFLOP/s (not measured); no latencies"
+    note = f"- roofline: FLOP of a task over a full window of {WINDOW} / TFLOP/s (not measured); no latencies"
     return [*table, "", note]
 
 
@@ -217,7 +217,7 @@ def crossing_table(
 
 
 def pictures() -> dict[str, str]:
-    """File name -> SVG of docs/parallel.md: four steps, visits of one cost."""
+    """File name -> SVG of docs/parallel.md: four steps, tasks of one cost."""
 
     def panel(name: str, order: str, blocks: int, ranks: int = 1, **options: object) -> tuple[str, Timeline]:
         timeline = simulate(Plan(4, order, 3, **options), blocks, ranks)  # type: ignore[arg-type]
@@ -230,7 +230,7 @@ def pictures() -> dict[str, str]:
 
 
 def draw_gains(picture: str | Path, blocks: Sequence[int] = (2, 4, 7, 14, 27, 54, 81, 120, 200)) -> None:
-    """Draw the gain over one rank block-first by blocks, one line for each number of steps, into a .png; every visit 1.
+    """Draw the gain over one rank block-first by blocks, one line for each number of steps, into a .png; every task 1.
 
     Left one rank per step, right four ranks at most. Needs matplotlib.
     """
@@ -303,10 +303,10 @@ def report(stage_times: str | Path | None = None, tflops: float = TFLOPS, vae_ms
     about = "Projections by a simulator; nobody has run them on several GPUs."
     sections: list[tuple[str, Callable[[], list[str]]]] = [
         ("# Rollouts measured on one GPU", gpu_tables.rollout_table),
-        ("## Where a visit goes, ms", gpu_tables.parts_table),
+        ("## Where a task goes, ms", gpu_tables.parts_table),
         ("# Steps over ranks", lambda: [about]),
-        ("## Steady state, every visit 1", partial(limit_table, steps)),
-        ("## Gain over one rank block-first, every visit 1", partial(gain_table, unit_costs(), steps)),
+        ("## Steady state, every task 1", partial(limit_table, steps)),
+        ("## Gain over one rank block-first, every task 1", partial(gain_table, unit_costs(), steps)),
     ]
     for machine in found:
         where = f"{machine.name}, {machine.link.name}"

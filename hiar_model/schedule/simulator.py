@@ -1,4 +1,4 @@
-"""When each visit of a walk would run on one rank or a pipeline of ranks: a simulation, without tensors.
+"""When each task of a walk would run on one rank or a pipeline of ranks: a simulation, without tensors.
 
 A rank holds a run of successive steps and takes its rows in the order of the walk, those of a group in `rank_order`. A
 row starts when its rank is free and all it needs has arrived. Transfers run beside the ranks' work; a link between two
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from ..common.checks import as_whole, one_of, whole
 from .costs import Costs, unit_costs
-from .plan import Group, Plan, Visit, denoise, dependencies, rank_order
+from .plan import Group, Plan, Task, denoise, dependencies, rank_order
 
 VAE = ("none", "last", "own")
 MOST_SPLITS = 20_000  # what is enumerated; beyond it the split with the best bound is taken and improved
@@ -44,7 +44,7 @@ class Timeline:
     events       in the order in which they were simulated
     bytes_sent   by all ranks
     least        no split of these ranks can take less time (0 where that was not asked for)
-    level_from   the first block whose visits cost as much as the last one's: from there on windows are full
+    level_from   the first block whose tasks cost as much as the last one's: from there on windows are full
     """
 
     plan: Plan
@@ -63,7 +63,7 @@ class Timeline:
 
     @cached_property
     def begun(self) -> dict[int, float]:
-        """When the first denoise visit of each made block starts."""
+        """When the first denoise task of each made block starts."""
         return {v.block: e.start for e in self.events for row in e.rows for v in row if v[:2] == ("denoise", 0)}
 
     @cached_property
@@ -132,7 +132,7 @@ def makespan(
     """The time of a walk at unit costs on `ranks` ranks, with the best split of the steps over them.
 
     Args:
-        denoise, cache: the time of a visit; a pair takes both, and its latents are there when it ends.
+        denoise, cache: the time of a task; a pair takes both, and its latents are there when it ends.
         send_latent: the time for latents to reach another rank.
         send_keys: the time for lent keys (kv_source="next_step") to reach another rank.
     """
@@ -155,7 +155,7 @@ def simulate(
 
     Args:
         split: steps per rank; or how many ranks, for the fastest split found (see `Walk.best_split`).
-        costs: None: every visit takes 1, transfers nothing.
+        costs: None: every task takes 1, transfers nothing.
         vae: "none": latents are the result. "last": the last rank decodes each block once it is denoised. "own": a
             further rank decodes.
         batch: one rank runs the rows of a group as one launch (see `Costs.batch`).
@@ -281,17 +281,17 @@ class Walk:
     def _jobs(self) -> list[_Job]:
         """The rows of the walk in the order in which ranks take them up."""
         plan, costs = self.plan, self.costs
-        made_by: dict[Visit, int] = {}
+        made_by: dict[Task, int] = {}
         jobs: list[_Job] = []
         readers: list[set[int]] = []
         finishing: dict[int, int] = {}  # block -> the job that finishes it
 
-        def add(step: int, cost: float, rows: Group, needs: set[Visit], decoded: int | None = None) -> None:
+        def add(step: int, cost: float, rows: Group, needs: set[Task], decoded: int | None = None) -> None:
             # What comes from the same step comes from the same rank, which keeps the order anyway.
             sources = tuple({made_by[need] for need in needs if need.step != step or decoded is not None})
             for source in sources:
                 readers[source].add(step)
-            made_by.update((visit, len(jobs)) for row in rows for visit in row)
+            made_by.update((task, len(jobs)) for row in rows for task in row)
             jobs.append(_Job(step, cost, rows, sources, (), decoded, None))
             readers.append(set())
 
@@ -323,11 +323,11 @@ class Walk:
             )
         return found
 
-    def _imports(self, rows: Group) -> set[Visit]:
+    def _imports(self, rows: Group) -> set[Task]:
         """What rows need, of other steps at least: with own caches latents alone come from other steps."""
         if self.plan.kv_source == "own":
             return {denoise(v.step - 1, v.block) for row in rows for v in row if v.kind == "denoise" and v.step}
-        return {need for row in rows for visit in row for need in dependencies(self.plan, visit)}
+        return {need for row in rows for task in row for need in dependencies(self.plan, task)}
 
     def _time(self, split: tuple[int, ...]) -> float:
         return max(self._run(self._owners(split))[1], default=0.0)

@@ -1,4 +1,4 @@
-"""Which steps live on which rank of a pipeline, and what a rank visits. Plain data, no tensors."""
+"""Which steps live on which rank of a pipeline, and what a rank tasks. Plain data, no tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def split_steps(plan: Plan, num_blocks: int | None, ranks: int, costs: Costs | N
 
     Args:
         num_blocks: of the walk; None: endless, judged by its steady state.
-        costs: of the visits, such as :func:`.measure_costs` returns; None: all cost the same.
+        costs: of the tasks, such as :func:`.measure_costs` returns; None: all cost the same.
 
     Raises:
         ValueError: more ranks than steps, or a walk that ranks cannot share.
@@ -39,7 +39,7 @@ def _enough(plan: Plan, num_blocks: int | None) -> int:
 class Stage:
     """The part of a plan that one rank of a pipeline has.
 
-    split   steps of each rank, in order; the last may have 0: it visits nothing and takes the finished blocks
+    split   steps of each rank, in order; the last may have 0: it tasks nothing and takes the finished blocks
     rank    which of them this is
     """
 
@@ -84,12 +84,12 @@ class Stage:
         return f"rank {self.rank} ({steps_text(self.steps)})"
 
     def groups(self, num_blocks: int | None) -> Iterator[Group]:
-        """What this rank visits, row by row; without steps, the visits whose results it takes."""
+        """What this rank tasks, row by row; without steps, the tasks whose results it takes."""
         last = self.plan.steps - 1
         for group in self.plan.groups(num_blocks):
             for row in rank_order(group):
-                visit = row[-1]
-                if visit.step in self.steps or (not self.steps and visit[:2] == ("denoise", last)):
+                task = row[-1]
+                if task.step in self.steps or (not self.steps and task[:2] == ("denoise", last)):
                     yield (row,)
 
 

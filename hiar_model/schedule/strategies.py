@@ -100,11 +100,11 @@ def ways(machine: Machine, steps: int = 4, gpus: int = 4) -> list[Way]:
     def plan(order: str, **options: object) -> Plan:
         return plan_of(order, steps, frames_per_block=g.frames_per_block, **options)  # type: ignore[arg-type]
 
-    def shared(order: str, visits: int) -> list[Way]:
+    def shared(order: str, tasks: int) -> list[Way]:
         if unequal_parts(config, g, gpus):
             return []
         parallel = head_parallel(costs, config, g, gpus, machine.link)
-        sent = visits * gpus * exchanged_bytes(config, g, gpus)
+        sent = tasks * gpus * exchanged_bytes(config, g, gpus)
         return [Way(f"{order}, Ulysses over {gpus}", gpus, plan(order), parallel, exchanged=sent)]
 
     def even(ranks: int) -> Way:

@@ -1,4 +1,4 @@
-"""Timelines as pictures: a lane per rank, a box per visit with its block in it."""
+"""Timelines as pictures: a lane per rank, a box per task with its block in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def draw(panels: Sequence[tuple[str, Timeline]]) -> str:
     """An SVG of timelines above each other, on one axis of time.
 
     Args:
-        panels: (title, timeline at unit costs). A pair is one frame around both of its visits.
+        panels: (title, timeline at unit costs). A pair is one frame around both of its tasks.
     """
     steps = max(timeline.plan.steps for _, timeline in panels)
     length = max(timeline.time for _, timeline in panels)
@@ -60,10 +60,10 @@ def _colour(kind: str, step: int, steps: int) -> tuple[str, str]:
 def _boxes(timeline: Timeline, start: float, end: float, row: Sequence, y: float) -> list[str]:
     x, each = LEFT + UNIT * start, UNIT * (end - start) / len(row)
     boxes = []
-    for i, visit in enumerate(row):
-        fill, ink = _colour(visit.kind, visit.step, timeline.plan.steps)
+    for i, task in enumerate(row):
+        fill, ink = _colour(task.kind, task.step, timeline.plan.steps)
         boxes.append(_box(x + i * each, y, each, fill))
-        boxes.append(_text(x + (i + 0.5) * each, y + 14.5, str(visit.block), fill=ink))
+        boxes.append(_text(x + (i + 0.5) * each, y + 14.5, str(task.block), fill=ink))
     if len(row) > 1:
         w = UNIT * (end - start) - 2
         boxes.append(f'<rect x="{x + 1:g}" y="{y}" width="{w:g}" height="{BOX}" rx="3" fill="none" stroke="#111"/>')

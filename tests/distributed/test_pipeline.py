@@ -307,7 +307,7 @@ def test_measured_costs_are_of_each_window():
 
 
 def test_pairs_where_they_are_faster():
-    """Alone a pair need only be cheaper than its visits; behind other ranks a block waits for its pair."""
+    """Alone a pair need only be cheaper than its tasks; behind other ranks a block waits for its pair."""
     from dataclasses import replace
 
     plan, costs = Plan(4, "stream", 3, window_frames=(9,) * 4), unit_costs()
@@ -330,7 +330,10 @@ def test_pairs_where_they_are_faster():
             r"steps_per_rank=\[1, 1\] is not legal: give a number for each of 1 ra",
         ),
         ({"steps_per_rank": (3,)}, r"steps per rank \[3\] is not legal: give numbers >= 1 that sum to 4"),
-        ({"dedicated_decoder_rank": True, "steps_per_rank": None}, "1 ranks cannot share 4 steps: give 1 to 4, and one more"),
+        (
+            {"dedicated_decoder_rank": True, "steps_per_rank": None},
+            "1 ranks cannot share 4 steps: give 1 to 4, and one more",
+        ),
         ({"parallel": "ulysses"}, "needs a mesh"),
         ({"model": [MODEL, None, MODEL, MODEL]}, r"this rank has steps \[0, 1, 2, 3\]: give the weights of step 1 too"),
         ({"model": [None] * 4}, "give one, or one for each of the 4 steps"),

@@ -156,7 +156,7 @@ def test_replicas_make_other_videos(found):
 
 
 def test_two_axes_at_once(found):
-    """Two steps on two ranks, each visit shared by two: finished blocks come on both ranks of the last steps."""
+    """Two steps on two ranks, each task shared by two: finished blocks come on both ranks of the last steps."""
     made = [of_rank["pipeline"] for of_rank in found]
     assert made[:2] == [[], []]
     for blocks in made[2:]:

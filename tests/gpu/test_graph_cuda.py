@@ -1,4 +1,4 @@
-"""Captured CUDA graphs: the bits of the eager run, no host synchronisation and no allocation in a visit.
+"""Captured CUDA graphs: the bits of the eager run, no host synchronisation and no allocation in a task.
 
 The stand-in's tests (tests/rollout/test_cuda_graph.py) hold the logic on a CPU; here are the claims that only a
 device can show.
@@ -107,4 +107,4 @@ def test_a_visit_is_one_graph_launch(model):
         ) as profiler:
             next(blocks)
         graphs = sum(event.name == "cudaGraphLaunch" for event in profiler.events())
-        assert graphs == 4 + 1  # the denoise visits, and the four cache visits of the block before as one batch
+        assert graphs == 4 + 1  # the denoise tasks, and the four cache tasks of the block before as one batch

@@ -1,4 +1,4 @@
-"""What a visit launches on a CUDA device, counted without one: fake tensors that say they are on CUDA.
+"""What a task launches on a CUDA device, counted without one: fake tensors that say they are on CUDA.
 
 A kernel, a copy, a memset and a call of a library are one operation each; views and allocations are none. Attention
 over a ring counts twice: its kernel and the merge of its parts. What a library launches inside of a call is not seen.
@@ -23,7 +23,7 @@ from hiar_kernels._triton import shapes_only
 from hiar_model.config import WanConfig
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.planning.memory import Request
-from hiar_model.rollout.batched_forward import Launch
+from hiar_model.rollout.batched_forward import BatchedForward
 from hiar_model.rollout.footprint import _HostAttention
 
 NO_LAUNCH = {
@@ -81,7 +81,7 @@ CONFIG = WanConfig(
 REQUEST = make_request(CONFIG, 8, 12, 24, steps=4, window_frames=9, dtype=torch.bfloat16, text_tokens=10)
 
 
-def launches(request: Request) -> Iterator[tuple[str, Launch]]:
+def launches(request: Request) -> Iterator[tuple[str, BatchedForward]]:
     """Of a rollout by what their rows are; made and run on fake tensors."""
     with torch.device("meta"):
         model = HiARTransformer(request.config).eval().requires_grad_(False)
@@ -102,8 +102,8 @@ def launches(request: Request) -> Iterator[tuple[str, Launch]]:
             yield name, launch
 
 
-def operations(launch: Launch) -> list[list[str]]:
-    """Of a visit: what is launched up to the end of each layer, and after the last."""
+def operations(launch: BatchedForward) -> list[list[str]]:
+    """Of a task: what is launched up to the end of each layer, and after the last."""
     parts: list[list[str]] = []
     with Operations() as seen:
 

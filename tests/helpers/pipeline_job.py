@@ -1,7 +1,7 @@
 """What test_pipeline.py runs under torchrun: pipelines of 1 to 4 of its processes, against one process.
 
 torchrun --nproc-per-node 4 tests/helpers/pipeline_job.py cases RESULT.json      every case; what each rank found
-torchrun --nproc-per-node 3 tests/helpers/pipeline_job.py stop | kill | hang     rank 1 does that inside a visit;
+torchrun --nproc-per-node 3 tests/helpers/pipeline_job.py stop | kill | hang     rank 1 does that inside a task;
                                                                              orphan: it kills torchrun
 """
 
@@ -99,7 +99,7 @@ def parity(groups) -> list[str]:
 
 
 def splits(groups) -> list[str]:
-    """Given splits, a rank that only takes blocks, measured times, captured visits, one's own weights alone."""
+    """Given splits, a rank that only takes blocks, measured times, captured tasks, one's own weights alone."""
     wrong, rank = [], dist.get_rank()
     base = {"num_frames": 9, "window_frames": 6}
     experts = [make_model(s) for s in range(4)]
@@ -126,7 +126,7 @@ def splits(groups) -> list[str]:
 
 
 def shared_visits() -> list[str]:
-    """Two steps' ranks, each of two that share every visit: a mesh of (step, head)."""
+    """Two steps' ranks, each of two that share every task: a mesh of (step, head)."""
     mesh = make_mesh(step=2, head=2)
     options = {"num_frames": 12, "window_frames": 6}
     expected = single(4, **options)
@@ -171,7 +171,7 @@ def resumed(groups, folder: Path) -> dict:
 
 
 def traced(group) -> list[str]:
-    """What two ranks do, in order: visits, sends, and which receives are posted when a visit begins."""
+    """What two ranks do, in order: tasks, sends, and which receives are posted when a task begins."""
     made, events = make(2, group, num_frames=9), []
     launch, send, links = made._executor._launch, made.pipeline.send, made.pipeline.links
 
@@ -234,7 +234,8 @@ def cases(target: Path) -> None:
     dist.broadcast_object_list(folder)
     found = {"parity": parity(groups), "splits": splits(groups), "resumed": resumed(groups, Path(folder[0]) / "run")}
     video = rollout(MODEL, None, TEXT, FlowSchedule.uniform(2), num_frames=6, executor="pipeline",
-                    mesh=DeviceMesh.from_group(pair, "cpu", mesh_dim_names=("step",)), **SIZE) if rank < 2 else None  # fmt: skip
+                    mesh=DeviceMesh.from_group(pair, "cpu", mesh_dim_names=("step",)),
+                    **SIZE) if rank < 2 else None  # fmt: skip
     found["rollout"] = None if video is None else list(video.shape)
     found["endless"] = endless(dist.new_group([0, 1])) if rank < 2 else dist.new_group([0, 1]) and None
     errors = (float("nan"), MemoryError("no more"), ZeroDivisionError("division by zero"))

@@ -1,4 +1,4 @@
-"""A visit under torch.compile writes its rings where they lie: no temporary is as large as one ring."""
+"""A task under torch.compile writes its rings where they lie: no temporary is as large as one ring."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def through_the_ops(monkeypatch):
 
 
 def largest_temporary(attend: RingAttend, live: Live | None = None, spoil: bool = False) -> int:
-    """Numbers in the largest buffer that the code generated for one layer's visit allocates."""
+    """Numbers in the largest buffer that the code generated for one layer's task allocates."""
     rows = len(attend.frames)
     x, weight = torch.randn(rows, attend.frames.shape[1] * TOKENS, CONFIG.dim), torch.randn(CONFIG.dim, 3 * CONFIG.dim)
     norm, same = torch.ones(CONFIG.dim), torch.eye(CONFIG.head_dim)
 
-    def visit(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor | None:
+    def task(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor | None:
         if spoil:
             attend.cache.k[0] = attend.cache.k[0] @ same  # a product: needs no C++ compiler
         return attend(0, x @ weight, norm, norm, live)
 
     with torch.compiler.config.patch(force_disable_caches=True):
-        _, (code,) = run_and_get_code(torch.compile(visit, fullgraph=True), x, weight, norm)
+        _, (code,) = run_and_get_code(torch.compile(task, fullgraph=True), x, weight, norm)
     assert "hiar.qk_norm_rope_append" in code and "hiar.attention" in code
     sizes = [math.prod(int(n) for n in shape.split(",") if n.strip()) for shape in ALLOCATION.findall(code)]
     assert max(sizes, default=0) >= x.numel(), f"the product of x and the weight is not among the buffers {sizes}"

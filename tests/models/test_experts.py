@@ -114,7 +114,7 @@ def test_walks_agree_and_every_step_has_its_own():
 
 
 def test_the_baseline_and_lent_keys_take_them_too():
-    """A visit's weights are its step's: a cache visit of the clean cache is that of the last step."""
+    """A visit's weights are its step's: a cache task of the clean cache is that of the last step."""
     for options in ({"order": "block_first"}, {"order": "stream", "cache_source": "next_step"}):
         found = run(model=EXPERTS, **options, **OPTIONS)
         assert torch.equal(found[:, :3], run(model=EXPERTS, **OPTIONS)[:, :3])

@@ -80,7 +80,7 @@ def test_frames_of_nothing_and_of_much(amax):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 def test_what_is_not_finite_stays_so(bad, dtype):
-    """torch makes 448 of an infinity: a visit that went wrong would look sound."""
+    """torch makes 448 of an infinity: a task that went wrong would look sound."""
     x = random(1, 2, 3, 2, 4, dtype=dtype)
     x[0, 1, 2, 1, 3] = bad
     back, scale = there_and_back(x)
@@ -116,7 +116,7 @@ KINDS = ({}, {"window_frames": 6}, {"window_frames": 6, "sink_frames": 1}, {"bat
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
 def test_walks_agree(options):
-    """Bit for bit where they are with keys as they come, and then up to rounding: pairs, and visits of several steps in
+    """Bit for bit where they are with keys as they come, and then up to rounding: pairs, and tasks of several steps in
     one batch, are other matrix products.
     """
     options = {"num_frames": 12, **options}

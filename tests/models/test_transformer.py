@@ -299,7 +299,7 @@ def test_context_equals_the_joint_forward(window, first):
 
 
 def test_context_of_the_same_frames_is_teacher_forcing():
-    """Each block sees the context copy of the earlier ones and itself, as if denoised after their cache visits."""
+    """Each block sees the context copy of the earlier ones and itself, as if denoised after their cache tasks."""
     latents, timesteps, text = inputs(frames=6)
     model = small(dtype=torch.float64).requires_grad_(False)
     clean, clean_t = inputs(frames=6, seed=9)[:2]

@@ -62,7 +62,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize(("order", "most"), [("step_first", 125), ("wavefront", 125)])
 def test_calls_of_a_block(model, order, most):
-    """One transformer block in a visit of a full window: 210 and 208 calls of torch at revision 6a287b2."""
+    """One transformer block in a task of a full window: 210 and 208 calls of torch at revision 6a287b2."""
     block, seen = model.transformer.blocks[1], []
 
     def counted(*args):

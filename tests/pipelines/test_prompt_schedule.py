@@ -111,9 +111,9 @@ def test_a_prompt_takes_over_at_the_first_block_that_begins_at_its_time(num_bloc
     [
         ({"order": "stream"}, 1, 2, 4 + 8, 4 * 2),
         ({"order": "block_first"}, 1, 2, 4 + 5, 2),
-        # a diagonal has half of 8 visits: the next block begins 2 diagonals later and is finished in the fourth after
+        # a diagonal has half of 8 tasks: the next block begins 2 diagonals later and is finished in the fourth after
         ({"order": "wavefront"}, 1, 3, 18, 4 * 2),
-        ({"order": "stream"}, 4, 3, 6, 4 * 2),  # a rank makes a block in 2 visits; the next is finished 3 ranks later
+        ({"order": "stream"}, 4, 3, 6, 4 * 2),  # a rank makes a block in 2 tasks; the next is finished 3 ranks later
         ({"order": "stream", "window_frames": (3, 6, 9, None)}, 1, 2, 12, None),
         ({"order": "stream", "window_frames": (3, 6, 9, 9)}, 1, 2, 12, 0 + 1 + 2 + 2),
     ],

@@ -254,7 +254,7 @@ def test_a_rank_of_a_pipeline_loads_its_own_steps(monkeypatch):
     assert own(1, steps_per_rank=[1, 3]) == (range(1, 4), [1, 3])
     for all_of_them in ({"ranks": 1}, {"ranks": 9}, {"checkpoint": "a.pt"}, {"parallel": "ulysses"}):
         assert own(0, **all_of_them)[0] is None
-    with pytest.raises(ValueError, match="loaded before visits are measured"):
+    with pytest.raises(ValueError, match="loaded before tasks are measured"):
         own(0, steps_per_rank="measured")
 
 

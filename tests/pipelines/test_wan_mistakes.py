@@ -317,7 +317,7 @@ WRONG = {
     "dtype": (None, ["--dtype", "int8"], "--dtype must be one of float32, bfloat16, .*int8"),
     "cache dtype": (None, ["--kv-dtype", "int4"], "--kv-dtype must be .*float8_e4m3fn, got .int4."),
     "offload": (None, ["--offload", "transformer"], "--offload must be one of text, vae, got 'transformer'"),
-    "on new text": (None, ["--on-prompt-change", "forget"], "--on-prompt-change must be one of keep, recache, got 'forget'"),
+    "on new text": (None, ["--on-prompt-change", "forget"], "--on-prompt-change .* keep, recache, got 'forget'"),
     "on nan": (None, ["--on-nan", "hide"], "--on-nan must be one of stop, retry, got 'hide'"),
     "recache and pairs": (
         None,

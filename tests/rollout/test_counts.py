@@ -85,9 +85,10 @@ def test_the_function(model, name, given):
 
 def test_renoise():
     model = HiARTransformer(CONFIG).eval()
-    run = make_rollout(model, TEXT, SCHEDULE, num_frames=6, height=2, width=4, batch=2, renoise=lambda s, n: NOISE[:1, :3])
+    size = {"num_frames": 6, "height": 2, "width": 4, "batch": 2}
+    run = make_rollout(model, TEXT, SCHEDULE, **size, renoise=lambda s, n: NOISE[:1, :3])
     with pytest.raises(
-        ValueError, match=r"^renoise\(step 0, block 0\) must be \[2, 3, 2, 2, 4\], got \[1, 3, 2, 2, 4\]$"
+        ValueError, match=r"^noise\(step 0, block 0\) must be \[2, 3, 2, 2, 4\], got \[1, 3, 2, 2, 4\]$"
     ):
         next(iter(run))
 

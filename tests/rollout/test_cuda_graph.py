@@ -36,7 +36,8 @@ WALKS = [
 
 def made(executor: str, num_frames: int | None = 18, **options) -> Rollout:
     text = options.pop("text", TEXT)
-    return make_rollout(MODEL, text, FlowSchedule.uniform(4), num_frames=num_frames, executor=executor, **SIZE, **options)
+    options = {"num_frames": num_frames, "executor": executor, **SIZE, **options}
+    return make_rollout(MODEL, text, FlowSchedule.uniform(4), **options)
 
 
 def latents(rollout: Rollout) -> torch.Tensor:
@@ -96,7 +97,7 @@ def test_captures_do_not_grow_with_the_video(walk):
             latents(rollout)
             counts.append(rollout._executor.counters.captures)
     assert counts[0] == counts[1]
-    # growth is served by the graphs of the full window: what differs are kinds of visits, and how full a diagonal is
+    # growth is served by the graphs of the full window: what differs are kinds of tasks, and how full a diagonal is
     few = {"step_first": 2, "block_first": 2, "stream": 2 * 4, "wavefront": 4 * 4}
     assert counts[0] <= few[walk["order"]] + 4 * ("pairs" in walk), counts
 
@@ -110,7 +111,7 @@ def test_by_layout_captures_follow_the_visible_blocks():
             latents(rollout)
             counts.append(rollout._executor.counters.captures)
     assert counts[0] == counts[1]
-    assert counts[0] == 3 * (4 + 1), counts  # four denoise visits and a batch of cache visits, at 3, 6 and 9 frames
+    assert counts[0] == 3 * (4 + 1), counts  # four denoise tasks and a batch of cache tasks, at 3, 6 and 9 frames
 
 
 def test_another_prompt_needs_no_other_graph():
@@ -174,7 +175,7 @@ def test_a_visit_reads_nothing_and_a_block_is_waited_for_once(walk, monkeypatch)
     with hiar_kernels.prefer("reference"):
         rollout = made("recorded", num_frames=None, window_frames=6, **walk)
         rollout.warm_up()  # the one text is read when its keys are made: its padding is cut off
-        rollout._executor.sentinel.device = torch.device("cuda")  # only told: nothing runs there
+        rollout._executor.nan_guard.device = torch.device("cuda")  # only told: nothing runs there
         execute = rollout._executor.run
 
         def unread(group):
@@ -191,7 +192,7 @@ def test_a_visit_reads_nothing_and_a_block_is_waited_for_once(walk, monkeypatch)
 
 @pytest.mark.parametrize("walk", [{"order": "wavefront"}, {"order": "stream", "pairs": True}], ids=str)
 def test_the_host_draws_noise_before_it_waits(walk, monkeypatch):
-    """Drawn between the wait for a block and the next visit, it would be time in which the device idles."""
+    """Drawn between the wait for a block and the next task, it would be time in which the device idles."""
     seen, draw, read, prepare = [], KeyedNoise.__call__, Readback.numbers, RingAttend.enter
 
     def noted(name, function):
@@ -202,7 +203,7 @@ def test_the_host_draws_noise_before_it_waits(walk, monkeypatch):
     expected = latents(made("eager", window_frames=6, **walk))
     monkeypatch.setattr(Readback, "numbers", noted("wait", read))
     rollout = made("eager", window_frames=6, **walk)
-    rollout._executor.sentinel.device = torch.device("cuda")  # only told: looked at once a block
+    rollout._executor.nan_guard.device = torch.device("cuda")  # only told: looked at once a block
     seen.clear()
     assert torch.equal(latents(rollout), expected)
     draws = [one[1:] for one in seen if one[0] == "draw"]

@@ -1,4 +1,4 @@
-"""How many operations a visit launches on a CUDA device: at most 15 a layer, with kernels fused and nothing copied."""
+"""How many operations a task launches on a CUDA device: at most 15 a layer, with kernels fused and nothing copied."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_OF_PICKING = 5
 
 
 def too_many(request: Request, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], dict[str, int]]:
-    """One line for each part of a visit that launches too much; and operations of a layer by kind of visit."""
+    """One line for each part of a task that launches too much; and operations of a layer by kind of task."""
     failed, counts = [], {}
     with on_cuda(monkeypatch):
         for name, launch in launches(request):

@@ -1,4 +1,4 @@
-"""Latents that are not finite: where they came from, and the visit once more with the reference ops."""
+"""Latents that are not finite: where they came from, and the task once more with the reference ops."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import hiar_kernels
 from hiar_kernels.attention import api as attention_api
 from hiar_model.config import FlowSchedule
 from hiar_model.rollout import Rollout
-from hiar_model.rollout.nan_guard import Sentinel
-from hiar_model.schedule.plan import Visit
+from hiar_model.rollout.nan_guard import NaNGuard
+from hiar_model.schedule.plan import Task
 
 pytestmark = pytest.mark.cpu
 
@@ -78,12 +78,12 @@ def test_the_experts_step_is_named():
 
 
 def spoil(made: Rollout, step: int, block: int, layer: int) -> None:
-    """Have the cache visit of a block leave a NaN among its keys."""
+    """Have the cache task of a block leave a NaN among its keys."""
     run_group = made._executor.run
 
     def spoilt(group):
         found = run_group(group)
-        if any(visit == ("cache", step, block) for row in group for visit in row):
+        if any(task == ("cache", step, block) for row in group for task in row):
             ring = made._executor.cache
             slot = ring.slots(ring.frames.shape[0] - 1 and step, range(*made.plan.block_frames(block)))[0]
             ring.k[layer][step if ring.frames.shape[0] > 1 else 0, 0, slot * ring.frame_tokens, 0, 0] = NAN
@@ -95,43 +95,43 @@ def spoil(made: Rollout, step: int, block: int, layer: int) -> None:
 def test_keys_that_an_earlier_visit_left_are_told_from_ones_own():
     made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(4), num_frames=9, order="stream", **SIZE)
     spoil(made, 2, 0, 1)
-    with pytest.raises(FloatingPointError, match="step 2 of block 1 on: layer 1, keys that an earlier visit left"):
+    with pytest.raises(FloatingPointError, match="step 2 of block 1 on: layer 1, keys that an earlier task left"):
         list(made)
 
 
 def test_watching_costs_no_look_at_the_device_for_each_visit(monkeypatch):
-    """As on an accelerator: one look a finished block; latents a second run may need are withheld until then."""
+    """As on an accelerator: one look a finished block; latents a second run may need are quarantined until then."""
     expected = run(num_frames=15, order="stream", window_frames=7)
-    looks, withheld = [], []
-    look = Sentinel.look
+    looks, quarantined = [], []
+    look = NaNGuard.look
 
     def counted(self):
         if self.sent is not None:
             looks.append([row[-1] for row, _ in self.sent[0]])
-            withheld.append(len(self.withheld))
+            quarantined.append(len(self.quarantined))
         look(self)
 
-    monkeypatch.setattr(Sentinel, "look", counted)
+    monkeypatch.setattr(NaNGuard, "look", counted)
     made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(4), num_frames=15, order="stream", window_frames=7, **SIZE)
-    made._executor.sentinel.device = torch.device("cuda")  # only told: nothing runs there
+    made._executor.nan_guard.device = torch.device("cuda")  # only told: nothing runs there
     assert torch.equal(torch.cat([block.latents for block in made], 1), expected)
-    assert looks == [[Visit("denoise", step, block) for step in range(4)] for block in range(5)]
-    assert max(withheld) <= 8 and not made._executor.sentinel.withheld
+    assert looks == [[Task("denoise", step, block) for step in range(4)] for block in range(5)]
+    assert max(quarantined) <= 8 and not made._executor.nan_guard.quarantined
 
 
 @pytest.mark.parametrize("step", [0, 1, 3])
 @pytest.mark.parametrize("order", ["stream", "wavefront", "block_first"])
 def test_a_late_look_still_finds_the_layer(step, order):
-    """The latents that the visit was given are held back; keys that later visits left are not taken for them."""
+    """The latents that the task was given are held back; keys that later tasks left are not taken for them."""
     experts = [make_model() for _ in range(4)]
     experts[step] = broken("blocks.1.ffn.0.bias")
     made = make_rollout(experts, TEXT, FlowSchedule.uniform(4), num_frames=15, order=order, window_frames=7, **SIZE)
-    made._executor.sentinel.device = torch.device("cuda")
+    made._executor.nan_guard.device = torch.device("cuda")
     with pytest.raises(FloatingPointError, match=f"from step {step} of block 0 on: layer 1, feed-forward"):
         list(made)
 
 
-# Repeating a visit
+# Repeating a task
 
 
 @pytest.fixture
@@ -174,7 +174,8 @@ def test_a_visit_that_went_wrong_is_repeated_with_the_reference_ops(order, optio
         return (torch.full_like(out, NAN) if count[0] % 3 == 1 else out), lse
 
     monkeypatch.setattr(attention_api.library, "attend", sometimes)
-    made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=12, window_frames=7, order=order, on_nan="retry",
+    made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=12, window_frames=7, order=order,
+                        on_nan="retry",
                    **SIZE, **options)  # fmt: skip
     launched = made._executor._launch
 
@@ -186,7 +187,7 @@ def test_a_visit_that_went_wrong_is_repeated_with_the_reference_ops(order, optio
     with pytest.warns(RuntimeWarning, match="not finite from step .* of block .* on: layer 0, .*; finite with") as told:
         found = torch.cat([block.latents for block in made], 1)
     assert len(told) == 1, "told once"
-    assert made._executor.sentinel.retried > 1
+    assert made._executor.nan_guard.retried > 1
     assert (found - expected).abs().max() < 1e-4
 
 
@@ -212,7 +213,7 @@ def test_a_cache_visit_that_went_wrong_is_repeated_before_anyone_reads_it():
         return run_group(group)
 
     made._executor.run = spoilt
-    prepare, seen = made._executor.sentinel.prepare, []
+    prepare, seen = made._executor.nan_guard.prepare, []
 
     def mend(*args):
         seen.append(args)
@@ -220,7 +221,7 @@ def test_a_cache_visit_that_went_wrong_is_repeated_before_anyone_reads_it():
             bias.data.copy_(mended)
         return prepare(*args)
 
-    made._executor.sentinel.prepare = mend
+    made._executor.nan_guard.prepare = mend
     with pytest.warns(
         RuntimeWarning, match="cached keys are not finite from step 0 of block 0 on: layer 0, feed-forward"
     ):

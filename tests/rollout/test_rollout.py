@@ -244,7 +244,7 @@ def test_save_load_go_on_equals_one_run_bit_for_bit(order, after):
 def test_forwards_are_as_planned(options, forwards, launches):
     made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(4), num_frames=15, **SIZE, **options)
     seen = []
-    made.on_visit = lambda done, total: seen.append((done, total))
+    made.on_task = lambda done, total: seen.append((done, total))
     assert [b.first_frame for b in made] == [0, 3, 6, 9, 12]
     counters = made._executor.counters
     assert counters.denoise + counters.cache == made.forwards_total == forwards
@@ -254,7 +254,7 @@ def test_forwards_are_as_planned(options, forwards, launches):
 
 
 def test_a_cache_visit_skips_what_nobody_reads(monkeypatch):
-    """The head never runs for a cache visit, nor the last layer beyond its keys; the prompt's keys are made once."""
+    """The head never runs for a cache task, nor the last layer beyond its keys; the prompt's keys are made once."""
     made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=6, order="stream", **SIZE)
     calls = {"head": 0, "ffn": 0, "text": 0}
     handles = [
@@ -285,7 +285,8 @@ def test_memory_of_an_endless_stream_is_flat():
     before = [t.data_ptr() for t in cache.k]
     kept = set()
     for block in itertools.islice(made, 667):
-        kept.add((len(made._executor.latents), len(made._executor.texts.entries), len(made._executor.sentinel.unchecked)))
+        executor = made._executor
+        kept.add((len(executor.latents), len(executor.texts.entries), len(executor.nan_guard.unchecked)))
     assert block.first_frame == 1998
     assert len(kept) == 1
     assert [t.data_ptr() for t in cache.k] == before

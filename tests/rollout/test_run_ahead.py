@@ -1,4 +1,4 @@
-"""On an accelerator the cache visits of a finished block are queued before it is handed over: nobody can tell."""
+"""On an accelerator the cache tasks of a finished block are queued before it is handed over: nobody can tell."""
 
 from __future__ import annotations
 

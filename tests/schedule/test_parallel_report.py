@@ -19,8 +19,8 @@ from hiar_model.schedule.costs import (
     head_parallel,
     measured,
     roofline,
+    task_flop,
     unit_costs,
-    visit_flop,
 )
 from hiar_model.schedule.gpu_tables import stage_times
 from hiar_model.schedule.plan import Plan, forwards
@@ -121,11 +121,11 @@ def test_figures_of_the_text() -> None:
     config, geometry, costs = measured(file, LINKS["pcie"])
     frame = geometry.frame_tokens(config)
     seconds = {seen: costs.curve("denoise", 0)(seen) for seen in (3, 21)}
-    whole, own = (visit_flop(config, 3 * frame, seen * frame) / seconds[seen] / 1e12 for seen in (21, 3))
+    whole, own = (task_flop(config, 3 * frame, seen * frame) / seconds[seen] / 1e12 for seen in (21, 3))
     assert f"took {1e3 * seconds[21]:.1f} ms ({round(whole, -1):.0f} TFLOP/s)" in text
     assert f"own 3 frames {1e3 * seconds[3]:.1f} ({round(own, -1):.0f} TFLOP/s" in text
     cache = costs.curve("cache", 0)
-    assert f"a cache visit {1e3 * cache(21):.1f} and {1e3 * cache(3):.1f}" in text
+    assert f"a cache task {1e3 * cache(21):.1f} and {1e3 * cache(3):.1f}" in text
     readme = " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
     assert f"none of these ways but replicas exceeds {12 / machine.costs.decode:.0f} fps" in readme
 
@@ -192,9 +192,9 @@ def test_report_from_stage_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     stages |= {"frames_per_block": 3, "denoise_s": [[3, 0.5], [21, 2.0]], "cache_s": [[3, 0.5], [21, 2.0]]}
     file.write_text(json.dumps(stages))
     text = "\n".join(report(file))
-    assert "stage times measured on a test, revision r1" in text and "FLOP of a visit / " not in text
+    assert "stage times measured on a test, revision r1" in text and "FLOP of a task / " not in text
     assert text.count("Ways to make 27 blocks") == len(LINKS)
-    # a block of a full window: 4 denoise visits and one cache visit of 2 s
+    # a block of a full window: 4 denoise tasks and one cache task of 2 s
     assert "| block_first | 1 | 242 | 1.00 | 2 | 10 | 18 (1.8) |" in text
     file.write_text(json.dumps(stages | {"model": "toy", "height": 16, "width": 16}))
     assert "No Ulysses over 4: the 2 heads must fall into equal parts." in "\n".join(report(file))
@@ -217,7 +217,7 @@ def test_the_report_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: 
     with pytest.raises(KeyboardInterrupt):
         parallel_report.main()
     assert shown[0].startswith("# Rollouts measured on one GPU") and "| H200, " in shown[0]
-    assert "## Where a visit goes, ms" in shown[0] and "Steady state" not in shown[0]
+    assert "## Where a task goes, ms" in shown[0] and "Steady state" not in shown[0]
 
 
 def row_of(order: str, way: str, ranks: int, seconds: float, **more) -> dict:

@@ -1,4 +1,4 @@
-"""The visits of a rollout: geometry, graph, walks and their checker."""
+"""The tasks of a rollout: geometry, graph, walks and their checker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hiar_model.schedule.plan import (
     Group,
     Plan,
-    Visit,
+    Task,
     cache,
     check,
     denoise,
@@ -48,30 +48,30 @@ def oracle_sees(plan: Plan, step: int, n: int, m: int) -> bool:
     return any(j < end and (window is None or j >= end - (window - sink) or j < sink) for j in frames_of(plan, m))
 
 
-def oracle_needs(plan: Plan, visit: Visit) -> set[Visit]:
-    s, n = visit.step, visit.block
+def oracle_needs(plan: Plan, task: Task) -> set[Task]:
+    s, n = task.step, task.block
     given_block = frames_of(plan, n)[0] < plan.prefix_frames
-    needs: set[Visit] = set()
+    needs: set[Task] = set()
     for m in range(n):
         if oracle_sees(plan, s, n, m):
             lent = plan.cache_source == "next_step" and frames_of(plan, m)[0] >= plan.prefix_frames
             if plan.order == "block_first":
-                needs.add(Visit("cache", plan.steps - 1, m))
+                needs.add(Task("cache", plan.steps - 1, m))
             elif lent and s + 1 < plan.steps:
-                needs.add(Visit("denoise", s + 1, m))
+                needs.add(Task("denoise", s + 1, m))
             else:
-                needs.add(Visit("cache", s, m))
-    if visit.kind == "denoise" and s:
-        needs.add(Visit("denoise", s - 1, n))
-    if visit.kind == "cache" and not given_block:
-        needs.add(Visit("denoise", s, n))
+                needs.add(Task("cache", s, m))
+    if task.kind == "denoise" and s:
+        needs.add(Task("denoise", s - 1, n))
+    if task.kind == "cache" and not given_block:
+        needs.add(Task("denoise", s, n))
     return needs
 
 
-def oracle_visits(plan: Plan, num_blocks: int) -> set[Visit]:
-    """All that the denoise visits of the made blocks need, directly or through others."""
+def oracle_visits(plan: Plan, num_blocks: int) -> set[Task]:
+    """All that the denoise tasks of the made blocks need, directly or through others."""
     made = [n for n in range(num_blocks) if frames_of(plan, n)[0] >= plan.prefix_frames]
-    todo = [Visit("denoise", s, n) for s in range(plan.steps) for n in made]
+    todo = [Task("denoise", s, n) for s in range(plan.steps) for n in made]
     found = set(todo)
     while todo:
         fresh = oracle_needs(plan, todo.pop()) - found
@@ -96,7 +96,7 @@ BLOCKS = st.integers(0, 7)
 fast = settings(max_examples=300, deadline=None)
 
 
-def early(groups: Iterable[Group], block: int) -> list[list[list[Visit]]]:
+def early(groups: Iterable[Group], block: int) -> list[list[list[Task]]]:
     """The part of a walk that concerns the blocks before `block`, without what is then empty."""
     kept = [[[v for v in row if v.block < block] for row in group] for group in groups]
     return [rows for rows in ([row for row in group if row] for group in kept) if rows]
@@ -118,8 +118,8 @@ def test_geometry_and_graph_follow_the_definition(plan: Plan, n: int) -> None:
         end, window, sink = frames_of(plan, n)[-1] + 1, plan.window_frames[step], plan.sink_frames
         visible = [j for j in range(end) if window is None or j >= end - (window - sink) or j < sink]
         assert plan.visible_frames(step, n) == len(visible)
-        for visit in (denoise(step, n), cache(step, n)):
-            assert dependencies(plan, visit) == oracle_needs(plan, visit)
+        for task in (denoise(step, n), cache(step, n)):
+            assert dependencies(plan, task) == oracle_needs(plan, task)
 
 
 def test_short_first_block() -> None:
@@ -156,17 +156,17 @@ def test_walks_are_legal_and_complete(plan: Plan, num_blocks: int) -> None:
         return
     groups = list(plan.groups(num_blocks))
     check(plan, groups, num_blocks)
-    visits = [visit for group in groups for row in group for visit in row]
-    assert forwards(groups) == len(visits) == len(set(visits))
-    assert set(visits) == oracle_visits(plan, num_blocks)
+    tasks = [task for group in groups for row in group for task in row]
+    assert forwards(groups) == len(tasks) == len(set(tasks))
+    assert set(tasks) == oracle_visits(plan, num_blocks)
     assert all(group and all(row for row in group) for group in groups)
     for group in groups:
         steps = [row[0].step for row in group]
         assert steps == sorted(set(steps))
     if plan.pairs and num_blocks:
         lone = {row[0] for group in groups for row in group if len(row) == 1 and row[0].kind == "cache"}
-        assert all(visit.block < plan.prefix_blocks - 1 for visit in lone)
-    assert forwards(groups) == len(visits)
+        assert all(task.block < plan.prefix_blocks - 1 for task in lone)
+    assert forwards(groups) == len(tasks)
 
 
 @fast
@@ -178,7 +178,7 @@ def test_endless_walks_begin_like_finite_ones(plan: Plan, num_blocks: int, more:
             plan.groups(None)
         return
     enough = plan.steps * 3 * (num_blocks + 2 * plan.steps)  # groups until all of these blocks are done
-    last = num_blocks - 1  # its cache visits depend on whether the video goes on
+    last = num_blocks - 1  # its cache tasks depend on whether the video goes on
     endless = early(islice(plan.groups(None), enough), last)
     assert endless == early(plan.groups(num_blocks), last)
     assert endless == early(plan.groups(num_blocks + more), last)
@@ -281,7 +281,7 @@ def test_check_names_the_first_fault() -> None:
     refused(plan, [((d(0, 0), d(0, 1)),)], 2, "(denoise(0, 0), denoise(0, 1)) is no row")
     refused(plan, [((d(0, 0), c(0, 0)),)], 2, "is no row")
     refused(plan, [((),)], 2, "is no row")
-    refused(plan, [((Visit("look", 0, 0),),)], 2, "look(0, 0) is of no known kind")  # type: ignore[arg-type]
+    refused(plan, [((Task("look", 0, 0),),)], 2, "look(0, 0) is of no known kind")  # type: ignore[arg-type]
     refused(Plan(2, "stream", 1, prefix_frames=1), [((d(0, 0),),)], 2, "denoises a block of the prefix")
 
 

@@ -24,8 +24,8 @@ from hiar_model.schedule.costs import (
     head_parallel,
     measured,
     roofline,
+    task_flop,
     unit_costs,
-    visit_flop,
 )
 from hiar_model.schedule.plan import Plan, cache, denoise, dependencies, forwards
 from hiar_model.schedule.simulator import Timeline, Walk, makespan, simulate
@@ -120,8 +120,8 @@ def test_sending_takes_time() -> None:
     # the split counts: step 0 alone reads keys, so steps 0 and 1 on one rank need no dear round trip
     lent = Plan(3, "stream", 3, window_frames=(None, 3, 3), cache_source="next_step")
     assert makespan(lent, 6, 2, send_keys=3) == (13, (2, 1))
-    # dear cache visits, all on the last step, pull the split towards it
-    windows = (3, 3, 3, None)  # the last step alone has cache visits
+    # dear cache tasks, all on the last step, pull the split towards it
+    windows = (3, 3, 3, None)  # the last step alone has cache tasks
     assert makespan(Plan(4, "stream", 3, window_frames=windows), blocks, 2, cache=3).steps_per_rank == (3, 1)
 
 
@@ -204,7 +204,7 @@ def all_splits(steps: int, ranks: int) -> list[tuple[int, ...]]:
 
 
 def verify(timeline: Timeline, plan: Plan, costs: Costs, num_blocks: int) -> None:
-    """Every visit once, in its rank's own order, behind all it needs and all that has to be sent."""
+    """Every task once, in its rank's own order, behind all it needs and all that has to be sent."""
     owner = [rank for rank, steps in enumerate(timeline.split) for _ in range(steps)]
     place = {v: event for event in timeline.events for row in event.rows for v in row}
     assert sum(len(row) for event in timeline.events for row in event.rows) == len(place)
@@ -213,16 +213,16 @@ def verify(timeline: Timeline, plan: Plan, costs: Costs, num_blocks: int) -> Non
     for event in timeline.events:
         assert event.start >= free[event.rank] and event.end >= event.start
         free[event.rank] = event.end
-        for visit in (v for row in event.rows for v in row):
-            for need in dependencies(plan, visit):
+        for task in (v for row in event.rows for v in row):
+            for need in dependencies(plan, task):
                 if place[need] is event:
                     continue
                 wait = 0.0
                 if owner[need.step] != event.rank:
-                    message = costs.latents if need.step < visit.step else costs.keys
+                    message = costs.latents if need.step < task.step else costs.keys
                     wait = message.busy + message.delay
                 assert event.start >= place[need].end + wait - 1e-9
-            assert visit.step >= len(owner) or owner[visit.step] == event.rank or len(event.rows) > 1
+            assert task.step >= len(owner) or owner[task.step] == event.rank or len(event.rows) > 1
     for event in timeline.events:
         if event.decoded is not None:
             assert event.start >= place[denoise(plan.steps - 1, event.decoded)].end - 1e-9
@@ -291,8 +291,8 @@ def test_work_and_bytes_of_the_published_sizes() -> None:
     g = Geometry()
     tokens = 3 * g.frame_tokens(SMALL)
     assert tokens == 4680
-    assert visit_flop(SMALL, tokens, 7 * tokens) == pytest.approx(40.41e12, rel=1e-3)
-    assert visit_flop(SMALL, tokens, 0) == pytest.approx(12.15e12, rel=1e-3)
+    assert task_flop(SMALL, tokens, 7 * tokens) == pytest.approx(40.41e12, rel=1e-3)
+    assert task_flop(SMALL, tokens, 0) == pytest.approx(12.15e12, rel=1e-3)
     assert g.latent_bytes(SMALL) == 599_040
     assert g.key_bytes(SMALL) == 862_617_600  # of one step
     assert 5 * exchanged_bytes(SMALL, g, 4) == pytest.approx(1.617e9, rel=1e-3)  # per GPU and block
@@ -304,7 +304,7 @@ def test_roofline_follows_the_window() -> None:
     costs = roofline(SMALL, 100, LINKS["pcie"])
     plan = windowed(4)
     for block, frames in ((0, 3), (1, 6), (6, 21), (50, 21)):
-        want = visit_flop(SMALL, 4680, 1560 * frames) / 100e12
+        want = task_flop(SMALL, 4680, 1560 * frames) / 100e12
         assert costs.row(plan, (denoise(0, block),)) == pytest.approx(want)
         assert costs.row(plan, (cache(0, block),)) == pytest.approx(want)
     assert costs.latents.busy == pytest.approx(599_040 / 31.5e9)

@@ -1,0 +1,93 @@
+"""`Rollout.step` and `run_until`: the same tasks as iterating, one group at a time; making a rollout does nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_model import MODEL, TEXT
+
+from hiar_model import ExecutionConfig, Rollout, RolloutConfig
+
+pytestmark = pytest.mark.cpu
+
+SIZES = {"num_latent_frames": 12, "latent_size": (2, 4), "seed": 3}
+CONFIGS = [RolloutConfig(order=o, window_frames=6) for o in ("step_first", "stream", "wavefront", "block_first")]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.order)
+def test_steps_make_the_same_blocks(config):
+    expected = list(Rollout(MODEL, TEXT, config, **SIZES))
+    made, blocks = Rollout(MODEL, TEXT, config, **SIZES), []
+    groups = sum(1 for _ in made.groups())
+    for done in range(groups):
+        assert made.groups_done == done
+        blocks += made.step() or []
+    assert made.step() is None
+    assert [b.block for b in blocks] == [b.block for b in expected]
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(blocks, expected, strict=True))
+
+
+def test_stepping_and_iterating_take_turns():
+    config = CONFIGS[1]
+    expected = [block.latents for block in Rollout(MODEL, TEXT, config, **SIZES)]
+    made = Rollout(MODEL, TEXT, config, **SIZES)
+    for _ in range(3):
+        assert made.step() == []
+    first = next(iter(made)).latents
+    rest = [block.latents for blocks in iter(made.step, None) for block in blocks]
+    assert all(torch.equal(a, b) for a, b in zip([first, *rest], expected, strict=True))
+
+
+def test_run_until_a_group():
+    made = Rollout(MODEL, TEXT, CONFIGS[0], **SIZES)
+    seen = []
+    made.on_denoise = lambda task, latents: seen.append((task.step, task.block, tuple(latents.shape)))
+    made.run_until(lambda group: group[0][-1].step > 1)
+    assert {step for step, _, _ in seen} == {0, 1} and {block for _, block, _ in seen} == {0, 1, 2, 3}
+    assert made.cache.capacities == (6,) or list(made.cache.capacities) == [6]
+    made.run_until()
+    assert made.step() is None
+
+
+def test_every_frame_is_kept_where_that_is_asked_for():
+    made = Rollout(MODEL, TEXT, CONFIGS[1], ExecutionConfig(keep_all_frames=True), **SIZES)
+    assert list(made.cache.capacities) == [12] * 4
+    plain = torch.cat([block.latents for block in Rollout(MODEL, TEXT, CONFIGS[1], **SIZES)], 1)
+    torch.testing.assert_close(torch.cat([block.latents for block in made], 1), plain)  # rings turn elsewhere
+
+
+def test_making_a_rollout_runs_nothing(monkeypatch):
+    import torch.distributed as dist
+
+    def no_work(*_, **__):
+        raise AssertionError("a rollout is made without a forward and without a process group")
+
+    monkeypatch.setattr(type(MODEL), "forward", no_work)
+    monkeypatch.setattr(type(MODEL), "text_kv", no_work)
+    monkeypatch.setattr(dist, "init_process_group", no_work)
+    monkeypatch.setattr(dist, "new_group", no_work)
+    for config in CONFIGS:
+        Rollout(MODEL, TEXT, config, **SIZES)
+    Rollout(MODEL, TEXT, CONFIGS[1], ExecutionConfig(steps_per_rank=(4,)), **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_latent_frames": 10}, "num_latent_frames must be the prefix .* nearest 9 or 12"),
+        ({"num_latent_frames": None, "config": CONFIGS[0]}, "order step_first cannot make an endless video"),
+        ({"num_latent_frames": None, "config": RolloutConfig(order="stream")}, "an endless video needs a window"),
+        ({"latent_size": (3, 4)}, "latent frame 3x4 is no multiple of the patch"),
+        ({"latent_size": (0, 4)}, "latent_size must be a whole number of at least 1, got 0"),
+        ({"execution": ExecutionConfig(cuda_graph=True)}, "cuda_graph=True needs a CUDA device, the model is on cpu"),
+        ({"noise": torch.zeros(1, 9, 2, 2, 4)}, r"noise must be \[1, 12, 2, 2, 4\], got \[1, 9, 2, 2, 4\]"),
+        ({"prefix": torch.zeros(2, 3, 2, 2, 4)}, r"prefix must be \[1, any, 2, 2, 4\], got \[2, 3, 2, 2, 4\]"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+    ],
+    ids=str,
+)
+def test_refusals(changes, said):
+    options = {"config": CONFIGS[1], "execution": None, **SIZES, **changes}
+    with pytest.raises(ValueError, match=said) as error:
+        Rollout(MODEL, TEXT, options.pop("config"), options.pop("execution"), **options)
+    assert "\n" not in str(error.value)
