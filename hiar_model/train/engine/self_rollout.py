@@ -22,7 +22,7 @@ from ...models.kv_cache import RingCache
 from ...models.transformer import HiARTransformer
 from ...rollout import Rollout
 from ...rollout.prompt_cache import trim_padding
-from ...schedule.plan import Group, Visit
+from ...schedule.plan import Group, Task
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class SelfRollout:
         )
         inputs: dict[int, Tensor] = {}
 
-        def keep_input(task: Visit, latents: Tensor) -> None:
+        def keep_input(task: Task, latents: Tensor) -> None:
             if task.step == exit_step:
                 inputs[task.block] = latents.clone()
 
