@@ -19,8 +19,8 @@ FOLDERS = sorted(path.name for path in (ROOT / "bench" / "results").glob("toy-tr
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_comparison_is_that_of_the_committed_evaluations(folder: str) -> None:
     command = f"python -m bench.studies.toy_table bench/results/{folder}"
-    found = re.search(rf"<!-- {re.escape(command)} -->\n\n((?:\|.*\n)+)\n", SHOWN)
-    assert found, f"docs/claims.md lacks the table of {folder}"
+    match = re.search(rf"<!-- {re.escape(command)} -->\n\n((?:\|.*\n)+)\n", SHOWN)
+    assert match, f"docs/claims.md lacks the table of {folder}"
     rows, _, legend = table(ROOT / "bench" / "results" / folder).partition("\n\n")
-    assert found[1].strip() == rows.strip(), f"run: {command}, and paste it"
+    assert match[1].strip() == rows.strip(), f"run: {command}, and paste it"
     assert legend.strip() in SHOWN
