@@ -10,7 +10,6 @@ These are projections, from a roofline or from stage times measured on one GPU; 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import WanConfig
-from ..io.files import temporary
+from ..io.atomic import atomic, atomic_write
 from . import gpu_tables
 from .costs import LINKS, Costs, Curve, Geometry, exchanged_bytes, task_flop, unequal_parts, unit_costs
 from .plan import Plan
@@ -249,12 +248,8 @@ def draw_gains(picture: str | Path, blocks: Sequence[int] = (2, 4, 7, 14, 27, 54
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
-    partial = temporary(Path(picture))
-    try:
+    with atomic(picture) as partial:
         figure.savefig(partial, dpi=120, format="png")
-        os.replace(partial, picture)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # The report, and the page that quotes it.
@@ -396,10 +391,10 @@ def main() -> None:
             print(section, flush=True)
         return
     for name, text in pictures().items():
-        (a.docs / name).write_text(text, encoding="utf-8")
+        atomic_write(a.docs / name, text)
     for name in PAGES:
         page = a.docs / name
-        page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
+        atomic_write(page, refreshed(page.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class Trainer:
         logger = MetricsLogger(self.folder, self.update, recipe.to_dict(), self.say) if self.first else None
         networks = [*self.stage.trained.values(), *self.stage.frozen.values()]
         with ExitStack() as closing:
-            closing.enter_context(cpu_threads(fitting_threads(*networks, asked=recipe.scale.threads)))
+            closing.enter_context(cpu_threads(fitting_threads(*networks, requested=recipe.scale.threads)))
             if logger is not None:
                 closing.callback(logger.close)
             while self.update < recipe.updates:
