@@ -22,6 +22,16 @@ def trajectory_x0(point: Tensor, next_point: Tensor, sigma: float | Tensor, next
 
     Args:
         point, next_point: of one trajectory, [B, F, C, H, W]. sigma, next_sigma: their noise levels, numbers or [B].
+
+    Raises:
+        ValueError: shapes differ; sigma and next_sigma are equal, or not two numbers or B each.
+
+    Example:
+        >>> import torch
+        >>> from hiar_model.train import trajectory_x0
+        >>> point = torch.ones(1, 3, 2, 4, 4)
+        >>> float(trajectory_x0(point, 0.75 * point, 1.0, 0.5).mean())
+        0.5
     """
     if point.shape != next_point.shape:
         raise ValueError(
