@@ -103,7 +103,7 @@ def dmd_loss(x0: Tensor, gradient: Tensor, mask: Tensor | None = None) -> Tensor
         >>> from hiar_model.train import dmd_loss
         >>> x0 = torch.zeros(1, 3, 2, 4, 4, requires_grad=True)
         >>> loss = dmd_loss(x0, torch.full_like(x0, -0.5))
-        >>> float(loss), float(torch.autograd.grad(loss, x0)[0].sum())
+        >>> loss.item(), torch.autograd.grad(loss, x0)[0].sum().item()
         (0.125, -0.5)
     """
     if gradient.shape != x0.shape:
