@@ -8,6 +8,7 @@ teacher's trajectories are bidirectional, and need no cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,9 +66,7 @@ def forward_kl_loss(
     first_k: int = 1,
     generator: Generator | None = None,
     attention: str = "bidirectional",
-    frames_per_block: int = 3,
-    window_frames: int | None = None,
-    sink_frames: int = 0,
+    **mask: Any,
 ) -> Tensor:
     """mse of the student's x0 at a point of the teacher's trajectory and the x0 of the chord to the next one.
 
@@ -77,7 +76,7 @@ def forward_kl_loss(
         index: [B], the point of each video, each below ``first_k``; None: 0 if first_k = 1, else drawn from
             ``generator``.
         first_k: how many of the first points are used, 1 to P - 1.
-        attention: "bidirectional", or "block_causal" with frames_per_block, window_frames and sink_frames.
+        attention: "bidirectional", or "block_causal" with the ``mask`` (:func:`.context.block_causal`).
 
     Raises:
         ValueError: a shape, number or name does not fit, with the legal ones.
@@ -103,7 +102,6 @@ def forward_kl_loss(
     point, next_point = trajectory[each, index], trajectory[each, index + 1]
     sigma, next_sigma = levels[index], levels[index + 1]
     target = trajectory_x0(point, next_point, sigma, next_sigma)
-    rule = {"frames_per_block": frames_per_block, "window_frames": window_frames, "sink_frames": sink_frames}
-    velocity = student(point, (TRAIN_TIMESTEPS * sigma).to(point.device), prompt_embeds, attention, **rule)
+    velocity = student(point, (TRAIN_TIMESTEPS * sigma).to(point.device), prompt_embeds, attention, **mask)
     scale = sigma.to(target.device, target.dtype).view(-1, 1, 1, 1, 1)
     return (point.to(target.dtype) - scale * velocity.to(target.dtype) - target).square().mean()
