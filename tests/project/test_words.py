@@ -42,8 +42,8 @@ NAMES = {
     "Place": "NaNLocation, DistContext", "find_place": "init_distributed",
     "synchronise": "set_requires_gradient_sync", "TextKV": "CrossAttentionKV", "Script": "PromptSchedule",
     "Show": "PromptSchedule", "Turn": "UpdateStep", "Matched": "DMDResult",
-    "Watch": "Watchdog, MetricsLogger, NaNTracer", "trajectory": "sampler", "cache_source": "kv_source", "cache_dtype": "kv_dtype",
-    "on_new_text": "on_prompt_change", "decode_apart": "dedicated_decoder_rank",
+    "Watch": "Watchdog, MetricsLogger, NaNTracer", "trajectory": "sampler", "cache_source": "kv_source",
+    "cache_dtype": "kv_dtype", "on_new_text": "on_prompt_change", "decode_apart": "dedicated_decoder_rank",
 }  # fmt: skip
 """Old name, as a whole -> what to say."""
 
