@@ -156,7 +156,7 @@ def test_the_transformer_compiles_once_on_a_cpu():
 
 
 def traced() -> list[Path]:
-    shared = [ROOT / "hiar_model" / f"{name}.py" for name in ("transformer", "conditions")]
+    shared = [ROOT / "hiar_model" / "models" / f"{name}.py" for name in ("transformer", "conditions")]
     return [*sorted((ROOT / "hiar_kernels").glob("*/api.py")), *shared]
 
 
