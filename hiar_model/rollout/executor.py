@@ -286,7 +286,7 @@ class Executor:
         tasks = [row[-1] for row in rows if row[-1].kind == "denoise"]
         launch = self._ready(rows, inputs, text)
         captured = launch.captured is None and self.capture is not None
-        with span("visit", *(task for row in rows for task in row)):
+        with span("task", *(task for row in rows for task in row)):
             launch.run(self.capture)
         self.counters.captures += captured
         self.counters.launches += 1
