@@ -16,7 +16,7 @@ from train_job import ENVIRONMENT, PATIENCE, PULL, losses, recipe, start, train
 
 from hiar_model.models.checkpoint import save_transformer
 from hiar_model.train.config.reading import make_recipe
-from hiar_model.train.engine.distributed import Place
+from hiar_model.train.engine.distributed import DistContext
 from hiar_model.train.engine.networks import make_network
 from hiar_model.train.stages.base import make_stage
 
@@ -24,8 +24,10 @@ pytestmark = pytest.mark.cpu
 
 ADAMW = {"kind": "adamw", "lr": 1e-3, "warmup": 0.0, "cooldown": 0.0}
 MUON = {"kind": "muon_adamw", "lr": 0.01, "warmup": 0.0, "cooldown": 0.0}
-SHARED = {"model": "tiny", "num_frames": 6, "window_frames": 6, "precision": "float32", "log_every": 1}
-WATCHED = ("critic_loss", "student_loss", "critic_gradient_norm", "student_gradient_norm")
+SHARED = {
+    "model": "tiny", "num_latent_frames": 6, "rollout": {"window_frames": 6}, "precision": "float32", "log_every": 1,
+}  # fmt: skip
+METRICS = ("critic_loss", "student_loss", "critic_gradient_norm", "student_gradient_norm")
 
 
 def hiar(folder: Path, **values) -> dict:
@@ -46,7 +48,7 @@ def made(tmp_path_factory):
     torch.nn.init.normal_(teacher.head.head.weight, std=0.2)
     save_transformer(teacher, folder / "teacher.safetensors")
     pairs = {"stage": "ode_pairs", "teacher": str(folder / "teacher.safetensors"), "teacher_model": "tiny", "count": 4}
-    pairs |= {"model": "tiny", "num_frames": 6, "precision": "float32", "steps": 8, "points": [0, 2, 4, 6, -1]}
+    pairs |= {"model": "tiny", "num_latent_frames": 6, "precision": "float32", "steps": 8, "points": [0, 2, 4, 6, -1]}
     stage = make_stage(make_recipe(pairs), torch.device("cpu"))
     stage.produce(folder / "pairs", 0, 1, lambda done, total: None)
 
@@ -67,8 +69,8 @@ def made(tmp_path_factory):
         *({"name": f"wrong {key}", "recipe": recipe(**{key: value})} for key, value in wrong),
     ]
     done = start(folder, cases, processes=2)
-    assert (folder / "found.json").exists(), done.stderr[-3000:]
-    return folder, json.loads((folder / "found.json").read_text()), done.stderr
+    assert (folder / "results.json").exists(), done.stderr[-3000:]
+    return folder, json.loads((folder / "results.json").read_text()), done.stderr
 
 
 def forcing(**values) -> dict:
@@ -80,7 +82,7 @@ def _stop(done, numbers):
         raise KeyboardInterrupt
 
 
-def close(ours: list[dict[str, str]], theirs: list[dict[str, str]], names=WATCHED) -> None:
+def close(ours: list[dict[str, str]], theirs: list[dict[str, str]], names=METRICS) -> None:
     assert [row["update"] for row in ours] == [row["update"] for row in theirs]
     for a, b in zip(ours, theirs, strict=True):
         for name in names:
@@ -88,32 +90,32 @@ def close(ours: list[dict[str, str]], theirs: list[dict[str, str]], names=WATCHE
 
 
 def test_hiar_has_the_losses_of_one_process(made):
-    folder, found, _ = made
-    assert [rank["hiar two"]["met"] for rank in found] == ["", ""]
+    folder, results, _ = made
+    assert [rank["hiar two"]["error"] for rank in results] == ["", ""]
     ours = losses(folder / "hiar two")
     assert len(ours) == 10
-    close(ours, losses(folder / "hiar one"), (*WATCHED, "student_dmd_normaliser", "student_forward_kl"))
+    close(ours, losses(folder / "hiar one"), (*METRICS, "student_dmd_normaliser", "student_forward_kl"))
     close(ours[4::5], losses(folder / "hiar one")[4::5], ("sample_motion", "sample_saturation"))
 
 
 @pytest.mark.parametrize("scale", [0, 1])
 def test_copies_accumulation_and_recomputation_change_no_loss(made, scale):
-    """Two whole copies of the weights; a shard each, rows one by one, blocks recomputed."""
-    folder, found, _ = made
-    assert [rank[f"teacher forcing {scale}"]["met"] for rank in found] == ["", ""]
+    """Two whole copies of the weights; a shard each, samples one by one, blocks recomputed."""
+    folder, results, _ = made
+    assert [rank[f"teacher forcing {scale}"]["error"] for rank in results] == ["", ""]
     names = ("student_loss", "student_gradient_norm")
     close(losses(folder / f"teacher forcing {scale}"), losses(folder / "teacher forcing one"), names)
 
 
 def test_a_state_of_one_process_is_read_by_two(made):
-    folder, found, _ = made
-    assert [rank["one to two"]["met"] for rank in found] == ["stopped", "stopped"]
+    folder, results, _ = made
+    assert [rank["one to two"]["error"] for rank in results] == ["stopped", "stopped"]
     close(losses(folder / "one to two"), losses(folder / "pull one")[:6])
 
 
 def test_a_state_of_two_processes_is_read_by_one(made):
-    folder, found, _ = made
-    assert [rank["pull two"]["met"] for rank in found] == ["stopped", "stopped"]
+    folder, results, _ = made
+    assert [rank["pull two"]["error"] for rank in results] == ["stopped", "stopped"]
     about = json.loads((folder / "pull two" / "states" / "update_00000004" / "about.json").read_text())
     assert (about["update"], about["ranks"]) == (4, 2)
     trainer = train(folder / "pull two", recipe())
@@ -126,16 +128,16 @@ def test_a_state_of_two_processes_is_read_by_one(made):
 
 
 def test_the_model_is_written_whole_by_the_first_rank(made):
-    folder, found, _ = made
-    first, second = (rank["hiar two"]["exported"] for rank in found)
+    folder, results, _ = made
+    first, second = (rank["hiar two"]["exported"] for rank in results)
     assert first == str(folder / "hiar two" / "model") and second is None
     assert sorted(p.name for p in Path(first).iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_muon_of_shards(made):
     """Five updates on two processes, three more on one."""
-    folder, found, _ = made
-    assert [rank["muon two"]["met"] for rank in found] == ["stopped", "stopped"]
+    folder, results, _ = made
+    assert [rank["muon two"]["error"] for rank in results] == ["stopped", "stopped"]
     train(folder / "muon two", recipe(optimizer=MUON))
     close(losses(folder / "muon two"), losses(folder / "muon one"))
 
@@ -149,14 +151,15 @@ def test_muon_of_shards(made):
 )
 def test_every_rank_refuses(made, case, message):
     for rank in made[1]:
-        assert rank[f"wrong {case}"]["met"].startswith(message)
+        assert rank[f"wrong {case}"]["error"].startswith(message)
 
 
-def test_a_row_of_another_rank_is_named_by_all(made):
-    """Row 1 is the second rank's; with this seed it is not finite."""
+def test_a_sample_of_another_rank_is_named_by_all(made):
+    """Sample 1 is the second rank's; with this seed it is not finite."""
     for rank in made[1]:
-        where = "update 0, turn critic 0; last good state: none"
-        assert rank["wrong seed"]["met"] == f"FloatingPointError: loss is nan in rows [1, 3] of the batch, {where}"
+        error = rank["wrong seed"]["error"]
+        assert error.startswith("FloatingPointError: ") and "is nan in samples [1, 3] of the batch" in error
+        assert "update 0, step critic 0; last good state: none" in error
 
 
 def test_the_command_on_two_processes_tells_a_mistake_once(tmp_path):
@@ -171,7 +174,7 @@ def test_the_command_on_two_processes_tells_a_mistake_once(tmp_path):
     assert "batch_size must be a multiple of the 2 processes" in told[0]
 
 
-def test_rows_of_every_rank():
-    assert Place(1, 2, torch.device("cpu")).rows(8, 3) == [[1, 3, 5], [7]]
-    assert Place(0, 1, torch.device("cpu")).rows(3, None) == [[0, 1, 2]]
+def test_micro_batches_of_every_rank():
+    assert DistContext(1, 2, torch.device("cpu")).micro_batches(8, 3) == [[1, 3, 5], [7]]
+    assert DistContext(0, 1, torch.device("cpu")).micro_batches(3, None) == [[0, 1, 2]]
     assert recipe()["teacher"] == PULL

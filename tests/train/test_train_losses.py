@@ -87,9 +87,9 @@ def test_dmd_loss_counts_the_frames_of_its_mask():
 
 def test_a_normaliser_of_zero_is_named():
     real = of([[5, -3], [0.5, -2.5]])
-    with pytest.raises(FloatingPointError, match=r"normaliser .* must be positive, got 0\.0 in row 1$"):
+    with pytest.raises(FloatingPointError, match=r"normaliser .* positive, got 0\.0 in sample 1$"):
         dmd_gradient(torch.cat([X[:1], real[1:]]), FAKE, COND, UNCOND)
-    with pytest.raises(FloatingPointError, match="nan in row 0"):
+    with pytest.raises(FloatingPointError, match="nan in sample 0"):
         dmd_gradient(X * torch.tensor([float("nan"), 1]).view(-1, 1, 1, 1, 1), FAKE, COND, UNCOND)
 
 
@@ -305,7 +305,7 @@ def test_memory_of_forward_kl_is_linear_in_the_length():
     ],
 )
 def test_forward_kl_refuses(change, words):
-    given = {"trajectory": trajectory(), "sigmas": SIGMAS, "text": TEXT, **change}
+    given = {"trajectory": trajectory(), "sigmas": SIGMAS, "prompt_embeds": TEXT, **change}
     with pytest.raises(ValueError, match=words):
         forward_kl_loss(Knows(lambda x, *_: x), **given)
 

@@ -14,7 +14,7 @@ from hiar_model.toy.prompt import split_prompts, token_table
 from hiar_model.toy.text import ToyTextEncoder
 from hiar_model.toy.world import ToyWorld
 from hiar_model.train.data.datasets import ToyData
-from hiar_model.train.losses.teacher import drop_text, flow_draws, flow_matching_loss, ode_plan, ode_trajectory
+from hiar_model.train.losses.teacher import drop_prompts, flow_draws, flow_matching_loss, ode_plan, ode_trajectory
 
 pytestmark = pytest.mark.cpu
 
@@ -75,7 +75,7 @@ def test_a_teacher_learns_the_toy_world():
     def loss(stage: str, update: int, batch: int) -> torch.Tensor:
         clips = data.clips(0, stage, update, range(batch))
         draws = flow_draws(0, stage, update, range(batch), data.latent_shape)
-        text = drop_text(clips.text, data.unconditional(), draws.dropped)
+        text = drop_prompts(clips.prompt_embeds, data.unconditional(), draws.dropped)
         return flow_matching_loss(model, clips.latents, text, draws.sigma, draws.noise)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -101,9 +101,9 @@ def test_a_teacher_learns_the_toy_world():
 )
 def test_shapes_that_do_not_fit_are_refused(change, message):
     x = torch.ones(2, *SHAPE)
-    given = {"x0": x, "text": torch.ones(2, 3, 6), "sigma": torch.ones(2), "noise": x, **change}
+    legal = {"x0": x, "prompt_embeds": torch.ones(2, 3, 6), "sigma": torch.ones(2), "noise": x}
     with pytest.raises(ValueError, match=message):
-        flow_matching_loss(lambda latents, *_, **__: latents, **given)
+        flow_matching_loss(lambda latents, *_, **__: latents, **{**legal, **change})
 
 
 def test_draws_belong_to_their_rows():
@@ -130,7 +130,7 @@ def test_levels_are_uniform_then_shifted(shift):
 
 def test_dropout_replaces_whole_prompts():
     text, empty = torch.randn(3, 2, 4), torch.randn(1, 2, 4)
-    mixed = drop_text(text, empty, torch.tensor([False, True, False]))
+    mixed = drop_prompts(text, empty, torch.tensor([False, True, False]))
     assert torch.equal(mixed[[0, 2]], text[[0, 2]]) and torch.equal(mixed[1], empty[0])
     assert bool(flow_draws(0, "x", 0, range(50), (1,), text_dropout=1.0).dropped.all())
     assert not bool(flow_draws(0, "x", 0, range(50), (1,), text_dropout=0.0).dropped.any())
@@ -175,7 +175,7 @@ NOISE = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(5))
 def test_levels_of_the_published_points():
     plan = ode_plan()
     assert plan.point_sigmas == pytest.approx(DESIGN_SIGMAS, abs=5e-7)
-    assert len(plan.sigmas) == 49 and plan.kept == (0, 12, 24, 36, 48)
+    assert len(plan.sigmas) == 49 and plan.points == (0, 12, 24, 36, 48)
     assert plan.sigmas[0] == 1 and plan.sigmas[-1] == 0 and list(plan.sigmas) == sorted(plan.sigmas, reverse=True)
 
 

@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on(whole, data, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    with pytest.raises(ValueError, match="unfinished, 2 of 4 shards are there"):
+    with pytest.raises(ValueError, match="unfinished, 2 of 4 shards exist"):
         TrajectoryStore(tmp_path)
     kept = {name: (tmp_path / name).stat().st_mtime_ns for name in SHARDS[:2]}
     generate_trajectories(MODEL, data, tmp_path, **SMALL)
@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_whole_files_only(whole, data, tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(trajectories.os, "fsync", full)
-        with pytest.raises(OSError, match=r"No space left.*run again to go on.*shard-00002\.safetensors") as error:
+        with pytest.raises(OSError, match=r"No space left.*run again to resume.*shard-00002\.safetensors") as error:
             generate_trajectories(MODEL, data, tmp_path, **SMALL)
     assert error.value.errno == errno.ENOSPC
     names = {"settings.json", "shard-00000.json", "shard-00001.json", *SHARDS[:2]}
@@ -347,7 +347,7 @@ def test_a_store_without_a_good_shard_is_refused(store):
             lambda folder: (folder / "manifest.json").write_text('{"format": "hiar-trajectories-1"}'),
             "key sigmas is missing",
         ),
-        (lambda folder: (folder / "manifest.json").unlink(), "unfinished, 4 of 4 shards are there"),
+        (lambda folder: (folder / "manifest.json").unlink(), "unfinished, 4 of 4 shards exist"),
     ],
 )
 def test_a_bad_manifest_is_refused(store, spoil, message):
@@ -357,7 +357,7 @@ def test_a_bad_manifest_is_refused(store, spoil, message):
 
 
 def test_bad_requests_to_a_store_are_refused(whole, tmp_path):
-    with pytest.raises(ValueError, match="holds no trajectories"):
+    with pytest.raises(ValueError, match="no trajectories; expected"):
         TrajectoryStore(tmp_path)
     with pytest.raises(ValueError, match="check must be one of sha256, size, got 'md5'"):
         TrajectoryStore(whole, check="md5")

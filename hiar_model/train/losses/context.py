@@ -12,7 +12,7 @@ def velocity_over_context(
     model: HiARTransformer,
     latents: Tensor,
     context: Tensor,
-    text: Tensor,
+    prompt_embeds: Tensor,
     sigma: Tensor,
     context_sigma: Tensor,
     *,
@@ -22,18 +22,19 @@ def velocity_over_context(
 ) -> Tensor:
     """Velocity of every block, which sees itself in ``latents`` and earlier blocks in ``context``.
 
-    What denoise visits compute after cache visits of ``context``; both forwards carry gradient.
+    What denoise tasks compute after cache tasks of ``context``; both forwards carry gradient.
 
     Args:
-        latents, context: [B, F, C, H, W] at the noise levels sigma, context_sigma [B]. text: [B, L, text_dim].
+        latents, context: [B, F, C, H, W] at the noise levels sigma, context_sigma [B].
+        prompt_embeds: [B, L, text_dim].
 
     Returns:
         [B, F, C, H, W].
     """
     rule = {"frames_per_block": frames_per_block, "window_frames": window_frames, "sink_frames": sink_frames}
     frames = latents.shape[1]
-    keys = model.kv(context, _timesteps(context_sigma, frames), text, "block_causal", **rule)  # type: ignore[arg-type]
-    return model(latents, _timesteps(sigma, frames), text, "block_causal", context=keys, **rule)
+    keys = model.kv(context, _timesteps(context_sigma, frames), prompt_embeds, "block_causal", **rule)  # type: ignore[arg-type]
+    return model(latents, _timesteps(sigma, frames), prompt_embeds, "block_causal", context=keys, **rule)
 
 
 def _timesteps(sigma: Tensor, frames: int) -> Tensor:
