@@ -18,8 +18,8 @@ from bench.ops.work import Sizes, Work, ids
 from hiar_kernels import qk_norm_rope_append, rms_norm
 from hiar_model.config import WanConfig
 from hiar_model.models import transformer
-from hiar_model.models.conditions import Live, ModulationTable, TextKV
-from hiar_model.models.transformer import Attend, Block, Head
+from hiar_model.models.conditions import CrossAttentionKV, ModulationTable, OutputSelection
+from hiar_model.models.transformer import Block, Head, SelfAttention
 
 GOAL_MS = 2.5  # of a forward of Wan 1.3B on an H200, inside the graph
 
@@ -43,7 +43,7 @@ class Cross(transformer.CrossAttention):
         return self.o(rms_norm(self.q(x), self.norm_q.weight, eps=self.eps))
 
 
-class Append(Attend):
+class Append(SelfAttention):
     """Self-attention without its attention: norm, rotate, write into the ring."""
 
     def __init__(self, bench: Bench, z: Sizes, attended: Tensor):
@@ -53,7 +53,9 @@ class Append(Attend):
         self.frames = ids(bench, [z.window - 1 + i for i in range(z.block)])  # wraps
         self.slots = self.frames % z.window
 
-    def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor:
+    def __call__(
+        self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, selection: OutputSelection | None
+    ) -> Tensor:
         q = qk_norm_rope_append(
             qkv, q_weight, k_weight, self.frames, self.slots, num_heads=self.z.heads, grid=self.z.grid, **self.rings
         )
@@ -92,7 +94,7 @@ def forward_pointwise(bench: Bench, z: Sizes, gelu: bool = False) -> Work:
     head.head = nn.Identity()
     block, head = (m.to(torch.bfloat16).requires_grad_(False) for m in (block, head))
     modulation = ModulationTable(bench.normal(1, z.block, 8, z.width))  # of one layer, and the head
-    text = TextKV(((x, x),), x)  # nobody reads it
+    text = CrossAttentionKV(((x, x),), x)  # nobody reads it
 
     def layers(one: Callable, last: Callable) -> Tensor:
         y, pending = x, None

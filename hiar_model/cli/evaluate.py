@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ..io.files import check_output, temporary
+from ..io.atomic import atomic_write
+from ..io.files import check_output
 from .machine import load_model, machine_arguments, progress_bar
 
 ORDINALS = {4: "quarter", 5: "fifth", 6: "sixth", 8: "eighth", 10: "tenth"}
@@ -83,17 +82,7 @@ def evaluate(a: Namespace) -> None:
             "dtype": str(model.dtype).removeprefix("torch."),
             "versions": versions("torch"),
         }
-        write_atomically(target, json.dumps({**about, "rows": [row.to_dict() for row in rows]}, indent=2) + "\n")
-
-
-def write_atomically(target: Path, text: str) -> None:
-    """Write through a temporary file."""
-    partial = temporary(target)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+        atomic_write(target, json.dumps({**about, "rows": [row.to_dict() for row in rows]}, indent=2) + "\n")
 
 
 def _print_rows(rows: Sequence[Any], title: str) -> None:

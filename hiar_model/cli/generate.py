@@ -123,7 +123,7 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
         )  # fmt: skip
     model = load_model(
         a, checkpoint=a.checkpoint, steps=a.steps, own_steps=own_steps, prompt_cache=a.prompt_cache,
-        offload=offload, on_found=notes.append,
+        offload=offload, on_checkpoint=notes.append,
         on_stage=stage_lines(),
     )  # fmt: skip
     with progress_bar("{task.fields[frames]}", "{task.fields[speed]}") as bar:

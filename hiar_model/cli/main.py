@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import traceback
@@ -12,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..common import environment
 from ..version import package_version
 from .choices import as_typed, check_choices, explained
 from .config_file import ConfigFile, config_first
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = arguments[arguments.subcommand]
         dests = [*vars(chosen)]
         check_choices(arguments.subcommand, chosen)
-        if chosen.get("nproc", 1) > 1 and "LOCAL_RANK" not in os.environ:
+        if chosen.get("nproc", 1) > 1 and not environment.under_torchrun():
             return launch(words, chosen.nproc, chosen.get("out") if arguments.subcommand == "generate" else None)
         with _interruptible():
             COMMANDS[arguments.subcommand][1](chosen)
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _interruptible() -> AbstractContextManager[None]:
     """One process alone ends on SIGTERM as on Ctrl-C; the processes of a job have a watch that does it."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread()
+    alone = environment.world_size() == 1 and threading.current_thread() is threading.main_thread()
     return as_interrupts() if alone else nullcontext()
 
 

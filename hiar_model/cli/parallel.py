@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..common import environment
 from .choices import as_typed
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 KEPT = ".blocks"  # behind the name of the output: the folder of an unfinished run
-TOLD = "HIAR_TOLD"  # a file that appears once a process has said what went wrong
 
 
 def pipeline_arguments(parser: ArgumentParser, nproc: int = 1) -> None:
@@ -85,17 +85,16 @@ def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.disable()  # the launcher's own account of a failure: the processes tell it in one line
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "told"
-        os.environ[TOLD] = str(told)
+        printed = Path(folder) / "printed"
         try:
-            elastic_launch(config, sys.executable)("-u", "-m", "hiar_model", *argv)
+            with environment.for_children(printed):
+                elastic_launch(config, sys.executable)("-u", "-m", "hiar_model", *argv)
             return 0
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            if not told.exists():
+            if not printed.exists():
                 print(f"hiar: rank {rank} ended with code {failure.exitcode} before it could say why", file=sys.stderr)
             return failure.exitcode if failure.exitcode > 0 else FAILED
         except (SignalException, KeyboardInterrupt):
@@ -104,7 +103,6 @@ def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
             return INTERRUPTED
         finally:
             logging.disable(logging.NOTSET)
-            del os.environ[TOLD]
 
 
 @dataclass
@@ -150,7 +148,7 @@ def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
     """
     if a.nproc < 1:
         raise ValueError(f"nproc must be at least 1, got {a.nproc}")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = environment.world_size()
     if world == 1:
         yield Job(1, None)
         return
@@ -160,8 +158,8 @@ def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
     from ..distributed.watchdog import PipelineFault, Watch
 
     def advice(finished: int) -> str:
-        if told := os.environ.get(TOLD):
-            Path(told).touch()
+        if (file := environment.error_file()) is not None:
+            file.touch()
         return f"; {finished} finished blocks are kept in {kept}, --resume goes on" if kept and finished else ""
 
     a.device, missing = _own_device(a.device)
@@ -202,7 +200,7 @@ def _own_device(asked: str) -> tuple[str, str]:
 
     if asked not in ("auto", "cuda") or not torch.cuda.is_available():
         return asked, ""
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local, count = environment.local_rank(), torch.cuda.device_count()
     if local >= count:
         return "cpu", f"{local + 1} processes on this machine need a CUDA device each, it has {count}"
     torch.cuda.set_device(local)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ..io.files import check_output, temporary
+from ..io.atomic import atomic_write
+from ..io.files import check_output
 
 
 def setting_arguments(parser: ArgumentParser) -> None:
@@ -97,12 +97,7 @@ def profile(a: Namespace) -> None:
         print("\n".join(measure(setting).lines()))
         return
     target = check_output(a.stage_times)
-    text, partial = json.dumps(stage_times(setting), indent=1) + "\n", temporary(target)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    atomic_write(target, json.dumps(stage_times(setting), indent=1) + "\n")
     print(f"stage times: {target}")
 
 

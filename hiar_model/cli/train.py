@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..common import environment
 from .machine import progress_bar
-from .parallel import FAILED, INTERRUPTED, TOLD, WRONG_INPUT
+from .parallel import FAILED, INTERRUPTED, WRONG_INPUT
 from .signals import ENDING, listens
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def _bar(context: DistContext, *columns: str) -> Any:
 @contextmanager
 def _among_others() -> Iterator[None]:
     """With several processes: print an error of one of them, or the same error of all, once."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if environment.world_size() == 1:
         yield
         return
     code = 0
@@ -184,13 +185,12 @@ def _among_others() -> Iterator[None]:
 
 
 def _tell(error: Exception) -> None:
-    if told := os.environ.get(TOLD):
+    if (file := environment.error_file()) is not None:
         with suppress(FileExistsError):
-            os.close(os.open(told, os.O_CREAT | os.O_EXCL))
+            file.touch(exist_ok=False)
             print("hiar:", " ".join(str(error).split()), file=sys.stderr)
     else:
-        rank = os.environ.get("RANK", "?")
-        print(f"hiar: rank {rank}:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"hiar: rank {environment.rank()}:", " ".join(str(error).split()), file=sys.stderr)
 
 
 def _override(text: str) -> tuple[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 if TYPE_CHECKING:
-    from ..models.checkpoint import Found
+    from ..models.checkpoint import CheckpointInfo
 
 # hiar convert
 
@@ -29,10 +29,10 @@ def convert(a: Namespace) -> None:
     """Convert, and print what was found, written, and the hash of all tensors before and after."""
     from ..models.convert import convert as convert_files
 
-    def show(found: Found, sha256: str) -> None:
+    def show(found: CheckpointInfo, sha256: str) -> None:
         print(f"in:  {found}\n     tensors sha256 {sha256}", flush=True)
 
-    done = convert_files(a.source, a.target, a.to, on_found=show)
+    done = convert_files(a.source, a.target, a.to, on_checkpoint=show)
     print(f"out: {done.target}\n     tensors sha256 {done.sha256}: read again, the same")
 
 

@@ -1,1 +1,1 @@
-"""What every layer may use: checks of arguments, torch's process settings, keyed random numbers."""
+"""Used by all layers: checks of arguments, environment variables, torch's global settings, keyed random numbers."""

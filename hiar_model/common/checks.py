@@ -1,4 +1,4 @@
-"""Whole numbers and choices, checked alike everywhere; imports no torch, so that a mistake is told at once."""
+"""Checks of arguments, shared by all modules; imports no torch, so that errors appear at once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ OFFLOAD = ("text", "vae")
 
 
 def as_whole(value: object) -> int | None:
-    """A whole number of any kind (Python's, numpy's, a tensor of one) as an int; None: it is none, truth values too."""
+    """A whole number (of Python, of numpy, a tensor of one element) as an int; None for anything else, bools too."""
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):  # of a tensor with many numbers
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
         return None
 
 
@@ -36,12 +36,12 @@ def whole(name: str, value: Any, least: int | None = None, why: str = "") -> int
 
 
 def plain(value: Any) -> Any:
-    """numpy's numbers and tensors of one as Python's, which JSON takes; whatever else as it is."""
+    """numpy numbers and tensors of one element as Python numbers, for JSON; anything else unchanged."""
     return value.item() if hasattr(value, "item") else value
 
 
 def as_number(value: Any) -> float:
-    """A number of any kind as a float; NaN for what is none."""
+    """Any number as a float; NaN for anything else."""
     try:
         return math.nan if isinstance(value, bool | str | bytes) else float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -49,7 +49,7 @@ def as_number(value: Any) -> float:
 
 
 def number_above_0(name: str, value: Any) -> float:
-    """The value as a float; ValueError unless it is a finite number above 0, of whatever kind."""
+    """The value as a float; ValueError unless it is a finite number above 0."""
     number = as_number(value)
     if not math.isfinite(number) or number <= 0:
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
@@ -57,7 +57,7 @@ def number_above_0(name: str, value: Any) -> float:
 
 
 def number_at_least_0(name: str, value: Any) -> float:
-    """The value as a float; ValueError unless it is a finite number of at least 0, of whatever kind."""
+    """The value as a float; ValueError unless it is a finite number of at least 0."""
     number = as_number(value)
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
@@ -65,13 +65,13 @@ def number_at_least_0(name: str, value: Any) -> float:
 
 
 def one_of(name: str, value: object, legal: Iterable[str]) -> None:
-    """ValueError unless the value is one of the legal ones; names the nearest."""
+    """ValueError unless the value is a legal one; suggests the nearest."""
     legal = tuple(legal)
     if value not in legal:
         raise ValueError(f"{name} must be one of {', '.join(legal)}, got {value!r}{nearest(str(value), legal)}")
 
 
 def nearest(word: str, legal: Iterable[str]) -> str:
-    """ "; did you mean ...?" where a legal word is near, else nothing."""
+    """The text "; did you mean ...?" if a legal word is near, else an empty one."""
     near = get_close_matches(word, list(legal), 1, 0.6)
     return f"; did you mean {near[0]}?" if near else ""

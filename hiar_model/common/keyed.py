@@ -1,13 +1,13 @@
-"""Random numbers as a function of a key: never of order, rank, batch, process, device, processor or release.
+"""Random numbers that depend on a key alone: not on order, rank, batch, process, device, processor or release.
 
-Whatever a seed decides is drawn here: the noise of (seed, video, step, block), and all of training: sample ``row`` of
-update ``update`` of a stage comes from ``keyed_generator(seed, stage, update, row)``. So a resumed run needs no saved
-generator, and any number of ranks draws the same batches.
+All random numbers come from here: the noise of (seed, video, step, block), and those of training, where sample ``row``
+of update ``update`` of a stage comes from ``keyed_generator(seed, stage, update, row)``. So a resumed run needs no
+saved generator state, and any number of ranks draws the same batches.
 
-A key is hashed to 128 bits, the whole key of numpy's Philox (Salmon et al. 2011): its raw bits are the same in every
-release. What is made of them uses nothing but additions, multiplications, divisions and square roots in float64, one
-array operation each, which IEEE 754 fixes to the bit; torch's and numpy's own normals and logarithms have other code,
-and other last bits, for each instruction set. :data:`hiar_model.version.NOISE` names this way in whatever is kept.
+A key is hashed to the 128-bit key of numpy's Philox generator (Salmon et al. 2011), whose raw bits are the same in
+every release. They are turned into normals with float64 additions, multiplications, divisions and square roots only,
+which IEEE 754 defines to the bit; torch's and numpy's own normals and logarithms differ in the last bits between
+instruction sets. Files name this scheme by :data:`hiar_model.version.NOISE`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from .checks import as_whole
 
-_CHUNK = 1 << 14  # numbers at once: what an operation leaves stays in the processor's cache
+_CHUNK = 1 << 14  # numbers per array operation, so that results stay in the processor's cache
 
 
 class KeyedGenerator:
-    """Numbers that follow from a key, one after the other; torch tensors on the CPU.
+    """Random numbers from a key, as torch tensors on the CPU; successive calls continue the sequence.
 
     >>> keyed_generator(0, "teacher", 3, 5).normals(2, 2).shape
     torch.Size([2, 2])
@@ -37,7 +37,7 @@ class KeyedGenerator:
         self._bits = np.random.Philox(key=int.from_bytes(key, "little"))
 
     def normals(self, *shape: int) -> Tensor:
-        """Standard normals, float32: each the nearest to its quantile within 2e-6 up to 6.7 standard deviations."""
+        """Standard normals, float32, within 2e-6 of the exact quantile up to 6.7 standard deviations."""
         return torch.from_numpy(_normals(self._raw(shape))).view(shape)
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,11 +58,11 @@ class KeyedGenerator:
 
 
 Generator = KeyedGenerator | torch.Generator
-"""What functions that draw take: a keyed generator, or one of torch where a caller has its own."""
+"""Functions that draw take a keyed generator, or a torch one of the caller."""
 
 
 def keyed_generator(seed: int, *key: str | int) -> KeyedGenerator:
-    """A generator whose numbers follow from ``seed`` and ``key`` alone; other keys give independent ones.
+    """A generator that depends on ``seed`` and ``key`` alone; different keys give independent numbers.
 
     Raises:
         ValueError: a part of the key is no whole number or text.
@@ -73,10 +73,10 @@ def keyed_generator(seed: int, *key: str | int) -> KeyedGenerator:
 
 
 def _part(part: object) -> str | int:
-    found = part if isinstance(part, str) else as_whole(part)
-    if found is None:
+    value = part if isinstance(part, str) else as_whole(part)
+    if value is None:
         raise ValueError(f"keyed_generator: a key is made of whole numbers and texts, got {part!r}")
-    return found
+    return value
 
 
 def draw_uniform(generator: Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -129,7 +129,7 @@ def _normals(raw: NDArray[np.uint64]) -> NDArray[np.float32]:
 
 
 def _log(p: Doubles) -> Doubles:
-    """Natural logarithm of positive numbers, to 1e-13: of no library, so that its bits are everywhere the same."""
+    """Natural logarithm of positive numbers, to 1e-13, with the same bits on every machine."""
     m, exponent = np.frexp(p)
     small = m < 0.7071067811865476
     m = np.where(small, m + m, m)  # within a factor sqrt(2) of 1
@@ -138,7 +138,7 @@ def _log(p: Doubles) -> Doubles:
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Doubles) -> Doubles:
-    """The first coefficient is the constant one."""
+    """Coefficients in ascending order of powers."""
     value: Doubles = np.full_like(x, coefficients[-1])
     for coefficient in coefficients[-2::-1]:
         value *= x

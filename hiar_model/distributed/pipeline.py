@@ -7,7 +7,6 @@ blocks. Whatever the number of ranks, the rows are the same, and so are the resu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..common import environment
 from ..config import ExecutionConfig
 from ..schedule.plan import Group, Plan
 from ..schedule.stages import Stage, split_steps
@@ -37,7 +37,7 @@ def init_distributed(device_type: str = "cpu") -> int:
 
     if not dist.is_available():
         return 1
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not dist.is_initialized() and environment.world_size() > 1:
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_FOR_EVER)
     return dist.get_world_size() if dist.is_initialized() else 1

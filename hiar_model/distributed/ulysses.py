@@ -26,8 +26,8 @@ from hiar_kernels import qk_norm_rope_append
 from hiar_kernels.nvtx import span
 
 from ..config import WanConfig
-from ..models.conditions import Live
-from ..models.kv_cache import RingAttend
+from ..models.conditions import OutputSelection
+from ..models.kv_cache import CachedAttention
 from .mesh import axis, make_mesh
 
 # An op, not a function: complete when it returns, and one operation for whoever records or compiles a task.
@@ -100,15 +100,15 @@ def _part(total: int, rank: int, size: int) -> tuple[int, int]:
     return total // size * rank, total // size * (rank + 1)
 
 
-class UlyssesAttend(RingAttend):
-    """:class:`RingAttend` of rings that hold this rank's heads, for activations that hold its tokens."""
+class UlyssesAttention(CachedAttention):
+    """:class:`CachedAttention` of rings that hold this rank's heads, for activations that hold its tokens."""
 
     def __init__(self, ranks: HeadRanks, *args: Any) -> None:
         super().__init__(*args)
         self.ranks = ranks
 
     @property
-    def stores(self) -> bool:
+    def writes_separately(self) -> bool:
         return True
 
     def share(self, x: Tensor, frames: int) -> Tensor:
@@ -130,11 +130,13 @@ class UlyssesAttend(RingAttend):
         # [rank, its heads, 3, B, F, cells, D] -> [3, B, F, rank, cells, heads, D]: tokens of a frame in their order
         came = self.ranks.exchange(packed).unflatten(0, (ranks, -1)).unflatten(4, (self.frames.shape[1], -1))
         whole = came.permute(2, 3, 4, 0, 5, 1, 6)
-        self._store(layer, whole[1], whole[2])
+        self._write(layer, whole[1], whole[2])
         return whole[0].flatten(1, 3)
 
-    def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:
-        out = super().__call__(layer, qkv, q_weight, k_weight, live)
+    def __call__(
+        self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, selection: OutputSelection | None
+    ) -> Tensor | None:
+        out = super().__call__(layer, qkv, q_weight, k_weight, selection)
         if out is None:
             return None
         ranks, frames = self.ranks.size, out.shape[1] // self.cache.frame_tokens

@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, video, weights."""
+"""Files: the atomic writer, checks, video, weights."""

@@ -1,16 +1,17 @@
-"""Files before they are read or written: what stands in place of one, and whether a name can be written to."""
+"""Checks of files before work starts: pointers in place of files, names that cannot be written to."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-SESSION = "session.safetensors"  # in a folder that is given as a session
+from .atomic import temporary
+
+SESSION = "session.safetensors"  # its name in a folder
 FILE_OPTIONS = ("--model", "--checkpoint", "--image", "--extend", "--prompts", "--from-session")
-"""Options of `hiar generate` that name what it reads."""
-_STAND_INS = (  # what a file begins with, in lower case -> what it is, where its name promises something else
+"""Options of `hiar generate` that name input files."""
+_STAND_INS = (  # the first bytes of a file, in lower case -> what it is instead of weights, a video, ...
     (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer, not the file itself; run `git lfs pull` there"),
     (b"version https://hawser.github.com/spec/", "a git-lfs pointer, not the file itself; run `git lfs pull` there"),
     (b"/annex/objects/", "a git-annex pointer, not the file itself; run `git annex get` there"),
@@ -20,21 +21,22 @@ _STAND_INS = (  # what a file begins with, in lower case -> what it is, where it
 
 
 def refuse_stand_in(file: Path) -> None:
-    """ValueError of one line for what stands where a file should: a git-lfs pointer, a web page. Any other file, and
-    one that cannot be read, is left to whoever reads it.
+    """ValueError of one line for a git-lfs or git-annex pointer or a web page in place of the file itself.
+
+    A file that cannot be read is left to the caller, who will report it.
     """
     try:
         with file.open("rb") as opened:
-            begin = opened.read(64).lstrip().lower()
+            head = opened.read(64).lstrip().lower()
     except OSError:
         return
-    for start, what in _STAND_INS:
-        if begin.startswith(start):
-            raise ValueError(f"{file}: {what}")
+    for start, description in _STAND_INS:
+        if head.startswith(start):
+            raise ValueError(f"{file}: {description}")
 
 
 def check_text(text: str, what: str) -> None:
-    """ValueError of one line for text that cannot be written down: it came from bytes that are no UTF-8."""
+    """ValueError of one line for text that came from bytes other than UTF-8, which cannot be written again."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -42,20 +44,12 @@ def check_text(text: str, what: str) -> None:
         raise ValueError(f"{what} '{shown}' is not UTF-8 at character {error.start + 1}: give it in UTF-8") from error
 
 
-def temporary(target: Path, suffix: str = ".partial") -> Path:
-    """The name that a file is written under: in the same folder, so that a rename is all that is left to do, and short,
-    whatever the length of the target's own.
-    """
-    name = hashlib.blake2b(os.fsencode(target.name), digest_size=6).hexdigest()
-    return target.with_name(f".{name}.{os.getpid()}{suffix}")
-
-
 def check_output(path: str | os.PathLike[str], beside: Sequence[Path] = ()) -> Path:
-    """The path, if a file can be written there, and those ``beside`` it. To be asked before any work starts.
+    """The path, if a file can be written there, and the files ``beside`` it; call it before any work starts.
 
     Raises:
-        ValueError: one line: a parent that is no folder or cannot be written to, a folder in its place, a name that is
-            too long or not UTF-8.
+        ValueError: one line: a parent that is no folder or not writable, a folder of that name, a name that is too long
+            or not UTF-8.
     """
     target = Path(path)
     check_text(os.fspath(target), "the name")
@@ -80,8 +74,8 @@ def check_output(path: str | os.PathLike[str], beside: Sequence[Path] = ()) -> P
 
 
 def seen_from(folder: Path, command: Sequence[str]) -> list[str]:
-    """A command whose files are given by absolute paths, to be run in a folder: what lies in it is named from there, so
-    that both may move together.
+    """A command with absolute paths, to be run in ``folder``: input files in that folder get relative paths, so that
+    the folder can be moved.
     """
     words, base = list(command), os.path.abspath(folder)
     for i, option in enumerate(words[:-1]):
@@ -91,5 +85,5 @@ def seen_from(folder: Path, command: Sequence[str]) -> list[str]:
 
 
 def in_folder(path: str | os.PathLike[str], name: str) -> Path:
-    """The file that a path means: itself, or the one of that name in it if it is a folder."""
+    """The file of that name if the path is a folder, else the path."""
     return Path(path) / name if os.path.isdir(path) else Path(path)

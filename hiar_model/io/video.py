@@ -1,7 +1,7 @@
-"""Videos in memory and on disk: written frame by frame, under a temporary name until they are whole.
+"""Videos in memory and on disk, written frame by frame and atomically.
 
-What a path means: `name.mp4` is H.264, `name.gif` an endless animation, a path without a suffix or with a slash at its
-end a folder of PNG files. Beside a file, or inside a folder, lies a JSON record of how the video was made.
+The path chooses the format: `name.mp4` is H.264, `name.gif` an endless animation, a path without a suffix or with a
+slash at its end a folder of PNG files. Beside a file, or in the folder, lies a JSON record of how the video was made.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import html
 import json
 import math
 import os
-import shutil
 import tempfile
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,7 +28,8 @@ import numpy.typing as npt
 from av.filter import Graph
 
 from ..common.checks import number_above_0
-from .files import check_output, seen_from, temporary
+from .atomic import atomic_write, cannot_write, discard, publish, temporary
+from .files import check_output, seen_from
 
 Frames = npt.NDArray[np.uint8]
 """uint8 [F, H, W, 3], RGB."""
@@ -47,7 +47,20 @@ CHUNK = 16  # frames enlarged at once
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A finished video: ``frames`` uint8 [F, H, W, 3] RGB, ``fps``, ``metadata`` how it was made (as JSON takes it)."""
+    """A finished video.
+
+    Attributes:
+        frames: uint8 [F, H, W, 3], RGB.
+        fps: frames per second.
+        metadata: how it was made: what JSON can hold.
+
+    Raises:
+        ValueError: frames of another dtype or shape, no frames, an ``fps`` that is no finite number above 0.
+
+    >>> video = Video(np.zeros((24, 32, 48, 3), np.uint8), fps=12, metadata={"prompt": "night"})
+    >>> video, len(video)
+    (Video(24 frames of 48x32, 12 fps, 2.0 s, 'night'), 24)
+    """
 
     frames: Frames
     fps: float
@@ -67,17 +80,20 @@ class Video:
         return f"Video({count} frames of {width}x{height}, {self.fps:g} fps, {count / self.fps:.1f} s{about})"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the video as an .mp4 inside the page, and its one line below."""
+        """For notebooks: the video as an .mp4 inside the page, and its one-line description."""
         with tempfile.TemporaryDirectory() as folder:
             data = base64.b64encode(self.save(Path(folder, "video.mp4")).read_bytes()).decode()
         source = f"data:video/mp4;base64,{data}"
         return f'<video controls loop muted autoplay src="{source}"></video><br>{html.escape(repr(self))}'
 
     def save(self, path: str | os.PathLike[str], least_side: int = LEAST_SIDE) -> Path:
-        """Write as .mp4, .gif or a folder of PNGs with the record beside it; returns the path.
+        """Write as .mp4, .gif or a folder of PNGs, with the record beside it, and return the path.
+
+        Args:
+            least_side: smaller frames are enlarged until their short side has this many pixels; 1: never.
 
         Raises:
-            ValueError: what :func:`check_target` refuses; nothing is written then, nor after any other error.
+            ValueError: what :func:`check_target` refuses. OSError: it cannot be written. Nothing is left after either.
         """
         with VideoWriter(path, self.fps, self.metadata, least_side) as writer:
             for first in range(0, len(self.frames), CHUNK):
@@ -96,7 +112,7 @@ def is_folder_target(path: str | os.PathLike[str]) -> bool:
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
-    """The path as a `Path`, if a video can be written there. To be asked before any computation starts.
+    """The path as a `Path`, if a video can be written there; call it before any computation starts.
 
     An existing video file will be replaced; an existing folder must be empty.
 
@@ -106,7 +122,7 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     """
     target = Path(path)
     if not os.fspath(path) or not target.name:
-        raise ValueError(f"{os.fspath(path)!r} is no name for a video; {_legal()}")
+        raise ValueError(f"{os.fspath(path)!r} is not a file name for a video; {_legal()}")
     folder = is_folder_target(path)
     if not folder and target.suffix.lower() not in SUFFIXES:
         raise ValueError(f"cannot write {target}: unknown suffix {target.suffix!r}; {_legal()}")
@@ -126,27 +142,30 @@ def _record_path(target: Path, folder: bool) -> Path:
     return target / FOLDER_RECORD if folder else target.with_name(target.name + ".json")
 
 
-class Encoder(Protocol):
-    """Takes the frames of one video, uint8 [H, W, 3] each, all of one size."""
+class FrameEncoder(Protocol):
+    """Encodes the frames of one video, uint8 [H, W, 3] each, all of one size."""
 
     def add(self, image: Frames) -> None:
         """The next frame."""
 
     def close(self) -> None:
-        """Writes what is pending; called once, also to give up."""
+        """Flush and close; called once, also to give up."""
 
 
 class VideoWriter:
-    """Context manager that writes a video as it comes; memory does not grow with it (except for .gif, see `_Gif`).
+    """Context manager that writes a video frame by frame; only .gif keeps the frames in memory until the end.
 
-    The target appears, whole and together with its record, when the block ends without an error. After an error or
-    Ctrl-C neither it nor anything else is left.
+    The video and its record appear when the block ends without an error. After an error or Ctrl-C nothing is left.
 
     Args:
-        path: see :func:`check_target`, which is asked at once. fps: frames per second.
-        metadata: for the record. A "command" in it (a list of words) becomes the command line that repeats the video
-            where it is run in the folder of the video.
-        least_side: frames with a shorter side are enlarged, see :func:`upscale`; 1 leaves them as they are.
+        path: checked at once by :func:`check_target`. fps: frames per second.
+        metadata: for the record. A "command" in it (a list of words) becomes a command line that, run in the video's
+            folder, makes the video again.
+        least_side: frames with a shorter side are enlarged, see :func:`upscale`; 1: never.
+
+    Raises:
+        ValueError: what :func:`check_target` refuses, an illegal rate, frames of different sizes, no frames at all.
+        OSError: the video, or only its record, cannot be written.
     """
 
     def __init__(
@@ -164,8 +183,8 @@ class VideoWriter:
             raise ValueError(f"a .gif has at most {GIF_FASTEST:g} fps, got {fps:g}; use .mp4 or a folder of PNG files")
         self.frames_written = 0
         self._size: tuple[int, ...] | None = None
-        self._encoder: Encoder | None = None
-        self._partials = (temporary(self.path), temporary(_record_path(self.path, False)))
+        self._encoder: FrameEncoder | None = None
+        self._partial = temporary(self.path)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -185,13 +204,12 @@ class VideoWriter:
                 self._encoder.add(image)
         self.frames_written += len(frames)
 
-    def _open(self, height: int, width: int, enlarged: bool) -> Encoder:
-        partial = self._partials[0]
+    def _open(self, height: int, width: int, enlarged: bool) -> FrameEncoder:
         if self.folder:
-            return _Pngs(partial)
+            return _PngEncoder(self._partial)
         if self.path.suffix.lower() == ".gif":
-            return _Gif(partial, self.fps, height, width)
-        return _Mp4(partial, self.fps, height, width, quick=enlarged)
+            return _GifEncoder(self._partial, self.fps, height, width)
+        return _Mp4Encoder(self._partial, self.fps, height, width, quick=enlarged)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -208,29 +226,23 @@ class VideoWriter:
         encoder, self._encoder = self._encoder, None
         with self._named():
             encoder.close()
-        partial, partial_record = self._partials
-        record, failed = _record_path(self.path, self.folder), ""
         text = json.dumps(self._record(), indent=2, ensure_ascii=False) + "\n"
-        try:
-            partial_record.write_bytes(text.encode("utf-8", "backslashreplace"))  # as JSON escapes what is no text
-        except OSError as error:  # the video is whole: it stays, and no older record beside it
-            failed = error.strerror or str(error)
         with self._named():
-            if self.folder and self.path.is_dir():
-                self.path.rmdir()  # empty, or check_target would have refused it
-            os.replace(partial, self.path)
-        if failed:
-            record.unlink(missing_ok=True)
-            raise OSError(f"{self.path} is whole, but its record {record} cannot be written: {failed}")
-        os.replace(partial_record, record)
+            publish(self._partial, self.path)
+        record = _record_path(self.path, self.folder)
+        try:
+            atomic_write(record, text.encode("utf-8", "backslashreplace"))  # lone surrogates, as JSON escapes them
+        except OSError as error:
+            record.unlink(missing_ok=True)  # of the video that was replaced
+            raise OSError(f"{self.path} is complete, but without its record: {error}") from error
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """What goes wrong, such as a full disk, is said of the video, not of its temporary name."""
+        """Errors such as a full disk name the video, not its temporary name."""
         try:
             yield
         except OSError as error:
-            raise OSError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise cannot_write(self.path, error) from error
 
     def _record(self) -> dict[str, Any]:
         import shlex
@@ -244,23 +256,18 @@ class VideoWriter:
         return record
 
     def _discard(self) -> None:
-        """Remove whatever has a temporary name; after a success that is nothing."""
+        """Close the encoder and remove the temporary file or folder, if there still is one."""
         if self._encoder is not None:
             encoder, self._encoder = self._encoder, None
             with suppress(Exception):
                 encoder.close()
-        for partial in self._partials:
-            if partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                with suppress(OSError):
-                    partial.unlink(missing_ok=True)
+        discard(self._partial)
 
 
-class _Mp4:
-    """H.264 (MPEG-4 part 2 where the build of FFmpeg has no x264), yuv420p: what every player and browser shows.
+class _Mp4Encoder:
+    """H.264 (MPEG-4 part 2 if FFmpeg was built without x264) in yuv420p, which every player and browser shows.
 
-    ``quick`` for enlarged frames, which are smooth: x264 takes half of its time for a file as large, 0.3 dB from it.
+    ``quick``: for enlarged frames, which are smooth: half of x264's time for a file of the same size, 0.3 dB worse.
     """
 
     def __init__(self, path: Path, fps: float, height: int, width: int, *, quick: bool = False) -> None:
@@ -293,10 +300,8 @@ class _Mp4:
             self.container.close()
 
 
-class _Gif:
-    """One palette for the whole animation, so that nothing flickers. It is known at the end only: frames are kept until
-    then, unlike with the other formats.
-    """
+class _GifEncoder:
+    """One palette for the whole animation, so that nothing flickers. FFmpeg keeps all frames until the end for that."""
 
     def __init__(self, path: Path, fps: float, height: int, width: int) -> None:
         self.tick, self.fps, self.count = Fraction(1, GIF_TICKS), fps, 0
@@ -332,7 +337,7 @@ class _Gif:
             self.container.close()
 
 
-class _Pngs:
+class _PngEncoder:
     """frame_00000.png, frame_00001.png, ... in a folder."""
 
     def __init__(self, path: Path) -> None:
@@ -348,8 +353,8 @@ class _Pngs:
 
 
 def source_matrix(frame: Any) -> str | None:
-    """The colour matrix to read a decoded frame by, where it names none itself; None: go by the frame."""
-    unspecified = frame.colorspace in (0, 2) and not frame.format.is_rgb  # 0 is RGB's, but some files say it of YUV
+    """The colour matrix of a decoded frame that names none itself; None: use the frame's."""
+    unspecified = frame.colorspace in (0, 2) and not frame.format.is_rgb  # 0 means RGB, but some YUV files have it
     if not unspecified or len(frame.planes) < 3:
         return None
     return _matrix(frame.height)
@@ -371,21 +376,15 @@ def encode_png(image: Frames) -> bytes:
 
 
 def save_png(image: Frames, path: str | os.PathLike[str]) -> None:
-    """Write an image uint8 [H, W, 3] as .png, under a temporary name first."""
+    """Write an image uint8 [H, W, 3] as .png, atomically."""
     _check_frames(image[None])
-    partial = temporary(Path(path))
-    try:
-        partial.write_bytes(encode_png(image))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    atomic_write(path, encode_png(image))
 
 
 def upscale(frames: Frames, least_side: int = LEAST_SIDE) -> Frames:
-    """Frames [F, H, W, 3], enlarged by the smallest whole factor that makes both sides at least ``least_side`` pixels.
+    """Enlarge frames [F, H, W, 3] by the smallest whole factor that makes both sides at least ``least_side`` pixels.
 
-    Bicubic, so that a small model's smooth edges stay smooth. Large enough frames come back as they are. The weights of
-    the neighbours stand in one matrix for each axis: two matrix products take a sixth of torch's interpolation.
+    Bicubic, as one matrix product for each axis, which takes a sixth of the time of torch's interpolation.
     """
     factor = math.ceil(least_side / min(frames.shape[1:3]))
     if factor <= 1:
@@ -400,7 +399,7 @@ def upscale(frames: Frames, least_side: int = LEAST_SIDE) -> Frames:
 
 @functools.lru_cache(maxsize=8)
 def _bicubic(size: int, factor: int) -> Any:
-    """float32 [size * factor, size]: what each old pixel of a line gives to the new ones."""
+    """Interpolation matrix of one axis, float32 [size * factor, size]."""
     import torch
 
     lines = torch.eye(size, dtype=torch.float32)[None, None]
@@ -409,8 +408,8 @@ def _bicubic(size: int, factor: int) -> Any:
 
 
 def contact_sheet(frames: Frames | Iterable[Frames], columns: int, gap: int = 2, colour: int = 255) -> Frames:
-    """One image uint8 [H', W', 3] of frames uint8 [F, H, W, 3] in reading order, ``gap`` pixels of grey ``colour``
-    between and around them; places that stay empty have that colour too.
+    """Arrange frames uint8 [F, H, W, 3] in reading order in one image uint8 [H', W', 3], on a grey ``colour``, with
+    ``gap`` pixels between and around them.
     """
     images = np.asarray(frames if isinstance(frames, np.ndarray) else list(frames))
     _check_frames(images)

@@ -1,20 +1,18 @@
-"""Files of weights: which ones a path means, what they hold, and how a new one appears whole or not at all."""
+"""Weight files: which files a path means, and reading and checking their tensors."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from .files import refuse_stand_in, temporary
+from .files import refuse_stand_in
 
 PICKLES = (".pth", ".pt")
 INDEX = ".safetensors.index.json"
@@ -23,11 +21,11 @@ _OTHER_PARTS = ("Wan2.1_VAE", "Wan2.2_VAE", "models_t5", "models_clip")  # publi
 
 
 def weight_files(source: Path) -> list[Path]:
-    """The files that a path means: itself, the shards of an index, or those of a folder; text encoders and VAEs that
-    are published in the same folder are not among them.
+    """The weight files at a path: the file itself, the shards of an index, or the files of a folder, without the text
+    encoders and VAEs published beside them.
 
     Raises:
-        ValueError: one line: nothing there, another suffix, a bad index, a shard that is missing, a git-lfs pointer.
+        ValueError: one line: no such path, another suffix, a bad index, a missing shard, a git-lfs pointer.
     """
     files = _weight_files(source)
     for file in files:
@@ -42,8 +40,8 @@ def _weight_files(source: Path) -> list[Path]:
         if source.name.endswith(INDEX):
             return _shards(source)
         if source.suffix not in (".safetensors", *PICKLES):
-            found = source.suffix or "no suffix"
-            raise ValueError(f"{source}: expected .safetensors, .pth, .pt or a folder, got {found!r}")
+            suffix = source.suffix or "no suffix"
+            raise ValueError(f"{source}: expected .safetensors, .pth, .pt or a folder, got {suffix!r}")
         return [source]
     indexes = sorted(source.glob(f"*{INDEX}"))
     if len(indexes) > 1:
@@ -57,7 +55,7 @@ def _weight_files(source: Path) -> list[Path]:
     if of_kind:
         return of_kind[0]
     inner = sorted(p.name for p in source.iterdir() if p.is_dir() and any(p.glob("*.safetensors")))
-    hint = f"; the folders in it hold some: {some(inner)}" if inner else ""
+    hint = f"; its folders have some: {some(inner)}" if inner else ""
     raise ValueError(f"{source}: no weights found; expected *{INDEX}, *.safetensors, *.pth or *.pt{hint}")
 
 
@@ -73,8 +71,9 @@ def _shards(index: Path) -> list[Path]:
 
 
 def read_tensors(file: Path) -> tuple[Any, dict[str, str]]:
-    """What one file holds, mapped into memory where its format allows, and its header; ValueError of one line for
-    a file that is torn, of another format, or a pickle of more than tensors.
+    """The contents of one file, memory-mapped where its format allows, and its header.
+
+    ValueError of one line for a file that is truncated, of another format, or a pickle of more than tensors.
     """
     refuse_stand_in(file)
     try:
@@ -88,32 +87,27 @@ def read_tensors(file: Path) -> tuple[Any, dict[str, str]]:
         raise ValueError(f"{file}: corrupt, or not {kind}: {type(error).__name__}: {reason}") from error
 
 
-def add_tensors(state: dict[str, Any], more: Mapping[str, Any], file: Path, came: dict[str, Path]) -> None:
-    """Put the tensors of one of several files that make a model together into ``state``.
-
-    Args:
-        came: key -> the file that it came from; grows along.
-
-    Raises:
-        ValueError: a key is there already: two files for one role, both named.
+def add_tensors(state: dict[str, Any], more: Mapping[str, Any], file: Path, origin: dict[str, Path]) -> None:
+    """Add the tensors of one of a model's files to ``state``, and their file to ``origin``; ValueError for a key that
+    is there already, naming both files.
     """
     for key, value in more.items():
         if key in state:
             raise ValueError(
-                f"{came[key]} and {file.name} both hold {key}: keep one of the two, or give the path of one"
+                f"{origin[key]} and {file.name} both hold {key}: keep one of the two, or give the path of one"
             )
-        state[key], came[key] = value, file
+        state[key], origin[key] = value, file
 
 
-def only_one(there: Sequence[Path], what: str) -> None:
-    """ValueError if more than one of the places that may hold a part of a model does."""
-    if len(there) > 1:
-        names = " and ".join(str(path) for path in there)
+def only_one(paths: Sequence[Path], what: str) -> None:
+    """ValueError if there is more than one candidate for a part of a model."""
+    if len(paths) > 1:
+        names = " and ".join(str(path) for path in paths)
         raise ValueError(f"two files for {what}: {names}; keep one, or give the path of one")
 
 
 def check_tensors(state: Mapping[str, Any], source: Path) -> None:
-    """ValueError that names the first value that is no tensor of a floating-point type."""
+    """ValueError that names the first value that is not a floating-point tensor."""
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{source}: {name} is a {type(value).__name__}, expected a tensor")
@@ -122,22 +116,22 @@ def check_tensors(state: Mapping[str, Any], source: Path) -> None:
 
 
 def renamed(state: Mapping[str, Any], rename: Callable[[str], str], source: Path) -> dict[str, Any]:
-    """The same values under other keys; ValueError if two keys become one."""
-    found: dict[str, Any] = {}
+    """The same values under renamed keys; ValueError if two keys become one."""
+    result: dict[str, Any] = {}
     for key, value in state.items():
-        if (name := rename(key)) in found:
+        if (name := rename(key)) in result:
             raise ValueError(f"{source}: {key} is there twice (as {name}); expected every tensor once")
-        found[name] = value
-    return found
+        result[name] = value
+    return result
 
 
 def check_keys(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path, spell: Callable[[str], str] | None = None
 ) -> None:
-    """ValueError of one line unless exactly the expected keys are there, with their shapes.
+    """ValueError of one line unless ``state`` has exactly the expected keys and shapes.
 
     Args:
-        spell: makes the file's own name of a key, for the error; None: they are the same.
+        spell: key -> its name in the file, for the error; None: the same.
     """
     problems = []
     for what, keys in (
@@ -145,40 +139,19 @@ def check_keys(
         ("unexpected", [key for key in state if key not in expected]),
     ):
         if keys:
-            told = some(map(spell, keys) if spell else keys)
-            problems.append(f"{len(keys)} {what} {'key' if len(keys) == 1 else 'keys'} ({told})")
-    for key, want in expected.items():
-        if key in state and state[key].shape != want.shape:
+            names = some(map(spell, keys) if spell else keys)
+            problems.append(f"{len(keys)} {what} {'key' if len(keys) == 1 else 'keys'} ({names})")
+    for key, tensor in expected.items():
+        if key in state and state[key].shape != tensor.shape:
             name = spell(key) if spell else key
-            problems.append(f"wrong shape: {name} is {list(state[key].shape)}, expected {list(want.shape)}")
+            problems.append(f"wrong shape: {name} is {list(state[key].shape)}, expected {list(tensor.shape)}")
             break
     if problems:
         raise ValueError(f"{source}: {'; '.join(problems)}")
 
 
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A temporary name of the same suffix in the same folder; it becomes the target's if all goes well, and else leaves
-    nothing.
-
-    Raises:
-        OSError: one line, also where a library reports a full disk in its own way.
-    """
-    part = temporary(target, f".part{target.suffix}")
-    try:
-        yield part
-        part.replace(target)
-    except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{target} is not written: {str(error).splitlines()[0]}") from error
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
-
-
 def some(names: Iterable[str], limit: int = 3) -> str:
-    """The first few, for an error line."""
+    """The first few names, for an error."""
     listed = list(names)
     return ", ".join(listed[:limit]) + (", ..." if len(listed) > limit else "")
 
@@ -190,7 +163,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, file: Path) -> dict[str, Any]:
-    """The object in a JSON text that stands in ``file``."""
+    """The object in a JSON text; ``file`` is named in errors."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:

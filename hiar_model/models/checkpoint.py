@@ -1,4 +1,4 @@
-"""Weights in and out: one transformer from any published layout, and what was found on the way."""
+"""Load and save the transformer: any published weight layout in, the native one out."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..common.settings import own_settings
 from ..config import SHIPPED, WanConfig
+from ..io.atomic import atomic
 from ..io.files import check_output
 from ..io.weight_files import (
     add_tensors,
@@ -30,7 +31,6 @@ from ..io.weight_files import (
     renamed,
     some,
     weight_files,
-    whole,
 )
 from . import key_mapping
 from .transformer import HiARTransformer
@@ -44,16 +44,17 @@ _HEAD_DIM = 128  # of every published Wan model
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a checkpoint is; ``str()`` of it is one line.
+class CheckpointInfo:
+    """Description of a checkpoint; ``str()`` of it is one line.
 
-    layout      "native", "diffusers" or "training" (:mod:`hiar_model.models.key_mapping`)
-    network     the one that was taken from a training file; others: the networks left there
-    config      sizes of the transformer
-    dtypes      of its tensors, the most frequent first
-    tensors, parameters, nbytes  how many and how much; q, k and v count as three
-    files       that hold them
-    window_frames, sink_frames  latent frames, as a causal model's config.json says; None: it says nothing
+    Attributes:
+        layout: "native", "diffusers" or "training" (:mod:`hiar_model.models.key_mapping`).
+        network: the network that was loaded from a training file. others: the networks in it that were not.
+        config: sizes of the transformer.
+        dtypes: of its tensors, the most frequent first.
+        tensors, parameters: counts; q, k and v are separate tensors. nbytes: size of the tensors in bytes.
+        files: the weight files.
+        window_frames, sink_frames: latent frames, from a causal model's config.json; None if it does not say.
     """
 
     layout: str
@@ -74,8 +75,8 @@ class Found:
         network += f" (left: {', '.join(self.others)})" if self.others else ""
         dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
         first, more = self.files[0], len(self.files) - 1
-        told = (("window", self.window_frames), ("sink", self.sink_frames))
-        window = ", ".join(f"{name} {frames}" for name, frames in told if frames is not None)
+        sizes = (("window", self.window_frames), ("sink", self.sink_frames))
+        window = ", ".join(f"{name} {frames}" for name, frames in sizes if frames is not None)
         window = f"; {window} latent frames by its config.json" if window else ""
         return (
             f"{self.layout} layout{network}: {c.num_layers} layers of width {c.dim}, {c.num_heads} heads; "
@@ -92,65 +93,65 @@ def load_transformer(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    on_found: Callable[[Found], None] | None = None,
+    on_checkpoint: Callable[[CheckpointInfo], None] | None = None,
 ) -> HiARTransformer:
-    """A transformer with the weights of a checkpoint, in eval mode.
+    """Load a transformer from a checkpoint, in eval mode.
 
     Args:
-        path: "toy" or a toy model's folder, a .safetensors, .pth or .pt file, an index of shards
-            (``*.safetensors.index.json``), or a folder with an index, with .safetensors shards, or with .pth / .pt
-            files, in this order of preference; of a diffusers pipeline folder (``model_index.json``) its
-            ``transformer/``. Keys are the published Wan ones or diffusers', behind any of
-            :data:`.key_mapping.WRAPPERS`. Of a training checkpoint with several networks the ``generator_ema``
-            is taken, else the ``generator``.
-        config: sizes. None: from a file that this package wrote, else from ``config.json`` beside the weights (the
-            published one, diffusers', or :meth:`WanConfig.to_dict`); what they leave open is read from the tensor
-            shapes. Shapes do not tell the heads: they are dim / 128, as in every published model. Nor do they tell
-            text_len and eps: those are WanConfig's defaults.
-        dtype: of the weights; None: as in the file (the widest, should they differ).
-        device: None: the CPU, where the file is mapped rather than read. "meta": the file is checked, no weight read.
-        on_found: called with what was found, before the tensors are read.
+        path: "toy" or a toy model's folder; a .safetensors, .pth or .pt file; an index of shards
+            (``*.safetensors.index.json``); or a folder with an index, .safetensors shards, or .pth / .pt files, in this
+            order of preference. Of a diffusers pipeline folder (``model_index.json``) its ``transformer/`` is read.
+            Keys are the published Wan ones or diffusers', with any of the prefixes :data:`.key_mapping.WRAPPERS`. Of a
+            training checkpoint with several networks, ``generator_ema`` is loaded, else ``generator``.
+        config: sizes. None: from the header of a file that this package wrote, else from ``config.json`` beside the
+            weights (Wan's, diffusers', or :meth:`WanConfig.to_dict`), else from the tensor shapes. If no file says,
+            num_heads is dim / 128, as in every published model, and text_len and eps are WanConfig's defaults.
+        dtype: of the weights; None: as in the file (the widest, if they differ).
+        device: None: the CPU, where the file is memory-mapped. "meta": check the file without reading the weights.
+        on_checkpoint: called with a description of the checkpoint before the weights are read.
 
     Raises:
-        ValueError: one line: nothing there, not readable, another kind of model, keys missing or unexpected, a wrong
-            shape (actual and expected), tensors that are no floating-point weights.
+        ValueError: one line: no such file, unreadable, another kind of model, missing or unexpected keys, a wrong shape
+            (actual and expected), tensors that are not floating point.
+
+    >>> model = load_transformer("toy", on_checkpoint=lambda info: print(info.layout, info.config.num_layers, "layers"))
+    native 8 layers
     """
-    state, found = read_checkpoint(path, config)
-    if on_found is not None:
-        on_found(found)
+    state, info = read_checkpoint(path, config)
+    if on_checkpoint is not None:
+        on_checkpoint(info)
     with torch.device("meta"):
-        model = HiARTransformer(found.config)
-    kept = reduce(torch.promote_types, found.dtypes)
+        model = HiARTransformer(info.config)
     if device is not None and torch.device(device).type == "meta":
-        state = {name: value.to(device) for name, value in state.items()}  # before any are fused, which reads them
+        state = {name: value.to(device) for name, value in state.items()}  # before the load hook reads them
     model.load_state_dict(state, assign=True)
-    del state  # what was fused or is cast below need not stay
-    return model.to(device=device, dtype=dtype or kept).eval()
+    del state  # so that tensors that are fused or cast are freed
+    return model.to(device=device, dtype=dtype or reduce(torch.promote_types, info.dtypes)).eval()
 
 
-def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[dict[str, Tensor], Found]:
-    """Native keys -> tensors, mapped rather than read where the format allows, and what they are.
+def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[dict[str, Tensor], CheckpointInfo]:
+    """The state dict of a checkpoint under native keys, memory-mapped where the format allows, and its description.
 
-    Arguments and errors are :func:`load_transformer`'s; exactly the tensors of a HiARTransformer are there.
+    Arguments and errors are :func:`load_transformer`'s. The keys are exactly those of a HiARTransformer.
     """
-    source = _inside(Path(path))
-    state, told, files, networks = _read_all(source)
+    source = _transformer_path(Path(path))
+    state, header_sizes, files, networks = _read_all(source)
     if (what := key_mapping.foreign(state)) is not None:
         raise ValueError(f"{source}: {what}")
     check_tensors(state, source)
-    theirs = key_mapping.is_diffusers(state)
-    if theirs:
+    diffusers = key_mapping.is_diffusers(state)
+    if diffusers:
         state = renamed(state, key_mapping.to_native, source)
-    spell = key_mapping.to_diffusers if theirs else None
+    spell = key_mapping.to_diffusers if diffusers else None
     window: Window = (None, None)
     if config is None:
-        config, window = _find_config(source, state, told)
+        config, window = _find_config(source, state, header_sizes)
     with torch.device("meta"):
         expected = HiARTransformer(config).state_dict()
     check_keys(state, expected, source, spell)
     dtypes = [value.dtype for value in state.values()]
-    found = Found(
-        layout=key_mapping.TRAINING if networks else key_mapping.DIFFUSERS if theirs else key_mapping.NATIVE,
+    info = CheckpointInfo(
+        layout=key_mapping.TRAINING if networks else key_mapping.DIFFUSERS if diffusers else key_mapping.NATIVE,
         network=networks[0] if networks else None,
         others=tuple(networks[1:]),
         config=config,
@@ -162,81 +163,85 @@ def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
         window_frames=window[0],
         sink_frames=window[1],
     )
-    return state, found
+    return state, info
 
 
 def save_transformer(model: HiARTransformer, path: str | Path) -> None:
-    """Write the weights to a .safetensors file under the published Wan keys, with the config in its header.
-
-    The file appears whole or not at all: it is written under a temporary name in the same folder and renamed.
+    """Write the weights atomically to a .safetensors file under the published Wan keys, with the config in its header.
 
     Raises:
-        ValueError: another suffix, or what :func:`check_output` refuses.
+        ValueError: another suffix, or what :func:`.check_output` refuses. OSError: it cannot be written.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp(), "transformer.safetensors")
+    >>> save_transformer(load_transformer("toy"), file)
+    >>> load_transformer(file).config == load_transformer("toy").config
+    True
     """
     target = Path(path)
     if target.suffix != ".safetensors":
         raise ValueError(f"{target}: weights are written as .safetensors, got {target.suffix or 'no suffix'!r}")
     check_output(target)
     state = {key_mapping.plain(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with whole(target) as part:
-        save_file(state, part, file_header(model.config))
+    with atomic(target) as partial:
+        save_file(state, partial, file_header(model.config))
 
 
 def file_header(config: WanConfig) -> dict[str, str]:
-    """The header of a .safetensors file that we write."""
+    """Header of the .safetensors files that this package writes."""
     return {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())}
 
 
-def _inside(source: Path) -> Path:
-    """Where the transformer of a diffusers pipeline folder lies; anything else stays."""
+def _transformer_path(source: Path) -> Path:
+    """The folder of a shipped model's or a diffusers pipeline's transformer; any other path as it is."""
     if str(source) in SHIPPED and not source.exists():
         package, inside = SHIPPED[str(source)]
         return Path(str(resources.files(package))) / inside
     index = source / _PIPELINE
     if not index.is_file():
         return source
-    told = read_json(index)
-    if not str(told.get("_class_name")).startswith("Wan"):
-        raise ValueError(f"{index}: describes a {told.get('_class_name')}, expected a WanPipeline")
-    parts = [name for name in ("transformer", _EXPERT) if isinstance(told.get(name), list) and told[name][0]]
+    values = read_json(index)
+    if not str(values.get("_class_name")).startswith("Wan"):
+        raise ValueError(f"{index}: describes a {values.get('_class_name')}, expected a WanPipeline")
+    parts = [name for name in ("transformer", _EXPERT) if isinstance(values.get(name), list) and values[name][0]]
     if len(parts) > 1:
         raise ValueError(f"{source}: holds two experts; give the path of one: {source / parts[0]}, {source / parts[1]}")
     if not parts or not (source / parts[0]).is_dir():
-        raise ValueError(f"{source}: {_PIPELINE} is there, but no folder transformer beside it")
+        raise ValueError(f"{source}: has {_PIPELINE}, but no folder transformer")
     outside = sorted(source.glob("diffusion_pytorch_model*.safetensors"))[:1]
     only_one([*outside, source / parts[0]], f"the transformer of {source}")
     return source / parts[0]
 
 
 def _read_all(source: Path) -> tuple[dict[str, Any], dict[str, Any], list[Path], list[str]]:
-    """Plain keys -> tensors of all files, the config that a file of ours tells, the files, and the names of the
-    networks of a training file, the one that is taken first.
+    """The tensors of all files under plain keys, the sizes in our own header, the files, and the networks of a training
+    file, the loaded one first.
     """
     state: dict[str, Any] = {}
-    told: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     networks: list[str] = []
-    came: dict[str, Path] = {}
+    origin: dict[str, Path] = {}
     files, toy = weight_files(source), _toy_sizes(source)
     for file in files:
         content, header = read_tensors(file)
-        if toy is not None and isinstance(content, Mapping):  # its codec, "codec.*", is no part of the transformer
+        if toy is not None and isinstance(content, Mapping):  # "codec.*" is not part of the transformer
             inside = {key: value for key, value in content.items() if key.startswith(TOY_TRANSFORMER)}
-            content, told = {key.removeprefix(TOY_TRANSFORMER): value for key, value in inside.items()}, toy
+            content, sizes = {key.removeprefix(TOY_TRANSFORMER): value for key, value in inside.items()}, toy
         taken, names = _network(content, file)
         networks += [name for name in names if name not in networks]
         if isinstance(content, Mapping) and isinstance(content.get(CONFIG_KEY), str):
             header = {CONFIG_KEY: content[CONFIG_KEY]}
             taken = {key: value for key, value in taken.items() if key != CONFIG_KEY}
         if CONFIG_KEY in header:
-            told = parse_json(header[CONFIG_KEY], file)
-        add_tensors(state, renamed(taken, lambda key: key_mapping.plain(str(key)), file), file, came)
+            sizes = parse_json(header[CONFIG_KEY], file)
+        add_tensors(state, renamed(taken, lambda key: key_mapping.plain(str(key)), file), file, origin)
     if not state:
-        raise ValueError(f"{source}: no weights found: it holds no tensor")
-    return state, told, files, networks
+        raise ValueError(f"{source}: no weights found: it has no tensor")
+    return state, sizes, files, networks
 
 
 def _toy_sizes(source: Path) -> dict[str, Any] | None:
-    """The sizes of the transformer in a folder of :func:`.registry.save_toy_model`; None: it is none."""
+    """The transformer sizes in a toy model's folder; None for any other folder."""
     beside = (source if source.is_dir() else source.parent) / "config.json"
     values = read_json(beside) if beside.is_file() else {}
     sizes = values.get("transformer") if values.get("format") == TOY_FORMAT else None
@@ -244,48 +249,48 @@ def _toy_sizes(source: Path) -> dict[str, Any] | None:
 
 
 def _network(content: Any, file: Path) -> tuple[Mapping[str, Any], list[str]]:
-    """The state dict, out of a training checkpoint's several; the names of those, the one that is taken first."""
+    """The state dict to load, and the names of a training checkpoint's networks, the loaded one first."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{file}: holds a {type(content).__name__}, expected a state dict")
-    there = [name for name in _NETWORKS if isinstance(content.get(name), Mapping) and content[name]]
-    if not there:
+    networks = [name for name in _NETWORKS if isinstance(content.get(name), Mapping) and content[name]]
+    if not networks:
         groups = [key for key, value in content.items() if isinstance(value, Mapping)]
         if (what := key_mapping.foreign(groups)) is not None:
             raise ValueError(f"{file}: {what}")
         return content, []
-    if there[0] == _NETWORKS[-1]:
-        raise ValueError(f"{file}: holds a {there[0]} only, expected {' or '.join(_NETWORKS[:-1])}")
-    return content[there[0]], there
+    if networks[0] == _NETWORKS[-1]:
+        raise ValueError(f"{file}: holds a {networks[0]} only, expected {' or '.join(_NETWORKS[:-1])}")
+    return content[networks[0]], networks
 
 
-def _find_config(source: Path, state: Mapping[str, Tensor], written: dict[str, Any]) -> tuple[WanConfig, Window]:
-    """Sizes, and the window and sink where config.json tells them."""
+def _find_config(source: Path, state: Mapping[str, Tensor], header: dict[str, Any]) -> tuple[WanConfig, Window]:
+    """Sizes from our own header, config.json or the shapes; window and sink if config.json has them."""
     beside = (source if source.is_dir() else source.parent) / "config.json"
-    told: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     window: Window = (None, None)
-    if written:
-        beside, told = source, written
+    if header:
+        beside, written = source, header
     elif beside.is_file():
         values = read_json(beside)
-        told, window = key_mapping.read_sizes(values, beside), key_mapping.read_window(values, beside)
-    values = {**_infer(state), **told}
+        written, window = key_mapping.read_sizes(values, beside), key_mapping.read_window(values, beside)
+    values = {**_infer(state), **written}
     if "num_heads" not in values and isinstance(dim := values.get("dim"), int):
         if dim % _HEAD_DIM:
-            raise ValueError(f"{source}: dim {dim} is no multiple of {_HEAD_DIM}: pass config= to tell the heads")
+            raise ValueError(f"{source}: dim {dim} is no multiple of {_HEAD_DIM}: pass config= with num_heads")
         values["num_heads"] = dim // _HEAD_DIM
     lacking = [name for name in ("dim", "ffn_dim", "num_layers") if name not in values]
     if lacking:
-        raise ValueError(f"{source}: no Wan transformer: no key tells {', '.join(lacking)}; its keys: {some(state)}")
+        raise ValueError(f"{source}: no Wan transformer: no key gives {', '.join(lacking)}; its keys: {some(state)}")
     try:
         return WanConfig.from_dict(values), window
     except TypeError as error:
-        raise ValueError(f"{beside if told else source}: sizes must be numbers: {error}") from error
+        raise ValueError(f"{beside if written else source}: sizes must be numbers: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{beside if told else source}: {error}") from error
+        raise ValueError(f"{beside if written else source}: {error}") from error
 
 
 def _infer(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the shapes tell; a key that is absent or has no such shape tells nothing."""
+    """Sizes from tensor shapes; keys that are missing or have another rank are ignored."""
 
     def shape(key: str, dims: int) -> tuple[int, ...] | None:
         return tuple(state[key].shape) if key in state and state[key].dim() == dims else None
@@ -301,7 +306,7 @@ def _infer(state: Mapping[str, Tensor]) -> dict[str, Any]:
         values["text_dim"] = text[1]
     if time := shape("time_embedding.0.weight", 2):
         values["freq_dim"] = time[1]
-    layers = [int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))]
+    layers = [int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))]
     if layers:
-        values["num_layers"] = min(max(layers) + 1, len(state))  # one stray key makes no billion layers
+        values["num_layers"] = min(max(layers) + 1, len(state))  # whatever number one stray key has
     return values

@@ -1,10 +1,9 @@
-"""What a forward of the transformer is given beside latents: modulation of the timesteps, keys of the prompt, and which
-of its outputs are wanted. B batch, F latent frames, C width, H heads, D head width, L text tokens.
+"""Inputs of a transformer forward beside the latents: the timestep modulation, the prompt's keys and values, and which
+outputs to compute. B batch, F latent frames, C width, H heads, D head width, L text tokens.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,10 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Modulation:
-    """What the timesteps say to every layer: ``embedding`` [B, F, C] (head), ``blocks`` [B, F, 6, C].
+    """Embedded timesteps: ``embedding`` [B, F, C] for the head, ``blocks`` [B, F, 6, C] for every block.
 
-    Each layer adds a parameter of its own, ``own`` [1, 6, C] (head: [1, 2, C]), in its forward: a sharded block (FSDP)
-    has its weights there only, and a gradient reaches them there.
+    Each layer adds its own parameter ``own`` [1, 6, C] (head: [1, 2, C]) in its forward: a block sharded by FSDP has
+    its weights, and passes gradients to them, only there.
     """
 
     embedding: Tensor
@@ -36,15 +35,15 @@ class Modulation:
         """shift, scale, each [B, F, C]."""
         return (own[:, None] + self.embedding[:, :, None]).unbind(2)
 
-    def select(self, live: Live) -> Modulation:
-        """The part that concerns the live rows and frames."""
-        return Modulation(live.select(self.embedding), live.select(self.blocks))
+    def select(self, selection: OutputSelection) -> Modulation:
+        """The modulation of the selected batch items and frames."""
+        return Modulation(selection.select(self.embedding), selection.select(self.blocks))
 
 
 @dataclass(frozen=True)
 class ModulationTable:
-    """The sums of :class:`Modulation` made once for constant weights, all layers in one tensor: ``vectors``
-    [B, F, 6 layers + 2, C], the head's last. What a layer takes are views of it.
+    """:class:`Modulation` with every layer's parameter already added, for inference with constant weights: ``vectors``
+    [B, F, 6 layers + 2, C], the head's two last. Layers take views of it.
     """
 
     vectors: Tensor
@@ -55,7 +54,7 @@ class ModulationTable:
         return self.vectors.shape[1]
 
     def at(self, levels: Tensor) -> ModulationTable:
-        """Of a table [1, levels, ...] the rows of some levels, int64 [B, F]: one copy for all layers."""
+        """Look up noise levels, int64 [B, F], in a table [1, levels, ...]: one copy for all layers."""
         return ModulationTable(self.vectors[0][levels])
 
     def of_layer(self, layer: int, own: Tensor) -> tuple[Tensor, ...]:
@@ -66,30 +65,22 @@ class ModulationTable:
         """As of :class:`Modulation`."""
         return self.vectors[:, :, -2:].unbind(2)
 
-    def select(self, live: Live) -> ModulationTable:
+    def select(self, selection: OutputSelection) -> ModulationTable:
         """As of :class:`Modulation`."""
-        return ModulationTable(live.select(self.vectors))
-
-
-def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
-    """Made once: inside a captured graph nothing may come from the host. For fake tensors each time: none is kept."""
-    return _made_index(rows, like.device) if type(like) is Tensor else torch.tensor(rows, device=like.device)
-
-
-@functools.lru_cache(maxsize=256)
-def _made_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(rows, device=device)
+        return ModulationTable(selection.select(self.vectors))
 
 
 @dataclass(frozen=True)
-class TextKV:
-    """Keys and values of the prompt, one pair for each layer: k, v [B, L, H, D]; ``counts`` [B or 1, L] how often each
-    key occurs (padding tokens are all equal, so they are one key). They depend on weights and prompt only.
+class CrossAttentionKV:
+    """Keys and values of the prompt for cross-attention; they depend on weights and prompt only.
 
-    In training there is the prompt itself instead, ``embedded`` [B, L, C], and each block makes its own in its forward:
-    a sharded block (FSDP) has its weights there only, and a gradient that reached them later would be lost.
-
-    ``counted`` False: every key occurs once, so attention need not look at the counts.
+    Attributes:
+        layers: k, v [B, L, H, D] of each layer. Empty in training, where each block projects ``embedded`` in its own
+            forward: a block sharded by FSDP only has its weights there.
+        counts: float32 [B or 1, L], how often each key occurs: all padding tokens are equal, so they are one key.
+        embedded: the embedded prompt [B, L, C], in training.
+        counted: False: every key occurs once, so attention need not read the counts.
+        log_counts: logarithm of the counts in the keys' dtype, computed once for all layers.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
@@ -97,7 +88,6 @@ class TextKV:
     embedded: Tensor | None = None
     counted: bool = True
     log_counts: Tensor = field(init=False)
-    """Logarithm of the counts in the keys' dtype: made once for all layers and tasks."""
 
     def __post_init__(self) -> None:
         dtype = (self.layers[0][0] if self.embedded is None else self.embedded).dtype
@@ -106,29 +96,37 @@ class TextKV:
 
     @property
     def batch(self) -> int:
-        """Rows of the keys."""
+        """B."""
         return len(self.layers[0][0] if self.embedded is None else self.embedded)
 
     def of(self, layer: int, kv: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """k, v of a layer, ``kv``: its projection."""
+        """k, v of a layer; ``kv`` is its projection, used in training."""
         return self.layers[layer] if self.embedded is None else kv(self.embedded)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(rows of the keys, L, rows of the counts, 0 where nothing is counted)."""
+        """(B of the keys, L, B of the counts or 0 if they are not used)."""
         k = self.layers[0][0]
         return k.shape[0], k.shape[1], self.counts.shape[0] if self.counted else 0
 
 
 @dataclass(frozen=True)
-class Live:
-    """Rows and frames of a batch that are wanted beyond the last layer's keys and values; the others stop there."""
+class OutputSelection:
+    """The batch items and frames whose output is computed; for the others only keys and values are.
+
+    >>> OutputSelection((0, 1, 3)).runs()
+    [(0, 2), (3, 4)]
+    """
 
     rows: tuple[int, ...]
-    first: int = 0  # frames from this one on
+    """Selected batch items, ascending."""
+    first: int = 0
+    """The first selected frame; all later ones are selected too."""
+    _indices: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """``rows`` on each device. Kept here because a captured graph reads the tensor as long as it is replayed."""
 
     def runs(self) -> list[tuple[int, int]]:
-        """Runs [start, stop) of neighbouring rows."""
+        """Ranges [start, stop) of consecutive batch items."""
         runs: list[tuple[int, int]] = []
         for row in self.rows:
             if runs and runs[-1][1] == row:
@@ -137,17 +135,25 @@ class Live:
                 runs.append((row, row + 1))
         return runs
 
-    def of_rows(self, x: Tensor) -> Tensor:
-        """x [B, ...] -> the live rows, a view where they are neighbours; what all rows share ([1, ...]) as it is."""
+    def of_batch(self, x: Tensor) -> Tensor:
+        """x [B, ...] -> the selected items, a view if they are consecutive. x [1, ...], shared by all items, stays."""
         if x.shape[0] == 1:
             return x
         runs = self.runs()
-        return x[slice(*runs[0])] if len(runs) == 1 else x[_index(self.rows, x)]
+        return x[slice(*runs[0])] if len(runs) == 1 else x[self._index(x)]
+
+    def _index(self, x: Tensor) -> Tensor:
+        """``rows`` as a tensor; created once, because nothing may come from the host inside a captured graph."""
+        if type(x) is not Tensor:  # a fake tensor: must not be kept for real ones
+            return torch.tensor(self.rows, device=x.device)
+        if x.device not in self._indices:
+            self._indices[x.device] = torch.tensor(self.rows, device=x.device)
+        return self._indices[x.device]
 
     def select(self, x: Tensor) -> Tensor:
-        """x [B, F, ...] -> the live [b, f, ...]."""
-        return self.of_rows(x[:, self.first :])
+        """x [B, F, ...] -> the selected items and frames [b, f, ...]."""
+        return self.of_batch(x[:, self.first :])
 
     def tokens(self, x: Tensor, frame_tokens: int) -> Tensor:
-        """x [B, T, ...] -> the live tokens."""
+        """x [B, T, ...] -> the tokens of the selected items and frames [b, t, ...]."""
         return self.select(x.unflatten(1, (-1, frame_tokens))).flatten(1, 2)

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import WanConfig
+from ..io.atomic import atomic
 from ..io.files import check_output, in_folder
-from ..io.weight_files import whole
 from . import key_mapping
-from .checkpoint import CONFIG_KEY, Found, file_header, read_checkpoint
+from .checkpoint import CONFIG_KEY, CheckpointInfo, file_header, read_checkpoint
 
 TARGETS = ("native", "diffusers", "pt")
 _WEIGHTS, _SIZES = "diffusion_pytorch_model.safetensors", "config.json"
@@ -25,10 +25,10 @@ _WEIGHTS, _SIZES = "diffusion_pytorch_model.safetensors", "config.json"
 
 @dataclass(frozen=True)
 class Converted:
-    """What was read, what was written (found by reading it again), and the hash that both share."""
+    """What was read, what was written (as read back), and the SHA-256 of the tensors of both."""
 
-    source: Found
-    target: Found
+    source: CheckpointInfo
+    target: CheckpointInfo
     sha256: str
 
 
@@ -48,21 +48,20 @@ def tensors_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def convert(
-    source: str | Path, target: str | Path, to: str, on_found: Callable[[Found, str], None] | None = None
+    source: str | Path, target: str | Path, to: str, on_checkpoint: Callable[[CheckpointInfo, str], None] | None = None
 ) -> Converted:
     """Write a transformer in another layout; every tensor keeps its numbers and its dtype.
 
-    What was written is read again and compared, tensors by their hash and sizes one by one, before it gets its name:
-    ``target`` appears whole and proven, or not at all. Nothing that exists is overwritten.
+    The result is written atomically, and read back and compared (hash of the tensors, every size) before the rename.
+    Existing files are never overwritten.
 
     Args:
         source: whatever :func:`hiar_model.load_transformer` reads.
         target: the new folder (``to`` "native" or "diffusers"), .safetensors file ("native") or .pt file ("pt").
         to: "native": published Wan keys, as the folder of Wan2.1-T2V or as one file; "diffusers": what
             ``WanTransformer3DModel.from_pretrained`` loads, the folder ``transformer`` of a pipeline; "pt": a training
-            file as Self-Forcing and HiAR write it, {"generator": {"model.<native key>": tensor}}, which tells the
-            sizes too.
-        on_found: called with what the source is and its hash, before anything is written.
+            file as Self-Forcing and HiAR write it, {"generator": {"model.<native key>": tensor}}, with the sizes added.
+        on_checkpoint: called with the source's description and hash before anything is written.
 
     Raises:
         ValueError: one line: an unknown layout, a name that does not fit it, a target that exists, a source that
@@ -70,26 +69,26 @@ def convert(
         OSError: one line: the target cannot be written.
     """
     target = _check_target(Path(target), to)
-    state, found = read_checkpoint(source)
+    state, info = read_checkpoint(source)
     if to == "diffusers":
         try:
-            key_mapping.diffusers_config(found.config)
-        except ValueError as error:  # before the hash is made
+            key_mapping.diffusers_config(info.config)
+        except ValueError as error:  # before computing the hash
             raise ValueError(f"{source}: {error}") from error
     before = tensors_sha256(state)
-    if on_found is not None:
-        on_found(found, before)
-    with whole(target) as part:
-        _write(state, found, part, to)
-        again, written = read_checkpoint(part)
+    if on_checkpoint is not None:
+        on_checkpoint(info, before)
+    with atomic(target) as partial:
+        _write(state, info, partial, to)
+        again, written = read_checkpoint(partial)
         after = tensors_sha256(again)
         if after != before:
-            raise ValueError(f"{target} is not kept: its tensors hash to {after}, those of {source} to {before}")
+            raise ValueError(f"{target} is not written: its tensors hash to {after}, those of {source} to {before}")
         for name in (f.name for f in fields(WanConfig)):
-            if (is_now := getattr(written.config, name)) != (was := getattr(found.config, name)):
-                raise ValueError(f"{target} is not kept: it says {name} {is_now}, {source} says {was}")
-        files = tuple(target if file == part else target / file.relative_to(part) for file in written.files)
-    return Converted(found, replace(written, files=files), before)
+            if (new := getattr(written.config, name)) != (old := getattr(info.config, name)):
+                raise ValueError(f"{target} is not written: it says {name} {new}, {source} says {old}")
+        files = tuple(target if file == partial else target / file.relative_to(partial) for file in written.files)
+    return Converted(info, replace(written, files=files), before)
 
 
 def _check_target(target: Path, to: str) -> Path:
@@ -107,19 +106,19 @@ def _check_target(target: Path, to: str) -> Path:
     return target
 
 
-def _write(state: Mapping[str, Tensor], found: Found, part: Path, to: str) -> None:
-    config = found.config
+def _write(state: Mapping[str, Tensor], info: CheckpointInfo, partial: Path, to: str) -> None:
+    config = info.config
     state = {key: value.contiguous() for key, value in state.items()}
     if to == "pt":
         network = {f"model.{key}": value for key, value in state.items()}
-        torch.save({"generator": network, CONFIG_KEY: json.dumps(config.to_dict())}, part)
-    elif part.suffix == ".safetensors":
-        save_file(state, part, file_header(config))
-    else:  # a folder, whose config.json alone tells the sizes, as in the published ones
-        sizes = key_mapping.native_config(config, (found.window_frames, found.sink_frames))
+        torch.save({"generator": network, CONFIG_KEY: json.dumps(config.to_dict())}, partial)
+    elif partial.suffix == ".safetensors":
+        save_file(state, partial, file_header(config))
+    else:  # a folder whose sizes stand in config.json alone, as in the published ones
+        sizes = key_mapping.native_config(config, (info.window_frames, info.sink_frames))
         if to == "diffusers":
             sizes = key_mapping.diffusers_config(config)
             state = {key_mapping.to_diffusers(key): value for key, value in state.items()}
-        part.mkdir()
-        save_file(state, part / _WEIGHTS, {"format": "pt"})
-        (part / _SIZES).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+        partial.mkdir()
+        save_file(state, partial / _WEIGHTS, {"format": "pt"})
+        (partial / _SIZES).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """Keys and values in 8 bits: e4m3 with one float32 scale for each frame and head.
 
-A head's frame is divided by amax / 448, so that its largest number is the largest of the format. Of a number x between
-the normal ones an error of |x| / 16 at most is left, below them one of scale / 1024.
+Each frame of a head is divided by amax / 448, so that its largest number becomes the format's largest. The rounding
+error of x is at most |x| / 16, or scale / 1024 below the normal numbers.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a frame of zeros: nothing is divided by 0
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # for frames of zeros, to avoid dividing by 0
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., P, H, D], P tokens of a frame -> e4m3 of that shape and its scales, float32 [..., H], finite and > 0.
 
-    Operations on the device alone, each number by itself: what x holds decides, not how many frames come together.
-    What is not finite makes NaN of its whole head and frame. Nothing depends on what torch's cast does beyond 448 (2.13
-    makes 448 of it, of infinities too): nothing beyond is ever cast.
+    Runs on the device alone, and each frame and head by itself: the result does not depend on the batch. A number that
+    is not finite makes its frame and head NaN. Numbers beyond 448, which torch versions cast differently, never occur.
     """
     amax = torch.linalg.vector_norm(x, float("inf"), dim=(-3, -1))
     scale = (amax.float() / LARGEST).clamp(min=_SMALLEST_SCALE).nan_to_num(nan=float("nan"), posinf=float("nan"))
@@ -34,5 +33,5 @@ def dequantize(values: Tensor, scale: Tensor, out: Tensor) -> Tensor:
 
 
 def bits(x: Tensor) -> Tensor:
-    """x as torch can index it: bytes where it is e4m3."""
+    """x as a dtype that torch can index: e4m3 as bytes."""
     return x.view(torch.uint8) if x.dtype == E4M3 else x

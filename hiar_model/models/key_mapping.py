@@ -1,11 +1,11 @@
-"""How the tensors and sizes of one Wan transformer, and its text encoder's tensors, are called in each layout.
+"""Names of the tensors and sizes of a Wan transformer, and of its text encoder's tensors, in each published layout.
 
 native      the original Wan files: blocks.N.self_attn.q.weight, head.head.weight, ...; config.json: dim, num_heads, ...
 diffusers   WanTransformer3DModel: blocks.N.attn1.to_q.weight, proj_out.weight, ...; config.json: num_attention_heads
 transformers  UMT5EncoderModel, which published Wan folders call blocks.N.attn.q.weight, ... in a .pth file
 training    native keys behind wrappers, in a .pt file of several networks (HiAR, Self-Forcing, CausVid)
 
-Nothing here touches a tensor's numbers: both layouts store the same ones in the same shapes.
+Only names differ: all layouts store the same numbers in the same shapes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WRAPPERS = {
     "module", "model", "diffusion_model",
     "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod",
 }  # fmt: skip
-"""Parts of a key that DDP, training code, FSDP, activation checkpointing and torch.compile put into it."""
+"""Parts that DDP, training code, FSDP, activation checkpointing and torch.compile insert into keys."""
 
 _TOP = {
     "patch_embedding": "patch_embedding",
@@ -95,17 +95,21 @@ _FOREIGN = (  # part of a key -> what such a file is
 
 
 def plain(key: str) -> str:
-    """The key without what training and wrappers put into it."""
+    """The key without the parts in ``WRAPPERS``."""
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 def is_diffusers(keys: Iterable[str]) -> bool:
-    """Whether plain keys are diffusers' ones."""
+    """Whether plain keys are in diffusers' layout."""
     return any(key.startswith("condition_embedder.") or ".attn1." in key for key in keys)
 
 
 def to_diffusers(key: str) -> str:
-    """Native key -> diffusers' name of the same tensor; any other key stays as it is."""
+    """Native key -> diffusers' key; any other key is returned as it is.
+
+    >>> to_diffusers("blocks.0.self_attn.q.weight")
+    'blocks.0.attn1.to_q.weight'
+    """
     return _rename(key, _TOP, _BLOCK)
 
 
@@ -115,15 +119,15 @@ def to_native(key: str) -> str:
 
 
 def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
-    found = _KEY.fullmatch(key)
-    if found is None:
+    match = _KEY.fullmatch(key)
+    if match is None:
         return key
-    table = block if found["block"] else top
-    return f"{found['block'] or ''}{table.get(found['name'], found['name'])}{found['kind'] or ''}"
+    table = block if match["block"] else top
+    return f"{match['block'] or ''}{table.get(match['name'], match['name'])}{match['kind'] or ''}"
 
 
 def foreign(keys: Iterable[str]) -> str | None:
-    """What a file is that holds keys of another kind of model, and the key that tells; None: nothing of the kind."""
+    """If a key belongs to another kind of model: that key and what the file is, for an error; else None."""
     listed = list(keys)
     for pattern, what in _FOREIGN:
         for key in listed:
@@ -133,31 +137,31 @@ def foreign(keys: Iterable[str]) -> str | None:
 
 
 def text_to_transformers(key: str) -> str:
-    """Key of the published text encoder's .pth file -> transformers' name; any other key stays as it is."""
-    found = _TEXT_KEY.fullmatch(key)
-    if found is None:
+    """Key of Wan's text encoder file -> transformers' key; any other key is returned as it is."""
+    match = _TEXT_KEY.fullmatch(key)
+    if match is None:
         return key
-    if found["n"] is None:
-        return f"{_TEXT_TOP[found['name']]}.weight" if found["name"] in _TEXT_TOP else key
-    return f"encoder.block.{found['n']}.{_TEXT_BLOCK[found['name']]}.weight" if found["name"] in _TEXT_BLOCK else key
+    if match["n"] is None:
+        return f"{_TEXT_TOP[match['name']]}.weight" if match["name"] in _TEXT_TOP else key
+    return f"encoder.block.{match['n']}.{_TEXT_BLOCK[match['name']]}.weight" if match["name"] in _TEXT_BLOCK else key
 
 
 def text_to_native(key: str) -> str:
     """The inverse of :func:`text_to_transformers`."""
-    found = _TEXT_KEY_BACK.fullmatch(key)
-    if found is None:
+    match = _TEXT_KEY_BACK.fullmatch(key)
+    if match is None:
         return key
-    if found["n"] is None:
-        return f"{_TEXT_TOP_BACK[found['name']]}.weight" if found["name"] in _TEXT_TOP_BACK else key
+    if match["n"] is None:
+        return f"{_TEXT_TOP_BACK[match['name']]}.weight" if match["name"] in _TEXT_TOP_BACK else key
     back = _TEXT_BLOCK_BACK
-    return f"blocks.{found['n']}.{back[found['name']]}.weight" if found["name"] in back else key
+    return f"blocks.{match['n']}.{back[match['name']]}.weight" if match["name"] in back else key
 
 
 def read_sizes(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Fields of WanConfig from a config.json: the native published one, diffusers', or our own.
+    """Fields of WanConfig from a config.json: Wan's, diffusers', or our own.
 
     Raises:
-        ValueError: one line: another class, unknown keys (names the known ones), values of the wrong kind.
+        ValueError: one line: another class, unknown keys (names the known ones), values of a wrong type.
     """
     if "num_attention_heads" in values or values.get("_class_name") == "WanTransformer3DModel":
         return _diffusers_sizes(values, file)
@@ -165,17 +169,14 @@ def read_sizes(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if name not in ("WanModel", CAUSAL):
         raise ValueError(f"{file}: describes a {name}, expected WanModel, {CAUSAL} or WanTransformer3DModel")
     others = {*_ABOUT_OTHERS, *(_OF_WINDOW if name == CAUSAL else ())}
-    kept = {_RENAMED.get(k, k): v for k, v in values.items() if not k.startswith("_") and k not in others}
-    _check_known(kept, {f.name for f in fields(WanConfig)}, file, set(_RENAMED))
-    return kept
+    sizes = {_RENAMED.get(k, k): v for k, v in values.items() if not k.startswith("_") and k not in others}
+    _check_known(sizes, {f.name for f in fields(WanConfig)}, file, set(_RENAMED))
+    return sizes
 
 
 def read_window(values: Mapping[str, Any], file: Path) -> tuple[int | None, int | None]:
-    """(window_frames, sink_frames) from the config.json of a causal model, in latent frames; None: it does not say, as
-    where its ``local_attn_size`` is -1.
-
-    Raises:
-        ValueError: one line: no such numbers.
+    """(window_frames, sink_frames), in latent frames, from the config.json of a causal model; None where it does not
+    say or ``local_attn_size`` is -1. ValueError of one line for illegal numbers.
     """
     if values.get("_class_name") != CAUSAL:
         return None, None
@@ -192,13 +193,13 @@ def _diffusers_sizes(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
     name = values.get("_class_name", "WanTransformer3DModel")
     if name != "WanTransformer3DModel":
         raise ValueError(f"{file}: describes a {name}, expected a WanTransformer3DModel")
-    told = {k: v for k, v in values.items() if not k.startswith("_")}
-    _check_known(told, {*_DIFFUSERS_SIZES, *_DIFFUSERS_OTHERS}, file)
+    values = {k: v for k, v in values.items() if not k.startswith("_")}
+    _check_known(values, {*_DIFFUSERS_SIZES, *_DIFFUSERS_OTHERS}, file)
     for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
-        if told.get(key) is not None:
-            raise ValueError(f"{file}: {key} {told[key]!r} makes it an image-to-video model; expected null")
-    sizes = {key: told[key] for key in _DIFFUSERS_SIZES if told.get(key) is not None}
-    heads, width = told.get("num_attention_heads"), told.get("attention_head_dim")
+        if values.get(key) is not None:
+            raise ValueError(f"{file}: {key} {values[key]!r} makes it an image-to-video model; expected null")
+    sizes = {key: values[key] for key in _DIFFUSERS_SIZES if values.get(key) is not None}
+    heads, width = values.get("num_attention_heads"), values.get("attention_head_dim")
     for key, value in (("num_attention_heads", heads), ("attention_head_dim", width)):
         if value is not None and as_whole(value) is None:
             raise ValueError(f"{file}: sizes must be numbers: {key} is {value!r}")
@@ -209,17 +210,17 @@ def _diffusers_sizes(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return sizes
 
 
-def _check_known(told: Iterable[str], known: set[str], file: Path, also: Iterable[str] = ()) -> None:
-    unknown = sorted(set(told) - known)
+def _check_known(keys: Iterable[str], known: set[str], file: Path, also: Iterable[str] = ()) -> None:
+    unknown = sorted(set(keys) - known)
     if unknown:
         raise ValueError(f"{file}: unknown {', '.join(unknown)}; known: {', '.join(sorted({*known, *also}))}")
 
 
 def native_config(config: WanConfig, window: tuple[int | None, int | None] = (None, None)) -> dict[str, Any]:
-    """The config.json of a native folder; what the published class has no name for only where it is not the default.
+    """The config.json of a native folder. ``rope_theta``, unknown to Wan's class, is written only if not the default.
 
     Args:
-        window: what :func:`read_window` found; with numbers in it the model is a causal one.
+        window: of :func:`read_window`; with a number in it the model is a causal one.
     """
     values = config.to_dict()
     for theirs, ours in _RENAMED.items():
@@ -233,11 +234,7 @@ def native_config(config: WanConfig, window: tuple[int | None, int | None] = (No
 
 
 def diffusers_config(config: WanConfig) -> dict[str, Any]:
-    """The config.json of a diffusers transformer folder.
-
-    Raises:
-        ValueError: a size for which that layout has no name.
-    """
+    """The config.json of a diffusers transformer folder; ValueError for a size that diffusers has no name for."""
     for name in ("position_grid", "rope_theta", "text_len"):
         if (value := getattr(config, name)) != (default := getattr(WanConfig, name)):
             raise ValueError(f"diffusers' layout has no {name}: it means {default}, the model has {value}")

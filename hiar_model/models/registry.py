@@ -1,12 +1,12 @@
-"""Models on disk by one name: the toy model's folder, here, and Wan's (:mod:`hiar_model.models.wan`).
+"""Load models by name or folder: toy models here, Wan folders in :mod:`hiar_model.models.wan`; save toy models.
 
-The toy model's folder holds `model.safetensors` (the transformer's tensors under the published Wan keys behind
-"transformer.", the codec's behind "codec.") and `config.json`:
+A toy model's folder holds `model.safetensors` (the transformer's tensors under "transformer." and the published Wan
+keys, the codec's under "codec.") and `config.json`:
 
     {"format": "hiar-toy", "transformer": {fields of WanConfig}, "world": {fields of WorldConfig},
      "rollout": {fields of RolloutConfig}, "fps": 12, "num_frames": 48, "train_frames": 12}
 
-Files of before 0.2 have the schedule and single fields in place of "rollout"; they are read too.
+In files written before 0.2 "schedule" and single fields stand in place of "rollout"; they are read too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from ..common.settings import own_settings
 from ..config import SHIPPED, RolloutConfig, WanConfig
+from ..io.atomic import atomic, atomic_write
 from ..io.files import refuse_stand_in
 from ..io.video import Frames
 from ..toy.codec import ToyCodec
@@ -46,7 +46,7 @@ TRANSFORMER, CODEC = TOY_TRANSFORMER, "codec."
 
 @dataclass(frozen=True)
 class ToyDecoder:
-    """The toy's codec looks at single frames: nothing is kept between blocks."""
+    """Decoder of toy models; frames are independent, so nothing is carried from block to block."""
 
     codec: ToyCodec
 
@@ -56,7 +56,7 @@ class ToyDecoder:
 
 
 def model_folder(name_or_path: str | os.PathLike[str]) -> Path:
-    """The folder of a shipped model or of a path; ValueError if there is none."""
+    """The folder of a shipped model's name or of a path; ValueError if there is no such folder."""
     name = os.fspath(name_or_path)
     if name in SHIPPED:
         package, inside = SHIPPED[name]
@@ -84,27 +84,31 @@ def load_video_model(
     own_steps: Sequence[int] | None = None,
     offload: Sequence[str] = (),
     prompt_cache: str | os.PathLike[str] | None = None,
-    on_found: Callable[[str], None] | None = None,
+    on_checkpoint: Callable[[str], None] | None = None,
     on_stage: Callable[[str, int], None] | None = None,
 ) -> VideoModel:
-    """A shipped model by name, or one from a folder: of Wan, original or diffusers, or of :func:`save_toy_model`.
+    """Load a shipped model by name, or a model folder: Wan's original or diffusers layout, or :func:`save_toy_model`'s.
 
     Args:
-        device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of the weights and the work; None: float32, but bfloat16 for
-            Wan.
-        checkpoint, steps, own_steps, offload, prompt_cache, on_found, on_stage: of :func:`.wan.load_wan`; the
-            toy model takes none of them.
+        device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of weights and computation; None: bfloat16 for Wan, float32
+            for toy models.
+        checkpoint, steps, own_steps, offload, prompt_cache, on_checkpoint, on_stage: for Wan folders, see
+            :func:`.wan.load_wan`.
 
     Raises:
-        ValueError: one line that names the first thing that is missing, corrupt or of the wrong shape.
+        ValueError: one line that names the first part that is missing, corrupt or of a wrong shape.
+
+    >>> model = load_video_model("toy", "cpu")
+    >>> model.pixel_size, model.num_frames, model.encode_text("a red circle moving right").shape
+    ((32, 32), 48, torch.Size([1, 5, 32]))
     """
-    device, wanted = pick_device(device), pick_dtype(dtype)
+    device, dtype = pick_device(device), pick_dtype(dtype)
     folder = model_folder(name_or_path)
     name = os.fspath(name_or_path)
     if is_wan_folder(folder):
         return load_wan(
-            folder, name=name, device=device, dtype=wanted, checkpoint=checkpoint, steps=steps, own_steps=own_steps,
-            offload=offload, prompt_cache=prompt_cache, on_found=on_found, on_stage=on_stage,
+            folder, name=name, device=device, dtype=dtype, checkpoint=checkpoint, steps=steps, own_steps=own_steps,
+            offload=offload, prompt_cache=prompt_cache, on_checkpoint=on_checkpoint, on_stage=on_stage,
         )  # fmt: skip
     for option, value in (("checkpoint", checkpoint), ("offload", offload), ("prompt_cache", prompt_cache)):
         if value:
@@ -119,8 +123,8 @@ def load_video_model(
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is corrupt: {error}") from error
     try:
-        return _build(name, settings, tensors, hashlib.sha256(blob).hexdigest(), device, wanted or torch.float32)
-    except (ValueError, TypeError) as error:  # TypeError: a value in config.json of the wrong kind
+        return _build(name, settings, tensors, hashlib.sha256(blob).hexdigest(), device, dtype or torch.float32)
+    except (ValueError, TypeError) as error:  # TypeError: a value in config.json of a wrong type
         raise ValueError(f"{folder}: {error}") from error
 
 
@@ -161,22 +165,22 @@ def _build(
     )
 
 
-def _check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """ValueError that names the first tensor that is missing, unexpected, of another shape, or not of floats."""
-    for key in [*expected, *found]:
+    for key in [*expected, *state]:
         name = TRANSFORMER + key
-        if key not in found:
+        if key not in state:
             raise ValueError(f"tensor {name} is missing")
         if key not in expected:
             raise ValueError(f"unexpected tensor {name}")
-        if found[key].shape != expected[key].shape:
-            raise ValueError(f"tensor {name} is {list(found[key].shape)}, expected {list(expected[key].shape)}")
-        if not found[key].is_floating_point():
-            raise ValueError(f"tensor {name} is {found[key].dtype}, expected floats")
+        if state[key].shape != expected[key].shape:
+            raise ValueError(f"tensor {name} is {list(state[key].shape)}, expected {list(expected[key].shape)}")
+        if not state[key].is_floating_point():
+            raise ValueError(f"tensor {name} is {state[key].dtype}, expected floats")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The mapping of config.json, with exactly the keys that are known."""
+    """The contents of config.json; ValueError for keys that are missing or unknown."""
     refuse_stand_in(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -202,7 +206,7 @@ _OLD = {"schedule", "frames_per_block", "window_frames", "sink_frames"}
 
 
 def _with_rollout(values: dict[str, Any]) -> dict[str, Any]:
-    """The mapping of a config.json of before 0.2, as it is written now."""
+    """The contents of a config.json written before 0.2, in today's form."""
     values = dict(values)
     rollout = {name: values.pop(name) for name in ("frames_per_block", "window_frames", "sink_frames")}
     rollout |= values.pop("schedule") | {"kv_source": values.pop("cache_source", "own")}
@@ -248,14 +252,14 @@ def save_toy_model(
     world: WorldConfig | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write a folder that :func:`load_video_model` reads; returns it.
+    """Write a model folder that :func:`load_video_model` reads, and return it.
 
-    A new folder appears whole or not at all; in an existing one each file is replaced at once.
+    A new folder is written atomically, an existing one file by file.
 
     Args:
-        rollout: how it was trained to be rolled out.
-        num_frames: of a video if nothing is said; None: four times ``train_frames``.
-        dtype: of the transformer's tensors in the file; the codec's are small and stay float32.
+        rollout: the configuration that it was trained for. train_frames: pixel frames of the training clips.
+        num_frames: default length of a video; None: four times ``train_frames``. fps: frames per second.
+        dtype: of the transformer's tensors in the file; the codec's stay float32.
 
     Raises:
         ValueError: weights that are not finite in ``dtype``, settings that do not fit together.
@@ -276,20 +280,17 @@ def save_toy_model(
         tensors[TRANSFORMER + name] = value.detach().to("cpu", dtype).contiguous()
         if not bool(tensors[TRANSFORMER + name].isfinite().all()):
             raise ValueError(f"{TRANSFORMER}{name} is not finite in {dtype}: not written to {target}")
-    # What cannot be loaded must not be written.
+    # Never write what cannot be loaded.
     text = json.dumps(settings, indent=2) + "\n"
     _build(str(target), json.loads(text), tensors, "", torch.device("cpu"), torch.float32)
+    files = {WEIGHTS: pack_tensors(tensors), CONFIG: text.encode()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir()
-        (partial / WEIGHTS).write_bytes(pack_tensors(tensors))
-        (partial / CONFIG).write_text(text, encoding="utf-8")
-        if target.is_dir():
-            for name in (WEIGHTS, CONFIG):
-                os.replace(partial / name, target / name)
-        else:
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if target.is_dir():
+        for name, content in files.items():
+            atomic_write(target / name, content)
+    else:
+        with atomic(target) as partial:
+            partial.mkdir()
+            for name, content in files.items():
+                (partial / name).write_bytes(content)
     return target

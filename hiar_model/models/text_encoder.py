@@ -1,8 +1,8 @@
-"""Prompts to embeddings: Wan's UMT5 text encoder, from either published layout, with its cleaning and its 512 tokens.
+"""Prompts to embeddings: Wan's UMT5 text encoder, from either published layout, with Wan's prompt cleaning.
 
-The published code pads the tokens to 512, masks the padding, and sets what comes out there to zero. A masked token
-changes no other one, so only the prompt's own tokens are encoded and returned; the transformer counts what is missing
-up to its text_len as zeros (:meth:`hiar_model.HiARTransformer.text_kv`), which take part in cross-attention as there.
+Wan's code pads the tokens to 512, masks the padding and sets its embeddings to zero. A masked token changes no other
+one, so only the prompt's own tokens are encoded and returned. The transformer counts zeros for the missing ones
+(:meth:`hiar_model.HiARTransformer.embed_prompt`), which take part in cross-attention as in Wan's code.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..io.atomic import atomic
 from ..io.files import refuse_stand_in
 from ..io.weight_files import (
     add_tensors,
@@ -36,7 +37,6 @@ from ..io.weight_files import (
     renamed,
     some,
     weight_files,
-    whole,
 )
 from . import key_mapping
 
@@ -52,9 +52,7 @@ _EMBEDDING = "encoder.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class TextEncoderFiles:
-    """Where a model folder keeps its text encoder: ``layout`` "native" (one .pth file of published keys) or
-    "transformers" (with a ``config``).
-    """
+    """Files of a text encoder. ``layout``: "native" (one .pth file, Wan's keys) or "transformers" (with a config)."""
 
     layout: str
     weights: tuple[Path, ...]
@@ -63,47 +61,47 @@ class TextEncoderFiles:
 
     @property
     def nbytes(self) -> int:
-        """Size of the weights on disk."""
+        """Bytes of the weights on disk."""
         return sum(file.stat().st_size for file in self.weights)
 
     def identity(self, clean: str, dtype: torch.dtype | None) -> str:
-        """Names an embedding: another prompt, file, time of writing or dtype has another name."""
+        """Cache key of an embedding: of the prompt, the dtype, and the files' names, sizes and times."""
         files = [*self.weights, *([self.config] if self.config else []), *sorted(self.tokenizer.iterdir())]
         stamps = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
         return hashlib.sha256(json.dumps([_CACHE_FORMAT, stamps, clean, str(dtype)]).encode()).hexdigest()
 
 
 def find_text_encoder(folder: str | os.PathLike[str]) -> TextEncoderFiles:
-    """The text encoder in a model folder, original or diffusers; no tensor is read.
+    """Find the text encoder in a model folder, original or diffusers; reads no tensor.
 
     Raises:
-        ValueError: one line: none there, or one half of it is missing.
+        ValueError: one line: no text encoder, or its weights, config or tokenizer is missing.
     """
     source = Path(folder)
     if not source.is_dir():
         raise ValueError(f"{source}: no such folder")
-    there = [path for name in (WEIGHTS, NATIVE_WEIGHTS) if (path := source / name).exists()]
-    only_one(there, f"the text encoder of {source}")
+    layouts = [path for name in (WEIGHTS, NATIVE_WEIGHTS) if (path := source / name).exists()]
+    only_one(layouts, f"the text encoder of {source}")
     if (source / WEIGHTS).is_dir():
         config, tokenizer = source / WEIGHTS / "config.json", source / TOKENIZER
-        files = tuple(weight_files(source / WEIGHTS))
+        weights = tuple(weight_files(source / WEIGHTS))
         if not config.is_file():
-            raise ValueError(f"{config}: no such file; it tells the text encoder's sizes")
-        found = TextEncoderFiles("transformers", files, tokenizer, config)
+            raise ValueError(f"{config}: no such file; the text encoder's sizes stand there")
+        files = TextEncoderFiles("transformers", weights, tokenizer, config)
     elif (source / NATIVE_WEIGHTS).is_file():
-        found = TextEncoderFiles("native", (source / NATIVE_WEIGHTS,), source / NATIVE_TOKENIZER, None)
+        files = TextEncoderFiles("native", (source / NATIVE_WEIGHTS,), source / NATIVE_TOKENIZER, None)
     else:
         legal = f"{NATIVE_WEIGHTS} and {NATIVE_TOKENIZER}/, or {WEIGHTS}/ and {TOKENIZER}/"
         raise ValueError(f"{source}: no text encoder; expected {legal}")
-    if not any((found.tokenizer / name).is_file() for name in (TOKENIZER_JSON, SPIECE)):
-        raise ValueError(f"{found.tokenizer}: no tokenizer; expected {TOKENIZER_JSON} or {SPIECE} there")
-    for file in (*found.weights, *sorted(found.tokenizer.iterdir())):
+    if not any((files.tokenizer / name).is_file() for name in (TOKENIZER_JSON, SPIECE)):
+        raise ValueError(f"{files.tokenizer}: no tokenizer; expected {TOKENIZER_JSON} or {SPIECE} there")
+    for file in (*files.weights, *sorted(files.tokenizer.iterdir())):
         refuse_stand_in(file)
-    return found
+    return files
 
 
 def clean_prompt(prompt: str) -> str:
-    """The published cleaning: broken Unicode mended, HTML entities resolved (twice), white space made single blanks."""
+    """Clean a prompt as Wan's code does: fix broken Unicode, unescape HTML twice, collapse white space."""
     if not isinstance(prompt, str):
         raise ValueError(f"a prompt is a string, got {type(prompt).__name__}")
     mended = _library("ftfy").fix_text(prompt)
@@ -111,23 +109,28 @@ def clean_prompt(prompt: str) -> str:
 
 
 class WanTextEncoder:
-    """Prompt -> [1, L, text_dim], L at most 512, the prompt's own tokens (see the module); made for VideoModel.
+    """Wan's text encoder (UMT5): prompt -> embedding [1, L, text_dim], L at most 512 (padding: see the module).
 
-    Nothing is read before the first prompt that the cache does not know.
+    The weights are loaded at the first prompt that is not in the cache. Architecture: Chung et al. 2023,
+    arXiv:2304.09151; weights and prompt cleaning: Wan Team 2025, arXiv:2503.20314.
 
     Args:
         folder: a model folder, original or diffusers (:func:`find_text_encoder`).
-        device: where it runs and what it returns lies. dtype: of weights and result, bfloat16, float32 or float64;
-            None: of the weights in the file.
-        offload: what becomes of the weights after each prompt: "cpu" moves them there, "free" drops them (they are
-            read again when needed), None leaves them on the device.
-        cache: folder of embeddings, made if missing; a prompt that was encoded with the same files and dtype is read
-            from there. A torn entry is made again, one that cannot be written is a warning. None: no cache.
-        on_stage: called with what is being done, in words, and the bytes of the weights.
+        device: of the computation and the embedding. dtype: of both, bfloat16, float32 or float64; None: the file's.
+        offload: what happens to the weights after each prompt: "cpu" moves them to the CPU, "free" drops them until the
+            next prompt, None leaves them on the device.
+        cache: folder of embeddings, created if missing. A prompt that was encoded with the same files and dtype is read
+            from it. A corrupt entry is computed again; one that cannot be written is a warning. None: no cache.
+        on_stage: called with the current activity, in words, and the bytes of the weights.
 
     Raises:
-        ValueError: one line: what is missing, unreadable or misshaped in the folder, an illegal option, a prompt that
-            is no string, a package that is not installed.
+        ValueError: one line: a part of the folder that is missing, unreadable or of a wrong shape, an unknown option, a
+            prompt that is no string, a package that is not installed.
+
+    ::
+
+        encode = WanTextEncoder("Wan2.1-T2V-1.3B", device="cuda", offload="cpu", cache="embeddings")
+        prompt_embeds = encode("A cat surfs.")  # [1, L, 4096], bfloat16
     """
 
     def __init__(
@@ -160,23 +163,21 @@ class WanTextEncoder:
                 raise ValueError(f"{self._cache}: no folder for prompt embeddings: {error.strerror}") from error
 
     def __call__(self, prompt: str) -> Tensor:
-        """The embedding of one prompt, [1, L, text_dim] on the device; a prompt of more than 512 tokens is cut, with a
-        warning.
-        """
+        """The embedding of one prompt, [1, L, text_dim] on the device; more than 512 tokens are cut, with a warning."""
         clean = clean_prompt(prompt)
         name = "" if self._cache is None else self.files.identity(clean, self.dtype)
-        embedding = self._recall(name)
+        embedding = self._read_cache(name)
         if embedding is None:
             embedding = self._encode(clean)
-            self._remember(name, clean, embedding)
+            self._write_cache(name, clean, embedding)
         return embedding.to(self.device)
 
     def length(self, prompt: str) -> int:
-        """How many tokens the embedding of a prompt has; no weights are read."""
+        """The number of tokens of a prompt; loads no weights."""
         return self._tokens(clean_prompt(prompt)).shape[1]
 
     def loaded_on(self) -> torch.device | None:
-        """Where the weights are now; None: not in memory."""
+        """The device that the weights are on; None if they are not loaded."""
         return None if self._model is None else next(self._model.parameters()).device
 
     def _encode(self, clean: str) -> Tensor:
@@ -185,21 +186,21 @@ class WanTextEncoder:
             self.on_stage("reading the text encoder", self.files.nbytes)
             self._model = load_umt5(self.files, self.dtype, self.device)
         self._model.to(self.device)
-        with torch.no_grad(), self._told():
-            found = self._model(input_ids=ids.to(self.device)).last_hidden_state
+        with torch.no_grad(), self._reporting_layers():
+            embedding = self._model(input_ids=ids.to(self.device)).last_hidden_state
         if self.offload == "cpu":
             self._model.to("cpu")
         elif self.offload == "free":
             self._model = None
         if self.offload is not None and self.device.type == "cuda":
-            torch.cuda.empty_cache()  # in one piece for what comes next
-        if not bool(found.isfinite().all()):
+            torch.cuda.empty_cache()  # unfragmented memory for the next model
+        if not bool(embedding.isfinite().all()):
             raise ValueError(f"{self.files.weights[0]}: the embedding of {clean[:60]!r} is not finite; is it damaged?")
-        return found
+        return embedding
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Around encoding: which layer is being asked, for weights that are read from a disk meanwhile."""
+    def _reporting_layers(self) -> Iterator[None]:
+        """Report each layer to ``on_stage`` while encoding, which may read memory-mapped weights from a slow disk."""
         layers = self._model.encoder.block
 
         def hook(layer: int) -> Any:
@@ -210,16 +211,16 @@ class WanTextEncoder:
         try:
             yield
         finally:
-            for one in hooks:
-                one.remove()
+            for handle in hooks:
+                handle.remove()
 
     def _tokens(self, clean: str) -> Tensor:
-        """[1, L]"""
+        """Token ids, int64 [1, L]."""
         if self._tokenizer is None:
             auto = _library("transformers").AutoTokenizer
             try:
                 self._tokenizer = auto.from_pretrained(self.files.tokenizer, local_files_only=True)
-            except Exception as error:  # whatever the library meets in a damaged folder
+            except Exception as error:  # the library raises many types for a damaged folder
                 raise ValueError(f"{self.files.tokenizer}: no readable tokenizer: {_first_line(error)}") from error
         ids = self._tokenizer(clean, add_special_tokens=True)["input_ids"]
         if len(ids) > MAX_TOKENS:
@@ -227,24 +228,24 @@ class WanTextEncoder:
             warnings.warn(f"the prompt is longer than {MAX_TOKENS} tokens: its end is left out", stacklevel=4)
         return torch.tensor([ids])
 
-    def _recall(self, name: str) -> Tensor | None:
+    def _read_cache(self, name: str) -> Tensor | None:
         if self._cache is None or not (file := self._cache / f"{name}.safetensors").is_file():
             return None
         try:
-            found = read_tensors(file)[0]["embedding"]
+            embedding = read_tensors(file)[0]["embedding"]
         except (ValueError, KeyError):
-            return None  # torn or foreign: made again
-        legal = found.dim() == 3 and found.dtype == (self.dtype or found.dtype) and bool(found.isfinite().all())
-        return found if legal else None
+            return None  # corrupt or of another program: computed again
+        legal = embedding.dim() == 3 and embedding.dtype == (self.dtype or embedding.dtype)
+        return embedding if legal and bool(embedding.isfinite().all()) else None
 
-    def _remember(self, name: str, clean: str, embedding: Tensor) -> None:
+    def _write_cache(self, name: str, clean: str, embedding: Tensor) -> None:
         if self._cache is None:
             return
         try:
-            with whole(self._cache / f"{name}.safetensors") as part:
-                save_file({"embedding": embedding.cpu().contiguous()}, part, {"format": "pt", "prompt": clean})
+            with atomic(self._cache / f"{name}.safetensors") as partial:
+                save_file({"embedding": embedding.cpu().contiguous()}, partial, {"format": "pt", "prompt": clean})
         except OSError as error:
-            warnings.warn(f"the prompt's embedding is not kept: {error}", stacklevel=3)
+            warnings.warn(f"the prompt's embedding is not cached: {error}", stacklevel=3)
 
 
 def load_umt5(
@@ -253,43 +254,43 @@ def load_umt5(
     """transformers' UMT5EncoderModel with the weights of either layout, in eval mode without gradients.
 
     Args:
-        dtype: None: as in the file (the widest, should they differ). device: None: the CPU, where the files are mapped.
+        dtype: None: as in the files (the widest, if they differ). device: None: the CPU, memory-mapped.
 
     Raises:
-        ValueError: one line: unreadable, keys missing or unexpected (in the file's own names), a wrong shape.
+        ValueError: one line: unreadable, missing or unexpected keys (in the file's own names), a wrong shape.
     """
     library = _library("transformers")
     source = files.weights[0] if len(files.weights) == 1 else files.weights[0].parent
     state: dict[str, Any] = {}
-    came: dict[str, Path] = {}
+    origin: dict[str, Path] = {}
     for file in files.weights:
         content, _ = read_tensors(file)
         if not isinstance(content, Mapping):
             raise ValueError(f"{file}: holds a {type(content).__name__}, expected a state dict")
-        add_tensors(state, content, file, came)
+        add_tensors(state, content, file, origin)
     check_tensors(state, source)
     if files.config is None:
         state = renamed(state, key_mapping.text_to_transformers, source)
         sizes, spell = _native_sizes(state, source), key_mapping.text_to_native
     else:
-        sizes, spell = _told_sizes(files.config), None
-        if "shared.weight" in state:  # the embedding under its second name
+        sizes, spell = _config_sizes(files.config), None
+        if "shared.weight" in state:  # the same tensor under another name
             state.setdefault(_EMBEDDING, state.pop("shared.weight"))
     try:
         with torch.device("meta"):
             model = library.UMT5EncoderModel(library.UMT5Config(**sizes))
-    except Exception as error:  # the library's own checks of a config
+    except Exception as error:  # the library raises many types for a bad config
         raise ValueError(f"{files.config or source}: no sizes of a UMT5 encoder: {_first_line(error)}") from error
     model.set_input_embeddings(model.encoder.embed_tokens)  # one tensor, not two that are equal
     expected = {key: value for key, value in model.state_dict().items() if key != "shared.weight"}
     check_keys(state, expected, source, spell)
-    kept = reduce(torch.promote_types, {value.dtype for value in state.values()})
+    file_dtype = reduce(torch.promote_types, {value.dtype for value in state.values()})
     model.load_state_dict({**state, "shared.weight": state[_EMBEDDING]}, assign=True)
-    return model.to(device=device, dtype=dtype or kept).eval().requires_grad_(False)
+    return model.to(device=device, dtype=dtype or file_dtype).eval().requires_grad_(False)
 
 
 def _native_sizes(state: Mapping[str, Tensor], source: Path) -> dict[str, int]:
-    """All sizes of the encoder from its shapes; what is the same for every UMT5 is the library's default."""
+    """Sizes of the encoder from its tensor shapes; the others are the library's defaults, the same for every UMT5."""
     block = "encoder.block.0.layer.{}.weight"
     keys = (
         _EMBEDDING, block.format("0.SelfAttention.relative_attention_bias"), block.format("0.SelfAttention.q"),
@@ -297,8 +298,8 @@ def _native_sizes(state: Mapping[str, Tensor], source: Path) -> dict[str, int]:
     )  # fmt: skip
     lacking = [key_mapping.text_to_native(key) for key in keys if key not in state or state[key].dim() != 2]
     if lacking:
-        found = some(map(key_mapping.text_to_native, state))
-        raise ValueError(f"{source}: no UMT5 encoder: no matrix {', '.join(lacking)}; its keys: {found}")
+        actual = some(map(key_mapping.text_to_native, state))
+        raise ValueError(f"{source}: no UMT5 encoder: no matrix {', '.join(lacking)}; its keys: {actual}")
     (vocabulary, width), (buckets, heads), (inner, _), (hidden, _) = (state[key].shape for key in keys)
     layers = {key.split(".")[2] for key in state if key.startswith("encoder.block.")}
     return {
@@ -307,7 +308,7 @@ def _native_sizes(state: Mapping[str, Tensor], source: Path) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _told_sizes(config: Path) -> dict[str, Any]:
+def _config_sizes(config: Path) -> dict[str, Any]:
     values = read_json(config)
     if values.get("model_type") != "umt5":
         raise ValueError(f"{config}: model_type is {values.get('model_type')!r}, expected 'umt5'")

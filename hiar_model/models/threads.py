@@ -1,7 +1,7 @@
-"""CPU threads of torch: one where the matrices of a network are too small to be shared out.
+"""CPU threads of torch: one for networks whose matrices are too small to split.
 
-Threads wait for each other behind every operation. In a small network that takes longer than the work, and many times
-as long where other programs want the cores too.
+Threads synchronise after every operation. In a small network that takes longer than the work itself, and many times as
+long if other programs use the cores too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from .transformer import HiARTransformer
 
 SMALL = 2**20
-"""Numbers in the largest matrix of a small network. The toy's has 2^16, that of Wan 1.3B 13 times this."""
+"""Most numbers in a matrix of a small network. The toy's largest has 2^16, that of Wan 1.3B 13 times this."""
 
 
 def is_small(*networks: HiARTransformer) -> bool:
@@ -24,19 +24,18 @@ def is_small(*networks: HiARTransformer) -> bool:
     return on_cpu and max(sizes) <= SMALL
 
 
-def fitting_threads(*networks: HiARTransformer, asked: int | None = None) -> int | None:
-    """How many threads the networks should run in: what is asked for, if anything; 1 for small ones; None: as it is."""
-    return asked or (1 if is_small(*networks) else None)
+def fitting_threads(*networks: HiARTransformer, requested: int | None = None) -> int | None:
+    """The number of threads for the networks: ``requested`` if set, else 1 for small ones, else None: unchanged."""
+    return requested or (1 if is_small(*networks) else None)
 
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """So many threads of torch inside, and the caller's number again behind it, whatever happens; None: as it is."""
+    """Use so many threads of torch inside, and the previous number again afterwards; None: unchanged."""
     before = torch.get_num_threads()
-    if count in (None, before):
+    if count is None or count == before:
         yield
         return
-    assert count is not None
     torch.set_num_threads(count)
     try:
         yield

@@ -28,39 +28,42 @@ from hiar_kernels import (
 from hiar_kernels.nvtx import span
 
 from ..config import WanConfig
-from .conditions import Live, Modulation, ModulationTable, TextKV
+from .conditions import CrossAttentionKV, Modulation, ModulationTable, OutputSelection
 
 ATTENTION_MODES = ("bidirectional", "block_causal")
 
 
-class Attend(Protocol):
-    """Self-attention of one layer: norm, rotate, store or collect the keys, attend.
+class SelfAttention(Protocol):
+    """What the transformer calls for self-attention: normalise and rotate q and k, store or collect k and v, attend.
 
-    Where several processes share a forward, each has a share of every frame's tokens outside of it.
+    :class:`DenseAttention` attends over the whole sequence, :class:`hiar_model.models.kv_cache.CachedAttention` over a
+    KV cache. Where several processes share a forward (Ulysses), each holds part of every frame's tokens outside of it.
     """
 
-    def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:
-        """qkv [B, T, 3 C] -> [b, t, H, D] for the live part; None if nothing is live."""
+    def __call__(
+        self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, selection: OutputSelection | None
+    ) -> Tensor | None:
+        """qkv [B, T, 3 C] -> the attention output [b, t, H, D] of the selection; None if it is empty."""
 
     def share(self, x: Tensor, frames: int) -> Tensor:
-        """Whole x [B, T, C] -> this process's share of every frame's tokens."""
+        """x [B, T, C] -> this process's part of every frame's tokens [B, t, C]."""
         return x
 
     def join(self, x: Tensor, frames: int) -> Tensor:
-        """A share of x -> the whole, from the shares of all processes."""
+        """The inverse of :meth:`share`, gathered from all processes."""
         return x
 
 
 def _normal(*shape: int) -> nn.Parameter:
-    """Normal numbers over the root of the width. On the meta device nothing is drawn: torch would load its compiler for
-    that, which takes longer than making a short video of the toy.
+    """Normal, divided by the root of the width. Not drawn on the meta device: torch would import its compiler for that,
+    which takes longer than generating a short video with the toy model.
     """
     x = torch.empty(shape)
     return nn.Parameter(x if x.is_meta else x.normal_().div_(shape[-1] ** 0.5))
 
 
-class SelfAttention(nn.Module):
-    """Fused q, k, v projection, full-width RMSNorm weights, output projection."""
+class SelfAttentionLayer(nn.Module):
+    """The weights of self-attention: fused q, k, v projection, full-width RMSNorms, output projection."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -86,7 +89,7 @@ def _split_qkv(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) ->
 
 
 class CrossAttention(nn.Module):
-    """Attention to the prompt; its keys and values are computed once, by :meth:`HiARTransformer.text_kv`."""
+    """Attention to the prompt, whose keys and values :meth:`HiARTransformer.cross_attention_kv` computes once."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -95,36 +98,36 @@ class CrossAttention(nn.Module):
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
 
-    def kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """text [B, L, C] -> k, v [B, L, H, D]."""
+    def kv(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded prompt [B, L, C] -> k, v [B, L, H, D]."""
         split = (self.heads, -1)
-        k = rms_norm(self.k(text), self.norm_k.weight, eps=self.eps)
-        return k.unflatten(-1, split), self.v(text).unflatten(-1, split)
+        k = rms_norm(self.k(embedded), self.norm_k.weight, eps=self.eps)
+        return k.unflatten(-1, split), self.v(embedded).unflatten(-1, split)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, counts: tuple[Tensor, Tensor] | None) -> Tensor:
-        """``counts`` of the keys and their logarithms; None: each occurs once."""
+        """x [B, T, C] -> [B, T, C]. ``counts``: how often each key occurs and the logarithms; None: once each."""
         q = rms_norm(self.q(x), self.norm_q.weight, eps=self.eps).unflatten(-1, (self.heads, -1))
         k, v = k.to(q.dtype).expand(len(q), -1, -1, -1), v.to(q.dtype).expand(len(q), -1, -1, -1)
-        times, logs = (None, None) if counts is None else (counts[0], counts[1].to(q.dtype))
-        out = attention(q, k, v, kv_counts=times, kv_log_counts=logs)
+        kv_counts, log_counts = (None, None) if counts is None else (counts[0], counts[1].to(q.dtype))
+        out = attention(q, k, v, kv_counts=kv_counts, kv_log_counts=log_counts)
         assert isinstance(out, Tensor)
         return self.o(out.flatten(2))
 
 
-class Pending(NamedTuple):
-    """A residual that is still to be added, y [B, T, C] times gate [B, F, C] (None: 1): together with the norm that
-    follows, which then has it in registers.
-    """
+class DeferredResidual(NamedTuple):
+    """y [B, T, C] times gate [B, F, C] (None: 1), not added to x yet: the next norm adds it, in one kernel."""
 
     y: Tensor
     gate: Tensor | None
 
 
-def _settle(x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x with what is pending added, and its modulated norm."""
-    if pending is None:
+def add_residual_and_norm(
+    x: Tensor, residual: DeferredResidual | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x plus the deferred residual, and the modulated norm of the sum."""
+    if residual is None:
         return x, ada_layer_norm(x, shift, scale, eps=eps)
-    return gated_residual_ada_layer_norm(x, pending.y, pending.gate, shift, scale, eps=eps)
+    return gated_residual_ada_layer_norm(x, residual.y, residual.gate, shift, scale, eps=eps)
 
 
 class Block(nn.Module):
@@ -133,7 +136,7 @@ class Block(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.self_attn = SelfAttention(config)
+        self.self_attn = SelfAttentionLayer(config)
         self.cross_attn = CrossAttention(config)
         self.norm3 = nn.LayerNorm(config.dim, config.eps)
         self.ffn = nn.Sequential(
@@ -144,33 +147,33 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        pending: Pending | None,
+        residual: DeferredResidual | None,
         modulation: Modulation | ModulationTable,
-        text: TextKV,
+        prompt: CrossAttentionKV,
         layer: int,
-        attend: Attend,
-        live: Live | None,
-    ) -> tuple[Tensor, Pending, Modulation | ModulationTable] | None:
-        """x [B, T, C] and what is still to be added to it -> the same after this block, of the live part, with the
-        modulation that goes with it; None if nothing is live.
+        attend: SelfAttention,
+        selection: OutputSelection | None,
+    ) -> tuple[Tensor, DeferredResidual, Modulation | ModulationTable] | None:
+        """x [B, T, C] and its deferred residual -> both after this block, of the selection, and its modulation; None
+        if the selection is empty.
         """
         own = self.self_attn
         with span("qkv"):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation.of_layer(layer, self.modulation)
-            x, normed = _settle(x, pending, shift1, scale1, self.eps)
+            x, normed = add_residual_and_norm(x, residual, shift1, scale1, self.eps)
             qkv = own.qkv(normed)
         with span("self-attention"):
-            attended = attend(layer, qkv, own.norm_q.weight, own.norm_k.weight, live)
+            attended = attend(layer, qkv, own.norm_q.weight, own.norm_k.weight, selection)
         if attended is None:
             return None
-        k, v = text.of(layer, self.cross_attn.kv)
-        counts = (text.counts, text.log_counts) if text.counted else None
-        if live is not None:
-            x = live.tokens(x, x.shape[1] // modulation.frames)
-            modulation = modulation.select(live)
+        k, v = prompt.of(layer, self.cross_attn.kv)
+        counts = (prompt.counts, prompt.log_counts) if prompt.counted else None
+        if selection is not None:
+            x = selection.tokens(x, x.shape[1] // modulation.frames)
+            modulation = modulation.select(selection)
             _, _, gate1, shift2, scale2, gate2 = modulation.of_layer(layer, self.modulation)
-            k, v = live.of_rows(k), live.of_rows(v)
-            counts = None if counts is None else (live.of_rows(counts[0]), live.of_rows(counts[1]))
+            k, v = selection.of_batch(k), selection.of_batch(v)
+            counts = None if counts is None else (selection.of_batch(counts[0]), selection.of_batch(counts[1]))
         with span("output"):
             norm = self.norm3
             x, normed = gated_residual_layer_norm(
@@ -179,15 +182,15 @@ class Block(nn.Module):
         with span("cross-attention"):
             cross = self.cross_attn(normed, k, v, counts)
         with span("feed-forward"):
-            x, normed = _settle(x, Pending(cross, None), shift2, scale2, self.eps)
-            return x, Pending(self._feed_forward(normed), gate2), modulation
+            x, normed = add_residual_and_norm(x, DeferredResidual(cross, None), shift2, scale2, self.eps)
+            return x, DeferredResidual(self._feed_forward(normed), gate2), modulation
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         up, _, down = self.ffn
         assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
         half = x.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(x.device.type)
         if x.is_cuda and half and not torch.is_grad_enabled():
-            # bias and tanh-GELU in the matmul's epilogue (cuBLASLt); on a CPU the same function is the other GELU
+            # Bias and tanh-GELU in the matmul's epilogue (cuBLASLt). On a CPU this function computes the erf GELU.
             hidden = torch._addmm_activation(up.bias, x.flatten(0, 1), up.weight.t(), use_gelu=True)
             return down(hidden.unflatten(0, x.shape[:2]))
         return self.ffn(x)
@@ -203,17 +206,20 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, ph * pw * config.out_channels)
         self.modulation = _normal(1, 2, config.dim)
 
-    def forward(self, x: Tensor, pending: Pending, modulation: Modulation | ModulationTable) -> Tensor:
+    def forward(self, x: Tensor, residual: DeferredResidual, modulation: Modulation | ModulationTable) -> Tensor:
         shift, scale = modulation.of_head(self.modulation)
-        return self.head(_settle(x, pending, shift, scale, self.eps)[1])
+        return self.head(add_residual_and_norm(x, residual, shift, scale, self.eps)[1])
 
 
-class FullSequence(Attend):
-    """:class:`Attend` over whole sequences: training, teachers, oracles. Keeps keys and values if asked.
+class DenseAttention(SelfAttention):
+    """:class:`SelfAttention` over whole sequences: training, teachers, reference rollout.
 
     Args:
-        frames: ids [B or 1, F]. host_frames: the same on the host. With them, and those of the context, ``layout`` is
-            known to all layers, and attention may go by a library.
+        grid: tokens of a frame, (rows, columns). frames: frame ids, int [B or 1, F], on the device.
+        mask: None: bidirectional. context: keys and values of earlier frames, one for each layer.
+        collect: keep the keys and values of each layer in ``collected``.
+        host_frames: ``frames`` on the host. If the context has them too, all layers share one attention layout, which
+            library kernels need.
     """
 
     def __init__(
@@ -228,21 +234,23 @@ class FullSequence(Attend):
     ) -> None:
         self.config, self.grid, self.frames, self.mask, self.context = config, grid, frames, mask, context
         self.host_frames, self.layout = host_frames, None
-        seen = context[0].host_frames if context else None
-        known = mask is not None and host_frames is not None and (seen is not None or not context)
-        if known and not torch.compiler.is_compiling():
-            assert mask is not None and host_frames is not None
-            self.layout = attention_layout(mask, host_frames, host_frames, seen)
+        context_frames = context[0].host_frames if context else None
+        known = host_frames is not None and (context_frames is not None or not context)
+        if mask is not None and known and not torch.compiler.is_compiling():
+            assert host_frames is not None
+            self.layout = attention_layout(mask, host_frames, host_frames, context_frames)
         self.collected: list[KVContext] | None = [] if collect else None
 
-    def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:
+    def __call__(
+        self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, selection: OutputSelection | None
+    ) -> Tensor | None:
         c = self.config
         q, k, v = qk_norm_rope(
             qkv, q_weight, k_weight, self.frames, num_heads=c.num_heads, grid=self.grid, eps=c.eps, theta=c.rope_theta
         )
         if self.collected is not None:
             self.collected.append(KVContext(k, v, self.frames, host_frames=self.host_frames))
-        if live is not None:
+        if selection is not None:
             return None
         ids = None if self.mask is None else self.frames
         context = None if self.context is None else self.context[layer]
@@ -252,7 +260,17 @@ class FullSequence(Attend):
 
 
 class HiARTransformer(nn.Module):
-    """Wan2.1 text-to-video transformer that predicts the velocity eps - x0, one timestep for each latent frame."""
+    """Wan2.1 text-to-video transformer that predicts the velocity eps - x0, one timestep for each latent frame.
+
+    State-dict keys are the published ones (``blocks.0.self_attn.q.weight``, ...); :func:`hiar_model.load_transformer`
+    reads weights. Architecture: Wan Team 2025, arXiv:2503.20314.
+
+    >>> config = WanConfig(dim=24, ffn_dim=48, num_layers=1, num_heads=2, in_channels=4, out_channels=4, text_dim=8)
+    >>> model = HiARTransformer(config)
+    >>> latents, prompt_embeds = torch.randn(1, 3, 4, 4, 6), torch.randn(1, 5, 8)
+    >>> model(latents, torch.tensor([500.0]), prompt_embeds, attention="block_causal", frames_per_block=1).shape
+    torch.Size([1, 3, 4, 4, 6])
+    """
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -272,7 +290,7 @@ class HiARTransformer(nn.Module):
         self,
         latents: Tensor,
         timesteps: Tensor,
-        text: Tensor,
+        prompt_embeds: Tensor,
         attention: str = "bidirectional",
         frames_per_block: int = 3,
         window_frames: int | None = None,
@@ -285,23 +303,27 @@ class HiARTransformer(nn.Module):
 
         Args:
             latents: [B, F, C, H, W]. timesteps: [B, F] or [B], 1000 sigma; 0 is clean.
-            text: [B, L, text_dim], L <= text_len; the rest counts as zero padding, which takes part.
+            prompt_embeds: [B or 1, L, text_dim], L <= text_len. Missing tokens count as zeros, which take part in
+                cross-attention as in Wan's code.
             attention: "bidirectional", or "block_causal" with frames_per_block, window_frames, sink_frames
                 (:class:`hiar_kernels.BlockCausal`).
             first_frame: absolute id of the first frame of ``latents``.
-            context: what :meth:`kv` left, one for each layer: earlier blocks are seen there, not in ``latents``.
+            context: keys and values of earlier frames, from :meth:`kv`, one for each layer.
             video_start: id of the video's first frame, from which blocks and the sink are counted; default: 0 with a
                 context, ``first_frame`` without.
 
         Returns:
             [B, F, C, H, W], dtype of the weights.
+
+        Raises:
+            ValueError: shapes that do not fit each other or the configuration, an unknown ``attention``.
         """
         if video_start is None:
             video_start = first_frame if context is None else 0
-        self._check_counts(latents, timesteps, text)
+        self._check_shapes(latents, timesteps, prompt_embeds)
         rule = (frames_per_block, window_frames, sink_frames, video_start)
         attend = self._full(latents, attention, *rule, first_frame, context)
-        out = self.run(latents, self.modulation(timesteps, latents.shape[1]), self.embed_text(text), attend)
+        out = self.run(latents, self.modulation(timesteps, latents.shape[1]), self.embed_prompt(prompt_embeds), attend)
         assert out is not None
         return out
 
@@ -309,31 +331,35 @@ class HiARTransformer(nn.Module):
         self,
         latents: Tensor,
         timesteps: Tensor,
-        text: Tensor,
+        prompt_embeds: Tensor,
         attention: str = "block_causal",
         frames_per_block: int = 3,
         window_frames: int | None = None,
         sink_frames: int = 0,
         first_frame: int = 0,
     ) -> list[KVContext]:
-        """A forward only for its keys and values, one :class:`KVContext` for each layer; differentiable."""
-        self._check_counts(latents, timesteps, text)
+        """Keys and values of every frame, one :class:`hiar_kernels.KVContext` for each layer; differentiable.
+
+        Arguments are those of :meth:`forward`; nothing behind the last layer's keys is computed.
+        """
+        self._check_shapes(latents, timesteps, prompt_embeds)
         rule = (frames_per_block, window_frames, sink_frames, first_frame)
         attend = self._full(latents, attention, *rule, first_frame, None, True)
-        self.run(latents, self.modulation(timesteps, latents.shape[1]), self.embed_text(text), attend, Live(()))
+        modulation, prompt = self.modulation(timesteps, latents.shape[1]), self.embed_prompt(prompt_embeds)
+        self.run(latents, modulation, prompt, attend, OutputSelection(()))
         assert attend.collected is not None
         return attend.collected
 
-    def _check_counts(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> None:
-        """ValueError unless there are as many timesteps and texts as videos."""
+    def _check_shapes(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> None:
         if latents.dim() != 5 or latents.shape[2] != self.config.in_channels:
             raise ValueError(f"latents must be [B, F, {self.config.in_channels}, H, W], got {list(latents.shape)}")
         batch, frames = latents.shape[:2]
         per_frame = timesteps.dim() == 2 and timesteps.shape[1] == frames
         if not (per_frame or timesteps.dim() == 1) or timesteps.shape[0] != batch:
             raise ValueError(f"timesteps must be [{batch}, {frames}] or [{batch}], got {list(timesteps.shape)}")
-        if text.dim() != 3 or text.shape[0] not in (1, batch):
-            raise ValueError(f"text must be [1 or {batch}, L, {self.config.text_dim}], got {list(text.shape)}")
+        if prompt_embeds.dim() != 3 or prompt_embeds.shape[0] not in (1, batch):
+            legal, shape = f"[1 or {batch}, L, {self.config.text_dim}]", list(prompt_embeds.shape)
+            raise ValueError(f"prompt_embeds must be {legal}, got {shape}")
 
     def _full(
         self,
@@ -346,45 +372,46 @@ class HiARTransformer(nn.Module):
         first: int,
         context: Sequence[KVContext] | None,
         collect: bool = False,
-    ) -> FullSequence:
+    ) -> DenseAttention:
         if mode not in ATTENTION_MODES:
             raise ValueError(f"attention must be one of {', '.join(ATTENTION_MODES)}, got {mode!r}")
         grid = self.config.grid(*latents.shape[3:])
         last = first + latents.shape[1]
         frames = torch.arange(first, last, device=latents.device)[None]
-        # a range would fix the length of what torch.compile makes, where the ids on the host are of no use
+        # torch.compile would specialise on the length of a range, and has no use for ids on the host.
         host_frames = None if torch.compiler.is_compiling() else [range(first, last)]
         mask = None
         if mode == "block_causal":
             mask = BlockCausal(grid[0] * grid[1], block, window, sink, start)
-        return FullSequence(self.config, grid, frames, mask, context, collect, host_frames)
+        return DenseAttention(self.config, grid, frames, mask, context, collect, host_frames)
 
     def run(
         self,
         latents: Tensor,
         modulation: Modulation | ModulationTable,
-        text: TextKV,
-        attend: Attend,
-        live: Live | None = None,
+        prompt: CrossAttentionKV,
+        attend: SelfAttention,
+        selection: OutputSelection | None = None,
     ) -> Tensor | None:
-        """The layers, with self-attention left to ``attend``.
+        """The forward, with self-attention done by ``attend``.
 
         Args:
-            latents: [B, F, C, H, W]. live: what is wanted beyond the last layer's keys and values; None: everything.
+            latents: [B, F, C, H, W]. selection: the batch items and frames whose velocity is computed; None: all.
+                Keys and values of the last layer are computed for every frame.
 
         Returns:
-            Velocity [b, f, C, H, W] of the live part; None if nothing is live.
+            Velocity [b, f, C, H, W] of the selection; None if it is empty.
         """
         grid = self.config.grid(*latents.shape[3:])
-        x, pending = attend.share(self.patchify(latents), latents.shape[1]), None
+        x, residual = attend.share(self.patchify(latents), latents.shape[1]), None
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             with span("layer", i):
-                found = block(x, pending, modulation, text, i, attend, live if i == last else None)
-            if found is None:
+                result = block(x, residual, modulation, prompt, i, attend, selection if i == last else None)
+            if result is None:
                 return None
-            x, pending, modulation = found
-        velocity = attend.join(self.head(x, pending, modulation), modulation.frames)
+            x, residual, modulation = result
+        velocity = attend.join(self.head(x, residual, modulation), modulation.frames)
         return self.unpatchify(velocity, grid)
 
     def patchify(self, latents: Tensor) -> Tensor:
@@ -408,7 +435,7 @@ class HiARTransformer(nn.Module):
         return x.reshape(x.shape[0], x.shape[1], c, rows * ph, columns * pw)
 
     def modulation(self, timesteps: Tensor, frames: int) -> Modulation:
-        """timesteps [B, F] or [B] -> :class:`Modulation`; the sinusoid is float64, cosines first."""
+        """timesteps [B, F] or [B] -> :class:`Modulation` of F frames. The sinusoid is float64, cosines first."""
         t = timesteps if timesteps.dim() == 2 else timesteps[:, None].expand(-1, frames)
         half = self.config.freq_dim // 2
         base = torch.log(torch.tensor(10000.0, dtype=torch.float64))
@@ -420,26 +447,27 @@ class HiARTransformer(nn.Module):
 
     @torch.no_grad()
     def modulation_table(self, timesteps: Tensor) -> ModulationTable:
-        """timesteps [B, F] -> the modulation of every layer, for weights that stay as they are; without gradient."""
-        made = self.modulation(timesteps, timesteps.shape[1])
-        vectors = [x for i, block in enumerate(self.blocks) for x in made.of_layer(i, block.modulation)]  # type: ignore[arg-type]
-        return ModulationTable(torch.stack([*vectors, *made.of_head(self.head.modulation)], 2))
+        """timesteps [B, F] -> the modulation of every layer, valid while the weights stay as they are; no gradient."""
+        modulation = self.modulation(timesteps, timesteps.shape[1])
+        vectors = [x for i, block in enumerate(self.blocks) for x in modulation.of_layer(i, block.modulation)]  # type: ignore[arg-type]
+        return ModulationTable(torch.stack([*vectors, *modulation.of_head(self.head.modulation)], 2))
 
-    def embed_text(self, text: Tensor) -> TextKV:
-        """Prompt [B, L, text_dim] -> what blocks make keys and values of; padding becomes one token with a count."""
-        length, full = text.shape[1], self.config.text_len
-        if length > full or text.shape[2] != self.config.text_dim:
-            raise ValueError(f"text must be [B, at most {full}, {self.config.text_dim}], got {list(text.shape)}")
-        counts = torch.ones(1, length, dtype=torch.float32, device=text.device)
+    def embed_prompt(self, prompt_embeds: Tensor) -> CrossAttentionKV:
+        """[B, L, text_dim] -> the embedded prompt, for training; all padding is one token with a count."""
+        length, full = prompt_embeds.shape[1], self.config.text_len
+        if length > full or prompt_embeds.shape[2] != self.config.text_dim:
+            legal, shape = f"[B, at most {full}, {self.config.text_dim}]", list(prompt_embeds.shape)
+            raise ValueError(f"prompt_embeds must be {legal}, got {shape}")
+        counts = torch.ones(1, length, dtype=torch.float32, device=prompt_embeds.device)
         if length < full:
-            text = F.pad(text, (0, 0, 0, 1))
+            prompt_embeds = F.pad(prompt_embeds, (0, 0, 0, 1))
             counts = F.pad(counts, (0, 1), value=float(full - length))
-        embedded = self.text_embedding(text.to(self.patch_embedding.weight.dtype))
-        return TextKV((), counts, embedded, counted=length < full)
+        embedded = self.text_embedding(prompt_embeds.to(self.patch_embedding.weight.dtype))
+        return CrossAttentionKV((), counts, embedded, counted=length < full)
 
-    def text_kv(self, text: Tensor) -> TextKV:
-        """Prompt [B, L, text_dim] -> its keys and values for every layer, made once for all tasks."""
-        prompt = self.embed_text(text)
+    def cross_attention_kv(self, prompt_embeds: Tensor) -> CrossAttentionKV:
+        """[B, L, text_dim] -> the prompt's keys and values of every layer, computed once for a whole rollout."""
+        prompt = self.embed_prompt(prompt_embeds)
         assert prompt.embedded is not None
-        kv: list[Callable[[Tensor], tuple[Tensor, Tensor]]] = [block.cross_attn.kv for block in self.blocks]  # type: ignore[union-attr,misc]
-        return TextKV(tuple(project(prompt.embedded) for project in kv), prompt.counts, counted=prompt.counted)
+        project: list[Callable[[Tensor], tuple[Tensor, Tensor]]] = [block.cross_attn.kv for block in self.blocks]  # type: ignore[union-attr,misc]
+        return CrossAttentionKV(tuple(kv(prompt.embedded) for kv in project), prompt.counts, counted=prompt.counted)

@@ -1,7 +1,7 @@
 """Modules of diffusers' AutoencoderKLWan in which norm, SiLU and causal padding are one op.
 
-They adopt the children of the modules that they stand for, so the keys of a state dict stay, and keep diffusers'
-protocol: ``feat_cache`` holds what each convolution has seen last, ``feat_idx[0]`` counts the convolutions on the way.
+They take over the children of diffusers' modules, so state-dict keys stay the same, and follow diffusers' protocol:
+``feat_cache`` holds the last input frames of each convolution, ``feat_idx[0]`` is the index of the next convolution.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from hiar_kernels import rms_silu_pad
 
-Cache = list[Any]  # of Tensor, the mark of diffusers, or None
+Cache = list[Any]  # of Tensor, diffusers' "Rep", or None
 
 
 def fuse(vae: Any) -> Any:
-    """Have norm, SiLU and causal padding of a VAE run as one op; returns it, changed in place."""
+    """Fuse norm, SiLU and causal padding of a VAE into one op, in place; returns it."""
     for path, module in list(vae.named_modules()):
         if type(module).__name__ == "WanResidualBlock":
             vae.set_submodule(path, _ResidualBlock(module))
@@ -27,7 +27,7 @@ def fuse(vae: Any) -> Any:
 
 
 def to_channels_last(vae: Any) -> Any:
-    """Have the three-dimensional convolutions of a VAE work channels last; returns it, changed in place."""
+    """Make the 3D convolutions of a VAE channels-last, in place; returns it."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
@@ -39,13 +39,13 @@ class _Adopting(nn.Module):
         super().__init__()
         activation = module.get_submodule("nonlinearity")
         if not isinstance(activation, nn.SiLU):
-            raise ValueError(f"the fused VAE has SiLU inside, this one has {type(activation).__name__}: fused=False")
+            raise ValueError(f"the fused VAE needs SiLU, this VAE has {type(activation).__name__}: pass fused=False")
         for name, child in module.named_children():
             self.add_module(name, child)
 
 
 class _ResidualBlock(_Adopting):
-    """diffusers' WanResidualBlock, of inference: without dropout."""
+    """diffusers' WanResidualBlock, for inference: without dropout."""
 
     norm1: nn.Module
     norm2: nn.Module
@@ -98,7 +98,7 @@ class _Encoder(_Adopting):
 
 
 def _conv(conv: nn.Module, x: Tensor, cache: Cache | None, index: list[int] | None) -> Tensor:
-    """A causal convolution of a coder's input."""
+    """The causal input convolution of the encoder or decoder."""
     if cache is None or index is None:
         return conv(x)
     before, i = cache[index[0]], index[0]
@@ -108,7 +108,7 @@ def _conv(conv: nn.Module, x: Tensor, cache: Cache | None, index: list[int] | No
 
 
 def _norm_conv(norm: nn.Module, conv: nn.Conv3d, x: Tensor, cache: Cache | None, index: list[int] | None) -> Tensor:
-    """conv(silu(norm(x))); of the padding, rows and columns are the convolution's own."""
+    """conv(silu(norm(x))). The op pads in time; the convolution pads rows and columns."""
     weight = norm.get_parameter("gamma").flatten()
     if cache is None or index is None:
         padded, _ = rms_silu_pad(x, weight)

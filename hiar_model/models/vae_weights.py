@@ -33,10 +33,10 @@ def load_vae(
 
     Args:
         path: ``Wan2.1_VAE.pth`` or a folder that holds it; diffusers' ``vae`` folder or the pipeline folder around it.
-        dtype: of weights and work; None: bfloat16 on CUDA, else float32.
-        fused: norm, SiLU and causal padding before each convolution are one op (:func:`hiar_kernels.rms_silu_pad`).
-            The keys of its state dict stay the same.
-        channels_last: weights and features lie channels last (bench/vae/bench_vae.py measures both).
+        dtype: of weights and computation; None: bfloat16 on CUDA, else float32.
+        fused: compute norm, SiLU and causal padding before each convolution in one op
+            (:func:`hiar_kernels.rms_silu_pad`); state-dict keys stay the same.
+        channels_last: memory format of weights and features (bench/vae/bench_vae.py measures both).
 
     Raises:
         ValueError: one line: no VAE there, or two, a corrupt file, another architecture, or diffusers is not installed.
@@ -74,21 +74,21 @@ def find_vae(path: Path) -> Path:
     """The file of a VAE's weights that a path means; ValueError if there is none, or two."""
     if path.is_file():
         return path
-    there = [
+    candidates = [
         path / name
         for name in (DIFFUSERS, f"vae/{DIFFUSERS}", ORIGINAL)
         if (path / name).is_file() and (name != DIFFUSERS or _OF_DIFFUSERS in _keys(path / name))
     ]
-    if there and there[0].name == DIFFUSERS:
-        there[1:1] = sorted(file for file in there[0].parent.glob("*.safetensors") if file.name != DIFFUSERS)
-    only_one(there, f"the VAE of {path}")
-    if there:
-        return there[0]
+    if candidates and candidates[0].name == DIFFUSERS:
+        candidates[1:1] = sorted(file for file in candidates[0].parent.glob("*.safetensors") if file.name != DIFFUSERS)
+    only_one(candidates, f"the VAE of {path}")
+    if candidates:
+        return candidates[0]
     raise ValueError(f"{path}: no VAE there; expected vae/{DIFFUSERS} (diffusers) or {ORIGINAL} (original)")
 
 
 def _keys(file: Path) -> list[str]:
-    """Names of the tensors: in the original layout the transformer has a file of the same name."""
+    """Tensor names, which tell a VAE from a transformer's file of the same name."""
     refuse_stand_in(file)
     try:
         with safe_open(file, framework="pt") as opened:
@@ -98,17 +98,17 @@ def _keys(file: Path) -> list[str]:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    """What a file holds; unpickling is weights_only."""
+    """The tensors of a file; pickles are loaded with weights_only."""
     refuse_stand_in(file)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # each format and each kind of damage raises another type
         raise _corrupt(file, error) from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{file}: expected a state dict of tensors, got a {type(found).__name__} of other things")
-    return found
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file}: expected a state dict of tensors, got a {type(state).__name__} of other things")
+    return state
 
 
 def _corrupt(file: Path, error: Exception) -> ValueError:
@@ -129,7 +129,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _sizes(state: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
-    """What the tensors tell of the published architecture, whose latent channels the normalisation belongs to."""
+    """Sizes from the tensor shapes; the others are AutoencoderKLWan's defaults."""
     keys = ("encoder.conv_in.weight", "post_quant_conv.weight", "decoder.norm_out.gamma")
     missing = [key for key in keys if key not in state]
     if missing:
@@ -139,7 +139,7 @@ def _sizes(state: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
 
 
 def _empty(config: dict[str, Any], file: Path) -> Any:
-    """The VAE of a configuration, without memory."""
+    """The VAE of a configuration, on the meta device."""
     try:
         with torch.device("meta"):
             vae = library("models").AutoencoderKLWan(**config)

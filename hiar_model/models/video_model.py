@@ -1,4 +1,4 @@
-"""A model ready to make video: transformer, schedule, text encoder and decoder under one name."""
+"""A model that turns prompts into video: transformer, rollout configuration, text encoder, decoder and encoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Decoder(Protocol):
-    """Latents to pixels for one video; keeps what it needs between successive blocks."""
+    """Latents to pixels for one video; may carry state from block to block."""
 
     def decode(self, latents: Tensor) -> Frames:
         """latents [1, f, C, h, w], any device and dtype -> uint8 [F, H, W, 3]."""
@@ -36,25 +36,28 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class VideoModel:
-    """Everything that turns a prompt into video.
+    """Everything that turns a prompt into video. :func:`.load_video_model` makes one.
 
-    name               as it was asked for
-    transformer        the network, in evaluation mode; with ``experts`` one of them
-    rollout            how it was trained to be rolled out: what a video is made with if nothing is said
-    fps, num_frames    of a video if nothing is said; num_frames counts pixel frames
-    train_frames       pixel frames of the clips that it was trained on
-    latent_size        (channels, height, width) of a latent frame
-    weights_sha256     hexadecimal: of the weights file; of a Wan model, of its tensors; of experts, of their files'
-                       names, sizes and times
-    text_encoder       prompt -> [1, L, text_dim]; ValueError of one line for a prompt that the model cannot show
-    new_decoder        makes the decoder of one video
-    new_encoder        makes the encoder of one clip, to go on from
-    world              what a toy model shows; None for others
-    temporal_compression  pixel frames per latent frame, but the first latent frame is always one pixel frame
-    spatial_compression   pixels of a latent along a side
-    size_step          (rows, columns) of pixels that frames may be any multiples of; None: it makes one size
-    experts            a network for each step, None at those of other ranks; None: ``transformer`` at every step
-    options            of the command line that loads it so, beside its name, device and dtype
+    Attributes:
+        name: as passed to the loader.
+        transformer: the network, in eval mode; with ``experts`` one of them.
+        rollout: the configuration that it was trained for, and the default of a video.
+        fps, num_frames: defaults of a video; num_frames counts pixel frames.
+        train_frames: pixel frames of its training clips.
+        latent_size: (channels, height, width) of a latent frame.
+        weights_sha256: hexadecimal, of the weights file (toy), the tensors (Wan), or the files' names, sizes and times
+            (experts).
+        text_encoder: prompt -> [1, L, text_dim]; ValueError of one line for a prompt that the model cannot show.
+        new_decoder, new_encoder: make the decoder of a video, the encoder of a clip to continue.
+        world: the world of a toy model; else None.
+        temporal_compression: pixel frames per latent frame, except for the first latent frame: one.
+        spatial_compression: pixels per latent along each axis.
+        size_step: (height, width), of which a frame's size must be multiples, in pixels; None: one size only.
+        experts: a network for each step, None at steps of other ranks; None: ``transformer`` at every step.
+        options: command-line options that load the same model, beside name, device and dtype.
+
+    Raises:
+        ValueError: a count below 1, an illegal ``fps``, frames that are no whole number of blocks.
     """
 
     name: str
@@ -84,12 +87,12 @@ class VideoModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.transformer.patch_embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return self.transformer.patch_embedding.weight.dtype
 
     @property
@@ -99,7 +102,7 @@ class VideoModel:
         return height * self.spatial_compression, width * self.spatial_compression
 
     def networks(self, steps: int) -> HiARTransformer | list[HiARTransformer | None]:
-        """What a rollout of so many steps takes; ValueError if that is not how many experts there are."""
+        """The network, or one for each step; ValueError unless there are as many experts as steps."""
         if self.experts is None:
             return self.transformer
         if len(self.experts) != steps:
@@ -109,80 +112,86 @@ class VideoModel:
         return list(self.experts)
 
     def sized(self, height: int | None = None, width: int | None = None) -> VideoModel:
-        """The same model for frames of another size, in pixels; None: as it is.
+        """The same model for frames of another size, in pixels; None: unchanged.
 
         Raises:
-            ValueError: a size that it does not make; names the legal ones.
+            ValueError: a size that the model cannot generate; names the legal ones.
         """
         own = self.pixel_size
-        asked = (
+        requested = (
             own[0] if height is None else whole("height", height, 1),
             own[1] if width is None else whole("width", width, 1),
         )
-        if asked == own:
+        if requested == own:
             return self
         if self.size_step is None:
             raise ValueError(
-                f"model {self.name} makes frames of {own[0]}x{own[1]} pixels only, got {asked[0]}x{asked[1]}"
+                f"model {self.name} makes frames of {own[0]}x{own[1]} pixels only, got {requested[0]}x{requested[1]}"
             )
-        for name, value, step in zip(("height", "width"), asked, self.size_step, strict=True):
+        for name, value, step in zip(("height", "width"), requested, self.size_step, strict=True):
             if value % step:
                 near = " or ".join(str(n) for n in (value // step * step, value // step * step + step) if n)
                 raise ValueError(f"{name} must be a multiple of {step} pixels, got {value}, nearest {near}")
         cell = self.spatial_compression
-        return replace(self, latent_size=(self.latent_size[0], asked[0] // cell, asked[1] // cell))
+        return replace(self, latent_size=(self.latent_size[0], requested[0] // cell, requested[1] // cell))
 
     @own_settings()
     def encode_text(self, prompt: str) -> Tensor:
-        """The prompt as the transformer takes it, [1, L, text_dim] on its device; ValueError for an illegal prompt."""
+        """The embedding of a prompt, [1, L, text_dim], in the transformer's dtype and on its device.
+
+        Raises:
+            ValueError: one line: no string, not UTF-8, a prompt that the model cannot show.
+        """
         if not isinstance(prompt, str):
             raise ValueError(f"a prompt is a string, got {type(prompt).__name__}")
         check_text(prompt, "the prompt")
-        found = self.text_encoder(prompt)
-        if found.shape[-1] != (width := self.transformer.config.text_dim):
-            made = found.shape[-1]
-            raise ValueError(f"the text encoder makes {made} numbers of a token, the transformer takes {width}")
-        return found.to(self.device, self.dtype)
+        prompt_embeds = self.text_encoder(prompt)
+        if (width := prompt_embeds.shape[-1]) != (expected := self.transformer.config.text_dim):
+            raise ValueError(f"embeddings of the text encoder have width {width}, the transformer takes {expected}")
+        return prompt_embeds.to(self.device, self.dtype)
 
     @own_settings()
     def decoder(self) -> Decoder:
-        """A fresh decoder, for one video."""
+        """A new decoder, for one video."""
         return self.new_decoder()
 
     @own_settings()
     def encoder(self) -> Encoder:
-        """A fresh encoder, for one clip; ValueError if the model has none."""
+        """A new encoder, for one clip; ValueError if the model has none."""
         if self.new_encoder is None:
-            raise ValueError(f"model {self.name} has no encoder: it cannot go on from an image or a clip")
+            raise ValueError(f"model {self.name} has no encoder: it cannot continue an image or a clip")
         return self.new_encoder()
 
-    def latent_frames(self, num_frames: int, given: int = 0) -> int:
-        """Pixel frames -> latent frames, which must be the ``given`` ones and whole blocks behind them.
+    def latent_frames(self, num_frames: int, conditioning_frames: int = 0) -> int:
+        """Pixel frames -> latent frames.
+
+        Args:
+            conditioning_frames: latent frames of the image or clip that is continued; whole blocks follow it.
 
         Raises:
-            ValueError: names the nearest legal numbers.
+            ValueError: another number; names the nearest legal ones.
         """
         num_frames, block = whole("num_frames", num_frames, 1), self.rollout.frames_per_block
         latent, rest = divmod(num_frames - 1, self.temporal_compression)
-        blocks, more = divmod(latent + 1 - given, block)
+        blocks, more = divmod(latent + 1 - conditioning_frames, block)
         if rest == 0 and more == 0 and blocks > 0:
             return latent + 1
-        near = [self.pixel_frames(given + n * block) for n in (blocks, blocks + 1) if n > 0]
-        near = near or [self.pixel_frames(given + block)]
-        ahead = self.pixel_frames(given)
-        behind = f", behind {ahead} given frame{'s' * (ahead > 1)}" if given else ""
+        near = [self.pixel_frames(conditioning_frames + n * block) for n in (blocks, blocks + 1) if n > 0]
+        near = near or [self.pixel_frames(conditioning_frames + block)]
+        ahead = self.pixel_frames(conditioning_frames)
+        behind = f", behind {ahead} conditioning frame{'s' * (ahead > 1)}" if conditioning_frames else ""
         raise ValueError(
             f"num_frames must fill whole blocks of {block} latent frames{behind}: "
             f"got {num_frames}, nearest {' or '.join(map(str, near))}"
         )
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """How many pixel frames the first ``latent_frames`` of a video make."""
+        """The number of pixel frames of a video's first ``latent_frames``."""
         return 1 + (latent_frames - 1) * self.temporal_compression if latent_frames else 0
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
-    """ "auto" is the first CUDA device, else the CPU; ValueError of one line for what is not there."""
+    """A device by name; "auto": the first CUDA device, else the CPU. ValueError of one line if it does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -192,7 +201,7 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {str(name)!r} is not supported; legal: auto, cpu, cuda, cuda:0, ...")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {str(name)!r} is not there: this torch sees {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"device {str(name)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 

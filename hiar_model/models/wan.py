@@ -1,4 +1,4 @@
-"""A published Wan folder as a model: transformer, UMT5 text encoder and VAE, from the original or diffusers' layout.
+"""Load a published Wan folder, original or diffusers layout: transformer, UMT5 text encoder and VAE.
 
     Wan2.1-T2V-1.3B/                            Wan2.1-T2V-1.3B-Diffusers/
       config.json                                 model_index.json
@@ -7,7 +7,7 @@
       google/umt5-xxl/                            tokenizer/
       Wan2.1_VAE.pth                              vae/
 
-A ``checkpoint`` takes the place of the folder's transformer, which need not be there then.
+A ``checkpoint`` replaces the folder's transformer, which may then be missing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from ..common.checks import OFFLOAD
 from ..config import WAN, FlowSchedule, RolloutConfig
-from .checkpoint import Found, load_transformer
+from .checkpoint import CheckpointInfo, load_transformer
 from .convert import tensors_sha256
 from .experts import load_experts, parse_experts
 from .text_encoder import NATIVE_WEIGHTS, WEIGHTS, WanTextEncoder
@@ -32,11 +32,11 @@ from .vae_weights import ORIGINAL
 from .video_model import VideoModel
 
 Checkpoint = str | os.PathLike[str] | Mapping[str, str]
-"""A file or folder of weights; or one for each noise level: "0-1=high.pt,2-3=low.pt", {"0-1": "high.pt", ...}."""
+"""A file or folder of weights, or experts: "0-1=high.pt,2-3=low.pt" or {"0-1": "high.pt", ...}."""
 
 
 def is_wan_folder(folder: Path) -> bool:
-    """Whether any part of a published Wan folder lies there."""
+    """Whether the folder has any part of a published Wan folder."""
     parts = ("model_index.json", NATIVE_WEIGHTS, ORIGINAL, WEIGHTS, "vae")
     return any((folder / name).exists() for name in parts) or any(folder.glob("diffusion_pytorch_model*"))
 
@@ -52,25 +52,25 @@ def load_wan(
     own_steps: Iterable[int] | None = None,
     offload: Sequence[str] = (),
     prompt_cache: str | os.PathLike[str] | None = None,
-    on_found: Callable[[str], None] | None = None,
+    on_checkpoint: Callable[[str], None] | None = None,
     on_stage: Callable[[str, int], None] | None = None,
 ) -> VideoModel:
-    """A :class:`VideoModel` of 480x832, 81 frames, 16 fps, 4 steps of shift 5, blocks of 3 in a window of 21; another
-    window, and a sink, where the config.json of a causal model tells them.
+    """Load a Wan folder: 480x832 pixels, 81 frames, 16 fps, 4 steps of shift 5, blocks of 3 and a window of 21 latent
+    frames; window and sink of the config.json, if it is a causal model's.
 
     Args:
-        name: that it goes by. dtype: of weights and work; None: bfloat16. The text encoder, and the VAE on CUDA,
-            know no float16: they are in bfloat16 then; on a CPU the VAE works in float32.
-        checkpoint: weights of the transformer, whatever :func:`hiar_model.load_transformer` reads, or experts.
-        steps: of the schedule, spread evenly; None: 1000, 750, 500, 250.
-        own_steps: of this process, where a pipeline shares the steps: it loads only their experts.
-        offload: "text": the text encoder goes to the CPU when a prompt is read; "vae": the VAE works on the CPU.
+        name: of the model; None: the folder. dtype: of weights and computation; None: bfloat16. The text encoder, and
+            the VAE on CUDA, cannot run in float16 and use bfloat16 then; on the CPU the VAE runs in float32.
+        checkpoint: the transformer's weights: whatever :func:`hiar_model.load_transformer` reads, or experts.
+        steps: number of steps, spread evenly; None: 1000, 750, 500, 250.
+        own_steps: the steps of this rank of a pipeline, which loads only their experts; None: all.
+        offload: "text": move the text encoder to the CPU after each prompt; "vae": run the VAE on the CPU.
         prompt_cache: folder of prompt embeddings, see :class:`WanTextEncoder`.
-        on_found: called with a line about each file of weights. on_stage: called with what is being read or encoded, in
-            words, and how many bytes of weights that are.
+        on_checkpoint: called with one line about each transformer that is loaded.
+        on_stage: called with what is being read or encoded, in words, and the bytes of its weights.
 
     Raises:
-        ValueError: one line: a part that is missing, corrupt or misshaped, parts that do not fit each other.
+        ValueError: one line: a part that is missing, corrupt or of a wrong shape, parts that do not fit.
     """
     for part in offload:
         if part not in OFFLOAD:
@@ -78,7 +78,7 @@ def load_wan(
     schedule = FlowSchedule() if steps is None else FlowSchedule.uniform(steps, FlowSchedule().shift)
     dtype = dtype or torch.bfloat16
     beside = torch.bfloat16 if dtype == torch.float16 else dtype
-    # Small files first: what is wrong with them is told before the large ones are read.
+    # Small files first: an error in them is reported before the large ones are read.
     files = _experts(checkpoint, len(schedule))
     text = WanTextEncoder(
         folder,
@@ -91,29 +91,29 @@ def load_wan(
     on_cpu = "vae" in offload or device.type == "cpu"
     vae = load_vae(folder, dtype=torch.float32 if on_cpu else beside, device="cpu" if on_cpu else device)
 
-    windows: dict[tuple[int | None, int | None], str | os.PathLike[str]] = {}  # that config.json tells -> of which
+    windows: dict[tuple[int | None, int | None], str | os.PathLike[str]] = {}  # (window, sink) -> checkpoint
 
     def load(path: str | os.PathLike[str]) -> HiARTransformer:
-        def check(found: Found) -> None:
-            channels, needed = vae.config.z_dim, (found.config.in_channels, found.config.out_channels)
+        def check(info: CheckpointInfo) -> None:
+            channels, needed = vae.config.z_dim, (info.config.in_channels, info.config.out_channels)
             if needed != (channels, channels):
                 raise ValueError(
                     f"{path}: takes {needed[0]} channels and makes {needed[1]}, the VAE in {folder} has {channels}: "
                     "expected a text-to-video model"
                 )
-            windows.setdefault((found.window_frames, found.sink_frames), path)
+            windows.setdefault((info.window_frames, info.sink_frames), path)
             if len(windows) > 1:
                 (window, sink), other = next(iter(windows.items()))
                 raise ValueError(
-                    f"experts: the config.json of {path} says window {found.window_frames} and sink "
-                    f"{found.sink_frames}, that of {other} {window} and {sink}; steps share one window"
+                    f"experts: the config.json of {path} says window {info.window_frames} and sink "
+                    f"{info.sink_frames}, that of {other} {window} and {sink}; steps share one window"
                 )
-            if on_found is not None:
-                on_found(str(found))
+            if on_checkpoint is not None:
+                on_checkpoint(str(info))
             if on_stage is not None:
-                on_stage("reading the transformer", found.nbytes)
+                on_stage("reading the transformer", info.nbytes)
 
-        return load_transformer(Path(path), dtype=dtype, device=device, on_found=check).requires_grad_(False)
+        return load_transformer(Path(path), dtype=dtype, device=device, on_checkpoint=check).requires_grad_(False)
 
     if files is None:
         experts, transformer = None, load(folder if checkpoint is None else checkpoint)  # type: ignore[arg-type]
@@ -125,14 +125,17 @@ def load_wan(
     window, sink = next(iter(windows))
     cell = vae.config.scale_factor_spatial
     rows, columns = (cell * patch for patch in transformer.config.patch_size[1:])
-    options = {"checkpoint": _written(checkpoint), "offload": ",".join(offload)}
+    options = {"checkpoint": _as_option(checkpoint), "offload": ",".join(offload)}
     return VideoModel(
         name=name or os.fspath(folder),
         transformer=transformer,
         experts=experts,
         rollout=RolloutConfig(
-            schedule.steps, schedule.shift, frames_per_block=WAN.frames_per_block,
-            window_frames=window or WAN.window_frames, sink_frames=sink or 0,
+            schedule.steps,
+            schedule.shift,
+            frames_per_block=WAN.frames_per_block,
+            window_frames=window or WAN.window_frames,
+            sink_frames=sink or 0,
         ),
         fps=WAN.fps,
         num_frames=WAN.num_frames,
@@ -150,14 +153,14 @@ def load_wan(
 
 
 def is_experts(checkpoint: Checkpoint | None) -> bool:
-    """Whether a checkpoint is several, one for each noise level."""
+    """Whether a checkpoint names experts."""
     if isinstance(checkpoint, str):
         return "=" in checkpoint and not Path(checkpoint).exists()
     return isinstance(checkpoint, Mapping)
 
 
 def _experts(checkpoint: Checkpoint | None, steps: int) -> tuple[str, ...] | None:
-    """The file of each step; None if there is one for all."""
+    """The expert file of each step; None if there are no experts."""
     if not is_experts(checkpoint):
         return None
     files = parse_experts(checkpoint, steps)  # type: ignore[arg-type]
@@ -168,13 +171,13 @@ def _experts(checkpoint: Checkpoint | None, steps: int) -> tuple[str, ...] | Non
 
 
 def _identity(files: Sequence[str]) -> str:
-    """The same for every rank of a pipeline, though none reads all files."""
+    """Hash of names, sizes and times: the same for all ranks of a pipeline, none of which reads all files."""
     stamps = [(Path(file).name, (stat := Path(file).stat()).st_size, stat.st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 
-def _written(checkpoint: Checkpoint | None) -> str:
-    """As the command line takes it, wherever it is run."""
+def _as_option(checkpoint: Checkpoint | None) -> str:
+    """The checkpoint as a command-line option with absolute paths."""
     if checkpoint is None:
         return ""
     if not is_experts(checkpoint):

@@ -264,7 +264,7 @@ class VideoRun:
         self.model = model.sized(options.height, options.width)
         self.config = rollout_config(self.model, options, blockwise)
         self.fps = float(self.model.fps if options.fps is None else options.fps)
-        self.threads = fitting_threads(self.model.transformer, asked=options.threads)
+        self.threads = fitting_threads(self.model.transformer, requested=options.threads)
         if (endless or options.open_end) and None in self.config.windows:
             raise ValueError("an endless video needs a window: give window_frames")
         networks = self.model.networks(len(self.config.steps))

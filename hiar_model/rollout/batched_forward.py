@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hiar_kernels import AttentionLayout, flow_step
 
-from ..models.conditions import Live, ModulationTable, TextKV
-from ..models.kv_cache import RingAttend
+from ..models.conditions import CrossAttentionKV, ModulationTable, OutputSelection
+from ..models.kv_cache import CachedAttention
 from ..models.transformer import HiARTransformer
 
 
@@ -69,8 +69,8 @@ class BatchedForward:
         kind: GraphKey,
         model: HiARTransformer,
         table: ModulationTable,
-        attend: RingAttend,
-        text: TextKV,
+        attend: CachedAttention,
+        text: CrossAttentionKV,
         shape: tuple[int, int, int],
         batch: int,
         wide: torch.dtype,
@@ -84,9 +84,9 @@ class BatchedForward:
         wanted = kind.wanted
         denoised = kind.rows[wanted[0]][-1][1] if wanted else 0
         first = frames - denoised if wanted else 0
-        self.live: Live | None = None
+        self.selection: OutputSelection | None = None
         if first or len(wanted) < len(kind.rows):
-            self.live = Live(tuple(i * batch + b for i in wanted for b in range(batch)), first)
+            self.selection = OutputSelection(tuple(i * batch + b for i in wanted for b in range(batch)), first)
         self.sigmas = torch.zeros(2, len(wanted) * batch, 1, dtype=wide, device=weight.device)
         self.noise = self.x.new_zeros(len(wanted) * batch, denoised, *shape) if sde else None
         # x[s + 1] of each denoise task, one after the other, and whether it is finite
@@ -130,11 +130,11 @@ class BatchedForward:
 
     def body(self) -> None:
         """The forward, and the step of the denoise tasks; on the device alone."""
-        self.attend.begin()
-        velocity = self.model.run(self.x, self.table.at(self.levels), self.text, self.attend, self.live)
+        self.attend.advance_device()
+        velocity = self.model.run(self.x, self.table.at(self.levels), self.text, self.attend, self.selection)
         if velocity is None:
             return
-        x = self.x if self.live is None else self.live.select(self.x)
+        x = self.x if self.selection is None else self.selection.select(self.x)
         self.out.copy_(flow_step(x, velocity, self.sigmas[0], self.sigmas[1], self.noise)[1])
         largest = torch.linalg.vector_norm(self.out.view(len(self.finite), -1), torch.inf, 1)  # NaN where there is one
         torch.lt(largest, torch.inf, out=self.finite)

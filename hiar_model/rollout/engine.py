@@ -17,8 +17,8 @@ from ..common.settings import own_settings
 from ..config import ExecutionConfig, RolloutConfig
 from ..distributed.mesh import axis_size
 from ..distributed.pipeline import Pipeline
-from ..distributed.ulysses import HeadRanks, UlyssesAttend
-from ..models.kv_cache import RingAttend, RingCache, ring_frames
+from ..distributed.ulysses import HeadRanks, UlyssesAttention
+from ..models.kv_cache import CachedAttention, RingCache, ring_frames
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import Group, Plan, forwards
 from ..version import NOISE, require_noise
@@ -167,7 +167,7 @@ class Rollout:
         elif noise is not None:
             checked = CheckedNoise(noise, self.plan.block_frames, (batch, *self.shape))
             sources = checked, checked
-        attend = RingAttend if self._head_ranks is None else partial(UlyssesAttend, self._head_ranks)
+        attend = CachedAttention if self._head_ranks is None else partial(UlyssesAttention, self._head_ranks)
         with own_settings(execution.autocast):
             self._executor = Executor(
                 _models_of(steps, models),

@@ -14,8 +14,8 @@ from hiar_kernels import BlockCausal, takes_layout
 from hiar_kernels.nvtx import span
 
 from ..config import TRAIN_TIMESTEPS, ExecutionConfig, RolloutConfig
-from ..models.conditions import TextKV
-from ..models.kv_cache import RingAttend, RingCache
+from ..models.conditions import CrossAttentionKV
+from ..models.kv_cache import CachedAttention, RingCache
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import Group, Plan, Row, Task
 from .batched_forward import BatchedForward, Capture, GraphKey, on_the_way
@@ -57,7 +57,7 @@ class Executor:
         config, execution: of the rollout. cache: the rings of the plan's caches. grid: (rows, columns) of tokens.
         sources: prompt embedding of a block [B or 1, L, text_dim]; initial noise; noise of the steps; clean prefix
             [B, F, C, H, W] or None.
-        attend: makes the self-attention of a kind of forward; takes the arguments of :class:`RingAttend`.
+        attend: makes the self-attention of a kind of forward; takes the arguments of :class:`CachedAttention`.
         pipeline: this rank's place in one; then the caches are those of its own steps.
     """
 
@@ -71,7 +71,7 @@ class Executor:
         cache: RingCache,
         grid: tuple[int, int],
         sources: tuple[TextSource, NoiseSource, NoiseSource, Tensor | None],
-        attend: Callable[..., RingAttend] = RingAttend,
+        attend: Callable[..., CachedAttention] = CachedAttention,
         pipeline: Pipeline | None = None,
     ) -> None:
         self.models, self.plan, self.num_blocks, self.cache, self.grid = models, plan, num_blocks, cache, grid
@@ -318,7 +318,7 @@ class Executor:
             x = self.history.latents(one)
             self._launch([(one,)], [[self._input(one) if x is None else x]], self.text(block))
 
-    def _prepared(self, rows: list[Row], text: TextKV) -> BatchedForward:
+    def _prepared(self, rows: list[Row], text: CrossAttentionKV) -> BatchedForward:
         """The launch of such rows, with rings and text in place for them."""
         model = self.models[rows[0][-1].step]
         first = self.plan.cache_index(self.steps.start)
@@ -339,7 +339,7 @@ class Executor:
             launch = self.launches[kind] = self._new_launch(kind, model, text)
         launch.text = text
         starts = [self.plan.block_frames(row[0].block)[0] for row in rows]
-        layout = launch.attend.enter(starts, layout=self.by_layout)
+        layout = launch.attend.prepare_host(starts, layout=self.by_layout)
         if layout is not None and self.capture is not None:
             by_layout = replace(kind, layout=layout)
             if by_layout not in self.launches:
@@ -348,7 +348,7 @@ class Executor:
         launch.attend.layout = layout
         return launch
 
-    def _new_launch(self, kind: GraphKey, model: HiARTransformer, text: TextKV) -> BatchedForward:
+    def _new_launch(self, kind: GraphKey, model: HiARTransformer, text: CrossAttentionKV) -> BatchedForward:
         cache, (first, last, stride) = self.cache, kind.caches
         frames = sum(count for _, count in kind.rows[0])
         done = [sum(count for name, count in row if name == "cache") for row in kind.rows]
@@ -378,7 +378,7 @@ class Executor:
             return task.step
         return self.clean if task.block < self.plan.prefix_blocks else task.step + 1
 
-    def _text(self, model: HiARTransformer, rows: list[Row]) -> TextKV:
+    def _text(self, model: HiARTransformer, rows: list[Row]) -> CrossAttentionKV:
         texts = [self.text(row[-1].block) for row in rows]
         if any(len(row) == 2 and self.text(row[0].block) is not text for row, text in zip(rows, texts, strict=True)):
             raise ValueError(

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from hiar_kernels import AttentionLayout
 
-from ..models.kv_cache import RingAttend
+from ..models.kv_cache import CachedAttention
 from ..models.transformer import HiARTransformer
 from .batched_forward import BatchedForward
 from .engine import Rollout
 
 
-class _HostAttention(RingAttend):
+class _HostAttention(CachedAttention):
     """What is visible is worked out on the host, with real numbers."""
 
-    def enter(self, starts: Sequence[int], layout: bool = True) -> AttentionLayout | None:
+    def prepare_host(self, starts: Sequence[int], layout: bool = True) -> AttentionLayout | None:
         from torch._subclasses.fake_tensor import unset_fake_temporarily
 
         with unset_fake_temporarily():
-            return super().enter(starts, layout)
+            return super().prepare_host(starts, layout)
 
 
 def prompt_bytes(rollout: Rollout, model: HiARTransformer, prompt_embeds: Tensor) -> int:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from hiar_kernels import EMPTY, prefer, taken
 
-from ..models.conditions import Live
-from ..models.kv_cache import RingAttend
-from ..models.transformer import Attend
+from ..models.conditions import OutputSelection
+from ..models.kv_cache import CachedAttention
+from ..models.transformer import SelfAttention
 from ..schedule.plan import Row, Task
 from .batched_forward import BatchedForward
 from .readback import Readback
@@ -150,9 +150,9 @@ def _is_sound(launch: BatchedForward) -> bool:
     return bool(torch.stack(flags).all())
 
 
-def _at(ring: Tensor, attend: RingAttend, slots: Any) -> Tensor:
+def _at(ring: Tensor, attend: CachedAttention, slots: Any) -> Tensor:
     """What one layer's ring holds in some slots of this launch's rows; ``slots`` index [rows * batch, slot]."""
-    framed = attend.cache.rows(ring, attend.caches, attend.used).unflatten(1, (attend.used, -1))
+    framed = attend.cache.view(ring, attend.ring_slice, attend.used_slots).unflatten(1, (attend.used_slots, -1))
     return framed[slots] if framed.dtype.itemsize > 1 else framed.view(torch.uint8)[slots].view(framed.dtype)
 
 
@@ -231,16 +231,18 @@ def _tensors(result: Any) -> Sequence[Tensor]:
     return [] if result is None else [result[0], result[1].y]
 
 
-class _Watched(Attend):
+class _Watched(SelfAttention):
     """Self-attention under watch: what it finds in the rings, and what it makes."""
 
-    def __init__(self, whole: RingAttend, watch: _Watch) -> None:
+    def __init__(self, whole: CachedAttention, watch: _Watch) -> None:
         self.whole, self.watch = whole, watch
 
-    def __call__(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, live: Live | None) -> Tensor | None:
+    def __call__(
+        self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, selection: OutputSelection | None
+    ) -> Tensor | None:
         for k in self._held(layer):
             self.watch.see(f"layer {layer}, keys that an earlier task left in the cache", k, made=False)
-        out = self.whole(layer, qkv, q_weight, k_weight, live)
+        out = self.whole(layer, qkv, q_weight, k_weight, selection)
         self.watch.see(f"layer {layer}, self-attention", out)
         return out
 
@@ -251,8 +253,8 @@ class _Watched(Attend):
         for rings in (cache.k, cache.v):
             yield _at(rings[layer], attend, earlier)
 
-    def begin(self) -> None:
-        self.whole.begin()
+    def advance_device(self) -> None:
+        self.whole.advance_device()
 
     def share(self, x: Tensor, frames: int) -> Tensor:
         return self.whole.share(x, frames)

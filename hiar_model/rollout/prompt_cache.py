@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..models.conditions import TextKV
+from ..models.conditions import CrossAttentionKV
 from ..models.transformer import HiARTransformer
 
 _TILE = 16  # keys: texts of about the same length then have the same shape
@@ -48,10 +48,10 @@ class PromptCache:
     """``limit``: prompts, and stacks of prompts, that are kept."""
 
     limit: int
-    entries: dict[tuple[int, int], tuple[Tensor, TextKV]] = field(default_factory=dict)
-    stacked: dict[tuple[int, ...], TextKV] = field(default_factory=dict)
+    entries: dict[tuple[int, int], tuple[Tensor, CrossAttentionKV]] = field(default_factory=dict)
+    stacked: dict[tuple[int, ...], CrossAttentionKV] = field(default_factory=dict)
 
-    def get(self, model: HiARTransformer, texts: Sequence[Tensor], batch: int = 1) -> TextKV:
+    def get(self, model: HiARTransformer, texts: Sequence[Tensor], batch: int = 1) -> CrossAttentionKV:
         """For one row a text [B or 1, ...]: [rows * B, ...]; [1, ...] where all rows share one text of batch 1."""
         keys = [(id(model), id(text)) for text in texts]
         for key, text in zip(keys, texts, strict=True):
@@ -71,7 +71,7 @@ class PromptCache:
 
     def hold(self, model: HiARTransformer, text: Tensor, trimmed: Tensor) -> None:
         """Make the keys of a text of which ``trimmed`` is all that is no padding."""
-        self.entries[id(model), id(text)] = (text, _padded(model.text_kv(trimmed)))
+        self.entries[id(model), id(text)] = (text, _padded(model.cross_attention_kv(trimmed)))
 
     def _forget(self, used: set[tuple[int, int]]) -> None:
         while len(self.entries) > self.limit:
@@ -86,15 +86,18 @@ class PromptCache:
 class PromptBuffers:
     """Fixed places for texts, which captured graphs read: another prompt of the same shape is copied there."""
 
-    places: dict[tuple[int, tuple[int, ...]], TextKV] = field(default_factory=dict)
-    holds: dict[tuple[int, tuple[int, ...]], TextKV] = field(default_factory=dict)
+    places: dict[tuple[int, tuple[int, ...]], CrossAttentionKV] = field(default_factory=dict)
+    holds: dict[tuple[int, tuple[int, ...]], CrossAttentionKV] = field(default_factory=dict)
 
-    def put(self, model: HiARTransformer, text: TextKV) -> TextKV:
+    def put(self, model: HiARTransformer, text: CrossAttentionKV) -> CrossAttentionKV:
         """The place of such texts, which now holds this one."""
         key = (id(model), text.shape)
         if key not in self.places:
             layers = tuple((k.clone(), v.clone()) for k, v in text.layers)
-            self.places[key], self.holds[key] = TextKV(layers, text.counts.clone(), counted=text.counted), text
+            self.places[key], self.holds[key] = (
+                CrossAttentionKV(layers, text.counts.clone(), counted=text.counted),
+                text,
+            )
         if self.holds[key] is not text:
             place = self.places[key]
             place.counts.copy_(text.counts)
@@ -121,14 +124,14 @@ def _fill(x: Tensor, length: int) -> Tensor:
     return torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:])], 1)
 
 
-def _padded(text: TextKV) -> TextKV:
+def _padded(text: CrossAttentionKV) -> CrossAttentionKV:
     length = -(-text.counts.shape[1] // _TILE) * _TILE
     layers = tuple((_fill(k, length), _fill(v, length)) for k, v in text.layers)
     counted = text.counted or length > text.counts.shape[1]
-    return TextKV(layers, _fill(text.counts, length), counted=counted)
+    return CrossAttentionKV(layers, _fill(text.counts, length), counted=counted)
 
 
-def _stack(parts: Sequence[TextKV], batch: int) -> TextKV:
+def _stack(parts: Sequence[CrossAttentionKV], batch: int) -> CrossAttentionKV:
     """Texts of different lengths as rows of one batch, ``batch`` for each: the missing keys count 0 times."""
     length = max(part.counts.shape[1] for part in parts)
     layers = []
@@ -139,4 +142,4 @@ def _stack(parts: Sequence[TextKV], batch: int) -> TextKV:
         layers.append((k, v))
     counts = [_fill(part.counts, length).expand(batch, -1) for part in parts]
     alike = all(part.counts.shape[1] == length and not part.counted for part in parts)
-    return TextKV(tuple(layers), torch.cat(counts), counted=not alike)
+    return CrossAttentionKV(tuple(layers), torch.cat(counts), counted=not alike)

@@ -80,5 +80,5 @@ def _keys(state: Mapping[str, Tensor]) -> list[tuple[list[str], Tensor]]:
 def forget(cache: RingCache, index: int) -> None:
     """Empty one ring: no frame of it is seen any more."""
     cache.frames[index].fill_(EMPTY)
-    cache.held[index] = [EMPTY] * len(cache.held[index])
-    cache.stands[index] = None
+    cache.slot_frames[index] = [EMPTY] * len(cache.slot_frames[index])
+    cache.write_position[index] = None

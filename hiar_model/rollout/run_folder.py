@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.checks import whole
+from ..io.atomic import atomic_write
 from ..version import require_noise
 from . import state_io
 
@@ -61,9 +62,7 @@ class RunFolder:
             self._gather(None)  # all have looked before one writes
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
-            partial = self.folder / f".{ABOUT}.partial"
-            partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, self.folder / ABOUT)
+            atomic_write(self.folder / ABOUT, json.dumps(about, indent=2) + "\n")
 
     def _check(self, about: dict[str, Any], resume: bool) -> None:
         path = self.folder / ABOUT

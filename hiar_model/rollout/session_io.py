@@ -71,7 +71,7 @@ def save_session(
     try:
         state_io.write(target, tensors, told)
     except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror}" if error.strerror else str(error)) from error
+        raise ValueError(str(error)) from error
     return target
 
 

@@ -15,8 +15,8 @@ import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..io.atomic import atomic
 from ..io.files import refuse_stand_in
-from ..io.weight_files import whole
 
 TENSORS = ("cache", "latents", "history")
 NUMBERS = ("key", "groups_done", "step")
@@ -56,14 +56,14 @@ def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> None:
-    """Under a temporary name until it is whole; what was there before stays until then.
+    """Write atomically.
 
     Raises:
         OSError: one line: it cannot be written.
     """
     tensors = {name: x.contiguous() for name, x in tensors.items()}
-    with whole(path) as part:
-        save_file(tensors, part, metadata=dict(told))
+    with atomic(path) as partial:
+        save_file(tensors, partial, metadata=dict(told))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -9,14 +9,13 @@ These are projections, from a roofline or from stage times measured on one GPU; 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config import WanConfig
-from ..io.files import temporary
+from ..io.atomic import atomic
 from . import gpu_tables
 from .costs import LINKS, Costs, Curve, Geometry, exchanged_bytes, task_flop, unequal_parts, unit_costs
 from .plan import Plan
@@ -246,12 +245,8 @@ def draw_gains(picture: str | Path, blocks: Sequence[int] = (2, 4, 7, 14, 27, 54
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
-    partial = temporary(Path(picture))
-    try:
+    with atomic(picture) as partial:
         figure.savefig(partial, dpi=120, format="png")
-        os.replace(partial, picture)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # The report, and what pages quote of it.

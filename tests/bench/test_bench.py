@@ -180,7 +180,7 @@ def test_pointwise_of_a_forward(monkeypatch):
     with torch.no_grad():
         modulation, text = (
             model.modulation(torch.zeros(1, SMALL.block), SMALL.block),
-            model.text_kv(torch.randn(1, 8, 8)),
+            model.cross_attention_kv(torch.randn(1, 8, 8)),
         )
         with Watch(), hiar_kernels.prefer("triton"):
             model.run(latents, modulation, text, attend)

@@ -56,7 +56,7 @@ def test_the_join_is_measured_on_the_toy_world(model):
 
 def test_a_perfect_infill_is_measured_as_one(model, monkeypatch):
     monkeypatch.setattr(
-        "bench.studies.infill_join.infill", lambda network, clean, given, *_, **__: clean if given else -clean
+        "bench.studies.infill_join.infill", lambda network, clean, ends, *_, **__: clean if ends else -clean
     )
     join = measure_join(model, split_prompts()[1][:3])
     assert join.infilled_break == join.true_break and join.seen == 1 and join.colour > 0.9

@@ -245,7 +245,7 @@ def causal(folder: Path, **values) -> None:
 def test_the_window_of_a_causal_model(here, capsys, values, window, told):
     causal(here / "original", **values)
     notes: list[str] = []
-    model = load_video_model("original", "cpu", on_found=notes.append)
+    model = load_video_model("original", "cpu", on_checkpoint=notes.append)
     assert (model.rollout.window_frames, model.rollout.sink_frames) == window
     assert notes[0].endswith(f"; {told} by its config.json" if told else WEIGHTS)
     assert main(["doctor", "--model", "original", "--height", "32", "--width", "48"]) == 0

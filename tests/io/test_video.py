@@ -157,7 +157,7 @@ def test_illegal_targets(tmp_path, name, message):
 
 @pytest.mark.parametrize("name", ["", "/", "."])
 def test_no_name(name):
-    with pytest.raises(ValueError, match="is no name for a video"):
+    with pytest.raises(ValueError, match="is not a file name"):
         check_target(name)
 
 
@@ -181,7 +181,7 @@ def test_a_failure_leaves_nothing(tmp_path, name, event, monkeypatch):
     with pytest.raises(expected), VideoWriter(tmp_path / name, 12) as writer:
         if event != "nothing written":
             writer.write(clip(80, 16, 16))  # more than the encoder holds back
-            assert any(p.name.endswith(".partial") for p in tmp_path.iterdir()) or name == "a.gif"
+            assert any(".partial" in p.name for p in tmp_path.iterdir()) or name == "a.gif"
         if event == "interrupt":
             signal.raise_signal(signal.SIGINT)
         if event == "full disk":

@@ -13,8 +13,8 @@ from torch._inductor.utils import run_and_get_code
 import hiar_kernels
 from hiar_kernels import BlockCausal, _triton
 from hiar_model.config import WanConfig
-from hiar_model.models.conditions import Live
-from hiar_model.models.kv_cache import RingAttend, RingCache
+from hiar_model.models.conditions import OutputSelection
+from hiar_model.models.kv_cache import CachedAttention, RingCache
 
 pytestmark = pytest.mark.cpu
 
@@ -36,7 +36,7 @@ def through_the_ops(monkeypatch):
     torch._dynamo.reset()
 
 
-def largest_temporary(attend: RingAttend, live: Live | None = None, spoil: bool = False) -> int:
+def largest_temporary(attend: CachedAttention, selection: OutputSelection | None = None, spoil: bool = False) -> int:
     """Numbers in the largest buffer that the code generated for one layer's task allocates."""
     rows = len(attend.frames)
     x, weight = torch.randn(rows, attend.frames.shape[1] * TOKENS, CONFIG.dim), torch.randn(CONFIG.dim, 3 * CONFIG.dim)
@@ -45,7 +45,7 @@ def largest_temporary(attend: RingAttend, live: Live | None = None, spoil: bool 
     def task(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor | None:
         if spoil:
             attend.cache.k[0] = attend.cache.k[0] @ same  # a product: needs no C++ compiler
-        return attend(0, x @ weight, norm, norm, live)
+        return attend(0, x @ weight, norm, norm, selection)
 
     with torch.compiler.config.patch(force_disable_caches=True):
         _, (code,) = run_and_get_code(torch.compile(task, fullgraph=True), x, weight, norm)
@@ -55,29 +55,29 @@ def largest_temporary(attend: RingAttend, live: Live | None = None, spoil: bool 
     return max(sizes)
 
 
-def visit_of(steps: slice, frames: int) -> RingAttend:
+def visit_of(steps: slice, frames: int) -> CachedAttention:
     """Of blocks of 3 frames, the first of them at the last of the steps."""
     cache = RingCache(CONFIG, (WINDOW,) * 3, 1, TOKENS)
     count = steps.stop - steps.start
     mask = BlockCausal(TOKENS, 3, (21,) * count)
-    attend = RingAttend(cache, steps, frames, [3] * count, GRID, 0, mask, [False] * count)
-    attend.enter([3 * i for i in reversed(range(count))], layout=False)
-    attend.begin()
+    attend = CachedAttention(cache, steps, frames, [3] * count, GRID, 0, mask, [False] * count)
+    attend.prepare_host([3 * i for i in reversed(range(count))], layout=False)
+    attend.advance_device()
     return attend
 
 
 @pytest.mark.parametrize(
-    ("attend", "live"),
+    ("attend", "selection"),
     [
         (lambda: visit_of(slice(1, 2), 3), None),
         (lambda: visit_of(slice(0, 3), 3), None),
-        (lambda: visit_of(slice(0, 3), 3), Live((0, 1))),
-        (lambda: visit_of(slice(1, 2), 6), Live((0,), 3)),
+        (lambda: visit_of(slice(0, 3), 3), OutputSelection((0, 1))),
+        (lambda: visit_of(slice(1, 2), 6), OutputSelection((0,), 3)),
     ],
     ids=["one", "three steps", "two of three live", "pair"],
 )
-def test_rings_are_written_in_place(attend, live):
-    found = largest_temporary(attend(), live)
+def test_rings_are_written_in_place(attend, selection):
+    found = largest_temporary(attend(), selection)
     assert found < RING, f"a temporary of {found} numbers, a ring has {RING}"
 
 

@@ -56,7 +56,7 @@ def refusal(*args: object) -> str:
 def test_every_layout_into_every_other(published, tmp_path, source, to):
     want = tensors_sha256(wan_files.native_state())
     told = []
-    done = convert(published[source], tmp_path / NAMES[to], to, on_found=lambda *seen: told.append(seen))
+    done = convert(published[source], tmp_path / NAMES[to], to, on_checkpoint=lambda *seen: told.append(seen))
     assert told == [(done.source, want)] and done.sha256 == want
     assert [path.name for path in tmp_path.iterdir()] == [NAMES[to]]
     state, found = read_checkpoint(tmp_path / NAMES[to])
@@ -157,14 +157,14 @@ def test_a_lossy_write_is_not_kept(published, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "save_file", lossy)
     line = refusal(published["original"], tmp_path / "out", "diffusers")
-    assert line.startswith(f"{tmp_path / 'out'} is not kept: its tensors hash to ")
+    assert line.startswith(f"{tmp_path / 'out'} is not written: its tensors hash to ")
     assert not list(tmp_path.iterdir())
 
 
 def test_other_sizes_are_not_kept(published, tmp_path, monkeypatch):
     monkeypatch.setattr(module.key_mapping, "native_config", lambda config, window: {**config.to_dict(), "eps": 0.5})
     line = refusal(published["original"], tmp_path / "out", "native")
-    assert line == f"{tmp_path / 'out'} is not kept: it says eps 0.5, {published['original']} says 1e-06"
+    assert line == f"{tmp_path / 'out'} is not written: it says eps 0.5, {published['original']} says 1e-06"
     assert not list(tmp_path.iterdir())
 
 
@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_nothing(published, tmp_path, monkeypatch, to, writer
         monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError) as refused:
         convert(published["original"], tmp_path / NAMES[to], to)
-    assert str(refused.value) == f"{tmp_path / NAMES[to]} is not written: PytorchStreamWriter failed writing file"
+    assert str(refused.value) == f"cannot write {tmp_path / NAMES[to]}: PytorchStreamWriter failed writing file"
     assert not list(tmp_path.iterdir())
 
 

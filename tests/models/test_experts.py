@@ -40,12 +40,12 @@ def test_a_mapping_is_read(mapping):
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ("h.pt", "'h.pt' is not STEPS=FILE; write such as 0-1=high.pt,2-3=low.pt"),
+        ("h.pt", "'h.pt' is not STEPS=FILE, such as 0-1=high.pt,2-3=low.pt"),
         ("0-3=h.pt,", "'' is not STEPS=FILE"),
         ("a-b=h.pt", "'a-b' is no range of steps"),
         ("3-0=h.pt", "'3-0' is no range of steps"),
         ("-1=h.pt", "'-1' is no range of steps"),
-        ("0-3=", "steps 0-3 have no file; write such as 0-3=weights.pt"),
+        ("0-3=", "steps 0-3 have no file; write 0-3=weights.pt"),
         ("0-4=h.pt", r"step 4 \(0-4=h.pt\) is outside the schedule, steps are 0-3"),
         ("0-2=h.pt,2-3=l.pt", "step 2 has two files, h.pt and l.pt"),
         ("0-1=h.pt,3=l.pt", "step 2 has no file; give one for each of the steps 0-3"),

@@ -179,7 +179,7 @@ def test_what_a_visit_sees_is_what_is_kept():
     list(rollout)
     cache: RingCache = rollout._executor.cache
     assert {x.dtype for x in (*cache.k, *cache.v)} == {E4M3} and len(cache.k_scales) == TINY.num_layers
-    k, v = cache.seen(1, slice(0, 2), 6)
+    k, v = cache.read(1, slice(0, 2), 6)
     for ring, scales, seen in ((cache.k[1], cache.k_scales[1], k), (cache.v[1], cache.v_scales[1], v)):
         whole = ring.float().unflatten(2, (6, -1)) * scales[:, :, :, None, :, None]
         assert torch.equal(seen, whole.flatten(2, 3).flatten(0, 1))

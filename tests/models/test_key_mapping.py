@@ -17,7 +17,7 @@ from wan_files import WAN
 
 from hiar_model.config import WanConfig
 from hiar_model.models import key_mapping
-from hiar_model.models.checkpoint import Found, load_transformer, read_checkpoint
+from hiar_model.models.checkpoint import CheckpointInfo, load_transformer, read_checkpoint
 
 pytestmark = pytest.mark.cpu
 
@@ -98,8 +98,8 @@ def test_sizes_survive_both_config_files(changes):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_network(published, layout):
-    told: list[Found] = []
-    model = load_transformer(published[layout], on_found=told.append)
+    told: list[CheckpointInfo] = []
+    model = load_transformer(published[layout], on_checkpoint=told.append)
     assert model.config == WAN
     state = model.state_dict()
     for key, value in wan_files.native_state().items():
@@ -270,8 +270,8 @@ def test_a_config_of_other_heads_is_used_as_told(published, tmp_path):
     ("index", "message"),
     [
         ({"_class_name": "FluxPipeline"}, "model_index.json: describes a FluxPipeline, expected a WanPipeline"),
-        ({"_class_name": "WanPipeline", "transformer": [None, None]}, "no folder transformer beside it"),
-        ({"_class_name": "WanPipeline", "transformer": ["diffusers", "X"]}, "no folder transformer beside it"),
+        ({"_class_name": "WanPipeline", "transformer": [None, None]}, "no folder transformer"),
+        ({"_class_name": "WanPipeline", "transformer": ["diffusers", "X"]}, "no folder transformer"),
         (
             {"_class_name": "WanPipeline", "transformer": ["diffusers", "X"], "transformer_2": ["diffusers", "X"]},
             "holds two experts; give the path of one: ",

@@ -251,7 +251,7 @@ def test_first_frame_is_a_matter_of_names():
 def test_padding_is_one_key_with_a_count(tiny, golden):
     x, t, text = (golden[f"bidirectional.{name}"] for name in ("x", "t", "context"))
     padded = torch.cat([text, torch.zeros(1, 16 - text.shape[1], 48)], 1)
-    kv = tiny.text_kv(text)
+    kv = tiny.cross_attention_kv(text)
     assert kv.layers[0][0].shape == (1, 12, 2, 64) and kv.counts.tolist() == [[1.0] * 11 + [5.0]]
     close(tiny(x, t, text), tiny(x, t, padded), 5e-6)  # float32: 2e-6 by the order of summation
     exact = HiARTransformer(TINY).requires_grad_(False).double()
@@ -264,8 +264,8 @@ def test_padding_is_one_key_with_a_count(tiny, golden):
 
 
 @pytest.mark.parametrize(("length", "width"), [(17, 48), (4, 47)])
-def test_a_text_of_a_wrong_size_is_refused(tiny, golden, length, width):
-    with pytest.raises(ValueError, match=rf"text must be \[B, at most 16, 48\], got \[1, {length}, {width}\]"):
+def test_prompt_embeds_of_a_wrong_size_are_refused(tiny, golden, length, width):
+    with pytest.raises(ValueError, match=rf"prompt_embeds must be \[B, at most 16, 48\], got \[1, {length}, {width}\]"):
         tiny(golden["bidirectional.x"], golden["bidirectional.t"], torch.zeros(1, length, width))
 
 

@@ -363,20 +363,20 @@ CALLS = {
         "features.0 is missing; legal: frames_done and, once that is above 0, features.0 to features.31",
     ),
     "a state without a count": (
-        lambda v: StreamingDecoder(v).load_state_dict({}), "state of a VAE: frames_done is missing"
+        lambda v: StreamingDecoder(v).load_state_dict({}), "VAE state: frames_done is missing"
     ),
     "a state of something else": (
         lambda v: StreamingDecoder(v).load_state_dict({**began(v).state_dict(), "k.0": torch.zeros(1)}),
-        "state of a VAE: k.0 is unexpected",
+        "VAE state: k.0 is unexpected",
     ),
     "a state of an encoder": (
-        lambda v: StreamingEncoder(v).load_state_dict(began(v).state_dict()), "state of a VAE: features."
+        lambda v: StreamingEncoder(v).load_state_dict(began(v).state_dict()), "VAE state: features."
     ),
     "a state in another dtype": (
         lambda v: StreamingDecoder(v).load_state_dict(
             {k: t.half() if k != "frames_done" else t for k, t in began(v).state_dict().items()}
         ),
-        "state of a VAE: features.0 is [1, 16, 1, 2, 4] torch.float16, expected [B, 16, f, h, w] torch.float32",
+        "VAE state: features.0 is [1, 16, 1, 2, 4] torch.float16, expected [B, 16, f, h, w] torch.float32",
     ),
 }  # fmt: skip
 
@@ -467,7 +467,7 @@ def test_another_activation_is_not_fused(folder, own):
 
     vae = load_vae(folder, fused=False)
     vae.decoder.nonlinearity = nn.GELU()
-    assert said(lambda: fuse(vae)) == "the fused VAE has SiLU inside, this one has GELU: fused=False"
+    assert said(lambda: fuse(vae)) == "the fused VAE needs SiLU, this VAE has GELU: pass fused=False"
 
 
 def test_without_diffusers(monkeypatch, folder):

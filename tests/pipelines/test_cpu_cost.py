@@ -159,7 +159,7 @@ def test_which_networks_are_small():
     assert fitting_threads(wan) is None
     assert fitting_threads(toy, wan) is None
     assert fitting_threads(network("toy", "cuda")) is None
-    assert fitting_threads(wan, asked=4) == 4
+    assert fitting_threads(wan, requested=4) == 4
 
 
 def test_nothing_is_touched_where_nothing_is_chosen(two_threads):

@@ -289,7 +289,7 @@ def test_an_image_and_a_clip_to_go_on_from(model, tmp_path):
     Video(first.frames[:5], 12).save(tmp_path / "c.mp4", least_side=1)
     run = prepare(PROMPT, model=model, extend=tmp_path / "c.mp4")
     assert run.num_frames == 5 + FRAMES and [len(frames) for frames in run] == [5, *[BLOCK] * (FRAMES // BLOCK)]
-    with pytest.raises(ValueError, match="behind 5 given frames: got 12, nearest 11 or 14"):
+    with pytest.raises(ValueError, match="behind 5 conditioning frames: got 12, nearest 11 or 14"):
         prepare(PROMPT, model=model, num_frames=12, extend=tmp_path / "c.mp4")
 
 

@@ -194,7 +194,7 @@ WRONG = {
     "another text width": (
         other_sizes("w.pt", text_dim=48),
         ["--checkpoint", "w.pt"],
-        "makes 32 numbers of a token, the transformer takes 48",
+        "have width 32, the transformer takes 48",
     ),
     # weights by step
     "a step without weights": (
@@ -285,7 +285,7 @@ WRONG = {
         r"image i\.txt: cannot read '\.txt'; legal: \.png",
     ),
     "a clip as image": (clip(9), ["--image", "c.mp4"], r"image c\.mp4: cannot read '\.mp4'"),
-    "length behind an image": (image(), ["--image", "i.png"], "behind 1 given frame: got 9, nearest 13"),
+    "length behind an image": (image(), ["--image", "i.png"], "behind 1 conditioning frame: got 9, nearest 13"),
     "image and clip": (
         both(image(), clip(9)),
         ["--image", "i.png", "--extend", "c.mp4"],
@@ -298,7 +298,7 @@ WRONG = {
         ["--extend", "c.mp4"],
         r"extend c\.mp4: a clip of 3 frames is too short, expected at least 5 \(1 \+ 4n\)",
     ),
-    "length behind a clip": (clip(9), ["--extend", "c.mp4"], "behind 9 given frames: got 9, nearest 21"),
+    "length behind a clip": (clip(9), ["--extend", "c.mp4"], "behind 9 conditioning frames: got 9, nearest 21"),
     # scripts
     "no such script": (None, ["--prompts", "no.txt"], r"--prompts no\.txt: no such file"),
     "no time": (

@@ -14,7 +14,7 @@ from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, run
 
 import hiar_kernels
 from hiar_model.config import FlowSchedule
-from hiar_model.models.kv_cache import RingAttend
+from hiar_model.models.kv_cache import CachedAttention
 from hiar_model.rollout import Rollout
 from hiar_model.rollout.noise import KeyedNoise
 from hiar_model.rollout.readback import Readback
@@ -76,16 +76,16 @@ def test_the_rings_move_on_by_themselves():
         cache = rollout._executor.cache
         blocks = iter(rollout)
         for n in range(8):
-            wanted = list(cache.stands)
+            wanted = list(cache.write_position)
 
-            def stand_at(index: int, frame: int, n: int = n) -> None:
-                assert n == 0 or cache.stands[index] == frame, "written from the host"
-                type(cache).stand_at(cache, index, frame)
+            def seek(index: int, frame: int, n: int = n) -> None:
+                assert n == 0 or cache.write_position[index] == frame, "written from the host"
+                type(cache).seek(cache, index, frame)
 
-            cache.stand_at = stand_at
+            cache.seek = seek
             next(blocks)
-            assert cache.positions[:, 0].tolist() == cache.stands != wanted
-            assert cache.frames[:, 0].tolist() == cache.held
+            assert cache.positions[:, 0].tolist() == cache.write_position != wanted
+            assert cache.frames[:, 0].tolist() == cache.slot_frames
 
 
 @pytest.mark.parametrize("walk", WALKS, ids=str)
@@ -193,13 +193,13 @@ def test_a_visit_reads_nothing_and_a_block_is_waited_for_once(walk, monkeypatch)
 @pytest.mark.parametrize("walk", [{"order": "wavefront"}, {"order": "stream", "pairs": True}], ids=str)
 def test_the_host_draws_noise_before_it_waits(walk, monkeypatch):
     """Drawn between the wait for a block and the next task, it would be time in which the device idles."""
-    seen, draw, read, prepare = [], KeyedNoise.__call__, Readback.numbers, RingAttend.enter
+    seen, draw, read, prepare = [], KeyedNoise.__call__, Readback.numbers, CachedAttention.prepare_host
 
     def noted(name, function):
         return lambda *given, **more: seen.append((name, *given[1:])) or function(*given, **more)
 
     monkeypatch.setattr(KeyedNoise, "__call__", noted("draw", draw))
-    monkeypatch.setattr(RingAttend, "enter", noted("visit", prepare))
+    monkeypatch.setattr(CachedAttention, "prepare_host", noted("visit", prepare))
     expected = latents(made("eager", window_frames=6, **walk))
     monkeypatch.setattr(Readback, "numbers", noted("wait", read))
     rollout = made("eager", window_frames=6, **walk)

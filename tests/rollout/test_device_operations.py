@@ -31,7 +31,7 @@ def too_many(request: Request, monkeypatch: pytest.MonkeyPatch) -> tuple[list[st
             layer = parts[1]  # from the end of the first layer to that of the second
             counts[name] = len(layer)
             beside = sum(map(len, parts)) - LAYERS * len(layer)
-            picked = launch.live is not None and len(launch.live.runs()) > 1
+            picked = launch.selection is not None and len(launch.selection.runs()) > 1
             most = MOST_BESIDE + (MOST_OF_PICKING if picked else 0)
             if len(layer) > MOST_A_LAYER:
                 failed.append("\n  ".join((f"{name}: {len(layer)} a layer, at most {MOST_A_LAYER}", *layer)))

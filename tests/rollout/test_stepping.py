@@ -63,7 +63,7 @@ def test_making_a_rollout_runs_nothing(monkeypatch):
         raise AssertionError("a rollout is made without a forward and without a process group")
 
     monkeypatch.setattr(type(MODEL), "forward", no_work)
-    monkeypatch.setattr(type(MODEL), "text_kv", no_work)
+    monkeypatch.setattr(type(MODEL), "cross_attention_kv", no_work)
     monkeypatch.setattr(dist, "init_process_group", no_work)
     monkeypatch.setattr(dist, "new_group", no_work)
     for config in CONFIGS:

@@ -76,18 +76,18 @@ def showing(
     change: Callable[[Scene, int], Scene] = lambda scene, i: scene,
     pick: int = 0,
 ) -> VideoModel:
-    """The model with a decoder that shows what `scene` makes of the prompts asked, in turn (pick 0) or not (-1)."""
-    asked: list[str] = []
+    """The model with a decoder that shows what `scene` makes of the encoded prompts, first (pick 0) or last (-1)."""
+    encoded: list[str] = []
 
     def listen(prompt: str) -> Tensor:
-        asked.append(prompt)
+        encoded.append(prompt)
         return model.text_encoder(prompt)
 
     return dataclasses.replace(
         model,
         text_encoder=listen,
         world=WORLDS[world],
-        new_decoder=lambda: Shown(scene(asked.pop(pick)), change, WORLDS[world]),
+        new_decoder=lambda: Shown(scene(encoded.pop(pick)), change, WORLDS[world]),
     )
 
 
@@ -183,20 +183,21 @@ def test_diversity_by_hand():
     one = Scene(prompt, 16.0, 16.0, (0.2, 0.2, 0.2), TEXTURE)
     other = dataclasses.replace(one, x=16.4, background=(0.3, 0.2, 0.2))
     far = dataclasses.replace(one, background=(0.4, 0.3, 0.4))
-    told = Diversity.of(world, [readings(one, other), readings(far, far)])
-    assert told.background == pytest.approx(
+    diversity = Diversity.of(world, [readings(one, other), readings(far, far)])
+    assert diversity.background == pytest.approx(
         math.sqrt((0.1**2 / 2 / 2) / ((0.32**2 + 0.22**2 + 0.32**2) / 12)), rel=0.02
     )
-    assert told.start == pytest.approx(math.sqrt((0.4**2 / 2 / 2) / (2 * 0.5**2 / 3)), rel=0.1)
-    assert told.texture == pytest.approx(0, abs=0.03)
+    assert diversity.start == pytest.approx(math.sqrt((0.4**2 / 2 / 2) / (2 * 0.5**2 / 3)), rel=0.1)
+    assert diversity.texture == pytest.approx(0, abs=0.03)
     nothing = dataclasses.replace(readings(one)[0], background=torch.full((3, 3), math.nan))
-    told = Diversity.of(world, [[nothing, *readings(one, other)]])
-    assert told.background == pytest.approx(math.sqrt((0.1**2 / 2) / ((0.32**2 + 0.22**2 + 0.32**2) / 12)), rel=0.02)
+    diversity = Diversity.of(world, [[nothing, *readings(one, other)]])
+    of_world = (0.32**2 + 0.22**2 + 0.32**2) / 12
+    assert diversity.background == pytest.approx(math.sqrt((0.1**2 / 2) / of_world), rel=0.02)
     with pytest.raises(ValueError, match="two seeds"):
         Diversity.of(world, [readings(one)])
 
 
-# What is made
+# Rollouts
 
 
 @pytest.mark.parametrize("order", ["stream", "block_first", "step_first"])
@@ -244,12 +245,12 @@ def test_rollouts_are_the_models_or_those_given(model):
     other = form("block_first", window_frames=6)
     (row,) = evaluate_toy(recording(own, decoded), PROMPTS[:1], num_frames=[18], seed=3, rollouts=[other])
     assert row.rollout == other
-    for found, rollout in zip(decoded, (own.rollout, other), strict=True):
-        assert torch.equal(found, latents(model, rollout, 18, 3, PROMPTS[0].text()))
+    for actual, rollout in zip(decoded, (own.rollout, other), strict=True):
+        assert torch.equal(actual, latents(model, rollout, 18, 3, PROMPTS[0].text()))
     decoded.clear()  # the video, and its first block of each seed
     evaluate_toy(recording(own, decoded), PROMPTS[:1], num_frames=[18], seed=3, seeds=2)
-    for found, frames, seed in zip(decoded, (18, BLOCK, BLOCK), (3, 3, 4), strict=True):
-        assert torch.equal(found, latents(model, own.rollout, frames, seed, PROMPTS[0].text()))
+    for actual, frames, seed in zip(decoded, (18, BLOCK, BLOCK), (3, 3, 4), strict=True):
+        assert torch.equal(actual, latents(model, own.rollout, frames, seed, PROMPTS[0].text()))
     rows = evaluate_toy(model, PROMPTS[:1], num_frames=[6])
     assert [row.rollout.order for row in rows] == ["step_first", "block_first"]
 

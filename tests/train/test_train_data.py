@@ -41,8 +41,8 @@ def test_a_clip_is_that_of_its_key_in_any_batch(world):
     assert whole.latents.shape == (6, *data.latent_shape) and whole.latents.dtype == torch.float32
     for rows in ([4], [5, 0], [2, 3, 1]):
         part = data.clips(3, "teacher", 8, rows)
-        for name, found, expected in zip(whole._fields, part, whole):
-            assert torch.equal(found, expected[rows]), name
+        for name, actual, expected in zip(whole._fields, part, whole):
+            assert torch.equal(actual, expected[rows]), name
         assert torch.equal(data.prompts(3, "hiar", 8, rows), data.prompts(3, "hiar", 8, range(6))[rows])
     for other in ((4, "teacher", 8), (3, "critic", 8), (3, "teacher", 9)):
         assert not torch.equal(data.clips(*other, [0]).latents, whole.latents[:1])

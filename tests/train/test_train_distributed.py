@@ -41,7 +41,7 @@ def hiar(folder: Path, **values) -> dict:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def runs(tmp_path_factory):
     """Folder of all runs: on one process first, then two go on with some of them and have their own."""
     folder = tmp_path_factory.mktemp("runs")
     teacher = make_network("tiny", seed=7)
@@ -89,8 +89,8 @@ def close(ours: list[dict[str, str]], theirs: list[dict[str, str]], names=METRIC
             assert float(a[name]) == pytest.approx(float(b[name]), rel=2e-4), (name, a["update"])
 
 
-def test_hiar_has_the_losses_of_one_process(made):
-    folder, results, _ = made
+def test_hiar_has_the_losses_of_one_process(runs):
+    folder, results, _ = runs
     assert [rank["hiar two"]["error"] for rank in results] == ["", ""]
     ours = losses(folder / "hiar two")
     assert len(ours) == 10
@@ -99,22 +99,22 @@ def test_hiar_has_the_losses_of_one_process(made):
 
 
 @pytest.mark.parametrize("scale", [0, 1])
-def test_copies_accumulation_and_recomputation_change_no_loss(made, scale):
+def test_copies_accumulation_and_recomputation_change_no_loss(runs, scale):
     """Two whole copies of the weights; a shard each, samples one by one, blocks recomputed."""
-    folder, results, _ = made
+    folder, results, _ = runs
     assert [rank[f"teacher forcing {scale}"]["error"] for rank in results] == ["", ""]
     names = ("student_loss", "student_gradient_norm")
     close(losses(folder / f"teacher forcing {scale}"), losses(folder / "teacher forcing one"), names)
 
 
-def test_a_state_of_one_process_is_read_by_two(made):
-    folder, results, _ = made
+def test_a_state_of_one_process_is_read_by_two(runs):
+    folder, results, _ = runs
     assert [rank["one to two"]["error"] for rank in results] == ["stopped", "stopped"]
     close(losses(folder / "one to two"), losses(folder / "pull one")[:6])
 
 
-def test_a_state_of_two_processes_is_read_by_one(made):
-    folder, results, _ = made
+def test_a_state_of_two_processes_is_read_by_one(runs):
+    folder, results, _ = runs
     assert [rank["pull two"]["error"] for rank in results] == ["stopped", "stopped"]
     about = json.loads((folder / "pull two" / "states" / "update_00000004" / "about.json").read_text())
     assert (about["update"], about["ranks"]) == (4, 2)
@@ -127,16 +127,16 @@ def test_a_state_of_two_processes_is_read_by_one(made):
     close(losses(folder / "one to two"), losses(folder / "pull one"))
 
 
-def test_the_model_is_written_whole_by_the_first_rank(made):
-    folder, results, _ = made
+def test_the_model_is_written_whole_by_the_first_rank(runs):
+    folder, results, _ = runs
     first, second = (rank["hiar two"]["exported"] for rank in results)
     assert first == str(folder / "hiar two" / "model") and second is None
     assert sorted(p.name for p in Path(first).iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_muon_of_shards(made):
+def test_muon_of_shards(runs):
     """Five updates on two processes, three more on one."""
-    folder, results, _ = made
+    folder, results, _ = runs
     assert [rank["muon two"]["error"] for rank in results] == ["stopped", "stopped"]
     train(folder / "muon two", recipe(optimizer=MUON))
     close(losses(folder / "muon two"), losses(folder / "muon one"))
@@ -149,14 +149,14 @@ def test_muon_of_shards(made):
         ("scale", "ValueError: recipe: scale.shard must divide the 2 processes, got 3"),
     ],
 )
-def test_every_rank_refuses(made, case, message):
-    for rank in made[1]:
+def test_every_rank_refuses(runs, case, message):
+    for rank in runs[1]:
         assert rank[f"wrong {case}"]["error"].startswith(message)
 
 
-def test_a_sample_of_another_rank_is_named_by_all(made):
+def test_a_sample_of_another_rank_is_named_by_all(runs):
     """Sample 1 is the second rank's; with this seed it is not finite."""
-    for rank in made[1]:
+    for rank in runs[1]:
         error = rank["wrong seed"]["error"]
         assert error.startswith("FloatingPointError: ") and "is nan in samples [1, 3] of the batch" in error
         assert "update 0, step critic 0; last good state: none" in error
@@ -169,9 +169,9 @@ def test_the_command_on_two_processes_tells_a_mistake_once(tmp_path):
         cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True, text=True,
         timeout=PATIENCE,
     )  # fmt: skip
-    told = [line for line in done.stderr.splitlines() if line.startswith("hiar: ")]
-    assert done.returncode == 2 and len(told) == 1, done.stderr[-2000:]
-    assert "batch_size must be a multiple of the 2 processes" in told[0]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("hiar: ")]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr[-2000:]
+    assert "batch_size must be a multiple of the 2 processes" in lines[0]
 
 
 def test_micro_batches_of_every_rank():

@@ -133,8 +133,9 @@ def test_a_critic_of_another_size(files, tmp_path, monkeypatch):
     monkeypatch.setitem(wan._PRESETS, "flat", {**wan._PRESETS["tiny"], "num_layers": 1})
     path = tmp_path / "flat.safetensors"
     save_transformer(make_model(4, WanConfig.from_name("flat")), path)
-    made = train(tmp_path / "run", values(files, "hiar", critic_model="flat", critic_init=str(path), critic_updates=1))
-    networks = {**made.stage.trained, **made.stage.frozen}
+    recipe = values(files, "hiar", critic_model="flat", critic_init=str(path), critic_updates=1)
+    trainer = train(tmp_path / "run", recipe)
+    networks = {**trainer.stage.trained, **trainer.stage.frozen}
     assert {name: len(n.blocks) for name, n in networks.items()} == {"critic": 1, "student": 2, "teacher": 2}
     assert not same_weights(make_network("flat", seed=9, weights=path), networks["critic"])
     with pytest.raises(ValueError, match="teacher.safetensors has the size .*, the recipe's flat is"):

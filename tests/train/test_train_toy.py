@@ -65,8 +65,8 @@ def test_errors_of_the_true_velocity_are_zero():
         def __call__(self, latents, timesteps, text, mode, *, context, **rule):
             assert context == ["kv"] and mode == "block_causal" and rule == self.rule
             assert torch.equal(timesteps, 1000 * sigma[:, None].expand(-1, 6))
-            found = (latents - (1 - sigma.view(-1, 1, 1, 1, 1)) * x0) / sigma.view(-1, 1, 1, 1, 1)
-            velocity = found - x0
+            eps = (latents - (1 - sigma.view(-1, 1, 1, 1, 1)) * x0) / sigma.view(-1, 1, 1, 1, 1)
+            velocity = eps - x0
             velocity[:, :3] += self.wrong_first_block
             return velocity
 
@@ -111,12 +111,12 @@ def test_the_loss_is_a_weighted_mean_of_rows(stage, monkeypatch):
         return errors[chosen]
 
     monkeypatch.setattr("hiar_model.train.stages.teacher_forcing.teacher_forcing_errors", known)
-    found = []
+    results = []
     for chosen in ([0, 1, 2, 3], [0, 1, 2], [3]):
-        found.append(float(stage.loss(UpdateStep("student"), 3, chosen)[0]))
+        results.append(float(stage.loss(UpdateStep("student"), 3, chosen)[0]))
     average = 0.25 * (3 * 2.5 + 3) + 0.75 * 3
     by_hand = [(float(e[:3].sum()) * 2.5 * b + float(e[3:].sum())) / average for e, b in zip(errors, begins)]
-    assert found == pytest.approx([sum(by_hand) / 4, sum(by_hand[:3]) / 3, by_hand[3]], rel=1e-5)
+    assert results == pytest.approx([sum(by_hand) / 4, sum(by_hand[:3]) / 3, by_hand[3]], rel=1e-5)
 
 
 def test_samples_are_drawn_by_key(stage):

@@ -114,10 +114,10 @@ def test_average_by_hand():
     ema, first = Ema(network, EmaRecipe(decay=0.75, start=2, ramp=False)), network.head.head.bias
     values = [1.0, 3.0, 7.0, -1.0]
     expected = [1.0, 3.0, 0.75 * 3 + 0.25 * 7, 0.75 * (0.75 * 3 + 0.25 * 7) + 0.25 * -1]
-    for update, (value, wanted) in enumerate(zip(values, expected, strict=True)):
+    for update, (value, average) in enumerate(zip(values, expected, strict=True)):
         first.data.fill_(value)
         ema.update(update)
-        assert torch.allclose(ema.weights["head.head.bias"], torch.full_like(first, wanted)), update
+        assert torch.allclose(ema.weights["head.head.bias"], torch.full_like(first, average)), update
     with ema.applied():
         assert torch.allclose(first, torch.full_like(first, expected[-1])) and not network.training
     assert torch.equal(first, torch.full_like(first, -1.0)) and network.training
@@ -267,11 +267,11 @@ def test_tensorboard_has_scalars_and_sheets(tmp_path):
 
 
 def test_without_tensorboard_it_is_said_once(tmp_path, monkeypatch):
-    find, told = importlib.util.find_spec, []
+    find, lines = importlib.util.find_spec, []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
-    trainer = make(tmp_path, updates=2, say=told.append)
+    trainer = make(tmp_path, updates=2, say=lines.append)
     trainer.run()
-    assert told == ["no TensorBoard scalars: tensorboard is not installed (pip install 'hiar-kernels[train]')"]
+    assert lines == ["no TensorBoard scalars: tensorboard is not installed (pip install 'hiar-kernels[train]')"]
     assert len(losses(tmp_path)) == 2 and not (tmp_path / "tensorboard").exists()
 
 

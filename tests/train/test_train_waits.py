@@ -38,16 +38,16 @@ def move(network: torch.nn.Module) -> None:
             setattr(module, name, torch.nn.Parameter(p.detach().as_subclass(OnDevice), p.requires_grad))
 
 
-@pytest.mark.parametrize("stage", ["teacher", "ode_init", "hiar"])
-def test_every_optimiser_step_waits_once(tmp_path, monkeypatch, stage):
+@pytest.mark.parametrize("name", ["teacher", "ode_init", "hiar"])
+def test_every_optimiser_step_waits_once(tmp_path, monkeypatch, name):
     """Whatever the number of micro-batches. Here the rollout looks at every task: on an accelerator it does not."""
     monkeypatch.setattr(Readback, "numbers", lambda self: [True] * len(self.host))
-    more = {"critic_updates": 2} if stage == "hiar" else {}
-    made = make(write_files(tmp_path), stage, scale={"threads": 1, "micro_batch": 1}, **more)
-    for network in (*made.trained.values(), *made.frozen.values()):
+    more = {"critic_updates": 2} if name == "hiar" else {}
+    stage = make(write_files(tmp_path), name, scale={"threads": 1, "micro_batch": 1}, **more)
+    for network in (*stage.trained.values(), *stage.frozen.values()):
         move(network)
-    trainer = Trainer(made.recipe, made, tmp_path / "run", say=lambda line: None)
-    steps = len(made.update_steps(0))
+    trainer = Trainer(stage.recipe, stage, tmp_path / "run", say=lambda line: None)
+    steps = len(stage.update_steps(0))
     for _ in range(2):
         OnDevice.reads.clear()
         trainer._update()

@@ -9,11 +9,11 @@ Files are written atomically through a temporary name.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...io.atomic import discard, publish
 from ...io.files import refuse_stand_in
 
 SETTINGS = "settings.json"
@@ -94,15 +94,12 @@ def write(path: Path, blob: bytes, rank: int) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.rank_{rank}.partial")
+    partial = path.with_name(f".{path.name}.rank_{rank}.partial")  # ranks on several machines may have one process id
     try:
-        with partial.open("wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial.write_bytes(blob)
+        publish(partial, path)
     except OSError as error:
         reason = f"{error.strerror}; finished shards are kept, run again to resume"
         raise OSError(error.errno, reason, str(path)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        discard(partial)

@@ -7,7 +7,6 @@ from it. Without torchrun there is no process group, and modules stay plain.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ...common import environment
 from ...models.registry import pick_device
 from ...models.transformer import HiARTransformer
 from ..config.recipe import ScaleRecipe
@@ -97,7 +97,7 @@ def launched_context(device: str | torch.device = "auto") -> DistContext:
     """What torchrun's environment says, without joining a process group: for work in which no process waits for another
     (one may have minutes more to do than the others, and NCCL's timeout would end the job).
     """
-    return DistContext(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), _device(device))
+    return DistContext(environment.rank(), environment.world_size(), _device(device))
 
 
 def is_first() -> bool:
@@ -108,7 +108,7 @@ def is_first() -> bool:
 def _device(name: str | torch.device) -> torch.device:
     if str(name) not in ("auto", "cuda") or not torch.cuda.is_available():
         return pick_device(name)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = environment.local_rank()
     if local >= torch.cuda.device_count():
         raise ValueError(f"process {local} of this machine needs a CUDA device, it has {torch.cuda.device_count()}")
     torch.cuda.set_device(local)

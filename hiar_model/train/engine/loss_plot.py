@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import os
 from pathlib import Path
 
-from ...io.files import temporary
+from ...io.atomic import atomic
 
 PICTURE = "loss.png"
 
@@ -40,9 +39,5 @@ def draw_losses(losses: str | Path, picture: str | Path) -> None:
         axes.set(xlabel="update", ylabel=name.replace("_", " "), yscale="log")
         axes.grid(alpha=0.3)
         axes.legend()
-    partial = temporary(Path(picture))
-    try:
+    with atomic(picture) as partial:
         figure.savefig(partial, dpi=120, format="png")
-        os.replace(partial, picture)
-    finally:
-        partial.unlink(missing_ok=True)

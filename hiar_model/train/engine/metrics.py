@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...common import environment
+from ...io.atomic import atomic
 from ...io.video import Frames, contact_sheet, save_png
 
 LOSSES, SAMPLES, EVENTS = "loss.csv", "samples", "tensorboard"
-WANDB_VARIABLE = "WANDB_PROJECT"
 SATURATED = 4  # of 255: how near to black or full a channel counts as saturated
 SHEET_FRAMES, SHEET_SIDE = 24, 208  # of a video on a sheet, evenly spread; pixels of a frame's longer side, at most
 
@@ -61,9 +61,9 @@ class MetricsLogger:
         else:
             say("no TensorBoard scalars: tensorboard is not installed (pip install 'hiar-kernels[train]')")
         self.wandb: Any = None
-        if project := os.environ.get(WANDB_VARIABLE):
+        if project := environment.wandb_project():
             if importlib.util.find_spec("wandb") is None:
-                raise ValueError(f"{WANDB_VARIABLE} is set to {project!r}, but wandb is not installed")
+                raise ValueError(f"WANDB_PROJECT is set to {project!r}, but wandb is not installed")
             import wandb
 
             self.wandb = wandb.init(
@@ -141,9 +141,7 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _rewrite(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
+    with atomic(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)

@@ -153,7 +153,7 @@ class SelfRollout:
 def _take_contexts(cache: RingCache, index: int) -> tuple[KVContext, ...]:
     """The keys and values of one ring, for each layer; moved out of the cache, so that other rings are freed."""
     alone, frames, contexts = len(cache.capacities) == 1, cache.frames[index].clone(), []
-    ids = [list(cache.held[index])]
+    ids = [list(cache.slot_frames[index])]
     while cache.k:
         k, v = (rings.pop(0)[index] for rings in (cache.k, cache.v))
         k, v = (k, v) if alone else (k.clone(), v.clone())

@@ -94,7 +94,7 @@ class Trainer:
         logger = MetricsLogger(self.folder, self.update, recipe.to_dict(), self.say) if self.first else None
         networks = [*self.stage.trained.values(), *self.stage.frozen.values()]
         with ExitStack() as closing:
-            closing.enter_context(cpu_threads(fitting_threads(*networks, asked=recipe.scale.threads)))
+            closing.enter_context(cpu_threads(fitting_threads(*networks, requested=recipe.scale.threads)))
             if logger is not None:
                 closing.callback(logger.close)
             while self.update < recipe.updates:
@@ -243,10 +243,10 @@ class Trainer:
 
     def _load(self, path: Path) -> None:
         about, recipe = self.snapshots.about(path), self.recipe.to_dict()
-        if ("rollout" in recipe) != ("rollout" in about["recipe"]):
-            raise ValueError(
-                f"{path} was saved by another version, whose recipes have no section rollout; choose another --out"
-            )
+        keys = recipe.keys() ^ about["recipe"].keys()
+        if keys and about["recipe"]["stage"] == recipe["stage"]:
+            other = f"another version, with other recipe keys ({', '.join(sorted(keys))})"
+            raise ValueError(f"{path} was saved by {other}; choose another --out")
         differ = differing_keys(recipe, about["recipe"])
         if differ:
             raise ValueError(

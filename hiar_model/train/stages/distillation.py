@@ -99,7 +99,7 @@ class OdePairs:
     @own_settings()
     def produce(self, folder: Path, rank: int, ranks: int, on_progress: Callable[[int, int], None]) -> str:
         r = self.recipe
-        with autocast(r, self.device), cpu_threads(fitting_threads(self.teacher, asked=r.scale.threads)):
+        with autocast(r, self.device), cpu_threads(fitting_threads(self.teacher, requested=r.scale.threads)):
             generate_trajectories(
                 self.teacher,
                 self.sources.data,

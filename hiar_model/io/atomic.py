@@ -1,0 +1,100 @@
+"""Write files and folders atomically: under a temporary name beside the target, synced to disk, then renamed.
+
+Whatever happens in between (an error, a full disk, Ctrl-C, a power cut), the target is either complete or as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def atomic(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path, at which the block writes a file or makes a folder; it is then renamed to ``target``.
+
+    The path has the suffix of the target, if any. An existing file is replaced, an existing folder must be empty. If
+    the block or the rename fails, nothing temporary is left.
+
+    Raises:
+        OSError: one line, ``cannot write TARGET: REASON``, also where a library reports a full disk in another way.
+
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp(), "notes.txt")
+    >>> with atomic(target) as partial:
+    ...     written = partial.write_text("complete", encoding="utf-8")
+    >>> target.read_text(), len(list(target.parent.iterdir()))
+    ('complete', 1)
+    """
+    partial = temporary(Path(target))
+    try:
+        yield partial
+        publish(partial, Path(target))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise cannot_write(target, error) from error
+    finally:
+        discard(partial)
+
+
+def atomic_write(target: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a whole file atomically, text as UTF-8; OSError as :func:`atomic`."""
+    with atomic(target) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def temporary(target: Path) -> Path:
+    """The temporary name of a target: hidden, in the same folder so that it can be renamed, short however long the
+    target's own name is, and of this process alone.
+    """
+    name = hashlib.blake2b(os.fsencode(target.name), digest_size=6).hexdigest()
+    suffix = target.suffix if len(target.suffix) < 20 else ""
+    return target.with_name(f".{name}.{os.getpid()}.partial{suffix}")
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Sync a complete file or folder to disk and give it the target's name."""
+    if partial.is_dir():
+        for path in sorted(partial.rglob("*")):
+            _sync(path)
+        if target.is_dir():
+            target.rmdir()  # fails unless it is empty
+    _sync(partial)
+    os.replace(partial, target)
+    _sync(target.parent)
+
+
+def discard(partial: Path) -> None:
+    """Remove a temporary file or folder, if it is there; never raises."""
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def cannot_write(target: str | os.PathLike[str], error: BaseException) -> OSError:
+    """The error of one line for a target that could not be written, with the ``errno`` of the original."""
+    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    wrapped = OSError(f"cannot write {os.fspath(target)}: {reason}")
+    wrapped.errno = getattr(error, "errno", None)
+    return wrapped
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without fsync for this kind of file
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,90 @@
+"""Environment variables: read in one place, nonsense in them is one line."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from hiar_model.cli import main
+from hiar_model.common import environment
+
+pytestmark = pytest.mark.cpu
+
+PACKAGE = Path(environment.__file__).resolve().parents[1]
+NUMBERS = {
+    "WORLD_SIZE": (environment.world_size, 1, "at least 1"),
+    "RANK": (environment.rank, 0, "at least 0"),
+    "LOCAL_RANK": (environment.local_rank, 0, "at least 0"),
+}
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch):
+    for name in (*NUMBERS, "WANDB_PROJECT", "HIAR_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_they_are_read_nowhere_else():
+    files = [file for file in PACKAGE.rglob("*.py") if file != Path(environment.__file__).resolve()]
+    assert files
+    elsewhere = [str(f) for f in files if re.search(r"\benviron\b|\bgetenv\b", f.read_text(encoding="utf-8"))]
+    assert not [name for name in elsewhere if "/train/" not in name]
+
+
+def test_each_is_in_the_table():
+    source = Path(environment.__file__).read_text(encoding="utf-8")
+    used = set(re.findall(r'"([A-Z]+_[A-Z_]+|RANK)"', source))
+    assert used == set(re.findall(r"^\| ([A-Z_]+) \|", environment.__doc__, re.M)) and len(used) == 6
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers(name, monkeypatch):
+    read, default, legal = NUMBERS[name]
+    for value, expected in ((None, default), ("", default), ("1", 1)):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+        assert read() == expected
+    for value in ("two", "-1", "1.0", " 1", "0" if name == "WORLD_SIZE" else "x"):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=rf"{name} must be a whole number of {legal}, got '{value}'$"):
+            read()
+
+
+def test_a_rank_outside_the_job(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(ValueError, match="RANK must be below WORLD_SIZE 2, got 2"):
+        environment.rank()
+
+
+def test_nonsense_is_one_line_of_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert main(["generate", "a red circle moving right", "-o", str(tmp_path / "v.mp4")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hiar: ") and "WORLD_SIZE" in error and "'many'" in error and error.count("\n") == 1
+
+
+def test_names(monkeypatch):
+    assert environment.wandb_project() is None and environment.error_file() is None
+    assert not environment.under_torchrun()
+    monkeypatch.setenv("WANDB_PROJECT", "films")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert environment.wandb_project() == "films" and environment.under_torchrun()
+
+
+def test_what_children_find(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with environment.for_children(tmp_path / "error"):
+        assert environment.error_file() == tmp_path / "error" and os.environ["OMP_NUM_THREADS"] == "3"
+    assert environment.error_file() is None
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    with pytest.raises(KeyError), environment.for_children(tmp_path / "error"):
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+        raise KeyError
+    assert environment.error_file() is None
+    monkeypatch.delenv("OMP_NUM_THREADS")

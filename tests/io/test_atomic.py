@@ -1,0 +1,157 @@
+"""The target of an atomic write is complete or as it was, whatever happens; nothing temporary stays behind an error."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from hiar_model.io import atomic as module
+from hiar_model.io.atomic import atomic, atomic_write, temporary
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write(target: Path, text: str) -> None:
+    """A file, or a folder with one in it where the name has no suffix."""
+    with atomic(target) as partial:
+        assert (
+            partial.parent == target.parent
+            and partial.name.startswith(".")
+            and partial.suffix == (target.suffix or ".partial")
+        )
+        if target.suffix:
+            partial.write_text(text)
+        else:
+            (partial / "inner").mkdir(parents=True)
+            (partial / "inner" / "a.txt").write_text(text)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a"])
+def test_a_new_target(tmp_path, name):
+    write(tmp_path / name, "new")
+    assert contents(tmp_path) == {name if name == "a.txt" else "a/inner/a.txt": b"new"}
+
+
+def test_an_existing_target(tmp_path):
+    atomic_write(tmp_path / "a.txt", "ä")
+    atomic_write(str(tmp_path / "a.txt"), b"new")
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty", "new")
+    expected = {"a.txt": b"new", "empty/inner/a.txt": b"new"}
+    assert contents(tmp_path) == expected
+    with pytest.raises(OSError, match="cannot write .*empty: Directory not empty"):
+        write(tmp_path / "empty", "newer")
+    assert contents(tmp_path) == expected
+
+
+ERRORS = {
+    "full disk": (FULL, "No space left on device"),
+    "full disk in safetensors": (
+        SafetensorError("I/O error: No space left (os error 28)\nmore"),
+        "I/O error: No space",
+    ),
+    "full disk in torch": (RuntimeError("PytorchStreamWriter failed"), "PytorchStreamWriter failed"),
+    "another error": (ZeroDivisionError("1 / 0"), None),
+    "Ctrl-C": (KeyboardInterrupt(), None),
+}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a"])
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("where", ["block", "sync", "rename"])
+def test_a_failure_leaves_the_target_as_it_was(tmp_path, monkeypatch, name, error, where):
+    raised, reason = ERRORS[error]
+
+    def fail(*_: object) -> None:
+        raise raised
+
+    if name == "a.txt":
+        (tmp_path / name).write_text("old")
+    before = contents(tmp_path)
+    if where != "block":
+        monkeypatch.setattr(module.os, {"sync": "fsync", "rename": "replace"}[where], fail)
+    with pytest.raises(type(raised) if reason is None else OSError) as caught, atomic(tmp_path / name) as partial:
+        if name == "a":
+            partial.mkdir()
+        (partial if name == "a.txt" else partial / "b.txt").write_text("half")
+        if where == "block":
+            raise raised
+    assert contents(tmp_path) == before and len(list(tmp_path.iterdir())) == len(before)
+    if reason is not None:
+        line = str(caught.value)
+        assert line.startswith(f"cannot write {tmp_path / name}: {reason}") and "\n" not in line
+        assert caught.value.errno == (errno.ENOSPC if raised is FULL else None)
+
+
+@pytest.mark.parametrize("folder", ["missing", "file.txt"])
+def test_a_target_that_cannot_be_written_is_one_line(tmp_path, folder):
+    (tmp_path / "file.txt").write_text("old")
+    with pytest.raises(OSError, match=rf"^cannot write .*{folder}.a\.txt: (No such file|Not a directory)[\w ]*$"):
+        atomic_write(tmp_path / folder / "a.txt", "new")
+    assert contents(tmp_path) == {"file.txt": b"old"}
+
+
+def test_a_folder_without_permission_is_one_line(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:  # root may write everywhere, so no mode bits
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(OSError, match=r"^cannot write .*a\.txt: Permission denied$"):
+        atomic_write(tmp_path / "a.txt", "new")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_kill_before_the_rename_leaves_the_target_as_it_was(tmp_path, call):
+    (tmp_path / "a.txt").write_text("old")
+    code = (
+        "import os, signal, sys; from hiar_model.io.atomic import atomic_write\n"
+        f"os.{call} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "atomic_write(sys.argv[1], 'new')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.txt")], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [p.read_text() for p in tmp_path.iterdir() if ".partial" in p.name] == ["new"]
+
+
+def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append(os.readlink(f"/proc/self/fd/{descriptor}") if sys.platform == "linux" else "?")
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        calls.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(module.os, "fsync", synced)
+    monkeypatch.setattr(module.os, "replace", renamed)
+    write(tmp_path / "a", "new")
+    partial = str(temporary(tmp_path / "a"))
+    if sys.platform == "linux":
+        assert calls == [f"{partial}/inner", f"{partial}/inner/a.txt", partial, "rename", str(tmp_path)]
+
+
+def test_a_file_system_without_fsync(tmp_path, monkeypatch):
+    def unsupported(_: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(module.os, "fsync", unsupported)
+    atomic_write(tmp_path / "a.txt", "new")
+    assert contents(tmp_path) == {"a.txt": b"new"}
