@@ -127,6 +127,6 @@ def test_both_are_frozen_and_import_no_torch():
     for config in (RolloutConfig(), ExecutionConfig()):
         with pytest.raises(dataclasses.FrozenInstanceError):
             config.order = "stream"  # type: ignore[union-attr, misc]
-    code = "import sys; from hiar_model import RolloutConfig, ExecutionConfig; RolloutConfig(); print('torch' in sys.modules)"
+    code = "import sys, hiar_model as h; h.RolloutConfig(); h.ExecutionConfig(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
