@@ -23,6 +23,7 @@ from ...models.transformer import HiARTransformer
 from ...rollout import Rollout
 from ...rollout.prompt_cache import trim_padding
 from ...schedule.plan import Group, Task
+from ..losses.context import block_causal
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,13 @@ class ExitStepBatch:
     """The denoise tasks of one step, ready to be computed again in one forward.
 
     Attributes:
-        step: their step. sigma: its noise level. window_frames: its window.
+        step: their step. sigma: its noise level.
         inputs: x[step][n] of all blocks, [B, F, C, H, W].
         contexts: for each layer the keys and values that the tasks saw of other blocks; constants.
     """
 
     step: int
     sigma: float
-    window_frames: int | None
     inputs: Tensor
     contexts: tuple[KVContext, ...]
 
@@ -60,7 +60,7 @@ class SelfRollout:
     def __init__(self, model: HiARTransformer, config: RolloutConfig) -> None:
         if config.first_frame:
             raise ValueError(f"first_frame must be 0 in a self-rollout, got {config.first_frame}")
-        self.model, self.config, self.windows = model, config, config.windows
+        self.model, self.config = model, config
         if config.order != "block_first":
             # step_first can stop after the exit step and needs one cache; shared keys come from later steps
             self.config = config.with_order("stream" if config.kv_source == "next_step" else "step_first")
@@ -97,7 +97,7 @@ class SelfRollout:
             raise ValueError(f"exit_step must be 0 to {steps - 1}, got {exit_step}")
         if config.order == "block_first":  # the level after the exit step is then 0: its blocks are finished
             end = exit_step + 1
-            config = replace(config, steps=config.steps[:end], window_frames=self.windows[:end])
+            config = replace(config, steps=config.steps[:end], window_frames=config.windows[:end])
         batch = len(prompt_embeds if noise is None else noise)
         rollout = Rollout(
             self.model,
@@ -123,7 +123,7 @@ class SelfRollout:
         rollout.run_until(is_later_step)
         contexts = _take_contexts(rollout.cache, rollout.plan.cache_index(exit_step))
         x = torch.cat([inputs[block] for block in sorted(inputs)], 1)
-        return ExitStepBatch(exit_step, self.config.schedule.sigmas[exit_step], self.windows[exit_step], x, contexts)
+        return ExitStepBatch(exit_step, self.config.schedule.sigmas[exit_step], x, contexts)
 
     def predict(self, batch: ExitStepBatch, prompt_embeds: Tensor) -> Tensor:
         """Clean latents x0 = x - sigma v of all blocks in one forward, with gradient to every weight it passes.
@@ -141,10 +141,8 @@ class SelfRollout:
             TRAIN_TIMESTEPS * sigma,
             trim_padding(prompt_embeds),
             "block_causal",
-            frames_per_block=self.config.frames_per_block,
-            window_frames=batch.window_frames,
-            sink_frames=self.config.sink_frames,
             context=batch.contexts,
+            **block_causal(self.config, batch.step),
         )
         wide = torch.promote_types(x.dtype, torch.float32)
         return x.to(wide) - batch.sigma * velocity.to(wide)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from ...config import TRAIN_TIMESTEPS
+from ...config import TRAIN_TIMESTEPS, RolloutConfig
 from ...models.transformer import HiARTransformer
+
+
+def block_causal(rollout: RolloutConfig, step: int = 0) -> dict[str, Any]:
+    """The block-causal mask of a step, as :class:`hiar_model.HiARTransformer` takes it."""
+    return {
+        "frames_per_block": rollout.frames_per_block,
+        "window_frames": rollout.windows[step],
+        "sink_frames": rollout.sink_frames,
+    }
 
 
 def velocity_over_context(
@@ -15,10 +26,7 @@ def velocity_over_context(
     prompt_embeds: Tensor,
     sigma: Tensor,
     context_sigma: Tensor,
-    *,
-    frames_per_block: int,
-    window_frames: int | None = None,
-    sink_frames: int = 0,
+    **mask: Any,
 ) -> Tensor:
     """Velocity of every block, which sees itself in ``latents`` and earlier blocks in ``context``.
 
@@ -26,15 +34,14 @@ def velocity_over_context(
 
     Args:
         latents, context: [B, F, C, H, W] at the noise levels sigma, context_sigma [B].
-        prompt_embeds: [B, L, text_dim].
+        prompt_embeds: [B, L, text_dim]. mask: of the network, :func:`block_causal`.
 
     Returns:
         [B, F, C, H, W].
     """
-    rule = {"frames_per_block": frames_per_block, "window_frames": window_frames, "sink_frames": sink_frames}
     frames = latents.shape[1]
-    keys = model.kv(context, _timesteps(context_sigma, frames), prompt_embeds, "block_causal", **rule)  # type: ignore[arg-type]
-    return model(latents, _timesteps(sigma, frames), prompt_embeds, "block_causal", context=keys, **rule)
+    keys = model.kv(context, _timesteps(context_sigma, frames), prompt_embeds, "block_causal", **mask)
+    return model(latents, _timesteps(sigma, frames), prompt_embeds, "block_causal", context=keys, **mask)
 
 
 def _timesteps(sigma: Tensor, frames: int) -> Tensor:

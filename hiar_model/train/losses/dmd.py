@@ -58,6 +58,14 @@ def dmd_gradient(
 
     Raises:
         ValueError: shapes differ. FloatingPointError: a normaliser is 0 or not finite, with its sample.
+
+    Example:
+        >>> import torch
+        >>> from hiar_model.train import dmd_gradient
+        >>> x0 = torch.zeros(1, 3, 2, 4, 4)
+        >>> gradient = dmd_gradient(x0, x0 + 1, x0 + 2, x0 + 2)
+        >>> gradient.shape, float(gradient.mean())
+        (torch.Size([1, 3, 2, 4, 4]), -0.5)
     """
     others = {"fake_x0": fake_x0, "real_cond_x0": real_cond_x0, "real_uncond_x0": real_uncond_x0}
     for name, x in others.items():
@@ -86,6 +94,17 @@ def dmd_loss(x0: Tensor, gradient: Tensor, mask: Tensor | None = None) -> Tensor
 
     Args:
         x0, gradient: [B, F, C, H, W]. mask: [B, F], frames that count (1 or True); default: all.
+
+    Raises:
+        ValueError: shapes differ, or the mask leaves no frame.
+
+    Example:
+        >>> import torch
+        >>> from hiar_model.train import dmd_loss
+        >>> x0 = torch.zeros(1, 3, 2, 4, 4, requires_grad=True)
+        >>> loss = dmd_loss(x0, torch.full_like(x0, -0.5))
+        >>> loss.item(), torch.autograd.grad(loss, x0)[0].sum().item()
+        (0.125, -0.5)
     """
     if gradient.shape != x0.shape:
         raise ValueError(f"dmd_loss: gradient must be {list(x0.shape)} like x0, got {list(gradient.shape)}")

@@ -8,6 +8,7 @@ teacher's trajectories are bidirectional, and need no cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ def trajectory_x0(point: Tensor, next_point: Tensor, sigma: float | Tensor, next
 
     Args:
         point, next_point: of one trajectory, [B, F, C, H, W]. sigma, next_sigma: their noise levels, numbers or [B].
+
+    Raises:
+        ValueError: shapes differ; sigma and next_sigma are equal, or not two numbers or B each.
+
+    Example:
+        >>> import torch
+        >>> from hiar_model.train import trajectory_x0
+        >>> point = torch.ones(1, 3, 2, 4, 4)
+        >>> float(trajectory_x0(point, 0.75 * point, 1.0, 0.5).mean())
+        0.5
     """
     if point.shape != next_point.shape:
         raise ValueError(
@@ -55,9 +66,7 @@ def forward_kl_loss(
     first_k: int = 1,
     generator: Generator | None = None,
     attention: str = "bidirectional",
-    frames_per_block: int = 3,
-    window_frames: int | None = None,
-    sink_frames: int = 0,
+    **mask: Any,
 ) -> Tensor:
     """mse of the student's x0 at a point of the teacher's trajectory and the x0 of the chord to the next one.
 
@@ -67,7 +76,7 @@ def forward_kl_loss(
         index: [B], the point of each video, each below ``first_k``; None: 0 if first_k = 1, else drawn from
             ``generator``.
         first_k: how many of the first points are used, 1 to P - 1.
-        attention: "bidirectional", or "block_causal" with frames_per_block, window_frames and sink_frames.
+        attention: "bidirectional", or "block_causal" with the ``mask`` (:func:`.context.block_causal`).
 
     Raises:
         ValueError: a shape, number or name does not fit, with the legal ones.
@@ -93,7 +102,6 @@ def forward_kl_loss(
     point, next_point = trajectory[each, index], trajectory[each, index + 1]
     sigma, next_sigma = levels[index], levels[index + 1]
     target = trajectory_x0(point, next_point, sigma, next_sigma)
-    rule = {"frames_per_block": frames_per_block, "window_frames": window_frames, "sink_frames": sink_frames}
-    velocity = student(point, (TRAIN_TIMESTEPS * sigma).to(point.device), prompt_embeds, attention, **rule)
+    velocity = student(point, (TRAIN_TIMESTEPS * sigma).to(point.device), prompt_embeds, attention, **mask)
     scale = sigma.to(target.device, target.dtype).view(-1, 1, 1, 1, 1)
     return (point.to(target.dtype) - scale * velocity.to(target.dtype) - target).square().mean()

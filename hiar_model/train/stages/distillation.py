@@ -25,12 +25,12 @@ from ..data.trajectories import TrajectoryStore, generate_trajectories, weights_
 from ..engine.distributed import unsharded
 from ..engine.networks import frozen, make_network
 from ..engine.self_rollout import ExitStepBatch, SelfRollout, draw_exit_step
-from ..losses.context import velocity_over_context
+from ..losses.context import block_causal, velocity_over_context
 from ..losses.dmd import critic_loss, distribution_matching, draw_sigma
 from ..losses.forward_kl import draw_points, forward_kl_loss
 from ..losses.teacher import drop_prompts, flow_draws, flow_matching_loss, ode_trajectory
 from .base import Scalars, Stage, UpdateStep
-from .sources import Sources, autocast, block_causal, sample_videos, save_student
+from .sources import Sources, autocast, sample_videos, save_student
 
 MAX_STEPS, MAX_SAMPLES = 64, 65536  # of an update, of a batch: what the ids of videos leave room for
 

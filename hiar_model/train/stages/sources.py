@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.checks import one_of
-from ...config import ExecutionConfig, RolloutConfig, WanConfig
+from ...config import ExecutionConfig, WanConfig
 from ...io.video import Frames
 from ...models.checkpoint import save_transformer
 from ...models.registry import save_toy_model
@@ -96,15 +96,6 @@ class Sources:
 def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
     """The precision of a recipe's forwards outside the trainer, which sets it itself; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
-
-
-def block_causal(rollout: RolloutConfig) -> dict[str, Any]:
-    """The block-causal mask of the first step, as the network takes it."""
-    return {
-        "frames_per_block": rollout.frames_per_block,
-        "window_frames": rollout.windows[0],
-        "sink_frames": rollout.sink_frames,
-    }
 
 
 def sample_videos(sources: Sources, model: HiARTransformer, recipe: CausalRecipe) -> Frames | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ from ...io.video import Frames
 from ...models.transformer import HiARTransformer
 from ..config.recipe import LevelsRecipe, TeacherForcingRecipe
 from ..engine.networks import make_network
-from ..losses.context import velocity_over_context
+from ..losses.context import block_causal, velocity_over_context
 from ..losses.noise import add_noise, shift_tensor
 from .base import Scalars, Stage, UpdateStep
-from .sources import Sources, block_causal, sample_videos, save_student
+from .sources import Sources, sample_videos, save_student
 
 
 class TeacherForcing(Stage):
@@ -91,16 +92,13 @@ def teacher_forcing_errors(
     context_sigma: Tensor,
     noise: Tensor,
     context_noise: Tensor,
-    *,
-    frames_per_block: int,
-    window_frames: int | None = None,
-    sink_frames: int = 0,
+    **mask: Any,
 ) -> Tensor:
     """Mean squared error of the velocity eps - x0 of every frame, float32 [B, F]; all blocks at once.
 
     Args:
         x0, noise, context_noise: clean latents, and the noise of the two copies, [B, F, C, H, W].
-        prompt_embeds: [B, L, text_dim]. target_sigma, context_sigma: [B].
+        prompt_embeds: [B, L, text_dim]. target_sigma, context_sigma: [B]. mask: :func:`.context.block_causal`.
     """
     velocity = velocity_over_context(
         model,
@@ -109,9 +107,7 @@ def teacher_forcing_errors(
         prompt_embeds,
         target_sigma,
         context_sigma,
-        frames_per_block=frames_per_block,
-        window_frames=window_frames,
-        sink_frames=sink_frames,
+        **mask,
     )
     return (velocity.float() - (noise - x0)).square().mean(dim=(2, 3, 4))
 
