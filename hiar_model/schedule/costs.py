@@ -96,7 +96,7 @@ class Costs:
     """All that the simulator asks. Times are in any one unit: tasks for `unit_costs`, else seconds.
 
     denoise, cache   time of a task, one curve for every step or one per step
-    pair             time of a fused pair over the sum of its two tasks
+    pair             time of a fused forward over the sum of its two tasks
     batch            time per row over that of a row alone, by rows in one launch (1, 2, ...; the last goes on)
     decode           time to decode the pixels of one block
     latents, keys    transfer of a block's latents to another rank; of its lent keys and values, all layers
@@ -124,7 +124,7 @@ class Costs:
         return found if isinstance(found, Curve) else found[step]
 
     def row(self, plan: Plan, row: Row) -> float:
-        """Time of one row run alone. Both tasks of a pair see what each would see alone."""
+        """Time of one row run alone. Both tasks of a fused row see what each would see alone."""
         time = sum(self.curve(v.kind, v.step)(plan.visible_frames(v.step, v.block)) for v in row)
         return time * self.pair if len(row) == 2 else time
 
@@ -191,7 +191,7 @@ def roofline(
 ) -> Costs:
     """Costs in seconds as if every task ran at `tflops` TFLOP/s, whatever its shape: no measurement, a lower bound.
 
-    A cache task counts as much as a denoise task, a pair as both, a row of a batch as a row alone.
+    A cache task counts as much as a denoise task, a fused row as both, a row of a batch as a row alone.
     """
     if not tflops > 0:
         raise ValueError(f"tflops={tflops} is not legal: give a number > 0")

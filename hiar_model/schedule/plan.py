@@ -1,8 +1,8 @@
-"""Which tasks make a rollout, what each needs, and the orders they may be walked in. Plain data, no tensors.
+"""Which tasks make a rollout, what each needs, and the orders they may run in. Plain data, no tensors.
 
 Two kinds of task make a whole rollout: `denoise(step, block)` takes a block one noise level down, and
 `cache(step, block)` leaves the block's keys and values at its new level for later blocks to read. What a task needs
-(`dependencies`) spans a graph; an order is a walk of it in groups of independent rows. `Plan.groups` writes the walks,
+(`dependencies`) spans a graph; an order lists its tasks in groups of independent rows. `Plan.groups` writes the orders,
 `check` proves one legal, `forwards` counts it. What it costs on one rank or several: `simulate`.
 
     matched graph   cache s holds blocks at noise level s + 1: step_first, stream, wavefront (the same result from each)
@@ -32,7 +32,7 @@ class Task(NamedTuple):
 
 
 Row = tuple[Task, ...]
-"""One batch row of one forward: a task alone, or the pair cache(s, n - 1), denoise(s, n) fused into one."""
+"""One batch row of one forward: a task alone, or cache(s, n - 1) and denoise(s, n) fused into one."""
 
 Group = tuple[Row, ...]
 """Rows that do not need each other, by rising step: they may run as one batch."""
@@ -50,7 +50,7 @@ def cache(step: int, block: int) -> Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be visited, and in which order.
+    """Which tasks there are, and in which order they run.
 
     steps               denoising steps S of the schedule
     order               step_first, stream, wavefront (one result) or block_first (clean context, the baseline)
@@ -136,7 +136,7 @@ class Plan:
 
     @property
     def graph(self) -> Literal["matched", "clean"]:
-        """The context a block sees: at its own noise level, or clean. Only walks of one graph give one result."""
+        """The context a block sees: at its own noise level, or clean. Only orders of one graph give one result."""
         return "clean" if self.order == "block_first" else "matched"
 
     @property
@@ -157,7 +157,7 @@ class Plan:
         return cache(step, block)
 
     def has_cache(self, step: int, block: int, num_blocks: int | None = None) -> bool:
-        """Whether a walk of num_blocks (None: endless) has cache(step, block): whether a later task reads it."""
+        """Whether a video of num_blocks (None: endless) has cache(step, block): whether a later task reads it."""
         reader = max(block + 1, self.prefix_blocks)  # the next block that is denoised
         if (num_blocks is not None and reader >= num_blocks) or self.provider(step, block) != cache(step, block):
             return False
@@ -167,10 +167,10 @@ class Plan:
         # The clean cache is read by the denoise tasks of every step, each with its own window.
         return self.graph == "clean" and any(self.sees(s, reader, block) for s in range(self.steps))
 
-    # The walks.
+    # The orders.
 
     def groups(self, num_blocks: int | None) -> Iterator[Group]:
-        """The walk of a video of num_blocks blocks, those of the prefix among them (None: endless), group by group.
+        """The tasks of a video of num_blocks blocks, those of the prefix among them (None: endless), group by group.
 
         Lazy: a group takes the memory and time of its own rows however long the video is. Cache tasks that nobody will
         read are left out, and with them the whole prefix of a video that has nothing to make.
@@ -182,20 +182,20 @@ class Plan:
                 "order='step_first' cannot make an endless video (its first block waits for the last): "
                 "give num_blocks, or use stream, wavefront or block_first"
             )
-        return filter(None, _WALKS[self.order](self, num_blocks))
+        return filter(None, _ORDERED[self.order](self, num_blocks))
 
     def _cache_group(self, block: int, num_blocks: int | None) -> Group:
         """All cache tasks of one block: independent once the block is denoised."""
         return tuple((cache(s, block),) for s in range(self.steps) if self.has_cache(s, block, num_blocks))
 
     def _denoise_row(self, step: int, block: int, num_blocks: int | None) -> Row:
-        """A denoise task; with pairs behind the cache task of the block before it, where there is one."""
+        """A denoise task; fused with the cache task of the block before it, where there is one."""
         if self.fuse_cache_denoise and block > 0 and self.has_cache(step, block - 1, num_blocks):
             return cache(step, block - 1), denoise(step, block)
         return (denoise(step, block),)
 
     def _lone_prefix(self) -> range:
-        """The prefix blocks whose cache tasks stand alone: with pairs the last one's join the first denoise tasks."""
+        """The prefix blocks whose cache tasks stand alone: those of the last one fuse with the first denoise tasks."""
         return range(self.prefix_blocks - 1 if self.fuse_cache_denoise else self.prefix_blocks)
 
     def _made(self, num_blocks: int | None) -> Iterable[int]:
@@ -203,7 +203,7 @@ class Plan:
         return count(self.prefix_blocks) if num_blocks is None else range(self.prefix_blocks, num_blocks)
 
 
-def _walk_step_first(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
+def _step_first(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
     """All blocks at step 0, then all at step 1, ...: one cache at a time."""
     for s in range(plan.steps):
         yield from (((cache(s, n),),) for n in plan._lone_prefix() if plan.has_cache(s, n, num_blocks))
@@ -213,7 +213,7 @@ def _walk_step_first(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
                 yield ((cache(s, n),),)
 
 
-def _walk_stream(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
+def _stream(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
     """Block by block through all steps, cache tasks once a block is finished. In the clean graph: block_first."""
     for n in plan._lone_prefix():
         yield plan._cache_group(n, num_blocks)
@@ -224,10 +224,10 @@ def _walk_stream(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
             yield plan._cache_group(n, num_blocks)
 
 
-def _walk_wavefront(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
+def _wavefront(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
     """Diagonals: with n counted from the first made block, denoise(s, n) at time s + 2n and cache(s, n) one later.
 
-    With pairs denoise(s, n) is at time s + n. A step's tasks come at different times, so no group holds a step twice.
+    Fused, denoise(s, n) is at time s + n. A step's tasks come at different times, so no group holds a step twice.
     """
     for n in plan._lone_prefix():
         yield plan._cache_group(n, num_blocks)
@@ -247,16 +247,16 @@ def _walk_wavefront(plan: Plan, num_blocks: int | None) -> Iterator[Group]:
         yield tuple(rows)
 
 
-_WALKS: dict[str, Callable[[Plan, int | None], Iterator[Group]]] = {
-    "step_first": _walk_step_first,
-    "stream": _walk_stream,
-    "wavefront": _walk_wavefront,
-    "block_first": _walk_stream,
+_ORDERED: dict[str, Callable[[Plan, int | None], Iterator[Group]]] = {
+    "step_first": _step_first,
+    "stream": _stream,
+    "wavefront": _wavefront,
+    "block_first": _stream,
 }
 
 
 def dependencies(plan: Plan, task: Task) -> frozenset[Task]:
-    """The tasks that must be done before this one. In a pair the row itself meets the need for cache(s, n - 1)."""
+    """The tasks that must be done before this one. A fused row itself meets the need for cache(s, n - 1)."""
     step, block = task.step, task.block
     needs = {plan.provider(step, m) for m in plan.seen(step, block)}
     if task.kind == "denoise" and step > 0:
@@ -267,7 +267,7 @@ def dependencies(plan: Plan, task: Task) -> frozenset[Task]:
 
 
 def check(plan: Plan, groups: Iterable[Group], num_blocks: int) -> None:
-    """Prove that a walk makes a video of num_blocks blocks (those of the prefix among them) in a legal way.
+    """Prove that an order makes a video of num_blocks blocks (those of the prefix among them) in a legal way.
 
     Legal: each task finds what it needs in earlier groups or ahead of it in its row; none comes twice; every made
     block is denoised at every step; every cache task is read by some task; no two rows of a group touch one cache;
@@ -313,11 +313,11 @@ def check(plan: Plan, groups: Iterable[Group], num_blocks: int) -> None:
                 raise ValueError(f"{denoise(step, block)} is missing: every made block needs all {plan.steps} steps")
     for task in order:
         if task.kind == "cache" and task not in read:
-            raise ValueError(f"{task} is needless: no task of the walk reads it")
+            raise ValueError(f"{task} is needless: no later task reads it")
 
 
 def forwards(groups: Iterable[Group]) -> int:
-    """How many tasks a walk makes; a pair counts two."""
+    """How many tasks there are in these groups; a fused row counts two."""
     return sum(len(row) for group in groups for row in group)
 
 
@@ -330,8 +330,8 @@ def rank_order(group: Group) -> list[Row]:
 
 def _caches_touched(plan: Plan, task: Task) -> set[int]:
     """The caches in which a task reads or writes."""
-    lends = plan.kv_source == "next_step" and task.kind == "denoise" and task.step > 0
-    return {plan.cache_index(s) for s in ((task.step - 1, task.step) if lends else (task.step,))}
+    shares = plan.kv_source == "next_step" and task.kind == "denoise" and task.step > 0
+    return {plan.cache_index(s) for s in ((task.step - 1, task.step) if shares else (task.step,))}
 
 
 def _check_row(row: Row) -> None:
@@ -339,7 +339,7 @@ def _check_row(row: Row) -> None:
         return
     if not row or row != (cache(row[-1].step, row[-1].block - 1), denoise(row[-1].step, row[-1].block)):
         text = ", ".join(map(str, row))
-        raise ValueError(f"({text}) is no row: give one task, or the pair cache(s, n - 1), denoise(s, n)")
+        raise ValueError(f"({text}) is no row: give one task, or cache(s, n - 1) and denoise(s, n)")
 
 
 def _check_task(plan: Plan, task: Task, num_blocks: int) -> None:

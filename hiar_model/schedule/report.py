@@ -19,7 +19,7 @@ from ..io.atomic import atomic
 from . import gpu_tables
 from .costs import LINKS, Costs, Curve, Geometry, exchanged_bytes, task_flop, unequal_parts, unit_costs
 from .plan import Plan
-from .simulator import ROUNDING, Timeline, Walk, simulate
+from .simulator import ROUNDING, TaskOrder, Timeline, simulate
 from .strategies import MODELS, TFLOPS, VAE_MS, WINDOW, Machine, machines, plan_of, strategies
 from .timeline import draw
 
@@ -63,8 +63,8 @@ def gain_table(
     for s in steps:
         for n in blocks:
             base = simulate(plan_of("block_first", s, frames_per_block=frames_per_block), n, costs=costs).time
-            walk = Walk(plan_of("stream", s, frames_per_block=frames_per_block), n, costs)
-            found = {ranks: walk.timeline(ranks) for ranks in ranks_of(s)}
+            tasks = TaskOrder(plan_of("stream", s, frames_per_block=frames_per_block), n, costs)
+            found = {ranks: tasks.timeline(ranks) for ranks in ranks_of(s)}
             gap = max(gap, *(1 - timeline.least / timeline.time for timeline in found.values()))
             cells = {ranks: f"{base / timeline.time:.2f}" for ranks, timeline in found.items()}
             rows.append([f"{s}", f"{n}", *(cells.get(r, "") for r in RANKS), cells[s]])
@@ -109,7 +109,7 @@ def _gain(steps: int, blocks: int) -> float:
 
 
 def setup_table(machine: Machine, steps: int = 4, blocks: int = 27, gpus: int = 4) -> list[str]:
-    """Every way to make one video of so many blocks, with all that a quoted speedup must name."""
+    """Every strategy to make one video of so many blocks, with all that a quoted speedup must name."""
     rows, base = [], 0.0
     for one in strategies(machine, steps, gpus):
         plain = one.run(blocks)
@@ -339,10 +339,10 @@ def measured_table(found: Mapping[str, Any]) -> list[str]:
     base = {row["blocks"]: row["seconds"] for row in rows if (row["order"], row["way"]) == ("block_first", "alone")}
     lines = ["| " + " | ".join(MEASURED) + " |", "|" + "---|" * 4 + "---:|" * (len(MEASURED) - 4)]
     for row in rows:
-        way = row["way"] if row["ranks"] == 1 else f"{row['way']} of {row['ranks']}"
+        strategy = row["way"] if row["ranks"] == 1 else f"{row['way']} of {row['ranks']}"
         speedup = (row["ranks"] if row["way"] == "replicas" else 1) * base[row["blocks"]] / row["seconds"]
         numbers = (row["seconds"], speedup, row["first_block"], row["interval"], row["prompt"], row["fps"])
-        cells = [str(row["blocks"]), row["order"], way + ("" if row["measured"] else ", projected")]
+        cells = [str(row["blocks"]), row["order"], strategy + ("" if row["measured"] else ", projected")]
         cells.append("+".join(map(str, row["split"])) if row["way"] == "pipeline" else "")
         cells += ["" if n is None else f"{n:.3g}" for n in (*numbers, row.get("fps_vae"), row["predicted"])]
         lines.append("| " + " | ".join(cells) + " |")

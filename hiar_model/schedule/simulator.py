@@ -1,6 +1,6 @@
-"""When each task of a walk would run on one rank or a pipeline of ranks: a simulation, without tensors.
+"""When each task of an order would run on one rank or a pipeline of ranks: a simulation, without tensors.
 
-A rank holds a run of successive steps and takes its rows in the order of the walk, those of a group in `rank_order`. A
+A rank holds a run of successive steps and takes its rows in that order, those of a group in `rank_order`. A
 row starts when its rank is free and all it needs has arrived. Transfers run beside the ranks' work; a link between two
 ranks carries one message at a time in each direction. Nothing else is modelled.
 """
@@ -114,7 +114,7 @@ class Timeline:
 
 
 class Makespan(NamedTuple):
-    """The time a walk takes, and how many steps each rank then holds."""
+    """The time an order takes, and how many steps each rank then holds."""
 
     time: float
     steps_per_rank: tuple[int, ...]
@@ -129,10 +129,10 @@ def makespan(
     send_latent: float = 0.0,
     send_keys: float = 0.0,
 ) -> Makespan:
-    """The time of a walk at unit costs on `ranks` ranks, with the best split of the steps over them.
+    """The time of an order at unit costs on `ranks` ranks, with the best split of the steps over them.
 
     Args:
-        denoise, cache: the time of a task; a pair takes both, and its latents are there when it ends.
+        denoise, cache: the time of a task; a fused row takes both, and its latents are there when it ends.
         send_latent: the time for latents to reach another rank.
         send_keys: the time for lent keys (kv_source="next_step") to reach another rank.
     """
@@ -154,7 +154,7 @@ def simulate(
     """The timeline of a video of num_blocks blocks, those of the prefix among them.
 
     Args:
-        split: steps per rank; or how many ranks, for the fastest split found (see `Walk.best_split`).
+        split: steps per rank; or how many ranks, for the fastest split found (see `TaskOrder.best_split`).
         costs: None: every task takes 1, transfers nothing.
         vae: "none": latents are the result. "last": the last rank decodes each block once it is denoised. "own": a
             further rank decodes.
@@ -165,8 +165,10 @@ def simulate(
     Raises:
         ValueError: names what is not legal.
     """
-    walk = Walk(plan, num_blocks, unit_costs() if costs is None else costs, vae=vae, batch=batch, in_flight=in_flight)
-    return walk.timeline(split)
+    tasks = TaskOrder(
+        plan, num_blocks, unit_costs() if costs is None else costs, vae=vae, batch=batch, in_flight=in_flight
+    )
+    return tasks.timeline(split)
 
 
 class _Job(NamedTuple):
@@ -185,8 +187,11 @@ class _Job(NamedTuple):
     behind: int | None
 
 
-class Walk:
-    """A walk with its costs, made ready to be simulated on one split after another. Arguments as for `simulate`."""
+class TaskOrder:
+    """The tasks of a video in order, with their costs, ready to be simulated on one split after another.
+
+    Arguments as for `simulate`.
+    """
 
     def __init__(
         self,
@@ -279,7 +284,7 @@ class Walk:
         return [*owner, len(split) - (self.vae != "own")]
 
     def _jobs(self) -> list[_Job]:
-        """The rows of the walk in the order in which ranks take them up."""
+        """The rows in the order in which ranks take them up."""
         plan, costs = self.plan, self.costs
         made_by: dict[Task, int] = {}
         jobs: list[_Job] = []
@@ -369,27 +374,27 @@ class Walk:
 
 
 class _Bounds:
-    """The least time of a split, rank by rank; see `Walk.best_split`."""
+    """The least time of a split, rank by rank; see `TaskOrder.best_split`."""
 
-    def __init__(self, walk: Walk, ranks: int) -> None:
-        steps, plan = walk.plan.steps, walk.plan
+    def __init__(self, tasks: TaskOrder, ranks: int) -> None:
+        steps, plan = tasks.plan.steps, tasks.plan
         self.steps, self.ranks = steps, ranks
         self.work = [0.0] * (steps + 1)  # the last: decoding
         first, last = [0.0] * (steps + 1), [0.0] * (steps + 1)
-        for job in walk.jobs:
+        for job in tasks.jobs:
             self.work[job.step] += job.cost
             blocks = (
                 {job.decoded} if job.decoded is not None else {r[-1].block for r in job.rows if r[-1].kind == "denoise"}
             )
             if plan.prefix_blocks in blocks and not plan.prefix_blocks:  # a given prefix is work without any wait
                 first[job.step] = job.cost
-            if walk.num_blocks - 1 in blocks:
+            if tasks.num_blocks - 1 in blocks:
                 last[job.step] = job.cost
         self.ahead = [sum(first[:s]) for s in range(steps + 1)]
         self.behind = [sum(last[s:]) for s in range(steps + 1)]
-        latents = walk.costs.latents
+        latents = tasks.costs.latents
         self.hop = latents.busy + latents.delay
-        self.vae = walk.vae
+        self.vae = tasks.vae
 
     def rank(self, rank: int, start: int, stop: int) -> float:
         """What the rank that holds steps [start, stop) makes the whole take at least."""

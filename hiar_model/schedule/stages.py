@@ -7,26 +7,26 @@ from dataclasses import dataclass, replace
 
 from .costs import Costs, unit_costs
 from .plan import Group, Plan, rank_order
-from .simulator import Walk
+from .simulator import TaskOrder
 
 
 def split_steps(plan: Plan, num_blocks: int | None, ranks: int, costs: Costs | None = None) -> tuple[int, ...]:
     """Steps per rank, by the simulator: the fastest split of the steps over so many ranks.
 
     Args:
-        num_blocks: of the walk; None: endless, judged by its steady state.
+        num_blocks: of the video; None: endless, judged by its steady state.
         costs: of the tasks, such as :func:`.measure_costs` returns; None: all cost the same.
 
     Raises:
-        ValueError: more ranks than steps, or a walk that ranks cannot share.
+        ValueError: more ranks than steps, or an order that ranks cannot share.
     """
-    return Walk(plan, _enough(plan, num_blocks), unit_costs() if costs is None else costs).timeline(ranks).split
+    return TaskOrder(plan, _enough(plan, num_blocks), unit_costs() if costs is None else costs).timeline(ranks).split
 
 
 def faster_fusion(plan: Plan, num_blocks: int | None, ranks: int | Sequence[int], costs: Costs) -> Plan:
     """The plan with fused tasks or without, whichever the simulator finds faster on so many ranks, or such a split."""
     plans = [replace(plan, fuse_cache_denoise=fused) for fused in (False, True)]
-    return min(plans, key=lambda one: Walk(one, _enough(one, num_blocks), costs).timeline(ranks).time)
+    return min(plans, key=lambda one: TaskOrder(one, _enough(one, num_blocks), costs).timeline(ranks).time)
 
 
 def _enough(plan: Plan, num_blocks: int | None) -> int:

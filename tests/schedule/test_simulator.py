@@ -28,7 +28,7 @@ from hiar_model.schedule.costs import (
     unit_costs,
 )
 from hiar_model.schedule.plan import Plan, cache, denoise, dependencies, forwards
-from hiar_model.schedule.simulator import Timeline, Walk, makespan, simulate
+from hiar_model.schedule.simulator import TaskOrder, Timeline, makespan, simulate
 
 pytestmark = pytest.mark.cpu
 
@@ -242,10 +242,10 @@ def test_timelines_are_legal(plan: Plan, made: int, costs: Costs, vae: str, data
 @given(plans(), st.integers(1, 4), cost_sets(), VAE)
 def test_the_split_found_is_the_best(plan: Plan, made: int, costs: Costs, vae: str) -> None:
     num_blocks = plan.prefix_blocks + made
-    walk = Walk(plan, num_blocks, costs, vae=vae)
+    tasks = TaskOrder(plan, num_blocks, costs, vae=vae)
     for ranks in range(1, plan.steps + 1):
-        found = walk.timeline(ranks)
-        times = [walk.timeline(split).time for split in all_splits(plan.steps, ranks)]
+        found = tasks.timeline(ranks)
+        times = [tasks.timeline(split).time for split in all_splits(plan.steps, ranks)]
         assert found.time == pytest.approx(min(times), rel=1e-8)
         assert found.least <= min(times) * (1 + 1e-8)
 
