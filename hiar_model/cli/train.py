@@ -1,4 +1,4 @@
-"""`hiar train`: a recipe, on one process or on those of torchrun."""
+"""`hiar train`: runs a recipe, on one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .signals import ENDING, listens
 
 if TYPE_CHECKING:
     from ..train.config.recipe import Recipe, TrainingRecipe
-    from ..train.engine.distributed import Place
+    from ..train.engine.distributed import DistContext
     from ..train.engine.trainer import Trainer
 
 
@@ -43,86 +43,88 @@ def train_arguments(parser: ArgumentParser) -> None:
 
 
 def train(a: Namespace) -> None:
-    overrides = dict(_override(text) for text in a.overrides)
+    overrides = dict(_override(argument) for argument in a.overrides)
     from ..train.config.reading import load_recipe, shipped_recipes
     from ..train.config.recipe import TrainingRecipe
-    from ..train.engine.distributed import find_place, find_share
+    from ..train.engine.distributed import init_training, launched_context
 
     recipe = load_recipe(a.recipe, overrides)
     folder = Path(a.out or Path("runs", a.recipe if a.recipe in shipped_recipes() else Path(a.recipe).stem))
     with _among_others():
-        place = find_place(recipe.scale, a.device) if isinstance(recipe, TrainingRecipe) else find_share(a.device)
-        if a.nproc not in (1, place.ranks):
-            raise ValueError(f"nproc is {a.nproc}, but torchrun started {place.ranks} processes: give one")
+        trains = isinstance(recipe, TrainingRecipe)
+        context = init_training(recipe.scale, a.device) if trains else launched_context(a.device)
+        if a.nproc not in (1, context.world_size):
+            raise ValueError(f"nproc is {a.nproc}, but torchrun started {context.world_size} processes: give one")
         if isinstance(recipe, TrainingRecipe):
-            _run(recipe, folder, place)
+            _run(recipe, folder, context)
         else:
-            _produce(recipe, folder, place)
+            _produce(recipe, folder, context)
 
 
-def _run(recipe: TrainingRecipe, folder: Path, place: Place) -> None:
-    from ..train.engine.loss_plot import PICTURE, can_draw, draw_loss_curve
+def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
+    from ..train.engine.loss_plot import PICTURE, can_draw, draw_losses
     from ..train.engine.metrics import LOSSES
     from ..train.engine.trainer import Trainer
     from ..train.stages.base import make_stage
 
-    trainer = Trainer(recipe, make_stage(recipe, place.device), folder, place)
+    trainer = Trainer(recipe, make_stage(recipe, context.device), folder, context)
     say, first, begun = trainer.say, trainer.update, time.perf_counter()
     if first < recipe.updates:
         where = folder / LOSSES
         say(f"{recipe.updates} updates, batches of {recipe.batch_size}; losses every {recipe.log_every} to {where}")
     if first:
-        say(f"going on from update {first} of {trainer.state}")
+        say(f"resuming from update {first} of {trainer.state}")
     means: dict[str, float] = {}
-    with _bar(place, "{task.completed}/{task.total}", "{task.fields[told]}") as bar:
-        task = bar.add_task("", total=recipe.updates, completed=first, told="")
+    with _bar(context, "{task.completed}/{task.total}", "{task.fields[losses]}") as bar:
+        task = bar.add_task("", total=recipe.updates, completed=first, losses="")
 
         def show(update: int, numbers: Mapping[str, float]) -> None:
             seen = update - first
             for name in (name for name in numbers if name.endswith("_loss")):
                 mean = means.get(name, numbers[name])
                 means[name] = mean + (numbers[name] - mean) / min(seen, 100)
-            told = ", ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in means.items())
-            bar.update(task, completed=update, told=f"{told}, {seen / (time.perf_counter() - begun):.2f} updates/s")
+            losses = ", ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in means.items())
+            rate = seen / (time.perf_counter() - begun)
+            bar.update(task, completed=update, losses=f"{losses}, {rate:.2f} updates/s")
 
         try:
-            with _interrupts(trainer, place):
+            with _interrupts(trainer, context):
                 done = trainer.run(show)
         except KeyboardInterrupt as error:
-            raise KeyboardInterrupt(f"the same command goes on from {trainer.state or 'the beginning'}") from error
-    if trainer.ends and not done:
-        stands = f"after {trainer.update} of {recipe.updates} updates"
-        raise KeyboardInterrupt(f"{stands}; the same command goes on from {trainer.state}")
+            raise KeyboardInterrupt(f"the same command resumes from {trainer.state or 'the start'}") from error
+    if trainer.stopping and not done:
+        count = f"{trainer.update} of {recipe.updates} updates"
+        raise KeyboardInterrupt(f"after {count}; the same command resumes from {trainer.state}")
     if not done:
-        say(f"time is over after {trainer.update} of {recipe.updates} updates; the same command goes on")
+        say(f"max_minutes reached after {trainer.update} of {recipe.updates} updates; the same command resumes")
         return
     model = trainer.export()
     if model is None:
         return
     if not can_draw():
-        say("no picture of the loss curve: matplotlib is not installed (pip install 'hiar-kernels[train]')")
+        say("no loss plot: matplotlib is not installed (pip install 'hiar-kernels[train]')")
     elif not (folder / LOSSES).exists():
-        say(f"no picture of the loss curve: {folder / LOSSES} is not there")
+        say(f"no loss plot: no file {folder / LOSSES}")
     else:
-        draw_loss_curve(folder / LOSSES, folder / PICTURE)
-        say(f"loss curve: {folder / PICTURE}")
+        draw_losses(folder / LOSSES, folder / PICTURE)
+        say(f"loss plot: {folder / PICTURE}")
     hint = f'; try: hiar generate "a red circle moving right" -o out.mp4 --model {model}' if model.is_dir() else ""
     say(f"model: {model}{hint}")
 
 
 @contextmanager
-def _interrupts(trainer: Trainer, place: Place) -> Iterator[None]:
-    """The first Ctrl-C (or the end of a terminal or a job) ends the run behind the update that is being made, so that
-    a state is written; a second one ends it at once. Several processes end at once.
+def _interrupts(trainer: Trainer, context: DistContext) -> Iterator[None]:
+    """The first Ctrl-C (or the end of a terminal or a job) saves a state and stops after the current update; a second
+    one stops at once. Several processes stop at once.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if trainer.ends:
+        if trainer.stopping:
             raise KeyboardInterrupt
-        trainer.end()
-        print("ending behind this update, to write a state; Ctrl-C again: at once", file=sys.stderr, flush=True)
+        trainer.stop()
+        print("stopping after this update, with a saved state; Ctrl-C again: at once", file=sys.stderr, flush=True)
 
-    if place.ranks > 1 or threading.current_thread() is not threading.main_thread():
+    if context.world_size > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, *ENDING) if listens(number)}
@@ -133,32 +135,32 @@ def _interrupts(trainer: Trainer, place: Place) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _produce(recipe: Recipe, folder: Path, place: Place) -> None:
+def _produce(recipe: Recipe, folder: Path, context: DistContext) -> None:
     from ..train.stages.base import make_stage
 
     if recipe.scale.threads:
         import torch
 
         torch.set_num_threads(recipe.scale.threads)
-    stage = make_stage(recipe, place.device)
-    with _bar(place, "{task.completed}/{task.total}") as bar:
+    stage = make_stage(recipe, context.device)
+    with _bar(context, "{task.completed}/{task.total}") as bar:
         task = bar.add_task("", total=None)
-        told = stage.produce(
-            folder, place.rank, place.ranks, lambda done, total: bar.update(task, completed=done, total=total)
+        report = stage.produce(
+            folder, context.rank, context.world_size, lambda done, total: bar.update(task, completed=done, total=total)
         )
-    if place.rank == 0:
-        print(told)
+    if context.rank == 0:
+        print(report)
 
 
-def _bar(place: Place, *columns: str) -> Any:
+def _bar(context: DistContext, *columns: str) -> Any:
     bar = progress_bar(*columns)
-    bar.disable = bar.disable or place.rank != 0
+    bar.disable = bar.disable or context.rank != 0
     return bar
 
 
 @contextmanager
 def _among_others() -> Iterator[None]:
-    """Where several processes run: what goes wrong in one of them, or in all alike, is told once."""
+    """With several processes: print an error of one of them, or the same error of all, once."""
     if environment.world_size() == 1:
         yield
         return
@@ -168,21 +170,21 @@ def _among_others() -> Iterator[None]:
         import torch.distributed as dist
 
         if dist.is_initialized():
-            dist.barrier()  # nobody leaves while another still asks
+            dist.barrier()  # no process exits while another still communicates
     except KeyboardInterrupt:
         code = INTERRUPTED
     except (ValueError, OSError) as error:
         code = WRONG_INPUT
-        _tell(error)
+        _report(error)
     except FloatingPointError as error:
         code = FAILED
-        _tell(error)
+        _report(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # an ordinary exit tears down torch's links in an order that may abort the process
+    os._exit(code)  # a normal exit may abort while torch tears down its process groups
 
 
-def _tell(error: Exception) -> None:
+def _report(error: Exception) -> None:
     if (file := environment.error_file()) is not None:
         with suppress(FileExistsError):
             file.touch(exist_ok=False)
@@ -191,10 +193,10 @@ def _tell(error: Exception) -> None:
         print(f"hiar: rank {environment.rank()}:", " ".join(str(error).split()), file=sys.stderr)
 
 
-def _override(text: str) -> tuple[str, Any]:
-    key, sign, value = text.partition("=")
+def _override(argument: str) -> tuple[str, Any]:
+    key, sign, value = argument.partition("=")
     if not key or not sign:
-        raise ValueError(f"{text!r} is no override: write key=value, such as updates=100")
+        raise ValueError(f"{argument!r} is not an override: write key=value, such as updates=100")
     try:
         return key, json.loads(value)
     except ValueError:

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
+from ..common.checks import path_like
 from ..common.settings import own_settings
 from ..config import SHIPPED, RolloutConfig, WanConfig
 from ..io.atomic import atomic, atomic_write
@@ -55,6 +56,8 @@ class ToyDecoder:
 
 def model_folder(name_or_path: str | os.PathLike[str]) -> Path:
     """The folder of a shipped model's name or of a path; ValueError if there is no such folder."""
+    if name_or_path != "":  # refused below, with the names of the shipped models
+        path_like("model", name_or_path)
     name = os.fspath(name_or_path)
     if name in SHIPPED:
         package, inside = SHIPPED[name]

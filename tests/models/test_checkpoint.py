@@ -174,7 +174,7 @@ def test_nothing_partial_is_left(tmp_path, weights, monkeypatch):
         Path(name).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("hiar_model.models.checkpoint.save_file", torn)
+    monkeypatch.setattr("hiar_model.models.checkpoint.save_tensors", torn)
     with pytest.raises(OSError, match="no space left"):
         save_transformer(model, path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
@@ -297,7 +297,7 @@ def test_several_indexes(tmp_path):
     [
         ("dim: 3", "corrupt, or not JSON"),
         ('{"dim": 128, "depth": 3}', "unknown depth; known: dim, eps, ffn_dim"),
-        ('{"dim": 130, "num_heads": 4}', "dim 130 is not num_heads 4 times an even number"),
+        ('{"dim": 130, "num_heads": 4}', "dim must be num_heads (4) times an even number, got 130"),
         ('{"num_heads": "four"}', "num_heads must be a whole number, got 'four'"),
         (
             '{"_class_name": "WanVACEModel", "dim": 128}',

@@ -155,7 +155,7 @@ def test_a_lossy_write_is_not_kept(published, tmp_path, monkeypatch):
     def lossy(state, path, metadata):
         save_file({**state, "proj_out.weight": state["proj_out.weight"] * 1.0001}, path, metadata)
 
-    monkeypatch.setattr(module, "save_file", lossy)
+    monkeypatch.setattr(module, "save_tensors", lossy)
     line = refusal(published["original"], tmp_path / "out", "diffusers")
     assert line.startswith(f"{tmp_path / 'out'} is not written: its tensors hash to ")
     assert not list(tmp_path.iterdir())
@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_nothing(published, tmp_path, monkeypatch, to, writer
         raise RuntimeError("PytorchStreamWriter failed writing file\nmore lines")
 
     if writer == "save_file":
-        monkeypatch.setattr(module, "save_file", full)
+        monkeypatch.setattr(module, "save_tensors", full)
     else:
         monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError) as refused:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import torchrun
 from runs import make_rollout
 from tiny_model import SIZE, TEXT, TINY, difference, make_model, run
 
@@ -127,9 +126,7 @@ def test_the_baseline_and_lent_keys_take_them_too():
 def test_in_a_pipeline_each_rank_has_its_own(tmp_path):
     for name, model in (("high", HIGH), ("low", LOW)):
         save_transformer(model, tmp_path / f"{name}.safetensors")
-    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(job, capture_output=True, text=True, timeout=240, env=environment)
+    done = torchrun(2, __file__, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     actual = torch.load(tmp_path / "latents.pt", weights_only=True)
     assert torch.equal(actual, run(model=EXPERTS, order="stream", **OPTIONS))

@@ -246,7 +246,10 @@ def test_other_models_are_named(tmp_path, key, what):
         ({"image_dim": 1280}, "image_dim 1280 makes it an image-to-video model; expected null"),
         ({"added_kv_proj_dim": 256}, "added_kv_proj_dim 256 makes it an image-to-video model; expected null"),
         ({"num_attention_heads": "2"}, "sizes must be numbers: num_attention_heads is '2'"),
-        ({"attention_head_dim": None, "num_attention_heads": 3}, "dim 256 is not num_heads 3 times an even number"),
+        (
+            {"attention_head_dim": None, "num_attention_heads": 3},
+            "dim must be num_heads (3) times an even number, got 256",
+        ),
         ({"depth": 3}, "unknown depth; known: added_kv_proj_dim, attention_head_dim"),
     ],
 )

@@ -217,7 +217,7 @@ def test_a_full_disk_is_a_warning(folders, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "save_tensors", full)
     encoder = WanTextEncoder(folders["original"], cache=tmp_path)
     with pytest.warns(UserWarning, match="embedding is not cached: .*No space left on device"):
         actual = encoder(PROMPT)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hiar_kernels import qk_norm_rope
-from hiar_kernels._dispatch import prefer, taken
 from hiar_kernels.attention import table
+from hiar_kernels.common.dispatch import prefer, taken
 from hiar_model.config import FlowSchedule, WanConfig, sigma_table
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.rollout.reference import forward_block
@@ -127,15 +127,21 @@ def test_uniform_schedules(steps):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: FlowSchedule(shift=float("nan")), "shift must be a number above 0, got nan"),
+        (lambda: FlowSchedule(shift=float("inf")), "shift must be a number above 0, got inf"),
+        (lambda: FlowSchedule(shift="5"), "shift must be a number above 0, got '5'"),
+        (lambda: FlowSchedule(("1000", "500")), "steps must fall within (0, 1000], got ['1000', '500']"),
+        (lambda: FlowSchedule(5), "steps must fall within (0, 1000], got 5"),
+        (lambda: FlowSchedule.uniform(1001), "number of steps must be a whole number from 1 to 1000, got 1001"),
         (lambda: FlowSchedule(()), "steps must fall within (0, 1000], got []"),
         (lambda: FlowSchedule((500, 750)), "must fall"),
         (lambda: FlowSchedule((1000, 0)), "must fall within (0, 1000]"),
-        (lambda: FlowSchedule(shift=0.0), "shift must be positive, got 0.0"),
-        (lambda: FlowSchedule.uniform(0), "at least 1, got 0"),
-        (lambda: WanConfig(24, 40, 5, 1), "dim 24 is not num_heads 5 times an even number"),
+        (lambda: FlowSchedule(shift=0.0), "shift must be a number above 0, got 0.0"),
+        (lambda: FlowSchedule.uniform(0), "a whole number from 1 to 1000, got 0"),
+        (lambda: WanConfig(24, 40, 5, 1), "dim must be num_heads (5) times an even number, got 24"),
         (lambda: WanConfig(24, 40, 2, 0), "num_layers must be positive, got 0"),
         (lambda: WanConfig(24, 40, 2, 1, patch_size=(2, 2, 2)), "patch_size[0] must be 1, got 2"),
-        (lambda: WanConfig.from_name("wan"), "unknown model 'wan'; known: wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy"),
+        (lambda: WanConfig.from_name("wan"), "model must be one of wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy, got 'wan'"),
         (lambda: WanConfig.from_dict({"dim": 4, "heads": 2}), "unknown heads; known: dim, eps"),
     ],
 )
@@ -273,7 +279,7 @@ def test_other_bad_calls_are_refused(tiny, golden):
     x, t, text = (golden[f"bidirectional.{name}"] for name in ("x", "t", "context"))
     with pytest.raises(ValueError, match="attention must be one of bidirectional, block_causal, got 'causal'"):
         tiny(x, t, text, "causal")
-    with pytest.raises(ValueError, match="latent frame 7x12 is no multiple of the patch 2x2"):
+    with pytest.raises(ValueError, match="multiples of the patch 2x2, got 7x12"):
         tiny(x[..., :7, :], t, text)
 
 
@@ -325,13 +331,13 @@ def test_training_runs_what_was_measured(monkeypatch):
     """On an H200 it would take the library in groups where that won, since the layout is known to every layer."""
     choose, chosen = table.choose, []
 
-    def also_there(q, k, v, mask, context, counts, layout, return_lse, trains):
-        shape = table.shape_class(q, k, mask, context, trains)
-        options = {"counts": counts is not None, "return_lse": return_lse, "trains": trains}
-        known = mask is None or layout is not None
-        if mask is not None:
-            chosen.append((shape, table.decide(90, shape, known=known, runs=lambda impl: True, **options).impl))
-        return choose(q, k, v, mask, context, counts, layout, return_lse, trains)
+    def also_there(call, layout, return_lse):
+        shape = table.shape_class(call)
+        options = {"counts": False, "return_lse": return_lse, "trains": call.needs_grad}
+        if call.mask is not None:
+            known = layout is not None
+            chosen.append((shape, table.decide(90, shape, layout_known=known, runs=lambda impl: True, **options).impl))
+        return choose(call, layout, return_lse)
 
     monkeypatch.setattr(table, "choose", also_there)
     latents, timesteps, text = inputs(frames=6)

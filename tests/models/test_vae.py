@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import wan_files
+from processes import torchrun
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -303,10 +302,7 @@ def test_a_rank_that_only_decodes(folder, vae):
     """Two processes: the first makes the blocks, the last one, without steps, turns them into pixels."""
     from vae_job import video
 
-    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*job, str(Path(__file__).parents[1] / "helpers" / "vae_job.py"), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    done = torchrun(2, Path(__file__).parents[1] / "helpers" / "vae_job.py", folder)
     assert (folder / "split.json").exists(), done.stderr[-3000:]
     assert json.loads((folder / "split.json").read_text()) == [1, 2, 0]
     blocks = [block.latents for block in video("eager")]

@@ -219,18 +219,30 @@ ILLEGAL = {
     "no frames": ({"num_frames": 0}, "num_frames must be a whole number of at least 1, got 0"),
     "negative frames": ({"num_frames": -3}, "num_frames must be a whole number of at least 1, got -3"),
     "half a frame": ({"num_frames": 1.5}, "num_frames must be a whole number"),
-    "no steps": ({"steps": 0}, "steps must be a whole number of at least 1"),
+    "no steps": ({"steps": 0}, "steps must be a whole number from 1 to 1000, got 0"),
     "order": ({"order": "reverse"}, "order must be one of step_first, stream, wavefront, block_first, got 'reverse'"),
     "seed": ({"seed": "x"}, "seed must be a whole number, got 'x'"),
     "window": ({"window_frames": 2}, "window_frames must be a whole number of at least 3 .*got 2"),
     "window word": ({"window_frames": "wide"}, "window_frames must be a number"),
     "sink": ({"sink_frames": -1}, "sink_frames must be a whole number of at least 0"),
     "large sink": ({"sink_frames": 7}, "window_frames must be a whole number of at least 10"),
-    "fps": ({"fps": 0}, "fps must be a number above 0, got 0"),
+    "fps": ({"fps": 0}, "fps must be a number from 0.01 to 1000, got 0"),
+    "a rate that no file can hold": ({"fps": 1e6}, "fps must be a number from 0.01 to 1000, got 1000000.0"),
+    "more steps than levels": ({"steps": 10**7}, "steps must be a whole number from 1 to 1000, got 10000000"),
+    "threads without number": ({"threads": 10**5}, r"threads must be a whole number from 1 to \d+, got 100000"),
+    "half a window": ({"window_frames": 2.5}, "window_frames=2.5 is not legal: give None, one number"),
+    "a true window": ({"window_frames": True}, "window_frames=True is not legal"),
+    "an array of windows": ({"window_frames": np.array([6, 6, 6])}, "window_frames=array.* one per step .2."),
+    "no model": ({"model": None}, "model must be the path of a file or folder, got None"),
+    "image": ({"image": 3}, "image must be the path of a file or folder, got 3"),
+    "clip": ({"extend": b"x.mp4"}, "extend must be the path of a file or folder, got b'x.mp4'"),
+    "session": ({"session": 3}, "session must be the path of a file or folder, got 3"),
+    "prompts": ({"prompts": "a.txt"}, "prompts must be a PromptSchedule .* got 'a.txt'"),
+    "progress": ({"on_progress": 3}, "on_progress must be a function or None, got 3"),
     "device": ({"device": "abacus"}, "unknown device 'abacus'; legal: auto, cpu"),
     "device number": ({"device": "cuda:99"}, "is not there"),
     "dtype": ({"dtype": "int8"}, "unknown dtype 'int8'; legal: float32"),
-    "other dtype": ({"dtype": "float64"}, "the model given is in torch.float32, not in float64"),
+    "other dtype": ({"dtype": "float64"}, "dtype must be that of the loaded model, torch.float32, got float64"),
     "model": ({"model": "nowhere"}, "'nowhere' is neither a folder nor a shipped model"),
 }  # fmt: skip
 
@@ -246,9 +258,9 @@ def test_illegal_requests(model, name, make, monkeypatch):
 
 
 def test_endless_needs_a_window_and_an_order(model):
-    with pytest.raises(ValueError, match="needs a window"):
+    with pytest.raises(ValueError, match="window_frames must be a number for an endless video"):
         stream(PROMPT, model=model, window_frames=None)
-    with pytest.raises(ValueError, match="step_first cannot make an endless video: .*use stream, wavefront"):
+    with pytest.raises(ValueError, match="order must be one of stream, wavefront, .* got step_first"):
         stream(PROMPT, model=model, order="step_first")
     assert len(generate(PROMPT, model=model, window_frames=None, order="stream")) == FRAMES
 
@@ -303,7 +315,7 @@ def test_black_is_an_error(model):
             return np.full((BLOCK, SIDE, SIDE, 3), 0 if self.calls == 3 else 9, np.uint8)
 
     dark = dataclasses.replace(model, new_decoder=Dark)
-    with pytest.raises(FloatingPointError, match="frames 6 to 8 came out all black: step 1, block 2"):
+    with pytest.raises(FloatingPointError, match="frames 6 to 8 are all black: step 1, block 2"):
         generate(PROMPT, model=dark)
 
 

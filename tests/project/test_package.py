@@ -80,8 +80,8 @@ esac
 @pytest.mark.parametrize("goal", ["setup", "setup-dev"])
 def test_setting_up_shows_its_progress(tmp_path, goal):
     """With a stand-in for the interpreter: every step is announced, and pip is not told to be quiet."""
-    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt", "hiar_kernels/_extension.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt", "hiar_kernels/common/extension.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-
 import pytest
-import small_toy
 import torch
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model
 
 from hiar_model.config import FlowSchedule
-from hiar_model.evaluation.join import Join, measure_join
-from hiar_model.models.registry import load_video_model
-from hiar_model.rollout.infill import infill, path_breaks, seams
+from hiar_model.rollout.infill import infill
 from hiar_model.rollout.noise import INITIAL, keyed_noise
-from hiar_model.toy.prompt import split_prompts
 
 pytestmark = pytest.mark.cpu
 
@@ -32,7 +25,7 @@ def noise(step: int, seed: int = 5) -> torch.Tensor:
     return torch.stack([torch.cat(blocks) for blocks in drawn])
 
 
-def plain(trajectory: str, model) -> torch.Tensor:
+def plain(sampler: str, model) -> torch.Tensor:
     """Few-step sampling of a whole clip in float64, written out."""
     x = noise(INITIAL).double()
     for step, (sigma, following) in enumerate(zip(SCHEDULE.sigmas, SCHEDULE.sigmas[1:], strict=False)):
@@ -40,36 +33,36 @@ def plain(trajectory: str, model) -> torch.Tensor:
         velocity = model(x, t, TEXT.expand(2, -1, -1))
         x0 = x - sigma * velocity
         ode = x + (following - sigma) * velocity
-        x = (1 - following) * x0 + following * noise(step).double() if trajectory == "sde" else ode
+        x = (1 - following) * x0 + following * noise(step).double() if sampler == "sde" else ode
     return x
 
 
-def run(given=ENDS, **options) -> torch.Tensor:
+def run(known=ENDS, **options) -> torch.Tensor:
     options = {"seed": 5, **options}
-    return infill(options.pop("model", MODEL), options.pop("latents", CLEAN), given, TEXT, SCHEDULE, **options)
+    return infill(options.pop("model", MODEL), options.pop("latents", CLEAN), known, TEXT, SCHEDULE, **options)
 
 
-@pytest.mark.parametrize("trajectory", ["sde", "ode"])
-def test_given_frames_stay_and_are_noised_to_every_level(trajectory):
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+def test_given_frames_stay_and_are_noised_to_every_level(sampler):
     seen = []
-    made = run(trajectory=trajectory, on_level=lambda step, x: seen.append(x.clone()))
+    made = run(sampler=sampler, on_level=lambda step, x: seen.append(x.clone()))
     assert torch.equal(made[ENDS], CLEAN[ENDS])
     assert difference(made[~ENDS], CLEAN[~ENDS]) > 0.1
     for step, x in enumerate(seen):
         sigma = SCHEDULE.sigmas[step]
         # a level's noise is that of the step before it, and of the beginning where steps follow the velocity
-        eps = noise(step - 1 if trajectory == "sde" else INITIAL)
+        eps = noise(step - 1 if sampler == "sde" else INITIAL)
         expected = (1 - sigma) * CLEAN + sigma * eps
         assert torch.equal(x[ENDS], expected[ENDS]), step
     assert torch.equal(seen[0][~ENDS], noise(INITIAL)[~ENDS])
 
 
-@pytest.mark.parametrize("trajectory", ["sde", "ode"])
-def test_with_nothing_given_it_is_plain_sampling(trajectory):
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+def test_with_nothing_given_it_is_plain_sampling(sampler):
     exact = make_model().double()
-    made = run((), model=exact, trajectory=trajectory)
-    assert made.dtype == torch.float64 and difference(made, plain(trajectory, exact)) < 1e-10
-    assert torch.equal(made, run(torch.zeros(2, FRAMES, dtype=torch.bool), model=exact, trajectory=trajectory))
+    made = run((), model=exact, sampler=sampler)
+    assert made.dtype == torch.float64 and difference(made, plain(sampler, exact)) < 1e-10
+    assert torch.equal(made, run(torch.zeros(2, FRAMES, dtype=torch.bool), model=exact, sampler=sampler))
 
 
 def test_with_all_given_it_is_what_was_given():
@@ -125,11 +118,11 @@ def test_not_finite_is_told():
     [
         ({"latents": CLEAN[:, :10]}, "whole blocks of frames_per_block=3, got 10 frames"),
         ({"latents": CLEAN[0]}, r"latents must be \[B, F, 2, H, W\], got \[12, 2, 2, 4\]"),
-        ({"given": [4]}, r"given blocks must be in 0..3, got 4"),
-        ({"given": torch.ones(2, 9, dtype=torch.bool)}, r"given must be bool \[2, 12\], got torch.bool \[2, 9\]"),
-        ({"given": torch.ones(2, 12)}, r"given must be bool \[2, 12\], got torch.float32"),
-        ({"trajectory": "x"}, "trajectory must be one of sde, ode, got 'x'"),
-        ({"model": [MODEL]}, "one for each of the 3 steps; got 1"),
+        ({"known": [4]}, r"known blocks must be in 0..3, got 4"),
+        ({"known": torch.ones(2, 9, dtype=torch.bool)}, r"known must be bool \[2, 12\], got torch.bool \[2, 9\]"),
+        ({"known": torch.ones(2, 12)}, r"known must be bool \[2, 12\], got torch.float32"),
+        ({"sampler": "x"}, "sampler must be one of sde, ode, got 'x'"),
+        ({"model": [MODEL]}, "one for each of the 3 steps, got 1"),
         ({"video_ids": [1]}, "one for each of 2 videos, got 1"),
     ],
     ids=str,
@@ -137,59 +130,3 @@ def test_not_finite_is_told():
 def test_bad_requests_are_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message):
         run(**options)
-
-
-# Where it joins
-
-EXTENT = torch.tensor([32.0, 32.0])
-
-
-def line(frames: int, pace=(3.0, -1.0), start=(30.0, 2.0)) -> torch.Tensor:
-    return (torch.tensor(start) + torch.tensor(pace) * torch.arange(frames)[:, None]) % 32
-
-
-def test_seams_are_where_given_and_made_meet():
-    assert seams(ENDS[0]) == [3, 9]
-    assert seams(torch.ones(4, dtype=torch.bool)) == []
-
-
-def test_a_straight_path_has_no_break_and_a_shifted_one_its_shift():
-    path = line(12)
-    assert path_breaks(path, EXTENT, [3, 6, 9]) == pytest.approx([0, 0, 0], abs=1e-5)
-    path[6:] = (path[6:] + torch.tensor([4.0, 3.0])) % 32
-    assert path_breaks(path, EXTENT, [3, 6, 9]) == pytest.approx([0, 5, 0], abs=1e-5)
-    path[6] = math.nan
-    assert [math.isnan(x) for x in path_breaks(path, EXTENT, [3, 6, 9])] == [False, True, True]
-    with pytest.raises(ValueError, match=r"3 frames on either side: give 3..9, got 10"):
-        path_breaks(path, EXTENT, [10])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return load_video_model(small_toy.write_model(tmp_path_factory.mktemp("m") / "small"), "cpu")
-
-
-def test_the_join_is_measured_on_the_toy_world(model):
-    """A model of random weights joins nothing; the true clip does, and is read from its own pixels."""
-    done = []
-    found = measure_join(model, split_prompts()[1][:3], batch=2, on_videos=done.append)
-    assert isinstance(found, Join) and (found.videos, found.blocks, found.given) == (3, 4, (0, 3))
-    assert found.true_break < 1.0
-    assert not found.infilled_break < 1.0  # nan where nothing is seen
-    assert 0 <= found.seen <= 1 and done == [2, 3]
-    assert found == measure_join(model, split_prompts()[1][:3], batch=2) or math.isnan(found.infilled_break)
-
-
-def test_a_perfect_infill_is_measured_as_one(model, monkeypatch):
-    monkeypatch.setattr(
-        "hiar_model.evaluation.join.infill", lambda network, clean, given, *_, **__: clean if given else -clean
-    )
-    found = measure_join(model, split_prompts()[1][:3])
-    assert found.infilled_break == found.true_break and found.seen == 1 and found.colour > 0.9
-
-
-def test_what_cannot_be_measured_is_refused(model):
-    with pytest.raises(ValueError, match="shows no toy world"):
-        measure_join(dataclasses.replace(model, world=None), split_prompts()[1][:1])
-    with pytest.raises(ValueError, match="some of 4 blocks given but not all"):
-        measure_join(model, split_prompts()[1][:1], given=(0, 1, 2, 3))
