@@ -15,6 +15,7 @@ from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, run
 from torch.utils._pytree import tree_flatten
 
 import hiar_kernels
+from hiar_kernels.qk_norm_rope.inputs import turns_of
 from hiar_model.config import FlowSchedule
 from hiar_model.models.kv_cache import CachedAttention
 from hiar_model.rollout import Rollout
@@ -348,3 +349,11 @@ def test_what_a_graph_reads_is_owned_by_its_forward(options):
                     assert x.untyped_storage().data_ptr() in owned, f"{function} reads {list(x.shape)} of nobody"
             owned |= {x.untyped_storage().data_ptr() for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)}
     assert picks or options, "no forward selects batch items that are no neighbours"
+
+
+def test_tables_that_kernels_keep_are_never_evicted():
+    """A graph that was captured long ago still reads its own."""
+    first = turns_of(8, 1e4, torch.device("cpu"))
+    for theta in range(2, 200):
+        turns_of(8, float(theta), torch.device("cpu"))
+    assert turns_of(8, 1e4, torch.device("cpu")) is first
