@@ -1,4 +1,4 @@
-"""The command `hiar evaluate`: toy models measured, and many measurements as one table."""
+"""`hiar evaluate`: measures toy models, and tabulates measurements."""
 
 from __future__ import annotations
 
@@ -115,29 +115,29 @@ def _pairs(a: Namespace) -> None:
     from ..train.data.toy_pairs import read_toy_pairs
 
     torch.set_num_threads(a.threads or 1)
-    found = read_toy_pairs(a.folder, a.world)
+    summaries = read_toy_pairs(a.folder, a.world)
     print("| the teacher's | number | colour % | shape % | valid % | direction % | speed/truth |")
     print("|---|---|---|---|---|---|---|")
-    for kind, (number, means) in found.items():
+    for kind, (number, means) in summaries.items():
         shares = " | ".join(f"{100 * share:.1f}" for share in (means.colour, means.shape, means.valid, means.direction))
         print(f"| {kind} | {number} | {shares} | {means.speed_ratio:.2f} |")
 
 
 def _target(name: str | None) -> Path | None:
-    """Where to write; refused before any work if it cannot be written."""
+    """The output file, checked to be writable before any work."""
     return None if name is None else check_output(name)
 
 
 def _print_rows(rows: Sequence[Any], title: str) -> None:
-    """One line per row; percentages, the stretches of a video from its first to its last."""
+    """A table with a line for each row: percentages, of the whole video and its stretches in order."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    print(title)  # not the table's: it would be wrapped to its width
+    print(title)  # as the title of the table it would be wrapped
     count = len(rows[0].parts)
     by = f"by {ORDINALS.get(count, f'1/{count}')}"
-    # What the prompt does not fix: of the last stretch, where the world varies it; and over seeds.
+    # what the prompt leaves open: in the last stretch, if the world varies it; and over seeds
     varied = any(row.whole.texture_kept == row.whole.texture_kept for row in rows)
     kinds = [vars(row.diversity) for row in rows if row.diversity is not None]
     diverse = [name for name in kinds[0] if any(of[name] == of[name] for of in kinds)] if kinds else []

@@ -1,4 +1,4 @@
-"""The command `hiar`. Only what a command needs is imported, when it runs: `hiar --help` does not wait for torch."""
+"""The command `hiar`. Commands import what they need when they run, so `hiar --help` does not import torch."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from .signals import as_interrupts
 from .train import train, train_arguments
 from .weights import convert, convert_arguments, doctor, doctor_arguments
 
-CONFIG_HELP = "file with options of this command: YAML, or the .json beside a video; words typed here count more"
+CONFIG_HELP = "file with options of this command: YAML, or the .json beside a video; options typed here take precedence"
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def build_parser() -> ArgumentParser:
-    """The whole command line; an unknown option or key is refused."""
+    """The parser of all commands; it refuses unknown options and keys."""
     parser = ArgumentParser(
         prog="hiar",
         description="Long video by hierarchical denoising.",
         version=package_version(),
         exit_on_error=False,
     )
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
     for name, (add_arguments, _, summary) in COMMANDS.items():
         command = ArgumentParser(description=summary, exit_on_error=False)
@@ -47,9 +47,8 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line (``argv`` None: the process's) and return the exit code: 0, 2 for a mistake in what was
-    asked, 1 for a result that is not finite or black, 130 for Ctrl-C, SIGTERM or SIGHUP. A failure is one line on
-    stderr.
+    """Run the command line (``argv`` None: the process's) and return the exit code: 0; 2 for illegal input; 1 for a
+    result that is not finite or black; 130 for Ctrl-C, SIGTERM or SIGHUP. An error is one line on stderr.
     """
     _open_closed()
     debug, parser, dests = False, build_parser(), []
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words:
         parser.print_help()
         return 0
-    with suppress(AttributeError):  # what stdout cannot spell, such as a name, is no reason to fail at the end
+    with suppress(AttributeError):  # do not fail on characters that stdout cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         arguments = parser.parse_args(words)
@@ -84,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _interruptible() -> AbstractContextManager[None]:
-    """One process alone ends on SIGTERM as on Ctrl-C; the processes of a job have a watch that does it."""
+    """A single process treats SIGTERM as Ctrl-C; in a job of several, the watchdog does."""
     alone = environment.world_size() == 1 and threading.current_thread() is threading.main_thread()
     return as_interrupts() if alone else nullcontext()
 

@@ -1,4 +1,4 @@
-"""`hiar train`: a recipe, on one process or on those of torchrun."""
+"""`hiar train`: runs a recipe, on one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def train_arguments(parser: ArgumentParser) -> None:
 
 
 def train(a: Namespace) -> None:
-    overrides = dict(_override(text) for text in a.overrides)
+    overrides = dict(_override(argument) for argument in a.overrides)
     from ..train.config.reading import load_recipe, shipped_recipes
     from ..train.config.recipe import TrainingRecipe
     from ..train.engine.distributed import find_place, find_share
 
     recipe = load_recipe(a.recipe, overrides)
     folder = Path(a.out or Path("runs", a.recipe if a.recipe in shipped_recipes() else Path(a.recipe).stem))
-    with _among_others():
+    with _report_once():
         place = find_place(recipe.scale, a.device) if isinstance(recipe, TrainingRecipe) else find_share(a.device)
         if a.nproc not in (1, place.ranks):
-            raise ValueError(f"nproc is {a.nproc}, but torchrun started {place.ranks} processes: give one")
+            raise ValueError(f"nproc must be left out under torchrun ({place.ranks} processes), got {a.nproc}")
         if isinstance(recipe, TrainingRecipe):
             _run(recipe, folder, place)
         else:
@@ -67,60 +67,61 @@ def _run(recipe: TrainingRecipe, folder: Path, place: Place) -> None:
     from ..train.stages.base import make_stage
 
     trainer = Trainer(recipe, make_stage(recipe, place.device), folder, place)
-    say, first, begun = trainer.say, trainer.update, time.perf_counter()
+    say, first, start = trainer.say, trainer.update, time.perf_counter()
     if first < recipe.updates:
         where = folder / LOSSES
         say(f"{recipe.updates} updates, batches of {recipe.batch_size}; losses every {recipe.log_every} to {where}")
     if first:
-        say(f"going on from update {first} of {trainer.state}")
+        say(f"resuming from update {first} of {trainer.state}")
     means: dict[str, float] = {}
-    with _bar(place, "{task.completed}/{task.total}", "{task.fields[told]}") as bar:
-        task = bar.add_task("", total=recipe.updates, completed=first, told="")
+    with _bar(place, "{task.completed}/{task.total}", "{task.fields[summary]}") as bar:
+        task = bar.add_task("", total=recipe.updates, completed=first, summary="")
 
         def show(update: int, numbers: Mapping[str, float]) -> None:
             seen = update - first
             for name in (name for name in numbers if name.endswith("_loss")):
                 mean = means.get(name, numbers[name])
                 means[name] = mean + (numbers[name] - mean) / min(seen, 100)
-            told = ", ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in means.items())
-            bar.update(task, completed=update, told=f"{told}, {seen / (time.perf_counter() - begun):.2f} updates/s")
+            losses = ", ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in means.items())
+            speed = f"{seen / (time.perf_counter() - start):.2f} updates/s"
+            bar.update(task, completed=update, summary=f"{losses}, {speed}")
 
         try:
             with _interrupts(trainer, place):
                 done = trainer.run(show)
         except KeyboardInterrupt as error:
-            raise KeyboardInterrupt(f"the same command goes on from {trainer.state or 'the beginning'}") from error
+            raise KeyboardInterrupt(f"the same command resumes from {trainer.state or 'the start'}") from error
     if trainer.ends and not done:
-        stands = f"after {trainer.update} of {recipe.updates} updates"
-        raise KeyboardInterrupt(f"{stands}; the same command goes on from {trainer.state}")
+        done_so_far = f"after {trainer.update} of {recipe.updates} updates"
+        raise KeyboardInterrupt(f"{done_so_far}; the same command resumes from {trainer.state}")
     if not done:
-        say(f"time is over after {trainer.update} of {recipe.updates} updates; the same command goes on")
+        say(f"time limit after {trainer.update} of {recipe.updates} updates; the same command resumes")
         return
     model = trainer.export()
     if model is None:
         return
     if not can_draw():
-        say("no picture of the loss curve: matplotlib is not installed (pip install 'hiar-kernels[train]')")
+        say("no loss plot: matplotlib is not installed (pip install 'hiar-kernels[train]')")
     elif not (folder / LOSSES).exists():
-        say(f"no picture of the loss curve: {folder / LOSSES} is not there")
+        say(f"no loss plot: {folder / LOSSES} is missing")
     else:
         draw_loss_curve(folder / LOSSES, folder / PICTURE)
-        say(f"loss curve: {folder / PICTURE}")
+        say(f"loss plot: {folder / PICTURE}")
     hint = f'; try: hiar generate "a red circle moving right" -o out.mp4 --model {model}' if model.is_dir() else ""
     say(f"model: {model}{hint}")
 
 
 @contextmanager
 def _interrupts(trainer: Trainer, place: Place) -> Iterator[None]:
-    """The first Ctrl-C (or the end of a terminal or a job) ends the run behind the update that is being made, so that
-    a state is written; a second one ends it at once. Several processes end at once.
+    """The first Ctrl-C (or SIGTERM, SIGHUP) ends the run after the current update, with a state; a second one ends it
+    at once. Several processes end at once.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if trainer.ends:
             raise KeyboardInterrupt
         trainer.end()
-        print("ending behind this update, to write a state; Ctrl-C again: at once", file=sys.stderr, flush=True)
+        print("stopping after this update to write a state; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     if place.ranks > 1 or threading.current_thread() is not threading.main_thread():
         yield
@@ -143,11 +144,11 @@ def _produce(recipe: Recipe, folder: Path, place: Place) -> None:
     stage = make_stage(recipe, place.device)
     with _bar(place, "{task.completed}/{task.total}") as bar:
         task = bar.add_task("", total=None)
-        told = stage.produce(
+        message = stage.produce(
             folder, place.rank, place.ranks, lambda done, total: bar.update(task, completed=done, total=total)
         )
     if place.rank == 0:
-        print(told)
+        print(message)
 
 
 def _bar(place: Place, *columns: str) -> Any:
@@ -157,8 +158,8 @@ def _bar(place: Place, *columns: str) -> Any:
 
 
 @contextmanager
-def _among_others() -> Iterator[None]:
-    """Where several processes run: what goes wrong in one of them, or in all alike, is told once."""
+def _report_once() -> Iterator[None]:
+    """In a job of several processes: report an error of one, or the same error of all, once."""
     if environment.world_size() == 1:
         yield
         return
@@ -168,21 +169,21 @@ def _among_others() -> Iterator[None]:
         import torch.distributed as dist
 
         if dist.is_initialized():
-            dist.barrier()  # nobody leaves while another still asks
+            dist.barrier()  # no rank leaves while another still communicates
     except KeyboardInterrupt:
         code = INTERRUPTED
     except (ValueError, OSError) as error:
         code = WRONG_INPUT
-        _tell(error)
+        _report(error)
     except FloatingPointError as error:
         code = FAILED
-        _tell(error)
+        _report(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # an ordinary exit tears down torch's links in an order that may abort the process
+    os._exit(code)  # a normal exit may abort while torch tears down its process groups
 
 
-def _tell(error: Exception) -> None:
+def _report(error: Exception) -> None:
     if (file := environment.error_file()) is not None:
         with suppress(FileExistsError):
             file.touch(exist_ok=False)
@@ -191,10 +192,10 @@ def _tell(error: Exception) -> None:
         print(f"hiar: rank {environment.rank()}:", " ".join(str(error).split()), file=sys.stderr)
 
 
-def _override(text: str) -> tuple[str, Any]:
-    key, sign, value = text.partition("=")
+def _override(argument: str) -> tuple[str, Any]:
+    key, sign, value = argument.partition("=")
     if not key or not sign:
-        raise ValueError(f"{text!r} is no override: write key=value, such as updates=100")
+        raise ValueError(f"{argument!r} must be key=value, such as updates=100")
     try:
         return key, json.loads(value)
     except ValueError:

@@ -114,7 +114,7 @@ def load_transformer(
             (actual and expected), tensors that are not floating point.
 
     >>> model = load_transformer("toy", on_checkpoint=lambda info: print(info.layout, info.config.num_layers, "layers"))
-    native 8 layers
+    native 6 layers
     """
     state, info = read_checkpoint(path, config)
     if on_checkpoint is not None:

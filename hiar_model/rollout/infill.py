@@ -1,8 +1,8 @@
-"""Infilling: given blocks of a clip stay, the others are made to fit between them, in bidirectional mode.
+"""Infilling: make the missing blocks of a clip between the known ones, with bidirectional attention.
 
-All frames go through the network at once and see each other. At every noise level the given frames are noised anew to
-that level, by the noise that an ordinary rollout of this seed has there; so the frames to be made see them as they see
-each other, at their own level (matched noise), and from both sides.
+All frames go through the network at once and see each other. At every step the known frames are noised to the current
+noise level, with the noise that a rollout of this seed has there, so the missing frames see context at their own level
+(matched noise) on both sides.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from hiar_kernels import flow_step
 
-from ..common.checks import as_whole
+from ..common.checks import as_whole, one_of
 from ..common.settings import own_settings
 from ..config import TRAIN_TIMESTEPS, FlowSchedule
+from ..config.rollout import SAMPLERS
 from ..models.threads import cpu_threads, fitting_threads
 from ..models.transformer import HiARTransformer
 from .noise import INITIAL, keyed_noise
-from .shapes import check_text
+from .shapes import check_prompt_embeds
 
 
 @torch.no_grad()
@@ -28,40 +29,39 @@ from .shapes import check_text
 def infill(
     model: HiARTransformer | Sequence[HiARTransformer],
     latents: Tensor,
-    given: Tensor | Iterable[int],
-    text: Tensor,
+    known: Tensor | Iterable[int],
+    prompt_embeds: Tensor,
     schedule: FlowSchedule,
     *,
     frames_per_block: int = 3,
-    trajectory: str = "sde",
+    sampler: str = "sde",
     seed: int = 0,
     video_ids: Sequence[int] | None = None,
     first_frame: int = 0,
     on_level: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Make the frames of a clip that are not given; one forward of the whole clip a step.
+    """Make the unknown frames of a clip; one forward of the whole clip per step.
 
     Args:
-        model: one :class:`HiARTransformer`, or one for each step; a bidirectional one (a teacher) joins best.
-        latents: clean [B, F, C, H, W], whole blocks; what stands in frames to be made is not looked at.
-        given: True [B, F] where a frame is given; or the numbers of the blocks that are, the same in every video.
-        text: prompt embedding [B or 1, L, text_dim]. schedule: noise levels.
-        trajectory: "sde" re-noises at each step, "ode" follows the velocity (given frames keep their first noise).
+        model: one :class:`HiARTransformer`, or one for each step; one trained bidirectionally (a teacher) is best.
+        latents: clean [B, F, C, H, W], whole blocks; the contents of unknown frames are ignored.
+        known: bool [B, F], True where a frame is known; or the numbers of the known blocks, the same in every video.
+        prompt_embeds: [B or 1, L, text_dim]. schedule: noise levels.
+        sampler: "sde" re-noises at each step, "ode" follows the velocity (known frames keep their first noise).
         seed, video_ids: key of the noise, (seed, video, step, block) as in :class:`Rollout`; default videos 0..B-1.
         first_frame: absolute id of the first frame.
         on_level: called with (step, x) before each step, x [B, F, C, H, W] at its noise level.
 
     Returns:
-        [B, F, C, H, W] in the dtype of the weights: given frames as they were, the others made.
+        [B, F, C, H, W] in the dtype of the weights; known frames are unchanged.
 
     Raises:
-        ValueError: names what does not fit. FloatingPointError: latents that are not finite, with the step.
+        ValueError: names the argument and its legal values. FloatingPointError: the step whose latents are not finite.
     """
     models = [model] * len(schedule) if isinstance(model, HiARTransformer) else list(model)
     if len(models) != len(schedule):
-        raise ValueError(f"model: give one, or one for each of the {len(schedule)} steps; got {len(models)}")
-    if trajectory not in ("sde", "ode"):
-        raise ValueError(f"trajectory must be one of sde, ode, got {trajectory!r}")
+        raise ValueError(f"model must be one network, or one for each of the {len(schedule)} steps, got {len(models)}")
+    one_of("sampler", sampler, SAMPLERS)
     channels = models[0].config.in_channels
     if latents.dim() != 5 or latents.shape[2] != channels:
         raise ValueError(f"latents must be [B, F, {channels}, H, W], got {list(latents.shape)}")
@@ -69,88 +69,84 @@ def infill(
     if block < 1 or not frames or frames % block:
         raise ValueError(f"latents must be whole blocks of frames_per_block={block}, got {frames} frames")
     weight = models[0].patch_embedding.weight
-    known = _given(given, batch, frames, block).to(weight.device)
+    mask = _mask(known, batch, frames, block).to(weight.device)[:, :, None, None, None]
     videos = list(range(batch)) if video_ids is None else list(video_ids)
     if len(videos) != batch:
         raise ValueError(f"video_ids must be one for each of {batch} videos, got {len(videos)}")
-    check_text(text, batch, models[0].config)
-    text = text.to(weight.device)
+    check_prompt_embeds(prompt_embeds, batch, models[0].config)
+    prompt_embeds = prompt_embeds.to(weight.device)
 
     def noise(step: int) -> Tensor:
         shape = (block, *latents.shape[2:])
         drawn = [[keyed_noise(seed, video, step, n, shape) for n in range(frames // block)] for video in videos]
         return torch.stack([torch.cat(blocks) for blocks in drawn]).to(weight.device, weight.dtype)
 
-    mask = known[:, :, None, None, None]
-    clean = latents.to(weight.device, weight.dtype).where(mask, 0.0)  # even NaN may stand where nothing is given
+    clean = latents.to(weight.device, weight.dtype).where(mask, 0.0)  # unknown frames may even hold NaN
     own = initial = noise(INITIAL)
     x, wide = initial, torch.promote_types(weight.dtype, torch.float32)
     with cpu_threads(fitting_threads(*models)):
         for step, network in enumerate(models):
-            sigma, following = schedule.sigmas[step], schedule.sigmas[step + 1]
+            sigma, next_sigma = schedule.sigmas[step], schedule.sigmas[step + 1]
             x = _noised(clean, own, sigma).where(mask, x)
             if on_level is not None:
                 on_level(step, x)
             t = torch.full((batch, frames), TRAIN_TIMESTEPS * sigma, dtype=torch.float64, device=weight.device)
-            velocity = network(x, t, text.expand(batch, -1, -1), "bidirectional", first_frame=first_frame)
-            own = noise(step) if trajectory == "sde" else initial
-            now, then = (torch.full((1, 1), level, dtype=wide, device=weight.device) for level in (sigma, following))
-            x = flow_step(x, velocity, now, then, own if trajectory == "sde" else None)[1]
+            velocity = network(x, t, prompt_embeds.expand(batch, -1, -1), "bidirectional", first_frame=first_frame)
+            own = noise(step) if sampler == "sde" else initial
+            now, then = (torch.full((1, 1), level, dtype=wide, device=weight.device) for level in (sigma, next_sigma))
+            x = flow_step(x, velocity, now, then, own if sampler == "sde" else None)[1]
             if not bool(torch.isfinite(x).all()):
                 raise FloatingPointError(f"latents are not finite from step {step} on")
     return clean.where(mask, x)
 
 
 def _noised(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """At noise level sigma; rounded once."""
+    """Interpolate to noise level sigma in float32 or wider; rounded once."""
     wide = torch.promote_types(clean.dtype, torch.float32)
     return ((1 - sigma) * clean.to(wide) + sigma * noise.to(wide)).to(clean.dtype)
 
 
-def _given(given: Tensor | Iterable[int], batch: int, frames: int, block: int) -> Tensor:
-    """True [B, F] where a frame is given."""
-    if isinstance(given, Tensor):
-        if given.shape != (batch, frames) or given.dtype != torch.bool:
-            raise ValueError(f"given must be bool [{batch}, {frames}], got {given.dtype} {list(given.shape)}")
-        return given
-    known, blocks = torch.zeros(batch, frames, dtype=torch.bool), frames // block
-    for n in given:
+def _mask(known: Tensor | Iterable[int], batch: int, frames: int, block: int) -> Tensor:
+    """bool [B, F], True where a frame is known."""
+    if isinstance(known, Tensor):
+        if known.shape != (batch, frames) or known.dtype != torch.bool:
+            raise ValueError(f"known must be bool [{batch}, {frames}], got {known.dtype} {list(known.shape)}")
+        return known
+    mask, blocks = torch.zeros(batch, frames, dtype=torch.bool), frames // block
+    for n in known:
         number = as_whole(n)
         if number is None or not 0 <= number < blocks:
-            raise ValueError(f"given blocks must be in 0..{blocks - 1}, got {n!r}")
-        known[:, number * block : (number + 1) * block] = True
-    return known
+            raise ValueError(f"known blocks must be in 0..{blocks - 1}, got {n!r}")
+        mask[:, number * block : (number + 1) * block] = True
+    return mask
 
 
-# Where what was made meets what was given.
-
-
-def seams(given: Tensor) -> list[int]:
-    """Frames f of one video, given bool [F], at which f - 1 and f are of two kinds."""
-    changes = given[1:] != given[:-1]
+def seams(known: Tensor) -> list[int]:
+    """Frames f of one video, known bool [F], at which f - 1 and f differ."""
+    changes = known[1:] != known[:-1]
     return [int(f) + 1 for f in changes.nonzero()[:, 0]]
 
 
 def path_breaks(centres: Tensor, extent: Tensor, at: Sequence[int], reach: int = 3) -> list[float]:
-    """How far a moving thing's path breaks at some frames, in pixels; nan where the thing is not seen.
+    """How far the path of a moving object breaks at some frames, in pixels; nan where it is not seen.
 
-    At frame f the path of the ``reach`` frames before it is continued by its own mean step and compared with where the
-    ``reach`` frames from f on are, on average: 0 for one straight line through both.
+    At frame f the path of the ``reach`` frames before it is extrapolated by its mean step and compared with the mean
+    position of the ``reach`` frames from f on: 0 for one straight line through both.
 
     Args:
-        centres: [F, 2] (x, y) of each frame, as :class:`hiar_model.toy.reading.Reading` has them; nan: not seen.
-        extent: [2] size of the frame, whose edges are joined. at: frames with ``reach`` of them on either side.
+        centres: [F, 2] (x, y) of each frame, such as of :class:`hiar_model.toy.reading.Reading`; nan: not seen.
+        extent: [2] size of the frame, whose edges wrap around. at: frames with ``reach`` others on either side.
     """
     if reach < 2:
-        raise ValueError(f"reach must be at least 2 frames, to have a step; got {reach}")
+        raise ValueError(f"reach must be at least 2 frames, got {reach}")
     centres, extent = centres.double(), extent.double()
-    found = []
+    breaks = []
     for f in at:
         if not reach <= f <= len(centres) - reach:
             raise ValueError(
                 f"a seam needs {reach} frames on either side: give {reach}..{len(centres) - reach}, got {f}"
             )
-        # steps on the torus: the shorter way round
+        # the shorter step on the torus
         steps = (
             centres[f - reach + 1 : f + reach] - centres[f - reach : f + reach - 1] + extent / 2
         ) % extent - extent / 2
@@ -158,5 +154,5 @@ def path_breaks(centres: Tensor, extent: Tensor, at: Sequence[int], reach: int =
         before = path[:reach]
         pace = (before[-1] - before[0]) / (reach - 1)
         ahead = before.mean(0) + pace * torch.arange(reach).add(reach - (reach - 1) / 2)[:, None]
-        found.append(float((path[reach:] - ahead).mean(0).norm()))
-    return found
+        breaks.append(float((path[reach:] - ahead).mean(0).norm()))
+    return breaks

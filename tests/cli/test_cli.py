@@ -131,7 +131,7 @@ WRONG = {
     "order": (["generate", PROMPT, "-o", "a.mp4", "--order", "straem"], "straem.; did you mean stream"),
     "recipe key": (["train", TOY, "update=3"], "unknown key update; did you mean updates"),
     "recipe value": (["train", TOY, "updates=few"], "updates must be int, got 'few'"),
-    "no override": (["train", TOY, "updates"], "'updates' is no override: write key=value"),
+    "no override": (["train", TOY, "updates"], "'updates' must be key=value"),
     "training device": (["train", TOY, "--device", "gpu"], "'gpu'"),
     "world": (["train", TOY, "data.world=flat"], "data.world must be one of plain, varied, free_speed, got 'flat'"),
     "no teacher": (["train", "toy/ode_pairs", "teacher=no.safetensors"], "no.safetensors: no such file or folder"),
@@ -194,7 +194,7 @@ def test_interrupt(folder, here, capsys, monkeypatch):
 
 def test_a_video_is_not_overwritten(folder, here, capsys):
     Path("a.mp4").write_bytes(b"mine")
-    assert "a.mp4 exists already: give another name, or --overwrite" in refused(
+    assert "a.mp4 exists: give another name, or --overwrite" in refused(
         capsys, 2, "generate", PROMPT, "-o", "a.mp4", "--model", folder
     )
     assert Path("a.mp4").read_bytes() == b"mine" and [*here.iterdir()] == [here / "a.mp4"]
@@ -213,7 +213,7 @@ def test_ctrl_c_among_processes_says_what_is_kept(here, capsys, monkeypatch, blo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(api, "elastic_launch", lambda *_: interrupted)
-    kept = "; 2 finished blocks are kept in a.mp4.blocks, --resume goes on" if blocks else ""
+    kept = "; 2 finished blocks are in a.mp4.blocks, continue with --resume" if blocks else ""
     assert refused(capsys, 130, "generate", PROMPT, "-o", "a.mp4", "--nproc", "2") == f"hiar: interrupted{kept}"
 
 
@@ -235,9 +235,9 @@ def test_train_resume_generate(here, capsys):
     told = capsys.readouterr()
     assert "model: run/model; try: hiar generate" in told.out and not told.err
     assert {p.name for p in (here / "run").iterdir()} >= {"model", "loss.csv", "states"}
-    assert ((here / "run/loss.png").exists()) == ("loss curve: run/loss.png" in told.out)
+    assert ((here / "run/loss.png").exists()) == ("loss plot: run/loss.png" in told.out)
     assert run("train", TOY, *TINY, "--out", "run") == 0
-    assert "going on from update 2 of run/states/update_00000002" in capsys.readouterr().out
+    assert "resuming from update 2 of run/states/update_00000002" in capsys.readouterr().out
     assert "another batch_size" in refused(capsys, 2, "train", TOY, *TINY, "batch_size=2", "--out", "run")
     assert run("generate", PROMPT, "-o", "a.gif", "--model", "run/model", "--num-frames", BLOCK) == 0
     model = load_video_model("run/model", "cpu")
@@ -260,8 +260,8 @@ def test_ctrl_c_in_training_writes_a_state(here, capsys, monkeypatch, number):
     assert run(*words) == 130
     told = capsys.readouterr()
     assert told.err.splitlines() == [
-        "ending behind this update, to write a state; Ctrl-C again: at once",
-        "hiar: interrupted; after 2 of 4 updates; the same command goes on from run/states/update_00000002",
+        "stopping after this update to write a state; Ctrl-C again stops at once",
+        "hiar: interrupted; after 2 of 4 updates; the same command resumes from run/states/update_00000002",
     ]
     assert "4 updates, batches of 1; losses every 1 to run/loss.csv" in told.out
     assert signal.getsignal(number) is before
@@ -281,10 +281,10 @@ def test_a_missing_stage_names_the_command_that_makes_it(capsys, recipe, key, ma
 def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):
     clock = iter([0.0, 1.0, 29.0, 31.0, 32.0, 61.0, 62.0])
     monkeypatch.setattr(machine.time, "monotonic", lambda: next(clock))
-    with machine.progress_bar("updates {task.completed}/{task.total}", "{task.fields[told]}") as bar:
-        task = bar.add_task("", total=800, completed=0, told="")
+    with machine.progress_bar("updates {task.completed}/{task.total}", "{task.fields[summary]}") as bar:
+        task = bar.add_task("", total=800, completed=0, summary="")
         for update in (1, 2, 3, 4, 5, 6):
-            bar.update(task, completed=update, told=f"loss {update}")
+            bar.update(task, completed=update, summary=f"loss {update}")
     assert capsys.readouterr().err == "updates 3/800, loss 3, 3.3 h left\nupdates 5/800, loss 5, 3.3 h left\n"
 
 

@@ -327,8 +327,11 @@ def test_fusion_where_it_is_faster():
             "a pipeline of 4 steps must have 1 to 4 ranks, and one more that decodes, got 1",
         ),
         ({"parallel": "ulysses"}, "needs a mesh"),
-        ({"model": [MODEL, None, MODEL, MODEL]}, r"this rank has steps \[0, 1, 2, 3\]: give the weights of step 1 too"),
-        ({"model": [None] * 4}, "give one, or one for each of the 4 steps"),
+        (
+            {"model": [MODEL, None, MODEL, MODEL]},
+            r"step 1 is None, expected weights of all steps of this rank, \[0, 1, 2, 3\]",
+        ),
+        ({"model": [None] * 4}, "one network, or one for each of the 4 steps"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(options, message):

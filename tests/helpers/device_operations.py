@@ -92,11 +92,11 @@ def launches(request: Request) -> Iterator[tuple[str, BatchedForward]]:
     executor = rollout._executor
     executor.attend = _HostAttention
     executor.by_layout = False  # one graph for all blocks: visibility by frame ids on the device
-    executor.texts.hold(model, text, text)
+    executor.prompt_cache.add(model, text, text)
     seen = set()
     for launch in executor.prepared(rollout.warm_up_blocks):
-        shared = f", {sum(launch.kind.lends)} shared" if any(launch.kind.lends) else ""
-        name = "; ".join("+".join(kind for kind, _ in row) for row in launch.kind.rows) + shared
+        shared = f", {sum(launch.key.shares_kv)} shared" if any(launch.key.shares_kv) else ""
+        name = "; ".join("+".join(kind for kind, _ in row) for row in launch.key.items) + shared
         if name not in seen:
             seen.add(name)
             yield name, launch

@@ -170,9 +170,9 @@ def resumed(groups, folder: Path) -> dict:
 
 
 def traced(group) -> list[str]:
-    """The tasks and sends of two ranks, in order, and the receives posted when a task starts."""
+    """What two ranks do, in order: tasks, sends, and which receives are posted when a task begins."""
     run, events = make(2, group, num_frames=9), []
-    launch, send = run._executor._launch, run.pipeline.send
+    launch, send = run._executor._forward, run.pipeline.send
 
     def traced_launch(items, inputs):
         posted = ",".join(map(str, sorted(run.pipeline.links.posted))) or "none"
@@ -183,7 +183,7 @@ def traced(group) -> list[str]:
         events.append(f"send {block}")
         send(block, latents)
 
-    run._executor._launch, run.pipeline.send = traced_launch, traced_send
+    run._executor._forward, run.pipeline.send = traced_launch, traced_send
     latents(run)
     return events
 
@@ -198,7 +198,8 @@ def endless(group) -> dict:
         taken.append(block.latents)
         executor = run._executor
         if block.block >= 8:
-            sizes.add((len(executor.latents), sum(map(len, executor.spare.values())), len(run.pipeline.links.posted)))
+            buffers = sum(map(len, executor.free_buffers.values()))
+            sizes.add((len(executor.latents), buffers, len(run.pipeline.links.posted)))
         if block.block == 39:
             break
     if rank == 0:

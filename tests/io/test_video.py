@@ -74,8 +74,8 @@ def test_what_is_written_is_what_was_given(tmp_path, name, worst, mean):
     assert error.shape == (8, 256, 256, 3)
     assert error.max() <= worst and error.mean() <= mean
     record = tmp_path / "a/video.json" if name == "a" else tmp_path / f"{name}.json"
-    told = json.loads(record.read_text())
-    assert told == {"file": name, "frames": 8, "fps": 12.0, "prompt": "a disc"}
+    content = json.loads(record.read_text())
+    assert content == {"file": name, "frames": 8, "fps": 12.0, "prompt": "a disc"}
     assert len(list(tmp_path.iterdir())) == (1 if name == "a" else 2), "something temporary is left"
 
 

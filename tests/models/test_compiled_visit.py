@@ -78,8 +78,8 @@ def visit_of(steps: slice, frames: int) -> CachedAttention:
     ids=["one", "three steps", "two of three live", "pair"],
 )
 def test_rings_are_written_in_place(attend, selection):
-    found = largest_temporary(attend(), selection)
-    assert found < RING, f"a temporary of {found} numbers, a ring has {RING}"
+    actual = largest_temporary(attend(), selection)
+    assert actual < RING, f"a temporary of {actual} numbers, a ring has {RING}"
 
 
 def test_a_copy_of_the_ring_would_be_seen():

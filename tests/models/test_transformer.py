@@ -89,14 +89,14 @@ def test_rope_equals_the_published_one(golden):
     q, turned = golden["bidirectional.rope.q"][0], golden["bidirectional.rope.q_roped"][0]
     norms = q.flatten(1).pow(2).mean(1).sqrt()
     for i in range(0, len(q), 41):  # tokens of all frames, rows and columns: 41 and 24 have no common divisor
-        frame, place = divmod(i, 24)
+        frame, slot = divmod(i, 24)
         qkv = torch.zeros(1, 24, 3 * 128)
-        qkv[0, place, :128] = q[i].flatten()
+        qkv[0, slot, :128] = q[i].flatten()
         weight = norms[i].expand(128)
         rotated, _, _ = qk_norm_rope(
             qkv, weight, weight, torch.tensor([[frame]], dtype=torch.int32), num_heads=2, grid=(4, 6), eps=1e-30
         )
-        close(rotated[0, place], turned[i], 2e-6)
+        close(rotated[0, slot], turned[i], 2e-6)
     close(naive.rope(q.double(), range(12), 4, 6), turned, 2e-6)
 
 
@@ -225,7 +225,7 @@ def test_forward_and_gradients_equal_the_oracle(mode):
     oracle_in = latents.clone().requires_grad_()
     expected = oracle(exact, rule, oracle_in, timesteps, text)
     (expected * probe).sum().backward()
-    wanted = {key: value.grad for key, value in exact.named_parameters()} | {"latents": oracle_in.grad}
+    gradients = {key: value.grad for key, value in exact.named_parameters()} | {"latents": oracle_in.grad}
 
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         model = small(dtype=dtype)
@@ -235,10 +235,10 @@ def test_forward_and_gradients_equal_the_oracle(mode):
         assert out.dtype == dtype
         close(out, expected.detach(), tolerance * expected.abs().max().item())
         (out * probe.to(dtype)).sum().backward()
-        found = {key: value.grad for key, value in model.named_parameters()} | {"latents": x.grad}
-        assert found.keys() == wanted.keys()
-        for key, gradient in wanted.items():
-            error = (found[key].double() - gradient).abs().max() / gradient.abs().max()
+        actual = {key: value.grad for key, value in model.named_parameters()} | {"latents": x.grad}
+        assert actual.keys() == gradients.keys()
+        for key, gradient in gradients.items():
+            error = (actual[key].double() - gradient).abs().max() / gradient.abs().max()
             assert error <= tolerance, f"{key} {dtype}: {error:.3g}"
 
 
@@ -321,9 +321,9 @@ def test_gradients_reach_the_context():
     latents, timesteps, text = inputs(frames=6)
     model = small(dtype=torch.float64)
     context = model.kv(latents, timesteps, text)
-    wanted = [context[0].k, context[1].v]
+    expected = [context[0].k, context[1].v]
     out = model(latents, timesteps, text, "block_causal", context=context)
-    for gradient in torch.autograd.grad(out[:, 3:].sum(), wanted):
+    for gradient in torch.autograd.grad(out[:, 3:].sum(), expected):
         assert gradient[:, :18].abs().max() > 0 and gradient[:, 18:].abs().max() == 0  # the last block has no reader
 
 
@@ -363,8 +363,8 @@ def test_layouts_change_no_gradient():
             out = model(latents, timesteps, text, context=context, **rule) + model(latents, timesteps, text, **rule)
         assert ("attention", impl) in ran
         grads.append(list(torch.autograd.grad(out.square().sum(), list(model.parameters()))))
-    for found, wanted in zip(*grads, strict=True):
-        close(found, wanted, 1e-11 * float(wanted.abs().max()))
+    for actual, expected in zip(*grads, strict=True):
+        close(actual, expected, 1e-11 * float(expected.abs().max()))
 
 
 def test_low_precision_is_close(tiny, golden):

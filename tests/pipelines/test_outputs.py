@@ -182,7 +182,7 @@ def test_a_video_stays_where_its_session_fails(run, tmp_path, monkeypatch, capsy
     assert run("v.mp4", "--session", "s.safetensors", "--order", "stream") == 2
     line = capsys.readouterr().err
     assert line.startswith("hiar: cannot write s.safetensors: ") and "No space left on device" in line
-    assert line.endswith("v.mp4 is whole, 12 frames\n") and line.count("\n") == 1
+    assert line.endswith("v.mp4 is complete, 12 frames\n") and line.count("\n") == 1
     assert {p.name for p in tmp_path.iterdir()} == {"v.mp4", "v.mp4.json"}
 
 
@@ -207,7 +207,7 @@ def test_a_signal_ends_a_run_as_ctrl_c_does(run, tmp_path, monkeypatch, capsys, 
         assert signal.getsignal(number) == heard
     finally:
         signal.signal(number, before)
-    goes_on = "frames are in v.mp4, --from-session s.safetensors goes on"
+    goes_on = "frames are in v.mp4, resume with --from-session s.safetensors"
     assert capsys.readouterr().err.startswith("hiar: interrupted") and "Traceback" not in capsys.readouterr().err
     there = {p.name for p in tmp_path.iterdir()}
     assert there == ({"v.mp4", "v.mp4.json", "s.safetensors"} if session else set()), goes_on

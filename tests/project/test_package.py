@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import shutil
 import subprocess
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,20 @@ def test_types_are_installed():
     data = read_configuration(str(ROOT / "pyproject.toml"), expand=False)["tool"]["setuptools"]["package-data"]
     for package in ("hiar_kernels", "hiar_model"):
         assert (ROOT / package / "py.typed").is_file() and "py.typed" in data[package]
+
+
+WITH_EXAMPLES = [
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for file in sorted((ROOT / "hiar_model").rglob("*.py"))
+    if ">>> " in file.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
+def test_examples_in_docstrings(module):
+    torch.manual_seed(0)
+    failed, tried = doctest.testmod(import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert tried and not failed
 
 
 @pytest.mark.parametrize(

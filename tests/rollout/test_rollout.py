@@ -225,7 +225,7 @@ def test_save_load_go_on_equals_one_run_bit_for_bit(order, after):
     resumed = torch.cat([b.latents for b in [*blocks, *second]], 1)
     assert torch.equal(resumed, whole)
     assert not second._executor.latents
-    with pytest.raises(ValueError, match="state of another rollout"):
+    with pytest.raises(ValueError, match="state of a different rollout"):
         make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=9, order=order, **SIZE).load_state_dict(state)
 
 
@@ -286,7 +286,7 @@ def test_memory_of_an_endless_stream_is_flat():
     kept = set()
     for block in itertools.islice(made, 100):
         executor = made._executor
-        kept.add((len(executor.latents), len(executor.texts.entries), len(executor.nan_guard.unchecked)))
+        kept.add((len(executor.latents), len(executor.prompt_cache.entries), len(executor.nan_guard.unchecked)))
     assert block.first_frame == 297
     assert len(kept) == 1
     assert [t.data_ptr() for t in cache.k] == before

@@ -94,7 +94,7 @@ def test_the_command(root, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "\n".join(gpu_tables.rollout_table(root)) in out and "\n".join(gpu_tables.breakdown_table(root)) in out
     assert main(["bench-report", "--results", str(root / "no")]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "--results must be a folder" in capsys.readouterr().err
     (root / "y/2026-01-01-ab/ab.json").write_text("{}")
     assert main(["bench-report", "--results", str(root)]) == 2
     assert "ab.json is not a result of the benches: KeyError('rows')" in capsys.readouterr().err

@@ -191,4 +191,4 @@ def test_the_table_of_what_was_measured(tmp_path, capsys):
     assert "- device: a GPU" in out and not any("visit_s" in line for line in out)
     target.write_text("{}")
     assert main(["bench-report", "--measured", str(target)]) == 2
-    assert "is no result of bench/rollout/test_four_step_speedup.py" in capsys.readouterr().err
+    assert "must be a result of bench/rollout/test_four_step_speedup.py" in capsys.readouterr().err
