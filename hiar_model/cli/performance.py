@@ -111,7 +111,7 @@ def report_arguments(parser: ArgumentParser) -> None:
 
 
 def bench_report(a: Namespace) -> None:
-    from ..schedule.gpu_tables import rollout_table
+    from ..schedule.gpu_tables import breakdown_table, rollout_table
     from ..schedule.report import draw_gains, measured_table, report
 
     if a.measured is not None:
