@@ -246,7 +246,7 @@ def test_exit_steps_are_drawn_evenly():
             {"window_frames": (6, 6)},
             r"window_frames must be None, one number .* one per step \(3\), got \(6, 6\)",
         ),
-        ({"window_frames": 3, "sink_frames": 1}, "window_frames=3 is not legal: give a whole number >= 4"),
+        ({"window_frames": 3, "sink_frames": 1}, "window_frames must be a whole number of at least 4"),
         ({"order": "block_first", "pairs": True}, "pairs=True is impossible with order='block_first'"),
     ],
 )
