@@ -29,18 +29,26 @@ def whole(tmp_path_factory):
 
 def everything(trainer) -> dict[str, torch.Tensor]:
     """Every tensor of a state, and the averages once more, whether the state has them or not."""
-    averages = {f"averaged {name}": value for name, value in trainer.ema.weights.items()}
-    return {name: value.clone() for name, value in {**trainer._tensors(), **averages}.items()}
+    averages = {f"averaged/{name}": value for name, value in trainer.ema.weights.items()}
+    tensors = {name: value for name, value in flat(trainer._state_dict()).items() if isinstance(value, torch.Tensor)}
+    return {name: value.clone() for name, value in {**tensors, **averages}.items()}
+
+
+def flat(state, prefix: str = "") -> dict:
+    if not isinstance(state, dict):
+        return {prefix: state}
+    parts = [flat(part, f"{prefix}/{name}".strip("/")) for name, part in state.items()]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def same(folder, whole):
     """The run in the folder ended as the uninterrupted one, to the bit."""
     rows, tensors = whole
     assert losses(folder) == rows
-    found = everything(train(folder, recipe()))
-    assert found.keys() == tensors.keys()
+    resumed = everything(train(folder, recipe()))
+    assert resumed.keys() == tensors.keys()
     for name, value in tensors.items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(resumed[name], value), name
 
 
 def states(folder) -> list[str]:
@@ -51,12 +59,14 @@ def test_the_uninterrupted_run_is_one(whole):
     rows, tensors = whole
     assert [row["update"] for row in rows] == [str(i) for i in range(1, 9)]
     assert len({row["student_loss"] for row in rows}) == 8
-    kinds = {name.partition("/")[0] for name in tensors if not name.startswith("averaged ")}
-    assert kinds == {"average", "critic", "student", "critic.optimizer", "student.optimizer"}
-    some = "student/head.head.weight"
-    assert not torch.equal(tensors[some], tensors[some.replace("student/", "average/")])
-    assert tensors["student.optimizer/head.head.weight/step"] == 8
-    assert tensors["critic.optimizer/head.head.weight/step"] == 16
+    kinds = {name.rpartition("head.head.weight")[0] for name in tensors if "head.head.weight" in name}
+    assert kinds == {"averaged/", "average/"} | {
+        f"{network}/{part}/" for network in ("critic", "student") for part in ("weights", "optimizer/state")
+    }
+    some = "head.head.weight"
+    assert not torch.equal(tensors[f"student/weights/{some}"], tensors[f"average/{some}"])
+    assert tensors[f"student/optimizer/state/{some}/step"] == 8
+    assert tensors[f"critic/optimizer/state/{some}/step"] == 16
 
 
 def test_killed_at_random_moments(tmp_path, whole):
@@ -65,9 +75,9 @@ def test_killed_at_random_moments(tmp_path, whole):
     reached = 0
     for _ in range(3):
         process = processes.Started(command(folder, recipe()))
-        wanted = reached + moments.randint(1, 2)
+        last = reached + moments.randint(1, 2)
         for line in process.lines():
-            if int(line.removeprefix("update ")) >= wanted:
+            if int(line.removeprefix("update ")) >= last:
                 break
         time.sleep(moments.uniform(0, 0.1))
         process.kill()
@@ -80,13 +90,13 @@ def test_killed_at_random_moments(tmp_path, whole):
 
 
 # Syncs of one state: tensors, their list, about.json, the folder; then the rename, and the folder above.
-@pytest.mark.parametrize(("sync", "kept"), [(6, 2), (8, 2), (9, 2), (10, 4)])
-def test_killed_while_a_state_is_written(tmp_path, whole, sync, kept):
+@pytest.mark.parametrize(("sync", "last"), [(6, 2), (8, 2), (9, 2), (10, 4)])
+def test_killed_while_a_state_is_written(tmp_path, whole, sync, last):
     folder = tmp_path / "run"
     done = start(folder, recipe(), sync)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     newest = Snapshots(folder / "states").newest()
-    assert newest is not None and newest.name == f"update_{kept:08d}"
+    assert newest is not None and newest.name == f"update_{last:08d}"
     assert len(states(folder)) == 2, "the one before is still there, whole or under its temporary name"
     train(folder, recipe())
     assert states(folder) == ["update_00000008"]
@@ -154,6 +164,18 @@ def test_another_recipe_may_not_use_the_folder(tmp_path):
     assert "\n" not in str(e.value)
     scale = {"checkpoint_every": 1, "threads": 1, "micro_batch": 1, "activation_checkpointing": True}
     assert train(tmp_path, recipe(updates=2, scale=scale)).update == 2
+
+
+def test_a_state_of_an_older_version_is_refused(tmp_path):
+    """Its recipe spelled the options of the rollout one by one."""
+    train(tmp_path, recipe(updates=2))
+    file = tmp_path / "states" / "update_00000002" / ABOUT
+    about = json.loads(file.read_text())
+    about["recipe"] |= about["recipe"].pop("rollout")
+    file.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="update_00000002 .* another version, .* order, .*rollout") as e:
+        train(tmp_path, recipe(updates=2))
+    assert "\n" not in str(e.value)
 
 
 def test_a_state_of_other_noise_is_refused(tmp_path):

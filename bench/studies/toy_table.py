@@ -1,10 +1,13 @@
-"""The comparison of training variants: many evaluations, of several variants and training seeds, as one table.
+"""Compares training variants: evaluations of several variants and training seeds as one table.
 
-A folder holds one file ``VARIANT-seedN.json`` of `hiar evaluate toy --json` for each variant and training seed N.
+    python -m bench.studies.toy_table bench/results/toy-training
+
+The folder holds one file ``VARIANT-seedN.json`` of `hiar evaluate toy --json` for each variant and training seed N.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -72,8 +75,8 @@ def table(folder: str | Path) -> str:
     """Markdown: a row for each (length, variant, order), mean and spread over training seeds, by rising length.
 
     Raises:
-        ValueError: no folder or nothing in it; a file that is no evaluation or not named ``VARIANT-seedN.json``; seeds
-            of a variant that were measured in different ways, or are the same weights.
+        ValueError: no folder or nothing in it; a file that is not an evaluation or not named ``VARIANT-seedN.json``;
+            seeds of a variant that were measured in different ways, or have the same weights.
     """
     groups: dict[tuple[int, str, str], list[Row]] = {}
     parts: set[int] = set()
@@ -82,7 +85,7 @@ def table(folder: str | Path) -> str:
         _require_comparable(variant, files, contents)
         for content in contents:
             for row in content["rows"]:
-                groups.setdefault((row["num_frames"], variant, row["order"]), []).append(row)
+                groups.setdefault((row["num_frames"], variant, _rollout(row)["order"]), []).append(row)
                 parts.add(len(row["parts"]))
     shown = [c for c in COLUMNS if any(c.value(row) is not None for rows in groups.values() for row in rows)]
     headings = ["frames", "variant", "order", "seeds", *(column.heading for column in shown), "forwards", "see"]
@@ -91,8 +94,13 @@ def table(folder: str | Path) -> str:
         cells = [str(frames), variant, order, str(len(rows))]
         cells += [_spread([column.value(row) for row in rows], column.digits) for column in shown]
         lines.append("| " + " | ".join([*cells, f"{rows[0]['forwards']:g}", f"{rows[0]['visible_frames']:.1f}"]) + " |")
-    told = ", ".join("whole" if n == 1 else f"1/{n}" for n in sorted(parts))
-    return "\n".join([*lines, "", LEGEND.format(parts=told)]) + "\n"
+    stretches = ", ".join("whole" if n == 1 else f"1/{n}" for n in sorted(parts))
+    return "\n".join([*lines, "", LEGEND.format(parts=stretches)]) + "\n"
+
+
+def _rollout(row: Row) -> Mapping[str, Any]:
+    """How it was rolled out; evaluations of before 0.2 spell three options."""
+    return row["rollout"] if "rollout" in row else {key: row[key] for key in ("order", "cache_source", "window_frames")}
 
 
 def _spread(values: Sequence[float | None], digits: int) -> str:
@@ -110,16 +118,16 @@ def _spread(values: Sequence[float | None], digits: int) -> str:
 def _variants(folder: Path) -> dict[str, list[Path]]:
     """Variant -> its files, by seed."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder of evaluations")
-    found: dict[str, list[tuple[int, Path]]] = {}
+        raise ValueError(f"{folder} is not a folder of evaluations")
+    variants: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(folder.glob("*.json")):
         match = NAME.fullmatch(path.name)
         if match is None:
             raise ValueError(f"{path} is not named VARIANT-seedN.json")
-        found.setdefault(match["variant"], []).append((int(match["seed"]), path))
-    if not found:
+        variants.setdefault(match["variant"], []).append((int(match["seed"]), path))
+    if not variants:
         raise ValueError(f"{folder} holds no VARIANT-seedN.json")
-    return {variant: [path for _, path in sorted(files)] for variant, files in found.items()}
+    return {variant: [path for _, path in sorted(files)] for variant, files in variants.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -131,11 +139,10 @@ def _read(path: Path) -> dict[str, Any]:
         for row in content["rows"]:
             for column in COLUMNS:
                 column.value(row)
-            _ = row["num_frames"], row["order"], row["cache_source"], row["window_frames"]
-            _ = row["forwards"], row["visible_frames"]
+            _ = row["num_frames"], _rollout(row)["order"], row["forwards"], row["visible_frames"]
         _ = content["weights_sha256"], content["prompts"], content["seed"]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is no result of hiar evaluate toy: {error!r}") from error
+        raise ValueError(f"{path} is not a result of hiar evaluate toy: {error!r}") from error
     return content
 
 
@@ -143,8 +150,7 @@ def _require_comparable(variant: str, files: Sequence[Path], contents: Sequence[
     """Mean and spread make sense over other weights that were measured in the same way."""
 
     def measured(content: Mapping[str, Any]) -> list[Any]:
-        how = ("num_frames", "order", "cache_source", "window_frames")
-        rows = [(*(row[name] for name in how), len(row["parts"])) for row in content["rows"]]
+        rows = [(row["num_frames"], dict(_rollout(row)), len(row["parts"])) for row in content["rows"]]
         return [content["prompts"], content["seed"], rows]
 
     for path, content in zip(files[1:], contents[1:], strict=True):
@@ -158,3 +164,13 @@ def _require_comparable(variant: str, files: Sequence[Path], contents: Sequence[
         same = seen.setdefault(content["weights_sha256"], path)
         if same is not path:
             raise ValueError(f"variant {variant}: {path.name} and {same.name} are of the same weights")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="of files VARIANT-seedN.json")
+    print(table(parser.parse_args().folder), end="")
+
+
+if __name__ == "__main__":
+    main()
