@@ -371,8 +371,12 @@ def test_a_model_is_rolled_out_as_it_was_trained(model, form, order, source):
     _, height, width = model.latent_size
     form = RolloutConfig((1000, 500), 2.0, order, BLOCK, WINDOW, kv_source=source)
     rollout = hiar_model.Rollout(
-        model.transformer, model.encode_text(PROMPT), form,
-        num_latent_frames=FRAMES, latent_size=(height, width), seed=3,
+        model.transformer,
+        model.encode_text(PROMPT),
+        form,
+        num_latent_frames=FRAMES,
+        latent_size=(height, width),
+        seed=3,
     )
     expected = [model.decoder().decode(block.latents) for block in rollout]
     assert (video.frames == np.concatenate(expected)).all()
