@@ -159,8 +159,7 @@ def test_a_killed_generation_is_resumed(tmp_path):
     told = started.stderr.read()
     assert re.fullmatch(
         r"hiar: rank \d \(step \d\) died at step \d of block \d+.*; \d+ finished blocks are in made\.blocks, "
-        r"continue with --resume
-",
+        r"continue with --resume\n",
         told,
     ), told
     assert not (tmp_path / "made").exists() and (kept / "run.json").exists()
