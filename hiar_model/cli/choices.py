@@ -25,7 +25,8 @@ MINIMUM = {
     "num_frames": 1, "steps": 1, "height": 1, "width": 1, "threads": 1, "nproc": 1, "batch": 1, "blocks": 1,
     "layers": 1, "parts": 1, "sink_frames": 0, "checkpoint_every": 0, "seeds": 0,
 }  # fmt: skip
-ABOVE_0 = ("fps", "timeout")
+MOST = {"steps": checks.MOST_STEPS, "threads": checks.MOST_THREADS, "nproc": checks.MOST_THREADS}
+ABOVE_0 = ("timeout",)
 INPUT_FILES = {"generate": ("image", "extend", "prompts", "from_session"), "bench-report": ("stage_times", "measured")}
 """Options of a command that name files it reads."""
 
@@ -38,15 +39,19 @@ def check_choices(command: str, a: Namespace) -> None:
     """
     for name, value in vars(a).items():
         several = value if isinstance(value, list) else [value]
+        if value == [] and name != "overrides":
+            raise ValueError(f"{option(name)} must hold something, got []")
         if name in CHOICES:
             words = [word for word in several if isinstance(word, str)]
             for word in ",".join(words).split(",") if words else ():
                 checks.one_of(option(name), word.strip(), CHOICES[name])
         for one in several if value is not None else ():
             if name in MINIMUM:
-                checks.whole(option(name), one, MINIMUM[name])
+                checks.whole(option(name), one, MINIMUM[name], most=MOST.get(name))
             elif name in ABOVE_0:
                 checks.number_above_0(option(name), one)
+            elif name == "fps":
+                checks.number_within(option(name), one, checks.SLOWEST, checks.FASTEST)
         if name in INPUT_FILES.get(command, ()) and value is not None and not Path(value).exists():
             raise ValueError(f"{option(name)} {value}: no such file")
     if a.get("device") and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", a.device):
@@ -114,10 +119,15 @@ def explained(message: str, parser: ArgumentParser, words: Sequence[str]) -> str
     if match := re.match(r"unrecognized arguments: (.*)", message):
         known = [name for action in actions for name in action.option_strings]
         near = [checks.nearest(word.partition("=")[0], known) for word in match[1].split() if word.startswith("-")]
-        return message + next(filter(None, near), "") + _misplaced(match[1])
+        return message + next(filter(None, near), "") + _misplaced(match[1]) + _unquoted(command, match[1])
     if match := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
         return message + checks.nearest(match[1], re.findall(r"[\w-]+", match[2]))
     return message
+
+
+def options_of(parser: ArgumentParser, command: str) -> list[str]:
+    """The names of a command's options; its other words are not typed with dashes."""
+    return [action.dest for action in _subparsers(parser)[command]._actions if action.option_strings]
 
 
 def _subparsers(parser: ArgumentParser) -> dict[str, ArgumentParser]:
@@ -132,6 +142,12 @@ def _typed(action: Any, words: Sequence[str]) -> str:
         return str(action.metavar or action.dest.upper())
     used = [name for name in names if any(word == name or word.startswith(f"{name}=") for word in words)]
     return used[0] if used else "/".join(names)
+
+
+def _unquoted(command: str | None, words: str) -> str:
+    """Words behind the prompt are those of a prompt without quotes."""
+    loose = command == "generate" and not words.startswith("-")
+    return '; put the prompt in quotes: hiar generate "a red circle moving right" -o red.mp4' if loose else ""
 
 
 def _misplaced(words: str) -> str:

@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ..common.checks import nearest
+from ..io.files import load_yaml
 from ..version import require_noise
 
 
@@ -56,7 +57,7 @@ class OptionalPositional(argparse.Action):
 def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:
     """The options in a file, by their names with underscores."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        values = load_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise TypeError(f"cannot read {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

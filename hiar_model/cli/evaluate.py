@@ -1,10 +1,10 @@
-"""`hiar evaluate`: measures toy models, and tabulates measurements."""
+"""The command `hiar evaluate`: how well a toy model's videos keep their prompts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
@@ -17,13 +17,7 @@ ORDINALS = {4: "quarter", 5: "fifth", 6: "sixth", 8: "eighth", 10: "tenth"}
 
 
 def evaluate_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "what",
-        choices=["toy", "toy-table", "toy-pairs"],
-        help="toy: measure a model; toy-table: a folder of --json files together; toy-pairs: a teacher's trajectories",
-    )
-    parser.add_argument("folder", type=str, nargs="?", help="of toy-table: VARIANT-seedN.json; of toy-pairs: ode_pairs")
-    parser.add_argument("--world", type=str, default="varied", help="of toy-pairs: in which they were made")
+    parser.add_argument("what", choices=["toy"], help="toy: a model of the toy world, by the oracle of that world")
     parser.add_argument("--model", type=str, default="toy", help="name of a shipped model, or a folder")
     parser.add_argument("--prompts", type=int, help="how many of the held-out prompts; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of all noise; every prompt has noise of its own")
@@ -33,9 +27,9 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--order",
         type=list[str] | str | None,
-        help="one or several to compare; default: the model's own, else step_first and block_first",
+        help="one or several to compare; default: the model's own, for step_first block_first too",
     )
-    parser.add_argument("--cache-source", type=str, help="own or next_step; default: the model's")
+    parser.add_argument("--kv-source", type=str, help="own or next_step; default: the model's")
     parser.add_argument(
         "--window-frames",
         type=int | list[int | None] | None | Literal["model"],
@@ -46,18 +40,12 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=0, help="first blocks of each prompt, to say how diverse they are")
     parser.add_argument("--batch", type=int, default=16, help="videos made at once; does not change the result")
     parser.add_argument("--json", type=str, help="write the figures there as well")
-    parser.add_argument("--markdown", type=str, help="of toy-table: write the table there as well")
     machine_arguments(parser)
 
 
 def evaluate(a: Namespace) -> None:
-    if a.what != "toy":
-        (_table if a.what == "toy-table" else _pairs)(a)
-        return
-    if a.folder is not None or a.markdown is not None:
-        raise ValueError("a folder and --markdown belong to hiar evaluate toy-table; a model is --model FOLDER")
-    target = _target(a.json)
-    from ..evaluation.evaluate import PARTS, evaluate_toy
+    target = None if a.json is None else check_output(a.json)  # before any work
+    from ..evaluation.evaluate import PARTS, default_rollouts, evaluate_toy
     from ..toy.prompt import split_prompts
     from ..version import NOISE, versions
 
@@ -68,13 +56,17 @@ def evaluate(a: Namespace) -> None:
     model = load_model(a)
     lengths = [a.num_frames] if isinstance(a.num_frames, int) else a.num_frames
     lengths = lengths or [model.train_frames, PARTS * model.train_frames]
-    orders = [a.order] if isinstance(a.order, str) else a.order or None
+    changes = {} if a.window_frames == "model" else {"window_frames": a.window_frames}
+    if a.kv_source is not None:
+        changes["kv_source"] = a.kv_source
+    orders = [a.order] if isinstance(a.order, str) else a.order
+    orders = orders or [rollout.order for rollout in default_rollouts(model.rollout)]
+    rollouts = [replace(model.rollout, order=order, **changes) for order in orders]
     with progress_bar("videos {task.completed}/{task.total}") as bar:
         task = bar.add_task("", total=None)
         rows = evaluate_toy(
-            model, prompts, seed=a.seed, num_frames=lengths, order=orders, cache_source=a.cache_source,
-            window_frames=a.window_frames, parts=a.parts, seeds=a.seeds, batch=a.batch,
-            on_videos=lambda done, total: bar.update(task, completed=done, total=total),
+            model, prompts, seed=a.seed, num_frames=lengths, rollouts=rollouts, parts=a.parts, seeds=a.seeds,
+            batch=a.batch, on_videos=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     _print_rows(rows, f"{model.name} ({model.weights_sha256[:12]}), {len(prompts)} held-out prompts, seed {a.seed}, "
                       f"{len(model.rollout.steps)} steps")  # fmt: skip
@@ -91,41 +83,6 @@ def evaluate(a: Namespace) -> None:
             "versions": versions("torch"),
         }
         atomic_write(target, json.dumps({**about, "rows": [row.to_dict() for row in rows]}, indent=2) + "\n")
-
-
-def _table(a: Namespace) -> None:
-    if a.folder is None:
-        raise ValueError("hiar evaluate toy-table needs the folder of its files VARIANT-seedN.json")
-    target = _target(a.markdown)
-    from ..evaluation.table import table
-
-    text = table(a.folder)
-    print(text, end="")
-    if target is not None:
-        atomic_write(target, text)
-
-
-def _pairs(a: Namespace) -> None:
-    if a.folder is None:
-        raise ValueError("hiar evaluate toy-pairs needs the folder of a stage ode_pairs")
-    if a.json is not None or a.markdown is not None:
-        raise ValueError("hiar evaluate toy-pairs writes no file: leave out --json and --markdown")
-    import torch
-
-    from ..train.data.toy_pairs import read_toy_pairs
-
-    torch.set_num_threads(a.threads or 1)
-    summaries = read_toy_pairs(a.folder, a.world)
-    print("| the teacher's | number | colour % | shape % | valid % | direction % | speed/truth |")
-    print("|---|---|---|---|---|---|---|")
-    for kind, (number, means) in summaries.items():
-        shares = " | ".join(f"{100 * share:.1f}" for share in (means.colour, means.shape, means.valid, means.direction))
-        print(f"| {kind} | {number} | {shares} | {means.speed_ratio:.2f} |")
-
-
-def _target(name: str | None) -> Path | None:
-    """The output file, checked to be writable before any work."""
-    return None if name is None else check_output(name)
 
 
 def _print_rows(rows: Sequence[Any], title: str) -> None:
@@ -152,8 +109,8 @@ def _print_rows(rows: Sequence[Any], title: str) -> None:
             " ".join(f"{100 * getattr(part, name):.0f}" for part in row.parts) for name in ("colour", "valid")
         )
         cells = [
-            row.order, str(row.num_frames), f"{100 * whole.colour:.1f}", colours, f"{100 * whole.valid:.1f}", valids,
-            f"{100 * whole.direction:.1f}", f"{whole.speed_ratio:.2f}",
+            row.rollout.order, str(row.num_frames), f"{100 * whole.colour:.1f}", colours, f"{100 * whole.valid:.1f}",
+            valids, f"{100 * whole.direction:.1f}", f"{whole.speed_ratio:.2f}",
         ]  # fmt: skip
         cells += [f"{last.background_change:.3f}", f"{last.texture_kept:.2f}"] * varied
         if kinds:

@@ -88,19 +88,24 @@ def generate(a: Namespace) -> None:
 
 
 def _generate_here(a: Namespace, here: Job, folder: str) -> None:
-    from ..io.files import SESSION, check_output, in_folder
-    from ..io.video import VideoWriter, check_target
+    from ..io.files import SESSION, check_output, in_folder, require_apart
+    from ..io.video import VideoWriter, check_target, is_folder_target, record_path
 
     # Validate arguments before loading the model.
     target = check_target(a.out)
     if target.is_file() and not a.overwrite:
         raise ValueError(f"{target} exists: give another name, or --overwrite")
-    prompts = _prompt_schedule(a)
     for option in ("image", "extend", "from_session"):
         if a[option] is not None and not Path(a[option]).exists():
             raise ValueError(f"{option.replace('_', '-')} {a[option]}: no such file")
-    if a.session is not None:
-        check_output(in_folder(a.session, SESSION))
+    session = None if a.session is None else check_output(in_folder(a.session, SESSION))
+    require_apart(
+        {"-o": target, "the record of -o": record_path(target, is_folder_target(a.out)), "--session": session},
+        {f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint")},
+    )
+    if a.from_session is not None:  # that may be replaced by --session
+        require_apart({"-o": target}, {"--from-session": in_folder(a.from_session, SESSION)})
+    prompts = _prompt_schedule(a)
     with imports():
         from hiar_kernels.nvtx import span
 
@@ -162,9 +167,10 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
         conditioning = () if run.conditioning is None or a.from_session else run.conditioning.notes
         for line in [*notes, *conditioning, *run.notes()]:
             print(line, file=sys.stderr)
+        writer = VideoWriter(a.out, run.fps, run.metadata, size=run.model.pixel_size)
         with (
             span("generate"),
-            VideoWriter(a.out, run.fps, run.metadata) as writer,
+            writer,
             _interrupts(a.session, run) as interrupted,
         ):
             for frames in run:

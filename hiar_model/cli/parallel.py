@@ -180,15 +180,15 @@ def job(a: Namespace, folder: str | None = None) -> Iterator[Job]:
             code = FAILED
         except (ValueError, OSError) as error:
             code = WRONG_INPUT
-            watchdog.tell(as_typed(str(error), vars(a)))
+            watchdog.report(as_typed(str(error), vars(a)))
         except FloatingPointError as error:
             code = FAILED
-            watchdog.tell(str(error))
+            watchdog.report(str(error))
         except BaseException as error:
             if a.get("debug"):
                 raise
             code = FAILED
-            watchdog.failed(error)
+            watchdog.report_error(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a normal exit may abort while torch tears down its process groups

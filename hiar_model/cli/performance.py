@@ -111,7 +111,7 @@ def report_arguments(parser: ArgumentParser) -> None:
 
 
 def bench_report(a: Namespace) -> None:
-    from ..schedule.gpu_tables import parts_table, rollout_table
+    from ..schedule.gpu_tables import breakdown_table, rollout_table
     from ..schedule.report import draw_gains, measured_table, report
 
     if a.measured is not None:
@@ -125,7 +125,7 @@ def bench_report(a: Namespace) -> None:
     if a.results is not None:
         if not Path(a.results).is_dir():
             raise ValueError(f"--results must be a folder with <device>/<date>-<revision>/, got {a.results}")
-        for table in (rollout_table, parts_table):
+        for table in (rollout_table, breakdown_table):
             print("\n".join([*table(Path(a.results)), ""]))
         return
     if a.plot is not None:

@@ -23,7 +23,7 @@ from .signals import ENDING, listens
 
 if TYPE_CHECKING:
     from ..train.config.recipe import Recipe, TrainingRecipe
-    from ..train.engine.distributed import Place
+    from ..train.engine.distributed import DistContext
     from ..train.engine.trainer import Trainer
 
 
@@ -46,36 +46,37 @@ def train(a: Namespace) -> None:
     overrides = dict(_override(argument) for argument in a.overrides)
     from ..train.config.reading import load_recipe, shipped_recipes
     from ..train.config.recipe import TrainingRecipe
-    from ..train.engine.distributed import find_place, find_share
+    from ..train.engine.distributed import init_training, launched_context
 
     recipe = load_recipe(a.recipe, overrides)
     folder = Path(a.out or Path("runs", a.recipe if a.recipe in shipped_recipes() else Path(a.recipe).stem))
-    with _report_once():
-        place = find_place(recipe.scale, a.device) if isinstance(recipe, TrainingRecipe) else find_share(a.device)
-        if a.nproc not in (1, place.ranks):
-            raise ValueError(f"nproc must be left out under torchrun ({place.ranks} processes), got {a.nproc}")
+    with _among_others():
+        trains = isinstance(recipe, TrainingRecipe)
+        context = init_training(recipe.scale, a.device) if trains else launched_context(a.device)
+        if a.nproc not in (1, context.world_size):
+            raise ValueError(f"nproc is {a.nproc}, but torchrun started {context.world_size} processes: give one")
         if isinstance(recipe, TrainingRecipe):
-            _run(recipe, folder, place)
+            _run(recipe, folder, context)
         else:
-            _produce(recipe, folder, place)
+            _produce(recipe, folder, context)
 
 
-def _run(recipe: TrainingRecipe, folder: Path, place: Place) -> None:
-    from ..train.engine.loss_plot import PICTURE, can_draw, draw_loss_curve
+def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
+    from ..train.engine.loss_plot import PICTURE, can_draw, draw_losses
     from ..train.engine.metrics import LOSSES
     from ..train.engine.trainer import Trainer
     from ..train.stages.base import make_stage
 
-    trainer = Trainer(recipe, make_stage(recipe, place.device), folder, place)
-    say, first, start = trainer.say, trainer.update, time.perf_counter()
+    trainer = Trainer(recipe, make_stage(recipe, context.device), folder, context)
+    say, first, begun = trainer.say, trainer.update, time.perf_counter()
     if first < recipe.updates:
         where = folder / LOSSES
         say(f"{recipe.updates} updates, batches of {recipe.batch_size}; losses every {recipe.log_every} to {where}")
     if first:
         say(f"resuming from update {first} of {trainer.state}")
     means: dict[str, float] = {}
-    with _bar(place, "{task.completed}/{task.total}", "{task.fields[summary]}") as bar:
-        task = bar.add_task("", total=recipe.updates, completed=first, summary="")
+    with _bar(context, "{task.completed}/{task.total}", "{task.fields[losses]}") as bar:
+        task = bar.add_task("", total=recipe.updates, completed=first, losses="")
 
         def show(update: int, numbers: Mapping[str, float]) -> None:
             seen = update - first
@@ -83,19 +84,19 @@ def _run(recipe: TrainingRecipe, folder: Path, place: Place) -> None:
                 mean = means.get(name, numbers[name])
                 means[name] = mean + (numbers[name] - mean) / min(seen, 100)
             losses = ", ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in means.items())
-            speed = f"{seen / (time.perf_counter() - start):.2f} updates/s"
-            bar.update(task, completed=update, summary=f"{losses}, {speed}")
+            rate = seen / (time.perf_counter() - begun)
+            bar.update(task, completed=update, losses=f"{losses}, {rate:.2f} updates/s")
 
         try:
-            with _interrupts(trainer, place):
+            with _interrupts(trainer, context):
                 done = trainer.run(show)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(f"the same command resumes from {trainer.state or 'the start'}") from error
-    if trainer.ends and not done:
-        done_so_far = f"after {trainer.update} of {recipe.updates} updates"
-        raise KeyboardInterrupt(f"{done_so_far}; the same command resumes from {trainer.state}")
+    if trainer.stopping and not done:
+        count = f"{trainer.update} of {recipe.updates} updates"
+        raise KeyboardInterrupt(f"after {count}; the same command resumes from {trainer.state}")
     if not done:
-        say(f"time limit after {trainer.update} of {recipe.updates} updates; the same command resumes")
+        say(f"max_minutes reached after {trainer.update} of {recipe.updates} updates; the same command resumes")
         return
     model = trainer.export()
     if model is None:
@@ -103,27 +104,27 @@ def _run(recipe: TrainingRecipe, folder: Path, place: Place) -> None:
     if not can_draw():
         say("no loss plot: matplotlib is not installed (pip install 'hiar-kernels[train]')")
     elif not (folder / LOSSES).exists():
-        say(f"no loss plot: {folder / LOSSES} is missing")
+        say(f"no loss plot: no file {folder / LOSSES}")
     else:
-        draw_loss_curve(folder / LOSSES, folder / PICTURE)
+        draw_losses(folder / LOSSES, folder / PICTURE)
         say(f"loss plot: {folder / PICTURE}")
     hint = f'; try: hiar generate "a red circle moving right" -o out.mp4 --model {model}' if model.is_dir() else ""
     say(f"model: {model}{hint}")
 
 
 @contextmanager
-def _interrupts(trainer: Trainer, place: Place) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM, SIGHUP) ends the run after the current update, with a state; a second one ends it
-    at once. Several processes end at once.
+def _interrupts(trainer: Trainer, context: DistContext) -> Iterator[None]:
+    """The first Ctrl-C (or the end of a terminal or a job) saves a state and stops after the current update; a second
+    one stops at once. Several processes stop at once.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if trainer.ends:
+        if trainer.stopping:
             raise KeyboardInterrupt
-        trainer.end()
-        print("stopping after this update to write a state; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        trainer.stop()
+        print("stopping after this update, with a saved state; Ctrl-C again: at once", file=sys.stderr, flush=True)
 
-    if place.ranks > 1 or threading.current_thread() is not threading.main_thread():
+    if context.world_size > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, *ENDING) if listens(number)}
@@ -134,32 +135,32 @@ def _interrupts(trainer: Trainer, place: Place) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _produce(recipe: Recipe, folder: Path, place: Place) -> None:
+def _produce(recipe: Recipe, folder: Path, context: DistContext) -> None:
     from ..train.stages.base import make_stage
 
     if recipe.scale.threads:
         import torch
 
         torch.set_num_threads(recipe.scale.threads)
-    stage = make_stage(recipe, place.device)
-    with _bar(place, "{task.completed}/{task.total}") as bar:
+    stage = make_stage(recipe, context.device)
+    with _bar(context, "{task.completed}/{task.total}") as bar:
         task = bar.add_task("", total=None)
-        message = stage.produce(
-            folder, place.rank, place.ranks, lambda done, total: bar.update(task, completed=done, total=total)
+        report = stage.produce(
+            folder, context.rank, context.world_size, lambda done, total: bar.update(task, completed=done, total=total)
         )
-    if place.rank == 0:
-        print(message)
+    if context.rank == 0:
+        print(report)
 
 
-def _bar(place: Place, *columns: str) -> Any:
+def _bar(context: DistContext, *columns: str) -> Any:
     bar = progress_bar(*columns)
-    bar.disable = bar.disable or place.rank != 0
+    bar.disable = bar.disable or context.rank != 0
     return bar
 
 
 @contextmanager
-def _report_once() -> Iterator[None]:
-    """In a job of several processes: report an error of one, or the same error of all, once."""
+def _among_others() -> Iterator[None]:
+    """With several processes: print an error of one of them, or the same error of all, once."""
     if environment.world_size() == 1:
         yield
         return
@@ -169,7 +170,7 @@ def _report_once() -> Iterator[None]:
         import torch.distributed as dist
 
         if dist.is_initialized():
-            dist.barrier()  # no rank leaves while another still communicates
+            dist.barrier()  # no process exits while another still communicates
     except KeyboardInterrupt:
         code = INTERRUPTED
     except (ValueError, OSError) as error:
@@ -195,7 +196,7 @@ def _report(error: Exception) -> None:
 def _override(argument: str) -> tuple[str, Any]:
     key, sign, value = argument.partition("=")
     if not key or not sign:
-        raise ValueError(f"{argument!r} must be key=value, such as updates=100")
+        raise ValueError(f"{argument!r} is not an override: write key=value, such as updates=100")
     try:
         return key, json.loads(value)
     except ValueError:

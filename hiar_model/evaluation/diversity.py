@@ -16,8 +16,8 @@ from ..toy.world import FAINTEST, WorldConfig
 
 @dataclass(frozen=True)
 class Diversity:
-    """Standard deviation over seeds, at one prompt, over that of the world: 1 is as diverse as the world, 0 always the
-    same video, above 1 more than the world shows (a failure too). NaN for what the world does not vary.
+    """Standard deviation over seeds, at one prompt, over that of the world: 1 is as diverse as the world, 0 the same
+    video every time, above 1 more than the world shows (a failure too). NaN for what the world does not vary.
 
     background  colour, mean over the first block
     texture     amplitudes of cosine and sine of every grating, mean over the first block
@@ -33,8 +33,8 @@ class Diversity:
     @staticmethod
     @own_settings()
     def of(world: WorldConfig, prompts: Sequence[Sequence[Reading]]) -> Diversity:
-        """``prompts``: for each prompt the readings of its first blocks, one for each seed; what a reading does not
-        show is left out. ValueError for fewer than two seeds."""
+        """``prompts``: for each prompt the readings of its first blocks, one for each seed; NaN readings are left
+        out. ValueError for fewer than two seeds."""
         if not prompts or min(map(len, prompts)) < 2:
             raise ValueError("diversity needs at least one prompt, and two seeds of each")
         low, high = world.backgrounds or (world.background, world.background)
@@ -53,7 +53,7 @@ class Diversity:
 
 
 def _rows(values: Sequence[Tensor]) -> Tensor:
-    """[seeds, n] without the seeds that show nothing."""
+    """[seeds, n] without seeds whose values are not finite."""
     rows = torch.stack(list(values)).double()
     return rows[rows.isfinite().all(1)]
 

@@ -1,42 +1,39 @@
-"""How much of their prompts, and of their own beginnings, a toy model's videos keep: read back from pixels."""
+"""How well a toy model's videos keep their prompts and their own first frames, read from pixels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common.settings import own_settings
+from ..config import RolloutConfig
 from ..models.registry import VideoModel
 from ..rollout import Rollout
-from ..schedule.plan import Plan, windows_per_step
+from ..schedule.plan import Plan
 from ..toy.oracle import ToyOracle
 from ..toy.prompt import ToyPrompt
 from ..toy.reading import Reading, Summary
 from .diversity import Diversity
 
 PARTS = 6
-"""A video is judged as a whole and in so many stretches if nothing is said, so that a decline over time shows."""
-
-Windows = int | None | Sequence[int | None] | Literal["model"]
+"""Default number of stretches that a video is judged in, beside the whole, so that a decline over time shows."""
 
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """One order at one length: means over all videos, as a whole (``whole``) and stretch by stretch (``parts``).
+    """One rollout at one length: means over all videos, of whole videos (``whole``) and stretch by stretch (``parts``).
 
     forwards, visible_frames  of a block once the window is full: forwards of the network, and latent frames that one of
                               them sees on average, its own among them
-    diversity                 None if it was not measured; it is one for all lengths of an order
+    diversity                 None if it was not measured; the same for all lengths of a rollout
     """
 
-    order: str
-    cache_source: str
-    window_frames: tuple[int | None, ...]  # per step
+    rollout: RolloutConfig
     num_frames: int
     videos: int
     whole: Summary
@@ -51,7 +48,7 @@ class EvaluationRow:
         return self.parts[-1].valid - self.parts[0].valid
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain mapping for JSON; a figure that could not be measured is None."""
+        """Plain mapping for JSON; what could not be measured is None."""
         return _plain({**asdict(self), "drift": self.drift})
 
 
@@ -62,31 +59,28 @@ def evaluate_toy(
     *,
     seed: int = 0,
     num_frames: Sequence[int],
-    order: Sequence[str] | None = None,
-    cache_source: str | None = None,
-    window_frames: Windows = "model",
+    rollouts: Sequence[RolloutConfig] | None = None,
     parts: int = PARTS,
     seeds: int = 0,
     batch: int = 16,
     on_videos: Callable[[int, int], None] | None = None,
 ) -> list[EvaluationRow]:
-    """Make a video of every prompt, at each length in each order, and read it.
+    """Make a video of every prompt, at each length by each rollout, and read it.
 
     Context is causal and noise belongs to (video, step, block): the first frames of a video are the shorter video, so
     one rollout of the greatest length serves all.
 
     Args:
         model: a toy model. prompts: one video each, with noise of its own (video i of ``seed``).
-        num_frames, order: the lengths in pixel frames and the orders to measure; every pair gives a row. No order: the
-            model's own, or step_first and block_first where it names none.
-        cache_source, window_frames: other than the model's own, as for :class:`Rollout`.
+        num_frames: lengths in pixel frames. rollouts: what is compared; every pair of a length and a rollout gives a
+            row. None: the model's own; if its order is step_first, block_first too.
         parts: stretches that a video is judged in.
         seeds: how many first blocks of each prompt to compare for the diversity, from ``seed`` on; 0: none.
         batch: videos made at once; it does not change them.
         on_videos: called with (videos done, videos in all) after every batch.
 
     Raises:
-        ValueError: no toy model, no prompt, an illegal length, order, source, window or number.
+        ValueError: not a toy model, no prompt, an illegal length or number.
         FloatingPointError: latents that are not finite.
     """
     if model.world is None:
@@ -101,55 +95,43 @@ def evaluate_toy(
         model.latent_frames(frames)
         if frames < parts:
             raise ValueError(f"a video is judged in {parts} stretches: at least {parts} frames, got {frames}")
-    if order is None:
-        order = ("step_first", "block_first") if model.order is None else (model.order,)
-    forms = [_form(model, name, cache_source, window_frames) for name in order]
+    rollouts = default_rollouts(model.rollout) if rollouts is None else rollouts
     oracle = ToyOracle(model.world)
-    total, done = len(forms) * len(prompts) * (1 + seeds), 0
-    rows: dict[tuple[int, str], EvaluationRow] = {}
-    for form in forms:
+    total, done = len(rollouts) * len(prompts) * (1 + seeds), 0
+    rows: dict[tuple[int, int], EvaluationRow] = {}
+    for number, rollout in enumerate(rollouts):
         readings: list[Reading] = []
-        blocks: list[list[Reading]] = []  # first ones, of each seed
+        first_blocks: list[list[Reading]] = []  # of each seed
         runs = [(seed, max(num_frames), readings)]
         for other in range(seeds):
-            blocks.append([])
-            runs.append((seed + other, model.pixel_frames(model.frames_per_block), blocks[-1]))
+            first_blocks.append([])
+            runs.append((seed + other, model.pixel_frames(rollout.frames_per_block), first_blocks[-1]))
         for key, frames, into in runs:
             for videos in _batches(len(prompts), batch):
                 chosen = [prompts[i] for i in videos]
-                clips = zip(_frames(model, form, chosen, videos, key, frames), chosen, strict=True)
+                clips = zip(_frames(model, rollout, chosen, videos, key, frames), chosen, strict=True)
                 into += [oracle.evaluate(clip, prompt) for clip, prompt in clips]
                 done += len(videos)
                 if on_videos is not None:
                     on_videos(done, total)
-        diversity = Diversity.of(model.world, list(zip(*blocks, strict=True))) if seeds else None
+        diversity = Diversity.of(model.world, list(zip(*first_blocks, strict=True))) if seeds else None
         for frames in num_frames:
             cut = [reading.part(0, frames) for reading in readings]
-            rows[frames, form.order] = EvaluationRow(
-                order=form.order,
-                cache_source=form.cache_source,
-                window_frames=form.window_frames,
+            rows[frames, number] = EvaluationRow(
+                rollout=rollout,
                 num_frames=frames,
                 videos=len(prompts),
                 whole=Summary.of(cut),
                 parts=tuple(map(Summary.of, zip(*(reading.parts(parts) for reading in cut), strict=True))),
-                **_steady_cost(form),
+                **_steady_cost(Plan.of(rollout)),
                 diversity=diversity,
             )
-    return [rows[frames, form.order] for frames in num_frames for form in forms]
+    return [rows[frames, number] for frames in num_frames for number in range(len(rollouts))]
 
 
-def _form(model: VideoModel, order: str, cache_source: str | None, window_frames: Windows) -> Plan:
-    """What is visited; ValueError if it does not fit together."""
-    windows = model.window_frames if window_frames == "model" else window_frames
-    return Plan(
-        len(model.schedule),
-        order,
-        model.frames_per_block,
-        window_frames=windows_per_step(windows, len(model.schedule)),
-        sink_frames=model.sink_frames,
-        cache_source=model.cache_source if cache_source is None else cache_source,
-    )
+def default_rollouts(rollout: RolloutConfig) -> tuple[RolloutConfig, ...]:
+    """The model's own; a model trained for step_first, and so for every order, is compared with block_first too."""
+    return (rollout, rollout.with_order("block_first")) if rollout.order == "step_first" else (rollout,)
 
 
 def _steady_cost(plan: Plan) -> dict[str, float]:
@@ -168,23 +150,20 @@ def _batches(count: int, batch: int) -> Iterator[range]:
 
 
 def _frames(
-    model: VideoModel, form: Plan, prompts: Sequence[ToyPrompt], videos: Sequence[int], seed: int, num_frames: int
+    model: VideoModel,
+    config: RolloutConfig,
+    prompts: Sequence[ToyPrompt],
+    videos: Sequence[int],
+    seed: int,
+    num_frames: int,
 ) -> Iterator[Tensor]:
     """The videos of one batch, uint8 [num_frames, H, W, 3] each."""
-    _, height, width = model.latent_size
     rollout = Rollout(
         model.transformer,
         torch.cat([model.encode_text(prompt.text()) for prompt in prompts]),
-        model.schedule,
-        num_frames=model.latent_frames(num_frames),
-        height=height,
-        width=width,
-        batch=len(prompts),
-        order=form.order,
-        frames_per_block=form.frames_per_block,
-        window_frames=form.window_frames,
-        sink_frames=form.sink_frames,
-        cache_source=form.cache_source,
+        config,
+        num_latent_frames=model.latent_frames(num_frames),
+        latent_size=model.latent_size[1:],
         seed=seed,
         video_ids=videos,
     )

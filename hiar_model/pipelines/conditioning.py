@@ -6,6 +6,7 @@ Both are read as a viewer shows them: rotated as the file says, on white where t
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,12 +17,14 @@ from typing import Any
 import av
 import numpy as np
 
+from ..common.checks import path_like
 from ..io.files import refuse_stand_in
 from ..io.video import Frames, source_matrix
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 _CHUNK = 8  # frames resized together
+_REPAIR = "get it again, or write what is whole of it anew (ffmpeg -i IN OUT)"
 _BACKGROUND = 255  # grey level behind transparent pixels
 
 
@@ -51,15 +54,15 @@ def read_conditioning(
         ValueError: one line: both are set; or the file is missing, unreadable, of another kind, or too short.
     """
     if image is not None and extend is not None:
-        raise ValueError(f"image {os.fspath(image)} and extend {os.fspath(extend)} exclude each other: give one")
+        raise ValueError(f"image {image!s} and extend {extend!s} exclude each other: give one")
     if image is not None:
-        path = Path(image)
+        path = path_like("image", image)
         picture, notes = _read_image(path)
         resizer = _Resizer(path, size)
         return ConditioningFrames(resizer([picture]), (*notes, *resizer.notes))
     if extend is None:
         return None
-    path = Path(extend)
+    path = path_like("extend", extend)
     clip = _Clip(path)
     resizer = _Resizer(path, size, clip)
     frames = resizer(clip.frames())
@@ -92,7 +95,10 @@ def _read_image(path: Path) -> tuple[Frames, list[str]]:
     _check(path, "image", IMAGES)
     notes: list[str] = []
     try:
-        with Image.open(path) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photos are welcome
+            opened = Image.open(path)
+        with opened as picture:
             frames = getattr(picture, "n_frames", 1)
             if frames != 1:
                 raise ValueError(f"image {path} holds {frames} frames, expected one; for a clip use extend")
@@ -101,7 +107,9 @@ def _read_image(path: Path) -> tuple[Frames, list[str]]:
             if upright.getexif() != picture.getexif():
                 notes.append(f"{path}: rotated by its EXIF orientation")
             return _to_srgb(upright, path, notes), notes
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image {path}: more pixels than are read (178 million): scale it down first") from error
+    except (OSError, SyntaxError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(f"image {path}: corrupt, or not the format of its suffix: {reason}") from error
 
@@ -145,7 +153,7 @@ class _Clip:
 
     def frames(self) -> Iterator[Frames]:
         """uint8 [H, W, 3] each, rotated as a player shows them; pixels may not be square."""
-        path, size, count = self.path, None, 0
+        path, size, count, end = self.path, None, 0, 0.0
         try:
             with av.open(str(path)) as container:
                 if not container.streams.video:
@@ -157,7 +165,15 @@ class _Clip:
                     if size not in (None, image.shape):
                         raise ValueError(f"extend {path}: frames differ in size")
                     size, count = image.shape, count + 1
+                    if frame.is_corrupt:
+                        raise ValueError(f"extend {path}: damaged at its frame {count}; {_REPAIR}")
+                    end = max(end, float(frame.time or 0) + float((frame.duration or 0) * (frame.time_base or 0)))
                     yield image
+                whole = _seconds(container, stream)
+                if count and whole - end > max(0.05 * whole, 2 / (self.rate or 1)):
+                    raise ValueError(
+                        f"extend {path}: cut short: its frames end at {end:.2f} of {whole:.2f} s; {_REPAIR}"
+                    )
         except (av.error.FFmpegError, OSError) as error:
             reason = error.strerror or error
             raise ValueError(f"extend {path}: corrupt, or not the format of its suffix: {reason}") from error
@@ -173,6 +189,16 @@ class _Clip:
         self.aspect = 1 / aspect if turns % 2 else aspect
         image = np.rot90(image, turns)
         return np.ascontiguousarray(image[:, ::-1] if flip else image)
+
+
+def _seconds(container: Any, stream: Any) -> float:
+    """How long the pictures of a file are to go on, as it says itself; 0: it does not say."""
+    if container.format.name == "avi":  # its duration is that of what is there
+        return float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
+    if stream.duration:
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    alone = len(container.streams) == 1  # sound may go on longer
+    return float(container.duration or 0) / 1e6 if alone else 0.0
 
 
 def _orientation(frame: Any) -> tuple[int, bool]:

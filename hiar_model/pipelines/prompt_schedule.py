@@ -53,6 +53,8 @@ class PromptSchedule:
     file: str | None = None  # path that it was read from
 
     def __post_init__(self) -> None:
+        if isinstance(self.lines, str) or not all(isinstance(line, Line) for line in self.lines or ()):
+            raise ValueError("PromptSchedule takes lines: use .of([(0, 'a prompt'), ...]), or .read('script.txt')")
         if not self.lines:
             raise ValueError(f'{self.name} has no prompts, expected lines "seconds prompt", the first at 0')
         before = -1.0
@@ -230,7 +232,7 @@ def prompt_delay(plan: Plan, ranks: int = 1, on_prompt_change: str = "keep") -> 
         )
     limit = ranks + 1 if ranks > 1 else None  # blocks in flight of a pipeline
     timeline = simulate(plan, plan.prefix_blocks + 4 * plan.steps + 20, ranks, in_flight=limit)
-    started, finished = timeline.begun, timeline.finished
+    started, finished = timeline.started, timeline.finished
     block = timeline.num_blocks - 2 * plan.steps - 4  # away from both ends
     blocks = sum(started[block] < end <= finished[block + 1] for end in finished.values())
     again: int | None = 0

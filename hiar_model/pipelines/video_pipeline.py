@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hiar_kernels.nvtx import span
 
-from ..common.checks import one_of, whole
+from ..common.checks import MOST_STEPS, MOST_THREADS, one_of, path_like, whole
 from ..common.settings import own_settings
 from ..config import ExecutionConfig, RolloutConfig
 from ..config.rollout import ORDERS
@@ -101,9 +101,17 @@ class VideoOptions:
     on_progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("num_frames", 1), ("steps", 1), ("sink_frames", 0), ("threads", 1)):
+        for name, least, most in (
+            ("num_frames", 1, None), ("steps", 1, MOST_STEPS), ("sink_frames", 0, None), ("threads", 1, MOST_THREADS),
+        ):  # fmt: skip
             value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else whole(name, value, least))
+            object.__setattr__(self, name, None if value is None else whole(name, value, least, most=most))
+        if self.prompts is not None and not isinstance(self.prompts, PromptSchedule):
+            raise ValueError(f"prompts must be a PromptSchedule (.read('script.txt')), got {self.prompts!r}")
+        if self.on_progress is not None and not callable(self.on_progress):
+            raise ValueError(f"on_progress must be a function or None, got {self.on_progress!r}")
+        if self.session is not None:
+            path_like("session", self.session)
         object.__setattr__(self, "seed", whole("seed", self.seed))
         if self.order is not None:
             one_of("order", self.order, ORDERS)

@@ -74,7 +74,7 @@ def measure_costs(
         factor = times(widest, True)["fused"] / (measured[widest]["denoise"] + measured[widest]["cache"])
     how = "CUDA graphs" if execution.cuda_graph else "eager"
     source = f"tasks measured on {name}, {batch} at once, {how}"
-    return Costs(curve("denoise"), curve("cache"), pair=factor, source=source)
+    return Costs(curve("denoise"), curve("cache"), fused=factor, source=source)
 
 
 def _now(device: torch.device) -> float:

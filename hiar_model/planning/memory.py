@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hiar_kernels import prefer
-from hiar_kernels._triton import shapes_only
+from hiar_kernels.common.triton_loader import shapes_only
 
 from ..common.checks import OFFLOAD, one_of
 from ..config import ExecutionConfig, RolloutConfig, WanConfig

@@ -101,9 +101,7 @@ class Rollout:
         height, width = (whole("latent_size", n, 1) for n in latent_size)
         self.shape = (wan.in_channels, height, width)
         grid = wan.grid(height, width)
-        if num_latent_frames is None:
-            config.require_endless()
-        else:
+        if num_latent_frames is not None:
             num_latent_frames = whole("num_latent_frames", num_latent_frames)
         if prefix is not None:
             require_shape("prefix", prefix, (batch, None, *self.shape))
@@ -332,7 +330,7 @@ class Rollout:
             self.pipeline.done(previous)
             if self.on_boundary is not None:
                 self.on_boundary(block)
-        self.pipeline.enter(group)
+        self.pipeline.start(group)
         return block
 
     def state_dict(self) -> dict[str, Any]:

@@ -116,43 +116,6 @@ def _mask(known: Tensor | Iterable[int], batch: int, frames: int, block: int) ->
     for n in known:
         number = as_whole(n)
         if number is None or not 0 <= number < blocks:
-            raise ValueError(f"known blocks must be in 0..{blocks - 1}, got {n!r}")
+            raise ValueError(f"given blocks must be in 0..{blocks - 1}, got {n!r}")
         mask[:, number * block : (number + 1) * block] = True
     return mask
-
-
-def seams(known: Tensor) -> list[int]:
-    """Frames f of one video, known bool [F], at which f - 1 and f differ."""
-    changes = known[1:] != known[:-1]
-    return [int(f) + 1 for f in changes.nonzero()[:, 0]]
-
-
-def path_breaks(centres: Tensor, extent: Tensor, at: Sequence[int], reach: int = 3) -> list[float]:
-    """How far the path of a moving object breaks at some frames, in pixels; nan where it is not seen.
-
-    At frame f the path of the ``reach`` frames before it is extrapolated by its mean step and compared with the mean
-    position of the ``reach`` frames from f on: 0 for one straight line through both.
-
-    Args:
-        centres: [F, 2] (x, y) of each frame, such as of :class:`hiar_model.toy.reading.Reading`; nan: not seen.
-        extent: [2] size of the frame, whose edges wrap around. at: frames with ``reach`` others on either side.
-    """
-    if reach < 2:
-        raise ValueError(f"reach must be at least 2 frames, got {reach}")
-    centres, extent = centres.double(), extent.double()
-    breaks = []
-    for f in at:
-        if not reach <= f <= len(centres) - reach:
-            raise ValueError(
-                f"a seam needs {reach} frames on either side: give {reach}..{len(centres) - reach}, got {f}"
-            )
-        # the shorter step on the torus
-        steps = (
-            centres[f - reach + 1 : f + reach] - centres[f - reach : f + reach - 1] + extent / 2
-        ) % extent - extent / 2
-        path = torch.cat([steps.new_zeros(1, 2), steps.cumsum(0)])
-        before = path[:reach]
-        pace = (before[-1] - before[0]) / (reach - 1)
-        ahead = before.mean(0) + pace * torch.arange(reach).add(reach - (reach - 1) / 2)[:, None]
-        breaks.append(float((path[reach:] - ahead).mean(0).norm()))
-    return breaks

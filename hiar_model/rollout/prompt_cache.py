@@ -99,7 +99,6 @@ class PromptBuffers:
         if self.contents[key] is not kv:
             buffer = self.buffers[key]
             buffer.counts.copy_(kv.counts)
-            buffer.log_counts.copy_(kv.log_counts)
             for (k, v), (new_k, new_v) in zip(buffer.layers, kv.layers, strict=True):
                 k.copy_(new_k)
                 v.copy_(new_v)

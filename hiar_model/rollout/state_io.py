@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..io.atomic import atomic
-from ..io.files import refuse_stand_in
+from ..io.files import refuse_stand_in, save_tensors
 
 TENSORS = ("cache", "latents", "history")
 NUMBERS = ("key", "groups_done", "step")
@@ -63,7 +63,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     """
     tensors = {name: x.contiguous() for name, x in tensors.items()}
     with atomic(path) as partial:
-        save_file(tensors, partial, metadata=dict(metadata))
+        save_tensors(tensors, partial, metadata)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -75,6 +75,7 @@ def test_the_record_of_a_video(folder, here, kind):
 @pytest.mark.parametrize("text, message", [
     ("num_frame: 6\n", "c.yaml: unknown key num_frame; did you mean num_frames?"),
     ("- 6\n", "c.yaml must hold key: value lines, got list"),
+    ("seed: 1\nnum_frames: 6\nseed: 2\n", "the key seed stands twice"),
     ("a: [\n", "c.yaml is neither YAML nor JSON"),
     ("num_frames: many\n", "many"),
     ('{"command": "rm -r x", "weights_sha256": ""}', "c.yaml is the metadata of a video, for hiar generate only"),

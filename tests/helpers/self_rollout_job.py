@@ -18,9 +18,9 @@ from tiny_model import SIZE, TEXT, make_model
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hiar_model.config import FlowSchedule
+from hiar_model.config import FlowSchedule, RolloutConfig
 from hiar_model.train.config.recipe import ScaleRecipe
-from hiar_model.train.engine.distributed import find_place, gathered, release, shard
+from hiar_model.train.engine.distributed import init_training, reshard, shard, unsharded
 from hiar_model.train.engine.self_rollout import SelfRollout
 
 STEPS, FRAMES = 3, 12
@@ -42,35 +42,37 @@ class Collectives(TorchDispatchMode):
 def students() -> tuple:
     """The same weights whole, and sharded from the first process, of which alone they are."""
     whole, sharded = (make_model().double().requires_grad_(True) for _ in range(2))
-    place = find_place(ScaleRecipe(), "cpu")
-    if place.rank:
+    context = init_training(ScaleRecipe(), "cpu")
+    if context.rank:
         sharded = sharded.to("meta")
-    shard(sharded, place, "float32", trained=True)
+    shard(sharded, context, "float32", trained=True)
     return whole, sharded
 
 
 def case(exit_step: int, **options) -> dict:
     """Twice the same update, of both students."""
-    text, wrong, exchanged = TEXT.double(), [], []
+    prompt_embeds, wrong, exchanged = TEXT.double(), [], []
+    config = RolloutConfig(FlowSchedule.uniform(STEPS).steps, window_frames=6, **options)
     whole, sharded = students()
     for seed in range(2):
-        found = []
+        results = []
         for model in (whole, sharded):
             model.zero_grad()
-            rollout = SelfRollout(model, FlowSchedule.uniform(STEPS), **options)
-            with Collectives() as walk:
-                visited = gathered(model, partial(rollout.run, seed=seed), text, FRAMES, *SIZE.values(), exit_step)
-            kept = not any(isinstance(p, DTensor) for p in model.parameters())
-            with Collectives() as rest:
-                x0 = rollout.predict(visited, text)
+            rollout = SelfRollout(model, config)
+            run = partial(rollout.run, seed=seed)
+            with Collectives() as of_rollout:
+                batch = unsharded(model, run, prompt_embeds, FRAMES, (SIZE["height"], SIZE["width"]), exit_step)
+            is_whole = not any(isinstance(p, DTensor) for p in model.parameters())
+            with Collectives() as of_step:
+                x0 = rollout.predict(batch, prompt_embeds)
                 x0.square().mean().backward()
-            release(model)
-            let_go = all(isinstance(p, DTensor) for p in model.parameters()) == (model is sharded)
-            found.append((visited, x0.detach(), kept and let_go))
-            exchanged.append([dict(walk.counts), dict(rest.counts)])
-        (expected, x0, _), (visited, other, again) = found
-        same = [torch.equal(expected.inputs, visited.inputs), torch.equal(x0, other), again]
-        same += [torch.equal(a.k, b.k) for a, b in zip(expected.contexts, visited.contexts, strict=True)]
+            reshard(model)
+            is_sharded = all(isinstance(p, DTensor) for p in model.parameters())
+            results.append((batch, x0.detach(), is_whole and is_sharded == (model is sharded)))
+            exchanged.append([dict(of_rollout.counts), dict(of_step.counts)])
+        (expected, x0, _), (batch, other, states) = results
+        same = [torch.equal(expected.inputs, batch.inputs), torch.equal(x0, other), states]
+        same += [torch.equal(a.k, b.k) for a, b in zip(expected.contexts, batch.contexts, strict=True)]
         wrong += [] if all(same) else [f"seed {seed}: {same}"]
         for (name, p), q in zip(whole.named_parameters(), sharded.parameters(), strict=True):
             if not torch.allclose(q.grad.full_tensor(), p.grad, rtol=1e-12, atol=1e-14):
@@ -78,8 +80,8 @@ def case(exit_step: int, **options) -> dict:
     return {"wrong": wrong, "exchanged": exchanged}
 
 
-def dealt_out() -> list[str]:
-    """Names of weights that are not the first process's."""
+def not_broadcast() -> list[str]:
+    """Names of weights that differ from the first process's."""
     whole, sharded = students()
     pairs = zip(whole.named_parameters(), sharded.parameters(), strict=True)
     return [name for (name, p), q in pairs if not torch.equal(q.full_tensor(), p)]
@@ -89,9 +91,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     result = {
-        "matched": case(1, window_frames=6),
-        "clean": case(2, window_frames=6, order="block_first"),
-        "dealt_out": dealt_out(),
+        "matched": case(1),
+        "clean": case(2, order="block_first"),
+        "broadcast": not_broadcast(),
     }
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(result))

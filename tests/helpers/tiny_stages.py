@@ -15,16 +15,17 @@ from hiar_model.train.config.reading import make_recipe
 from hiar_model.train.stages.base import make_stage
 
 SEED, FRAMES, LATENT = 5, 6, (2, 4, 4)
-RULE = {"frames_per_block": 2, "window_frames": 4, "sink_frames": 1}
+MASK = {"frames_per_block": 2, "window_frames": 4, "sink_frames": 1}
 SCHEDULE = {"steps": [1000, 750, 250], "shift": 2.0}  # of the ODE below the states 0, 1, 3 and the last
+ROLLOUT = {**MASK, **SCHEDULE, "order": "stream"}
 STEPS = 3
 ADAMW = {"kind": "adamw", "lr": 1e-3, "warmup": 0.0, "cooldown": 0.0}
-ROWS = [0, 1, 2]
+SAMPLES = [0, 1, 2]
 VARIANTS = {
     "matched": {},
-    "clean": {"order": "block_first"},
-    "lent": {"cache_source": "next_step"},
-    "windows": {"window_frames": [3, 4, 6]},
+    "clean": {"rollout": {"order": "block_first"}},
+    "shared": {"rollout": {"kv_source": "next_step"}},
+    "windows": {"rollout": {"window_frames": [3, 4, 6]}},
 }
 
 
@@ -48,18 +49,20 @@ def weights(files: Path, name: str) -> str:
 
 
 def values(files: Path, stage: str, **more) -> dict:
-    """A recipe as a plain mapping; ``forward_kl`` is filled up."""
-    plain = {"stage": stage, "model": "tiny", "seed": SEED, "num_frames": FRAMES, "precision": "float32"}
+    """A recipe as a plain mapping; ``forward_kl`` and ``rollout`` are laid over defaults."""
+    plain = {"stage": stage, "model": "tiny", "seed": SEED, "num_latent_frames": FRAMES, "precision": "float32"}
     plain["data"] = {"folder": str(files / "clips"), "latent_size": list(LATENT[1:])}
     if stage != "ode_pairs":
-        plain |= {"updates": 4, "batch_size": len(ROWS), "log_every": 1, "optimizer": ADAMW}
+        plain |= {"updates": 4, "batch_size": len(SAMPLES), "log_every": 1, "optimizer": ADAMW}
         plain |= {"init": weights(files, "student"), "scale": {"threads": 1}}
     if stage == "ode_init":
-        plain |= {**RULE, **SCHEDULE, "trajectories": str(files / "pairs")}
+        plain |= {"trajectories": str(files / "pairs")}
     if stage == "hiar":
-        plain |= {**RULE, **SCHEDULE, "teacher": weights(files, "teacher"), "critic_init": weights(files, "critic")}
+        plain |= {"teacher": weights(files, "teacher"), "critic_init": weights(files, "critic")}
         plain |= {"teacher_model": "tiny", "critic_optimizer": ADAMW}
         more["forward_kl"] = {"trajectories": str(files / "pairs"), **more.get("forward_kl", {})}
+    if stage in ("ode_init", "hiar"):
+        more["rollout"] = {**ROLLOUT, **more.get("rollout", {})}
     return plain | more
 
 

@@ -3,8 +3,8 @@
 python tests/helpers/train_job.py FOLDER RECIPE.json [SYNC]
     trains; a line "update N" for each; kill -9 of itself in the SYNC-th of the syncs to disk
 torchrun --nproc-per-node 2 tests/helpers/train_job.py FOLDER CASES.json
-    trains each {"name", "recipe", "stop"} in FOLDER/name, up to update "stop" if there is one; found.json has what each
-    rank met
+    trains each {"name", "recipe", "stop"} in FOLDER/name, up to update "stop" if there is one; results.json has the
+    error of each rank
 """
 
 from __future__ import annotations
@@ -19,30 +19,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import processes
 import torch
 import torch.distributed as dist
 
-from hiar_model import config
 from hiar_model.common.keyed import keyed_generator
+from hiar_model.config import wan
 from hiar_model.train.config.reading import make_recipe
-from hiar_model.train.engine.distributed import find_place
+from hiar_model.train.engine.distributed import init_training
 from hiar_model.train.engine.networks import make_network
 from hiar_model.train.engine.trainer import Trainer
-from hiar_model.train.stages.base import Turn, make_stage
+from hiar_model.train.stages.base import UpdateStep, make_stage
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 PULL = "pull"  # recipe.teacher of runs whose stage is Pull
-PATIENCE = 240  # seconds that any job may take on a busy machine
 
 # A network that trains in no time.
-config._PRESETS["tiny"] = {
+wan._PRESETS["tiny"] = {
     "dim": 16, "ffn_dim": 32, "num_heads": 2, "num_layers": 2, "freq_dim": 16, "text_dim": 32, "text_len": 8,
     "in_channels": 2, "out_channels": 2,
 }  # fmt: skip
 
 
 class Pull:
-    """A stage of two networks that are pulled to noise of their own, row by row: cheap, with turns as HiAR's."""
+    """A stage of two networks that regress noise of their own, sample by sample: cheap, with HiAR's update steps."""
 
     averaged = "student"
 
@@ -50,24 +49,24 @@ class Pull:
         self.recipe = recipe
         self.trained = {name: make_network("tiny", seed=i) for i, name in enumerate(("critic", "student"))}
         self.frozen = {"teacher": make_network("tiny", seed=2).requires_grad_(False)}
-        self.asked: list[tuple[str, int, list[int]]] = []
+        self.calls: list[tuple[str, int, list[int]]] = []
 
-    def turns(self, update: int) -> Sequence[Turn]:
-        return (Turn("critic", 0, "critic 0"), Turn("critic", 1, "critic 1"), Turn("student"))
+    def update_steps(self, update: int) -> Sequence[UpdateStep]:
+        return (UpdateStep("critic", 0, "critic 0"), UpdateStep("critic", 1, "critic 1"), UpdateStep("student"))
 
-    def loss(self, turn: Turn, update: int, rows: Sequence[int]) -> tuple[torch.Tensor, dict[str, Any]]:
-        self.asked.append((str(turn), update, list(rows)))
-        x = torch.stack([self.noise(update, str(turn), row) for row in rows])
-        text, times = torch.ones(len(rows), 1, 32), torch.full((len(rows),), 500.0)
+    def loss(self, step: UpdateStep, update: int, samples: Sequence[int]) -> tuple[torch.Tensor, dict[str, Any]]:
+        self.calls.append((str(step), update, list(samples)))
+        x = torch.stack([self.noise(update, str(step), sample) for sample in samples])
+        prompt_embeds, times = torch.ones(len(samples), 1, 32), torch.full((len(samples),), 500.0)
         with torch.no_grad():
-            wanted = self.frozen["teacher"](x, times, text)
-        error = (self.trained[turn.network](x, times, text) - wanted - x).square().mean(dim=(1, 2, 3, 4))
-        return error.mean(), {"largest": error.detach().max(), "rows": float(len(rows))}
+            target = self.frozen["teacher"](x, times, prompt_embeds)
+        error = (self.trained[step.network](x, times, prompt_embeds) - target - x).square().mean(dim=(1, 2, 3, 4))
+        return error.mean(), {"largest": error.detach().max(), "samples": float(len(samples))}
 
-    def noise(self, update: int, turn: str, row: int) -> torch.Tensor:
-        if self.recipe.seed < 0 and row == 1:  # a seed for a row that is not finite
+    def noise(self, update: int, step: str, sample: int) -> torch.Tensor:
+        if self.recipe.seed < 0 and sample == 1:  # a seed for a sample that is not finite
             return torch.full((3, 2, 4, 4), torch.nan)
-        return keyed_generator(self.recipe.seed, update, turn, row).normals(3, 2, 4, 4)
+        return keyed_generator(self.recipe.seed, update, step, sample).normals(3, 2, 4, 4)
 
     def sample(self, update: int) -> None:
         return None
@@ -79,7 +78,7 @@ class Pull:
 
 
 def recipe(**values: Any) -> dict[str, Any]:
-    """A recipe for :class:`Pull`, as a plain mapping: 8 updates of 4 rows, a state after every two."""
+    """A recipe for :class:`Pull`, as a plain mapping: 8 updates of 4 samples, a state after every two."""
     optimizer = {"kind": "adamw", "lr": 3e-3, "warmup": 0.0}
     plain = {"stage": "hiar", "model": "tiny", "updates": 8, "batch_size": 4, "log_every": 1, "precision": "float32"}
     sections = {
@@ -97,28 +96,26 @@ def losses(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def command(folder: Path, values: Any, *words: object, processes: int = 1) -> list[str]:
+def command(folder: Path, values: Any, *words: object) -> list[str]:
     """The words that start this file."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f"{folder.name}.json")
     path.write_text(json.dumps(values))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    run = [sys.executable, *(torchrun if processes > 1 else [])]
-    return [*run, str(Path(__file__)), str(folder), str(path), *map(str, words)]
+    return [str(Path(__file__)), str(folder), str(path), *map(str, words)]
 
 
-def start(folder: Path, values: Any, *words: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, values: Any, *words: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Run it to its end."""
-    words = tuple(command(folder, values, *words, processes=processes))
-    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)  # type: ignore
+    words = command(folder, values, *words)  # type: ignore[assignment]
+    return processes.run(words) if ranks == 1 else processes.torchrun(ranks, *words)
 
 
 def train(folder: Path, values: dict[str, Any], on_update: Any = None) -> Trainer:
     """In this process, to its end."""
-    made = make_recipe(values)
-    place = find_place(made.scale, "cpu")
-    stage = Pull(made, place.device) if values.get("teacher") == PULL else make_stage(made, place.device)
-    trainer = Trainer(made, stage, folder, place, say=lambda text: None)
+    parsed = make_recipe(values)
+    context = init_training(parsed.scale, "cpu")
+    stage = Pull(parsed, context.device) if values.get("teacher") == PULL else make_stage(parsed, context.device)
+    trainer = Trainer(parsed, stage, folder, context, say=lambda line: None)
     trainer.run(on_update)
     return trainer
 
@@ -146,17 +143,17 @@ def stop_after(update: int | None) -> Any:
 
 
 def _case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    """What this rank met."""
+    """How it ended on this rank."""
     trainer = None
     try:
         trainer = train(folder / case["name"], case["recipe"], stop_after(case.get("stop")))
-        met = ""
+        error = ""
     except KeyboardInterrupt:
-        met = "stopped"
-    except (ValueError, FloatingPointError, OSError) as error:
-        met = f"{type(error).__name__}: {error}"
+        error = "stopped"
+    except (ValueError, FloatingPointError, OSError) as caught:
+        error = f"{type(caught).__name__}: {caught}"
     exported = None if trainer is None else trainer.export()
-    return {"met": met, "exported": None if exported is None else str(exported)}
+    return {"error": error, "exported": None if exported is None else str(exported)}
 
 
 def _main() -> None:
@@ -167,11 +164,11 @@ def _main() -> None:
             _die_in_sync(int(words[0]))
         train(Path(folder), values, lambda update, numbers: print(f"update {update}", flush=True))
         return
-    found: list[Any] = [None] * int(os.environ["WORLD_SIZE"])
-    here = {case["name"]: _case(Path(folder), case) for case in values}
-    dist.all_gather_object(found, here)
+    results: list[Any] = [None] * int(os.environ["WORLD_SIZE"])
+    dist_results = {case["name"]: _case(Path(folder), case) for case in values}
+    dist.all_gather_object(results, dist_results)
     if dist.get_rank() == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(found))
+        (Path(folder) / "results.json").write_text(json.dumps(results))
     dist.barrier()
     os._exit(0)  # an ordinary exit may abort in torch's teardown
 

@@ -175,3 +175,37 @@ def test_a_large_clip_takes_the_memory_of_its_small_frames(tmp_path, monkeypatch
     assert found is not None
     assert found.frames.shape == (37, *SIZE, 3)
     assert 1 < most <= 17  # two handfuls
+
+
+CONTAINERS = {"mkv": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4"}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("damage", ["cut short", "a hole"])
+def test_a_clip_that_is_not_whole_is_refused(tmp_path, kind, damage):
+    """It was taken as far as it could be read: the video would have gone on from the wrong place."""
+    whole, noise = tmp_path / f"whole.{kind}", np.random.default_rng(0)
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream(CONTAINERS[kind], rate=16)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for _ in range(24):
+            image = noise.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    assert len(read_conditioning(None, whole, SIZE, 1).frames) == 24
+    data, broken = bytearray(whole.read_bytes()), tmp_path / f"broken.{kind}"
+    middle = len(data) // 2
+    broken.write_bytes(
+        data[: middle + 40] if damage == "cut short" else data[:middle] + bytes(1500) + data[middle + 1500 :]
+    )
+    with pytest.raises(ValueError, match=r"cut short: its frames end at|damaged at its frame \d+|corrupt"):
+        read_conditioning(None, broken, SIZE, 1)
+
+
+def test_a_picture_of_too_many_pixels_is_named_so(tmp_path, recwarn):
+    Image.new("1", (15000, 15000)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"more pixels than are read \(178 million\): scale it down"):
+        read_conditioning(tmp_path / "a.png", None, SIZE)
+    Image.new("1", (10000, 10000)).save(tmp_path / "b.png")  # Pillow warns of an attack
+    read_conditioning(tmp_path / "b.png", None, SIZE)
+    assert not recwarn.list

@@ -282,3 +282,9 @@ def test_a_video_goes_on_from_its_session(model, tmp_path):
     assert all((a == b).all() for a, b in zip([*made, *fork], expected, strict=True))
     with pytest.raises(ValueError, match="nothing to save"):
         prepare(PROMPT, **options).save_session(tmp_path / "t")
+
+
+@pytest.mark.parametrize("wrong", [[(0, "a prompt")], "script.txt", {"0": "a prompt"}])
+def test_a_script_of_what_are_no_lines_names_the_two_ways(wrong):
+    with pytest.raises(ValueError, match=r"use .of\(\[\(0, 'a prompt'\), ...\]\), or .read"):
+        PromptSchedule(wrong)

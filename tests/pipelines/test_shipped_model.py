@@ -23,8 +23,8 @@ def model():
 @pytest.mark.parametrize("order", ["step_first", "block_first"])
 def test_prompts_are_kept_beyond_the_training_length(model, order):
     """A sample of `hiar evaluate toy`, at three times the training length."""
-    frames = 3 * model.train_frames
-    (row,) = evaluate_toy(model, split_prompts()[1][:12], num_frames=[frames], order=[order], seed=7)
+    frames, rollout = 3 * model.train_frames, model.rollout.with_order(order)
+    (row,) = evaluate_toy(model, split_prompts()[1][:12], num_frames=[frames], rollouts=[rollout], seed=7)
     assert row.whole.colour >= 0.97
     assert row.whole.valid >= 0.93
     assert row.whole.direction >= 0.93

@@ -1,13 +1,11 @@
-"""`hiar doctor --model`: what it tells, what it proposes, what it refuses; and the page that quotes it."""
+"""`hiar doctor --model`: what it tells, what it proposes, what it refuses."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import re
-import shlex
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +20,6 @@ from hiar_model.planning.memory import ComponentMemory, vae_memory
 
 pytestmark = pytest.mark.cpu
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
 SMALL = {"height": 64, "width": 96, "vae_dtype": "none"}
 WAN = "wan2.1-t2v-1.3b"
 
@@ -39,23 +36,6 @@ def refused(capsys, *words: str) -> str:
     told = capsys.readouterr()
     assert told.err.count("\n") == 1 and not told.out
     return told.err.strip()
-
-
-def quoted(page: str) -> str:
-    """The page with the output of its commands made anew."""
-
-    def made(match: re.Match[str]) -> str:
-        _, name, *words = shlex.split(match[1])
-        assert name == "doctor"
-        return f"<!-- {match[1]} -->\n\n{said(*words)}\n\n<!-- end -->"
-
-    return re.sub(r"<!-- (hiar [^>]*) -->.*?<!-- end -->", made, page, flags=re.DOTALL)
-
-
-def test_the_page_says_what_the_command_says():
-    page = PAGE.read_text(encoding="utf-8")
-    assert page.count("<!-- hiar doctor") == 2
-    assert quoted(page) == page, "stale: python tests/planning/test_fit.py writes it anew"
 
 
 @pytest.mark.parametrize(
@@ -188,7 +168,3 @@ def test_an_offloaded_part_is_not_on_the_gpu():
     assert query.memory().vae == ComponentMemory()
     both = replace(query, offload=("text", "vae"))
     assert query.memory().resident - both.memory().resident == 2 * config.WAN.text_encoder_parameters
-
-
-if __name__ == "__main__":
-    PAGE.write_text(quoted(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-
 import pytest
-import small_toy
 import torch
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model
 
 from hiar_model.config import FlowSchedule
-from hiar_model.evaluation.join import Join, measure_join
-from hiar_model.models.registry import load_video_model
-from hiar_model.rollout.infill import infill, path_breaks, seams
+from hiar_model.rollout.infill import infill
 from hiar_model.rollout.noise import INITIAL, keyed_noise
-from hiar_model.toy.prompt import split_prompts
 
 pytestmark = pytest.mark.cpu
 
@@ -137,59 +130,3 @@ def test_not_finite_is_told():
 def test_bad_requests_are_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message):
         run(**options)
-
-
-# Where it joins
-
-EXTENT = torch.tensor([32.0, 32.0])
-
-
-def line(frames: int, pace=(3.0, -1.0), start=(30.0, 2.0)) -> torch.Tensor:
-    return (torch.tensor(start) + torch.tensor(pace) * torch.arange(frames)[:, None]) % 32
-
-
-def test_seams_are_where_given_and_made_meet():
-    assert seams(ENDS[0]) == [3, 9]
-    assert seams(torch.ones(4, dtype=torch.bool)) == []
-
-
-def test_a_straight_path_has_no_break_and_a_shifted_one_its_shift():
-    path = line(12)
-    assert path_breaks(path, EXTENT, [3, 6, 9]) == pytest.approx([0, 0, 0], abs=1e-5)
-    path[6:] = (path[6:] + torch.tensor([4.0, 3.0])) % 32
-    assert path_breaks(path, EXTENT, [3, 6, 9]) == pytest.approx([0, 5, 0], abs=1e-5)
-    path[6] = math.nan
-    assert [math.isnan(x) for x in path_breaks(path, EXTENT, [3, 6, 9])] == [False, True, True]
-    with pytest.raises(ValueError, match=r"3 frames on either side: give 3..9, got 10"):
-        path_breaks(path, EXTENT, [10])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return load_video_model(small_toy.write_model(tmp_path_factory.mktemp("m") / "small"), "cpu")
-
-
-def test_the_join_is_measured_on_the_toy_world(model):
-    """A model of random weights joins nothing; the true clip does, and is read from its own pixels."""
-    done = []
-    found = measure_join(model, split_prompts()[1][:3], batch=2, on_videos=done.append)
-    assert isinstance(found, Join) and (found.videos, found.blocks, found.given) == (3, 4, (0, 3))
-    assert found.true_break < 1.0
-    assert not found.infilled_break < 1.0  # nan where nothing is seen
-    assert 0 <= found.seen <= 1 and done == [2, 3]
-    assert found == measure_join(model, split_prompts()[1][:3], batch=2) or math.isnan(found.infilled_break)
-
-
-def test_a_perfect_infill_is_measured_as_one(model, monkeypatch):
-    monkeypatch.setattr(
-        "hiar_model.evaluation.join.infill", lambda network, clean, given, *_, **__: clean if given else -clean
-    )
-    found = measure_join(model, split_prompts()[1][:3])
-    assert found.infilled_break == found.true_break and found.seen == 1 and found.colour > 0.9
-
-
-def test_what_cannot_be_measured_is_refused(model):
-    with pytest.raises(ValueError, match="shows no toy world"):
-        measure_join(dataclasses.replace(model, world=None), split_prompts()[1][:1])
-    with pytest.raises(ValueError, match="some of 4 blocks given but not all"):
-        measure_join(model, split_prompts()[1][:1], given=(0, 1, 2, 3))

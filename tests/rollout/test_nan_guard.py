@@ -11,7 +11,7 @@ from tiny_model import MODEL, SIZE, TEXT, TINY, make_model, run
 
 import hiar_kernels
 import hiar_model
-from hiar_kernels.attention import api as attention_api
+from hiar_kernels.attention import library
 from hiar_model.config import FlowSchedule
 from hiar_model.rollout import Rollout
 from hiar_model.rollout.nan_guard import NaNGuard
@@ -140,14 +140,14 @@ def flaky(monkeypatch):
     """Attention in its "sdpa" implementation gives NaN at some calls; returns the set of those calls, to be filled."""
     bad: set[int] = set()
     calls = [0]
-    attend = attention_api.library.attend
+    attend = library.attend
 
     def sometimes(*args, **kwargs):
         out, lse = attend(*args, **kwargs)
         calls[0] += 1
         return (torch.full_like(out, NAN) if calls[0] in bad else out), lse
 
-    monkeypatch.setattr(attention_api.library, "attend", sometimes)
+    monkeypatch.setattr(library, "attend", sometimes)
     return bad
 
 
@@ -168,13 +168,13 @@ def test_a_visit_that_went_wrong_is_repeated_with_the_reference_ops(order, optio
     expected, _, told = made_with("stop", order, **options)
     assert not told
     # every third launch of the usual implementation goes wrong, and so do the runs that look for the layer
-    count, attend = [0], attention_api.library.attend
+    count, attend = [0], library.attend
 
     def sometimes(*args, **kwargs):
         out, lse = attend(*args, **kwargs)
         return (torch.full_like(out, NAN) if count[0] % 3 == 1 else out), lse
 
-    monkeypatch.setattr(attention_api.library, "attend", sometimes)
+    monkeypatch.setattr(library, "attend", sometimes)
     made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=12, window_frames=7, order=order,
                         on_nan="retry",
                    **SIZE, **options)  # fmt: skip

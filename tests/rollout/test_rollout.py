@@ -279,15 +279,15 @@ def test_poisoned_rings_change_nothing():
 
 
 def test_memory_of_an_endless_stream_is_flat():
-    """2,000 frames: rings as predicted, nothing else kept."""
+    """300 frames (2,000 with all that is behind them: test_long_stream.py): rings as predicted, nothing else kept."""
     made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=None, order="stream", window_frames=7, **SIZE)
     cache = made._executor.cache
     before = [t.data_ptr() for t in cache.k]
     kept = set()
-    for block in itertools.islice(made, 667):
+    for block in itertools.islice(made, 100):
         executor = made._executor
         kept.add((len(executor.latents), len(executor.prompt_cache.entries), len(executor.nan_guard.unchecked)))
-    assert block.first_frame == 1998
+    assert block.first_frame == 297
     assert len(kept) == 1
     assert [t.data_ptr() for t in cache.k] == before
     taken = sum(t.numel() * t.element_size() for t in [*cache.k, *cache.v, cache.frames])

@@ -162,7 +162,7 @@ def test_a_write_that_fails_leaves_the_last_session(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hiar_model.rollout.state_io.save_file", full)
+    monkeypatch.setattr("hiar_model.rollout.state_io.save_tensors", full)
     with pytest.raises(ValueError, match="No space left on device"):
         save_session(path, first)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]

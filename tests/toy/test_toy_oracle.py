@@ -64,10 +64,10 @@ def test_oracle_finds_the_centre(world: ToyWorld, oracle: ToyOracle) -> None:
     sample = world.sample_batch(64, 6, generator(5), start="anywhere")
     starts = torch.tensor([[scene.x, scene.y] for scene in sample.scenes], dtype=torch.float64)
     truth = world.centres(sample.tokens, starts, 6)
-    found = torch.stack([reading.centres for reading in read(oracle, sample.videos, sample.prompts)])
-    error = (found - truth + 16) % 32 - 16
+    centres = torch.stack([reading.centres for reading in read(oracle, sample.videos, sample.prompts)])
+    error = (centres - truth + 16) % 32 - 16
     assert error.abs().max() < 0.25
-    assert ((found >= 0) & (found < 32)).all()
+    assert ((centres >= 0) & (centres < 32)).all()
 
 
 def clip(world: ToyWorld, prompt: ToyPrompt, frames: int = 24) -> torch.Tensor:

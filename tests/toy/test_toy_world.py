@@ -135,12 +135,12 @@ def test_text_vectors() -> None:
 
 
 def test_a_free_speed_is_not_told() -> None:
-    told, untold = ToyTextEncoder(32), ToyTextEncoder(32, free_speed=True)
+    prompted, free = ToyTextEncoder(32), ToyTextEncoder(32, free_speed=True)
     tokens = grammar.token_table([ToyPrompt("blue", "plus", "down", "large", word) for word in grammar.SPEEDS])
     before = tokens.clone()
-    text = untold.encode_tokens(tokens)
-    assert torch.equal(tokens, before) and torch.equal(text[:, :4], told.encode_tokens(tokens)[:, :4])
-    assert torch.equal(text[:, 4], told.unconditional(3)[:, 4])
+    text = free.encode_tokens(tokens)
+    assert torch.equal(tokens, before) and torch.equal(text[:, :4], prompted.encode_tokens(tokens)[:, :4])
+    assert torch.equal(text[:, 4], prompted.unconditional(3)[:, 4])
     free, varied = ToyWorld(WORLDS["free_speed"]), ToyWorld(VARIED)
     assert free.sample_scenes(4, generator(3)) == varied.sample_scenes(4, generator(3))
     assert torch.equal(free.velocities(tokens), varied.velocities(tokens)), "videos move as fast as their own word says"

@@ -41,8 +41,8 @@ def test_a_clip_is_that_of_its_key_in_any_batch(world):
     assert whole.latents.shape == (6, *data.latent_shape) and whole.latents.dtype == torch.float32
     for rows in ([4], [5, 0], [2, 3, 1]):
         part = data.clips(3, "teacher", 8, rows)
-        for name, found, expected in zip(whole._fields, part, whole):
-            assert torch.equal(found, expected[rows]), name
+        for name, actual, expected in zip(whole._fields, part, whole):
+            assert torch.equal(actual, expected[rows]), name
         assert torch.equal(data.prompts(3, "hiar", 8, rows), data.prompts(3, "hiar", 8, range(6))[rows])
     for other in ((4, "teacher", 8), (3, "critic", 8), (3, "teacher", 9)):
         assert not torch.equal(data.clips(*other, [0]).latents, whole.latents[:1])
@@ -53,9 +53,9 @@ def test_clips_show_what_their_text_says():
     data = toy()
     batch = data.clips(0, "teacher", 0, range(24))
     blue = CODEC.decode(batch.latents)[:, :, 2].amax((1, 2, 3)) > 0  # of the two shapes only the white one has any
-    white = (batch.text == TEXT.encode([WHITE])).all((1, 2))
+    white = (batch.prompt_embeds == TEXT.encode([WHITE])).all((1, 2))
     assert torch.equal(blue, white) and 4 < int(white.sum()) < 20
-    assert bool((white | (batch.text == TEXT.encode([RED])).all((1, 2))).all())
+    assert bool((white | (batch.prompt_embeds == TEXT.encode([RED])).all((1, 2))).all())
 
 
 def test_clips_from_the_start_begin_in_the_middle():
@@ -82,8 +82,8 @@ def test_texts_can_tell_a_beginning_from_a_middle():
     batch = marked.clips(0, "teacher", 0, range(20))
     expected = plain.clips(0, "teacher", 0, range(20))
     assert torch.equal(batch.latents, expected.latents) and torch.equal(batch.from_start, expected.from_start)
-    assert torch.equal(batch.text[:, :-1], expected.text), "the words stay"
-    marks = batch.text[:, -1]
+    assert torch.equal(batch.prompt_embeds[:, :-1], expected.prompt_embeds), "the words stay"
+    marks = batch.prompt_embeds[:, -1]
     assert bool((marks[batch.from_start] == 0).all()), "padding: a beginning needs no mark"
     assert torch.equal(marks[~batch.from_start], TEXT.unconditional()[:, 0].expand(int((~batch.from_start).sum()), -1))
     text = marked.prompts(0, "hiar", 0, range(300))
@@ -153,14 +153,14 @@ def test_clips_of_a_folder_belong_to_their_prompts(tmp_path):
     save_file(tensors(2, first=4, latents=latents(2, 4)), tmp_path / "b.safetensors")
     batch = LatentData(tmp_path, SHAPE).clips(0, "teacher", 0, range(30))
     assert batch.latents.shape == (30, *SHAPE) and batch.latents.dtype == torch.float32
-    assert torch.equal(batch.latents.flatten(1)[:, 0], batch.text.flatten(1)[:, 0].float())
-    assert len(set(batch.text.flatten(1)[:, 0].tolist())) == 6 and bool(batch.from_start.all())
+    assert torch.equal(batch.latents.flatten(1)[:, 0], batch.prompt_embeds.flatten(1)[:, 0].float())
+    assert len(set(batch.prompt_embeds.flatten(1)[:, 0].tolist())) == 6 and bool(batch.from_start.all())
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, r"no data found; expected \*\.safetensors"),
+        ({}, r"no data; expected \*\.safetensors"),
         ({"a": b"nonsense"}, r"a\.safetensors: cannot be read"),
         ({"a": {"unconditional": EMPTY}}, r"a\.safetensors: key text is missing; it holds unconditional"),
         (
@@ -211,5 +211,5 @@ def test_bad_clips_are_refused(tmp_path, more, message):
 def test_a_shape_that_is_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"latent_shape must be \(F, C, H, W\), got \[3, 2, 2\]"):
         PromptData(tmp_path, (3, 2, 2))
-    with pytest.raises(ValueError, match="no data found"):
+    with pytest.raises(ValueError, match="no data; expected"):
         PromptData(tmp_path / "nowhere", SHAPE)

@@ -6,17 +6,16 @@ All cases of two processes run in one start of torchrun: train_job.py.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
-from train_job import ENVIRONMENT, PATIENCE, PULL, losses, recipe, start, train
+from train_job import PULL, losses, recipe, start, train
 
 from hiar_model.models.checkpoint import save_transformer
 from hiar_model.train.config.reading import make_recipe
-from hiar_model.train.engine.distributed import Place
+from hiar_model.train.engine.distributed import DistContext
 from hiar_model.train.engine.networks import make_network
 from hiar_model.train.stages.base import make_stage
 
@@ -24,29 +23,31 @@ pytestmark = pytest.mark.cpu
 
 ADAMW = {"kind": "adamw", "lr": 1e-3, "warmup": 0.0, "cooldown": 0.0}
 MUON = {"kind": "muon_adamw", "lr": 0.01, "warmup": 0.0, "cooldown": 0.0}
-SHARED = {"model": "tiny", "num_frames": 6, "window_frames": 6, "precision": "float32", "log_every": 1}
-WATCHED = ("critic_loss", "student_loss", "critic_gradient_norm", "student_gradient_norm")
+SHARED = {
+    "model": "tiny", "num_latent_frames": 6, "rollout": {"window_frames": 6}, "precision": "float32", "log_every": 1,
+}  # fmt: skip
+METRICS = ("critic_loss", "student_loss", "critic_gradient_norm", "student_gradient_norm")
 
 
 def hiar(folder: Path, **values) -> dict:
-    """A recipe of the real stage, for 10 updates, with a teacher and trajectories in the folder."""
+    """A recipe of the real stage, for 6 updates, with a teacher and trajectories in the folder."""
     kl = {"trajectories": str(folder / "pairs")}
     return {
         **SHARED, "stage": "hiar", "teacher": str(folder / "teacher.safetensors"), "teacher_model": "tiny",
-        "updates": 10, "batch_size": 4, "critic_updates": 2, "optimizer": ADAMW, "critic_optimizer": ADAMW,
-        "forward_kl": kl, "ema": {"decay": 0.9, "start": 1}, "sample_every": 5, "sample_prompts": 2, **values,
+        "updates": 6, "batch_size": 4, "critic_updates": 2, "optimizer": ADAMW, "critic_optimizer": ADAMW,
+        "forward_kl": kl, "ema": {"decay": 0.9, "start": 1}, "sample_every": 3, "sample_prompts": 2, **values,
     }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def runs(tmp_path_factory):
     """Folder of all runs: on one process first, then two go on with some of them and have their own."""
     folder = tmp_path_factory.mktemp("runs")
     teacher = make_network("tiny", seed=7)
     torch.nn.init.normal_(teacher.head.head.weight, std=0.2)
     save_transformer(teacher, folder / "teacher.safetensors")
     pairs = {"stage": "ode_pairs", "teacher": str(folder / "teacher.safetensors"), "teacher_model": "tiny", "count": 4}
-    pairs |= {"model": "tiny", "num_frames": 6, "precision": "float32", "steps": 8, "points": [0, 2, 4, 6, -1]}
+    pairs |= {"model": "tiny", "num_latent_frames": 6, "precision": "float32", "steps": 8, "points": [0, 2, 4, 6, -1]}
     stage = make_stage(make_recipe(pairs), torch.device("cpu"))
     stage.produce(folder / "pairs", 0, 1, lambda done, total: None)
 
@@ -67,8 +68,8 @@ def made(tmp_path_factory):
         *({"name": f"wrong {key}", "recipe": recipe(**{key: value})} for key, value in wrong),
     ]
     done = start(folder, cases, processes=2)
-    assert (folder / "found.json").exists(), done.stderr[-3000:]
-    return folder, json.loads((folder / "found.json").read_text()), done.stderr
+    assert (folder / "results.json").exists(), done.stderr[-3000:]
+    return folder, json.loads((folder / "results.json").read_text()), done.stderr
 
 
 def forcing(**values) -> dict:
@@ -80,40 +81,40 @@ def _stop(done, numbers):
         raise KeyboardInterrupt
 
 
-def close(ours: list[dict[str, str]], theirs: list[dict[str, str]], names=WATCHED) -> None:
+def close(ours: list[dict[str, str]], theirs: list[dict[str, str]], names=METRICS) -> None:
     assert [row["update"] for row in ours] == [row["update"] for row in theirs]
     for a, b in zip(ours, theirs, strict=True):
         for name in names:
             assert float(a[name]) == pytest.approx(float(b[name]), rel=2e-4), (name, a["update"])
 
 
-def test_hiar_has_the_losses_of_one_process(made):
-    folder, found, _ = made
-    assert [rank["hiar two"]["met"] for rank in found] == ["", ""]
+def test_hiar_has_the_losses_of_one_process(runs):
+    folder, results, _ = runs
+    assert [rank["hiar two"]["error"] for rank in results] == ["", ""]
     ours = losses(folder / "hiar two")
-    assert len(ours) == 10
-    close(ours, losses(folder / "hiar one"), (*WATCHED, "student_dmd_normaliser", "student_forward_kl"))
-    close(ours[4::5], losses(folder / "hiar one")[4::5], ("sample_motion", "sample_saturation"))
+    assert len(ours) == 6
+    close(ours, losses(folder / "hiar one"), (*METRICS, "student_dmd_normaliser", "student_forward_kl"))
+    close(ours[2::3], losses(folder / "hiar one")[2::3], ("sample_motion", "sample_saturation"))
 
 
 @pytest.mark.parametrize("scale", [0, 1])
-def test_copies_accumulation_and_recomputation_change_no_loss(made, scale):
-    """Two whole copies of the weights; a shard each, rows one by one, blocks recomputed."""
-    folder, found, _ = made
-    assert [rank[f"teacher forcing {scale}"]["met"] for rank in found] == ["", ""]
+def test_copies_accumulation_and_recomputation_change_no_loss(runs, scale):
+    """Two whole copies of the weights; a shard each, samples one by one, blocks recomputed."""
+    folder, results, _ = runs
+    assert [rank[f"teacher forcing {scale}"]["error"] for rank in results] == ["", ""]
     names = ("student_loss", "student_gradient_norm")
     close(losses(folder / f"teacher forcing {scale}"), losses(folder / "teacher forcing one"), names)
 
 
-def test_a_state_of_one_process_is_read_by_two(made):
-    folder, found, _ = made
-    assert [rank["one to two"]["met"] for rank in found] == ["stopped", "stopped"]
+def test_a_state_of_one_process_is_read_by_two(runs):
+    folder, results, _ = runs
+    assert [rank["one to two"]["error"] for rank in results] == ["stopped", "stopped"]
     close(losses(folder / "one to two"), losses(folder / "pull one")[:6])
 
 
-def test_a_state_of_two_processes_is_read_by_one(made):
-    folder, found, _ = made
-    assert [rank["pull two"]["met"] for rank in found] == ["stopped", "stopped"]
+def test_a_state_of_two_processes_is_read_by_one(runs):
+    folder, results, _ = runs
+    assert [rank["pull two"]["error"] for rank in results] == ["stopped", "stopped"]
     about = json.loads((folder / "pull two" / "states" / "update_00000004" / "about.json").read_text())
     assert (about["update"], about["ranks"]) == (4, 2)
     trainer = train(folder / "pull two", recipe())
@@ -125,17 +126,17 @@ def test_a_state_of_two_processes_is_read_by_one(made):
     close(losses(folder / "one to two"), losses(folder / "pull one"))
 
 
-def test_the_model_is_written_whole_by_the_first_rank(made):
-    folder, found, _ = made
-    first, second = (rank["hiar two"]["exported"] for rank in found)
+def test_the_model_is_written_whole_by_the_first_rank(runs):
+    folder, results, _ = runs
+    first, second = (rank["hiar two"]["exported"] for rank in results)
     assert first == str(folder / "hiar two" / "model") and second is None
     assert sorted(p.name for p in Path(first).iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_muon_of_shards(made):
+def test_muon_of_shards(runs):
     """Five updates on two processes, three more on one."""
-    folder, found, _ = made
-    assert [rank["muon two"]["met"] for rank in found] == ["stopped", "stopped"]
+    folder, results, _ = runs
+    assert [rank["muon two"]["error"] for rank in results] == ["stopped", "stopped"]
     train(folder / "muon two", recipe(optimizer=MUON))
     close(losses(folder / "muon two"), losses(folder / "muon one"))
 
@@ -147,31 +148,28 @@ def test_muon_of_shards(made):
         ("scale", "ValueError: recipe: scale.shard must divide the 2 processes, got 3"),
     ],
 )
-def test_every_rank_refuses(made, case, message):
-    for rank in made[1]:
-        assert rank[f"wrong {case}"]["met"].startswith(message)
+def test_every_rank_refuses(runs, case, message):
+    for rank in runs[1]:
+        assert rank[f"wrong {case}"]["error"].startswith(message)
 
 
-def test_a_row_of_another_rank_is_named_by_all(made):
-    """Row 1 is the second rank's; with this seed it is not finite."""
-    for rank in made[1]:
-        where = "update 0, turn critic 0; last good state: none"
-        assert rank["wrong seed"]["met"] == f"FloatingPointError: loss is nan in rows [1, 3] of the batch, {where}"
+def test_a_sample_of_another_rank_is_named_by_all(runs):
+    """Sample 1 is the second rank's; with this seed it is not finite."""
+    for rank in runs[1]:
+        error = rank["wrong seed"]["error"]
+        assert error.startswith("FloatingPointError: ") and "is nan in samples [1, 3] of the batch" in error
+        assert "update 0, step critic 0; last good state: none" in error
 
 
 def test_the_command_on_two_processes_tells_a_mistake_once(tmp_path):
     words = ["train", "toy/teacher_forcing", "scale.threads=1", "batch_size=3", "--nproc", "2", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "hiar_model", *words],
-        cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True, text=True,
-        timeout=PATIENCE,
-    )  # fmt: skip
-    told = [line for line in done.stderr.splitlines() if line.startswith("hiar: ")]
-    assert done.returncode == 2 and len(told) == 1, done.stderr[-2000:]
-    assert "batch_size must be a multiple of the 2 processes" in told[0]
+    done = processes.run(["-m", "hiar_model", *words], cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("hiar: ")]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr[-2000:]
+    assert "batch_size must be a multiple of the 2 processes" in lines[0]
 
 
-def test_rows_of_every_rank():
-    assert Place(1, 2, torch.device("cpu")).rows(8, 3) == [[1, 3, 5], [7]]
-    assert Place(0, 1, torch.device("cpu")).rows(3, None) == [[0, 1, 2]]
+def test_micro_batches_of_every_rank():
+    assert DistContext(1, 2, torch.device("cpu")).micro_batches(8, 3) == [[1, 3, 5], [7]]
+    assert DistContext(0, 1, torch.device("cpu")).micro_batches(3, None) == [[0, 1, 2]]
     assert recipe()["teacher"] == PULL

@@ -33,13 +33,13 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 class Knows:
-    """A "network" whose velocity is a function of what it is asked; notes the questions."""
+    """A "network" whose velocity is a function of its arguments; keeps the calls."""
 
     def __init__(self, velocity) -> None:
-        self.velocity, self.asked = velocity, []
+        self.velocity, self.calls = velocity, []
 
     def __call__(self, latents, timesteps, text, attention="bidirectional", **rule):
-        self.asked.append((latents, timesteps, text, attention, rule))
+        self.calls.append((latents, timesteps, text, attention, rule))
         return self.velocity(latents, timesteps.reshape(len(latents), -1)[:, :1, None, None, None] / 1000, text)
 
 
@@ -64,9 +64,9 @@ def test_dmd_gradient_by_hand():
 
 def test_dmd_gradient_is_wide_and_constant():
     low = [x.bfloat16().requires_grad_() for x in (X, FAKE, COND, UNCOND)]
-    found = dmd_gradient(*low)
-    assert found.dtype == torch.float32 and not found.requires_grad
-    assert torch.allclose(found.double(), GRADIENT, atol=1e-6)
+    result = dmd_gradient(*low)
+    assert result.dtype == torch.float32 and not result.requires_grad
+    assert torch.allclose(result.double(), GRADIENT, atol=1e-6)
 
 
 def test_dmd_loss_by_hand():
@@ -87,9 +87,9 @@ def test_dmd_loss_counts_the_frames_of_its_mask():
 
 def test_a_normaliser_of_zero_is_named():
     real = of([[5, -3], [0.5, -2.5]])
-    with pytest.raises(FloatingPointError, match=r"normaliser .* must be positive, got 0\.0 in row 1$"):
+    with pytest.raises(FloatingPointError, match=r"normaliser .* positive, got 0\.0 in sample 1$"):
         dmd_gradient(torch.cat([X[:1], real[1:]]), FAKE, COND, UNCOND)
-    with pytest.raises(FloatingPointError, match="nan in row 0"):
+    with pytest.raises(FloatingPointError, match="nan in sample 0"):
         dmd_gradient(X * torch.tensor([float("nan"), 1]).view(-1, 1, 1, 1, 1), FAKE, COND, UNCOND)
 
 
@@ -128,8 +128,8 @@ def test_x0_of_a_network():
     x, sigma, text = randn(*SHAPE), torch.tensor([0.25, 0.5], dtype=torch.float64), randn(2, 3, 6, seed=1)
     network = Knows(lambda latents, *_: torch.full_like(latents, 2.0))
     assert torch.allclose(predict_x0(network, x, sigma, text), x - torch.tensor([0.5, 1.0]).view(-1, 1, 1, 1, 1))
-    latents, timesteps, asked, attention, rule = network.asked[0]
-    assert latents is x and asked is text and attention == "bidirectional" and not rule
+    latents, timesteps, prompt_embeds, attention, rule = network.calls[0]
+    assert latents is x and prompt_embeds is text and attention == "bidirectional" and not rule
     assert torch.equal(timesteps, torch.tensor([250.0, 500.0], dtype=torch.float64))
     half = Knows(lambda latents, *_: torch.full_like(latents, 2.0, dtype=torch.bfloat16))
     assert predict_x0(half, x.bfloat16(), sigma, text).dtype == torch.float32
@@ -146,22 +146,22 @@ def gaussian(mean: float) -> Knows:
 
 
 def test_distribution_matching_by_hand():
-    """One pixel of three networks whose answers are known, and what each of them was asked."""
+    """One pixel of three networks whose results are known, and the arguments of each call."""
     x0, noise = of([[1.0]]).requires_grad_(), of([[-1.0]])
     sigma, text, empty = torch.tensor([0.5]).double(), torch.ones(1, 3, 6), torch.zeros(1, 3, 6)
 
     teacher = Knows(lambda x, _, text: torch.full_like(x, -4.0 if text.any() else -2.0))  # x0 = x + 2, or x + 1
     critic = Knows(lambda x, *_: torch.full_like(x, 1.0))  # x0 = x - 0.5
-    found = distribution_matching(x0, text, empty, sigma, noise, teacher=teacher, critic=critic)
+    result = distribution_matching(x0, text, empty, sigma, noise, teacher=teacher, critic=critic)
     # the noised video is 0; real = 2 + 3 (2 - 1) = 5, fake = -0.5, normaliser |1 - 5|
-    assert found.normaliser.tolist() == [4.0]
-    assert found.gradient_norm.tolist() == [5.5 / 4]
-    assert float(found.loss.detach()) == pytest.approx(0.5 * (5.5 / 4) ** 2, rel=1e-14)
-    found.loss.backward()
+    assert result.normaliser.tolist() == [4.0]
+    assert result.gradient_norm.tolist() == [5.5 / 4]
+    assert float(result.loss.detach()) == pytest.approx(0.5 * (5.5 / 4) ** 2, rel=1e-14)
+    result.loss.backward()
     assert x0.grad.flatten().tolist() == [-5.5 / 4]
-    asked = [*critic.asked, *teacher.asked]
-    assert all(float(a[0]) == 0 and float(a[1]) == 500 and a[3] == "bidirectional" for a in asked)
-    assert [float(a[2].sum()) for a in asked] == [18, 18, 0]
+    calls = [*critic.calls, *teacher.calls]
+    assert all(float(a[0]) == 0 and float(a[1]) == 500 and a[3] == "bidirectional" for a in calls)
+    assert [float(a[2].sum()) for a in calls] == [18, 18, 0]
 
 
 def test_descent_on_the_loss_leads_to_the_teacher():
@@ -172,8 +172,8 @@ def test_descent_on_the_loss_leads_to_the_teacher():
         for _ in range(40):
             sigma = draw_sigma(64, 1.0, generator).double()
             critic, noise = gaussian(float(x0.detach().mean())), randn(*x0.shape, seed=int(1000 * sigma[0]))
-            found = distribution_matching(x0, text, text, sigma, noise, teacher=gaussian(2.0), critic=critic)
-            (slope,) = torch.autograd.grad(found.loss * x0.numel(), x0)
+            result = distribution_matching(x0, text, text, sigma, noise, teacher=gaussian(2.0), critic=critic)
+            (slope,) = torch.autograd.grad(result.loss * x0.numel(), x0)
             x0 = (x0.detach() - 0.2 * slope).requires_grad_()
         assert abs(float(x0.detach().mean()) - 2) < 0.5 < abs(start - 2)
 
@@ -182,11 +182,11 @@ def test_no_gradient_reaches_teacher_or_critic():
     teacher, critic = (make_model(seed).double().requires_grad_(True) for seed in (1, 2))
     x0, noise = randn(*SHAPE).requires_grad_(), randn(*SHAPE, seed=1)
     sigma, text = torch.tensor([0.3, 0.9]), TEXT.double().expand(2, -1, -1)
-    found = distribution_matching(x0, text, torch.zeros_like(text[:1]), sigma, noise, teacher=teacher, critic=critic)
-    found.loss.backward()
+    result = distribution_matching(x0, text, torch.zeros_like(text[:1]), sigma, noise, teacher=teacher, critic=critic)
+    result.loss.backward()
     assert x0.grad.abs().min() > 0
     assert all(p.grad is None for model in (teacher, critic) for p in model.parameters())
-    assert not found.normaliser.requires_grad and not found.gradient_norm.requires_grad
+    assert not result.normaliser.requires_grad and not result.gradient_norm.requires_grad
 
 
 def test_critic_loss_by_hand():
@@ -195,7 +195,7 @@ def test_critic_loss_by_hand():
     critic = Knows(lambda x, *_: torch.full_like(x, -2.0))
     # noise - x0 = [-1, -4]: errors -1 and 2
     assert float(critic_loss(critic, x0, TEXT, sigma, noise)) == pytest.approx(2.5, rel=1e-14)
-    latents, timesteps, _, attention, _ = critic.asked[0]
+    latents, timesteps, _, attention, _ = critic.calls[0]
     assert latents.flatten().tolist() == [0.25, 0.0] and set(timesteps.flatten().tolist()) == {750.0}
     assert attention == "bidirectional" and not latents.requires_grad
 
@@ -219,8 +219,8 @@ def trajectory(videos: int = 2) -> torch.Tensor:
 
 def test_chord_by_hand():
     # from 3 at 0.8 to 2 at 0.3 the slope is 2, so at noise level 0 it is 3 - 0.8 * 2
-    found = trajectory_x0(of([[3.0]]), of([[2.0]]), 0.8, 0.3)
-    assert float(found) == pytest.approx(1.4, rel=1e-14)
+    result = trajectory_x0(of([[3.0]]), of([[2.0]]), 0.8, 0.3)
+    assert float(result) == pytest.approx(1.4, rel=1e-14)
     each = trajectory_x0(of([[3.0], [3.0]]), of([[2.0], [2.0]]), torch.tensor([0.8, 1.0]), torch.tensor([0.3, 0.75]))
     assert each.flatten().tolist() == pytest.approx([1.4, -1.0], rel=1e-6)
     assert trajectory_x0(of([[3.0]]).bfloat16(), of([[2.0]]).bfloat16(), 0.8, 0.3).dtype == torch.float32
@@ -231,8 +231,8 @@ def test_the_chord_of_a_straight_line_is_its_end():
     x0, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
     points = [(1 - s) * x0 + s * noise for s in SIGMAS]
     for i in range(4):
-        found = trajectory_x0(points[i], points[i + 1], SIGMAS[i], SIGMAS[i + 1])
-        assert torch.allclose(found, x0, rtol=0, atol=1e-13)
+        result = trajectory_x0(points[i], points[i + 1], SIGMAS[i], SIGMAS[i + 1])
+        assert torch.allclose(result, x0, rtol=0, atol=1e-13)
     assert torch.allclose(trajectory_x0(trajectory()[:, 3], trajectory()[:, 4], SIGMAS[3], 0.0), trajectory()[:, 4])
 
 
@@ -243,13 +243,13 @@ def test_forward_kl_by_hand():
     loss = forward_kl_loss(student, points, (1.0, 0.5, 0.0), TEXT)
     # slopes of the first chords are 2 and -6: x0 errors 1.5 and -6.5
     assert float(loss) == pytest.approx((1.5**2 + 6.5**2) / 2, rel=1e-14)
-    latents, timesteps, text, attention, _ = student.asked[0]
+    latents, timesteps, text, attention, _ = student.calls[0]
     assert torch.equal(latents, points[:, 0]) and timesteps.tolist() == [1000.0, 1000.0] and text is TEXT
     assert attention == "bidirectional"
     # the second chord of the second video: slope -2 at sigma 0.5, an error of 0.5 * -2.5
     loss = forward_kl_loss(student, points, (1.0, 0.5, 0.0), TEXT, first_k=2, index=torch.tensor([0, 1]))
     assert float(loss) == pytest.approx((1.5**2 + 1.25**2) / 2, rel=1e-14)
-    assert student.asked[1][1].tolist() == [1000.0, 500.0]
+    assert student.calls[1][1].tolist() == [1000.0, 500.0]
 
 
 def test_forward_kl_of_a_model_in_both_modes():
@@ -258,10 +258,10 @@ def test_forward_kl_of_a_model_in_both_modes():
     rule = {"frames_per_block": 1, "window_frames": 2, "sink_frames": 1}
     target = (points[:, 1] * 0.8888888888888888 - points[:, 2] * 0.96) / (0.8888888888888888 - 0.96)
     losses = []
-    for attention, given in (("bidirectional", {}), ("block_causal", rule)):
-        velocity = student(points[:, 1], torch.full((2,), 960.0), text, attention, **given)
+    for attention, mask in (("bidirectional", {}), ("block_causal", rule)):
+        velocity = student(points[:, 1], torch.full((2,), 960.0), text, attention, **mask)
         expected = (points[:, 1] - 0.96 * velocity - target).pow(2).mean()
-        options = {"index": torch.tensor([1, 1]), "first_k": 2, "attention": attention, **given}
+        options = {"index": torch.tensor([1, 1]), "first_k": 2, "attention": attention, **mask}
         loss = forward_kl_loss(student, points, SIGMAS, text, **options)
         assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
         losses.append(float(loss.detach()))
@@ -277,15 +277,15 @@ def test_points_are_drawn_from_the_first_k():
     student = Knows(lambda x, *_: torch.zeros_like(x))
     many = trajectory(1).expand(60, -1, -1, -1, -1, -1)
     forward_kl_loss(student, many, SIGMAS, TEXT, first_k=3, generator=torch.Generator().manual_seed(0))
-    assert {round(t / 1000, 6) for t in student.asked[0][1].tolist()} == {1.0, 0.96, 0.888889}
+    assert {round(t / 1000, 6) for t in student.calls[0][1].tolist()} == {1.0, 0.96, 0.888889}
     forward_kl_loss(student, many, SIGMAS, TEXT)
-    assert set(student.asked[1][1].tolist()) == {1000.0}
+    assert set(student.calls[1][1].tolist()) == {1000.0}
 
 
 def test_memory_of_forward_kl_is_linear_in_the_length():
     """What autograd keeps, by the benchmark's own measure, whose control is not linear."""
-    kept = {impl: [measure(n, impl, "cpu")["kept_bytes"] for n in (8, 16, 32)] for impl in ("auto", "reference")}
-    growth = {impl: (long - middle) / (middle - short) for impl, (short, middle, long) in kept.items()}
+    kept_bytes = {impl: [measure(n, impl, "cpu")["kept_bytes"] for n in (8, 16, 32)] for impl in ("auto", "reference")}
+    growth = {impl: (long - middle) / (middle - short) for impl, (short, middle, long) in kept_bytes.items()}
     assert growth["auto"] == pytest.approx(2, rel=0.01)
     assert growth["reference"] > 2.1
 
@@ -305,9 +305,9 @@ def test_memory_of_forward_kl_is_linear_in_the_length():
     ],
 )
 def test_forward_kl_refuses(change, words):
-    given = {"trajectory": trajectory(), "sigmas": SIGMAS, "text": TEXT, **change}
+    arguments = {"trajectory": trajectory(), "sigmas": SIGMAS, "prompt_embeds": TEXT, **change}
     with pytest.raises(ValueError, match=words):
-        forward_kl_loss(Knows(lambda x, *_: x), **given)
+        forward_kl_loss(Knows(lambda x, *_: x), **arguments)
 
 
 @pytest.mark.parametrize(

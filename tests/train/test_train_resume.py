@@ -7,14 +7,12 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
+import processes
 import pytest
 import torch
-import train_job
-from train_job import ENVIRONMENT, PATIENCE, command, losses, recipe, start, stop_after, train
+from train_job import command, losses, recipe, start, stop_after, train
 
 from hiar_model.train.engine.snapshots import ABOUT, Snapshots
 
@@ -31,18 +29,26 @@ def whole(tmp_path_factory):
 
 def everything(trainer) -> dict[str, torch.Tensor]:
     """Every tensor of a state, and the averages once more, whether the state has them or not."""
-    averages = {f"averaged {name}": value for name, value in trainer.ema.weights.items()}
-    return {name: value.clone() for name, value in {**trainer._tensors(), **averages}.items()}
+    averages = {f"averaged/{name}": value for name, value in trainer.ema.weights.items()}
+    tensors = {name: value for name, value in flat(trainer._state_dict()).items() if isinstance(value, torch.Tensor)}
+    return {name: value.clone() for name, value in {**tensors, **averages}.items()}
+
+
+def flat(state, prefix: str = "") -> dict:
+    if not isinstance(state, dict):
+        return {prefix: state}
+    parts = [flat(part, f"{prefix}/{name}".strip("/")) for name, part in state.items()]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def same(folder, whole):
     """The run in the folder ended as the uninterrupted one, to the bit."""
     rows, tensors = whole
     assert losses(folder) == rows
-    found = everything(train(folder, recipe()))
-    assert found.keys() == tensors.keys()
+    resumed = everything(train(folder, recipe()))
+    assert resumed.keys() == tensors.keys()
     for name, value in tensors.items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(resumed[name], value), name
 
 
 def states(folder) -> list[str]:
@@ -53,12 +59,14 @@ def test_the_uninterrupted_run_is_one(whole):
     rows, tensors = whole
     assert [row["update"] for row in rows] == [str(i) for i in range(1, 9)]
     assert len({row["student_loss"] for row in rows}) == 8
-    kinds = {name.partition("/")[0] for name in tensors if not name.startswith("averaged ")}
-    assert kinds == {"average", "critic", "student", "critic.optimizer", "student.optimizer"}
-    some = "student/head.head.weight"
-    assert not torch.equal(tensors[some], tensors[some.replace("student/", "average/")])
-    assert tensors["student.optimizer/head.head.weight/step"] == 8
-    assert tensors["critic.optimizer/head.head.weight/step"] == 16
+    kinds = {name.rpartition("head.head.weight")[0] for name in tensors if "head.head.weight" in name}
+    assert kinds == {"averaged/", "average/"} | {
+        f"{network}/{part}/" for network in ("critic", "student") for part in ("weights", "optimizer/state")
+    }
+    some = "head.head.weight"
+    assert not torch.equal(tensors[f"student/weights/{some}"], tensors[f"average/{some}"])
+    assert tensors[f"student/optimizer/state/{some}/step"] == 8
+    assert tensors[f"critic/optimizer/state/{some}/step"] == 16
 
 
 def test_killed_at_random_moments(tmp_path, whole):
@@ -66,16 +74,14 @@ def test_killed_at_random_moments(tmp_path, whole):
     folder, moments = tmp_path / "run", random.Random(time.time_ns())
     reached = 0
     for _ in range(3):
-        process = subprocess.Popen(command(folder, recipe()), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-        assert process.stdout is not None
-        wanted = reached + moments.randint(1, 2)
-        for line in process.stdout:
-            if int(line.removeprefix("update ")) >= wanted:
+        process = processes.Started(command(folder, recipe()))
+        last = reached + moments.randint(1, 2)
+        for line in process.lines():
+            if int(line.removeprefix("update ")) >= last:
                 break
         time.sleep(moments.uniform(0, 0.1))
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
-        process.stdout.close()
         newest = Snapshots(folder / "states").newest()
         reached = 0 if newest is None else int(newest.name.removeprefix("update_"))
     done = start(folder, recipe())
@@ -84,13 +90,13 @@ def test_killed_at_random_moments(tmp_path, whole):
 
 
 # Syncs of one state: tensors, their list, about.json, the folder; then the rename, and the folder above.
-@pytest.mark.parametrize(("sync", "kept"), [(6, 2), (8, 2), (9, 2), (10, 4)])
-def test_killed_while_a_state_is_written(tmp_path, whole, sync, kept):
+@pytest.mark.parametrize(("sync", "last"), [(6, 2), (8, 2), (9, 2), (10, 4)])
+def test_killed_while_a_state_is_written(tmp_path, whole, sync, last):
     folder = tmp_path / "run"
     done = start(folder, recipe(), sync)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     newest = Snapshots(folder / "states").newest()
-    assert newest is not None and newest.name == f"update_{kept:08d}"
+    assert newest is not None and newest.name == f"update_{last:08d}"
     assert len(states(folder)) == 2, "the one before is still there, whole or under its temporary name"
     train(folder, recipe())
     assert states(folder) == ["update_00000008"]
@@ -145,11 +151,7 @@ def test_a_file_that_may_not_grow(tmp_path):
         "    if done == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
         "train_job.train(Path(sys.argv[1]), train_job.recipe(), small)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "run")],
-        env={**ENVIRONMENT, "PYTHONPATH": os.path.dirname(train_job.__file__)},
-        capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
+    done = processes.run(["-c", code, tmp_path / "run"])
     assert "update_00000004 cannot be written: " in done.stderr.splitlines()[-1]
     assert done.stderr.splitlines()[-1].endswith("update_00000002")
     assert states(tmp_path / "run") == ["update_00000002"]
@@ -162,6 +164,18 @@ def test_another_recipe_may_not_use_the_folder(tmp_path):
     assert "\n" not in str(e.value)
     scale = {"checkpoint_every": 1, "threads": 1, "micro_batch": 1, "activation_checkpointing": True}
     assert train(tmp_path, recipe(updates=2, scale=scale)).update == 2
+
+
+def test_a_state_of_an_older_version_is_refused(tmp_path):
+    """Its recipe spelled the options of the rollout one by one."""
+    train(tmp_path, recipe(updates=2))
+    file = tmp_path / "states" / "update_00000002" / ABOUT
+    about = json.loads(file.read_text())
+    about["recipe"] |= about["recipe"].pop("rollout")
+    file.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="update_00000002 .* another version, .* order, .*rollout") as e:
+        train(tmp_path, recipe(updates=2))
+    assert "\n" not in str(e.value)
 
 
 def test_a_state_of_other_noise_is_refused(tmp_path):

@@ -1,29 +1,27 @@
-"""The self-rollout: its parallel forward is the exit step's own visits, values and gradients, in float64.
+"""The self-rollout: its parallel forward is the exit step's own tasks, values and gradients, in float64.
 
-The oracle is hiar_model.rollout.reference, which knows no ring and no executor: visits one after another, of which
-those of the exit step alone carry gradient and all cached keys are constants.
+The oracle is hiar_model.rollout.reference, which has no ring and no executor: tasks one after another, of which those
+of the exit step alone carry gradient and all cached keys are constants.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
-from tiny_model import SIZE, TEXT, TINY, make_model, run
+from processes import torchrun
+from tiny_model import SIZE, TEXT, TINY, make_model
 
-from hiar_model.config import FlowSchedule
+from hiar_model.config import ExecutionConfig, FlowSchedule, RolloutConfig
 from hiar_model.rollout import Rollout, reference
 from hiar_model.rollout.noise import keyed_noise
 from hiar_model.rollout.reference import forward_block
-from hiar_model.train.engine.distributed import gathered
-from hiar_model.train.engine.self_rollout import SelfRollout, Visited, draw_exit_step
+from hiar_model.train.engine.distributed import unsharded
+from hiar_model.train.engine.self_rollout import ExitStepBatch, SelfRollout, draw_exit_step
 
 pytestmark = pytest.mark.cpu
 
@@ -32,19 +30,20 @@ SCHEDULE = FlowSchedule.uniform(STEPS)
 LATENT = (TINY.in_channels, *SIZE.values())
 TEXTS = torch.cat([TEXT, TEXT.flip(1)]).double()  # two prompts
 IDS = [3, 11]
+LATENT_SIZE = (SIZE["height"], SIZE["width"])
 CASES = {
     "matched": {},
-    "ode": {"trajectory": "ode", "window_frames": 6},
+    "ode": {"sampler": "ode", "window_frames": 6},
     "window": {"window_frames": 4},
     "sink": {"window_frames": 6, "sink_frames": 2},
     "windows per step": {"window_frames": (3, 5, 9)},
-    "pairs": {"window_frames": 7, "pairs": True},
+    "fused": {"window_frames": 7, "fuse_cache_denoise": True},
     "blocks of 2, context noise": {"frames_per_block": 2, "window_frames": 5, "context_noise": 40.0},
     "clean": {"order": "block_first"},
     "clean, window, sink": {"order": "block_first", "window_frames": 7, "sink_frames": 1},
     "clean, windows per step": {"order": "block_first", "window_frames": (3, 6, 9)},
-    "lent": {"order": "stream", "cache_source": "next_step"},
-    "lent, windows per step": {"order": "wavefront", "cache_source": "next_step", "window_frames": (4, 6, 9)},
+    "shared keys": {"order": "stream", "kv_source": "next_step"},
+    "shared keys, windows per step": {"order": "wavefront", "kv_source": "next_step", "window_frames": (4, 6, 9)},
 }
 EACH_STEP = [(name, step) for name in CASES for step in range(STEPS)]
 
@@ -53,9 +52,20 @@ def student() -> torch.nn.Module:
     return make_model().double().requires_grad_(True)
 
 
-def oracle(model, exit_step: int, **options) -> torch.Tensor:
-    """x0 of the exit step by hiar_model.rollout.reference, with gradient in the visits of that step alone."""
-    clean, block = options.get("order") == "block_first", options.get("frames_per_block", 3)
+def config(**options) -> RolloutConfig:
+    return RolloutConfig(SCHEDULE.steps, SCHEDULE.shift, **options)
+
+
+def video(model, prompt_embeds, options: RolloutConfig, num_latent_frames=FRAMES, **more) -> torch.Tensor:
+    rollout = Rollout(
+        model, prompt_embeds, options, num_latent_frames=num_latent_frames, latent_size=LATENT_SIZE, **more
+    )
+    return torch.cat([block.latents for block in rollout], 1)
+
+
+def oracle(model, exit_step: int, options: RolloutConfig) -> torch.Tensor:
+    """x0 of the exit step by hiar_model.rollout.reference, with gradient in the tasks of that step alone."""
+    clean, shape = options.order == "block_first", (options.frames_per_block, *LATENT)
     schedule = FlowSchedule(SCHEDULE.steps[: exit_step + 1]) if clean else SCHEDULE
     models = [copy.deepcopy(model)] * len(schedule)
     models[exit_step] = model
@@ -66,122 +76,121 @@ def oracle(model, exit_step: int, **options) -> torch.Tensor:
             denoised.append((latents, timesteps, *rest))
         return forward_block(network, latents, timesteps, *rest)
 
-    same = ("window_frames", "sink_frames", "frames_per_block", "context_noise")
     with patch.object(reference, "forward_block", spy):
         reference.hierarchical_denoising(
             models,
             TEXTS,
             schedule,
-            lambda step, n: torch.stack([keyed_noise(SEED, video, step, n, (block, *LATENT)) for video in IDS]),
-            FRAMES // block,
-            sampler=options.get("trajectory", "sde"),
-            context="clean" if clean else {None: "matched"}.get(options.get("cache_source"), "next_step"),
-            **{name: options[name] for name in same if name in options},
+            lambda step, n: torch.stack([keyed_noise(SEED, video, step, n, shape) for video in IDS]),
+            FRAMES // options.frames_per_block,
+            sampler=options.sampler,
+            context="clean" if clean else "matched" if options.kv_source == "own" else "next_step",
+            window_frames=options.window_frames,
+            sink_frames=options.sink_frames,
+            frames_per_block=options.frames_per_block,
+            context_noise=options.context_noise,
         )
     return torch.cat([x - sigma * forward_block(model, x, *rest)[0] for x, *rest in denoised], 1)
 
 
-def self_rollout(model, exit_step: int, **options) -> tuple[SelfRollout, Visited]:
-    made = SelfRollout(model, SCHEDULE, **options)
-    return made, made.run(TEXTS, FRAMES, *SIZE.values(), exit_step, seed=SEED, video_ids=IDS)
+def self_rollout(model, exit_step: int, **options) -> tuple[SelfRollout, ExitStepBatch]:
+    student = SelfRollout(model, config(**options))
+    return student, student.run(TEXTS, FRAMES, LATENT_SIZE, exit_step, seed=SEED, video_ids=IDS)
 
 
 @pytest.mark.parametrize(("name", "exit_step"), EACH_STEP)
 def test_the_parallel_forward_is_the_exit_step(name, exit_step):
     """x0 to 1e-13, the gradient of every weight to 1e-12 of its largest number."""
     model, weights = student(), torch.randn(2, FRAMES, *LATENT, generator=torch.Generator().manual_seed(2)).double()
-    expected = oracle(model, exit_step, **CASES[name])
+    expected = oracle(model, exit_step, config(**CASES[name]))
     gradients = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
-    made, visited = self_rollout(model, exit_step, **CASES[name])
-    found = made.predict(visited, TEXTS)
-    assert found.dtype == torch.float64 and float((found - expected).detach().abs().max()) < 1e-13
-    (found * weights).sum().backward()
+    rollout, batch = self_rollout(model, exit_step, **CASES[name])
+    x0 = rollout.predict(batch, TEXTS)
+    assert x0.dtype == torch.float64 and float((x0 - expected).detach().abs().max()) < 1e-13
+    (x0 * weights).sum().backward()
     for (key, p), gradient in zip(model.named_parameters(), gradients, strict=True):
         assert float((p.grad - gradient).abs().max()) <= 1e-12 * float(gradient.abs().max()), key
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_last_step_is_the_video(name):
-    """What is trained at the last step is what the rollout makes, to the bit of its own arithmetic."""
+    """What is trained at the last step is what the rollout makes, to the rounding of its own arithmetic."""
     model, options = student(), CASES[name]
     with torch.no_grad():
-        made = Rollout(model, TEXTS, SCHEDULE, num_frames=FRAMES, **SIZE, batch=2, seed=SEED, video_ids=IDS, **options)
-        video = torch.cat([block.latents for block in made], 1)
-        again, visited = self_rollout(model, STEPS - 1, **options)
-        assert float((again.predict(visited, TEXTS) - video).abs().max()) < 1e-13
+        expected = video(model, TEXTS, config(**options), seed=SEED, video_ids=IDS)
+        rollout, batch = self_rollout(model, STEPS - 1, **options)
+        assert float((rollout.predict(batch, TEXTS) - expected).abs().max()) < 1e-13
 
 
 def test_an_early_exit_of_clean_context_is_a_rollout_with_fewer_steps():
     model, options = student(), CASES["clean, window, sink"]
     with torch.no_grad():
-        made, visited = self_rollout(model, 1, **options)
-        schedule = FlowSchedule(SCHEDULE.steps[:2])
-        other = Rollout(model, TEXTS, schedule, num_frames=FRAMES, **SIZE, batch=2, seed=SEED, video_ids=IDS, **options)
-        video = torch.cat([block.latents for block in other], 1)
-        assert float((made.predict(visited, TEXTS) - video).abs().max()) < 1e-13
+        rollout, batch = self_rollout(model, 1, **options)
+        fewer = RolloutConfig(SCHEDULE.steps[:2], SCHEDULE.shift, **options)
+        expected = video(model, TEXTS, fewer, seed=SEED, video_ids=IDS)
+        assert float((rollout.predict(batch, TEXTS) - expected).abs().max()) < 1e-13
 
 
-@pytest.mark.parametrize("name", ["matched", "clean", "lent"])
-def test_which_visits_and_weights_get_gradient(name):
-    """The walk makes exactly its visits, none with gradient; then one forward has it, and every weight."""
+@pytest.mark.parametrize("name", ["matched", "clean", "shared keys"])
+def test_which_tasks_and_weights_get_gradient(name):
+    """The rollout runs exactly its tasks, none with gradient; then one forward has it, for every weight."""
     model, blocks, forwards = student(), FRAMES // 3, []
     model.blocks[0].register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
     for exit_step in range(STEPS):
         forwards.clear()
         model.zero_grad()
-        made, visited = self_rollout(model, exit_step, **CASES[name])
-        visits = {
+        rollout, batch = self_rollout(model, exit_step, **CASES[name])
+        tasks = {
             "matched": (exit_step + 1) * (2 * blocks - 1),  # nobody reads the last block's cache
             "clean": (exit_step + 2) * blocks - 1,
-            "lent": (STEPS + 1) * blocks - 1,
+            "shared keys": (STEPS + 1) * blocks - 1,
         }
-        assert forwards == [False] * visits[name]
-        constants = [visited.inputs, *(x for kv in visited.contexts for x in (kv.k, kv.v))]
-        assert not any(x.requires_grad for x in constants) and visited.inputs.shape == (2, FRAMES, *LATENT)
-        made.predict(visited, TEXTS).square().mean().backward()
-        assert forwards[visits[name] :] == [True]
+        assert forwards == [False] * tasks[name]
+        constants = [batch.inputs, *(x for kv in batch.contexts for x in (kv.k, kv.v))]
+        assert not any(x.requires_grad for x in constants) and batch.inputs.shape == (2, FRAMES, *LATENT)
+        rollout.predict(batch, TEXTS).square().mean().backward()
+        assert forwards[tasks[name] :] == [True]
         assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_what_is_kept_holds_every_frame_and_nothing_of_other_steps():
-    for name, steps in (("window", range(STEPS)), ("lent, windows per step", range(STEPS))):
-        for exit_step in steps:
-            _, visited = self_rollout(student(), exit_step, **CASES[name])
-            for kv in visited.contexts:
-                assert kv.frames.tolist() == [list(range(FRAMES))] * 2
-                assert kv.host_frames == [list(range(FRAMES))]
-                assert kv.k.untyped_storage().nbytes() == kv.k.nbytes == 2 * FRAMES * 2 * TINY.dim * 8
+@pytest.mark.parametrize("name", ["window", "shared keys, windows per step"])
+def test_contexts_hold_every_frame_and_nothing_of_other_steps(name):
+    for exit_step in range(STEPS):
+        _, batch = self_rollout(student(), exit_step, **CASES[name])
+        for kv in batch.contexts:
+            assert kv.frames.tolist() == [list(range(FRAMES))] * 2
+            assert kv.host_frames == [list(range(FRAMES))]
+            assert kv.k.untyped_storage().nbytes() == kv.k.nbytes == 2 * FRAMES * 2 * TINY.dim * 8
 
 
 def test_videos_do_not_depend_on_their_batch():
     model = student()
     with torch.no_grad():
-        made, both = self_rollout(model, 1, window_frames=6)
-        x0 = made.predict(both, TEXTS)
-        for row in range(2):
-            text = TEXTS[row : row + 1]
-            alone = made.run(text, FRAMES, *SIZE.values(), 1, seed=SEED, video_ids=IDS[row : row + 1])
-            assert torch.allclose(made.predict(alone, text), x0[row : row + 1], rtol=0, atol=1e-13)
-        given = torch.randn(2, FRAMES, *LATENT, generator=torch.Generator().manual_seed(4)).double()
-        other = made.run(TEXTS, FRAMES, *SIZE.values(), 0, noise=given)
-        assert torch.equal(other.inputs, given)
+        rollout, both = self_rollout(model, 1, window_frames=6)
+        x0 = rollout.predict(both, TEXTS)
+        for i in range(2):
+            prompt_embeds = TEXTS[i : i + 1]
+            alone = rollout.run(prompt_embeds, FRAMES, LATENT_SIZE, 1, seed=SEED, video_ids=IDS[i : i + 1])
+            assert torch.allclose(rollout.predict(alone, prompt_embeds), x0[i : i + 1], rtol=0, atol=1e-13)
+        noise = torch.randn(2, FRAMES, *LATENT, generator=torch.Generator().manual_seed(4)).double()
+        assert torch.equal(rollout.run(TEXTS, FRAMES, LATENT_SIZE, 0, noise=noise).inputs, noise)
 
 
 def test_memory_of_the_graph_grows_with_the_video_not_with_its_square():
     """Bytes that autograd keeps, with a window: twice as many further frames take twice as many further bytes."""
-    model, text = student(), TEXT.double()
+    model, prompt_embeds = student(), TEXT.double()
 
     def saved(frames: int) -> int:
-        made = SelfRollout(model, SCHEDULE, window_frames=6)
-        visited, kept = made.run(text, frames, *SIZE.values(), 0), {}
+        rollout = SelfRollout(model, config(window_frames=6))
+        batch, storages = rollout.run(prompt_embeds, frames, LATENT_SIZE, 0), {}
 
         def pack(x):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # alive, so that no address comes twice
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage()  # alive, so that no address comes twice
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            made.predict(visited, text)
-        return sum(storage.nbytes() for storage in kept.values())
+            rollout.predict(batch, prompt_embeds)
+        return sum(storage.nbytes() for storage in storages.values())
 
     short, middle, long = saved(12), saved(24), saved(48)
     assert (long - middle) / (middle - short) == pytest.approx(2, rel=0.01)
@@ -189,46 +198,49 @@ def test_memory_of_the_graph_grows_with_the_video_not_with_its_square():
 
 def test_under_autocast_rollout_and_forward_work_in_its_dtype():
     model = make_model().requires_grad_(True)
-    made = SelfRollout(model, SCHEDULE, window_frames=6)
-    exact = made.predict(made.run(TEXT, FRAMES, *SIZE.values(), 1), TEXT)
+    rollout = SelfRollout(model, config(window_frames=6))
+    exact = rollout.predict(rollout.run(TEXT, FRAMES, LATENT_SIZE, 1), TEXT)
     with torch.autocast("cpu", torch.bfloat16):
-        visited = made.run(TEXT, FRAMES, *SIZE.values(), 1)
-        found = made.predict(visited, TEXT)
-        found.square().mean().backward()
-    assert visited.contexts[0].k.dtype == torch.bfloat16
-    assert visited.inputs.dtype == found.dtype == torch.float32
-    assert 0 < float((found - exact).detach().abs().max()) < 0.1 < float(exact.detach().abs().max())
-    # casts that the walk left in autocast's cache have no gradient: they must not serve the forward
+        batch = rollout.run(TEXT, FRAMES, LATENT_SIZE, 1)
+        x0 = rollout.predict(batch, TEXT)
+        x0.square().mean().backward()
+    assert batch.contexts[0].k.dtype == torch.bfloat16
+    assert batch.inputs.dtype == x0.dtype == torch.float32
+    assert 0 < float((x0 - exact).detach().abs().max()) < 0.1 < float(exact.detach().abs().max())
+    # casts that the rollout left in autocast's cache have no gradient: they must not serve the forward
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        made.predict(visited, TEXT).square().mean().backward()
+        rollout.predict(batch, TEXT).square().mean().backward()
     for gradient, p in zip(gradients, model.parameters(), strict=True):
         assert gradient.dtype == torch.float32 and gradient.any() and torch.equal(gradient, p.grad)
 
 
 def test_keeping_all_frames_changes_nothing_that_is_seen():
-    model = make_model().double()
-    made = [run(18, model=model, text=TEXT.double(), window_frames=5, keep_frames=keep) for keep in (False, True)]
-    assert float((made[0] - made[1]).abs().max()) < 1e-12  # the order of keys in the ring differs
-    with pytest.raises(ValueError, match="keep_frames=True needs num_frames"):
-        run(None, order="stream", window_frames=6, keep_frames=True)
+    model, options = make_model().double(), config(window_frames=5)
+    both = (ExecutionConfig(keep_all_frames=keep) for keep in (False, True))
+    some, every = (video(model, TEXT.double(), options, 18, execution=execution) for execution in both)
+    assert float((some - every).abs().max()) < 1e-12  # the order of keys in the ring differs
+    with pytest.raises(ValueError, match="keep_all_frames=True needs num_latent_frames"):
+        endless = config(order="stream", window_frames=6)
+        video(model, TEXT.double(), endless, None, execution=ExecutionConfig(keep_all_frames=True))
 
 
-def test_denoise_visits_are_told_with_their_inputs():
-    """In order, with what they take; in pairs and batches too."""
+@pytest.mark.parametrize("options", [{"order": "wavefront"}, {"order": "wavefront", "fuse_cache_denoise": True}, {}])
+def test_on_denoise_gets_every_denoise_task_with_its_input(options):
+    """In fused forwards and batches too."""
+    model, inputs = make_model(), {}
     noise = torch.randn(1, 9, *LATENT, generator=torch.Generator().manual_seed(5))
-    for options in ({"order": "wavefront"}, {"order": "wavefront", "pairs": True}, {"order": "step_first"}):
-        model, told = make_model(), {}
-        made = Rollout(model, TEXT, SCHEDULE, num_frames=9, **SIZE, noise=noise, **options)
-        made.executor.on_denoise = lambda visit, x, told=told: told.setdefault(visit, x.clone())
-        video = torch.cat([block.latents for block in made], 1)
-        assert {(v.step, v.block) for v in told} == {(s, n) for s in range(STEPS) for n in range(3)}
-        assert all(v.kind == "denoise" for v in told)
-        for visit, x in told.items():
-            if visit.step == 0:
-                assert torch.equal(x, noise[:, 3 * visit.block : 3 * visit.block + 3])
-        assert torch.equal(video, run(9, STEPS, noise=noise, **options))
+    sizes = {"num_latent_frames": 9, "latent_size": LATENT_SIZE, "noise": noise}
+    rollout = Rollout(model, TEXT, config(**options), **sizes)
+    rollout.on_denoise = lambda task, x: inputs.setdefault(task, x.clone())
+    latents = torch.cat([block.latents for block in rollout], 1)
+    assert {(task.step, task.block) for task in inputs} == {(s, n) for s in range(STEPS) for n in range(3)}
+    assert all(task.kind == "denoise" for task in inputs)
+    for task, x in inputs.items():
+        if task.step == 0:
+            assert torch.equal(x, noise[:, 3 * task.block : 3 * task.block + 3])
+    assert torch.equal(latents, video(model, TEXT, config(**options), 9, noise=noise))
 
 
 def test_exit_steps_are_drawn_evenly():
@@ -239,37 +251,24 @@ def test_exit_steps_are_drawn_evenly():
     assert one == other
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"cache_source": "next_step"}, "cache_source='next_step' is impossible with order='step_first'"),
-        ({"order": "blockwise"}, "order='blockwise' is unknown: give one of step_first, stream"),
-        (
-            {"window_frames": (6, 6)},
-            r"window_frames=\(6, 6\) is not legal: give None, one number .* one per step \(3\)",
-        ),
-        ({"window_frames": 3, "sink_frames": 1}, "window_frames=3 is not legal: give a whole number >= 4"),
-        ({"order": "block_first", "pairs": True}, "pairs=True is impossible with order='block_first'"),
-    ],
-)
-def test_refused_options(options, words):
-    with pytest.raises(ValueError, match=words):
-        SelfRollout(make_model(), SCHEDULE, **options)
+def test_refused_options():
+    with pytest.raises(ValueError, match="first_frame must be 0 .* got 3"):
+        SelfRollout(make_model(), config(first_frame=3))
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("change", "words"),
     [
         ({"exit_step": 3}, "exit_step must be 0 to 2, got 3"),
         ({"exit_step": -1}, "exit_step must be 0 to 2, got -1"),
-        ({"num_frames": 10}, "got 10, nearest 9 or 12"),
+        ({"num_latent_frames": 10}, "got 10, nearest 9 or 12"),
         ({"noise": torch.zeros(1, 9, *LATENT)}, r"noise must be \[1, 12, 2, 2, 4\], got \[1, 9"),
     ],
 )
-def test_refused_runs(given, words):
-    whole = {"text": TEXT, "num_frames": 12, **SIZE, "exit_step": 0, **given}
+def test_refused_runs(change, words):
+    legal = {"prompt_embeds": TEXT, "num_latent_frames": 12, "latent_size": LATENT_SIZE, "exit_step": 0}
     with pytest.raises(ValueError, match=words):
-        SelfRollout(make_model(), SCHEDULE).run(**whole)
+        SelfRollout(make_model(), config()).run(**{**legal, **change})
 
 
 # Sharded over two processes (FSDP2, gloo).
@@ -278,25 +277,23 @@ def test_refused_runs(given, words):
 def test_a_plain_model_is_left_as_it_is():
     model = make_model()
     before = list(model.parameters())
-    inside = gathered(model, lambda: list(model.parameters()))
+    inside = unsharded(model, lambda: list(model.parameters()))
     assert all(p is q for p, q in zip(inside, before, strict=True))
 
 
 def test_a_sharded_student_is_gathered_once_for_a_rollout(tmp_path):
-    """Whatever the number of visits; the forward with gradient has it still, and afterwards it is sharded."""
-    target, job = tmp_path / "found.json", Path(__file__).parents[1] / "helpers" / "self_rollout_job.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", job, target]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240, env=environment)
+    """Whatever the number of tasks; it stays so for the forward with gradient, and is sharded again after that."""
+    target, job = tmp_path / "results.json", Path(__file__).parents[1] / "helpers" / "self_rollout_job.py"
+    done = torchrun(2, job, target)
     assert target.exists(), done.stderr[-3000:]
-    found = json.loads(target.read_text())
+    results = json.loads(target.read_text())
     parts = TINY.num_layers + 1  # the blocks, and the rest
     gather, reduce = "c10d::_allgather_base_", "c10d::_reduce_scatter_base_"
     for name in ("matched", "clean"):
-        assert found[name]["wrong"] == []
+        assert results[name]["wrong"] == []
         for update in (0, 1):
-            (none, nothing), (walk, rest) = found[name]["exchanged"][2 * update : 2 * update + 2]
-            assert none == nothing == {}
-            assert walk == {gather: parts}
-            assert rest == {reduce: parts}
-    assert found["dealt_out"] == []
+            whole, (rollout, update_step) = results[name]["exchanged"][2 * update : 2 * update + 2]
+            assert whole == [{}, {}]
+            assert rollout == {gather: parts}
+            assert update_step == {reduce: parts}
+    assert results["broadcast"] == []

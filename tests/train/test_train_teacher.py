@@ -14,7 +14,7 @@ from hiar_model.toy.prompt import split_prompts, token_table
 from hiar_model.toy.text import ToyTextEncoder
 from hiar_model.toy.world import ToyWorld
 from hiar_model.train.data.datasets import ToyData
-from hiar_model.train.losses.teacher import drop_text, flow_draws, flow_matching_loss, ode_plan, ode_trajectory
+from hiar_model.train.losses.teacher import drop_prompts, flow_draws, flow_matching_loss, ode_plan, ode_trajectory
 
 pytestmark = pytest.mark.cpu
 
@@ -75,7 +75,7 @@ def test_a_teacher_learns_the_toy_world():
     def loss(stage: str, update: int, batch: int) -> torch.Tensor:
         clips = data.clips(0, stage, update, range(batch))
         draws = flow_draws(0, stage, update, range(batch), data.latent_shape)
-        text = drop_text(clips.text, data.unconditional(), draws.dropped)
+        text = drop_prompts(clips.prompt_embeds, data.unconditional(), draws.dropped)
         return flow_matching_loss(model, clips.latents, text, draws.sigma, draws.noise)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -101,16 +101,16 @@ def test_a_teacher_learns_the_toy_world():
 )
 def test_shapes_that_do_not_fit_are_refused(change, message):
     x = torch.ones(2, *SHAPE)
-    given = {"x0": x, "text": torch.ones(2, 3, 6), "sigma": torch.ones(2), "noise": x, **change}
+    legal = {"x0": x, "prompt_embeds": torch.ones(2, 3, 6), "sigma": torch.ones(2), "noise": x}
     with pytest.raises(ValueError, match=message):
-        flow_matching_loss(lambda latents, *_, **__: latents, **given)
+        flow_matching_loss(lambda latents, *_, **__: latents, **{**legal, **change})
 
 
 def test_draws_belong_to_their_rows():
     whole = flow_draws(1, "teacher", 4, range(8), SHAPE)
     assert whole.noise.shape == (8, *SHAPE) and whole.sigma.shape == whole.dropped.shape == (8,)
-    for found, expected in zip(flow_draws(1, "teacher", 4, [6, 1], SHAPE), whole):
-        assert torch.equal(found, expected[[6, 1]])
+    for actual, expected in zip(flow_draws(1, "teacher", 4, [6, 1], SHAPE), whole):
+        assert torch.equal(actual, expected[[6, 1]])
     for other in ((2, "teacher", 4), (1, "critic", 4), (1, "teacher", 5)):
         assert not torch.equal(flow_draws(*other, range(8), SHAPE).sigma, whole.sigma)
 
@@ -130,7 +130,7 @@ def test_levels_are_uniform_then_shifted(shift):
 
 def test_dropout_replaces_whole_prompts():
     text, empty = torch.randn(3, 2, 4), torch.randn(1, 2, 4)
-    mixed = drop_text(text, empty, torch.tensor([False, True, False]))
+    mixed = drop_prompts(text, empty, torch.tensor([False, True, False]))
     assert torch.equal(mixed[[0, 2]], text[[0, 2]]) and torch.equal(mixed[1], empty[0])
     assert bool(flow_draws(0, "x", 0, range(50), (1,), text_dropout=1.0).dropped.all())
     assert not bool(flow_draws(0, "x", 0, range(50), (1,), text_dropout=0.0).dropped.any())
@@ -175,19 +175,19 @@ NOISE = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(5))
 def test_levels_of_the_published_points():
     plan = ode_plan()
     assert plan.point_sigmas == pytest.approx(DESIGN_SIGMAS, abs=5e-7)
-    assert len(plan.sigmas) == 49 and plan.kept == (0, 12, 24, 36, 48)
+    assert len(plan.sigmas) == 49 and plan.points == (0, 12, 24, 36, 48)
     assert plan.sigmas[0] == 1 and plan.sigmas[-1] == 0 and list(plan.sigmas) == sorted(plan.sigmas, reverse=True)
 
 
 def test_a_straight_way_is_followed_exactly():
     """Data that is one point: the ODE is a line, on which Euler makes no error, and every point lies."""
     teacher = Gaussian(0.0)
-    found = ode_trajectory(teacher, NOISE, prompts(2.0, -1.0), prompts(0.5), guidance=1.0)
-    assert found.shape == (2, 5, *SHAPE) and found.dtype == torch.float32
+    actual = ode_trajectory(teacher, NOISE, prompts(2.0, -1.0), prompts(0.5), guidance=1.0)
+    assert actual.shape == (2, 5, *SHAPE) and actual.dtype == torch.float32
     mean = prompts(2.0, -1.0)[..., None, None]
-    for point, sigma in zip(found.unbind(1), DESIGN_SIGMAS):
+    for point, sigma in zip(actual.unbind(1), DESIGN_SIGMAS):
         assert torch.allclose(point, (1 - sigma) * mean + sigma * NOISE, atol=1e-5)
-    assert torch.equal(found[:, 0], NOISE)
+    assert torch.equal(actual[:, 0], NOISE)
     assert len(teacher.calls) == 48 and len(teacher.calls[0][0]) == 2, "no guidance, no second half"
 
 
@@ -196,11 +196,11 @@ def test_the_ode_converges_to_its_exact_solution():
     errors = {}
     for steps in (48, 480):
         points = [i * steps // 48 for i in (0, 12, 24, 36, 48)]
-        found = ode_trajectory(
+        actual = ode_trajectory(
             teacher, NOISE, prompts(1.5, -2.0), prompts(0.0), steps=steps, guidance=1.0, points=points
         )
         exact = torch.stack([teacher.exact(NOISE, mean, s) for s in ode_plan(steps, 8.0, points).point_sigmas], 1)
-        errors[steps] = float((found - exact).abs().max())
+        errors[steps] = float((actual - exact).abs().max())
     assert errors[480] < 0.03 and 8 < errors[48] / errors[480] < 12, errors  # first order
 
 
@@ -223,16 +223,16 @@ def test_states_stay_wide_beside_narrow_weights():
         assert latents.dtype == torch.float32
         return -latents.bfloat16()
 
-    found = ode_trajectory(network, NOISE.bfloat16(), prompts(0.0, 0.0), prompts(0.0))
-    assert found.dtype == torch.float32 and not torch.equal(found[:, -1], found[:, -1].bfloat16().float())
+    actual = ode_trajectory(network, NOISE.bfloat16(), prompts(0.0, 0.0), prompts(0.0))
+    assert actual.dtype == torch.float32 and not torch.equal(actual[:, -1], actual[:, -1].bfloat16().float())
 
 
 def test_no_step_is_made_behind_the_last_point():
     teacher = Gaussian(0.0)
-    found = ode_trajectory(teacher, NOISE, prompts(1.0, 1.0), prompts(0.0), points=(12, 24))
-    assert len(teacher.calls) == 24 and found.shape[1] == 2
+    actual = ode_trajectory(teacher, NOISE, prompts(1.0, 1.0), prompts(0.0), points=(12, 24))
+    assert len(teacher.calls) == 24 and actual.shape[1] == 2
     whole = ode_trajectory(teacher, NOISE, prompts(1.0, 1.0), prompts(0.0))
-    assert torch.equal(found, whole[:, 1:3])
+    assert torch.equal(actual, whole[:, 1:3])
 
 
 @pytest.mark.parametrize("points", [(0,), (0, 49), (0, 12, 12), (12, 0), (-50, 0), ()])

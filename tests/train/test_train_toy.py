@@ -6,15 +6,15 @@ import pytest
 import torch
 from train_job import losses, train
 
-from hiar_model.config import FlowSchedule
+from hiar_model.config import FlowSchedule, RolloutConfig
 from hiar_model.models.registry import load_video_model
 from hiar_model.toy.prompt import split_prompts, token_table
 from hiar_model.train.config.reading import make_recipe
 from hiar_model.train.config.recipe import LevelsRecipe
-from hiar_model.train.stages.base import Turn
+from hiar_model.train.losses.noise import add_noise
+from hiar_model.train.stages.base import UpdateStep
 from hiar_model.train.stages.teacher_forcing import (
     TeacherForcing,
-    add_noise,
     loss_weights,
     sample_levels,
     teacher_forcing_errors,
@@ -23,8 +23,8 @@ from hiar_model.train.stages.teacher_forcing import (
 pytestmark = pytest.mark.cpu
 
 SMALL = {
-    "stage": "teacher_forcing", "updates": 6, "batch_size": 4, "num_frames": 6, "window_frames": 6, "log_every": 2,
-    "first_block_weight": 2.5, "scale": {"threads": 1},
+    "stage": "teacher_forcing", "updates": 6, "batch_size": 4, "num_latent_frames": 6, "log_every": 2,
+    "rollout": {"window_frames": 6}, "first_block_weight": 2.5, "scale": {"threads": 1},
 }  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -65,8 +65,8 @@ def test_errors_of_the_true_velocity_are_zero():
         def __call__(self, latents, timesteps, text, mode, *, context, **rule):
             assert context == ["kv"] and mode == "block_causal" and rule == self.rule
             assert torch.equal(timesteps, 1000 * sigma[:, None].expand(-1, 6))
-            found = (latents - (1 - sigma.view(-1, 1, 1, 1, 1)) * x0) / sigma.view(-1, 1, 1, 1, 1)
-            velocity = found - x0
+            eps = (latents - (1 - sigma.view(-1, 1, 1, 1, 1)) * x0) / sigma.view(-1, 1, 1, 1, 1)
+            velocity = eps - x0
             velocity[:, :3] += self.wrong_first_block
             return velocity
 
@@ -111,21 +111,21 @@ def test_the_loss_is_a_weighted_mean_of_rows(stage, monkeypatch):
         return errors[chosen]
 
     monkeypatch.setattr("hiar_model.train.stages.teacher_forcing.teacher_forcing_errors", known)
-    found = []
+    results = []
     for chosen in ([0, 1, 2, 3], [0, 1, 2], [3]):
-        found.append(float(stage.loss(Turn("student"), 3, chosen)[0]))
+        results.append(float(stage.loss(UpdateStep("student"), 3, chosen)[0]))
     average = 0.25 * (3 * 2.5 + 3) + 0.75 * 3
     by_hand = [(float(e[:3].sum()) * 2.5 * b + float(e[3:].sum())) / average for e, b in zip(errors, begins)]
-    assert found == pytest.approx([sum(by_hand) / 4, sum(by_hand[:3]) / 3, by_hand[3]], rel=1e-5)
+    assert results == pytest.approx([sum(by_hand) / 4, sum(by_hand[:3]) / 3, by_hand[3]], rel=1e-5)
 
 
-def test_rows_are_drawn_by_key(stage):
-    """Alone or beside others, now or again: a row is the same clip at the same levels with the same noise."""
-    turn = Turn("student")
-    whole = stage.loss(turn, 2, [0, 1, 2, 3])[0]
-    parts = stage.loss(turn, 2, [0, 2])[0] + stage.loss(turn, 2, [1, 3])[0]
+def test_samples_are_drawn_by_key(stage):
+    """Alone or beside others, now or again: a sample is the same clip at the same levels with the same noise."""
+    step = UpdateStep("student")
+    whole = stage.loss(step, 2, [0, 1, 2, 3])[0]
+    parts = stage.loss(step, 2, [0, 2])[0] + stage.loss(step, 2, [1, 3])[0]
     torch.testing.assert_close(whole, parts / 2)
-    assert not torch.isclose(whole, stage.loss(turn, 1, [0, 1, 2, 3])[0], rtol=1e-3)
+    assert not torch.isclose(whole, stage.loss(step, 1, [0, 1, 2, 3])[0], rtol=1e-3)
 
 
 def test_training_lowers_the_loss(tmp_path):
@@ -140,7 +140,7 @@ def test_samples_and_the_model(stage, tmp_path):
     assert frames.shape == (4, 12, 32, 32, 3) and frames.dtype.name == "uint8"
     stage.export(stage.trained["student"], tmp_path / "model")
     model = load_video_model(tmp_path / "model", "cpu")
-    assert (model.train_frames, model.window_frames, model.schedule) == (6, 6, FlowSchedule(shift=1.0))
+    assert (model.train_frames, model.rollout) == (6, RolloutConfig(shift=1.0, order="stream", window_frames=6))
 
 
 def test_held_out_prompts_are_never_trained_on(stage):

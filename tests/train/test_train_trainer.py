@@ -1,4 +1,4 @@
-"""The trainer in one process: turns, accumulation, averages, what is watched, what stops it."""
+"""The trainer in one process: update steps, accumulation, averages, metrics, and what stops it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from train_job import Pull, losses, recipe, train
 from hiar_model.io.video import Frames
 from hiar_model.train.config.reading import make_recipe
 from hiar_model.train.config.recipe import EmaRecipe, OptimizerRecipe
-from hiar_model.train.engine.distributed import Place
+from hiar_model.train.engine.distributed import DistContext
 from hiar_model.train.engine.ema import Ema
-from hiar_model.train.engine.metrics import Watch, sample_scalars
+from hiar_model.train.engine.metrics import MetricsLogger, sample_scalars
 from hiar_model.train.engine.networks import make_network
 from hiar_model.train.engine.optimizers import Optimizers, rate_factor
 from hiar_model.train.engine.trainer import Trainer
@@ -26,27 +26,27 @@ pytestmark = pytest.mark.cpu
 CPU = torch.device("cpu")
 
 
-def make(folder, stage=None, say=lambda text: None, **values) -> Trainer:
-    made = make_recipe(recipe(**values))
-    return Trainer(made, stage or Pull(made, CPU), folder, Place(0, 1, CPU), say)
+def make(folder, stage=None, say=lambda line: None, **values) -> Trainer:
+    parsed = make_recipe(recipe(**values))
+    return Trainer(parsed, stage or Pull(parsed, CPU), folder, DistContext(0, 1, CPU), say)
 
 
-# Turns and batches
+# Update steps and batches
 
 
-def test_turns_rows_and_steps(tmp_path):
+def test_update_steps_samples_and_optimiser_steps(tmp_path):
     trainer = make(tmp_path, updates=2, scale={"micro_batch": 3, "checkpoint_every": 9})
     trainer.run()
-    one = [(turn, rows) for turn, update, rows in trainer.stage.asked if update == 1]
-    assert one == [(turn, rows) for turn in ("critic 0", "critic 1", "student 0") for rows in ([0, 1, 2], [3])]
-    steps = {name: int(o.state()["head.head.weight/step"]) for name, o in trainer.optimizers.items()}
-    assert steps == {"critic": 4, "student": 2}
+    one = [(step, samples) for step, update, samples in trainer.stage.calls if update == 1]
+    assert one == [(step, samples) for step in ("critic 0", "critic 1", "student 0") for samples in ([0, 1, 2], [3])]
+    state = {name: o.state_dict()["state"] for name, o in trainer.optimizers.items()}
+    assert {name: int(of["head.head.weight"]["step"]) for name, of in state.items()} == {"critic": 4, "student": 2}
 
 
-def test_only_the_network_of_the_turn_is_updated(tmp_path):
+def test_only_the_network_of_the_step_is_updated(tmp_path):
     trainer = make(tmp_path)
     before = {n: [p.clone() for p in m.parameters()] for n, m in trainer.stage.trained.items()}
-    trainer._turn(trainer.stage.turns(0)[0])
+    trainer._step(trainer.stage.update_steps(0)[0])
     critic, student = (
         [not torch.equal(a, b) for a, b in zip(before[n], trainer.stage.trained[n].parameters())]
         for n in ("critic", "student")
@@ -71,27 +71,27 @@ def test_the_gradient_is_that_of_the_mean_over_the_batch(tmp_path):
     optimizer, seen = trainer.optimizers["student"], []
     optimizer.step = lambda done: seen.extend(p.grad.clone() for p in optimizer.parameters if p.grad is not None)
     optimizer.recipe = OptimizerRecipe("adamw", clip_norm=1e9)
-    student = trainer.stage.turns(0)[-1]
-    told = trainer._turn(student)
+    student = trainer.stage.update_steps(0)[-1]
+    metrics = trainer._step(student)
     loss, _ = trainer.stage.loss(student, 0, [0, 1, 2, 3])
-    wanted = torch.autograd.grad(loss, [p for p in optimizer.parameters if p.grad is not None])
-    for found, grad in zip(seen, wanted, strict=True):
-        torch.testing.assert_close(found, grad, rtol=1e-4, atol=1e-7)
-    assert told["loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
-    norm = math.sqrt(sum(float(g.double().square().sum()) for g in wanted))
-    assert told["gradient_norm"] == pytest.approx(norm, rel=1e-4)
-    assert told["rows"] == pytest.approx((3 * 3 + 1 * 1) / 4), "means over rows, of what is watched too"
+    expected = torch.autograd.grad(loss, [p for p in optimizer.parameters if p.grad is not None])
+    for grad, other in zip(seen, expected, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-7)
+    assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in expected))
+    assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+    assert metrics["samples"] == pytest.approx((3 * 3 + 1 * 1) / 4), "metrics are means over samples too"
 
 
 def test_recomputed_blocks_change_no_number(tmp_path):
-    for name, wanted in (("kept", False), ("again", True)):
-        train(tmp_path / name, recipe(updates=3, scale={"activation_checkpointing": wanted}))
+    for name, recompute in (("kept", False), ("again", True)):
+        train(tmp_path / name, recipe(updates=3, scale={"activation_checkpointing": recompute}))
     assert losses(tmp_path / "kept") == losses(tmp_path / "again")
 
 
 def test_recomputed_blocks_keep_less(tmp_path):
-    def saved(wanted: bool) -> int:
-        trainer = make(tmp_path / str(wanted), scale={"activation_checkpointing": wanted})
+    def saved(recompute: bool) -> int:
+        trainer = make(tmp_path / str(recompute), scale={"activation_checkpointing": recompute})
         count = 0
 
         def pack(x):
@@ -100,7 +100,7 @@ def test_recomputed_blocks_keep_less(tmp_path):
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            trainer.stage.loss(trainer.stage.turns(0)[-1], 0, [0, 1, 2, 3])
+            trainer.stage.loss(trainer.stage.update_steps(0)[-1], 0, [0, 1, 2, 3])
         return count
 
     assert saved(True) < saved(False) / 2
@@ -114,10 +114,10 @@ def test_average_by_hand():
     ema, first = Ema(network, EmaRecipe(decay=0.75, start=2, ramp=False)), network.head.head.bias
     values = [1.0, 3.0, 7.0, -1.0]
     expected = [1.0, 3.0, 0.75 * 3 + 0.25 * 7, 0.75 * (0.75 * 3 + 0.25 * 7) + 0.25 * -1]
-    for update, (value, wanted) in enumerate(zip(values, expected, strict=True)):
+    for update, (value, average) in enumerate(zip(values, expected, strict=True)):
         first.data.fill_(value)
         ema.update(update)
-        assert torch.allclose(ema.weights["head.head.bias"], torch.full_like(first, wanted)), update
+        assert torch.allclose(ema.weights["head.head.bias"], torch.full_like(first, average)), update
     with ema.applied():
         assert torch.allclose(first, torch.full_like(first, expected[-1])) and not network.training
     assert torch.equal(first, torch.full_like(first, -1.0)) and network.training
@@ -167,36 +167,38 @@ def test_rate_rises_stays_and_falls():
 
 
 def test_muon_has_the_matrices_of_the_blocks():
-    made = Optimizers(make_network("tiny", seed=0), OptimizerRecipe("muon_adamw", lr=0.5, betas=(0.0, 0.9)))
-    adamw, muon = made.parts
+    network = make_network("tiny", seed=0)
+    optimizers = Optimizers(network, OptimizerRecipe("muon_adamw", lr=0.5, betas=(0.0, 0.9)))
+    adamw, muon = optimizers.parts
     (group,) = muon.param_groups
-    names = {made._names[id(p)] for p in group["params"]}
+    matrices = {id(p) for p in group["params"]}
+    names = {name for name, p in network.named_parameters() if id(p) in matrices}
     assert {"blocks.1.ffn.0.weight", "blocks.0.self_attn.qkv.weight"} <= names
     assert all(n.startswith("blocks.") and n.endswith("weight") and "norm" not in n for n in names)
-    assert sum(len(g["params"]) for part in made.parts for g in part.param_groups) == len(made.parameters)
+    assert sum(len(g["params"]) for part in optimizers.parts for g in part.param_groups) == len(optimizers.parameters)
     assert adamw.param_groups[0]["weight_decay"] == 0 and muon.param_groups[0]["weight_decay"] == 0.01
     (alone,) = Optimizers(make_network("tiny", seed=0), OptimizerRecipe("adamw", weight_decay=0.3)).parts
     assert alone.param_groups[0]["weight_decay"] == 0.3
     rates = []
     alone.step = lambda: rates.append(alone.param_groups[0]["lr"])
-    made.parts = [alone]
-    for done in (0.01, 0.3, 0.8):
-        made.step(done)
+    optimizers.parts = [alone]
+    for progress in (0.01, 0.3, 0.8):
+        optimizers.step(progress)
     assert rates == pytest.approx([0.5 * 0.505, 0.5, 0.25])
 
 
-# What is watched
+# Metrics
 
 
 def test_the_table(tmp_path):
-    """Means over the updates since the last row; what is not in every row has a column all the same."""
+    """Means over the updates since the last row; a metric that not every row has gets a column too."""
 
     class Now(Pull):
         def sample(self, update) -> Frames:
             return np.full((2, 3, 8, 8, 3), 10 * update, np.uint8)
 
-    made = make_recipe(recipe(updates=5, log_every=2, sample_every=4))
-    trainer, seen = Trainer(made, Now(made, CPU), tmp_path, say=lambda text: None), []
+    parsed = make_recipe(recipe(updates=5, log_every=2, sample_every=4))
+    trainer, seen = Trainer(parsed, Now(parsed, CPU), tmp_path, say=lambda line: None), []
     trainer.run(lambda update, numbers: seen.append(numbers["student_loss"]))
     rows = losses(tmp_path)
     assert [row["update"] for row in rows] == ["2", "4", "5"]
@@ -216,8 +218,8 @@ def test_samples_are_of_the_averaged_weights(tmp_path):
         def sample(self, update) -> None:
             self.seen = self.trained["student"].head.head.bias.detach().clone()
 
-    made = make_recipe(recipe(updates=3, sample_every=3, ema={"decay": 0.9, "ramp": False}))
-    trainer = Trainer(made, Now(made, CPU), tmp_path, say=lambda text: None)
+    parsed = make_recipe(recipe(updates=3, sample_every=3, ema={"decay": 0.9, "ramp": False}))
+    trainer = Trainer(parsed, Now(parsed, CPU), tmp_path, say=lambda line: None)
     trainer.run()
     assert torch.equal(trainer.stage.seen, trainer.ema.weights["head.head.bias"])
     assert not torch.equal(trainer.stage.seen, trainer.stage.trained["student"].head.head.bias)
@@ -227,10 +229,10 @@ def test_motion_and_saturation():
     frames = np.full((1, 3, 2, 2, 3), 100, np.uint8)
     frames[0, 1], frames[0, 2] = 151, 49  # differences 51 and 102: on average 0.3 of 255
     frames[0, 0, 0, 0], frames[0, 0, 1, 1] = 0, 252  # 6 of 36 channels, in one frame
-    told = sample_scalars(frames)
+    scalars = sample_scalars(frames)
     changed = (151 - 0 + abs(151 - 252) - 2 * 51) * 3 / 12
-    assert told["sample_motion"] == pytest.approx(((51 + changed) + 102) / 2 / 255)
-    assert told["sample_saturation"] == pytest.approx(6 / 36)
+    assert scalars["sample_motion"] == pytest.approx(((51 + changed) + 102) / 2 / 255)
+    assert scalars["sample_saturation"] == pytest.approx(6 / 36)
     assert sample_scalars(frames[:, :1])["sample_motion"] == 0
 
 
@@ -239,7 +241,7 @@ def test_a_sheet_of_long_and_large_videos(tmp_path):
     video = np.zeros((2, 47, 482, 832, 3), np.uint8)
     video[0, :] = np.arange(47).reshape(47, 1, 1, 1)
     video[1, :, ::4] = 200
-    path = Watch(tmp_path, 0, {}).sheet(1, video)
+    path = MetricsLogger(tmp_path, 0, {}).sheet(1, video)
     with av.open(str(path)) as opened:
         sheet = next(opened.decode(video=0)).to_ndarray(format="rgb24")
     assert sheet.shape == (2 * 122 + 2, 24 * 210 + 2, 3)
@@ -250,14 +252,14 @@ def test_a_sheet_of_long_and_large_videos(tmp_path):
 def test_tensorboard_has_scalars_and_sheets(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    watch = Watch(tmp_path, 0, {})
-    watch.scalars(3, {"student_loss": 0.5, "student_dmd_normaliser": 2.0})
-    watch.sheet(3, np.zeros((2, 3, 8, 8, 3), np.uint8))
-    watch.close()
-    Watch(tmp_path, 2, {}).close()  # a run that goes on behind update 2: what came later does not count
-    watch = Watch(tmp_path, 2, {})
-    watch.scalars(4, {"student_loss": 0.25})
-    watch.close()
+    logger = MetricsLogger(tmp_path, 0, {})
+    logger.scalars(3, {"student_loss": 0.5, "student_dmd_normaliser": 2.0})
+    logger.sheet(3, np.zeros((2, 3, 8, 8, 3), np.uint8))
+    logger.close()
+    MetricsLogger(tmp_path, 2, {}).close()  # a run that goes on behind update 2: what came later does not count
+    logger = MetricsLogger(tmp_path, 2, {})
+    logger.scalars(4, {"student_loss": 0.25})
+    logger.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert {"student/loss", "student/dmd_normaliser"} <= set(events.Tags()["scalars"]) and events.Tags()["images"]
@@ -265,11 +267,11 @@ def test_tensorboard_has_scalars_and_sheets(tmp_path):
 
 
 def test_without_tensorboard_it_is_said_once(tmp_path, monkeypatch):
-    find, told = importlib.util.find_spec, []
+    find, lines = importlib.util.find_spec, []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
-    trainer = make(tmp_path, updates=2, say=told.append)
+    trainer = make(tmp_path, updates=2, say=lines.append)
     trainer.run()
-    assert told == ["no TensorBoard scalars: tensorboard is not installed (pip install 'hiar-kernels[train]')"]
+    assert lines == ["no TensorBoard scalars: tensorboard is not installed (pip install 'hiar-kernels[train]')"]
     assert len(losses(tmp_path)) == 2 and not (tmp_path / "tensorboard").exists()
 
 
@@ -277,10 +279,10 @@ def test_wandb_only_where_its_variable_is_set(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    Watch(tmp_path, 0, {}, lambda text: None).close()
+    MetricsLogger(tmp_path, 0, {}, lambda text: None).close()
     monkeypatch.setenv("WANDB_PROJECT", "films")
     with pytest.raises(ValueError, match="WANDB_PROJECT is set to 'films', but wandb is not installed"):
-        Watch(tmp_path, 0, {}, lambda text: None)
+        MetricsLogger(tmp_path, 0, {}, lambda text: None)
 
 
 # What stops it
@@ -289,32 +291,32 @@ def test_wandb_only_where_its_variable_is_set(tmp_path, monkeypatch):
 @pytest.mark.parametrize("micro_batch", [None, 1])
 def test_a_loss_that_is_not_finite(tmp_path, micro_batch):
     class Broken(Pull):
-        def noise(self, update, turn, row):
-            return super().noise(update, turn, row) * (math.nan if (update, turn, row) == (3, "critic 1", 2) else 1)
+        def noise(self, update, step, sample):
+            broken = (update, step, sample) == (3, "critic 1", 2)
+            return super().noise(update, step, sample) * (math.nan if broken else 1)
 
-    made = make_recipe(recipe(scale={"checkpoint_every": 2, "micro_batch": micro_batch}))
-    trainer = Trainer(made, Broken(made, CPU), tmp_path, say=lambda text: None)
+    parsed = make_recipe(recipe(scale={"checkpoint_every": 2, "micro_batch": micro_batch}))
+    trainer = Trainer(parsed, Broken(parsed, CPU), tmp_path, say=lambda line: None)
     with pytest.raises(FloatingPointError) as error:
         trainer.run()
-    rows = [2] if micro_batch else [0, 1, 2, 3]
+    samples = [2] if micro_batch else [0, 1, 2, 3]
     good = tmp_path / "states" / "update_00000002"
-    assert str(error.value) == (
-        f"loss is nan in rows {rows} of the batch, update 3, turn critic 1; last good state: {good}"
-    )
-    again = Trainer(made, Pull(made, CPU), tmp_path, say=lambda text: None)
-    assert again.update == 2 and all(bool(x.isfinite().all()) for x in again._tensors().values())
+    assert f"is nan in samples {samples} " in str(error.value)
+    assert str(error.value).endswith(f"update 3, step critic 1; last good state: {good}")
+    again = Trainer(parsed, Pull(parsed, CPU), tmp_path, say=lambda line: None)
+    assert again.update == 2 and all(bool(p.isfinite().all()) for p in again.stage.trained["critic"].parameters())
 
 
 def test_a_gradient_that_is_not_finite(tmp_path):
     class Broken(Pull):
-        def loss(self, turn, update, rows):
-            loss, told = super().loss(turn, update, rows)
-            weight = self.trained[turn.network].head.head.weight
-            return loss + (weight.sum() * 0).sqrt(), told  # 0, of infinite slope
+        def loss(self, step, update, samples):
+            loss, metrics = super().loss(step, update, samples)
+            weight = self.trained[step.network].head.head.weight
+            return loss + (weight.sum() * 0).sqrt(), metrics  # 0, of infinite slope
 
-    made = make_recipe(recipe())
-    with pytest.raises(FloatingPointError, match="gradient norm is nan, loss .*, update 0, turn critic 0; .*: none"):
-        Trainer(made, Broken(made, CPU), tmp_path, say=lambda text: None).run()
+    parsed = make_recipe(recipe())
+    with pytest.raises(FloatingPointError, match="gradient norm is nan, loss .*, update 0, step critic 0; .*: none"):
+        Trainer(parsed, Broken(parsed, CPU), tmp_path, say=lambda line: None).run()
 
 
 # Threads

@@ -7,11 +7,10 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -73,8 +72,8 @@ def test_what_is_stored(whole, data):
     assert len({float(x) for x in noise[:, 0, 0, 0, 0]}) == 7 and abs(float(noise.std()) - 1) < 0.1
     for first in range(0, 7, 2):
         rows = slice(first, first + 2)
-        made = ode_trajectory(MODEL, noise[rows], text[rows], data.unconditional(), steps=4, points=(0, 1, 3, -1))
-        assert torch.equal(trajectory[rows], made), "a chord divides by small differences: nothing may be rounded"
+        alone = ode_trajectory(MODEL, noise[rows], text[rows], data.unconditional(), steps=4, points=(0, 1, 3, -1))
+        assert torch.equal(trajectory[rows], alone), "a chord divides by small differences: nothing may be rounded"
 
 
 def test_the_manifest_tells_how_it_was_made(whole):
@@ -94,14 +93,14 @@ def test_the_manifest_tells_how_it_was_made(whole):
 
 
 def test_any_ranks_make_the_same_files(whole, data, tmp_path):
-    told = []
+    progress = []
     for rank in (2, 0, 1):
         assert not (tmp_path / "manifest.json").exists(), "not before the last shard is there"
         generate_trajectories(
-            MODEL, data, tmp_path, **SMALL, rank=rank, world_size=3, on_progress=lambda *p: told.append(p)
+            MODEL, data, tmp_path, **SMALL, rank=rank, world_size=3, on_progress=lambda *p: progress.append(p)
         )
     assert contents(tmp_path) == contents(whole)
-    assert told == [(2, 2), (2, 3), (3, 3), (2, 2)]
+    assert progress == [(2, 2), (2, 3), (3, 3), (2, 2)]
 
 
 def test_the_seed_decides(whole, data, tmp_path):
@@ -117,25 +116,22 @@ def test_a_killed_run_goes_on(whole, data, tmp_path):
         f"generate_trajectories(MODEL, PromptData(sys.argv[1], {SHAPE}), sys.argv[2], **{SMALL},\n"
         "                      on_progress=lambda done, in_all: time.sleep(0.2))"
     )
-    path = os.pathsep.join([str(Path(__file__).parents[1] / "helpers"), *sys.path])
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(data.folder), str(tmp_path)], env={**os.environ, "PYTHONPATH": path}
-    )
+    process = processes.Started(["-c", code, data.folder, tmp_path])
     while not (tmp_path / "shard-00001.json").exists() and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
-    with pytest.raises(ValueError, match="unfinished, 2 of 4 shards are there"):
+    with pytest.raises(ValueError, match="unfinished, 2 of 4 shards exist"):
         TrajectoryStore(tmp_path)
-    kept = {name: (tmp_path / name).stat().st_mtime_ns for name in SHARDS[:2]}
+    times = {name: (tmp_path / name).stat().st_mtime_ns for name in SHARDS[:2]}
     generate_trajectories(MODEL, data, tmp_path, **SMALL)
     assert contents(tmp_path) == contents(whole)
-    assert kept == {name: (tmp_path / name).stat().st_mtime_ns for name in SHARDS[:2]}, "good shards are kept"
+    assert times == {name: (tmp_path / name).stat().st_mtime_ns for name in SHARDS[:2]}, "good shards are kept"
 
 
 @pytest.mark.parametrize("moment", range(1, 10))
 def test_a_stop_at_any_write_goes_on(whole, data, tmp_path, monkeypatch, moment):
-    """The settings, each shard, what is told of it, the manifest: stopped right before any of these is renamed."""
+    """The settings, each shard, its description, the manifest: stopped right before any of these is renamed."""
     left = moment
 
     def replace(source, target, real=os.replace):
@@ -160,7 +156,7 @@ def test_a_full_disk_leaves_whole_files_only(whole, data, tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(trajectories.os, "fsync", full)
-        with pytest.raises(OSError, match=r"No space left.*run again to go on.*shard-00002\.safetensors") as error:
+        with pytest.raises(OSError, match=r"No space left.*run again to resume.*shard-00002\.safetensors") as error:
             generate_trajectories(MODEL, data, tmp_path, **SMALL)
     assert error.value.errno == errno.ENOSPC
     names = {"settings.json", "shard-00000.json", "shard-00001.json", *SHARDS[:2]}
@@ -253,21 +249,21 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A shard that is as it was written, but was written wrong."""
     save_file(tensors, folder / SHARDS[1])
     blob = (folder / SHARDS[1]).read_bytes()
-    told = {"size": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
-    edit(folder / "shard-00001.json", **told)
+    description = {"size": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
+    edit(folder / "shard-00001.json", **description)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["shards"][1] |= told
+    manifest["shards"][1] |= description
     edit(folder / "manifest.json", **manifest)
 
 
 def reshape(folder: Path) -> None:
-    found = load_file(folder / SHARDS[1])
-    rewrite(folder, {**found, "trajectory": found["trajectory"][:, :, :2].contiguous()})
+    stored = load_file(folder / SHARDS[1])
+    rewrite(folder, {**stored, "trajectory": stored["trajectory"][:, :, :2].contiguous()})
 
 
 def narrow(folder: Path) -> None:
-    found = load_file(folder / SHARDS[1])
-    rewrite(folder, {**found, "trajectory": found["trajectory"].half()})
+    stored = load_file(folder / SHARDS[1])
+    rewrite(folder, {**stored, "trajectory": stored["trajectory"].half()})
 
 
 def forget_text(folder: Path) -> None:
@@ -294,8 +290,8 @@ def test_a_corrupt_shard_is_named_and_skipped_only_on_request(whole, store, dama
     with pytest.warns(UserWarning, match=r"shard-00001\.safetensors: .*: left out with its 2 samples") as warned:
         left = TrajectoryStore(store, skip_corrupt=True)
     assert len(warned) == 1 and len(left) == 5
-    for found, expected in zip(left.batch(range(5)), TrajectoryStore(whole).batch([0, 1, 4, 5, 6])):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(left.batch(range(5)), TrajectoryStore(whole).batch([0, 1, 4, 5, 6])):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE)
@@ -347,7 +343,7 @@ def test_a_store_without_a_good_shard_is_refused(store):
             lambda folder: (folder / "manifest.json").write_text('{"format": "hiar-trajectories-1"}'),
             "key sigmas is missing",
         ),
-        (lambda folder: (folder / "manifest.json").unlink(), "unfinished, 4 of 4 shards are there"),
+        (lambda folder: (folder / "manifest.json").unlink(), "unfinished, 4 of 4 shards exist"),
     ],
 )
 def test_a_bad_manifest_is_refused(store, spoil, message):
@@ -357,7 +353,7 @@ def test_a_bad_manifest_is_refused(store, spoil, message):
 
 
 def test_bad_requests_to_a_store_are_refused(whole, tmp_path):
-    with pytest.raises(ValueError, match="holds no trajectories"):
+    with pytest.raises(ValueError, match="no trajectories; expected"):
         TrajectoryStore(tmp_path)
     with pytest.raises(ValueError, match="check must be one of sha256, size, got 'md5'"):
         TrajectoryStore(whole, check="md5")
@@ -371,6 +367,6 @@ def test_samples_belong_to_their_rows(whole):
     drawn = store.sample(0, "hiar", 3, range(40))
     firsts = drawn[0].flatten(1)[:, 0]
     assert set(firsts.tolist()) == set(store.batch(range(7))[0].flatten(1)[:, 0].tolist()), "every sample is drawn"
-    for found, expected in zip(store.sample(0, "hiar", 3, [11, 2]), drawn):
-        assert torch.equal(found, expected[[11, 2]])
+    for actual, expected in zip(store.sample(0, "hiar", 3, [11, 2]), drawn):
+        assert torch.equal(actual, expected[[11, 2]])
     assert not torch.equal(store.sample(0, "hiar", 4, range(40))[0], drawn[0])

@@ -1,7 +1,7 @@
-"""Recipes: everything that decides a training run, as immutable values read from YAML and key=value.
+"""Recipes: every option of a training run, as frozen dataclasses (YAML and key=value: :mod:`.reading`).
 
-A recipe file says ``stage: NAME``, which chooses its class below; the other keys are the fields of that class. What
-stands under ``scale`` says where a run happens, never what is learnt: it may change when the run goes on.
+``stage: NAME`` in a recipe file chooses its class below; the other keys are the fields of that class. The section
+``scale`` says where a run happens and changes nothing that is learnt: a resumed run may have another one.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ...config import FlowSchedule, WanConfig
-
-Window = int | tuple[int | None, ...] | None
+from ...common.checks import number_above_0, number_at_least_0, one_of, whole
+from ...config import RolloutConfig, WanConfig
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,8 @@ class DataRecipe:
     """What is trained on.
 
     Args:
-        world: of the toy, by name. codec_floor: of its codec. held_out_prompts: never trained on, kept for evaluation.
-        from_start: share of toy clips that are a video's beginning. mark_continuing: texts say which are not
+        world: name of the toy world. codec_floor: of its codec. held_out_prompts: how many are left for evaluation.
+        from_start: share of toy clips that begin a video. mark_continuing: one more prompt token marks the others
             (:class:`hiar_model.train.data.datasets.ToyData`).
         folder: of encoded prompts (or clips) instead of the toy world. latent_size: (height, width) of their latents.
         vae: folder of a Wan model whose VAE decodes samples of such prompts; null: none are shown.
@@ -40,9 +39,9 @@ class DataRecipe:
         _at_least(self, 0, "held_out_prompts")
         _share(self, "from_start")
         if (self.folder is None) != (self.latent_size is None):
-            raise ValueError("recipe: data.folder and data.latent_size go together, or are both null for the toy world")
+            raise ValueError("folder and latent_size go together, or are both null for the toy world")
         if self.vae is not None and self.folder is None:
-            raise ValueError("recipe: data.vae is for data.folder, the toy world has a codec of its own")
+            raise ValueError("vae is for data.folder, the toy world has a codec of its own")
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,11 @@ class OptimizerRecipe:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and self.clip_norm > 0 and self.weight_decay >= 0):
-            raise ValueError(
-                "recipe: lr and clip_norm must be above 0, weight_decay at least 0, "
-                f"got {self.lr}, {self.clip_norm}, {self.weight_decay}"
-            )
+        number_above_0("lr", self.lr)
+        number_above_0("clip_norm", self.clip_norm)
+        number_at_least_0("weight_decay", self.weight_decay)
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"recipe: betas must be in 0..1 without 1, got {list(self.betas)}")
+            raise ValueError(f"betas must be in 0..1 without 1, got {list(self.betas)}")
         _share(self, "warmup", "cooldown")
 
 
@@ -80,8 +77,8 @@ class EmaRecipe:
     """The running average of weights that is sampled and exported.
 
     Args:
-        decay: of what was there, per update. start: updates after which it begins; until then it is the weights.
-        ramp: the decay begins small and rises to ``decay``, so that a short run does not average its beginning.
+        decay: per update. start: first update that is averaged; before, the average is a copy of the weights.
+        ramp: raise the decay from small values to ``decay``, so that a short run forgets its first weights.
     """
 
     decay: float = 0.998
@@ -95,15 +92,15 @@ class EmaRecipe:
 
 @dataclass(frozen=True)
 class ScaleRecipe:
-    """Where a run happens. Losses stay the same up to rounding, whatever stands here.
+    """Where and how a run executes; changes losses by rounding at most.
 
     Args:
-        micro_batch: rows of a batch that one process computes at once; null: all of its share.
-        shard: processes that share the weights of one copy; 0: all. The number of copies follows.
-        activation_checkpointing: blocks keep nothing for the backward pass but their input.
-        threads: of torch on the CPU; 0: one for small networks such as the toy's, else torch's choice.
-        max_minutes: the run stops after so long, in a state to go on from; null: never.
-        checkpoint_every: updates between two states to go on from.
+        micro_batch: samples that one process computes at once; null: its whole share of a batch.
+        shard: processes over which one copy of the weights is sharded; 0: all.
+        activation_checkpointing: recompute each block in the backward pass from its saved input.
+        threads: of torch on the CPU; 0: one for small networks such as the toy's, else torch's default.
+        max_minutes: save a state and stop after so many minutes; null: never.
+        checkpoint_every: updates between two saved states.
     """
 
     micro_batch: int | None = None
@@ -116,8 +113,8 @@ class ScaleRecipe:
     def __post_init__(self) -> None:
         _at_least(self, 0, "shard", "threads")
         _at_least(self, 1, "checkpoint_every", "micro_batch")
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ValueError(f"recipe: max_minutes must be above 0, got {self.max_minutes}")
+        if self.max_minutes is not None:
+            number_above_0("max_minutes", self.max_minutes)
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ class Recipe:
     """What every stage has.
 
     Args:
-        precision: "bfloat16" (autocast, of what trains), or "float32".
+        precision: "bfloat16" (autocast), or "float32".
     """
 
     stage: ClassVar[str]
@@ -134,7 +131,7 @@ class Recipe:
     scale: ScaleRecipe = field(default_factory=ScaleRecipe)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain mapping as JSON takes it, ``stage`` among it."""
+        """Plain mapping for JSON, with ``stage``."""
         return {"stage": self.stage, **plain(self)}
 
 
@@ -144,7 +141,7 @@ class PromptsRecipe(Recipe):
 
     Args:
         prompts: text file, one on each line. text_encoder: folder of a Wan model that has it.
-        negative: the prompt of guidance's other side, in place of the empty one. shard_size: prompts in one file.
+        negative: prompt for the unconditional side of guidance, in place of the empty one. shard_size: prompts a file.
     """
 
     stage: ClassVar[str] = "prompts"
@@ -163,18 +160,18 @@ class NetworkRecipe(Recipe):
     """What every stage with a network has.
 
     Args:
-        model: size of the network, a name that WanConfig knows. seed: of weights, data and noise.
-        num_frames: latent frames of a clip.
+        model: size of the network, a name of WanConfig. seed: of weights, data and noise.
+        num_latent_frames: of a clip.
     """
 
     model: str = "toy"
     data: DataRecipe = field(default_factory=DataRecipe)
     seed: int = 0
-    num_frames: int = 12
+    num_latent_frames: int = 12
 
     def __post_init__(self) -> None:
-        _sizes(self, "model")
-        _at_least(self, 1, "num_frames")
+        _model_size(self, "model")
+        _at_least(self, 1, "num_latent_frames")
 
 
 @dataclass(frozen=True)
@@ -182,9 +179,9 @@ class TrainingRecipe(NetworkRecipe):
     """What every stage that trains a network has.
 
     Args:
-        init: weights to begin with, the folder of a model or a checkpoint; null: random.
-        updates: of the run. batch_size: rows in each optimiser step, over all processes.
-        log_every, sample_every: updates between two rows of the log, two sheets of samples; 0: no samples.
+        init: initial weights, the folder of a model or a checkpoint; null: random.
+        updates: of the run. batch_size: samples in each optimiser step, over all processes.
+        log_every, sample_every: updates between two rows of loss.csv, two sheets of samples; 0: no samples.
         sample_prompts: videos on a sheet.
     """
 
@@ -203,7 +200,7 @@ class TrainingRecipe(NetworkRecipe):
         _at_least(self, 0, "sample_every")
 
     def optimizer_of(self, network: str) -> OptimizerRecipe:
-        """That of a network; stages that train several say which is whose."""
+        """The optimiser of a network, by its name in the stage."""
         return self.optimizer
 
 
@@ -212,47 +209,26 @@ class CausalRecipe(TrainingRecipe):
     """What every stage that trains a block-causal network has.
 
     Args:
-        frames_per_block, window_frames, sink_frames: the block-causal rule; a window may be one number per step.
-        steps, shift: the noise schedule of the rollout.
+        rollout: how the student will be rolled out; it is trained for that, and its model folder says so.
     """
 
-    frames_per_block: int = 3
-    window_frames: Window = 12
-    sink_frames: int = 0
-    steps: tuple[float, ...] = (1000, 750, 500, 250)
-    shift: float = 1.0
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(shift=1.0, order="stream", window_frames=12))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "frames_per_block")
-        if self.num_frames % self.frames_per_block or self.num_frames < 2 * self.frames_per_block:
+        block = self.rollout.frames_per_block
+        if self.num_latent_frames % block or self.num_latent_frames < 2 * block:
             raise ValueError(
-                f"recipe: num_frames must be a multiple of frames_per_block {self.frames_per_block} and at least two "
-                f"blocks, got {self.num_frames}"
+                f"num_latent_frames must be a multiple of rollout.frames_per_block {block} and at least two blocks, "
+                f"got {self.num_latent_frames}"
             )
-        steps = len(self.schedule)
-        if isinstance(self.window_frames, tuple) and len(self.window_frames) != steps:
-            raise ValueError(
-                f"recipe: window_frames has {len(self.window_frames)} numbers, give one for each of {steps} steps"
-            )
-        windows = self.window_frames if isinstance(self.window_frames, tuple) else (self.window_frames,)
-        least = self.sink_frames + self.frames_per_block
-        _at_least(self, 0, "sink_frames")
-        if any(window is not None and window < least for window in windows):
-            raise ValueError(
-                f"recipe: window_frames must be at least sink_frames + frames_per_block = {least}, "
-                f"got {plain(self.window_frames)}"
-            )
-
-    @property
-    def schedule(self) -> FlowSchedule:
-        """The noise schedule."""
-        return FlowSchedule(self.steps, self.shift)
+        if self.rollout.first_frame:
+            raise ValueError(f"rollout.first_frame must be 0 in training, got {self.rollout.first_frame}")
 
 
 @dataclass(frozen=True)
 class LevelsRecipe:
-    """How noise levels of (target, context) are drawn in teacher forcing.
+    """The distribution of noise levels (target, context) in teacher forcing.
 
     Args:
         matched: share of (sigma_s, sigma_{s+1}) of the schedule, s uniform: step-first order.
@@ -267,7 +243,7 @@ class LevelsRecipe:
     def __post_init__(self) -> None:
         shares = (self.matched, self.clean, self.continuous)
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(f"recipe: levels must be at least 0 and sum to 1, got {list(shares)}")
+            raise ValueError(f"matched, clean and continuous must be at least 0 and sum to 1, got {list(shares)}")
 
 
 @dataclass(frozen=True)
@@ -275,8 +251,8 @@ class TeacherForcingRecipe(CausalRecipe):
     """Matched-noise teacher forcing from real clips.
 
     Args:
-        levels: which noise levels are trained.
-        first_block_weight: of a video's first block in the loss: it must place its shape without any context.
+        levels: distribution of the noise levels.
+        first_block_weight: loss weight of a video's first block, which has no context.
     """
 
     stage: ClassVar[str] = "teacher_forcing"
@@ -286,7 +262,7 @@ class TeacherForcingRecipe(CausalRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_window(self)
+        _trained_on_clips(self)
 
 
 @dataclass(frozen=True)
@@ -317,7 +293,7 @@ class OdePairsRecipe(NetworkRecipe):
 
     Args:
         teacher: weights. teacher_model: its size. count: trajectories; shard_size: in one file; batch_size: at once.
-        steps, shift, guidance: of the ODE. points: which of its states are kept, -1 the last.
+        steps, shift, guidance: of the ODE. points: indices of the states that are stored, -1 the last.
     """
 
     stage: ClassVar[str] = "ode_pairs"
@@ -335,16 +311,16 @@ class OdePairsRecipe(NetworkRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "count", "shard_size", "batch_size", "steps")
-        _sizes(self, "teacher_model")
+        _model_size(self, "teacher_model")
 
 
 @dataclass(frozen=True)
 class OdeInitRecipe(CausalRecipe):
-    """A causal student that learns the teacher's trajectories: where distillation begins.
+    """A causal student that learns the teacher's trajectories: the initial weights of distillation.
 
     Args:
-        trajectories: folder that a stage ode_pairs wrote. clean: share of contexts that are clean, not matched.
-        skip_corrupt: leave out shards that are not as they were written, by name; false: the first one ends the run.
+        trajectories: output folder of a stage ode_pairs. clean: share of contexts that are clean, not matched.
+        skip_corrupt: leave out damaged shards, with a warning for each; false: the first one ends the run.
     """
 
     stage: ClassVar[str] = "ode_init"
@@ -356,7 +332,7 @@ class OdeInitRecipe(CausalRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         _share(self, "clean")
-        _one_window(self)
+        _trained_on_clips(self)
 
 
 @dataclass(frozen=True)
@@ -364,8 +340,8 @@ class ForwardKLRecipe:
     """The regulariser that keeps motion.
 
     Args:
-        weight: of it beside the DMD loss; 0: none. trajectories: folder that a stage ode_pairs wrote.
-        first_k: of the trajectories' points, from which one is drawn. attention: of the student during it.
+        weight: factor of the forward KL beside the DMD loss; 0: none. trajectories: output folder of a stage ode_pairs.
+        first_k: the student predicts from one of the first k points. attention: of the student in this loss.
         skip_corrupt: as for ode_init.
     """
 
@@ -377,8 +353,7 @@ class ForwardKLRecipe:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "first_k")
-        if self.weight < 0:
-            raise ValueError(f"recipe: forward_kl.weight must be at least 0, got {self.weight}")
+        number_at_least_0("weight", self.weight)
 
 
 @dataclass(frozen=True)
@@ -387,11 +362,10 @@ class HiARRecipe(CausalRecipe):
 
     Args:
         teacher: weights. teacher_model: its size.
-        critic_init, critic_model: weights that the critic begins with, and its size; null: the teacher's.
-        order: "step_first" matches the noise of the context, "block_first" is Self-Forcing.
-        cache_source: "own", or "next_step": lent keys. guidance: of the teacher in DMD. dmd_shift: of its noise levels;
-            null: the schedule's. critic_updates: of the critic for each of the student. critic_optimizer: its own.
-        shared_rollout: the turns of one update share its videos, each with noise of its own; false: new ones for each.
+        critic_init, critic_model: initial weights of the critic, and its size; null: the teacher's.
+        guidance: of the teacher in DMD. dmd_shift: of the noise levels in DMD; null: rollout.shift.
+        critic_updates: optimiser steps of the critic for each step of the student. critic_optimizer: of the critic.
+        shared_rollout: all steps of an update share its videos, each with its own noise; false: new videos for each.
     """
 
     stage: ClassVar[str] = "hiar"
@@ -400,8 +374,6 @@ class HiARRecipe(CausalRecipe):
     teacher_model: str = "toy"
     critic_init: str | None = None
     critic_model: str | None = None
-    order: Literal["step_first", "block_first"] = "step_first"
-    cache_source: Literal["own", "next_step"] = "own"
     guidance: float = 3.0
     dmd_shift: float | None = None
     critic_updates: int = 5
@@ -412,16 +384,14 @@ class HiARRecipe(CausalRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "critic_updates")
-        _sizes(self, "teacher_model")
+        _model_size(self, "teacher_model")
         if self.critic_model is not None:
-            _sizes(self, "critic_model")
+            _model_size(self, "critic_model")
             if self.critic_init is None and self.critic_model != self.teacher_model:
                 raise ValueError(
-                    f"recipe: critic_init must be given: the teacher's weights are no {self.critic_model} to begin with"
+                    f"critic_init must be given: the teacher's weights are not of the size {self.critic_model}"
                 )
-        if self.order == "block_first":
-            if self.cache_source != "own":
-                raise ValueError("recipe: cache_source next_step lends matched keys: order must be step_first")
+        if self.rollout.order == "block_first":
             _one_window(self)
 
     def optimizer_of(self, network: str) -> OptimizerRecipe:
@@ -436,28 +406,31 @@ RECIPES: dict[str, type[Recipe]] = {
 
 def _at_least(recipe: Any, least: int, *names: str) -> None:
     for name in names:
-        value = getattr(recipe, name)
-        if value is not None and value < least:
-            raise ValueError(f"recipe: {name} must be at least {least}, got {value}")
+        if getattr(recipe, name) is not None:
+            whole(name, getattr(recipe, name), least)
 
 
 def _share(recipe: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(recipe, name) <= 1:
-            raise ValueError(f"recipe: {name} must be in 0..1, got {getattr(recipe, name)}")
+            raise ValueError(f"{name} must be in 0..1, got {getattr(recipe, name)}")
 
 
-def _sizes(recipe: Any, *names: str) -> None:
+def _model_size(recipe: Any, *names: str) -> None:
     for name in names:
-        if getattr(recipe, name) not in WanConfig.names():
-            raise ValueError(
-                f"recipe: {name} must be one of {', '.join(WanConfig.names())}, got {getattr(recipe, name)!r}"
-            )
+        one_of(name, getattr(recipe, name), WanConfig.names())
 
 
 def _one_window(recipe: CausalRecipe) -> None:
-    if isinstance(recipe.window_frames, tuple):
-        raise ValueError(f"recipe: window_frames must be one number here, got {list(recipe.window_frames)}")
+    if len(set(recipe.rollout.windows)) > 1:
+        raise ValueError(f"rollout.window_frames must be one number here, got {plain(recipe.rollout.window_frames)}")
+
+
+def _trained_on_clips(recipe: CausalRecipe) -> None:
+    """Stages that make no rollout train one window, and every step with keys of its own."""
+    _one_window(recipe)
+    if recipe.rollout.kv_source != "own":
+        raise ValueError(f"rollout.kv_source must be own in the stage {recipe.stage}, got {recipe.rollout.kv_source}")
 
 
 def plain(value: Any) -> Any:

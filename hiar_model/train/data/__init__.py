@@ -1,1 +1,1 @@
-"""What batches are made of."""
+"""Data of training: clips, prompts, trajectories."""

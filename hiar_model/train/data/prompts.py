@@ -1,4 +1,4 @@
-"""Prompts to embeddings on disk, once for all stages: :class:`.datasets.PromptData` reads them."""
+"""Encodes prompts to disk, once for all stages; :class:`.datasets.PromptData` reads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...io.files import refuse_stand_in
 from ...models.text_encoder import WanTextEncoder, clean_prompt
 from ..config.recipe import PromptsRecipe
 from .datasets import open_tensors
-from .shards import agree, shard_name, shard_rows, shared_out, write
+from .shards import progress_report, shard_name, shard_samples, write, write_or_check_settings
 
 FORMAT = "hiar-prompts-1"
 
@@ -37,7 +37,7 @@ class EncodedPrompts:
         self.encoder = WanTextEncoder(recipe.text_encoder, device=device, dtype=getattr(torch, recipe.precision))
 
     def produce(self, folder: Path, rank: int, ranks: int, on_progress: Callable[[int, int], None]) -> str:
-        """Make this process's shards that are not there yet.
+        """Write those of this process's shards that are missing.
 
         Raises:
             ValueError: the folder holds prompts of other settings. OSError: a file cannot be written.
@@ -55,29 +55,29 @@ class EncodedPrompts:
             "text_encoder": [[file.name, file.stat().st_size] for file in self.encoder.files.weights],
         }
         folder.mkdir(parents=True, exist_ok=True)
-        agree(folder, settings, "prompts", rank)
-        mine = list(enumerate(shard_rows(len(self.prompts), self.recipe.shard_size)))[rank::ranks]
-        done, in_all = 0, sum(len(rows) for _, rows in mine)
-        for n, rows in mine:
+        write_or_check_settings(folder, settings, "prompts", rank)
+        mine = list(enumerate(shard_samples(len(self.prompts), self.recipe.shard_size)))[rank::ranks]
+        done, total = 0, sum(len(samples) for _, samples in mine)
+        for n, samples in mine:
             file = folder / f"{shard_name(n)}.safetensors"
-            if _is_whole(file, len(rows), tokens):
-                done += len(rows)
-                on_progress(done, in_all)
+            if _is_complete(file, len(samples), tokens):
+                done += len(samples)
+                on_progress(done, total)
                 continue
-            found = []
-            for i in rows:
-                found.append(self._encode(self.prompts[i], tokens))
+            encoded = []
+            for i in samples:
+                encoded.append(self._encode(self.prompts[i], tokens))
                 done += 1
-                on_progress(done, in_all)
-            tensors = {"text": torch.cat(found)}
+                on_progress(done, total)
+            tensors = {"text": torch.cat(encoded)}
             if n == 0:
                 tensors["unconditional"] = self._encode(negative, tokens)
             write(file, pack_tensors(tensors, {"format": FORMAT}), rank)
-        return shared_out(folder, "prompts", ".safetensors")
+        return progress_report(folder, "prompts", ".safetensors")
 
     def _encode(self, prompt: str, tokens: int) -> Tensor:
-        found = self.encoder(prompt).cpu()
-        return F.pad(found, (0, 0, 0, tokens - found.shape[1]))
+        prompt_embeds = self.encoder(prompt).cpu()
+        return F.pad(prompt_embeds, (0, 0, 0, tokens - prompt_embeds.shape[1]))
 
 
 def _read(path: str) -> list[str]:
@@ -91,12 +91,12 @@ def _read(path: str) -> list[str]:
         raise ValueError(f"{path}: no readable text file of prompts: {error}") from error
     prompts = [clean for line in lines if (clean := clean_prompt(line))]
     if not prompts:
-        raise ValueError(f"{path}: holds no prompt; expected one on each line")
+        raise ValueError(f"{path}: no prompts; expected one on each line")
     return prompts
 
 
-def _is_whole(file: Path, samples: int, tokens: int) -> bool:
-    """A file is renamed once it is whole; one that was cut short later is made again."""
+def _is_complete(file: Path, samples: int, tokens: int) -> bool:
+    """Whether a shard exists with all samples; one that was damaged later is written again."""
     if not file.is_file():
         return False
     try:

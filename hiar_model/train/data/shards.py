@@ -1,56 +1,56 @@
-"""Folders that any number of processes fill with shards, and go on with: what is said beside them, what is missing.
+"""Folders of shards that any number of processes write together, and resume.
 
-    settings.json      what is being made; a run with other settings is refused
+    settings.json      how the shards are made; a run with other settings is refused
     shard-00003.*      samples 3 * shard_size and following, made by process 3 % processes
 
-Files have a temporary name until they are whole.
+Files are written atomically through a temporary name.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...io.atomic import discard, publish
 from ...io.files import refuse_stand_in
 
 SETTINGS = "settings.json"
 
 
 def shard_name(number: int) -> str:
-    """Of its files, without a suffix."""
+    """Stem of a shard's files."""
     return f"shard-{number:05d}"
 
 
-def shard_rows(count: int, shard_size: int) -> list[range]:
+def shard_samples(count: int, shard_size: int) -> list[range]:
     """The samples of every shard."""
     return [range(first, min(first + shard_size, count)) for first in range(0, count, shard_size)]
 
 
-def agree(folder: Path, settings: Mapping[str, Any], what: str, rank: int) -> None:
-    """Write the settings, or compare with those that are there.
+def write_or_check_settings(folder: Path, settings: Mapping[str, Any], what: str, rank: int) -> None:
+    """Write the settings, or compare them with the file's.
 
     Raises:
-        ValueError: they differ, each by its name; ``what``: the samples, for the message.
+        ValueError: they differ; names each with both values. ``what``: the kind of samples, for the message.
     """
     path = folder / SETTINGS
     if not path.exists():
         write_json(path, settings, rank)
         return
-    found = read_json(path)
-    differ = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
+    stored = read_json(path)
+    differ = [key for key in {**stored, **settings} if stored.get(key) != settings.get(key)]
     if differ:
-        told = "; ".join(f"{key} was {found.get(key)!r}, now it is {settings.get(key)!r}" for key in differ)
-        raise ValueError(f"{folder} holds {what} made with other settings: {told}; choose another folder")
+        changes = "; ".join(f"{key} was {stored.get(key)!r}, now it is {settings.get(key)!r}" for key in differ)
+        raise ValueError(f"{folder} holds {what} made with other settings: {changes}; choose another folder")
 
 
 def unfinished(folder: Path, suffix: str, finished: bool | None = None) -> str | None:
-    """What to say of a folder whose shards are not all there; None if they are, or if it has no settings of ours.
+    """A message for a folder with missing shards; None if it has all of them, or no settings of ours.
 
     Args:
-        suffix: of the file that is there once a shard is whole. finished: whether they are all there; None: look.
+        suffix: of the file that is written last of each shard. finished: whether all shards exist; None: look.
     """
     if not (folder / SETTINGS).exists():
         return None
@@ -58,16 +58,16 @@ def unfinished(folder: Path, suffix: str, finished: bool | None = None) -> str |
     count, size = settings.get("count"), settings.get("shard_size")
     if not isinstance(count, int) or not isinstance(size, int):
         return None  # somebody else's file
-    shards = len(shard_rows(count, size))
-    there = sum((folder / f"{shard_name(n)}{suffix}").exists() for n in range(shards))
-    if there == shards if finished is None else finished:
+    shards = len(shard_samples(count, size))
+    present = sum((folder / f"{shard_name(n)}{suffix}").exists() for n in range(shards))
+    if present == shards if finished is None else finished:
         return None
-    return f"{folder}: unfinished, {there} of {shards} shards are there: the command that made them goes on"
+    return f"{folder}: unfinished, {present} of {shards} shards exist; run the command that made them again"
 
 
-def shared_out(folder: Path, what: str, suffix: str) -> str:
-    """What a process says once its own shards are there."""
-    others = "" if unfinished(folder, suffix) is None else "; other processes still make theirs"
+def progress_report(folder: Path, what: str, suffix: str) -> str:
+    """A line for the user once this process has written its shards."""
+    others = "" if unfinished(folder, suffix) is None else "; other processes still write theirs"
     return f"{what}: {folder}{others}"
 
 
@@ -89,19 +89,17 @@ def write_json(path: Path, values: Mapping[str, Any], rank: int) -> None:
 
 
 def write(path: Path, blob: bytes, rank: int) -> None:
-    """The file appears whole or not at all; several ranks may write the same one.
+    """Write atomically through a temporary file; several ranks may write the same one.
 
     Raises:
-        OSError: it cannot be written; what to do is said.
+        OSError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.rank_{rank}.partial")
+    partial = path.with_name(f".{path.name}.rank_{rank}.partial")  # ranks on several machines may have one process id
     try:
-        with partial.open("wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial.write_bytes(blob)
+        publish(partial, path)
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; whole shards are kept, run again to go on", str(path)) from error
+        reason = f"{error.strerror}; finished shards are kept, run again to resume"
+        raise OSError(error.errno, reason, str(path)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        discard(partial)

@@ -13,10 +13,10 @@ from ..config.recipe import EmaRecipe
 
 
 class Ema:
-    """Average of the parameters of ``network``, plain or sharded: each process averages what it holds.
+    """Average of the parameters of ``network``, plain or sharded: each process averages its own shards.
 
-    weights: by name, float32 or wider: in bfloat16 an average with decay 0.999 stops at a quarter of its way. Until
-        ``recipe.start`` updates are done it is the weights themselves.
+    weights   by name, float32 or wider: in bfloat16 an average with decay 0.999 stops at a quarter of its way. During
+              the first ``recipe.start`` updates it is a copy of the weights
     """
 
     def __init__(self, network: nn.Module, recipe: EmaRecipe) -> None:
@@ -28,7 +28,7 @@ class Ema:
         }
 
     def decay(self, update: int) -> float:
-        """What is kept of the average in the ``update``-th update, counted from 0."""
+        """Decay of the ``update``-th update, counted from 0."""
         averaged = update - self.recipe.start
         if averaged < 0:
             return 0.0
@@ -36,7 +36,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, update: int) -> None:
-        """Take in the weights after the ``update``-th update, counted from 0."""
+        """Add the weights after the ``update``-th update, counted from 0."""
         averages, new = _local(self.weights), _local(self.parameters)
         decay = self.decay(update)
         if decay == 0:
@@ -46,7 +46,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The network has the averaged weights inside the block, and its own again behind it."""
+        """The network has the averaged weights inside the ``with`` block, and its own after it."""
         parameters, averages, training = _local(self.parameters), _local(self.weights), self.network.training
         own = [p.clone() for p in parameters]
         torch._foreach_copy_(parameters, averages)
@@ -59,5 +59,5 @@ class Ema:
 
 
 def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """What this process holds of them, in place."""
+    """This process's shards of them, in place."""
     return [x.to_local() if isinstance(x, DTensor) else x for x in (t.detach() for t in tensors.values())]

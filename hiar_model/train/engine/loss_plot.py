@@ -1,13 +1,12 @@
-"""The loss curve of a run as a picture."""
+"""The loss plot of a run."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
-import os
 from pathlib import Path
 
-from ...io.files import temporary
+from ...io.atomic import atomic
 
 PICTURE = "loss.png"
 
@@ -17,11 +16,11 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw_loss_curve(losses: str | Path, picture: str | Path) -> None:
+def draw_losses(losses: str | Path, picture: str | Path) -> None:
     """Draw every column "NETWORK_loss" of a loss.csv over "update" into a .png, raw and averaged; needs matplotlib.
 
     Raises:
-        ValueError: the file holds no row.
+        ValueError: the file has no rows.
     """
     from matplotlib.figure import Figure
 
@@ -29,7 +28,7 @@ def draw_loss_curve(losses: str | Path, picture: str | Path) -> None:
         reader = csv.DictReader(file)
         rows, names = list(reader), [name for name in reader.fieldnames or [] if name.endswith("_loss")]
     if not rows:
-        raise ValueError(f"{losses} holds no row")
+        raise ValueError(f"{losses} has no rows")
     figure = Figure(figsize=(8, 4 * len(names) + 0.5), layout="constrained")
     for axes, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
         updates, values = zip(*((int(row["update"]), float(row[name])) for row in rows if row[name]), strict=True)
@@ -40,9 +39,5 @@ def draw_loss_curve(losses: str | Path, picture: str | Path) -> None:
         axes.set(xlabel="update", ylabel=name.replace("_", " "), yscale="log")
         axes.grid(alpha=0.3)
         axes.legend()
-    partial = temporary(Path(picture))
-    try:
+    with atomic(picture) as partial:
         figure.savefig(partial, dpi=120, format="png")
-        os.replace(partial, picture)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,26 +1,26 @@
-"""What people watch: a table of losses, TensorBoard, sheets of samples, and W&B where its variable is set."""
+"""Metrics of a run: loss.csv, TensorBoard, sheets of samples, and W&B where its variable is set."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...common import environment
+from ...io.atomic import atomic
 from ...io.video import Frames, contact_sheet, save_png
 
 LOSSES, SAMPLES, EVENTS = "loss.csv", "samples", "tensorboard"
-WANDB_VARIABLE = "WANDB_PROJECT"
 SATURATED = 4  # of 255: how near to black or full a channel counts as saturated
 SHEET_FRAMES, SHEET_SIDE = 24, 208  # of a video on a sheet, evenly spread; pixels of a frame's longer side, at most
 
 
 def sample_scalars(frames: Frames) -> dict[str, float]:
-    """What tells that a student collapses, of videos uint8 [N, F, H, W, 3].
+    """Metrics that show a student collapse, of videos uint8 [N, F, H, W, 3].
 
     motion       mean absolute difference of successive frames, of 1: it falls where videos freeze
     saturation   share of channels at black or full: it rises where colours burn out
@@ -33,16 +33,16 @@ def sample_scalars(frames: Frames) -> dict[str, float]:
     return {"sample_motion": float(np.mean(motion)), "sample_saturation": float(np.mean(saturated))}
 
 
-class Watch:
-    """The record of one run in its folder; the first rank has one.
+class MetricsLogger:
+    """Writes the metrics of one run into its folder, on rank 0.
 
-    loss.csv       one row for every logged update, a column for every number; a resumed run goes on behind ``update``
+    loss.csv       one row for every logged update, one column for every metric
     tensorboard/   the same, and the sheets, where tensorboard is installed
     samples/       sheets as .png, one video a row
 
     Args:
-        update: how many updates are done: what was recorded after them is dropped. name: of the run, for W&B.
-        say: told once what is missing.
+        update: number of finished updates; rows of later ones, from a killed run, are dropped.
+        recipe: of the run, for W&B. say: called with one line where TensorBoard is missing.
 
     Raises:
         ValueError: the variable of W&B is set, and wandb is not installed.
@@ -61,9 +61,9 @@ class Watch:
         else:
             say("no TensorBoard scalars: tensorboard is not installed (pip install 'hiar-kernels[train]')")
         self.wandb: Any = None
-        if project := os.environ.get(WANDB_VARIABLE):
+        if project := environment.wandb_project():
             if importlib.util.find_spec("wandb") is None:
-                raise ValueError(f"{WANDB_VARIABLE} is set to {project!r}, but wandb is not installed")
+                raise ValueError(f"WANDB_PROJECT is set to {project!r}, but wandb is not installed")
             import wandb
 
             self.wandb = wandb.init(
@@ -71,7 +71,7 @@ class Watch:
             )
 
     def scalars(self, update: int, numbers: Mapping[str, float]) -> None:
-        """Numbers after so many updates, by name."""
+        """Write metrics by name, after so many updates."""
         self._write_row({"update": str(update), **{name: f"{value:.9g}" for name, value in numbers.items()}})
         if self.events is not None:
             for name, value in numbers.items():
@@ -80,8 +80,8 @@ class Watch:
             self.wandb.log(dict(numbers), step=update)
 
     def sheet(self, update: int, frames: Frames) -> Path:
-        """Videos uint8 [N, F, H, W, 3] as one image, a video a row; returns the .png. Of long videos some frames, large
-        ones made smaller."""
+        """Write videos uint8 [N, F, H, W, 3] as one .png, a video a row: at most 24 frames each, scaled down. Returns
+        its path."""
         chosen = np.linspace(0, frames.shape[1] - 1, min(SHEET_FRAMES, frames.shape[1])).round().astype(int)
         few = _smaller(frames[:, chosen].reshape(-1, *frames.shape[2:]), SHEET_SIDE)
         image = contact_sheet(few, columns=len(chosen))
@@ -97,7 +97,7 @@ class Watch:
         return path
 
     def close(self) -> None:
-        """Write what is pending."""
+        """Flush and close."""
         if self.events is not None:
             self.events.close()
         if self.wandb is not None:
@@ -106,23 +106,23 @@ class Watch:
     def _write_row(self, row: dict[str, str]) -> None:
         path = self.folder / LOSSES
         fresh = [name for name in row if name not in self.columns]
-        if fresh:  # a number that is not watched in every row: the table gets a column
+        if fresh:  # a metric that earlier rows lack: add a column
             self.columns = self.columns + fresh
             _rewrite(path, self.columns, _read(path)[1])
         with path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
     def _drop_rows_after(self, update: int) -> list[str]:
-        """Rows that a killed run logged after its last state will be written again; returns the columns."""
+        """Drop the rows that a killed run logged after its last state, since they come again; returns the columns."""
         columns, rows = _read(self.folder / LOSSES)
-        kept = [row for row in rows if None not in row.values() and int(row["update"]) <= update]
-        if columns and len(kept) < len(rows):
-            _rewrite(self.folder / LOSSES, columns, kept)
+        valid = [row for row in rows if None not in row.values() and int(row["update"]) <= update]
+        if columns and len(valid) < len(rows):
+            _rewrite(self.folder / LOSSES, columns, valid)
         return columns
 
 
 def _smaller(frames: Frames, side: int) -> Frames:
-    """uint8 [F, H, W, 3], means over squares of pixels so that no side is longer; what fills no square is cut off."""
+    """uint8 [F, H, W, 3], averaged over squares of pixels until no side is longer; incomplete squares are cropped."""
     factor = -(-max(frames.shape[1:3]) // side)
     if factor == 1:
         return frames
@@ -141,9 +141,7 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _rewrite(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
+    with atomic(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)

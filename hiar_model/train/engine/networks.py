@@ -1,4 +1,4 @@
-"""Networks of a run: made anew or from weights, and put together again where they are sharded."""
+"""Networks of a run: created from random or stored weights, and gathered from their shards."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def make_network(
     weights: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> HiARTransformer:
-    """A float32 network in training mode. Of joined processes only the first one reads weights: for the others it is on
-    the meta device, and :func:`.distributed.shard` fills it.
+    """A float32 network in training mode. Only rank 0 reads weights: on other ranks it is on the meta device until
+    :func:`.distributed.shard` fills it.
 
     Args:
         model: size, a name that WanConfig knows. seed: of random weights.
@@ -54,12 +54,13 @@ def make_network(
 
 
 def frozen(network: HiARTransformer, dtype: torch.dtype | None = None) -> HiARTransformer:
-    """The same network in evaluation mode, without gradients, in ``dtype`` if that is given."""
+    """The same network in evaluation mode, without gradients, converted to ``dtype``; None: as it is."""
     return network.to(dtype=dtype).eval().requires_grad_(False)
 
 
-def whole(weights: Mapping[str, Tensor], config: WanConfig) -> HiARTransformer | None:
-    """A plain network on the CPU from named parameters, sharded or not; None on ranks but the first.
+@torch.no_grad()
+def gather(weights: Mapping[str, Tensor], config: WanConfig) -> HiARTransformer | None:
+    """A plain network on the CPU from named parameters, sharded or not; None on ranks other than 0.
 
     Every rank must call it.
     """
@@ -67,13 +68,11 @@ def whole(weights: Mapping[str, Tensor], config: WanConfig) -> HiARTransformer |
     if first:
         with torch.device("meta"):
             network = HiARTransformer(config)
-        network = network.to_empty(device="cpu")
-        places = dict(network.named_parameters())
+        parameters = dict(network.to_empty(device="cpu").named_parameters())
     for name, value in weights.items():
         full = value.full_tensor() if isinstance(value, DTensor) else value
         if first:
-            with torch.no_grad():
-                places[name].copy_(full)
+            parameters[name].copy_(full)
     return network.eval().requires_grad_(False) if first else None
 
 

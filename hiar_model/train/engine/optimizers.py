@@ -1,17 +1,17 @@
-"""Optimisers of one network, their rate over a run, and the norm of its gradients."""
+"""Optimisers of one network, their learning rate over a run, and the norm of its gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 from ...models.transformer import HiARTransformer
 from ..config.recipe import OptimizerRecipe
-
-State = dict[str, Tensor]
 
 
 class Optimizers:
@@ -22,8 +22,7 @@ class Optimizers:
     """
 
     def __init__(self, network: HiARTransformer, recipe: OptimizerRecipe) -> None:
-        self.recipe, self.parameters = recipe, list(network.parameters())
-        self._names = {id(p): name for name, p in network.named_parameters()}
+        self.network, self.recipe, self.parameters = network, recipe, list(network.parameters())
         matrices: list[Tensor] = []
         if recipe.kind == "muon_adamw":
             matrices = [p for n, p in network.named_parameters() if n.startswith("blocks.") and p.dim() == 2]
@@ -45,45 +44,28 @@ class Optimizers:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def step(self, done: float) -> None:
-        """One step with the gradients that are there, which are dropped. ``done``: share of the run before it."""
-        rate = self.recipe.lr * rate_factor(done, self.recipe.warmup, self.recipe.cooldown)
+    def step(self, progress: float) -> None:
+        """One step with the current gradients, then drop them. ``progress``: share of the run before it."""
+        rate = self.recipe.lr * rate_factor(progress, self.recipe.warmup, self.recipe.cooldown)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate
             part.step()
             part.zero_grad(set_to_none=True)
 
-    def state(self) -> State:
-        """Every tensor of the optimisers by name, in place: loading into them is loading into the optimisers.
-
-        Called before the first step it makes them, with zeros for gradients.
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all parts by parameter name, for torch.distributed.checkpoint to save or load in place; before
+        the first step it is created.
         """
-        if not all(part.state for part in self.parts):
-            self._make()
-        return dict(self._states())
+        return get_optimizer_state_dict(self.network, self.parts)
 
-    def _states(self) -> Iterator[tuple[str, Tensor]]:
-        for part in self.parts:
-            for parameter, state in part.state.items():
-                for key, value in state.items():
-                    yield f"{self._names[id(parameter)]}/{key}", value
-
-    def _make(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = 0.0
-            part.step()
-            part.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for _, value in self._states():
-                value.zero_()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take a state of :meth:`state_dict`, of any number of ranks."""
+        set_optimizer_state_dict(self.network, self.parts, dict(state))
 
 
-def rate_factor(done: float, warmup: float, cooldown: float) -> float:
+def rate_factor(progress: float, warmup: float, cooldown: float) -> float:
     """Rises over ``warmup``, stays 1, falls linearly to 0 over the last ``cooldown``; all shares of the run."""
-    rise = 1.0 if warmup == 0 else min(1.0, (done + 1e-4) / warmup)
-    fall = 1.0 if cooldown == 0 else min(1.0, max(0.0, (1 - done) / cooldown))
+    rise = 1.0 if warmup == 0 else min(1.0, (progress + 1e-4) / warmup)
+    fall = 1.0 if cooldown == 0 else min(1.0, max(0.0, (1 - progress) / cooldown))
     return min(rise, fall)

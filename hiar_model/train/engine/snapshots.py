@@ -1,7 +1,7 @@
-"""States that a run goes on from: torch.distributed.checkpoint folders that are there whole or not at all.
+"""Saved states of a run: torch.distributed.checkpoint folders, each written atomically.
 
-A state is written under a temporary name, synced, renamed; the one before it goes only then. So after a kill at any
-moment, or on a full disk, the last good one is there. Tensors may be sharded; another number of ranks may read them.
+A state is written under a temporary name, synced and renamed; only then is the one before it deleted. So the last good
+state survives a kill at any moment and a full disk. Tensors may be sharded; another number of ranks can read them.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
 from torch.distributed.checkpoint.api import CheckpointException
+
+from .distributed import is_first
 
 ABOUT = "about.json"
 _NAME = re.compile(r"update_(\d{8})")
 
 
 class Snapshots:
-    """The states of one run, in ``folder``; all ranks call everything together.
+    """The states of one run, in ``folder``; every rank must make each call.
 
-    about.json of each holds what is no tensor: numbers, texts and lists, as JSON takes them.
+    about.json of a state holds its recipe, counters and pending metrics.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.first = not dist.is_initialized() or dist.get_rank() == 0
+        self.first = is_first()
 
     def newest(self) -> Path | None:
         """The last good state."""
         if not self.folder.is_dir():
             return None
-        found = [p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)]
-        return max(found, default=None, key=lambda p: p.name)
+        return max((p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)), default=None, key=lambda p: p.name)
 
     def about(self, state: Path) -> dict[str, Any]:
-        """What is no tensor of a state.
+        """The content of a state's about.json.
 
         Raises:
             ValueError: it cannot be read.
@@ -53,23 +53,23 @@ class Snapshots:
         except (OSError, ValueError) as error:
             raise ValueError(f"{state / ABOUT} cannot be read: {error}; delete {state} to go on without it") from error
 
-    def load(self, state: Path, tensors: dict[str, Tensor]) -> None:
-        """Read a state into the given tensors, in place.
+    def load(self, state: Path, state_dict: dict[str, Any]) -> None:
+        """Read a state into the tensors of ``state_dict``, in place.
 
         Raises:
             ValueError: a tensor is missing, of another shape, or not readable.
         """
         try:
             with _quietly():
-                load(tensors, storage_reader=FileSystemReader(state), no_dist=not dist.is_initialized())
+                load(state_dict, storage_reader=FileSystemReader(state), no_dist=not dist.is_initialized())
         except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"{state} cannot be read: {_reason(error)}") from error
 
-    def save(self, update: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> Path:
-        """Write the state after ``update`` updates; returns its folder. Other states go once it is there.
+    def save(self, update: int, state_dict: dict[str, Any], about: dict[str, Any]) -> Path:
+        """Write the state after ``update`` updates, then delete the others; returns its folder.
 
         Raises:
-            OSError: the disk is full, or not writable: nothing of this state is left, the last good one is.
+            OSError: the disk is full or not writable; this state is removed, and the last good one is kept.
         """
         state = self.folder / f"update_{update:08d}"
         partial = self.folder / f".{state.name}.partial"
@@ -81,7 +81,7 @@ class Snapshots:
             partial.mkdir(parents=True, exist_ok=True)
             # Files are synced by the writer.
             with _quietly():
-                save(tensors, storage_writer=FileSystemWriter(partial), no_dist=not dist.is_initialized())
+                save(state_dict, storage_writer=FileSystemWriter(partial), no_dist=not dist.is_initialized())
             self._publish(partial, state, about)
         except (CheckpointException, OSError, RuntimeError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -123,7 +123,7 @@ class Snapshots:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the warning that one process alone is one process alone."""
+    """Without torch's warning that there is no process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
@@ -138,18 +138,18 @@ def _sync(folder: Path) -> None:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error and what it came from, the failures of all ranks among them."""
-    found: list[BaseException] = []
+    """The error and its causes, with the failures of all ranks."""
+    causes: list[BaseException] = []
     todo: list[BaseException | None] = [error]
     while todo:
         one = todo.pop()
-        if one is None or one in found:
+        if one is None or one in causes:
             continue
-        found.append(one)
+        causes.append(one)
         todo += [one.__cause__, one.__context__]
         if isinstance(one, CheckpointException):
             todo += [failure[0] for failure in one.failures.values()]
-    return found
+    return causes
 
 
 def _reason(error: BaseException) -> str:

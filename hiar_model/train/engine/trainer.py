@@ -1,12 +1,15 @@
-"""The training loop: turns, gradient accumulation, averages, states, what is watched. What is learnt, a stage says."""
+"""The training loop: update steps, gradient accumulation, weight averages, saved states, metrics; the losses are the
+stage's.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,11 +21,11 @@ from ...models.transformer import HiARTransformer
 from ...version import NOISE, require_noise
 from ..config.reading import differing_keys
 from ..config.recipe import TrainingRecipe
-from ..stages.base import Stage, Turn
-from .distributed import Place, largest, release, shard, synchronise
+from ..stages.base import Stage, UpdateStep
+from .distributed import DistContext, reshard, set_requires_gradient_sync, shard
 from .ema import Ema
-from .metrics import LOSSES, Watch, sample_scalars
-from .networks import whole
+from .metrics import LOSSES, MetricsLogger, sample_scalars
+from .networks import gather
 from .optimizers import Optimizers, rate_factor
 from .snapshots import Snapshots
 
@@ -30,14 +33,14 @@ STATES, MODEL = "states", "model"
 
 
 class Trainer:
-    """One run in one folder. The same folder goes on where its last state stands, to the bit.
+    """One run in one folder; the same folder resumes from its last state, bit for bit.
 
     Args:
         recipe: what to train. stage: of it. folder: for states/, loss.csv and the other records, and the model.
-        place: of this process. say: told what people should read, on the first rank.
+        dist_context: of this process; None: alone, on the CPU. say: called with lines for the user, on rank 0.
 
     Attributes:
-        update: how many are done.
+        update: number of finished updates.
 
     Raises:
         ValueError: the folder holds a run of another recipe, or a state that cannot be read.
@@ -49,27 +52,27 @@ class Trainer:
         recipe: TrainingRecipe,
         stage: Stage,
         folder: str | Path,
-        place: Place | None = None,
+        dist_context: DistContext | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self.recipe, self.stage, self.folder = recipe, stage, Path(folder)
-        self.place = place or Place(0, 1, torch.device("cpu"))
-        self.first = self.place.rank == 0
-        self.say = say if self.first else lambda text: None
+        self.dist_context = dist_context or DistContext(0, 1, torch.device("cpu"))
+        self.first = self.dist_context.rank == 0
+        self.say = say if self.first else lambda line: None
         if self.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             check_output(self.folder / LOSSES)
-        self.parts = self.place.rows(recipe.batch_size, recipe.scale.micro_batch)
+        self.micro_batches = self.dist_context.micro_batches(recipe.batch_size, recipe.scale.micro_batch)
         recompute = recipe.scale.activation_checkpointing
         for network in stage.frozen.values():
-            shard(network, self.place, recipe.precision, trained=False)
+            shard(network, self.dist_context, recipe.precision, trained=False)
         for network in stage.trained.values():
-            shard(network, self.place, recipe.precision, trained=True, activation_checkpointing=recompute)
+            shard(network, self.dist_context, recipe.precision, trained=True, activation_checkpointing=recompute)
         self.optimizers = {
             name: Optimizers(network, recipe.optimizer_of(name)) for name, network in stage.trained.items()
         }
         self.ema = Ema(stage.trained[stage.averaged], recipe.ema)
-        self.update, self.ends = 0, False
+        self.update, self.stopping = 0, False
         self.pending: list[dict[str, float]] = []
         self.snapshots = Snapshots(self.folder / STATES)
         self.state = self.snapshots.newest()
@@ -78,147 +81,155 @@ class Trainer:
 
     @own_settings()
     def run(self, on_update: Callable[[int, Mapping[str, float]], None] | None = None) -> bool:
-        """Train up to ``recipe.updates``; returns whether they are done, or the time was over or it was ended before.
+        """Train up to ``recipe.updates``; returns whether it got there: False after :meth:`stop` or ``max_minutes``.
 
         Args:
-            on_update: called with the number of updates done and what was watched in the last one.
+            on_update: called with the number of updates done and the metrics of the last one.
 
         Raises:
-            FloatingPointError: a loss or gradient that is not finite: names update, turn, rows and the last state.
+            FloatingPointError: a loss or gradient that is not finite, with update, step, samples and last good state.
             OSError: a state cannot be written; the last good one is named.
         """
-        recipe, begun = self.recipe, time.monotonic()
-        watch = Watch(self.folder, self.update, recipe.to_dict(), self.say) if self.first else None
+        recipe, start = self.recipe, time.monotonic()
+        logger = MetricsLogger(self.folder, self.update, recipe.to_dict(), self.say) if self.first else None
         networks = [*self.stage.trained.values(), *self.stage.frozen.values()]
         with ExitStack() as closing:
             closing.enter_context(cpu_threads(fitting_threads(*networks, requested=recipe.scale.threads)))
-            if watch is not None:
-                closing.callback(watch.close)
+            if logger is not None:
+                closing.callback(logger.close)
             while self.update < recipe.updates:
-                numbers = self._update()
+                metrics = self._update()
                 done = self.update
                 if recipe.sample_every and (done % recipe.sample_every == 0 or done == recipe.updates):
-                    numbers |= self._sample(watch)
-                self.pending.append(numbers)
+                    metrics |= self._sample(logger)
+                self.pending.append(metrics)
                 if done % recipe.log_every == 0 or done == recipe.updates:
-                    self._log(watch)
-                over = self._over(begun) or self.ends
-                if over or done % recipe.scale.checkpoint_every == 0 or done == recipe.updates:
+                    self._log(logger)
+                stopping = self._time_is_over(start) or self.stopping
+                if stopping or done % recipe.scale.checkpoint_every == 0 or done == recipe.updates:
                     self._save()
                 if on_update is not None:
-                    on_update(done, numbers)
-                if over:
+                    on_update(done, metrics)
+                if stopping:
                     break
         return self.update == recipe.updates
 
-    def end(self) -> None:
-        """Let :meth:`run` write a state and return behind the update that is being made, as from a signal handler. Of
+    def stop(self) -> None:
+        """Make :meth:`run` save a state and return after the current update; may be called from a signal handler. For
         a run on one process: several would have to agree.
         """
-        self.ends = True
+        self.stopping = True
 
     def averaged_model(self) -> HiARTransformer | None:
-        """The averaged network, plain and on the CPU; None on ranks but the first. Every rank must call it."""
-        return whole(self.ema.weights, self.stage.trained[self.stage.averaged].config)
+        """The averaged network, plain and on the CPU; None on ranks other than 0. Every rank must call it."""
+        return gather(self.ema.weights, self.stage.trained[self.stage.averaged].config)
 
     @own_settings()
     def export(self) -> Path | None:
-        """Write the averaged network as the stage does; returns where, on the first rank. Every rank must call it."""
+        """Write the averaged network as the stage does; returns the path, on rank 0. Every rank must call it."""
         model = self.averaged_model()
         return None if model is None else self.stage.export(model, self.folder / MODEL)
 
     def _update(self) -> dict[str, float]:
-        """All turns of one update; returns the means of what was watched."""
-        turns: dict[str, list[dict[str, float]]] = {}
-        for turn in self.stage.turns(self.update):
-            turns.setdefault(turn.network, []).append(self._turn(turn))
+        """All optimiser steps of one update; returns the means of their metrics."""
+        metrics: dict[str, list[dict[str, float]]] = {}
+        for step in self.stage.update_steps(self.update):
+            metrics.setdefault(step.network, []).append(self._step(step))
         averaged = self.stage.averaged
-        if averaged in turns:
+        if averaged in metrics:
             self.ema.update(self.update)
         self.update += 1
         return {
             f"{network}_{name}": sum(one[name] for one in several) / len(several)
-            for network, several in turns.items()
+            for network, several in metrics.items()
             for name in several[0]
         }
 
-    def _turn(self, turn: Turn) -> dict[str, float]:
-        """One optimiser step; returns what was watched, over the batch of all ranks."""
-        recipe, place = self.recipe, self.place
-        optimizer, network = self.optimizers[turn.network], self.stage.trained[turn.network]
-        seen: list[Tensor] = []
+    def _step(self, step: UpdateStep) -> dict[str, float]:
+        """One optimiser step; returns its metrics, over the batch of all ranks."""
+        recipe, dist_context = self.recipe, self.dist_context
+        optimizer, network = self.optimizers[step.network], self.stage.trained[step.network]
+        parts: list[Tensor] = []
         names: list[str] = []
-        for i, rows in enumerate(self.parts):
-            synchronise(network, i == len(self.parts) - 1)
-            share = len(rows) / recipe.batch_size
+        for i, samples in enumerate(self.micro_batches):
+            set_requires_gradient_sync(network, i == len(self.micro_batches) - 1)
+            share = len(samples) / recipe.batch_size
             with self._precision():
-                loss, scalars = self.stage.loss(turn, self.update, rows)
+                loss, scalars = self.stage.loss(step, self.update, samples)
             # FSDP averages gradients over all processes.
-            (loss * (share * place.ranks)).backward()
+            (loss * (share * dist_context.world_size)).backward()
             names = ["loss", *scalars]
             values = [loss.detach().double(), *scalars.values()]
-            seen.append(share * torch.stack([torch.as_tensor(v, dtype=torch.float64).to(place.device) for v in values]))
-        self._release()
-        means = place.total(torch.stack(seen).sum(0))
-        norm = optimizer.clip()
-        numbers = torch.cat([means, norm.detach().double().reshape(1)]).tolist()  # the turn's one wait for the device
-        if not torch.isfinite(torch.tensor([numbers[0], numbers[-1]])).all():
-            self._stop(turn, numbers[0], numbers[-1], seen)
+            tensors = [torch.as_tensor(v, dtype=torch.float64).to(dist_context.device) for v in values]
+            parts.append(share * torch.stack(tensors))
+        self._reshard()
+        means = dist_context.all_reduce_sum(torch.stack(parts).sum(0))
+        norm = optimizer.clip().detach().double().reshape(1)
+        numbers = torch.cat([means, norm]).tolist()  # the step's one wait for the device
+        if not all(map(math.isfinite, numbers)):
+            self._raise_not_finite(step, dict(zip([*names, "gradient_norm"], numbers, strict=True)), names, parts)
         optimizer.step(self.update / recipe.updates)
         return dict(zip([*names, "gradient_norm"], numbers, strict=True))
 
-    def _release(self) -> None:
+    def _reshard(self) -> None:
         for network in self.stage.trained.values():
-            release(network)
+            reshard(network)
 
     def _precision(self) -> AbstractContextManager[object]:
         half = self.recipe.precision == "bfloat16"
-        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=half)
+        return torch.autocast(self.dist_context.device.type, torch.bfloat16, enabled=half)
 
-    def _stop(self, turn: Turn, loss: float, norm: float, seen: list[Tensor]) -> None:
+    def _raise_not_finite(
+        self, step: UpdateStep, metrics: Mapping[str, float], names: Sequence[str], parts: Sequence[Tensor]
+    ) -> NoReturn:
+        """FloatingPointError that names the metric, the samples it comes from, and the last good state."""
+        # The loss last: it is not finite where another metric, which says more, is not.
+        name = next(n for n in (*names[1:], "loss", "gradient_norm") if not math.isfinite(metrics[n]))
         bad = [0.0] * self.recipe.batch_size
-        for rows, numbers in zip(self.parts, seen, strict=True):
-            for row in rows:
-                bad[row] = float(not torch.isfinite(numbers[0]))
-        rows = [row for row, wrong in enumerate(largest(bad, self.place)) if wrong]
-        what = f"loss is {loss} in rows {rows} of the batch" if rows else f"gradient norm is {norm}, loss {loss}"
+        if name in names:
+            for samples, values in zip(self.micro_batches, parts, strict=True):
+                for sample in samples:
+                    bad[sample] = float(not math.isfinite(values[names.index(name)]))
+        where = [sample for sample, is_bad in enumerate(self.dist_context.all_reduce_max(bad)) if is_bad]
+        what = f"{name.replace('_', ' ')} is {metrics[name]}"
+        what += f" in samples {where} of the batch" if where else f", loss {metrics['loss']}"
         good = self.state or "none"
-        raise FloatingPointError(f"{what}, update {self.update}, turn {turn}; last good state: {good}")
+        raise FloatingPointError(f"{what}, update {self.update}, step {step}; last good state: {good}")
 
-    def _sample(self, watch: Watch | None) -> dict[str, float]:
+    def _sample(self, logger: MetricsLogger | None) -> dict[str, float]:
         with self.ema.applied(), torch.no_grad(), self._precision():
             frames = self.stage.sample(self.update)
-            self._release()  # what was gathered here are averages
-        if frames is None or watch is None:
+            self._reshard()  # what is unsharded here are averages
+        if frames is None:
             return {}
-        watch.sheet(self.update, frames)
+        if logger is not None:
+            logger.sheet(self.update, frames)
         return sample_scalars(frames)
 
-    def _log(self, watch: Watch | None) -> None:
-        """Means over the updates since the last row; of numbers that are not in all of them, over those they are in."""
-        if watch is not None:
-            names = dict.fromkeys(name for numbers in self.pending for name in numbers)
-            columns = {name: [numbers[name] for numbers in self.pending if name in numbers] for name in names}
-            rule = self.recipe.optimizer
-            rate = rate_factor((self.update - 1) / self.recipe.updates, rule.warmup, rule.cooldown)
+    def _log(self, logger: MetricsLogger | None) -> None:
+        """Means over the updates since the last row; a metric that not all of them have, over those that have it."""
+        if logger is not None:
+            names = dict.fromkeys(name for metrics in self.pending for name in metrics)
+            columns = {name: [metrics[name] for metrics in self.pending if name in metrics] for name in names}
+            schedule = self.recipe.optimizer
+            rate = rate_factor((self.update - 1) / self.recipe.updates, schedule.warmup, schedule.cooldown)
             means = {name: sum(values) / len(values) for name, values in columns.items()}
-            watch.scalars(self.update, {**means, "rate": rate})
+            logger.scalars(self.update, {**means, "rate": rate})
         self.pending.clear()
 
-    def _over(self, begun: float) -> bool:
+    def _time_is_over(self, start: float) -> bool:
         limit = self.recipe.scale.max_minutes
         if limit is None:
             return False
-        return bool(largest([float(time.monotonic() - begun > 60 * limit)], self.place)[0])
+        return bool(self.dist_context.all_reduce_max([float(time.monotonic() - start > 60 * limit)])[0])
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Everything that is a tensor, by name, in place."""
-        found = {f"average/{name}": value for name, value in self.ema.weights.items()}
-        for network, module in self.stage.trained.items():
-            found |= {f"{network}/{name}": p.detach() for name, p in module.named_parameters()}
-            states = self.optimizers[network].state().items()
-            found |= {f"{network}.optimizer/{name}": value for name, value in states}
-        return found
+    def _state_dict(self) -> dict[str, Any]:
+        """Weights, optimiser states and averages, for torch.distributed.checkpoint to save or load in place."""
+        state: dict[str, Any] = {"average": self.ema.weights}
+        for name, network in self.stage.trained.items():
+            weights = {key: p.detach() for key, p in network.named_parameters()}
+            state[name] = {"weights": weights, "optimizer": self.optimizers[name].state_dict()}
+        return state
 
     def _save(self) -> None:
         about: dict[str, Any] = {
@@ -226,17 +237,24 @@ class Trainer:
             "noise": NOISE,
             "update": self.update,
             "pending": self.pending,
-            "ranks": self.place.ranks,
+            "ranks": self.dist_context.world_size,
         }
-        self.state = self.snapshots.save(self.update, self._tensors(), about)
+        self.state = self.snapshots.save(self.update, self._state_dict(), about)
 
-    def _load(self, state: Path) -> None:
-        about = self.snapshots.about(state)
-        differ = differing_keys(self.recipe.to_dict(), about["recipe"])
+    def _load(self, path: Path) -> None:
+        about, recipe = self.snapshots.about(path), self.recipe.to_dict()
+        keys = recipe.keys() ^ about["recipe"].keys()
+        if keys and about["recipe"]["stage"] == recipe["stage"]:
+            other = f"another version, with other recipe keys ({', '.join(sorted(keys))})"
+            raise ValueError(f"{path} was saved by {other}; choose another --out")
+        differ = differing_keys(recipe, about["recipe"])
         if differ:
             raise ValueError(
                 f"{self.folder} holds a run with another {', '.join(differ)}; choose another --out or delete the folder"
             )
-        require_noise(str(state), about.get("noise"))
-        self.snapshots.load(state, self._tensors())
+        require_noise(str(path), about.get("noise"))
+        state = self._state_dict()
+        self.snapshots.load(path, state)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name]["optimizer"])
         self.update, self.pending = about["update"], about["pending"]

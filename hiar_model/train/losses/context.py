@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from ...config import TRAIN_TIMESTEPS
+from ...config import TRAIN_TIMESTEPS, RolloutConfig
 from ...models.transformer import HiARTransformer
+
+
+def block_causal(rollout: RolloutConfig, step: int = 0) -> dict[str, Any]:
+    """The block-causal mask of a step, as :class:`hiar_model.HiARTransformer` takes it."""
+    return {
+        "frames_per_block": rollout.frames_per_block,
+        "window_frames": rollout.windows[step],
+        "sink_frames": rollout.sink_frames,
+    }
 
 
 def velocity_over_context(
     model: HiARTransformer,
     latents: Tensor,
     context: Tensor,
-    text: Tensor,
+    prompt_embeds: Tensor,
     sigma: Tensor,
     context_sigma: Tensor,
-    *,
-    frames_per_block: int,
-    window_frames: int | None = None,
-    sink_frames: int = 0,
+    **mask: Any,
 ) -> Tensor:
     """Velocity of every block, which sees itself in ``latents`` and earlier blocks in ``context``.
 
-    What denoise visits compute after cache visits of ``context``; both forwards carry gradient.
+    What denoise tasks compute after cache tasks of ``context``; both forwards carry gradient.
 
     Args:
-        latents, context: [B, F, C, H, W] at the noise levels sigma, context_sigma [B]. text: [B, L, text_dim].
+        latents, context: [B, F, C, H, W] at the noise levels sigma, context_sigma [B].
+        prompt_embeds: [B, L, text_dim]. mask: of the network, :func:`block_causal`.
 
     Returns:
         [B, F, C, H, W].
     """
-    rule = {"frames_per_block": frames_per_block, "window_frames": window_frames, "sink_frames": sink_frames}
     frames = latents.shape[1]
-    keys = model.kv(context, _timesteps(context_sigma, frames), text, "block_causal", **rule)  # type: ignore[arg-type]
-    return model(latents, _timesteps(sigma, frames), text, "block_causal", context=keys, **rule)
+    keys = model.kv(context, _timesteps(context_sigma, frames), prompt_embeds, "block_causal", **mask)
+    return model(latents, _timesteps(sigma, frames), prompt_embeds, "block_causal", context=keys, **mask)
 
 
 def _timesteps(sigma: Tensor, frames: int) -> Tensor:

@@ -1,13 +1,14 @@
 """Forward KL (arXiv 2603.08703): a few-step student regresses the teacher's own trajectories, which keeps its motion.
 
 Between two points of an ODE trajectory the teacher moves along a chord; prolonged to noise level 0 it gives the x0 that
-a single step of the student should predict at the first point. The student is asked in bidirectional-attention mode:
-the teacher's trajectories are bidirectional, and no cache has to be made for them.
+a single step of the student should predict at the first point. The student runs in bidirectional-attention mode: the
+teacher's trajectories are bidirectional, and need no cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ def trajectory_x0(point: Tensor, next_point: Tensor, sigma: float | Tensor, next
 
     Args:
         point, next_point: of one trajectory, [B, F, C, H, W]. sigma, next_sigma: their noise levels, numbers or [B].
+
+    Raises:
+        ValueError: shapes differ; sigma and next_sigma are equal, or not two numbers or B each.
+
+    Example:
+        >>> import torch
+        >>> from hiar_model.train import trajectory_x0
+        >>> point = torch.ones(1, 3, 2, 4, 4)
+        >>> float(trajectory_x0(point, 0.75 * point, 1.0, 0.5).mean())
+        0.5
     """
     if point.shape != next_point.shape:
         raise ValueError(
@@ -41,7 +52,7 @@ def trajectory_x0(point: Tensor, next_point: Tensor, sigma: float | Tensor, next
 
 
 def draw_points(batch: int, first_k: int, generator: Generator) -> Tensor:
-    """Which point each video is asked at: [batch] int64, uniform over the first ``first_k``."""
+    """The point of each video: [batch] int64, uniform over the first ``first_k``."""
     return draw_whole(generator, first_k, batch)
 
 
@@ -49,25 +60,23 @@ def forward_kl_loss(
     student: HiARTransformer,
     trajectory: Tensor,
     sigmas: Sequence[float] | Tensor,
-    text: Tensor,
+    prompt_embeds: Tensor,
     *,
     index: Tensor | None = None,
     first_k: int = 1,
     generator: Generator | None = None,
     attention: str = "bidirectional",
-    frames_per_block: int = 3,
-    window_frames: int | None = None,
-    sink_frames: int = 0,
+    **mask: Any,
 ) -> Tensor:
     """mse of the student's x0 at a point of the teacher's trajectory and the x0 of the chord to the next one.
 
     Args:
         trajectory: the teacher's points, [B, P, F, C, H, W]. sigmas: their noise levels [P], falling.
-        text: [B, L, text_dim].
-        index: [B], the point of each video, each below ``first_k``; None: the only one of first_k = 1, or drawn from
+        prompt_embeds: [B, L, text_dim].
+        index: [B], the point of each video, each below ``first_k``; None: 0 if first_k = 1, else drawn from
             ``generator``.
-        first_k: how many of the first points are asked at, 1 to P - 1.
-        attention: "bidirectional", or "block_causal" with frames_per_block, window_frames and sink_frames.
+        first_k: how many of the first points are used, 1 to P - 1.
+        attention: "bidirectional", or "block_causal" with the ``mask`` (:func:`.context.block_causal`).
 
     Raises:
         ValueError: a shape, number or name does not fit, with the legal ones.
@@ -89,11 +98,10 @@ def forward_kl_loss(
     index = index.cpu()
     if index.shape != (batch,) or not bool(((index >= 0) & (index < first_k)).all()):
         raise ValueError(f"forward_kl_loss: index must be {batch} numbers in 0..{first_k - 1}, got {index.tolist()}")
-    rows = torch.arange(batch)
-    point, next_point = trajectory[rows, index], trajectory[rows, index + 1]
+    each = torch.arange(batch)
+    point, next_point = trajectory[each, index], trajectory[each, index + 1]
     sigma, next_sigma = levels[index], levels[index + 1]
     target = trajectory_x0(point, next_point, sigma, next_sigma)
-    rule = {"frames_per_block": frames_per_block, "window_frames": window_frames, "sink_frames": sink_frames}
-    velocity = student(point, (TRAIN_TIMESTEPS * sigma).to(point.device), text, attention, **rule)
+    velocity = student(point, (TRAIN_TIMESTEPS * sigma).to(point.device), prompt_embeds, attention, **mask)
     scale = sigma.to(target.device, target.dtype).view(-1, 1, 1, 1, 1)
     return (point.to(target.dtype) - scale * velocity.to(target.dtype) - target).square().mean()

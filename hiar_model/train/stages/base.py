@@ -1,7 +1,7 @@
-"""What the trainer asks of a stage of training, and which stages there are.
+"""The interface between the trainer and a stage of training, and the table of stages.
 
-Nothing a stage draws may depend on a rank or on what ran before: everything is keyed by (seed, stage, update, turn,
-row), see :mod:`hiar_model.common.keyed`. So a resumed run and any number of processes see the same numbers.
+Random numbers of a stage depend neither on the rank nor on what ran before: they are keyed by (seed, stage, update,
+step, sample), see :mod:`hiar_model.common.keyed`. So a resumed run and any number of processes draw the same ones.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from ...models.transformer import HiARTransformer
 from ..config.reading import shipped_recipes
 
 Scalars = Mapping[str, float | Tensor]
-"""What people watch, by name: numbers, or tensors of one element that need not be waited for."""
+"""Metrics by name: numbers, or tensors of one element, which the trainer reads with the loss."""
 
 
-class Turn(NamedTuple):
-    """One optimiser step of one network: the ``index``-th of its steps in this update. ``name``: for messages."""
+class UpdateStep(NamedTuple):
+    """One optimiser step of one network: the ``index``-th of its steps in this update. ``name``: for messages, and part
+    of the key of the step's noise.
+    """
 
     network: str
     index: int = 0  # type: ignore[assignment]  # hides tuple.index
@@ -38,7 +40,7 @@ class Stage(Protocol):
     """A stage that trains networks.
 
     trained   networks by name; each has an optimiser of its own
-    frozen    networks that are only asked
+    frozen    networks that are only evaluated
     averaged  name of the trained network whose running average is kept, sampled and exported
     """
 
@@ -46,29 +48,29 @@ class Stage(Protocol):
     frozen: dict[str, HiARTransformer]
     averaged: ClassVar[str]
 
-    def turns(self, update: int) -> Sequence[Turn]:
+    def update_steps(self, update: int) -> Sequence[UpdateStep]:
         """The optimiser steps of one update, in order; the same for all processes."""
 
-    def loss(self, turn: Turn, update: int, rows: Sequence[int]) -> tuple[Tensor, Scalars]:
-        """Mean over ``rows`` of the batch of this turn, and means over them to watch.
+    def loss(self, step: UpdateStep, update: int, samples: Sequence[int]) -> tuple[Tensor, Scalars]:
+        """Mean loss over some ``samples`` of the step's batch, and means of metrics over them.
 
-        Rows must not know of each other: the mean over all rows is put together from any parts.
+        Samples must be independent: the trainer averages over any partition of the batch.
         """
 
     def sample(self, update: int) -> Frames | None:
-        """Videos uint8 [N, F, H, W, 3] of the averaged network, whose weights are in its place during this call."""
+        """Videos uint8 [N, F, H, W, 3] of the averaged network; during this call it has the averaged weights."""
 
     def export(self, model: HiARTransformer, folder: Path) -> Path:
-        """Write the averaged network, whole and on the CPU, as a model that can be loaded; returns where."""
+        """Write the averaged network, plain and on the CPU, as a model that can be loaded; returns the path."""
 
 
 class Production(Protocol):
-    """A stage that trains nothing, but makes files that a later stage reads."""
+    """A stage that trains nothing: it writes files that a later stage reads."""
 
     def produce(self, folder: Path, rank: int, ranks: int, on_progress: Callable[[int, int], None]) -> str:
-        """Make this process's share and go on where an earlier call ended; returns what to say at the end.
+        """Write this process's share, resuming an earlier call; returns a line for the user.
 
-        ``on_progress`` is called with (done, in all) of this process.
+        ``on_progress`` is called with (samples done, samples in all) of this process.
         """
 
 
@@ -80,24 +82,24 @@ STAGES = {
     "ode_init": ("stages.distillation", "OdeInit"),
     "hiar": ("stages.distillation", "HiAR"),
 }
-"""Name in a recipe -> (module of hiar_model.train, class); the class is made of (recipe, device)."""
+"""Name in a recipe -> (module of hiar_model.train, class); the class takes (recipe, device)."""
 
 
-def _check_made(recipe: Any) -> None:
-    """ValueError where what an earlier stage leaves is not there: names the command that makes it."""
+def _check_inputs(recipe: Any) -> None:
+    """ValueError if the output of an earlier stage is missing: names the command that makes it."""
     kl = getattr(recipe, "forward_kl", None)
-    named = {key: getattr(recipe, key, None) for key in ("init", "teacher", "trajectories")}
-    named["forward_kl.trajectories"] = getattr(kl, "trajectories", None)
-    named["data.folder"] = getattr(getattr(recipe, "data", None), "folder", None)
-    for key, path in named.items():
+    inputs = {key: getattr(recipe, key, None) for key in ("init", "teacher", "trajectories")}
+    inputs["forward_kl.trajectories"] = getattr(kl, "trajectories", None)
+    inputs["data.folder"] = getattr(getattr(recipe, "data", None), "folder", None)
+    for key, path in inputs.items():
         stage = next((s for s in shipped_recipes() if f"{path}/".startswith(f"runs/{s}/")), None)
         if stage is not None and not Path(str(path)).exists():
-            raise ValueError(f"{key} {path}: is not there yet; this makes it: hiar train {stage}")
+            raise ValueError(f"{key} {path}: no such file or folder; hiar train {stage} makes it")
 
 
 @own_settings()
 def make_stage(recipe: Any, device: torch.device) -> Any:
     """The :class:`Stage` or :class:`Production` of a recipe, its networks on ``device``."""
-    _check_made(recipe)
+    _check_inputs(recipe)
     module, name = STAGES[recipe.stage]
     return getattr(import_module(f"hiar_model.train.{module}"), name)(recipe, device)

@@ -1,4 +1,4 @@
-"""What a recipe's stage works with beside its networks: data, codec, samples, the exported model."""
+"""What every stage uses beside its networks: data, codec, sampled videos, the exported model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...config import WanConfig
+from ...common.checks import one_of
+from ...config import ExecutionConfig, WanConfig
 from ...io.video import Frames
 from ...models.checkpoint import save_transformer
 from ...models.registry import save_toy_model
@@ -22,68 +23,68 @@ from ...toy.codec import ToyCodec
 from ...toy.prompt import split_prompts, token_table
 from ...toy.text import ToyTextEncoder
 from ...toy.world import WORLDS, ToyWorld
-from ..config.recipe import CausalRecipe, HiARRecipe, NetworkRecipe, Recipe
+from ..config.recipe import CausalRecipe, NetworkRecipe, Recipe
 from ..data.datasets import Clips, LatentData, PromptData, Prompts, ToyData
-from ..engine.distributed import gathered, is_first
+from ..engine.distributed import is_first, unsharded
 
 
 class Sources:
     """Data of a recipe: the toy world, or a folder of encoded prompts (and clips).
 
-    data: prompts, and clips where there are some. codec, world: of the toy; None for a folder.
+    data           prompts, and clips where there are some
+    codec, world   of the toy; None for a folder
 
     Args:
-        device: of the VAE that decodes samples, where the recipe names one; on the first process, which shows them.
+        device: of the VAE that decodes samples, where the recipe names one; rank 0 alone loads it.
 
     Raises:
-        ValueError: no such world; a folder that does not hold what it should, by file and key.
+        ValueError: an unknown world; a folder with a missing or malformed file or key.
     """
 
     def __init__(self, recipe: NetworkRecipe, device: torch.device) -> None:
-        config, told = WanConfig.from_name(recipe.model), recipe.data
+        config, data = WanConfig.from_name(recipe.model), recipe.data
         self.codec: ToyCodec | None = None
         self.world: ToyWorld | None = None
         self.vae: Any = None
         self.data: Prompts
-        if told.folder is not None:
-            assert told.latent_size is not None
-            shape = (recipe.num_frames, config.in_channels, *told.latent_size)
+        if data.folder is not None:
+            assert data.latent_size is not None
+            shape = (recipe.num_latent_frames, config.in_channels, *data.latent_size)
             kind = LatentData if recipe.stage in ("teacher", "teacher_forcing") else PromptData
-            self.data = kind(told.folder, shape)
-            if told.vae is not None:
-                self.vae = load_vae(told.vae, device=device if is_first() else "meta")
+            self.data = kind(data.folder, shape)
+            if data.vae is not None:
+                self.vae = load_vae(data.vae, device=device if is_first() else "meta")
             return
-        if told.world not in WORLDS:
-            raise ValueError(f"recipe: data.world must be one of {', '.join(WORLDS)}, got {told.world!r}")
-        self.world = ToyWorld(WORLDS[told.world])
-        # of the plain world for all: one space of latents, so that weights of one world begin another's training
-        self.codec = ToyCodec.fit(channels=config.in_channels, floor=told.codec_floor)
-        self.text = ToyTextEncoder(config.text_dim, self.world.config.free_speed)
-        train, self._held_out = split_prompts(told.held_out_prompts)
+        one_of("recipe: data.world", data.world, WORLDS)
+        self.world = ToyWorld(WORLDS[data.world])
+        # one latent space for all worlds, so that training can start from another world's weights
+        self.codec = ToyCodec.fit(channels=config.in_channels, floor=data.codec_floor)
+        self.text_encoder = ToyTextEncoder(config.text_dim, self.world.config.free_speed)
+        train, self._held_out = split_prompts(data.held_out_prompts)
         self.data = ToyData(
             self.world,
             self.codec,
-            self.text,
+            self.text_encoder,
             token_table(train),
-            recipe.num_frames,
-            told.from_start,
-            mark_continuing=told.mark_continuing,
+            recipe.num_latent_frames,
+            data.from_start,
+            mark_continuing=data.mark_continuing,
         )
 
     def clips(self) -> Clips:
-        """The data as clips; every stage that asks for them was given such data."""
+        """The data as clips, for the stages whose data has them."""
         return cast(Clips, self.data)
 
-    def shown(self, count: int) -> Tensor | None:
-        """Text of the prompts that are sampled, [count, L, text_dim] like the data's; None where nothing decodes their
-        videos. The first held-out ones of the toy, the first ones of a folder."""
+    def sample_prompts(self, count: int) -> Tensor | None:
+        """prompt_embeds of sampled videos, [count, L, text_dim] like the data's: the first held-out prompts of the toy,
+        the first ones of a folder; None where there is no decoder."""
         if self.codec is None:
             return self.data.first(count) if self.vae is not None and isinstance(self.data, PromptData) else None
-        text = self.text.encode(self._held_out[:count])
-        return F.pad(text, (0, 0, 0, self.data.unconditional().shape[1] - text.shape[1]))
+        prompt_embeds = self.text_encoder.encode(self._held_out[:count])
+        return F.pad(prompt_embeds, (0, 0, 0, self.data.unconditional().shape[1] - prompt_embeds.shape[1]))
 
     def decode(self, latents: Tensor) -> Frames | None:
-        """Latents [N, F, C, h, w] -> uint8 [N, F, H, W, 3]; None on other processes than the first."""
+        """Latents [N, F, C, h, w] -> uint8 [N, F, H, W, 3]; None on ranks other than 0."""
         if not is_first():
             return None
         if self.codec is not None:
@@ -93,67 +94,48 @@ class Sources:
 
 
 def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
-    """The precision of a recipe's forwards outside the trainer's turns, which have it; weights stay float32."""
+    """The precision of a recipe's forwards outside the trainer, which sets it itself; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
 
 
 def sample_videos(sources: Sources, model: HiARTransformer, recipe: CausalRecipe) -> Frames | None:
-    """Rollouts of some prompts, twice as long as trained clips: uint8 [N, F, H, W, 3]; None where nothing decodes them,
-    and on other processes than the first."""
-    text = sources.shown(recipe.sample_prompts)
-    if text is None:
+    """Rollouts of some prompts, twice as long as trained clips: uint8 [N, F, H, W, 3]; None without a decoder, and on
+    ranks other than 0."""
+    prompt_embeds = sources.sample_prompts(recipe.sample_prompts)
+    if prompt_embeds is None:
         return None
     frames, _, height, width = sources.data.latent_shape
-    order, cache_source = walk(recipe)
-    if cache_source == "own" and order == "stream":
-        order = "step_first"  # the same videos, and one cache in memory for four
+    config = recipe.rollout
+    if config.order != "block_first" and config.kv_source == "own":
+        config = config.with_order("step_first")  # the same videos, with one cache in memory for all steps
 
-    def rolled_out() -> Tensor:
+    def roll_out() -> Tensor:
         rollout = Rollout(
             model,
-            text.to(model.patch_embedding.weight.device),
-            recipe.schedule,
-            num_frames=2 * frames,
-            height=height,
-            width=width,
-            batch=len(text),
-            autocast=True,
-            order=order,
-            cache_source=cache_source,
-            frames_per_block=recipe.frames_per_block,
-            window_frames=recipe.window_frames,
-            sink_frames=recipe.sink_frames,
+            prompt_embeds.to(model.patch_embedding.weight.device),
+            config,
+            ExecutionConfig(autocast=True),
+            num_latent_frames=2 * frames,
+            latent_size=(height, width),
+            video_ids=range(len(prompt_embeds)),
         )
         return torch.cat([block.latents for block in rollout], 1)
 
-    return sources.decode(gathered(model, rolled_out))
-
-
-def walk(recipe: CausalRecipe) -> tuple[str, str]:
-    """(order, cache_source) that a student of this recipe is rolled out with; matched noise by default."""
-    if not isinstance(recipe, HiARRecipe):
-        return "stream", "own"
-    return "stream" if recipe.order == "step_first" else recipe.order, recipe.cache_source
+    return sources.decode(unsharded(model, roll_out))
 
 
 def save_student(sources: Sources, model: HiARTransformer, recipe: CausalRecipe, folder: Path) -> Path:
-    """The student as a model: a toy model's folder, or the transformer's weights alone. Returns what was written."""
+    """Write the student: a toy model's folder, or the transformer's weights alone. Returns the path."""
     if sources.codec is None or sources.world is None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "student.safetensors"
         save_transformer(model, path)
         return path
-    order, cache_source = walk(recipe)
     return save_toy_model(
         folder,
         model,
         sources.codec,
-        schedule=recipe.schedule,
-        frames_per_block=recipe.frames_per_block,
-        window_frames=recipe.window_frames,
-        sink_frames=recipe.sink_frames,
-        train_frames=recipe.num_frames,
+        rollout=recipe.rollout,
+        train_frames=recipe.num_latent_frames,
         world=sources.world.config,
-        order=order,
-        cache_source=cache_source,
     )

@@ -1,30 +1,32 @@
 """Matched-noise teacher forcing: train on exactly the contexts that a hierarchical rollout shows.
 
-A context copy of the clip at the next noise level leaves its keys and values, as cache visits do; a target copy at the
-step's own level is denoised over them, as denoise visits do. One pair of forwards trains every block of one step.
+A context copy of the clip at the next noise level leaves its keys and values, as cache tasks do; a target copy at the
+step's own level is denoised over them, as denoise tasks do. One pair of forwards trains every block of one step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...common.keyed import Generator, draw_uniform, draw_whole, keyed_generator
-from ...config import FlowSchedule, shift_sigma
+from ...config import FlowSchedule
 from ...io.video import Frames
 from ...models.transformer import HiARTransformer
 from ..config.recipe import LevelsRecipe, TeacherForcingRecipe
 from ..engine.networks import make_network
-from ..losses.context import velocity_over_context
-from .base import Scalars, Stage, Turn
+from ..losses.context import block_causal, velocity_over_context
+from ..losses.noise import add_noise, shift_tensor
+from .base import Scalars, Stage, UpdateStep
 from .sources import Sources, sample_videos, save_student
 
 
 class TeacherForcing(Stage):
-    """The stage: clips, levels and noise of every row from keys of its own."""
+    """The stage: clips, levels and noise, each keyed by sample."""
 
     averaged = "student"
 
@@ -34,36 +36,30 @@ class TeacherForcing(Stage):
         self.trained = {"student": make_network(recipe.model, seed=recipe.seed, weights=recipe.init)}
         self.frozen: dict[str, HiARTransformer] = {}
         share = 1.0 if self.sources.codec is None else recipe.data.from_start
-        first, later = (self._weights([begins]).sum() for begins in (True, False))
-        # A clip's weight on average: a constant, so that parts of a batch add up to the loss of the whole.
+        first, later = (self._weights([from_start]).sum() for from_start in (True, False))
+        # A clip's expected weight: a constant, so that micro-batches add up to the loss of the batch.
         self.mean_weight = float(share * first + (1 - share) * later)
 
-    def turns(self, update: int) -> Sequence[Turn]:
-        return (Turn("student"),)
+    def update_steps(self, update: int) -> Sequence[UpdateStep]:
+        return (UpdateStep("student"),)
 
-    def loss(self, turn: Turn, update: int, rows: Sequence[int]) -> tuple[Tensor, Scalars]:
+    def loss(self, step: UpdateStep, update: int, samples: Sequence[int]) -> tuple[Tensor, Scalars]:
         r = self.recipe
-        batch = self.sources.clips().clips(r.seed, r.stage, update, rows)
-        generators = [keyed_generator(r.seed, r.stage, update, row, "noise") for row in rows]
-        levels = [sample_levels(r.levels, 1, r.schedule, g) for g in generators]
+        batch = self.sources.clips().clips(r.seed, r.stage, update, samples)
+        generators = [keyed_generator(r.seed, r.stage, update, sample, "noise") for sample in samples]
+        levels = [sample_levels(r.levels, 1, r.rollout.schedule, g) for g in generators]
         target, context = (torch.cat(parts) for parts in zip(*levels, strict=True))
         noise, other = torch.stack([g.normals(2, *batch.latents.shape[1:]) for g in generators], 1)
-        tensors = (batch.latents, batch.text, target, context, noise, other)
-        window = r.window_frames
-        assert not isinstance(window, tuple)  # the recipe sees to it
+        tensors = (batch.latents, batch.prompt_embeds, target, context, noise, other)
         errors = teacher_forcing_errors(
-            self.trained["student"],
-            *(x.to(self.device) for x in tensors),
-            frames_per_block=r.frames_per_block,
-            window_frames=window,
-            sink_frames=r.sink_frames,
+            self.trained["student"], *(x.to(self.device) for x in tensors), **block_causal(r.rollout)
         )
         weights = self._weights(batch.from_start.tolist()).to(self.device)
         return (errors * weights).sum(1).mean() / self.mean_weight, {}
 
     def _weights(self, from_start: Sequence[bool]) -> Tensor:
         r = self.recipe
-        return loss_weights(from_start, r.num_frames, r.frames_per_block, r.first_block_weight)
+        return loss_weights(from_start, r.num_latent_frames, r.rollout.frames_per_block, r.first_block_weight)
 
     def sample(self, update: int) -> Frames | None:
         return sample_videos(self.sources, self.trained["student"], self.recipe)
@@ -88,46 +84,30 @@ def sample_levels(
     return target, torch.where(free, shift_tensor(lower, schedule.shift), context)
 
 
-def shift_tensor(sigma: Tensor, shift: float) -> Tensor:
-    """:func:`hiar_model.config.shift_sigma` for a tensor."""
-    return shift_sigma(sigma, shift)  # type: ignore[arg-type,return-value]
-
-
-def add_noise(x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """(1 - sigma) x0 + sigma noise for sigma [B]."""
-    s = sigma.view(-1, *[1] * (x0.dim() - 1))
-    return (1 - s) * x0 + s * noise
-
-
 def teacher_forcing_errors(
     model: HiARTransformer,
     x0: Tensor,
-    text: Tensor,
+    prompt_embeds: Tensor,
     target_sigma: Tensor,
     context_sigma: Tensor,
     noise: Tensor,
     context_noise: Tensor,
-    *,
-    frames_per_block: int,
-    window_frames: int | None = None,
-    sink_frames: int = 0,
+    **mask: Any,
 ) -> Tensor:
     """Mean squared error of the velocity eps - x0 of every frame, float32 [B, F]; all blocks at once.
 
     Args:
         x0, noise, context_noise: clean latents, and the noise of the two copies, [B, F, C, H, W].
-        text: [B, L, text_dim]. target_sigma, context_sigma: [B].
+        prompt_embeds: [B, L, text_dim]. target_sigma, context_sigma: [B]. mask: :func:`.context.block_causal`.
     """
     velocity = velocity_over_context(
         model,
         add_noise(x0, target_sigma, noise),
         add_noise(x0, context_sigma, context_noise),
-        text,
+        prompt_embeds,
         target_sigma,
         context_sigma,
-        frames_per_block=frames_per_block,
-        window_frames=window_frames,
-        sink_frames=sink_frames,
+        **mask,
     )
     return (velocity.float() - (noise - x0)).square().mean(dim=(2, 3, 4))
 
@@ -135,10 +115,10 @@ def teacher_forcing_errors(
 def loss_weights(from_start: Sequence[bool], frames: int, frames_per_block: int, first_block: float = 1.0) -> Tensor:
     """[B, F]: ``first_block`` for the first block of a video, 1 for later blocks.
 
-    Of a clip from the middle of a video the first block does not count, since its context is missing.
+    The first block of a clip from the middle of a video has weight 0, since its context is missing.
     """
-    begins = torch.tensor(from_start)
-    weight = torch.ones(len(begins), frames)
-    weight[begins, :frames_per_block] = first_block
-    weight[~begins, :frames_per_block] = 0
+    is_start = torch.tensor(from_start)
+    weight = torch.ones(len(is_start), frames)
+    weight[is_start, :frames_per_block] = first_block
+    weight[~is_start, :frames_per_block] = 0
     return weight
