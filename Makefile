@@ -3,10 +3,12 @@
 #              one tier of them: make test-cpu, test-interpreter, test-compile
 #              numbers as other processors compute them: make test-processors
 # make test-versions   the tests on the oldest and the newest supported torch and Triton, each in an environment of its own
-# make lint    ruff, codespell        make types   mypy        make check   lint, types, tests
+# make lint    ruff, codespell        make types   mypy        make check   lint, types, docs-check, tests
 # make gpu-test        run the kernels' tests on the CUDA device; needs only torch, triton, pytest
 # make gpu-bench       measure every op on it, into bench/results/; needs pytest-benchmark too (make bench: rehearsal, CPU)
 #                      both end after BUDGET seconds; cut short by that or by anything, run again they go on
+# make docs            renew the tables and pictures that commands print into README and docs/
+# make docs-check      tell which of them are stale
 # make compile-report  write docs/compile_report.md: registers, spills, tensor cores of every kernel; needs no GPU
 # make clean   remove .venv and everything else that was built; videos in out/ stay
 #
@@ -20,13 +22,13 @@ BUDGET ?= 480
 BIN := .venv/bin
 # pip says what it collects, downloads and installs: nobody looks at a silent line for minutes.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-DESCRIPTION := pyproject.toml setup.py constraints.txt hiar_kernels/_extension.py $(wildcard csrc/*.c* csrc/*.h)
+DESCRIPTION := pyproject.toml setup.py constraints.txt hiar_kernels/common/extension.py $(wildcard csrc/*.c* csrc/*.h)
 NUMERIC := tests/kernels/test_attention.py tests/kernels/test_pointwise.py tests/models/test_transformer.py tests/rollout/test_rollout.py
 PROMPT := a red circle moving right
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-versions test-cpu test-processors test-interpreter test-compile gpu-test gpu-bench bench compile-report lint types check setup setup-dev clean
+.PHONY: help demo test test-versions test-cpu test-processors test-interpreter test-compile gpu-test gpu-bench bench compile-report docs docs-check lint types check setup setup-dev clean
 
 help:
 	@sed -n '/^[^#]/q; s/^# \{0,1\}//p' Makefile
@@ -45,7 +47,7 @@ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --u
 endef
 
 # torch comes first: the CUDA extension is built against its headers. pip keeps what a build says to itself.
-extension = $(BIN)/python hiar_kernels/_extension.py
+extension = $(BIN)/python hiar_kernels/common/extension.py
 
 # The stamps lie inside .venv: they go when it goes, and are older than the description when that has changed.
 .venv/installed: $(DESCRIPTION)
@@ -78,9 +80,10 @@ demo: setup
 	@echo "Look at out/demo.mp4: it should show what the prompt says, $(PROMPT), at an even pace from the first frame"
 	@echo "to the last. Now try your own: $(BIN)/hiar generate \"a blue square moving up fast\" -o out/mine.mp4"
 
-# One thread for each of JOBS workers: torch would otherwise start a thread per core in every one of them.
+# One thread for each of JOBS workers: torch would otherwise start a thread per core in every one of them. Each begins
+# with a run of files, and takes from another when it has done: what a file prepares is prepared once.
 # ARGS may choose tests of one tier alone: that the others then have none (exit status 5) is no failure.
-tier = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(JOBS) -m $(1) $(ARGS) $(if $(strip $(ARGS)),|| [ $$? -eq 5 ])
+tier = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(JOBS) --dist worksteal -m $(1) $(ARGS) $(if $(strip $(ARGS)),|| [ $$? -eq 5 ])
 
 # What the three take on two cores that are otherwise idle. A tier that fails does not keep the next one from running.
 test: setup-dev
@@ -146,12 +149,12 @@ gpu_run = @env -u TRITON_INTERPRET PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONPATH=.
 
 gpu-test:
 	@$(GPU_PYTHON) -c "$$gpu_check" "make $@" torch triton pytest
-	@$(GPU_PYTHON) hiar_kernels/_extension.py
+	@$(GPU_PYTHON) hiar_kernels/common/extension.py
 	$(gpu_run) -m gpu tests/interpreter tests/gpu $(ARGS)
 
 gpu-bench:
 	@$(GPU_PYTHON) -c "$$gpu_check" "make $@" torch triton pytest pytest_benchmark
-	@$(GPU_PYTHON) hiar_kernels/_extension.py
+	@$(GPU_PYTHON) hiar_kernels/common/extension.py
 	$(gpu_run) -p pytest_benchmark.plugin bench --benchmark-only $(ARGS)
 
 bench: setup-dev
@@ -160,6 +163,12 @@ bench: setup-dev
 compile-report: setup-dev
 	@$(BIN)/python -m hiar_kernels.compile_report --markdown docs/compile_report.md
 
+docs: setup-dev
+	@$(BIN)/python docs/refresh.py
+
+docs-check: setup-dev
+	@$(BIN)/python docs/refresh.py --check
+
 lint: setup-dev
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m codespell_lib
@@ -167,7 +176,7 @@ lint: setup-dev
 types: setup-dev
 	@$(BIN)/python -m mypy
 
-check: lint types test
+check: lint types docs-check test
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

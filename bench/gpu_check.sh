@@ -33,5 +33,5 @@ step ops 45 env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "$python" -m pytest -q -p bench
     -p pytest_benchmark.plugin bench/ops/bench_ops.py --benchmark-only --results "$out/ops" \
     -k '(attention-visit or attention-pair or pointwise) and not flex and not flash and not efficient and not compiled and not GELU and not eager'
 step rollouts 140 "$python" -m bench.rollout.ab --a-dir "$before" --b-dir . --order stream --order block_first \
-    --order wavefront+pairs --order stream+shared_keys --rounds 4 --budget 110 --results "$out/ab"
+    --order wavefront+fused --order stream+shared_keys --rounds 4 --budget 110 --results "$out/ab"
 exit $status

@@ -60,15 +60,15 @@ class Bench:
         if not self.cuda:
             clock = [(time.perf_counter(), run(), time.perf_counter()) for _ in range(count)]
             return sorted((end - begin) * 1e3 for begin, _, end in clock)
-        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-        for begin, end in pairs:
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        for begin, end in events:
             self.flush.zero_()
             torch.cuda._sleep(1_000_000)  # half a millisecond in which the host gets ahead: launching is not counted
             begin.record()
             run()
             end.record()
         self.sync()
-        return sorted(begin.elapsed_time(end) for begin, end in pairs)
+        return sorted(begin.elapsed_time(end) for begin, end in events)
 
     def measure(self, prepare: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         started = time.perf_counter()

@@ -28,8 +28,8 @@ from bench.lib.machine import CUDA, ROOT, environment, error_line, result_folder
 from bench.rollout import ab_results
 
 DRIVER = Path(__file__).with_name("ab_driver.py")
-ORDERS = ("stream", "stream+pairs", "stream+shared_keys", "block_first", "block_first+pairs")
-ORDERS += ("wavefront", "wavefront+pairs", "wavefront+shared_keys")
+ORDERS = ("stream", "stream+fused", "stream+shared_keys", "block_first")
+ORDERS += ("wavefront", "wavefront+fused", "wavefront+shared_keys")
 FULL = {"model": "wan2.1-t2v-1.3b", "layers": None, "window": 21, "dtype": "bfloat16", "executor": "graph"}
 SMALL = {"model": "toy", "layers": 2, "window": 6, "dtype": "float32", "executor": "eager"}
 Sample = dict[str, Any]
@@ -151,7 +151,7 @@ def rollout_cases(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in dict.fromkeys(a.order or ["stream"]):
         order, *flags = name.split("+")
         label = ", ".join([order, *flags, base["executor"]]).replace("_keys", " keys")
-        variant = {"order": order, "pairs": "pairs" in flags, "shared_keys": "shared_keys" in flags}
+        variant = {"order": order, "pairs": "fused" in flags, "shared_keys": "shared_keys" in flags}
         yield {**base, "kind": "rollout", "label": label, **variant}
 
 
@@ -241,11 +241,9 @@ def arguments() -> argparse.ArgumentParser:
     option("--a-dir", type=Path, help="folder that holds A already")
     option("--b-dir", type=Path, help="folder that holds B already")
     option("--case", **several, choices=("rollout", "op", "command"), help="none: rollout")
-    option(
-        "--order", **several, choices=ORDERS, help="of a rollout; pairs: cache and denoise tasks fused; none: stream"
-    )
+    option("--order", **several, choices=ORDERS, help="of a rollout; fused: fuse_cache_denoise; none: stream")
     option("--model", default=size["model"], help="of rollouts")
-    option("--executor", default=size["executor"], help="eager, graph, or recorded: a rehearsal of graph")
+    option("--executor", default=size["executor"], help="eager, or graph: CUDA graphs")
     option("--dtype", default=size["dtype"], help="of weights and latents")
     option("--layers", type=int, default=size["layers"], help="of the network; None: all")
     option("--window", type=int, default=size["window"], help="latent frames that a block sees")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
-import inspect
 import json
 import os
 import sys
@@ -56,24 +55,24 @@ class RolloutCase:
     """An endless rollout with random weights, its window full and its graphs captured."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        from hiar_model import FlowSchedule, Rollout
+        from hiar_model import FlowSchedule
 
+        try:  # of plain keywords
+            make_rollout = importlib.import_module("hiar_model.rollout.flat").make_rollout
+        except ImportError:  # a revision whose Rollout took them itself
+            from hiar_model import Rollout as make_rollout
         begun = now()
         model, prompt = weights(case["model"], case["layers"], case["dtype"])
         c = model.config
         size = c.position_grid and tuple(n * p for n, p in zip(c.position_grid, c.patch_size[1:]))
         height, width = size or (case["height"] // 8, case["width"] // 8)  # Wan's VAE makes 8 x 8 pixels one
-        parameters = inspect.signature(Rollout.__init__).parameters
-        options = {
-            "kv_source" if "kv_source" in parameters else "cache_source": "next_step" if case["shared_keys"] else "own",
-            "fuse_cache_denoise" if "fuse_cache_denoise" in parameters else "pairs": case["pairs"],
-        }
-        self.rollout = Rollout(
+        self.rollout = make_rollout(
             model, prompt, FlowSchedule(), num_frames=None, height=height, width=width, order=case["order"],
-            window_frames=case["window"], executor=case["executor"], **options,
+            window_frames=case["window"], executor=case["executor"], pairs=case["pairs"],
+            cache_source="next_step" if case["shared_keys"] else "own",
         )  # fmt: skip
         self.case, self.layers, self.blocks = case, c.num_layers, iter(self.rollout)
-        self.executor = self.rollout.executor
+        self.executor = getattr(self.rollout, "_executor", None) or self.rollout.executor
         built = now()
         self.fill()
         self.prepared = {"build_s": built - begun, "fill_s": now() - built, "captures": self.count("captures")}
@@ -195,7 +194,7 @@ def about() -> dict[str, Any]:
     import hiar_model
 
     try:
-        cuda_ops = importlib.import_module("hiar_kernels._cuda").missing()
+        cuda_ops = importlib.import_module("hiar_kernels.common.cuda_loader").missing()
     except (ImportError, AttributeError):
         cuda_ops = "unknown"
     return {

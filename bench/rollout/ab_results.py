@@ -54,12 +54,12 @@ def figures(row: Row) -> dict[str, dict[str, list[float]]]:
 
 def compared(a: list[float], b: list[float]) -> dict[str, Any]:
     """Median, least and largest of each side; A / B of the medians, and its least and largest over the pairs."""
-    pairs = [x / y for x, y in zip(a, b) if y]
+    ratios = [x / y for x, y in zip(a, b) if y]
     return {
         "a": [median(a), min(a), max(a)],
         "b": [median(b), min(b), max(b)],
         "ratio": median(a) / median(b) if median(b) else None,
-        "pairs": [min(pairs), max(pairs)] if len(pairs) > 1 else None,
+        "pairs": [min(ratios), max(ratios)] if len(ratios) > 1 else None,
     }
 
 

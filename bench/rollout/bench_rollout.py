@@ -1,4 +1,4 @@
-"""Whole rollouts of Wan 1.3B at 480x832, window 21, random weights: every executor and order in one table.
+"""Whole rollouts of Wan 1.3B at 480x832, window 21, random weights: every order, eager and captured, in one table.
 
 On a CPU the same code runs the toy's sizes, as a rehearsal.
 """
@@ -14,25 +14,26 @@ import torch
 
 from bench.lib import report
 from bench.lib.machine import CUDA
+from hiar_model.config import RolloutConfig
 from hiar_model.planning.profiling import Profile, Setting, profile
 
-CAPTURED = "graph" if CUDA else "recorded"
-CASES: dict[str, dict[str, Any]] = {
-    "block-first, eager": {"order": "block_first", "executor": "eager"},
-    "block-first, graph": {"order": "block_first", "executor": CAPTURED},
-    "HiAR stream, eager": {"order": "stream", "executor": "eager"},
-    "HiAR stream, graph": {"order": "stream", "executor": CAPTURED},
-    "HiAR stream, pairs, graph": {"order": "stream", "pairs": True, "executor": CAPTURED},
-    "HiAR wavefront, graph": {"order": "wavefront", "executor": CAPTURED},
-    "HiAR wavefront, pairs, graph": {"order": "wavefront", "pairs": True, "executor": CAPTURED},
+# rollout: (order, fuse_cache_denoise, cuda_graph)
+CASES = {
+    "block-first, eager": ("block_first", False, False),
+    "block-first, graph": ("block_first", False, True),
+    "HiAR stream, eager": ("stream", False, False),
+    "HiAR stream, graph": ("stream", False, True),
+    "HiAR stream, fused, graph": ("stream", True, True),
+    "HiAR wavefront, graph": ("wavefront", False, True),
+    "HiAR wavefront, fused, graph": ("wavefront", True, True),
 }
-SMALL = {"model": "toy", "window_frames": 6, "layers": 2, "device": "cpu", "dtype": "float32", "blocks": 1}
+SMALL: dict[str, Any] = {"model": "toy", "layers": 2, "device": "cpu", "dtype": "float32", "blocks": 1}
 Row = dict[str, Any]
 # (rollout, figure, sense, goal): on one H200, Wan 1.3B, 480x832, window 21, VAE excluded
 GOALS = (
     ("HiAR stream, graph", "visit_ms", "at most", 66.0),
     ("HiAR wavefront, graph", "visit_ms", "at most", 61.0),
-    ("HiAR wavefront, pairs, graph", "visit_ms", "at most", 61.0),
+    ("HiAR wavefront, fused, graph", "visit_ms", "at most", 61.0),
     ("HiAR stream, graph", "fps", "at least", 24.0),
     ("block-first, graph", "fps", "at least", 36.0),
 )
@@ -63,7 +64,9 @@ def row_of(name: str, result: Profile) -> Row:
 
 @pytest.mark.parametrize("name", CASES)
 def test_rollout(benchmark: Any, record_property: Any, name: str) -> None:
-    setting = Setting(**{**({} if CUDA else SMALL), **CASES[name]})
+    order, fuse, captured = CASES[name]
+    config = RolloutConfig(order=order, window_frames=21 if CUDA else 6, fuse_cache_denoise=fuse)
+    setting = Setting(rollout=config, cuda_graph=captured and CUDA, **({} if CUDA else SMALL))
     row = row_of(name, benchmark.pedantic(lambda: profile(setting), rounds=1))
     benchmark.extra_info.update(row)
     record_property("row", row)

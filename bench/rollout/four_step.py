@@ -27,14 +27,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from bench.lib.machine import environment
-from hiar_model.config import FlowSchedule, WanConfig
-from hiar_model.distributed.pipeline import join
+from hiar_model.config import ExecutionConfig, RolloutConfig, WanConfig
+from hiar_model.distributed.pipeline import init_distributed
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.planning.measure_costs import measure_costs
-from hiar_model.rollout import PipelineOptions, Rollout
-from hiar_model.schedule.costs import Costs, Curve
+from hiar_model.rollout import Rollout
+from hiar_model.schedule.costs import CostCurve, Costs
 from hiar_model.schedule.plan import Plan
 from hiar_model.schedule.simulator import simulate
 from hiar_model.schedule.stages import split_steps
@@ -69,35 +70,40 @@ SETTINGS = {
 }
 
 
+def config_of(setting: Setting, order: str) -> RolloutConfig:
+    return RolloutConfig(order=order, frames_per_block=FRAMES, window_frames=setting.window).with_steps(STEPS)
+
+
 def plan_of(setting: Setting, order: str) -> Plan:
-    return Plan(STEPS, order, FRAMES, window_frames=(setting.window,) * STEPS)
+    return Plan.of(config_of(setting, order))
 
 
 def run(
-    setting: Setting, model: HiARTransformer, order: str, strategy: str, blocks: int, group: Any, split: tuple[int, ...]
-) -> dict[str, Any] | None:
-    """Time one strategy on the ranks of a group (None: this one alone); its figures, on the last of them."""
-    text = torch.zeros(1, setting.config.text_len, setting.config.text_dim, device=setting.device, dtype=setting.dtype)
-    text[0, :8] = 1
+    setting: Setting, model: HiARTransformer, order: str, strategy: str, blocks: int, mesh: DeviceMesh | None,
+    split: tuple[int, ...],
+) -> dict[str, Any] | None:  # fmt: skip
+    """Time one strategy on the ranks of a mesh of one axis (None: this one alone); its figures, on the last of them."""
+    c, kind = setting.config, {"device": setting.device, "dtype": setting.dtype}
+    prompt_embeds = torch.zeros(1, c.text_len, c.text_dim, **kind)
+    prompt_embeds[0, :8] = 1
     begun: dict[int, float] = {}  # block -> when its first task began, on the first rank
 
-    def text_of(block: int) -> torch.Tensor:
+    def prompt_of(block: int) -> torch.Tensor:
         begun.setdefault(block, time.perf_counter())
-        return text
+        return prompt_embeds
 
     cuda = setting.device == "cuda"
-    options: dict[str, Any] = {"executor": "graph" if cuda else "eager"}
-    if strategy == "ulysses":
-        options["parallel"] = "ulysses"
-    elif strategy == "pipeline":
-        options["executor"] = "pipeline-graph" if cuda else "pipeline"
-        options["pipeline"] = PipelineOptions(steps_per_rank=split, group=group)
+    shared = strategy in ("pipeline", "ulysses")
+    execution = ExecutionConfig(
+        cuda_graph=cuda, mesh=mesh if shared else None, steps_per_rank=split if strategy == "pipeline" else None
+    )
     rollout = Rollout(
-        model, text_of, FlowSchedule.uniform(STEPS), num_frames=FRAMES * blocks, height=setting.height,
-        width=setting.width, order=order, window_frames=setting.window, **options,
+        model, prompt_of, config_of(setting, order), execution, num_latent_frames=FRAMES * blocks,
+        latent_size=(setting.height, setting.width),
     )  # fmt: skip
     rollout.warm_up()
     begun.clear()
+    group = None if mesh is None else mesh.get_group()
     if group is not None:
         dist.barrier(group=group)
     start, ends = time.perf_counter(), []
@@ -139,8 +145,8 @@ def simulated(setting: Setting, row: dict[str, Any], costs: Costs) -> dict[str, 
 def mean(one: Costs, other: Costs) -> Costs:
     """Of two measurements of the same tasks."""
 
-    def middle(a: Any, b: Any) -> Curve:
-        return Curve(tuple((k, (s + t) / 2) for (k, s), (_, t) in zip(a.points, b.points, strict=True)))
+    def middle(a: Any, b: Any) -> CostCurve:
+        return CostCurve(tuple((k, (s + t) / 2) for (k, s), (_, t) in zip(a.points, b.points, strict=True)))
 
     return dataclasses.replace(one, denoise=middle(one.denoise, other.denoise), cache=middle(one.cache, other.cache))
 
@@ -152,20 +158,23 @@ def fps(setting: Setting, blocks: int, seconds: float) -> float | None:
 def main(target: Path, name: str) -> None:
     setting = SETTINGS[name]
     torch.set_num_threads(1)
-    world = join(setting.device)
+    world = init_distributed(setting.device)
     rank = dist.get_rank() if world > 1 else 0
     if setting.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     elif hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})  # a rank is a core
-    groups = {ranks: dist.new_group(list(range(ranks))) for ranks in range(2, world + 1)}
+    meshes = {  # of the first ranks, made by all of them
+        (name, ranks): DeviceMesh(setting.device, list(range(ranks)), mesh_dim_names=(name,))
+        for name, ranks in (*(("step", n) for n in range(2, world + 1)), *[("head", world)][: world - 1])
+    }
     torch.manual_seed(0)
     with torch.device(setting.device):
         model = HiARTransformer(setting.config).to(setting.dtype).eval().requires_grad_(False)
-    text = torch.zeros(1, 8, setting.config.text_dim, device=setting.device, dtype=setting.dtype)
-    executor = "graph" if setting.device == "cuda" else "eager"
-    size = {"num_frames": FRAMES * max(setting.blocks), "height": setting.height, "width": setting.width}
+    prompt_embeds = torch.zeros(1, 8, setting.config.text_dim, device=setting.device, dtype=setting.dtype)
+    how: dict[str, Any] = {"execution": ExecutionConfig(cuda_graph=setting.device == "cuda"), "repeats": 12}
+    how |= {"num_latent_frames": FRAMES * max(setting.blocks), "latent_size": (setting.height, setting.width)}
     begun = time.perf_counter()
 
     def log(message: str) -> None:
@@ -178,7 +187,7 @@ def main(target: Path, name: str) -> None:
         for alone in (True, False)[:world]:
             costs: list[Any] = [None]
             if rank == 0 or not alone:
-                costs = [measure_costs(model, text, plan_of(setting, "stream"), executor=executor, repeats=12, **size)]
+                costs = [measure_costs(model, prompt_embeds, config_of(setting, "stream"), **how)]
             if world > 1:
                 dist.broadcast_object_list(costs)
             both += costs
@@ -194,7 +203,8 @@ def main(target: Path, name: str) -> None:
             split = split_steps(plan_of(setting, order), blocks, ranks if strategy == "pipeline" else 1, costs)
             figures: list[Any] = [None]
             if rank < ranks <= world:
-                figures = [run(setting, model, order, strategy, blocks, groups.get(ranks), split)]
+                mesh = meshes.get(("head" if strategy == "ulysses" else "step", ranks))
+                figures = [run(setting, model, order, strategy, blocks, mesh, split)]
             if world > 1:
                 mine, figures = figures[0], [None] * world
                 dist.all_gather_object(figures, mine)

@@ -1,4 +1,4 @@
-"""What keys in 8 bits do to a video: the shipped toy model's latents and oracle figures by cache dtype, on one noise.
+"""What keys and values in 8 bits do to a video: the toy model's latents and oracle figures by kv_dtype, on one noise.
 
     python -m bench.studies.fp8_cache [--prompts 64] [--num-frames 48]
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.lib import report
+from hiar_model import ExecutionConfig
 from hiar_model.models.registry import VideoModel, load_video_model
 from hiar_model.rollout import Rollout
 from hiar_model.toy.oracle import ToyOracle
@@ -36,7 +37,7 @@ HEADINGS += ("colour %", "valid %", "direction %", "speed/truth")
 
 
 def latents(
-    model: VideoModel, prompts: Sequence[ToyPrompt], frames: int, seed: int, cache_dtype: torch.dtype | None
+    model: VideoModel, prompts: Sequence[ToyPrompt], frames: int, seed: int, kv_dtype: torch.dtype | None
 ) -> Tensor:
     """[prompts, F, C, h, w], video i from the noise of video i."""
     _, height, width = model.latent_size
@@ -44,10 +45,9 @@ def latents(
     for first in range(0, len(prompts), BATCH):
         videos = range(first, min(first + BATCH, len(prompts)))
         rollout = Rollout(
-            model.transformer, torch.cat([model.encode_text(prompts[i].text()) for i in videos]), model.schedule,
-            num_frames=model.latent_frames(frames), height=height, width=width, batch=len(videos),
-            frames_per_block=model.frames_per_block, window_frames=model.window_frames, sink_frames=model.sink_frames,
-            seed=seed, video_ids=videos, cache_dtype=cache_dtype,
+            model.transformer, torch.cat([model.encode_text(prompts[i].text()) for i in videos]),
+            model.rollout.with_order("step_first"), ExecutionConfig(kv_dtype=kv_dtype),
+            num_latent_frames=model.latent_frames(frames), latent_size=(height, width), seed=seed, video_ids=videos,
         )  # fmt: skip
         videos_done.append(torch.cat([block.latents for block in rollout], 1))
     return torch.cat(videos_done).float()
@@ -65,15 +65,15 @@ def table(model: VideoModel, prompts: Sequence[ToyPrompt], frames: int, seed: in
     """Lines of Markdown."""
     cells = []
     own: dict[torch.dtype, Tensor] = {}
-    for dtype, cache_dtype in ROWS:
+    for dtype, kv_dtype in ROWS:
         working = replace(model, transformer=model.transformer.to(dtype))
-        result = latents(working, prompts, frames, seed, cache_dtype)
+        result = latents(working, prompts, frames, seed, kv_dtype)
         first = not own
         expected = own.get(dtype, next(iter(own.values()), result))
         own.setdefault(dtype, result)
         off = (result - expected).abs()
         s = read(model, prompts, result)
-        names = [str(x).removeprefix("torch.") for x in (dtype, cache_dtype or dtype)]
+        names = [str(x).removeprefix("torch.") for x in (dtype, kv_dtype or dtype)]
         differences = [f"{off.max():.3f}", f"{off.mean():.4f}"] if not first else ["", ""]
         shares = [f"{100 * share:.1f}" for share in (s.colour, s.valid, s.direction)]
         cells.append([*names, *differences, f"{result.square().mean().sqrt():.3f}", *shares, f"{s.speed_ratio:.3f}"])
@@ -82,7 +82,7 @@ def table(model: VideoModel, prompts: Sequence[ToyPrompt], frames: int, seed: in
 
 def main() -> None:
     """Print the table and what was run."""
-    parser = argparse.ArgumentParser(description="Latents and oracle figures of the toy model by cache dtype.")
+    parser = argparse.ArgumentParser(description="Latents and oracle figures of the toy model by kv_dtype.")
     parser.add_argument("--model", default="toy", help="name of a shipped model, or a folder")
     parser.add_argument("--prompts", type=int, default=64, help="how many of the held-out ones")
     parser.add_argument("--num-frames", type=int, default=48)
@@ -94,7 +94,7 @@ def main() -> None:
     if not 1 <= a.prompts <= len(prompts):
         raise SystemExit(f"prompts must be in 1..{len(prompts)}, the number of held-out prompts, got {a.prompts}")
     print("\n".join(table(model, prompts[: a.prompts], a.num_frames, a.seed)))
-    about = f"{a.prompts} held-out prompts, {a.num_frames} frames, {len(model.schedule)} steps, seed {a.seed}"
+    about = f"{a.prompts} held-out prompts, {a.num_frames} frames, {len(model.rollout.steps)} steps, seed {a.seed}"
     print(f"\n{model.name} ({model.weights_sha256[:12]}), {about}, {model.device}, torch {torch.__version__}")
 
 

@@ -21,7 +21,7 @@ import torch
 
 from bench.lib import report
 from hiar_model.io.video import VideoWriter
-from hiar_model.pipelines.video_pipeline import Generation
+from hiar_model.pipelines.video_pipeline import VideoOptions, VideoPipeline, VideoRun
 
 HEADINGS = ("minutes of video", "frames", "tensors", "their MB", "Python blocks", "resident MB")
 
@@ -52,7 +52,7 @@ def memory(frames: int) -> Memory:
     return Memory(frames, tensors, nbytes, sys.getallocatedblocks(), resident)
 
 
-def watch(run: Generation, writer: VideoWriter, every: int) -> Iterator[Memory]:
+def watch(run: VideoRun, writer: VideoWriter, every: int) -> Iterator[Memory]:
     """Make the video, and look each time another ``every`` frames are there, and at the end."""
     following = every
     for frames in run:
@@ -74,7 +74,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     a = parser.parse_args()
     torch.set_num_threads(1)
-    run = Generation(a.prompt, model=a.model, num_frames=a.num_frames, order=a.order, device=a.device)
+    pipeline = VideoPipeline(a.model, device=a.device)
+    run = pipeline.prepare(VideoOptions(a.prompt, num_frames=a.num_frames, order=a.order))
     begun = time.perf_counter()
     print("\n".join(report.table(HEADINGS, [], text_columns=0)))
     with VideoWriter(a.out, run.fps, run.metadata) as writer:

@@ -62,11 +62,14 @@ def test_json_gives_back_what_was_written(values):
         ({"frames_per_block": 2.5}, "frames_per_block must be a whole number of at least 1, got 2.5"),
         ({"sink_frames": -1}, "sink_frames must be a whole number of at least 0, got -1"),
         ({"sink_frames": 4, "window_frames": 6}, r"window_frames must be .* at least 7 \(sink_frames \+ frames_per"),
-        ({"window_frames": (9, 9)}, r"window_frames=\(9, 9\) is not legal: .* one per step \(4\)"),
-        ({"window_frames": "9"}, "window_frames='9' is not legal"),
+        ({"window_frames": (9, 9)}, r"window_frames must be .* one per step \(4\), got \(9, 9\)"),
+        ({"window_frames": "9"}, "window_frames must be None, one number of frames, .* got '9'"),
         ({"kv_source": "next_step"}, "kv_source='next_step' is impossible with order='step_first': use stream or wave"),
         ({"order": "block_first", "fuse_cache_denoise": True}, "impossible with order='block_first'"),
-        ({"order": "stream", "kv_source": "next_step", "fuse_cache_denoise": True}, "use one or the other"),
+        (
+            {"order": "stream", "kv_source": "next_step", "fuse_cache_denoise": True},
+            "impossible with kv_source='next_step'",
+        ),
         ({"fuse_cache_denoise": "measured"}, "fuse_cache_denoise must be True or False, got 'measured'"),
         ({"fuse_cache_denoise": True, "on_prompt_change": "recache"}, "impossible with fuse_cache_denoise=True"),
         ({"sampler": "euler"}, "sampler must be one of sde, ode, got 'euler'"),
@@ -109,7 +112,7 @@ def test_steps_and_windows():
         ({"on_nan": "ignore"}, "on_nan must be one of stop, retry, got 'ignore'"),
         ({"kv_dtype": "int8"}, "kv_dtype must be one of float32, .* got 'int8'"),
         ({"timeout": 0}, "timeout must be a number above 0, got 0"),
-        ({"steps_per_rank": 4}, "steps_per_rank must be a number of steps for each rank, in order, got 4"),
+        ({"steps_per_rank": 4}, "steps_per_rank must be a sequence .* got 4"),
         ({"steps_per_rank": (1, -1)}, "steps_per_rank must be a whole number of at least 0, got -1"),
     ],
     ids=str,
@@ -127,6 +130,6 @@ def test_both_are_frozen_and_import_no_torch():
     for config in (RolloutConfig(), ExecutionConfig()):
         with pytest.raises(dataclasses.FrozenInstanceError):
             config.order = "stream"  # type: ignore[union-attr, misc]
-    code = "import sys; from hiar_model import RolloutConfig, ExecutionConfig; RolloutConfig(); print('torch' in sys.modules)"
+    code = "import sys, hiar_model as h; h.RolloutConfig(); h.ExecutionConfig(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

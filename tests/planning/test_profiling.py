@@ -109,15 +109,15 @@ def test_a_warm_up_says_what_it_costs(capfd):
     out = capfd.readouterr().out.splitlines()
     first, _, second = (line for line in out if "process" in line)
     assert first.startswith("cold start of this process: weights ") and second.startswith("cold start of this process")
-    assert "first run of" in first and "kinds of launches (compiling, loading, capturing)" in first
+    assert "first run of" in first and "kinds of forwards (compiling, loading, capturing)" in first
 
 
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--order", "step_first"], "profile needs an order with a steady state: stream, wavefront or block_first"),
+        (["--order", "step_first"], r"--order must have a steady state \(stream, wavefront or block_first\)"),
         (["--model", "wan"], "--model 'wan' is no known configuration; known: toy, wan"),
-        (["--model", "toy", "--height", "32"], "toy has one size: give no height and no width"),
+        (["--model", "toy", "--height", "32"], "toy has one size"),
         (["--height", "33"], "height and width must be multiples of 16, got 33x832"),
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, float64, got 'int8'"),
         (["--blocks", "0"], "--blocks must be a whole number of at least 1, got 0"),
@@ -135,7 +135,7 @@ def test_wrong_settings(capsys, options, line):
 
 
 def test_ranges_are_off_and_cost_no_object():
-    assert nvtx.span("layer", 3) is nvtx.span("visit", "denoise(0, 1)")
+    assert nvtx.span("layer", 3) is nvtx.span("task", "denoise(0, 1)")
 
 
 def test_ranges_of_a_rollout():
@@ -149,12 +149,12 @@ def test_ranges_of_a_rollout():
         nvtx.enable(False)
     ranges = [e for e in profiler.events() if not e.name.startswith("aten::")]
     names = {e.name for e in ranges}
-    assert {"block 0", "block 1", "visit denoise(0, 0)", "visit denoise(1, 1)", "layer 0", "layer 1"} <= names
+    assert {"block 0", "block 1", "task denoise(0, 0)", "task denoise(1, 1)", "layer 0", "layer 1"} <= names
     assert {"qkv", "self-attention", "qk_norm_rope_append", "attention", "cross-attention", "feed-forward"} <= names
 
     def inside(inner: str, outer: str) -> bool:
         a, b = (next(e for e in ranges if e.name == name).time_range for name in (inner, outer))
         return b.start <= a.start and a.end <= b.end
 
-    chain = ["attention", "self-attention", "layer 0", "visit denoise(0, 0)", "block 0"]
+    chain = ["attention", "self-attention", "layer 0", "task denoise(0, 0)", "block 0"]
     assert all(inside(*two) for two in itertools.pairwise(chain))

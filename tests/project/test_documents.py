@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from test_layout import UNITS
 
 from hiar_model.cli import build_parser, main
 from hiar_model.cli.choices import READ, check_choices
@@ -194,6 +195,15 @@ def test_the_cheap_command_lines_of_the_readme_run(here, capsys):
 def test_how_to_install_is_said():
     for line in ("source .venv/bin/activate", "pip install torch --index-url https://download.pytorch.org/whl/cpu"):
         assert f"\n{line}\n" in TEXTS["README.md"]
+
+
+def test_the_tree_is_that_of_the_repository():
+    """CONTRIBUTING shows every folder of hiar_model, in the order in which they may import each other."""
+    tree = next(snippet for snippet in SNIPPETS if snippet.page == "CONTRIBUTING.md").code.splitlines()
+    shown = [line.split("/")[0].strip() for line in tree if re.match(r"  \w+/", line)]
+    units = [unit.removeprefix("hiar_model.") for unit in UNITS if (ROOT / unit.replace(".", "/")).is_dir()]
+    assert shown == [unit for unit in units if unit not in ("hiar_kernels", "hiar_model")]
+    assert all((ROOT / line.split("/")[0]).is_dir() for line in tree if re.match(r"\w+/", line))
 
 
 # The checks themselves: each must be able to fail.

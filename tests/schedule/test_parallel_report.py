@@ -1,4 +1,4 @@
-"""The tables and pictures of docs/parallel.md: current, and true of the simulator."""
+"""The tables and pictures of the report: true of the simulator. That the pages show them: docs/refresh.py."""
 
 from __future__ import annotations
 
@@ -15,33 +15,26 @@ from hiar_model.schedule.costs import (
     LINKS,
     Geometry,
     Link,
-    exchanged_bytes,
     head_parallel,
-    measured,
     roofline,
-    task_flop,
     unit_costs,
 )
-from hiar_model.schedule.gpu_tables import stage_times
 from hiar_model.schedule.plan import Plan, forwards
 from hiar_model.schedule.report import (
-    PAGES,
     crossing_table,
     draw_gains,
     gain_table,
     limit_table,
     pictures,
-    refreshed,
     report,
     setup_table,
 )
-from hiar_model.schedule.simulator import makespan, simulate
-from hiar_model.schedule.strategies import machines, plan_of, ways
+from hiar_model.schedule.simulator import simulate
+from hiar_model.schedule.strategies import machines, plan_of, strategies
 from hiar_model.train.engine.loss_plot import can_draw
 
 pytestmark = pytest.mark.cpu
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -50,26 +43,7 @@ def rows(table: list[str]) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("|")][2:]
 
 
-# The documents are what the command writes.
-
-
-@pytest.mark.parametrize(("name", "tables"), list(zip(PAGES, (10, 1, 2), strict=True)))
-def test_tables_of_the_pages(name: str, tables: int) -> None:
-    page = (DOCS / name).read_text(encoding="utf-8")
-    assert page.count("<!-- table ") == tables
-    now = refreshed(page)
-    stale = [old for old, new in zip(page.splitlines(), now.splitlines(), strict=False) if old != new]
-    assert page == now, f"run python -m hiar_model.schedule.report --docs docs; first stale line: {stale[:1]}"
-
-
-def test_pictures_of_the_page() -> None:
-    for name, svg in pictures().items():
-        assert f"]({name})" in (DOCS / "parallel.md").read_text(encoding="utf-8")
-        same = (DOCS / name).read_text(encoding="utf-8") == svg
-        assert same, f"{name} is stale: run python -m hiar_model.schedule.report --docs docs"
-
-
-def test_pictures_show_every_visit_inside_the_frame() -> None:
+def test_pictures_show_every_task_inside_the_frame() -> None:
     for name, svg in pictures().items():
         root = ElementTree.fromstring(svg)
         width, height = float(root.attrib["width"]), float(root.attrib["height"])
@@ -81,15 +55,9 @@ def test_pictures_show_every_visit_inside_the_frame() -> None:
         if name == "schedule_one_rank.svg":
             plans = [(Plan(4, order, 3), 4) for order in ("block_first", "stream", "step_first")]
         else:
-            plans = [(Plan(4, "stream", 3), 6)] * 3 + [(Plan(4, "stream", 3, pairs=True), 6)]
+            plans = [(Plan(4, "stream", 3), 6)] * 3 + [(Plan(4, "stream", 3, fuse_cache_denoise=True), 6)]
             assert framed == 4 * 5
         assert len(boxes) - legend - framed == sum(forwards(plan.groups(n)) for plan, n in plans)
-
-
-def test_an_unknown_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="table 'gains' is unknown: give one of grid, limits"):
-        refreshed("<!-- table gains -->\n<!-- end -->")
-    assert refreshed("no table") == "no table"
 
 
 # The tables are right.
@@ -98,36 +66,9 @@ def test_an_unknown_table_is_refused() -> None:
 def test_gains_agree_with_the_closed_forms() -> None:
     for s, n, *gains in rows(gain_table(unit_costs(), steps=(2, 4, 8))):
         steps, blocks = int(s), int(n)
-        best = (makespan(plan_of("block_first", steps), blocks, 1).time) / (2 * blocks + steps - 2)
+        best = (simulate(plan_of("block_first", steps), blocks, 1).time) / (2 * blocks + steps - 2)
         assert gains[-1] == f"{best:.2f}"
         assert gains[0] == f"{((steps + 1) * blocks - 1) / (2 * steps * blocks - steps):.2f}"
-
-
-def test_figures_of_the_text() -> None:
-    """What docs/parallel.md says outside its quoted tables."""
-    text = " ".join((DOCS / "parallel.md").read_text(encoding="utf-8").split())
-    machine = next(m for m in machines(links=("pcie",)) if m.name == "wan2.1-t2v-1.3b")
-    short = {
-        name: rows(gain_table(costs, (4,), (7,)))[0][-1]
-        for name, costs in (("unit", unit_costs()), ("1.3B", machine.costs))
-    }
-    assert f"1.3B, 4 steps, 7 blocks: {short['1.3B']} instead of {short['unit']}" in text
-    hop, shared = machine.costs.latents.nbytes / 1e6, exchanged_bytes(machine.config, machine.geometry, 4) / 1e6
-    assert f"sends {hop:.1f} MB per block and hop, the other {shared:.0f} MB per GPU and forward (1.3B)" in text
-    decode = 1e3 * machine.costs.decode
-    assert f"finishes a block every {decode:g} ms: {12e3 / decode:.0f} fps at most" in text
-    file = stage_times()
-    assert file is not None
-    config, geometry, costs = measured(file, LINKS["pcie"])
-    frame = geometry.frame_tokens(config)
-    seconds = {seen: costs.curve("denoise", 0)(seen) for seen in (3, 21)}
-    whole, own = (task_flop(config, 3 * frame, seen * frame) / seconds[seen] / 1e12 for seen in (21, 3))
-    assert f"took {1e3 * seconds[21]:.1f} ms ({round(whole, -1):.0f} TFLOP/s)" in text
-    assert f"own 3 frames {1e3 * seconds[3]:.1f} ({round(own, -1):.0f} TFLOP/s" in text
-    cache = costs.curve("cache", 0)
-    assert f"a cache task {1e3 * cache(21):.1f} and {1e3 * cache(3):.1f}" in text
-    readme = " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
-    assert f"none of these ways but replicas exceeds {12 / machine.costs.decode:.0f} fps" in readme
 
 
 def test_gains_are_drawn(tmp_path: Path) -> None:
@@ -146,17 +87,16 @@ def test_limits() -> None:
         assert [float(x) for x in (base, own, pipe, gain)] == [steps + 1, 2 * steps, 2, (steps + 1) / 2]
         assert each == f"{(steps + 1) / (2 * steps):.1%}"
         reached = [
-            makespan(plan_of("block_first", steps), m, 1).time / makespan(plan_of("stream", steps), m, steps).time
+            simulate(plan_of("block_first", steps), m, 1).time / simulate(plan_of("stream", steps), m, steps).time
             for m in (n - 1, n)
         ]
         assert reached[0] < 0.9 * float(gain) <= reached[1]
 
 
 @pytest.mark.parametrize(("steps", "ranks"), [(4, 2), (4, 4), (8, 4)])
-def test_both_ways_are_equal_where_they_cross(steps: int, ranks: int) -> None:
+def test_both_are_equally_fast_at_the_crossing(steps: int, ranks: int) -> None:
     model = "wan2.1-t2v-1.3b"
-    found = rows(crossing_table([model], [100.0], [steps]))
-    rate = next(float(row[-1]) for row in found if row[2] == str(ranks)) * 1e9
+    rate = next(float(row[-1]) for row in rows(crossing_table([model], [100.0], [steps])) if row[2] == str(ranks)) * 1e9
     config, link = WanConfig.from_name(model), Link("crossing", rate, 0.0)
     costs = roofline(config, 100.0, link)
     shared = head_parallel(costs, config, Geometry(), ranks, link)
@@ -165,10 +105,10 @@ def test_both_ways_are_equal_where_they_cross(steps: int, ranks: int) -> None:
     assert ulysses == pytest.approx(pipeline, rel=0.005)  # the rate is printed with three digits
 
 
-def test_ways() -> None:
+def test_strategies() -> None:
     machine = next(m for m in machines(links=("pcie",)) if m.name == "wan2.1-t2v-1.3b")
-    by_name = {way.name: way for way in ways(machine)}
-    times = {name: way.run(27).time for name, way in by_name.items()}
+    by_name = {strategy.name: strategy for strategy in strategies(machine)}
+    times = {name: strategy.run(27).time for name, strategy in by_name.items()}
     assert times["pipeline of 3 (2+1+1 steps)"] == pytest.approx(times["pipeline of 2"], rel=1e-3)
     assert times["stream"] == pytest.approx(times["step_first"])
     table = {row[0]: row for row in rows(setup_table(machine))}
@@ -178,8 +118,8 @@ def test_ways() -> None:
         seconds = by_name[name].run(27).time
         assert row[7] == f"{by_name[name].videos * (1 + 4 * (3 * 27 - 1)) / seconds:.1f}"
         assert float(row[8]) <= float(row[7])  # decoding costs time
-    assert not [way.name for way in ways(machine, steps=8, gpus=8) if "Ulysses" in way.name]  # 12 heads
-    assert "No Ulysses over 8: the 12 heads must fall into equal parts." in setup_table(machine, 8, 3, 8)
+    assert not [s.name for s in strategies(machine, steps=8, gpus=8) if "Ulysses" in s.name]  # 12 heads
+    assert "No Ulysses over 8: 12 heads cannot be divided evenly." in setup_table(machine, 8, 3, 8)
 
 
 # From measured stage times.
@@ -193,19 +133,19 @@ def test_report_from_stage_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file.write_text(json.dumps(stages))
     text = "\n".join(report(file))
     assert "stage times measured on a test, revision r1" in text and "FLOP of a task / " not in text
-    assert text.count("Ways to make 27 blocks") == len(LINKS)
+    assert text.count("Strategies for 27 blocks") == len(LINKS)
     # a block of a full window: 4 denoise tasks and one cache task of 2 s
     assert "| block_first | 1 | 242 | 1.00 | 2 | 10 | 18 (1.8) |" in text
     file.write_text(json.dumps(stages | {"model": "toy", "height": 16, "width": 16}))
-    assert "No Ulysses over 4: the 2 heads must fall into equal parts." in "\n".join(report(file))
+    assert "No Ulysses over 4: 2 heads cannot be divided evenly." in "\n".join(report(file))
     per_step = [[[3, 0.5]], [[3, 0.25]]]
     file.write_text(json.dumps(stages | {"denoise_s": per_step, "cache_s": per_step}))
     text = "\n".join(report(file))
-    assert "Ways to make" not in text and "| 2 | 27 |" in text  # two curves: two steps
+    assert "Strategies for" not in text and "| 2 | 27 |" in text  # two curves: two steps
 
 
 def test_the_report_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each table is printed when it is made: what was measured stands there before the first simulation."""
+    """Tables are printed one by one: measurements come before the first simulation."""
     shown: list[str] = []
 
     def stop(*_: object) -> list[str]:
@@ -217,11 +157,19 @@ def test_the_report_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: 
     with pytest.raises(KeyboardInterrupt):
         parallel_report.main()
     assert shown[0].startswith("# Rollouts measured on one GPU") and "| H200, " in shown[0]
-    assert "## Where a task goes, ms" in shown[0] and "Steady state" not in shown[0]
+    assert "## Where the time of a task goes, ms" in shown[0] and "Steady state" not in shown[0]
 
 
-def row_of(order: str, way: str, ranks: int, seconds: float, **more) -> dict:
-    row = {"order": order, "way": way, "ranks": ranks, "split": [4], "blocks": 27, "measured": True, "seconds": seconds}
+def row_of(order: str, strategy: str, ranks: int, seconds: float, **more) -> dict:
+    row = {
+        "order": order,
+        "way": strategy,
+        "ranks": ranks,
+        "split": [4],
+        "blocks": 27,
+        "measured": True,
+        "seconds": seconds,
+    }
     numbers = {"first_block": 0.5, "interval": 0.25, "prompt": None, "fps": 24.0, "fps_vae": 15.0, "predicted": seconds}
     return {**row, **numbers, **more}
 
@@ -243,4 +191,4 @@ def test_the_table_of_what_was_measured(tmp_path, capsys):
     assert "- device: a GPU" in out and not any("visit_s" in line for line in out)
     target.write_text("{}")
     assert main(["bench-report", "--measured", str(target)]) == 2
-    assert "is no result of bench/rollout/test_four_step_speedup.py" in capsys.readouterr().err
+    assert "must be a result of bench/rollout/test_four_step_speedup.py" in capsys.readouterr().err

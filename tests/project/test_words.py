@@ -1,0 +1,162 @@
+"""One word for one thing: names that were given up do not come back as classes, functions, arguments, attributes or
+variables of hiar_kernels, hiar_model and bench.
+
+    python tests/project/test_words.py     prints TO_DO as the tree stands: shrink the table below to that
+
+A name is split into its words (`forwards_by_visit`, `VisitList`: both hold "visit"). Where an old word is only wrong as
+a whole name (`enter`, but not `enter_block`), it stands in NAMES.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("hiar_kernels", "hiar_model", "bench")
+
+WORDS = {
+    "visit": "task", "visits": "tasks", "visited": "done", "visiting": "task",
+    "walk": "order, task order", "walks": "orders", "lent": "shared", "lends": "shares", "bundle": "registry",
+    "live": "OutputSelection; of a kernel: mask", "withheld": "quarantined", "sentinel": "NaNGuard",
+    "texts": "prompt_embeds",
+    "told": "the thing itself: header, message, line", "found": "the thing itself: tensors, rows, match",
+    "kept": "the thing itself: stored, states", "wanted": "the thing itself: expected, enabled",
+    "asked": "the thing itself: request, requested", "given": "conditioning_frames, or the thing itself",
+}  # fmt: skip
+"""Old word, anywhere in a name -> what to say."""
+
+NAMES = {
+    "way": "strategy", "ways": "strategies", "stands": "slot_frames, write_position", "held": "slot_frames",
+    "made": "the thing itself: frames, latents, rollout", "record": "metadata",
+    "Kind": "GraphKey", "Launch": "BatchedForward", "Attend": "SelfAttention", "RingAttend": "CachedAttention",
+    "UlyssesAttend": "a SelfAttention", "FullSequence": "DenseAttention", "Pending": "DeferredResidual",
+    "_settle": "add_residual_and_norm", "stand_at": "seek", "enter": "prepare_host",
+    "Place": "NaNLocation, DistContext", "find_place": "init_distributed",
+    "synchronise": "set_requires_gradient_sync", "TextKV": "CrossAttentionKV", "Script": "PromptSchedule",
+    "Show": "PromptSchedule", "Turn": "UpdateStep", "Matched": "DMDResult",
+    "Watch": "Watchdog, MetricsLogger, NaNTracer", "cache_source": "kv_source",
+    "cache_dtype": "kv_dtype", "on_new_text": "on_prompt_change", "decode_apart": "dedicated_decoder_rank",
+}  # fmt: skip
+"""Old name, as a whole -> what to say."""
+
+KERNELS = {"total": "l_i", "highest": "m_i", "keep": "alpha", "parts": "num_splits"}
+"""Names of hiar_kernels, where they mean one thing; elsewhere they are ordinary words."""
+
+PUBLIC = {
+    "hiar_model/rollout/flat.py": {"pairs", "trajectory", "cache_source", "cache_dtype", "on_new_text", "on_visit"},
+}
+"""Keywords of the function hiar_model.rollout, which stay as they are."""
+
+TO_DO = {
+    "Place": 1, "Script": 1, "Show": 1, "Watch": 2, "asked": 16, "enter": 2, "found": 85, "given": 38, "held": 7,
+    "highest": 14, "keep": 2, "kept": 26, "lends": 1, "lent": 1, "live": 29, "made": 17, "on_new_text": 1,
+    "parts": 8, "record": 6, "stands": 1, "texts": 10, "told": 25, "total": 20, "visit": 1, "visited": 1,
+    "visiting": 1, "walk": 1, "wanted": 19, "way": 1, "ways": 2,
+}  # fmt: skip
+"""Old word -> places that still have it. It may only shrink."""
+
+
+def names(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """(name, line) of everything that a module names: what it only reads was named elsewhere."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            yield node.attr, node.lineno
+        elif isinstance(node, (ast.alias, ast.ExceptHandler)):
+            name = node.asname if isinstance(node, ast.alias) else node.name
+            if name is not None:
+                yield name, node.lineno
+
+
+def old_words(name: str, path: str) -> list[str]:
+    """The entries of the tables that a name breaks."""
+    if name in PUBLIC.get(path, ()):
+        return []
+    broken = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name) if word.lower() in WORDS]
+    whole = name.lstrip("_") if name not in NAMES else name
+    if whole in NAMES or (whole in KERNELS and path.startswith("hiar_kernels/")):
+        broken.append(whole)
+    return broken
+
+
+def places(root: Path) -> dict[str, list[str]]:
+    """Old word -> where it stands, "path:line: name"."""
+    result: dict[str, list[str]] = defaultdict(list)
+    for package in PACKAGES:
+        for file in sorted((root / package).rglob("*.py")):
+            path = file.relative_to(root).as_posix()
+            for name, line in names(ast.parse(file.read_text(encoding="utf-8"))):
+                for word in old_words(name, path):
+                    result[word].append(f"{path}:{line}: {name}")
+    return result
+
+
+def problems(root: Path, to_do: dict[str, int]) -> list[str]:
+    """A line for every old word that stands in more places than it may."""
+    better = {**WORDS, **NAMES, **KERNELS}
+    return [
+        f"{word!r} stands in {len(where)} places, at most {to_do.get(word, 0)} may; say {better[word]}: "
+        + ", ".join(where)
+        for word, where in sorted(places(root).items())
+        if len(where) > to_do.get(word, 0)
+    ]
+
+
+def test_old_words_do_not_come_back():
+    assert not problems(ROOT, TO_DO), "\n".join(problems(ROOT, TO_DO))
+
+
+def test_the_tables_are_of_one_mind():
+    assert set(TO_DO) <= {*WORDS, *NAMES, *KERNELS}
+    new = {word for text in (*WORDS.values(), *NAMES.values(), *KERNELS.values()) for word in re.findall(r"\w+", text)}
+    assert not new & {*NAMES}, "an old name is no better name for another one"
+
+
+@pytest.mark.parametrize(
+    ("source", "word"),
+    [
+        ("def tasks_of(visit): pass", "visit"),
+        ("class VisitList: pass", "visit"),
+        ("x.visited = 1", "visited"),
+        ("for way in x: pass", "way"),
+        ("import a as told", "told"),
+        ("try: pass\nexcept E as found: pass", "found"),
+        ("class RingAttend: pass", "RingAttend"),
+        ("f = lambda cache_source: 0", "cache_source"),
+        ("if (kept := f()): pass", "kept"),
+    ],
+)
+def test_an_old_word_is_seen(tmp_path, source, word):
+    (tmp_path / "hiar_model").mkdir()
+    (tmp_path / "hiar_model" / "a.py").write_text(source + "\n")
+    (line,) = problems(tmp_path, {})
+    assert line.startswith(f"{word!r} stands in 1 places, at most 0 may") and "hiar_model/a.py:" in line
+    assert not problems(tmp_path, {word: 1})
+
+
+def test_what_is_only_read_or_said_or_public_is_no_name(tmp_path):
+    folder = tmp_path / "hiar_model" / "rollout"
+    folder.mkdir(parents=True)
+    (folder / "flat.py").write_text("def f(pairs, cache_source): pass\n")
+    (folder / "a.py").write_text('x = "visit"\nf(visit, pairs=told.visited)\nenter_block = keep = foundation = 1\n')
+    assert not problems(tmp_path, {})
+
+
+if __name__ == "__main__":
+    counts = [f'"{word}": {len(where)}' for word, where in sorted(places(ROOT).items())]
+    print("TO_DO = {", *textwrap.wrap(", ".join(counts) + ",", 110), sep="\n    ")
+    print("}  # fmt: skip")
