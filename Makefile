@@ -22,7 +22,7 @@ BUDGET ?= 480
 BIN := .venv/bin
 # pip says what it collects, downloads and installs: nobody looks at a silent line for minutes.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-DESCRIPTION := pyproject.toml setup.py constraints.txt hiar_kernels/_extension.py $(wildcard csrc/*.c* csrc/*.h)
+DESCRIPTION := pyproject.toml setup.py constraints.txt hiar_kernels/common/extension.py $(wildcard csrc/*.c* csrc/*.h)
 NUMERIC := tests/kernels/test_attention.py tests/kernels/test_pointwise.py tests/models/test_transformer.py tests/rollout/test_rollout.py
 PROMPT := a red circle moving right
 
@@ -47,7 +47,7 @@ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --u
 endef
 
 # torch comes first: the CUDA extension is built against its headers. pip keeps what a build says to itself.
-extension = $(BIN)/python hiar_kernels/_extension.py
+extension = $(BIN)/python hiar_kernels/common/extension.py
 
 # The stamps lie inside .venv: they go when it goes, and are older than the description when that has changed.
 .venv/installed: $(DESCRIPTION)
@@ -80,9 +80,10 @@ demo: setup
 	@echo "Look at out/demo.mp4: it should show what the prompt says, $(PROMPT), at an even pace from the first frame"
 	@echo "to the last. Now try your own: $(BIN)/hiar generate \"a blue square moving up fast\" -o out/mine.mp4"
 
-# One thread for each of JOBS workers: torch would otherwise start a thread per core in every one of them.
+# One thread for each of JOBS workers: torch would otherwise start a thread per core in every one of them. Each begins
+# with a run of files, and takes from another when it has done: what a file prepares is prepared once.
 # ARGS may choose tests of one tier alone: that the others then have none (exit status 5) is no failure.
-tier = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(JOBS) -m $(1) $(ARGS) $(if $(strip $(ARGS)),|| [ $$? -eq 5 ])
+tier = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(JOBS) --dist worksteal -m $(1) $(ARGS) $(if $(strip $(ARGS)),|| [ $$? -eq 5 ])
 
 # What the three take on two cores that are otherwise idle. A tier that fails does not keep the next one from running.
 test: setup-dev
@@ -148,12 +149,12 @@ gpu_run = @env -u TRITON_INTERPRET PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONPATH=.
 
 gpu-test:
 	@$(GPU_PYTHON) -c "$$gpu_check" "make $@" torch triton pytest
-	@$(GPU_PYTHON) hiar_kernels/_extension.py
+	@$(GPU_PYTHON) hiar_kernels/common/extension.py
 	$(gpu_run) -m gpu tests/interpreter tests/gpu $(ARGS)
 
 gpu-bench:
 	@$(GPU_PYTHON) -c "$$gpu_check" "make $@" torch triton pytest pytest_benchmark
-	@$(GPU_PYTHON) hiar_kernels/_extension.py
+	@$(GPU_PYTHON) hiar_kernels/common/extension.py
 	$(gpu_run) -p pytest_benchmark.plugin bench --benchmark-only $(ARGS)
 
 bench: setup-dev

@@ -1,7 +1,7 @@
 """Build entry point: pure Python, and the CUDA extension of csrc/ where nvcc and torch are found.
 
-How it is built, and which variables steer that, stands in hiar_kernels/_extension.py. It is loaded by path here: the
-package itself imports torch, which an isolated build does not have.
+How it is built, and which variables steer that, stands in hiar_kernels/common/extension.py. It is loaded by path here:
+the package itself imports torch, which an isolated build does not have.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
-_spec = importlib.util.spec_from_file_location("_extension", Path(__file__).with_name("hiar_kernels") / "_extension.py")
+_spec = importlib.util.spec_from_file_location("extension", Path(__file__).parent / "hiar_kernels/common/extension.py")
 extension = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(extension)
 

@@ -5,19 +5,19 @@
 
 namespace hiar {
 
-constexpr int kMostParts = 32;  // they travel as kernel arguments: 64 bytes each, 4 KB at most
+constexpr int kMaxPartials = 32;  // they travel as kernel arguments: 64 bytes each, 4 KB at most
 
-struct MergePart {
+struct PartialResult {
   const void* out;
   const float* lse;
   int64_t out_b, out_t, out_h, lse_b, lse_h, lse_t;
 };
 
 struct MergeArgs {
-  MergePart parts[kMostParts];
+  PartialResult partials[kMaxPartials];
   void* out;   // [B, T, H, D], contiguous
   float* lse;  // [B, H, T], contiguous
-  Dtype dtype;  // of the parts and of out
+  Dtype dtype;  // of the partial outputs and of out
   int32_t count, head_dim;
   uint32_t tokens, heads, rows;  // rows = B * T * H
 };
@@ -31,7 +31,7 @@ struct MergePlan {
     const int n = 16 / size_of(a.dtype);
     plan.wide = a.head_dim % n == 0 && aligned(a.out, a.dtype, n);
     for (int i = 0; i < a.count; ++i) {
-      const MergePart& p = a.parts[i];
+      const PartialResult& p = a.partials[i];
       plan.wide = plan.wide && aligned(p.out, a.dtype, n, p.out_b, p.out_t, p.out_h);
     }
     plan.width = plan.wide ? n : 1;
@@ -47,28 +47,28 @@ template <typename T, int N, bool WIDE>
 HIAR_HD void merge_numbers(const MergeArgs& a, uint32_t row, int d) {
   const uint32_t per_video = a.tokens * a.heads;
   const int64_t b = row / per_video, t = row % per_video / a.heads, h = row % a.heads;
-  float highest = -INFINITY;
+  float m = -INFINITY;
   for (int n = 0; n < a.count; ++n) {
-    const MergePart& p = a.parts[n];
-    highest = fmaxf(highest, read_only(p.lse + b * p.lse_b + h * p.lse_h + t * p.lse_t));
+    const PartialResult& p = a.partials[n];
+    m = fmaxf(m, read_only(p.lse + b * p.lse_b + h * p.lse_h + t * p.lse_t));
   }
-  if (highest == -INFINITY) highest = 0;  // no part saw a key
-  float total = 0, sum[N] = {};
+  if (m == -INFINITY) m = 0;  // no key is visible
+  float l = 0, sum[N] = {};
   for (int n = 0; n < a.count; ++n) {
-    const MergePart& p = a.parts[n];
-    const float weight = expf(read_only(p.lse + b * p.lse_b + h * p.lse_h + t * p.lse_t) - highest);
-    total += weight;
-    if (weight == 0) continue;  // a part that saw no key counts nothing, whatever it holds
+    const PartialResult& p = a.partials[n];
+    const float weight = expf(read_only(p.lse + b * p.lse_b + h * p.lse_h + t * p.lse_t) - m);
+    l += weight;
+    if (weight == 0) continue;  // without a visible key it counts nothing, whatever it holds
     float x[N];
     load_floats<WIDE>(static_cast<const T*>(p.out) + b * p.out_b + t * p.out_t + h * p.out_h + d, x);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum[i] += weight * x[i];
   }
-  const float scale = total == 0 ? 0 : 1 / total;
+  const float scale = l == 0 ? 0 : 1 / l;
 #pragma unroll
   for (int i = 0; i < N; ++i) sum[i] *= scale;
   store_floats<WIDE>(static_cast<T*>(a.out) + static_cast<int64_t>(row) * a.head_dim + d, sum);
-  if (d == 0) a.lse[(b * a.heads + h) * a.tokens + t] = total == 0 ? -INFINITY : highest + logf(total);
+  if (d == 0) a.lse[(b * a.heads + h) * a.tokens + t] = l == 0 ? -INFINITY : m + logf(l);
 }
 
 // All that a thread (x, y) of a block does.

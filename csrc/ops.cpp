@@ -47,7 +47,7 @@ CurrentStream current_stream() {
   return found;
 }
 
-// On the tensor's device, in torch's current stream, and told at once if the launch failed. Nothing is allocated and
+// On the tensor's device, in torch's current stream, checked at once for a failed launch. Nothing is allocated and
 // nothing waits, so a graph may capture it.
 template <typename Args>
 void launch_for(const char* op, const Tensor& tensor, const Args& args) {
@@ -111,8 +111,8 @@ void ring_advance(Tensor position, Tensor frames, Tensor slots, Tensor ring, Ten
 
 void merge_attention(std::vector<Tensor> outs, std::vector<Tensor> lses, Tensor out, Tensor lse) {
   const char* const op = "merge_attention";
-  STD_TORCH_CHECK(!outs.empty() && outs.size() == lses.size() && outs.size() <= kMostParts, op, ": takes 1 to ",
-                  kMostParts, " parts, got ", outs.size(), " outs and ", lses.size(), " lses");
+  STD_TORCH_CHECK(!outs.empty() && outs.size() == lses.size() && outs.size() <= kMaxPartials, op, ": takes 1 to ",
+                  kMaxPartials, " partial results, got ", outs.size(), " outs and ", lses.size(), " lses");
   require_here(op, "out", out, out);
   require_here(op, "lse", lse, out);
   if (out.numel() == 0) return;
@@ -125,11 +125,11 @@ void merge_attention(std::vector<Tensor> outs, std::vector<Tensor> lses, Tensor 
   a.tokens = narrow(out.size(1)), a.heads = narrow(out.size(2)), a.rows = narrow(out.numel() / out.size(3));
   for (int i = 0; i < a.count; ++i) {
     const Tensor &x = outs[i], &s = lses[i];
-    require_here(op, "a part", x, out);
+    require_here(op, "a partial output", x, out);
     require_here(op, "an lse", s, out);
     const bool fits = x.scalar_type() == out.scalar_type() && x.stride(3) == 1 && s.scalar_type() == ScalarType::Float;
-    STD_TORCH_CHECK(fits, op, ": parts must have the dtype of out and dense rows, every lse must be float32");
-    a.parts[i] = {x.const_data_ptr(), static_cast<const float*>(s.const_data_ptr()),
+    STD_TORCH_CHECK(fits, op, ": partial outputs must have the dtype of out and dense rows, every lse must be float32");
+    a.partials[i] = {x.const_data_ptr(), static_cast<const float*>(s.const_data_ptr()),
                   x.stride(0), x.stride(1), x.stride(2), s.stride(0), s.stride(1), s.stride(2)};
   }
   launch_for(op, out, a);

@@ -49,7 +49,7 @@ struct AppendPlan {
   bool wide;
   int per, threads;  // packs of a thread; threads of a block, whole warps
 
-  // Up to 8192 numbers; bfloat16 of Wan 1.3B: 192 threads x 1 pack, 14B: 320 x 2.
+  // Up to 8192 numbers; bfloat16 of 12 heads of 128: 192 threads x 1 pack, of 40: 320 x 2.
   static AppendPlan of(const AppendArgs& a) {
     const int n = 16 / size_of(a.dtype);
     AppendPlan plan{};

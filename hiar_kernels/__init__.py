@@ -1,9 +1,6 @@
 """Kernels for block-autoregressive video: attention over matched-noise caches and the pointwise work around it."""
 
 from . import reference
-from ._dispatch import prefer, taken
-from ._version import __version__ as __version__
-from .ada_layer_norm import ada_layer_norm
 from .attention import (
     EMPTY,
     AttentionLayout,
@@ -13,19 +10,25 @@ from .attention import (
     attention,
     attention_layout,
     attention_schedule,
+    attention_with_lse,
     takes_layout,
     takes_schedule,
 )
 from .backends import backends
+from .common.dispatch import prefer, taken
+from .common.version import __version__ as __version__
 from .flow_step import flow_step
-from .gated_residual import gated_residual
-from .gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
-from .gated_residual_layer_norm import gated_residual_layer_norm
-from .layer_norm import layer_norm
 from .merge_attention import merge_attention
+from .norm import (
+    ada_layer_norm,
+    gated_residual,
+    gated_residual_ada_layer_norm,
+    gated_residual_layer_norm,
+    layer_norm,
+    rms_norm,
+)
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_append
 from .ring_advance import ring_advance
-from .rms_norm import rms_norm
 from .rms_silu_pad import rms_silu_pad
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "attention",
     "attention_layout",
     "attention_schedule",
+    "attention_with_lse",
     "backends",
     "flow_step",
     "gated_residual",

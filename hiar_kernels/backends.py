@@ -8,20 +8,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import _cuda
-from ._pointwise import WHY as POINTWISE
-from .ada_layer_norm import api as ada_layer_norm
 from .attention import api as attention
 from .attention import table as attention_table
+from .common import cuda_loader
+from .common.pointwise import WHY as POINTWISE
 from .flow_step import api as flow_step
-from .gated_residual import api as gated_residual
-from .gated_residual_ada_layer_norm import api as gated_residual_ada_layer_norm
-from .gated_residual_layer_norm import api as gated_residual_layer_norm
-from .layer_norm import api as layer_norm
 from .merge_attention import api as merge_attention
+from .norm import api as norm
+from .norm.inputs import ARGUMENTS as NORMS
 from .qk_norm_rope import api as qk_norm_rope
 from .ring_advance import api as ring_advance
-from .rms_norm import api as rms_norm
 from .rms_silu_pad import api as rms_silu_pad
 
 _OPS = {
@@ -44,12 +40,7 @@ _OPS = {
         "for CUDA tensors in one launch: cuda where the CUDA extension is built, else triton where that is installed; "
         "reference elsewhere",
     ),
-    "ada_layer_norm": (ada_layer_norm.IMPLS, "reference", POINTWISE),
-    "layer_norm": (layer_norm.IMPLS, "reference", POINTWISE),
-    "gated_residual": (gated_residual.IMPLS, "reference", POINTWISE),
-    "gated_residual_ada_layer_norm": (gated_residual_ada_layer_norm.IMPLS, "reference", POINTWISE),
-    "gated_residual_layer_norm": (gated_residual_layer_norm.IMPLS, "reference", POINTWISE),
-    "rms_norm": (rms_norm.IMPLS, "reference", POINTWISE),
+    **dict.fromkeys(NORMS, (norm.IMPLS, "reference", POINTWISE)),
     "flow_step": (flow_step.IMPLS, "reference", POINTWISE),
     "rms_silu_pad": (rms_silu_pad.IMPLS, "reference", POINTWISE),
 }
@@ -66,7 +57,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Backends:
-    """``devices`` and ``libraries`` (None: not installed) found, the :class:`Choice` of every op, that of ``attention``
+    """``devices``, ``libraries`` (None: not installed), the :class:`Choice` of every op, that of ``attention``
     for each shape class, what was ``measured`` of it, on any GPU, and whether the CUDA ``extension`` is built.
     """
 
@@ -88,13 +79,13 @@ class Backends:
 
 
 def backends() -> Backends:
-    """Devices, optional libraries (looked up, never imported) and the choice of every op."""
+    """Report devices, optional libraries (looked up, never imported) and the choice of every op."""
     devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     libraries = {"torch": torch.__version__}
-    found = {name: _version(name) for name in ("triton", "flash-attn", "xformers")}
+    installed = {name: _version(name) for name in ("triton", "flash-attn", "xformers")}
     ops = {name: Choice(impls, auto, why) for name, (impls, auto, why) in _OPS.items()}
     by_shape, measured = attention_table.choices(), attention_table.measurements()
-    return Backends(tuple(devices), {**libraries, **found}, ops, by_shape, measured, _cuda.status())
+    return Backends(tuple(devices), {**libraries, **installed}, ops, by_shape, measured, cuda_loader.status())
 
 
 def _version(distribution: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What the compiler makes of every Triton kernel at production shapes, without a GPU.
+"""Registers, spills, shared memory and instructions of every Triton kernel, compiled without a GPU.
 
     python -m hiar_kernels.compile_report                    every op, for sm_80, 89, 90, 100, 120
     python -m hiar_kernels.compile_report --arch 90 --op attention --markdown report.md
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from ._compile import ARCHITECTURES, CHIPS, Case, Report, _tool, cases, compile_case, problems, triton_modules
-from ._triton import interpreting
+from .common.aot import ARCHITECTURES, CHIPS, Case, Report, _tool, cases, compile_case, problems, triton_modules
+from .common.triton_loader import interpreting
 
 COLUMNS = (
     ("op", "kernel", "case", "sm", "registers", "spills B", "shared KB")
@@ -54,12 +54,12 @@ class Row:
 
 
 def inspect(op: str, case: Case, arch: int) -> Row:
-    """Compile one case and hold it against the gates; a compiler that refuses is a failed gate too."""
+    """Compile one case and check the gates; a compile error is a failed gate too."""
     try:
         report = compile_case(case, arch)
-    except Exception as error:  # whatever a compiler raises
-        said = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
-        return Row(op, case, arch, None, (f"does not compile: {type(error).__name__}: {said.strip()}",))
+    except Exception as error:  # any compiler error
+        message = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
+        return Row(op, case, arch, None, (f"does not compile: {type(error).__name__}: {message.strip()}",))
     return Row(op, case, arch, report, tuple(problems(case, arch, report)))
 
 
@@ -74,7 +74,7 @@ def text_table(rows: Iterable[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row], command: str) -> str:
-    """The committed page: how it came about, then a table for each architecture."""
+    """The committed page: command and versions, then a table for each architecture."""
     import triton
 
     ptxas = subprocess.run([_tool("ptxas"), "--version"], capture_output=True, text=True, check=True).stdout
@@ -86,9 +86,9 @@ def markdown(rows: Sequence[Row], command: str) -> str:
         f"`{command}`, {datetime.date.today().isoformat()}, Triton {triton.__version__}, ptxas {release}, "
         f"torch {torch.__version__}.",
         "",
-        "Compiled ahead of time; nothing here was run or timed. Shapes: Wan2.1 at 480x832 in bfloat16, 1.3B unless",
-        "the case says otherwise, with the very configuration that the launcher picks for the architecture. Registers",
-        "and spill bytes are of one thread, shared memory of one block; wgmma to cp.async count instructions in the",
+        "Compiled ahead of time; nothing here was run or timed. Shapes: hiar_kernels/common/shapes.py, in bfloat16,",
+        "with the very configuration that the launcher picks for the architecture. Registers and spill bytes are of",
+        "one thread, shared memory of one block; wgmma to cp.async count instructions in the",
         "code, not executions. blocks/SM is what fits by registers, shared memory and warps; warps/SM the share of an",
         "SM's warps that they fill.",
         "",

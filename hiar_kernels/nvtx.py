@@ -6,8 +6,8 @@ On with ``HIAR_NVTX=1`` in the environment when this package is imported, or by 
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,27 +23,15 @@ def enable(on: bool = True) -> None:
 
 
 def span(name: str, *parts: object) -> AbstractContextManager[Any]:
-    """``with span("layer", 3):`` marks a range "layer 3". Off, it makes no string and no object."""
+    """``with span("layer", 3):`` marks a range "layer 3". When off it creates no string and no object."""
     if not _on or torch.compiler.is_compiling():
         return _OFF
-    return _Span(" ".join([name, *map(str, parts)]))
+    return _range(" ".join([name, *map(str, parts)]))
 
 
-class _Span:
-    """One range: for nsys, and for torch's profiler, which needs no CUDA."""
-
-    def __init__(self, name: str) -> None:
-        self.record = torch.profiler.record_function(name)
-        self.name = name
-
-    def __enter__(self) -> None:
-        self.record.__enter__()
-        if torch.cuda.is_available():
-            torch.cuda.nvtx.range_push(self.name)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.nvtx.range_pop()
-        self.record.__exit__(kind, value, trace)
+@contextmanager
+def _range(name: str) -> Iterator[None]:
+    """A range in nsys and in torch's profiler, which needs no CUDA."""
+    nvtx = torch.cuda.nvtx.range(name) if torch.cuda.is_available() else _OFF
+    with torch.profiler.record_function(name), nvtx:
+        yield

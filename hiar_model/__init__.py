@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .models.text_encoder import WanTextEncoder
     from .models.transformer import HiARTransformer
     from .models.video_model import VideoModel
-    from .pipelines.prompt_schedule import Script
+    from .pipelines.prompt_schedule import PromptSchedule
     from .pipelines.video_pipeline import VideoPipeline, generate, stream
     from .rollout import Rollout
     from .rollout.infill import infill
@@ -36,7 +36,7 @@ __all__ = [
     "generate",
     "load_video_model",
     "stream",
-    "Script",
+    "PromptSchedule",
     "infill",
     "save_session",
     "load_session",
@@ -59,7 +59,7 @@ _HOME = {
     "load_video_model": "models.registry",
     "generate": "pipelines.video_pipeline",
     "stream": "pipelines.video_pipeline",
-    "Script": "pipelines.prompt_schedule",
+    "PromptSchedule": "pipelines.prompt_schedule",
     "infill": "rollout.infill",
     "save_session": "rollout.session_io",
     "load_session": "rollout.session_io",

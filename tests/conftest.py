@@ -12,7 +12,7 @@ import emulation as host
 import pytest
 from emulation import no_nvcc
 
-from hiar_kernels._extension import find_nvcc
+from hiar_kernels.common.extension import find_nvcc
 
 NEEDS_NVCC = {"nvcc", "emulation"}  # fixtures
 

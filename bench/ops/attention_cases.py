@@ -185,7 +185,7 @@ def table(bench: Bench, absent: dict[str, str], own: tuple[str, ...]) -> list[Op
     hopper = ["gluon"] if own else []  # without gradient and context
     if own and (reason := gluon.unavailable(torch.device(bench.device))):
         hopper, absent["gluon for attention"] = [], reason
-    cut = [dispatch.way(impl, SPLITS) for impl in impls if impl not in own and not (bench.cuda and impl == BASELINE)]
+    cut = [dispatch.label(impl, SPLITS) for impl in impls if impl not in own and not (bench.cuda and impl == BASELINE)]
     direct = tuple(available(bench, absent, leave_out=(*IMPLS, *(() if bench.cuda else FLEX))))
     masked = flex_variants(bench, absent)
 

@@ -22,7 +22,8 @@ from bench.lib.measure import check_all, default_bench, percentiles
 from bench.ops import op_cases
 from bench.ops.attention_cases import parsed
 from bench.ops.work import SMALL, Op, Sizes, Work, timed
-from hiar_kernels.attention.table import SHAPES, Measurement, measurements, way
+from hiar_kernels.attention.table import SHAPES, Measurement, measurements
+from hiar_kernels.attention.table import label as impl_label
 
 BENCH = default_bench()
 GPU_TESTS = ROOT / "out" / "gpu-test.jsonl"
@@ -161,7 +162,7 @@ def best(rows: list[Row], source: str) -> list[Measurement]:
                 if impl in chosen:
                     continue
                 chosen.add(impl)
-                others = {way(*other): round(late, 3) for late, *other in ranked if other != [impl, splits]}
+                others = {impl_label(*other): round(late, 3) for late, *other in ranked if other != [impl, splits]}
                 choices.append(Measurement(arch, shape, impl, splits, round(ms, 3), others, source))
                 if impl == "triton":  # it takes whatever a call is made of
                     break

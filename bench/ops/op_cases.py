@@ -14,8 +14,8 @@ from bench.lib.measure import Bench
 from bench.ops import attention_cases
 from bench.ops.forward_cases import GOAL_MS, forward_pointwise
 from bench.ops.work import Op, Sizes, Work, ids
-from hiar_kernels import _cuda
-from hiar_kernels._triton import interpreting
+from hiar_kernels.common import cuda_loader
+from hiar_kernels.common.triton_loader import interpreting
 
 KERNELS = ("triton", "cuda")
 # op -> its inputs (x: the tokens of a block, f: a row for each frame, c: one for all) and the passes over memory, each
@@ -110,10 +110,10 @@ def merge_attention(bench: Bench, z: Sizes) -> Work:
 
 def table(bench: Bench, absent: dict[str, str]) -> list[Op]:
     """All ops, each with the variants that this machine has; why it lacks others goes into ``absent``."""
-    runs = {"triton": bench.cuda or interpreting(), "cuda": bench.cuda and _cuda.missing() is None}
+    runs = {"triton": bench.cuda or interpreting(), "cuda": bench.cuda and cuda_loader.missing() is None}
     for impl in KERNELS:
         if not runs[impl]:
-            absent[impl] = str(_cuda.missing()) if bench.cuda else "needs a CUDA device"
+            absent[impl] = str(cuda_loader.missing()) if bench.cuda else "needs a CUDA device"
 
     def own(name: str) -> tuple[str, ...]:
         implemented = hiar_kernels.backends().ops[name].implementations

@@ -32,7 +32,7 @@ def microseconds(works: list[Work]) -> float:
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit(f"sweep_pointwise.py needs a CUDA device, torch {torch.__version__} finds none")
-    from hiar_kernels import _triton_norm
+    from hiar_kernels.norm import triton_fwd as norm
     from hiar_kernels.qk_norm_rope import triton_fwd
 
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
@@ -41,8 +41,8 @@ def main() -> None:
     norm_tiles = [{"BLOCK_T": tokens, "BLOCK_C": 2048, "num_warps": warps} for tokens, warps in NORM_TILES]
     rope_tiles = [{"BLOCK_H": 16, "BLOCK_D": 128, "num_warps": warps} for warps in ROPE_WARPS]
     for op, module, function, tiles in (  # the function holds the pinned tile
-        ("gated_residual_ada_layer_norm", _triton_norm, "_forward_tile", norm_tiles),
-        ("gated_residual_layer_norm", _triton_norm, "_forward_tile", norm_tiles),
+        ("gated_residual_ada_layer_norm", norm, "_tile", norm_tiles),
+        ("gated_residual_layer_norm", norm, "_tile", norm_tiles),
         ("qk_norm_rope_append", triton_fwd, "tile", rope_tiles),
     ):
         works = [make[op](bench, Sizes()) for _ in range(SETS)]

@@ -194,7 +194,7 @@ def about() -> dict[str, Any]:
     import hiar_model
 
     try:
-        cuda_ops = importlib.import_module("hiar_kernels._cuda").missing()
+        cuda_ops = importlib.import_module("hiar_kernels.common.cuda_loader").missing()
     except (ImportError, AttributeError):
         cuda_ops = "unknown"
     return {

@@ -35,7 +35,7 @@ from hiar_model.distributed.pipeline import init_distributed
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.planning.measure_costs import measure_costs
 from hiar_model.rollout import Rollout
-from hiar_model.schedule.costs import Costs, Curve
+from hiar_model.schedule.costs import CostCurve, Costs
 from hiar_model.schedule.plan import Plan
 from hiar_model.schedule.simulator import simulate
 from hiar_model.schedule.stages import split_steps
@@ -145,8 +145,8 @@ def simulated(setting: Setting, row: dict[str, Any], costs: Costs) -> dict[str, 
 def mean(one: Costs, other: Costs) -> Costs:
     """Of two measurements of the same tasks."""
 
-    def middle(a: Any, b: Any) -> Curve:
-        return Curve(tuple((k, (s + t) / 2) for (k, s), (_, t) in zip(a.points, b.points, strict=True)))
+    def middle(a: Any, b: Any) -> CostCurve:
+        return CostCurve(tuple((k, (s + t) / 2) for (k, s), (_, t) in zip(a.points, b.points, strict=True)))
 
     return dataclasses.replace(one, denoise=middle(one.denoise, other.denoise), cache=middle(one.cache, other.cache))
 

@@ -1,6 +1,6 @@
 """Attention by absolute frame ids."""
 
-from .api import attention, takes_layout, takes_schedule
+from .api import attention, attention_with_lse, takes_layout, takes_schedule
 from .gluon import attention_schedule
 from .layout import AttentionLayout, attention_layout
 from .mask import EMPTY, BlockCausal, KVContext
@@ -13,6 +13,7 @@ __all__ = [
     "BlockCausal",
     "KVContext",
     "attention",
+    "attention_with_lse",
     "attention_layout",
     "attention_schedule",
     "takes_layout",

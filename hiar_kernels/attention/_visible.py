@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Which keys a pass is over: all of them; those the rule shows; with a context: own ones, earlier ones.
+# Keys of a pass: all; visible by the mask; with a context: own keys, keys of earlier blocks.
 EVERY = tl.constexpr(0)
 SEEN = tl.constexpr(1)
 OWN = tl.constexpr(2)
@@ -52,7 +52,7 @@ def limits(windows_ptr, row, frames_per_block, sink_frames, sink_end, KEYS: tl.c
 def key_source(
     own, b, h, k_ptr, v_ptr, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, tokens, context_k_ptr,
     context_v_ptr, stride_ckb, stride_ckt, stride_ckh, stride_cvb, stride_cvt, stride_cvh, context_tokens,
-    CONTEXT: tl.constexpr,
+    CONTEXT: tl.constexpr
 ):  # fmt: skip
     """Where the keys and values of one batch row and head lie: one's own, or the context's.
 
@@ -118,33 +118,33 @@ def sees(frame, end, before, back, sink_end):
 
 
 @triton.jit
-def query_ends(frames_ptr, t, live, first_frame, frame_tokens, origin, frames_per_block):
-    """Ends of the blocks of queries t, and the least and the greatest of those that are live."""
-    ends = block_end(frame_at(frames_ptr, t // frame_tokens, live, first_frame), origin, frames_per_block)
-    return ends, tl.min(tl.where(live, ends, _LARGEST), 0), tl.max(tl.where(live, ends, -_LARGEST), 0)
+def query_ends(frames_ptr, t, q_mask, first_frame, frame_tokens, origin, frames_per_block):
+    """Ends of the blocks of queries t, and the least and the greatest of those inside q_mask."""
+    ends = block_end(frame_at(frames_ptr, t // frame_tokens, q_mask, first_frame), origin, frames_per_block)
+    return ends, tl.min(tl.where(q_mask, ends, _LARGEST), 0), tl.max(tl.where(q_mask, ends, -_LARGEST), 0)
 
 
 @triton.jit
-def _kind_of_keys(frame, ends, live, least, greatest, before, back, sink_end):
+def _kind_of_keys(frame, ends, q_mask, least, greatest, before, back, sink_end):
     """Class of a key frame for a tile of queries."""
     full = (frame >= 0) & (frame < least - before) & ((frame >= greatest - back) | (frame < sink_end))
-    some = (frame >= 0) & (frame < greatest - before) & ((frame >= least - back) | (frame < sink_end))
+    any_visible = (frame >= 0) & (frame < greatest - before) & ((frame >= least - back) | (frame < sink_end))
     kind = tl.where(full, FULL, NONE)
-    if some & (kind == NONE):  # bounds alone may be wrong: a slot that no one sees may hold NaN
-        kind = tl.max(tl.where(live & sees(frame, ends, before, back, sink_end), PARTIAL, NONE), 0)
+    if any_visible & (kind == NONE):  # the bounds alone are not exact, and a slot that no query sees may hold NaN
+        kind = tl.max(tl.where(q_mask & sees(frame, ends, before, back, sink_end), PARTIAL, NONE), 0)
     return kind
 
 
 @triton.jit
-def key_run(slot, slots, frames_ptr, first_frame, ends, live, least, greatest, before, back, sink_end):
+def key_run(slot, slots, frames_ptr, first_frame, ends, q_mask, least, greatest, before, back, sink_end):
     """Class of the run of key slots that begins at ``slot``, and where it stops."""
     frame = frame_at(frames_ptr, slot, slot < slots, first_frame)
-    kind = _kind_of_keys(frame, ends, live, least, greatest, before, back, sink_end)
+    kind = _kind_of_keys(frame, ends, q_mask, least, greatest, before, back, sink_end)
     stop = slot + 1
     going = stop < slots
     while going:
         frame = frame_at(frames_ptr, stop, stop < slots, first_frame)
-        same = _kind_of_keys(frame, ends, live, least, greatest, before, back, sink_end) == kind
+        same = _kind_of_keys(frame, ends, q_mask, least, greatest, before, back, sink_end) == kind
         stop += same.to(tl.int32)
         going = same & (stop < slots)
     return kind, stop
@@ -154,9 +154,9 @@ def key_run(slot, slots, frames_ptr, first_frame, ends, live, least, greatest, b
 def _kind_of_queries(end, frames, inside, lowest, first, last, before, back, sink_end):
     """Class of query frames of one block for a tile of keys: lowest id, lowest and highest of those not empty."""
     full = (lowest >= 0) & (last < end - before) & ((lowest >= end - back) | (last < sink_end))
-    some = (last >= 0) & (first < end - before) & ((last >= end - back) | (first < sink_end))
+    any_visible = (last >= 0) & (first < end - before) & ((last >= end - back) | (first < sink_end))
     kind = tl.where(full, FULL, NONE)
-    if some & (kind == NONE):
+    if any_visible & (kind == NONE):
         seen = tl.sum((inside & sees(frames, end, before, back, sink_end)).to(tl.int32), 0)
         every = tl.sum(inside.to(tl.int32), 0)
         kind = tl.where(seen == 0, NONE, tl.where(seen == every, FULL, PARTIAL))
@@ -166,7 +166,7 @@ def _kind_of_queries(end, frames, inside, lowest, first, last, before, back, sin
 @triton.jit
 def query_run(
     slot, slots, frames_ptr, first_frame, origin, frames_per_block, frames, inside, lowest, first, last, before, back,
-    sink_end,
+    sink_end
 ):  # fmt: skip
     """Class of the run of query slots that begins at ``slot`` for a tile of keys, and where it stops."""
     end = block_end(frame_at(frames_ptr, slot, slot < slots, first_frame), origin, frames_per_block)

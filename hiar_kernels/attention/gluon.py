@@ -1,4 +1,4 @@
-"""``impl="gluon"``: the Hopper kernel's host side, and what it takes. Imports triton only where it runs."""
+"""Host side of ``impl="gluon"``, the Hopper kernel, and its requirements. Imports triton only when it runs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,55 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from .. import _triton
-from .._dispatch import require
-from .mask import BlockCausal, KVContext
+from ..common import triton_loader
+from ..common.dispatch import require
+from .inputs import AttentionInputs
+from .mask import BlockCausal
 from .schedule import AttentionSchedule
 
 HEAD_DIM = 128
 _MODULE = "triton.experimental.gluon.language.nvidia.hopper"
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernel cannot run on a device; None if it can."""
+    if device.type != "cuda":
+        return f"it needs a Hopper GPU (sm_90), got {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"it needs a Hopper GPU (sm_90), got sm_{major}{minor}"
+    return None if _installed() else f"it needs {_MODULE} (Triton 3.6 or newer), which is not installed"
+
+
+@functools.cache
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec(_MODULE) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
+def unfit(call: AttentionInputs) -> str | None:
+    """Why the kernel does not support a call; None if it does."""
+    q, k, v, mask = call.q, call.k, call.v, call.mask
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] != HEAD_DIM:
+        return f"it takes bfloat16 and float16 of head_dim {HEAD_DIM}, got {q.dtype} of {q.shape[3]}"
+    if call.context is not None or call.kv_counts is not None:
+        return f"it takes no {'context' if call.context is not None else 'kv_counts'}"
+    slot = k.shape[1] if mask is None else mask.frame_tokens
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.numel() == 0:
+            return f"it takes at least one token, got {name} {list(x.shape)}"
+        if x.stride(3) != 1 or x.stride(2) != HEAD_DIM or x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:2]):
+            return f"it takes heads side by side, at whole 16 bytes, got {name} with strides {x.stride()}"
+        in_slots = x.shape[0] == 1 or x.shape[1] == slot or x.stride(0) % (slot * x.stride(1)) == 0
+        if name != "q" and not in_slots:
+            return f"it takes batch items whole frame slots apart, got {name} with strides {x.stride()}"
+        if x.shape[0] > 1 and not x.stride(0):
+            return f"it takes batch items of their own, got {name} shared by a stride of 0"
+    if k.shape[0] > 1 and k.stride() != v.stride():
+        return f"it takes k and v laid out alike, got strides {k.stride()} and {v.stride()}"
+    return None
 
 
 def attention_schedule(
@@ -47,85 +89,27 @@ def attention_schedule(
         whole = mask is None or n % tokens == 0
         if not (n > 0 and whole):
             raise ValueError(f"attention_schedule: {name} must be a positive multiple of {tokens}, got {n}")
-    _triton.load("attention", torch.empty(0, device=device))
+    triton_loader.load("attention", torch.empty(0, device=device))
     from .triton_schedule import make
 
     return make(shape, mask, q_frames, kv_frames, torch.device(device), ctas)
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why the kernel cannot run on a device; None if it can."""
-    if device.type != "cuda":
-        return f"it needs a Hopper GPU (sm_90), got {device}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != (9, 0):
-        return f"it needs a Hopper GPU (sm_90), got sm_{major}{minor}"
-    return None if _installed() else f"it needs {_MODULE} (Triton 3.6 or newer), which is not installed"
-
-
-@functools.cache
-def _installed() -> bool:
-    try:
-        return importlib.util.find_spec(_MODULE) is not None
-    except ModuleNotFoundError:  # of a parent package
-        return False
-
-
-def unfit(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockCausal | None, context: KVContext | None, kv_counts: Tensor | None
-) -> str | None:
-    """What the kernel cannot take of a call; None if it takes it."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] != HEAD_DIM:
-        return f"it takes bfloat16 and float16 of head_dim {HEAD_DIM}, got {q.dtype} of {q.shape[3]}"
-    if context is not None or kv_counts is not None:
-        return f"it takes no {'context' if context is not None else 'kv_counts'}"
-    slot = k.shape[1] if mask is None else mask.frame_tokens
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.numel() == 0:
-            return f"it takes at least one token, got {name} {list(x.shape)}"
-        if x.stride(3) != 1 or x.stride(2) != HEAD_DIM or x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:2]):
-            return f"it takes heads side by side, at whole 16 bytes, got {name} with strides {x.stride()}"
-        in_slots = x.shape[0] == 1 or x.shape[1] == slot or x.stride(0) % (slot * x.stride(1)) == 0
-        if name != "q" and not in_slots:
-            return f"it takes batch items whole frame slots apart, got {name} with strides {x.stride()}"
-        if x.shape[0] > 1 and not x.stride(0):
-            return f"it takes batch items of their own, got {name} shared by a stride of 0"
-    if k.shape[0] > 1 and k.stride() != v.stride():
-        return f"it takes k and v laid out alike, got strides {k.stride()} and {v.stride()}"
-    return None
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockCausal | None,
-    q_frames: Tensor | None,
-    kv_frames: Tensor | None,
-    schedule: AttentionSchedule | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
+def attend(call: AttentionInputs, schedule: AttentionSchedule | None) -> tuple[Tensor, Tensor]:
     """(out, logsumexp) of :func:`hiar_kernels.attention`; no gradient."""
-    _triton.load("attention", q)
+    q, k = call.q, call.k
+    triton_loader.load("attention", q)
     from . import gluon_fwd
 
     if schedule is None:
         shape = (*q.shape[:3], k.shape[1])
-        schedule = attention_schedule(shape, mask, q_frames, kv_frames, device=q.device)
-    return gluon_fwd.launch(q, k, v, schedule, q.shape[3] ** -0.5 if scale is None else scale)
+        schedule = attention_schedule(shape, call.mask, call.q_frames, call.kv_frames, device=q.device)
+    return gluon_fwd.launch(q, k, call.v, schedule, call.softmax_scale)
 
 
-def require_fits(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockCausal | None,
-    context: KVContext | None,
-    kv_counts: Tensor | None,
-    trains: bool,
-) -> None:
-    """Refuse in one line what ``impl="gluon"`` does not take."""
-    lacking = unavailable(q.device) or unfit(q, k, v, mask, context, kv_counts)
-    if lacking is not None:
-        raise ValueError(f"attention: impl='gluon' cannot run: {lacking}")
-    require(not trains, "attention: impl='gluon' has no gradient; use 'triton', 'sdpa' or torch.no_grad()")
+def require_fits(call: AttentionInputs) -> None:
+    """Raise ValueError in one line for what ``impl="gluon"`` does not support."""
+    problem = unavailable(call.q.device) or unfit(call)
+    if problem is not None:
+        raise ValueError(f"attention: impl='gluon' cannot run: {problem}")
+    require(not call.needs_grad, "attention: impl='gluon' has no gradient; use 'triton', 'sdpa' or torch.no_grad()")

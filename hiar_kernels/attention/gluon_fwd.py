@@ -26,8 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .._compile import Case
-from ._launch import WAN_HEAD_DIM
+from ..common.aot import Case
 from .schedule import BLOCK_FIELDS, BLOCK_KEYS, SEGMENT_FIELDS, TILE_QUERIES, AttentionSchedule
 from .triton_schedule import merge_cuts
 
@@ -84,12 +83,7 @@ def _fetch(desc, slot_desc, block_ptr, masked, b, column, slot_stride, slot_toke
         slot = start // slot_tokens
         row = start - slot * slot_tokens
         row = gl.where(gl.load(block_ptr + 1) > start, row, slot_tokens)  # a block without keys is all zeros
-        _copy(
-            slot_desc,
-            [b * slot_stride + slot, row, column],
-            full.index(stage),
-            smem.index(stage),
-        )
+        _copy(slot_desc, [b * slot_stride + slot, row, column], full.index(stage), smem.index(stage))
     else:
         _copy(desc, [b, start, column], full.index(stage), smem.index(stage))
 
@@ -98,7 +92,7 @@ def _fetch(desc, slot_desc, block_ptr, masked, b, column, slot_stride, slot_toke
 def _producer(
     q_desc, k_desc, v_desc, k_slot_desc, v_slot_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
     v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, most_segments, most_blocks, q_tiles, H, slot_stride,
-    slot_tokens,
+    slot_tokens
 ):  # fmt: skip
     cta = gl.program_id(0)
     n = gl.to_tensor(0)  # blocks handled
@@ -146,15 +140,15 @@ def _exp2(x):
 
 @gluon.jit
 def _row_max(x, LAYOUT: gl.constexpr):
-    """In 8 chains a row: one of 32 dependent steps would stand in the way."""
-    parts = gl.max(x.reshape([x.shape[0], x.shape[1] // 32, 32]), axis=1)
-    return gl.convert_layout(gl.max(parts, axis=1), LAYOUT)
+    """Reduce in 8 chains per row: a single chain of 32 dependent steps would be too slow."""
+    chunks = gl.max(x.reshape([x.shape[0], x.shape[1] // 32, 32]), axis=1)
+    return gl.convert_layout(gl.max(chunks, axis=1), LAYOUT)
 
 
 @gluon.jit
 def _row_sum(x, LAYOUT: gl.constexpr):
-    parts = gl.sum(x.reshape([x.shape[0], x.shape[1] // 32, 32]), axis=1)
-    return gl.convert_layout(gl.sum(parts, axis=1), LAYOUT)
+    chunks = gl.sum(x.reshape([x.shape[0], x.shape[1] // 32, 32]), axis=1)
+    return gl.convert_layout(gl.sum(chunks, axis=1), LAYOUT)
 
 
 @gluon.jit
@@ -181,13 +175,13 @@ def _masked_scores(q, k_smem, k_full, k_empty, n, zeros, block_ptr, limits_ptr, 
 
 
 @gluon.jit
-def _soften(scores, m, l_i, LAYOUT: gl.constexpr):
-    """One step of the softmax where a row may have seen nothing yet: P, its factor for what was before, m, l_i."""
-    new = gl.maximum(m, _row_max(scores, LAYOUT))
-    base = gl.where(new == float("-inf"), 0.0, new)
+def _soften(scores, m_i, l_i, LAYOUT: gl.constexpr):
+    """One online-softmax step for rows that may have no visible key yet; returns P, alpha, m_i, l_i."""
+    m_new = gl.maximum(m_i, _row_max(scores, LAYOUT))
+    base = gl.where(m_new == float("-inf"), 0.0, m_new)
     p = _exp2(scores - base[:, None])
-    alpha = _exp2(m - base)
-    return p, alpha, new, l_i * alpha + _row_sum(p, LAYOUT)
+    alpha = _exp2(m_i - base)
+    return p, alpha, m_new, l_i * alpha + _row_sum(p, LAYOUT)
 
 
 @gluon.jit
@@ -203,7 +197,7 @@ def _rescaled(acc, alpha):
 
 @gluon.jit
 def _add_values(p, acc, v_smem, v_full, v_empty, n):
-    """acc + P V of the n-th block, waited for."""
+    """Add P V of the n-th block to acc and wait for the result."""
     stage = _stage(n)
     mbarrier.wait(v_full.index(stage), _phase(n))
     acc = warpgroup_mma(p, v_smem.index(stage).reshape([_N, _D]), acc, is_async=True)
@@ -214,9 +208,9 @@ def _add_values(p, acc, v_smem, v_full, v_empty, n):
 
 @gluon.jit
 def _consumer(
-    out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, limits_ptr, most_segments, most_blocks, q_tiles, H, q_tokens,
-    sink_end, qk_scale, WG: gl.constexpr,
+    out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
+    v_full, v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, limits_ptr, most_segments, most_blocks, q_tiles, H,
+    q_tokens, sink_end, qk_scale, WG: gl.constexpr
 ):  # fmt: skip
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _D, 16])  # noqa: E741
@@ -240,7 +234,7 @@ def _consumer(
         item_tile = b * q_tiles + tile - bh * q_tiles
         block_ptr = blocks_ptr + (item_tile.to(gl.int64) * most_blocks + lo) * _BLOCK_FIELDS
         row_limits = limits_ptr + item_tile.to(gl.int64) * 2 * _T
-        m = gl.full([_R], float("-inf"), gl.float32, S_ROWS)
+        m_i = gl.full([_R], float("-inf"), gl.float32, S_ROWS)
         l_i = gl.full([_R], 0.0, gl.float32, S_ROWS)
         acc = gl.full([_R, _D], 0.0, gl.float32, O)
         mbarrier.wait(q_full.index(WG), s & 1)
@@ -248,13 +242,13 @@ def _consumer(
         first = gl.maximum(gl.minimum(masked, hi) - lo, 1)
         for _ in range(first - 1):
             scores = _masked_scores(q, k_smem, k_full, k_empty, n, zeros, block_ptr, row_limits, sink_end, qk_scale, WG)
-            p, alpha, m, l_i = _soften(scores, m, l_i, S_ROWS)
+            p, alpha, m_i, l_i = _soften(scores, m_i, l_i, S_ROWS)
             acc = acc * gl.convert_layout(alpha, O_ROWS)[:, None]
             acc = _add_values(gl.convert_layout(p.to(HALF), P), acc, v_smem, v_full, v_empty, n)
             block_ptr += _BLOCK_FIELDS
             n += 1
         scores = _masked_scores(q, k_smem, k_full, k_empty, n, zeros, block_ptr, row_limits, sink_end, qk_scale, WG)
-        p, alpha, m, l_i = _soften(scores, m, l_i, S_ROWS)
+        p, alpha, m_i, l_i = _soften(scores, m_i, l_i, S_ROWS)
         acc = acc * gl.convert_layout(alpha, O_ROWS)[:, None]
         p_half = gl.convert_layout(p.to(HALF), P)
         whole = hi - lo - first
@@ -271,10 +265,10 @@ def _consumer(
             scores = warpgroup_mma_wait(1, deps=(scores,))
             mbarrier.arrive(k_empty.index(k_stage), count=1)
             n += 1
-            new = gl.maximum(m, _row_max(scores, S_ROWS) * qk_scale)
-            alpha = _exp2(m - new)
-            m = new
-            p = _exp2(scores * qk_scale - m[:, None])
+            m_new = gl.maximum(m_i, _row_max(scores, S_ROWS) * qk_scale)
+            alpha = _exp2(m_i - m_new)
+            m_i = m_new
+            p = _exp2(scores * qk_scale - m_i[:, None])
             l_i = l_i * alpha + _row_sum(p, S_ROWS)
             # This wait is a border that ptxas does not move the wait for P V across: without it no softmax runs beside.
             mbarrier.wait(k_full.index(_stage(n + 1)), _phase(n + 1), pred=j + 1 < whole)
@@ -286,10 +280,10 @@ def _consumer(
         acc = _add_values(p_half, acc, v_smem, v_full, v_empty, n)
         n += 1
 
-        some = l_i > 0
-        safe = gl.where(some, l_i, 1.0)
+        visible = l_i > 0
+        safe = gl.where(visible, l_i, 1.0)
         acc = acc * gl.convert_layout(1.0 / safe, O_ROWS)[:, None]
-        lse = gl.where(some, m + gl.log2(safe), float("-inf"))
+        lse = gl.where(visible, m_i + gl.log2(safe), float("-inf"))
         dims = gl.arange(0, _D, layout=gl.SliceLayout(0, O))
         o_rows = WG * _R + gl.arange(0, _R, layout=O_ROWS)
         s_rows = WG * _R + gl.arange(0, _R, layout=S_ROWS)
@@ -300,8 +294,8 @@ def _consumer(
             gl.store(out_ptr + offsets, acc.to(HALF), mask=(row + o_rows < q_tokens)[:, None])
             gl.store(lse_ptr + bh.to(gl.int64) * q_tokens + row + s_rows, lse * _LN2, mask=row + s_rows < q_tokens)
         else:
-            gl.store(part_out_ptr + slot.to(gl.int64) * (_T * _D) + o_rows[:, None] * _D + dims[None, :], acc)
-            gl.store(part_lse_ptr + slot * _T + s_rows, lse)
+            gl.store(partial_out_ptr + slot.to(gl.int64) * (_T * _D) + o_rows[:, None] * _D + dims[None, :], acc)
+            gl.store(partial_lse_ptr + slot * _T + s_rows, lse)
 
 
 @gluon.jit(
@@ -317,9 +311,9 @@ def _consumer(
     ]
 )
 def _attention_hopper_kernel(
-    q_desc, k_desc, v_desc, k_slot_desc, v_slot_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, segments_ptr,
+    q_desc, k_desc, v_desc, k_slot_desc, v_slot_desc, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, segments_ptr,
     segment_counts_ptr, blocks_ptr, limits_ptr, most_segments, most_blocks, q_tiles, H, q_tokens, slot_stride,
-    slot_tokens, sink_end, qk_scale,
+    slot_tokens, sink_end, qk_scale
 ):  # fmt: skip
     HALF: gl.constexpr = out_ptr.dtype.element_ty
     q_smem = gl.allocate_shared_memory(HALF, [2, 1, _R, _D], q_desc.layout)
@@ -343,20 +337,20 @@ def _attention_hopper_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, limits_ptr, most_segments, most_blocks,
-                q_tiles, H, q_tokens, sink_end, qk_scale, 0,
+                out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full,
+                k_empty, v_full, v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, limits_ptr, most_segments,
+                most_blocks, q_tiles, H, q_tokens, sink_end, qk_scale, 0
             )),
             (_consumer, (
-                out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, limits_ptr, most_segments, most_blocks,
-                q_tiles, H, q_tokens, sink_end, qk_scale, 1,
+                out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full,
+                k_empty, v_full, v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, limits_ptr, most_segments,
+                most_blocks, q_tiles, H, q_tokens, sink_end, qk_scale, 1
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, k_slot_desc, v_slot_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full,
                 k_empty, v_full, v_empty, segments_ptr, segment_counts_ptr, blocks_ptr, most_segments, most_blocks,
-                q_tiles, H, slot_stride, slot_tokens,
-            )),
+                q_tiles, H, slot_stride, slot_tokens
+            ))
         ],
         [4, 1],
         [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
@@ -391,12 +385,12 @@ def launch(q: Tensor, k: Tensor, v: Tensor, schedule: AttentionSchedule, scale: 
     """
     schedule.require_fits(q, k)
     b, queries, h, d = q.shape
-    if scale < 0:  # the kernel takes the greatest score before it scales
+    if scale < 0:  # the kernel takes the maximum before it scales
         q, scale = -q, -scale
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h, queries), dtype=torch.float32, device=q.device)
-    part_out = torch.empty((2 * schedule.ctas, TILE_QUERIES, d), dtype=torch.float32, device=q.device)
-    part_lse = torch.empty((2 * schedule.ctas, TILE_QUERIES), dtype=torch.float32, device=q.device)
+    partial_out = torch.empty((2 * schedule.ctas, TILE_QUERIES, d), dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty((2 * schedule.ctas, TILE_QUERIES), dtype=torch.float32, device=q.device)
     tokens, slots = schedule.frame_tokens, k.shape[1] // schedule.frame_tokens
     by_token = [_by_token(q, _ROWS), *(_by_token(x, BLOCK_KEYS) for x in (k, v))]
     stride, by_slot = 1, by_token[1:]  # one slot: its end is that of the tensor
@@ -405,30 +399,22 @@ def launch(q: Tensor, k: Tensor, v: Tensor, schedule: AttentionSchedule, scale: 
         by_slot = [_by_slot(x, slots, stride, tokens) for x in (k, v)]
     with torch.cuda.device_of(q):
         _attention_hopper_kernel[(schedule.ctas,)](
-            *by_token, *by_slot, out, lse, part_out, part_lse, schedule.segments, schedule.segment_counts,
+            *by_token, *by_slot, out, lse, partial_out, partial_lse, schedule.segments, schedule.segment_counts,
             schedule.blocks, schedule.limits, schedule.segments.shape[1], schedule.blocks.shape[2], schedule.q_tiles, h,
             queries, stride, tokens, schedule.sink_end, scale * _LOG2E, num_warps=4, maxnreg=_LAUNCH_REGISTERS,
         )  # fmt: skip
-        merge_cuts(schedule, part_out, part_lse, out, lse)
+        merge_cuts(schedule, partial_out, partial_lse, out, lse)
     return out, lse
 
 
 def compile_cases(arch: int) -> list[Case]:
-    """The kernel at Wan 1.3B's head size: sm_90 only, whose instructions it is written in."""
+    """Hopper (sm_90) only."""
     if arch != 90:
         return []
-    signature = dict.fromkeys(_attention_hopper_kernel.arg_names, "i32")
-    for name in signature:
-        if name.endswith("_desc"):
-            rows = _ROWS if name == "q_desc" else BLOCK_KEYS
-            signature[name] = f"tensordesc<bf16[1, {rows}, {WAN_HEAD_DIM}],{_LAYOUT!r}>"
-        elif name.endswith("_ptr"):
-            wide = name in ("lse_ptr", "part_out_ptr", "part_lse_ptr")
-            signature[name] = "*bf16" if name == "out_ptr" else "*fp32" if wide else "*i32"
-    signature["qk_scale"] = "fp32"
-    pointers = tuple(name for name in signature if name.endswith("_ptr"))
-    case = Case(
-        "ring of 21 frames", _attention_hopper_kernel, signature, {}, pointers, tensor_cores=True,
-        max_registers=_LAUNCH_REGISTERS,
-    )  # fmt: skip
-    return [case]
+    types = dict.fromkeys(("lse_ptr", "partial_out_ptr", "partial_lse_ptr"), "*fp32")
+    types |= {"out_ptr": "*bf16", "qk_scale": "fp32"}
+    for name in ("q_desc", "k_desc", "v_desc", "k_slot_desc", "v_slot_desc"):
+        rows = _ROWS if name == "q_desc" else BLOCK_KEYS
+        types[name] = f"tensordesc<bf16[1, {rows}, {HEAD_DIM}],{_LAYOUT!r}>"
+    options = {"tensor_cores": True, "max_registers": _LAUNCH_REGISTERS}
+    return [Case.of("ring of 21 frames", _attention_hopper_kernel, types, {}, (), **options)]

@@ -1,4 +1,4 @@
-"""Who sees what, read once on the host: what library kernels, which know no frame ids, are called by."""
+"""Visible keys as ranges of slots, computed once on the host, for libraries that know no frame ids."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class AttentionLayout:
     rows: tuple[tuple[Group, ...], ...]
 
     def select(self, start: int, stop: int, first: int = 0) -> AttentionLayout:
-        """Of batch rows start..stop and queries from slot ``first`` on."""
+        """The layout of batch items start..stop and of queries from slot ``first`` on."""
         rows = self.rows if len(self.rows) == 1 else self.rows[start:stop]
         if first:
             rows = tuple(
@@ -57,26 +57,26 @@ class AttentionLayout:
 def attention_layout(
     mask: BlockCausal, q_frames: Ids, kv_frames: Ids, context_frames: Ids | None = None, *, rows: int | None = None
 ) -> AttentionLayout:
-    """What :func:`hiar_kernels.attention` with the same mask and ids sees. Made once, it serves all layers of a visit.
+    """Compute what :func:`hiar_kernels.attention` with the same mask and ids sees; one layout serves all layers.
 
     Args:
         q_frames, kv_frames, context_frames: frame ids [B or 1, slots], -1 empty; lists, or tensors, which are read on
             the host: a device waits for that.
         rows: B; default: the most that the ids and the mask's windows have.
     """
-    with _disable_current_modes():  # numbers, also where tensors are fake or operations are counted
+    with _disable_current_modes():  # real values, even under FakeTensorMode or a counting mode
         q, kv = _tensor(q_frames), _tensor(kv_frames)
         context = None if context_frames is None else _tensor(context_frames)
         windows = len(mask.window_frames) if isinstance(mask.window_frames, tuple) else 1
-        given = [windows, *(x.shape[0] for x in (q, kv, context) if x is not None)]
-        rows = max(given) if rows is None else rows
-        if any(n not in (1, rows) for n in given):
-            raise ValueError(f"attention_layout: windows and ids have {given} rows; each must have 1 or {rows}")
+        counts = [windows, *(x.shape[0] for x in (q, kv, context) if x is not None)]
+        rows = max(counts) if rows is None else rows
+        if any(n not in (1, rows) for n in counts):
+            raise ValueError(f"attention_layout: windows and ids have {counts} rows; each must have 1 or {rows}")
         if context is None:
-            seen, split = mask.visible(q, kv, rows), 0
+            visible, split = mask.visible(q, kv, rows), 0
         else:
-            seen, split = visible_with_context(mask, q, kv, context, rows), context.shape[1]
-        return AttentionLayout(mask.frame_tokens, _alike(tuple(_groups(row, split) for row in seen.tolist())))
+            visible, split = visible_with_context(mask, q, kv, context, rows), context.shape[1]
+        return AttentionLayout(mask.frame_tokens, _alike(tuple(_groups(row, split) for row in visible.tolist())))
 
 
 def _tensor(ids: Ids) -> Tensor:
@@ -87,19 +87,19 @@ def _alike(rows: tuple[tuple[Group, ...], ...]) -> tuple[tuple[Group, ...], ...]
     return rows[:1] if len(set(rows)) == 1 else rows
 
 
-def _groups(seen: list[list[bool]], split: int) -> tuple[Group, ...]:
-    found, start = [], 0
-    for stop in range(1, len(seen) + 1):
-        if stop < len(seen) and seen[stop] == seen[start]:
+def _groups(visible: list[list[bool]], split: int) -> tuple[Group, ...]:
+    groups, start = [], 0
+    for stop in range(1, len(visible) + 1):
+        if stop < len(visible) and visible[stop] == visible[start]:
             continue
-        found.append(Group((start, stop), _runs(seen[start][:split]), _runs(seen[start][split:])))
+        groups.append(Group((start, stop), _runs(visible[start][:split]), _runs(visible[start][split:])))
         start = stop
-    return tuple(found)
+    return tuple(groups)
 
 
-def _runs(seen: list[bool]) -> tuple[Run, ...]:
+def _runs(slots: list[bool]) -> tuple[Run, ...]:
     runs: list[Run] = []
-    for slot, visible in enumerate(seen):
+    for slot, visible in enumerate(slots):
         if visible and runs and runs[-1][1] == slot:
             runs[-1] = (runs[-1][0], slot + 1)
         elif visible:
@@ -122,7 +122,7 @@ class EvenCut(NamedTuple):
     rest: tuple[Run, ...]
 
 
-@functools.lru_cache(maxsize=1024)  # asked for again by every layer
+@functools.lru_cache(maxsize=1024)  # every layer asks for the same one
 def even_cut(runs: tuple[Run, ...], rows: int) -> EvenCut | None:
     """The keys of a call as so many rows of one launch: as many of the tokens as equal rows at equal distances cover.
 

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._library import own_arithmetic
+from ..common.torch_library import own_arithmetic, remembered
 from ..merge_attention import merge_attention
+from .inputs import AttentionInputs
 from .layout import AttentionLayout, Group, Run, even_cut
-from .mask import KVContext
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 PACKAGES = {"flash-attn-2": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}
@@ -33,59 +33,74 @@ Partial = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]
 
 @own_arithmetic
 def attend(
-    impl: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: AttentionLayout | None,
-    context: KVContext | None,
-    counts: tuple[Tensor | None, Tensor | None],
-    scale: float | None,
-    num_splits: int = 1,
-    return_lse: bool = False,
+    impl: str, call: AttentionInputs, layout: AttentionLayout | None, num_splits: int = 1, return_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, logsumexp if asked) of :func:`hiar_kernels.attention`.
+    """(out, logsumexp if asked for) of :func:`hiar_kernels.attention`.
 
     Args:
-        layout: None: every query sees every key. counts: ``kv_counts`` and ``kv_log_counts``.
+        layout: None: every query sees every key.
         num_splits: n > 1: the keys as n rows of one launch, a second call where they leave a rest, merged; each video
             by itself. Not where a gradient is needed.
     """
-    given = [q, k, v, *([] if context is None else [context.k, context.v])]
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    q, k, v, context, scale, trains = call.q, call.k, call.v, call.context, call.scale, call.needs_grad
     if trains and return_lse:
-        raise ValueError(f"attention: impl={impl!r} has no gradient with return_lse; use 'reference'")
-    kv_counts, bias = counts
-    if kv_counts is not None:
-        if not (impl == "sdpa" and not return_lse):
-            raise ValueError(f"attention: impl={impl!r} takes no kv_counts here; use 'reference'")
-        if bias is None:
-            bias = kv_counts.to(_wide(q)).log().to(q.dtype)  # round the logarithm: 509 is no bfloat16
-            seen = kv_counts > 0
-            # 0 times NaN is NaN: what is hidden becomes zeros. A row of -inf alone is NaN in some libraries; over zeros
-            # it may as well be 0.
-            k, v = (torch.where(seen[:, :, None, None], x, 0) for x in (k, v))
-            bias = torch.where(seen, bias, torch.where(seen.any(1, keepdim=True), float("-inf"), 0.0).to(q.dtype))
-        return _plain(impl, q, k, v, scale, bias[:, None, None, :]).contiguous(), None
+        raise ValueError(no_gradient_of_lse(impl))
+    if call.kv_counts is not None:
+        if impl != "sdpa" or return_lse:
+            raise ValueError(f"attention: impl={impl!r} takes no kv_counts here; use 'triton' or 'reference'")
+        return _counted(q, k, v, call.kv_counts, scale), None
     num_splits = 1 if trains or not q.shape[0] else num_splits
     merged = (num_splits > 1 or return_lse) and not trains
+    if merged and q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"attention: impl={impl!r} gives a logsumexp of bfloat16 and float16 on CUDA, got {q.dtype}; "
+            "use 'triton' or 'reference'"
+        )
     if layout is None:
         whole = Group((0, q.shape[1]), (), ((0, k.shape[1]),) if k.shape[1] else ())
         layout = AttentionLayout(1, ((whole,),))
     rows, tokens = layout.rows, layout.frame_tokens
     if num_splits > 1:
-        rows = rows * (q.shape[0] // len(rows))  # the parts of one video's keys are rows of a launch
+        rows = rows * (q.shape[0] // len(rows))  # the splits of one video's keys are rows of a launch
     outs, lses = [], []
     for b, groups in enumerate(rows):
         row = None if len(rows) == 1 else b
         q_slots, sources = _Slots(q, row, tokens), [(_Slots(k, row, tokens), _Slots(v, row, tokens))]
         if context is not None:
             sources.insert(0, (_Slots(context.k, row, tokens), _Slots(context.v, row, tokens)))
-        found = [_group(impl, group, q_slots, sources, scale, num_splits, merged) for group in groups]
-        outs.append(_join([out for out, _ in found]))
-        lses.append(_join([lse for _, lse in found if lse is not None], 2) if merged else None)
+        results = [_group(impl, group, q_slots, sources, scale, num_splits, merged) for group in groups]
+        outs.append(_join([out for out, _ in results]))
+        lses.append(_join([lse for _, lse in results if lse is not None], 2) if merged else None)
     out = torch.cat(outs) if len(outs) > 1 else outs[0].contiguous()
+    if trains and not out.requires_grad:  # nothing is visible: 0, with gradient 0
+        for x in (q, k, v, *(() if context is None else context.kv)):
+            out = out + x[:, :0].sum()
     return out, torch.cat([x for x in lses if x is not None]) if return_lse else None
+
+
+def no_gradient_of_lse(impl: str) -> str:
+    """Error message for a logsumexp with gradient."""
+    return f"attention: impl={impl!r} has no gradient with a logsumexp; use 'triton' or 'reference'"
+
+
+def _counted(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, scale: float | None) -> Tensor:
+    """sdpa with log(counts) as a bias. Hidden keys and values are zeroed because 0 * NaN is NaN."""
+    bias, hidden = remembered(counts, (q.dtype,), lambda: _bias_of(counts, q.dtype))
+    return _plain("sdpa", q, k.masked_fill(hidden, 0), v.masked_fill(hidden, 0), scale, bias).contiguous()
+
+
+def _bias_of(counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Bias [B or 1, 1, 1, Tk], and which keys are hidden [B or 1, Tk, 1, 1].
+
+    A hidden key has half the lowest number, not -inf, with which a row without any key is NaN in some libraries: beside
+    another key it gives a probability of 0, among hidden ones alone a mean of zeros.
+    """
+    bias = (
+        counts.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)
+    )  # round the logarithm, not the count: 509 is no bfloat16
+    used = counts > 0
+    bias = torch.where(used, bias, torch.finfo(dtype).min / 2)
+    return bias[:, None, None, :], ~used[:, :, None, None]
 
 
 class _Slots:
@@ -114,7 +129,7 @@ def _group(
     num_splits: int,
     merged: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sources: keys and values of the context, if there is one, then one's own."""
+    """``sources``: keys and values of the context, if any, then the own ones."""
     query, runs = _join(q.views((group.queries,))), (group.context, group.own)[-len(sources) :]
     if not any(runs):
         lse = query.new_full((query.shape[0], query.shape[2], query.shape[1]), float("-inf"), dtype=_wide(query))
@@ -136,7 +151,7 @@ def _split(
     scale: float | None,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
-    """Of one video's queries [1, T, H, D] to runs of tokens of each source: rows of one launch, and a rest."""
+    """Attend one video's queries [1, T, H, D] to runs of tokens: rows of one launch, and a second call for the rest."""
     cuts = [even_cut(each, num_splits) for each in runs]
     best = max(range(len(cuts)), key=lambda i: cut.length if (cut := cuts[i]) is not None else 0)
     cut, outs, lses = cuts[best], [], []
@@ -170,7 +185,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _plain(impl: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None = None) -> Tensor:
-    """One differentiable call. In float32 on a CPU, where bfloat16 is the slower one."""
+    """One differentiable library call; in float32 on a CPU, where bfloat16 is slower."""
     dtype, device = q.dtype, q.device.type
     if impl in PACKAGES:
         return _packaged(impl)(q, k, v, scale)[0]
@@ -186,7 +201,7 @@ def _plain(impl: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias
 
 
 def partial(impl: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """One call of a library with its logsumexp; without gradient."""
+    """One library call that also returns the logsumexp; no gradient."""
     if impl in PACKAGES:
         return _packaged(impl)(q, k, v, scale)
     dtype = q.dtype
@@ -205,13 +220,13 @@ def partial(impl: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> 
 
 @functools.cache
 def _packaged(impl: str) -> Partial:
-    """flash_attn_func of a package, whose versions name its logsumexp differently."""
+    """flash_attn_func of a package; versions name the logsumexp option differently."""
     module = importlib.import_module(PACKAGES[impl])
     option = {"flash-attn-2": "return_attn_probs", "flash-attn-3": "return_attn_probs"}.get(impl, "return_lse")
 
     def call(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-        found: Any = module.flash_attn_func(q, k, v, softmax_scale=scale, **{option: True})
-        return found[0], found[1]
+        result: Any = module.flash_attn_func(q, k, v, softmax_scale=scale, **{option: True})
+        return result[0], result[1]
 
     return call
 
@@ -223,9 +238,9 @@ def unavailable(impl: str, device: torch.device) -> str | None:
     if impl in PACKAGES:
         package = PACKAGES[impl]
         try:
-            found = importlib.util.find_spec(package) is not None
-        except ModuleNotFoundError:  # of the parent package
-            found = False
-        if not found:
+            installed = importlib.util.find_spec(package) is not None
+        except ModuleNotFoundError:  # the parent package is missing
+            installed = False
+        if not installed:
             return f"{package} is not installed"
     return None if device.type == "cuda" else f"it needs a CUDA device, got {device}"

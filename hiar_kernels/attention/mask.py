@@ -1,4 +1,4 @@
-"""The one visibility rule: who attends to whom, decided by absolute frame ids."""
+"""Block-causal visibility by absolute frame ids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EMPTY = -1  # frame id of a cache slot that holds nothing
+EMPTY = -1  # frame id of an empty cache slot
 _UNBOUNDED = 2**62
 
 
@@ -37,6 +37,15 @@ class BlockCausal:
     first_block_frames: int | None = None
 
     def __post_init__(self) -> None:
+        windows = self.window_frames if isinstance(self.window_frames, Sequence) else (self.window_frames,)
+        numbers = [("frame_tokens", self.frame_tokens), ("frames_per_block", self.frames_per_block)]
+        numbers += [("sink_frames", self.sink_frames), ("first_frame", self.first_frame)]
+        numbers += [("window_frames", window) for window in windows if window is not None]
+        if self.first_block_frames is not None:
+            numbers.append(("first_block_frames", self.first_block_frames))
+        for name, number in numbers:
+            if number is None or isinstance(number, bool | float | str):
+                raise ValueError(f"BlockCausal: {name} must be a whole number, got {number!r}")
         for name in ("frame_tokens", "frames_per_block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"BlockCausal: {name} must be at least 1, got {getattr(self, name)}")
@@ -55,12 +64,12 @@ class BlockCausal:
             raise ValueError(f"BlockCausal: first_block_frames must be 1 to {self.frames_per_block}, got {first}")
 
     def windows(self, rows: int | None) -> tuple[int | None, ...]:
-        """The window of each batch row; ``rows`` None: as given."""
+        """The window of each batch row; ``rows`` None: as stored."""
         w = self.window_frames
         if not isinstance(w, tuple):
             return (w,) * (1 if rows is None else rows)
         if rows is not None and len(w) != rows:
-            raise ValueError(f"BlockCausal: {len(w)} windows for a batch of {rows} rows; give one or {rows}")
+            raise ValueError(f"BlockCausal: {len(w)} windows for a batch of {rows} rows; pass one or {rows}")
         return w
 
     def block_start(self, frames: Tensor) -> Tensor:
@@ -73,13 +82,13 @@ class BlockCausal:
         """bool [rows, Fq, Fk] for q_frames [rows or 1, Fq] and kv_frames [rows or 1, Fk]."""
         kv = kv_frames.long()[:, None, :]
         end = (self.block_start(q_frames) + self.frames_per_block)[:, :, None]
-        seen = (kv >= 0) & (kv < end)
+        visible_keys = (kv >= 0) & (kv < end)
         windows = self.windows(rows)
         if any(w is not None for w in windows):
             span = [_UNBOUNDED if w is None else w - self.sink_frames for w in windows]
             low = end - torch.tensor(span, device=kv.device)[:, None, None]
-            seen = seen & ((kv >= low) | (kv < self.first_frame + self.sink_frames))
-        return seen.expand(rows, q_frames.shape[1], kv_frames.shape[1])
+            visible_keys = visible_keys & ((kv >= low) | (kv < self.first_frame + self.sink_frames))
+        return visible_keys.expand(rows, q_frames.shape[1], kv_frames.shape[1])
 
 
 @dataclass(frozen=True)
@@ -88,15 +97,17 @@ class KVContext:
 
     Args:
         k, v: [B, Tc, H, D]. frames: int32 or int64 [B or 1, Tc / frame_tokens], -1 empty.
-        scales: reserved for 8-bit keys.
         host_frames: the same ids on the host, where they are known: :func:`attention_layout` need not read a device.
     """
 
     k: Tensor
     v: Tensor
     frames: Tensor
-    scales: Tensor | None = None
     host_frames: Sequence[Sequence[int]] | None = None
+
+    @property
+    def kv(self) -> tuple[Tensor, Tensor]:
+        return self.k, self.v
 
 
 def visible_with_context(mask: BlockCausal, q_frames: Tensor, own: Tensor, context: Tensor, rows: int) -> Tensor:

@@ -59,22 +59,22 @@ class AttentionSchedule:
         return self.segments.shape[0]
 
     def require_fits(self, q: Tensor, k: Tensor) -> None:
-        """Refuse tensors of other sizes in one line."""
-        found = (*q.shape[:3], k.shape[1])
-        if found != self.shape:
-            raise ValueError(f"attention: schedule is of (B, Tq, H, Tk) {self.shape}, q and k have {found}")
+        """Raise ValueError in one line for tensors of other sizes."""
+        sizes = (*q.shape[:3], k.shape[1])
+        if sizes != self.shape:
+            raise ValueError(f"attention: schedule is of (B, Tq, H, Tk) {self.shape}, q and k have {sizes}")
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """SMs of a CUDA device."""
+    """Number of SMs of a CUDA device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def allocate(
     shape: tuple[int, int, int, int], frame_tokens: int, sink_end: int, device: torch.device, ctas: int
 ) -> AttentionSchedule:
-    """Tables for a call of this shape, not filled."""
+    """Allocate the tables for a call of this shape."""
     batch, queries, heads, keys = shape
     q_tiles = -(-queries // TILE_QUERIES)
     most = keys // frame_tokens * -(-frame_tokens // BLOCK_KEYS)

@@ -1,4 +1,4 @@
-"""What ``impl="auto"`` runs for attention: by measurement where there is one, else by rule; always with the reason.
+"""What ``impl="auto"`` runs for attention, and why: by measurement if there is one, else by rule.
 
 ``measured.json`` beside this file holds what the benchmarks measured: for an (architecture, shape class) one row or
 several, the preferred one first, and the first that can run wins. ``bench/`` writes it. An architecture that is not in
@@ -8,8 +8,8 @@ it runs by rule.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common import pointwise
 from . import gluon
+from .inputs import TRITON_HEAD_DIMS, AttentionInputs
 from .layout import AttentionLayout
 from .library import LIBRARIES, unavailable
-from .mask import BlockCausal, KVContext
 
 OWN = ("triton", "gluon")
 """Kernels of this package: they read frame ids on the device, so one launch serves every layout."""
@@ -33,7 +34,6 @@ SHAPES = {
     "bidirectional": "more keys, no mask",
 }
 _FEW_KEYS = 1024
-_FEW_COUNTED = 128  # keys with counts up to which memory decides: queries and outputs, not scores
 _FILE = Path(__file__).with_name("measured.json")
 
 
@@ -45,9 +45,9 @@ class Measurement:
         architecture: 10 x major + minor of the compute capability. shape: a key of ``SHAPES``.
         impl: of :func:`hiar_kernels.attention`. num_splits: into how many rows of one launch it cuts the keys.
         milliseconds: median device time; where it is trained, of forward and backward together.
-        others: way -> its milliseconds in the same run.
+        others: label -> milliseconds in the same run.
         source: GPU, versions, date and revision of the run.
-        note: what the figure does not say by itself.
+        note: anything to know about the figure.
     """
 
     architecture: int
@@ -62,7 +62,7 @@ class Measurement:
     def __str__(self) -> str:
         others = ", ".join(f"{name} {ms:.3f}" for name, ms in sorted(self.others.items(), key=lambda item: item[1]))
         return (
-            f"sm_{self.architecture} {self.shape}: {way(self.impl, self.num_splits)} {self.milliseconds:.3f} ms"
+            f"sm_{self.architecture} {self.shape}: {label(self.impl, self.num_splits)} {self.milliseconds:.3f} ms"
             f"{f' (others: {others})' if others else ''}, {self.source}{f'; {self.note}' if self.note else ''}"
         )
 
@@ -76,17 +76,17 @@ class Choice:
     why: str
 
     def __str__(self) -> str:
-        return f"{way(self.impl, self.num_splits)}: {self.why}"
+        return f"{label(self.impl, self.num_splits)}: {self.why}"
 
 
-def way(impl: str, num_splits: int) -> str:
-    """An implementation and how it cuts the keys, for people: "cudnn with num_splits=2"."""
+def label(impl: str, num_splits: int) -> str:
+    """Display name of an implementation, such as "cudnn with num_splits=2"."""
     return f"{impl} with num_splits={num_splits}" if num_splits > 1 else impl
 
 
 @functools.cache
 def measurements() -> tuple[Measurement, ...]:
-    """The measured table, in order of preference."""
+    """All measurements, in order of preference."""
     return read(_FILE)
 
 
@@ -94,75 +94,62 @@ def read(file: Path) -> tuple[Measurement, ...]:
     """The measurements in a file, none if there is no such file.
 
     Raises:
-        ValueError: the file says what this version does not know, or leaves something out.
+        ValueError: the file has unknown or missing fields or values.
     """
     if not file.exists():
         return ()
-    known = {field.name: field.default is MISSING for field in fields(Measurement)}
-    found = []
+    columns = {field.name: field.default is MISSING for field in fields(Measurement)}
+    rows = []
     for row in json.loads(file.read_text(encoding="utf-8")):
-        missing = [name for name, required in known.items() if required and name not in row]
-        for problem, names in (("unknown", sorted(row.keys() - known.keys())), ("no", missing)):
+        missing = [name for name, required in columns.items() if required and name not in row]
+        for problem, names in (("unknown", sorted(row.keys() - columns.keys())), ("no", missing)):
             if names:
-                raise ValueError(f"{file}: {problem} {', '.join(names)} in a row; legal: {', '.join(known)}")
-        found.append(Measurement(**row))
-        for name, value, legal in (("shape", found[-1].shape, SHAPES), ("impl", found[-1].impl, (*LIBRARIES, *OWN))):
+                raise ValueError(f"{file}: {problem} {', '.join(names)} in a row; legal: {', '.join(columns)}")
+        rows.append(Measurement(**row))
+        for name, value, legal in (("shape", rows[-1].shape, SHAPES), ("impl", rows[-1].impl, (*LIBRARIES, *OWN))):
             if value not in legal:
                 raise ValueError(f"{file}: unknown {name} {value!r}; legal: {', '.join(legal)}")
-    return tuple(found)
+    return tuple(rows)
 
 
-def shape_class(q: Tensor, k: Tensor, mask: BlockCausal | None, context: KVContext | None, trains: bool) -> str:
+def shape_class(call: AttentionInputs) -> str:
     """The key of ``SHAPES`` that a call belongs to."""
+    mask = call.mask
     if mask is None:
-        return "cross" if k.shape[1] <= _FEW_KEYS else "bidirectional"
-    if trains:
-        return "block_causal" if context is None else "constant_context"
-    return "visit" if q.shape[1] <= mask.frames_per_block * mask.frame_tokens else "pair"
+        return "cross" if call.k.shape[1] <= _FEW_KEYS else "bidirectional"
+    if call.needs_grad:
+        return "block_causal" if call.context is None else "constant_context"
+    return "visit" if call.q.shape[1] <= mask.frames_per_block * mask.frame_tokens else "pair"
 
 
-def choose(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockCausal | None,
-    context: KVContext | None,
-    kv_counts: Tensor | None,
-    layout: AttentionLayout | None,
-    return_lse: bool,
-    trains: bool,
-) -> Choice:
-    """What to run for tensors like these; see :func:`rules`."""
+def choose(call: AttentionInputs, layout: AttentionLayout | None = None, return_lse: bool = False) -> Choice:
+    """Choose the implementation for a call; see :func:`rules`."""
+    q, trains = call.q, call.needs_grad
     if not q.is_cuda:
         return Choice("reference", 1, "logsumexp on a CPU") if return_lse else Choice("sdpa", 1, "a CPU")
-    counted = kv_counts is not None and k.shape[1] <= _FEW_COUNTED
-    if counted and not trains and usable("triton", q):
-        # H200, 4680 queries of 12 heads, 16 keys: 0.027 ms; sdpa 0.031 and the logarithm and cast of its bias
-        return Choice("triton", 1, f"at most {_FEW_COUNTED} keys with counts: one launch that takes the counts")
     major, minor = torch.cuda.get_device_capability(q.device)
-    found = decide(
+    choice = decide(
         10 * major + minor,
-        shape_class(q, k, mask, context, trains),
-        known=mask is None or layout is not None,
-        counts=kv_counts is not None,
+        shape_class(call),
+        layout_known=call.mask is None or layout is not None,
+        counts=call.kv_counts is not None,
         return_lse=return_lse,
         trains=trains,
         runs=lambda impl: (
-            usable(impl, q)
-            and (impl != "gluon" or (not trains and gluon.unfit(q, k, v, mask, context, kv_counts) is None))
+            usable(impl, q, return_lse) and (impl != "gluon" or (not trains and gluon.unfit(call) is None))
         ),
     )
     in_one_call = layout is None or len(layout.rows) == 1
-    if found.num_splits > 1 and q.shape[0] > 1 and in_one_call:  # whose rows fill the chip as the parts would
-        return replace(found, num_splits=1, why=f"{found.why}; uncut, for {q.shape[0]} videos are one call")
-    return found
+    if choice.num_splits > 1 and q.shape[0] > 1 and in_one_call:  # the batch fills the chip as the splits would
+        return replace(choice, num_splits=1, why=f"{choice.why}; uncut, for {q.shape[0]} videos are one call")
+    return choice
 
 
 def decide(
     architecture: int,
     shape: str,
     *,
-    known: bool,
+    layout_known: bool,
     counts: bool,
     return_lse: bool,
     trains: bool,
@@ -172,23 +159,31 @@ def decide(
     """The choice on CUDA.
 
     Args:
-        known: the visible keys are known on the host. counts: keys have counts. runs: whether an implementation can.
-        table: default: what was measured.
+        layout_known: the visible keys are known on the host. counts: keys have counts. runs: whether an implementation
+            can. table: default: what was measured.
     """
-    if trains and return_lse:
-        return Choice("reference", 1, "a logsumexp with gradient")
+    if counts and not trains and runs("triton"):
+        # H200, 4680 queries of 12 heads, 16 keys: 0.027 ms; sdpa 0.031 and the logarithm and cast of its bias
+        return Choice("triton", 1, "keys with counts: one launch that reads no hidden key")
     if counts and not return_lse:
-        return Choice("sdpa", 1, "the fused one that takes counts, as a bias")
-    for row in () if counts else measurements() if table is None else table:
-        here = (row.architecture, row.shape) == (architecture, shape)
-        if here and (row.impl in OWN or known) and runs(row.impl):
+        return Choice("sdpa", 1, "keys with counts: the library that takes them, as a bias")
+    rows = measurements() if table is None else table
+    for row in () if counts or (trains and return_lse) else rows:
+        matches = (row.architecture, row.shape) == (architecture, shape)
+        if matches and (row.impl in OWN or layout_known) and runs(row.impl):
             return Choice(row.impl, row.num_splits, str(row))
-    if known and not return_lse:
+    if layout_known and not return_lse:
         return Choice("sdpa", 1, f"nothing measured for {shape} on sm_{architecture}: torch's own choice")
-    reason = "a logsumexp is asked" if return_lse else "frame ids are on the device only"
+    reason = "frame ids are on the device only"
+    if return_lse:
+        reason = "a logsumexp with gradient is asked for" if trains else "a logsumexp is asked for"
     if runs("triton"):
         return Choice("triton", 1, reason)
-    return Choice("reference" if return_lse else "sdpa", 1, f"{reason}, and triton cannot run")
+    if not return_lse:
+        return Choice("sdpa", 1, f"{reason}, and triton cannot run")
+    if not (trains or counts) and runs("flash"):
+        return Choice("flash", 1, f"{reason}, and triton cannot run")
+    return Choice("reference", 1, f"{reason}, and no other implementation can run")
 
 
 def choices() -> dict[str, Choice]:
@@ -201,7 +196,7 @@ def choices() -> dict[str, Choice]:
         shape: decide(
             10 * major + minor,
             shape,
-            known=True,
+            layout_known=True,
             counts=False,
             return_lse=False,
             trains=shape in ("block_causal", "constant_context"),
@@ -211,22 +206,39 @@ def choices() -> dict[str, Choice]:
     }
 
 
-def usable(impl: str, q: Tensor) -> bool:
-    """Whether an implementation of the table can run here on tensors like q."""
+def triton_takes(q: Tensor) -> bool:
+    """Whether Triton is installed and its kernels support tensors like q."""
+    return pointwise.TRITON_INSTALLED and q.dtype in pointwise.DTYPES and q.shape[-1] in TRITON_HEAD_DIMS
+
+
+def usable(impl: str, q: Tensor, return_lse: bool = False) -> bool:
+    """Whether an implementation of the table can run here on tensors like q; ``return_lse``: and give a logsumexp."""
     half = q.dtype in (torch.bfloat16, torch.float16)
     if impl == "triton":
-        installed = importlib.util.find_spec("triton") is not None
-        return installed and q.dtype != torch.float64 and q.shape[-1] in (16, 32, 64, 128)
+        return triton_takes(q)
     if impl == "gluon":
         return half and q.shape[-1] == gluon.HEAD_DIM and gluon.unavailable(q.device) is None
-    return impl == "sdpa" or (half and unavailable(impl, q.device) is None)
+    return (half or (impl == "sdpa" and not return_lse)) and unavailable(impl, q.device) is None
+
+
+def warn_of_scores(call: AttentionInputs, choice: Choice) -> None:
+    """Warn that the eager reference, which materialises all scores, runs on a GPU."""
+    b, queries, heads, _ = call.q.shape
+    keys = call.k.shape[1] + (0 if call.context is None else call.context.k.shape[1])
+    gib = b * heads * queries * keys * (8 if call.q.dtype == torch.float64 else 4) / 2**30
+    advice = "" if pointwise.TRITON_INSTALLED else "; install triton"
+    warnings.warn(
+        f"attention: impl='auto' runs the eager reference on {call.q.device}, which holds {gib:.3g} GiB of scores: "
+        f"{choice.why}{advice}",
+        stacklevel=5,
+    )
 
 
 def rules() -> str:
-    """How ``auto`` is resolved, in words."""
+    """How ``auto`` is resolved, as text."""
     return (
-        "on a CPU sdpa (reference where a logsumexp is asked); on CUDA triton for at most "
-        f"{_FEW_COUNTED} keys with counts and no gradient, else the first measured row of (architecture, shape class) "
-        "that can run, and where nothing was measured: sdpa if the layout is known on the host, triton if frame ids "
-        "are on the device only or a logsumexp is asked"
+        "on a CPU sdpa (reference where a logsumexp is asked for); on CUDA triton for keys with counts and no "
+        "gradient, else the first measured row of (architecture, shape class) that can run; where nothing was "
+        "measured sdpa if the layout is known on the host, triton if frame ids are on the device only or a logsumexp "
+        "is asked for; under torch.compile triton; where nothing else can run reference, with a warning"
     )

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._compile import Case
+from ..common.aot import Case
+from ..common.shapes import HEAD_DIM
 from ._launch import RULE, dense_rows, row_stride, rule_arguments, windows_on
 from ._visible import FULL, NONE, PARTIAL, SEEN, frame_at, key_run, limits, query_ends
 from .mask import BlockCausal
-from .ops import rule_of
 from .schedule import (
     BLOCK_FIELDS,
     BLOCK_KEYS,
@@ -48,14 +50,14 @@ def _write_blocks(table_ptr, at, lo, hi, frame, partial, BLOCK: tl.constexpr, CH
 def _key_blocks_kernel(
     blocks_ptr, counts_ptr, limits_ptr, q_frames_ptr, kv_frames_ptr, windows_ptr, stride_qfb, stride_kfb, q_tokens,
     kv_tokens, q_tiles, most, frame_tokens, frames_per_block, first_frame, origin, sink_frames, sink_end,
-    MASKED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    MASKED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """The key blocks that one tile of queries sees: first those that need a mask, then the whole ones."""
     pid = tl.program_id(0)
     b = (pid // q_tiles).to(tl.int64)
     row = tl.arange(0, TILE)
     t = pid % q_tiles * TILE + row
-    live = t < q_tokens
+    q_mask = t < q_tokens
     table_ptr = blocks_ptr + pid.to(tl.int64) * most * _BLOCK_FIELDS
     limits_ptr += pid.to(tl.int64) * 2 * TILE
     before, back, sinks = 0, 0, 0
@@ -63,7 +65,7 @@ def _key_blocks_kernel(
     if MASKED:
         if q_frames_ptr is not None:
             q_frames_ptr += b * stride_qfb
-        ends, least, greatest = query_ends(q_frames_ptr, t, live, first_frame, frame_tokens, origin, frames_per_block)
+        ends, least, greatest = query_ends(q_frames_ptr, t, q_mask, first_frame, frame_tokens, origin, frames_per_block)
         before, back, sinks = limits(windows_ptr, b, frames_per_block, sink_frames, sink_end, SEEN)
         tl.store(limits_ptr + row, ends)
         tl.store(limits_ptr + TILE + row, ends - back)
@@ -72,19 +74,19 @@ def _key_blocks_kernel(
     slots = kv_tokens // frame_tokens
     at = 0
     masked = 0
-    for part in tl.static_range(2):
+    for phase in tl.static_range(2):
         slot = 0
         while slot < slots:
             kind = FULL
             stop = slots
             if MASKED:
                 kind, stop = key_run(
-                    slot, slots, kv_frames_ptr, first_frame, ends, live, least, greatest, before, back, sinks
+                    slot, slots, kv_frames_ptr, first_frame, ends, q_mask, least, greatest, before, back, sinks
                 )
             lo = slot * frame_tokens
             hi = stop * frame_tokens
             middle = lo + (hi - lo) // BLOCK * BLOCK
-            if part == 0:
+            if phase == 0:
                 # each inside one slot: what a load beyond the slot's end brings is then zeros, never another frame
                 begin = tl.where(kind == FULL, middle, tl.where(kind == NONE, hi, lo))
                 while begin < hi:
@@ -98,9 +100,9 @@ def _key_blocks_kernel(
             elif kind == FULL:
                 at = _write_blocks(table_ptr, at, lo, middle, 0, 0, BLOCK, CHUNK)
             slot = stop
-        if part == 0:
+        if phase == 0:
             masked = at
-    if at == 0:  # nothing to see: one block without keys, so that zeros are written
+    if at == 0:  # nothing visible: one block without keys, so that zeros are written
         at = _write_blocks(table_ptr, at, 0, 1, 0, 0, BLOCK, CHUNK)
         tl.store(table_ptr + 1, 0)
         masked = at
@@ -120,7 +122,7 @@ def _write_segments(ptr, tile, lo, hi, slot, masked, mask):
 @triton.jit(do_not_specialize=["rounds", "rest", "q_tiles", "H", "most"])
 def _segments_kernel(
     counts_ptr, segments_ptr, segment_counts_ptr, cuts_ptr, rounds, rest, q_tiles, H, most, CTAS: tl.constexpr,
-    REST: tl.constexpr,
+    REST: tl.constexpr
 ):  # fmt: skip
     """The work of one CTA: whole tiles, then its range of the key blocks of the tiles that are left."""
     c = tl.program_id(0)
@@ -154,8 +156,8 @@ def _segments_kernel(
 
 @triton.jit(do_not_specialize=["rounds", "rest", "q_tiles", "H", "q_tokens"])
 def _merge_cuts_kernel(
-    part_out_ptr, part_lse_ptr, cuts_ptr, out_ptr, lse_ptr, rounds, rest, q_tiles, H, q_tokens, CTAS: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    partial_out_ptr, partial_lse_ptr, cuts_ptr, out_ptr, lse_ptr, rounds, rest, q_tiles, H, q_tokens,
+    CTAS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
     """Rows of one tile that several CTAs shared: their partial results, weighted by their logsumexps (to base 2)."""
     i = tl.program_id(0)
@@ -167,35 +169,37 @@ def _merge_cuts_kernel(
     if last > first:
         row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         dims = tl.arange(0, HEAD_DIM)
-        m = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
+        m_i = tl.full([ROWS], float("-inf"), tl.float32)
+        l_i = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
         for c in range(first, last + 1):
             start = c * units // CTAS
             if (c + 1) * units // CTAS > start:
                 slot = (2 * c + (start < ahead).to(tl.int32)).to(tl.int64)
-                lse = tl.load(part_lse_ptr + slot * TILE + row)
-                x = tl.load(part_out_ptr + (slot * TILE + row[:, None]) * HEAD_DIM + dims[None, :])
-                new = tl.maximum(m, lse)
-                base = tl.where(new == float("-inf"), 0.0, new)
-                alpha = tl.exp2(m - base)
+                lse = tl.load(partial_lse_ptr + slot * TILE + row)
+                x = tl.load(partial_out_ptr + (slot * TILE + row[:, None]) * HEAD_DIM + dims[None, :])
+                m_new = tl.maximum(m_i, lse)
+                base = tl.where(m_new == float("-inf"), 0.0, m_new)
+                alpha = tl.exp2(m_i - base)
                 weight = tl.exp2(lse - base)
                 acc = acc * alpha[:, None] + x * weight[:, None]
-                total = total * alpha + weight
-                m = new
+                l_i = l_i * alpha + weight
+                m_i = m_new
         tile = rounds * CTAS + i
         bh = tile // q_tiles
         t = tile % q_tiles * TILE + row
-        live = t < q_tokens
-        some = total > 0
-        total = tl.where(some, total, 1.0)
-        out = acc / total[:, None]
+        q_mask = t < q_tokens
+        visible = l_i > 0
+        l_i = tl.where(visible, l_i, 1.0)
+        out = acc / l_i[:, None]
         out_offs = ((bh // H).to(tl.int64) * q_tokens + t) * H + bh % H
         tl.store(
-            out_ptr + out_offs[:, None] * HEAD_DIM + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None]
+            out_ptr + out_offs[:, None] * HEAD_DIM + dims[None, :],
+            out.to(out_ptr.dtype.element_ty),
+            mask=q_mask[:, None],
         )
-        lse = tl.where(some, (m + tl.log2(total)) * _LN2, float("-inf"))
-        tl.store(lse_ptr + bh.to(tl.int64) * q_tokens + t, lse, mask=live)
+        lse = tl.where(visible, (m_i + tl.log2(l_i)) * _LN2, float("-inf"))
+        tl.store(lse_ptr + bh.to(tl.int64) * q_tokens + t, lse, mask=q_mask)
 
 
 def make(
@@ -208,15 +212,15 @@ def make(
 ) -> AttentionSchedule:
     """:func:`hiar_kernels.attention_schedule`."""
     batch, queries, heads, keys = shape
-    rule, windows = rule_of(mask, batch)
-    arguments = rule_arguments(rule, keys)
+    arguments = rule_arguments(mask, keys)
     tables = allocate(shape, arguments["frame_tokens"], arguments["sink_end"], device, ctas or multiprocessors(device))
     q_frames, kv_frames = (None if x is None else dense_rows(x.to(torch.int32)) for x in (q_frames, kv_frames))
     with torch.cuda.device_of(tables.blocks):
         _key_blocks_kernel[(batch * tables.q_tiles,)](
             tables.blocks, tables.counts, tables.limits, q_frames, kv_frames,
-            windows_on(device, windows) if rule else None, row_stride(q_frames), row_stride(kv_frames), queries, keys,
-            tables.q_tiles, tables.blocks.shape[2], **arguments, MASKED=bool(rule), TILE=TILE_QUERIES,
+            None if mask is None else windows_on(device, mask, batch), row_stride(q_frames), row_stride(kv_frames),
+            queries, keys,
+            tables.q_tiles, tables.blocks.shape[2], **arguments, MASKED=mask is not None, TILE=TILE_QUERIES,
             BLOCK=BLOCK_KEYS, CHUNK=128, num_warps=4,
         )  # fmt: skip
         rounds, rest = divmod(batch * heads * tables.q_tiles, tables.ctas)
@@ -227,7 +231,7 @@ def make(
     return tables
 
 
-def merge_cuts(tables: AttentionSchedule, part_out: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+def merge_cuts(tables: AttentionSchedule, partial_out: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor) -> None:
     """Write the tiles that several CTAs shared into out [B, Tq, H, D] and lse [B, H, Tq].
 
     Args:
@@ -240,27 +244,17 @@ def merge_cuts(tables: AttentionSchedule, part_out: Tensor, part_lse: Tensor, ou
     rounds = (out.shape[0] * heads * tables.q_tiles - rest) // tables.ctas
     with torch.cuda.device_of(out):
         _merge_cuts_kernel[(rest, TILE_QUERIES // _MERGED_ROWS)](
-            part_out, part_lse, tables.cuts, out, lse, rounds, rest, tables.q_tiles, heads, queries, CTAS=tables.ctas,
-            TILE=TILE_QUERIES, ROWS=_MERGED_ROWS, HEAD_DIM=dim, num_warps=4,
+            partial_out, partial_lse, tables.cuts, out, lse, rounds, rest, tables.q_tiles, heads, queries,
+            CTAS=tables.ctas, TILE=TILE_QUERIES, ROWS=_MERGED_ROWS, HEAD_DIM=dim, num_warps=4,
         )  # fmt: skip
 
 
 def compile_cases(arch: int) -> list[Case]:
-    """Wan 1.3B's visit over a ring of 21 frames on 132 SMs: made for sm_90, plain enough for all."""
-    frames = ("q_frames_ptr", "kv_frames_ptr", "windows_ptr")
-    kernels = (
-        (_key_blocks_kernel, {"MASKED": True, "TILE": TILE_QUERIES, "BLOCK": BLOCK_KEYS, "CHUNK": 128}, frames),
-        (_segments_kernel, {"CTAS": 132, "REST": 64}, ()),
-        (_merge_cuts_kernel, {"CTAS": 132, "TILE": TILE_QUERIES, "ROWS": _MERGED_ROWS, "HEAD_DIM": 128}, ()),
-    )
-    cases = []
-    for kernel, constexprs, _ in kernels:
-        types = {"part_out_ptr": "*fp32", "part_lse_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
-        signature = {
-            name: types.get(name, "*i32" if name.endswith("_ptr") else "i32")
-            for name in kernel.arg_names
-            if name not in constexprs
-        }
-        pointers = tuple(name for name in signature if name.endswith("_ptr"))
-        cases.append(Case("ring of 21 frames", kernel, signature, constexprs, pointers))
-    return cases
+    """A block over a ring of 21 frames on 132 SMs: made for sm_90, plain enough for all."""
+    types = {"partial_out_ptr": "*fp32", "partial_lse_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
+    kernels: dict[Any, dict[str, Any]] = {
+        _key_blocks_kernel: {"MASKED": True, "TILE": TILE_QUERIES, "BLOCK": BLOCK_KEYS, "CHUNK": 128},
+        _segments_kernel: {"CTAS": 132, "REST": 64},
+        _merge_cuts_kernel: {"CTAS": 132, "TILE": TILE_QUERIES, "ROWS": _MERGED_ROWS, "HEAD_DIM": HEAD_DIM},
+    }
+    return [Case.of("ring of 21 frames", kernel, types, values, ()) for kernel, values in kernels.items()]

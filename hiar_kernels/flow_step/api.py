@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose
-from .._pointwise import automatic, prepare
+from ..common.dispatch import check_floats, choose
+from ..common.pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 
 IMPLS = ("reference", "triton")
@@ -31,6 +31,9 @@ def flow_step(
     Raises:
         ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
     """
+    check_floats("flow_step", x=x, velocity=velocity, sigma=sigma, sigma_next=sigma_next)
+    if noise is not None:
+        check_floats("flow_step", x=x, noise=noise)
     if x.dim() != 5:
         raise ValueError(f"flow_step: x must be [B, F, C, H, W], got {list(x.shape)}")
     for name, other in (("velocity", velocity), ("noise", noise)):

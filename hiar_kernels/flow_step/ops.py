@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import define
+from ..common.torch_library import define
 from . import reference
 
 
@@ -16,6 +16,7 @@ def _fake(
 
 
 define(
+    __package__,
     "flow_step",
     "Tensor x, Tensor velocity, Tensor sigma, Tensor sigma_next, Tensor? noise",
     2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import wide_dtype
+from ..common.torch_library import wide_dtype
 
 
 def flow_step(

@@ -3,36 +3,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._compile import Case
-from .._triton import register
-from .._triton_flow import TILE, dense_frames, piece, strides
+from ..common.aot import Case
+from ..common.triton_loader import register
+from ._launch import TILE, dense_frames, piece, strides
 
 
 @triton.jit
 def _flow_step_fwd_kernel(
     x_ptr, velocity_ptr, sigma_ptr, next_ptr, noise_ptr, x0_ptr, out_ptr, F, n, tiles,
     stride_xb, stride_xf, stride_velocityb, stride_velocityf, stride_noiseb, stride_noisef,
-    stride_sigmab, stride_sigmaf, stride_nextb, stride_nextf, BLOCK: tl.constexpr,
+    stride_sigmab, stride_sigmaf, stride_nextb, stride_nextf, BLOCK: tl.constexpr
 ):  # fmt: skip
-    b, f, i, at, live = piece(F, n, tiles, BLOCK)
+    b, f, i, at, mask = piece(F, n, tiles, BLOCK)
     sigma = tl.load(sigma_ptr + b * stride_sigmab + f * stride_sigmaf).to(tl.float32)
     following = tl.load(next_ptr + b * stride_nextb + f * stride_nextf).to(tl.float32)
-    x = tl.load(x_ptr + b * stride_xb + f * stride_xf + i, mask=live).to(tl.float32)
-    v = tl.load(velocity_ptr + b * stride_velocityb + f * stride_velocityf + i, mask=live).to(tl.float32)
+    x = tl.load(x_ptr + b * stride_xb + f * stride_xf + i, mask=mask).to(tl.float32)
+    v = tl.load(velocity_ptr + b * stride_velocityb + f * stride_velocityf + i, mask=mask).to(tl.float32)
     x0 = x - sigma * v
     if noise_ptr is None:
         out = x + (following - sigma) * v
     else:
-        noise = tl.load(noise_ptr + b * stride_noiseb + f * stride_noisef + i, mask=live).to(tl.float32)
+        noise = tl.load(noise_ptr + b * stride_noiseb + f * stride_noisef + i, mask=mask).to(tl.float32)
         out = (1 - following) * x0 + following * noise
     out = tl.where(following == 0, x0, out)  # the last step gives x0 to the bit, whatever the noise holds
-    tl.store(x0_ptr + at, x0.to(x0_ptr.dtype.element_ty), mask=live)
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(x0_ptr + at, x0.to(x0_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def launch(
@@ -58,12 +60,10 @@ register("flow_step", launch)
 
 def compile_cases(arch: int) -> list[Case]:
     """Production launches: with noise, and without."""
-    types = {"x_ptr": "*fp32", "velocity_ptr": "*bf16", "noise_ptr": "*fp32", "x0_ptr": "*fp32", "out_ptr": "*fp32"}
-    types |= {"sigma_ptr": "*fp32", "next_ptr": "*fp32"}
-    kernel, found = _flow_step_fwd_kernel, []
-    for name, none in (("sde", {}), ("ode", {"noise_ptr": None})):
-        constexprs = {"BLOCK": TILE["BLOCK"], **none}
-        signature = {a: types.get(a, "i32") for a in kernel.arg_names if a not in constexprs}
-        wide = tuple(a for a in signature if a.startswith("stride_") or a in types or a == "n")
-        found.append(Case(name, kernel, signature, constexprs, wide, num_warps=TILE["num_warps"]))
-    return found
+    kernel, constexprs = _flow_step_fwd_kernel, {"BLOCK": TILE["BLOCK"]}
+    types = {a: "*bf16" if a == "velocity_ptr" else "*fp32" for a in kernel.arg_names if a.endswith("_ptr")}
+    options: dict[str, Any] = {"aligned": ("stride_", "n"), "num_warps": TILE["num_warps"]}
+    return [
+        Case.of("sde", kernel, types, constexprs, **options),
+        Case.of("ode", kernel, types, {**constexprs, "noise_ptr": None}, **options),
+    ]

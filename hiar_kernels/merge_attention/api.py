@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _cuda, _pointwise, _triton
-from .._dispatch import choose
+from ..common import cuda_loader, pointwise, triton_loader
+from ..common.dispatch import check_floats, choose
 from . import ops, reference  # noqa: F401  (registers the op)
 
 IMPLS = ("reference", "triton", "cuda")
@@ -22,46 +22,48 @@ def merge_attention(
     Args:
         outs: partial outputs, each [B, T, H, D]; a tensor [n, B, T, H, D] is n of them. The kernels read them as they
             lie: rows of one launch, and of another, are not copied together.
-        lses: their logsumexps, each [B, H, T] (natural logarithm; -inf where a part saw no key), or [n, B, H, T].
+        lses: their logsumexps, each [B, H, T] (natural logarithm; -inf where no key was visible), or [n, B, H, T].
         impl: "auto" (a kernel for CUDA tensors that need no gradient, else the reference) | "triton" or "cuda" (one
             pass; bfloat16, float16, float32; no gradient) | "reference" (differentiable).
 
     Returns:
-        out [B, T, H, D] in the dtype of the parts, logsumexp [B, H, T] in float32 (float64 for float64).
+        out [B, T, H, D] in the dtype of the outs, logsumexp [B, H, T] in float32 (float64 for float64).
 
     Raises:
-        ValueError: no parts, parts that differ in number, shape or dtype, or what the implementation does not take.
+        ValueError: nothing to merge, results that differ in number, shape or dtype, or what the kernel does not take.
 
     Example:
         >>> q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 6, 2, 8)
-        >>> parts = [attention(q, x, x, return_lse=True) for x in (k[:, :2], k[:, 2:])]
-        >>> out, lse = merge_attention(*zip(*parts))
+        >>> partial = [attention_with_lse(q, x, x) for x in (k[:, :2], k[:, 2:])]
+        >>> out, lse = merge_attention(*zip(*partial))
         >>> torch.allclose(out, attention(q, k, k), atol=1e-5)
         True
     """
-    ok = len(outs) == len(lses) > 0
-    if not ok:
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, Tensor | list | tuple):
+            raise ValueError(f"merge_attention: {name} must be tensors, got {type(parts).__name__}")
+    if not len(outs) == len(lses) > 0:
         raise ValueError(f"merge_attention: got {len(outs)} outs and {len(lses)} lses; expected n and n >= 1")
+    for out, lse in zip(outs, lses, strict=True):
+        check_floats("merge_attention", **{"every out": out, "every lse": lse})
     b, t, h, _ = outs[0].shape
     for out, lse in zip(outs, lses, strict=True):
-        ok = out.shape == outs[0].shape and out.dtype == outs[0].dtype
-        if not ok:
+        if out.shape != outs[0].shape or out.dtype != outs[0].dtype:
             want = f"{list(outs[0].shape)} {outs[0].dtype}"
             raise ValueError(f"merge_attention: every out must be {want}, got {list(out.shape)} {out.dtype}")
         if tuple(lse.shape) != (b, h, t):
             raise ValueError(f"merge_attention: every lse must be {[b, h, t]}, got {list(lse.shape)}")
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, *lses))
-    kernel = "reference" if wants_grad else _pointwise.automatic(outs[0], cuda=True)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, *lses))
+    kernel = "reference" if needs_grad else pointwise.automatic(outs[0], cuda=True)
     impl = choose("merge_attention", impl, IMPLS, auto=kernel)
     if impl == "reference":
         return reference.merge_attention(list(outs), list(lses))
-    (_cuda if impl == "cuda" else _triton).load("merge_attention", outs[0])
-    if wants_grad:
+    (cuda_loader if impl == "cuda" else triton_loader).load("merge_attention", outs[0])
+    if needs_grad:
         raise ValueError(f"merge_attention: impl={impl!r} has no gradient; use impl='reference', or no_grad()")
     for x in (*outs, *lses):
-        here = x.device == outs[0].device
-        if not here:
-            raise ValueError(f"merge_attention: every part must be on {outs[0].device}, got {x.device}")
+        if x.device != outs[0].device:
+            raise ValueError(f"merge_attention: every out and lse must be on {outs[0].device}, got {x.device}")
     hiar = torch.ops.hiar
     op = hiar.merge_attention_cuda if impl == "cuda" else hiar.merge_attention
     merged: tuple[Tensor, Tensor] = op(list(outs), list(lses))

@@ -1,24 +1,23 @@
-"""merge_attention in CUDA C++ (csrc/merge_attention.cu): all parts in one pass, each read where it lies."""
+"""merge_attention in CUDA C++ (csrc/merge_attention.cu): all partial results in one pass, each read where it lies."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import _cuda
+from ..common import cuda_loader
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MOST_PARTS = 32
+_MAX_OUTS = 32
 
 
 def launch(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """hiar::merge_attention_cuda."""
     op, first = "merge_attention", outs[0]
-    known = first.dtype in _DTYPES
-    if not known:
+    if first.dtype not in _DTYPES:
         raise ValueError(f"{op}: impl='cuda' takes bfloat16, float16 or float32, got {first.dtype}")
-    if len(outs) > _MOST_PARTS:
-        raise ValueError(f"{op}: impl='cuda' takes at most {_MOST_PARTS} parts, got {len(outs)}")
+    if len(outs) > _MAX_OUTS:
+        raise ValueError(f"{op}: impl='cuda' takes at most {_MAX_OUTS} outs, got {len(outs)}")
     b, t, h, _ = first.shape
     out = torch.empty(first.shape, dtype=first.dtype, device=first.device)
     lse = torch.empty((b, h, t), dtype=torch.float32, device=first.device)
@@ -27,4 +26,4 @@ def launch(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-_cuda.register("merge_attention_cuda", launch)
+cuda_loader.register("merge_attention_cuda", launch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import define, wide_dtype
+from ..common.torch_library import define, wide_dtype
 from . import reference
 
 
@@ -18,4 +18,4 @@ def _fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 # tensor lists have no gradient formula here: the eager reference, which torch differentiates, serves training
 for _name in ("merge_attention", "merge_attention_cuda"):  # an op has one kernel for a device: Triton's, CUDA's
-    define(_name, "Tensor[] outs, Tensor[] lses", 2, reference.merge_attention, _fake, (), mutates=True)
+    define(__package__, _name, "Tensor[] outs, Tensor[] lses", 2, reference.merge_attention, _fake, (), mutates=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import wide_dtype
+from ..common.torch_library import wide_dtype
 
 
 def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -13,6 +13,6 @@ def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Ten
     stacked = torch.stack([lse.to(wide_dtype(outs[0])) for lse in lses])
     lse = torch.logsumexp(stacked, dim=0)
     weights = torch.exp(stacked - torch.where(lse.isfinite(), lse, 0)).transpose(2, 3)[..., None]  # [n, B, T, H, 1]
-    # a part that saw no key weighs 0, whatever it holds
-    parts = [torch.where(w > 0, w * out.to(w.dtype), 0) for w, out in zip(weights, outs, strict=True)]
-    return torch.stack(parts).sum(0).to(outs[0].dtype).contiguous(), lse
+    # without a visible key the weight is 0, whatever the output holds
+    weighted = [torch.where(w > 0, w * out.to(w.dtype), 0) for w, out in zip(weights, outs, strict=True)]
+    return torch.stack(weighted).sum(0).to(outs[0].dtype).contiguous(), lse

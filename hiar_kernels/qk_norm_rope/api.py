@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose, require
-from .._pointwise import automatic, prepare
+from ..common.dispatch import choose, require
+from ..common.pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the ops)
+from .inputs import Rings, RopeInputs, append_as_schema, token_grid
 
 IMPLS = ("reference", "triton")
 APPEND_IMPLS = ("reference", "triton", "cuda")
@@ -44,12 +45,14 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes or dtypes do not fit, or impl="triton" cannot take the device or a dtype.
     """
-    _validate("qk_norm_rope", qkv, q_weight, k_weight, frames, num_heads, grid, cells)
-    if choose("qk_norm_rope", impl, IMPLS, auto=automatic(q_weight, k_weight, qkv, norm=True)) == "triton":
-        prepare("qk_norm_rope", norm=True, q_weight=q_weight, k_weight=k_weight, qkv=qkv)
-        q, k = torch.ops.hiar.qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, *grid, eps, theta, cells)
+    op = "qk_norm_rope"
+    inputs = RopeInputs(qkv, q_weight, k_weight, frames, num_heads, *token_grid(op, grid), eps, theta, cells)
+    inputs.validate(op)
+    if choose(op, impl, IMPLS, auto=automatic(q_weight, k_weight, qkv, norm=True)) == "triton":
+        prepare(op, norm=True, q_weight=q_weight, k_weight=k_weight, qkv=qkv)
+        q, k = torch.ops.hiar.qk_norm_rope(*inputs.as_schema())
     else:
-        q, k = reference.qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, *grid, eps, theta, cells)
+        q, k = reference.qk_norm_rope(inputs)
     return q, k, qkv[..., 2 * q_weight.numel() :].unflatten(-1, (num_heads, -1))
 
 
@@ -87,68 +90,20 @@ def qk_norm_rope_append(
         ValueError: shapes or dtypes do not fit, a gradient is asked for, impl="triton" or "cuda" cannot take the
             device, a dtype or the layout of a cache, or is not installed.
     """
-    _validate("qk_norm_rope_append", qkv, q_weight, k_weight, frames, num_heads, grid, cells)
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, q_weight, k_weight))
-    require(not wants_grad, "qk_norm_rope_append: has no gradient; use qk_norm_rope, or torch.no_grad()")
-    op, batch = "qk_norm_rope_append", qkv.shape[0]
-    if rows is not None:
-        if rows.dim() != 2 or rows.shape[0] not in (1, 2) or rows.shape[1] != batch:
-            raise ValueError(f"{op}: rows must be [1 or 2, {batch}], got {list(rows.shape)}")
-        if rows.is_floating_point():
-            raise ValueError(f"{op}: rows must be integers, got {rows.dtype}")
-    fits = slots.dim() == 2 if rows is None else slots.dim() == 3 and slots.shape[0] == rows.shape[0]
-    if not fits or slots.shape[-2] not in (1, batch) or slots.shape[-1] != frames.shape[1]:
-        times = "" if rows is None else f"{rows.shape[0]}, "
-        raise ValueError(f"{op}: slots must be [{times}{batch} or 1, {frames.shape[1]}], got {list(slots.shape)}")
-    if slots.is_floating_point():
-        raise ValueError(f"{op}: slots must be integers, got {slots.dtype}")
-    shape, tokens = (num_heads, qkv.shape[2] // 3 // num_heads), _tokens(grid, cells)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        fits = cache.dim() == 4 and cache.shape[2:] == shape and not cache.shape[1] % tokens
-        if not fits or (rows is None and cache.shape[0] != batch):
-            want = f"[{batch if rows is None else 'any'}, n * {tokens}, {shape[0]}, {shape[1]}]"
-            raise ValueError(f"{op}: {name} must be {want}, got {list(cache.shape)}")
+    op = "qk_norm_rope_append"
+    inputs = RopeInputs(qkv, q_weight, k_weight, frames, num_heads, *token_grid(op, grid), eps, theta, cells)
+    inputs.validate(op)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, q_weight, k_weight))
+    require(not needs_grad, "qk_norm_rope_append: has no gradient; use qk_norm_rope, or torch.no_grad()")
+    rings = Rings(slots, k_cache, v_cache, rows)
+    rings.validate(op, inputs)
     floats = {"q_weight": q_weight, "k_weight": k_weight, "qkv": qkv, "k_cache": k_cache, "v_cache": v_cache}
     dense = k_cache.stride(3) == v_cache.stride(3) == 1
     auto = automatic(*floats.values(), norm=True, cuda=True) if dense else "reference"
-    impl = choose("qk_norm_rope_append", impl, APPEND_IMPLS, auto=auto)
-    function = reference.qk_norm_rope_append
-    if impl != "reference":
-        prepare("qk_norm_rope_append", impl=impl, norm=True, **floats)
-        hiar = torch.ops.hiar
-        function = hiar.qk_norm_rope_append_cuda if impl == "cuda" else hiar.qk_norm_rope_append
-    return function(qkv, q_weight, k_weight, frames, slots, k_cache, v_cache, num_heads, *grid, eps, theta, cells, rows)
-
-
-def _tokens(grid: tuple[int, int], cells: tuple[int, int] | None) -> int:
-    """Tokens of a frame that are there."""
-    return grid[0] * grid[1] if cells is None else cells[1] - cells[0]
-
-
-def _validate(
-    op: str,
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    frames: Tensor,
-    num_heads: int,
-    grid: tuple[int, int],
-    cells: tuple[int, int] | None,
-) -> None:
-    if cells is not None and not (len(cells) == 2 and 0 <= cells[0] < cells[1] <= grid[0] * grid[1]):
-        raise ValueError(
-            f"{op}: cells must be (start, stop) with 0 <= start < stop <= {grid[0] * grid[1]}, got {cells}"
-        )
-    tokens = _tokens(grid, cells)
-    if qkv.dim() != 3:
-        raise ValueError(f"{op}: qkv must be [B, T, 3 H D], got {list(qkv.shape)}")
-    b, t, c = qkv.shape
-    if num_heads < 1 or c % (6 * num_heads):
-        raise ValueError(f"{op}: width {c} of qkv is not 3 x {num_heads} heads of an even size")
-    for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if w.shape != (c // 3,):
-            raise ValueError(f"{op}: {name} must be [{c // 3}], got {list(w.shape)}")
-    if frames.dim() != 2 or frames.shape[0] not in (1, b) or frames.shape[1] * tokens != t:
-        raise ValueError(f"{op}: frames must be [{b} or 1, {t} / {tokens}], got {list(frames.shape)}")
-    if frames.is_floating_point():
-        raise ValueError(f"{op}: frames must be integer ids, got {frames.dtype}")
+    impl = choose(op, impl, APPEND_IMPLS, auto=auto)
+    if impl == "reference":
+        return reference.qk_norm_rope_append(inputs, rings)
+    prepare(op, impl=impl, norm=True, **floats)
+    hiar = torch.ops.hiar
+    kernel = hiar.qk_norm_rope_append_cuda if impl == "cuda" else hiar.qk_norm_rope_append
+    return kernel(*append_as_schema(inputs, rings))

@@ -2,45 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _cuda
-from ._launch import check_rings, checked, turns_of
+from ..common import cuda_loader
+from .inputs import append_from_schema, empty_like_q, turns_of
 
 
-def qk_norm_rope_append(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    frames: Tensor,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_heads: int,
-    height: int,
-    width: int,
-    eps: float,
-    theta: float,
-    cells: Sequence[int] | None = None,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """Launcher of ``hiar::qk_norm_rope_append_cuda``."""
+def launch(*arguments: Any) -> Tensor:
+    """hiar::qk_norm_rope_append_cuda."""
     op = "qk_norm_rope_append"
-    qkv = checked(op, qkv, frames=frames, slots=slots, **({} if rows is None else {"rows": rows}))
-    check_rings(op, k_cache, v_cache)
-    b, t, c = qkv.shape
-    head_dim = c // 3 // num_heads
-    start, stop = cells or (0, height * width)
-    q = torch.empty((b, t, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    inputs, rings = append_from_schema(*arguments)
+    inputs = inputs.on_device(op, slots=rings.slots, rows=rings.rows)
+    rings.validate_layout(op)
+    q = empty_like_q(inputs)
     if q.numel():
-        weights = q_weight.contiguous(), k_weight.contiguous()
-        turns = turns_of(head_dim, theta, qkv.device)
+        slots = rings.slots if rings.slots.dim() == 3 else rings.slots[None]
         torch.ops.hiar_cuda.qk_norm_rope_append(
-            qkv, *weights, _ids(frames), _ids(slots if slots.dim() == 3 else slots[None]),
-            None if rows is None else _ids(rows), turns, q, k_cache, v_cache, stop - start, start, width, eps,
+            inputs.qkv, inputs.q_weight.contiguous(), inputs.k_weight.contiguous(), _ids(inputs.frames), _ids(slots),
+            None if rings.rows is None else _ids(rings.rows), turns_of(inputs.head_dim, inputs.theta, q.device), q,
+            rings.k_cache, rings.v_cache, inputs.frame_tokens, inputs.first_cell, inputs.width, inputs.eps,
         )  # fmt: skip
     return q
 
@@ -49,4 +32,4 @@ def _ids(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.int32, torch.int64) else x.long()
 
 
-_cuda.register("qk_norm_rope_append_cuda", qk_norm_rope_append)
+cuda_loader.register("qk_norm_rope_append_cuda", launch)

@@ -2,72 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from .._library import define
+from ..common.torch_library import define
 from . import reference
+from .inputs import RopeInputs, append_from_schema, empty_like_q
 
 
-def _one(qkv: Tensor, num_heads: int) -> Tensor:
-    b, t, c = qkv.shape
-    return torch.empty((b, t, num_heads, c // 3 // num_heads), dtype=qkv.dtype, device=qkv.device)
+def _eager(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return reference.qk_norm_rope(RopeInputs(*arguments))
 
 
-def _fake(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    frames: Tensor,
-    num_heads: int,
-    height: int,
-    width: int,
-    eps: float,
-    theta: float,
-    cells: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _one(qkv, num_heads), _one(qkv, num_heads)
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs = RopeInputs(*arguments)
+    return empty_like_q(inputs), empty_like_q(inputs)
 
 
-def _fake_append(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    frames: Tensor,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_heads: int,
-    height: int,
-    width: int,
-    eps: float,
-    theta: float,
-    cells: Sequence[int] | None = None,
-    rows: Tensor | None = None,
-) -> Tensor:
-    return _one(qkv, num_heads)
+def _eager_append(*arguments: Any) -> Tensor:
+    return reference.qk_norm_rope_append(*append_from_schema(*arguments))
 
 
-_SHARED = "int num_heads, int height, int width, float eps, float theta"
-_CELLS = "int[]? cells=None"
-define(
-    "qk_norm_rope",
-    f"Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, {_SHARED}, {_CELLS}",
-    2,
-    reference.qk_norm_rope,
-    _fake,
-    (0, 1, 2),
-)
+def _fake_append(*arguments: Any) -> Tensor:
+    return empty_like_q(append_from_schema(*arguments)[0])
+
+
+_INPUTS = "Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames"
+_OPTIONS = "int num_heads, int height, int width, float eps, float theta, int[]? cells=None"
+_RINGS = "Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache"
+define(__package__, "qk_norm_rope", f"{_INPUTS}, {_OPTIONS}", 2, _eager, _fake, (0, 1, 2))
 for _name in ("qk_norm_rope_append", "qk_norm_rope_append_cuda"):  # an op has one kernel for a device: Triton's, CUDA's
-    define(
-        _name,
-        "Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots, Tensor(a!) k_cache, "
-        f"Tensor(b!) v_cache, {_SHARED}, {_CELLS}, Tensor? rows=None",
-        1,
-        reference.qk_norm_rope_append,
-        _fake_append,
-        (),
-        mutates=True,
-    )
+    schema = f"{_INPUTS}, {_RINGS}, {_OPTIONS}, Tensor? rows=None"
+    define(__package__, _name, schema, 1, _eager_append, _fake_append, (), mutates=True)

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._library import wide_dtype
-
-_turns: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # frames -> (key, turns)
+from ..common.torch_library import remembered, wide_dtype
+from .inputs import Rings, RopeInputs
 
 
 def rope_angles(
@@ -39,90 +37,47 @@ def rope_angles(
     return torch.cat([t, y, x], dim=-1).flatten(2, 3)[:, :, start:stop].flatten(1, 2)
 
 
-def rope_turns(
-    frames: Tensor,
-    height: int,
-    width: int,
-    head_dim: int,
-    theta: float,
-    cells: Sequence[int] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """cos + i sin of :func:`rope_angles`, each rounded to ``dtype``: complex [B, F * tokens, head_dim / 2].
+def rope_turns(inputs: RopeInputs, dtype: torch.dtype) -> Tensor:
+    """cos + i sin of :func:`rope_angles`, each rounded to ``dtype``: complex [B, F * tokens, head_dim / 2]."""
+    cells = inputs.cells and tuple(inputs.cells)
+    options = (inputs.height, inputs.width, inputs.head_dim, inputs.theta, cells)
 
-    The layers of a forward ask with the same ids one after the other, so on a CPU the last answer stays with them until
-    they are written to.
-    """
-    plain = type(frames) is Tensor and frames.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not plain or frames.is_inference():
-        return _turns_of(rope_angles(frames, height, width, head_dim, theta, cells), dtype)
-    key = (frames._version, height, width, head_dim, theta, cells and tuple(cells), dtype)
-    known = _turns.get(frames)
-    if known is None or known[0] != key:
-        with torch.inference_mode(False), torch.no_grad():  # autograd may save them later
-            made = _turns_of(rope_angles(frames, height, width, head_dim, theta, cells), dtype)
-        known = _turns[frames] = (key, made)
-    return known[1]
+    def make() -> Tensor:
+        angles = rope_angles(inputs.frames, *options)
+        return torch.complex(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    return remembered(inputs.frames, (*options, dtype), make)
 
 
-def _turns_of(angles: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.complex(angles.cos().to(dtype), angles.sin().to(dtype))
-
-
-def qk_norm_rope(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    frames: Tensor,
-    num_heads: int,
-    height: int,
-    width: int,
-    eps: float,
-    theta: float,
-    cells: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor]:
+def qk_norm_rope(inputs: RopeInputs) -> tuple[Tensor, Tensor]:
     """Normed and rotated q, k [B, T, H, D]; float32 or wider inside, rounded once. Adjacent pairs of a head turn as
     complex numbers.
     """
+    qkv, heads = inputs.qkv, inputs.num_heads
     wide = wide_dtype(qkv)
-    x = qkv.narrow(-1, 0, 2 * q_weight.numel()).unflatten(-1, (2, -1)).to(wide)  # q and k
-    scaled = x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    turns = rope_turns(frames, height, width, x.shape[-1] // num_heads, theta, cells, wide).unsqueeze(2)
-    turned = []
-    for one, weight in zip(scaled.unbind(2), (q_weight, k_weight), strict=True):
-        pairs = torch.view_as_complex((one * weight.to(wide)).unflatten(-1, (num_heads, -1, 2)))
-        turned.append(torch.view_as_real(pairs * turns).flatten(-2).to(qkv.dtype))
-    return turned[0], turned[1]
+    x = qkv.narrow(-1, 0, 2 * inputs.q_weight.numel()).unflatten(-1, (2, -1)).to(wide)  # q and k
+    scaled = x * x.square().mean(-1, keepdim=True).add_(inputs.eps).rsqrt_()
+    turns = rope_turns(inputs, wide).unsqueeze(2)
+    rotated = []
+    for one, weight in zip(scaled.unbind(2), (inputs.q_weight, inputs.k_weight), strict=True):
+        pairs = torch.view_as_complex((one * weight.to(wide)).unflatten(-1, (heads, -1, 2)))
+        rotated.append(torch.view_as_real(pairs * turns).flatten(-2).to(qkv.dtype))
+    return rotated[0], rotated[1]
 
 
-def qk_norm_rope_append(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    frames: Tensor,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_heads: int,
-    height: int,
-    width: int,
-    eps: float,
-    theta: float,
-    cells: Sequence[int] | None = None,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """q [B, T, H, D]; k and v are written into the frame slots of k_cache and v_cache."""
-    q, k = qk_norm_rope(qkv, q_weight, k_weight, frames, num_heads, height, width, eps, theta, cells)
-    start, stop = cells or (0, height * width)
-    v, batch, slots = qkv[..., 2 * q_weight.numel() :].unflatten(-1, (num_heads, -1)), len(qkv), slots.long()
+def qk_norm_rope_append(inputs: RopeInputs, rings: Rings) -> Tensor:
+    """q [B, T, H, D]; k and v are written into the frame slots of the rings."""
+    q, k = qk_norm_rope(inputs)
+    qkv, rows, batch, slots = inputs.qkv, rings.rows, len(inputs.qkv), rings.slots.long()
+    v = qkv[..., 2 * inputs.q_weight.numel() :].unflatten(-1, (inputs.num_heads, -1))
     if rows is not None:
         rows, slots = rows.long()[:, :, None], slots.expand(-1, batch, -1)
-    for cache, new in ((k_cache, k), (v_cache, v)):
-        framed = cache.unflatten(1, (-1, stop - start))
-        new = new.unflatten(1, (-1, stop - start)).to(cache.dtype)
+    for cache, new in ((rings.k_cache, k), (rings.v_cache, v)):
+        framed = cache.unflatten(1, (-1, inputs.frame_tokens))
+        new = new.unflatten(1, (-1, inputs.frame_tokens)).to(cache.dtype)
         if rows is not None:
             framed[rows[0], slots[0]] = new
-            for row, slot in zip(rows[1:], slots[1:], strict=True):  # nowhere: once more into the first
+            for row, slot in zip(rows[1:], slots[1:], strict=True):  # -1: once more into the first
                 framed[torch.where(row >= 0, row, rows[0]), torch.where(row >= 0, slot, slots[0])] = new
         elif batch == 1:
             framed[0].index_copy_(0, slots[0], new[0])

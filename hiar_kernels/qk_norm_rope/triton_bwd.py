@@ -7,7 +7,6 @@ registers; a second kernel adds the shares, always in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
-from .._compile import Case
-from ._launch import checked, turns_of
+from ..common import triton_loader
+from ..common.aot import Case
+from ..common.shapes import HEAD_DIM, HEADS
+from .inputs import RopeInputs, turns_of
 from .triton_fwd import cos_sin, inverse_rms, row_strides, tile, turn
 
 MOST_SHARES = 2048  # of a weight gradient; 16 bytes of them for each row of 7 C bf16 numbers at 16 rows a program
@@ -30,7 +30,7 @@ def _backward_of_one(
     x_ptr, g_ptr, dx_ptr, weight_ptr, share_ptr, frames_ptr, turns_ptr,
     stride_xb, stride_xt, stride_fb, stride_ff, tokens, frame_tokens, first_cell, columns, first, last, eps,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_WEIGHT: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_WEIGHT: tl.constexpr
 ):  # fmt: skip
     """q or k of the rows first to last - 1 of [B T]; x_ptr and dx_ptr point at its third of qkv."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
@@ -68,7 +68,7 @@ def _qk_norm_rope_bwd_kernel(
     qkv_ptr, gq_ptr, gk_ptr, dqkv_ptr, q_weight_ptr, k_weight_ptr, shares_ptr, frames_ptr, turns_ptr,
     stride_xb, stride_xt, stride_fb, stride_ff, batch_tokens, tokens, frame_tokens, first_cell, columns, rows, eps,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_WEIGHT: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_WEIGHT: tl.constexpr
 ):  # fmt: skip
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     pid = tl.program_id(0)
@@ -91,10 +91,10 @@ def _qk_norm_rope_bwd_kernel(
     else:
         h = tl.arange(0, BLOCK_H)[:, None]
         d = tl.arange(0, BLOCK_D)[None, :]
-        nothing = tl.zeros([BLOCK_H, BLOCK_D], dqkv_ptr.dtype.element_ty)
+        zeros = tl.zeros([BLOCK_H, BLOCK_D], dqkv_ptr.dtype.element_ty)
         for i in range(0, last - first):
             at = (first + i).to(tl.int64) * (3 * WIDTH) + 2 * WIDTH + h * HEAD_DIM + d
-            tl.store(dqkv_ptr + at, nothing, mask=(h < HEADS) & (d < HEAD_DIM))
+            tl.store(dqkv_ptr + at, zeros, mask=(h < HEADS) & (d < HEAD_DIM))
 
 
 @triton.jit
@@ -106,11 +106,11 @@ def _qk_norm_rope_bwd_weight_kernel(
     which = tl.program_id(1)
     n = tl.arange(0, BLOCK_N)[:, None]
     from_ptr = shares_ptr + which.to(tl.int64) * shares * WIDTH + n * WIDTH + c[None, :]
-    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for start in range(0, shares, BLOCK_N):
-        here = (start + n < shares) & (c[None, :] < WIDTH)
-        total += tl.load(from_ptr + start * WIDTH, mask=here, other=0)
-    gradient = tl.sum(total, 0)
+        mask = (start + n < shares) & (c[None, :] < WIDTH)
+        acc += tl.load(from_ptr + start * WIDTH, mask=mask, other=0)
+    gradient = tl.sum(acc, 0)
     if which == 0:
         tl.store(q_weight_ptr + c, gradient.to(q_weight_ptr.dtype.element_ty), mask=c < WIDTH)
     else:
@@ -122,81 +122,45 @@ def rows_of(batch_tokens: int) -> int:
     return max(FEWEST_ROWS, triton.cdiv(batch_tokens, MOST_SHARES))
 
 
-def qk_norm_rope_backward(
-    grads: list[Tensor],
-    needed: list[bool],
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    frames: Tensor,
-    num_heads: int,
-    height: int,
-    width: int,
-    eps: float,
-    theta: float,
-    cells: Sequence[int] | None = None,
-) -> list[Tensor]:
-    """Launcher of ``hiar::qk_norm_rope_backward``."""
-    qkv = checked("qk_norm_rope_backward", qkv, frames=frames)
+def launch(grads: list[Tensor], needed: list[bool], *arguments: Any) -> list[Tensor]:
+    """hiar::qk_norm_rope_backward."""
+    inputs = RopeInputs(*arguments).on_device("qk_norm_rope_backward")
+    qkv, q_weight, k_weight, frames = inputs.qkv, inputs.q_weight, inputs.k_weight, inputs.frames
     b, t, c = qkv.shape
-    head_dim = c // 3 // num_heads
-    start, stop = cells or (0, height * width)
     need_x, need_weight = needed[0], needed[1] or needed[2]
     rows = rows_of(b * t)
     shares = triton.cdiv(b * t, rows)
     dqkv = torch.empty((b, t, c) if need_x else (0,), dtype=qkv.dtype, device=qkv.device)
-    parts = torch.empty((2, shares if need_weight else 0, c // 3), dtype=torch.float32, device=qkv.device)
+    partial = torch.empty((2, shares if need_weight else 0, c // 3), dtype=torch.float32, device=qkv.device)
     dweights = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in (q_weight, k_weight)]
     with torch.cuda.device_of(qkv):
         if shares and any(needed):
             _qk_norm_rope_bwd_kernel[(shares, 3 if need_x else 2)](
-                qkv,
-                *(g.contiguous() for g in grads),
-                dqkv,
-                q_weight.contiguous(),
-                k_weight.contiguous(),
-                parts,
-                frames,
-                turns_of(head_dim, theta, qkv.device),
-                *qkv.stride()[:2],
-                *row_strides(frames),
-                b * t,
-                t,
-                stop - start,
-                start,
-                width,
-                rows,
-                eps,
-                HEADS=num_heads,
-                HEAD_DIM=head_dim,
-                NEED_X=need_x,
-                NEED_WEIGHT=need_weight,
-                **tile(num_heads, head_dim, 16),
-            )
+                qkv, *(g.contiguous() for g in grads), dqkv, q_weight.contiguous(), k_weight.contiguous(), partial,
+                frames, turns_of(inputs.head_dim, inputs.theta, qkv.device), *qkv.stride()[:2], *row_strides(frames),
+                b * t, t, inputs.frame_tokens, inputs.first_cell, inputs.width, rows, inputs.eps,
+                HEADS=inputs.num_heads, HEAD_DIM=inputs.head_dim, NEED_X=need_x, NEED_WEIGHT=need_weight,
+                **tile(inputs.num_heads, inputs.head_dim, 16),
+            )  # fmt: skip
         if need_weight:
             grid = (triton.cdiv(c // 3, SUM_TILE["BLOCK_C"]), 2)
-            _qk_norm_rope_bwd_weight_kernel[grid](parts, *dweights, shares, WIDTH=c // 3, **SUM_TILE)
+            _qk_norm_rope_bwd_weight_kernel[grid](partial, *dweights, shares, WIDTH=c // 3, **SUM_TILE)
     return [g for g, need in zip((dqkv, *dweights), needed, strict=True) if need]
 
 
-_triton.register("qk_norm_rope_backward", qk_norm_rope_backward)
+triton_loader.register("qk_norm_rope_backward", launch)
 
 
 def compile_cases(arch: int) -> list[Case]:
-    """Wan at 480x832 in bfloat16; the configuration is the same on every architecture."""
-    pointers = dict.fromkeys(("qkv_ptr", "gq_ptr", "gk_ptr", "dqkv_ptr", "q_weight_ptr", "k_weight_ptr"), "*bf16")
-    pointers |= {"shares_ptr": "*fp32", "frames_ptr": "*i32", "turns_ptr": "*i64"}
+    """In bfloat16; the configuration is the same on every architecture."""
+    types = dict.fromkeys(("qkv_ptr", "gq_ptr", "gk_ptr", "dqkv_ptr", "q_weight_ptr", "k_weight_ptr"), "*bf16")
+    types |= {"shares_ptr": "*fp32", "turns_ptr": "*i64", "eps": "fp32"}
     cases = []
-    for model, heads in (("1.3B", 12), ("14B", 40)):
-        config = tile(heads, 128, 16)
+    for heads in HEADS:
+        name, config = f"{heads} heads", tile(heads, HEAD_DIM, 16)
         warps = config.pop("num_warps")
-        fixed: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": 128, "NEED_X": True, "NEED_WEIGHT": True, **config}
-        names = [n for n in _qk_norm_rope_bwd_kernel.arg_names if n not in pointers and n not in fixed]
-        signature = pointers | {n: "fp32" if n == "eps" else "i32" for n in names}
-        aligned = (*pointers, "stride_xb", "stride_xt")
-        cases.append(Case(model, _qk_norm_rope_bwd_kernel, signature, fixed, aligned, num_warps=warps))
-        pointers_of_sum = {"shares_ptr": "*fp32", "q_weight_ptr": "*bf16", "k_weight_ptr": "*bf16"}
-        signature = {**pointers_of_sum, "shares": "i32"}
-        fixed = {"WIDTH": heads * 128, **SUM_TILE}
-        cases.append(Case(model, _qk_norm_rope_bwd_weight_kernel, signature, fixed, tuple(pointers_of_sum)))
+        fixed: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": HEAD_DIM, "NEED_X": True, "NEED_WEIGHT": True, **config}
+        sums = {"WIDTH": heads * HEAD_DIM, **SUM_TILE}
+        cases.append(Case.of(name, _qk_norm_rope_bwd_kernel, types, fixed, ("stride_x",), num_warps=warps))
+        cases.append(Case.of(name, _qk_norm_rope_bwd_weight_kernel, types, sums, ()))
     return cases

@@ -8,7 +8,6 @@ multiplication, exact to id * 2^-65 turns for any id. README.md beside this file
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
-from .._compile import Case
-from ._launch import check_rings, checked, turns_of
+from ..common import triton_loader
+from ..common.aot import Case
+from ..common.shapes import HEAD_DIM, HEADS
+from .inputs import RopeInputs, append_from_schema, empty_like_q, turns_of
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def cos_sin(turns_ptr, frame, row, column, HEAD_DIM: tl.constexpr, BLOCK_D: tl.c
     pair = tl.arange(0, BLOCK_D // 2)[None, :]
     turns = tl.load(turns_ptr + pair, mask=pair < PAIRS, other=0)
     place = tl.where(pair < PAIRS - 2 * THIRD, frame, tl.where(pair < PAIRS - THIRD, row, column))
-    angle = place * turns  # wraps: whole turns fall off the top, one turn is 2^64
+    angle = place * turns  # wraps around: one turn is 2^64, so whole turns drop out
     quarter = ((angle >> 61) + 1) >> 1  # to the nearest quarter turn; what is left is t pi / 4, -1 <= t < 1
     t = ((angle << 2) >> 32).to(tl.int32).to(tl.float32) * 4.656612873077393e-10  # 2^-31
     z = t * t
@@ -58,44 +58,13 @@ def inverse_rms(x, eps, WIDTH: tl.constexpr):
 
 @triton.jit
 def _qk_norm_rope_fwd_kernel(
-    qkv_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    frames_ptr,
-    turns_ptr,
-    slots_ptr,
-    rows_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    stride_xb,
-    stride_xt,
-    stride_fb,
-    stride_ff,
-    stride_sn,
-    stride_sb,
-    stride_sf,
-    stride_rn,
-    stride_rb,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    frame_tokens,
-    first_cell,
-    columns,
-    num_slots,
-    num_rows,
-    eps,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PLACES: tl.constexpr,
-):
-    """PLACES: how often k and v are written into the ring; 0: k only, to where k_ptr is a tensor like q."""
+    qkv_ptr, q_weight_ptr, k_weight_ptr, frames_ptr, turns_ptr, slots_ptr, rows_ptr, q_ptr, k_ptr, v_ptr,
+    stride_xb, stride_xt, stride_fb, stride_ff, stride_sn, stride_sb, stride_sf, stride_rn, stride_rb,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    frame_tokens, first_cell, columns, num_slots, num_rows, eps,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, COPIES: tl.constexpr
+):  # fmt: skip
+    """COPIES: how often k and v are written into the ring; 0: k only, to where k_ptr is a tensor like q."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     token = tl.program_id(0)  # divisions in 32 bits, offsets in 64
     frame = (token // frame_tokens).to(tl.int64)
@@ -119,12 +88,12 @@ def _qk_norm_rope_fwd_kernel(
     q = turn(q * inverse_rms(q, eps, WIDTH) * q_weight, cos, sin, BLOCK_H, BLOCK_D)
     tl.store(q_ptr + out + at, q.to(q_ptr.dtype.element_ty), mask=inside)
     k = turn(k * inverse_rms(k, eps, WIDTH) * k_weight, cos, sin, BLOCK_H, BLOCK_D)
-    if PLACES == 0:
+    if COPIES == 0:
         tl.store(k_ptr + out + at, k.to(k_ptr.dtype.element_ty), mask=inside)
     else:
         v = tl.load(x_ptr + 2 * WIDTH + at, mask=inside, other=0)
         heads = h.to(tl.int64)
-        for n in tl.static_range(PLACES):
+        for n in tl.static_range(COPIES):
             slot = tl.load(slots_ptr + n * stride_sn + batch * stride_sb + frame * stride_sf).to(tl.int64)
             row = batch
             if rows_ptr is not None:
@@ -141,7 +110,7 @@ def _qk_norm_rope_fwd_kernel(
 def tile(num_heads: int, head_dim: int, numbers: int = 64) -> dict[str, int]:
     """Blocks that hold one token's q (or k) whole, and the warps that give each thread so many ``numbers`` of it.
 
-    Of 1, 2, 4 and 8 warps for Wan 1.3B's 12 heads one was the fastest on an H200: 26.2, 28.7, 28.4, 32.8 us.
+    Of 1, 2, 4 and 8 warps for 12 heads one was the fastest on an H200: 26.2, 28.7, 28.4, 32.8 us.
     """
     block_h, block_d = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
     return {"BLOCK_H": block_h, "BLOCK_D": block_d, "num_warps": min(max(block_h * block_d // (32 * numbers), 1), 16)}
@@ -152,134 +121,57 @@ def row_strides(ids: Tensor) -> tuple[int, int]:
     return (ids.stride(0) if ids.shape[0] > 1 else 0), ids.stride(1)
 
 
-def _launch(
-    qkv: Tensor,
-    weights: tuple[Tensor, Tensor],
-    frames: Tensor,
-    slots: Tensor,
-    k: Tensor,
-    v: Tensor,
-    num_heads: int,
-    height: int,
-    width: int,
-    eps: float,
-    theta: float,
-    cells: Sequence[int] | None,
-    rows: Tensor | None,
-    places: int,
-) -> Tensor:
-    """Writes k (with places: and v) and returns q; without places slots and v are stand-ins."""
-    b, t, c = qkv.shape
-    head_dim = c // 3 // num_heads
-    start, stop = cells or (0, height * width)
-    q = torch.empty((b, t, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+def _launch(inputs: RopeInputs, slots: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, copies: int) -> Tensor:
+    """Write k (with copies also v) and return q; without copies slots and v are placeholders."""
+    qkv, frame_tokens = inputs.qkv, inputs.frame_tokens
+    q = empty_like_q(inputs)
     if q.numel() == 0:
         return q
     with torch.cuda.device_of(qkv):
-        _qk_norm_rope_fwd_kernel[(t, b)](
-            qkv,
-            weights[0].contiguous(),
-            weights[1].contiguous(),
-            frames,
-            turns_of(head_dim, theta, qkv.device),
-            slots,
-            rows,
-            q,
-            k,
-            v,
-            *qkv.stride()[:2],
-            *row_strides(frames),
-            slots.stride(0) if slots.dim() == 3 else 0,
-            *row_strides(slots if slots.dim() == 2 else slots[0]),
-            *((0, 0) if rows is None else rows.stride()),
-            *k.stride()[:3],
-            *v.stride()[:3],
-            stop - start,
-            start,
-            width,
-            k.shape[1] // (stop - start),
-            k.shape[0],
-            eps,
-            HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            PLACES=places,
-            **tile(num_heads, head_dim),
-        )
+        _qk_norm_rope_fwd_kernel[(q.shape[1], q.shape[0])](
+            qkv, inputs.q_weight.contiguous(), inputs.k_weight.contiguous(), inputs.frames,
+            turns_of(inputs.head_dim, inputs.theta, qkv.device), slots, rows, q, k, v, *qkv.stride()[:2],
+            *row_strides(inputs.frames), slots.stride(0) if slots.dim() == 3 else 0,
+            *row_strides(slots if slots.dim() == 2 else slots[0]), *((0, 0) if rows is None else rows.stride()),
+            *k.stride()[:3], *v.stride()[:3], frame_tokens, inputs.first_cell, inputs.width,
+            k.shape[1] // frame_tokens, k.shape[0], inputs.eps, HEADS=inputs.num_heads, HEAD_DIM=inputs.head_dim,
+            COPIES=copies, **tile(inputs.num_heads, inputs.head_dim),
+        )  # fmt: skip
     return q
 
 
-def qk_norm_rope(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    frames: Tensor,
-    num_heads: int,
-    height: int,
-    width: int,
-    eps: float,
-    theta: float,
-    cells: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Launcher of ``hiar::qk_norm_rope``."""
-    qkv = checked("qk_norm_rope", qkv, frames=frames)
-    b, t, c = qkv.shape
-    k = torch.empty((b, t, num_heads, c // 3 // num_heads), dtype=qkv.dtype, device=qkv.device)
-    weights = (q_weight, k_weight)
-    q = _launch(qkv, weights, frames, frames, k, k, num_heads, height, width, eps, theta, cells, None, 0)
-    return q, k
+def launch(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """hiar::qk_norm_rope."""
+    inputs = RopeInputs(*arguments).on_device("qk_norm_rope")
+    k = empty_like_q(inputs)
+    return _launch(inputs, inputs.frames, k, k, None, 0), k
 
 
-def qk_norm_rope_append(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    frames: Tensor,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_heads: int,
-    height: int,
-    width: int,
-    eps: float,
-    theta: float,
-    cells: Sequence[int] | None = None,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """Launcher of ``hiar::qk_norm_rope_append``."""
+def launch_append(*arguments: Any) -> Tensor:
+    """hiar::qk_norm_rope_append."""
     op = "qk_norm_rope_append"
-    qkv = checked(op, qkv, frames=frames, slots=slots, **({} if rows is None else {"rows": rows}))
-    check_rings(op, k_cache, v_cache)
-    weights, places = (q_weight, k_weight), 1 if rows is None else len(rows)
-    return _launch(
-        qkv, weights, frames, slots, k_cache, v_cache, num_heads, height, width, eps, theta, cells, rows, places
-    )
+    inputs, rings = append_from_schema(*arguments)
+    inputs = inputs.on_device(op, slots=rings.slots, rows=rings.rows)
+    rings.validate_layout(op)
+    return _launch(inputs, rings.slots, rings.k_cache, rings.v_cache, rings.rows, rings.copies)
 
 
-_triton.register("qk_norm_rope", qk_norm_rope)
-_triton.register("qk_norm_rope_append", qk_norm_rope_append)
+triton_loader.register("qk_norm_rope", launch)
+triton_loader.register("qk_norm_rope_append", launch_append)
 
 
 def compile_cases(arch: int) -> list[Case]:
-    """Wan at 480x832 in bfloat16; the configuration is the same on every architecture."""
-    signature = dict.fromkeys(("qkv_ptr", "q_weight_ptr", "k_weight_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16")
-    signature |= dict.fromkeys(("frames_ptr", "slots_ptr", "rows_ptr"), "*i32") | {"turns_ptr": "*i64", "eps": "fp32"}
-    sizes = [name for name in _qk_norm_rope_fwd_kernel.arg_names if name.startswith("stride_")]
-    signature |= dict.fromkeys([*sizes, "frame_tokens", "first_cell", "columns", "num_slots", "num_rows"], "i32")
-    constants = ("HEADS", "HEAD_DIM", "BLOCK_H", "BLOCK_D", "PLACES")
-    signature |= dict.fromkeys(constants, "constexpr")
-    aligned = tuple(name for name in signature if name.endswith("_ptr"))
-    aligned += tuple(name for name in sizes if name[7] in "xkv")
+    """In bfloat16; the configuration is the same on every architecture."""
+    kernel = _qk_norm_rope_fwd_kernel
+    types = dict.fromkeys(("qkv_ptr", "q_weight_ptr", "k_weight_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16")
+    types |= dict.fromkeys(("frames_ptr", "slots_ptr", "rows_ptr"), "*i32") | {"turns_ptr": "*i64", "eps": "fp32"}
     cases = []
-    for model, heads in (("1.3B", 12), ("14B", 40)):
-        config = tile(heads, 128)
+    for heads in HEADS:
+        config = tile(heads, HEAD_DIM)
         warps = config.pop("num_warps")
-        for name, places in (("functional", 0), ("append", 1), ("append to two rings", 2)):
-            fixed: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": 128, "PLACES": places, **config}
-            absent = {"rows_ptr": None} if places < 2 else {}
-            types = {arg: kind for arg, kind in signature.items() if arg not in absent}
-            pointers = tuple(arg for arg in aligned if arg not in absent)
-            case = Case(
-                f"{name} {model}", _qk_norm_rope_fwd_kernel, types, {**fixed, **absent}, pointers, num_warps=warps
-            )
-            cases.append(case)
+        for name, copies in (("functional", 0), ("append", 1), ("append to two rings", 2)):
+            fixed: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": HEAD_DIM, "COPIES": copies, **config}
+            fixed |= {"rows_ptr": None} if copies < 2 else {}
+            aligned = ("stride_x", "stride_k", "stride_v")
+            cases.append(Case.of(f"{name}, {heads} heads", kernel, types, fixed, aligned, num_warps=warps))
     return cases

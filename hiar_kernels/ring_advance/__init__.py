@@ -1,4 +1,4 @@
-"""Ring state of every step moved on by one visit, on the device."""
+"""Advance the ring state of every step by one task, on the device."""
 
 from .api import ring_advance
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
-from .. import _cuda
+from ..common import cuda_loader
 
 
-def launch(
-    position: Tensor,
-    frames: Tensor,
-    slots: Tensor,
-    ring_frames: Tensor,
-    advance: Tensor,
-    capacities: Tensor,
-    first_frame: int,
-    sink_frames: int,
-) -> None:
+def launch(*arguments: Any) -> None:
     """hiar::ring_advance_cuda."""
-    torch.ops.hiar_cuda.ring_advance(
-        position, frames, slots, ring_frames, advance, capacities, first_frame, sink_frames
-    )
+    torch.ops.hiar_cuda.ring_advance(*arguments)
 
 
-_cuda.register("ring_advance_cuda", launch)
+cuda_loader.register("ring_advance_cuda", launch)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose
-from .._pointwise import automatic, prepare
+from ..common.dispatch import check_eps, check_floats, choose
+from ..common.pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the op)
 from .layout import CACHE_FRAMES
 
@@ -35,6 +35,10 @@ def rms_silu_pad(
     Raises:
         ValueError: shapes do not fit, or impl="triton" cannot take the device, a dtype or so many channels.
     """
+    check_floats("rms_silu_pad", x=x, weight=weight)
+    if cache is not None:
+        check_floats("rms_silu_pad", x=x, cache=cache)
+    check_eps("rms_silu_pad", eps)
     if not (x.dim() == 5 and x.shape[2] > 0):
         raise ValueError(f"rms_silu_pad: x must be [B, C, F >= 1, H, W], got {list(x.shape)}")
     batch, channels, _, *size = x.shape
@@ -44,8 +48,8 @@ def rms_silu_pad(
         fits = [*cache.shape[:2], *cache.shape[3:]] == [batch, channels, *size] and 1 <= cache.shape[2] <= CACHE_FRAMES
         if not (fits and cache.dtype == x.dtype):
             legal = f"[{batch}, {channels}, 1 or 2, {size[0]}, {size[1]}] {x.dtype}"
-            found = f"{list(cache.shape)} {cache.dtype}"
-            raise ValueError(f"rms_silu_pad: cache must be {legal}, got {found}")
+            actual = f"{list(cache.shape)} {cache.dtype}"
+            raise ValueError(f"rms_silu_pad: cache must be {legal}, got {actual}")
     auto = automatic(x, weight, cache) if channels <= WIDEST else "reference"
     if choose("rms_silu_pad", impl, IMPLS, auto=auto) == "triton":
         prepare("rms_silu_pad", x=x, weight=weight, cache=cache)

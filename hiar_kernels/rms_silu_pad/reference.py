@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._library import wide_dtype
+from ..common.torch_library import wide_dtype
 from .layout import CACHE_FRAMES, format_of
 
 

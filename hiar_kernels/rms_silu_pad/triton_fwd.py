@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._compile import Case
-from .._triton import register
+from ..common.aot import Case
+from ..common.triton_loader import register
 from .layout import CACHE_FRAMES, format_of
 
 _LAST = torch.channels_last_3d
@@ -43,11 +43,11 @@ def _dense(b, t, frames, c, p, n, C: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def _rms_silu_pad_fwd_kernel(
-    x_ptr, weight_ptr, cache_ptr, out_ptr, after_ptr, F, n, tiles, known,
+    x_ptr, weight_ptr, cache_ptr, out_ptr, after_ptr, F, n, tiles, cached_frames,
     stride_xb, stride_xf, step_x, stride_cacheb, stride_cachef, step_cache, eps,
-    C: tl.constexpr, PAST: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    C: tl.constexpr, PAST: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
-    """A program owns all channels of BLOCK_P pixels of one frame of the result; ``known``: frames of the cache."""
+    """One program: all channels of BLOCK_P pixels of one frame of the result; ``cached_frames``: of the cache."""
     pid = tl.program_id(0)
     frame = pid // tiles
     b, t = (frame // (F + PAST)).to(tl.int64), (frame % (F + PAST)).to(tl.int64)
@@ -55,24 +55,24 @@ def _rms_silu_pad_fwd_kernel(
     pixels = (pid % tiles * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
     AXIS: tl.constexpr = 1 if LAST else 0
     c, p = tl.expand_dims(channels, 1 - AXIS), tl.expand_dims(pixels, AXIS)
-    live = (c < C) & (p < n)
+    mask = (c < C) & (p < n)
     if t < PAST:
-        y = tl.zeros(live.shape, tl.float32)
+        y = tl.zeros(mask.shape, tl.float32)
         if cache_ptr is not None:
-            at = t - PAST + known  # before the frames that are known there are zeros
+            at = t - PAST + cached_frames  # zeros before the cached frames
             from_cache = cache_ptr + b * stride_cacheb + at * stride_cachef + _inside(c, p, step_cache, LAST)
-            y = tl.load(from_cache, mask=live & (at >= 0), other=0.0).to(tl.float32)
+            y = tl.load(from_cache, mask=mask & (at >= 0), other=0.0).to(tl.float32)
     else:
         from_x = x_ptr + b * stride_xb + (t - PAST) * stride_xf + _inside(c, p, step_x, LAST)
-        x = tl.load(from_x, mask=live, other=0.0).to(tl.float32)
+        x = tl.load(from_x, mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + channels, mask=channels < C, other=0.0).to(tl.float32)
         norm = tl.maximum(tl.sqrt(tl.sum(x * x, AXIS)), eps)
         y = x * tl.expand_dims(tl.sqrt(C * 1.0) / norm, AXIS) * tl.expand_dims(weight, 1 - AXIS)
         y = y / (1 + tl.exp(-y))
     y = y.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + _dense(b, t, F + PAST, c, p, n, C, LAST), y, mask=live)
+    tl.store(out_ptr + _dense(b, t, F + PAST, c, p, n, C, LAST), y, mask=mask)
     if t >= F:
-        tl.store(after_ptr + _dense(b, t - F, PAST, c, p, n, C, LAST), y, mask=live)
+        tl.store(after_ptr + _dense(b, t - F, PAST, c, p, n, C, LAST), y, mask=mask)
 
 
 def _readable(x: Tensor, memory: torch.memory_format) -> Tensor:
@@ -116,23 +116,14 @@ register("rms_silu_pad", launch)
 
 
 def compile_cases(arch: int) -> list[Case]:
-    """The decoder at 480x832: its widths, in both memory formats; one configuration serves every architecture."""
-    kernel, found = _rms_silu_pad_fwd_kernel, []
-    pointers = dict.fromkeys(("x_ptr", "weight_ptr", "cache_ptr", "out_ptr", "after_ptr"), "*bf16")
+    """Widths of a decoder in both memory formats; one configuration serves every architecture."""
+    types = dict.fromkeys(("x_ptr", "weight_ptr", "cache_ptr", "out_ptr", "after_ptr"), "*bf16") | {"eps": "fp32"}
+    cases = []
     for last in (False, True):
         for channels in (96, 192, 384):
             tile = tile_of(channels, last)
-            values: dict[str, Any] = {"C": channels, "PAST": CACHE_FRAMES, "LAST": last}
-            values |= {k: v for k, v in tile.items() if k != "num_warps"}
-            others = [a for a in kernel.arg_names if a not in pointers and a not in values]
-            found.append(
-                Case(
-                    f"{channels} channels{', last' if last else ''}",
-                    kernel,
-                    {**pointers, **{a: "fp32" if a == "eps" else "i32" for a in others}},
-                    values,
-                    divisible=(*pointers, "n", *[a for a in others if a.startswith(("stride_", "step_"))]),
-                    num_warps=tile["num_warps"],
-                )
-            )
-    return found
+            warps, name = tile.pop("num_warps"), f"{channels} channels{', last' if last else ''}"
+            values: dict[str, Any] = {"C": channels, "PAST": CACHE_FRAMES, "LAST": last, **tile}
+            aligned = ("stride_", "step_", "n")
+            cases.append(Case.of(name, _rms_silu_pad_fwd_kernel, types, values, aligned, num_warps=warps))
+    return cases

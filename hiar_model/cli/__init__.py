@@ -1,4 +1,4 @@
-"""The command `hiar`: one file for each group of commands, put together in :mod:`.main`."""
+"""The command `hiar`: one file for each group of commands, assembled in :mod:`.main`."""
 
 from .main import COMMANDS, build_parser, main
 

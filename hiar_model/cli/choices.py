@@ -1,4 +1,4 @@
-"""What is wrong with a command line is told at once, before torch is imported, with the options as they were typed."""
+"""Checks of the command line before torch is imported; messages name options as they are typed."""
 
 from __future__ import annotations
 
@@ -20,34 +20,39 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel": ("pipeline", "ulysses"),
     "to": ("native", "diffusers", "pt"), "world": ("plain", "varied", "free_speed"),
 }  # fmt: skip
-"""By the name of the option; one in a list, or between commas, is checked like one alone."""
-LEAST = {
+"""Legal values by option; each item of a list, or between commas, is checked."""
+MINIMUM = {
     "num_frames": 1, "steps": 1, "height": 1, "width": 1, "threads": 1, "nproc": 1, "batch": 1, "blocks": 1,
     "layers": 1, "parts": 1, "sink_frames": 0, "checkpoint_every": 0, "seeds": 0,
 }  # fmt: skip
-ABOVE_0 = ("fps", "timeout")
-READ = {"generate": ("image", "extend", "prompts", "from_session"), "bench-report": ("stage_times", "measured")}
-"""Files that a command reads."""
+MOST = {"steps": checks.MOST_STEPS, "threads": checks.MOST_THREADS, "nproc": checks.MOST_THREADS}
+ABOVE_0 = ("timeout",)
+INPUT_FILES = {"generate": ("image", "extend", "prompts", "from_session"), "bench-report": ("stage_times", "measured")}
+"""Options of a command that name files it reads."""
 
 
 def check_choices(command: str, a: Namespace) -> None:
-    """What can be told without a model.
+    """Validate arguments before loading the model.
 
     Raises:
-        ValueError: one line: the option as it is typed, what it was given, what is legal, the nearest of that.
+        ValueError: one line: the option as it is typed, its value, the legal values, and the nearest of them.
     """
     for name, value in vars(a).items():
         several = value if isinstance(value, list) else [value]
+        if value == [] and name != "overrides":
+            raise ValueError(f"{option(name)} must hold something, got []")
         if name in CHOICES:
             words = [word for word in several if isinstance(word, str)]
             for word in ",".join(words).split(",") if words else ():
                 checks.one_of(option(name), word.strip(), CHOICES[name])
         for one in several if value is not None else ():
-            if name in LEAST:
-                checks.whole(option(name), one, LEAST[name])
+            if name in MINIMUM:
+                checks.whole(option(name), one, MINIMUM[name], most=MOST.get(name))
             elif name in ABOVE_0:
                 checks.number_above_0(option(name), one)
-        if name in READ.get(command, ()) and value is not None and not Path(value).exists():
+            elif name == "fps":
+                checks.number_within(option(name), one, checks.SLOWEST, checks.FASTEST)
+        if name in INPUT_FILES.get(command, ()) and value is not None and not Path(value).exists():
             raise ValueError(f"{option(name)} {value}: no such file")
     if a.get("device") and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", a.device):
         near = checks.nearest(a.device, ("auto", "cpu", "cuda"))
@@ -78,46 +83,51 @@ def _check_model(command: str, model: str) -> None:
 
 
 def option(dest: str) -> str:
-    """As it is typed."""
+    """The option of an argument name, as it is typed."""
     return "--" + dest.replace("_", "-")
 
 
 def as_typed(message: str, dests: Iterable[str]) -> str:
-    """A message of the library, whose arguments are the command's options: with their names as they are typed."""
+    """A message of the library with argument names replaced by options, as they are typed."""
     for dest in dests:
-        # At the beginning, or, where no word of English is like it, anywhere but in a path, a name or an option.
-        place = r"(?<![\w./'\"-])" if "_" in dest else r"^"
-        message = re.sub(rf"{place}{dest}(?=[ =]|$)(?! [^ ]*[/'\"])", option(dest), message)
+        # Only at the start, as names may be English words; those with _ anywhere but in a path, a name or an option.
+        before = r"(?<![\w./'\"-])" if "_" in dest else r"^"
+        message = re.sub(rf"{before}{dest}(?=[ =]|$)(?! [^ ]*[/'\"])", option(dest), message)
     return message
 
 
 def explained(message: str, parser: ArgumentParser, words: Sequence[str]) -> str:
-    """What argparse and jsonargparse say, in the words of the command line."""
+    """A message of argparse or jsonargparse in terms of the command line."""
     command = next((word for word in words if word in _subparsers(parser)), None)
     actions = (_subparsers(parser)[command] if command else parser)._actions
     typed = {action.dest: _typed(action, words) for action in actions}
-    if found := re.fullmatch(r"the following arguments are required: (.*)", message):
-        missing = [name.strip().rpartition(".")[2] for name in found[1].split(",")]
+    if match := re.fullmatch(r"the following arguments are required: (.*)", message):
+        missing = [name.strip().rpartition(".")[2] for name in match[1].split(",")]
         helps = {action.dest: action.help for action in actions}
         return "required: " + "; ".join(f"{typed.get(name, name)} ({helps.get(name)})" for name in missing)
-    if found := re.match(r'Parser key "([\w.]+)": ?(.*)', message, re.DOTALL):
-        dest, said = found[1].rpartition(".")[2], found[2]
-        value = re.findall(r"(?:Given value|Got value): (.*)", said)
+    if match := re.match(r'Parser key "([\w.]+)": ?(.*)', message, re.DOTALL):
+        dest, reason = match[1].rpartition(".")[2], match[2]
+        value = re.findall(r"(?:Given value|Got value): (.*)", reason)
         helped = next((action.help for action in actions if action.dest == dest), None)
-        kinds = re.findall(r"Expected a <class '(\w+)'>", said)
-        if "Union" not in said and kinds and value:
+        kinds = re.findall(r"Expected a <class '(\w+)'>", reason)
+        if "Union" not in reason and kinds and value:
             named = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
             return f"{typed.get(dest, option(dest))} must be {named.get(kinds[0], kinds[0])}, got {value[-1].strip()!r}"
         if value:
             return f"{typed.get(dest, option(dest))} cannot be {value[-1].strip()!r}: {helped}"
-        return f"{typed.get(dest, option(dest))}: {said}"
-    if found := re.match(r"unrecognized arguments: (.*)", message):
+        return f"{typed.get(dest, option(dest))}: {reason}"
+    if match := re.match(r"unrecognized arguments: (.*)", message):
         known = [name for action in actions for name in action.option_strings]
-        near = [checks.nearest(word.partition("=")[0], known) for word in found[1].split() if word.startswith("-")]
-        return message + next(filter(None, near), "") + _misplaced(found[1])
-    if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
-        return message + checks.nearest(found[1], re.findall(r"[\w-]+", found[2]))
+        near = [checks.nearest(word.partition("=")[0], known) for word in match[1].split() if word.startswith("-")]
+        return message + next(filter(None, near), "") + _misplaced(match[1]) + _unquoted(command, match[1])
+    if match := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+        return message + checks.nearest(match[1], re.findall(r"[\w-]+", match[2]))
     return message
+
+
+def options_of(parser: ArgumentParser, command: str) -> list[str]:
+    """The names of a command's options; its other words are not typed with dashes."""
+    return [action.dest for action in _subparsers(parser)[command]._actions if action.option_strings]
 
 
 def _subparsers(parser: ArgumentParser) -> dict[str, ArgumentParser]:
@@ -126,7 +136,7 @@ def _subparsers(parser: ArgumentParser) -> dict[str, ArgumentParser]:
 
 
 def _typed(action: Any, words: Sequence[str]) -> str:
-    """The name of an option that stands on the command line, else all its names; of a word that of the help."""
+    """The name of an option as it was typed, else all its names; for a positional, its name in the help."""
     names = action.option_strings
     if not names:
         return str(action.metavar or action.dest.upper())
@@ -134,7 +144,13 @@ def _typed(action: Any, words: Sequence[str]) -> str:
     return used[0] if used else "/".join(names)
 
 
+def _unquoted(command: str | None, words: str) -> str:
+    """Words behind the prompt are those of a prompt without quotes."""
+    loose = command == "generate" and not words.startswith("-")
+    return '; put the prompt in quotes: hiar generate "a red circle moving right" -o red.mp4' if loose else ""
+
+
 def _misplaced(words: str) -> str:
-    """argparse before Python 3.12 takes no key=value behind an option: say where it goes."""
+    """A hint: argparse before Python 3.12 takes no key=value after an option."""
     wrong = any("=" in word and not word.startswith("-") for word in words.split())
-    return "; key=value stands right behind the recipe, before options" if wrong else ""
+    return "; key=value must come right after the recipe, before options" if wrong else ""

@@ -1,4 +1,4 @@
-"""`--config`: a YAML or JSON file with a command's options, as `--print_config` writes it, or a video's record."""
+"""`--config`: a command's options in YAML or JSON, as `--print_config` writes them, or the metadata of a video."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ..common.checks import nearest
+from ..io.files import load_yaml
 from ..version import require_noise
 
 
 class ConfigFile(ActionConfigFile):
-    """Options from a file; those on the command line take precedence wherever they stand."""
+    """Options from a file; those on the command line take precedence, in any order."""
 
     @staticmethod
     def apply_config(parser: ArgumentParser, cfg: Any, dest: str, value: Any) -> None:
-        """Lay the file's options under what is known already."""
+        """Apply the file's options below those already set."""
         values = _options(parser, Path(value))
         known = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
         for key in values:
@@ -31,32 +32,32 @@ class ConfigFile(ActionConfigFile):
 
 
 def config_first(words: Sequence[str]) -> list[str]:
-    """The same words with `--config FILE` right behind the command, so that what is typed counts more, in any order."""
+    """Move `--config FILE` right after the command, so that typed options take precedence, in any order."""
     files: list[str] = []
     rest = list(words)
     for i in reversed(range(len(rest))):
         if rest[i] == "--config" or rest[i].startswith("--config="):
             span = slice(i, i + 1 + (rest[i] == "--config"))
             if span.stop > len(rest):
-                continue  # argparse says that a file is missing
+                continue  # argparse reports the missing file
             files[:0], rest[span] = rest[span], []
     command = next((i for i, word in enumerate(rest, 1) if not word.startswith("-")), 0)
     return [*rest[:command], *files, *rest[command:]]
 
 
-class Optional(argparse.Action):
-    """A positional word that may be missing, and then leaves alone what a file has said."""
+class OptionalPositional(argparse.Action):
+    """A positional argument that may be missing, and then does not override the config file."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Keep the word."""
+        """Store the value."""
         if values is not None or namespace.get(self.dest) is None:
             setattr(namespace, self.dest, values)
 
 
 def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:
-    """The options that a file gives, by their names with underscores."""
+    """The options in a file, by their names with underscores."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        values = load_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise TypeError(f"cannot read {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -64,22 +65,22 @@ def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise TypeError(f"{path} must hold key: value lines, got {type(values).__name__}")
     if "command" in values and "weights_sha256" in values:
-        return _recorded(parser, values, path)
+        return _from_metadata(parser, values, path)
     return {str(key).replace("-", "_"): value for key, value in values.items() if key not in ("config",)}
 
 
-def _recorded(parser: ArgumentParser, record: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The options of the command that repeats a video, as its record holds it, without where it was written."""
+def _from_metadata(parser: ArgumentParser, metadata: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The options of the command that reproduces a video, without its output path."""
     try:
-        program, name, *words = shlex.split(record["command"])
+        program, name, *words = shlex.split(metadata["command"])
     except (ValueError, AttributeError) as error:
         raise TypeError(f"{path}: its command cannot be read: {error}") from error
     if program != "hiar" or name != "generate" or parser.prog.split()[-1:] not in (["generate"], ["hiar"]):
-        raise TypeError(f"{path} is the record of a video: it belongs to hiar generate")
+        raise TypeError(f"{path} is the metadata of a video, for hiar generate only")
     try:
-        require_noise(str(path), record.get("noise"))
+        require_noise(str(path), metadata.get("noise"))
     except ValueError as error:
         raise TypeError(error) from error
-    asked = parser.parse_args(words, _skip_validation=True).as_dict()
-    plain = parser.get_defaults(skip_validation=True).as_dict()
-    return {key: value for key, value in asked.items() if key not in ("config", "out") and value != plain.get(key)}
+    values = parser.parse_args(words, _skip_validation=True).as_dict()
+    defaults = parser.get_defaults(skip_validation=True).as_dict()
+    return {key: value for key, value in values.items() if key not in ("config", "out") and value != defaults.get(key)}

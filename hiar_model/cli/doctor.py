@@ -1,4 +1,4 @@
-"""What `hiar doctor` says: what is installed, which devices there are, what would run, and what is missing and why."""
+"""The output of `hiar doctor`: what is installed, the devices, the chosen implementations, what is missing and why."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from ..version import versions
 
 LIBRARIES = ("torch", "triton", "numpy", "safetensors", "av", "jsonargparse", "rich")
-UNUSABLE = "not usable"  # begins what is said of a part that is broken
+UNUSABLE = "not usable"  # prefix of the line of a broken component
 OPTIONAL = ("diffusers", "transformers", "flash-attn", "xformers", "matplotlib")
 
 
 def report() -> Iterator[tuple[str, str]]:
-    """(topic, what is found), line by line; imports torch and loads the shipped model."""
+    """(topic, value) of each line; imports torch and loads the shipped models."""
     import torch
 
     import hiar_kernels
@@ -25,8 +25,8 @@ def report() -> Iterator[tuple[str, str]]:
     yield "package", f"hiar-kernels {own['hiar-kernels']} in {Path(__file__).resolve().parents[2]}"
     yield "python", f"{own['python']} on {platform.system()} {platform.machine()}"
     for topic, names in (("libraries", LIBRARIES), ("optional", OPTIONAL)):
-        found = versions(*names)
-        yield topic, ", ".join(f"{name} {found[name]}" for name in names)
+        installed = versions(*names)
+        yield topic, ", ".join(f"{name} {installed[name]}" for name in names)
     yield "torch threads", f"{torch.get_num_threads()}"
     backends = hiar_kernels.backends()
     yield "devices", ", ".join(backends.devices)
@@ -36,8 +36,8 @@ def report() -> Iterator[tuple[str, str]]:
         yield f"op {op}", f"auto = {choice.auto} of {', '.join(choice.implementations)}: {choice.why}"
     for shape, taken in backends.attention.items():
         yield f"attention {shape}", str(taken)
-    for row in backends.measured:
-        yield "attention measured", str(row)
+    for measurement in backends.measured:
+        yield "attention measured", str(measurement)
     for name in SHIPPED:
         try:
             model = load_video_model(name, "cpu")
@@ -49,7 +49,7 @@ def report() -> Iterator[tuple[str, str]]:
 
 
 def cuda() -> str:
-    """What torch can do with CUDA here, and if nothing, why."""
+    """The CUDA version and devices of torch, or why there are none."""
     import torch
 
     if torch.version.cuda is None:

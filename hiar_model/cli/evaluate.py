@@ -86,15 +86,15 @@ def evaluate(a: Namespace) -> None:
 
 
 def _print_rows(rows: Sequence[Any], title: str) -> None:
-    """One line per row; percentages, the stretches of a video from its first to its last."""
+    """A table with a line for each row: percentages, of the whole video and its stretches in order."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    print(title)  # not the table's: it would be wrapped to its width
+    print(title)  # as the title of the table it would be wrapped
     count = len(rows[0].parts)
     by = f"by {ORDINALS.get(count, f'1/{count}')}"
-    # What the prompt does not fix: of the last stretch, where the world varies it; and over seeds.
+    # what the prompt leaves open: in the last stretch, if the world varies it; and over seeds
     varied = any(row.whole.texture_kept == row.whole.texture_kept for row in rows)
     kinds = [vars(row.diversity) for row in rows if row.diversity is not None]
     diverse = [name for name in kinds[0] if any(of[name] == of[name] for of in kinds)] if kinds else []

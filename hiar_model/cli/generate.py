@@ -1,4 +1,4 @@
-"""`hiar generate`: a prompt, or a script of them, to a video on disk."""
+"""`hiar generate`: a prompt, or a prompt schedule, to a video file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from ..io.files import check_text
-from .config_file import Optional
+from .config_file import OptionalPositional
 from .machine import imports, load_model, machine_arguments, progress_bar, stage_lines
-from .parallel import KEPT, job, keeping_arguments, kept_blocks, pipeline_arguments
+from .parallel import RUN_FOLDER, job, pipeline_arguments, resume_arguments, unfinished_blocks
 from .signals import ENDING, listens
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 def generate_arguments(parser: ArgumentParser) -> None:
     """Options of `hiar generate`."""
     parser.add_argument(
-        "prompt", action=Optional, type=str, nargs="?", help='such as "a red circle moving right"; or give --prompts'
-    )
+        "prompt", action=OptionalPositional, type=str, nargs="?",
+        help='such as "a red circle moving right"; or give --prompts',
+    )  # fmt: skip
     parser.add_argument("-o", "--out", type=str, required=True, help="name.mp4, name.gif, or name/ for PNG files")
     parser.add_argument("--overwrite", action="store_true", help="replace a file of this name; else it is refused")
     parser.add_argument("--model", type=str, default="toy", help="name of a shipped model, or a folder, such as of Wan")
@@ -57,49 +58,54 @@ def generate_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
     parser.add_argument("--fps", type=float, help="of the video; default: the model's")
-    parser.add_argument("--image", type=str, help="first frame: a picture, scaled and cut to the size of the video")
-    parser.add_argument("--extend", type=str, help="first frames: a clip, of which the last 1 + 4n frames are taken")
-    parser.add_argument("--prompts", type=str, help='script of lines "seconds prompt", counted from the video\'s start')
+    parser.add_argument("--image", type=str, help="first frame: a picture, scaled and cropped to the size of the video")
+    parser.add_argument("--extend", type=str, help="first frames: a clip, of which the last 1 + 4n frames are used")
+    parser.add_argument("--prompts", type=str, help='file of lines "seconds prompt", counted from the video\'s start')
     parser.add_argument("--on-prompt-change", type=str, default="keep", help="context at a new prompt: keep or recache")
     parser.add_argument("--on-nan", type=str, default="stop", help="latents that are not finite: stop or retry")
     parser.add_argument(
         "--session",
         type=str,
-        help="file that is written at the end, or at Ctrl-C or SIGTERM, to go on from (not step_first)",
+        help="file to resume from, written at the end, or at Ctrl-C or SIGTERM (not step_first)",
     )
-    parser.add_argument("--from-session", type=str, help="go on from such a file; another prompt makes it a fork")
+    parser.add_argument("--from-session", type=str, help="resume such a file; a different prompt makes a fork")
     machine_arguments(parser)
     parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
     parser.add_argument("--offload", type=str, help="what leaves the GPU: text (once the prompt is read), vae, or both")
     parser.add_argument("--prompt-cache", type=str, help="folder that keeps embeddings of prompts (Wan)")
     pipeline_arguments(parser)
-    keeping_arguments(parser)
+    resume_arguments(parser)
 
 
 def generate(a: Namespace) -> None:
-    """Make the video; on several processes, this one's part of it."""
-    kept = a.out.rstrip("/") + KEPT
-    with job(a, kept) as here:
+    """Make the video; in a multi-process run, this rank's share."""
+    folder = a.out.rstrip("/") + RUN_FOLDER
+    with job(a, folder) as here:
         try:
-            _generate_here(a, here, kept)
+            _generate_here(a, here, folder)
         except KeyboardInterrupt as error:
-            raise KeyboardInterrupt(*error.args, *filter(None, [kept_blocks(a.out)])) from error
+            raise KeyboardInterrupt(*error.args, *filter(None, [unfinished_blocks(a.out)])) from error
 
 
-def _generate_here(a: Namespace, here: Job, kept: str) -> None:
-    from ..io.files import SESSION, check_output, in_folder
-    from ..io.video import VideoWriter, check_target
+def _generate_here(a: Namespace, here: Job, folder: str) -> None:
+    from ..io.files import SESSION, check_output, in_folder, require_apart
+    from ..io.video import VideoWriter, check_target, is_folder_target, record_path
 
-    # What needs no model is told before one is loaded.
+    # Validate arguments before loading the model.
     target = check_target(a.out)
     if target.is_file() and not a.overwrite:
-        raise ValueError(f"{target} exists already: give another name, or --overwrite")
-    script = _script(a)
+        raise ValueError(f"{target} exists: give another name, or --overwrite")
     for option in ("image", "extend", "from_session"):
         if a[option] is not None and not Path(a[option]).exists():
             raise ValueError(f"{option.replace('_', '-')} {a[option]}: no such file")
-    if a.session is not None:
-        check_output(in_folder(a.session, SESSION))
+    session = None if a.session is None else check_output(in_folder(a.session, SESSION))
+    require_apart(
+        {"-o": target, "the record of -o": record_path(target, is_folder_target(a.out)), "--session": session},
+        {f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint")},
+    )
+    if a.from_session is not None:  # that may be replaced by --session
+        require_apart({"-o": target}, {"--from-session": in_folder(a.from_session, SESSION)})
+    prompts = _prompt_schedule(a)
     with imports():
         from hiar_kernels.nvtx import span
 
@@ -112,8 +118,8 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
     execution = here.execution(a)
     piped = a.parallel == "pipeline" or (here.ranks > 1 and a.parallel is None)
     if piped and (a.session or a.from_session) and here.ranks > 1:
-        raise ValueError("a session is one file of one process: a pipeline goes on with --resume")
-    offload = tuple(part.strip() for part in a.offload.split(",")) if a.offload else ()
+        raise ValueError("--session and --from-session are for one process: resume a pipeline with --resume")
+    offload = tuple(name.strip() for name in a.offload.split(",")) if a.offload else ()
     if here.ranks == 1:
         require_memory(
             a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, offload=offload,
@@ -128,14 +134,14 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
     )  # fmt: skip
     with progress_bar("{task.fields[frames]}", "{task.fields[speed]}") as bar:
         task = bar.add_task("", total=None, frames="frames", speed="")
-        begun = time.perf_counter()
+        start = time.perf_counter()
 
         def show(frames: int, frames_total: int | None, forwards: int, forwards_total: int | None) -> None:
             assert frames_total is not None
             done, of = (frames, frames_total) if forwards_total is None else (forwards, forwards_total)
-            speed = frames_total * done / of / (time.perf_counter() - begun)
-            told = {"frames": f"frames {frames}/{frames_total}", "speed": f"{speed:.1f} fps"}
-            bar.update(task, total=of, completed=done, **told)
+            speed = frames_total * done / of / (time.perf_counter() - start)
+            fields = {"frames": f"frames {frames}/{frames_total}", "speed": f"{speed:.1f} fps"}
+            bar.update(task, total=of, completed=done, **fields)
 
         if piped and execution.mesh is None and execution.steps_per_rank is None:
             execution = replace(execution, steps_per_rank=(a.steps or len(model.rollout.steps),))
@@ -143,77 +149,79 @@ def _generate_here(a: Namespace, here: Job, kept: str) -> None:
         options = VideoOptions(
             a.prompt, height=a.height, width=a.width, num_frames=a.num_frames, seed=a.seed, steps=a.steps,
             order=a.order, window_frames=a.window_frames, sink_frames=a.sink_frames, fps=a.fps, image=a.image,
-            extend=a.extend, prompts=script, on_prompt_change=a.on_prompt_change,
+            extend=a.extend, prompts=prompts, on_prompt_change=a.on_prompt_change,
             fuse_cache_denoise=False if fuse == "measured" else fuse, threads=a.threads, session=a.from_session,
             open_end=bool(a.session or a.from_session), on_progress=show,
-            run_folder=kept if a.resume or piped else None, resume=a.resume, checkpoint_every=a.checkpoint_every,
+            run_folder=folder if a.resume or piped else None, resume=a.resume, checkpoint_every=a.checkpoint_every,
         )  # fmt: skip
         if "measured" in (a.steps_per_rank, fuse):
             from ..pipelines.measured import measured
 
             execution, options = measured(model, execution, options, choose_fusion=fuse == "measured")
         run = VideoPipeline(model, execution).prepare(options)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         if not run.makes_frames:
             for _ in run:
                 pass
             return
-        given = () if run.given is None or a.from_session else run.given.notes
-        for line in [*notes, *given, *run.notes()]:
+        conditioning = () if run.conditioning is None or a.from_session else run.conditioning.notes
+        for line in [*notes, *conditioning, *run.notes()]:
             print(line, file=sys.stderr)
+        writer = VideoWriter(a.out, run.fps, run.metadata, size=run.model.pixel_size)
         with (
             span("generate"),
-            VideoWriter(a.out, run.fps, run.metadata) as writer,
-            _interrupts(a.session, run) as asked,
+            writer,
+            _interrupts(a.session, run) as interrupted,
         ):
             for frames in run:
                 writer.write(frames)
     if run.run_folder is not None:
         run.run_folder.remove()
-    seconds, made = time.perf_counter() - begun, writer.frames_written
+    seconds, written = time.perf_counter() - start, writer.frames_written
     if a.session is not None:
         try:
             run.save_session(a.session)
         except ValueError as error:
-            raise ValueError(f"{error}; {writer.path} is whole, {made} frames") from error
-    if asked():
-        raise KeyboardInterrupt(f"{made} frames are in {writer.path}, --from-session {a.session} goes on")
-    print(f"{writer.path}: {_told(run, made, seconds)}")
+            raise ValueError(f"{error}; {writer.path} is complete, {written} frames") from error
+    if interrupted():
+        raise KeyboardInterrupt(f"{written} frames are in {writer.path}, resume with --from-session {a.session}")
+    print(f"{writer.path}: {_summary(run, written, seconds)}")
 
 
-def _told(run: VideoRun, written: int, seconds: float) -> str:
-    """How much was written, and how fast it was made: with decoding and without."""
+def _summary(run: VideoRun, written: int, seconds: float) -> str:
+    """How much was written, and the speed with and without decoding."""
     assert run.decoding is not None
-    made = written if run.given is None or run.session is not None else written - len(run.given.frames)
-    alone = made / max(seconds - run.decoding.seconds, 1e-9)
-    without = "waiting for the VAE, which works beside" if run.decoding.behind else "decoding"
-    speed = f"{made / seconds:.2f} fps; {alone:.2f} fps without {without}"
-    told = f"{written} frames, {written / run.fps:.1f} s at {run.fps:g} fps"
-    return f"{told}; {f'{made} ' if made < written else ''}made in {seconds:.1f} s ({speed})"
+    fixed = 0 if run.conditioning is None or run.session is not None else len(run.conditioning.frames)
+    new = written - fixed
+    alone = new / max(seconds - run.decoding.seconds, 1e-9)
+    without = "waiting for the VAE, which decodes in parallel" if run.decoding.asynchronous else "decoding"
+    speed = f"{new / seconds:.2f} fps; {alone:.2f} fps without {without}"
+    length = f"{written} frames, {written / run.fps:.1f} s at {run.fps:g} fps"
+    return f"{length}; {f'{new} ' if fixed else ''}made in {seconds:.1f} s ({speed})"
 
 
-def _script(a: Namespace) -> Any:
-    """The prompts over time; None where there is one prompt."""
+def _prompt_schedule(a: Namespace) -> Any:
+    """The prompt schedule; None if there is one prompt."""
     if a.prompt is not None:
         check_text(a.prompt, "the prompt")
     if a.prompts is None:
         if a.prompt is None:
-            raise ValueError('required: a prompt, such as "a red circle moving right", or --prompts script.txt')
+            raise ValueError('required: a prompt, such as "a red circle moving right", or --prompts schedule.txt')
         return None
-    from ..pipelines.prompt_schedule import Script
+    from ..pipelines.prompt_schedule import PromptSchedule
 
-    return Script.read(a.prompts)
+    return PromptSchedule.read(a.prompts)
 
 
 def _own_steps(a: Namespace, here: Job) -> range | None:
-    """The steps of this rank of a pipeline, where each has weights of its own: shared out before any are loaded."""
+    """The steps of this pipeline rank if weights differ by step: divided before any are loaded."""
     from ..models.wan import is_experts
 
     if not is_experts(a.checkpoint) or here.ranks == 1 or a.parallel == "ulysses":
         return None
     if a.steps_per_rank == "measured":
         raise ValueError(
-            "weights by step are loaded before tasks are measured: give --steps-per-rank [1,1,2], or count"
+            "--steps-per-rank must be such as [1,1,2], or count, with weights by step, got measured"
         )
     import torch.distributed as dist
 
@@ -223,25 +231,23 @@ def _own_steps(a: Namespace, here: Job) -> range | None:
     if not isinstance(a.steps_per_rank, list):
         steps, ranks = a.steps or len(FlowSchedule()), here.ranks - a.dedicated_decoder_rank
         if not 1 <= ranks <= steps:
-            return None  # the pipeline refuses it
+            return None  # refused by the pipeline
         split = [steps // ranks + (rank >= ranks - steps % ranks) for rank in range(ranks)]
         a.steps_per_rank = split + [0] * a.dedicated_decoder_rank
     if len(a.steps_per_rank) != here.ranks:
-        return None  # likewise
+        return None  # refused by the pipeline
     return steps_of_rank(a.steps_per_rank, dist.get_rank())
 
 
 @contextmanager
 def _interrupts(session: str | None, run: VideoRun) -> Iterator[Callable[[], bool]]:
-    """With a session Ctrl-C (or SIGTERM, SIGHUP) ends the video behind the block that is being made; a second one ends
-    all at once.
-    """
-    asked: list[bool] = []
+    """With a session, Ctrl-C (or SIGTERM, SIGHUP) ends the video after the current block; a second one ends at once."""
+    signals: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if asked:
+        if signals:
             raise KeyboardInterrupt
-        asked.append(True)
+        signals.append(number)
         run.end()
 
     if session is None:
@@ -249,7 +255,7 @@ def _interrupts(session: str | None, run: VideoRun) -> Iterator[Callable[[], boo
         return
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, *ENDING) if listens(number)}
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(signals)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

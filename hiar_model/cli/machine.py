@@ -1,4 +1,4 @@
-"""What commands that run a model share: where it runs, how it is loaded, how progress is shown."""
+"""Shared by the commands that run a model: device options, loading, progress."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def load_model(a: Namespace, **options: Any) -> VideoModel:
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """Around the imports of a command. Modules stay: looking for garbage among torch's objects, while they come and at
-    the end of the process, takes a quarter of its import.
-    """
+    """Disable garbage collection around imports: it takes a quarter of the time to import torch, and modules stay."""
     gc.disable()
     try:
         yield
@@ -55,9 +53,9 @@ def imports() -> Iterator[None]:
 
 
 class Lines(nullcontext[Any]):
-    """In place of a progress bar where there is no terminal: a line every half a minute; rich need not be imported."""
+    """Progress without a terminal: a line every 30 seconds, without importing rich."""
 
-    EVERY = 30.0  # seconds, from the beginning
+    EVERY = 30.0  # seconds
 
     def __init__(self, columns: Sequence[str]) -> None:
         super().__init__()
@@ -65,51 +63,51 @@ class Lines(nullcontext[Any]):
         self.total: float | None = None
         self.fields: dict[str, Any] = {}
         self.first: tuple[float, float] | None = None  # seconds, completed
-        self.told = time.monotonic()
+        self.printed = time.monotonic()
 
     def __enter__(self) -> Lines:
         return self
 
     def add_task(self, _: str, total: float | None = None, completed: float = 0, **fields: Any) -> int:
-        """What the line is about."""
+        """Start the task."""
         self.total, self.fields = total, fields
         return 0
 
     def update(self, _: int, total: float | None = None, completed: float = 0, **fields: Any) -> None:
-        """How far it is."""
+        """Update its progress."""
         self.total, now = total or self.total, time.monotonic()
         self.fields.update(fields)
         self.first = self.first or (now, completed)
-        if self.disable or now - self.told < self.EVERY:
+        if self.disable or now - self.printed < self.EVERY:
             return
-        self.told = now
+        self.printed = now
         seen = SimpleNamespace(completed=completed, total=self.total, fields=self.fields)
-        told = [column.format(task=seen) for column in self.columns]
+        line = [column.format(task=seen) for column in self.columns]
         gone, done = now - self.first[0], completed - self.first[1]
         if self.total and done > 0:
-            told.append(f"{spoken((self.total - completed) * gone / done)} left")
-        print(", ".join(filter(None, told)), file=sys.stderr, flush=True)
+            line.append(f"{duration((self.total - completed) * gone / done)} left")
+        print(", ".join(filter(None, line)), file=sys.stderr, flush=True)
 
 
 def stage_lines(large: int = 10**9, every: float = 10.0) -> Callable[[str, int], None]:
-    """What prints the stages of reading and encoding on stderr: those of weights that take a while, or on a terminal.
-    "encoding: layer 3 of 24" is one stage, told at its beginning and then ``every`` so many seconds.
+    """A callback that prints stages of loading and encoding on stderr, for weights of at least ``large`` bytes or on a
+    terminal. "encoding: layer 3 of 24" is printed when the stage starts and then ``every`` so many seconds.
     """
-    told, when = "", 0.0
+    printed, when = "", 0.0
 
-    def show(text: str, nbytes: int) -> None:
-        nonlocal told, when
-        stage, now = text.partition(":")[0], time.monotonic()
-        if (nbytes < large and not sys.stderr.isatty()) or (stage == told and now - when < every):
+    def show(message: str, nbytes: int) -> None:
+        nonlocal printed, when
+        stage, now = message.partition(":")[0], time.monotonic()
+        if (nbytes < large and not sys.stderr.isatty()) or (stage == printed and now - when < every):
             return
-        told, when = stage, now
-        print(f"{text} ({nbytes / 1e9:.2f} GB)", file=sys.stderr, flush=True)
+        printed, when = stage, now
+        print(f"{message} ({nbytes / 1e9:.2f} GB)", file=sys.stderr, flush=True)
 
     return show
 
 
-def spoken(seconds: float) -> str:
-    """Seconds, minutes or hours, as one says them."""
+def duration(seconds: float) -> str:
+    """In seconds, minutes or hours, whichever suits."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,7 +1,8 @@
-"""The command `hiar`. Only what a command needs is imported, when it runs: `hiar --help` does not wait for torch."""
+"""The command `hiar`. Commands import what they need when they run, so `hiar --help` does not import torch."""
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import traceback
@@ -13,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..common import environment
 from ..version import package_version
-from .choices import as_typed, check_choices, explained
+from .choices import as_typed, check_choices, explained, options_of
 from .config_file import ConfigFile, config_first
 from .evaluate import evaluate, evaluate_arguments
 from .generate import generate, generate_arguments
@@ -23,19 +24,19 @@ from .signals import as_interrupts
 from .train import train, train_arguments
 from .weights import convert, convert_arguments, doctor, doctor_arguments
 
-CONFIG_HELP = "file with options of this command: YAML, or the .json beside a video; words typed here count more"
+CONFIG_HELP = "file with options of this command: YAML, or the .json beside a video; options typed here take precedence"
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def build_parser() -> ArgumentParser:
-    """The whole command line; an unknown option or key is refused."""
+    """The parser of all commands; it refuses unknown options and keys."""
     parser = ArgumentParser(
         prog="hiar",
         description="Long video by hierarchical denoising.",
         version=package_version(),
         exit_on_error=False,
     )
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
     for name, (add_arguments, _, summary) in COMMANDS.items():
         command = ArgumentParser(description=summary, exit_on_error=False)
@@ -46,22 +47,22 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line (``argv`` None: the process's) and return the exit code: 0, 2 for a mistake in what was
-    asked, 1 for a result that is not finite or black, 130 for Ctrl-C, SIGTERM or SIGHUP. A failure is one line on
-    stderr.
+    """Run the command line (``argv`` None: the process's) and return the exit code: 0; 2 for illegal input; 1 for a
+    result that is not finite or black; 130 for Ctrl-C, SIGTERM or SIGHUP. An error is one line on stderr.
     """
+    _open_closed()
     debug, parser, dests = False, build_parser(), []
     words = config_first(sys.argv[1:] if argv is None else argv)
     if not words:
         parser.print_help()
         return 0
-    with suppress(AttributeError):  # what stdout cannot spell, such as a name, is no reason to fail at the end
+    with suppress(AttributeError):  # do not fail on characters that stdout cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         arguments = parser.parse_args(words)
         debug = arguments.debug
         chosen = arguments[arguments.subcommand]
-        dests = [*vars(chosen)]
+        dests = options_of(parser, arguments.subcommand)
         check_choices(arguments.subcommand, chosen)
         if chosen.get("nproc", 1) > 1 and not environment.under_torchrun():
             return launch(words, chosen.nproc, chosen.get("out") if arguments.subcommand == "generate" else None)
@@ -75,13 +76,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ArgumentError as error:
         return _fail(explained(str(error), parser, words), WRONG_INPUT, debug)
     except (ValueError, OSError) as error:
-        return _fail(as_typed(str(error), dests), WRONG_INPUT, debug)
+        message = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            message = f"{os.fsdecode(error.filename)}: {error.strerror}"  # and no number
+        return _fail(as_typed(message, dests), WRONG_INPUT, debug)
 
 
 def _interruptible() -> AbstractContextManager[None]:
-    """One process alone ends on SIGTERM as on Ctrl-C; the processes of a job have a watch that does it."""
+    """A single process treats SIGTERM as Ctrl-C; in a job of several, the watchdog does."""
     alone = environment.world_size() == 1 and threading.current_thread() is threading.main_thread()
     return as_interrupts() if alone else nullcontext()
+
+
+def _open_closed() -> None:
+    """Where the caller has closed stdin, stdout or stderr, nothing is read and what is said is lost; and no file that
+    is written gets their number, under which libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115  (for good)
 
 
 def _fail(message: object, code: int, debug: bool) -> int:

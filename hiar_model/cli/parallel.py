@@ -1,4 +1,4 @@
-"""Commands on several processes: how they are started, joined and ended, and `verify-parity`."""
+"""Commands on several processes: starting, joining and ending them, and `verify-parity`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .choices import as_typed
 
 if TYPE_CHECKING:
     from ..config import ExecutionConfig
-    from ..distributed.watchdog import Watch
+    from ..distributed.watchdog import Watchdog
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
-KEPT = ".blocks"  # behind the name of the output: the folder of an unfinished run
+RUN_FOLDER = ".blocks"  # suffix of the output's name: the folder of an unfinished run
 
 
 def pipeline_arguments(parser: ArgumentParser, nproc: int = 1) -> None:
-    """How the steps live on processes; shared by `generate` and `verify-parity`."""
+    """How processes share a video: options of `generate` and `verify-parity`."""
     parser.add_argument("--nproc", type=int, default=nproc, help="processes to start here, as torchrun does")
     parser.add_argument("--cuda-graph", type=bool, default=False, help="capture forwards as CUDA graphs")
     parser.add_argument(
@@ -47,28 +47,28 @@ def pipeline_arguments(parser: ArgumentParser, nproc: int = 1) -> None:
         help="fuse each cache task with the next denoise task; measured: if that is faster here (pipeline)",
     )
     parser.add_argument("--dedicated-decoder-rank", action="store_true", help="the last process only decodes")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds in which a fault of a process ends all")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds until a failed process ends all")
 
 
-def keeping_arguments(parser: ArgumentParser) -> None:
-    """What is kept of a run on processes."""
+def resume_arguments(parser: ArgumentParser) -> None:
+    """Options for resuming a pipeline."""
     parser.add_argument(
-        "--resume", action="store_true", help=f"go on from what an interrupted pipeline left in OUT{KEPT}"
+        "--resume", action="store_true", help=f"resume an interrupted pipeline from OUT{RUN_FOLDER}"
     )
     parser.add_argument(
         "--checkpoint-every", type=int, default=10, help="blocks between two states to resume from; 0: none"
     )
 
 
-def kept_blocks(out: str) -> str:
-    """What is left of an unfinished video, and how it goes on; nothing where nothing is."""
-    folder = Path(out.rstrip("/") + KEPT)
+def unfinished_blocks(out: str) -> str:
+    """What an unfinished run has stored, and how to resume it; "" if nothing."""
+    folder = Path(out.rstrip("/") + RUN_FOLDER)
     blocks = len([*folder.glob("block_*.safetensors")])
-    return f"{blocks} finished blocks are kept in {folder}, --resume goes on" if blocks else ""
+    return f"{blocks} finished blocks are in {folder}, continue with --resume" if blocks else ""
 
 
 def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
-    """Run this command in so many processes, as torchrun would; returns the exit code. ``out``: of a video."""
+    """Run this command in ``nproc`` processes, as torchrun would; returns the exit code. ``out``: of a video."""
     import logging
     import uuid
 
@@ -85,20 +85,20 @@ def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
-    logging.disable()  # the launcher's own account of a failure: the processes tell it in one line
+    logging.disable()  # the processes report a failure in one line, the launcher in many
     with tempfile.TemporaryDirectory() as folder:
-        printed = Path(folder) / "printed"
+        reported = Path(folder) / "reported"
         try:
-            with environment.for_children(printed):
+            with environment.for_children(reported):
                 elastic_launch(config, sys.executable)("-u", "-m", "hiar_model", *argv)
             return 0
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            if not printed.exists():
-                print(f"hiar: rank {rank} ended with code {failure.exitcode} before it could say why", file=sys.stderr)
+            if not reported.exists():
+                print(f"hiar: rank {rank} ended with code {failure.exitcode} without a message", file=sys.stderr)
             return failure.exitcode if failure.exitcode > 0 else FAILED
         except (SignalException, KeyboardInterrupt):
-            left = "" if out is None else kept_blocks(out)
+            left = "" if out is None else unfinished_blocks(out)
             print("; ".join(["hiar: interrupted", *filter(None, [left])]), file=sys.stderr)
             return INTERRUPTED
         finally:
@@ -107,19 +107,19 @@ def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
 
 @dataclass
 class Job:
-    """This process among those of the job. `watch`: None where it is alone."""
+    """This process in a job of ``ranks``. ``watchdog``: None if it is the only one."""
 
     ranks: int
-    watch: Watch | None
+    watchdog: Watchdog | None
 
     def execution(self, a: Namespace) -> ExecutionConfig:
-        """Where a video runs, from the command line."""
+        """The execution config of the command line."""
         from ..config import ExecutionConfig
 
         pipelined = a.parallel == "pipeline" or (a.parallel is None and self.ranks > 1)
         if a.fuse_cache_denoise == "measured" and not pipelined:
             raise ValueError(
-                "--fuse-cache-denoise measured is for a pipeline: give true or false, or --parallel pipeline"
+                "--fuse-cache-denoise must be true or false without --parallel pipeline, got measured"
             )
         mesh = None
         if self.ranks > 1 or a.parallel == "ulysses":
@@ -135,16 +135,16 @@ class Job:
             kv_dtype=a.get("kv_dtype"),
             on_nan=a.get("on_nan") or "stop",
             timeout=a.timeout,
-            watchdog=self.watch,
+            watchdog=self.watchdog,
         )
 
 
 @contextmanager
-def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
-    """Join the processes that were started with this one; what goes wrong in any of them is told once.
+def job(a: Namespace, folder: str | None = None) -> Iterator[Job]:
+    """Join the processes that were started with this one; an error in any of them is reported once.
 
     Args:
-        a: of the command; "device" becomes this process's own. kept: folder that holds what a fault leaves.
+        a: of the command; "device" becomes this process's own. folder: of the run, to name when it fails.
     """
     if a.nproc < 1:
         raise ValueError(f"nproc must be at least 1, got {a.nproc}")
@@ -155,23 +155,23 @@ def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
     import torch.distributed as dist
 
     from ..distributed.pipeline import init_distributed
-    from ..distributed.watchdog import PipelineFault, Watch
+    from ..distributed.watchdog import PipelineFault, Watchdog
 
     def advice(finished: int) -> str:
         if (file := environment.error_file()) is not None:
             file.touch()
-        return f"; {finished} finished blocks are kept in {kept}, --resume goes on" if kept and finished else ""
+        return f"; {finished} finished blocks are in {folder}, continue with --resume" if folder and finished else ""
 
     a.device, missing = _own_device(a.device)
     init_distributed("cuda" if a.device.startswith("cuda") else "cpu")
     code = 0
-    with Watch(dist.group.WORLD, a.timeout, advice) as watch:  # type: ignore[arg-type]
+    with Watchdog(dist.group.WORLD, a.timeout, advice) as watchdog:  # type: ignore[arg-type]
         try:
             if missing:
                 raise ValueError(missing)
             if a.nproc not in (1, world):
-                raise ValueError(f"nproc is {a.nproc}, but torchrun started {world} processes: give one")
-            yield Job(world, watch)
+                raise ValueError(f"nproc must be left out under torchrun ({world} processes), got {a.nproc}")
+            yield Job(world, watchdog)
         except SystemExit as error:
             code = int(error.code or 0)
         except KeyboardInterrupt:
@@ -180,29 +180,29 @@ def job(a: Namespace, kept: str | None = None) -> Iterator[Job]:
             code = FAILED
         except (ValueError, OSError) as error:
             code = WRONG_INPUT
-            watch.tell(as_typed(str(error), vars(a)))
+            watchdog.report(as_typed(str(error), vars(a)))
         except FloatingPointError as error:
             code = FAILED
-            watch.tell(str(error))
+            watchdog.report(str(error))
         except BaseException as error:
             if a.get("debug"):
                 raise
             code = FAILED
-            watch.failed(error)
+            watchdog.report_error(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # an ordinary exit tears down torch's links in an order that may abort the process
+    os._exit(code)  # a normal exit may abort while torch tears down its process groups
 
 
-def _own_device(asked: str) -> tuple[str, str]:
-    """The device of this process, and what is wrong with it: each has a GPU of its own."""
+def _own_device(device: str) -> tuple[str, str]:
+    """The device of this process, one GPU each, and an error message or ""."""
     import torch
 
-    if asked not in ("auto", "cuda") or not torch.cuda.is_available():
-        return asked, ""
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device, ""
     local, count = environment.local_rank(), torch.cuda.device_count()
     if local >= count:
-        return "cpu", f"{local + 1} processes on this machine need a CUDA device each, it has {count}"
+        return "cpu", f"each process needs a CUDA device: this is process {local + 1}, the machine has {count}"
     torch.cuda.set_device(local)
     return f"cuda:{local}", ""
 
@@ -224,7 +224,7 @@ def parity_arguments(parser: ArgumentParser) -> None:
 
 
 def verify_parity(a: Namespace) -> None:
-    """The same video on the job's processes and on one: print the largest difference of their latents.
+    """Make the same video on the job's processes and on one, and print the largest difference of their latents.
 
     Raises:
         FloatingPointError: it is larger than the tolerance.
@@ -256,20 +256,20 @@ def verify_parity(a: Namespace) -> None:
             run = VideoPipeline(model, execution).prepare(options)
             return run, [block.latents for block in run.rollout]
 
-        run, made = blocks(execution)
+        run, actual = blocks(execution)
         if not run.makes_frames:
             return
         pipeline = run.rollout.pipeline
         shared = "+".join(map(str, pipeline.stage.split)) + " steps" if pipeline else f"parallel={a.parallel}"
         del run
         expected = blocks(ExecutionConfig(cuda_graph=execution.cuda_graph))[1]
-        difference = max(float((x.double() - y.double()).abs().max()) for x, y in zip(made, expected, strict=True))
-        same = all(torch.equal(x, y) for x, y in zip(made, expected, strict=True))
-        told = "the same bits" if same else f"largest difference {difference:.3g}"
+        difference = max(float((x.double() - y.double()).abs().max()) for x, y in zip(actual, expected, strict=True))
+        same = all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+        result = "the same bits" if same else f"largest difference {difference:.3g}"
         where = f"{model.device}, {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
         print(
-            f"{len(made)} blocks of {model.name} ({model.weights_sha256[:12]}) on {here.ranks} processes "
-            f"({shared}) and on one ({where}): {told}"
+            f"{len(actual)} blocks of {model.name} ({model.weights_sha256[:12]}) on {here.ranks} processes "
+            f"({shared}) and on one ({where}): {result}"
         )
         if not difference <= a.tolerance:  # nan is a difference too
             raise FloatingPointError(f"latents differ by {difference:.3g}, tolerance is {a.tolerance:g}")

@@ -16,7 +16,7 @@ from ..io.files import check_output
 
 
 def setting_arguments(parser: ArgumentParser) -> None:
-    """What is run; shared by the commands here."""
+    """The rollout to measure; shared by the commands here."""
     parser.add_argument("--model", type=str, default="wan2.1-t2v-1.3b", help="a configuration; weights are random")
     parser.add_argument("--height", type=int, help="pixels; default: 480, or the one size that the model has")
     parser.add_argument("--width", type=int, help="pixels; default: 832, likewise")
@@ -55,7 +55,7 @@ def _setting(a: Namespace, **more: Any) -> Any:
 def warmup_arguments(parser: ArgumentParser) -> None:
     setting_arguments(parser)
     parser.add_argument(
-        "--again", type=bool, default=True, help="then measure a second process, which finds the caches"
+        "--again", type=bool, default=True, help="then measure a second process, with warm caches"
     )
 
 
@@ -64,18 +64,18 @@ def warmup(a: Namespace) -> None:
 
     _, start = warm_up(_setting(a))
     print(
-        f"cold start of this process: weights {start.build:.1f} s, first run of {start.kinds} kinds of launches "
+        f"cold start of this process: weights {start.build:.1f} s, first run of {start.kinds} kinds of forwards "
         f"(compiling, loading, capturing) {start.warm_up:.1f} s",
         flush=True,
     )
     if a.again:
         print("a second process:", flush=True)
         command = [sys.executable, "-m", "hiar_model", "warmup", "--again=false"]
-        given = {k: v for k, v in vars(a).items() if k not in ("again", "config") and v is not None}
-        for name, value in given.items():
+        options = {k: v for k, v in vars(a).items() if k not in ("again", "config") and v is not None}
+        for name, value in options.items():
             command.append(f"--{name.replace('_', '-')}={json.dumps(value) if isinstance(value, bool) else value}")
         if subprocess.run(command).returncode:
-            raise ValueError("the second process failed; its own line says why")
+            raise ValueError("the second process failed, see its message above")
 
 
 def profile_arguments(parser: ArgumentParser) -> None:
@@ -111,7 +111,7 @@ def report_arguments(parser: ArgumentParser) -> None:
 
 
 def bench_report(a: Namespace) -> None:
-    from ..schedule.gpu_tables import parts_table, rollout_table
+    from ..schedule.gpu_tables import breakdown_table, rollout_table
     from ..schedule.report import draw_gains, measured_table, report
 
     if a.measured is not None:
@@ -119,13 +119,13 @@ def bench_report(a: Namespace) -> None:
             lines = measured_table(json.loads(Path(a.measured).read_text(encoding="utf-8")))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             bench = "bench/rollout/test_four_step_speedup.py"
-            raise ValueError(f"{a.measured} is no result of {bench}: {error!r}") from None
+            raise ValueError(f"--measured must be a result of {bench}, got {a.measured}: {error!r}") from None
         print("\n".join(lines))
         return
     if a.results is not None:
         if not Path(a.results).is_dir():
-            raise ValueError(f"--results {a.results} is no folder: give one that holds <device>/<date>-<revision>/")
-        for table in (rollout_table, parts_table):
+            raise ValueError(f"--results must be a folder with <device>/<date>-<revision>/, got {a.results}")
+        for table in (rollout_table, breakdown_table):
             print("\n".join([*table(Path(a.results)), ""]))
         return
     if a.plot is not None:

@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from types import FrameType
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""What ends a process from outside, and a terminal that is closed."""
+"""Termination, and a closed terminal."""
 
 
 def listens(number: int) -> bool:
-    """Whether a signal may be handled here: whoever started the process, such as nohup, has not switched it off."""
+    """Whether a signal is not ignored by the parent process, such as nohup."""
     return signal.getsignal(number) not in (signal.SIG_IGN, None)
 
 
 @contextmanager
 def as_interrupts() -> Iterator[None]:
-    """Within, those signals raise KeyboardInterrupt. Only for the main thread."""
+    """Context in which those signals raise KeyboardInterrupt. Main thread only."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

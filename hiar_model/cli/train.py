@@ -1,4 +1,4 @@
-"""`hiar train`: a recipe, on one process or on those of torchrun."""
+"""`hiar train`: runs a recipe, on one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train_arguments(parser: ArgumentParser) -> None:
 
 
 def train(a: Namespace) -> None:
-    overrides = dict(_override(text) for text in a.overrides)
+    overrides = dict(_override(argument) for argument in a.overrides)
     from ..train.config.reading import load_recipe, shipped_recipes
     from ..train.config.recipe import TrainingRecipe
     from ..train.engine.distributed import init_training, launched_context
@@ -175,16 +175,16 @@ def _among_others() -> Iterator[None]:
         code = INTERRUPTED
     except (ValueError, OSError) as error:
         code = WRONG_INPUT
-        _tell(error)
+        _report(error)
     except FloatingPointError as error:
         code = FAILED
-        _tell(error)
+        _report(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # an ordinary exit tears down torch's links in an order that may abort the process
+    os._exit(code)  # a normal exit may abort while torch tears down its process groups
 
 
-def _tell(error: Exception) -> None:
+def _report(error: Exception) -> None:
     if (file := environment.error_file()) is not None:
         with suppress(FileExistsError):
             file.touch(exist_ok=False)
@@ -193,10 +193,10 @@ def _tell(error: Exception) -> None:
         print(f"hiar: rank {environment.rank()}:", " ".join(str(error).split()), file=sys.stderr)
 
 
-def _override(text: str) -> tuple[str, Any]:
-    key, sign, value = text.partition("=")
+def _override(argument: str) -> tuple[str, Any]:
+    key, sign, value = argument.partition("=")
     if not key or not sign:
-        raise ValueError(f"{text!r} is not an override: write key=value, such as updates=100")
+        raise ValueError(f"{argument!r} is not an override: write key=value, such as updates=100")
     try:
         return key, json.loads(value)
     except ValueError:

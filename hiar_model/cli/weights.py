@@ -26,7 +26,7 @@ def convert_arguments(parser: ArgumentParser) -> None:
 
 
 def convert(a: Namespace) -> None:
-    """Convert, and print what was found, written, and the hash of all tensors before and after."""
+    """Convert, and print the input, the output, and the hash of all tensors before and after."""
     from ..models.convert import convert as convert_files
 
     def show(found: CheckpointInfo, sha256: str) -> None:
@@ -43,12 +43,12 @@ def doctor_arguments(parser: ArgumentParser) -> None:
     """Options of `hiar doctor`."""
     parser.add_argument(
         "--model", type=str,
-        help="tell the memory of its videos: wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy, or a folder; no weights are loaded",
+        help="memory of its videos: wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy, or a folder; no weights are loaded",
     )  # fmt: skip
     parser.add_argument("--gpu-memory", type=str, help="does it fit? Such as 24GB (10^9 bytes), 24GiB, or 24,40,80,141")
     parser.add_argument("--height", type=int, help="pixels; default: 480, or the one size that the model has")
     parser.add_argument("--width", type=int, help="pixels; default: 832, likewise")
-    parser.add_argument("--frames", type=int, help="pixel frames; default: 81, or what the model says")
+    parser.add_argument("--frames", type=int, help="pixel frames; default: 81, or the model's")
     parser.add_argument("--order", type=str, default="step_first", help="step_first, stream, wavefront or block_first")
     parser.add_argument(
         "--window-frames",
@@ -67,30 +67,30 @@ def doctor_arguments(parser: ArgumentParser) -> None:
 
 
 def doctor(a: Namespace) -> None:
-    """What is installed; with a model, the parts of its memory, whether they fit, and what makes them fit."""
+    """What is installed; with a model, its memory by component, whether it fits, and options that fit."""
     if a.model is None:
         defaults = {"order": "step_first", "window_frames": "model", "batch": 1, "fuse_cache_denoise": False}
         for name, value in vars(a).items():
             if name not in ("config", "model") and value != defaults.get(name):
-                raise ValueError(f"--{name.replace('_', '-')} needs --model: whose memory is asked for?")
+                raise ValueError(f"--{name.replace('_', '-')} needs --model")
         from .doctor import UNUSABLE, report
 
         broken = []
-        for topic, found in report():
-            print(f"{topic + ':':<28} {found}")
-            broken += [f"the {topic} is {found}"] if found.startswith(UNUSABLE) else []
+        for topic, value in report():
+            print(f"{topic + ':':<28} {value}")
+            broken += [f"the {topic} is {value}"] if value.startswith(UNUSABLE) else []
         if broken:
             raise ValueError("; ".join(broken))
         return
-    from ..planning.fit import ask, lines, parse_size
+    from ..planning.fit import fit_query, lines, parse_size
 
     limits = [parse_size(size) for size in a.gpu_memory.split(",")] if a.gpu_memory is not None else []
     window = tuple(a.window_frames) if isinstance(a.window_frames, list) else a.window_frames
-    asked = ask(
+    query = fit_query(
         a.model, height=a.height, width=a.width, frames=a.frames, steps=a.steps, window_frames=window,
         sink_frames=a.sink_frames, dtype=a.dtype, kv_dtype=a.kv_dtype, vae_dtype=a.vae_dtype,
         offload=[name.strip() for name in a.offload.split(",")] if a.offload else (),
         order=a.order, batch=a.batch, fuse_cache_denoise=a.fuse_cache_denoise,
     )  # fmt: skip
-    for line in lines(asked, limits):
+    for line in lines(query, limits):
         print(line)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 OFFLOAD = ("text", "vae")
+MOST_STEPS = 1000
+"""Denoising steps: the network knows so many noise levels."""
+MOST_THREADS = max(64, os.cpu_count() or 1)
+"""Threads of a process, and processes that one command starts: with far more the system ends them all."""
+SLOWEST, FASTEST = 0.01, 1000.0
+"""Frames per second that every format can store."""
 
 
 def as_whole(value: object) -> int | None:
@@ -22,16 +30,16 @@ def as_whole(value: object) -> int | None:
         return None
 
 
-def whole(name: str, value: Any, least: int | None = None, why: str = "") -> int:
+def whole(name: str, value: Any, least: int | None = None, why: str = "", most: int | None = None) -> int:
     """The value as an int.
 
     Raises:
-        ValueError: it is no whole number, or below ``least``.
+        ValueError: it is no whole number, below ``least`` or above ``most``.
     """
     number = as_whole(value)
-    if number is None or (least is not None and number < least):
-        at_least = "" if least is None else f" of at least {least}"
-        raise ValueError(f"{name} must be a whole number{at_least}{why}, got {value!r}")
+    if number is None or (least is not None and number < least) or (most is not None and number > most):
+        legal = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number{legal}{why}, got {value!r}")
     return number
 
 
@@ -62,6 +70,21 @@ def number_at_least_0(name: str, value: Any) -> float:
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
     return number
+
+
+def number_within(name: str, value: Any, least: float, most: float) -> float:
+    """The value as a float; ValueError unless it is a number from ``least`` to ``most``."""
+    number = as_number(value)
+    if not least <= number <= most:
+        raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {value!r}")
+    return number
+
+
+def path_like(name: str, value: Any) -> Path:
+    """The value as a path; ValueError for what names no file, such as a number, bytes or an empty string."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ValueError(f"{name} must be the path of a file or folder, got {value!r}")
+    return Path(value)
 
 
 def one_of(name: str, value: object, legal: Iterable[str]) -> None:

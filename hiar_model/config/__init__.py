@@ -1,4 +1,4 @@
-"""What is computed, and where: the sizes of the network, the rollout, its execution. Imports no torch."""
+"""Configuration: the network (WanConfig), what is computed (RolloutConfig), how it runs (ExecutionConfig). No torch."""
 
 from .execution import ExecutionConfig
 from .flow_schedule import TRAIN_TIMESTEPS, FlowSchedule, sigma_table

@@ -1,4 +1,4 @@
-"""ExecutionConfig: where and how a rollout runs."""
+"""ExecutionConfig: where and how a rollout runs, apart from what it computes."""
 
 from __future__ import annotations
 
@@ -14,33 +14,37 @@ KV_DTYPES = (*DTYPE_NAMES, "float8_e4m3fn")
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """Where and how a rollout runs. Nothing here changes a result, ``kv_dtype`` apart.
+    """Where and how a rollout runs. Only ``kv_dtype`` changes the result.
 
     Args:
-        cuda_graph: capture each kind of forward as a CUDA graph the first time it occurs, and replay it after that;
-            needs a CUDA device.
-        mesh: the processes of the job, a ``DeviceMesh`` with axes named step, head, replica
-            (:func:`hiar_model.distributed.make_mesh`); None: this process alone. Along "step" the denoising steps live
-            on ranks and latents go from one to the next (a pipeline; its finished blocks come on the last rank); along
-            "head" the ranks share every forward (Ulysses) and each makes all blocks.
-        steps_per_rank: of a pipeline: how many steps each rank has, in order; None: the fastest split by ``costs``.
-        costs: of a pipeline: seconds of the tasks (:func:`hiar_model.planning.measure_costs`); None: all the same.
-        dedicated_decoder_rank: the last rank of a pipeline has no steps: it takes finished blocks, to decode them
-            beside the others' work.
-        kv_dtype: name of the dtype that keys and values are kept in. "float8_e4m3fn" (one scale for each layer, head
-            and frame) takes half the memory of bfloat16 and changes the latents; None: the dtype of the model.
-        on_nan: "stop": latents that are not finite end the rollout; the error names step, block, layer and
-            implementation. "retry": repeat that forward with the reference ops and go on if the result is finite; then
-            every forward waits for the device.
-        keep_all_frames: the caches hold every frame of the video, not only a window of them; what is seen stays the
-            same. Training reads them afterwards.
-        autocast: compute in the caller's autocast, as training does; else it changes nothing.
-        timeout: seconds within which a fault of one rank ends the job; a first block may take ten times that.
-        watchdog: of a job, one that runs already (:class:`hiar_model.distributed.watchdog.Watchdog`); None: one is
-            started for every iteration of a pipeline.
+        cuda_graph: capture each kind of forward as a CUDA graph at its first use and replay it afterwards; needs a CUDA
+            device.
+        mesh: the processes of the job, a ``DeviceMesh`` with axes step, head, replica
+            (:func:`hiar_model.distributed.make_mesh`); None: this process alone. Along "step" each rank runs some of
+            the denoising steps and latents go from one rank to the next (a pipeline; the last rank has the finished
+            blocks); along "head" the ranks share every forward (Ulysses) and all have the blocks.
+        steps_per_rank: number of steps of each rank of a pipeline, in order; None: the fastest split by ``costs``.
+        costs: seconds of a pipeline's tasks (:func:`hiar_model.planning.measure_costs`); None: all tasks take the same.
+        dedicated_decoder_rank: the last rank of a pipeline has no steps; it receives finished blocks and decodes them
+            while the others compute.
+        kv_dtype: name of the dtype of cached keys and values; None: that of the model. "float8_e4m3fn" (one scale per
+            layer, head and frame) takes half the memory of bfloat16 and changes the latents.
+        on_nan: "stop": raise if latents are not finite, naming step, block, layer and implementation. "retry": first
+            repeat the forward with the reference ops and continue if that is finite; waits for the device after every
+            forward.
+        keep_all_frames: cache every frame of the video instead of a window, without changing what is visible. Training
+            reads them afterwards.
+        autocast: compute in the caller's autocast context, as training does.
+        timeout: seconds within which a fault of one rank ends the job, above 0; ten times as long for the first block.
+        watchdog: a running :class:`hiar_model.distributed.watchdog.Watchdog` of the job; None: every iteration of a
+            pipeline starts its own.
 
     Raises:
-        ValueError: a value that is not legal, with the legal ones.
+        ValueError: names the illegal value and the legal ones.
+
+    Example:
+        >>> ExecutionConfig(kv_dtype="float8_e4m3fn").cuda_graph
+        False
     """
 
     cuda_graph: bool = False
@@ -65,12 +69,14 @@ class ExecutionConfig:
         split = self.steps_per_rank
         if split is not None:
             if not isinstance(split, Sequence) or isinstance(split, str):
-                raise ValueError(f"steps_per_rank must be a number of steps for each rank, in order, got {split!r}")
+                raise ValueError(
+                    f"steps_per_rank must be a sequence with a number of steps for each rank, got {split!r}"
+                )
             object.__setattr__(self, "steps_per_rank", tuple(whole("steps_per_rank", n, 0) for n in split))
 
 
 def _dtype_name(dtype: Any) -> str | None:
-    """Of a dtype or its name."""
+    """The name of a dtype, given as dtype or name."""
     if dtype is None:
         return None
     name = str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""RolloutConfig: what a rollout computes. One definition for every place that takes, stores or checks these options."""
+"""RolloutConfig: what a rollout computes. The one definition of these options and of their validation."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from .flow_schedule import FlowSchedule
 
 ORDERS = ("step_first", "stream", "wavefront", "block_first")
 BLOCKWISE = ("stream", "wavefront")
-"""Orders that keep one cache for each step: they finish block after block, and have no end if nothing sets one."""
+"""Orders with one cache for each step."""
 KV_SOURCES = ("own", "next_step")
 SAMPLERS = ("sde", "ode")
 ON_PROMPT_CHANGE = ("keep", "recache")
 Windows = int | None | tuple[int | None, ...]
-"""Frames that a block sees, its own among them: one number for all steps or one for each; None: all earlier ones."""
+"""Latent frames that a block sees, its own included: one number for all steps or one for each; None: all."""
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """What a rollout computes (arXiv 2603.08703, section 3): two rollouts of one config, weights and noise are equal.
+    """What a rollout computes (arXiv 2603.08703, section 3): equal config, weights and noise give an equal video.
 
-    Immutable, hashable, JSON in both directions (:meth:`to_dict`, :meth:`from_dict`). Every record, session, checkpoint
-    and recipe holds one.
+    Immutable, hashable, to and from JSON (:meth:`to_dict`, :meth:`from_dict`); part of all metadata, sessions,
+    checkpoints and recipes.
 
     Args:
         steps: unshifted timesteps of the S denoising steps, falling, in (0, 1000].
         shift: a of the shifted schedule sigma' = a sigma / (1 + (a - 1) sigma), above 0.
-        order: of the tasks. "step_first", "stream" and "wavefront" give the same latents: every block sees earlier ones
-            at its own noise level. "block_first" is the Self-Forcing baseline: it sees finished, clean blocks.
-        frames_per_block: latent frames made at once, at least 1.
-        window_frames: latent frames that a block sees, its own among them: one number, or one for each step; None: all.
+        order: of the tasks. "step_first", "stream" and "wavefront" give the same latents: a block sees earlier ones at
+            its own noise level. "block_first" is the Self-Forcing baseline: a block sees finished, clean blocks.
+        frames_per_block: latent frames generated at once, at least 1.
+        window_frames: latent frames that a block sees, its own included: one number, or one for each step; None: all.
             At least ``sink_frames + frames_per_block``.
-        sink_frames: first latent frames of the video that stay visible, within the window's number; at least 0.
+        sink_frames: first latent frames of the video that stay visible; they count towards the window. At least 0.
         kv_source: "own": cache tasks fill every cache. "next_step": the cache of a step takes the keys and values of
-            the next step's denoise task (shared KV), which saves S - 1 of 2 S forwards a block and is another result.
-            Needs the order stream or wavefront.
-        fuse_cache_denoise: cache(s, n - 1) and denoise(s, n) are one forward; the same numbers up to rounding.
+            the next step's denoise task (shared KV), which saves S - 1 of 2 S forwards per block and changes the
+            result. Needs the order stream or wavefront.
+        fuse_cache_denoise: run cache(s, n - 1) and denoise(s, n) as one forward; equal up to rounding.
         sampler: "sde" adds fresh noise to the predicted x0 at each step, "ode" follows the velocity.
         context_noise: timestep, 0 to 1000, at which finished blocks are cached.
-        on_prompt_change: "keep" leaves the context as it is where the prompt changes; "recache" computes the visible
-            blocks' keys and values once more under the new prompt.
-        first_frame: id of the video's first latent frame in the rotary embedding, at least 0.
+        on_prompt_change: "keep" leaves the context as it is when the prompt changes; "recache" recomputes the keys and
+            values of the visible blocks with the new prompt.
+        first_frame: position of the video's first latent frame in the rotary embedding, at least 0.
 
     Raises:
-        ValueError: options that do not fit together, with the legal values.
+        ValueError: names the illegal value or combination, and the legal values.
 
     Example:
         >>> config = RolloutConfig(order="stream", window_frames=12)
@@ -70,17 +70,17 @@ class RolloutConfig:
     first_frame: int = 0
 
     def __post_init__(self) -> None:
-        schedule = FlowSchedule(self.steps, self.shift)  # refuses what is no schedule
-        put: dict[str, Any] = {"steps": tuple(map(float, schedule.steps)), "shift": float(schedule.shift)}
-        put["frames_per_block"] = whole("frames_per_block", self.frames_per_block, 1)
-        put["sink_frames"] = whole("sink_frames", self.sink_frames, 0)
-        put["first_frame"] = whole("first_frame", self.first_frame, 0)
+        schedule = FlowSchedule(self.steps, self.shift)
+        normalized: dict[str, Any] = {"steps": tuple(map(float, schedule.steps)), "shift": float(schedule.shift)}
+        normalized["frames_per_block"] = whole("frames_per_block", self.frames_per_block, 1)
+        normalized["sink_frames"] = whole("sink_frames", self.sink_frames, 0)
+        normalized["first_frame"] = whole("first_frame", self.first_frame, 0)
         for name, legal in (("order", ORDERS), ("kv_source", KV_SOURCES), ("sampler", SAMPLERS),
                             ("on_prompt_change", ON_PROMPT_CHANGE)):  # fmt: skip
             one_of(name, getattr(self, name), legal)
-        put["window_frames"] = _window(self.window_frames, len(schedule))
-        put["context_noise"] = number_at_least_0("context_noise", self.context_noise)
-        for name, value in put.items():
+        normalized["window_frames"] = _window(self.window_frames, len(schedule))
+        normalized["context_noise"] = number_at_least_0("context_noise", self.context_noise)
+        for name, value in normalized.items():
             object.__setattr__(self, name, value)
         require_windows(self.windows, self.sink_frames, self.frames_per_block)
         if not isinstance(self.fuse_cache_denoise, bool):
@@ -97,11 +97,11 @@ class RolloutConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The window of each step [S], in latent frames; None: all earlier ones."""
+        """Window of each step [S], in latent frames; None: all."""
         return windows_per_step(self.window_frames, len(self.steps))
 
     def require_endless(self) -> None:
-        """ValueError unless a video of no set length can be made so: an order with no end, and a window."""
+        """ValueError unless these options allow an endless video: not step_first, and a window at every step."""
         if self.order == "step_first":
             others = ", ".join(order for order in ORDERS if order != "step_first")
             raise ValueError(f"order step_first cannot make an endless video: give num_frames, or use {others}")
@@ -109,23 +109,23 @@ class RolloutConfig:
             raise ValueError("an endless video needs a window: give window_frames")
 
     def with_order(self, order: str) -> RolloutConfig:
-        """The same tasks in another order."""
+        """A copy with another order."""
         return replace(self, order=order)
 
     def with_steps(self, steps: int | Sequence[float]) -> RolloutConfig:
-        """The same with other steps: so many at equal distances, or these timesteps."""
+        """A copy with other steps: a number of equally spaced ones, or their timesteps."""
         number = as_whole(steps)
         if number is not None:
             return replace(self, steps=FlowSchedule.uniform(number, self.shift).steps)
         return replace(self, steps=tuple(steps))  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain mapping for JSON, as :meth:`from_dict` reads it."""
+        """Plain mapping for JSON, the inverse of :meth:`from_dict`."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RolloutConfig:
-        """From a plain mapping; a key that is missing has its default, an unknown one is refused."""
+        """From a plain mapping; missing keys get their defaults, unknown ones raise ValueError."""
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -135,7 +135,7 @@ class RolloutConfig:
 
 
 def windows_per_step(window_frames: Any, steps: int) -> tuple[int | None, ...]:
-    """One window for each step, from one for all (a number of frames; None: no limit) or a sequence of one per step."""
+    """One window for each step, from one for all steps (a number of frames; None: no limit) or one per step."""
     window = _window(window_frames, steps)
     return window if isinstance(window, tuple) else (window,) * steps
 
@@ -148,13 +148,13 @@ def _window(window_frames: Any, steps: int) -> Windows:
     windows = tuple(window_frames) if listed or hasattr(window_frames, "tolist") else ()
     if len(windows) != steps:
         raise ValueError(
-            f"window_frames={window_frames!r} is not legal: give None, one number of frames, or one per step ({steps})"
+            f"window_frames must be None, one number of frames, or one per step ({steps}), got {window_frames!r}"
         )
     return tuple(plain(each) if as_whole(each) is None else as_whole(each) for each in windows)
 
 
 def require_windows(windows: Sequence[int | None], sink_frames: int, frames_per_block: int) -> None:
-    """ValueError unless every window holds the sink and a block: what is beyond it could not see itself."""
+    """ValueError unless every window has room for the sink and a block, which must see all of itself."""
     for window in windows:
         if window is not None:
             least = sink_frames + frames_per_block
@@ -162,12 +162,11 @@ def require_windows(windows: Sequence[int | None], sink_frames: int, frames_per_
 
 
 def require_order(order: str, kv_source: str, fuse_cache_denoise: bool) -> None:
-    """ValueError unless the order can be walked so."""
+    """ValueError unless the order allows this KV source and fusion."""
     if kv_source == "next_step" and order not in BLOCKWISE:
         raise ValueError(f"kv_source='next_step' is impossible with order={order!r}: use {' or '.join(BLOCKWISE)}")
     if fuse_cache_denoise and order == "block_first":
-        raise ValueError(
-            "fuse_cache_denoise=True is impossible with order='block_first': use step_first, stream or wavefront"
-        )
+        legal = "step_first, stream or wavefront"
+        raise ValueError(f"fuse_cache_denoise=True is impossible with order='block_first': use {legal}")
     if fuse_cache_denoise and kv_source == "next_step":
-        raise ValueError("fuse_cache_denoise=True is not offered with kv_source='next_step': use one or the other")
+        raise ValueError("fuse_cache_denoise=True is impossible with kv_source='next_step': use kv_source='own'")

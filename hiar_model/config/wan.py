@@ -1,4 +1,4 @@
-"""Sizes of the network; nothing about them stands anywhere else."""
+"""Sizes of the networks and of Wan 2.1's videos: the one table of these numbers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class WanVideo:
-    """What Wan 2.1 makes, as it was trained, and what its causal few-step models share.
+    """The videos that Wan 2.1 was trained on, and the defaults of its causal few-step models.
 
-    size, num_frames, fps   of a video: pixels (height, width), pixel frames, pixel frames a second
-    frames_per_block, window_frames   latent frames made at once, and seen by a block, its own among them
-    temporal_compression    pixel frames per latent frame; the first latent frame is always one pixel frame
-    spatial_compression     pixels of a latent along a side
-    text_encoder_parameters   of UMT5-XXL's encoder, as published
+    Attributes:
+        size, num_frames, fps: of a video: (height, width) in pixels, pixel frames, pixel frames per second.
+        frames_per_block, window_frames: latent frames generated at once, and seen by a block, its own included.
+        temporal_compression: pixel frames per latent frame, except the first latent frame, which is one pixel frame.
+        spatial_compression: pixels per latent along height and width.
+        text_encoder_parameters: of UMT5-XXL's encoder.
     """
 
     size: tuple[int, int] = (480, 832)
@@ -43,7 +44,7 @@ class WanVideo:
 WAN = WanVideo()
 
 SHIPPED = {"toy": ("hiar_model.toy", "weights")}
-"""Name of a model inside the package -> (package, folder in it)."""
+"""Model in this package -> (package, folder in it) of its weights."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,15 @@ class WanConfig:
         in_channels, out_channels: of the latents. patch_size: latent (frames, rows, columns) of one token.
         eps: of every norm. rope_theta: base of the rotary frequencies.
         position_grid: token (rows, columns) of a learned absolute position embedding. None, as published: RoPE alone,
-            which is relative, so that pure noise does not tell a token where in the frame it is.
+            which is relative, so that in pure noise a token does not know its position in the frame.
+
+    Raises:
+        ValueError: names the illegal size and the legal values.
+
+    Example:
+        >>> config = WanConfig.from_name("wan2.1-t2v-1.3b")
+        >>> config.head_dim, config.grid(60, 104)
+        (128, (30, 52))
     """
 
     dim: int
@@ -74,23 +83,21 @@ class WanConfig:
     position_grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        if self.position_grid is not None:
-            object.__setattr__(self, "position_grid", tuple(self.position_grid))
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in ("eps", "rope_theta") and value is not None:
-                each = [whole(f"WanConfig: {f.name}", one) for one in (value if isinstance(value, tuple) else (value,))]
-                value = tuple(each) if isinstance(value, tuple) else each[0]  # numpy's too, which JSON would refuse
-                object.__setattr__(self, f.name, value)
-            if value is not None and (min(value) < 1 if isinstance(value, tuple) else value <= 0):
+            if isinstance(value, (list, tuple)):
+                value = tuple(whole(f"WanConfig: {f.name}", n) for n in value)
+            elif value is not None and f.name not in ("eps", "rope_theta"):
+                value = whole(f"WanConfig: {f.name}", value)
+            object.__setattr__(self, f.name, value)
+            if value is not None and (min(value) if isinstance(value, tuple) else value) <= 0:
                 raise ValueError(f"WanConfig: {f.name} must be positive, got {value}")
         if self.dim % (2 * self.num_heads):
-            raise ValueError(f"WanConfig: dim {self.dim} is not num_heads {self.num_heads} times an even number")
-        if self.patch_size[0] != 1:
             raise ValueError(
-                f"WanConfig: a token must lie in one frame: patch_size[0] must be 1, got {self.patch_size[0]}"
+                f"WanConfig: dim must be num_heads ({self.num_heads}) times an even number, got {self.dim}"
             )
+        if self.patch_size[0] != 1:
+            raise ValueError(f"WanConfig: patch_size[0] must be 1, got {self.patch_size[0]}: a token lies in one frame")
 
     @property
     def head_dim(self) -> int:
@@ -98,10 +105,10 @@ class WanConfig:
         return self.dim // self.num_heads
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of tokens in a latent frame of height x width."""
+        """(rows, columns) of tokens in a latent frame of height x width latents."""
         _, ph, pw = self.patch_size
         if height < 1 or width < 1 or height % ph or width % pw:
-            raise ValueError(f"latent frame {height}x{width} is no multiple of the patch {ph}x{pw}")
+            raise ValueError(f"latent height and width must be multiples of the patch {ph}x{pw}, got {height}x{width}")
         return height // ph, width // pw
 
     @staticmethod
@@ -111,14 +118,14 @@ class WanConfig:
 
     @classmethod
     def from_name(cls, name: str) -> WanConfig:
-        """A published size, or the toy model's."""
+        """The config of a published model or of the toy model."""
         if name not in _PRESETS:
-            raise ValueError(f"unknown model {name!r}; known: {', '.join(_PRESETS)}")
+            raise ValueError(f"model must be one of {', '.join(_PRESETS)}, got {name!r}")
         return cls(**_PRESETS[name])
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> WanConfig:
-        """From a plain mapping; unknown keys are refused."""
+        """From a plain mapping; unknown keys raise ValueError."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -131,10 +138,5 @@ class WanConfig:
         return cls.from_dict(json.loads(Path(path).read_text()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain mapping, as :meth:`from_dict` reads it."""
-        values = {**asdict(self), "patch_size": list(self.patch_size)}
-        if self.position_grid is None:
-            del values["position_grid"]
-        else:
-            values["position_grid"] = list(self.position_grid)
-        return values
+        """Plain mapping, the inverse of :meth:`from_dict`."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items() if v is not None}

@@ -1,4 +1,4 @@
-"""Several processes for one video: the mesh of a job, and head-parallel attention inside a task."""
+"""How processes share a video: mesh, pipeline over denoising steps, Ulysses over attention heads, watchdog."""
 
 from .mesh import AXES, axis, make_mesh
 

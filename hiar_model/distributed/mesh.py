@@ -1,8 +1,8 @@
-"""The processes of a job as a mesh of three axes, (step, head, replica).
+"""The processes of a job as a mesh with three axes, (step, head, replica).
 
-step      denoising steps live on ranks; latents go from one to the next
-head      one task is shared: tokens outside self-attention, heads inside it
-replica   other videos; nothing is exchanged
+step      each rank runs some of the denoising steps; latents go from one rank to the next (pipeline)
+head      ranks share every task: by tokens outside self-attention, by heads inside it (Ulysses)
+replica   ranks make other videos; nothing is exchanged
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ def make_mesh(step: int = 1, head: int = 1, replica: int = 1, *, device_type: st
 
     Args:
         step, head, replica: processes along each axis; their product is the number of processes.
-        device_type: "cuda" | "cpu"; default: "cuda" where the processes talk through NCCL, else "cpu".
+        device_type: "cuda" | "cpu"; default: "cuda" if the process group uses NCCL, else "cpu".
 
     Raises:
-        ValueError: torch.distributed has not been started, or the product is another number.
+        ValueError: torch.distributed is not initialized, or the product is not the number of processes.
     """
     if not dist.is_initialized():
-        raise ValueError("torch.distributed is not started: run under torchrun and call init_process_group() first")
+        raise ValueError("torch.distributed is not initialized: run under torchrun and call init_process_group() first")
     sizes, world = (step, head, replica), dist.get_world_size()
     if min(sizes) < 1 or step * head * replica != world:
         raise ValueError(
@@ -39,11 +39,11 @@ def axis(mesh: DeviceMesh, name: str) -> dist.ProcessGroup:
     """This process's group along an axis of the mesh."""
     names = mesh.mesh_dim_names or ()
     if name not in names:
-        raise ValueError(f"the mesh needs an axis named {name!r}, it has {', '.join(names) or 'no names'}")
+        raise ValueError(f"mesh must have an axis named {name!r}, got {', '.join(names) or 'no names'}")
     return mesh.get_group(name)
 
 
 def axis_size(mesh: DeviceMesh | None, name: str) -> int:
-    """How many processes there are along an axis; 1 where the mesh has no such axis, or there is none."""
+    """Number of processes along an axis; 1 without a mesh or such an axis."""
     names = () if mesh is None else mesh.mesh_dim_names or ()
     return mesh.size(names.index(name)) if mesh is not None and name in names else 1

@@ -1,4 +1,4 @@
-"""Latents from one rank to the next: sends and receives beside the work, two buffers in each direction."""
+"""Send latents from rank to rank of a pipeline, overlapped with compute; two buffers in each direction."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 BUFFERS = 2
-_TICK = 0.05  # seconds between two looks at whether the wait still makes sense
-_POLL = 50e-6
-_LONG = timedelta(days=30)  # how long to wait is not the transport's business
+_TICK = 0.05  # seconds between two calls of `check` during a wait
+_POLL = 50e-6  # seconds between two queries of a NCCL transfer
+_LONG = timedelta(days=30)  # the watchdog decides when a wait has been too long
 
 
 class Neighbours:
-    """The links of one rank of a pipeline: blocks of latents from the rank before it and to the rank behind it.
+    """The links of one rank of a pipeline: blocks of latents from the previous rank and to the next.
 
-    A receive is posted a block ahead of the one in use, so that latents arrive while the rank works; a send returns at
-    once, and waits only for the buffer, which is free when the send before the last one is through.
+    Receives are posted one block ahead, so that latents arrive while the rank computes. A send returns at once unless
+    both buffers are still in use.
 
     Args:
         group: the ranks in order of their steps. shape, dtype: of a block of latents. device: of the model.
-        num_blocks: in all; None: endless. check: called during waits; what it raises ends them.
+        num_blocks: of the video; None: endless. check: called during waits; an exception from it ends the wait.
 
     Raises:
-        LinkBroken: from any method, when the process at the other end is gone.
+        LinkBroken: from any method, if the process at the other end is gone.
     """
 
     def __init__(
@@ -42,15 +42,15 @@ class Neighbours:
     ) -> None:
         self.group, self.rank, self.num_blocks, self.check = group, dist.get_rank(group), num_blocks, check
         self.streams = device.type == "cuda" and "nccl" in str(dist.get_backend_config(group))
-        place = device if self.streams else torch.device("cpu")  # gloo takes latents from the host
-        self.inbox = [torch.empty(shape, dtype=dtype, device=place) for _ in range(BUFFERS)]
-        self.outbox = [torch.empty(shape, dtype=dtype, device=place) for _ in range(BUFFERS)]
+        device = device if self.streams else torch.device("cpu")  # gloo needs host memory
+        self.inbox = [torch.empty(shape, dtype=dtype, device=device) for _ in range(BUFFERS)]
+        self.outbox = [torch.empty(shape, dtype=dtype, device=device) for _ in range(BUFFERS)]
         self.posted: dict[int, dist.Work] = {}  # block -> its receive
         self.sent: dict[int, dist.Work] = {}  # block -> its send
         self.bytes_sent = 0
 
     def receive(self, block: int) -> Tensor:
-        """Latents of a block from the rank before; valid until the next call."""
+        """Latents of a block from the previous rank; valid until the next call."""
         for ahead in range(block, block + BUFFERS):
             if ahead not in self.posted and (self.num_blocks is None or ahead < self.num_blocks):
                 slot = ahead % BUFFERS
@@ -59,7 +59,7 @@ class Neighbours:
         return self.inbox[block % BUFFERS]
 
     def send(self, block: int, latents: Tensor) -> None:
-        """Send latents of a block to the rank behind; they may be overwritten as soon as this returns."""
+        """Send latents of a block to the next rank; they may be overwritten when this returns."""
         slot = block % BUFFERS
         if block - BUFFERS in self.sent:
             self._finish(self.sent.pop(block - BUFFERS), self.rank + 1)
@@ -68,34 +68,33 @@ class Neighbours:
         self.bytes_sent += latents.numel() * latents.element_size()
 
     def flush(self) -> None:
-        """Wait until all that was sent is through."""
+        """Wait for all sends to complete."""
         while self.sent:
             self._finish(self.sent.pop(min(self.sent)), self.rank + 1)
 
     def _post(self, transfer: Callable[..., dist.Work | None], buffer: Tensor, tag: int, **peer: int) -> dist.Work:
         try:
             work = transfer(buffer, group=self.group, tag=tag, **peer)
-        except RuntimeError as error:  # gloo refuses a link that broke meanwhile
+        except RuntimeError as error:  # gloo raises if the link is already broken
             raise LinkBroken(*peer.values()) from error
         assert work is not None
         return work
 
     def _finish(self, work: dist.Work, peer: int) -> None:
-        """Wait for a transfer: on the host, so that it never runs ahead of what has arrived."""
+        """Wait for a transfer on the host, so that the host never runs ahead of the data."""
         if self.streams:
             while not work.is_completed():
                 self.check()
                 time.sleep(_POLL)
-            work.wait()  # the stream too
+            work.wait()  # make the current stream wait too
             return
-        # gloo can only be waited for, and tears the links down where that is given up: a thread waits, and this one
-        # stays free to notice that it is in vain
+        # gloo has no query, and a wait that times out breaks the links: wait in a thread and call `check` from this one
         done, errors = threading.Event(), []
 
         def wait() -> None:
             try:
                 work.wait(_LONG)
-            except Exception as error:  # whatever gloo says of a link that broke
+            except Exception as error:  # gloo raises various types for a broken link
                 errors.append(error)
             done.set()
 

@@ -1,8 +1,8 @@
-"""Steps on ranks: what one process of a pipeline has, does, and tells.
+"""A pipeline over denoising steps: the part of one process.
 
-A rank walks the plan's tasks at its own steps, block by block, and holds only their caches. Latents x[s + 1][n] go to
-the next rank the moment denoise(s, n) ends, before cache(s, n): see :class:`Neighbours`. The last rank has the finished
-blocks. Whatever the number of ranks, the rows are the same, and so are the results, bit for bit.
+A rank runs the tasks of its own steps, block by block, and has only their caches. Latents x[s + 1][n] are sent to the
+next rank when denoise(s, n) ends, before cache(s, n): see :class:`Neighbours`. The last rank has the finished blocks.
+Batches do not depend on the number of ranks, so results are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -25,33 +25,32 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from .p2p import Neighbours
-    from .watchdog import Watch
+    from .watchdog import Watchdog
 
-PREFIX = "pipeline"
-_FOR_EVER = timedelta(days=30)  # how long is too long is told by Watch
+_NO_LIMIT = timedelta(days=30)  # the watchdog decides when a wait has been too long
 
 
 def init_distributed(device_type: str = "cpu") -> int:
-    """Meet the other processes that torchrun started, unless that was done; returns how many there are."""
+    """Initialize torch.distributed if torchrun started this process; returns the number of processes."""
     import torch.distributed as dist
 
     if not dist.is_available():
         return 1
     if not dist.is_initialized() and environment.world_size() > 1:
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_FOR_EVER)
+        dist.init_process_group(backend, timeout=_NO_LIMIT)
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class Pipeline:
-    """This process's place in a pipeline, and its links, which are made when it begins to run.
+    """One process of a pipeline: its stage, and links to its neighbours, which :meth:`running` opens.
 
     Args:
-        execution: its mesh has the ranks along "step"; without one this process walks all steps by itself.
+        execution: the axis "step" of its mesh has the ranks; without a mesh this process runs all steps.
         plan, num_blocks: of the whole video. device: of the model. block, dtype: shape and dtype of a block of latents.
 
     Raises:
-        ValueError: the ranks cannot share the steps so.
+        ValueError: the steps cannot be split over the ranks as requested.
     """
 
     def __init__(
@@ -72,103 +71,103 @@ class Pipeline:
             rank = execution.mesh.get_local_rank("step")
         self.stage = Stage(plan, self._split(ranks), rank)
         self.links: Neighbours | None = None
-        self.watch: Watch | None = execution.watchdog
+        self.watchdog: Watchdog | None = execution.watchdog
 
     def _split(self, ranks: int) -> tuple[int, ...]:
-        """Steps of each rank; every rank comes to the same."""
-        given, apart = self.execution.steps_per_rank, self.execution.dedicated_decoder_rank
-        if given is not None and len(given) != ranks:
-            raise ValueError(f"steps_per_rank={list(given)} is not legal: give a number for each of {ranks} ranks")
-        if given is not None:
-            return tuple(given)
-        working = ranks - apart
-        if not 1 <= working <= self.plan.steps:
-            steps, decoder = self.plan.steps, ", and one more that decodes" if apart else ""
-            raise ValueError(f"{ranks} ranks cannot share {steps} steps: give 1 to {steps}{decoder}")
-        split = split_steps(self.plan, self.num_blocks, working, self.execution.costs)
-        return (*split, 0) if apart else split
+        """Steps of each rank, the same result on every rank."""
+        split, decoder = self.execution.steps_per_rank, self.execution.dedicated_decoder_rank
+        if split is not None:
+            if len(split) != ranks:
+                raise ValueError(f"steps_per_rank must have a number for each of {ranks} ranks, got {list(split)}")
+            return tuple(split)
+        computing, steps = ranks - decoder, self.plan.steps
+        if not 1 <= computing <= steps:
+            more = ", and one more that decodes" if decoder else ""
+            raise ValueError(f"a pipeline of {steps} steps must have 1 to {steps} ranks{more}, got {ranks}")
+        split = split_steps(self.plan, self.num_blocks, computing, self.execution.costs)
+        return (*split, 0) if decoder else split
 
     def receive(self, block: int) -> Tensor:
-        """Latents of a block at the first own step's level; valid until the next call."""
+        """Latents of a block at the noise level of this rank's first step; valid until the next call."""
         assert self.links is not None
         step = self.stage.steps.start
         self._at(f"step {step} of block {block} (waiting for its latents)", "wait")
-        found = self._linked(lambda links: links.receive(block))
+        latents = self._use_links(lambda links: links.receive(block))
         self._at(f"step {step} of block {block}")
-        return found
+        return latents
 
     def send(self, block: int, latents: Tensor) -> None:
-        """Send latents behind the last own step."""
-        place = f"step {self.stage.steps.stop - 1} of block {block}"
-        self._at(f"{place} (sending its latents)", "wait")
-        self._linked(lambda links: links.send(block, latents))
-        self._at(place)
+        """Send the latents of a block after this rank's last step."""
+        position = f"step {self.stage.steps.stop - 1} of block {block}"
+        self._at(f"{position} (sending its latents)", "wait")
+        self._use_links(lambda links: links.send(block, latents))
+        self._at(position)
 
-    def enter(self, group: Group) -> None:
-        """These tasks come next."""
+    def start(self, group: Group) -> None:
+        """Tell the watchdog which tasks run next."""
         task = group[0][-1]
         self._at(f"step {task.step} of block {task.block} ({task.kind})")
 
     def hand_over(self, block: int) -> None:
-        """A finished block goes to whoever iterates; how long that takes is none of ours."""
+        """Tell the watchdog that the caller has a finished block; its time does not count as a hang."""
         self._at(f"step {self.plan.steps - 1} of block {block} (finished)", "wait")
 
     def done(self, block: int) -> None:
-        """This rank has done all of a block."""
-        if self.watch is not None:
-            self.watch.begun = True
+        """Tell the watchdog that this rank has run all its tasks of a block."""
+        if self.watchdog is not None:
+            self.watchdog.warmed_up = True
             if not self.stage.sends:
-                self.watch.finished = block + 1 - self.plan.prefix_blocks
+                self.watchdog.finished = block + 1 - self.plan.prefix_blocks
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While the rank walks: faults are watched for; it ends when all ranks have come to their ends."""
+        """Context in which the rank runs its tasks under the watchdog; it exits when all ranks are done."""
         if self.group is None:
             yield
             return
 
         from .p2p import Neighbours
-        from .watchdog import PipelineFault, Stopped, Watch
+        from .watchdog import PipelineFault, Stopped, Watchdog
 
         if self.links is None:
             self.links = Neighbours(self.group, self.block, self.dtype, self.device, self.num_blocks, self._check)
         with ExitStack() as stack:
             if self.execution.watchdog is None:
-                self.watch = stack.enter_context(Watch(self.group, self.execution.timeout))
-            watch = self.watch
-            assert watch is not None
-            watch.name = self.stage.name
+                self.watchdog = stack.enter_context(Watchdog(self.group, self.execution.timeout))
+            watchdog = self.watchdog
+            assert watchdog is not None
+            watchdog.name = self.stage.name
             try:
                 yield
                 self._at("its end (waiting for the others)", "wait")
-                self._linked(lambda links: links.flush())
-                watch.meet()
+                self._use_links(lambda links: links.flush())
+                watchdog.barrier()
             except Stopped:
                 pass
             except GeneratorExit:
-                watch.stop()
+                watchdog.stop()
                 raise
             except PipelineFault:
                 raise
             except Exception as error:
-                watch.failed(error)
+                watchdog.report_error(error)
                 raise
 
-    def _linked(self, use: Callable[[Neighbours], Any]) -> Any:
+    def _use_links(self, use: Callable[[Neighbours], Any]) -> Any:
         from .p2p import LinkBroken
 
         assert self.links is not None
         try:
             return use(self.links)
         except LinkBroken as error:
-            if self.watch is not None:
-                self.watch.lost(error.peer)
+            if self.watchdog is not None:
+                self.watchdog.report_broken_link(error.peer)
             raise
 
-    def _at(self, place: str, state: str = "run") -> None:
-        if self.watch is not None:
-            self.watch.at(place, state)
+    def _at(self, position: str, state: str = "run") -> None:
+        if self.watchdog is not None:
+            self.watchdog.at(position, state)
 
     def _check(self) -> None:
-        if self.watch is not None:
-            self.watch.check()
+        if self.watchdog is not None:
+            self.watchdog.check()

@@ -1,16 +1,16 @@
-"""Faults of a job of several processes: found by all, told once, in a line that names rank, step and block.
+"""Detect faults in a job of several processes and report each once, in a line that names rank, step and block.
 
-Every process writes down in the job's store (torch.distributed) where it is; a thread of it writes that it lives, and
-reads the same of the others. Whoever finds a fault first tells it; the others hear of it and end.
+Every process writes its position and a heartbeat to the job's store (torch.distributed) and reads those of the others.
+The first process that detects a fault reports it; the others read the report and end.
 
-    a process that failed        tells its own error
-    a process that was killed    its neighbours see the link break; where a launcher ends the rest (SIGTERM), whoever
-                                 does not answer the roll call is the one
-    a process that stopped       nothing heard from it for the time limit
-    a process that hangs         heard from, but in one task for the time limit
-    a launcher that was killed   takes the store with it: every process ends by itself
+    a process raises             it reports its own error
+    a process is killed          its neighbours see the link break; or the launcher ends the others (SIGTERM), and the
+                                 process that does not answer the roll call is reported
+    a process is stopped         no heartbeat for the time limit
+    a process hangs              heartbeats, but the same task for the time limit
+    the launcher is killed       the store is gone: every process ends by itself
 
-Until a process has made its first block it has ten times the limit: weights are loaded and kernels compiled then.
+Until a process has finished its first block the limit is ten times as long: it loads weights and compiles kernels.
 """
 
 from __future__ import annotations
@@ -32,30 +32,33 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 TIMEOUT = 60.0
-_SHARE = 0.8  # of the time limit for noticing; the rest for telling and ending
+_DETECTION = 0.8  # share of the time limit; the rest is for reporting and ending
 _FIRST_BLOCK = 10  # times the limit
-_MEETING = 0.005
-_FAILED = 1
+_BARRIER_POLL = 0.005  # seconds
+_FAILED = 1  # exit code
 
 
 class PipelineFault(RuntimeError):
-    """Another process of the job failed; the message names it. It has been told already."""
+    """Another process of the job failed; the message names it, and is on stderr already."""
 
 
 class Stopped(Exception):
-    """The consumer of the blocks has had enough."""
+    """The consumer of the blocks ended the job."""
 
 
-class Watch:
-    """One process's part in watching over a job.
+class Watchdog:
+    """The watchdog of one process of a job.
 
     Args:
-        group: the processes that belong together. timeout: seconds within which a fault ends the job.
-        advice: given how many blocks are finished, what is said behind the message.
+        group: the processes of the job. timeout: seconds within which a fault ends the job, above 0.
+        advice: number of finished blocks -> text to append to the message.
 
-    Use as a context; then the main thread is to call :meth:`at` where it goes on, and :meth:`check` while it waits.
-    Where it does not in time, the process ends without it. SIGTERM is handled meanwhile, in the main thread of a
-    program that does not do so itself.
+    Use it as a context manager. Inside, the main thread calls :meth:`at` when it moves on and :meth:`check` while it
+    waits; if it does not call them after a fault, the process exits without it. SIGTERM is handled in the meantime,
+    unless the program has a handler or this is not its main thread.
+
+    Raises:
+        ValueError: timeout is not above 0.
     """
 
     _counts: ClassVar[dict[str, int]] = {}  # by group
@@ -68,36 +71,36 @@ class Watch:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.timeout, self.advice = timeout, advice
         name = f"hiar/{group.group_name}/{dist.get_global_rank(group, 0)}"
-        # alike on every rank: the ranks of a group make its watches in the same order
+        # the same on every rank, since the ranks of a group create its watchdogs in the same order
         self._counts[name] = self._counts.get(name, 0) + 1
         name = f"{name}/{self._counts[name]}"
-        # a connection of its own: what the main thread asks of the store must not hold up a sign of life
+        # a connection of its own, so that requests of the main thread do not delay heartbeats
         own = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self.store = dist.PrefixStore(name, own)
         self.store.set_timeout(timedelta(seconds=timeout))
         self.beat = min(1.0, timeout / 20)
         self.name = f"rank {self.rank}"
-        self.place, self.state, self.moves, self.finished, self.begun = "start", "wait", 0, 0, False
+        self.position, self.state, self.moves, self.finished, self.warmed_up = "start", "wait", 0, 0, False
         self.fault: str | None = None
         self.stopped = self.terminated = self.closed = False
-        self._beats = self._met = 0
+        self._beats = self._barriers = 0
         self._seen = [(-1, -1, 0.0, 0.0)] * self.ranks  # beats, moves, when each of them last changed
-        self._known: list[dict[str, Any]] = [{"name": f"rank {r}", "at": "start"} for r in range(self.ranks)]
+        self._statuses: list[dict[str, Any]] = [{"name": f"rank {r}", "at": "start"} for r in range(self.ranks)]
         self._reading, self._writing = threading.Lock(), threading.Lock()
-        self._inner, self._outer = os.pipe()  # wakes the thread: a signal's number, or a zero byte
+        self._inner, self._outer = os.pipe()  # wakes the thread: the number of a signal, or a zero byte
         for end in (self._inner, self._outer):
             os.set_blocking(end, False)
 
     # The main thread.
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._old: Any = None
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             self._old = (
                 signal.signal(signal.SIGTERM, self._terminate),
                 signal.set_wakeup_fd(self._outer, warn_on_full_buffer=False),
             )
-        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
 
@@ -111,15 +114,15 @@ class Watch:
         for end in (self._inner, self._outer):
             os.close(end)
 
-    def at(self, place: str, state: str = "run") -> None:
-        """The main thread has come to a place; state "wait" where it is not its own business to go on."""
+    def at(self, position: str, state: str = "run") -> None:
+        """Set the position of the main thread; state "wait" while it depends on others and cannot hang by itself."""
         self.check()
-        self.place, self.state, self.moves = place, state, self.moves + 1
-        with suppress(RuntimeError):  # without a store the thread ends the process
+        self.position, self.state, self.moves = position, state, self.moves + 1
+        with suppress(RuntimeError):  # without the store, the thread ends the process
             self._write()
 
     def check(self) -> None:
-        """Raise what is known of the job by now."""
+        """Raise if the job has failed, was terminated or stopped."""
         if self.fault is not None:
             raise PipelineFault(self.fault)
         if self.terminated:
@@ -127,54 +130,54 @@ class Watch:
         if self.stopped:
             raise Stopped
 
-    def meet(self) -> None:
-        """Wait until every process has come here."""
-        self._met += 1
-        count = self.store.add(f"met/{self._met}", 1)
+    def barrier(self) -> None:
+        """Wait until every process has called this."""
+        self._barriers += 1
+        count = self.store.add(f"barrier/{self._barriers}", 1)
         while count < self.ranks:
             self.check()
-            time.sleep(_MEETING)
-            count = self.store.add(f"met/{self._met}", 0)
+            time.sleep(_BARRIER_POLL)
+            count = self.store.add(f"barrier/{self._barriers}", 0)
 
     def stop(self) -> None:
         """End the job without a fault."""
         with suppress(RuntimeError):
             self.store.set("stopped", "1")
 
-    def tell(self, message: str, culprit: int | None = None) -> None:
-        """Tell a fault, unless another process has told one."""
-        with suppress(RuntimeError):  # a store that is gone cannot keep anyone from telling
+    def report(self, message: str, culprit: int | None = None) -> None:
+        """Report a fault of this process or of rank `culprit`, unless another process has reported one."""
+        with suppress(RuntimeError):  # report even if the store is gone
             if self.fault is not None or self.store.add("faults", 1) > 1:
                 return
-        finished = max([self.finished, *(known.get("finished", 0) for known in self._known)])
+        finished = max([self.finished, *(status.get("finished", 0) for status in self._statuses)])
         line = " ".join(f"{message}{self.advice(finished)}".split())
-        with suppress(OSError):  # nobody listens any more
+        with suppress(OSError):  # stderr is closed
             print(f"hiar: {line}", file=sys.stderr, flush=True)
-        known = self._known[self.rank if culprit is None else culprit]
+        status = self._statuses[self.rank if culprit is None else culprit]
         with suppress(RuntimeError):
-            self.store.set("fault", json.dumps({"message": line, "host": known.get("host"), "pid": known.get("pid")}))
+            self.store.set("fault", json.dumps({"message": line, "host": status.get("host"), "pid": status.get("pid")}))
         self.fault = line
 
-    def failed(self, error: BaseException) -> None:
-        """This process failed where it is."""
+    def report_error(self, error: BaseException) -> None:
+        """Report an exception of this process at its position."""
         what = "is out of memory" if _out_of_memory(error) else "failed"
-        self.tell(f"{self.name} {what} at {self.place}: {_line(error)}")
+        self.report(f"{self.name} {what} at {self.position}: {_line(error)}")
 
-    def lost(self, peer: int) -> None:
-        """The link to another process broke: raises what is to be made of it."""
-        for _ in range(20):  # if the peer ended because of a fault or a signal, that is known any moment now
+    def report_broken_link(self, peer: int) -> None:
+        """Find out why the link to rank `peer` broke, report it if nobody has, and raise."""
+        for _ in range(20):  # if a fault or a signal ended the peer, that becomes known in a moment
             self.check()
             time.sleep(self.beat / 10)
         self._read()
         self.check()
-        self.tell(f"{self._of(peer)} died at {self._known[peer]['at']}", peer)
+        self.report(f"{self._name_of(peer)} died at {self._statuses[peer]['at']}", peer)
         self._await_fault()
         self.check()
-        raise PipelineFault(f"the link to {self._of(peer)} broke")
+        raise PipelineFault(f"the link to {self._name_of(peer)} broke")
 
     # The thread.
 
-    def _live(self) -> None:
+    def _run(self) -> None:
         last = time.monotonic()
         try:
             while True:
@@ -183,7 +186,7 @@ class Watch:
                     return
                 self._read()
                 now = time.monotonic()
-                if now - last > 4 * self.beat + 1:  # this process itself stood still: nobody else is to blame
+                if now - last > 4 * self.beat + 1:  # this process itself was stopped: do not blame the others
                     self._seen = [(*seen[:2], now, now) for seen in self._seen]
                 last = now
                 if self.fault is None and not self.stopped and self.ranks > 1:
@@ -194,52 +197,52 @@ class Watch:
                 self._sleep()
         except RuntimeError as error:
             if not self.closed:
-                self._known[self.rank] = {}
-                self.tell(f"{self.name} has lost the store of the job at {self.place}: {_line(error)}")
+                self._statuses[self.rank] = {}
+                self.report(f"{self.name} has lost the store of the job at {self.position}: {_line(error)}")
                 self._end(_FAILED)
 
     def _write(self) -> None:
-        with self._writing:  # what is older must not come later
+        with self._writing:  # keep the order of writes
             self._beats += 1
-            told = {
+            status = {
                 "name": self.name,
-                "at": self.place,
+                "at": self.position,
                 "state": self.state,
                 "beats": self._beats,
                 "moves": self.moves,
                 "finished": self.finished,
-                "begun": self.begun,
+                "warmed_up": self.warmed_up,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
             }
-            self.store.set(f"of/{self.rank}", json.dumps(told))
+            self.store.set(f"status/{self.rank}", json.dumps(status))
 
     def _read(self) -> None:
         with self._reading:
             for rank in range(self.ranks):
-                if self.store.check([f"of/{rank}"]):
-                    self._known[rank] = json.loads(self.store.get(f"of/{rank}"))
+                if self.store.check([f"status/{rank}"]):
+                    self._statuses[rank] = json.loads(self.store.get(f"status/{rank}"))
             if self.fault is None and self.store.check(["fault"]):
-                found = json.loads(self.store.get("fault"))
-                self.fault = found["message"]
-                if found["host"] == socket.gethostname() and found["pid"] not in (None, os.getpid()):
+                fault = json.loads(self.store.get("fault"))
+                self.fault = fault["message"]
+                if fault["host"] == socket.gethostname() and fault["pid"] not in (None, os.getpid()):
                     with suppress(OSError):
-                        os.kill(found["pid"], signal.SIGCONT)  # a stopped process could not end
+                        os.kill(fault["pid"], signal.SIGCONT)  # a stopped process could not end
             self.stopped = self.stopped or self.store.check(["stopped"])
 
     def _judge(self, now: float) -> None:
-        limit = _SHARE * self.timeout
-        for rank, known in enumerate(self._known):
+        limit = _DETECTION * self.timeout
+        for rank, status in enumerate(self._statuses):
             beats, moves, heard, moved = self._seen[rank]
-            if known.get("beats", 0) != beats or known.get("state") == "end":
-                beats, heard = known.get("beats", 0), now
-            if known.get("moves", 0) != moves or known.get("state") != "run":
-                moves, moved = known.get("moves", 0), now
+            if status.get("beats", 0) != beats or status.get("state") == "end":
+                beats, heard = status.get("beats", 0), now
+            if status.get("moves", 0) != moves or status.get("state") != "run":
+                moves, moved = status.get("moves", 0), now
             self._seen[rank] = beats, moves, heard, moved
             if now - heard > limit * (1 if beats else _FIRST_BLOCK):
-                self.tell(f"{self._of(rank)} gave no sign of life for {now - heard:.0f} s at {known['at']}", rank)
-            elif now - moved > limit * (1 if known.get("begun") else _FIRST_BLOCK):
-                self.tell(f"{self._of(rank)} hangs for {now - moved:.0f} s at {known['at']}", rank)
+                self.report(f"{self._name_of(rank)} sent no heartbeat for {now - heard:.0f} s at {status['at']}", rank)
+            elif now - moved > limit * (1 if status.get("warmed_up") else _FIRST_BLOCK):
+                self.report(f"{self._name_of(rank)} hangs for {now - moved:.0f} s at {status['at']}", rank)
 
     def _sleep(self) -> None:
         if not select.select([self._inner], [], [], self.beat)[0]:
@@ -251,8 +254,8 @@ class Watch:
             self._end(128 + signal.SIGINT)
 
     def _roll_call(self) -> None:
-        """Somebody ends the job: because a process of it died, or for reasons of its own."""
-        self.store.set(f"here/{self.rank}", "1")
+        """After SIGTERM: if the launcher ends the job because a process died, that process does not answer."""
+        self.store.set(f"alive/{self.rank}", "1")
         until = time.monotonic() + max(4 * self.beat, 0.4)
         missing: list[int] = []
         while time.monotonic() < until and self.fault is None:
@@ -260,23 +263,23 @@ class Watch:
             self._read()
             missing = [rank for rank in range(self.ranks) if not self._answered(rank)]
         if missing and self.fault is None:
-            self.tell(f"{self._of(missing[0])} died at {self._known[missing[0]]['at']}", missing[0])
+            self.report(f"{self._name_of(missing[0])} died at {self._statuses[missing[0]]['at']}", missing[0])
             self._await_fault()
         self.terminated = True
         self._end(128 + signal.SIGTERM)
 
     def _answered(self, rank: int) -> bool:
-        return self._known[rank].get("state") == "end" or self.store.check([f"here/{rank}"])
+        return self._statuses[rank].get("state") == "end" or self.store.check([f"alive/{rank}"])
 
     def _await_fault(self) -> None:
-        """Until the words of whoever told the fault are there."""
+        """Wait for the message of the process that reported the fault."""
         until = time.monotonic() + max(4 * self.beat, 0.4)
         while self.fault is None and time.monotonic() < until:
             time.sleep(0.02)
             self._read()
 
     def _end(self, code: int) -> None:
-        """The main thread learns of it from `check`; where it does not come there, the process ends without it."""
+        """Give the main thread time to end by itself (`check` raises); if it does not, exit the process."""
         until = time.monotonic() + max(self.timeout / 20, 0.5)
         while time.monotonic() < until:
             if self.closed:
@@ -285,10 +288,10 @@ class Watch:
         os._exit(code)
 
     def _terminate(self, *_: object) -> None:
-        """The thread hears of SIGTERM too, and finds out why."""
+        """Nothing to do: the thread gets SIGTERM through the wake-up pipe and finds out why."""
 
-    def _of(self, rank: int) -> str:
-        return str(self._known[rank].get("name", f"rank {rank}"))
+    def _name_of(self, rank: int) -> str:
+        return str(self._statuses[rank].get("name", f"rank {rank}"))
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -296,5 +299,5 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}"[:300] if message else type(error).__name__

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .atomic import temporary
 
 SESSION = "session.safetensors"  # its name in a folder
 FILE_OPTIONS = ("--model", "--checkpoint", "--image", "--extend", "--prompts", "--from-session")
 """Options of `hiar generate` that name input files."""
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 _STAND_INS = (  # the first bytes of a file, in lower case -> what it is instead of weights, a video, ...
     (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer, not the file itself; run `git lfs pull` there"),
     (b"version https://hawser.github.com/spec/", "a git-lfs pointer, not the file itself; run `git lfs pull` there"),
@@ -71,6 +74,51 @@ def check_output(path: str | os.PathLike[str], beside: Sequence[Path] = ()) -> P
     except OSError as error:
         raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
     return target
+
+
+def require_apart(written: Mapping[str, Path | None], read: Mapping[str, str | Path | None]) -> None:
+    """ValueError of one line if two outputs are one file, or an output is a file that is read. By the options that name
+    them; links are followed.
+    """
+    names: dict[str, str] = {}
+    for option, path in written.items():
+        if path is None:
+            continue
+        other = names.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise ValueError(f"{option} and {other} are one file, {path}: give two names")
+    for option, source in read.items():
+        other = names.get(os.path.realpath(source), "") if source is not None else ""
+        if other:
+            raise ValueError(f"{other} would replace {source}, which {option} reads: give another name")
+
+
+def save_tensors(tensors: dict[str, Any], path: str | os.PathLike[str], header: Mapping[str, str]) -> None:
+    """Write a safetensors file that others may read as any other file; the library's own are for the owner alone."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, dict(header))
+    os.chmod(path, 0o666 & ~_UMASK)
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML or JSON text says; a key that stands twice in one mapping is an error, not the last one's.
+
+    Raises:
+        yaml.YAMLError: it is neither.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen and isinstance(key, yaml.ScalarNode):
+                    raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
 
 
 def seen_from(folder: Path, command: Sequence[str]) -> list[str]:

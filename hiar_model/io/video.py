@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from av.filter import Graph
 
-from ..common.checks import number_above_0
+from ..common.checks import FASTEST, SLOWEST, number_within, plain, whole
 from .atomic import atomic_write, cannot_write, discard, publish, temporary
 from .files import check_output, seen_from
 
@@ -38,6 +38,9 @@ SUFFIXES = (".mp4", ".gif")
 FOLDER_RECORD = "video.json"  # inside a folder of PNGs; beside a file it is called as the file, with .json behind
 LEAST_SIDE = 256
 """Pixels on the short side that a written video has at least; smaller frames are enlarged by a whole factor."""
+LARGEST_ENLARGED = 4096
+"""Pixels on the long side that enlarged frames have at most."""
+LARGEST_SIDE = {".mp4": 16384, ".gif": 65535}  # x264's limit; two bytes in the format
 GIF_TICKS = 100  # per second: the format counts time in hundredths
 GIF_FASTEST = 50.0  # viewers slow down anything faster
 HD_LINES = 720
@@ -102,8 +105,8 @@ class Video:
 
 
 def check_fps(fps: float) -> float:
-    """The rate as a float; ValueError unless it is a finite number above 0."""
-    return number_above_0("fps", fps)
+    """The rate as a float; ValueError unless it is a number from 0.01 to 1000."""
+    return number_within("fps", fps, SLOWEST, FASTEST)
 
 
 def is_folder_target(path: str | os.PathLike[str]) -> bool:
@@ -121,13 +124,13 @@ def check_target(path: str | os.PathLike[str]) -> Path:
             its record, a folder with files.
     """
     target = Path(path)
-    if not os.fspath(path) or not target.name:
+    if not os.fspath(path) or not target.name or target.name == "-" or target.name.lower() in SUFFIXES:
         raise ValueError(f"{os.fspath(path)!r} is not a file name for a video; {_legal()}")
     folder = is_folder_target(path)
     if not folder and target.suffix.lower() not in SUFFIXES:
         raise ValueError(f"cannot write {target}: unknown suffix {target.suffix!r}; {_legal()}")
     if not folder:
-        return check_output(target, beside=[_record_path(target, folder)])
+        return check_output(target, beside=[record_path(target, folder)])
     if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"cannot write {target}: it exists and is no empty folder; choose another name")
     check_output(target / FOLDER_RECORD if os.path.isdir(target) else target)
@@ -138,7 +141,8 @@ def _legal() -> str:
     return f"legal: {', '.join(f'name{suffix}' for suffix in SUFFIXES)}, or name/ for a folder of PNG files"
 
 
-def _record_path(target: Path, folder: bool) -> Path:
+def record_path(target: Path, folder: bool = False) -> Path:
+    """Where the record of a video lies: beside it, or inside its folder."""
     return target / FOLDER_RECORD if folder else target.with_name(target.name + ".json")
 
 
@@ -159,8 +163,9 @@ class VideoWriter:
 
     Args:
         path: checked at once by :func:`check_target`. fps: frames per second.
-        metadata: for the record. A "command" in it (a list of words) becomes a command line that, run in the video's
-            folder, makes the video again.
+        metadata: for the record; numpy numbers and paths too. A "command" in it (a list of words) becomes a command
+            line that, run in the video's folder, makes the video again.
+        size: (height, width) of the frames, where it is known: what the format cannot hold is refused at once.
         least_side: frames with a shorter side are enlarged, see :func:`upscale`; 1: never.
 
     Raises:
@@ -174,13 +179,19 @@ class VideoWriter:
         fps: float,
         metadata: Mapping[str, Any] | None = None,
         least_side: int = LEAST_SIDE,
+        size: tuple[int, int] | None = None,
     ) -> None:
-        fps = check_fps(fps)
+        fps, least_side = check_fps(fps), whole("least_side", least_side, 1, most=LARGEST_ENLARGED)
         self.path, self.fps, self.least_side = check_target(path), float(fps), least_side
         self.metadata = dict(metadata or {})
         self.folder = is_folder_target(path)
         if not self.folder and self.path.suffix.lower() == ".gif" and fps > GIF_FASTEST:
             raise ValueError(f"a .gif has at most {GIF_FASTEST:g} fps, got {fps:g}; use .mp4 or a folder of PNG files")
+        self._check_size(size)
+        try:
+            json.dumps(self.metadata, default=_as_json)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"metadata of {self.path} cannot be written as JSON: {error}") from error
         self.frames_written = 0
         self._size: tuple[int, ...] | None = None
         self._encoder: FrameEncoder | None = None
@@ -204,7 +215,15 @@ class VideoWriter:
                 self._encoder.add(image)
         self.frames_written += len(frames)
 
+    def _check_size(self, size: tuple[int, int] | None) -> None:
+        suffix = "" if self.folder else self.path.suffix.lower()
+        largest = LARGEST_SIDE.get(suffix)
+        if size is not None and largest is not None and max(size) > largest:
+            shape = "x".join(map(str, size))
+            raise ValueError(f"a {suffix} has at most {largest} pixels a side, got {shape}; use a folder of PNG files")
+
     def _open(self, height: int, width: int, enlarged: bool) -> FrameEncoder:
+        self._check_size((height, width))
         if self.folder:
             return _PngEncoder(self._partial)
         if self.path.suffix.lower() == ".gif":
@@ -226,10 +245,10 @@ class VideoWriter:
         encoder, self._encoder = self._encoder, None
         with self._named():
             encoder.close()
-        text = json.dumps(self._record(), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(self._record(), indent=2, ensure_ascii=False, default=_as_json) + "\n"
         with self._named():
             publish(self._partial, self.path)
-        record = _record_path(self.path, self.folder)
+        record = record_path(self.path, self.folder)
         try:
             atomic_write(record, text.encode("utf-8", "backslashreplace"))  # lone surrogates, as JSON escapes them
         except OSError as error:
@@ -316,7 +335,8 @@ class _GifEncoder:
         make.link_to(use, 0, 1)
         use.link_to(self.sink)
         self.graph.configure()
-        self.container = av.open(str(path), "w", format="gif")
+        last = str(round(GIF_TICKS / fps))  # no frame behind it says how long the last one stays
+        self.container = av.open(str(path), "w", format="gif", options={"final_delay": last})
         self.stream: Any = self.container.add_stream("gif", rate=GIF_TICKS)
         self.stream.height, self.stream.width, self.stream.pix_fmt = height, width, "pal8"
 
@@ -352,6 +372,15 @@ class _PngEncoder:
         pass
 
 
+def _as_json(value: Any) -> Any:
+    """What JSON knows by another name: numpy's numbers, paths."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if plain(value) is value:
+        raise TypeError(f"{value!r} of {type(value).__name__} is no JSON")
+    return plain(value)
+
+
 def source_matrix(frame: Any) -> str | None:
     """The colour matrix of a decoded frame that names none itself; None: use the frame's."""
     unspecified = frame.colorspace in (0, 2) and not frame.format.is_rgb  # 0 means RGB, but some YUV files have it
@@ -382,11 +411,13 @@ def save_png(image: Frames, path: str | os.PathLike[str]) -> None:
 
 
 def upscale(frames: Frames, least_side: int = LEAST_SIDE) -> Frames:
-    """Enlarge frames [F, H, W, 3] by the smallest whole factor that makes both sides at least ``least_side`` pixels.
+    """Enlarge frames [F, H, W, 3] by the smallest whole factor that makes both sides at least ``least_side`` pixels, or
+    by the largest that keeps the long side within 4096.
 
     Bicubic, as one matrix product for each axis, which takes a sixth of the time of torch's interpolation.
     """
-    factor = math.ceil(least_side / min(frames.shape[1:3]))
+    short, long = sorted(frames.shape[1:3])
+    factor = min(math.ceil(least_side / short), LARGEST_ENLARGED // long)
     if factor <= 1:
         return frames
     import torch
@@ -425,5 +456,7 @@ def contact_sheet(frames: Frames | Iterable[Frames], columns: int, gap: int = 2,
 
 
 def _check_frames(frames: Frames) -> None:
+    if not isinstance(frames, np.ndarray):
+        raise ValueError(f"frames must be a numpy array, uint8 [F, H, W, 3], got {type(frames).__name__}")
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
         raise ValueError(f"frames must be uint8 [F, H, W, 3] and not empty, got {frames.dtype} {list(frames.shape)}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,28 @@ def _shards(index: Path) -> list[Path]:
 def read_tensors(file: Path) -> tuple[Any, dict[str, str]]:
     """The contents of one file, memory-mapped where its format allows, and its header.
 
-    ValueError of one line for a file that is truncated, of another format, or a pickle of more than tensors.
+    ValueError of one line for a file that is missing, truncated, of another format, or a pickle of more than tensors.
     """
-    refuse_stand_in(file)
-    try:
+    with _reading(file):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)), {}
+
+
+def tensor_names(file: Path) -> list[str]:
+    """The keys of a .safetensors file; ValueError as :func:`read_tensors`."""
+    with _reading(file), safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    refuse_stand_in(file)
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: no such file or directory") from error
     except Exception as error:  # each format and each kind of damage raises another type
         reason = (str(error).splitlines() or [""])[0].partition(". ")[0][:150]
         kind = "safetensors" if file.suffix == ".safetensors" else "a plain PyTorch state dict (weights_only)"
@@ -159,7 +174,10 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError of one line for anything else."""
     refuse_stand_in(file)
-    return parse_json(file.read_text(encoding="utf-8", errors="replace"), file)
+    try:
+        return parse_json(file.read_text(encoding="utf-8", errors="replace"), file)
+    except OSError as error:
+        raise ValueError(f"{file}: {(error.strerror or str(error)).lower()}") from error
 
 
 def parse_json(text: str, file: Path) -> dict[str, Any]:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..common.settings import own_settings
 from ..config import SHIPPED, WanConfig
 from ..io.atomic import atomic
-from ..io.files import check_output
+from ..io.files import check_output, save_tensors
 from ..io.weight_files import (
     add_tensors,
     check_keys,
@@ -115,7 +114,7 @@ def load_transformer(
             (actual and expected), tensors that are not floating point.
 
     >>> model = load_transformer("toy", on_checkpoint=lambda info: print(info.layout, info.config.num_layers, "layers"))
-    native 8 layers
+    native 6 layers
     """
     state, info = read_checkpoint(path, config)
     if on_checkpoint is not None:
@@ -184,7 +183,7 @@ def save_transformer(model: HiARTransformer, path: str | Path) -> None:
     check_output(target)
     state = {key_mapping.plain(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic(target) as partial:
-        save_file(state, partial, file_header(model.config))
+        save_tensors(state, partial, file_header(model.config))
 
 
 def file_header(config: WanConfig) -> dict[str, str]:

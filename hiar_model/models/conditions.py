@@ -80,19 +80,12 @@ class CrossAttentionKV:
         counts: float32 [B or 1, L], how often each key occurs: all padding tokens are equal, so they are one key.
         embedded: the embedded prompt [B, L, C], in training.
         counted: False: every key occurs once, so attention need not read the counts.
-        log_counts: logarithm of the counts in the keys' dtype, computed once for all layers.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
     counts: Tensor
     embedded: Tensor | None = None
     counted: bool = True
-    log_counts: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        dtype = (self.layers[0][0] if self.embedded is None else self.embedded).dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        object.__setattr__(self, "log_counts", self.counts.to(wide).log().to(dtype))
 
     @property
     def batch(self) -> int:

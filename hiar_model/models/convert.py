@@ -10,12 +10,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import WanConfig
 from ..io.atomic import atomic
-from ..io.files import check_output, in_folder
+from ..io.files import check_output, in_folder, save_tensors
 from . import key_mapping
 from .checkpoint import CONFIG_KEY, CheckpointInfo, file_header, read_checkpoint
 
@@ -113,12 +112,12 @@ def _write(state: Mapping[str, Tensor], info: CheckpointInfo, partial: Path, to:
         network = {f"model.{key}": value for key, value in state.items()}
         torch.save({"generator": network, CONFIG_KEY: json.dumps(config.to_dict())}, partial)
     elif partial.suffix == ".safetensors":
-        save_file(state, partial, file_header(config))
+        save_tensors(state, partial, file_header(config))
     else:  # a folder whose sizes stand in config.json alone, as in the published ones
         sizes = key_mapping.native_config(config, (info.window_frames, info.sink_frames))
         if to == "diffusers":
             sizes = key_mapping.diffusers_config(config)
             state = {key_mapping.to_diffusers(key): value for key, value in state.items()}
         partial.mkdir()
-        save_file(state, partial / _WEIGHTS, {"format": "pt"})
+        save_tensors(state, partial / _WEIGHTS, {"format": "pt"})
         (partial / _SIZES).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")

@@ -64,8 +64,6 @@ _TEXT_BLOCK = {
 _TEXT_TOP_BACK = {theirs: ours for ours, theirs in _TEXT_TOP.items()}
 _TEXT_BLOCK_BACK = {theirs: ours for ours, theirs in _TEXT_BLOCK.items()}
 
-_TEXT_KEY = re.compile(r"(?:blocks\.(?P<n>\d+)\.)?(?P<name>.+)\.weight")
-_TEXT_KEY_BACK = re.compile(r"(?:encoder\.block\.(?P<n>\d+)\.)?(?P<name>.+)\.weight")
 _KEY = re.compile(r"(?P<block>blocks\.\d+\.)?(?P<name>.+?)(?P<kind>\.weight|\.bias)?")
 _RENAMED = {"in_dim": "in_channels", "out_dim": "out_channels"}  # native config.json -> WanConfig
 _ABOUT_OTHERS = {"model_type", "window_size", "qk_norm", "cross_attn_norm"}  # native keys that fix no size
@@ -138,23 +136,19 @@ def foreign(keys: Iterable[str]) -> str | None:
 
 def text_to_transformers(key: str) -> str:
     """Key of Wan's text encoder file -> transformers' key; any other key is returned as it is."""
-    match = _TEXT_KEY.fullmatch(key)
-    if match is None:
-        return key
-    if match["n"] is None:
-        return f"{_TEXT_TOP[match['name']]}.weight" if match["name"] in _TEXT_TOP else key
-    return f"encoder.block.{match['n']}.{_TEXT_BLOCK[match['name']]}.weight" if match["name"] in _TEXT_BLOCK else key
+    return _rename_text(key, "blocks", "encoder.block", _TEXT_TOP, _TEXT_BLOCK)
 
 
 def text_to_native(key: str) -> str:
     """The inverse of :func:`text_to_transformers`."""
-    match = _TEXT_KEY_BACK.fullmatch(key)
-    if match is None:
+    return _rename_text(key, "encoder.block", "blocks", _TEXT_TOP_BACK, _TEXT_BLOCK_BACK)
+
+
+def _rename_text(key: str, prefix: str, new_prefix: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
+    match = re.fullmatch(rf"(?:{re.escape(prefix)}\.(\d+)\.)?(.+)\.weight", key)
+    if match is None or match[2] not in (top if match[1] is None else block):
         return key
-    if match["n"] is None:
-        return f"{_TEXT_TOP_BACK[match['name']]}.weight" if match["name"] in _TEXT_TOP_BACK else key
-    back = _TEXT_BLOCK_BACK
-    return f"blocks.{match['n']}.{back[match['name']]}.weight" if match["name"] in back else key
+    return f"{top[match[2]]}.weight" if match[1] is None else f"{new_prefix}.{match[1]}.{block[match[2]]}.weight"
 
 
 def read_sizes(values: Mapping[str, Any], file: Path) -> dict[str, Any]:

@@ -21,17 +21,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
+from ..common.checks import path_like
 from ..common.settings import own_settings
 from ..config import SHIPPED, RolloutConfig, WanConfig
 from ..io.atomic import atomic, atomic_write
-from ..io.files import refuse_stand_in
 from ..io.video import Frames
+from ..io.weight_files import check_keys, check_tensors, read_json, read_tensors
 from ..toy.codec import ToyCodec
 from ..toy.text import ToyTextEncoder
 from ..toy.world import WorldConfig
@@ -57,6 +56,8 @@ class ToyDecoder:
 
 def model_folder(name_or_path: str | os.PathLike[str]) -> Path:
     """The folder of a shipped model's name or of a path; ValueError if there is no such folder."""
+    if name_or_path != "":  # refused below, with the names of the shipped models
+        path_like("model", name_or_path)
     name = os.fspath(name_or_path)
     if name in SHIPPED:
         package, inside = SHIPPED[name]
@@ -114,16 +115,11 @@ def load_video_model(
         if value:
             raise ValueError(f"model {name} is no Wan folder: it takes no {option}, got {value!r}")
     settings = _read_config(folder / CONFIG)
-    refuse_stand_in(folder / WEIGHTS)
+    tensors, _ = read_tensors(folder / WEIGHTS)
+    with (folder / WEIGHTS).open("rb") as file:
+        sha256 = hashlib.sha256(file.read()).hexdigest()
     try:
-        blob = (folder / WEIGHTS).read_bytes()
-        tensors = load_tensors(blob)
-    except OSError as error:
-        raise ValueError(f"cannot read {folder / WEIGHTS}: {error.strerror or error}") from error
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is corrupt: {error}") from error
-    try:
-        return _build(name, settings, tensors, hashlib.sha256(blob).hexdigest(), device, dtype or torch.float32)
+        return _build(name, settings, tensors, sha256, device, dtype or torch.float32)
     except (ValueError, TypeError) as error:  # TypeError: a value in config.json of a wrong type
         raise ValueError(f"{folder}: {error}") from error
 
@@ -142,7 +138,8 @@ def _build(
         if prefix not in groups:
             raise ValueError(f"unexpected tensor {key}; expected {TRANSFORMER}* and {CODEC}*")
         groups[prefix][key.removeprefix(prefix)] = tensor
-    _check_tensors(groups[TRANSFORMER], transformer.state_dict())
+    check_tensors(groups[TRANSFORMER], Path(WEIGHTS))
+    check_keys(groups[TRANSFORMER], transformer.state_dict(), Path(WEIGHTS), lambda key: TRANSFORMER + key)
     codec = ToyCodec.from_state(groups[CODEC])
     if codec.channels != config.in_channels:
         raise ValueError(f"the codec has {codec.channels} channels, the transformer takes {config.in_channels}")
@@ -165,38 +162,22 @@ def _build(
     )
 
 
-def _check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """ValueError that names the first tensor that is missing, unexpected, of another shape, or not of floats."""
-    for key in [*expected, *state]:
-        name = TRANSFORMER + key
-        if key not in state:
-            raise ValueError(f"tensor {name} is missing")
-        if key not in expected:
-            raise ValueError(f"unexpected tensor {name}")
-        if state[key].shape != expected[key].shape:
-            raise ValueError(f"tensor {name} is {list(state[key].shape)}, expected {list(expected[key].shape)}")
-        if not state[key].is_floating_point():
-            raise ValueError(f"tensor {name} is {state[key].dtype}, expected floats")
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     """The contents of config.json; ValueError for keys that are missing or unknown."""
-    refuse_stand_in(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is corrupt: {error}") from error
-    if not isinstance(values, dict) or values.get("format") != TOY_FORMAT:
+    values = read_json(path)
+    if values.get("format") != TOY_FORMAT:
         raise ValueError(f'{path}: format must be "{TOY_FORMAT}"')
     if "rollout" not in values and set(values) >= _OLD:
         values = _with_rollout(values)
-    _same_keys(path, values, ["format", *_NESTED, *_PLAIN])
+    keys = ["format", *_NESTED, *_PLAIN]
+    _check_known(path, values, keys)
+    missing = [key for key in keys if key not in values]
+    if missing:
+        raise ValueError(f"{path}: key {missing[0]} is missing")
     for key, kind in _NESTED.items():
         if not isinstance(values[key], dict):
             raise ValueError(f"{path}: {key} must be an object")
-        _same_keys(path, values[key], [f.name for f in dataclasses.fields(kind)], f"{key}.", all_needed=False)
+        _check_known(path, values[key], [f.name for f in dataclasses.fields(kind)], f"{key}.")
     return values
 
 
@@ -214,20 +195,10 @@ def _with_rollout(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"rollout": rollout | ({} if order is None else {"order": order})}
 
 
-def _same_keys(
-    path: Path,
-    values: Mapping[str, Any],
-    known: list[str],
-    prefix: str = "",
-    all_needed: bool = True,
-    also: Sequence[str] = (),
-) -> None:
+def _check_known(path: Path, values: Mapping[str, Any], known: list[str], prefix: str = "") -> None:
     for key in values:
-        if key not in known and key not in also:
-            raise ValueError(f"{path}: unknown key {prefix}{key}; known: {', '.join([*known, *also])}")
-    for key in known if all_needed else ():
-        if key not in values:
-            raise ValueError(f"{path}: key {prefix}{key} is missing")
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {prefix}{key}; known: {', '.join(known)}")
 
 
 def _frozen(values: dict[str, Any]) -> dict[str, Any]:

@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..io.atomic import atomic
-from ..io.files import refuse_stand_in
+from ..io.files import refuse_stand_in, save_tensors
 from ..io.weight_files import (
     add_tensors,
     check_keys,
@@ -243,7 +242,7 @@ class WanTextEncoder:
             return
         try:
             with atomic(self._cache / f"{name}.safetensors") as partial:
-                save_file({"embedding": embedding.cpu().contiguous()}, partial, {"format": "pt", "prompt": clean})
+                save_tensors({"embedding": embedding.cpu().contiguous()}, partial, {"format": "pt", "prompt": clean})
         except OSError as error:
             warnings.warn(f"the prompt's embedding is not cached: {error}", stacklevel=3)
 

@@ -104,14 +104,11 @@ class CrossAttention(nn.Module):
         k = rms_norm(self.k(embedded), self.norm_k.weight, eps=self.eps)
         return k.unflatten(-1, split), self.v(embedded).unflatten(-1, split)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, counts: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x [B, T, C] -> [B, T, C]. ``counts``: how often each key occurs and the logarithms; None: once each."""
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, counts: Tensor | None) -> Tensor:
+        """x [B, T, C] -> [B, T, C]. ``counts``: how often each key occurs; None: once each."""
         q = rms_norm(self.q(x), self.norm_q.weight, eps=self.eps).unflatten(-1, (self.heads, -1))
         k, v = k.to(q.dtype).expand(len(q), -1, -1, -1), v.to(q.dtype).expand(len(q), -1, -1, -1)
-        kv_counts, log_counts = (None, None) if counts is None else (counts[0], counts[1].to(q.dtype))
-        out = attention(q, k, v, kv_counts=kv_counts, kv_log_counts=log_counts)
-        assert isinstance(out, Tensor)
-        return self.o(out.flatten(2))
+        return self.o(attention(q, k, v, kv_counts=counts).flatten(2))
 
 
 class DeferredResidual(NamedTuple):
@@ -167,13 +164,13 @@ class Block(nn.Module):
         if attended is None:
             return None
         k, v = prompt.of(layer, self.cross_attn.kv)
-        counts = (prompt.counts, prompt.log_counts) if prompt.counted else None
+        counts = prompt.counts if prompt.counted else None
         if selection is not None:
             x = selection.tokens(x, x.shape[1] // modulation.frames)
             modulation = modulation.select(selection)
             _, _, gate1, shift2, scale2, gate2 = modulation.of_layer(layer, self.modulation)
             k, v = selection.of_batch(k), selection.of_batch(v)
-            counts = None if counts is None else (selection.of_batch(counts[0]), selection.of_batch(counts[1]))
+            counts = None if counts is None else selection.of_batch(counts)
         with span("output"):
             norm = self.norm3
             x, normed = gated_residual_layer_norm(
@@ -254,9 +251,7 @@ class DenseAttention(SelfAttention):
             return None
         ids = None if self.mask is None else self.frames
         context = None if self.context is None else self.context[layer]
-        out = attention(q, k, v, mask=self.mask, q_frames=ids, kv_frames=ids, context=context, layout=self.layout)
-        assert isinstance(out, Tensor)
-        return out
+        return attention(q, k, v, mask=self.mask, q_frames=ids, kv_frames=ids, context=context, layout=self.layout)
 
 
 class HiARTransformer(nn.Module):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..io.files import refuse_stand_in
-from ..io.weight_files import only_one
+from ..io.weight_files import check_keys, check_tensors, only_one, read_json, read_tensors, tensor_names
 from .vae_fused import fuse, to_channels_last
 
 ORIGINAL = "Wan2.1_VAE.pth"  # beside the weights of the original layout
@@ -42,17 +38,20 @@ def load_vae(
         ValueError: one line: no VAE there, or two, a corrupt file, another architecture, or diffusers is not installed.
     """
     file = find_vae(Path(path))
-    state = _tensors(file)
+    state, _ = read_tensors(file)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{file}: holds a {type(state).__name__}, expected a state dict")
+    check_tensors(state, file)
     beside = file.parent / "config.json"
     if _OF_ORIGINAL in state:
         from_original = library("loaders.single_file_utils").convert_wan_vae_to_diffusers
         state, config = from_original(state), None
     elif _OF_DIFFUSERS in state:
-        config = _json(beside) if beside.is_file() else None
+        config = _config(beside) if beside.is_file() else None
     else:
         raise ValueError(f"{file}: no VAE of Wan 2.1: its keys have neither {_OF_ORIGINAL} nor {_OF_DIFFUSERS}")
     vae = _empty(config if config is not None else _sizes(state, file), beside if config is not None else file)
-    _check_keys(state, vae.state_dict(), file)
+    check_keys(state, vae.state_dict(), file)
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     vae.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
@@ -77,7 +76,7 @@ def find_vae(path: Path) -> Path:
     candidates = [
         path / name
         for name in (DIFFUSERS, f"vae/{DIFFUSERS}", ORIGINAL)
-        if (path / name).is_file() and (name != DIFFUSERS or _OF_DIFFUSERS in _keys(path / name))
+        if (path / name).is_file() and (name != DIFFUSERS or _OF_DIFFUSERS in tensor_names(path / name))
     ]
     if candidates and candidates[0].name == DIFFUSERS:
         candidates[1:1] = sorted(file for file in candidates[0].parent.glob("*.safetensors") if file.name != DIFFUSERS)
@@ -87,43 +86,9 @@ def find_vae(path: Path) -> Path:
     raise ValueError(f"{path}: no VAE there; expected vae/{DIFFUSERS} (diffusers) or {ORIGINAL} (original)")
 
 
-def _keys(file: Path) -> list[str]:
-    """Tensor names, which tell a VAE from a transformer's file of the same name."""
-    refuse_stand_in(file)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except SafetensorError as error:
-        raise _corrupt(file, error) from error
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file; pickles are loaded with weights_only."""
-    refuse_stand_in(file)
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format and each kind of damage raises another type
-        raise _corrupt(file, error) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{file}: expected a state dict of tensors, got a {type(state).__name__} of other things")
-    return state
-
-
-def _corrupt(file: Path, error: Exception) -> ValueError:
-    reason = (str(error).splitlines() or [""])[0].partition(". ")[0][:150]
-    return ValueError(f"{file}: corrupt, or no plain state dict: {type(error).__name__}: {reason}")
-
-
-def _json(file: Path) -> dict[str, Any]:
-    refuse_stand_in(file)
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: corrupt, or not JSON: {error}") from error
-    name = values.get("_class_name") if isinstance(values, dict) else None
-    if name != "AutoencoderKLWan":
+def _config(file: Path) -> dict[str, Any]:
+    values = read_json(file)
+    if (name := values.get("_class_name")) != "AutoencoderKLWan":
         raise ValueError(f"{file}: describes {name}, expected AutoencoderKLWan")
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
@@ -150,14 +115,3 @@ def _empty(config: dict[str, Any], file: Path) -> Any:
         if known != channels:
             raise ValueError(f"{file}: {channels} latent channels, but {name} has {known}: give diffusers' folder")
     return vae
-
-
-def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path) -> None:
-    """ValueError that names the first tensor that is missing, unexpected or of another shape."""
-    for key in [*expected, *state]:
-        if key not in state:
-            raise ValueError(f"{file}: the tensor {key} (in diffusers' names) is missing")
-        if key not in expected:
-            raise ValueError(f"{file}: unexpected tensor {key} (in diffusers' names)")
-        if state[key].shape != expected[key].shape:
-            raise ValueError(f"{file}: {key} is {list(state[key].shape)}, expected {list(expected[key].shape)}")

@@ -1,12 +1,12 @@
-"""What a video goes on from: an image, or the end of a clip, as frames of the size that the model makes.
+"""Conditioning frames: an image, or the end of a clip, that a video starts with, at the size of the model.
 
-Both are taken as they look to people: turned as the file says, transparent parts on white, colours as sRGB, pixels that
-are not square stretched.
+Both are read as a viewer shows them: rotated as the file says, on white where transparent, in sRGB, with square pixels.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -17,67 +17,67 @@ from typing import Any
 import av
 import numpy as np
 
+from ..common.checks import path_like
 from ..io.files import refuse_stand_in
 from ..io.video import Frames, source_matrix
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
-_AT_ONCE = 8  # frames resized together
-_GROUND = 255  # grey behind transparent pixels
+_CHUNK = 8  # frames resized together
+_REPAIR = "get it again, or write what is whole of it anew (ffmpeg -i IN OUT)"
+_BACKGROUND = 255  # grey level behind transparent pixels
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
-    """The first frames of a video, uint8 [F, H, W, 3]; ``notes``: what was done to them, a line each."""
+class ConditioningFrames:
+    """The first frames of a video, uint8 [F, H, W, 3]; ``notes``: a line for each change made to them."""
 
     frames: Frames
     notes: tuple[str, ...] = ()
 
 
-def read_given(
+def read_conditioning(
     image: str | os.PathLike[str] | None,
     extend: str | os.PathLike[str] | None,
     size: tuple[int, int],
     step: int = 1,
     fps: float | None = None,
-) -> Given | None:
-    """The frames that a video begins with; None if nothing is given.
+) -> ConditioningFrames | None:
+    """Read the conditioning frames of a video; None if neither ``image`` nor ``extend`` is set.
 
     Args:
-        image: one picture. extend: a clip, of which the last 1 + n ``step`` frames are taken.
-        size: (height, width) of the video. What has another size is scaled until it covers that, and what stands out on
-            two sides is cut off, as much on either. Frames are kept at this size, whatever the file's.
-        step: pixel frames of a latent frame. fps: of the video; a clip of another rate is taken frame by frame, and a
-            note says so.
+        image: path of a picture. extend: path of a clip, of which the last 1 + n ``step`` frames are used.
+        size: (height, width) in pixels of the video; other sizes are scaled to cover it and centre-cropped.
+        step: pixel frames of a latent frame. fps: of the video; clips of another rate are not resampled, with a note.
 
     Raises:
-        ValueError: one line: both, no such file, not readable, another kind of file, too few frames.
+        ValueError: one line: both are set; or the file is missing, unreadable, of another kind, or too short.
     """
     if image is not None and extend is not None:
-        raise ValueError(f"image {os.fspath(image)} and extend {os.fspath(extend)} cannot both begin a video: give one")
+        raise ValueError(f"image {image!s} and extend {extend!s} exclude each other: give one")
     if image is not None:
-        path = Path(image)
+        path = path_like("image", image)
         picture, notes = _read_image(path)
-        fitted = _Fitted(path, size)
-        return Given(fitted.take([picture]), (*notes, *fitted.notes))
+        resizer = _Resizer(path, size)
+        return ConditioningFrames(resizer([picture]), (*notes, *resizer.notes))
     if extend is None:
         return None
-    path = Path(extend)
+    path = path_like("extend", extend)
     clip = _Clip(path)
-    fitted = _Fitted(path, size, clip)
-    frames = fitted.take(clip.frames())
+    resizer = _Resizer(path, size, clip)
+    frames = resizer(clip.frames())
     if len(frames) < 1 + step:
         legal = f"at least {1 + step} (1 + {step}n)" if step > 1 else "at least 2"
         raise ValueError(
-            f"extend {path}: a clip of {len(frames)} frames is too short, expected {legal}; one is an image"
+            f"extend {path}: a clip of {len(frames)} frames is too short, expected {legal}; for one use image"
         )
-    kept = 1 + (len(frames) - 1) // step * step
+    count = 1 + (len(frames) - 1) // step * step
     notes = list(clip.notes)
-    if kept < len(frames):
-        notes.append(f"{path}: the last {kept} of {len(frames)} frames are taken (1 + {step}n)")
+    if count < len(frames):
+        notes.append(f"{path}: the last {count} of {len(frames)} frames are used (1 + {step}n)")
     if clip.rate and fps and abs(clip.rate - fps) > 0.01 * fps:
-        notes.append(f"{path}: its frames are of {clip.rate:g} fps, in the video they are shown at {fps:g}")
-    return Given(frames[-kept:], (*notes, *fitted.notes))
+        notes.append(f"{path}: recorded at {clip.rate:g} fps, shown at {fps:g}")
+    return ConditioningFrames(frames[-count:], (*notes, *resizer.notes))
 
 
 def _check(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
@@ -89,30 +89,35 @@ def _check(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
 
 
 def _read_image(path: Path) -> tuple[Frames, list[str]]:
-    """A picture as uint8 [H, W, 3] sRGB, and what was done to it."""
+    """A picture as uint8 [H, W, 3] sRGB, and notes on changes made to it."""
     from PIL import Image, ImageOps
 
     _check(path, "image", IMAGES)
     notes: list[str] = []
     try:
-        with Image.open(path) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photos are welcome
+            opened = Image.open(path)
+        with opened as picture:
             frames = getattr(picture, "n_frames", 1)
             if frames != 1:
-                raise ValueError(f"image {path} holds {frames} frames, expected one; give a clip as extend")
-            turned: Any = ImageOps.exif_transpose(picture)
-            turned.load()
-            if turned.getexif() != picture.getexif():
-                notes.append(f"{path}: turned as its EXIF orientation says")
-            return _to_srgb(turned, path, notes), notes
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ValueError(f"image {path}: corrupt, or not what its suffix says: {said}") from error
+                raise ValueError(f"image {path} holds {frames} frames, expected one; for a clip use extend")
+            upright: Any = ImageOps.exif_transpose(picture)
+            upright.load()
+            if upright.getexif() != picture.getexif():
+                notes.append(f"{path}: rotated by its EXIF orientation")
+            return _to_srgb(upright, path, notes), notes
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image {path}: more pixels than are read (178 million): scale it down first") from error
+    except (OSError, SyntaxError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(f"image {path}: corrupt, or not the format of its suffix: {reason}") from error
 
 
 def _to_srgb(picture: Any, path: Path, notes: list[str]) -> Frames:
     from PIL import Image, ImageCms
 
-    if picture.mode.startswith(("I", "F")):  # 16 bits a pixel; Pillow would cut what is above 255
+    if picture.mode.startswith(("I", "F")):  # 16 bits per pixel; Pillow would clip at 255
         grey = np.asarray(picture).astype(np.float64)
         grey = grey * (255 / 65535) if picture.mode.startswith("I") else grey
         picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
@@ -120,25 +125,25 @@ def _to_srgb(picture: Any, path: Path, notes: list[str]) -> Frames:
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         if picture.getextrema()[3][0] < 255:
-            notes.append(f"{path}: its transparent parts are put on white")
+            notes.append(f"{path}: transparent parts are put on white")
     if profile and picture.mode in ("RGB", "RGBA", "CMYK", "L"):
         try:
-            given, wanted = ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB")
+            source, srgb = ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB")
             mode = "RGBA" if picture.mode == "RGBA" else "RGB"
-            picture = ImageCms.profileToProfile(picture, given, wanted, outputMode=mode) or picture
+            picture = ImageCms.profileToProfile(picture, source, srgb, outputMode=mode) or picture
         except (ImageCms.PyCMSError, OSError):
-            notes.append(f"{path}: its colour profile cannot be read; its numbers are taken as sRGB")
+            notes.append(f"{path}: its colour profile cannot be read; read as sRGB")
     if picture.mode == "RGBA":
-        ground = Image.new("RGBA", picture.size, (_GROUND, _GROUND, _GROUND, 255))
-        picture = Image.alpha_composite(ground, picture)
+        background = Image.new("RGBA", picture.size, (_BACKGROUND,) * 3 + (255,))
+        picture = Image.alpha_composite(background, picture)
     return np.array(picture.convert("RGB"))
 
 
 class _Clip:
-    """A clip that is decoded as it is read.
+    """A clip, decoded lazily.
 
     Attributes:
-        rate: frames per second (0: it says none). aspect: width of a pixel over its height. notes: what was done to it.
+        rate: frames per second (0: unknown). aspect: width over height of a pixel. notes: on changes made to it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -147,23 +152,31 @@ class _Clip:
         self.notes: list[str] = []
 
     def frames(self) -> Iterator[Frames]:
-        """uint8 [H, W, 3] each, as a player shows them but for the shape of pixels."""
-        path, size, count = self.path, None, 0
+        """uint8 [H, W, 3] each, rotated as a player shows them; pixels may not be square."""
+        path, size, count, end = self.path, None, 0, 0.0
         try:
             with av.open(str(path)) as container:
                 if not container.streams.video:
-                    raise ValueError(f"extend {path}: holds no picture")
+                    raise ValueError(f"extend {path}: has no video stream")
                 stream: Any = container.streams.video[0]
                 self.rate = float(stream.average_rate or 0)
                 for frame in container.decode(video=0):
                     image = self._upright(frame, stream)
                     if size not in (None, image.shape):
-                        raise ValueError(f"extend {path}: its frames differ in size")
+                        raise ValueError(f"extend {path}: frames differ in size")
                     size, count = image.shape, count + 1
+                    if frame.is_corrupt:
+                        raise ValueError(f"extend {path}: damaged at its frame {count}; {_REPAIR}")
+                    end = max(end, float(frame.time or 0) + float((frame.duration or 0) * (frame.time_base or 0)))
                     yield image
+                whole = _seconds(container, stream)
+                if count and whole - end > max(0.05 * whole, 2 / (self.rate or 1)):
+                    raise ValueError(
+                        f"extend {path}: cut short: its frames end at {end:.2f} of {whole:.2f} s; {_REPAIR}"
+                    )
         except (av.error.FFmpegError, OSError) as error:
-            said = error.strerror or error
-            raise ValueError(f"extend {path}: corrupt, or not what its suffix says: {said}") from error
+            reason = error.strerror or error
+            raise ValueError(f"extend {path}: corrupt, or not the format of its suffix: {reason}") from error
         if not count:
             raise ValueError(f"extend {path}: corrupt: no frame can be read")
 
@@ -171,15 +184,25 @@ class _Clip:
         image = frame.to_ndarray(format="rgb24", src_colorspace=source_matrix(frame))
         turns, flip = _orientation(frame)
         if not self.notes and (turns or flip):
-            self.notes.append(f"{self.path}: turned as the file says")
+            self.notes.append(f"{self.path}: rotated as the file says")
         aspect = float(stream.sample_aspect_ratio or 0) or 1.0
         self.aspect = 1 / aspect if turns % 2 else aspect
         image = np.rot90(image, turns)
         return np.ascontiguousarray(image[:, ::-1] if flip else image)
 
 
+def _seconds(container: Any, stream: Any) -> float:
+    """How long the pictures of a file are to go on, as it says itself; 0: it does not say."""
+    if container.format.name == "avi":  # its duration is that of what is there
+        return float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
+    if stream.duration:
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    alone = len(container.streams) == 1  # sound may go on longer
+    return float(container.duration or 0) / 1e6 if alone else 0.0
+
+
 def _orientation(frame: Any) -> tuple[int, bool]:
-    """Quarter turns to the left, and whether to mirror after them, by the frame's display matrix."""
+    """Quarter turns counter-clockwise, then whether to mirror, from the frame's display matrix."""
     from av.sidedata.sidedata import Type
 
     data = frame.side_data.get(Type.DISPLAYMATRIX)
@@ -193,21 +216,21 @@ def _orientation(frame: Any) -> tuple[int, bool]:
     return int(turns), mirrored
 
 
-class _Fitted:
-    """Scales frames to a size as they come: of the file's own size a few are kept at a time."""
+class _Resizer:
+    """Scales frames to a size in chunks, so that few are in memory at their original size."""
 
     def __init__(self, path: Path, size: tuple[int, int], clip: _Clip | None = None) -> None:
         self.path, self.size, self.clip = path, size, clip
         self.notes: tuple[str, ...] = ()
 
-    def take(self, frames: Iterable[Frames]) -> Frames:
+    def __call__(self, frames: Iterable[Frames]) -> Frames:
         """uint8 [F, high, wide, 3]."""
-        found, source = [], iter(frames)
-        while chunk := list(islice(source, _AT_ONCE)):
-            found.append(self._fit(np.stack(chunk)))
-        return np.concatenate(found)
+        chunks, source = [], iter(frames)
+        while chunk := list(islice(source, _CHUNK)):
+            chunks.append(self._resize(np.stack(chunk)))
+        return np.concatenate(chunks)
 
-    def _fit(self, frames: Frames) -> Frames:
+    def _resize(self, frames: Frames) -> Frames:
         (height, width), (high, wide) = frames.shape[1:3], self.size
         aspect = 1.0 if self.clip is None else self.clip.aspect
         if (height, width) == (high, wide) and aspect == 1:
@@ -219,7 +242,8 @@ class _Fitted:
         top, left = (scaled[0] - high) // 2, (scaled[1] - wide) // 2
         planes = torch.from_numpy(frames).movedim(3, 1).to(torch.float32)
         planes = torch.nn.functional.interpolate(planes, scaled, mode="bicubic", antialias=True)
-        cut = planes[:, :, top : top + high, left : left + wide].round_().clamp_(0, 255).to(torch.uint8)
+        cropped = planes[:, :, top : top + high, left : left + wide].round_().clamp_(0, 255).to(torch.uint8)
         pixels = "" if aspect == 1 else f", its pixels {aspect:.4g} times as wide as high"
-        self.notes = (f"{self.path}: scaled from {height}x{width} and cut to {high}x{wide} (height x width){pixels}",)
-        return cut.movedim(1, 3).numpy()
+        change = f"scaled from {height}x{width} and cropped to {high}x{wide} (height x width){pixels}"
+        self.notes = (f"{self.path}: {change}",)
+        return cropped.movedim(1, 3).numpy()

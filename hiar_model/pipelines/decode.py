@@ -1,4 +1,4 @@
-"""Finished blocks to frames, in order, one behind where the decoder works beside the transformer."""
+"""Decoding of finished blocks to frames, in order, asynchronously where the decoder allows it."""
 
 from __future__ import annotations
 
@@ -14,74 +14,74 @@ from hiar_kernels.nvtx import span
 from ..io.video import Frames
 from ..models.video_model import Decoder
 
-_WAITING, _BLOCK = "waiting", "waiting_block"
+_PENDING, _BLOCK = "waiting", "waiting_block"  # keys of saved states
 
 
 class Decoding:
-    """A decoder at work on one video.
+    """Decodes the blocks of one video.
 
-    One with a CUDA stream of its own decodes a block while the next one is made: frames come one block behind. Any
-    other decodes at once.
+    A decoder with a CUDA stream of its own decodes a block while the transformer makes the next one, so frames come one
+    block late (``asynchronous``). Others decode at once.
 
-    seconds: that :meth:`put` and :meth:`rest` waited for frames.
+    seconds: time that :meth:`put` and :meth:`flush` waited for frames.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder: Any = decoder
-        self.behind = getattr(decoder, "stream", None) is not None
+        self.asynchronous = getattr(decoder, "stream", None) is not None
         self.seconds = 0.0
-        self._waiting: tuple[int, Any] | None = None
+        self._pending: tuple[int, Any] | None = None
 
     def skip(self, latents: Tensor) -> None:
-        """Frames that are known: the decoder learns what comes before the others."""
-        with span("decode", "given"):
+        """Decode latents whose frames are known, for the decoder's state only."""
+        with span("decode", "prefix"):
             self.decoder.decode(latents)
 
     def put(self, block: int, latents: Tensor) -> Iterator[tuple[int, Frames]]:
-        """The next block's latents [1, f, C, h, w]; yields (block, frames uint8 [F, H, W, 3]) of what is done."""
-        begun = time.perf_counter()
+        """Decode a block's latents [1, f, C, h, w]; yields (block, frames uint8 [F, H, W, 3]) of finished blocks."""
+        start = time.perf_counter()
         with span("decode", block):
-            following = self.decoder.submit(latents) if self.behind else _Done(self.decoder.decode(latents))
-        self.seconds += time.perf_counter() - begun
-        before, self._waiting = self._waiting, (block, following)  # at every yield the state is whole
+            submitted = self.decoder.submit(latents) if self.asynchronous else _Finished(self.decoder.decode(latents))
+        self.seconds += time.perf_counter() - start
+        before, self._pending = self._pending, (block, submitted)  # before the yield: the state may be saved there
         if before is not None:
             yield self._finish(*before)
-        if not self.behind:
-            yield from self.rest()
+        if not self.asynchronous:
+            yield from self.flush()
 
-    def rest(self) -> Iterator[tuple[int, Frames]]:
-        """What :meth:`put` has not yielded yet."""
-        if self._waiting is not None:
-            before, self._waiting = self._waiting, None
+    def flush(self) -> Iterator[tuple[int, Frames]]:
+        """Yield the block that :meth:`put` has not yielded yet."""
+        if self._pending is not None:
+            before, self._pending = self._pending, None
             yield self._finish(*before)
 
     def _finish(self, block: int, pending: Any) -> tuple[int, Frames]:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         frames = pending.result()
-        self.seconds += time.perf_counter() - begun
+        self.seconds += time.perf_counter() - start
         return block, frames
 
     @property
-    def kept(self) -> object:
-        """What a session keeps: this, or the decoder if that has no state."""
+    def stateful(self) -> object:
+        """The object whose state a session saves: this one, or the decoder if that has no state."""
         return self if hasattr(self.decoder, "state_dict") else self.decoder
 
     def state_dict(self) -> dict[str, Any]:
-        """The decoder's, and frames that were decoded but not yielded."""
+        """State of the decoder, and the frames not yielded yet."""
         state = dict(self.decoder.state_dict())
-        if self._waiting is not None:
-            state |= {_WAITING: torch.from_numpy(self._waiting[1].result()), _BLOCK: self._waiting[0]}
+        if self._pending is not None:
+            state |= {_PENDING: torch.from_numpy(self._pending[1].result()), _BLOCK: self._pending[0]}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self.decoder.load_state_dict({name: x for name, x in state.items() if name not in (_WAITING, _BLOCK)})
-        self._waiting = None
-        if _WAITING in state:
-            self._waiting = (int(state[_BLOCK]), _Done(state[_WAITING].numpy()))
+        """Restore :meth:`state_dict`."""
+        self.decoder.load_state_dict({name: x for name, x in state.items() if name not in (_PENDING, _BLOCK)})
+        self._pending = None
+        if _PENDING in state:
+            self._pending = (int(state[_BLOCK]), _Finished(state[_PENDING].numpy()))
 
 
-class _Done:
+class _Finished:
     def __init__(self, frames: Frames) -> None:
         self.frames = frames
 

@@ -1,4 +1,4 @@
-"""Choices by measurement, before a video is made: how a pipeline divides its steps, and whether it fuses tasks."""
+"""Task costs measured before a video starts: they decide how a pipeline divides its steps and if it fuses tasks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .video_pipeline import VideoOptions, rollout_config
 def measured(
     model: VideoModel, execution: ExecutionConfig, options: VideoOptions, *, choose_fusion: bool
 ) -> tuple[ExecutionConfig, VideoOptions]:
-    """The same with the costs of the tasks, which the first rank measures; every rank of the mesh must call it.
+    """Both with the task costs measured by the first rank. Every rank of the mesh must call it.
 
     Args:
-        choose_fusion: set ``fuse_cache_denoise`` to whichever those costs make faster.
+        choose_fusion: set ``fuse_cache_denoise`` to what is faster by these costs.
     """
     import torch.distributed as dist
 
@@ -38,12 +38,12 @@ def measured(
             )
         ]  # fmt: skip
     if group is not None:
-        dist.broadcast_object_list(costs, group=group, group_src=0)  # measured times are not the same twice
-    (found,) = costs
-    assert found is not None
+        dist.broadcast_object_list(costs, group=group, group_src=0)  # all ranks must use the same numbers
+    (result,) = costs
+    assert result is not None
     if choose_fusion:
         working = ranks - execution.dedicated_decoder_rank
         split = [n for n in execution.steps_per_rank or () if n] or working
-        plan = faster_fusion(Plan.of(config), frames // config.frames_per_block, split, found)
+        plan = faster_fusion(Plan.of(config), frames // config.frames_per_block, split, result)
         options = replace(options, fuse_cache_denoise=plan.fuse_cache_denoise)
-    return replace(execution, costs=found), options
+    return replace(execution, costs=result), options

@@ -1,4 +1,4 @@
-"""What is written down of a video beside it: all that it takes to make it again."""
+"""Metadata written beside a video: everything needed to reproduce it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..version import NOISE, versions
 
 
 def describe(run: Any) -> dict[str, Any]:
-    """What it takes to repeat a :class:`.video_pipeline.VideoRun`, as JSON takes it; without a "command" where its
+    """Metadata of a :class:`.video_pipeline.VideoRun` as JSON values. "command" reproduces it, and is missing if its
     prompts came from no file.
     """
     model, options, config, execution = run.model, run.options, run.config, run.execution
@@ -46,14 +46,14 @@ def describe(run: Any) -> dict[str, Any]:
     }
     prompt, prompts = options.prompt, None
     command = ["hiar", "generate", *([] if prompt is None else [prompt])]
-    if run.show is not None:
-        lines = run.show.script.lines
-        prompts = [[line.seconds, line.prompt] for line in lines]
-        prompt, words["prompts"] = lines[0].prompt, run.show.script.file
+    schedule = None if run.prompts is None else run.prompts.schedule
+    if schedule is not None:
+        prompts = [[line.seconds, line.prompt] for line in schedule.lines]
+        prompt, words["prompts"] = schedule.lines[0].prompt, schedule.file
     words |= {name: _absolute(words.get(name)) for name in ("image", "extend", "from-session", "prompts")}
     if model.name not in SHIPPED and os.path.exists(model.name):
         words["model"] = _absolute(model.name)
-    repeatable = run.show is None or run.show.script.file is not None
+    repeatable = schedule is None or schedule.file is not None
     for name, value in words.items():
         command += [] if value is None else [f"--{name}", str(value)]
     return {
@@ -63,7 +63,7 @@ def describe(run: Any) -> dict[str, Any]:
         "weights_sha256": model.weights_sha256,
         "height": height,
         "width": width,
-        "given": None if run.given is None else str(options.image or options.extend),
+        "given": None if run.conditioning is None else str(options.image or options.extend),
         "num_frames": run.num_frames,
         "seed": options.seed,
         "noise": NOISE,
@@ -81,5 +81,5 @@ def describe(run: Any) -> dict[str, Any]:
 
 
 def _absolute(path: str | os.PathLike[str] | None) -> str | None:
-    """So that the command means the same file wherever it is run."""
+    """So that the command names the same file from any working directory."""
     return None if path is None else os.path.abspath(path)

@@ -1,12 +1,12 @@
-"""Prompts over time: a script of lines "seconds prompt", and when a block shows which.
+"""Prompts that change over time: a file of lines "seconds prompt".
 
     # a circle that turns into a square
     0     a red circle moving right
     12.5  a blue square moving up
 
-A prompt takes over at the first block that begins at its time or later: blocks are made whole, with one prompt each.
-Times count from the start of the video; blank lines and those that begin with # are skipped. The prompt of the time
-before the first line may be given apart.
+A block has one prompt, so a prompt takes effect at the first block that starts at its time or later. Times count from
+the start of the video; blank lines and lines that start with # are ignored. If the first line is later than 0 s, the
+prompt before it is passed separately.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..schedule.simulator import simulate
 
 @dataclass(frozen=True)
 class Line:
-    """``prompt`` from ``seconds`` on; ``where`` it is written, for messages."""
+    """``prompt`` takes effect at ``seconds``; ``where`` names the line in error messages."""
 
     seconds: float
     prompt: str
@@ -35,32 +35,40 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Script:
-    """Prompts by rising time.
+class PromptSchedule:
+    """Prompts in ascending order of time.
 
     Raises:
-        ValueError: no line, a time that is no number, negative or not after the one before, no prompt; names the line.
+        ValueError: no lines, an illegal time or an empty prompt; names the line.
+
+    Example:
+        >>> from hiar_model import PromptSchedule
+        >>> schedule = PromptSchedule.of([(0, "a red circle moving right"), (12.5, "a blue square moving up")])
+        >>> schedule.at(13)
+        1
     """
 
     lines: tuple[Line, ...]
-    name: str = "script"
-    file: str | None = None  # that it was read from
+    name: str = "prompt schedule"
+    file: str | None = None  # path that it was read from
 
     def __post_init__(self) -> None:
+        if isinstance(self.lines, str) or not all(isinstance(line, Line) for line in self.lines or ()):
+            raise ValueError("PromptSchedule takes lines: use .of([(0, 'a prompt'), ...]), or .read('script.txt')")
         if not self.lines:
-            raise ValueError(f'{self.name} has no prompts: give lines "seconds prompt", the first at 0')
+            raise ValueError(f'{self.name} has no prompts, expected lines "seconds prompt", the first at 0')
         before = -1.0
         for line in self.lines:
             if not math.isfinite(line.seconds) or line.seconds < 0:
-                raise ValueError(f"{line.where}: a time is a number of seconds from 0 on, got {line.seconds:g}")
+                raise ValueError(f"{line.where}: time must be a number of seconds, at least 0, got {line.seconds:g}")
             if not line.prompt:
-                raise ValueError(f'{line.where}: no prompt behind the time {line.seconds:g}: write "seconds prompt"')
+                raise ValueError(f'{line.where}: no prompt after the time {line.seconds:g}, expected "seconds prompt"')
             if line.seconds <= before:
-                raise ValueError(f"{line.where}: times must rise, {line.seconds:g} comes behind {before:g}")
+                raise ValueError(f"{line.where}: times must ascend, got {line.seconds:g} after {before:g}")
             before = line.seconds
 
-    def from_start(self, prompt: str | None = None) -> Script:
-        """The script from 0 s on, where ``prompt`` is that of the time before its first line.
+    def from_start(self, prompt: str | None = None) -> PromptSchedule:
+        """The schedule from 0 s on; ``prompt`` is the one before its first line.
 
         Raises:
             ValueError: there is no prompt at 0 s, or there are two.
@@ -69,14 +77,14 @@ class Script:
         if first.seconds and not prompt:
             raise ValueError(f"{first.where}: the first prompt must be at 0 s, got {first.seconds:g}")
         if not first.seconds and prompt:
-            raise ValueError(f"{first.where} is a prompt at 0 s: leave out the other one, {prompt!r}")
-        return Script((Line(0.0, prompt, "the prompt"), *self.lines), self.name, self.file) if prompt else self
+            raise ValueError(f"{first.where} is the prompt at 0 s: leave out the other one, {prompt!r}")
+        return PromptSchedule((Line(0.0, prompt, "the prompt"), *self.lines), self.name, self.file) if prompt else self
 
     @classmethod
-    def parse(cls, text: str, name: str = "script") -> Script:
-        """From lines "seconds prompt"; ``name`` is told in messages."""
+    def parse(cls, source: str, name: str = "prompt schedule") -> PromptSchedule:
+        """Parse lines "seconds prompt"; ``name`` appears in error messages."""
         lines = []
-        for number, raw in enumerate(text.splitlines(), 1):
+        for number, raw in enumerate(source.splitlines(), 1):
             content = raw.strip()
             if not content or content.startswith("#"):
                 continue
@@ -86,89 +94,92 @@ class Script:
                 seconds = float(time)
             except ValueError:
                 raise ValueError(
-                    f'{where}: begins with {time!r}, not with a time: write "seconds prompt", such as "12.5 {prompt}"'
+                    f'{where}: starts with {time!r}, expected "seconds prompt", such as "12.5 {prompt}"'
                 ) from None
             lines.append(Line(seconds, prompt.strip(), where))
         return cls(tuple(lines), name)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Script:
-        """From a file in UTF-8."""
+    def read(cls, path: str | os.PathLike[str]) -> PromptSchedule:
+        """Read a file in UTF-8."""
         refuse_stand_in(Path(path))
         try:
-            script = cls.parse(Path(path).read_text(encoding="utf-8-sig"), Path(path).name)
-            return replace(script, file=os.fspath(path))
+            schedule = cls.parse(Path(path).read_text(encoding="utf-8-sig"), Path(path).name)
+            return replace(schedule, file=os.fspath(path))
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+            raise ValueError(f"{path} is not UTF-8: {error}") from error
 
     @classmethod
-    def of(cls, prompts: Iterable[tuple[float, str]], name: str = "prompts") -> Script:
-        """From pairs (seconds, prompt)."""
+    def of(cls, prompts: Iterable[tuple[float, str]], name: str = "prompts") -> PromptSchedule:
+        """From tuples (seconds, prompt)."""
         return cls(tuple(Line(float(t), p.strip(), f"{name} entry {i}") for i, (t, p) in enumerate(prompts, 1)), name)
 
     def at(self, seconds: float) -> int:
-        """Which line's prompt is on at a time."""
+        """Index of the line whose prompt is in effect at a time."""
         return bisect_right([line.seconds for line in self.lines], seconds) - 1
 
 
 @dataclass(frozen=True)
-class Show:
-    """A script on the blocks of one video; call it with a block number for the text, as :class:`Rollout` does.
+class EncodedPromptSchedule:
+    """A schedule for the blocks of one video. Call it with a block number for the prompt embeddings, as
+    :class:`hiar_model.Rollout` does.
 
-    script: the prompts. texts: of each line, equal prompts share one tensor. start: seconds at which a block begins.
+    schedule       the prompts
+    prompt_embeds  of each line [B or 1, L, text_dim]; equal prompts share one tensor
+    start          block -> seconds at which it starts
     """
 
-    script: Script
-    texts: tuple[Tensor, ...]
+    schedule: PromptSchedule
+    prompt_embeds: tuple[Tensor, ...]
     start: Callable[[int], float]
 
     @classmethod
     def encoded(
         cls,
-        script: Script,
+        schedule: PromptSchedule,
         encode: Callable[[str], Tensor],
         start: Callable[[int], float],
         num_blocks: int | None = None,
-    ) -> Show:
-        """Encode every prompt ahead, so that a wrong one is told before work starts.
+    ) -> EncodedPromptSchedule:
+        """Encode all prompts now, so that an illegal one is refused before work starts.
 
         Args:
-            encode: prompt -> [B or 1, L, text_dim]; ValueError for one that cannot be shown.
-            start: block -> seconds, rising. num_blocks: of the video; None: endless.
+            encode: prompt -> [B or 1, L, text_dim]; raises ValueError for an illegal prompt.
+            start: block -> seconds, ascending. num_blocks: of the video; None: endless.
 
         Raises:
-            ValueError: names the line: no prompt at 0 s, one that is refused, one whose time is behind the last block's
-                start, or one that another takes over from within the same block.
+            ValueError: names the line: no prompt at 0 s, an illegal prompt, a time after the start of the last block,
+                or a prompt that is replaced within the same block.
         """
-        script = script.from_start()
-        texts: dict[str, Tensor] = {}
-        for line in script.lines:
+        schedule = schedule.from_start()
+        embeds: dict[str, Tensor] = {}
+        for line in schedule.lines:
             try:
-                texts[line.prompt] = texts[line.prompt] if line.prompt in texts else encode(line.prompt)
+                embeds[line.prompt] = embeds[line.prompt] if line.prompt in embeds else encode(line.prompt)
             except ValueError as error:
                 raise ValueError(f"{line.where}: {error}") from error
-        show = cls(script, tuple(texts[line.prompt] for line in script.lines), start)
-        firsts = [show.first_block(i, num_blocks) for i in range(len(script.lines))]
-        for line, first, following in zip(script.lines, firsts, [*firsts[1:], -1], strict=True):
+        encoded = cls(schedule, tuple(embeds[line.prompt] for line in schedule.lines), start)
+        firsts = [encoded.first_block(i, num_blocks) for i in range(len(schedule.lines))]
+        for line, first, following in zip(schedule.lines, firsts, [*firsts[1:], -1], strict=True):
             if first is None:
                 assert num_blocks is not None
-                last = f"the last block begins at {start(num_blocks - 1):g} s"
-                raise ValueError(f"{line.where}: {line.seconds:g} s is too late to show, {last}")
+                last = f"the last block starts at {start(num_blocks - 1):g} s"
+                raise ValueError(f"{line.where}: {line.seconds:g} s is too late, {last}")
             if first == following:
                 raise ValueError(
-                    f"{line.where}: never shows, the next prompt takes over at the same block ({first}, "
+                    f"{line.where}: has no effect, the next prompt replaces it in the same block ({first}, "
                     f"from {start(first):g} s): a block has one prompt"
                 )
-        return show
+        return encoded
 
     def __call__(self, block: int) -> Tensor:
-        return self.texts[self.script.at(self.start(block))]
+        return self.prompt_embeds[self.schedule.at(self.start(block))]
 
     def first_block(self, line: int, num_blocks: int | None = None) -> int | None:
-        """The block at which a line takes over; None if the video ends before it."""
-        seconds, below, above = self.script.lines[line].seconds, -1, 1
+        """The first block of a line's prompt; None if the video ends before it."""
+        seconds, below, above = self.schedule.lines[line].seconds, -1, 1
         while self.start(above) < seconds:
             below, above = above, 2 * above
             if num_blocks is not None and below >= num_blocks:
@@ -178,24 +189,24 @@ class Show:
             below, above = (middle, above) if self.start(middle) < seconds else (below, middle)
         return above if num_blocks is None or above < num_blocks else None
 
-    def told(self) -> list[str]:
-        """A line for each prompt: when it was asked for, and from when on it shows."""
-        found = []
-        for i, line in enumerate(self.script.lines):
+    def summary(self) -> list[str]:
+        """A line of output for each prompt: its time, and the block where it takes effect."""
+        lines = []
+        for i, line in enumerate(self.schedule.lines):
             block = self.first_block(i)
             assert block is not None
-            found.append(f"{line.seconds:g} s {line.prompt!r}: shows from {self.start(block):g} s (block {block})")
-        return found
+            lines.append(f"{line.seconds:g} s {line.prompt!r}: shows from {self.start(block):g} s (block {block})")
+        return lines
 
 
 @dataclass(frozen=True)
 class PromptDelay:
-    """From a change of the prompt while a video is made to the end of the first block that shows it, at worst (just
-    behind the start of a block, which keeps the prompt it began with), in the steady state.
+    """Worst-case time from a live prompt change to the end of the first block that shows it, in the steady state. The
+    worst case is just after a block has started, as that block keeps its prompt.
 
-    blocks    blocks that are finished in that time, the first to show the new prompt among them
-    forwards  the time, in tasks of equal length
-    recache   cache tasks that policy "recache" adds before it shows, at most; None: those of all earlier blocks
+    blocks    blocks finished in that time, including the first with the new prompt
+    forwards  the time, in tasks of equal duration
+    recache   cache tasks that "recache" adds before it, at most; None: those of all earlier blocks
     """
 
     blocks: int
@@ -208,26 +219,26 @@ class PromptDelay:
         return f"a new prompt shows at worst in block {self.blocks} from now, after {self.forwards:g} forwards{more}"
 
 
-def prompt_delay(plan: Plan, ranks: int = 1, on_new_text: str = "keep") -> PromptDelay:
-    """What an order, on so many ranks of a pipeline, makes a live change of the prompt wait.
+def prompt_delay(plan: Plan, ranks: int = 1, on_prompt_change: str = "keep") -> PromptDelay:
+    """The delay of a live prompt change for a task order on that many pipeline ranks.
 
     Raises:
-        ValueError: the order begins every block before the first is finished.
+        ValueError: the order is step_first, which starts every block before the first is finished.
     """
     if plan.order == "step_first":
         raise ValueError(
-            "order step_first begins every block before one is finished: a prompt that changes on the way never shows; "
-            "use stream, wavefront or block_first"
+            "order must be stream, wavefront or block_first, got step_first, which starts every block before one is "
+            "finished: a live prompt change would have no effect"
         )
-    limit = ranks + 1 if ranks > 1 else None  # as a pipeline holds them
+    limit = ranks + 1 if ranks > 1 else None  # blocks in flight of a pipeline
     timeline = simulate(plan, plan.prefix_blocks + 4 * plan.steps + 20, ranks, in_flight=limit)
-    begun, finished = timeline.begun, timeline.finished
+    started, finished = timeline.started, timeline.finished
     block = timeline.num_blocks - 2 * plan.steps - 4  # away from both ends
-    blocks = sum(begun[block] < end <= finished[block + 1] for end in finished.values())
+    blocks = sum(started[block] < end <= finished[block + 1] for end in finished.values())
     again: int | None = 0
-    if on_new_text == "recache":
+    if on_prompt_change == "recache":
         again = None
         if None not in plan.window_frames:
-            of_step = [len(plan.seen(s, 10**6)) for s in range(plan.steps)]  # windows are full there
+            of_step = [len(plan.seen(s, 10**6)) for s in range(plan.steps)]  # with a full window
             again = max(of_step) if plan.graph == "clean" else sum(of_step)
     return PromptDelay(blocks, timeline.prompt_delay or 0.0, again)

@@ -1,4 +1,4 @@
-"""Prompt to video: :class:`VideoPipeline`; `generate` makes a whole video, `stream` yields its blocks as they come."""
+"""Prompt to video: :class:`VideoPipeline`. `generate` returns a whole video, `stream` yields it block by block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hiar_kernels.nvtx import span
 
-from ..common.checks import one_of, whole
+from ..common.checks import MOST_STEPS, MOST_THREADS, one_of, path_like, whole
 from ..common.settings import own_settings
 from ..config import ExecutionConfig, RolloutConfig
 from ..config.rollout import ORDERS
@@ -33,49 +33,48 @@ from ..rollout import FinishedBlock, Rollout
 from ..rollout.run_folder import RunFolder
 from ..rollout.session_io import load_session, save_session
 from ..schedule.plan import Plan
-from .conditioning import Given, read_given
+from .conditioning import ConditioningFrames, read_conditioning
 from .decode import Decoding
 from .metadata import describe
-from .prompt_schedule import Script, Show, prompt_delay
+from .prompt_schedule import EncodedPromptSchedule, PromptSchedule, prompt_delay
 
 Window = int | Sequence[int | None] | None | Literal["model"]
 Progress = Callable[[int, int | None, int, int | None], None]
-"""Called with (pixel frames done, in all, forwards done, in all); "in all" is None for an endless video."""
+"""Called with (pixel frames done, total, forwards done, total); the totals are None for an endless video."""
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """What can be said about one video; sizes and counts are in pixels and pixel frames.
+    """The options of one video; sizes and counts are in pixels and pixel frames.
 
     Args:
         prompt: what to show; the toy model knows "a [small|large] COLOUR SHAPE moving DIRECTION [slowly|fast]". None
             only with ``prompts``.
-        height, width: of the frames; None: as the model says.
-        num_frames: pixel frames, whole blocks of them; None: what the model says.
+        height, width: of the frames; None: the model's.
+        num_frames: pixel frames, in whole blocks; None: the model's.
         seed: of all noise.
-        steps: denoising steps, spread evenly; None: the model's own.
-        order: "step_first", "stream", "wavefront" (one result, other memory and speed) or "block_first" (clean
-            context); None: what the model was trained for, or its fastest equal.
-        window_frames: latent frames that a block sees, its own among them: a number, one per step, or None: all;
+        steps: denoising steps, evenly spaced; None: the model's.
+        order: "step_first", "stream", "wavefront" (same result, different memory and speed) or "block_first" (clean
+            context); None: what the model was trained for, or the fastest order with the same result.
+        window_frames: latent frames that a block sees, its own included: a number, one per step, or None: all;
             "model": as trained.
-        sink_frames: first latent frames that always stay visible, inside the window's number; None: the model's.
+        sink_frames: first latent frames that always stay visible, within ``window_frames``; None: the model's.
         fps: of the written video; None: the model's.
-        image, extend: a picture, or a clip, that the video begins with (files): its frames come first, as they are, and
-            count in ``num_frames``; None means as many new blocks as otherwise.
-        prompts: they change on the way (:class:`hiar_model.Script`); ``prompt`` is then that of the time before the
-            script's first line, or None.
+        image, extend: path of a picture, or of a clip, that the video starts with. Its frames come first, unchanged,
+            and count in ``num_frames``; ``num_frames=None`` then adds as many new blocks as usual.
+        prompts: a :class:`hiar_model.PromptSchedule`; ``prompt`` is then the one before its first line, or None.
         on_prompt_change: "keep" or "recache", of :class:`hiar_model.RolloutConfig`.
         fuse_cache_denoise: of :class:`hiar_model.RolloutConfig`.
-        session: a file of :meth:`VideoRun.save_session` to go on from: frames come from there on; with another prompt
-            it is a fork, which shows it from the first block that had not begun.
-        open_end: the video is made as the beginning of an endless one, ``num_frames`` only says how far, counted from
-            its start; so its session goes on beyond.
-        run_folder: of a pipeline: a folder in which finished blocks, and every ``checkpoint_every`` of them the states
-            of all ranks, are kept; ``resume`` goes on with those of an interrupted run.
-        threads: of torch on a CPU while frames are made; None: one for a small model such as the toy, else torch's own
-            setting. What the caller has set is put back before each block is handed over.
-        on_progress: called with (frames done, in all, forwards done, in all) after every group of tasks.
+        session: a file of :meth:`VideoRun.save_session` to resume: frames start there. A different prompt makes a fork,
+            which takes effect at the first block that had not started.
+        open_end: make the video as the beginning of an endless one, so that its session can go beyond ``num_frames``,
+            which counts from its start.
+        run_folder: of a pipeline: the folder for finished blocks and, every ``checkpoint_every`` blocks, the states of
+            all ranks; ``resume`` continues an interrupted run.
+        threads: CPU threads of torch while frames are made; None: one for a small model such as the toy, else torch's
+            setting. The caller's setting is restored before each block is handed over.
+        on_progress: called with (frames done, total, forwards done, total) after every group of tasks.
     """
 
     prompt: str | None
@@ -90,7 +89,7 @@ class VideoOptions:
     fps: float | None = None
     image: str | os.PathLike[str] | None = None
     extend: str | os.PathLike[str] | None = None
-    prompts: Script | None = None
+    prompts: PromptSchedule | None = None
     on_prompt_change: str = "keep"
     fuse_cache_denoise: bool = False
     session: str | os.PathLike[str] | None = None
@@ -102,21 +101,30 @@ class VideoOptions:
     on_progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("num_frames", 1), ("steps", 1), ("sink_frames", 0), ("threads", 1)):
+        for name, least, most in (
+            ("num_frames", 1, None), ("steps", 1, MOST_STEPS), ("sink_frames", 0, None), ("threads", 1, MOST_THREADS),
+        ):  # fmt: skip
             value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else whole(name, value, least))
+            object.__setattr__(self, name, None if value is None else whole(name, value, least, most=most))
+        if self.prompts is not None and not isinstance(self.prompts, PromptSchedule):
+            raise ValueError(f"prompts must be a PromptSchedule (.read('script.txt')), got {self.prompts!r}")
+        if self.on_progress is not None and not callable(self.on_progress):
+            raise ValueError(f"on_progress must be a function or None, got {self.on_progress!r}")
+        if self.session is not None:
+            path_like("session", self.session)
         object.__setattr__(self, "seed", whole("seed", self.seed))
         if self.order is not None:
             one_of("order", self.order, ORDERS)
         object.__setattr__(self, "fps", None if self.fps is None else check_fps(self.fps))
         if self.session is not None and self.run_folder is not None:
             raise ValueError(
-                f"session={os.fspath(self.session)!r} is of one process, a pipeline keeps its own: give one"
+                f"session={os.fspath(self.session)!r} and run_folder exclude each other: a session is of one process, "
+                "a run folder of a pipeline"
             )
 
 
 def _video_options(returns: Any) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Gives a function the signature of its own first parameters, then every field of :class:`VideoOptions`."""
+    """Decorator: append the fields of :class:`VideoOptions` to a function's signature and docstring."""
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -142,16 +150,16 @@ _OPTIONS = inspect.cleandoc(VideoOptions.__doc__ or "").partition("\n\n")[2]
 
 
 class VideoPipeline:
-    """Prompts to videos, with one model that is loaded once.
+    """Makes videos of prompts with one model, which is loaded once.
 
     Args:
-        model: a shipped model's name, a folder (of Wan, too), or one that :func:`hiar_model.load_video_model` loaded.
+        model: name of a shipped model, a folder (also of Wan), or a model of :func:`hiar_model.load_video_model`.
         execution: where and how it runs; None: eagerly, in this process.
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
-        dtype: "float32", "bfloat16", "float16" or "float64"; None: float32, but bfloat16 of Wan.
+        dtype: "float32", "bfloat16", "float16" or "float64"; None: bfloat16 for Wan, else float32.
 
     Raises:
-        ValueError: one line that names what is wrong and what would be right.
+        ValueError: one line with the illegal argument, its value and the legal values.
 
     Example:
         >>> from hiar_model import VideoPipeline
@@ -174,15 +182,15 @@ class VideoPipeline:
         self.device, self.dtype = pick_device(device), pick_dtype(dtype)
         if isinstance(model, VideoModel):
             if device != "auto" and self.device != model.device:
-                raise ValueError(f"the model given is on {model.device}, not on {device}: load it there")
+                raise ValueError(f"device must be that of the loaded model, {model.device}, got {device}")
             if self.dtype not in (None, model.dtype):
-                raise ValueError(f"the model given is in {model.dtype}, not in {dtype}: load it so")
+                raise ValueError(f"dtype must be that of the loaded model, {model.dtype}, got {dtype}")
         else:
             model_folder(model)
 
     @functools.cached_property
     def model(self) -> VideoModel:
-        """Loaded when it is first needed: a video that does not fit into memory is refused before that."""
+        """The model; loaded on first use, after the memory check of the first video."""
         if isinstance(self._named, VideoModel):
             return self._named
         return load_video_model(self._named, self.device, self.dtype)
@@ -196,18 +204,18 @@ class VideoPipeline:
 
     @_video_options("Iterator[Frames]")
     def stream(self, prompt: str | None, **options: Any) -> Iterator[Frames]:
-        """The blocks of a video, uint8 [f, H, W, 3] each, as they come; ``num_frames`` None: without an end.
+        """Yield a video block by block, uint8 [f, H, W, 3] each; ``num_frames`` None: endless.
 
-        The request is checked at the call, work starts with the first ``next``. In place of step_first the order is
-        "stream" unless said otherwise: step_first shows nothing until nearly all is done and has no endless form.
+        The options are checked at the call, work starts with the first ``next``. The default order is "stream" in place
+        of step_first, which finishes no block until nearly all is done and cannot be endless.
         """
         return iter(self.prepare(VideoOptions(prompt, **options), blockwise=True))
 
     def prepare(self, options: VideoOptions, *, blockwise: bool = False) -> VideoRun:
-        """A checked request: every mistake is found here, before work starts.
+        """Check all options and build the run, before work starts.
 
         Args:
-            blockwise: blocks are shown as they come; ``num_frames`` None then means a video without an end.
+            blockwise: the caller wants blocks as soon as they are finished; ``num_frames`` None then means endless.
         """
         if "model" not in vars(self):
             require_memory(
@@ -220,7 +228,7 @@ class VideoPipeline:
 
 
 def rollout_config(model: VideoModel, options: VideoOptions, blockwise: bool = False) -> RolloutConfig:
-    """What is computed: as the model was trained, but for what the options say."""
+    """The rollout config of the model with the options applied."""
     config = model.rollout
     if options.steps is not None:
         config = config.with_steps(options.steps)
@@ -238,7 +246,7 @@ def rollout_config(model: VideoModel, options: VideoOptions, blockwise: bool = F
         if blockwise:
             order = "stream"  # the same result, block by block
         elif options.prompts is None and is_small(model.transformer):
-            order = "wavefront"  # likewise, in fewer and larger calls
+            order = "wavefront"  # the same result, in fewer and larger forwards
     return replace(
         config,
         order=order,
@@ -248,7 +256,7 @@ def rollout_config(model: VideoModel, options: VideoOptions, blockwise: bool = F
 
 
 class VideoRun:
-    """One video being made, of :meth:`VideoPipeline.prepare`. Iterate once for the frames, block by block."""
+    """One video of :meth:`VideoPipeline.prepare`. Iterate once for the frames, block by block."""
 
     @own_settings()
     def __init__(
@@ -259,28 +267,28 @@ class VideoRun:
         blockwise = blockwise or options.open_end
         if (endless or options.open_end) and options.order == "step_first":
             others = ", ".join(name for name in ORDERS if name != "step_first")
-            what = "a video whose session goes on:" if options.open_end else "an endless video: give num_frames, or"
-            raise ValueError(f"order step_first cannot make {what} use {others}")
+            kind = "a video with a session" if options.open_end else "a video without num_frames"
+            raise ValueError(f"order must be one of {others} for {kind}, got step_first")
         self.model = model.sized(options.height, options.width)
         self.config = rollout_config(self.model, options, blockwise)
         self.fps = float(self.model.fps if options.fps is None else options.fps)
         self.threads = fitting_threads(self.model.transformer, requested=options.threads)
         if (endless or options.open_end) and None in self.config.windows:
-            raise ValueError("an endless video needs a window: give window_frames")
+            raise ValueError("window_frames must be a number for an endless video, got None")
         networks = self.model.networks(len(self.config.steps))
-        self.given = read_given(
+        self.conditioning = read_conditioning(
             options.image, options.extend, self.model.pixel_size, self.model.temporal_compression, self.fps
         )
         prefix_frames = self._prefix_frames()
         latent_frames = self._latent_frames(options.num_frames, endless, prefix_frames)
         self.num_frames = None if latent_frames is None else self.model.pixel_frames(latent_frames)
-        length = None if options.open_end else latent_frames  # what the rollout knows of it
-        self.prefix = None if self.given is None else self._encoded(self.given)
-        self.show: Show | None = None
-        text = self._text(options.prompt, options.prompts, Plan.of(self.config, prefix_frames), length)
+        length = None if options.open_end else latent_frames
+        self.prefix = None if self.conditioning is None else self._encode(self.conditioning)
+        self.prompts: EncodedPromptSchedule | None = None
+        prompt_embeds = self._prompt_embeds(Plan.of(self.config, prefix_frames), length)
         self.rollout = Rollout(
             networks,
-            text,
+            prompt_embeds,
             self.config,
             execution,
             num_latent_frames=length,
@@ -288,16 +296,16 @@ class VideoRun:
             seed=options.seed,
             prefix=self.prefix,
         )
-        me = weakref.proxy(self)  # no cycle: the caches are given back at once where a run is dropped
+        me = weakref.proxy(self)  # no reference cycle: a dropped run frees its caches at once
         if options.on_progress is not None:
-            self.rollout.on_task = lambda done, total: me._visited(done, total)
+            self.rollout.on_task = lambda done, _: me._report(done)
         self.rollout.on_boundary = lambda block: me._boundary(block)
         self.on_progress, self.frames_done = options.on_progress, 0
         self.decoding: Decoding | None = None
         self.session, self._ends = options.session, False
         if options.session is not None:
             self.decoding = Decoding(self.model.decoder())
-            session = load_session(options.session, self.rollout, self.decoding.kept, self._facts())
+            session = load_session(options.session, self.rollout, self.decoding.stateful, self._facts())
             self.frames_done = session.about["frames"]
         self._last = self._last_block(options.num_frames, options.session) if options.open_end else None
         self.metadata = describe(self)
@@ -305,110 +313,107 @@ class VideoRun:
 
     @property
     def makes_frames(self) -> bool:
-        """Whether frames come in this process: the last one of a pipeline, the first of those that share heads, or the
-        only one.
-        """
+        """Whether this process yields frames: the last rank of a pipeline, the first of those that share heads."""
         return self.rollout.heads[0] == 0 and self.rollout.makes_blocks
 
     def __iter__(self) -> Iterator[Frames]:
-        """Frames of one block after the other, uint8 [f, H, W, 3].
+        """Frames block by block, uint8 [f, H, W, 3].
 
         Raises:
-            FloatingPointError: latents that are not finite, or frames that are all black: names step and block.
+            FloatingPointError: latents that are not finite, or black frames; names step and block.
         """
-        with closing(self._made()) as made:
+        with closing(self._generate()) as blocks:
             while True:
                 with own_settings(), cpu_threads(self.threads):
-                    frames = next(made, None)
+                    frames = next(blocks, None)
                 if frames is None:
                     return
                 yield frames
 
-    def _made(self) -> Generator[Frames, None, None]:
+    def _generate(self) -> Generator[Frames, None, None]:
         decoding = self.decoding = self.decoding or Decoding(self.model.decoder())
-        if self.given is not None and self.session is None and self.makes_frames:
+        if self.conditioning is not None and self.session is None and self.makes_frames:
             assert self.prefix is not None
             decoding.skip(self.prefix)
-            self.frames_done = len(self.given.frames)
-            yield self.given.frames
+            self.frames_done = len(self.conditioning.frames)
+            yield self.conditioning.frames
         for block in self._blocks():
             if self.makes_frames:
                 yield from map(self._checked, decoding.put(block.block, block.latents))
             if self._ends or block.block == self._last:
                 break
-        yield from map(self._checked, decoding.rest())
+        yield from map(self._checked, decoding.flush())
 
-    def _checked(self, made: tuple[int, Frames]) -> Frames:
-        block, frames = made
+    def _checked(self, decoded: tuple[int, Frames]) -> Frames:
+        block, frames = decoded
         first, self.frames_done = self.frames_done, self.frames_done + len(frames)
         if not frames.any():
             step, last = len(self.config.steps) - 1, self.frames_done - 1
-            raise FloatingPointError(f"frames {first} to {last} came out all black: step {step}, block {block}")
+            raise FloatingPointError(f"frames {first} to {last} are all black: step {step}, block {block}")
         self._report(self.rollout.forwards_done)
         return frames
 
     def end(self) -> None:
-        """Let the iteration end behind the block that is being made, such as from a signal handler."""
+        """End the iteration after the current block; may be called from a signal handler."""
         self._ends = True
 
     @own_settings()
     def save_session(self, path: str | os.PathLike[str]) -> Path:
-        """Write a session, between two blocks: see :func:`hiar_model.save_session`."""
+        """Save a session between two blocks: see :func:`hiar_model.save_session`."""
         if self.decoding is None:
-            raise ValueError("a session begins with the first block: there is nothing to save yet")
-        return save_session(path, self.rollout, self.decoding.kept, {**self._facts(), "frames": self.frames_done})
+            raise ValueError("nothing to save: a session can be saved after the first block")
+        return save_session(path, self.rollout, self.decoding.stateful, {**self._facts(), "frames": self.frames_done})
 
     def _facts(self) -> dict[str, Any]:
-        """What a session must have in common with the run that goes on with it."""
+        """Facts that a session and the run that resumes it must share."""
         facts: dict[str, Any] = {"weights_sha256": self.model.weights_sha256, "seed": self.options.seed}
-        if self.given is not None:
-            facts["given_sha256"] = hashlib.sha256(self.given.frames.tobytes()).hexdigest()
+        if self.conditioning is not None:
+            facts["given_sha256"] = hashlib.sha256(self.conditioning.frames.tobytes()).hexdigest()
         return facts
 
     def notes(self) -> list[str]:
-        """What is to be said about prompts that change: from when on each shows, and what a live change would wait."""
-        if self.show is None:
+        """Lines of output about changing prompts: when each takes effect, and the delay of a live change."""
+        if self.prompts is None:
             return []
         plan, pipeline = self.rollout.plan, self.rollout.pipeline
         if plan.order == "step_first":
-            return self.show.told()
+            return self.prompts.summary()
         ranks = 1 if pipeline is None else len([n for n in pipeline.stage.split if n])
-        return [*self.show.told(), str(prompt_delay(plan, ranks, self.options.on_prompt_change))]
+        return [*self.prompts.summary(), str(prompt_delay(plan, ranks, self.options.on_prompt_change))]
 
     def _prefix_frames(self) -> int:
-        """Latent frames of what is given."""
-        if self.given is None:
+        """Latent frames of the conditioning."""
+        if self.conditioning is None:
             return 0
-        return 1 + (len(self.given.frames) - 1) // self.model.temporal_compression
+        return 1 + (len(self.conditioning.frames) - 1) // self.model.temporal_compression
 
-    def _latent_frames(self, asked: int | None, endless: bool, given: int) -> int | None:
+    def _latent_frames(self, num_frames: int | None, endless: bool, prefix: int) -> int | None:
         """Latent frames of the video; None: endless."""
-        if asked is not None:
-            return self.model.latent_frames(asked, given)
-        return None if endless else given + self.model.latent_frames(self.model.num_frames)
+        if num_frames is not None:
+            return self.model.latent_frames(num_frames, prefix)
+        return None if endless else prefix + self.model.latent_frames(self.model.num_frames)
 
-    def _last_block(self, asked: int | None, session: str | os.PathLike[str] | None) -> int:
-        """The block that ends an iteration of a video with an open end."""
+    def _last_block(self, num_frames: int | None, session: str | os.PathLike[str] | None) -> int:
+        """The last block of this iteration, for ``open_end``."""
         plan, block, done = self.rollout.plan, self.config.frames_per_block, self.rollout.blocks_done
         assert self.num_frames is not None
-        if session is not None and asked is None:
+        if session is not None and num_frames is None:
             more = self.model.latent_frames(self.model.num_frames)
             self.num_frames = self.model.pixel_frames(plan.block_frames(done - 1)[1] + more)
         latent = self.model.latent_frames(self.num_frames, plan.prefix_frames)
         last = plan.prefix_blocks + (latent - plan.prefix_frames) // block - 1
         if last < done and session is not None:
-            stands = self.model.pixel_frames(plan.block_frames(done - 1)[1])
-            raise ValueError(f"{os.fspath(session)} stands at frame {stands}: num_frames must be more, got {asked}")
+            frames = self.model.pixel_frames(plan.block_frames(done - 1)[1])
+            raise ValueError(f"num_frames must be more than the {frames} of {os.fspath(session)}, got {num_frames}")
         return last
 
-    def _encoded(self, given: Given) -> Tensor:
-        """[1, f, C, h, w]"""
-        return self.model.encoder().encode(to_pixels(given.frames)).to(self.model.device, self.model.dtype)
+    def _encode(self, conditioning: ConditioningFrames) -> Tensor:
+        """Latents [1, f, C, h, w]."""
+        return self.model.encoder().encode(to_pixels(conditioning.frames)).to(self.model.device, self.model.dtype)
 
-    def _text(
-        self, prompt: str | None, prompts: Script | None, blocks: Plan, latent_frames: int | None
-    ) -> Tensor | Show:
-        """Of the one prompt, or of each block."""
+    def _prompt_embeds(self, blocks: Plan, latent_frames: int | None) -> Tensor | EncodedPromptSchedule:
+        """Embeddings of the one prompt, or of each block's."""
+        prompt, prompts = self.options.prompt, self.options.prompts
         if prompts is None:
             return self.model.encode_text(prompt)  # type: ignore[arg-type]  # refuses None by name
 
@@ -416,16 +421,17 @@ class VideoRun:
             return self.model.pixel_frames(blocks.block_frames(n)[0]) / self.fps
 
         num_blocks = None if latent_frames is None else blocks.block_of(latent_frames - 1) + 1
-        self.show = Show.encoded(prompts.from_start(prompt), self.model.encode_text, start, num_blocks)
-        return self.show
+        schedule = prompts.from_start(prompt)
+        self.prompts = EncodedPromptSchedule.encoded(schedule, self.model.encode_text, start, num_blocks)
+        return self.prompts
 
     def _blocks(self) -> Iterator[FinishedBlock]:
-        """Those that were kept of an interrupted run, then the rest as they come."""
+        """The stored blocks of an interrupted run, then the new ones."""
         if self.run_folder is None:
             yield from self.rollout
             return
-        known = self.run_folder.resume(self.rollout)
-        for block in range(self.rollout.plan.prefix_blocks, known if self.makes_frames else 0):
+        stored = self.run_folder.resume(self.rollout)
+        for block in range(self.rollout.plan.prefix_blocks, stored if self.makes_frames else 0):
             yield self.run_folder.load_block(block)
         for finished in self.rollout:
             self.run_folder.save_block(finished)
@@ -434,7 +440,7 @@ class VideoRun:
     def _open_folder(self, folder: str | os.PathLike[str]) -> RunFolder:
         pipeline = self.rollout.pipeline
         if pipeline is None:
-            raise ValueError("blocks are kept, and runs resumed, in a pipeline only: give --parallel pipeline")
+            raise ValueError("run_folder is for pipelines only: give --parallel pipeline")
         names = ("prompt", "prompts", "weights_sha256", "height", "width", "given", "num_frames", "seed", "noise",
                  "rollout", "dtype")  # fmt: skip
         about = {name: self.metadata[name] for name in names} | {"steps_per_rank": list(pipeline.stage.split)}
@@ -445,9 +451,6 @@ class VideoRun:
     def _boundary(self, block: int) -> None:
         if self.run_folder is not None:
             self.run_folder.boundary(self.rollout, block)
-
-    def _visited(self, done: int, total: int | None) -> None:
-        self._report(done)
 
     def _report(self, forwards_done: int) -> None:
         if self.on_progress is not None:
@@ -464,13 +467,13 @@ def generate(
     dtype: str | torch.dtype | None = None,
     **options: Any,
 ) -> Video:
-    """A video of a prompt: ``VideoPipeline(model, execution, device=device, dtype=dtype)(prompt, ...)``.
+    """Generate a video of a prompt: ``VideoPipeline(model, execution, device=device, dtype=dtype)(prompt, ...)``.
 
     The same arguments give the same video.
 
     Raises:
-        ValueError: one line for whatever is wrong with the request, before work starts.
-        FloatingPointError: not finite or all black, with step and block.
+        ValueError: one line with the illegal option, its value and the legal values, before work starts.
+        FloatingPointError: latents that are not finite, or black frames; names step and block.
 
     Example:
         >>> from hiar_model import generate
@@ -490,8 +493,8 @@ def stream(
     dtype: str | torch.dtype | None = None,
     **options: Any,
 ) -> Iterator[Frames]:
-    """The blocks of a video, uint8 [f, H, W, 3] each, as they come: :meth:`VideoPipeline.stream`.
+    """Yield a video block by block, uint8 [f, H, W, 3] each: :meth:`VideoPipeline.stream`.
 
-    ``num_frames`` None: without an end. The request is checked at the call, work starts with the first ``next``.
+    ``num_frames`` None: endless. The options are checked at the call, work starts with the first ``next``.
     """
     return VideoPipeline(model, execution, device=device, dtype=dtype).stream(prompt, **options)

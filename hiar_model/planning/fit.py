@@ -1,6 +1,6 @@
-"""Whether a video fits a GPU, and what makes it fit: `hiar doctor --model NAME|FOLDER`. No weights are loaded.
+"""Whether a video fits a GPU, and which options make it fit: `hiar doctor --model NAME|FOLDER`. Loads no weights.
 
-The predictions are :mod:`hiar_model.planning.memory`'s; here is what they are asked, the search, and how it is told.
+:mod:`hiar_model.planning.memory` predicts the memory; this module builds its requests, searches, and prints.
 """
 
 from __future__ import annotations
@@ -20,26 +20,29 @@ from ..config.rollout import BLOCKWISE
 from ..io.files import refuse_stand_in
 from ..io.weight_files import read_json, read_tensors
 from ..models.kv_cache import E4M3
-from .memory import Memory, Part, Request, predict, vae_part
+from .memory import ComponentMemory, Memory, Request, predict, vae_memory
 
-SHOWN = 3  # ways to fit
+SHOWN = 3  # suggestions
 _UNITS = {"": 10**9, "gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20, "tb": 10**12, "tib": 2**40}
 
 
-def parse_size(text: str) -> int:
+def parse_size(size: str) -> int:
     """Bytes of "24GB" (10^9), "24GiB" (2^30), "500MB" or "24" (GB).
 
     Raises:
-        ValueError: no such size.
+        ValueError: not a size.
+
+    Example:
+        >>> parse_size("24GiB")
+        25769803776
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = found[2].lower() if found else "?"
-    size = round(float(found[1]) * _UNITS[unit]) if found and unit in _UNITS else 0
-    if size < 1:
-        raise ValueError(
-            f"gpu-memory {text!r} is no size: give such as 24GB (24 x 10^9 bytes), 24GiB (24 x 2^30) or 80"
-        )
-    return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+    unit = match[2].lower() if match else "?"
+    nbytes = round(float(match[1]) * _UNITS[unit]) if match and unit in _UNITS else 0
+    if nbytes < 1:
+        legal = "a size such as 24GB (24 x 10^9 bytes), 24GiB (24 x 2^30) or 80"
+        raise ValueError(f"gpu_memory must be {legal}, got {size!r}")
+    return nbytes
 
 
 _ROLLOUT = RolloutConfig(window_frames=WAN.window_frames)
@@ -47,12 +50,13 @@ _ROLLOUT = RolloutConfig(window_frames=WAN.window_frames)
 
 @dataclass(frozen=True)
 class Subject:
-    """A model as far as its memory goes.
+    """The sizes of a model.
 
-    size                 (height, width) of the one latent size it has, else None
-    pixels, frames       pixels of a latent along a side, pixel frames of a latent frame
-    text_encoder         bytes of its weights; vae: diffusers' settings, None: on the CPU, or not there
-    missing              parts that were not found, in words
+    size            (height, width) of its only latent size; None: any
+    pixels, frames  spatial and temporal compression: pixels of a latent along a side, pixel frames of a latent frame
+    text_encoder    bytes of its weights
+    vae             diffusers' config; None: on the CPU, or missing
+    missing         names of missing components
     """
 
     name: str
@@ -69,10 +73,10 @@ class Subject:
 
 
 def subject(model: str) -> Subject:
-    """By the name of a configuration or of a shipped model, or from a folder or file of weights, which are not loaded.
+    """The sizes of a configuration or shipped model by name, or of a folder or file of weights, which are not loaded.
 
     Raises:
-        ValueError: one line: neither a name nor weights that are known.
+        ValueError: one line: neither a known name nor known weights.
     """
     from ..models.registry import CONFIG, load_video_model
 
@@ -80,15 +84,16 @@ def subject(model: str) -> Subject:
     if model in published:
         return Subject(model, WanConfig.from_name(model), text_encoder=2 * WAN.text_encoder_parameters, vae={})
     path = Path(model)
-    told = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-    if model in SHIPPED or told.get("format") == "hiar-toy":
-        toy = load_video_model(model, "cpu")  # some megabytes; its text encoder is a table, its codec stays on the CPU
+    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    if model in SHIPPED or config.get("format") == "hiar-toy":
+        toy = load_video_model(model, "cpu")  # a few MB, without text encoder weights or VAE
         return Subject(
             model, toy.transformer.config, toy.rollout, toy.num_frames, "float32", toy.latent_size[1:],
             frames=toy.temporal_compression,
         )  # fmt: skip
     if not path.exists():
-        raise ValueError(f"model {model!r} is no name, file or folder; names: {', '.join([*SHIPPED, *published])}")
+        names = ", ".join([*SHIPPED, *published])
+        raise ValueError(f"model must be a name, file or folder, got {model!r}; names: {names}")
     return _on_disk(path)
 
 
@@ -97,10 +102,10 @@ def _on_disk(path: Path) -> Subject:
     from ..models.text_encoder import NATIVE_WEIGHTS, WEIGHTS, find_text_encoder
     from ..models.vae_weights import ORIGINAL, find_vae
 
-    found = read_checkpoint(path)[1]  # mapped, not read
-    folder, missing, text, vae = path if path.is_dir() else path.parent, [], 0, None
+    checkpoint = read_checkpoint(path)[1]  # memory-mapped, not read
+    folder, missing, text_encoder, vae = path if path.is_dir() else path.parent, [], 0, None
     if any((folder / name).exists() for name in (WEIGHTS, NATIVE_WEIGHTS)):
-        text = find_text_encoder(folder).nbytes
+        text_encoder = find_text_encoder(folder).nbytes
     else:
         missing.append("text encoder")
     if (folder / "vae" / "config.json").is_file():
@@ -110,16 +115,16 @@ def _on_disk(path: Path) -> Subject:
         vae = {"base_dim": len(read_tensors(folder / ORIGINAL)[0]["encoder.conv1.weight"])}
     else:
         missing.append("VAE")
-    window, sink = found.window_frames or WAN.window_frames, found.sink_frames or 0
+    window, sink = checkpoint.window_frames or WAN.window_frames, checkpoint.sink_frames or 0
     return Subject(
-        str(found), found.config, RolloutConfig(window_frames=window, sink_frames=sink), text_encoder=text, vae=vae,
-        missing=tuple(missing),
+        str(checkpoint), checkpoint.config, RolloutConfig(window_frames=window, sink_frames=sink),
+        text_encoder=text_encoder, vae=vae, missing=tuple(missing),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A video of a model: what `hiar doctor` was asked, and what it may change."""
+class FitQuery:
+    """A video of a model, whose memory is predicted."""
 
     subject: Subject
     request: Request
@@ -127,16 +132,16 @@ class Asked:
     offload: tuple[str, ...] = ()
 
     def memory(self) -> Memory:
-        """Predicted."""
-        vae, r = Part(), self.request
+        """The predicted memory."""
+        vae, r = ComponentMemory(), self.request
         if self.subject.vae is not None and self.vae_dtype is not None and "vae" not in self.offload:
             size = (r.height, r.width, r.rollout.frames_per_block)
-            vae = vae_part(self.subject.vae, *size, self.vae_dtype, r.device)
-        text = Part(self.subject.text_encoder)
-        return predict(r, text_encoder=text, vae=vae, offload=self.offload)
+            vae = vae_memory(self.subject.vae, *size, self.vae_dtype, r.device)
+        text_encoder = ComponentMemory(self.subject.text_encoder)
+        return predict(r, text_encoder=text_encoder, vae=vae, offload=self.offload)
 
 
-def ask(
+def fit_query(
     model: str | Subject,
     *,
     height: int | None = None,
@@ -153,11 +158,11 @@ def ask(
     offload: Sequence[str] = (),
     device: str = "cuda",
     **options: Any,
-) -> Asked:
-    """The request in pixels; what is None is as the model says. ``options``: those of :class:`Request`.
+) -> FitQuery:
+    """A query in pixels and pixel frames; None means the model's value. ``options``: of :class:`Request`.
 
     Raises:
-        ValueError: one line that names what is wrong and what is legal.
+        ValueError: one line with the illegal option, its value and the legal values.
     """
     height, width, frames, steps, sink_frames = (
         None if value is None else whole(name, value, least)
@@ -166,7 +171,7 @@ def ask(
     )  # fmt: skip
     about = model if isinstance(model, Subject) else subject(model)
     if about.size is not None and (height, width) != (None, None):
-        raise ValueError(f"{about.name} has one size: give no height and no width")
+        raise ValueError(f"{about.name} has one size: height and width must be None, got {height} and {width}")
     high, wide = about.size or _latent_size(about, height or WAN.size[0], width or WAN.size[1])
     rollout = about.rollout if steps is None else about.rollout.with_steps(steps)
     if window_frames != "model":
@@ -179,14 +184,14 @@ def ask(
         dtype=_dtype("dtype", dtype or about.dtype), device=device,
         kv_dtype=None if kv_dtype is None else _dtype("kv-dtype", kv_dtype), **options,
     )  # fmt: skip
-    return Asked(about, request, None if vae_dtype == "none" else _dtype("vae-dtype", vae_dtype or "bfloat16"),
+    return FitQuery(about, request, None if vae_dtype == "none" else _dtype("vae-dtype", vae_dtype or "bfloat16"),
                  tuple(offload))  # fmt: skip
 
 
 def _latent_size(about: Subject, height: int, width: int) -> tuple[int, int]:
-    rows, columns = (about.pixels * p for p in about.config.patch_size[1:])
-    if height < 1 or width < 1 or height % rows or width % columns:
-        raise ValueError(f"height must be a multiple of {rows} and width of {columns} pixels, got {height}x{width}")
+    y, x = (about.pixels * p for p in about.config.patch_size[1:])
+    if height < 1 or width < 1 or height % y or width % x:
+        raise ValueError(f"height must be a multiple of {y} and width of {x} pixels, got {height}x{width}")
     return height // about.pixels, width // about.pixels
 
 
@@ -213,141 +218,141 @@ def _dtype(option: str, name: str) -> torch.dtype:
     return legal[name]
 
 
-# What makes it fit.
+# The search for options that fit.
 
 
 @dataclass(frozen=True)
 class Change:
-    """Options that differ from what was asked, cheapest first by ``cost``: a higher bit is a worse change."""
+    """Changed options. Lower ``cost`` is better: one bit for each change, a higher bit for a worse one."""
 
     cost: int = 0
     options: tuple[str, ...] = ()
-    fields: dict[str, Any] = field(default_factory=dict)  # of the rollout, or of the request
+    fields: dict[str, Any] = field(default_factory=dict)  # of RolloutConfig, or kv_dtype
     offload: tuple[str, ...] = ()
 
     def __add__(self, other: Change) -> Change:
         fields, offload = {**self.fields, **other.fields}, tuple(dict.fromkeys(self.offload + other.offload))
         return Change(self.cost + other.cost, self.options + other.options, fields, offload)
 
-    def made(self, asked: Asked) -> Asked:
-        """The request with these options."""
-        request, fields = asked.request, dict(self.fields)
+    def apply(self, query: FitQuery) -> FitQuery:
+        """The query with these options."""
+        request, fields = query.request, dict(self.fields)
         if "kv_dtype" in fields:
             request = replace(request, kv_dtype=fields.pop("kv_dtype"))
         request = replace(request, rollout=replace(request.rollout, **fields))
-        return replace(asked, request=request, offload=asked.offload + self.offload)
+        return replace(query, request=request, offload=query.offload + self.offload)
 
     def __str__(self) -> str:
-        kept = [option for option in self.options if not option.startswith("--offload")]
-        return " ".join(kept + ([f"--offload {','.join(self.offload)}"] if self.offload else []))
+        others = [option for option in self.options if option != "--offload"]
+        return " ".join(others + ([f"--offload {','.join(self.offload)}"] if self.offload else []))
 
 
-def changes(asked: Asked) -> list[list[Change]]:
-    """Alternatives that may be combined, one of each list: first those that leave the video as it is (the text encoder
-    leaves; all blocks of a step before the next step, shown at the end; decoding on the CPU), then e4m3 keys, whose
-    error is measured in docs/memory.md, and last narrower windows.
+def changes(query: FitQuery) -> list[list[Change]]:
+    """Lists of alternatives, to combine one of each: first those that keep the video unchanged (offload the text
+    encoder; order step_first, which finishes all blocks at the end; decode on the CPU), then e4m3 KV, whose error is
+    measured in docs/memory.md, and last narrower windows.
     """
-    r, rollout, none = asked.request, asked.request.rollout, Change()
-    found = []
-    if asked.subject.text_encoder and "text" not in asked.offload:
-        found.append([none, Change(1, ("--offload",), {}, ("text",))])
+    r, rollout, none = query.request, query.request.rollout, Change()
+    alternatives: list[list[Change]] = []
+    if query.subject.text_encoder and "text" not in query.offload:
+        alternatives.append([none, Change(1, ("--offload",), {}, ("text",))])
     if rollout.order in BLOCKWISE and r.num_frames is not None and rollout.kv_source == "own":
-        found.append([none, Change(2, ("--order step_first",), {"order": "step_first"})])
-    if asked.subject.vae is not None and asked.vae_dtype is not None and "vae" not in asked.offload:
-        found.append([none, Change(4, ("--offload",), {}, ("vae",))])
+        alternatives.append([none, Change(2, ("--order step_first",), {"order": "step_first"})])
+    if query.subject.vae is not None and query.vae_dtype is not None and "vae" not in query.offload:
+        alternatives.append([none, Change(4, ("--offload",), {}, ("vae",))])
     if r.kv_dtype is None:
-        found.append([none, Change(8, ("--kv-dtype float8_e4m3fn",), {"kv_dtype": E4M3})])
+        alternatives.append([none, Change(8, ("--kv-dtype float8_e4m3fn",), {"kv_dtype": E4M3})])
     if not isinstance(window := rollout.window_frames, tuple):
         widest = min(window or r.num_frames or 0, r.num_frames or window or 0)
         narrow = [n for n in (12, 9, 6) if rollout.sink_frames + rollout.frames_per_block <= n < widest]
-        found.append([none, *(Change(16 << i, (f"--window-frames {n}",), {"window_frames": n})
+        alternatives.append([none, *(Change(16 << i, (f"--window-frames {n}",), {"window_frames": n})
                               for i, n in enumerate(narrow))])  # fmt: skip
-    return found
+    return alternatives
 
 
-def ways_to_fit(asked: Asked, limit: int, shown: int = SHOWN) -> list[tuple[Change, Memory]]:
-    """Combinations of changes that fit, cheapest first; none of them contains another one whole."""
-    found: list[tuple[Change, Memory]] = []
-    combined = [sum(chosen, Change()) for chosen in product(*changes(asked))]
+def options_that_fit(query: FitQuery, limit: int, shown: int = SHOWN) -> list[tuple[Change, Memory]]:
+    """Combinations of changes that fit, cheapest first; none contains another one."""
+    fitting: list[tuple[Change, Memory]] = []
+    combined = [sum(chosen, Change()) for chosen in product(*changes(query))]
     for change in sorted(combined, key=lambda one: one.cost):
-        if any(set(_parts(known)) <= set(_parts(change)) for known, _ in found):
+        if any(_atoms(known) <= _atoms(change) for known, _ in fitting):
             continue
-        memory = change.made(asked).memory()
+        memory = change.apply(query).memory()
         if memory.total <= limit:
-            found.append((change, memory))
-            if len(found) == shown:
+            fitting.append((change, memory))
+            if len(fitting) == shown:
                 break
-    return found
+    return fitting
 
 
-def _parts(change: Change) -> list[str]:
-    return [option for option in change.options if option != "--offload"] + list(change.offload)
+def _atoms(change: Change) -> set[str]:
+    return {option for option in change.options if option != "--offload"} | set(change.offload)
 
 
-# How it is told.
+# Output.
 
 
-def lines(asked: Asked, limits: Sequence[int] = ()) -> Iterator[str]:
-    """Markdown: the parts, the total, and for each size of a GPU whether that fits or what makes it fit."""
-    about, r, memory = asked.subject, asked.request, asked.memory()
-    rollout, kept = r.rollout, "" if r.kv_dtype is None else f", keys in {_name(r.kv_dtype)}"
+def lines(query: FitQuery, limits: Sequence[int] = ()) -> Iterator[str]:
+    """Markdown: memory by component, the total, and for each GPU size whether it fits or what makes it fit."""
+    about, r, memory = query.subject, query.request, query.memory()
+    rollout, kv = r.rollout, "" if r.kv_dtype is None else f", keys in {_name(r.kv_dtype)}"
     window = "all" if rollout.window_frames is None else rollout.window_frames
     batch = f", {r.batch} videos at once" if r.batch > 1 else ""
     yield (
         f"{about.name}: latents {r.num_frames} x {r.height}x{r.width}, {len(rollout.steps)} steps, "
         f"order {rollout.order}"
-        f"{', fused' if rollout.fuse_cache_denoise else ''}, window {window}, {_name(r.dtype)}{kept}{batch}"
+        f"{', fused' if rollout.fuse_cache_denoise else ''}, window {window}, {_name(r.dtype)}{kv}{batch}"
     )
     yield ""
     yield "| part | GB (10^9 bytes) | |"
     yield "|---|---:|---|"
-    for name, nbytes, note in _rows(asked, memory):
+    for name, nbytes, note in _rows(query, memory):
         yield f"| {name} | {_gb(nbytes)} | {note} |"
     yield f"| **peak** | **{_gb(memory.total)}** | {memory.when} |"
     if about.missing:
         yield ""
-        yield f"Not counted, for it is not there: {', '.join(about.missing)}."
+        yield f"Not counted because missing: {', '.join(about.missing)}."
     for limit in limits:
         yield ""
-        yield from _verdict(asked, memory, limit)
+        yield from _verdict(query, memory, limit)
 
 
-def _rows(asked: Asked, memory: Memory) -> Iterator[tuple[str, int, str]]:
-    r = asked.request
+def _rows(query: FitQuery, memory: Memory) -> Iterator[tuple[str, int, str]]:
+    r = query.request
     yield "transformer", memory.transformer, "weights"
-    if asked.subject.text_encoder:
-        leaves = "weights; leaves when the prompt is read" if "text" in asked.offload else "weights"
-        yield "text encoder", memory.text_encoder.weights, leaves
-    if asked.subject.vae is not None and asked.vae_dtype is not None and "vae" in asked.offload:
+    if query.subject.text_encoder:
+        note = "weights; offloaded after the prompt is encoded" if "text" in query.offload else "weights"
+        yield "text encoder", memory.text_encoder.weights, note
+    if query.subject.vae is not None and query.vae_dtype is not None and "vae" in query.offload:
         yield "VAE", 0, "on the CPU"
     elif memory.vae.weights:
-        yield "VAE", memory.vae.weights, f"weights, {_name(asked.vae_dtype)}"
-        yield "VAE features", memory.vae.kept, "kept from block to block"
+        yield "VAE", memory.vae.weights, f"weights, {_name(query.vae_dtype)}"
+        yield "VAE features", memory.vae.resident, "stay from block to block"
     rings = f"{memory.rings} x {_gb(memory.caches // memory.rings)}" if memory.rings > 1 else "1 for all steps in turn"
     yield "caches", memory.caches, f"keys and values, {rings}"
     if memory.scratch:
-        yield "keys of one layer", memory.scratch, f"read back into {_name(r.dtype)}"
+        yield "keys of one layer", memory.scratch, f"dequantised to {_name(r.dtype)}"
     if memory.workspaces:
-        yield "workspaces", memory.workspaces, "of matrix products, 32 MiB a stream"
-    yield "prompt", memory.prompt, "its keys in every layer, modulation, buffers"
+        yield "workspaces", memory.workspaces, "of cuBLAS, 32 MiB per stream"
+    yield "prompt", memory.prompt, "its KV in every layer, modulation, buffers"
     yield "latents", memory.latents, "in flight"
-    yield "a task", memory.activations, "of its graphs, kept" if memory.captured else "beside all that, for a moment"
+    yield "a task", memory.activations, "in the graphs' private pool" if memory.captured else "temporary"
     if memory.vae.weights:
-        yield "decoding", memory.vae.peak, "beside all that, for a moment"
+        yield "decoding", memory.vae.peak, "temporary"
 
 
-def _verdict(asked: Asked, memory: Memory, limit: int) -> Iterator[str]:
+def _verdict(query: FitQuery, memory: Memory, limit: int) -> Iterator[str]:
     if memory.total <= limit:
-        yield f"{_gb(limit)} GB: fits, {_gb(limit - memory.total)} GB are left."
+        yield f"{_gb(limit)} GB: fits, {_gb(limit - memory.total)} GB left."
         return
-    yield f"{_gb(limit)} GB: does not fit, {_gb(memory.total - limit)} GB are missing."
-    ways = ways_to_fit(asked, limit)
-    if not ways:
-        yield "Nothing that can be changed here makes it fit; a smaller picture, a shorter video or more GPUs may."
+    yield f"{_gb(limit)} GB: does not fit, {_gb(memory.total - limit)} GB missing."
+    suggestions = options_that_fit(query, limit)
+    if not suggestions:
+        yield "No option makes it fit; a smaller picture, a shorter video or more GPUs may."
         return
-    yield "What makes it fit, first what changes least:"
-    for change, found in ways:
-        yield f"- `{change}`: {_gb(found.total)} GB, {found.when}"
+    yield "Options that fit, smallest change first:"
+    for change, needed in suggestions:
+        yield f"- `{change}`: {_gb(needed.total)} GB, {needed.when}"
 
 
 def _gb(nbytes: int) -> str:

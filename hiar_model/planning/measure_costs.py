@@ -1,4 +1,4 @@
-"""Seconds of the tasks, measured where they will run: a pipeline divides its steps by them."""
+"""Measured task durations, by which a pipeline divides its steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import ExecutionConfig, RolloutConfig
 from ..models.transformer import HiARTransformer
 from ..rollout.engine import Rollout
-from ..schedule.costs import Costs, Curve
+from ..schedule.costs import CostCurve, Costs
 
 
 def measure_costs(
@@ -26,14 +26,14 @@ def measure_costs(
     repeats: int = 4,
     fused: bool = False,
 ) -> Costs:
-    """Seconds of a denoise and a cache task over the frames they see, means of a short rollout for each window.
+    """Mean seconds of a denoise and a cache task against the frames they see, from a short rollout for each window.
 
     Args:
-        prompt_embeds: [B or 1, L, text_dim]. config: of the video; its windows are what is measured. execution: its
-            ``cuda_graph`` and ``kv_dtype`` count.
+        prompt_embeds: [B or 1, L, text_dim]. config: of the video; its windows are measured. execution: only
+            ``cuda_graph`` and ``kv_dtype`` are used.
         num_latent_frames: of the video; None: endless. latent_size: (height, width) of a latent frame.
-        batch: videos at once. repeats: blocks that are timed once the window is full. fused: time fused tasks too, at
-            the widest window.
+        batch: videos at once. repeats: blocks timed with a full window. fused: also time fused tasks, at the widest
+            window.
     """
     execution = execution or ExecutionConfig()
     execution = ExecutionConfig(cuda_graph=execution.cuda_graph, kv_dtype=execution.kv_dtype)
@@ -42,7 +42,7 @@ def measure_costs(
     windows = {min(w or total or 0, total or w or 0) for w in config.windows} | {sink + 2 * block}
 
     def times(window: int, fuse: bool = False) -> dict[str, float]:
-        """Kind of task, or "fused" -> seconds, with the window full."""
+        """Kind of task, or "fused" -> seconds, with a full window."""
         growth = -(-window // block)
         rollout = Rollout(
             model, prompt_embeds,
@@ -55,22 +55,26 @@ def measure_costs(
         )  # fmt: skip
         seconds: dict[str, list[float]] = {}
         for group in rollout.groups():
-            task, begun = group[0][-1], _now(device)
+            task, start = group[0][-1], _now(device)
             rollout.step()
-            if task.block > growth:  # what is met for the first time is compiled or captured
-                seconds.setdefault("fused" if len(group[0]) == 2 else task.kind, []).append(_now(device) - begun)
-        return {kind: fmean(each) for kind, each in seconds.items()}  # a video takes their sum
+            if task.block > growth:  # earlier forwards compile or capture
+                seconds.setdefault("fused" if len(group[0]) == 2 else task.kind, []).append(_now(device) - start)
+        return {kind: fmean(each) for kind, each in seconds.items()}  # the mean, as a video takes their sum
 
     device = model.patch_embedding.weight.device
     measured = {window: times(window) for window in windows}
-    denoise, cache = (Curve(tuple((w, measured[w][kind]) for w in sorted(measured))) for kind in ("denoise", "cache"))
+
+    def curve(kind: str) -> CostCurve:
+        return CostCurve(tuple((window, measured[window][kind]) for window in sorted(measured)))
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     factor = 1.0
     if fused:
         widest = max(windows)
         factor = times(widest, True)["fused"] / (measured[widest]["denoise"] + measured[widest]["cache"])
     how = "CUDA graphs" if execution.cuda_graph else "eager"
-    return Costs(denoise, cache, pair=factor, source=f"tasks measured on {name}, {batch} at once, {how}")
+    source = f"tasks measured on {name}, {batch} at once, {how}"
+    return Costs(curve("denoise"), curve("cache"), fused=factor, source=source)
 
 
 def _now(device: torch.device) -> float:

@@ -1,6 +1,6 @@
-"""`hiar profile`: where a rollout's time goes, beside the machine's limits. `hiar warmup`: what a cold start costs.
+"""`hiar profile`: where a rollout's time goes, against the machine's limits. `hiar warmup`: the cost of a cold start.
 
-Weights are random: speed does not depend on them. Every figure is measured in the run that prints it.
+Weights are random, as speed does not depend on them. Every figure is measured in the run that prints it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ _MATMUL = re.compile(r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|addmm|::mm|::b
 _COPY = re.compile(r"memcpy|memset|copy_|::to$|::cat$", re.IGNORECASE)
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 LAUNCHES = re.compile(r"^(cuda|cu)LaunchKernel|^cudaGraphLaunch|^cudaLaunchCooperativeKernel")
-_WATCHED = "the watched blocks"
-
+_PROFILED = "profiled blocks"
 
 _ROLLOUT = RolloutConfig(order="stream", window_frames=WAN.window_frames)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run.
+    """The rollout to measure.
 
     Attributes:
-        model: a name of :meth:`WanConfig.from_name`. height, width: pixels; None: 480 x 832, or the model's one size.
-        blocks: measured, once the window is full.
+        model: a name of :meth:`WanConfig.from_name`. height, width: pixels; None: 480 x 832, or the model's only size.
+        blocks: measured with a full window.
         rollout: what is computed. cuda_graph: whether forwards are captured. layers: of the network; None: all.
     """
 
@@ -59,18 +58,19 @@ class Setting:
         return max(window or 0 for window in self.rollout.windows)
 
     def config(self) -> WanConfig:
-        """Of the network that is run."""
+        """The config of the network."""
         values = WanConfig.from_name(self.model).to_dict()
         return WanConfig.from_dict(values if self.layers is None else {**values, "num_layers": self.layers})
 
     def latent_size(self) -> tuple[int, int]:
-        """Height and width of a latent frame; Wan's VAE makes 8 x 8 pixels one."""
+        """(height, width) of a latent frame."""
         config = self.config()
         if config.position_grid is not None:
             if (self.height, self.width) != (None, None):
-                raise ValueError(f"{self.model} has one size: give no height and no width")
-            rows, columns = (n * p for n, p in zip(config.position_grid, config.patch_size[1:], strict=True))
-            return rows, columns
+                got = f"got {self.height} and {self.width}"
+                raise ValueError(f"{self.model} has one size: height and width must be None, {got}")
+            height, width = (n * p for n, p in zip(config.position_grid, config.patch_size[1:], strict=True))
+            return height, width
         height, width = self.height or WAN.size[0], self.width or WAN.size[1]
         step = 2 * WAN.spatial_compression
         if height % step or width % step:
@@ -80,7 +80,7 @@ class Setting:
 
 @dataclass
 class Start:
-    """Seconds from nothing to the first task that runs at full speed."""
+    """Seconds to build the model and to warm up, and how many kinds of forwards there are."""
 
     build: float
     warm_up: float
@@ -88,8 +88,8 @@ class Start:
 
 
 @dataclass
-class Part:
-    """One kind of work, per task: seconds on the device, kernels, and the seconds that the machine's limit allows."""
+class KindTime:
+    """One kind of work, per task: seconds on the device, kernels, and the least seconds the machine allows."""
 
     name: str
     seconds: float
@@ -100,14 +100,14 @@ class Part:
 
 @dataclass
 class Profile:
-    """What :func:`profile` found, per task where not said otherwise."""
+    """The result of :func:`profile`, per task unless stated otherwise."""
 
     setting: Setting
     device: str
     start: Start
     tasks: int
     seconds: float
-    parts: list[Part]
+    parts: list[KindTime]
     launches: float | None
     syncs: float | None
     peak_bytes: int | None
@@ -115,9 +115,9 @@ class Profile:
     limits: dict[str, float] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """As a Markdown table with what was run above it."""
+        """A Markdown table, with a description of the run above it."""
         s, size = self.setting, "x".join(map(str, self.setting.latent_size()))
-        rows = [
+        lines = [
             f"{s.model}{f' ({s.layers} layers)' if s.layers else ''}, random weights, latents {size}, {s.dtype}, "
             f"window {s.rollout.window_frames}, order {s.rollout.order}"
             f"{', fused' if s.rollout.fuse_cache_denoise else ''}, {'CUDA graphs' if s.cuda_graph else 'eager'}, "
@@ -125,54 +125,55 @@ class Profile:
             f"limits measured in this run: matmul {self.limits['flop'] / 1e12:.4g} TFLOP/s, "
             f"copy {self.limits['bytes'] / 1e9:.4g} GB/s",
             f"cold start: weights {self.start.build:.1f} s, warm-up {self.start.warm_up:.1f} s for {self.start.kinds} "
-            "kinds of launches",
+            "kinds of forwards",
             f"{1e3 * self.seconds:.3f} ms a task over {self.tasks} tasks, {self.frames_per_second:.2f} pixel frames "
             "a second without the VAE",
         ]
         for name, value in (("kernel or graph launches", self.launches), ("host syncs", self.syncs)):
-            rows.append(f"{name} a task: " + ("not counted on a CPU" if value is None else f"{value:.2f}"))
+            lines.append(f"{name} a task: " + ("not counted on a CPU" if value is None else f"{value:.2f}"))
         peak = "not counted on a CPU" if self.peak_bytes is None else f"{self.peak_bytes / 2**30:.2f} GiB"
-        rows += [f"peak memory: {peak}", "", "| part | ms a task | share | kernels | limit ms | of limit | limit is |"]
-        rows.append("|---|---:|---:|---:|---:|---:|---|")
+        lines += [f"peak memory: {peak}", "", "| part | ms a task | share | kernels | limit ms | of limit | limit is |"]
+        lines.append("|---|---:|---:|---:|---:|---:|---|")
         for part in self.parts:
             limit = " | "
             if part.limit and part.seconds:
                 limit = f"{1e3 * part.limit:.3f} | {part.limit / part.seconds:.0%}"
-            rows.append(
+            lines.append(
                 f"| {part.name} | {1e3 * part.seconds:.3f} | {part.seconds / self.seconds:.0%} | {part.kernels:.0f} "
                 f"| {limit} | {part.why} |"
             )
-        return rows
+        return lines
 
 
 def build(setting: Setting) -> tuple[Rollout, float]:
-    """An endless rollout of random weights and a random prompt, and the seconds that it took."""
+    """An endless rollout with random weights and a random prompt, and the seconds to build it."""
     device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {setting.device!r}: torch {torch.__version__} finds no CUDA device; legal here: cpu")
     begun = _now(device)
-    config, (height, width) = setting.config(), setting.latent_size()
+    config = setting.config()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
             torch.manual_seed(0)
             model = HiARTransformer(config).eval().requires_grad_(False)
-            text = torch.randn(1, config.text_len, config.text_dim)
+            prompt_embeds = torch.randn(1, config.text_len, config.text_dim)
     finally:
         torch.set_default_dtype(before)
-    # step_first makes no endless video: until the window is full, and then the blocks to measure
+    # step_first cannot be endless: fill the window, then the blocks to measure
     frames = setting.rollout.frames_per_block
     full = -(-(setting.window or 0) // frames) + setting.blocks
     rollout = Rollout(
-        model, text, setting.rollout, ExecutionConfig(cuda_graph=setting.cuda_graph),
-        num_latent_frames=frames * full if setting.rollout.order == "step_first" else None, latent_size=(height, width),
+        model, prompt_embeds, setting.rollout, ExecutionConfig(cuda_graph=setting.cuda_graph),
+        latent_size=setting.latent_size(),
+        num_latent_frames=frames * full if setting.rollout.order == "step_first" else None,
     )  # fmt: skip
     return rollout, _now(device) - begun
 
 
 def warm_up(setting: Setting) -> tuple[Rollout, Start]:
-    """Build a rollout and run each of its kinds of launches once."""
+    """Build a rollout and run each of its kinds of forwards once."""
     rollout, seconds = build(setting)
     begun = _now(rollout.device)
     kinds = rollout.warm_up()
@@ -180,13 +181,13 @@ def warm_up(setting: Setting) -> tuple[Rollout, Start]:
 
 
 def profile(setting: Setting) -> Profile:
-    """Run until the window is full, then ``setting.blocks`` blocks with a clock, and as many under torch's profiler.
+    """Fill the window, then time ``setting.blocks`` blocks, and run as many again under torch's profiler.
 
     Raises:
-        ValueError: order step_first, which has no steady state: its blocks are finished all at the end.
+        ValueError: order step_first, which has no steady state: all its blocks finish at the end.
     """
     if setting.rollout.order == "step_first":
-        raise ValueError("profile needs an order with a steady state: stream, wavefront or block_first, got step_first")
+        raise ValueError("order must have a steady state (stream, wavefront or block_first), got step_first")
     rollout, start = warm_up(setting)
     device, cuda = rollout.device, rollout.device.type == "cuda"
     if cuda:
@@ -199,11 +200,11 @@ def profile(setting: Setting) -> Profile:
     for _ in range(setting.blocks):
         next(blocks)
     seconds, tasks = _now(device) - begun, rollout.forwards_done - before
-    # again under the profiler, whose own cost must not be in the figures above
+    # again under the profiler, whose overhead must not be in the timing above
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     before = rollout.forwards_done
     with torch.profiler.profile(activities=activities) as profiler:
-        with torch.profiler.record_function(_WATCHED):
+        with torch.profiler.record_function(_PROFILED):
             for _ in range(setting.blocks):
                 next(blocks)
         _now(device)
@@ -211,12 +212,12 @@ def profile(setting: Setting) -> Profile:
 
 
 def _report(
-    setting: Setting, rollout: Rollout, start: Start, profiler: Any, seconds: float, tasks: int, watched: int
+    setting: Setting, rollout: Rollout, start: Start, profiler: Any, seconds: float, tasks: int, profiled: int
 ) -> Profile:
     device = rollout.device
     cuda = device.type == "cuda"
     config, plan = setting.config(), rollout.plan
-    peak = torch.cuda.max_memory_allocated(device) if cuda else None  # before the limits, whose copies take 2.5 GB
+    peak = torch.cuda.max_memory_allocated(device) if cuda else None  # before machine_limits, which allocates 2.5 GB
     limits = machine_limits(device, getattr(torch, setting.dtype))
     tokens = rollout.cache.frame_tokens * plan.frames_per_block
     keys = rollout.cache.frame_tokens * setting.window
@@ -229,9 +230,9 @@ def _report(
         "pointwise": (moved / limits["bytes"], f"{moved / 1e9:.4g} GB"),
     }
     spent, kernels, busy = _spent(profiler, cuda)
-    parts = [Part(name, spent[name] / watched, kernels[name] / watched, *why.get(name, (0.0, ""))) for name in KINDS]
-    parts.append(Part("idle", max(0.0, seconds / tasks - busy / watched), 0))
-    names = calls_within(profiler.events(), _WATCHED) if cuda else []
+    parts = [KindTime(k, spent[k] / profiled, kernels[k] / profiled, *why.get(k, (0.0, ""))) for k in KINDS]
+    parts.append(KindTime("idle", max(0.0, seconds / tasks - busy / profiled), 0))
+    names = calls_within(profiler.events(), _PROFILED) if cuda else []
     return Profile(
         setting,
         torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
@@ -239,8 +240,8 @@ def _report(
         tasks,
         seconds / tasks,
         parts,
-        sum(bool(LAUNCHES.match(name)) for name in names) / watched if cuda else None,
-        sum(name in SYNCS for name in names) / watched if cuda else None,
+        sum(bool(LAUNCHES.match(name)) for name in names) / profiled if cuda else None,
+        sum(name in SYNCS for name in names) / profiled if cuda else None,
         peak,
         WAN.temporal_compression * plan.frames_per_block * setting.blocks / seconds,
         limits,
@@ -248,8 +249,8 @@ def _report(
 
 
 def calls_within(events: Sequence[Any], name: str) -> list[str]:
-    """Names of a profiler's events on the host that began within the one of such a name (``record_function``): the
-    waits that measuring needs, before it and after it, are none of the rollout's.
+    """Names of the profiler's host events that started within the ``record_function`` of this name. Leaves out the
+    synchronisation before and after, which is the measurement's.
     """
     host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     span = next(event.time_range for event in host if event.name == name)
@@ -258,7 +259,7 @@ def calls_within(events: Sequence[Any], name: str) -> list[str]:
 
 
 def kind_of(name: str) -> str:
-    """attention, matmul, copy or pointwise, by the name of a kernel or of torch's operation."""
+    """attention, matmul, copy or pointwise, from the name of a kernel or torch operation."""
     for kind, pattern in (("copy", _COPY), ("attention", _ATTENTION), ("matmul", _MATMUL)):
         if pattern.search(name):
             return kind
@@ -266,7 +267,7 @@ def kind_of(name: str) -> str:
 
 
 def _spent(profiler: Any, cuda: bool) -> tuple[dict[str, float], dict[str, int], float]:
-    """Seconds and kernels by kind, and the seconds in which the device had something to do."""
+    """Seconds and kernels by kind, and the seconds that the device was busy."""
     seconds, kernels = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0)
     spans: list[tuple[float, float]] = []
     for event in profiler.events():
@@ -286,7 +287,7 @@ def _spent(profiler: Any, cuda: bool) -> tuple[dict[str, float], dict[str, int],
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Length of a union of intervals."""
+    """Length of the union of intervals."""
     total, reach = 0.0, float("-inf")
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, reach))
@@ -295,50 +296,50 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def pointwise_bytes(config: WanConfig, tokens: int, element: int) -> float:
-    """Bytes that the pointwise work of one forward moves at least, each op of this package reading and writing once.
+    """Least bytes that the pointwise work of one forward moves: each op of this package reads and writes once.
 
-    In widths of the network a token and layer: three residuals with the norm that follows 4 each, qk_norm_rope_append
-    6, rms_norm of the cross-attention's q 2; GELU two hidden widths.
+    In units of the model dimension, per token and layer: 4 for each of three residuals with the norm after it, 6 for
+    qk_norm_rope_append, 2 for rms_norm of the cross-attention's q; GELU two hidden dimensions.
     """
     widths = 3 * 4 + 6 + 2 + 2 * config.ffn_dim / config.dim
     return config.num_layers * widths * tokens * config.dim * element
 
 
 def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """FLOP/s of a large matmul and bytes/s of a large copy, medians of several; small ones on a CPU."""
+    """FLOP/s of a large matmul and bytes/s of a large copy, medians of 7; small sizes on a CPU."""
     cuda = device.type == "cuda"
     n, size = (8192, 1 << 30) if cuda else (512, 1 << 25)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     x, y = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    found = {}
+    rates = {}
     for name, work, run in (("flop", 2.0 * n**3, lambda: a @ b), ("bytes", 2.0 * size, lambda: y.copy_(x))):
         run()
-        taken = []
+        seconds = []
         for _ in range(7):
-            begun = _now(device)
+            start = _now(device)
             run()
-            taken.append(_now(device) - begun)
-        found[name] = work / median(taken)
-    return found
+            seconds.append(_now(device) - start)
+        rates[name] = work / median(seconds)
+    return rates
 
 
 def stage_times(setting: Setting) -> dict[str, Any]:
-    """Seconds of a denoise and of a cache task over the frames that it sees, for the pipeline simulator.
+    """Seconds of a denoise and of a cache task against the frames it sees, for the pipeline simulator.
 
     Returns:
-        What :func:`hiar_model.schedule.costs.measured` reads; medians over the steps.
+        JSON for :func:`hiar_model.schedule.costs.measured`; medians over the steps.
     """
     plain = replace(setting.rollout, order="step_first", fuse_cache_denoise=False)
     rollout, _ = warm_up(replace(setting, rollout=plain))
     plan, device = rollout.plan, rollout.device
-    taken: dict[str, dict[int, list[float]]] = {"denoise": {}, "cache": {}}
+    seconds: dict[str, dict[int, list[float]]] = {"denoise": {}, "cache": {}}
     for group in rollout.groups():
         task = group[0][0]
-        begun = _now(device)
+        start = _now(device)
         rollout.step()
         seen = plan.visible_frames(task.step, task.block)
-        taken[task.kind].setdefault(seen, []).append(_now(device) - begun)
-    curves = {kind: [[seen, median(times)] for seen, times in sorted(found.items())] for kind, found in taken.items()}
+        seconds[task.kind].setdefault(seen, []).append(_now(device) - start)
+    medians = {kind: [[seen, median(times)] for seen, times in sorted(of.items())] for kind, of in seconds.items()}
     height, width = setting.latent_size()
     return {
         "model": setting.model,
@@ -347,13 +348,13 @@ def stage_times(setting: Setting) -> dict[str, Any]:
         "height": height,
         "width": width,
         "frames_per_block": plan.frames_per_block,
-        "denoise_s": curves["denoise"],
-        "cache_s": curves["cache"],
+        "denoise_s": medians["denoise"],
+        "cache_s": medians["cache"],
     }
 
 
 def _now(device: torch.device) -> float:
-    """The clock, once the device has done what was asked of it."""
+    """time.perf_counter() after a device synchronisation."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,7 +1,7 @@
-"""Captured CUDA graphs of batched forwards.
+"""Capture of batched forwards as CUDA graphs.
 
-A captured graph runs the same kernels on the same addresses and knows nothing of the host: numbers that Python computed
-during capture are frozen, and reading a tensor on the host is an error.
+A captured graph replays the same kernels on the same addresses without the host: numbers that Python computed during
+capture are frozen, and reading a tensor on the host is an error.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import torch
 
 
 @functools.cache
-def _aside(device: torch.device) -> torch.cuda.Stream:
-    """The one stream of all captures on a device: cuBLAS keeps a workspace for each stream that it ever worked on."""
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures on a device: cuBLAS keeps a workspace for each stream that it has worked on."""
     return torch.cuda.Stream(device)
 
 
 class CudaGraphs:
-    """Captures on a CUDA device; all graphs share one private pool, as they never run at the same time."""
+    """Captures on one CUDA device. All graphs share one private memory pool, as they never run at the same time.
+
+    Raises:
+        ValueError: the device is not CUDA.
+    """
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -28,14 +32,14 @@ class CudaGraphs:
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        """Run, on a stream aside, so that all is compiled and loaded; then capture there, which executes nothing."""
+        """Run once, so that everything is compiled and loaded, then capture (which executes nothing)."""
         with torch.cuda.device(self.device):
-            current, aside = torch.cuda.current_stream(), _aside(self.device)
-            aside.wait_stream(current)
-            with torch.cuda.stream(aside):
+            current, stream = torch.cuda.current_stream(), _capture_stream(self.device)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
                 run()
-            current.wait_stream(aside)
+            current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=aside, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 run()
         return graph

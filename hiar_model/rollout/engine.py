@@ -1,4 +1,4 @@
-"""Rollout: one video in the making, as an iterator of finished blocks with a state that can be saved."""
+"""Rollout: generates a video as an iterator of finished blocks, with a state that can be saved."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ..models.transformer import HiARTransformer
 from ..schedule.plan import Group, Plan, forwards
 from ..version import NOISE, require_noise
 from .executor import Executor, NoiseSource, working_dtype
-from .noise import GIVEN, GivenNoise, KeyedNoise
-from .prompt_cache import ResumedPrompts
+from .noise import EXTERNAL, KeyedNoise, TensorNoise
+from .prompt_cache import PromptSource, ResumedPrompts
 from .receiver import Receiver
-from .shapes import CheckedNoise, CheckedTexts, check_text, require_shape
+from .shapes import CheckedNoise, CheckedPrompts, check_prompt_embeds, require_shape
 
 
 class FinishedBlock(NamedTuple):
-    """A finished block: its number (blocks of the prefix count), its first frame counted from the video's first
-    frame, and its clean latents [B, F, C, H, W].
+    """A finished block: its number and its first frame, both counted from the start of the video (prefix included), and
+    its clean latents [B, F, C, H, W].
     """
 
     block: int
@@ -40,32 +40,32 @@ class FinishedBlock(NamedTuple):
 
 
 class Rollout:
-    """Makes a video block by block; iterate over it for the finished blocks (arXiv 2603.08703, section 3).
+    """Generates a video block by block; iterate over it for the finished blocks (arXiv 2603.08703, section 3).
 
-    Making one allocates the caches and nothing else: no process groups, no measurements, no forward.
+    The constructor allocates the caches and nothing else: no process groups, no measurements, no forward.
 
     Args:
-        model: one :class:`HiARTransformer`, or one for each of the S steps; None at steps that other ranks have.
-        prompt_embeds: [B or 1, L, text_dim], or a callable of the block number (return the same tensor object for the
-            same prompt: its keys are computed once).
+        model: one :class:`HiARTransformer`, or one for each of the S steps; None for steps of other ranks.
+        prompt_embeds: [B or 1, L, text_dim], or a callable of the block number that returns this (the same tensor
+            object for the same prompt: its cross-attention KV is computed once).
         config: what is computed. execution: where and how; None: eagerly, in this process.
-        num_latent_frames: of the whole video with its prefix; None: endless (needs a window, and no step_first).
+        num_latent_frames: of the whole video, prefix included; None: endless (needs a window; not step_first).
         latent_size: (height, width) of a latent frame.
         seed: key of the noise, with the video's id, step and block.
-        prefix: clean latents [B, F, C, H, W] to go on from; its first block is short if need be.
-        video_ids: one for each of the B videos made at once.
+        prefix: clean latents [B, F, C, H, W] to continue; its first block is short if need be.
+        video_ids: one for each of the B videos of the batch.
         noise: initial noise [B, num_latent_frames - prefix, C, H, W], or a callable (step, block) -> [B, frames, C, H,
             W] for all noise, where step -1 is the initial noise; None: keyed by (seed, video, step, block).
 
     Attributes:
-        on_task: called with (forwards done, forwards in all or None) after every group of tasks.
+        on_task: called with (forwards done, total forwards or None) after every group of tasks.
         on_boundary: in a pipeline, called with n on every rank when it has done all tasks of blocks before n and none
-            of block n: states taken there fit together.
+            of block n: states saved there are consistent.
         on_denoise: called with the task and its input latents before each denoise task.
 
     Raises:
-        ValueError: arguments that do not fit together, with the legal values.
-        FloatingPointError: while iterating: latents that are not finite, with step, block, layer and implementation.
+        ValueError: illegal or contradictory arguments, with the legal values.
+        FloatingPointError: while iterating: latents that are not finite; names step, block, layer and implementation.
 
     Example:
         >>> import torch
@@ -101,28 +101,30 @@ class Rollout:
         height, width = (whole("latent_size", n, 1) for n in latent_size)
         self.shape = (wan.in_channels, height, width)
         grid = wan.grid(height, width)
-        if num_latent_frames is None:
-            config.require_endless()
-        else:
+        if num_latent_frames is not None:
             num_latent_frames = whole("num_latent_frames", num_latent_frames)
         if prefix is not None:
             require_shape("prefix", prefix, (batch, None, *self.shape))
         prefix_frames = 0 if prefix is None else prefix.shape[1]
         if isinstance(noise, Tensor):
-            made = None if num_latent_frames is None else num_latent_frames - prefix_frames
-            require_shape("noise", noise, (batch, made, *self.shape))
+            new_frames = None if num_latent_frames is None else num_latent_frames - prefix_frames
+            require_shape("noise", noise, (batch, new_frames, *self.shape))
         if not callable(prompt_embeds):
-            check_text(prompt_embeds, batch, wan)
+            check_prompt_embeds(prompt_embeds, batch, wan)
         steps_ranks, head_ranks = axis_size(execution.mesh, "step"), axis_size(execution.mesh, "head")
         if execution.on_nan == "retry" and head_ranks > 1:
-            raise ValueError("on_nan='retry' is impossible with ranks that share heads (each looks for itself): stop")
+            raise ValueError(
+                "on_nan must be 'stop' with ranks that share heads (each checks its own latents), got 'retry'"
+            )
         pipelined = steps_ranks > 1 or execution.steps_per_rank is not None
         if pipelined and config.order in ("step_first", "wavefront"):
-            config = config.with_order("stream")  # the same numbers: ranks walk block after block
+            config = config.with_order("stream")  # the same result: ranks run block after block
         self.config, self.plan = config, Plan.of(config, prefix_frames)
         self.num_blocks = self._count_blocks(num_latent_frames, prefix_frames)
         kv_dtype = None if execution.kv_dtype is None else getattr(torch, execution.kv_dtype)
-        self.text = CheckedTexts(prompt_embeds, batch, wan) if callable(prompt_embeds) else lambda _: prompt_embeds
+        self.prompt_embeds: PromptSource = lambda _: prompt_embeds  # type: ignore[assignment,return-value]
+        if callable(prompt_embeds):
+            self.prompt_embeds = CheckedPrompts(prompt_embeds, batch, wan)
         self.pipeline: Pipeline | None = None
         if pipelined:
             block = (batch, config.frames_per_block, *self.shape)
@@ -134,8 +136,8 @@ class Rollout:
         self.on_boundary: Callable[[int], None] | None = None
         self._head_ranks = HeadRanks(wan, grid, execution.mesh) if head_ranks > 1 else None
         self.heads = (0, wan.num_heads) if self._head_ranks is None else self._head_ranks.heads
-        drawn_outside = callable(noise) or (noise is not None and config.sampler == "ode")
-        self.noise = GIVEN if drawn_outside else NOISE
+        external = callable(noise) or (noise is not None and config.sampler == "ode")
+        self.noise = EXTERNAL if external else NOISE
         self._executor: Executor
         steps = self.steps
         if not steps:
@@ -144,10 +146,10 @@ class Rollout:
             return
         keep_all = execution.keep_all_frames
         if keep_all and num_latent_frames is None:
-            raise ValueError("keep_all_frames=True needs num_latent_frames: an endless video cannot be held whole")
+            raise ValueError("keep_all_frames=True needs num_latent_frames: got None (an endless video)")
         extra = config.frames_per_block if config.fuse_cache_denoise else 0
         rings = [ring_frames(None if keep_all else w, num_latent_frames, extra) for w in config.windows]
-        # one ring may serve several steps: it must hold the widest of their windows
+        # a ring that serves all steps must hold the widest of their windows
         capacities = rings[steps.start : steps.stop] if self.plan.caches > 1 else [max(rings)]
         cache = RingCache(
             wan,
@@ -163,7 +165,7 @@ class Rollout:
         keyed = KeyedNoise(self.seed, self.video_ids, self.plan.block_frames, self.shape)
         sources: tuple[NoiseSource, NoiseSource] = (keyed, keyed)
         if isinstance(noise, Tensor):
-            sources = GivenNoise(noise, self.plan.block_frames, prefix_frames), keyed
+            sources = TensorNoise(noise, self.plan.block_frames, prefix_frames), keyed
         elif noise is not None:
             checked = CheckedNoise(noise, self.plan.block_frames, (batch, *self.shape))
             sources = checked, checked
@@ -177,7 +179,7 @@ class Rollout:
                 execution,
                 cache,
                 grid,
-                (self.text, *sources, prefix),
+                (self.prompt_embeds, *sources, prefix),
                 attend,
                 self.pipeline,
             )
@@ -189,7 +191,7 @@ class Rollout:
 
     @property
     def device(self) -> torch.device:
-        """Where the tasks run."""
+        """The device of the tasks."""
         return self._executor.device
 
     @property
@@ -199,7 +201,7 @@ class Rollout:
 
     @property
     def makes_blocks(self) -> bool:
-        """Whether finished blocks come in this process: in a pipeline on the last rank alone."""
+        """Whether this process yields finished blocks: in a pipeline only the last rank does."""
         return self.pipeline is None or not self.pipeline.stage.sends
 
     @property
@@ -217,36 +219,39 @@ class Rollout:
         return None if self.num_blocks is None else forwards(self.groups())
 
     def groups(self) -> Iterator[Group]:
-        """The groups of tasks that this process runs, from the beginning of the video."""
+        """The groups of tasks of this process, from the start of the video."""
         return (self.plan if self.pipeline is None else self.pipeline.stage).groups(self.num_blocks)
 
     def _count_blocks(self, frames: int | None, prefix_frames: int) -> int | None:
         if frames is None:
             return None
-        block, made = self.plan.frames_per_block, frames - prefix_frames
-        if made < 1 or made % block:
-            legal = [prefix_frames + block * n for n in (made // block, made // block + 1) if n >= 1]
+        block, new = self.plan.frames_per_block, frames - prefix_frames
+        if new < 1 or new % block:
+            legal = [prefix_frames + block * n for n in (new // block, new // block + 1) if n >= 1]
             raise ValueError(
-                f"num_latent_frames must be the prefix ({prefix_frames}) and whole blocks of {block}: "
+                f"num_latent_frames must be the prefix ({prefix_frames}) plus whole blocks of {block}: "
                 f"got {frames}, nearest {' or '.join(map(str, legal))}"
             )
-        return self.plan.prefix_blocks + made // block
+        return self.plan.prefix_blocks + new // block
 
     def warm_up(self) -> int:
-        """Compile, load and capture ahead what the tasks of this rollout need; the rollout itself does not move.
+        """Compile, load and capture everything that the tasks of this rollout need, without advancing it.
 
         Returns:
-            How many kinds of forwards there are: growth and a full window have the same ones where attention goes by
-            frame ids on the device, their own where a library is told what is visible.
+            How many kinds of forwards there are. A growing and a full window share them if attention reads frame ids on
+            the device; if a library needs the visible keys on the host, they have their own.
+
+        Raises:
+            ValueError: the rollout has started.
         """
         if self.groups_done:
-            raise ValueError(f"warm_up comes before the first block; {self.groups_done} groups of tasks are done")
+            raise ValueError(f"warm_up must come before the first block, got {self.groups_done} groups of tasks done")
         with own_settings(self.execution.autocast):
             return self._executor.warm_up(self.warm_up_blocks)
 
     @property
     def warm_up_blocks(self) -> int:
-        """Blocks of an endless video after which its tasks are of no new kind."""
+        """Blocks of an endless video after which no new kind of forward occurs."""
         block = self.plan.frames_per_block
         wide = max((window or 0 for window in self.plan.window_frames), default=0)
         return self.plan.steps + 2 * -(-(wide + block) // block) + 2
@@ -255,10 +260,10 @@ class Rollout:
         """Run the next group of tasks.
 
         Returns:
-            The blocks that it finished, most often none; None: there is nothing left to do. On an accelerator the
-            work is queued, not waited for.
+            The blocks that it finished, most often none; None: nothing is left to do. On an accelerator the work is
+            queued, not waited for.
         """
-        if self._ahead is None or self._ahead[0] != self.groups_done:  # not from the start every time
+        if self._ahead is None or self._ahead[0] != self.groups_done:  # else continue the same iterator
             self._ahead = self.groups_done, islice(self.groups(), self.groups_done, None)
         group = next(self._ahead[1], None)
         if group is None:
@@ -268,15 +273,15 @@ class Rollout:
         return blocks
 
     def run_until(self, stop: Callable[[Group], bool] | None = None) -> None:
-        """Run groups of tasks until the next one is such a group, or to the end; finished blocks are dropped."""
+        """Run groups of tasks until ``stop(next group)`` is true, or to the end; finished blocks are dropped."""
         for group in islice(self.groups(), self.groups_done, None):
             if stop is not None and stop(group):
                 return
             self._run(group)
 
     def __iter__(self) -> Iterator[FinishedBlock]:
-        """Finished blocks in order; a second iteration goes on where the first one stopped. In a pipeline every rank
-        has to iterate; all but the last one yield nothing.
+        """Finished blocks in order; a second iteration continues where the first one stopped. In a pipeline every rank
+        must iterate; only the last one yields blocks.
 
         Raises:
             PipelineFault: another rank failed; the message names it, its step and its block.
@@ -286,24 +291,24 @@ class Rollout:
             about = (c.schedule, self.seed, self.video_ids, c.first_frame, c.sampler, c.context_noise, e.cuda_graph)
             self._head_ranks.require_same(f"{self._video()}, {', '.join(map(str, about))}", self.device)
         with nullcontext() if self.pipeline is None else self.pipeline.running():
-            begun: int | None = None
+            block: int | None = None  # of the pipeline
             groups = islice(self.groups(), self.groups_done, None)
             following = next(groups, None)
             while following is not None:
                 group, following = following, next(groups, None)
                 if self.pipeline is not None:
-                    begun = self._enter(group, begun)
+                    block = self._enter_pipeline(group, block)
                 finished = self._run(group)
                 if finished:
                     if following is not None and self._executor.may_run_ahead(following):
-                        self._run(following)  # the device works while the block is waited for and handed over
+                        self._run(following)  # keeps the device busy while the block is handed over
                         following = next(groups, None)
                     self._executor.await_finished(following)
-                for block, latents in finished:
-                    self.blocks_done = block + 1
+                for number, latents in finished:
+                    self.blocks_done = number + 1
                     if self.pipeline is not None:
-                        self.pipeline.hand_over(block)
-                    yield self._finished(block, latents)
+                        self.pipeline.hand_over(number)
+                    yield self._finished(number, latents)
 
     def _finished(self, block: int, latents: Tensor) -> FinishedBlock:
         return FinishedBlock(block, self.plan.block_frames(block)[0], latents)
@@ -317,45 +322,43 @@ class Rollout:
             self.on_task(self.forwards_done, self.forwards_total)
         return finished
 
-    def _enter(self, group: Group, begun: int | None) -> int:
-        """Before tasks of a pipeline: have all of the earlier blocks been done? Returns the block begun."""
+    def _enter_pipeline(self, group: Group, previous: int | None) -> int:
+        """Before a pipeline runs a group: report the previous block as done if this is the next. Returns its block."""
         assert self.pipeline is not None
         block = group[0][-1].block
-        if begun is not None and block > begun:
-            self.pipeline.done(begun)
+        if previous is not None and block > previous:
+            self.pipeline.done(previous)
             if self.on_boundary is not None:
                 self.on_boundary(block)
-        self.pipeline.enter(group)
+        self.pipeline.start(group)
         return block
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on: position, latents in flight, caches, and prompts of blocks that have begun, as
-        copies. Take it between blocks.
-        """
+        """A copy of the state: position, caches, latents in flight and their prompts. Call it between blocks."""
         return {"key": self._key(), "noise": self.noise, "groups_done": self.groups_done, **self._executor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a rollout with the same plan; prompt and noise may differ (a fork).
+        """Restore :meth:`state_dict` of a rollout with the same plan; prompt and noise may differ (a fork).
 
-        Blocks that had begun keep the prompt they began with, so a fork is the run whose prompt changes at the first
-        block that had not; their noise is that of this rollout from here on.
+        Blocks that had started keep their prompt, so a fork equals a run whose prompt changes at the first block that
+        had not. Noise is that of this rollout from here on.
 
         Raises:
-            ValueError: the state belongs to another plan, or no block is left that another prompt could show in.
+            ValueError: the state belongs to another plan or noise scheme, or no block is left for a different prompt.
         """
         if state["key"] != self._key():
-            raise ValueError(f"state of another rollout: expected {self._key()}, got {state['key']}")
-        if self.noise != GIVEN and state["noise"] != GIVEN:
+            raise ValueError(f"state of a different rollout: expected {self._key()}, got {state['key']}")
+        if EXTERNAL not in (self.noise, state["noise"]):
             require_noise("state", state["noise"])
         before = list(islice(self.groups(), state["groups_done"]))
-        executed = {task for group in before for row in group for task in row}
-        text = ResumedPrompts.after(self.text, state["texts"])
-        if text.forks and self.num_blocks is not None and max(text.kept) + 1 >= self.num_blocks:
+        executed = {task for group in before for item in group for task in item}
+        prompts = ResumedPrompts.after(self.prompt_embeds, state["prompt_embeds"])
+        if prompts.forks and self.num_blocks is not None and max(prompts.saved) + 1 >= self.num_blocks:
             raise ValueError(
-                f"no fork to another prompt here: all {self.num_blocks} blocks have begun with theirs "
+                f"no fork to another prompt here: all {self.num_blocks} blocks have started with theirs "
                 f"(order {self.plan.order})"
             )
-        if text.forks and self.plan.fuse_cache_denoise:
+        if prompts.forks and self.plan.fuse_cache_denoise:
             raise ValueError(
                 "no fork to another prompt with fuse_cache_denoise=True: a fused forward spans two blocks, one prompt"
             )
@@ -364,18 +367,18 @@ class Rollout:
         done = [task.block + 1 for task in executed if task[:2] == ("denoise", last)]
         self.blocks_done = max(done, default=self.plan.prefix_blocks)
         self._executor.load_state_dict(state, executed.__contains__)
-        self._executor.text = text
+        self._executor.prompt_embeds = prompts
 
     @property
-    def begun(self) -> int:
-        """The last block of which anything has been done, -1 before the first: a new prompt shows behind it."""
-        return self._executor.begun
+    def last_started_block(self) -> int:
+        """The last block that any task has run for, -1 before the first; a new prompt takes effect after it."""
+        return self._executor.last_started_block
 
     def _key(self) -> str:
         return f"{self._video()}, {self._executor.about}, heads {self.heads[0]} to {self.heads[1] - 1}"
 
     def _video(self) -> str:
-        """What ranks of the axis "head" have in common."""
+        """What all ranks of the mesh axis "head" have in common."""
         what = f"{self.plan}, {self.num_blocks} blocks, batch {self.batch}, latents {list(self.shape)}"
         if self.execution.kv_dtype is not None:
             what += f", caches of {self.execution.kv_dtype}"
@@ -387,21 +390,21 @@ class Rollout:
 def _networks(
     model: HiARTransformer | Sequence[HiARTransformer | None], steps: int
 ) -> tuple[list[HiARTransformer | None], HiARTransformer]:
-    """The network of each step, and one that is there."""
+    """The network of each step, and one that is not None."""
     models: list[HiARTransformer | None] = [model] * steps if isinstance(model, HiARTransformer) else list(model)
     some = next(filter(None, models), None)
     if len(models) != steps or some is None:
-        raise ValueError(f"model: give one, or one for each of the {steps} steps; got {len(models)}")
+        raise ValueError(f"model must be one network, or one for each of the {steps} steps, got {len(models)}")
     for step, one in enumerate(models):
         if one is not None and one.config != some.config:
-            raise ValueError(f"model: that of step {step} is {one.config}, others are {some.config}")
+            raise ValueError(f"model: step {step} has {one.config}, others have {some.config}, expected one for all")
     return models, some
 
 
 def _models_of(steps: range, models: Sequence[HiARTransformer | None]) -> list[HiARTransformer]:
-    """A model for each step; where other ranks have the step, one of this rank's stands there and is never run."""
+    """A model for each step; steps of other ranks get one of this rank's models, which is never run."""
     own = [models[step] for step in steps]
     missing = [step for step, model in zip(steps, own, strict=True) if model is None]
     if missing:
-        raise ValueError(f"model: this rank has steps {list(steps)}: give the weights of step {missing[0]} too")
+        raise ValueError(f"model: step {missing[0]} is None, expected weights of all steps of this rank, {list(steps)}")
     return [(models[step] if step in steps else own[0]) or own[0] for step in range(len(models))]  # type: ignore[misc]

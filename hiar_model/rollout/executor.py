@@ -1,4 +1,4 @@
-"""The one loop: executes groups of tasks on tensors. What is visited, and when, is the plan's business."""
+"""Executes groups of tasks on tensors. Which tasks, and in which order, is the plan's business."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..config import TRAIN_TIMESTEPS, ExecutionConfig, RolloutConfig
 from ..models.conditions import CrossAttentionKV
 from ..models.kv_cache import CachedAttention, RingCache
 from ..models.transformer import HiARTransformer
-from ..schedule.plan import Group, Plan, Row, Task
-from .batched_forward import BatchedForward, Capture, GraphKey, on_the_way
+from ..schedule.plan import BatchItem, Group, Plan, Task
+from .batched_forward import BatchedForward, Capture, GraphKey, pinned
 from .cuda_graph import CudaGraphs
 from .nan_guard import NaNGuard
 from .noise import INITIAL
-from .prompt_cache import PromptBuffers, PromptCache, TextSource
-from .recache import History, forget
+from .prompt_cache import PromptBuffers, PromptCache, PromptSource
+from .recache import History, empty
 
 if TYPE_CHECKING:
     from ..distributed.pipeline import Pipeline
@@ -32,15 +32,15 @@ NoiseSource = Callable[[int, int], Tensor]  # (step, block) -> [B, frames, C, H,
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
-    """What attention works in: the dtype of the weights, or that of autocast where it is on."""
+    """The dtype of attention: that of autocast where it is on, else that of the weights."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 @dataclass
 class Counters:
-    """What a rollout has executed so far: forwards of the network by kind, batched launches, and those of them that
-    were captured.
+    """Executed so far: denoise and cache tasks, batched forwards (``launches``), and how many of those were captured
+    as graphs.
     """
 
     denoise: int = 0
@@ -50,15 +50,16 @@ class Counters:
 
 
 class Executor:
-    """Runs groups of tasks and keeps what is between them: latents in flight and the rings.
+    """Runs groups of tasks; owns the latents in flight and the KV caches.
 
     Args:
-        models: one for each step (the same one repeated, or experts). plan: of the tasks; ``num_blocks`` of the order.
-        config, execution: of the rollout. cache: the rings of the plan's caches. grid: (rows, columns) of tokens.
-        sources: prompt embedding of a block [B or 1, L, text_dim]; initial noise; noise of the steps; clean prefix
+        models: one for each step (the same one repeated, or experts). plan: the tasks. num_blocks: None: endless.
+        config, execution: of the rollout. cache: one ring for each KV cache of the plan. grid: (rows, columns) of
+            tokens of a frame.
+        sources: prompt embeddings of a block [B or 1, L, text_dim]; initial noise; noise of the steps; clean prefix
             [B, F, C, H, W] or None.
-        attend: makes the self-attention of a kind of forward; takes the arguments of :class:`CachedAttention`.
-        pipeline: this rank's place in one; then the caches are those of its own steps.
+        attend: makes the self-attention of a forward; takes the arguments of :class:`CachedAttention`.
+        pipeline: this rank's stage; the caches are then those of its own steps.
     """
 
     def __init__(
@@ -70,136 +71,139 @@ class Executor:
         execution: ExecutionConfig,
         cache: RingCache,
         grid: tuple[int, int],
-        sources: tuple[TextSource, NoiseSource, NoiseSource, Tensor | None],
+        sources: tuple[PromptSource, NoiseSource, NoiseSource, Tensor | None],
         attend: Callable[..., CachedAttention] = CachedAttention,
         pipeline: Pipeline | None = None,
     ) -> None:
         self.models, self.plan, self.num_blocks, self.cache, self.grid = models, plan, num_blocks, cache, grid
-        self.text, self.noise, self.renoise, self.prefix = sources
+        self.prompt_embeds, self.noise, self.renoise, self.prefix = sources
         self.first_frame, self.sampler, schedule = config.first_frame, config.sampler, config.schedule
         self.pipeline, self.history = pipeline, History(plan) if config.on_prompt_change == "recache" else None
         self.steps = range(plan.steps) if pipeline is None else pipeline.stage.steps
         weight = models[0].patch_embedding.weight
         self.device, self.dtype, self.attend = weight.device, weight.dtype, attend
         self.sigmas = schedule.sigmas
-        self.wide = torch.promote_types(self.dtype, torch.float32)
-        # one row for each noise level, and a last one for the clean prefix
+        self.sigma_dtype = torch.promote_types(self.dtype, torch.float32)
+        # the modulation table has one entry for each noise level, and a last one for the clean prefix
         levels = [TRAIN_TIMESTEPS * s for s in schedule.sigmas[:-1]] + [config.context_noise, 0.0]
         self.clean = len(levels) - 1
         timesteps = torch.tensor([levels], dtype=torch.float64, device=self.device)
         self.tables = {id(m): m.modulation_table(timesteps) for m in models}
-        self.texts, self.text_slots = PromptCache(limit=2 * len(models) + 2), PromptBuffers()
+        self.prompt_cache, self.prompt_buffers = PromptCache(limit=2 * len(models) + 2), PromptBuffers()
         self.latents: dict[tuple[int, int], Tensor] = {}  # (level, block) -> x
         self.readers: dict[tuple[int, int], int] = {}  # tasks that still need it
-        self.spare: dict[tuple[int, ...], list[Tensor]] = {}  # memory of latents that nobody needs any more, by shape
-        self.drawn: dict[tuple[int, int], Tensor] = {}  # noise that was made ahead, by (step, block)
-        me = weakref.proxy(self)  # no cycle: a rollout that is dropped gives its rings back at once
-        self.nan_guard = NaNGuard(execution.on_nan, lambda *task: me._ready(*task), self.device, self.steps.stop - 1)
-        self.launches: dict[GraphKey, BatchedForward] = {}
+        self.free_buffers: dict[tuple[int, ...], list[Tensor]] = {}  # of latents, by shape
+        self.drawn: dict[tuple[int, int], Tensor] = {}  # noise drawn ahead, by (step, block)
+        me = weakref.proxy(self)  # no reference cycle: a dropped rollout frees its caches at once
+        self.nan_guard = NaNGuard(execution.on_nan, lambda *args: me._filled(*args), self.device, self.steps.stop - 1)
+        self.batched_forwards: dict[GraphKey, BatchedForward] = {}
         self.capture: Capture | None = None
         if execution.cuda_graph:
             self.capture = CudaGraphs(self.device)
         q = weight.new_empty(1, 1, *cache.k[0].shape[3:], dtype=working_dtype(weight))
-        # frame ids on the device serve every block; a library has to be told what is visible, block by block
+        # a library needs the visible keys of every block on the host; other kernels read frame ids on the device
         self.by_layout = takes_layout(q, self._mask([0]))
         self.counters = Counters()
-        self.on_denoise: Callable[[Task, Tensor], None] | None = None  # told each denoise task and its input
+        self.on_denoise: Callable[[Task, Tensor], None] | None = None  # called with each denoise task and its input
         self.step = 0
-        self.begun = -1  # the last block of which anything was done
+        self.last_started_block = -1
         sigmas = ", ".join(f"{level:g}" for level in schedule.sigmas)
-        kept = "" if self.history is None else ", recache"
-        # beside the plan, what a state depends on
-        self.about = f"{self.dtype}, noise levels {sigmas}, {self.sampler}, context at {config.context_noise:g}{kept}"
+        policy = "" if self.history is None else ", recache"
+        # what a saved state depends on, beside the plan
+        self.about = f"{self.dtype}, noise levels {sigmas}, {self.sampler}, context at {config.context_noise:g}{policy}"
 
     @torch.no_grad()
     def run(self, group: Group) -> list[tuple[int, Tensor]]:
         """Execute one group; returns the blocks that it finished, (block, latents [B, F, C, H, W]).
 
-        On an accelerator the work is only queued, nothing here reads the device: :meth:`await_finished` before a block
-        is handed over.
+        On an accelerator the work is only queued, nothing here reads the device: call :meth:`await_finished` before a
+        block is handed over.
         """
         if self.plan.order == "step_first" and group[0][-1].step != self.step:
             self.step = group[0][-1].step
             self.cache.reset()  # one ring serves all steps, one after another
         if self.history is not None:
-            for row in group:
-                self._cache_again(row[-1])
-        inputs = [[self._input(task) for task in row] for row in group]
+            for item in group:
+                self._recache(item[-1])
+        inputs = [[self._input(task) for task in item] for item in group]
         if self.on_denoise is not None:
-            for row, taken in zip(group, inputs, strict=True):
-                if row[-1].kind == "denoise":
-                    self.on_denoise(row[-1], taken[-1])
+            for item, latents in zip(group, inputs, strict=True):
+                if item[-1].kind == "denoise":
+                    self.on_denoise(item[-1], latents[-1])
         finished = []
-        for run in self._launches(group):
-            rows = [group[i] for i in run]
-            with span("block", *{row[-1].block: None for row in rows}):
-                denoised = self._launch(rows, [inputs[i] for i in run])
-            for task, latents in denoised:
-                kept = self._keep(latents)
+        for indices in self._batches(group):
+            items = [group[i] for i in indices]
+            with span("block", *{item[-1].block: None for item in items}):
+                denoised = self._forward(items, [inputs[i] for i in indices])
+            for task, out in denoised:
+                x = self._copy(out)
                 if self.history is not None:
-                    self.history.note(task, kept)
-                self._put(task.step + 1, task.block, kept)
+                    self.history.store(task, x)
+                self._put(task.step + 1, task.block, x)
                 if task.step + 1 == self.steps.stop and self.pipeline is not None and self.pipeline.stage.sends:
-                    self.nan_guard.look()  # before another rank takes them for sound
-                    self.pipeline.send(task.block, kept)
+                    self.nan_guard.read()  # another rank must not receive NaN
+                    self.pipeline.send(task.block, x)
                 elif task.step + 1 == self.plan.steps:
-                    finished.append((task.block, kept.clone()))
-        for row in group:
-            for task in row:
+                    finished.append((task.block, x.clone()))
+        for item in group:
+            for task in item:
                 self._release(task)
         return finished
 
     def may_run_ahead(self, following: Group) -> bool:
-        """Whether these tasks may be queued before the blocks that were finished are waited for and handed over.
+        """Whether these tasks may be queued before the finished blocks are waited for and handed over.
 
-        Cache tasks alone: they belong to blocks that have begun, so no prompt that comes meanwhile is missed. On a CPU
-        nothing is queued: the block would only come later.
+        Cache tasks only: they belong to blocks that have started, so no prompt that arrives meanwhile is missed. On a
+        CPU nothing is queued, and the block would only come later.
         """
-        alone = self.pipeline is None and all(task.kind == "cache" for row in following for task in row)
-        return alone and self.device.type != "cpu" and self.nan_guard.mode != "retry"
+        only_cache = self.pipeline is None and all(task.kind == "cache" for item in following for task in item)
+        return only_cache and self.device.type != "cpu" and self.nan_guard.mode != "retry"
 
     def await_finished(self, following: Group | None) -> None:
-        """Wait until the blocks that were finished are known to be finite.
+        """Wait until the finished blocks are known to be finite.
 
-        Before that, while the device works, the host draws the noise of the ``following`` tasks: drawn after the wait
-        it is time in which the device has nothing to do.
+        Draws the noise of the ``following`` tasks first, on the host, while the device works: drawn after the wait, the
+        device would be idle meanwhile.
 
         Raises:
-            FloatingPointError: names the first task that went wrong, and where in it.
+            FloatingPointError: names the first task that failed, and where in it.
         """
-        for task in (row[-1] for row in following or () if row[-1].kind == "denoise"):
+        for task in (item[-1] for item in following or () if item[-1].kind == "denoise"):
             if task.step == 0 and (0, task.block) not in self.latents:
                 self.drawn[INITIAL, task.block] = self._draw(INITIAL, task.block)
             if self._takes_noise(task):
                 self.drawn[task.step, task.block] = self._draw(task.step, task.block)
-        self.nan_guard.look()
-        self._reuse()
+        self.nan_guard.read()
+        self._reclaim()
 
     @torch.no_grad()
     def warm_up(self, blocks: int) -> int:
-        """Run each kind of launch in the walk of the video once, on zeros: everything that can be compiled, loaded or
-        captured then is. Before the first task only. ``blocks``: to walk of an endless video.
+        """Run each kind of forward in the video once, on zeros, so that everything is compiled, loaded and captured.
+        Before the first task only.
+
+        Args:
+            blocks: of an endless video, how many to look through.
 
         Returns:
             How many kinds there are.
         """
-        assert not self.latents and not self.counters.launches, "the rollout has begun"
+        assert not self.latents and not self.counters.launches, "warm_up must come before the first task"
         seen: set[GraphKey] = set()
-        for launch in self.prepared(blocks):
-            if launch.kind not in seen:
-                seen.add(launch.kind)
-                launch.run(self.capture)
+        for forward in self.prepared(blocks):
+            if forward.key not in seen:
+                seen.add(forward.key)
+                forward.run(self.capture)
                 self.counters.captures += self.capture is not None
         self.cache.reset()
         return len(seen)
 
     def prepared(self, blocks: int) -> Iterator[BatchedForward]:
-        """The launches of the walk (of an endless video: its first ``blocks``), set up, not filled: to run here."""
-        walk = self.plan.groups if self.pipeline is None else self.pipeline.stage.groups
-        for group in walk(self.num_blocks or blocks + self.plan.prefix_blocks):
-            for run in self._launches(group):
-                rows = [group[i] for i in run]
-                yield self._prepared(rows, self._text(self.models[rows[0][-1].step], rows))
+        """The forwards of the video in order (endless: of its first ``blocks``), prepared to run, inputs not filled."""
+        groups = self.plan.groups if self.pipeline is None else self.pipeline.stage.groups
+        for group in groups(self.num_blocks or blocks + self.plan.prefix_blocks):
+            for indices in self._batches(group):
+                items = [group[i] for i in indices]
+                yield self._prepared(items, self._prompt_kv(self.models[items[0][-1].step], items))
 
     # Latents in flight.
 
@@ -210,8 +214,8 @@ class Executor:
             return self.prefix[:, start:stop].to(self.device, self.dtype)
         level = task.step if task.kind == "denoise" else task.step + 1
         if level == self.steps.start and (level, task.block) not in self.latents:
-            self.begun = max(self.begun, task.block)
-            self._put(level, task.block, self._keep(self._arriving(level, task.block)))
+            self.last_started_block = max(self.last_started_block, task.block)
+            self._put(level, task.block, self._copy(self._arriving(level, task.block)))
         return self.latents[level, task.block]
 
     def _arriving(self, level: int, block: int) -> Tensor:
@@ -226,7 +230,7 @@ class Executor:
         if readers:
             self.latents[level, block], self.readers[level, block] = latents, readers
         else:
-            self._spare(latents)
+            self._free(latents)
 
     def _release(self, task: Task) -> None:
         key = (task.step if task.kind == "denoise" else task.step + 1, task.block)
@@ -234,132 +238,139 @@ class Executor:
             self.readers[key] -= 1
             if not self.readers[key]:
                 del self.readers[key]
-                self._spare(self.latents.pop(key))
+                self._free(self.latents.pop(key))
 
-    def _keep(self, latents: Tensor) -> Tensor:
-        """A copy on the device, in memory that was used before where there is some: nothing is allocated per task."""
-        spare = self.spare.get(tuple(latents.shape))
-        place = spare.pop() if spare else torch.empty(latents.shape, dtype=self.dtype, device=self.device)
-        return place.copy_(on_the_way(latents, self.device), non_blocking=True)
+    def _copy(self, latents: Tensor) -> Tensor:
+        """A copy on the device, in a free buffer if there is one: nothing is allocated per task."""
+        free = self.free_buffers.get(tuple(latents.shape))
+        buffer = free.pop() if free else torch.empty(latents.shape, dtype=self.dtype, device=self.device)
+        return buffer.copy_(pinned(latents, self.device), non_blocking=True)
 
-    def _spare(self, latents: Tensor) -> None:
+    def _free(self, latents: Tensor) -> None:
         self.nan_guard.quarantined.append(latents)
-        self._reuse()
+        self._reclaim()
 
-    def _reuse(self) -> None:
+    def _reclaim(self) -> None:
         for x in self.nan_guard.release():
-            self.spare.setdefault(tuple(x.shape), []).append(x)
+            self.free_buffers.setdefault(tuple(x.shape), []).append(x)
 
     # One batched forward.
 
-    def _launches(self, group: Group) -> list[list[int]]:
-        """Rows that may be one batch: one model, as many frames, evenly spaced caches (so that rings are a view)."""
-        runs: list[list[int]] = []
-        for i, row in enumerate(group):
-            if runs and self._joins([group[j] for j in runs[-1]], row):
-                runs[-1].append(i)
+    def _batches(self, group: Group) -> list[list[int]]:
+        """Indices of the batch items that form one batch: one network, equal frame counts, evenly spaced caches (so
+        that their rings are a strided view).
+        """
+        batches: list[list[int]] = []
+        for i, item in enumerate(group):
+            if batches and self._joins([group[j] for j in batches[-1]], item):
+                batches[-1].append(i)
             else:
-                runs.append([i])
-        return runs
+                batches.append([i])
+        return batches
 
-    def _joins(self, rows: list[Row], row: Row) -> bool:
-        last = rows[-1]
-        if self.models[last[-1].step] is not self.models[row[-1].step] or self._frame_count(last) != self._frame_count(
-            row
-        ):
+    def _joins(self, items: list[BatchItem], item: BatchItem) -> bool:
+        last, step = items[-1], item[-1].step
+        if self.models[last[-1].step] is not self.models[step] or self._frames(last) != self._frames(item):
             return False
-        stride = row[-1].step - last[-1].step
+        stride = step - last[-1].step
         if self.plan.caches == 1 or (stride != 1 and self.cache.batch > 1):
             return False
-        return len(rows) == 1 or stride == last[-1].step - rows[-2][-1].step
+        return len(items) == 1 or stride == last[-1].step - items[-2][-1].step
 
-    def _frame_count(self, row: Row) -> int:
-        return sum(stop - start for start, stop in (self.plan.block_frames(v.block) for v in row))
+    def _frames(self, item: BatchItem) -> int:
+        return sum(stop - start for start, stop in (self.plan.block_frames(task.block) for task in item))
 
-    def _launch(
-        self, rows: list[Row], inputs: list[list[Tensor]], text: Tensor | None = None
+    def _forward(
+        self, items: list[BatchItem], inputs: list[list[Tensor]], prompt_embeds: Tensor | None = None
     ) -> list[tuple[Task, Tensor]]:
-        """Run rows as one batch; returns the denoised latents of each denoise task, valid until the next launch.
+        """Run batch items as one forward; returns the result of each denoise task, valid until the next forward.
 
-        ``text``: in place of that of the blocks.
+        ``prompt_embeds``: in place of those of the blocks.
         """
-        tasks = [row[-1] for row in rows if row[-1].kind == "denoise"]
-        launch = self._ready(rows, inputs, text)
-        captured = launch.captured is None and self.capture is not None
-        with span("task", *(task for row in rows for task in row)):
-            launch.run(self.capture)
-        self.counters.captures += captured
+        tasks = [item[-1] for item in items if item[-1].kind == "denoise"]
+        forward = self._filled(items, inputs, prompt_embeds)
+        captures = forward.captured is None and self.capture is not None
+        with span("task", *(task for item in items for task in item)):
+            forward.run(self.capture)
+        self.counters.captures += captures
         self.counters.launches += 1
         self.counters.denoise += len(tasks)
-        self.counters.cache += sum(len(row) for row in rows) - len(tasks)
-        launch = self.nan_guard.watch(rows, inputs, launch, text)
-        return list(zip(tasks, launch.out.chunk(len(tasks)), strict=True)) if tasks else []
+        self.counters.cache += sum(map(len, items)) - len(tasks)
+        forward = self.nan_guard.check(items, inputs, forward, prompt_embeds)
+        return list(zip(tasks, forward.out.chunk(len(tasks)), strict=True)) if tasks else []
 
-    def _ready(self, rows: list[Row], inputs: list[list[Tensor]], text: Tensor | None = None) -> BatchedForward:
-        """The launch of such rows, filled with what they need; rings stand where the rows begin."""
-        model = self.models[rows[0][-1].step]
-        launch = self._prepared(rows, self._text(model, rows) if text is None else self.texts.get(model, [text]))
-        levels = [[self._level(v) for v in row for _ in range(*self.plan.block_frames(v.block))] for row in rows]
-        tasks = [row[-1] for row in rows if row[-1].kind == "denoise"]
-        steps = [(self.sigmas[v.step], self.sigmas[v.step + 1]) for v in tasks]
-        launch.fill(inputs, levels, steps, [self._renoise(v) for v in tasks])
-        return launch
+    def _filled(
+        self, items: list[BatchItem], inputs: list[list[Tensor]], prompt_embeds: Tensor | None = None
+    ) -> BatchedForward:
+        """The forward of batch items with its buffers filled and the caches positioned at their first frames."""
+        model = self.models[items[0][-1].step]
+        kv = self._prompt_kv(model, items) if prompt_embeds is None else self.prompt_cache.get(model, [prompt_embeds])
+        forward = self._prepared(items, kv)
+        levels = [[self._level(task) for task in item for _ in range(*self.plan.block_frames(task.block))]
+                  for item in items]  # fmt: skip
+        tasks = [item[-1] for item in items if item[-1].kind == "denoise"]
+        sigmas = [(self.sigmas[task.step], self.sigmas[task.step + 1]) for task in tasks]
+        noise = [self._noise(task.step, task.block) if self._takes_noise(task) else None for task in tasks]
+        forward.fill(inputs, levels, sigmas, noise)
+        return forward
 
-    def _cache_again(self, task: Task) -> None:
-        """Before a denoise task at which the text changes: the blocks it sees are cached under the new text."""
+    def _recache(self, task: Task) -> None:
+        """Before a denoise task at which the prompt changes: cache the blocks it sees under the new prompt."""
         assert self.history is not None
         block = task.block
-        if task.kind == "cache" or not block or self.text(block) is self.text(block - 1):
+        if task.kind == "cache" or not block or self.prompt_embeds(block) is self.prompt_embeds(block - 1):
             return
         again = self.history.tasks(task)
         if again:
-            forget(self.cache, self.plan.cache_index(again[0].step) - self.plan.cache_index(self.steps.start))
+            empty(self.cache, self.plan.cache_index(again[0].step) - self.plan.cache_index(self.steps.start))
         for one in again:
             x = self.history.latents(one)
-            self._launch([(one,)], [[self._input(one) if x is None else x]], self.text(block))
+            self._forward([(one,)], [[self._input(one) if x is None else x]], self.prompt_embeds(block))
 
-    def _prepared(self, rows: list[Row], text: CrossAttentionKV) -> BatchedForward:
-        """The launch of such rows, with rings and text in place for them."""
-        model = self.models[rows[0][-1].step]
+    def _prepared(self, items: list[BatchItem], prompt_kv: CrossAttentionKV) -> BatchedForward:
+        """The forward of batch items with caches and prompt in place."""
+        model = self.models[items[0][-1].step]
         first = self.plan.cache_index(self.steps.start)
-        index = [self.plan.cache_index(row[-1].step) - first for row in rows]
-        lent = self.plan.kv_source == "next_step"
+        index = [self.plan.cache_index(item[-1].step) - first for item in items]
+        shared = self.plan.kv_source == "next_step"
         if self.capture is not None:
-            text = self.text_slots.put(model, text)
-        kind = GraphKey(
+            prompt_kv = self.prompt_buffers.put(model, prompt_kv)
+        key = GraphKey(
             id(model),
             (index[0], index[-1], index[1] - index[0] if len(index) > 1 else 1),
-            tuple(tuple((v.kind, len(range(*self.plan.block_frames(v.block)))) for v in row) for row in rows),
-            tuple(self.plan.window_frames[row[-1].step] for row in rows),
-            tuple(lent and row[-1].kind == "denoise" and row[-1].step > 0 for row in rows),
-            text.shape,
+            tuple(tuple((t.kind, len(range(*self.plan.block_frames(t.block)))) for t in item) for item in items),
+            tuple(self.plan.window_frames[item[-1].step] for item in items),
+            tuple(shared and item[-1].kind == "denoise" and item[-1].step > 0 for item in items),
+            prompt_kv.shape,
         )
-        launch = self.launches.get(kind)
-        if launch is None:
-            launch = self.launches[kind] = self._new_launch(kind, model, text)
-        launch.text = text
-        starts = [self.plan.block_frames(row[0].block)[0] for row in rows]
-        layout = launch.attend.prepare_host(starts, layout=self.by_layout)
+        forward = self._forward_of(key, model, prompt_kv)
+        forward.prompt_kv = prompt_kv
+        starts = [self.plan.block_frames(item[0].block)[0] for item in items]
+        layout = forward.attend.prepare_host(starts, layout=self.by_layout)
         if layout is not None and self.capture is not None:
-            by_layout = replace(kind, layout=layout)
-            if by_layout not in self.launches:
-                self.launches[by_layout] = self._new_launch(by_layout, model, text)
-            launch = self.launches[by_layout]
-        launch.attend.layout = layout
-        return launch
+            forward = self._forward_of(replace(key, layout=layout), model, prompt_kv)
+        forward.attend.layout = layout
+        return forward
 
-    def _new_launch(self, kind: GraphKey, model: HiARTransformer, text: CrossAttentionKV) -> BatchedForward:
-        cache, (first, last, stride) = self.cache, kind.caches
-        frames = sum(count for _, count in kind.rows[0])
-        done = [sum(count for name, count in row if name == "cache") for row in kind.rows]
-        mask = self._mask([window for window in kind.windows for _ in range(cache.batch)])
+    def _forward_of(self, key: GraphKey, model: HiARTransformer, prompt_kv: CrossAttentionKV) -> BatchedForward:
+        if key not in self.batched_forwards:
+            self.batched_forwards[key] = self._new_forward(key, model, prompt_kv)
+        return self.batched_forwards[key]
+
+    def _new_forward(self, key: GraphKey, model: HiARTransformer, prompt_kv: CrossAttentionKV) -> BatchedForward:
+        cache, (first, last, stride) = self.cache, key.caches
+        frames = sum(count for _, count in key.items[0])
+        done = [sum(count for kind, count in item if kind == "cache") for item in key.items]
+        mask = self._mask([window for window in key.windows for _ in range(cache.batch)])
         attend = self.attend(
-            cache, slice(first, last + 1, stride), frames, done, self.grid, self.first_frame, mask, kind.lends
+            cache, slice(first, last + 1, stride), frames, done, self.grid, self.first_frame, mask, key.shares_kv
         )
         height, width = (n * p for n, p in zip(self.grid, model.config.patch_size[1:], strict=True))
         shape = (model.config.in_channels, height, width)
-        table = self.tables[id(model)]
-        return BatchedForward(kind, model, table, attend, text, shape, cache.batch, self.wide, self.sampler == "sde")
+        return BatchedForward(
+            key, model, self.tables[id(model)], attend, prompt_kv, shape, cache.batch, self.sigma_dtype,
+            self.sampler == "sde",
+        )  # fmt: skip
 
     def _mask(self, windows: Sequence[int | None]) -> BlockCausal:
         plan = self.plan
@@ -373,22 +384,19 @@ class Executor:
         )
 
     def _level(self, task: Task) -> int:
-        """Row of the modulation table: the noise level that the network is told."""
+        """Index into the modulation table: the noise level that conditions the network."""
         if task.kind == "denoise":
             return task.step
         return self.clean if task.block < self.plan.prefix_blocks else task.step + 1
 
-    def _text(self, model: HiARTransformer, rows: list[Row]) -> CrossAttentionKV:
-        texts = [self.text(row[-1].block) for row in rows]
-        if any(len(row) == 2 and self.text(row[0].block) is not text for row, text in zip(rows, texts, strict=True)):
+    def _prompt_kv(self, model: HiARTransformer, items: list[BatchItem]) -> CrossAttentionKV:
+        prompts = [self.prompt_embeds(item[-1].block) for item in items]
+        of_items = zip(items, prompts, strict=True)
+        if any(len(item) == 2 and self.prompt_embeds(item[0].block) is not prompt for item, prompt in of_items):
             raise ValueError(
                 "fuse_cache_denoise=True needs one prompt for all blocks: fused tasks share their cross-attention"
             )
-        return self.texts.get(model, texts, self.cache.batch)
-
-    def _renoise(self, task: Task) -> Tensor | None:
-        """Noise of a step on its way to the device; None where it has no weight."""
-        return self._noise(task.step, task.block) if self._takes_noise(task) else None
+        return self.prompt_cache.get(model, prompts, self.cache.batch)
 
     def _takes_noise(self, task: Task) -> bool:
         return self.sampler == "sde" and task.step + 1 < self.plan.steps
@@ -399,34 +407,35 @@ class Executor:
 
     def _draw(self, step: int, block: int) -> Tensor:
         drawn = self.noise(step, block) if step == INITIAL else self.renoise(step, block).to(self.dtype)
-        return on_the_way(drawn, self.device)
+        return pinned(drawn, self.device)
 
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the rings, the latents in flight and those kept to be cached again, the position inside step_first,
-        and the texts that blocks in flight began with.
+        """Copies of the caches, the latents in flight and those stored for recaching, the position inside step_first,
+        and the prompts of the blocks in flight.
         """
         latents = {f"{level}/{block}": x.clone() for (level, block), x in self.latents.items()}
-        first = 0 if self.plan.order == "step_first" else min((n for _, n in self.latents), default=self.begun) - 1
+        last = self.last_started_block
+        first = 0 if self.plan.order == "step_first" else min((n for _, n in self.latents), default=last) - 1
         return {
             "cache": self.cache.state_dict(),
             "latents": latents,
             "history": {} if self.history is None else self.history.state_dict(),
             "step": self.step,
-            "texts": {block: self.text(block) for block in range(max(0, first), self.begun + 1)},
+            "prompt_embeds": {block: self.prompt_embeds(block) for block in range(max(0, first), last + 1)},
         }
 
     def load_state_dict(self, state: dict[str, Any], done: Callable[[Task], bool]) -> None:
-        """Take over a saved state; ``done`` tells which tasks were executed before it."""
+        """Restore a saved state; ``done`` says which tasks were executed before it."""
         self.cache.load_state_dict(state["cache"])
         self.latents, self.readers, self.drawn, self.step = {}, {}, {}, state["step"]
-        self.begun = max(state["texts"], default=-1)
+        self.last_started_block = max(state["prompt_embeds"], default=-1)
         if self.history is not None:
             self.history.load_state_dict(state["history"], self.models[0].patch_embedding.weight)
         for name, x in state["latents"].items():
             level, block = map(int, name.split("/"))
-            self._put(level, block, self._keep(x))
+            self._put(level, block, self._copy(x))
             for task in (Task("denoise", level, block), Task("cache", level - 1, block)):
                 if task.step in range(self.plan.steps) and done(task):
                     self._release(task)

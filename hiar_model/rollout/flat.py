@@ -15,7 +15,7 @@ from ..distributed.pipeline import init_distributed
 from ..schedule.plan import Plan
 from .engine import FinishedBlock, Rollout
 from .executor import NoiseSource
-from .noise import INITIAL, GivenNoise, KeyedNoise
+from .noise import INITIAL, KeyedNoise, TensorNoise
 from .shapes import require_shape
 
 EXECUTORS = ("eager", "graph", "pipeline", "pipeline-graph")
@@ -81,8 +81,8 @@ def make_rollout(
         ahead = 0 if prefix is None else prefix.shape[1]
         if noise is not None:
             require_shape("noise", noise, (batch, None if num_frames is None else num_frames - ahead, *size))
-        sources = _both(Plan.of(config, ahead), noise, renoise, seed, ids, size)
-    made = Rollout(
+        sources = _sources(Plan.of(config, ahead), noise, renoise, seed, ids, size)
+    video = Rollout(
         model,
         text,
         config,
@@ -97,17 +97,17 @@ def make_rollout(
         video_ids=ids,
         noise=sources,
     )  # fmt: skip
-    made.on_task, made.on_boundary = on_visit, on_boundary
-    return made
+    video.on_task, video.on_boundary = on_visit, on_boundary
+    return video
 
 
-def _both(
+def _sources(
     plan: Plan, initial: Tensor | None, renoise: NoiseSource, seed: int, ids: Sequence[int], size: tuple[int, int, int]
 ) -> NoiseSource:
-    """Initial noise from one place, the noise of the steps from another."""
+    """Initial noise from a tensor or keyed, the noise of the steps from ``renoise``."""
     first: NoiseSource = KeyedNoise(seed, ids, plan.block_frames, size)
     if initial is not None:
-        first = GivenNoise(initial, plan.block_frames, plan.prefix_frames)
+        first = TensorNoise(initial, plan.block_frames, plan.prefix_frames)
     return lambda step, block: first(step, block) if step == INITIAL else renoise(step, block)
 
 
@@ -120,12 +120,12 @@ def rollout(
     on_block: Callable[[FinishedBlock], None] | None = None,
     **keywords: Any,
 ) -> Tensor | None:
-    """Latents of a whole video [B, F, C, H, W], its prefix included.
+    """Latents of a whole video [B, F, C, H, W], prefix included.
 
     Args:
-        model, text: as for :class:`Rollout`. schedule: noise levels of the S steps.
-        noise: initial noise [B, F, C, H, W] of the frames to make; None: keyed by (seed, video, step, block); give
-            ``num_frames``, ``height``, ``width`` then (of the latents; and ``batch``).
+        model: as for :class:`Rollout`; text: its prompt_embeds. schedule: noise levels of the S steps.
+        noise: initial noise [B, F, C, H, W] of the new frames; None: keyed by (seed, video, step, block), which needs
+            ``num_frames``, ``height``, ``width`` of the latents (and ``batch``).
         on_block: called with each :class:`FinishedBlock`.
         keywords: order, frames_per_block, window_frames, sink_frames, context_noise, first_frame of
             :class:`~hiar_model.RolloutConfig`; trajectory, cache_source, pairs, on_new_text: its sampler, kv_source,
@@ -135,7 +135,7 @@ def rollout(
             cache_dtype, keep_frames, and the others of :class:`~hiar_model.ExecutionConfig`.
 
     Returns:
-        None on the ranks of a pipeline that have no finished blocks: all but the last.
+        None on all ranks of a pipeline but the last, which has the finished blocks.
 
     Example:
         >>> import torch
@@ -149,14 +149,14 @@ def rollout(
         if latents is not None:
             require_shape(name, latents, (None,) * 5)
     if noise is not None:
-        made, size = noise.shape[1], {"batch": noise.shape[0], "height": noise.shape[3], "width": noise.shape[4]}
-        keywords = {"num_frames": made + (0 if prefix is None else prefix.shape[1]), **size, **keywords}
-    parts = [] if prefix is None else [prefix]
-    run = make_rollout(model, text, schedule, noise=noise, **keywords)
-    for block in run:
-        parts.append(block.latents)
+        frames, size = noise.shape[1], {"batch": noise.shape[0], "height": noise.shape[3], "width": noise.shape[4]}
+        keywords = {"num_frames": frames + (0 if prefix is None else prefix.shape[1]), **size, **keywords}
+    blocks = [] if prefix is None else [prefix]
+    video = make_rollout(model, text, schedule, noise=noise, **keywords)
+    for block in video:
+        blocks.append(block.latents)
         if on_block is not None:
             on_block(block)
-    if not run.makes_blocks:
+    if not video.makes_blocks:
         return None
-    return torch.cat([part.to(parts[-1]) for part in parts], dim=1)
+    return torch.cat([latents.to(blocks[-1]) for latents in blocks], dim=1)

@@ -1,4 +1,4 @@
-"""What a rollout takes, counted on fake tensors: :mod:`hiar_model.planning.memory` adds it up."""
+"""Memory use of a rollout, counted on fake tensors; :mod:`hiar_model.planning.memory` adds it up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .engine import Rollout
 
 
 class _HostAttention(CachedAttention):
-    """What is visible is worked out on the host, with real numbers."""
+    """Computes what is visible on the host, with real numbers."""
 
     def prepare_host(self, starts: Sequence[int], layout: bool = True) -> AttentionLayout | None:
         from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -27,17 +27,17 @@ class _HostAttention(CachedAttention):
 
 
 def prompt_bytes(rollout: Rollout, model: HiARTransformer, prompt_embeds: Tensor) -> int:
-    """Bytes of the keys and values of a prompt with no padding, in all layers; the rollout keeps them."""
-    prompts = rollout._executor.texts
-    prompts.hold(model, prompt_embeds, prompt_embeds)
-    return sum(x.nbytes for pair in prompts.get(model, [prompt_embeds]).layers for x in pair)
+    """Bytes of the cross-attention KV of an unpadded prompt in all layers; the rollout caches them."""
+    cache = rollout._executor.prompt_cache
+    cache.add(model, prompt_embeds, prompt_embeds)
+    return sum(x.nbytes for kv in cache.get(model, [prompt_embeds]).layers for x in kv)
 
 
 def forwards(rollout: Rollout, captured: bool) -> Iterator[BatchedForward]:
-    """One forward of each kind of the rollout, set up to run on fake tensors, not run.
+    """One forward of each kind in the rollout, prepared for fake tensors, not run.
 
     Args:
-        captured: set up as for CUDA graphs, which read from fixed places; nothing is captured here.
+        captured: prepare as for CUDA graphs, which read the prompt from fixed buffers; nothing is captured.
     """
     executor = rollout._executor
     executor.attend = _HostAttention
@@ -45,7 +45,7 @@ def forwards(rollout: Rollout, captured: bool) -> Iterator[BatchedForward]:
         executor.capture = lambda run: run()
     seen: set[Any] = set()
     for forward in executor.prepared(rollout.warm_up_blocks):
-        kind = (replace(forward.kind, caches=(0, 0, 0)), forward.attend.layout)
+        kind = (replace(forward.key, caches=(0, 0, 0)), forward.attend.layout)
         if kind not in seen:
             seen.add(kind)
             yield forward

@@ -1,4 +1,4 @@
-"""Noise as a function of (seed, video, step, block): never of visiting order, rank, batch, device or machine."""
+"""Noise as a function of (seed, video, step, block): never of task order, rank, batch, device or machine."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from ..common.keyed import keyed_generator
 
 INITIAL = -1  # the "step" of the initial noise
-GIVEN = "given"  # in place of a scheme's name: nothing is drawn here
+EXTERNAL = "given"  # in a state, in place of the noise scheme: the caller supplied the noise
 
 
 @dataclass(frozen=True)
 class KeyedNoise:
-    """Noise of the blocks of some videos.
+    """Noise of a batch of videos.
 
     seed        of the rollout
-    videos      ids, one for each row of the batch
-    frames      (first, after the last) of each block, by :meth:`Plan.block_frames`
+    videos      id of each video
+    frames      block -> its frames [start, stop): :meth:`Plan.block_frames`
     shape       (C, H, W) of a latent frame
     """
 
@@ -37,20 +37,20 @@ class KeyedNoise:
 
 
 @dataclass(frozen=True)
-class GivenNoise:
-    """Initial noise that was handed in: [B, frames behind the prefix, C, H, W]."""
+class TensorNoise:
+    """Initial noise from a tensor [B, frames after the prefix, C, H, W]."""
 
     noise: Tensor
     frames: Callable[[int], tuple[int, int]]
     prefix: int
 
     def __call__(self, step: int, block: int) -> Tensor:
-        """That of a block, as a view."""
+        """The noise of a block, a view."""
         assert step == INITIAL
         start, stop = (frame - self.prefix for frame in self.frames(block))
         return self.noise[:, start:stop]
 
 
 def keyed_noise(seed: int, video: int, step: int, block: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normals float32 of ``shape`` (frames, C, H, W), drawn on the CPU; step -1 is the initial noise."""
+    """Standard normals, float32 of ``shape`` (frames, C, H, W), drawn on the CPU; step -1 is the initial noise."""
     return keyed_generator(seed, "noise", video, step, block).normals(*shape)

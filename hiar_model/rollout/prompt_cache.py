@@ -1,4 +1,4 @@
-"""Keys and values of the prompts in use: computed once per weights and prompt, kept where captured graphs find them."""
+"""Cross-attention KV of the prompts in use: computed once per network and prompt, in fixed buffers for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,135 +11,130 @@ from torch import Tensor
 from ..models.conditions import CrossAttentionKV
 from ..models.transformer import HiARTransformer
 
-_TILE = 16  # keys: texts of about the same length then have the same shape
+_TILE = 16  # tokens: prompts are padded to a multiple, so that similar lengths have the same shape
 
-TextSource = Callable[[int], Tensor]
-"""Of a block number: the same tensor object for the same prompt."""
+PromptSource = Callable[[int], Tensor]
+"""Block number -> prompt embeddings [B or 1, L, text_dim]; the same tensor object for the same prompt."""
 
 
 @dataclass(frozen=True)
 class ResumedPrompts:
-    """The texts of a rollout that goes on: blocks that had begun keep theirs, later ones get ``given``."""
+    """Prompts of a resumed rollout: blocks that had started keep ``saved``, later ones take ``source``."""
 
-    given: TextSource
-    kept: Mapping[int, Tensor]
+    source: PromptSource
+    saved: Mapping[int, Tensor]
 
     @classmethod
-    def after(cls, given: TextSource, saved: Mapping[int, Tensor]) -> ResumedPrompts:
-        """``saved`` are copies: where a given text is the same, that very object stands in, as without a break."""
-        kept: dict[int, Tensor] = {}
-        for block, text in saved.items():
-            known = [given(block), *kept.values()]
-            kept[block] = next((one for one in known if _same(one, text)), text.to(known[0]))
-        return cls(given, kept)
+    def after(cls, source: PromptSource, copies: Mapping[int, Tensor]) -> ResumedPrompts:
+        """Replace copies that equal a prompt of ``source`` by that very object, as in an uninterrupted run."""
+        saved: dict[int, Tensor] = {}
+        for block, copy in copies.items():
+            known = [source(block), *saved.values()]
+            saved[block] = next((one for one in known if _same(one, copy)), copy.to(known[0]))
+        return cls(source, saved)
 
     def __call__(self, block: int) -> Tensor:
-        found = self.kept.get(block)
-        return self.given(block) if found is None else found
+        saved = self.saved.get(block)
+        return self.source(block) if saved is None else saved
 
     @property
     def forks(self) -> bool:
-        """Whether the texts given differ from those of blocks that had begun."""
-        return any(self.given(block) is not text for block, text in self.kept.items())
+        """Whether ``source`` differs from the prompts of blocks that had started."""
+        return any(self.source(block) is not saved for block, saved in self.saved.items())
 
 
 @dataclass
 class PromptCache:
-    """``limit``: prompts, and stacks of prompts, that are kept."""
+    """``limit``: prompts, and stacks of prompts, that are cached."""
 
     limit: int
     entries: dict[tuple[int, int], tuple[Tensor, CrossAttentionKV]] = field(default_factory=dict)
     stacked: dict[tuple[int, ...], CrossAttentionKV] = field(default_factory=dict)
 
-    def get(self, model: HiARTransformer, texts: Sequence[Tensor], batch: int = 1) -> CrossAttentionKV:
-        """For one row a text [B or 1, ...]: [rows * B, ...]; [1, ...] where all rows share one text of batch 1."""
-        keys = [(id(model), id(text)) for text in texts]
-        for key, text in zip(keys, texts, strict=True):
+    def get(self, model: HiARTransformer, prompts: Sequence[Tensor], batch: int = 1) -> CrossAttentionKV:
+        """KV of one prompt [B or 1, L, text_dim] per batch item, stacked to [items * B, ...]; [1, ...] if all batch
+        items share one prompt of batch 1.
+        """
+        keys = [(id(model), id(prompt)) for prompt in prompts]
+        for key, prompt in zip(keys, prompts, strict=True):
             if key not in self.entries:
-                self.hold(model, text, trim_padding(text))
-        parts = [self.entries[key][1] for key in keys]
-        shared = len(set(keys)) == 1
-        if shared and (len(parts) == 1 or texts[0].shape[0] == 1):
-            found = parts[0]
+                self.add(model, prompt, trim_padding(prompt))
+        kvs = [self.entries[key][1] for key in keys]
+        if len(set(keys)) == 1 and (len(kvs) == 1 or prompts[0].shape[0] == 1):
+            result = kvs[0]
         else:
-            name = tuple(id(part) for part in parts)
+            name = tuple(id(kv) for kv in kvs)
             if name not in self.stacked:
-                self.stacked[name] = _stack(parts, batch)
-            found = self.stacked[name]
-        self._forget(set(keys))
-        return found
+                self.stacked[name] = _stack(kvs, batch)
+            result = self.stacked[name]
+        self._evict(set(keys))
+        return result
 
-    def hold(self, model: HiARTransformer, text: Tensor, trimmed: Tensor) -> None:
-        """Make the keys of a text of which ``trimmed`` is all that is no padding."""
-        self.entries[id(model), id(text)] = (text, _padded(model.cross_attention_kv(trimmed)))
+    def add(self, model: HiARTransformer, prompt: Tensor, trimmed: Tensor) -> None:
+        """Compute and store the KV of a prompt; ``trimmed`` is the prompt without padding."""
+        self.entries[id(model), id(prompt)] = (prompt, _padded(model.cross_attention_kv(trimmed)))
 
-    def _forget(self, used: set[tuple[int, int]]) -> None:
+    def _evict(self, used: set[tuple[int, int]]) -> None:
         while len(self.entries) > self.limit:
             oldest = next(key for key in self.entries if key not in used)
             del self.entries[oldest]
-            self.stacked.clear()  # its keys are identities of what was just freed
+            self.stacked.clear()  # keyed by id() of entries, which may now be reused
         while len(self.stacked) > self.limit:
             del self.stacked[next(iter(self.stacked))]
 
 
 @dataclass
 class PromptBuffers:
-    """Fixed places for texts, which captured graphs read: another prompt of the same shape is copied there."""
+    """Fixed buffers that captured graphs read the prompt from: one for each network and shape."""
 
-    places: dict[tuple[int, tuple[int, ...]], CrossAttentionKV] = field(default_factory=dict)
-    holds: dict[tuple[int, tuple[int, ...]], CrossAttentionKV] = field(default_factory=dict)
+    buffers: dict[tuple[int, tuple[int, ...]], CrossAttentionKV] = field(default_factory=dict)
+    contents: dict[tuple[int, tuple[int, ...]], CrossAttentionKV] = field(default_factory=dict)
 
-    def put(self, model: HiARTransformer, text: CrossAttentionKV) -> CrossAttentionKV:
-        """The place of such texts, which now holds this one."""
-        key = (id(model), text.shape)
-        if key not in self.places:
-            layers = tuple((k.clone(), v.clone()) for k, v in text.layers)
-            self.places[key], self.holds[key] = (
-                CrossAttentionKV(layers, text.counts.clone(), counted=text.counted),
-                text,
-            )
-        if self.holds[key] is not text:
-            place = self.places[key]
-            place.counts.copy_(text.counts)
-            place.log_counts.copy_(text.log_counts)
-            for (k, v), (new_k, new_v) in zip(place.layers, text.layers, strict=True):
+    def put(self, model: HiARTransformer, kv: CrossAttentionKV) -> CrossAttentionKV:
+        """Copy a prompt's KV into the buffer of its shape, unless it is there already, and return the buffer."""
+        key = (id(model), kv.shape)
+        if key not in self.buffers:
+            layers = tuple((k.clone(), v.clone()) for k, v in kv.layers)
+            self.buffers[key], self.contents[key] = CrossAttentionKV(layers, kv.counts.clone(), counted=kv.counted), kv
+        if self.contents[key] is not kv:
+            buffer = self.buffers[key]
+            buffer.counts.copy_(kv.counts)
+            for (k, v), (new_k, new_v) in zip(buffer.layers, kv.layers, strict=True):
                 k.copy_(new_k)
                 v.copy_(new_v)
-            self.holds[key] = text
-        return self.places[key]
+            self.contents[key] = kv
+        return self.buffers[key]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
 
 
-def trim_padding(text: Tensor) -> Tensor:
-    """Drop trailing zero tokens that every row of [B, L, D] has: padding, which the model counts instead."""
-    used = text.abs().amax(dim=(0, 2)) > 0
-    return text[:, : int(used.nonzero()[-1]) + 1] if bool(used.any()) else text[:, :0]
+def trim_padding(prompt: Tensor) -> Tensor:
+    """Drop the trailing tokens of [B, L, D] that are zero for all B: padding, which the model counts instead."""
+    used = prompt.abs().amax(dim=(0, 2)) > 0
+    return prompt[:, : int(used.nonzero()[-1]) + 1] if bool(used.any()) else prompt[:, :0]
 
 
-def _fill(x: Tensor, length: int) -> Tensor:
-    """x [B, L, ...] with zeros up to a length: as counts they hide the keys."""
+def _pad(x: Tensor, length: int) -> Tensor:
+    """x [B, L, ...] padded to ``length`` with zeros; a count of 0 hides a key."""
     return torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:])], 1)
 
 
-def _padded(text: CrossAttentionKV) -> CrossAttentionKV:
-    length = -(-text.counts.shape[1] // _TILE) * _TILE
-    layers = tuple((_fill(k, length), _fill(v, length)) for k, v in text.layers)
-    counted = text.counted or length > text.counts.shape[1]
-    return CrossAttentionKV(layers, _fill(text.counts, length), counted=counted)
+def _padded(kv: CrossAttentionKV) -> CrossAttentionKV:
+    length = -(-kv.counts.shape[1] // _TILE) * _TILE
+    layers = tuple((_pad(k, length), _pad(v, length)) for k, v in kv.layers)
+    counted = kv.counted or length > kv.counts.shape[1]
+    return CrossAttentionKV(layers, _pad(kv.counts, length), counted=counted)
 
 
-def _stack(parts: Sequence[CrossAttentionKV], batch: int) -> CrossAttentionKV:
-    """Texts of different lengths as rows of one batch, ``batch`` for each: the missing keys count 0 times."""
-    length = max(part.counts.shape[1] for part in parts)
+def _stack(kvs: Sequence[CrossAttentionKV], batch: int) -> CrossAttentionKV:
+    """KV of prompts of different lengths as one batch, ``batch`` samples for each; missing keys count 0 times."""
+    length = max(kv.counts.shape[1] for kv in kvs)
     layers = []
-    for layer in zip(*(part.layers for part in parts), strict=True):
-        k, v = (
-            torch.cat([_fill(x, length).expand(batch, -1, -1, -1) for x in kind]) for kind in zip(*layer, strict=True)
-        )
+    for layer in zip(*(kv.layers for kv in kvs), strict=True):
+        k, v = (torch.cat([_pad(x, length).expand(batch, -1, -1, -1) for x in xs]) for xs in zip(*layer, strict=True))
         layers.append((k, v))
-    counts = [_fill(part.counts, length).expand(batch, -1) for part in parts]
-    alike = all(part.counts.shape[1] == length and not part.counted for part in parts)
-    return CrossAttentionKV(tuple(layers), torch.cat(counts), counted=not alike)
+    counts = [_pad(kv.counts, length).expand(batch, -1) for kv in kvs]
+    uniform = all(kv.counts.shape[1] == length and not kv.counted for kv in kvs)
+    return CrossAttentionKV(tuple(layers), torch.cat(counts), counted=not uniform)

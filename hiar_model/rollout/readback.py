@@ -1,4 +1,4 @@
-"""Small results of the device on their way to the host: nothing waits when they are sent, only when they are read."""
+"""Asynchronous copies of small results from the device to the host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Readback:
-    """A copy of ``x`` on the host, as it is once the device has done all that was asked of it so far."""
+    """Starts copying ``x`` to the host; waits for it only when it is read."""
 
     def __init__(self, x: Tensor) -> None:
         self.done: Any = None
@@ -21,7 +21,7 @@ class Readback:
         self.done.record(torch.cuda.current_stream(x.device))
 
     def numbers(self) -> list[Any]:
-        """The values; the one place where a rollout's host waits for the device."""
+        """The values: the one place where a rollout's host waits for the device."""
         if self.done is not None:
             self.done.synchronize()
         return self.host.tolist()

@@ -1,4 +1,4 @@
-"""The rank of a pipeline that has no steps: it takes finished blocks, to decode them beside the others' work."""
+"""The pipeline rank without steps: it receives finished blocks and decodes them while the other ranks work."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from .executor import Counters
 
 
 class Receiver:
-    """In place of an executor, on a rank without steps: takes finished blocks."""
+    """Replaces the executor on a rank without steps."""
 
-    about, begun = "no visits", -1
-    text: Any = None  # of the blocks: nothing here needs it
+    about, last_started_block = "no tasks", -1
+    prompt_embeds: Any = None  # set by Rollout.load_state_dict, unused here
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline, self.counters = pipeline, Counters()
 
     def run(self, group: Group) -> list[tuple[int, Tensor]]:
-        """The block of the last denoise task, made elsewhere."""
+        """Receive the block of the last denoise task."""
         block = group[0][-1].block
         return [(block, self.pipeline.receive(block).to(self.pipeline.device, copy=True))]
 
     def may_run_ahead(self, following: Group) -> bool:
-        """A pipeline's groups have their times."""
+        """Never: a pipeline runs its groups in lockstep."""
         return False
 
     def await_finished(self, following: Group | None) -> None:
-        """Nothing: the rank that made a block has looked at it."""
+        """Nothing: the rank that made a block has checked it."""
 
     def warm_up(self, blocks: int) -> int:
         """Nothing."""
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {"cache": {}, "latents": {}, "history": {}, "step": 0, "texts": {}}
+        """Empty."""
+        return {"cache": {}, "latents": {}, "history": {}, "step": 0, "prompt_embeds": {}}
 
     def load_state_dict(self, state: dict[str, Any], done: Callable[[Any], bool]) -> None:
         """Nothing."""

@@ -20,7 +20,7 @@ Shapes: B videos, F latent frames of a block, C channels, H rows and W columns o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +194,7 @@ def forward_block(
         return y.unflatten(-1, (config.num_heads, -1))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return cast(Tensor, ops.attention(q, k, v)).flatten(2)
+        return ops.attention(q, k, v).flatten(2)
 
     half = config.freq_dim // 2
     rates = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=latents.device) / half)

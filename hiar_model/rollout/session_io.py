@@ -1,7 +1,7 @@
-"""A video in the making on disk: one safetensors file to go on from, or to fork with another prompt.
+"""Sessions: an unfinished video in one safetensors file, to resume or to fork with another prompt.
 
-The file holds the rollout's state (:meth:`Rollout.state_dict`: rings, latents in flight, the texts that blocks in
-flight began with) and the decoder's, where it carries something from block to block, as a causal VAE does.
+The file holds the state of the rollout (:meth:`Rollout.state_dict`) and of the decoder, if it has one, as a causal VAE
+does.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ FILE = SESSION
 
 @dataclass(frozen=True)
 class Session:
-    """Where a saved rollout stands.
+    """A loaded session.
 
     path        of its file
-    blocks      how many blocks are finished, those of the prefix among them: the next to come has this number
-    fork_block  the first block that had not begun: another text shows from there on
-    about       what its writer said of it
+    blocks      finished blocks, prefix included: the number of the next block
+    fork_block  the first block that had not started: a different prompt takes effect there
+    about       the facts stored by its writer
     """
 
     path: Path
@@ -41,27 +41,39 @@ class Session:
 def save_session(
     path: str | os.PathLike[str], rollout: Rollout, decoder: object = None, about: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write all that is needed to go on; call it between two blocks, when the decoder has decoded the last one.
+    """Save a session. Call it between two blocks, when the decoder has decoded the last one.
 
     Args:
-        path: the file, or a folder to put ``session.safetensors`` into. It is replaced when the new one is whole.
-        decoder: of the video; what its ``state_dict()`` returns is kept, if it has one.
-        about: facts that :func:`load_session` compares, as JSON takes them; such as a hash of the weights.
+        path: the file, or a folder for ``session.safetensors``. An old file is replaced atomically.
+        decoder: of the video; its ``state_dict()`` is stored, if it has one.
+        about: JSON facts that :func:`load_session` compares, such as a hash of the weights.
 
     Returns:
         Path of the file.
 
     Raises:
-        ValueError: a pipeline of several processes; or a file that cannot be written.
+        ValueError: a pipeline of several processes, or a file that cannot be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from hiar_model import HiARTransformer, Rollout, RolloutConfig, WanConfig, load_session, save_session
+        >>> model = HiARTransformer(WanConfig(16, 32, 2, 2, text_dim=6, text_len=5, in_channels=4, out_channels=4))
+        >>> def video():
+        ...     config = RolloutConfig(order="stream")
+        ...     return Rollout(model, torch.ones(1, 5, 6), config, num_latent_frames=6, latent_size=(4, 8))
+        >>> first, second = video(), video()
+        >>> block = next(iter(first))
+        >>> load_session(save_session(tempfile.mkdtemp(), first), second).blocks
+        1
     """
     if rollout.pipeline is not None and rollout.pipeline.group is not None:
-        raise ValueError("a session is one file of one process: a pipeline keeps its states in a folder (RunFolder)")
+        raise ValueError("a session is one file of one process, this rollout is a pipeline of several: use RunFolder")
     target = _file(path)
     state = rollout.state_dict()
-    tensors, told = state_io.pack(state)
-    kept, others = _decoder_state(decoder)
-    tensors |= {f"decoder.{name}": x for name, x in kept.items()}
-    told |= {
+    tensors, metadata = state_io.pack(state)
+    decoder_tensors, others = _decoder_state(decoder)
+    tensors |= {f"decoder.{name}": x for name, x in decoder_tensors.items()}
+    metadata |= {
         "format": FORMAT,
         "version": str(VERSION),
         "blocks": json.dumps(rollout.blocks_done),
@@ -69,7 +81,7 @@ def save_session(
         "about": json.dumps(dict(about or {})),
     }
     try:
-        state_io.write(target, tensors, told)
+        state_io.write(target, tensors, metadata)
     except OSError as error:
         raise ValueError(str(error)) from error
     return target
@@ -78,44 +90,44 @@ def save_session(
 def load_session(
     path: str | os.PathLike[str], rollout: Rollout, decoder: object = None, about: Mapping[str, Any] | None = None
 ) -> Session:
-    """Bring a fresh rollout, and decoder, to where a saved one stood; iterating goes on from there.
+    """Restore a saved session into a fresh rollout and decoder; iterating continues from there.
 
-    With the same text it goes on as if never interrupted, bit for bit. With another text it is a fork: blocks that had
-    begun keep theirs, and all is as in the run whose text changes at :attr:`Session.fork_block`.
+    With the same prompt the result is bitwise that of an uninterrupted run. A different prompt makes a fork: blocks
+    that had started keep theirs, as in a run whose prompt changes at :attr:`Session.fork_block`.
 
     Args:
-        rollout: with the same model, plan, schedule and size. decoder: a fresh one of the same kind.
-        about: facts that must be those of the file, as far as both have them.
+        rollout: of the same model, plan, schedule and size. decoder: a fresh one of the same kind.
+        about: facts that must equal those of the file, where both have them.
 
     Raises:
-        ValueError: no such file, corrupt, of another version, plan or decoder, or another fact: names it. The rollout
-            and the decoder are untouched then.
+        ValueError: the file is missing, corrupt, or of another version, plan, decoder or fact: names it. The rollout
+            and the decoder are left untouched.
     """
     source = _file(path)
-    tensors, told = state_io.read(source)
-    if told.get("format") != FORMAT:
-        raise ValueError(f"{source} is no session: format must be {FORMAT!r}, got {told.get('format')!r}")
-    if told["version"] != str(VERSION):
-        raise ValueError(f"{source} is a session of version {told['version']}, this is version {VERSION}")
-    was = json.loads(told["about"])
+    tensors, metadata = state_io.read(source)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{source} is no session: format must be {FORMAT!r}, got {metadata.get('format')!r}")
+    if metadata["version"] != str(VERSION):
+        raise ValueError(f"{source} is a session of version {metadata['version']}, this is version {VERSION}")
+    was = json.loads(metadata["about"])
     for name, now in json.loads(json.dumps(dict(about or {}))).items():
         if name in was and was[name] != now:
             raise ValueError(f"{source} is of another run: {name} was {was[name]!r}, now it is {now!r}")
-    kept, others = state_io.under(tensors, "decoder"), json.loads(told["decoder"])
+    decoder_tensors, others = state_io.under(tensors, "decoder"), json.loads(metadata["decoder"])
     saved, takes = others is not None, hasattr(decoder, "load_state_dict")
     if saved != takes:
-        found, needed = ("a", "none") if saved else ("no", "one")
-        raise ValueError(f"{source} holds {found} decoder state, the decoder given takes {needed}")
+        actual, needed = ("a", "none") if saved else ("no", "one")
+        raise ValueError(f"{source} holds {actual} decoder state, this decoder takes {needed}")
     before = decoder.state_dict() if saved else None  # type: ignore[attr-defined]
     try:
-        if saved:  # first: a state that it refuses leaves the rollout as it was
-            decoder.load_state_dict({**kept, **others})  # type: ignore[attr-defined]
-        rollout.load_state_dict(state_io.unpack(tensors, told))
+        if saved:  # first: if it refuses the state, the rollout is untouched
+            decoder.load_state_dict({**decoder_tensors, **others})  # type: ignore[attr-defined]
+        rollout.load_state_dict(state_io.unpack(tensors, metadata))
     except ValueError as error:
         if saved:
             decoder.load_state_dict(before)  # type: ignore[attr-defined]
         raise ValueError(f"{source}: {error}") from error
-    return Session(source, json.loads(told["blocks"]), rollout.begun + 1, was)
+    return Session(source, json.loads(metadata["blocks"]), rollout.last_started_block + 1, was)
 
 
 def _file(path: str | os.PathLike[str]) -> Path:
@@ -123,7 +135,7 @@ def _file(path: str | os.PathLike[str]) -> Path:
 
 
 def _decoder_state(decoder: object) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Its tensors, and what else it keeps, as JSON takes that; (nothing, None) where it keeps no state."""
+    """The tensors of its state, and the rest as JSON; ({}, None) for a decoder without state."""
     if not hasattr(decoder, "state_dict"):
         return {}, None
     state = decoder.state_dict()

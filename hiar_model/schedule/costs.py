@@ -1,7 +1,7 @@
-"""What tasks and transfers cost, for the simulator: in units, from the work in FLOP, or from measured times.
+"""Costs of tasks and transfers for the simulator: unit costs, a roofline from FLOP counts, or measured times.
 
-A task costs the more the more it sees, so its cost is a curve over visible latent frames. The simulator knows no other
-property of a machine: whatever is not in a `Costs` (stragglers, launch gaps, clocks) is not in its result.
+The cost of a task is a function of the latent frames it sees. `Costs` is all that the simulator knows of a machine:
+stragglers, launch gaps and clock changes are not modelled.
 """
 
 from __future__ import annotations
@@ -10,25 +10,33 @@ import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..config import WanConfig
-from .plan import Plan, Row
+from .plan import BatchItem, Plan
 
 BF16 = 2  # bytes
 
 
 def _not_negative(name: str, value: float) -> None:
     if not value >= 0:
-        raise ValueError(f"{name}={value} is no time: give a number >= 0")
+        raise ValueError(f"{name} must be a time of at least 0, got {value}")
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Time of a task over the latent frames it sees, its own among them: straight between the points given.
+class CostCurve:
+    """Time of a task by the latent frames it sees, its own included: linear interpolation between points.
 
-    Left of the first and right of the last point the nearest line goes on; one point is a constant.
+    Beyond the first and last point the nearest segment is extended; a single point is a constant.
+
+    Args:
+        points: (visible latent frames, time), frames rising.
+
+    Example:
+        >>> CostCurve(((3, 1.0), (21, 4.0)))(12)
+        2.5
     """
 
     points: tuple[tuple[float, float], ...]
@@ -38,7 +46,7 @@ class Curve:
         object.__setattr__(self, "points", points)
         frames = [point[0] for point in points]
         if not points or frames != sorted(set(frames)) or not all(time >= 0 for _, time in points):
-            raise ValueError(f"{list(points)} is no curve: give [visible frames, time >= 0] by rising frames")
+            raise ValueError(f"a cost curve needs [visible frames, time >= 0] by rising frames, got {list(points)}")
 
     def __call__(self, frames: float) -> float:
         if len(self.points) == 1:
@@ -47,14 +55,14 @@ class Curve:
         (x0, y0), (x1, y1) = self.points[right - 1 : right + 1]
         return y0 + (y1 - y0) * (frames - x0) / (x1 - x0)
 
-    def scaled(self, factor: float, more: float = 0.0) -> Curve:
-        """The curve times `factor`, plus `more`."""
-        return Curve(tuple((frames, time * factor + more) for frames, time in self.points))
+    def scaled(self, factor: float, more: float = 0.0) -> CostCurve:
+        """This curve times `factor`, plus `more`."""
+        return CostCurve(tuple((frames, time * factor + more) for frames, time in self.points))
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one transfer takes: `busy` holds the link, `delay` passes on top of it; `nbytes` is only counted."""
+    """One transfer: it occupies the link for `busy` and arrives `delay` later; `nbytes` is only counted."""
 
     nbytes: float = 0.0
     busy: float = 0.0
@@ -75,15 +83,15 @@ class Link:
 
     def __post_init__(self) -> None:
         if not self.bytes_per_second > 0:
-            raise ValueError(f"bytes_per_second={self.bytes_per_second} of link {self.name} is not legal: give one > 0")
+            raise ValueError(f"link {self.name}: bytes_per_second must be above 0, got {self.bytes_per_second}")
         _not_negative("latency", self.latency)
 
     def message(self, nbytes: float) -> Message:
-        """The transfer of so many bytes."""
+        """The transfer of `nbytes` bytes."""
         return Message(nbytes, nbytes / self.bytes_per_second, self.latency)
 
 
-# Nominal rates of one direction, and latencies of the usual order for a send between two processes.
+# Nominal bandwidths in one direction; latencies are typical of a send between two processes.
 LINKS = {
     "nvlink": Link("NVLink of an H200 (450 GB/s)", 450e9, 10e-6),
     "pcie": Link("PCIe 4.0 x16 (31.5 GB/s)", 31.5e9, 20e-6),
@@ -93,19 +101,20 @@ LINKS = {
 
 @dataclass(frozen=True)
 class Costs:
-    """All that the simulator asks. Times are in any one unit: tasks for `unit_costs`, else seconds.
+    """The costs of tasks and transfers, in one unit of time: a task for `unit_costs`, else seconds.
 
-    denoise, cache   time of a task, one curve for every step or one per step
-    pair             time of a fused forward over the sum of its two tasks
-    batch            time per row over that of a row alone, by rows in one launch (1, 2, ...; the last goes on)
-    decode           time to decode the pixels of one block
-    latents, keys    transfer of a block's latents to another rank; of its lent keys and values, all layers
-    source           where the figures are from, in words
+    Args:
+        denoise, cache: time of a task, one curve for all steps or one for each.
+        fused: time of a fused cache and denoise task divided by the sum of the two.
+        batch: time per item of a batch of 1, 2, ... items, divided by that of an item alone; the last holds beyond.
+        decode: time to decode the pixels of one block.
+        latents, keys: transfer of a block's latents to another rank; of its shared keys and values, all layers.
+        source: where the figures come from.
     """
 
-    denoise: Curve | tuple[Curve, ...]
-    cache: Curve | tuple[Curve, ...]
-    pair: float = 1.0
+    denoise: CostCurve | tuple[CostCurve, ...]
+    cache: CostCurve | tuple[CostCurve, ...]
+    fused: float = 1.0
     batch: tuple[float, ...] = (1.0,)
     decode: float = 0.0
     latents: Message = Message()
@@ -113,39 +122,39 @@ class Costs:
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name, value in (("pair", self.pair), ("decode", self.decode), *(("batch", b) for b in self.batch)):
+        for name, value in (("fused", self.fused), ("decode", self.decode), *(("batch", b) for b in self.batch)):
             _not_negative(name, value)
         if not self.batch:
-            raise ValueError("batch=() is not legal: give the time per row of 1, 2, ... rows in one launch")
+            raise ValueError("batch must be the relative time per item of batches of 1, 2, ... items, got ()")
 
-    def curve(self, kind: str, step: int) -> Curve:
-        """The curve of a kind of task at a step."""
-        found = self.denoise if kind == "denoise" else self.cache
-        return found if isinstance(found, Curve) else found[step]
+    def curve(self, kind: str, step: int) -> CostCurve:
+        """The cost of a kind of task ("denoise" or "cache") at a step."""
+        curves = self.denoise if kind == "denoise" else self.cache
+        return curves if isinstance(curves, CostCurve) else curves[step]
 
-    def row(self, plan: Plan, row: Row) -> float:
-        """Time of one row run alone. Both tasks of a fused row see what each would see alone."""
-        time = sum(self.curve(v.kind, v.step)(plan.visible_frames(v.step, v.block)) for v in row)
-        return time * self.pair if len(row) == 2 else time
+    def item(self, plan: Plan, item: BatchItem) -> float:
+        """Time of one batch item run alone."""
+        time = sum(self.curve(task.kind, task.step)(plan.visible_frames(task.step, task.block)) for task in item)
+        return time * self.fused if len(item) == 2 else time
 
     def check(self, plan: Plan) -> None:
-        """Refuse costs that do not fit the plan."""
+        """ValueError unless there is one curve for all steps of the plan, or one for each."""
         for name in ("denoise", "cache"):
             curves = getattr(self, name)
-            if not isinstance(curves, Curve) and len(curves) != plan.steps:
-                raise ValueError(f"{name} has {len(curves)} curves: give one, or one per step ({plan.steps})")
+            if not isinstance(curves, CostCurve) and len(curves) != plan.steps:
+                raise ValueError(f"{name} must have one cost curve, or one per step ({plan.steps}), got {len(curves)}")
 
 
 def unit_costs(
     denoise: float = 1.0, cache: float = 1.0, decode: float = 0.0, send_latent: float = 0.0, send_keys: float = 0.0
 ) -> Costs:
-    """Every task the same, whatever it sees; transfers are pure delay."""
+    """The same time for every task of a kind, whatever it sees; transfers are pure delay."""
     times = {"denoise": denoise, "cache": cache, "decode": decode, "send_latent": send_latent, "send_keys": send_keys}
     for name, value in times.items():
         _not_negative(name, value)
     return Costs(
-        Curve(((0, denoise),)),
-        Curve(((0, cache),)),
+        CostCurve(((0, denoise),)),
+        CostCurve(((0, cache),)),
         decode=decode,
         latents=Message(delay=send_latent),
         keys=Message(delay=send_keys),
@@ -155,7 +164,7 @@ def unit_costs(
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of a block of video: latent height and width, latent frames per block. Defaults: 480x832, 3 frames."""
+    """Size of a block: height and width of the latents, latent frames. Defaults: 480x832 pixels, 3 latent frames."""
 
     height: int = 60
     width: int = 104
@@ -163,23 +172,23 @@ class Geometry:
 
     def frame_tokens(self, config: WanConfig) -> int:
         """Tokens of a latent frame."""
-        rows, columns = config.grid(self.height, self.width)
-        return rows * columns
+        return prod(config.grid(self.height, self.width))
 
     def latent_bytes(self, config: WanConfig, element: int = BF16) -> int:
-        """Bytes of a block's latents, [frames, C, H, W]."""
+        """Bytes of a block's latents [frames, C, H, W]; `element`: bytes of a number."""
         return self.frames_per_block * config.in_channels * self.height * self.width * element
 
     def key_bytes(self, config: WanConfig, element: int = BF16) -> int:
-        """Bytes of a block's keys and values in all layers: the cache of one step grows by so much."""
+        """Bytes of a block's keys and values of one step, all layers; `element`: bytes of a number."""
         return 2 * config.num_layers * self.frames_per_block * self.frame_tokens(config) * config.dim * element
 
 
 def task_flop(config: WanConfig, tokens: int, keys: float) -> float:
-    """Work of one forward of `tokens` tokens over `keys` keys: matmuls and attention.
+    """FLOP of the matmuls and attention of one forward of `tokens` tokens over `keys` keys.
 
-    Per layer: q, k, v, o 8Td^2; q and o of the cross-attention 4Td^2 (its keys are made once per prompt); feed-forward
-    4Tdf; self-attention 4TKd; cross-attention 4T(text_len)d. Embeddings, head and pointwise work are left out.
+    Per layer: q, k, v, o 8Td^2; q and o of the cross-attention 4Td^2 (its keys are computed once per prompt);
+    feed-forward 4Tdf; self-attention 4TKd; cross-attention 4T(text_len)d. Embeddings, head and pointwise work are left
+    out.
     """
     d, f = config.dim, config.ffn_dim
     layer = 12 * tokens * d * d + 4 * tokens * d * f + 4 * tokens * (keys + config.text_len) * d
@@ -189,28 +198,29 @@ def task_flop(config: WanConfig, tokens: int, keys: float) -> float:
 def roofline(
     config: WanConfig, tflops: float, link: Link, decode: float = 0.0, geometry: Geometry | None = None
 ) -> Costs:
-    """Costs in seconds as if every task ran at `tflops` TFLOP/s, whatever its shape: no measurement, a lower bound.
+    """Costs in seconds if every task ran at `tflops` TFLOP/s, whatever its shape: a lower bound, not a measurement.
 
-    A cache task counts as much as a denoise task, a fused row as both, a row of a batch as a row alone.
+    A cache task costs as much as a denoise task; fusing and batching save nothing.
     """
     if not tflops > 0:
-        raise ValueError(f"tflops={tflops} is not legal: give a number > 0")
+        raise ValueError(f"tflops must be above 0, got {tflops}")
     g = geometry or Geometry()
     frame, tokens = g.frame_tokens(config), g.frame_tokens(config) * g.frames_per_block
-    line = Curve(tuple((k, task_flop(config, tokens, k * frame) / (tflops * 1e12)) for k in (0, g.frames_per_block)))
+    seconds = [(k, task_flop(config, tokens, k * frame) / (tflops * 1e12)) for k in (0, g.frames_per_block)]
+    line = CostCurve(tuple(seconds))
     source = f"roofline: FLOP of a task / {tflops:g} TFLOP/s (not measured)"
     return _with_link(Costs(line, line, decode=decode, source=source), config, g, link)
 
 
 def measured(stage_times: str | Path | Mapping[str, Any], link: Link) -> tuple[WanConfig, Geometry, Costs]:
-    """Costs from stage times measured on one device: a JSON file, or what it holds.
+    """Costs in seconds from stage times of one device: a JSON file (`hiar profile --stage-times`) or its contents.
 
         {"model": "wan2.1-t2v-1.3b",              a name of WanConfig.from_name
-         "device": "...", "revision": "...",      told in the source
+         "device": "...", "revision": "...",      shown in `Costs.source`
          "height": 60, "width": 104, "frames_per_block": 3,
          "denoise_s": [[3, 0.02], [21, 0.06]],    [visible latent frames, seconds], rising; or one such list per step
          "cache_s": [[3, 0.02], [21, 0.06]],
-         "pair": 0.97, "batch": [1, 0.95],        optional, see Costs
+         "pair": 0.97, "batch": [1, 0.95],        optional: `fused` and `batch` of Costs
          "decode_s": 0.3}                         optional, per block
 
     Raises:
@@ -225,9 +235,9 @@ def measured(stage_times: str | Path | Mapping[str, Any], link: Link) -> tuple[W
     config = WanConfig.from_name(values["model"])
     g = Geometry(values["height"], values["width"], values["frames_per_block"])
     costs = Costs(
-        _curves(values["denoise_s"]),
-        _curves(values["cache_s"]),
-        pair=values.get("pair", 1.0),
+        _cost_curves(values["denoise_s"]),
+        _cost_curves(values["cache_s"]),
+        fused=values.get("pair", 1.0),
         batch=tuple(values.get("batch", (1.0,))),
         decode=values.get("decode_s", 0.0),
         source=f"stage times measured on {values['device']}, revision {values['revision']}",
@@ -238,39 +248,37 @@ def measured(stage_times: str | Path | Mapping[str, Any], link: Link) -> tuple[W
 def exchanged_bytes(config: WanConfig, geometry: Geometry, ranks: int) -> float:
     """Bytes that each of `ranks` ranks sends in one task under head parallelism (Ulysses).
 
-    A rank holds tokens outside attention and heads inside it: q, k, v of [T/R, d] change over before each attention,
-    the output changes back after it, and (R-1)/R of each goes to other ranks. 4 T d (R-1)/R^2 elements a layer. Cached
-    keys stay where their heads are.
+    A rank has T/R tokens outside attention and H/R heads inside it. It exchanges q, k, v [T/R, d] before each attention
+    and the output after it, and (R-1)/R of each goes to other ranks: 4 T d (R-1)/R^2 elements a layer.
     """
     tokens = geometry.frame_tokens(config) * geometry.frames_per_block
     return 4 * tokens * config.dim * BF16 * config.num_layers * (ranks - 1) / ranks**2
 
 
-def unequal_parts(config: WanConfig, geometry: Geometry, ranks: int) -> str | None:
-    """Why so many ranks cannot share a task by heads; None where they can."""
+def uneven_heads(config: WanConfig, geometry: Geometry, ranks: int) -> str | None:
+    """Why this many ranks cannot share a task by heads; None where they can."""
     tokens = geometry.frame_tokens(config)
     for what, number in (("heads", config.num_heads), ("tokens of a frame", tokens)):
         if ranks < 1 or number % ranks:
-            return f"the {number} {what} must fall into equal parts"
+            return f"{number} {what} cannot be divided evenly"
     return None
 
 
 def head_parallel(costs: Costs, config: WanConfig, geometry: Geometry, ranks: int, link: Link) -> Costs:
-    """Costs of a task shared by `ranks` ranks: its time / ranks, plus two exchanges a layer that nothing hides.
+    """Costs of tasks shared by `ranks` ranks: time / ranks, plus two exchanges a layer that do not overlap with it.
 
     Raises:
-        ValueError: the ranks divide the heads or the tokens of a frame into unequal parts.
+        ValueError: the heads or the tokens of a frame are not a multiple of `ranks`.
     """
-    why = unequal_parts(config, geometry, ranks)
-    if why:
-        raise ValueError(f"ranks={ranks} is impossible: {why}")
+    if reason := uneven_heads(config, geometry, ranks):
+        raise ValueError(f"ranks={ranks} is impossible: {reason}")
     exchange = 0.0
     if ranks > 1:
         sent = exchanged_bytes(config, geometry, ranks)
         exchange = 2 * config.num_layers * link.latency + sent / link.bytes_per_second
 
-    def share(curves: Curve | tuple[Curve, ...]) -> Curve | tuple[Curve, ...]:
-        if isinstance(curves, Curve):
+    def share(curves: CostCurve | tuple[CostCurve, ...]) -> CostCurve | tuple[CostCurve, ...]:
+        if isinstance(curves, CostCurve):
             return curves.scaled(1 / ranks, exchange)
         return tuple(curve.scaled(1 / ranks, exchange) for curve in curves)
 
@@ -282,8 +290,8 @@ def _with_link(costs: Costs, config: WanConfig, geometry: Geometry, link: Link) 
     return replace(costs, latents=latents, keys=keys)
 
 
-def _curves(values: Sequence[Any]) -> Curve | tuple[Curve, ...]:
+def _cost_curves(values: Sequence[Any]) -> CostCurve | tuple[CostCurve, ...]:
     """One curve, or one per step, from the lists of a JSON file."""
     if values and isinstance(values[0][0], Sequence):
-        return tuple(Curve(tuple((x, y) for x, y in curve)) for curve in values)
-    return Curve(tuple((x, y) for x, y in values))
+        return tuple(CostCurve(tuple((x, y) for x, y in curve)) for curve in values)
+    return CostCurve(tuple((x, y) for x, y in values))

@@ -1,10 +1,9 @@
-"""What was measured on GPUs: the tables that README and docs quote, from the folders of bench/results.
+"""Tables of rollouts measured on GPUs, for README and docs, from the folders of bench/results.
 
-A folder bench/results/<device>/<date>-<revision>/ counts where it holds rollouts: ``rollouts.jsonl`` (profiles of
-`hiar profile`, one a line), ``rollout.json`` (bench/rollout/bench_rollout.py) or ``ab.json`` (bench/rollout/ab.py).
-``vae.json`` beside them gives the frames per second with the VAE, ``anchors.json`` a plain PyTorch forward to compare
-with, ``notes.json`` what has to be said of a file: {"rollouts.jsonl": [a note for each line]}. A further folder needs
-no code.
+A folder bench/results/<device>/<date>-<revision>/ is read if it has rollouts: ``rollouts.jsonl`` (one profile a line),
+``rollout.json`` (bench/rollout/bench_rollout.py) or ``ab.json`` (bench/rollout/ab.py). Beside them ``vae.json`` adds
+frames per second with the VAE, ``anchors.json`` a plain PyTorch forward to compare with, and ``notes.json`` notes for
+the results of a file: {"rollouts.jsonl": [a note for each line]}. New folders need no code.
 """
 
 from __future__ import annotations
@@ -20,18 +19,19 @@ from ..config import WAN
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 FILES = ("rollouts.jsonl", "rollout.json", "ab.json")
-PARTS = ("attention", "matmul", "pointwise", "copy", "idle")
+KINDS = ("attention", "matmul", "pointwise", "copy", "idle")
 FRAMES = WAN.frames_per_block * WAN.temporal_compression  # pixel frames of a block
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One rollout on one GPU, per task (one forward of one block).
+    """A rollout measured on one GPU; times and counts are per task (one forward of one block).
 
     Attributes:
-        run: date and revision. note: what has to be said of it.
-        task, fps: milliseconds, pixel frames a second without the VAE.
-        peak_gib, launches, syncs: None where they were not counted. parts: milliseconds by kind of work.
+        device: name of the GPU. run: date and revision. rollout: its options. note: a remark for below the table.
+        task: milliseconds. fps: pixel frames per second without the VAE.
+        peak_gib, launches, syncs: None where they were not counted.
+        milliseconds: by kind of work, of `KINDS`.
     """
 
     device: str
@@ -43,34 +43,34 @@ class Measured:
     peak_gib: float | None
     launches: float | None
     syncs: float | None
-    parts: dict[str, float]
+    milliseconds: dict[str, float]
 
     def with_vae(self, block_ms: float | None) -> float | None:
-        """Frames a second that remain where the same GPU decodes each block afterwards, in so many milliseconds."""
+        """Frames per second if the same GPU then decodes each block in `block_ms` milliseconds."""
         return None if block_ms is None else FRAMES / (FRAMES / self.fps + block_ms / 1e3)
 
 
 def folders(root: Path | None = None) -> list[Path]:
     """Folders with rollouts on a GPU, the oldest first; none in an installation without bench/."""
-    found = {file.parent for name in FILES for file in (root or RESULTS).glob(f"*/*/{name}")}
-    return sorted((f for f in found if not f.parent.name.startswith("cpu")), key=lambda f: (f.name, f.parent.name))
+    candidates = {file.parent for name in FILES for file in (root or RESULTS).glob(f"*/*/{name}")}
+    return sorted((f for f in candidates if not f.parent.name.startswith("cpu")), key=lambda f: (f.name, f.parent.name))
 
 
 def rollouts(folder: Path) -> list[Measured]:
-    """All that a folder holds, in the order of its files; rehearsals on a CPU are left out.
+    """All rollouts of a folder, in the order of its files, without rehearsals on a CPU.
 
     Raises:
-        ValueError: a file is not what its name says.
+        ValueError: names a file that is not a result of its bench.
     """
-    found: list[Measured] = []
+    result: list[Measured] = []
     for name, read in (("rollouts.jsonl", _profiles), ("rollout.json", _bench), ("ab.json", _ab)):
         file = folder / name
         if file.is_file():
             try:
-                found += read(file)
+                result += read(file)
             except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise ValueError(f"{file} is no result of the benches: {error!r}") from None
-    return found
+                raise ValueError(f"{file} is not a result of the benches: {error!r}") from None
+    return result
 
 
 def _notes(file: Path) -> Iterator[str]:
@@ -95,7 +95,7 @@ def _profiles(file: Path) -> Iterator[Measured]:
 
 
 def _profiled(p: dict[str, Any]) -> str:
-    """The name of a profiled rollout; its setting has a "rollout" since 2026-11-28."""
+    """The name of a profiled rollout; settings have a "rollout" since 2026-11-28."""
     s = p["setting"]
     if "rollout" in s:
         r = s["rollout"]
@@ -123,26 +123,26 @@ def _ab(file: Path) -> Iterator[Measured]:
         for row in rows:
 
             def middle(name: str, kind: str = "traces", row: Any = row, side: str = side) -> float | None:
-                found = [sample[name] for sample in row.get(kind, {}).get(side, []) if sample.get(name) is not None]
-                return median(found) if found else None
+                values = [sample[name] for sample in row.get(kind, {}).get(side, []) if sample.get(name) is not None]
+                return median(values) if values else None
 
             task, fps = middle("task_ms", "samples"), middle("fps", "samples")
             if task is None or fps is None:
                 continue
-            parts = {kind: value for kind in PARTS if (value := middle(kind)) is not None}
+            milliseconds = {kind: value for kind in KINDS if (value := middle(kind)) is not None}
             busy = middle("busy")
             if busy is not None:
-                parts["idle"] = max(0.0, task - busy)
+                milliseconds["idle"] = max(0.0, task - busy)
             yield Measured(
                 values["environment"]["device"], f"{file.parent.name} {side}",
                 _name(row["order"], row["pairs"], row["shared_keys"], row["executor"]),
                 f"revision {values['sides'][side]['revision']}", task, fps, middle("peak_gib", "samples"),
-                middle("launches"), middle("syncs"), parts,
+                middle("launches"), middle("syncs"), milliseconds,
             )  # fmt: skip
 
 
 def vae_ms(folder: Path) -> tuple[float | None, float | None]:
-    """Milliseconds to decode a block: by diffusers' modules, and by the fastest of ours; None where unknown."""
+    """Milliseconds to decode a block with diffusers' modules and with our fastest VAE; None where not measured."""
     file = folder / "vae.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
     times = {row["vae"]: row["block_ms"][1] for row in rows if "block_ms" in row and not row["rehearsal"]}
@@ -150,9 +150,9 @@ def vae_ms(folder: Path) -> tuple[float | None, float | None]:
     return full, min(times.values(), default=None)
 
 
-def vae_of(found: Sequence[Path], folder: Path) -> tuple[Path, float | None, float | None]:
-    """The VAE's times for a folder: its own, or those of the newest folder of the same GPU that has any."""
-    same = [f for f in reversed(found) if f.parent == folder.parent]
+def vae_of(all_folders: Sequence[Path], folder: Path) -> tuple[Path, float | None, float | None]:
+    """(source, *`vae_ms`) of a folder, or of the newest folder of the same GPU that has them."""
+    same = [f for f in reversed(all_folders) if f.parent == folder.parent]
     source = next((f for f in (folder, *same) if (f / "vae.json").is_file()), folder)
     return source, *vae_ms(source)
 
@@ -170,7 +170,7 @@ def _run(device: str, run: str) -> str:
 
 
 class _Marks:
-    """Notes below a table, each once, and the mark that stands for it in a row."""
+    """The notes below a table, each once, and their numbers in its rows."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -185,21 +185,21 @@ class _Marks:
 
 
 HEAD = ("measured", "rollout", "ms a task", "fps", "fps, diffusers' VAE", "fps, fused VAE", "peak GiB")
-NOTHING = ["Nothing was measured on a GPU here: bench/results/ holds no rollouts."]
+NOTHING = ["No measurements: bench/results/ has no rollouts on a GPU."]
 
 
 def rollout_table(root: Path | None = None) -> list[str]:
-    """Markdown: every measured rollout, and a plain PyTorch forward where one was measured beside them.
+    """Markdown table of all measured rollouts, with plain PyTorch forwards measured beside them.
 
     >>> from hiar_model.schedule.gpu_tables import rollout_table
     >>> print("\\n".join(rollout_table()))  # doctest: +SKIP
     """
-    found = folders(root)
-    if not found:
+    measured = folders(root)
+    if not measured:
         return NOTHING
     lines, marks, decoders = [_line(HEAD), _line(["---"] * 2 + ["---:"] * (len(HEAD) - 2))], _Marks(), {}
-    for folder in found:
-        source, full, fused = vae_of(found, folder)
+    for folder in measured:
+        source, full, fused = vae_of(measured, folder)
         for m in rollouts(folder):
             figures = (m.task, m.fps, m.with_vae(full), m.with_vae(fused), m.peak_gib)
             lines.append(_line([_run(m.device, m.run), marks.mark(m), *map(_number, figures)]))
@@ -209,25 +209,25 @@ def rollout_table(root: Path | None = None) -> list[str]:
         if full is not None or fused is not None:
             decoders[f"diffusers' modules {_number(full)} ms, fused {_number(fused)} ms ({source.name})"] = True
     lines += marks.lines()
-    return lines + [f"- VAE of a block, after the block on the same GPU: {text}" for text in decoders]
+    return lines + [f"- VAE of a block, after the block on the same GPU: {times}" for times in decoders]
 
 
-def parts_table(root: Path | None = None) -> list[str]:
-    """Markdown: where the milliseconds of a task go and what the host does, of the newest folder of each GPU."""
+def breakdown_table(root: Path | None = None) -> list[str]:
+    """Markdown table of the milliseconds of a task by kind of work, launches and syncs; newest folder of each GPU."""
     newest = {folder.parent: folder for folder in folders(root)}
     if not newest:
         return NOTHING
-    head = ("measured", "rollout", "ms a task", *PARTS, "launches", "host syncs")
+    head = ("measured", "rollout", "ms a task", *KINDS, "launches", "host syncs")
     lines, marks = [_line(head), _line(["---"] * 2 + ["---:"] * (len(head) - 2))], _Marks()
     for folder in newest.values():
         for m in rollouts(folder):
-            figures = (m.task, *(m.parts.get(kind) for kind in PARTS), m.launches, m.syncs)
+            figures = (m.task, *(m.milliseconds.get(kind) for kind in KINDS), m.launches, m.syncs)
             lines.append(_line([_run(m.device, m.run), marks.mark(m), *map(_number, figures)]))
     return lines + marks.lines()
 
 
 def plain(folder: Path) -> Iterator[tuple[str, str, float]]:
-    """(device, how, milliseconds) of bench/studies/anchors.py's task: one batch row, nothing of ours in it."""
+    """(device, how, milliseconds) of a task in plain PyTorch: bench/studies/anchors.py, one batch item."""
     file = folder / "anchors.json"
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rehearsal": True}
     if not values["rehearsal"]:
@@ -237,6 +237,6 @@ def plain(folder: Path) -> Iterator[tuple[str, str, float]]:
 
 
 def stage_times(root: Path | None = None) -> Path | None:
-    """The newest stage times that were measured on a GPU."""
-    found = [file for file in (root or RESULTS).glob("*/*/stage_times.json") if "cpu" not in file.parent.parent.name]
-    return max(found, key=lambda file: file.parent.name, default=None)
+    """The newest file of stage times measured on a GPU; None: there is none."""
+    files = [file for file in (root or RESULTS).glob("*/*/stage_times.json") if "cpu" not in file.parent.parent.name]
+    return max(files, key=lambda file: file.parent.name, default=None)

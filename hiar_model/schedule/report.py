@@ -1,10 +1,10 @@
-"""What more GPUs gain, by the simulator: the tables and pictures that README and docs/ quote (docs/refresh.py).
+"""The simulator's speedups on several GPUs: tables and pictures for README and docs/ (docs/refresh.py).
 
-    python -m hiar_model.schedule.report                      all tables, Markdown
-    python -m hiar_model.schedule.report --plot gains.png     gain over blocks, a line for each number of steps
+    python -m hiar_model.schedule.report                      all tables, as Markdown
+    python -m hiar_model.schedule.report --plot gains.png     speedup by number of blocks, a line per number of steps
 
-These are projections, from a roofline or from stage times measured on one GPU; what was measured as a whole is in
-:mod:`.gpu_tables`, whose tables are among those of README and docs.
+These are projections from a roofline or from stage times measured on one GPU. Whole rollouts that were measured are in
+:mod:`.gpu_tables`.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import WanConfig
+from ..config import WAN, WanConfig
 from ..io.atomic import atomic
 from . import gpu_tables
-from .costs import LINKS, Costs, Curve, Geometry, exchanged_bytes, task_flop, unequal_parts, unit_costs
+from .costs import LINKS, CostCurve, Costs, Geometry, exchanged_bytes, task_flop, uneven_heads, unit_costs
 from .plan import Plan
-from .simulator import ROUNDING, TaskOrder, Timeline, simulate
+from .simulator import ROUNDING, Simulation, Timeline, simulate
 from .strategies import MODELS, TFLOPS, VAE_MS, WINDOW, Machine, machines, plan_of, strategies
 from .timeline import draw
 
 STEPS = (2, 4, 8, 20, 50)
 BLOCKS = (7, 27, 81, 200)
 RANKS = (1, 2, 4, 8, 16, 32)
-PIXEL_FRAMES = 4  # per latent frame; the first latent frame is one pixel frame
 GENTLE_TFLOPS = 150.0  # a consumer card
+ANOTHER_MODEL = "*: another model, which has to be trained so."
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table, its first column to the left."""
+    """The lines of a table; the first column is left-aligned, the others right-aligned."""
     rule = ["---", *["---:"] * (len(headings) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)]
 
 
 def ranks_of(steps: int) -> list[int]:
-    """The rank counts shown for so many steps: powers of two, and one rank per step."""
+    """The numbers of ranks in the tables for `steps` steps: powers of two, and one rank per step."""
     return sorted({*(r for r in RANKS if r <= steps), steps})
 
 
 def grid_table(steps: int = 4, blocks: int = 4) -> list[str]:
-    """When each task may start at the earliest: the starts of its denoise and its cache task, one rank per step."""
+    """The earliest start of every denoise and cache task, with one rank per step."""
     timeline = simulate(plan_of("stream", steps), blocks + 1, steps)
-    starts = {task: event.start for event in timeline.events for row in event.rows for task in row}
+    starts = {task: event.start for event in timeline.events for item in event.items for task in item}
     rows = [
         [f"step {s}", *(f"{starts['denoise', s, n]:g}, {starts['cache', s, n]:g}" for n in range(blocks))]  # type: ignore[index]
         for s in range(steps)
@@ -58,23 +58,23 @@ def grid_table(steps: int = 4, blocks: int = 4) -> list[str]:
 def gain_table(
     costs: Costs, steps: Sequence[int] = STEPS, blocks: Sequence[int] = BLOCKS, frames_per_block: int = 3
 ) -> list[str]:
-    """How much sooner a pipeline has made a video than one rank block-first, by steps S, blocks N and ranks."""
+    """Speedup of a pipeline over one rank block-first, by steps S, blocks N and ranks."""
     rows, gap = [], 0.0
     for s in steps:
         for n in blocks:
             base = simulate(plan_of("block_first", s, frames_per_block=frames_per_block), n, costs=costs).time
-            tasks = TaskOrder(plan_of("stream", s, frames_per_block=frames_per_block), n, costs)
-            found = {ranks: tasks.timeline(ranks) for ranks in ranks_of(s)}
-            gap = max(gap, *(1 - timeline.least / timeline.time for timeline in found.values()))
-            cells = {ranks: f"{base / timeline.time:.2f}" for ranks, timeline in found.items()}
+            simulation = Simulation(plan_of("stream", s, frames_per_block=frames_per_block), n, costs)
+            timelines = {ranks: simulation.timeline(ranks) for ranks in ranks_of(s)}
+            gap = max(gap, *(1 - timeline.lower_bound / timeline.time for timeline in timelines.values()))
+            cells = {ranks: f"{base / timeline.time:.2f}" for ranks, timeline in timelines.items()}
             rows.append([f"{s}", f"{n}", *(cells.get(r, "") for r in RANKS), cells[s]])
-    told = "No other split of the steps over the ranks is faster"
-    told += "." if gap <= ROUNDING else f" by more than {max(gap, 0.0001):.2%}."
-    return [*markdown(["S", "N", *(f"{r} ranks" if r > 1 else "1 rank" for r in RANKS), "S ranks"], rows), "", told]
+    note = "No other split of the steps over the ranks is faster"
+    note += "." if gap <= ROUNDING else f" by more than {max(gap, 0.0001):.2%}."
+    return [*markdown(["S", "N", *(f"{r} ranks" if r > 1 else "1 rank" for r in RANKS), "S ranks"], rows), "", note]
 
 
 def limit_table(steps: Sequence[int] = STEPS) -> list[str]:
-    """What an S-rank pipeline gains in the steady state, tasks of one cost."""
+    """Steady-state speedup of a pipeline of S ranks, all tasks of one cost."""
     rows = []
     for s in steps:
         base, own, pipe = (
@@ -84,8 +84,8 @@ def limit_table(steps: Sequence[int] = STEPS) -> list[str]:
         interval = [timeline.steady_interval or 0.0 for timeline in (base, own, pipe)]
         gain = interval[0] / interval[2]
         enough = next(n for n in range(1, 100 * s) if _gain(s, n) >= 0.9 * gain)
-        paired = simulate(plan_of("stream", s, fuse_cache_denoise=True), 3 * s + 20, s, in_flight=s)
-        worst = [t.prompt_delay or 0.0 for t in (base, own, pipe, paired)]
+        fused = simulate(plan_of("stream", s, fuse_cache_denoise=True), 3 * s + 20, s, in_flight=s)
+        worst = [t.prompt_delay or 0.0 for t in (base, own, pipe, fused)]
         rows.append(
             [
                 f"{s}",
@@ -101,66 +101,67 @@ def limit_table(steps: Sequence[int] = STEPS) -> list[str]:
 
 
 def _gain(steps: int, blocks: int) -> float:
-    """Of one rank per step over block-first, by the closed forms (tests hold them against the simulator)."""
+    """Speedup of one rank per step over block-first, in closed form (tests compare it with the simulator)."""
     return ((steps + 1) * blocks - 1) / (2 * blocks + steps - 2)
 
 
-# Ways to use one machine, side by side.
+# Strategies on one machine.
 
 
 def setup_table(machine: Machine, steps: int = 4, blocks: int = 27, gpus: int = 4) -> list[str]:
-    """Every strategy to make one video of so many blocks, with all that a quoted speedup must name."""
+    """All strategies for one video of `blocks` blocks."""
     rows, base = [], 0.0
-    for one in strategies(machine, steps, gpus):
-        plain = one.run(blocks)
+    for strategy in strategies(machine, steps, gpus):
+        plan, videos = strategy.plan, strategy.videos
+        plain, *decoding = (strategy.run(blocks, vae) for vae in ("none", "last", "own"))
         base = base or plain.time
-        frames = 1 + PIXEL_FRAMES * (blocks * one.plan.frames_per_block - 1)
-        fps = [one.videos * frames / run.time for run in (plain, one.run(blocks, "last"), one.run(blocks, "own"))]
+        frames = 1 + WAN.temporal_compression * (blocks * plan.frames_per_block - 1)
+        fps = [videos * frames / timeline.time for timeline in (plain, *decoding)]
         interval, delay = plain.steady_interval, plain.prompt_delay
         prompt = f"{_short(delay)} ({delay / interval:.1f})" if delay is not None and interval is not None else "-"
         cells = [
             _short(plain.time),
-            f"{one.videos * base / plain.time:.2f}",
+            f"{videos * base / plain.time:.2f}",
             _short(plain.first_block),
             "-" if interval is None else _short(interval),
-            "-" if one.plan.fuse_cache_denoise else prompt,  # a fused forward has one prompt
+            "-" if plan.fuse_cache_denoise else prompt,  # both tasks of a fused item have the same prompt
             f"{fps[0]:.1f}",
             f"{fps[1]:.1f}",
-            f"{fps[2]:.1f}" if one.videos == 1 else "-",
-            _short((one.exchanged or plain.bytes_sent / blocks) / 1e6),
+            f"{fps[2]:.1f}" if videos == 1 else "-",
+            _short((strategy.exchanged or plain.bytes_sent / blocks) / 1e6),
             f"{sum(plain.utilisation) / plain.ranks:.0%}",
         ]
-        rows.append([one.name, f"{one.gpus}", *cells])
+        rows.append([strategy.name, f"{strategy.gpus}", *cells])
     headings = ["strategy", "GPUs", "whole s", "gain", "first block s", "then every s", "prompt s (blocks)"]
     headings += ["fps", "fps, VAE on the last GPU", "fps, VAE on one GPU more", "MB sent per block", "busy"]
-    why = unequal_parts(machine.config, machine.geometry, gpus)
-    notes = [f"No Ulysses over {gpus}: {why}.", ""] if why else []
-    return [*markdown(headings, rows), "", *notes, "*: another model, which has to be trained so."]
+    reason = uneven_heads(machine.config, machine.geometry, gpus)
+    notes = [f"No Ulysses over {gpus}: {reason}.", ""] if reason else []
+    return [*markdown(headings, rows), "", *notes, ANOTHER_MODEL]
 
 
-def link_table(found: Sequence[Machine], blocks: int = 27) -> list[str]:
-    """The gain of some strategies over one GPU block-first, by model and link."""
+def link_table(all_machines: Sequence[Machine], blocks: int = 27) -> list[str]:
+    """Speedup of some strategies over one GPU block-first, by model and link."""
     picked = [f"{order}, Ulysses over 4" for order in ("block_first", "stream")]
     picked += ["pipeline of 2", "pipeline of 4", "pipeline of 3, shared KV*"]
     rows = []
-    for machine in found:
-        by_name = {one.name: one for one in strategies(machine)}
+    for machine in all_machines:
+        by_name = {strategy.name: strategy for strategy in strategies(machine)}
         base = by_name["block_first"].run(blocks).time
         gains = (f"{base / by_name[name].run(blocks).time:.2f}" if name in by_name else "-" for name in picked)
         rows.append([machine.name, machine.link.name, *gains])
-    sources = sorted({machine.costs.source for machine in found})
+    sources = sorted({machine.costs.source for machine in all_machines})
     assumed = [f"- {source}; latencies, sizes and windows as in the tables of each machine" for source in sources]
     return [
         *markdown(["model", "link", *picked], rows),
         "",
-        "*: another model, which has to be trained so.",
+        ANOTHER_MODEL,
         "",
         *assumed,
     ]
 
 
 def memory_table(models: Sequence[str] = MODELS, gpus: int = 4, steps: int = 4) -> list[str]:
-    """GiB of cached keys and values on one GPU, bf16, full window; the weights are on every GPU whole."""
+    """GiB of cached keys and values on one GPU, bfloat16, full window; every GPU has all weights."""
     rows = []
     for model in models:
         config, g = WanConfig.from_name(model), Geometry()
@@ -171,20 +172,20 @@ def memory_table(models: Sequence[str] = MODELS, gpus: int = 4, steps: int = 4) 
 
 
 def _short(value: float) -> str:
-    """Three digits that matter, never an exponent."""
+    """Three significant digits, no exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-# Where context parallelism overtakes.
+# The link speed above which context parallelism is faster.
 
 
 def crossing_table(
     models: Sequence[str] = MODELS, tflops: Sequence[float] = (TFLOPS, GENTLE_TFLOPS), steps: Sequence[int] = STEPS
 ) -> list[str]:
-    """The bandwidth above which block-first under head parallelism beats a pipeline on as many GPUs, once it is steady.
+    """The bandwidth above which head-parallel block-first beats a pipeline on as many GPUs in the steady state.
 
-    (S+1) (V/R + X/bandwidth) = P V, with V the time of a task over a full window, X the bytes that a GPU sends in it
-    and P V the interval of the pipeline; latencies and what heads leave unequal are left out.
+    (S+1) (V/R + X/bandwidth) = P V, where V is the time of a task over a full window, X the bytes that a GPU sends
+    during it, and P V the interval of the pipeline. Latencies are left out.
     """
     rows = []
     for model in models:
@@ -213,7 +214,7 @@ def crossing_table(
 
 
 def pictures() -> dict[str, str]:
-    """File name -> SVG of docs/parallel.md: four steps, tasks of one cost."""
+    """File name -> SVG of docs/parallel.md: four steps, all tasks of one cost."""
 
     def panel(name: str, order: str, blocks: int, ranks: int = 1, **options: object) -> tuple[str, Timeline]:
         timeline = simulate(Plan(4, order, 3, **options), blocks, ranks)  # type: ignore[arg-type]
@@ -226,9 +227,9 @@ def pictures() -> dict[str, str]:
 
 
 def draw_gains(picture: str | Path, blocks: Sequence[int] = (2, 4, 7, 14, 27, 54, 81, 120, 200)) -> None:
-    """Draw the gain over one rank block-first by blocks, one line for each number of steps, into a .png; every task 1.
+    """Plot the speedup over one rank block-first by number of blocks, a line per number of steps, into a .png.
 
-    Left one rank per step, right four ranks at most. Needs matplotlib.
+    All tasks cost 1. Left: one rank per step; right: at most four ranks. Needs matplotlib.
     """
     from matplotlib.figure import Figure
 
@@ -249,7 +250,7 @@ def draw_gains(picture: str | Path, blocks: Sequence[int] = (2, 4, 7, 14, 27, 54
         figure.savefig(partial, dpi=120, format="png")
 
 
-# The report, and what pages quote of it.
+# The report, and its tables for pages.
 
 
 def quoted_tables() -> dict[str, Callable[[], list[str]]]:
@@ -269,7 +270,7 @@ def quoted_tables() -> dict[str, Callable[[], list[str]]]:
         "memory": memory_table,
     }
     tables |= {f"setups {key}": setup(key) for key in by_name}
-    tables |= {"measured rollouts": gpu_tables.rollout_table, "measured parts": gpu_tables.parts_table}
+    tables |= {"measured rollouts": gpu_tables.rollout_table, "measured parts": gpu_tables.breakdown_table}
     times = gpu_tables.stage_times()
     if times is not None:
         _, fused = gpu_tables.vae_ms(times.parent)
@@ -283,30 +284,31 @@ def quoted_tables() -> dict[str, Callable[[], list[str]]]:
 
 
 def report(stage_times: str | Path | None = None, tflops: float = TFLOPS, vae_ms: float = VAE_MS) -> Iterator[str]:
-    """All tables as Markdown, one section after the other as it is made: what was measured, then the projections.
+    """All tables as Markdown, section by section: measurements, then projections.
 
     Args:
-        stage_times: JSON of stage times measured on one device (see `rollout.costs.measured`). None: both models at
-            `tflops` TFLOP/s.
-        vae_ms: time to decode a block, where stage times do not say.
+        stage_times: JSON of stage times measured on one device (see `hiar_model.schedule.costs.measured`). None: both
+            models at `tflops` TFLOP/s.
+        vae_ms: milliseconds to decode a block, where the stage times do not have it.
     """
-    found = machines(stage_times, tflops, vae_ms)
-    steps = STEPS if isinstance(found[0].costs.denoise, Curve) else (len(found[0].costs.denoise),)
-    about = "Projections by a simulator; nobody has run them on several GPUs."
+    all_machines = machines(stage_times, tflops, vae_ms)
+    denoise = all_machines[0].costs.denoise
+    steps = STEPS if isinstance(denoise, CostCurve) else (len(denoise),)
+    about = "Projections of the simulator, not measured on several GPUs."
     sections: list[tuple[str, Callable[[], list[str]]]] = [
         ("# Rollouts measured on one GPU", gpu_tables.rollout_table),
-        ("## Where the time of a task goes, ms", gpu_tables.parts_table),
+        ("## Where the time of a task goes, ms", gpu_tables.breakdown_table),
         ("# Steps over ranks", lambda: [about]),
         ("## Steady state, every task 1", partial(limit_table, steps)),
         ("## Gain over one rank block-first, every task 1", partial(gain_table, unit_costs(), steps)),
     ]
-    for machine in found:
+    for machine in all_machines:
         where = f"{machine.name}, {machine.link.name}"
         if 4 in steps:
             sections.append(
-                (f"## Ways to make 27 blocks in 4 steps: {where}", partial(_with_notes, setup_table, machine))
+                (f"## Strategies for 27 blocks in 4 steps: {where}", partial(_with_notes, setup_table, machine))
             )
-        if machine.link is found[0].link:  # a pipeline hardly notices the link: the table of links shows it
+        if machine.link is all_machines[0].link:  # the link hardly matters to a pipeline, see the table of links
 
             def gains(machine: Machine) -> list[str]:
                 return gain_table(machine.costs, steps, frames_per_block=machine.geometry.frames_per_block)
@@ -314,7 +316,7 @@ def report(stage_times: str | Path | None = None, tflops: float = TFLOPS, vae_ms
             name = f"## Gain over one GPU block-first: {where}"
             sections.append((name, partial(_with_notes, gains, machine)))
     if 4 in steps:
-        sections.append(("## Gain of 27 blocks in 4 steps, by link", partial(link_table, found)))
+        sections.append(("## Gain of 27 blocks in 4 steps, by link", partial(link_table, all_machines)))
     sections.append(("## Link speed above which context parallelism is faster", partial(crossing_table, steps=steps)))
     sections.append(("## Caches on one GPU, GiB", memory_table))
     for title, make in sections:
@@ -329,13 +331,13 @@ MEASURED = ("blocks", "order", "strategy", "steps per rank", "seconds", "speedup
             "prompt s", "fps without VAE", "fps with VAE*", "simulator s")  # fmt: skip
 
 
-def measured_table(found: Mapping[str, Any]) -> list[str]:
-    """Markdown of bench/rollout/test_four_step_speedup.py; speedups are over block-first on one rank.
+def measured_table(results: Mapping[str, Any]) -> list[str]:
+    """Markdown table of bench/rollout/test_four_step_speedup.py; speedups are over block-first on one rank.
 
     Args:
-        found: what the run left as JSON, {"environment", "rows"}.
+        results: its JSON, {"environment", "rows"}.
     """
-    about, rows = found["environment"], found["rows"]
+    about, rows = results["environment"], results["rows"]
     base = {row["blocks"]: row["seconds"] for row in rows if (row["order"], row["way"]) == ("block_first", "alone")}
     lines = ["| " + " | ".join(MEASURED) + " |", "|" + "---|" * 4 + "---:|" * (len(MEASURED) - 4)]
     for row in rows:
@@ -348,8 +350,8 @@ def measured_table(found: Mapping[str, Any]) -> list[str]:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Speedup over block_first on one rank with as many blocks, of replicas in videos a second; no VAE in any time.",
-        "*: by the simulator, with an assumed 312 ms a block on the last rank.",
+        "Speedup over block_first on one rank with as many blocks, for replicas in videos per second; without the VAE.",
+        "*: simulated, assuming 312 ms of VAE decoding per block on the last rank.",
         "",
     ]
     return lines + [f"- {key}: {value}" for key, value in about.items() if "visit_s" not in key]
@@ -359,11 +361,11 @@ def main() -> None:
     """Print the report."""
     from argparse import ArgumentParser
 
-    parser = ArgumentParser(description="What more GPUs gain, by the simulator.")
+    parser = ArgumentParser(description="Simulated speedups on several GPUs.")
     parser.add_argument("--stage-times", help="JSON of measured stage times; default: the roofline")
-    parser.add_argument("--tflops", type=float, default=TFLOPS, help="of the roofline")
-    parser.add_argument("--vae-ms", type=float, default=VAE_MS, help="decode of a block")
-    parser.add_argument("--plot", help="draw the gains into this .png instead; needs matplotlib")
+    parser.add_argument("--tflops", type=float, default=TFLOPS, help="of the roofline, TFLOP/s")
+    parser.add_argument("--vae-ms", type=float, default=VAE_MS, help="milliseconds to decode a block")
+    parser.add_argument("--plot", help="instead: plot the speedups into this .png; needs matplotlib")
     a = parser.parse_args()
     if a.plot is not None:
         draw_gains(a.plot)

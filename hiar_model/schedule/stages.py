@@ -1,4 +1,4 @@
-"""Which steps live on which rank of a pipeline, and what a rank tasks. Plain data, no tensors."""
+"""The steps of each rank of a pipeline, and the tasks that a rank runs. Plain data, no tensors."""
 
 from __future__ import annotations
 
@@ -7,40 +7,50 @@ from dataclasses import dataclass, replace
 
 from .costs import Costs, unit_costs
 from .plan import Group, Plan, rank_order
-from .simulator import TaskOrder
+from .simulator import Simulation
 
 
 def split_steps(plan: Plan, num_blocks: int | None, ranks: int, costs: Costs | None = None) -> tuple[int, ...]:
-    """Steps per rank, by the simulator: the fastest split of the steps over so many ranks.
+    """Steps per rank: the split of the steps over `ranks` ranks that is fastest in the simulator.
 
     Args:
-        num_blocks: of the video; None: endless, judged by its steady state.
-        costs: of the tasks, such as :func:`.measure_costs` returns; None: all cost the same.
+        num_blocks: blocks of the video; None: endless, judged by its steady state.
+        costs: of the tasks, such as :func:`hiar_model.planning.measure_costs` returns; None: all tasks take the same.
 
     Raises:
-        ValueError: more ranks than steps, or an order that ranks cannot share.
+        ValueError: more ranks than steps, or an order that cannot run on several ranks.
+
+    Example:
+        >>> split_steps(Plan(4, "stream", 3), None, ranks=2)
+        (2, 2)
     """
-    return TaskOrder(plan, _enough(plan, num_blocks), unit_costs() if costs is None else costs).timeline(ranks).split
+    return Simulation(plan, _enough(plan, num_blocks), unit_costs() if costs is None else costs).timeline(ranks).split
 
 
 def faster_fusion(plan: Plan, num_blocks: int | None, ranks: int | Sequence[int], costs: Costs) -> Plan:
-    """The plan with fused tasks or without, whichever the simulator finds faster on so many ranks, or such a split."""
+    """The plan with or without fused tasks, whichever is faster in the simulator on these ranks, or with this split."""
     plans = [replace(plan, fuse_cache_denoise=fused) for fused in (False, True)]
-    return min(plans, key=lambda one: TaskOrder(one, _enough(one, num_blocks), costs).timeline(ranks).time)
+    return min(plans, key=lambda one: Simulation(one, _enough(one, num_blocks), costs).timeline(ranks).time)
 
 
 def _enough(plan: Plan, num_blocks: int | None) -> int:
-    """Blocks after which more of them change no choice."""
+    """A number of blocks beyond which the best choice no longer changes."""
     enough = plan.prefix_blocks + 3 * plan.steps + 20
     return enough if num_blocks is None else min(num_blocks, enough)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The part of a plan that one rank of a pipeline has.
+    """The steps of a plan that one rank of a pipeline runs.
 
-    split   steps of each rank, in order; the last may have 0: it tasks nothing and takes the finished blocks
-    rank    which of them this is
+    Args:
+        plan: of the whole video.
+        split: number of steps of each rank, in order. The last may be 0: that rank runs no task and receives the
+            finished blocks.
+        rank: index into `split`.
+
+    Raises:
+        ValueError: a split that does not fit the plan.
     """
 
     plan: Plan
@@ -51,14 +61,14 @@ class Stage:
         steps, split = self.plan.steps, self.split
         if sum(split) != steps or not split or min(split[:-1], default=1) < 1 or split[-1] < 0:
             raise ValueError(
-                f"steps per rank {list(split)} is not legal: give numbers >= 1 that sum to {steps}, and perhaps a 0 "
-                "behind them for a rank that takes the finished blocks"
+                f"steps per rank must be numbers >= 1 that sum to {steps}, with a 0 after them for a rank that only "
+                f"receives finished blocks, got {list(split)}"
             )
         if len([n for n in split if n]) > 1 and self.plan.graph == "clean":
-            raise ValueError(f"order='block_first' cannot run on {len(split)} ranks (steps share one cache): give 1")
+            raise ValueError(f"order='block_first' runs on 1 rank (its steps share one cache), got {len(split)}")
         if len([n for n in split if n]) > 1 and self.plan.kv_source != "own":
             raise ValueError(
-                f"kv_source={self.plan.kv_source!r} cannot run on {len(split)} ranks (keys are not sent): "
+                f"kv_source={self.plan.kv_source!r} runs on 1 rank (keys are not sent), got {len(split)}: "
                 "give kv_source='own', or 1 rank"
             )
 
@@ -70,31 +80,31 @@ class Stage:
 
     @property
     def receives(self) -> bool:
-        """Whether latents come from the rank before."""
+        """Whether latents come from the previous rank."""
         return self.rank > 0
 
     @property
     def sends(self) -> bool:
-        """Whether latents go to the rank behind; finished blocks come out of the one rank that sends none."""
+        """Whether latents go to the next rank; the one rank that does not send has the finished blocks."""
         return self.rank < len(self.split) - 1
 
     @property
     def name(self) -> str:
-        """For messages."""
-        return f"rank {self.rank} ({steps_text(self.steps)})"
+        """Rank and steps, for messages."""
+        return f"rank {self.rank} ({steps_label(self.steps)})"
 
     def groups(self, num_blocks: int | None) -> Iterator[Group]:
-        """What this rank tasks, row by row; without steps, the tasks whose results it takes."""
+        """The batch items of this rank, one by one; for a rank without steps, those whose results it receives."""
         last = self.plan.steps - 1
         for group in self.plan.groups(num_blocks):
-            for row in rank_order(group):
-                task = row[-1]
+            for item in rank_order(group):
+                task = item[-1]
                 if task.step in self.steps or (not self.steps and task[:2] == ("denoise", last)):
-                    yield (row,)
+                    yield (item,)
 
 
-def steps_text(steps: Sequence[int]) -> str:
-    """Such as "step 2", "steps 0-1"."""
+def steps_label(steps: Sequence[int]) -> str:
+    """For example "step 2" or "steps 0-1"."""
     if not steps:
         return "takes finished blocks"
     return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]}-{steps[-1]}"

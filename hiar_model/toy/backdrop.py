@@ -1,4 +1,4 @@
-"""What a frame shows behind its shape: background colour and grating, fitted to the pixels that fit them.
+"""Reads the background of a frame: its colour and grating, fitted to the pixels around the shape.
 
 Robust least squares, each frame by itself, so that a video whose background has drifted is read as it is now: pixels
 near the median colour are fitted by a flat colour and the gratings of the world; what lies far from the fit (the

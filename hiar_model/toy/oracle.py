@@ -1,4 +1,4 @@
-"""Reads colour, shape, size, position and motion back from pixels, and says what of a prompt a video kept.
+"""Reads colour, shape, size, position and motion back from pixels, and compares them with the prompt.
 
 Per frame: every pixel is explained as a mixture of background and one legal colour; the colour that leaves the least
 unexplained is read, and the mixing weight is the foreground. Where the world varies the background, it is the one that
@@ -58,16 +58,16 @@ class ToyOracle:
         square = x.square() + y.square()
         width = 3.0 * self.config.scale  # narrower than a shape, so that it finds one of two rather than the gap
         self.finder = torch.fft.rfft2(torch.exp(-square / (2 * width * width))).conj()
-        # Farther away than any shape reaches is another thing.
+        # What lies farther away than any shape reaches belongs to something else.
         self.near = (square.sqrt() < 1.6 * self.world.radii.max() + self.config.edge).double()
 
     @own_settings()
     def evaluate(self, frames: Tensor, prompt: str | ToyPrompt) -> Reading:
-        """Reads a video: uint8 [F, H, W, 3], or float [F, 3, H, W] in [-1, 1]; whole multiples of the world's frame
+        """Read a video: uint8 [F, H, W, 3], or float [F, 3, H, W] in [-1, 1]; whole multiples of the world's frame
         size are averaged down first. ValueError for another shape, or a prompt outside the grammar."""
         prompt = parse(prompt) if isinstance(prompt, str) else prompt
-        wanted = SHAPES.index(prompt.shape) * len(SIZES) + SIZES.index(prompt.size)
-        chunks = [self._read(rgb, wanted) for rgb in self._pixels(frames).split(CHUNK)]
+        template = SHAPES.index(prompt.shape) * len(SIZES) + SIZES.index(prompt.size)
+        chunks = [self._read(rgb, template) for rgb in self._pixels(frames).split(CHUNK)]
         colour, shape, size, overlap, centres, background, texture, saturation = map(
             torch.cat, zip(*chunks, strict=True)
         )
@@ -80,7 +80,7 @@ class ToyOracle:
             overlap=overlap,
             centres=centres,
             extent=self.world.extent,
-            velocity_wanted=self.world.expected_velocities(torch.tensor([prompt.tokens()]))[0],
+            velocity_expected=self.world.expected_velocities(torch.tensor([prompt.tokens()]))[0],
             background=background,
             background_change=backdrop.colour_change(),
             texture=texture,
@@ -89,9 +89,9 @@ class ToyOracle:
             saturation=saturation,
         )
 
-    def _read(self, rgb: Tensor, wanted: int) -> tuple[Tensor, ...]:
+    def _read(self, rgb: Tensor, template: int) -> tuple[Tensor, ...]:
         """The tensors of `Reading` that a frame has by itself: colour, shape, size, overlap, centres, background,
-        texture, saturation; of frames [F, H, W, 3]. `wanted`: number of the prompted template."""
+        texture, saturation; of frames [F, H, W, 3]. `template`: index of the prompted one."""
         backdrop, image = self.backdrops.read(rgb)
         colour, foreground = self._read_colour(rgb, image if self.varied else self.world.background)
         seen = foreground.flatten(1).sum(1) > 0.5  # pixels
@@ -103,7 +103,7 @@ class ToyOracle:
             colour,
             torch.where(seen, best // len(SIZES), nothing),
             torch.where(seen, best % len(SIZES), nothing),
-            torch.where(seen, overlaps[:, wanted], torch.tensor(0.0)),
+            torch.where(seen, overlaps[:, template], torch.tensor(0.0)),
             self._centres(rolled, corner, seen),
             backdrop.colour,
             backdrop.waves,
@@ -151,7 +151,7 @@ class ToyOracle:
         return torch.where(right, best, torch.tensor(NOTHING)), _stretch(alpha)
 
     def _roll_to_middle(self, foreground: Tensor) -> tuple[Tensor, Tensor]:
-        """(foreground rolled so that its densest place is the middle, [F, 2] (x, y) that place in the frame)."""
+        """(foreground rolled so that its densest point is in the middle, [F, 2] (x, y) that point in the frame)."""
         height, width = self.config.height, self.config.width
         density = torch.fft.irfft2(torch.fft.rfft2(foreground) * self.finder, s=(height, width))
         peak = density.flatten(1).argmax(1)
@@ -168,8 +168,8 @@ class ToyOracle:
         inner = inner.unflatten(1, (kinds, positions))
         # Tanimoto's coefficient is the overlap of soft masks that a matrix product gives; it places the templates.
         energy = rolled.square().sum((1, 2))[:, None, None]
-        place = (inner / (energy + self.energies - inner)).argmax(2)  # [F, kinds]
-        chosen = self.templates[torch.arange(kinds), place]  # [F, kinds, H, W]
+        position = (inner / (energy + self.energies - inner)).argmax(2)  # [F, kinds]
+        chosen = self.templates[torch.arange(kinds), position]  # [F, kinds, H, W]
         mine = rolled[:, None]
         return torch.minimum(mine, chosen).sum((2, 3)) / torch.maximum(mine, chosen).sum((2, 3))
 

@@ -34,7 +34,7 @@ class Reading:
     overlap: Tensor  # float32, intersection over union with the prompted shape and size at its best position
     centres: Tensor  # float64 [F, 2] (x, y) on the torus, pixels; NaN where there is no foreground
     extent: Tensor  # float64 [2], (x, y) size of the torus
-    velocity_wanted: Tensor  # float64 [2] (x, y), pixels per frame; at the mean speed where no prompt tells it
+    velocity_expected: Tensor  # float64 [2] (x, y), pixels per frame; at the mean speed where no prompt tells it
     background: Tensor  # float32 [F, 3], colour behind the shape without its texture, [0, 1] RGB
     background_change: Tensor  # float32 [F], root mean square from that of the video's beginning, [0, 1] RGB
     texture: Tensor  # float32 [F, gratings, 2], amplitudes of cosine and sine, [0, 1] RGB
@@ -80,13 +80,13 @@ class Reading:
     @own_settings()
     def speed_ratio(self) -> float:
         """Speed over the prompted speed; NaN if nothing was seen."""
-        return float(self.velocity.norm() / self.velocity_wanted.norm())
+        return float(self.velocity.norm() / self.velocity_expected.norm())
 
     @property
     @own_settings()
     def direction_error(self) -> float:
         """Degrees in [0, 180] between the fitted and the prompted direction; NaN if nothing was seen."""
-        (x, y), (want_x, want_y) = self.velocity.tolist(), self.velocity_wanted.tolist()
+        (x, y), (want_x, want_y) = self.velocity.tolist(), self.velocity_expected.tolist()
         return abs(math.degrees(math.atan2(want_x * y - want_y * x, want_x * x + want_y * y)))
 
     @property

@@ -24,9 +24,9 @@ from bench.ops.attention_cases import mask_mod
 from bench.ops.bench_ops import best, merged, table
 from bench.ops.forward_cases import Append, forward_pointwise
 from bench.ops.work import SMALL, Sizes, Work
-from hiar_kernels import _triton
 from hiar_kernels.attention.mask import visible_with_context
-from hiar_kernels.attention.table import SHAPES, Measurement, read, way
+from hiar_kernels.attention.table import SHAPES, Measurement, label, read
+from hiar_kernels.common import triton_loader
 
 pytestmark = pytest.mark.cpu
 
@@ -157,7 +157,7 @@ def test_pointwise_of_a_forward(monkeypatch):
     from hiar_model.config import WanConfig
     from hiar_model.models.transformer import HiARTransformer
 
-    monkeypatch.setattr(_triton, "load", lambda op, tensor: None)  # the ops run their references
+    monkeypatch.setattr(triton_loader, "load", lambda op, tensor: None)  # the ops run their references
     called: list[str] = []
 
     class Watch(TorchDispatchMode):
@@ -259,7 +259,7 @@ def test_goals_stand_below_the_table():
 def test_the_choices_of_the_dispatcher(tmp_path):
     def attention(shape: str, impl: str, ms: float, num_splits: int = 1, **more: Any) -> dict[str, Any]:
         named = {"shape": shape, "impl": impl, "num_splits": num_splits, "arch": 90}
-        return row(f"attention: {shape}", way(impl, num_splits), ms, **named, **more)
+        return row(f"attention: {shape}", label(impl, num_splits), ms, **named, **more)
 
     rows = [attention("visit", "sdpa", 3.0), attention("visit", "cudnn", 2.5), attention("visit", "cudnn", 2.0, 2)]
     rows += [attention("visit", "triton", 2.2), row("attention: visit", "flex", 1.0, shape="visit", arch=90)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
+import processes
 import pytest
 
 from bench.lib import resume
@@ -16,6 +16,7 @@ pytestmark = pytest.mark.cpu
 
 SUITE = """
 import os, pathlib, signal
+import processes
 import pytest
 
 HERE = pathlib.Path(__file__).parent
@@ -46,9 +47,8 @@ def suite(tmp_path):
         (tmp_path / "ran.txt").write_text("")
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "pytest", "-p", "bench.lib.resume", "--resume", "out/journal.jsonl"]
-        environment["END"] = end
-        done = subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        command = ["-m", "pytest", "-p", "bench.lib.resume", "--resume", "out/journal.jsonl", *arguments]
+        done = processes.run(command, cwd=tmp_path, env=environment | {"END": end})
         return done.returncode, done.stdout + done.stderr, (tmp_path / "ran.txt").read_text().strip()
 
     return run

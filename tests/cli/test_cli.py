@@ -105,6 +105,14 @@ WRONG = {
     "no output": (["generate", PROMPT], r"required: -o/--out \(name\.mp4"),
     "unknown option": (["generate", PROMPT, "-o", "a.mp4", "--speed", "3"], "unrecognized arguments: --speed"),
     "misspelt option": (["generate", PROMPT, "-o", "a.mp4", "--ordr", "stream"], "did you mean --order?"),
+    "no quotes": (["generate", *PROMPT.split(), "-o", "a.mp4"], 'put the prompt in quotes: hiar generate "a red'),
+    "an endless rate": (["generate", PROMPT, "-o", "a.mp4", "--fps", "1e6"], "--fps must be a number from 0.01 to"),
+    "steps": (["generate", PROMPT, "-o", "a.mp4", "--steps", "2000000"], "--steps must be .* from 1 to 1000, got 2"),
+    "processes": (["generate", PROMPT, "-o", "a.mp4", "--nproc", "99999"], r"--nproc must be .* from 1 to \d+, got"),
+    "standard output": (["generate", PROMPT, "-o", "-"], "'-' is no name for a video"),
+    "an empty name": (["generate", PROMPT, "-o", ".mp4"], "'.mp4' is no name for a video"),
+    "no lengths": (["evaluate", "toy", "--num-frames", "[]"], r"--num-frames must hold something, got \[\]"),
+    "a rate of training": (["train", TOY, "optimizer.lr=inf"], "lr and clip_norm must be above 0"),
     "no value": (["generate", PROMPT, "-o"], "argument -o/--out: expected one argument"),
     "no number": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "many"], "--num-frames must be.*many"),
     "no window": (["generate", PROMPT, "-o", "a.mp4", "--window-frames", "wide"], "--window-frames .*wide.: latent"),
@@ -114,7 +122,7 @@ WRONG = {
     "unknown word": (["generate", "a red cube moving up", "-o", "a.mp4"], "'cube' is no legal shape .* circle, square"),
     "length": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "13"], "got 13, nearest 12 or 15"),
     "zero": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "0"], "at least 1, got 0"),
-    "threads": (["generate", PROMPT, "-o", "a.mp4", "--threads", "0"], "--threads must be .* at least 1, got 0"),
+    "threads": (["generate", PROMPT, "-o", "a.mp4", "--threads", "0"], r"--threads must be .* from 1 to \d+, got 0"),
     "gif pace": (["generate", PROMPT, "-o", "a.gif", "--fps", "90"], "at most 50 fps"),
     "device": (["generate", PROMPT, "-o", "a.mp4", "--device", "cuda:77"], "'cuda:77' is not there"),
     "no config": (["generate", PROMPT, "-o", "a.mp4", "--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -186,7 +194,7 @@ def test_interrupt(folder, here, capsys, monkeypatch):
 
 def test_a_video_is_not_overwritten(folder, here, capsys):
     Path("a.mp4").write_bytes(b"mine")
-    assert "a.mp4 exists already: give another name, or --overwrite" in refused(
+    assert "a.mp4 exists: give another name, or --overwrite" in refused(
         capsys, 2, "generate", PROMPT, "-o", "a.mp4", "--model", folder
     )
     assert Path("a.mp4").read_bytes() == b"mine" and [*here.iterdir()] == [here / "a.mp4"]
@@ -205,7 +213,7 @@ def test_ctrl_c_among_processes_says_what_is_kept(here, capsys, monkeypatch, blo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(api, "elastic_launch", lambda *_: interrupted)
-    kept = "; 2 finished blocks are kept in a.mp4.blocks, --resume goes on" if blocks else ""
+    kept = "; 2 finished blocks are in a.mp4.blocks, continue with --resume" if blocks else ""
     assert refused(capsys, 130, "generate", PROMPT, "-o", "a.mp4", "--nproc", "2") == f"hiar: interrupted{kept}"
 
 
@@ -273,10 +281,10 @@ def test_a_missing_stage_names_the_command_that_makes_it(capsys, recipe, key, ma
 def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):
     clock = iter([0.0, 1.0, 29.0, 31.0, 32.0, 61.0, 62.0])
     monkeypatch.setattr(machine.time, "monotonic", lambda: next(clock))
-    with machine.progress_bar("updates {task.completed}/{task.total}", "{task.fields[told]}") as bar:
-        task = bar.add_task("", total=800, completed=0, told="")
+    with machine.progress_bar("updates {task.completed}/{task.total}", "{task.fields[summary]}") as bar:
+        task = bar.add_task("", total=800, completed=0, summary="")
         for update in (1, 2, 3, 4, 5, 6):
-            bar.update(task, completed=update, told=f"loss {update}")
+            bar.update(task, completed=update, summary=f"loss {update}")
     assert capsys.readouterr().err == "updates 3/800, loss 3, 3.3 h left\nupdates 5/800, loss 5, 3.3 h left\n"
 
 
@@ -333,17 +341,17 @@ LIGHT = {
     **{f"{command} --help": ([command, "--help"], "usage: hiar") for command in COMMANDS},
     "help": (["--help"], "usage: hiar"), "bare": ([], "usage: hiar"), "version": (["--version"], "hiar"),
     "order": (["generate", PROMPT, "-o", "a.mp4", "--order", "foo"], "--order must be one of step_first, stream, wa"),
-    "steps": (["generate", PROMPT, "-o", "a.mp4", "--steps", "0"], "--steps must be a whole number .* 1, got 0"),
+    "steps": (["generate", PROMPT, "-o", "a.mp4", "--steps", "0"], "--steps must be .* from 1 to 1000, got 0"),
     "dtype": (["generate", PROMPT, "-o", "a.mp4", "--dtype", "bf16"], "--dtype must be one of float32, bfloat16"),
     "cache dtype": (["generate", PROMPT, "-o", "a.mp4", "--kv-dtype", "fp8"], "--kv-dtype must be one of"),
     "offload": (["generate", PROMPT, "-o", "a.mp4", "--offload", "text,vea"], "got 'vea'; did you mean vae?"),
     "model": (["generate", PROMPT, "-o", "a.mp4", "--model", "tooy"], "--model 'tooy' is neither .* did you mean toy?"),
     "image": (["generate", PROMPT, "-o", "a.mp4", "--image", "i.png"], "--image i.png: no such file"),
-    "fps": (["generate", PROMPT, "-o", "a.mp4", "--fps", "-1"], "--fps must be a number above 0, got -1"),
+    "fps": (["generate", PROMPT, "-o", "a.mp4", "--fps", "-1"], "--fps must be a number from 0.01 to 1000, got -1"),
     "on nan": (["generate", PROMPT, "-o", "a.mp4", "--on-nan", "go"], "--on-nan must be one of stop, retry, got 'go'"),
     "device": (["generate", PROMPT, "-o", "a.mp4", "--device", "gpu"], "--device must be one of auto, cpu, cuda"),
     "orders": (["evaluate", "toy", "--order", "[stream,steam]"], "--order must be .* got 'steam'; did you mean stream"),
-    "ranks": (["verify-parity", "--nproc", "0"], "--nproc must be a whole number of at least 1, got 0"),
+    "ranks": (["verify-parity", "--nproc", "0"], "--nproc must be a whole number from 1 to"),
     "warmup": (["warmup", "--order", "foo"], "--order must be one of"),
     "profile": (["profile", "--model", "wan2.1"], "--model 'wan2.1' is no known configuration; known: toy, wan2.1-t2v"),
     "doctor": (["doctor", "--model", "wan9"], "--model 'wan9' is no name, file or folder; names: toy, wan2.1-t2v"),

@@ -75,9 +75,10 @@ def test_the_record_of_a_video(folder, here, kind):
 @pytest.mark.parametrize("text, message", [
     ("num_frame: 6\n", "c.yaml: unknown key num_frame; did you mean num_frames?"),
     ("- 6\n", "c.yaml must hold key: value lines, got list"),
+    ("seed: 1\nnum_frames: 6\nseed: 2\n", "the key seed stands twice"),
     ("a: [\n", "c.yaml is neither YAML nor JSON"),
     ("num_frames: many\n", "many"),
-    ('{"command": "rm -r x", "weights_sha256": ""}', "c.yaml is the record of a video: it belongs to hiar generate"),
+    ('{"command": "rm -r x", "weights_sha256": ""}', "c.yaml is the metadata of a video, for hiar generate only"),
     ('{"command": 7, "weights_sha256": ""}', "c.yaml: its command cannot be read"),
     ('{"command": "hiar generate x", "weights_sha256": ""}', "c.yaml: its noise is 'torch-32', this version draws"),
     (None, "cannot read c.yaml: No such file"),
@@ -93,7 +94,7 @@ def test_a_file_that_is_none_is_one_line(capsys, text, message):
 def test_a_record_belongs_to_generate(folder, capsys):
     assert run("generate", PROMPT, "-o", "a.gif", "--model", folder) == 0
     assert run("doctor", "--config", "a.gif.json") == 2
-    assert "belongs to hiar generate" in capsys.readouterr().err
+    assert "for hiar generate only" in capsys.readouterr().err
 
 
 def test_a_recipe_by_a_file_too(capsys):

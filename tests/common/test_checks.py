@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from runs import make_rollout
 from small_toy import PROMPT
 
 from hiar_model import FlowSchedule, WanConfig, generate
-from hiar_model.common.checks import as_whole, nearest, number_above_0, one_of, plain, whole
+from hiar_model.common.checks import as_whole, nearest, number_above_0, one_of, path_like, plain, whole
 from hiar_model.common.keyed import keyed_generator
 from hiar_model.models.registry import load_video_model
-from hiar_model.planning.fit import ask
+from hiar_model.planning.fit import fit_query
 from hiar_model.rollout.infill import _given
 from hiar_model.schedule.plan import Plan
 from hiar_model.schedule.simulator import simulate
@@ -66,9 +67,9 @@ def test_the_nearest_choice_is_named():
 def test_a_video_asked_for_in_numbers_of_every_kind(model, kind):
     numbers = {"num_frames": 9, "seed": 7, "steps": 2, "window_frames": 6, "sink_frames": 3, "threads": 1, "fps": 8}
     plainly = generate(PROMPT, model=model, order="stream", **numbers)
-    asked = generate(PROMPT, model=model, order="stream", **{name: kind(n) for name, n in numbers.items()})
-    assert np.array_equal(plainly.frames, asked.frames)
-    assert json.dumps(asked.metadata) == json.dumps(plainly.metadata)  # as Python's numbers
+    requested = generate(PROMPT, model=model, order="stream", **{name: kind(n) for name, n in numbers.items()})
+    assert np.array_equal(plainly.frames, requested.frames)
+    assert json.dumps(requested.metadata) == json.dumps(plainly.metadata)  # as Python's numbers
     each = generate(PROMPT, model=model, num_frames=9, steps=2, window_frames=[kind(3), kind(6)], order="stream")
     assert each.metadata["window_frames"] == [3, 6] and json.dumps(each.metadata)
 
@@ -88,11 +89,18 @@ def test_relatives(model, kind):
     assert simulate(plan, kind(4), kind(2)).time == simulate(plan, 4, 2).time
     _, rows, columns = model.latent_size
     sizes = {"num_frames": 3, "height": rows, "width": columns, "batch": 1, "seed": 3}
-    made = [
+    result = [
         torch.cat([block.latents for block in make_rollout(model.transformer, text, two, **size)])
         for size in (sizes, {name: kind(n) for name, n in sizes.items()} | {"video_ids": [kind(0)]})
     ]
-    assert torch.equal(*made)
+    assert torch.equal(*result)
     assert _given([kind(1)], 1, 6, 3).tolist() == [[False] * 3 + [True] * 3]
     assert torch.equal(*(keyed_generator(n, "a", n).normals(4) for n in (5, kind(5))))
-    assert ask("wan2.1-t2v-1.3b", height=kind(480), width=kind(832), frames=kind(81)).request.height == 60
+    assert fit_query("wan2.1-t2v-1.3b", height=kind(480), width=kind(832), frames=kind(81)).request.height == 60
+
+
+def test_paths():
+    assert path_like("image", "a.png") == path_like("image", Path("a.png")) == Path("a.png")
+    for wrong in (3, None, b"a.png", "", ["a.png"]):
+        with pytest.raises(ValueError, match="image must be the path of a file or folder, got"):
+            path_like("image", wrong)

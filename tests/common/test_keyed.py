@@ -88,10 +88,10 @@ def test_numbers_are_the_same_on_every_instruction_set(case):
 def test_normals_are_normal():
     normal = statistics.NormalDist()
     ks = [round(f * 2**52) for f in (1e-15, 1e-11, 1e-8, 1e-4, 0.01, 0.0749, 0.0751, 0.3, 0.5, 0.7, 0.93, 0.9999999)]
-    found = _normals(np.array([k << 12 for k in [0, *ks, 2**52 - 1]], np.uint64)).astype(float)
-    assert found[0] == -found[-1] == pytest.approx(-8.20953, abs=1e-4)  # the ends: one draw in 2**52
+    actual = _normals(np.array([k << 12 for k in [0, *ks, 2**52 - 1]], np.uint64)).astype(float)
+    assert actual[0] == -actual[-1] == pytest.approx(-8.20953, abs=1e-4)  # the ends: one draw in 2**52
     expected = np.array([normal.inv_cdf((k + 0.5) / 2**52) for k in ks])
-    assert np.abs(found[1:-1] - expected)[1:].max() < 2e-6 and abs(found[1] - expected[0]) < 1e-4
+    assert np.abs(actual[1:-1] - expected)[1:].max() < 2e-6 and abs(actual[1] - expected[0]) < 1e-4
     draws = keyed_generator(1).normals(1_000_000).double()
     moments = [float((draws**n).mean()) for n in (1, 2, 3, 4)]
     assert moments == pytest.approx([0, 1, 0, 3], abs=0.02)  # four standard errors of the fourth

@@ -60,13 +60,13 @@ def standing() -> tuple[object, ...]:
     return (
         torch.get_default_dtype(), torch.empty(0).device, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"), torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(), *(getattr(place, name) for place, name, _ in PINNED),
+        torch.get_float32_matmul_precision(), *(getattr(owner, name) for owner, name, _ in PINNED),
     )  # fmt: skip
 
 
 def video() -> list[Tensor]:
-    made = hiar_model.generate("a red circle moving right", num_frames=12, steps=2, seed=5)
-    return [torch.from_numpy(made.frames)]
+    result = hiar_model.generate("a red circle moving right", num_frames=12, steps=2, seed=5)
+    return [torch.from_numpy(result.frames)]
 
 
 def world() -> list[Tensor]:
@@ -76,8 +76,8 @@ def world() -> list[Tensor]:
     codec = ToyCodec.fit(channels=8, frames=64)
     shown = codec.decode(codec.encode(frames))
     read = ToyOracle(config).evaluate(codec.to_uint8(shown)[0], all_prompts()[0])
-    _, held = split_prompts(8)
-    tokens = torch.tensor([prompt.tokens() for prompt in held], device="cpu")
+    _, held_out = split_prompts(8)
+    tokens = torch.tensor([prompt.tokens() for prompt in held_out], device="cpu")
     return [frames, shown, read.centres, read.velocity, tokens, *codec.state_dict().values()]
 
 
@@ -96,23 +96,23 @@ MADE: dict[str, Callable[[], list[Tensor]]] = {
 EXPECTED: dict[str, list[Tensor]] = {}
 
 
-def require_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(found) == len(expected)
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+def require_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape), i
         assert a.equal(b) or (a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num())), i
 
 
-@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("kind", MADE)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_we_make(name, made):
-    if made not in EXPECTED:
-        EXPECTED[made] = MADE[made]()
+def test_what_we_make(name, kind):
+    if kind not in EXPECTED:
+        EXPECTED[kind] = MADE[kind]()
     with SETTINGS[name]():
         before = standing()
-        found = MADE[made]()
+        actual = MADE[kind]()
         assert standing() == before
-    require_same(found, EXPECTED[made])
+    require_same(actual, EXPECTED[kind])
 
 
 def flat(x: object) -> list[Tensor]:
@@ -147,8 +147,8 @@ def outcome(sample: str, context: AbstractContextManager[object], trains: bool) 
 def test_every_op(name, sample):
     trains = name not in ("no_grad", "inference_mode")
     plain = outcome(sample, own_settings(), trains)
-    found = outcome(sample, SETTINGS[name](), trains)
-    require_same([x.detach().clone() for x in found], [x.detach().clone() for x in plain])
+    actual = outcome(sample, SETTINGS[name](), trains)
+    require_same([x.detach().clone() for x in actual], [x.detach().clone() for x in plain])
 
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa", "auto"])

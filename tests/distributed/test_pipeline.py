@@ -1,6 +1,6 @@
-"""Steps on ranks: the same bits as one process, faults that end a job in time, runs that go on where they ended.
+"""The pipeline: bit parity with one process, faults that end a job in time, resumed runs.
 
-The processes are real (torchrun, gloo); what they run is in pipeline_job.py, all cases in one start.
+Real processes (torchrun, gloo) run pipeline_job.py, all cases in one job.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import small_toy
 import torch
+from processes import PATIENCE, torchrun
+from processes import run as run_python
 from runs import make_rollout
 from small_toy import BLOCK, PROMPT
 from tiny_model import MODEL, SIZE, TEXT, run
@@ -36,15 +38,7 @@ from hiar_model.schedule.stages import Stage, faster_fusion, split_steps
 pytestmark = pytest.mark.cpu
 
 JOB = Path(__file__).parents[1] / "helpers" / "pipeline_job.py"
-PATIENCE = 240  # seconds that any of these jobs may take on a busy machine
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def torchrun(processes: int, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [*command, str(JOB), *map(str, words)], capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT
-    )
 
 
 # On several processes
@@ -52,9 +46,9 @@ def torchrun(processes: int, *words: object) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """What each of four ranks found."""
-    target = tmp_path_factory.mktemp("job") / "found.json"
-    done = torchrun(4, "cases", target)
+    """The results of each of four ranks, and stderr."""
+    target = tmp_path_factory.mktemp("job") / "results.json"
+    done = torchrun(4, JOB, "cases", target)
     assert target.exists(), done.stderr[-3000:]
     return json.loads(target.read_text()), done.stderr
 
@@ -63,17 +57,17 @@ def test_pipelines_give_the_bits_of_one_process(cases):
     assert [rank["parity"] for rank in cases[0]] == [[]] * 4
 
 
-def test_splits_decoding_apart_captured_visits_and_own_weights(cases):
+def test_splits_a_decoder_rank_captured_tasks_and_own_weights(cases):
     assert [rank["splits"] for rank in cases[0]] == [[]] * 4
 
 
 def test_steps_and_heads_on_one_mesh(cases):
-    assert [rank["shared"] for rank in cases[0]] == [[]] * 4
+    assert [rank["step and head"] for rank in cases[0]] == [[]] * 4
 
 
-def test_states_of_all_ranks_go_on_bit_for_bit(cases):
+def test_states_of_all_ranks_resume_bit_for_bit(cases):
     for rank in cases[0][:3]:
-        # blocks 0 to 4 were kept: the newest state that needs no later one is that of block 4
+        # blocks 0 to 4 were saved: the newest state that needs no later block is that of block 4
         assert rank["resumed"]["at"] == 4 and rank["resumed"]["same"]
         assert rank["resumed"]["left"] == 5
         assert rank["resumed"]["states"][-2:] == [4, 6]
@@ -83,13 +77,13 @@ def test_rollout_returns_latents_on_the_last_rank_alone(cases):
     assert [rank["rollout"] for rank in cases[0]] == [None, [1, 6, 2, 2, 4], None, None]
 
 
-def test_an_endless_pipeline_is_flat_and_can_be_left(cases):
+def test_an_endless_pipeline_takes_constant_memory_and_can_be_left(cases):
     first, last = (rank["endless"] for rank in cases[0][:2])
     assert first == {"taken": 0}
-    assert last == {"taken": 40, "same": True, "kept": 1}
+    assert last == {"taken": 40, "same": True, "sizes": 1}
 
 
-def test_latents_leave_before_the_cache_visit_and_are_awaited_a_block_ahead(cases):
+def test_latents_are_sent_before_the_cache_task_and_received_a_block_ahead(cases):
     first, second = (rank["traced"] for rank in cases[0][:2])
     none = "posted none"
     assert first == [
@@ -101,78 +95,78 @@ def test_latents_leave_before_the_cache_visit_and_are_awaited_a_block_ahead(case
                       f"denoise 2 {none}"]  # fmt: skip
 
 
-def test_a_failing_rank_is_told_once_and_heard_of_by_all(cases):
-    found, told = cases
-    place = "at step 1 of block 2"
+def test_a_failing_rank_is_reported_once_and_known_to_all(cases):
+    results, stderr = cases
+    position = "at step 1 of block 2"
     expected = [
-        f"rank 1 (step 1) failed {place}: FloatingPointError: latents are not finite from step 1 of block 2 on: "
+        f"rank 1 (step 1) failed {position}: FloatingPointError: latents are not finite from step 1 of block 2 on: "
         "the noise of its step",
-        f"rank 1 (step 1) is out of memory {place}: MemoryError: no more",
-        f"rank 1 (step 1) failed {place}: ZeroDivisionError: division by zero",
+        f"rank 1 (step 1) is out of memory {position}: MemoryError: no more",
+        f"rank 1 (step 1) failed {position}: ZeroDivisionError: division by zero",
     ]
-    assert [line for line in told.splitlines() if line.startswith("hiar: ")] == [f"hiar: {line}" for line in expected]
+    assert [line for line in stderr.splitlines() if line.startswith("hiar: ")] == [f"hiar: {line}" for line in expected]
     for rank in (0, 2):
-        assert found[rank]["failing"] == [f"PipelineFault: {line}" for line in expected]
-    assert found[1]["failing"] == [line.partition(": ")[2] for line in expected]
+        assert results[rank]["failing"] == [f"PipelineFault: {line}" for line in expected]
+    assert results[1]["failing"] == [line.partition(": ")[2] for line in expected]
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
         ("kill", "rank 1 (step 1) died at step 1 of block 4"),
-        ("stop", "rank 1 (step 1) gave no sign of life for 3 s at step 1 of block 4"),
+        ("stop", "rank 1 (step 1) sent no heartbeat for 3 s at step 1 of block 4"),
         ("hang", "rank 1 (step 1) hangs for 3 s at step 1 of block 4"),
     ],
 )
 def test_a_fault_ends_the_job_in_time(how, message):
-    done = torchrun(3, how)
+    done = torchrun(3, JOB, how)
     ended = time.time()
     assert done.returncode
-    told = [line for line in done.stderr.splitlines() if line.startswith("hiar: ")]
-    assert len(told) == 1 and told[0].startswith(f"hiar: {message}"), done.stderr[-3000:]
-    begun = float(re.search(rf"{how} at ([\d.]+)", done.stdout)[1])
-    assert ended - begun < 4 + 6, "the limit, and what a busy machine takes to end processes"
+    reported = [line for line in done.stderr.splitlines() if line.startswith("hiar: ")]
+    assert len(reported) == 1 and reported[0].startswith(f"hiar: {message}"), done.stderr[-3000:]
+    fault = float(re.search(rf"{how} at ([\d.]+)", done.stdout)[1])
+    assert ended - fault < 4 + 6, "the limit, and the time to end processes on a busy machine"
 
 
 def test_processes_end_without_their_launcher():
-    done = torchrun(3, "orphan")  # returns when the last of them has closed its output
-    ended = time.time()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(JOB), "orphan"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT)
+    ended = time.time()  # the last process has closed its output
     assert done.returncode == -signal.SIGKILL
-    begun = float(re.search(r"orphan at ([\d.]+)", done.stdout)[1])
-    assert ended - begun < 4 + 6
+    fault = float(re.search(r"orphan at ([\d.]+)", done.stdout)[1])
+    assert ended - fault < 4 + 6
 
 
 def test_a_killed_generation_is_resumed(tmp_path):
     model = small_toy.write_model(tmp_path / "model")
-    command = [sys.executable, "-m", "hiar_model", "generate", PROMPT, "-o", "made/", "--model", str(model),
-               "--num-frames", str(16 * BLOCK), "--seed", "3", "--nproc", "2", "--checkpoint-every", "2",
-               "--timeout", "10"]  # fmt: skip
-    started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    kept, until = tmp_path / "made.blocks", time.time() + PATIENCE
-    while not list(kept.glob("block_*")) and time.time() < until:
+    command = ["-m", "hiar_model", "generate", PROMPT, "-o", "made/", "--model", str(model), "--seed", "3",
+               "--num-frames", str(16 * BLOCK), "--nproc", "2", "--checkpoint-every", "2", "--timeout",
+               "10"]  # fmt: skip
+    started = subprocess.Popen(
+        [sys.executable, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    folder, until = tmp_path / "made.blocks", time.time() + PATIENCE
+    while not list(folder.glob("block_*")) and time.time() < until:
         time.sleep(0.05)
     victim = workers(started.pid)[0]
-    while len(list(kept.glob("state_000002_*"))) < 2 and time.time() < until:
+    while len(list(folder.glob("state_000002_*"))) < 2 and time.time() < until:
         time.sleep(0.01)
     os.kill(victim, signal.SIGKILL)
     assert started.wait(PATIENCE) == 1
-    told = started.stderr.read()
+    stderr = started.stderr.read()
     assert re.fullmatch(
-        r"hiar: rank \d \(step \d\) died at step \d of block \d+.*; \d+ finished blocks are kept in made\.blocks, "
-        r"--resume goes on\n",
-        told,
-    ), told
-    assert not (tmp_path / "made").exists() and (kept / "run.json").exists()
+        r"hiar: rank \d \(step \d\) died at step \d of block \d+.*; \d+ finished blocks .* made\.blocks.*--resume.*\n",
+        stderr,
+    ), stderr
+    assert not (tmp_path / "made").exists() and (folder / "run.json").exists()
     assert not [p for p in tmp_path.iterdir() if ".partial" in p.name]
-    states = [set(re.findall(r"state_(\d+)", " ".join(p.name for p in kept.glob(f"*rank_{r}.*")))) for r in (0, 1)]
+    states = [set(re.findall(r"state_(\d+)", " ".join(p.name for p in folder.glob(f"*rank_{r}.*")))) for r in (0, 1)]
     common = int(max(states[0] & states[1]))
     assert 2 <= common < 16
 
-    done = subprocess.run(
-        [*command, "--resume"], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT
-    )
+    done = run_python([*command, "--resume"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"made: {16 * BLOCK} frames") and not kept.exists()
+    assert done.stdout.startswith(f"made: {16 * BLOCK} frames") and not folder.exists()
     from hiar_model import generate
 
     video = generate(PROMPT, model=model, num_frames=16 * BLOCK, seed=3, device="cpu")
@@ -182,8 +176,8 @@ def test_a_killed_generation_is_resumed(tmp_path):
 
 
 def workers(launcher: int) -> list[int]:
-    """Processes that a process started and that run Python, from /proc."""
-    found = []
+    """Worker processes of a launcher, from /proc."""
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -191,8 +185,8 @@ def workers(launcher: int) -> list[int]:
             except OSError:
                 continue
             if f"\nPPid:\t{launcher}\n" in status and b"generate" in words:
-                found.append(int(entry.name))
-    return sorted(found)
+                pids.append(int(entry.name))
+    return sorted(pids)
 
 
 # In one process
@@ -205,9 +199,9 @@ def model(tmp_path_factory):
 
 def test_parity_is_verified_and_can_fail(model, capsys, monkeypatch):
     assert main(["verify-parity", "--nproc", "1", "--model", model]) == 0
-    told = capsys.readouterr().out
+    out = capsys.readouterr().out
     assert re.search(
-        r"4 blocks of .* on 1 processes \(2 steps\) and on one \(cpu, float32, 1 threads\): the same bits", told
+        r"4 blocks of .* on 1 processes \(2 steps\) and on one \(cpu, float32, 1 threads\): the same bits", out
     )
     keyed, calls = KeyedNoise.__call__, []
     monkeypatch.setattr(KeyedNoise, "__call__", lambda *key: keyed(*key) + 1e-4 * len(calls.append(0) or calls))
@@ -217,7 +211,7 @@ def test_parity_is_verified_and_can_fail(model, capsys, monkeypatch):
     assert "largest difference 0.0" in capsys.readouterr().out
 
 
-def test_a_generation_on_one_process_keeps_what_it_made(model, tmp_path, capsys, monkeypatch):
+def test_a_generation_on_one_process_saves_its_blocks(model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     request = ["generate", PROMPT, "-o", "a/", "--model", model, "--checkpoint-every", "1"]
     save = RunFolder.save_block
@@ -229,9 +223,9 @@ def test_a_generation_on_one_process_keeps_what_it_made(model, tmp_path, capsys,
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save_block", interrupted)
-        assert main([*request, "--executor", "pipeline"]) == 130
+        assert main([*request, "--parallel", "pipeline"]) == 130
     assert len(list(Path("a.blocks").glob("block_*"))) == 3 and not Path("a").exists()
-    assert main([*request, "--executor", "pipeline", "--resume"]) == 0
+    assert main([*request, "--parallel", "pipeline", "--resume"]) == 0
     assert main([*request[:3], "b/", *request[4:]]) == 0
     capsys.readouterr()
     for frame in Path("b").glob("*.png"):
@@ -242,17 +236,17 @@ def test_a_generation_on_one_process_keeps_what_it_made(model, tmp_path, capsys,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--resume"], "in a pipeline only: give executor pipeline"),
+        (["--resume"], "in a pipeline only: give --parallel pipeline"),
         (["--nproc", "0"], "--nproc must be a whole number of at least 1, got 0"),
-        (["--executor", "pipeline", "--steps-per-rank", "[1,1]"], "give a number for each of 1 ranks"),
-        (["--executor", "warp"], "executor must be one of"),
+        (["--parallel", "pipeline", "--steps-per-rank", "[1,1]"], "a number for each of 1 ranks"),
+        (["--parallel", "warp"], "--parallel must be one of pipeline, ulysses, got 'warp'"),
     ],
 )
 def test_bad_requests(model, tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     assert main(["generate", PROMPT, "-o", "a/", "--model", model, *options]) == 2
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -261,40 +255,39 @@ def test_one_rank_is_a_pipeline_too(options):
     assert torch.equal(run(executor="pipeline", **options), run(**options))
 
 
-def test_stages_share_out_the_walk():
+def test_stages_share_all_tasks():
     plan = Plan(4, "stream", 3, prefix_frames=4, window_frames=(9,) * 4)
     for split in ((4,), (1, 3), (2, 1, 1), (1, 1, 1, 1)):
         stages = [Stage(plan, split, rank) for rank in range(len(split))]
-        rows = [list(stage.groups(6)) for stage in stages]
-        every = [(row,) for group in plan.groups(6) for row in rank_order(group)]
-        assert sorted(group for own in rows for group in own) == sorted(every)
+        groups = [list(stage.groups(6)) for stage in stages]
+        every = [(item,) for group in plan.groups(6) for item in rank_order(group)]
+        assert sorted(group for own in groups for group in own) == sorted(every)
         assert [stage.sends for stage in stages] == [True] * (len(split) - 1) + [False]
-        for stage, own in zip(stages, rows, strict=True):
-            assert {row[-1].step for group in own for row in group} == set(stage.steps)
+        for stage, own in zip(stages, groups, strict=True):
+            assert {item[-1].step for group in own for item in group} == set(stage.steps)
             blocks = [group[0][-1].block for group in own]
-            assert blocks == sorted(blocks), "a state between two blocks is one of whole blocks"
+            assert blocks == sorted(blocks), "a state saved between two blocks has whole blocks"
         check(plan, every, 6)
-    taker = Stage(plan, (2, 2, 0), 2)
-    assert [group[0][0] for group in taker.groups(6)] == [("denoise", 3, n) for n in range(2, 6)]
-    assert taker.name == "rank 2 (takes finished blocks)"
+    receiver = Stage(plan, (2, 2, 0), 2)
+    assert [group[0][0] for group in receiver.groups(6)] == [("denoise", 3, n) for n in range(2, 6)]
+    assert receiver.name == "rank 2 (takes finished blocks)"
 
 
 def test_steps_are_split_by_their_costs():
     plan = Plan(8, "stream", 3, window_frames=(6,) * 4 + (21,) * 4)
     assert split_steps(plan, None, 2) == (4, 4)
-    dear = measured_like(6, 1.0, 21, 4.0)
-    split = split_steps(plan, None, 2, dear)
+    split = split_steps(plan, None, 2, measured_like(6, 1.0, 21, 4.0))
     assert sum(split) == 8 and split[0] > split[1]
-    with pytest.raises(ValueError, match="ranks=9 is more than there are steps: give 1 to 8"):
+    with pytest.raises(ValueError, match="ranks must be 1 to 8, the number of steps, got 9"):
         split_steps(plan, 7, 9)
 
 
-def measured_like(low: int, cheap: float, high: int, dear: float):
+def measured_like(low: int, low_cost: float, high: int, high_cost: float):
     from dataclasses import replace
 
-    from hiar_model.schedule.costs import Curve
+    from hiar_model.schedule.costs import CostCurve
 
-    line = Curve(((low, cheap), (high, dear)))
+    line = CostCurve(((low, low_cost), (high, high_cost)))
     return replace(unit_costs(), denoise=line, cache=line)
 
 
@@ -306,37 +299,39 @@ def test_measured_costs_are_of_each_window():
     assert "measured on the CPU" in costs.source
 
 
-def test_pairs_where_they_are_faster():
-    """Alone a pair need only be cheaper than its tasks; behind other ranks a block waits for its pair."""
+def test_fusion_where_it_is_faster():
+    """On one rank a fused item need only be cheaper than its tasks; on later ranks a block waits for the whole item."""
     from dataclasses import replace
 
     plan, costs = Plan(4, "stream", 3, window_frames=(9,) * 4), unit_costs()
-    assert faster_fusion(plan, 27, 1, replace(costs, pair=0.97)).fuse_cache_denoise
-    assert not faster_fusion(plan, 27, 1, replace(costs, pair=1.03)).fuse_cache_denoise
-    assert not faster_fusion(plan, 7, 4, replace(costs, pair=0.97)).fuse_cache_denoise  # 2N + 2S - 3 against 2N + S - 2
-    assert faster_fusion(plan, 7, (1, 1, 1, 1), replace(costs, pair=0.7)).fuse_cache_denoise
+    assert faster_fusion(plan, 27, 1, replace(costs, fused=0.97)).fuse_cache_denoise
+    assert not faster_fusion(plan, 27, 1, replace(costs, fused=1.03)).fuse_cache_denoise
+    assert not faster_fusion(
+        plan, 7, 4, replace(costs, fused=0.97)
+    ).fuse_cache_denoise  # 2N + 2S - 3 against 2N + S - 2
+    assert faster_fusion(plan, 7, (1, 1, 1, 1), replace(costs, fused=0.7)).fuse_cache_denoise
     config = RolloutConfig(order="stream", window_frames=9)
     sizes = {"num_latent_frames": 30, "latent_size": tuple(SIZE.values())}
     measured = measure_costs(MODEL, TEXT, config, fused=True, **sizes)
-    assert 0.1 < measured.pair < 10 and measured.pair != 1
+    assert 0.1 < measured.fused < 10 and measured.fused != 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"executor": "pipeline-graph"}, "needs a CUDA device"),
-        (
-            {"steps_per_rank": (1, 1)},
-            r"steps_per_rank=\[1, 1\] is not legal: give a number for each of 1 ra",
-        ),
-        ({"steps_per_rank": (3,)}, r"steps per rank \[3\] is not legal: give numbers >= 1 that sum to 4"),
+        ({"steps_per_rank": (1, 1)}, r"steps_per_rank must have a number for each of 1 ranks, got \[1, 1\]"),
+        ({"steps_per_rank": (3,)}, r"steps per rank must be numbers >= 1 that sum to 4, .*got \[3\]"),
         (
             {"dedicated_decoder_rank": True, "steps_per_rank": None},
-            "1 ranks cannot share 4 steps: give 1 to 4, and one more",
+            "a pipeline of 4 steps must have 1 to 4 ranks, and one more that decodes, got 1",
         ),
         ({"parallel": "ulysses"}, "needs a mesh"),
-        ({"model": [MODEL, None, MODEL, MODEL]}, r"this rank has steps \[0, 1, 2, 3\]: give the weights of step 1 too"),
-        ({"model": [None] * 4}, "give one, or one for each of the 4 steps"),
+        (
+            {"model": [MODEL, None, MODEL, MODEL]},
+            r"step 1 is None, expected weights of all steps of this rank, \[0, 1, 2, 3\]",
+        ),
+        ({"model": [None] * 4}, "one network, or one for each of the 4 steps"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(options, message):
@@ -348,9 +343,9 @@ def test_bad_options_are_refused_in_one_line(options, message):
 @pytest.mark.parametrize(
     ("plan", "split", "message"),
     [
-        (Plan(4, "stream", 3), (2, 1), "is not legal"),
-        (Plan(4, "stream", 3), (4, -1, 1), "is not legal"),
-        (Plan(4, "stream", 3), (0, 4), "is not legal"),
+        (Plan(4, "stream", 3), (2, 1), "must be numbers >= 1 that sum to 4"),
+        (Plan(4, "stream", 3), (4, -1, 1), "must be numbers >= 1 that sum to 4"),
+        (Plan(4, "stream", 3), (0, 4), "must be numbers >= 1 that sum to 4"),
         (Plan(4, "block_first", 3), (2, 2), "steps share one cache"),
         (Plan(4, "stream", 3, kv_source="next_step"), (2, 2), "keys are not sent"),
     ],
@@ -360,13 +355,13 @@ def test_illegal_stages(plan, split, message):
         Stage(plan, split, 0)
 
 
-def test_a_run_folder_keeps_and_refuses(tmp_path):
+def test_a_run_folder_saves_and_refuses(tmp_path):
     about = {"seed": 1, "windows": (3, 4)}
-    kept = RunFolder(tmp_path / "run", about)
-    RunFolder(tmp_path / "run", {"seed": 7})  # nothing was kept yet: nothing to lose
-    kept = RunFolder(tmp_path / "run", about)
-    kept.save_block(FinishedBlock(3, 9, torch.ones(1, 3, 2, 2, 2)))
-    assert kept.blocks() == [3] and kept.load_block(3).first_frame == 9
+    RunFolder(tmp_path / "run", about)
+    RunFolder(tmp_path / "run", {"seed": 7})  # nothing was saved yet: nothing to lose
+    folder = RunFolder(tmp_path / "run", about)
+    folder.save_block(FinishedBlock(3, 9, torch.ones(1, 3, 2, 2, 2)))
+    assert folder.blocks() == [3] and folder.load_block(3).first_frame == 9
     with pytest.raises(ValueError, match="holds an unfinished run: go on with it"):
         RunFolder(tmp_path / "run", about)
     with pytest.raises(ValueError, match="of another run: seed was 1, now it is 2"):
@@ -378,7 +373,7 @@ def test_a_run_folder_keeps_and_refuses(tmp_path):
     assert RunFolder(tmp_path / "run", about, resume=True).resume(fresh()) == 0
     (tmp_path / "run" / "block_000003.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="cannot read .*block_000003"):
-        kept.load_block(3)
+        folder.load_block(3)
 
 
 def fresh() -> Rollout:
@@ -387,14 +382,14 @@ def fresh() -> Rollout:
 
 def test_one_process_resumes_too(tmp_path):
     whole = [block.latents for block in fresh()]
-    made, kept = fresh(), RunFolder(tmp_path / "run", {}, every=1)
-    made.on_boundary = lambda n: kept.boundary(made, n)
-    for block in made:
-        kept.save_block(block)
-    assert kept.states() == [1, 2]
+    first, folder = fresh(), RunFolder(tmp_path / "run", {}, every=1)
+    first.on_boundary = lambda n: folder.boundary(first, n)
+    for block in first:
+        folder.save_block(block)
+    assert folder.states() == [1, 2]
     again = fresh()
-    assert kept.resume(again) == 2
+    assert folder.resume(again) == 2
     rest = [block.latents for block in again]
     assert len(rest) == 1 and np.array_equal(rest[0].numpy(), whole[2].numpy())
-    kept.remove()
+    folder.remove()
     assert not (tmp_path / "run").exists()

@@ -75,10 +75,10 @@ def poison(k, v, options):
 @pytest.mark.parametrize("name", CASES)
 def test_error_budget(name, dtype, scale):
     q, k, v, options = build(name, dtype)
-    hk_out, lse = hk.attention(q, *poison(k, v, options), **options, scale=scale, impl="gluon", return_lse=True)
-    options |= {"scale": scale, "return_lse": True}
-    exact, exact_lse = hk.reference.attention(q.double(), k.double(), v.double(), **options)
-    eager, _ = hk.reference.attention(q, k, v, **options)
+    hk_out, lse = hk.attention_with_lse(q, *poison(k, v, options), **options, scale=scale, impl="gluon")
+    options |= {"scale": scale}
+    exact, exact_lse = hk.reference.attention_with_lse(q.double(), k.double(), v.double(), **options)
+    eager = hk.reference.attention(q, k, v, **options)
     assert_within_budget(hk_out, eager, exact)
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-4, rtol=1e-5)
 

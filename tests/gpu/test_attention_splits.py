@@ -6,8 +6,8 @@ import pytest
 import torch
 from budget import assert_within_budget
 
-from hiar_kernels import BlockCausal, attention, attention_layout, reference
-from hiar_kernels._dispatch import taken
+from hiar_kernels import BlockCausal, attention, attention_layout, attention_with_lse, reference
+from hiar_kernels.common.dispatch import taken
 
 pytestmark = pytest.mark.gpu
 
@@ -37,8 +37,8 @@ def build(name: str, device: str = "cuda"):
 def test_splits_keep_the_error_budget(name, impl, num_splits, device="cuda"):
     qkv, options = build(name, device)
     oracle = {key: x for key, x in options.items() if key != "layout"}
-    found, lse = attention(*qkv, **options, impl=impl, num_splits=num_splits, return_lse=True)
-    exact, exact_lse = reference.attention(*(x.double() for x in qkv), **oracle, return_lse=True)
+    found, lse = attention_with_lse(*qkv, **options, impl=impl, num_splits=num_splits)
+    exact, exact_lse = reference.attention_with_lse(*(x.double() for x in qkv), **oracle)
     eager = reference.attention(*qkv, **oracle)
     assert_within_budget(found, eager, exact, f"{impl} in {num_splits}")
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)

@@ -75,7 +75,7 @@ def test_a_visit_waits_for_nothing_and_allocates_nothing(model, walk):
             # a finished block is given away in memory of its own
             if n > 20 and not finishes and not begins:
                 assert torch.cuda.memory_stats()["allocation.all.allocated"] == before, group
-        assert rollout._executor.counters.captures == len(rollout._executor.launches)
+        assert rollout._executor.counters.captures == len(rollout._executor.batched_forwards)
 
 
 @pytest.mark.parametrize("walk", WALKS[1:], ids=str)

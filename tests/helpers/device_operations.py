@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hiar_kernels import _cuda
-from hiar_kernels._triton import shapes_only
+from hiar_kernels.common import cuda_loader
+from hiar_kernels.common.triton_loader import shapes_only
 from hiar_model.config import WanConfig
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.planning.memory import Request
@@ -68,7 +68,7 @@ class Operations(TorchDispatchMode):
 def on_cuda(monkeypatch: pytest.MonkeyPatch, architecture: tuple[int, int] = (9, 0)) -> Iterator[None]:
     """Fake tensors, for which "auto" takes what it would take on such a GPU with Triton."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: architecture)
-    monkeypatch.setattr(_cuda, "missing", lambda: "Triton's kernels are counted")
+    monkeypatch.setattr(cuda_loader, "missing", lambda: "Triton's kernels are counted")
     with FakeTensorMode(), torch.no_grad(), shapes_only(), OnCuda():
         yield
 
@@ -92,11 +92,11 @@ def launches(request: Request) -> Iterator[tuple[str, BatchedForward]]:
     executor = rollout._executor
     executor.attend = _HostAttention
     executor.by_layout = False  # one graph for all blocks: visibility by frame ids on the device
-    executor.texts.hold(model, text, text)
+    executor.prompt_cache.add(model, text, text)
     seen = set()
     for launch in executor.prepared(rollout.warm_up_blocks):
-        shared = f", {sum(launch.kind.lends)} shared" if any(launch.kind.lends) else ""
-        name = "; ".join("+".join(kind for kind, _ in row) for row in launch.kind.rows) + shared
+        shared = f", {sum(launch.key.shares_kv)} shared" if any(launch.key.shares_kv) else ""
+        name = "; ".join("+".join(kind for kind, _ in row) for row in launch.key.items) + shared
         if name not in seen:
             seen.add(name)
             yield name, launch

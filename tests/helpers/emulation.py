@@ -9,29 +9,29 @@ import os
 import subprocess
 from pathlib import Path
 
-from hiar_kernels import _cuda, _extension
+from hiar_kernels.common import cuda_loader, extension
 
 WARNINGS = "-Wall,-Wextra,-Werror,-Wno-unknown-pragmas"  # of the host compiler; #pragma unroll is nvcc's
-BUILD = _extension.SOURCES.parent / "build"
+BUILD = extension.SOURCES.parent / "build"
 
 
 def no_nvcc() -> str | None:
     """Why there is none; None where there is one, or has to be one."""
     try:
-        _extension.find_nvcc()
-    except _extension.CannotBuild as why:
+        extension.find_nvcc()
+    except extension.CannotBuild as why:
         return None if os.environ.get("CI") == "true" else str(why)
     return None
 
 
 def build(nvcc: Path) -> Path:
     """The library for these sources; kept from run to run."""
-    library = BUILD / f"csrc-{str(_extension.digest())[:16]}.so"
+    library = BUILD / f"csrc-{str(extension.digest())[:16]}.so"
     if not library.exists():
         BUILD.mkdir(exist_ok=True)
         new = library.with_suffix(f".{os.getpid()}")
         options = ["-x", "c++", "-cudart", "none", "-DHIAR_EMULATE", "-Xcompiler", f"-fno-strict-aliasing,{WARNINGS}"]
-        command = _extension.command(nvcc, _extension.find_torch(), new, options)
+        command = extension.command(nvcc, extension.find_torch(), new, options)
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         new.replace(library)
@@ -40,8 +40,8 @@ def build(nvcc: Path) -> Path:
 
 def use(library: Path) -> None:
     """From now on impl="cuda" runs on CPU tensors in this process."""
-    if _cuda.emulation != library:
-        assert _cuda.emulation is None, "one emulation for a process"
-        _cuda.emulation = library
-        _cuda._missing.cache_clear()
-        _cuda._loaded.cache_clear()
+    if cuda_loader.emulation != library:
+        assert cuda_loader.emulation is None, "one emulation for a process"
+        cuda_loader.emulation = library
+        cuda_loader._missing.cache_clear()
+        cuda_loader._loaded.cache_clear()

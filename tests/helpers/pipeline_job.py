@@ -1,6 +1,6 @@
-"""What test_pipeline.py runs under torchrun: pipelines of 1 to 4 of its processes, against one process.
+"""The job of test_pipeline.py under torchrun: pipelines of 1 to 4 of its processes, compared with one process.
 
-torchrun --nproc-per-node 4 tests/helpers/pipeline_job.py cases RESULT.json      every case; what each rank found
+torchrun --nproc-per-node 4 tests/helpers/pipeline_job.py cases RESULT.json      all cases; the results of each rank
 torchrun --nproc-per-node 3 tests/helpers/pipeline_job.py stop | kill | hang     rank 1 does that inside a task;
                                                                              orphan: it kills torchrun
 """
@@ -34,7 +34,7 @@ from hiar_model.schedule.costs import unit_costs
 RANKS = 4
 PREFIX = torch.randn(1, 4, TINY.in_channels, *SIZE.values(), generator=torch.Generator().manual_seed(2))
 OTHER = torch.randn(1, 4, TINY.text_dim, generator=torch.Generator().manual_seed(3))
-# steps, options; each is run on 1 to 4 ranks, but not on more than there are steps
+# steps, options; each runs on 1 to 4 ranks, at most one per step
 PARITY = [
     (1, {"num_frames": 9}),
     (2, {"num_frames": 12, "window_frames": 5}),
@@ -64,84 +64,84 @@ def make(steps: int, group=None, **options) -> Rollout:
     )
 
 
-def latents(made: Rollout) -> torch.Tensor | None:
-    blocks = [block.latents for block in made]
+def latents(run: Rollout) -> torch.Tensor | None:
+    blocks = [block.latents for block in run]
     return torch.cat(blocks, 1) if blocks else None
 
 
 def single(steps: int, **options) -> torch.Tensor:
-    """In one process, without any pipeline; made by the first rank, for all."""
-    found: list = [None]
+    """Latents of one process without a pipeline; the first rank computes them for all."""
+    result: list = [None]
     if dist.get_rank() == 0:
         order = "stream" if isinstance(options.get("window_frames"), tuple) else "step_first"
-        found = [latents(make(steps, executor="eager", order=order, **options))]
-    dist.broadcast_object_list(found)
-    return found[0]
+        result = [latents(make(steps, executor="eager", order=order, **options))]
+    dist.broadcast_object_list(result)
+    return result[0]
 
 
 def parity(groups) -> list[str]:
-    """Names of the configurations whose latents are not the same bits; every rank must come through all."""
+    """The configurations whose latents do not have the same bits; every rank must complete all."""
     wrong = []
     for steps, options in PARITY:
         expected = single(steps, **options)
         for ranks in range(1, min(RANKS, steps) + 1):
             if dist.get_rank() >= ranks:
                 continue
-            made = make(steps, groups[ranks], **options)
-            found = latents(made)
+            run = make(steps, groups[ranks], **options)
+            result = latents(run)
             last = dist.get_rank() == ranks - 1
-            held = made._executor.cache.k[0].shape[0]
-            if (found is not None) != last or (last and not torch.equal(found, expected)):
+            caches = run._executor.cache.k[0].shape[0]
+            if (result is not None) != last or (last and not torch.equal(result, expected)):
                 wrong.append(f"{steps} steps on {ranks}: {options}")
-            if held != made.pipeline.stage.split[dist.get_rank()] or made._executor.latents:
-                wrong.append(f"{steps} steps on {ranks} hold {held} caches, {len(made._executor.latents)} latents")
+            if caches != run.pipeline.stage.split[dist.get_rank()] or run._executor.latents:
+                wrong.append(f"{steps} steps on {ranks} have {caches} caches, {len(run._executor.latents)} latents")
     return wrong
 
 
 def splits(groups) -> list[str]:
-    """Given splits, a rank that only takes blocks, measured times, captured tasks, one's own weights alone."""
+    """Explicit splits, a rank without steps, measured costs, captured tasks, weights of own steps only."""
     wrong, rank = [], dist.get_rank()
     base = {"num_frames": 9, "window_frames": 6}
     experts = [make_model(s) for s in range(4)]
     with hiar_kernels.prefer("reference"):
         expected, expected_experts = single(4, **base), single(4, model=experts, **base)
-    for name, ranks, options, wanted in [
-        ("given", 2, {"steps_per_rank": (1, 3)}, (1, 3)),
-        ("apart", 3, {"dedicated_decoder_rank": True}, (2, 2, 0)),
-        ("costs", 2, {"costs": replace(unit_costs(), pair=0.9)}, (2, 2)),
+    for name, ranks, options, expected_split in [
+        ("explicit", 2, {"steps_per_rank": (1, 3)}, (1, 3)),
+        ("decoder rank", 3, {"dedicated_decoder_rank": True}, (2, 2, 0)),
+        ("costs", 2, {"costs": replace(unit_costs(), fused=0.9)}, (2, 2)),
         ("captured", 2, {"executor": "pipeline-recorded"}, (2, 2)),
         ("experts", 2, {"model": [m if s // 2 == rank else None for s, m in enumerate(experts)]}, (2, 2)),
     ]:
         if rank >= ranks:
             continue
         with hiar_kernels.prefer("reference"):
-            made = make(4, groups[ranks], **base, **options)
-            found = latents(made)
-        split = made.pipeline.stage.split
-        if (wanted is not None and split != wanted) or sum(split) != 4:
+            run = make(4, groups[ranks], **base, **options)
+            result = latents(run)
+        split = run.pipeline.stage.split
+        if split != expected_split:
             wrong.append(f"{name}: split {split}")
-        if rank == ranks - 1 and not torch.equal(found, expected_experts if name == "experts" else expected):
+        if rank == ranks - 1 and not torch.equal(result, expected_experts if name == "experts" else expected):
             wrong.append(f"{name}: another result")
     return wrong
 
 
-def shared_visits() -> list[str]:
-    """Two steps' ranks, each of two that share every task: a mesh of (step, head)."""
+def step_and_head() -> list[str]:
+    """A mesh of (step, head): two ranks of steps, each of two ranks that share every task."""
     mesh = make_mesh(step=2, head=2)
     options = {"num_frames": 12, "window_frames": 6}
     expected = single(4, **options)
-    made = make(4, mesh=mesh, **options)
-    found, last = latents(made), dist.get_rank() >= 2
-    wrong = [] if (found is not None) == last else ["blocks on the wrong ranks"]
-    if last and not torch.allclose(found, expected, atol=1e-5, rtol=0):
+    run = make(4, mesh=mesh, **options)
+    result, last = latents(run), dist.get_rank() >= 2
+    wrong = [] if (result is not None) == last else ["blocks on the wrong ranks"]
+    if last and not torch.allclose(result, expected, atol=1e-5, rtol=0):
         wrong.append("another result")
-    if made._executor.cache.k[0].shape[0] != 2 or made._executor.cache.k[0].shape[3] != 1:
-        wrong.append("a rank holds other steps or heads")
+    if run._executor.cache.k[0].shape[0] != 2 or run._executor.cache.k[0].shape[3] != 1:
+        wrong.append("a rank has caches of other steps or heads")
     return wrong
 
 
 def resumed(groups, folder: Path) -> dict:
-    """States of all ranks, taken as they go, are gone on from by fresh rollouts."""
+    """New rollouts resume from states that all ranks saved on the way."""
     rank, group = dist.get_rank(), groups[3]
     options = {"num_frames": 24, "window_frames": 7, "pairs": True}
     expected = single(4, **options)
@@ -149,67 +149,67 @@ def resumed(groups, folder: Path) -> dict:
         return {}
 
     def start(resume: bool):
-        made = make(4, group, **options)
-        kept = RunFolder(folder, {"of": "tests"}, resume=resume, every=2, group=group)
-        made.on_boundary = lambda n: kept.boundary(made, n)
-        return made, kept
+        run = make(4, group, **options)
+        saved = RunFolder(folder, {"of": "tests"}, resume=resume, every=2, group=group)
+        run.on_boundary = lambda n: saved.boundary(run, n)
+        return run, saved
 
-    made, kept = start(False)
-    whole = list(made)
-    for block in whole[:5]:  # as if the run had ended in block 5
-        kept.save_block(block)
+    run, saved = start(False)
+    for block in list(run)[:5]:  # as if the run had ended in block 5
+        saved.save_block(block)
     dist.barrier(group=group)
-    states = kept.states()
-    again, kept = start(True)
-    at = kept.resume(again)
+    states = saved.states()
+    again, saved = start(True)
+    at = saved.resume(again)
     rest = [block.latents for block in again]
     same = True
     if rank == 2:
-        before = [kept.load_block(n).latents for n in range(at)]
+        before = [saved.load_block(n).latents for n in range(at)]
         same = torch.equal(torch.cat([*before, *rest], 1), expected)
-    return {"states": states, "at": at, "same": same, "left": len(kept.blocks())}
+    return {"states": states, "at": at, "same": same, "left": len(saved.blocks())}
 
 
 def traced(group) -> list[str]:
     """What two ranks do, in order: tasks, sends, and which receives are posted when a task begins."""
-    made, events = make(2, group, num_frames=9), []
-    launch, send, links = made._executor._launch, made.pipeline.send, made.pipeline.links
+    run, events = make(2, group, num_frames=9), []
+    launch, send = run._executor._forward, run.pipeline.send
 
-    def launched(rows, inputs):
-        ahead = ",".join(str(n) for n in sorted(links.posted)) if links.posted else "none"
-        events.append(f"{rows[0][-1].kind} {rows[0][-1].block} posted {ahead}")
-        return launch(rows, inputs)
+    def traced_launch(items, inputs):
+        posted = ",".join(map(str, sorted(run.pipeline.links.posted))) or "none"
+        events.append(f"{items[0][-1].kind} {items[0][-1].block} posted {posted}")
+        return launch(items, inputs)
 
-    def sent(block, latents):
+    def traced_send(block, latents):
         events.append(f"send {block}")
         send(block, latents)
 
-    made._executor._launch, made.pipeline.send = launched, sent
-    latents(made)
+    run._executor._forward, run.pipeline.send = traced_launch, traced_send
+    latents(run)
     return events
 
 
 def endless(group) -> dict:
-    """A prompt that changes, a consumer that has had enough, constant memory."""
+    """A changing prompt, a consumer that stops, constant memory."""
     rank = dist.get_rank()
     text = lambda block: TEXT if block < 6 else OTHER  # noqa: E731
-    made = make(2, group, num_frames=None, window_frames=6, text=text)
-    taken, kept = [], set()
-    for block in made:
+    run = make(2, group, num_frames=None, window_frames=6, text=text)
+    taken, sizes = [], set()
+    for block in run:
         taken.append(block.latents)
-        held = made._executor
+        executor = run._executor
         if block.block >= 8:
-            kept.add((len(held.latents), sum(map(len, held.spare.values())), len(made.pipeline.links.posted)))
+            buffers = sum(map(len, executor.free_buffers.values()))
+            sizes.add((len(executor.latents), buffers, len(run.pipeline.links.posted)))
         if block.block == 39:
             break
     if rank == 0:
         return {"taken": len(taken)}
     expected = latents(make(2, executor="eager", order="stream", num_frames=120, window_frames=6, text=text))
-    return {"taken": len(taken), "same": torch.equal(torch.cat(taken, 1), expected), "kept": len(kept)}
+    return {"taken": len(taken), "same": torch.equal(torch.cat(taken, 1), expected), "sizes": len(sizes)}
 
 
 def failing(group, error: Exception | float) -> str:
-    """Rank 1 of 3 fails at step 1 of block 2: what is raised on each."""
+    """Rank 1 of 3 fails at step 1 of block 2: the exception of each rank."""
 
     def renoise(step: int, block: int) -> torch.Tensor:
         if (step, block) == (1, 2):
@@ -227,30 +227,32 @@ def failing(group, error: Exception | float) -> str:
 
 def cases(target: Path) -> None:
     groups = {ranks: dist.new_group(list(range(ranks))) for ranks in range(1, RANKS + 1)}
-    apart = [dist.new_group([0, 1, 2]) for _ in range(3)]  # a failed job's links are not used again
+    separate = [dist.new_group([0, 1, 2]) for _ in range(3)]  # the links of a failed job cannot be used again
     pair = dist.new_group([0, 1])
     rank = dist.get_rank()
     folder = [tempfile.mkdtemp() if rank == 0 else ""]
     dist.broadcast_object_list(folder)
-    found = {"parity": parity(groups), "splits": splits(groups), "resumed": resumed(groups, Path(folder[0]) / "run")}
+    results = {"parity": parity(groups), "splits": splits(groups), "resumed": resumed(groups, Path(folder[0]) / "run")}
     video = rollout(MODEL, None, TEXT, FlowSchedule.uniform(2), num_frames=6, executor="pipeline",
                     mesh=DeviceMesh.from_group(pair, "cpu", mesh_dim_names=("step",)),
                     **SIZE) if rank < 2 else None  # fmt: skip
-    found["rollout"] = None if video is None else list(video.shape)
-    found["endless"] = endless(dist.new_group([0, 1])) if rank < 2 else dist.new_group([0, 1]) and None
+    results["rollout"] = None if video is None else list(video.shape)
+    results["endless"] = endless(dist.new_group([0, 1])) if rank < 2 else dist.new_group([0, 1]) and None
     errors = (float("nan"), MemoryError("no more"), ZeroDivisionError("division by zero"))
-    found["failing"] = [failing(group, error) for group, error in zip(apart, errors, strict=True)] if rank < 3 else []
-    found["shared"] = shared_visits()
-    found["traced"] = traced(pair) if rank < 2 else []
+    results["failing"] = (
+        [failing(group, error) for group, error in zip(separate, errors, strict=True)] if rank < 3 else []
+    )
+    results["step and head"] = step_and_head()
+    results["traced"] = traced(pair) if rank < 2 else []
     everyone: list[dict] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
+    dist.all_gather_object(everyone, results)
     if rank == 0:
         target.write_text(json.dumps(everyone))
     dist.barrier()
 
 
 def doomed(how: str) -> None:
-    """Rank 1 comes to grief at step 1 of block 4."""
+    """Rank 1 is killed, stopped, hangs or kills the launcher at step 1 of block 4."""
 
     def renoise(step: int, block: int) -> torch.Tensor:
         if (step, block) == (1, 4):
@@ -264,7 +266,7 @@ def doomed(how: str) -> None:
         return torch.zeros(1, 3, 2, *SIZE.values())
 
     if how == "orphan":
-        os.close(2)  # what is told cannot be heard either
+        os.close(2)  # stderr is gone too
     for _ in make(3, dist.group.WORLD, num_frames=None, window_frames=6, renoise=renoise, timeout=4):
         pass
 

@@ -38,7 +38,7 @@ class Recording:
         with torch.no_grad():
             for function, args, kwargs, result in self.calls:
                 again = function(*args, **kwargs)
-                for old, new in zip(tree_flatten(result)[0], tree_flatten(again)[0], strict=True):
+                for old, new in zip(_leaves(result), _leaves(again), strict=True):
                     if isinstance(old, Tensor) and old is not new and not _same_memory(old, new):
                         old.copy_(new)
 
@@ -66,6 +66,11 @@ class Recorder(TorchDispatchMode):
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch asks. If so, it imports its compiler at the first call, to keep it from all; nothing compiles here."""
+        return False
+
+    @classmethod
     def capture(cls, run: Callable[[], Any]) -> Recording:
         """What ``run`` does, recorded while it runs."""
         recorder = cls()
@@ -80,6 +85,11 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         self.calls.append((func, args, kwargs, result))
         return result
+
+
+def _leaves(result: Any) -> list[Any]:
+    """What an operation returned; nearly always one tensor, for which torch's own function is slow."""
+    return [result] if isinstance(result, Tensor) else tree_flatten(result)[0]
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

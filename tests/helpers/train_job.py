@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import processes
 import torch
 import torch.distributed as dist
 
@@ -30,9 +31,7 @@ from hiar_model.train.engine.networks import make_network
 from hiar_model.train.engine.trainer import Trainer
 from hiar_model.train.stages.base import UpdateStep, make_stage
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 PULL = "pull"  # recipe.teacher of runs whose stage is Pull
-PATIENCE = 240  # seconds that any job may take on a busy machine
 
 # A network that trains in no time.
 wan._PRESETS["tiny"] = {
@@ -97,20 +96,18 @@ def losses(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def command(folder: Path, values: Any, *words: object, processes: int = 1) -> list[str]:
+def command(folder: Path, values: Any, *words: object) -> list[str]:
     """The words that start this file."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f"{folder.name}.json")
     path.write_text(json.dumps(values))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    run = [sys.executable, *(torchrun if processes > 1 else [])]
-    return [*run, str(Path(__file__)), str(folder), str(path), *map(str, words)]
+    return [str(Path(__file__)), str(folder), str(path), *map(str, words)]
 
 
-def start(folder: Path, values: Any, *words: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, values: Any, *words: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Run it to its end."""
-    words = tuple(command(folder, values, *words, processes=processes))
-    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)  # type: ignore
+    words = command(folder, values, *words)  # type: ignore[assignment]
+    return processes.run(words) if ranks == 1 else processes.torchrun(ranks, *words)
 
 
 def train(folder: Path, values: dict[str, Any], on_update: Any = None) -> Trainer:

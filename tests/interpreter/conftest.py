@@ -15,7 +15,7 @@ import pytest
 import torch
 from emulation import no_nvcc, use
 
-from hiar_kernels._triton import interpreting
+from hiar_kernels.common.triton_loader import interpreting
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers

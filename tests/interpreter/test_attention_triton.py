@@ -15,8 +15,9 @@ from budget import assert_within_budget
 from test_attention import Case, gradient, ids, make, normal
 from torch import Tensor
 
-from hiar_kernels import EMPTY, BlockCausal, KVContext, _triton, attention
-from hiar_kernels.attention import ops
+from hiar_kernels import EMPTY, BlockCausal, KVContext, attention, attention_with_lse
+from hiar_kernels.attention.inputs import AttentionInputs
+from hiar_kernels.common import triton_loader
 
 pytestmark = pytest.mark.interpreter
 
@@ -107,7 +108,7 @@ def run(case: Case, dtype: torch.dtype, device: torch.device, grad: bool = False
     leaves = [x.to(device, dtype).clone().requires_grad_(grad) for x in case.tensors()]
     options = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in case.options.items()}
     context = None if case.context is None else KVContext(leaves[3], leaves[4], case.context.frames.to(device))
-    out, lse = attention(*leaves[:3], mask=case.mask, context=context, return_lse=True, impl="triton", **options)
+    out, lse = attention_with_lse(*leaves[:3], mask=case.mask, context=context, impl="triton", **options)
     assert out.is_contiguous() and out.dtype == dtype and lse.is_contiguous() and lse.dtype == torch.float32
     return out.cpu(), lse.cpu(), leaves
 
@@ -211,7 +212,7 @@ def test_strided_inputs(device, poisoned):
 
 def test_no_queries_and_no_keys(device):
     q, k = torch.zeros(1, 3, 1, 16, device=device), torch.zeros(1, 0, 1, 16, device=device)
-    out, lse = attention(q, k, k, return_lse=True, impl="triton")
+    out, lse = attention_with_lse(q, k, k, impl="triton")
     assert out.abs().max() == 0 and bool((lse == -math.inf).all())
     assert attention(k, q, q, impl="triton").shape == (1, 0, 1, 16)
 
@@ -270,43 +271,31 @@ def test_constant_caches_cost_no_gradient(device, monkeypatch):
 )
 def test_split_keys(name, splits, device, poisoned):
     case = build(name)
-    _triton.load("attention", case.q.to(device))
+    triton_loader.load("attention", case.q.to(device))
     from hiar_kernels.attention import _launch, triton_fwd
 
-    config = replace(_launch.tile_for(case.q.to(device).float(), _launch.FORWARD), splits=splits)
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def captured(*arguments: object) -> tuple[Tensor, Tensor]:
-        seen.append(triton_fwd.launch(*arguments, config=config))
-        return seen[-1]
-
+    config = replace(_launch.tile_for(case.q.to(device).float(), _launch.FORWARD), num_splits=splits)
     mask, options = case.mask, {key: x.to(device) for key, x in case.options.items()}
     context = case.context
     if context is not None:
         context = KVContext(*(x.to(device, torch.float32) for x in case.tensors()[3:]), context.frames.to(device))
     q, k, v = (x.to(device, torch.float32) for x in case.tensors()[:3])
-    rule, windows = [], []
-    if mask is not None:
-        first = mask.first_block_frames or mask.frames_per_block
-        rule = [mask.frame_tokens, mask.frames_per_block, mask.sink_frames, mask.first_frame, first]
-        windows = [-1 if w is None else w for w in mask.windows(len(q))]
-    keys = (None,) * 3 if context is None else (context.k, context.v, context.frames)
-    frames = (options.get("q_frames"), options.get("kv_frames"))
-    captured(q, k, v, *keys[:2], *frames, keys[2], options.get("kv_counts"), rule, windows, q.shape[3] ** -0.5)
+    call = AttentionInputs(q, k, v, mask, context=context, **options)
+    out, lse = triton_fwd.launch(*call.as_schema(), config=config)
     (exact, exact_lse), _ = case.rounded(torch.float32).plain()
     (eager, _), _ = case.plain(torch.float32)
-    assert_within_budget(seen[0][0].cpu(), eager, exact)
-    torch.testing.assert_close(seen[0][1].cpu().double(), exact_lse, rtol=1e-5, atol=1e-5)
+    assert_within_budget(out.cpu(), eager, exact)
+    torch.testing.assert_close(lse.cpu().double(), exact_lse, rtol=1e-5, atol=1e-5)
 
 
 def test_how_many_splits(device):
-    _triton.load("attention", torch.zeros(1, device=device))
-    from hiar_kernels.attention.triton_fwd import splits_for
+    triton_loader.load("attention", torch.zeros(1, device=device))
+    from hiar_kernels.attention.triton_fwd import choose_num_splits
 
-    assert splits_for(444, 32760, 132) == 2  # a visit of Wan 1.3B on 132 SMs: 3.5 waves for 4
-    assert splits_for(132, 32760, 132) == 1
-    assert splits_for(444, 512, 132) == 1  # text
-    assert splits_for(37, 32760, 132) == 3
+    assert choose_num_splits(444, 32760, 132) == 2  # a visit of Wan 1.3B on 132 SMs: 3.5 waves for 4
+    assert choose_num_splits(132, 32760, 132) == 1
+    assert choose_num_splits(444, 512, 132) == 1  # text
+    assert choose_num_splits(37, 32760, 132) == 3
 
 
 # The op
@@ -315,20 +304,22 @@ def test_how_many_splits(device):
 def test_opcheck(device):
     case = build("constant caches")
     q, k, v, ck, cv = (x.to(device, torch.float32).nan_to_num(0).requires_grad_() for x in case.tensors())
-    _triton.load("attention", q)
+    triton_loader.load("attention", q)
     frames = [x.to(device) for x in (case.options["q_frames"], case.options["kv_frames"], case.context.frames)]
-    rule, windows = [7, 3, 0, 0, 2], [4, -1]
+    context = KVContext(ck, cv, frames[2])
+    schema = AttentionInputs(q, k, v, case.mask, *frames[:2], context, None, 0.25).as_schema()
+    assert schema[-3:] == ([7, 3, 0, 0, 2], [4, -1], 0.25)
     torch.library.opcheck(
-        torch.ops.hiar.attention.default, (q, k, v, ck, cv, *frames, None, rule, windows, 0.25),
+        torch.ops.hiar.attention.default, schema,
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )  # fmt: skip
-    out, lse = ops.call(q, k, v, case.mask, *frames[:2], KVContext(ck, cv, frames[2]), None, 0.25)
+    out, lse = torch.ops.hiar.attention(*schema)
     needed = [True, False, True, True, False]
     grads, kept = [torch.ones_like(out), torch.ones_like(lse)], [out.detach(), lse.detach()]
     arguments = [x.detach() for x in (q, k, v, ck, cv)]
     torch.library.opcheck(
         torch.ops.hiar.attention_backward.default,
-        (grads, needed, kept, *arguments, *frames, None, rule, windows, 0.25),
+        (grads, needed, kept, *arguments, *schema[5:]),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 
@@ -365,8 +356,8 @@ def test_the_rule_of_the_kernels_is_that_of_the_oracle(device):
     for rule, window in (({"block": 3, "sink": 2}, 6), ({"block": 2, "first_block": 1}, None), ({"block": 4}, 5)):
         mask = BlockCausal(1, rule["block"], window, rule.get("sink", 0), 0, rule.get("first_block"))
         x = torch.zeros(1, 9, 1, 16, device=device)
-        _, lse = attention(x, x, x, mask=mask, q_frames=ids(frames).to(device), kv_frames=ids(frames).to(device),
-                           return_lse=True, impl="triton")  # fmt: skip
+        frame_ids = {"q_frames": ids(frames).to(device), "kv_frames": ids(frames).to(device)}
+        _, lse = attention_with_lse(x, x, x, mask=mask, **frame_ids, impl="triton")
         seen = [sum(naive.sees(i, j, window=window, **rule) for j in frames) for i in frames]
         assert lse[0, 0].exp().round().int().tolist() == seen
 

@@ -10,7 +10,7 @@ from budget import assert_within_budget
 from torch import Tensor
 
 import hiar_kernels as hk
-from hiar_kernels import _triton
+from hiar_kernels.common import triton_loader
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned")]
 
@@ -222,7 +222,7 @@ def test_without_a_gate(shape, dtype, device):
 @pytest.mark.parametrize("name", OPS)
 def test_groups_as_in_training(name, device, monkeypatch):
     """Large groups of tokens; the last one of each frame is not full."""
-    monkeypatch.setattr("hiar_kernels._triton_rows.MANY", 200)
+    monkeypatch.setattr("hiar_kernels.norm.rows.MANY", 200)
     shape = tokens(1, 2 * 131, 24, frames=2)
     compare(getattr(hk, name), [shape[a] for a in OPS[name]], torch.float32, device)
 
@@ -342,7 +342,7 @@ def test_opcheck(name, device):
     else:
         differentiable = tuple(SHAPES["two videos"][a].to(device, torch.bfloat16) for a in OPS[name])
         arguments = differentiable if name == "gated_residual" else (*differentiable, 1e-6)
-    _triton.load(name, arguments[0])
+    triton_loader.load(name, arguments[0])
     for a in differentiable:
         a.requires_grad_()
     forward, backward = (getattr(torch.ops.hiar, f"{name}{end}").default for end in ("", "_backward"))

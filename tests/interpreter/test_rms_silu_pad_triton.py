@@ -7,7 +7,8 @@ import torch
 from budget import assert_within_budget
 from torch import Tensor
 
-from hiar_kernels import _triton, rms_silu_pad
+from hiar_kernels import rms_silu_pad
+from hiar_kernels.common import triton_loader
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned")]
 
@@ -108,7 +109,7 @@ def test_gradients_are_those_of_the_reference(device):
 
 def test_opcheck(device):
     x, weight, cache = (t.to(device, torch.bfloat16).requires_grad_() for t in arguments("a clip"))
-    _triton.load("rms_silu_pad", x)
+    triton_loader.load("rms_silu_pad", x)
     last = x.detach().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
     for given in ((x, weight, cache), (x, weight, None), (last, weight, cache)):
         torch.library.opcheck(

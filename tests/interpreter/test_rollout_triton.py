@@ -62,7 +62,7 @@ def test_captured_launches_on_triton_kernels(device, options):
 def test_what_is_preferred_is_restored():
     with hiar_kernels.prefer("reference"):
         pass
-    assert hiar_kernels._dispatch._preferred is None
+    assert hiar_kernels.common.dispatch._preferred is None
     with pytest.raises(ValueError, match="unknown impl 'warp'; known: auto, reference"), hiar_kernels.prefer("warp"):
         pass
 
@@ -71,7 +71,7 @@ def test_the_first_call_may_be_compiled(device):
     """Loading the kernels is no graph break, even where nothing has loaded them before."""
     mask = hiar_kernels.BlockCausal(3, 2, window_frames=4)
     q, k, v = torch.randn(3, 1, 12, 2, 16, device=device).unbind()
-    hiar_kernels._triton._loaded.cache_clear()
+    hiar_kernels.common.triton_loader._loaded.cache_clear()
     compiled = torch.compile(
         lambda q, k, v: hiar_kernels.attention(q, k, v, mask=mask, impl="triton"), fullgraph=True, backend="aot_eager"
     )

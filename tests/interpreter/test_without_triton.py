@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -55,9 +54,8 @@ def test_auto_takes_the_extension(op, call, built, emulation, device, monkeypatc
         pytest.skip("the emulation is for CPU tensors; tests/gpu has the extension itself")
     use(emulation)
     if not built:
-        monkeypatch.setattr("hiar_kernels._cuda.missing", lambda: "not built")
-    monkeypatch.setattr("hiar_kernels._pointwise.TRITON_INSTALLED", False)
-    monkeypatch.setattr(importlib.import_module("hiar_kernels.ring_advance.api"), "TRITON_INSTALLED", False)
+        monkeypatch.setattr("hiar_kernels.common.cuda_loader.missing", lambda: "not built")
+    monkeypatch.setattr("hiar_kernels.common.pointwise.TRITON_INSTALLED", False)
     with torch.no_grad(), OnCuda(), hk.taken() as ways:
         found = call("auto")
     assert ways == [(op, "cuda" if built else "reference")]

@@ -105,8 +105,8 @@ def test_a_pointer_beside_the_model(here, capsys, option, name):
 def test_a_pointer_to_train_from(tmp_path, read):
     file = tmp_path / "file"
     file.write_text(LFS)
-    given = str(file) if read is read_prompts else file
-    assert said(lambda: read(given)).startswith(f"{file}: a git-lfs pointer")
+    source = str(file) if read is read_prompts else file
+    assert said(lambda: read(source)).startswith(f"{file}: a git-lfs pointer")
 
 
 @pytest.mark.parametrize(
@@ -229,12 +229,12 @@ def test_a_training_file_of_adapters(tmp_path, name):
 
 
 def causal(folder: Path, **values) -> None:
-    told = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**told, "_class_name": "CausalWanModel", **values}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_class_name": "CausalWanModel", **values}))
 
 
 @pytest.mark.parametrize(
-    ("values", "window", "told"),
+    ("values", "window", "note"),
     [
         ({"local_attn_size": -1, "sink_size": 0}, (21, 0), "sink 0 latent frames"),
         ({"local_attn_size": 12, "sink_size": 3}, (12, 3), "window 12, sink 3 latent frames"),
@@ -242,12 +242,12 @@ def causal(folder: Path, **values) -> None:
         ({"qk_norm": True, "window_size": [-1, -1]}, (21, 0), ""),
     ],
 )
-def test_the_window_of_a_causal_model(here, capsys, values, window, told):
+def test_the_window_of_a_causal_model(here, capsys, values, window, note):
     causal(here / "original", **values)
     notes: list[str] = []
     model = load_video_model("original", "cpu", on_checkpoint=notes.append)
     assert (model.rollout.window_frames, model.rollout.sink_frames) == window
-    assert notes[0].endswith(f"; {told} by its config.json" if told else WEIGHTS)
+    assert notes[0].endswith(f"; {note} by its config.json" if note else WEIGHTS)
     assert main(["doctor", "--model", "original", "--height", "32", "--width", "48"]) == 0
     assert f"window {window[0]}," in capsys.readouterr().out
 
@@ -255,8 +255,8 @@ def test_the_window_of_a_causal_model(here, capsys, values, window, told):
 def test_a_converted_causal_model_keeps_its_window(here):
     causal(here / "original", local_attn_size=12, sink_size=3)
     convert(here / "original", here / "again", "native")
-    found = read_checkpoint(here / "again")[1]
-    assert (found.window_frames, found.sink_frames) == (12, 3)
+    info = read_checkpoint(here / "again")[1]
+    assert (info.window_frames, info.sink_frames) == (12, 3)
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,8 @@ def test_what_is_written_is_what_was_given(tmp_path, name, worst, mean):
     assert error.shape == (8, 256, 256, 3)
     assert error.max() <= worst and error.mean() <= mean
     record = tmp_path / "a/video.json" if name == "a" else tmp_path / f"{name}.json"
-    told = json.loads(record.read_text())
-    assert told == {"file": name, "frames": 8, "fps": 12.0, "prompt": "a disc"}
+    content = json.loads(record.read_text())
+    assert content == {"file": name, "frames": 8, "fps": 12.0, "prompt": "a disc"}
     assert len(list(tmp_path.iterdir())) == (1 if name == "a" else 2), "something temporary is left"
 
 
@@ -155,7 +155,7 @@ def test_illegal_targets(tmp_path, name, message):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["", "/", "."])
+@pytest.mark.parametrize("name", ["", "/", ".", "-", ".mp4", "folder/.gif"])
 def test_no_name(name):
     with pytest.raises(ValueError, match="is not a file name"):
         check_target(name)
@@ -203,11 +203,11 @@ def test_an_old_file_is_replaced(tmp_path):
     assert len(read(Video(clip(4), 12).save(tmp_path / "empty"))) == 4
 
 
-@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), "12", None, True])
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), "12", None, True, 1e-9, 1e6])
 def test_illegal_fps(fps, tmp_path):
-    with pytest.raises(ValueError, match="fps must be a number above 0"):
+    with pytest.raises(ValueError, match="fps must be a number from 0.01 to 1000"):
         check_fps(fps)
-    with pytest.raises(ValueError, match="fps must be a number above 0"):
+    with pytest.raises(ValueError, match="fps must be a number from 0.01 to 1000"):
         Video(clip(1), fps)
 
 
@@ -261,3 +261,47 @@ def test_contact_sheet(tmp_path):
 def test_png_is_lossless():
     image = np.random.default_rng(0).integers(0, 256, (33, 47, 3), dtype=np.uint8)
     assert (decode(io.BytesIO(encode_png(image)))[0] == image).all()
+
+
+@pytest.mark.parametrize("fps", [0.01, 1000])
+def test_the_rates_at_the_ends_can_be_read_back(tmp_path, fps):
+    """Beyond them an .mp4 played at 24 fps, or held no frame that could be read."""
+    with av.open(str(Video(clip(3), fps).save(tmp_path / "a.mp4"))) as container:
+        assert float(container.streams.video[0].average_rate) == fps
+        assert len(list(container.decode(video=0))) == 3
+
+
+@pytest.mark.parametrize("fps", [0.5, 4, 25])
+def test_the_last_frame_of_a_gif_stays_as_long_as_the_others(tmp_path, fps):
+    """It stayed for a hundredth of a second."""
+    with av.open(str(Video(clip(5), fps).save(tmp_path / "a.gif"))) as container:
+        assert container.duration / 1e6 == pytest.approx(5 / fps, abs=0.011)
+
+
+def test_what_a_format_cannot_hold_is_told_before_the_first_frame(tmp_path):
+    long = (16, 20000)
+    with pytest.raises(ValueError, match=r"a .mp4 has at most 16384 pixels a side, got 16x20000; use a folder of PNG"):
+        VideoWriter(tmp_path / "a.mp4", 16, size=long)
+    with pytest.raises(ValueError, match=r"a .gif has at most 65535 pixels a side, got 16x70000"):
+        VideoWriter(tmp_path / "a.gif", 16, size=(16, 70000))
+    VideoWriter(tmp_path / "a", 16, size=long)
+    with pytest.raises(ValueError, match="metadata of .* cannot be written as JSON: .* is no JSON"):
+        VideoWriter(tmp_path / "a.mp4", 16, {"x": {1, 2}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metadata_of_numpy_and_paths(tmp_path):
+    Video(clip(1), 16, {"rate": np.float32(0.5), "count": np.int64(3), "file": tmp_path}).save(tmp_path / "a.gif")
+    record = json.loads((tmp_path / "a.gif.json").read_text())
+    assert (record["rate"], record["count"], record["file"]) == (0.5, 3, str(tmp_path))
+
+
+def test_a_narrow_band_is_enlarged_within_bounds():
+    assert upscale(np.zeros((1, 2, 5000, 3), np.uint8)).shape == (1, 2, 5000, 3)
+    assert upscale(np.zeros((1, 2, 1000, 3), np.uint8)).shape == (1, 8, 4000, 3)
+
+
+def test_frames_that_are_no_array():
+    for wrong in (clip(1).tolist(), torch.from_numpy(clip(1))):
+        with pytest.raises(ValueError, match="frames must be a numpy array, uint8"):
+            Video(wrong, 16)

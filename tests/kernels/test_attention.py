@@ -10,8 +10,8 @@ import torch
 from budget import assert_within_budget
 from torch import Tensor
 
-from hiar_kernels import EMPTY, BlockCausal, KVContext, attention, merge_attention, reference
-from hiar_kernels.attention import ops
+from hiar_kernels import EMPTY, BlockCausal, KVContext, attention, attention_with_lse, merge_attention, reference
+from hiar_kernels.attention.inputs import AttentionInputs
 
 pytestmark = pytest.mark.cpu
 
@@ -54,7 +54,8 @@ class Case:
         grad = bool(more.pop("grad", False))
         leaves = [x.to(dtype).clone().requires_grad_(grad) for x in self.tensors()]
         context = None if self.context is None else KVContext(leaves[3], leaves[4], self.context.frames)
-        return attention(*leaves[:3], mask=self.mask, context=context, **self.options, **more), leaves
+        function = attention_with_lse if more.pop("lse", False) else attention
+        return function(*leaves[:3], mask=self.mask, context=context, **self.options, **more), leaves
 
     def plain(self, dtype: torch.dtype = torch.float64, grad: bool = False):
         """The same by the oracle."""
@@ -177,7 +178,7 @@ def test_float64(case, impl):
     assert out.is_contiguous() and out.dtype == torch.float64
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
     if impl == "reference":
-        again, found = case.call(impl=impl, return_lse=True)[0]
+        again, found = case.call(impl=impl, lse=True)[0]
         assert torch.equal(again, out)
         torch.testing.assert_close(found, lse, rtol=0, atol=1e-13)
 
@@ -247,7 +248,7 @@ def test_gradcheck(name, impl):
 
 def test_a_query_that_sees_nothing():
     case = CASES["nothing to see"]()
-    (out, lse), _ = case.call(return_lse=True)
+    (out, lse), _ = case.call(lse=True)
     assert out[:, :9].abs().max() == 0 and (lse[..., :9] == -torch.inf).all()
     assert out[:, 9:].abs().min() > 0 and lse[..., 9:].isfinite().all()
     for impl in IMPLS:
@@ -255,7 +256,7 @@ def test_a_query_that_sees_nothing():
             out, _ = case.call(impl=impl, grad=grad)
             assert out[:, :9].abs().max() == 0
     hidden = bidirectional(3, 2, [[0, 0], [0, 1]])
-    (out, lse), leaves = hidden.call(impl="reference", return_lse=True, grad=True)
+    (out, lse), leaves = hidden.call(impl="reference", lse=True, grad=True)
     assert out[0].abs().max() == 0 and (lse[0] == -torch.inf).all() and lse[1].isfinite().all()
     out.sum().backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
@@ -270,29 +271,25 @@ def test_a_query_that_sees_nothing():
 COUNTS = {"shared by the rows": [[1, 0, 3, 1]], "a row without keys": [[1, 0, 3, 1], [0, 0, 0, 0]]}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("what", [NAN, torch.inf, -torch.inf], ids=str)
-@pytest.mark.parametrize("logarithms", [False, True])
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("impl", [*IMPLS, "auto", "op"])
-def test_nothing_behind_a_hidden_key_matters(impl, counts, logarithms, what, dtype):
-    """Output and gradients have the very bits that they have with zeros there; a row without keys gives 0.
-
-    Who gives the logarithms says that hidden keys are finite and that every row has a key: a library looks no further.
-    """
+@pytest.mark.parametrize("impl", [*IMPLS, "auto", "op", "compiled"])
+def test_nothing_behind_a_hidden_key_matters(impl, counts, what, dtype):
+    """Output and gradients have the very bits that they have with zeros there; a row without keys gives 0."""
     times = torch.tensor(COUNTS[counts], dtype=torch.float32)
-    if logarithms and impl in ("sdpa", "auto"):
-        times, what = times[:1], 7.0
-    logs = times.log().to(dtype) if logarithms else None
     hidden = (times == 0).expand(2, -1)[..., None, None]
     q, k, v = normal(2, 3, 2, 8, seed=1), *normal(2, 2, 4, 2, 8, seed=2)
     results = []
     for fill in (0.0, what):
         leaves = [x.to(dtype).requires_grad_() for x in (q, k.masked_fill(hidden, fill), v.masked_fill(hidden, fill))]
+        schema = AttentionInputs(*leaves, kv_counts=times).as_schema()
         if impl == "op":
-            out, _ = ops.call(*leaves, None, None, None, None, times, None)
+            out, _ = torch.ops.hiar.attention(*schema)
+        elif impl == "compiled":
+            out, _ = torch.ops.hiar.attention_eager(*schema[:-1], None, "auto", 0, False)
         else:
-            out = attention(*leaves, kv_counts=times, kv_log_counts=logs, impl=impl)
+            out = attention(*leaves, kv_counts=times, impl=impl)
         out.float().square().sum().backward()
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     out, dq, *dkv = results[1]
@@ -300,6 +297,28 @@ def test_nothing_behind_a_hidden_key_matters(impl, counts, logarithms, what, dty
     assert out[0].abs().min() > 0 and all((g[hidden.expand_as(g)] == 0).all() for g in dkv)
     if len(times) > 1:
         assert (out[1] == 0).all() and all((g[1] == 0).all() for g in (dq, *dkv))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_largest_scores_beside_a_hidden_key(impl):
+    """A hidden key takes no share, however low the scores of the others are."""
+    for dtype, low in ((torch.float32, -1e30), (torch.bfloat16, -1e30), (torch.float16, -3e4)):
+        q, k = torch.ones(1, 1, 1, 1, dtype=dtype), torch.tensor([[low, 1.0]], dtype=dtype)[..., None, None]
+        v = torch.tensor([[2.0, 5.0]], dtype=dtype)[..., None, None]
+        out = attention(q, k, v, kv_counts=torch.tensor([[1.0, 0.0]]), scale=1.0, impl=impl)
+        assert out.item() == 2.0
+
+
+def test_counts_that_are_written_to():
+    """What sdpa made of them for an earlier call is not used again; another dtype of queries has its own."""
+    q, (k, v) = normal(2, 3, 2, 8, seed=1), normal(2, 2, 4, 2, 8, seed=2)
+    times = torch.tensor([[1.0, 0.0, 3.0, 1.0]])
+    for dtype in (torch.float64, torch.float32):
+        for values in ([1.0, 0.0, 3.0, 1.0], [1.0, 2.0, 0.0, 1.0]):
+            times.copy_(torch.tensor([values]))
+            call = [x.to(dtype) for x in (q, k, v)]
+            expected = reference.attention(*call, kv_counts=times)
+            torch.testing.assert_close(attention(*call, kv_counts=times, impl="sdpa"), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "auto"])
@@ -351,9 +370,9 @@ def test_strided_rows_of_a_ring():
 @pytest.mark.parametrize("cuts", [(20,), (1, 36), (5, 10, 30), (37,)])
 def test_merged_parts_are_the_whole(dtype, cuts):
     q, (k, v) = normal(2, 9, 2, 8, seed=1).to(dtype), normal(2, 2, 37, 2, 8, seed=2).to(dtype)
-    whole, lse = reference.attention(q, k, v, return_lse=True)
+    whole, lse = reference.attention_with_lse(q, k, v)
     pieces = zip(k.tensor_split(cuts, 1), v.tensor_split(cuts, 1))
-    parts = [reference.attention(q, *kv, return_lse=True) for kv in pieces]
+    parts = [reference.attention_with_lse(q, *kv) for kv in pieces]
     out, found = merge_attention([o for o, _ in parts], [s for _, s in parts])
     tolerance = 1e-6 if dtype == torch.float32 else 1e-14
     torch.testing.assert_close(out, whole, rtol=0, atol=tolerance)
@@ -363,7 +382,7 @@ def test_merged_parts_are_the_whole(dtype, cuts):
 
 def test_merging_with_parts_that_saw_nothing():
     q, (k, v) = normal(1, 5, 2, 8, seed=1), normal(2, 1, 7, 2, 8, seed=2)
-    whole, lse = reference.attention(q, k, v, return_lse=True)
+    whole, lse = reference.attention_with_lse(q, k, v)
     nothing, never = torch.full_like(whole, NAN), torch.full_like(lse, -torch.inf)
     for outs, lses in (([whole, nothing], [lse, never]), ([nothing, nothing, whole], [never, never, lse])):
         out, found = merge_attention(outs, lses)
@@ -375,13 +394,13 @@ def test_merging_with_parts_that_saw_nothing():
 def test_merging_parts_of_a_ring():
     """The ring cut in two, as a kernel splits it: some queries see one half only, some none."""
     case = make([[6, 7, 8], [0, 1, 2]], [RING, [EMPTY] * 9], {"block": 3, "sink": 1}, [5, 4])
-    (whole, lse), _ = case.call(return_lse=True)
+    (whole, lse), _ = case.call(lse=True)
     parts = []
     for half in (slice(0, 4), slice(4, 9)):
         tokens = slice(half.start * 3, half.stop * 3)
         part = Case(case.q, case.k[:, tokens], case.v[:, tokens], None, case.mask, dict(case.options))
         part.options["kv_frames"] = case.options["kv_frames"][:, half]
-        parts.append(part.call(return_lse=True)[0])
+        parts.append(part.call(lse=True)[0])
     out, found = merge_attention([o for o, _ in parts], [s for _, s in parts])
     torch.testing.assert_close(out, whole, rtol=0, atol=1e-14)
     torch.testing.assert_close(found, lse, rtol=0, atol=1e-14)
@@ -390,7 +409,7 @@ def test_merging_parts_of_a_ring():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_budget_of_merging(dtype):
     q, (k, v) = normal(2, 9, 2, 8, seed=1), normal(2, 2, 37, 2, 8, seed=2)
-    parts = [reference.attention(q, *kv, return_lse=True) for kv in zip(k.split(19, 1), v.split(19, 1))]
+    parts = [reference.attention_with_lse(q, *kv) for kv in zip(k.split(19, 1), v.split(19, 1))]
     outs, lses = [o.to(dtype) for o, _ in parts], [s.float() for _, s in parts]
 
     def plain(outs, lses):

@@ -13,8 +13,18 @@ import types
 
 import pytest
 
-from hiar_kernels import _compile, compile_report
-from hiar_kernels._compile import ARCHITECTURES, Case, Report, cases, compile_case, occupancy, problems, triton_modules
+from hiar_kernels import compile_report
+from hiar_kernels.common import aot
+from hiar_kernels.common.aot import (
+    ARCHITECTURES,
+    Case,
+    Report,
+    cases,
+    compile_case,
+    occupancy,
+    problems,
+    triton_modules,
+)
 
 pytestmark = [
     pytest.mark.compile,
@@ -39,19 +49,25 @@ def test_kernels_pass_the_gates(op, arch):
     assert not failed, "\n" + "\n".join(failed)
 
 
-@pytest.mark.parametrize("op", [op for op in triton_modules() if op.endswith(("layer_norm", "rms_norm"))])
-def test_gradients_of_norms_cancel_exactly(op):
+def test_gradients_of_norms_cancel_exactly():
     """A contracted product would differ from the one that was summed into the mean: see ``UNFUSED``."""
-    backward = [case for case in cases(op, 90) if case.kernel.__name__ == "_norm_bwd_kernel"]
-    assert len(backward) >= 2
+    backward = [case for case in cases("norm", 90) if case.kernel.__name__ == "_norm_bwd_kernel"]
+    assert len({case.name.split(",")[0] for case in backward}) == 6  # five ops, one with and without a gate
     assert not any(compile_case(case, 90).fma for case in backward)
     assert compile_case(dataclasses.replace(backward[0], fp_fusion=True), 90).fma > 0
+
+
+def test_logsumexps_are_compiled_as_they_are_launched():
+    """In float32: with another type fewer registers are needed, and spills stay unseen."""
+    backward = importlib.import_module("hiar_kernels.attention.triton_bwd").compile_cases(90)
+    types = {kind for case in backward for name, kind in case.signature.items() if "lse" in name or "delta" in name}
+    assert types == {"*fp32"}
 
 
 def test_hopper_attention_looks_at_every_factor_before_it_skips():
     """The rescale is left out where the factors looked at are 1: all that would multiply must be among them."""
     (case,) = importlib.import_module("hiar_kernels.attention.gluon_fwd").compile_cases(90)
-    blocks = re.findall(r"\{ \.reg \.pred p; mov(.*?)DONE: \}", _compile.build(case, 90).asm["ptx"], re.DOTALL)
+    blocks = re.findall(r"\{ \.reg \.pred p; mov(.*?)DONE: \}", aot.build(case, 90).asm["ptx"], re.DOTALL)
     assert len(blocks) >= 4  # two consumers, two halves of 64 numbers a thread
     for block in blocks:
         looked_at = set(re.findall(r"setp\.eq\S* p, (%r\d+),", block))
@@ -235,7 +251,7 @@ def test_bad_input_is_refused_in_one_line(monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"^compile_case: matmul_kernel, case 'small': the kernel has no L$"):
         compile_case(matmul(constexprs={**matmul().constexprs, "L": 1}), 90)
     with pytest.raises(ValueError, match=r"^no Triton kernels of 'nothing'; legal: "):
-        _compile.cases("nothing", 90)
+        aot.cases("nothing", 90)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match=r"^compile_case: needs a process without TRITON_INTERPRET=1"):
         compile_case(matmul(), 90)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import hiar_kernels as hk
-from hiar_kernels import BlockCausal, KVContext, _triton
+from hiar_kernels import BlockCausal, KVContext
+from hiar_kernels.common import triton_loader
 
 pytestmark = pytest.mark.cpu
 LENGTHS = (11, 13, 17, 19)  # equal to no other size: torch takes equal sizes to stay equal
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def opaque(monkeypatch):
     """Ops are opaque to the compiler, as on a GPU; references stand in for the kernels."""
     torch._dynamo.reset()
-    monkeypatch.setattr(_triton, "load", lambda op, tensor: None)
+    monkeypatch.setattr(triton_loader, "load", lambda op, tensor: None)
     with hk.prefer("triton"), torch.no_grad():
         yield
     torch._dynamo.reset()
@@ -68,8 +69,8 @@ MASK = BlockCausal(2, 2, window_frames=3)
 GRID = {"num_heads": 2, "grid": (1, 3)}
 OPS: dict[str, tuple[Callable, Callable[[int], list]]] = {
     "attention": (hk.attention, lambda n: [heads(n), heads(n + 2), heads(n + 2)]),
-    "attention with counts": (
-        lambda q, k, v, c: hk.attention(q, k, v, kv_counts=c, kv_log_counts=c.log(), return_lse=True),
+    "attention with its logsumexp, of counts": (
+        lambda q, k, v, c: hk.attention_with_lse(q, k, v, kv_counts=c),
         lambda n: [heads(5), heads(n), heads(n), torch.ones(1, n)],
     ),
     "attention by default ids": (lambda q, k, v: hk.attention(q, k, v, mask=MASK), lambda n: [heads(2 * n)] * 3),
@@ -157,7 +158,8 @@ def test_the_transformer_compiles_once_on_a_cpu():
 
 def traced() -> list[Path]:
     shared = [ROOT / "hiar_model" / "models" / f"{name}.py" for name in ("transformer", "conditions")]
-    return [*sorted((ROOT / "hiar_kernels").glob("*/api.py")), *shared]
+    attention = [ROOT / "hiar_kernels" / "attention" / f"{name}.py" for name in ("inputs", "dispatch")]
+    return [*sorted((ROOT / "hiar_kernels").glob("*/api.py")), *attention, *shared]
 
 
 @pytest.mark.parametrize("file", traced(), ids=lambda file: f"{file.parent.name}/{file.name}")

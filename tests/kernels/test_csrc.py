@@ -14,9 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from hiar_kernels import _extension
-from hiar_kernels._compile import _dump
-from hiar_kernels._extension import ARCHITECTURES, SOURCES, CannotBuild, architectures, command, find_torch, targets
+from hiar_kernels.common import extension
+from hiar_kernels.common.aot import _dump
+from hiar_kernels.common.extension import (
+    ARCHITECTURES,
+    SOURCES,
+    CannotBuild,
+    architectures,
+    command,
+    find_torch,
+    targets,
+)
 
 pytestmark = pytest.mark.compile
 
@@ -125,16 +133,16 @@ def install(folder: Path, environment: dict[str, str]) -> subprocess.CompletedPr
 
 
 def test_the_record(built):
-    assert {path.name for path in built.iterdir()} >= {"__init__.py", "attention", _extension.LIBRARY}
-    record = _extension.record(built)
-    assert record["reason"] is None and record["archs"] == ["90a"] and record["sources"] == _extension.digest()
+    assert {path.name for path in built.iterdir()} >= {"__init__.py", "attention", extension.LIBRARY}
+    record = extension.record(built)
+    assert record["reason"] is None and record["archs"] == ["90a"] and record["sources"] == extension.digest()
 
 
 def test_it_loads_without_a_gpu(built):
     """In a process of its own: kernels are registered, and a CPU tensor gets one line."""
     code = f"""
 import torch
-torch.ops.load_library({str(built / _extension.LIBRARY)!r})
+torch.ops.load_library({str(built / extension.LIBRARY)!r})
 names = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("hiar_cuda"))
 print(*names)
 one, two = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
@@ -152,7 +160,7 @@ except RuntimeError as error:
 
 def test_it_needs_no_cuda_libraries(built):
     """Only torch and the C++ runtime: the same file serves a CPU torch and a CUDA one."""
-    said = subprocess.run(["readelf", "-d", built / _extension.LIBRARY], capture_output=True, text=True, check=True)
+    said = subprocess.run(["readelf", "-d", built / extension.LIBRARY], capture_output=True, text=True, check=True)
     needed = set(re.findall(r"NEEDED.*\[(.+?)\.so", said.stdout))
     runtime = {"libstdc++", "libm", "libgcc_s", "libc", "libdl", "libpthread", "librt", "ld-linux-x86-64"}
     assert {"libtorch_cpu"} <= needed <= {"libtorch_cpu", "libc10", *runtime}
@@ -160,9 +168,9 @@ def test_it_needs_no_cuda_libraries(built):
 
 def test_a_second_build_is_none(built, monkeypatch):
     monkeypatch.setenv("HIAR_CUDA_ARCHS", "90a")
-    before = (built / _extension.LIBRARY).stat().st_mtime_ns
-    assert _extension.build(built) == "CUDA extension up to date, for sm_90a"
-    assert (built / _extension.LIBRARY).stat().st_mtime_ns == before
+    before = (built / extension.LIBRARY).stat().st_mtime_ns
+    assert extension.build(built) == "CUDA extension up to date, for sm_90a"
+    assert (built / extension.LIBRARY).stat().st_mtime_ns == before
 
 
 def test_architectures(nvcc, monkeypatch):
@@ -181,14 +189,14 @@ def test_a_broken_source_is_a_reason(nvcc, tmp_path, monkeypatch):
     sources.mkdir()
     (sources / "portable.h").touch()
     (sources / "broken.cu").write_text("int x = nothing;\n")
-    monkeypatch.setattr(_extension, "SOURCES", sources)
+    monkeypatch.setattr(extension, "SOURCES", sources)
     monkeypatch.setenv("HIAR_CUDA_ARCHS", "90a")
     monkeypatch.delenv("HIAR_BUILD_CUDA", raising=False)
-    (tmp_path / _extension.LIBRARY).touch()  # of before
-    said = _extension.build(tmp_path)
+    (tmp_path / extension.LIBRARY).touch()  # of before
+    said = extension.build(tmp_path)
     assert said.startswith("CUDA extension not built: nvcc failed: ") and '"nothing" is undefined' in said
-    assert not (tmp_path / _extension.LIBRARY).exists()
-    assert json.loads((tmp_path / _extension.RECORD).read_text())["reason"].startswith("nvcc failed: ")
+    assert not (tmp_path / extension.LIBRARY).exists()
+    assert json.loads((tmp_path / extension.RECORD).read_text())["reason"].startswith("nvcc failed: ")
     monkeypatch.setenv("HIAR_BUILD_CUDA", "1")
     with pytest.raises(SystemExit, match="^hiar-kernels: HIAR_BUILD_CUDA=1, but nvcc failed: "):
-        _extension.build(tmp_path)
+        extension.build(tmp_path)

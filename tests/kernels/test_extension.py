@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import hiar_kernels as hk
-from hiar_kernels import _cuda, _extension
-from hiar_kernels._extension import CannotBuild
+from hiar_kernels.common import cuda_loader, extension
+from hiar_kernels.common.extension import CannotBuild
 from hiar_model.cli.doctor import report
 
 pytestmark = pytest.mark.cpu
@@ -25,19 +25,19 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def package(tmp_path, monkeypatch) -> Path:
     """An empty folder in place of the installed package, no variables set, and no memory of what was found before."""
-    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    monkeypatch.setattr(extension, "PACKAGE", tmp_path)
     for name in ("HIAR_BUILD_CUDA", "HIAR_CUDA_ARCHS", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(_cuda, "emulation", None)
-    _cuda._missing.cache_clear()
-    _cuda._loaded.cache_clear()
+    monkeypatch.setattr(cuda_loader, "emulation", None)
+    cuda_loader._missing.cache_clear()
+    cuda_loader._loaded.cache_clear()
     yield tmp_path
-    _cuda._missing.cache_clear()
-    _cuda._loaded.cache_clear()
+    cuda_loader._missing.cache_clear()
+    cuda_loader._loaded.cache_clear()
 
 
 def leave(package: Path, **record: object) -> None:
-    (package / _extension.RECORD).write_text(json.dumps(record))
+    (package / extension.RECORD).write_text(json.dumps(record))
 
 
 ONE, TWO = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
@@ -61,8 +61,8 @@ def test_every_op_says_why(op, package):
 
 @pytest.mark.parametrize("op", CALLS)
 def test_a_built_one_needs_cuda_tensors(op, package):
-    leave(package, reason=None, sources=_extension.digest(), archs=["80", "90a"], nvcc="13.0")
-    (package / _extension.LIBRARY).touch()
+    leave(package, reason=None, sources=extension.digest(), archs=["80", "90a"], nvcc="13.0")
+    (package / extension.LIBRARY).touch()
     with pytest.raises(ValueError) as refused:
         CALLS[op]()
     assert str(refused.value) == f"{op}: impl='cuda' needs a CUDA tensor, got one on cpu"
@@ -70,10 +70,10 @@ def test_a_built_one_needs_cuda_tensors(op, package):
 
 
 def test_a_library_that_does_not_load(package):
-    leave(package, reason=None, sources=_extension.digest(), archs=["80"], nvcc="13.0")
-    (package / _extension.LIBRARY).write_text("no library")
+    leave(package, reason=None, sources=extension.digest(), archs=["80"], nvcc="13.0")
+    (package / extension.LIBRARY).write_text("no library")
     with pytest.raises(ValueError, match="^ring_advance: impl='cuda' cannot load its library: .*too short|invalid ELF"):
-        _cuda._loaded("ring_advance", "cuda:0")
+        cuda_loader._loaded("ring_advance", "cuda:0")
 
 
 def test_doctor_and_backends_repeat_the_reason(package):
@@ -83,53 +83,53 @@ def test_doctor_and_backends_repeat_the_reason(package):
 
 
 def test_reasons(package):
-    assert _extension.missing().startswith("it was never built here; pip install -e . does it")
-    leave(package, reason=None, sources=_extension.digest(), archs=["80"], nvcc="13.0")
-    assert _extension.missing() == f"{package / _extension.LIBRARY} is gone"
-    (package / _extension.LIBRARY).touch()
-    assert _extension.missing() is None
+    assert extension.missing().startswith("it was never built here; pip install -e . does it")
+    leave(package, reason=None, sources=extension.digest(), archs=["80"], nvcc="13.0")
+    assert extension.missing() == f"{package / extension.LIBRARY} is gone"
+    (package / extension.LIBRARY).touch()
+    assert extension.missing() is None
     leave(package, reason=None, sources="of other sources", archs=["80"], nvcc="13.0")
-    assert _extension.missing().startswith("csrc/ has changed since; build it again")
+    assert extension.missing().startswith("csrc/ has changed since; build it again")
 
 
 def test_an_installed_wheel_has_no_sources(package, monkeypatch):
-    monkeypatch.setattr(_extension, "SOURCES", package / "csrc")
+    monkeypatch.setattr(extension, "SOURCES", package / "csrc")
     leave(package, reason=None, sources="of some sources", archs=["80"], nvcc="13.0")
-    (package / _extension.LIBRARY).touch()
-    assert _extension.digest() is None and _extension.missing() is None
+    (package / extension.LIBRARY).touch()
+    assert extension.digest() is None and extension.missing() is None
 
 
 @pytest.mark.parametrize("variables", [{"HIAR_BUILD_CUDA": "0"}, {"CUDA_HOME": "/nowhere"}], ids=["off", "no nvcc"])
 def test_not_building_is_a_line_and_a_record(variables, package, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    (package / _extension.LIBRARY).touch()  # of before: it goes
-    said = _extension.build()
+    (package / extension.LIBRARY).touch()  # of before: it goes
+    said = extension.build()
     why = "HIAR_BUILD_CUDA=0 when" if "HIAR_BUILD_CUDA" in variables else "no nvcc in /nowhere/bin (CUDA_HOME)"
     assert said.startswith(f"CUDA extension not built: {why}") and said.count("\n") == 0
-    assert _extension.missing().startswith(why) and not (package / _extension.LIBRARY).exists()
-    assert not _extension.builds()
+    assert extension.missing().startswith(why) and not (package / extension.LIBRARY).exists()
+    assert not extension.builds()
 
 
 def test_what_was_built_elsewhere_is_kept(package, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
-    leave(package, reason=None, sources=_extension.digest(), archs=["80"], nvcc="13.0")
-    (package / _extension.LIBRARY).touch()
-    assert _extension.build().startswith("CUDA extension kept as it was built: no nvcc in /nowhere/bin")
-    assert _extension.missing() is None
+    leave(package, reason=None, sources=extension.digest(), archs=["80"], nvcc="13.0")
+    (package / extension.LIBRARY).touch()
+    assert extension.build().startswith("CUDA extension kept as it was built: no nvcc in /nowhere/bin")
+    assert extension.missing() is None
     leave(package, reason=None, sources="of other sources", archs=["80"], nvcc="13.0")
-    assert _extension.build().startswith("CUDA extension not built: no nvcc")
-    assert not (package / _extension.LIBRARY).exists()
+    assert extension.build().startswith("CUDA extension not built: no nvcc")
+    assert not (package / extension.LIBRARY).exists()
 
 
 def test_a_build_that_must_be(package, monkeypatch):
     monkeypatch.setenv("HIAR_BUILD_CUDA", "1")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     with pytest.raises(SystemExit, match="^hiar-kernels: HIAR_BUILD_CUDA=1, but no nvcc in /nowhere/bin"):
-        _extension.build()
+        extension.build()
     monkeypatch.setenv("HIAR_BUILD_CUDA", "yes")
     with pytest.raises(SystemExit, match="^HIAR_BUILD_CUDA must be auto, 0 or 1, got 'yes'$"):
-        _extension.build()
+        extension.build()
 
 
 def test_where_nvcc_is(package, tmp_path, monkeypatch):
@@ -138,30 +138,30 @@ def test_where_nvcc_is(package, tmp_path, monkeypatch):
     nvcc.write_text("#!/bin/sh\n")
     nvcc.chmod(0o755)
     monkeypatch.setenv("PATH", str(nvcc.parent))
-    assert _extension.find_nvcc() == nvcc
+    assert extension.find_nvcc() == nvcc
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", "")
-    assert _extension.find_nvcc() == nvcc
+    assert extension.find_nvcc() == nvcc
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(CannotBuild, match="CUDA_HOME"):
-        _extension.find_nvcc()
+        extension.find_nvcc()
 
 
 def test_which_torch(tmp_path, monkeypatch):
-    monkeypatch.setattr(_extension.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(extension.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(CannotBuild, match="^no torch in .* yet: install torch first"):
-        _extension.find_torch()
-    header = tmp_path / "torch" / _extension._HEADER
+        extension.find_torch()
+    header = tmp_path / "torch" / extension._HEADER
     header.parent.mkdir(parents=True)
     for version, found in (("2.10.1", False), ("2.11.0+cu130", False), ("2.11.0+cu130", True), ("3.0.0", True)):
         (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{version}'\n")
         if found:
             header.touch()
-            assert _extension.find_torch() == tmp_path / "torch"
+            assert extension.find_torch() == tmp_path / "torch"
         else:
             with pytest.raises(CannotBuild, match="is older than 2.11 or has no headers"):
-                _extension.find_torch()
+                extension.find_torch()
 
 
 # setup.py, in a process of its own
@@ -180,8 +180,8 @@ def test_an_installation_without_nvcc(tmp_path):
     )
     assert line in done.stderr.splitlines()
     folder = tmp_path / "hiar_kernels"
-    assert not (folder / _extension.LIBRARY).exists() and (folder / "ring_advance" / "cuda.py").exists()
-    assert json.loads((folder / _extension.RECORD).read_text()) == {"reason": "no nvcc in /nowhere/bin (CUDA_HOME)"}
+    assert not (folder / extension.LIBRARY).exists() and (folder / "ring_advance" / "cuda.py").exists()
+    assert json.loads((folder / extension.RECORD).read_text()) == {"reason": "no nvcc in /nowhere/bin (CUDA_HOME)"}
 
 
 def test_the_source_distribution_holds_csrc(tmp_path):
@@ -190,6 +190,6 @@ def test_the_source_distribution_holds_csrc(tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
-    assert {f"csrc/{path.name}" for path in _extension.SOURCES.iterdir()} <= names
-    assert {"setup.py", "hiar_kernels/_extension.py", "hiar_kernels/merge_attention/cuda.py"} <= names
-    assert not [name for name in names if name.endswith((".so", _extension.RECORD))]
+    assert {f"csrc/{path.name}" for path in extension.SOURCES.iterdir()} <= names
+    assert {"setup.py", "hiar_kernels/common/extension.py", "hiar_kernels/merge_attention/cuda.py"} <= names
+    assert not [name for name in names if name.endswith((".so", extension.RECORD))]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hiar_kernels as hk
 from hiar_kernels import BlockCausal, KVContext
+from hiar_kernels.attention.inputs import AttentionInputs
+from hiar_kernels.common import pointwise, triton_loader
 
 pytestmark = pytest.mark.cpu
 
@@ -52,6 +57,18 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "attention beside a context": (
         normal(2, 8, 2, 4), normal(2, 8, 2, 4), normal(2, 8, 2, 4), normal(2, 8, 2, 4), normal(2, 8, 2, 4),
         None, None, RING, None, [2, 2, 1, 0, 1], [4, 4], 0.5,
+    ),
+    "attention_eager": (
+        normal(2, 5, 2, 4), normal(2, 3, 2, 4), normal(2, 3, 2, 4), *[None] * 5, torch.tensor([[1.0, 0.0, 9.0]]),
+        [], [], None, "sdpa", 0, False,
+    ),
+    "attention_eager over a ring": (
+        turned(normal(2, 4, 2, 4)), normal(2, 8, 2, 4), normal(2, 8, 2, 4), None, None, ids([3, 4], [1, 2]), RING, None,
+        None, [2, 2, 0, 0, 2], [3, -1], 0.5, "auto", 0, False,
+    ),
+    "attention_eager beside a context, with a logsumexp": (
+        normal(2, 8, 2, 4), normal(2, 8, 2, 4), normal(2, 8, 2, 4), normal(2, 8, 2, 4), normal(2, 8, 2, 4),
+        None, None, RING, None, [2, 2, 1, 0, 1], [4, 4], 0.5, "reference", 0, True,
     ),
     "merge_attention": ([normal(2, 5, 2, 4, grad=False)] * 2, [normal(2, 2, 5, grad=False)] * 2),
     "qk_norm_rope": (normal(2, 6, 24), normal(8), normal(8), ids([0, 9]), *ROPE),
@@ -134,8 +151,6 @@ def test_opcheck(sample, dtype):
 
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_fakes_have_the_strides_of_the_outputs(sample):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     def each(f: Callable[[Tensor], Tensor], x: object) -> object:
         return [each(f, y) for y in x] if isinstance(x, list) else f(x) if isinstance(x, Tensor) else x
 
@@ -150,7 +165,7 @@ def test_fakes_have_the_strides_of_the_outputs(sample):
 
 
 EACH = (0, 1, 2, 3, 4)  # positions; of ops that are not named the first three
-DIFFERENTIABLE = {"attention": EACH, "flow_step": (0, 1, 4), "rms_norm": (0, 1)}
+DIFFERENTIABLE = {"attention": EACH, "attention_eager": EACH, "flow_step": (0, 1, 4), "rms_norm": (0, 1)}
 DIFFERENTIABLE |= dict.fromkeys(("gated_residual_ada_layer_norm", "gated_residual_layer_norm"), EACH)
 
 
@@ -194,7 +209,7 @@ FRAMES = ids([3, 4], [1, 2])
 PUBLIC: dict[str, tuple[Callable, list[Tensor]]] = {
     "attention": (lambda q, k, v: hk.attention(q, k, v), [normal(2, 5, 2, 4), normal(2, 7, 2, 4), normal(2, 7, 2, 4)]),
     "attention with counts and logsumexp": (
-        lambda q, k, v: hk.attention(q, k, v, kv_counts=torch.tensor([[1.0, 2.0, 9.0]]), return_lse=True),
+        lambda q, k, v: hk.attention_with_lse(q, k, v, kv_counts=torch.tensor([[1.0, 2.0, 9.0]])),
         [normal(2, 5, 2, 4), normal(2, 3, 2, 4), normal(2, 3, 2, 4)],
     ),
     "attention over a ring": (
@@ -252,6 +267,83 @@ def test_compile_without_breaks(name):
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("impl", ["auto", "sdpa", "reference"])
+def test_compiled_attention_runs_what_was_chosen(impl, lse):
+    """The very bits of the eager call, by the implementation that it takes."""
+    function = hk.attention_with_lse if lse else hk.attention
+    q, k = normal(2, 4, 2, 4, grad=False), normal(2, 8, 2, 4, seed=1, grad=False)
+    options = {"mask": MASK, "q_frames": FRAMES, "kv_frames": RING, "impl": impl}
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        with hk.taken() as calls:
+            results.append((call(q, k, k, **options), calls))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=0)
+    assert results[1][1] == results[0][1]
+
+
+def test_compiled_attention_refuses_as_eager_does():
+    q = normal(1, 4, 1, 4)
+    compiled = torch.compile(lambda function, **options: function(q, q, q, **options), backend="eager", fullgraph=True)
+    for function, options, said in (
+        (hk.attention, {"impl": "cudnn"}, "impl='cudnn' cannot run: it needs a CUDA device, got cpu"),
+        (hk.attention, {"impl": "fast"}, "knows no impl 'fast'; legal: auto, reference, sdpa"),
+        (hk.attention, {"impl": "gluon"}, "impl='gluon' is not for torch.compile; use 'auto' or 'triton'"),
+        (hk.attention, {"impl": "triton"}, "impl='triton' needs a CUDA tensor"),
+        (hk.attention_with_lse, {"impl": "sdpa"}, "has no gradient with a logsumexp; use 'triton' or 'reference'"),
+    ):
+        with pytest.raises(Exception, match=re.escape(said)):
+            compiled(function, **options)
+
+
+class Dispatched(TorchDispatchMode):
+    """Names of the ops of attention that are called, with what follows the scale in their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[object, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "hiar":
+            self.calls.append((func._opname, *args[12:]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize(
+    "impl, lse, op",
+    [
+        ("auto", False, None),
+        ("auto", True, None),
+        ("triton", False, ("attention",)),
+        ("cudnn", False, ("attention_eager", "cudnn", 2, False)),
+        ("sdpa", False, ("attention_eager", "sdpa", 2, False)),
+        ("reference", True, ("attention_eager", "reference", 2, True)),
+    ],
+)
+def test_compiled_attention_on_cuda(impl, lse, op, triton, monkeypatch):
+    """Never the reference unless it was asked for: Triton's kernels are loaded, or an op carries the choice."""
+    loaded = []
+    monkeypatch.setattr(triton_loader, "load", lambda op, tensor: loaded.append((op, tensor.device.type)))
+    monkeypatch.setattr(pointwise, "TRITON_INSTALLED", triton)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    function = hk.attention_with_lse if lse else hk.attention
+    with FakeTensorMode(), Dispatched() as dispatched:
+        q, k = (torch.empty(1, n, 2, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 8))
+        function(q, k, k, mask=BlockCausal(2, 2), impl=impl, num_splits=2)
+    op = op or (("attention",) if triton else ("attention_eager", "auto", 2, lse))
+    assert dispatched.calls == [op]
+    assert loaded == ([("attention", "cuda")] if op == ("attention",) else [])
+
+
+def test_the_op_of_triton_has_no_eager_fallback_on_cuda(monkeypatch):
+    """Called by itself, as an exported graph does, it loads its kernels, or the refusal to do so is the error."""
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    q = normal(1, 4, 1, 16, grad=False)
+    with pytest.raises(ValueError, match="attention: impl='triton' needs a CUDA tensor .*, got one on cpu"):
+        torch.ops.hiar.attention(*AttentionInputs(q, q, q).as_schema())
+
+
 def test_compile_appending():
     def append(qkv, frames, slots, k, v):
         return hk.qk_norm_rope_append(qkv, torch.ones(8), torch.ones(8), frames, slots, k, v, num_heads=2, grid=(1, 3))
@@ -303,6 +395,12 @@ def refusal(call: Callable[[], object]) -> str:
     return str(refused.value)
 
 
+def assert_says(line: str, op: str, *parts: str) -> None:
+    """The message of an op names the culprit and the legal values."""
+    assert line.startswith(f"{op}: ")
+    assert not [part for part in parts if part not in line], line
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_an_explicit_impl_never_falls_back(name):
     there = hk.backends().ops[name].implementations
@@ -311,14 +409,14 @@ def test_an_explicit_impl_never_falls_back(name):
         CALLS[name](impl)
     if "triton" in there:
         line = refusal(lambda: CALLS[name]("triton"))
-        assert line == f"{name}: impl='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got one on cpu"
+        assert_says(line, name, "impl='triton'", "CUDA", "TRITON_INTERPRET=1", "cpu")
     if "cuda" in there:
         line = refusal(lambda: CALLS[name]("cuda"))
         assert line.startswith(f"{name}: impl='cuda' needs ")
     for impl in {"sdpa", "triton", "cuda"} - set(there):
         line = refusal(lambda impl=impl: CALLS[name](impl))
-        assert line == f"{name}: has no implementation {impl!r}; legal: {legal}"
-    assert refusal(lambda: CALLS[name]("fast")) == f"{name}: knows no impl 'fast'; legal: {legal}"
+        assert_says(line, name, repr(impl), legal)
+    assert_says(refusal(lambda: CALLS[name]("fast")), name, "'fast'", legal)
 
 
 def test_the_oracle_is_the_reference():
@@ -336,3 +434,27 @@ def test_backends_say_what_is_chosen_and_why():
         assert "reference" in choice.implementations
     assert found.devices[0] == "cpu" and found.libraries["torch"] == torch.__version__
     assert all(f"{name}: auto = " in str(found) for name in CALLS)
+
+
+def test_every_implementation_can_be_preferred():
+    """By the name that an explicit ``impl`` takes; ops without it go on by themselves."""
+    names = {impl for choice in hk.backends().ops.values() for impl in choice.implementations}
+    assert names >= {"cudnn", "flash", "flash-attn-3", "gluon"}
+    for impl in sorted(names):
+        with hk.prefer(impl):
+            if impl in ("reference", "sdpa", "cuda"):  # attention has no "cuda"
+                CALLS["attention"]("auto")
+            else:
+                assert f"impl={impl!r}" in refusal(lambda: CALLS["attention"]("auto"))
+    with pytest.raises(ValueError, match="unknown impl 'cudn'; known: auto, reference, sdpa, cudnn"), hk.prefer("cudn"):
+        pass
+
+
+def test_only_what_ran_was_taken():
+    """A question about what would run is not a call."""
+    q = normal(1, 4, 1, 2, grad=False)
+    with hk.taken() as calls:
+        hk.takes_layout(q, BlockCausal(2, 1)), hk.takes_schedule(q, q, BlockCausal(2, 1))
+        assert calls == []
+        hk.attention(q, q, q)
+    assert calls == [("attention", "sdpa")]

@@ -33,6 +33,7 @@ RULE = BlockCausal(2, 2)
 LEVEL = torch.zeros(1, 1)
 
 
+FLOATS = "bfloat16, float16, float32 or float64"
 QKV, WEIGHT, TWO, CACHE = torch.zeros(2, 6, 24), torch.ones(8), ids([0, 1]), torch.zeros(2, 6, 2, 4)
 
 
@@ -49,7 +50,33 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "k of another dtype": (lambda: hk.attention(Q, Q.half(), Q), "k must be torch.float32 like q, got torch.float16"),
     "v of another dtype": (lambda: hk.attention(Q, Q, Q.double()), "v must be torch.float32 like q, got torch.float64"),
     "k on another device": (lambda: hk.attention(Q, Q.to("meta"), Q), "k must be on cpu like q, got meta"),
-    "integers": (lambda: hk.attention(*[Q.int()] * 3), "q must be floating point, got torch.int32"),
+    "integers": (lambda: hk.attention(*[Q.int()] * 3), f"q must be {FLOATS}, got torch.int32"),
+    "8 bits": (lambda: hk.attention(*[Q.to(torch.float8_e4m3fn)] * 3), f"q must be {FLOATS}, got torch.float8_e4m3fn"),
+    "an array of numpy": (lambda: hk.attention(Q.numpy(), Q, Q), "q must be a torch.Tensor, got ndarray"),
+    "no keys at all": (lambda: hk.attention(Q, None, Q), "k must be a torch.Tensor, got NoneType"),
+    "ids in a list": (
+        lambda: hk.attention(Q, Q, Q, mask=RULE, q_frames=[[0, 1]]), "q_frames must be a torch.Tensor, got list"
+    ),
+    "a scale that is no number": (lambda: hk.attention(Q, Q, Q, scale=float("nan")), "scale must be a finite number"),
+    "a scale in words": (lambda: hk.attention(Q, Q, Q, scale="1"), "scale must be a finite number, or None for 1 /"),
+    "half a frame of window": (lambda: BlockCausal(2, 2, 2.5), "window_frames must be a whole number, got 2.5"),
+    "half a frame of block": (lambda: BlockCausal(2, 1.5), "frames_per_block must be a whole number, got 1.5"),
+    "tokens in words": (lambda: BlockCausal("2", 2), "frame_tokens must be a whole number, got '2'"),
+    "qkv by columns": (
+        lambda: rope(QKV.transpose(1, 2).contiguous().transpose(1, 2)), "the last dimension of qkv must be dense, got"
+    ),
+    "frames elsewhere": (lambda: rope(frames=TWO.to("meta")), "frames must be on cpu like qkv, got meta"),
+    "a base of 0": (
+        lambda: hk.qk_norm_rope(QKV, WEIGHT, WEIGHT, TWO, num_heads=2, grid=(1, 3), theta=0.0),
+        "theta must be a finite number above 0, got 0.0",
+    ),
+    "half a grid": (
+        lambda: hk.qk_norm_rope(QKV, WEIGHT, WEIGHT, TWO, num_heads=2, grid=(3,)), "grid must be (rows, columns)"
+    ),
+    "parts in a word": (lambda: hk.merge_attention([Q], None), "lses must be tensors, got NoneType"),
+    "rings in lists": (
+        lambda: hk.ring_advance([0], TWO, TWO, TWO, advance=TWO, capacities=TWO), "position must be a torch.Tensor, got"
+    ),
     "k of another width": (lambda: hk.attention(Q, Q[..., :4], Q), "k must be [2, 4, 2, 8], got [2, 4, 2, 4]"),
     "k of another batch": (lambda: hk.attention(Q, Q[:1], Q), "k must be [2, 4, 2, 8], got [1, 4, 2, 8]"),
     "v of another length": (lambda: hk.attention(Q, Q, Q[:, :3]), "v must be [2, 4, 2, 8], got [2, 3, 2, 8]"),
@@ -60,19 +87,8 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "counts with a mask": (
         lambda: hk.attention(Q, Q, Q, mask=RULE, kv_counts=torch.ones(1, 4)), "kv_counts needs mask=None"
     ),
-    "a logarithm of no counts": (
-        lambda: hk.attention(Q, Q, Q, kv_log_counts=torch.ones(1, 4)),
-        "kv_log_counts must be None without kv_counts, got torch.float32 [1, 4]",
-    ),
-    "logarithms in another dtype": (
-        lambda: hk.attention(Q, Q, Q, kv_counts=torch.ones(1, 4), kv_log_counts=torch.ones(1, 4).half()),
-        "kv_log_counts must be torch.float32 [1, 4] like kv_counts, got torch.float16 [1, 4]",
-    ),
     "context without a mask": (
         lambda: hk.attention(Q, Q, Q, context=KVContext(Q, Q, ids([0, 1]))), "context needs a BlockCausal mask"
-    ),
-    "context in 8 bits": (
-        lambda: hk.attention(Q, Q, Q, mask=RULE, context=KVContext(Q, Q, ids([0, 1]), Q)), "context.scales (8-bit keys)"
     ),
     "context of another shape": (
         lambda: hk.attention(Q, Q, Q, mask=RULE, context=KVContext(Q, Q[:, :2], ids([0, 1]))),
@@ -96,7 +112,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         "kv_frames must be int32 or int64, got torch.float32",
     ),
     "windows of another batch": (
-        lambda: hk.attention(Q, Q, Q, mask=BlockCausal(2, 2, (3, 4, 5))), "3 windows for a batch of 2 rows; give one or"
+        lambda: hk.attention(Q, Q, Q, mask=BlockCausal(2, 2, (3, 4, 5))), "3 windows for a batch of 2 rows"
     ),
     "no tokens in a frame": (lambda: BlockCausal(0, 2), "frame_tokens must be at least 1, got 0"),
     "no frames in a block": (lambda: BlockCausal(2, 0), "frames_per_block must be at least 1, got 0"),
@@ -142,7 +158,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "a cache of another batch": (lambda: append(v=CACHE[:1]), "v_cache must be [2, n * 3, 2, 4], got [1, 6, 2, 4]"),
     "x in two dimensions": (lambda: hk.ada_layer_norm(X[0], X, X), "x must be [B, T, C], got [6, 8]"),
     "shift and scale apart": (
-        lambda: hk.ada_layer_norm(X, X[:, :3], X[:, :2]), "scale must be [2 or 1, F, 8], got [2, 2, 8]"
+        lambda: hk.ada_layer_norm(X, X[:, :3], X[:, :2]), "scale must be [2, 3, 8] like shift, got [2, 2, 8]"
     ),
     "shifts that do not divide": (
         lambda: hk.ada_layer_norm(X, X[:, :4], X[:, :4]), "6 tokens are no multiple of 4 frames"
@@ -154,7 +170,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "gates that do not divide": (lambda: hk.gated_residual(X, X, X[:, :4]), "6 tokens are no multiple of 4 frames"),
     "a gate of other frames": (
         lambda: hk.gated_residual_ada_layer_norm(X, X, X[:, :2], X[:, :3], X[:, :3]),
-        "scale must be [2 or 1, 2, 8] like gate, got [2, 3, 8]",
+        "shift must be [2 or 1, 2, 8] like gate, got [2, 3, 8]",
     ),
     "y of other tokens": (
         lambda: hk.gated_residual_ada_layer_norm(X, X[:, :3], *[X[:, :3]] * 3),
@@ -162,7 +178,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "shifts without a gate apart": (
         lambda: hk.gated_residual_ada_layer_norm(X, X, None, X[:, :2], X[:, :3]),
-        "scale must be [2 or 1, F, 8], got [2, 3, 8]",
+        "scale must be [2, 2, 8] like shift, got [2, 3, 8]",
     ),
     "y of other tokens, affine": (
         lambda: hk.gated_residual_layer_norm(X, X[:, :3], X[:, :3], WEIGHT, WEIGHT),
@@ -225,6 +241,59 @@ def test_bad_input_is_one_line(what):
     assert message in line
     names = (
         "attention|merge_attention|BlockCausal|qk_norm_rope|qk_norm_rope_append|ada_layer_norm|layer_norm|"
-        "gated_residual|gated_residual_ada_layer_norm|gated_residual_layer_norm|flow_step|rms_norm|rms_silu_pad"
+        "gated_residual|gated_residual_ada_layer_norm|gated_residual_layer_norm|flow_step|rms_norm|rms_silu_pad|ring_advance"
     )
     assert re.match(f"({names}): ", line)
+
+
+M, W, PIXELS = torch.zeros(2, 2, 8), torch.ones(8), torch.zeros(2, 8, 1, 4, 4)
+POINTWISE: dict[str, Callable[..., object]] = {  # of the first tensor, the last one, and eps where there is one
+    "ada_layer_norm": lambda x=X, last=M, eps=1e-6: hk.ada_layer_norm(x, M, last, eps=eps),
+    "gated_residual": lambda x=X, last=M: hk.gated_residual(x, X, last),
+    "gated_residual_ada_layer_norm": lambda x=X, last=M, eps=1e-6: hk.gated_residual_ada_layer_norm(
+        x, X, M, M, last, eps=eps
+    ),
+    "gated_residual_layer_norm": lambda x=X, last=W, eps=1e-6: hk.gated_residual_layer_norm(x, X, M, W, last, eps=eps),
+    "layer_norm": lambda x=X, last=W, eps=1e-6: hk.layer_norm(x, W, last, eps=eps),
+    "rms_norm": lambda x=X, last=W, eps=1e-6: hk.rms_norm(x, last, eps=eps),
+    "rms_silu_pad": lambda x=PIXELS, last=W, eps=1e-6: hk.rms_silu_pad(x, last, eps=eps),
+    "flow_step": lambda x=LATENT, last=LEVEL: hk.flow_step(x, LATENT, LEVEL, last),
+    "qk_norm_rope": lambda x=QKV, last=W, eps=1e-6: hk.qk_norm_rope(x, W, last, TWO, num_heads=2, grid=(1, 3), eps=eps),
+}
+
+
+@pytest.mark.parametrize("op", POINTWISE)
+def test_what_is_no_float_is_refused_everywhere(op):
+    """Integers came back as rounded integers, arrays and other devices as an error from inside."""
+    call = POINTWISE[op]
+    first = call.__defaults__[0]
+    for wrong in (first.int(), first.to(torch.complex64), first.to(torch.float8_e4m3fn)):
+        assert refusal(lambda wrong=wrong: call(wrong)).endswith(f"must be {FLOATS}, got {wrong.dtype}")
+    for wrong in (first.numpy(), None, first.tolist()):
+        assert refusal(lambda wrong=wrong: call(wrong)).endswith(f"must be a torch.Tensor, got {type(wrong).__name__}")
+    last = call.__defaults__[1]
+    assert "must be on cpu like" in refusal(lambda: call(first, last.to("meta")))
+    assert refusal(lambda: call(first, last.to(torch.int8))).endswith(f"must be {FLOATS}, got torch.int8")
+    call()
+
+
+@pytest.mark.parametrize("op", [op for op, call in POINTWISE.items() if len(call.__defaults__) == 3])
+@pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf"), "1e-6", None])
+def test_eps_is_a_number(op, eps):
+    """Below 0 it made NaN in silence."""
+    call = POINTWISE[op]
+    assert "eps must be a finite number of at least 0, got" in refusal(lambda: call(*call.__defaults__[:2], eps))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("hidden", ["no keys", "empty slots", "a query before the video"])
+def test_where_nothing_is_visible_gradients_are_zero(impl, hidden):
+    q, k, v = (torch.randn(2, 4, 2, 8, requires_grad=True) for _ in range(3))
+    empty, both = ids([-1, -1]), ids([0, 1])
+    if hidden == "no keys":
+        out = hk.attention(q, k[:, :0], v[:, :0], impl=impl)
+    else:
+        slots = (both, empty) if hidden == "empty slots" else (ids([-9, -9]), both)
+        out = hk.attention(q, k, v, mask=RULE, q_frames=slots[0], kv_frames=slots[1], impl=impl)
+    assert not out.any()
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), (q, k, v)))

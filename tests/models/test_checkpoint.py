@@ -136,8 +136,8 @@ def test_training_checkpoints(tmp_path, weights, network, rename):
 def test_dtype_and_device(tmp_path, weights):
     narrow = {key: value.to(torch.bfloat16) for key, value in weights.items()}
     path = write(tmp_path / "w.safetensors", narrow)
-    kept = load_transformer(path, CONFIG)
-    assert same(kept, narrow) and {p.dtype for p in kept.parameters()} == {torch.bfloat16}
+    saved = load_transformer(path, CONFIG)
+    assert same(saved, narrow) and {p.dtype for p in saved.parameters()} == {torch.bfloat16}
     wide = load_transformer(path, CONFIG, dtype=torch.float32, device="cpu")
     assert same(wide, {key: value.float() for key, value in narrow.items()})
     assert all(p.is_meta for p in load_transformer(path, CONFIG, device="meta").parameters())
@@ -155,9 +155,9 @@ def test_config_by_argument_header_file_and_shapes(tmp_path, weights):
     ours = dataclasses.replace(CONFIG, num_heads=2)
     (tmp_path / "config.json").write_text(json.dumps(ours.to_dict()))
     assert load_transformer(path).config == ours
-    told = dataclasses.replace(CONFIG, num_heads=8)
-    save_transformer(load_transformer(path, told), path)
-    assert load_transformer(path).config == told
+    config = dataclasses.replace(CONFIG, num_heads=8)
+    save_transformer(load_transformer(path, config), path)
+    assert load_transformer(path).config == config
     assert load_transformer(path, ours).config == ours
 
 
@@ -174,7 +174,7 @@ def test_nothing_partial_is_left(tmp_path, weights, monkeypatch):
         Path(name).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("hiar_model.models.checkpoint.save_file", torn)
+    monkeypatch.setattr("hiar_model.models.checkpoint.save_tensors", torn)
     with pytest.raises(OSError, match="no space left"):
         save_transformer(model, path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
@@ -206,7 +206,7 @@ def test_nothing_there(tmp_path, weights):
     missing = tmp_path / "no" / "w.pth"
     assert refusal(missing, CONFIG) == f"{missing}: no such file or folder"
     assert "no weights found; expected *.safetensors.index.json, *.safetensors" in refusal(tmp_path, CONFIG)
-    assert "no weights found: it holds no tensor" in refusal(write(tmp_path / "empty.pth", {}), CONFIG)
+    assert "no weights found: it has no tensor" in refusal(write(tmp_path / "empty.pth", {}), CONFIG)
     path = tmp_path / "weights.bin"
     path.write_bytes(b"?")
     assert refusal(path).endswith("expected .safetensors, .pth, .pt or a folder, got '.bin'")
@@ -297,7 +297,7 @@ def test_several_indexes(tmp_path):
     [
         ("dim: 3", "corrupt, or not JSON"),
         ('{"dim": 128, "depth": 3}', "unknown depth; known: dim, eps, ffn_dim"),
-        ('{"dim": 130, "num_heads": 4}', "dim 130 is not num_heads 4 times an even number"),
+        ('{"dim": 130, "num_heads": 4}', "dim must be num_heads (4) times an even number, got 130"),
         ('{"num_heads": "four"}', "num_heads must be a whole number, got 'four'"),
         (
             '{"_class_name": "WanVACEModel", "dim": 128}',
@@ -314,6 +314,6 @@ def test_bad_configs(tmp_path, weights, text, message):
 def test_shapes_that_tell_too_little(tmp_path, weights):
     path = tmp_path / "w.safetensors"
     odd = {**weights, "patch_embedding.weight": torch.zeros(100, 3, 1, 2, 2)}
-    assert "dim 100 is no multiple of 128: pass config= to tell the heads" in refusal(write(path, odd))
+    assert "dim 100 is no multiple of 128: pass config=" in refusal(write(path, odd))
     line = refusal(write(path, {"decoder.conv.weight": torch.zeros(3)}))
-    assert line.endswith("no Wan transformer: no key tells dim, ffn_dim, num_layers; its keys: decoder.conv.weight")
+    assert line.endswith("no Wan transformer: no key gives dim, ffn_dim, num_layers; its keys: decoder.conv.weight")

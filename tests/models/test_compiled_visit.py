@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import hiar_kernels
-from hiar_kernels import BlockCausal, _triton
+from hiar_kernels import BlockCausal
+from hiar_kernels.common import triton_loader
 from hiar_model.config import WanConfig
 from hiar_model.models.conditions import OutputSelection
 from hiar_model.models.kv_cache import CachedAttention, RingCache
@@ -30,7 +31,7 @@ ALLOCATION = re.compile(r"empty_strided_\w+\(\(([\d, ]*)\)")
 @pytest.fixture(autouse=True)
 def through_the_ops(monkeypatch):
     """The path of a GPU: hiar ops, each opaque to the compiler; their references stand in for the kernels."""
-    monkeypatch.setattr(_triton, "load", lambda op, tensor: None)
+    monkeypatch.setattr(triton_loader, "load", lambda op, tensor: None)
     with hiar_kernels.prefer("triton"), torch.no_grad():
         yield
     torch._dynamo.reset()
@@ -77,8 +78,8 @@ def visit_of(steps: slice, frames: int) -> CachedAttention:
     ids=["one", "three steps", "two of three live", "pair"],
 )
 def test_rings_are_written_in_place(attend, selection):
-    found = largest_temporary(attend(), selection)
-    assert found < RING, f"a temporary of {found} numbers, a ring has {RING}"
+    actual = largest_temporary(attend(), selection)
+    assert actual < RING, f"a temporary of {actual} numbers, a ring has {RING}"
 
 
 def test_a_copy_of_the_ring_would_be_seen():

@@ -55,12 +55,12 @@ def refusal(*args: object) -> str:
 @pytest.mark.parametrize("source", ["original", "diffusers", "training", "ours", "pth"])
 def test_every_layout_into_every_other(published, tmp_path, source, to):
     want = tensors_sha256(wan_files.native_state())
-    told = []
-    done = convert(published[source], tmp_path / NAMES[to], to, on_checkpoint=lambda *seen: told.append(seen))
-    assert told == [(done.source, want)] and done.sha256 == want
+    messages = []
+    done = convert(published[source], tmp_path / NAMES[to], to, on_checkpoint=lambda *seen: messages.append(seen))
+    assert messages == [(done.source, want)] and done.sha256 == want
     assert [path.name for path in tmp_path.iterdir()] == [NAMES[to]]
-    state, found = read_checkpoint(tmp_path / NAMES[to])
-    assert tensors_sha256(state) == want and found == done.target and found.config == WAN
+    state, actual = read_checkpoint(tmp_path / NAMES[to])
+    assert tensors_sha256(state) == want and actual == done.target and actual.config == WAN
     assert all(torch.equal(state[key], value) for key, value in wan_files.native_state().items())
     back = convert(tmp_path / NAMES[to], tmp_path / "back.safetensors", "native")
     assert back.sha256 == want and back.target.config == WAN
@@ -109,8 +109,8 @@ def test_a_training_file_as_the_published_code_reads_it(published, tmp_path):
 def test_a_native_folder_as_published(published, tmp_path):
     convert(published["diffusers"], tmp_path / "Wan2.1", "native")
     folders = (tmp_path / "Wan2.1", published["original"])
-    told, want = (json.loads((folder / "config.json").read_text()) for folder in folders)
-    assert told["_class_name"] == want["_class_name"] and {key: told[key] for key in plain(want)} == plain(want)
+    config, want = (json.loads((folder / "config.json").read_text()) for folder in folders)
+    assert config["_class_name"] == want["_class_name"] and {key: config[key] for key in plain(want)} == plain(want)
     written = load_file(tmp_path / "Wan2.1" / "diffusion_pytorch_model.safetensors")
     assert written.keys() == wan_files.native_state().keys()
 
@@ -155,7 +155,7 @@ def test_a_lossy_write_is_not_kept(published, tmp_path, monkeypatch):
     def lossy(state, path, metadata):
         save_file({**state, "proj_out.weight": state["proj_out.weight"] * 1.0001}, path, metadata)
 
-    monkeypatch.setattr(module, "save_file", lossy)
+    monkeypatch.setattr(module, "save_tensors", lossy)
     line = refusal(published["original"], tmp_path / "out", "diffusers")
     assert line.startswith(f"{tmp_path / 'out'} is not written: its tensors hash to ")
     assert not list(tmp_path.iterdir())
@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_nothing(published, tmp_path, monkeypatch, to, writer
         raise RuntimeError("PytorchStreamWriter failed writing file\nmore lines")
 
     if writer == "save_file":
-        monkeypatch.setattr(module, "save_file", full)
+        monkeypatch.setattr(module, "save_tensors", full)
     else:
         monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError) as refused:
@@ -227,16 +227,16 @@ def test_bad_sources(published, tmp_path):
 def test_the_command(published, tmp_path, capsys):
     target = tmp_path / "transformer"
     assert main(["convert", str(published["training"]), str(target), "--to", "diffusers"]) == 0
-    told = capsys.readouterr().out.splitlines()
+    messages = capsys.readouterr().out.splitlines()
     sha256 = tensors_sha256(wan_files.native_state())
-    assert told[0].startswith(
+    assert messages[0].startswith(
         "in:  training layout, network generator_ema (left: generator, critic): 2 layers of width"
     )
-    assert told[2].startswith(
+    assert messages[2].startswith(
         "out: diffusers layout: 2 layers of width 256, 2 heads; 1,734,656 parameters in 69 tensors"
     )
-    assert told[2].endswith(f"GB in {target / 'diffusion_pytorch_model.safetensors'}")
-    assert [line.strip() for line in told[1::2]] == [
+    assert messages[2].endswith(f"GB in {target / 'diffusion_pytorch_model.safetensors'}")
+    assert [line.strip() for line in messages[1::2]] == [
         f"tensors sha256 {sha256}",
         f"tensors sha256 {sha256}: read again, the same",
     ]
@@ -252,14 +252,14 @@ def test_the_toy_and_its_folder_are_sources_too(here, capsys):
     folder = registry.model_folder("toy")
     own = load_video_model("toy", "cpu").transformer.state_dict()
     for name, source in {"name": "toy", "folder": folder, "file": folder / "model.safetensors"}.items():
-        found = load_transformer(source, dtype=torch.float32)
-        assert found.config.position_grid == (4, 4)
-        assert all(torch.equal(value, own[key]) for key, value in found.state_dict().items())
+        actual = load_transformer(source, dtype=torch.float32)
+        assert actual.config.position_grid == (4, 4)
+        assert all(torch.equal(value, own[key]) for key, value in actual.state_dict().items())
         for to, suffix in (("native", ""), ("native", ".safetensors"), ("pt", ".pt")):
             target = f"{name}-{to}{suffix}"
             assert main(["convert", str(source), target, "--to", to]) == 0
             again = load_transformer(target, dtype=torch.float32)
-            assert again.config == found.config
+            assert again.config == actual.config
             assert all(torch.equal(value, own[key]) for key, value in again.state_dict().items())
     capsys.readouterr()
     assert main(["convert", "toy", "diffusers", "--to", "diffusers"]) == 2

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import torchrun
 from runs import make_rollout
 from tiny_model import SIZE, TEXT, TINY, difference, make_model, run
 
@@ -76,8 +75,8 @@ def test_each_file_is_loaded_once_and_only_where_it_is_needed():
         loaded.clear()
         models, steps = load_experts(files, load, steps_of_rank(split, rank)), steps_of_rank(split, rank)
         assert loaded == expected
-        wanted = list(steps) or [3]  # one that only takes finished blocks is still asked for sizes
-        assert [step for step in range(4) if models[step] is not None] == wanted
+        own = list(steps) or [3]  # one that only takes finished blocks is still asked for sizes
+        assert [step for step in range(4) if models[step] is not None] == own
 
 
 def test_experts_that_do_not_fit_together_are_refused():
@@ -116,9 +115,9 @@ def test_walks_agree_and_every_step_has_its_own():
 def test_the_baseline_and_lent_keys_take_them_too():
     """A visit's weights are its step's: a cache task of the clean cache is that of the last step."""
     for options in ({"order": "block_first"}, {"order": "stream", "cache_source": "next_step"}):
-        found = run(model=EXPERTS, **options, **OPTIONS)
-        assert torch.equal(found[:, :3], run(model=EXPERTS, **OPTIONS)[:, :3])
-        assert difference(found, run(model=LOW, **options, **OPTIONS)) > 1e-2
+        actual = run(model=EXPERTS, **options, **OPTIONS)
+        assert torch.equal(actual[:, :3], run(model=EXPERTS, **OPTIONS)[:, :3])
+        assert difference(actual, run(model=LOW, **options, **OPTIONS)) > 1e-2
 
 
 # A pipeline: this file is its own job
@@ -127,12 +126,10 @@ def test_the_baseline_and_lent_keys_take_them_too():
 def test_in_a_pipeline_each_rank_has_its_own(tmp_path):
     for name, model in (("high", HIGH), ("low", LOW)):
         save_transformer(model, tmp_path / f"{name}.safetensors")
-    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(job, capture_output=True, text=True, timeout=240, env=environment)
+    done = torchrun(2, __file__, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(tmp_path / "latents.pt", weights_only=True)
-    assert torch.equal(found, run(model=EXPERTS, order="stream", **OPTIONS))
+    actual = torch.load(tmp_path / "latents.pt", weights_only=True)
+    assert torch.equal(actual, run(model=EXPERTS, order="stream", **OPTIONS))
 
 
 def job(folder: Path) -> None:
@@ -147,8 +144,8 @@ def job(folder: Path) -> None:
 
     models = load_experts(files, load, steps_of_rank(split, rank))
     options = {"executor": "pipeline", "steps_per_rank": split, "timeout": 60, **SIZE, **OPTIONS}
-    made = make_rollout(models, TEXT, FlowSchedule.uniform(4), **options)
-    blocks = [block.latents for block in made]
+    result = make_rollout(models, TEXT, FlowSchedule.uniform(4), **options)
+    blocks = [block.latents for block in result]
     if blocks:
         torch.save(torch.cat(blocks, 1), folder / "latents.pt")
     dist.destroy_process_group()

@@ -122,7 +122,7 @@ def test_walks_agree(options):
     options = {"num_frames": 12, **options}
     same = torch.equal(run(order="stream", **options), run(**options))
     assert same or "batch" in options
-    options["cache_dtype"] = E4M3
+    options["kv_dtype"] = E4M3
     expected = run(**options)
     assert expected.abs().max() > 0.1
     streamed = run(order="stream", **options)
@@ -137,17 +137,17 @@ def test_walks_agree(options):
 def test_lent_keys_bring_their_scales(order):
     options = {"num_frames": 12, "window_frames": 6, "cache_source": "next_step"}
     whole = run(order="stream", **options)
-    narrow = run(order="stream", cache_dtype=E4M3, **options)
+    narrow = run(order="stream", kv_dtype=E4M3, **options)
     assert 0 < difference(narrow, whole) < 0.2
-    double = run(model=DOUBLE, order="stream", cache_dtype=E4M3, **options)
-    assert difference(run(model=DOUBLE, order=order, cache_dtype=E4M3, **options), double) < 1e-9
-    assert torch.equal(run(order="stream", executor="recorded", cache_dtype=E4M3, **options), narrow)
+    double = run(model=DOUBLE, order="stream", kv_dtype=E4M3, **options)
+    assert difference(run(model=DOUBLE, order=order, kv_dtype=E4M3, **options), double) < 1e-9
+    assert torch.equal(run(order="stream", executor="recorded", kv_dtype=E4M3, **options), narrow)
 
 
 def test_lent_keys_are_the_very_same():
     """The last block's keys at step 1 stand in both rings: nothing has overwritten them."""
     options = {"num_frames": 9, "order": "stream", "window_frames": 6, "cache_source": "next_step", **SIZE}
-    rollout = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), cache_dtype=E4M3, **options)
+    rollout = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), kv_dtype=E4M3, **options)
     list(rollout)
     cache = rollout._executor.cache
     slots = cache.slots(0, [6, 7, 8])
@@ -164,18 +164,18 @@ def test_lent_keys_are_the_very_same():
 def test_it_is_near_the_rollout_with_whole_keys(options):
     whole, double = run(num_frames=12, **options), run(model=DOUBLE, num_frames=12, **options)
     previous = 1e-4
-    for kept, most in ((torch.bfloat16, 0.01), (E4M3, 0.1)):
-        off = difference(run(num_frames=12, cache_dtype=kept, **options), whole)
-        assert previous < off < most, kept
+    for stored, most in ((torch.bfloat16, 0.01), (E4M3, 0.1)):
+        off = difference(run(num_frames=12, kv_dtype=stored, **options), whole)
+        assert previous < off < most, stored
         previous = off
-    assert torch.equal(run(num_frames=12, cache_dtype=torch.float32, **options), whole)
-    assert difference(run(model=DOUBLE, num_frames=12, cache_dtype=torch.float32, **options), double) < 1e-5
+    assert torch.equal(run(num_frames=12, kv_dtype=torch.float32, **options), whole)
+    assert difference(run(model=DOUBLE, num_frames=12, kv_dtype=torch.float32, **options), double) < 1e-5
 
 
 def test_what_a_visit_sees_is_what_is_kept():
     """Values times scales, its own keys among them, in the ring's own places."""
     options = {"num_frames": 9, "order": "stream", "window_frames": 6, **SIZE}
-    rollout = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), cache_dtype=E4M3, **options)
+    rollout = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), kv_dtype=E4M3, **options)
     list(rollout)
     cache: RingCache = rollout._executor.cache
     assert {x.dtype for x in (*cache.k, *cache.v)} == {E4M3} and len(cache.k_scales) == TINY.num_layers
@@ -183,46 +183,44 @@ def test_what_a_visit_sees_is_what_is_kept():
     for ring, scales, seen in ((cache.k[1], cache.k_scales[1], k), (cache.v[1], cache.v_scales[1], v)):
         whole = ring.float().unflatten(2, (6, -1)) * scales[:, :, :, None, :, None]
         assert torch.equal(seen, whole.flatten(2, 3).flatten(0, 1))
-    held = cache.frames >= 0
-    assert bool(held.all()) and not bool((cache.k_scales[1] == 1).any())
+    occupied = cache.frames >= 0
+    assert bool(occupied.all()) and not bool((cache.k_scales[1] == 1).any())
 
 
 def test_memory_bytes_are_those_of_its_tensors():
-    for dtype, kept in itertools.product((torch.float32, torch.bfloat16), (None, E4M3, torch.bfloat16)):
-        cache = RingCache(TINY, (4, 6), 2, 8, dtype=dtype, cache_dtype=kept)
+    for dtype, stored in itertools.product((torch.float32, torch.bfloat16), (None, E4M3, torch.bfloat16)):
+        cache = RingCache(TINY, (4, 6), 2, 8, dtype=dtype, kv_dtype=stored)
         tensors = (*cache.k, *cache.v, *cache.k_scales, *cache.v_scales, *cache.scratch, cache.frames)
-        assert sum(x.nbytes for x in tensors) == cache.memory_bytes(TINY, (4, 6), 2, 8, dtype, cache_dtype=kept)
-        assert bool(cache.scratch) == (kept not in (None, dtype))
+        assert sum(x.nbytes for x in tensors) == cache.memory_bytes(TINY, (4, 6), 2, 8, dtype, kv_dtype=stored)
+        assert bool(cache.scratch) == (stored not in (None, dtype))
 
 
 def test_a_state_goes_on_bit_for_bit():
-    options = {"num_frames": 12, "order": "stream", "window_frames": 6, "cache_dtype": E4M3, **SIZE}
+    options = {"num_frames": 12, "order": "stream", "window_frames": 6, "kv_dtype": E4M3, **SIZE}
 
     def fresh(**more) -> Rollout:
         return make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), **{**options, **more})
 
     expected = [block.latents for block in fresh()]
     first = fresh()
-    made = [next(iter(first)).latents]
+    result = [next(iter(first)).latents]
     state = first.state_dict()
     assert state["cache"]["k.0"].dtype == E4M3 and state["cache"]["v_scale.1"].dtype == torch.float32
     state["cache"] = load(save(state["cache"]))  # as on disk
     again = fresh()
     again.load_state_dict(state)
-    made += [block.latents for block in again]
-    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    result += [block.latents for block in again]
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     with pytest.raises(ValueError, match="another rollout"):
-        fresh(cache_dtype=None).load_state_dict(state)
+        fresh(kv_dtype=None).load_state_dict(state)
     with pytest.raises(ValueError, match=r"k\.0 must be torch.float32 .* got torch.float8_e4m3fn"):
-        fresh(cache_dtype=None)._executor.cache.load_state_dict(state["cache"])
+        fresh(kv_dtype=None)._executor.cache.load_state_dict(state["cache"])
     del state["cache"]["k_scale.1"]
-    with pytest.raises(ValueError, match=r"k_scale\.1 must be torch.float32 \[3, 1, 6, 2\], got missing"):
+    with pytest.raises(ValueError, match=r"k_scale\.1 must be torch.float32 \[3, 1, 6, 2\], got nothing"):
         again._executor.cache.load_state_dict(state["cache"])
 
 
 @pytest.mark.parametrize("wrong", [torch.float8_e5m2, torch.int8])
 def test_other_dtypes_are_refused(wrong):
-    with pytest.raises(
-        ValueError, match=r"cache_dtype must be one of float8_e4m3fn, bfloat16, .*; got (float8_e5m2|int8)"
-    ):
-        run(num_frames=6, cache_dtype=wrong)
+    with pytest.raises(ValueError, match=r"kv_dtype must be one of .*float8_e4m3fn, got '(float8_e5m2|int8)'"):
+        run(num_frames=6, kv_dtype=wrong)

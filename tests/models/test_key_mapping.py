@@ -83,8 +83,8 @@ def test_sizes_survive_both_config_files(changes):
     config = dataclasses.replace(WAN, **changes)
     here = Path("config.json")
     for written in (key_mapping.native_config(config), key_mapping.diffusers_config(config), config.to_dict()):
-        told = key_mapping.read_sizes(json.loads(json.dumps(written)), here)
-        assert WanConfig.from_dict(told) == config
+        sizes = key_mapping.read_sizes(json.loads(json.dumps(written)), here)
+        assert WanConfig.from_dict(sizes) == config
     odd = dataclasses.replace(config, rope_theta=20000.0, text_len=9, position_grid=(2, 3))
     assert WanConfig.from_dict(key_mapping.read_sizes(key_mapping.native_config(odd), here)) == odd
     for name in ("rope_theta", "text_len", "position_grid"):
@@ -98,22 +98,22 @@ def test_sizes_survive_both_config_files(changes):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_network(published, layout):
-    told: list[CheckpointInfo] = []
-    model = load_transformer(published[layout], on_checkpoint=told.append)
+    messages: list[CheckpointInfo] = []
+    model = load_transformer(published[layout], on_checkpoint=messages.append)
     assert model.config == WAN
     state = model.state_dict()
     for key, value in wan_files.native_state().items():
         assert torch.equal(state[key], value), key
-    (found,) = told
+    (info,) = messages
     files = {"original": 1, "original, 3 shards": 3, "diffusers": 1, "diffusers, shards": 4, "training": 1}
-    assert len(found.files) == files[layout] and all(file.is_file() for file in found.files)
-    assert found.parameters == sum(p.numel() for p in model.parameters()) and found.tensors == len(state)
-    assert found.nbytes == 4 * found.parameters and found.dtypes == (torch.float32,)
+    assert len(info.files) == files[layout] and all(file.is_file() for file in info.files)
+    assert info.parameters == sum(p.numel() for p in model.parameters()) and info.tensors == len(state)
+    assert info.nbytes == 4 * info.parameters and info.dtypes == (torch.float32,)
     name = {"original": "native", "diffusers": "diffusers", "training": "training"}[layout.partition(",")[0]]
     taken = "generator_ema (left: generator, critic)" if name == "training" else None
     start = f"{name} layout" + (f", network {taken}" if taken else "") + ": 2 layers of width 256, 2 heads; "
-    assert str(found).startswith(start) and "1,734,656 parameters in 69 tensors, float32, 0.01 GB in" in str(found)
-    assert str(found).endswith(" and 3 more") == (layout == "diffusers, shards")
+    assert str(info).startswith(start) and "1,734,656 parameters in 69 tensors, float32, 0.01 GB in" in str(info)
+    assert str(info).endswith(" and 3 more") == (layout == "diffusers, shards")
 
 
 def test_what_was_found_counts_mixed_dtypes(tmp_path):
@@ -121,16 +121,16 @@ def test_what_was_found_counts_mixed_dtypes(tmp_path):
     file = folder / "diffusion_pytorch_model.safetensors"
     state = load_file(file)
     save_file({**state, "head.modulation": state["head.modulation"].float()}, file)
-    kept, found = read_checkpoint(folder)
-    assert found.dtypes == (torch.bfloat16, torch.float32) and "bfloat16 and float32" in str(found)
-    assert kept["head.modulation"].dtype == torch.float32 and kept["head.head.weight"].dtype == torch.bfloat16
-    assert found.nbytes == sum(value.nbytes for value in kept.values())
+    saved, info = read_checkpoint(folder)
+    assert info.dtypes == (torch.bfloat16, torch.float32) and "bfloat16 and float32" in str(info)
+    assert saved["head.modulation"].dtype == torch.float32 and saved["head.head.weight"].dtype == torch.bfloat16
+    assert info.nbytes == sum(value.nbytes for value in saved.values())
 
 
 def test_inner_folders_and_single_files_of_a_pipeline(published):
     for inside in ("transformer", "transformer/diffusion_pytorch_model.safetensors"):
-        _, found = read_checkpoint(published["diffusers"] / inside)
-        assert (found.layout, found.config) == ("diffusers", WAN)
+        _, info = read_checkpoint(published["diffusers"] / inside)
+        assert (info.layout, info.config) == ("diffusers", WAN)
     index = published["diffusers, shards"] / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     assert len(read_checkpoint(index)[1].files) == 4
 
@@ -138,8 +138,8 @@ def test_inner_folders_and_single_files_of_a_pipeline(published):
 @pytest.mark.parametrize("wrapper", ["module.", "model.diffusion_model.", "_orig_mod.module.model."])
 def test_more_wrappers(tmp_path, wrapper):
     path = wan_files.write_training(tmp_path / "w.pt", {"generator": 0}, lambda key: wrapper + key)
-    state, found = read_checkpoint(path)
-    assert state.keys() == wan_files.native_state().keys() and (found.network, found.others) == ("generator", ())
+    state, info = read_checkpoint(path)
+    assert state.keys() == wan_files.native_state().keys() and (info.network, info.others) == ("generator", ())
 
 
 def test_diffusers_keys_behind_wrappers(tmp_path):
@@ -246,14 +246,17 @@ def test_other_models_are_named(tmp_path, key, what):
         ({"image_dim": 1280}, "image_dim 1280 makes it an image-to-video model; expected null"),
         ({"added_kv_proj_dim": 256}, "added_kv_proj_dim 256 makes it an image-to-video model; expected null"),
         ({"num_attention_heads": "2"}, "sizes must be numbers: num_attention_heads is '2'"),
-        ({"attention_head_dim": None, "num_attention_heads": 3}, "dim 256 is not num_heads 3 times an even number"),
+        (
+            {"attention_head_dim": None, "num_attention_heads": 3},
+            "dim must be num_heads (3) times an even number, got 256",
+        ),
         ({"depth": 3}, "unknown depth; known: added_kv_proj_dim, attention_head_dim"),
     ],
 )
 def test_bad_diffusers_configs(published, tmp_path, change, message):
     folder = spoil(published, tmp_path, lambda state: None)
-    told = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**told, **change}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
     line = refusal(folder)
     assert line.startswith(f"{folder / 'config.json'}: ") and message in line
 
@@ -261,8 +264,8 @@ def test_bad_diffusers_configs(published, tmp_path, change, message):
 def test_a_config_of_other_heads_is_used_as_told(published, tmp_path):
     """Shapes do not tell the heads: config.json does, whatever they are."""
     folder = spoil(published, tmp_path, lambda state: None)
-    told = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**told, "num_attention_heads": 4, "attention_head_dim": 64}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4, "attention_head_dim": 64}))
     assert load_transformer(folder).config == dataclasses.replace(WAN, num_heads=4)
 
 
@@ -288,4 +291,4 @@ def test_folders_without_a_transformer(tmp_path):
     (tmp_path / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"")
     assert ": no weights found; expected *.safetensors.index.json, *.safetensors, *.pth or *.pt" in refusal(tmp_path)
     wan_files.write_original(tmp_path / "high_noise_model", parts=False)
-    assert refusal(tmp_path).endswith("; the folders in it hold some: high_noise_model")
+    assert refusal(tmp_path).endswith("; its folders have some: high_noise_model")

@@ -79,11 +79,11 @@ def test_both_layouts_are_transformers_own_network(folders, layout):
         with cut:
             ours = WanTextEncoder(folders[layout])(prompt)
         padded = {"padding": "max_length", "max_length": 512, "truncation": True, "return_tensors": "pt"}
-        told = tokenizer([prompt_clean(prompt)], **padded)
+        tokens = tokenizer([prompt_clean(prompt)], **padded)
         with torch.no_grad():
-            theirs = wan_files.text_encoder()(told.input_ids, told.attention_mask).last_hidden_state
-        theirs = theirs * told.attention_mask[..., None]
-        length = int(told.attention_mask.sum())
+            theirs = wan_files.text_encoder()(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        theirs = theirs * tokens.attention_mask[..., None]
+        length = int(tokens.attention_mask.sum())
         assert ours.shape == (1, length, WAN.text_dim) and ours.dtype == torch.float32
         assert torch.allclose(F.pad(ours, (0, 0, 0, 512 - length)), theirs, rtol=0, atol=1e-5)
         assert float(ours.std()) > 0.5  # no network of zeros
@@ -207,8 +207,8 @@ def test_a_damaged_entry_is_made_again(folders, tmp_path, damage):
             "dtype": {"embedding": first.double()},
         }[damage]  # fmt: skip
         save_file(content, entry)
-    again, kept = encoder(PROMPT), load_file(entry)["embedding"]
-    assert again.dtype == kept.dtype == torch.float32 and torch.equal(again, first) and torch.equal(kept, first)
+    again, saved = encoder(PROMPT), load_file(entry)["embedding"]
+    assert again.dtype == saved.dtype == torch.float32 and torch.equal(again, first) and torch.equal(saved, first)
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -217,11 +217,11 @@ def test_a_full_disk_is_a_warning(folders, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "save_tensors", full)
     encoder = WanTextEncoder(folders["original"], cache=tmp_path)
     with pytest.warns(UserWarning, match="embedding is not cached: .*No space left on device"):
-        found = encoder(PROMPT)
-    assert torch.equal(found, WanTextEncoder(folders["original"])(PROMPT)) and not list(tmp_path.iterdir())
+        actual = encoder(PROMPT)
+    assert torch.equal(actual, WanTextEncoder(folders["original"])(PROMPT)) and not list(tmp_path.iterdir())
 
 
 # What is refused
@@ -279,14 +279,14 @@ def test_wrong_keys_are_told_in_the_files_own_names(copy):
 def test_bad_configs_and_tokenizers(copy):
     folder = copy("diffusers")
     config = folder / "text_encoder" / "config.json"
-    told = json.loads(config.read_text())
+    sizes = json.loads(config.read_text())
     for change, message in (
         ({"model_type": "t5"}, "model_type is 't5', expected 'umt5'"),
         ({"num_layers": "two"}, "no sizes of a UMT5 encoder: "),
     ):
-        replace(config, json.dumps({**told, **change}))
+        replace(config, json.dumps({**sizes, **change}))
         assert refusal(WanTextEncoder(folder), PROMPT).startswith(f"{config}: {message}")
-    replace(config, json.dumps({**told, "num_layers": 3}))
+    replace(config, json.dumps({**sizes, "num_layers": 3}))
     assert refusal(WanTextEncoder(folder), PROMPT).startswith(
         f"{folder / 'text_encoder'}: 10 missing keys (encoder.block.2."
     )

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hiar_kernels import qk_norm_rope
-from hiar_kernels._dispatch import prefer, taken
 from hiar_kernels.attention import table
+from hiar_kernels.common.dispatch import prefer, taken
 from hiar_model.config import FlowSchedule, WanConfig, sigma_table
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.rollout.reference import forward_block
@@ -89,14 +89,14 @@ def test_rope_equals_the_published_one(golden):
     q, turned = golden["bidirectional.rope.q"][0], golden["bidirectional.rope.q_roped"][0]
     norms = q.flatten(1).pow(2).mean(1).sqrt()
     for i in range(0, len(q), 41):  # tokens of all frames, rows and columns: 41 and 24 have no common divisor
-        frame, place = divmod(i, 24)
+        frame, slot = divmod(i, 24)
         qkv = torch.zeros(1, 24, 3 * 128)
-        qkv[0, place, :128] = q[i].flatten()
+        qkv[0, slot, :128] = q[i].flatten()
         weight = norms[i].expand(128)
         rotated, _, _ = qk_norm_rope(
             qkv, weight, weight, torch.tensor([[frame]], dtype=torch.int32), num_heads=2, grid=(4, 6), eps=1e-30
         )
-        close(rotated[0, place], turned[i], 2e-6)
+        close(rotated[0, slot], turned[i], 2e-6)
     close(naive.rope(q.double(), range(12), 4, 6), turned, 2e-6)
 
 
@@ -127,15 +127,21 @@ def test_uniform_schedules(steps):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: FlowSchedule(shift=float("nan")), "shift must be a number above 0, got nan"),
+        (lambda: FlowSchedule(shift=float("inf")), "shift must be a number above 0, got inf"),
+        (lambda: FlowSchedule(shift="5"), "shift must be a number above 0, got '5'"),
+        (lambda: FlowSchedule(("1000", "500")), "steps must fall within (0, 1000], got ['1000', '500']"),
+        (lambda: FlowSchedule(5), "steps must fall within (0, 1000], got 5"),
+        (lambda: FlowSchedule.uniform(1001), "number of steps must be a whole number from 1 to 1000, got 1001"),
         (lambda: FlowSchedule(()), "steps must fall within (0, 1000], got []"),
         (lambda: FlowSchedule((500, 750)), "must fall"),
         (lambda: FlowSchedule((1000, 0)), "must fall within (0, 1000]"),
-        (lambda: FlowSchedule(shift=0.0), "shift must be positive, got 0.0"),
-        (lambda: FlowSchedule.uniform(0), "at least 1, got 0"),
-        (lambda: WanConfig(24, 40, 5, 1), "dim 24 is not num_heads 5 times an even number"),
+        (lambda: FlowSchedule(shift=0.0), "shift must be a number above 0, got 0.0"),
+        (lambda: FlowSchedule.uniform(0), "a whole number from 1 to 1000, got 0"),
+        (lambda: WanConfig(24, 40, 5, 1), "dim must be num_heads (5) times an even number, got 24"),
         (lambda: WanConfig(24, 40, 2, 0), "num_layers must be positive, got 0"),
         (lambda: WanConfig(24, 40, 2, 1, patch_size=(2, 2, 2)), "patch_size[0] must be 1, got 2"),
-        (lambda: WanConfig.from_name("wan"), "unknown model 'wan'; known: wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy"),
+        (lambda: WanConfig.from_name("wan"), "model must be one of wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy, got 'wan'"),
         (lambda: WanConfig.from_dict({"dim": 4, "heads": 2}), "unknown heads; known: dim, eps"),
     ],
 )
@@ -219,7 +225,7 @@ def test_forward_and_gradients_equal_the_oracle(mode):
     oracle_in = latents.clone().requires_grad_()
     expected = oracle(exact, rule, oracle_in, timesteps, text)
     (expected * probe).sum().backward()
-    wanted = {key: value.grad for key, value in exact.named_parameters()} | {"latents": oracle_in.grad}
+    gradients = {key: value.grad for key, value in exact.named_parameters()} | {"latents": oracle_in.grad}
 
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         model = small(dtype=dtype)
@@ -229,10 +235,10 @@ def test_forward_and_gradients_equal_the_oracle(mode):
         assert out.dtype == dtype
         close(out, expected.detach(), tolerance * expected.abs().max().item())
         (out * probe.to(dtype)).sum().backward()
-        found = {key: value.grad for key, value in model.named_parameters()} | {"latents": x.grad}
-        assert found.keys() == wanted.keys()
-        for key, gradient in wanted.items():
-            error = (found[key].double() - gradient).abs().max() / gradient.abs().max()
+        actual = {key: value.grad for key, value in model.named_parameters()} | {"latents": x.grad}
+        assert actual.keys() == gradients.keys()
+        for key, gradient in gradients.items():
+            error = (actual[key].double() - gradient).abs().max() / gradient.abs().max()
             assert error <= tolerance, f"{key} {dtype}: {error:.3g}"
 
 
@@ -273,7 +279,7 @@ def test_other_bad_calls_are_refused(tiny, golden):
     x, t, text = (golden[f"bidirectional.{name}"] for name in ("x", "t", "context"))
     with pytest.raises(ValueError, match="attention must be one of bidirectional, block_causal, got 'causal'"):
         tiny(x, t, text, "causal")
-    with pytest.raises(ValueError, match="latent frame 7x12 is no multiple of the patch 2x2"):
+    with pytest.raises(ValueError, match="multiples of the patch 2x2, got 7x12"):
         tiny(x[..., :7, :], t, text)
 
 
@@ -315,9 +321,9 @@ def test_gradients_reach_the_context():
     latents, timesteps, text = inputs(frames=6)
     model = small(dtype=torch.float64)
     context = model.kv(latents, timesteps, text)
-    wanted = [context[0].k, context[1].v]
+    expected = [context[0].k, context[1].v]
     out = model(latents, timesteps, text, "block_causal", context=context)
-    for gradient in torch.autograd.grad(out[:, 3:].sum(), wanted):
+    for gradient in torch.autograd.grad(out[:, 3:].sum(), expected):
         assert gradient[:, :18].abs().max() > 0 and gradient[:, 18:].abs().max() == 0  # the last block has no reader
 
 
@@ -325,13 +331,13 @@ def test_training_runs_what_was_measured(monkeypatch):
     """On an H200 it would take the library in groups where that won, since the layout is known to every layer."""
     choose, chosen = table.choose, []
 
-    def also_there(q, k, v, mask, context, counts, layout, return_lse, trains):
-        shape = table.shape_class(q, k, mask, context, trains)
-        options = {"counts": counts is not None, "return_lse": return_lse, "trains": trains}
-        known = mask is None or layout is not None
-        if mask is not None:
-            chosen.append((shape, table.decide(90, shape, known=known, runs=lambda impl: True, **options).impl))
-        return choose(q, k, v, mask, context, counts, layout, return_lse, trains)
+    def also_there(call, layout, return_lse):
+        shape = table.shape_class(call)
+        options = {"counts": False, "return_lse": return_lse, "trains": call.needs_grad}
+        if call.mask is not None:
+            known = layout is not None
+            chosen.append((shape, table.decide(90, shape, layout_known=known, runs=lambda impl: True, **options).impl))
+        return choose(call, layout, return_lse)
 
     monkeypatch.setattr(table, "choose", also_there)
     latents, timesteps, text = inputs(frames=6)
@@ -357,8 +363,8 @@ def test_layouts_change_no_gradient():
             out = model(latents, timesteps, text, context=context, **rule) + model(latents, timesteps, text, **rule)
         assert ("attention", impl) in ran
         grads.append(list(torch.autograd.grad(out.square().sum(), list(model.parameters()))))
-    for found, wanted in zip(*grads, strict=True):
-        close(found, wanted, 1e-11 * float(wanted.abs().max()))
+    for actual, expected in zip(*grads, strict=True):
+        close(actual, expected, 1e-11 * float(expected.abs().max()))
 
 
 def test_low_precision_is_close(tiny, golden):

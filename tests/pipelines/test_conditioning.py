@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from hiar_model.io.video import Video
 from hiar_model.pipelines import conditioning as module
-from hiar_model.pipelines.conditioning import _orientation, read_given
+from hiar_model.pipelines.conditioning import _orientation, read_conditioning
 
 pytestmark = pytest.mark.cpu
 
@@ -43,7 +43,7 @@ def test_a_photo_stands_as_its_exif_says(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "p.png", exif=exif)
-    given = read_given(tmp_path / "p.png", None, SIZE)
+    given = read_conditioning(tmp_path / "p.png", None, SIZE)
     assert given is not None
     assert np.array_equal(given.frames[0], picture())
     assert bool(given.notes) == (orientation > 1)
@@ -60,7 +60,7 @@ def test_what_is_transparent_is_white(tmp_path, mode):
         bands = np.zeros((*SIZE, len(mode)), np.uint8)
         bands[..., 0], bands[:24, 32:, -1], bands[24:, :32, -1] = 200, 255, 255
         Image.fromarray(bands, mode).save(tmp_path / "p.png")
-    given = read_given(tmp_path / "p.png", None, SIZE)
+    given = read_conditioning(tmp_path / "p.png", None, SIZE)
     assert given is not None
     assert given.frames[0][2, 2].tolist() == [255, 255, 255]
     assert given.frames[0][2, 60, 0] == 200
@@ -70,20 +70,20 @@ def test_what_is_transparent_is_white(tmp_path, mode):
 def test_sixteen_bits_and_other_colour_spaces(tmp_path):
     grey = np.linspace(0, 65535, SIZE[1]).round().astype(np.uint16) * np.ones(SIZE, np.uint16)
     Image.fromarray(grey).save(tmp_path / "p.png")
-    given = read_given(tmp_path / "p.png", None, SIZE)
+    given = read_conditioning(tmp_path / "p.png", None, SIZE)
     assert given is not None
     assert np.abs(given.frames[0][..., 1] - grey / 257).max() <= 1
     Image.fromarray(picture()).convert("CMYK").save(tmp_path / "p.jpg", quality=98)
-    given = read_given(tmp_path / "p.jpg", None, SIZE)
+    given = read_conditioning(tmp_path / "p.jpg", None, SIZE)
     assert given is not None
     assert off(given.frames[0], picture()) < 4
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.fromarray(picture()).save(tmp_path / "s.png", icc_profile=srgb)
-    given = read_given(tmp_path / "s.png", None, SIZE)
+    given = read_conditioning(tmp_path / "s.png", None, SIZE)
     assert given is not None
     assert np.abs(given.frames[0].astype(int) - picture()).max() <= 1
     Image.fromarray(picture()).save(tmp_path / "b.png", icc_profile=b"no profile")
-    given = read_given(tmp_path / "b.png", None, SIZE)
+    given = read_conditioning(tmp_path / "b.png", None, SIZE)
     assert given is not None
     assert "colour profile cannot be read" in given.notes[0]
     assert np.array_equal(given.frames[0], picture())
@@ -126,7 +126,7 @@ def test_pixels_that_are_not_square(tmp_path):
     """32 columns of pixels twice as wide as high look like 64."""
     narrow = np.stack([picture()[:, ::2]] * 5)
     clip(tmp_path / "c.mp4", narrow, Fraction(2, 1))
-    given = read_given(None, tmp_path / "c.mp4", SIZE)
+    given = read_conditioning(None, tmp_path / "c.mp4", SIZE)
     assert given is not None
     assert given.frames.shape == (5, *SIZE, 3)
     assert off(given.frames[2], picture()) < 6
@@ -137,7 +137,7 @@ def test_pixels_that_are_not_square(tmp_path):
 def test_a_clip_that_does_not_say_its_matrix_is_read_by_its_size(tmp_path, lines, matrix):
     colour = np.array([200, 40, 40], np.uint8)
     clip(tmp_path / "c.mp4", np.broadcast_to(colour, (3, lines, 64, 3)).copy(), dst_colorspace=matrix)
-    given = read_given(None, tmp_path / "c.mp4", (lines, 64))
+    given = read_conditioning(None, tmp_path / "c.mp4", (lines, 64))
     assert given is not None
     assert np.abs(given.frames[1, 9, 9].astype(int) - colour).max() <= 3
 
@@ -152,7 +152,7 @@ def test_an_mp4_says_its_colours(tmp_path, height, tag, matrix):
         assert (said.colorspace, said.color_primaries, said.color_trc, said.color_range) == (tag, tag, tag, 1)
         shown = frame.to_ndarray(format="rgb24", src_colorspace=matrix)[100, 100]
     assert np.abs(shown.astype(int) - colour).max() <= 3
-    given = read_given(None, tmp_path / "v.mp4", (height, 640))
+    given = read_conditioning(None, tmp_path / "v.mp4", (height, 640))
     assert given is not None
     assert np.abs(given.frames[0, 9, 9].astype(int) - colour).max() <= 3
 
@@ -171,7 +171,41 @@ def test_a_large_clip_takes_the_memory_of_its_small_frames(tmp_path, monkeypatch
         return image
 
     monkeypatch.setattr(module._Clip, "_upright", watched)
-    found = read_given(None, tmp_path / "c.mp4", SIZE, step=4)
+    found = read_conditioning(None, tmp_path / "c.mp4", SIZE, step=4)
     assert found is not None
     assert found.frames.shape == (37, *SIZE, 3)
     assert 1 < most <= 17  # two handfuls
+
+
+CONTAINERS = {"mkv": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4"}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("damage", ["cut short", "a hole"])
+def test_a_clip_that_is_not_whole_is_refused(tmp_path, kind, damage):
+    """It was taken as far as it could be read: the video would have gone on from the wrong place."""
+    whole, noise = tmp_path / f"whole.{kind}", np.random.default_rng(0)
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream(CONTAINERS[kind], rate=16)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for _ in range(24):
+            image = noise.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    assert len(read_conditioning(None, whole, SIZE, 1).frames) == 24
+    data, broken = bytearray(whole.read_bytes()), tmp_path / f"broken.{kind}"
+    middle = len(data) // 2
+    broken.write_bytes(
+        data[: middle + 40] if damage == "cut short" else data[:middle] + bytes(1500) + data[middle + 1500 :]
+    )
+    with pytest.raises(ValueError, match=r"cut short: its frames end at|damaged at its frame \d+|corrupt"):
+        read_conditioning(None, broken, SIZE, 1)
+
+
+def test_a_picture_of_too_many_pixels_is_named_so(tmp_path, recwarn):
+    Image.new("1", (15000, 15000)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"more pixels than are read \(178 million\): scale it down"):
+        read_conditioning(tmp_path / "a.png", None, SIZE)
+    Image.new("1", (10000, 10000)).save(tmp_path / "b.png")  # Pillow warns of an attack
+    read_conditioning(tmp_path / "b.png", None, SIZE)
+    assert not recwarn.list

@@ -18,7 +18,7 @@ from hiar_model.cli import main
 from hiar_model.io.files import seen_from
 from hiar_model.io.video import save_png
 from hiar_model.models.wan import _written
-from hiar_model.pipelines.prompt_schedule import Script
+from hiar_model.pipelines.prompt_schedule import PromptSchedule
 
 pytestmark = pytest.mark.cpu
 
@@ -97,7 +97,7 @@ def test_the_shipped_model_is_told_by_its_name(here):
 
 
 def test_prompts_of_no_file_have_no_command(here):
-    script = Script.of([(0, PROMPT), (0.5, "a blue square moving up")])
+    script = PromptSchedule.of([(0, PROMPT), (0.5, "a blue square moving up")])
     video = generate(None, model="models/toy", prompts=script, order="stream")
     video.save("out/v.mp4")
     record = json.loads(Path("out/v.mp4.json").read_text())

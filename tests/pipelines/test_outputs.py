@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import small_toy
 import torch
+from processes import Started
 from safetensors import SafetensorError
 
 from hiar_model import generate
@@ -62,7 +63,7 @@ def no_work(*_, **__):
 @pytest.mark.parametrize("length", [200, 230, 238, 240, 250])
 def test_a_long_name_is_written(run, tmp_path, length, suffix):
     name = named(length + (suffix == "/"), suffix)
-    assert run(name) == 0
+    assert run(name, "--num-frames", str(small_toy.BLOCK)) == 0
     record = tmp_path / name / "video.json" if suffix == "/" else tmp_path / f"{name}.json"
     assert json.loads(record.read_text())["file"] == name.rstrip("/")
     assert len(list(tmp_path.iterdir())) == (1 if suffix == "/" else 2)
@@ -177,11 +178,11 @@ def test_a_video_stays_where_its_session_fails(run, tmp_path, monkeypatch, capsy
         Path(path).write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(state_io, "save_file", torn)
+    monkeypatch.setattr(state_io, "save_tensors", torn)
     assert run("v.mp4", "--session", "s.safetensors", "--order", "stream") == 2
     line = capsys.readouterr().err
     assert line.startswith("hiar: cannot write s.safetensors: ") and "No space left on device" in line
-    assert line.endswith("v.mp4 is whole, 12 frames\n") and line.count("\n") == 1
+    assert line.endswith("v.mp4 is complete, 12 frames\n") and line.count("\n") == 1
     assert {p.name for p in tmp_path.iterdir()} == {"v.mp4", "v.mp4.json"}
 
 
@@ -191,21 +192,25 @@ def test_a_video_stays_where_its_session_fails(run, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("session", [False, True])
 def test_a_signal_ends_a_run_as_ctrl_c_does(run, tmp_path, monkeypatch, capsys, name, session):
-    before, write = signal.getsignal(getattr(signal, name)), VideoWriter.write
+    number, write = getattr(signal, name), VideoWriter.write
 
     def interrupted(writer, frames):
         write(writer, frames)
-        signal.raise_signal(getattr(signal, name))
+        signal.raise_signal(number)
 
     monkeypatch.setattr(VideoWriter, "write", interrupted)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    heard = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    before = signal.signal(number, heard)  # a suite that runs under nohup hears no SIGHUP
     more = ["--session", "s.safetensors"] if session else []
-    assert run("v.mp4", "--order", "stream", *more) == 130
-    goes_on = "frames are in v.mp4, --from-session s.safetensors goes on"
+    try:
+        assert run("v.mp4", "--order", "stream", *more) == 130
+        assert signal.getsignal(number) == heard
+    finally:
+        signal.signal(number, before)
+    goes_on = "frames are in v.mp4, resume with --from-session s.safetensors"
     assert capsys.readouterr().err.startswith("hiar: interrupted") and "Traceback" not in capsys.readouterr().err
     there = {p.name for p in tmp_path.iterdir()}
     assert there == ({"v.mp4", "v.mp4.json", "s.safetensors"} if session else set()), goes_on
-    assert signal.getsignal(getattr(signal, name)) == before
 
 
 def test_a_hangup_that_is_switched_off_stays_so(run, tmp_path, monkeypatch):
@@ -226,14 +231,67 @@ def test_a_hangup_that_is_switched_off_stays_so(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_terminated_process_leaves_nothing_half(tmp_path, small, nproc):
     words = ["generate", PROMPT, "-o", "v.mp4", "--model", str(small), "--num-frames", "30000", "--order", "stream"]
-    command = [sys.executable, "-m", "hiar_model", *words, "--nproc", str(nproc), "--timeout", "60"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
-    )
+    process = Started(["-m", "hiar_model", *words, "--nproc", nproc, "--timeout", "60"], cwd=tmp_path)
     while not any(".partial" in p.name for p in tmp_path.iterdir()):  # the video begins
-        assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+        assert process.poll() is None, process.said()
         signal.sigtimedwait([], 0.05)
-    process.terminate()
-    line = process.communicate(timeout=120)[1]
-    assert process.returncode == 130 and "interrupted" in line and "Traceback" not in line, line
+    process.kill(signal.SIGTERM)
+    done = process.done()
+    line = done.stderr
+    assert done.returncode == 130 and "interrupted" in line and "Traceback" not in line, line
     assert {p.name for p in tmp_path.iterdir()} <= {"v.mp4.blocks"}
+
+
+# Two names for one file, closed streams, who may read
+
+
+@pytest.mark.parametrize("out, more, culprits", [
+    ("a.mp4", ["--session", "a.mp4"], "--session and -o are one file"),
+    ("a.mp4", ["--session", "./a.mp4.json"], "--session and the record of -o are one file"),
+    ("link.mp4", ["--session", "real.mp4"], "--session and -o are one file"),
+    ("new/", ["--session", "new"], "--session and -o are one file"),
+    ("real.mp4", ["--extend", "real.mp4"], "-o would replace real.mp4, which --extend reads"),
+    ("a.mp4", ["--prompts", "a.mp4.json"], "the record of -o would replace a.mp4.json, which --prompts reads"),
+    ("real.mp4", ["--from-session", "real.mp4"], "-o would replace real.mp4, which --from-session reads"),
+    ("a.mp4", ["--extend", "real.mp4", "--session", "link.mp4"], "--session would replace real.mp4, which --extend"),
+])  # fmt: skip
+def test_no_output_replaces_another_or_what_is_read(run, capsys, monkeypatch, out, more, culprits):
+    """The session took the video's place, and the last line said that the video was there."""
+    for name in ("real.mp4", "a.mp4.json"):
+        Path(name).write_text("kept")
+    Path("link.mp4").symlink_to("real.mp4")
+    monkeypatch.setattr("hiar_model.pipelines.video_pipeline.VideoRun", no_work)
+    assert run(out, "--overwrite", "--order", "stream", *more) == 2
+    assert culprits in capsys.readouterr().err
+    assert Path("real.mp4").read_text() == Path("a.mp4.json").read_text() == "kept"
+
+
+def test_a_session_may_take_the_place_of_the_one_it_goes_on_from(run):
+    assert run("a.mp4", "--num-frames", "3", "--order", "stream", "--session", "s") == 0
+    assert run("b.mp4", "--num-frames", "6", "--order", "stream", "--from-session", "s", "--session", "s") == 0
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(small, tmp_path, closed):
+    """Of cron or a service: nothing was made, and nothing said why."""
+    words = [sys.executable, "-m", "hiar_model", "generate", f"'{PROMPT}'", "-o", "a.mp4", "--num-frames", "3"]
+    line = " ".join([*words, "--model", str(small), closed])
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, timeout=300).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.mp4.json"}
+
+
+def test_others_may_read_what_is_written(small, tmp_path):
+    """As they may any file that is made here: safetensors' own writer leaves it to the owner alone."""
+    (tmp_path / "plain").touch()
+    state_io.write(tmp_path / "state", {"x": torch.zeros(1)}, {})
+    assert (tmp_path / "state").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_an_error_of_the_system_is_told_without_its_number(run, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise FileExistsError(17, "File exists", "a place")
+
+    monkeypatch.setattr("hiar_model.pipelines.video_pipeline.VideoRun", refuse)
+    assert run("a.mp4") == 2
+    assert capsys.readouterr().err == "hiar: a place: File exists\n"

@@ -14,7 +14,7 @@ from tiny_model import MODEL, SIZE, TEXT, TINY, difference
 import hiar_kernels
 from hiar_model.config import FlowSchedule
 from hiar_model.models.registry import load_video_model
-from hiar_model.pipelines.prompt_schedule import Script, Show, prompt_delay
+from hiar_model.pipelines.prompt_schedule import EncodedPromptSchedule, PromptSchedule, prompt_delay
 from hiar_model.rollout.noise import keyed_noise
 from hiar_model.schedule.plan import Plan
 
@@ -37,8 +37,8 @@ def encode(prompt: str) -> torch.Tensor:
     return torch.full((1, 2, 3), float(len(prompt)))
 
 
-def show(script: Script, num_blocks: int | None = None, block: float = 0.75) -> Show:
-    return Show.encoded(script, encode, lambda n: n * block, num_blocks)
+def show(script: PromptSchedule, num_blocks: int | None = None, block: float = 0.75) -> EncodedPromptSchedule:
+    return EncodedPromptSchedule.encoded(script, encode, lambda n: n * block, num_blocks)
 
 
 # Reading
@@ -46,13 +46,13 @@ def show(script: Script, num_blocks: int | None = None, block: float = 0.75) -> 
 
 def test_a_script_is_read(tmp_path):
     (tmp_path / "script.txt").write_text(TEXT_FILE, encoding="utf-8")
-    script = Script.read(tmp_path / "script.txt")
+    script = PromptSchedule.read(tmp_path / "script.txt")
     assert [(line.seconds, line.prompt, line.where) for line in script.lines] == [
         (0, PROMPT, "script.txt line 4"),
         (1.5, NEXT, "script.txt line 5"),
     ]
     assert [script.at(t) for t in (0, 1.49, 1.5, 99)] == [0, 0, 1, 1]
-    given = Script.of([(1.5, NEXT)]).from_start(PROMPT)
+    given = PromptSchedule.of([(1.5, NEXT)]).from_start(PROMPT)
     assert [(line.seconds, line.prompt) for line in given.lines] == [(0.0, PROMPT), (1.5, NEXT)]
 
 
@@ -61,33 +61,33 @@ def test_a_script_is_read(tmp_path):
     [
         ("", "script has no prompts"),
         ("# only this\n\n", "script has no prompts"),
-        ("a red circle", "script line 1: begins with 'a', not with a time"),
-        ("0 x\n12,5 y", "script line 2: begins with '12,5', not with a time"),
-        ("0", "script line 1: no prompt behind the time 0"),
-        ("0 x\n-1 y", "script line 2: a time is a number of seconds from 0 on, got -1"),
-        ("0 x\nnan y", "line 2: a time is a number of seconds from 0 on, got nan"),
-        ("0 x\ninf y", "line 2: a time is a number of seconds from 0 on, got inf"),
-        ("0 x\n2 y\n2 z", "script line 3: times must rise, 2 comes behind 2"),
-        ("1 x", "script line 1: the first prompt must be at 0 s, got 1"),
-        ("0 x\n1 why?", "script line 2: cannot show 'why\\?'"),
-        ("0 x\n7 y", "script line 2: 7 s is too late to show, the last block begins at 6.75 s"),
-        ("0 x\n1 y\n1.2 z", "line 2: never shows, the next prompt takes over at the same block \\(2, from 1.5 s\\)"),
+        ("a red circle", "prompt schedule line 1: starts with 'a', expected"),
+        ("0 x\n12,5 y", "prompt schedule line 2: starts with '12,5', expected"),
+        ("0", "prompt schedule line 1: no prompt after the time 0"),
+        ("0 x\n-1 y", "prompt schedule line 2: time must be a number of seconds, at least 0, got -1"),
+        ("0 x\nnan y", "line 2: time must be a number of seconds, at least 0, got nan"),
+        ("0 x\ninf y", "line 2: time must be a number of seconds, at least 0, got inf"),
+        ("0 x\n2 y\n2 z", "prompt schedule line 3: times must ascend, got 2 after 2"),
+        ("1 x", "prompt schedule line 1: the first prompt must be at 0 s, got 1"),
+        ("0 x\n1 why?", "prompt schedule line 2: cannot show 'why\\?'"),
+        ("0 x\n7 y", "prompt schedule line 2: 7 s is too late, the last block starts at 6.75 s"),
+        ("0 x\n1 y\n1.2 z", "line 2: has no effect, the next prompt replaces it in the same block \\(2, from 1.5 s\\)"),
     ],
 )
 def test_a_wrong_script_is_refused_in_one_line(text, message):
     with pytest.raises(ValueError, match=message) as error:
-        show(Script.parse(text), num_blocks=10)
+        show(PromptSchedule.parse(text), num_blocks=10)
     assert "\n" not in str(error.value)
 
 
 def test_a_wrong_file_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="cannot read .*none.txt: No such file"):
-        Script.read(tmp_path / "none.txt")
+        PromptSchedule.read(tmp_path / "none.txt")
     (tmp_path / "x.txt").write_bytes(b"0 \xff\xfe")
-    with pytest.raises(ValueError, match="x.txt is not text in UTF-8"):
-        Script.read(tmp_path / "x.txt")
-    with pytest.raises(ValueError, match="line 1 is a prompt at 0 s: leave out the other one, 'x'"):
-        Script.parse("0 y").from_start("x")
+    with pytest.raises(ValueError, match="x.txt is not UTF-8"):
+        PromptSchedule.read(tmp_path / "x.txt")
+    with pytest.raises(ValueError, match="line 1 is the prompt at 0 s: leave out the other one, 'x'"):
+        PromptSchedule.parse("0 y").from_start("x")
 
 
 # When it shows
@@ -95,7 +95,7 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("num_blocks", [None, 12])
 def test_a_prompt_takes_over_at_the_first_block_that_begins_at_its_time(num_blocks):
-    made = show(Script.parse("0 a\n0.75 bb\n2.3 ccc\n6.75 a"), num_blocks)
+    made = show(PromptSchedule.parse("0 a\n0.75 bb\n2.3 ccc\n6.75 a"), num_blocks)
     assert [int(made(n)[0, 0, 0]) for n in range(11)] == [1, 2, 2, 2, 3, 3, 3, 3, 3, 1, 1]
     assert made(0) is made(10), "one tensor for one prompt: its keys are computed once"
     assert made.notes() == [
@@ -129,7 +129,7 @@ def test_what_a_live_change_waits(options, ranks, blocks, forwards, again):
 
 
 def test_in_step_first_no_live_change_shows():
-    with pytest.raises(ValueError, match="step_first begins every block before one is finished"):
+    with pytest.raises(ValueError, match="got step_first, which starts every block before one is"):
         prompt_delay(Plan(4, "step_first", 3))
 
 
@@ -218,7 +218,7 @@ def test_what_is_kept_to_be_cached_again_does_not_grow():
         MODEL, TEXT, FlowSchedule.uniform(2), num_frames=None, order="stream", window_frames=8, sink_frames=2,
         on_prompt_change="recache", **SIZE,
     )  # fmt: skip
-    kept = [len(made._executor.history.kept) for _ in itertools.islice(made, 30)]
+    kept = [len(made._executor.history.stored) for _ in itertools.islice(made, 30)]
     assert set(kept[5:]) == {2 * 2}  # at each step the block in the window and the sink's
 
 
@@ -249,10 +249,10 @@ def frames(model, prompt, **options):
 
 
 def test_a_video_of_a_script(model):
-    script = Script.of([(0, PROMPT), (0.5, NEXT)])  # blocks of 3 frames at 12 fps: from the third block on
+    script = PromptSchedule.of([(0, PROMPT), (0.5, NEXT)])  # blocks of 3 frames at 12 fps: from the third block on
     made, found = frames(model, None, prompts=script)
     _, plain = frames(model, PROMPT)
-    _, also = frames(model, PROMPT, prompts=Script.of([(0.5, NEXT)]))
+    _, also = frames(model, PROMPT, prompts=PromptSchedule.of([(0.5, NEXT)]))
     assert [(a == b).all() for a, b in zip(found, plain, strict=True)] == [True, True] + [False] * 4
     assert all((a == b).all() for a, b in zip(found, also, strict=True))
     assert made.notes()[1:] == [
@@ -261,8 +261,8 @@ def test_a_video_of_a_script(model):
     ]
     assert made.metadata["prompts"] == [[0.0, PROMPT], [0.5, NEXT]]
     assert "command" not in made.metadata  # no file holds these prompts
-    with pytest.raises(ValueError, match="script line 2: .*colour"):
-        prepare(None, model=model, prompts=Script.parse(f"0 {PROMPT}\n1 a beige circle moving up"))
+    with pytest.raises(ValueError, match="prompt schedule line 2: .*colour"):
+        prepare(None, model=model, prompts=PromptSchedule.parse(f"0 {PROMPT}\n1 a beige circle moving up"))
     with pytest.raises(ValueError, match="a prompt is a string, got NoneType"):
         prepare(None, model=model)
 
@@ -278,7 +278,13 @@ def test_a_video_goes_on_from_its_session(model, tmp_path):
     assert len(rest) == 4 and resumed.frames_done == 18
     assert all((a == b).all() for a, b in zip([*made, *rest], whole, strict=True))
     fork = list(prepare(NEXT, session=path, **options))
-    _, expected = frames(model, None, prompts=Script.of([(0, PROMPT), (2 * BLOCK / 12, NEXT)]))
+    _, expected = frames(model, None, prompts=PromptSchedule.of([(0, PROMPT), (2 * BLOCK / 12, NEXT)]))
     assert all((a == b).all() for a, b in zip([*made, *fork], expected, strict=True))
-    with pytest.raises(ValueError, match="nothing to save yet"):
+    with pytest.raises(ValueError, match="nothing to save"):
         prepare(PROMPT, **options).save_session(tmp_path / "t")
+
+
+@pytest.mark.parametrize("wrong", [[(0, "a prompt")], "script.txt", {"0": "a prompt"}])
+def test_a_script_of_what_are_no_lines_names_the_two_ways(wrong):
+    with pytest.raises(ValueError, match=r"use .of\(\[\(0, 'a prompt'\), ...\]\), or .read"):
+        PromptSchedule(wrong)

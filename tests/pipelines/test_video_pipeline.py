@@ -114,23 +114,23 @@ def edit_config(change):
 
 Q = "transformer.blocks.0.self_attn.q.weight"
 DAMAGES = {
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), r"cannot read .*model\.safetensors: No such file"),
-    "no config": (lambda f: (f / CONFIG).unlink(), r"cannot read .*config\.json: No such file"),
-    "cut off": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:5000]), "safetensors is corrupt"),
-    "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "safetensors is corrupt"),
-    "tensor gone": (edit_tensors(lambda t: t.pop(Q)), f"tensor {Q} is missing"),
-    "tensor too many": (edit_tensors(lambda t: t.update({"transformer.x": t[Q] * 1})), "unexpected tensor transformer"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), r"model\.safetensors: no such file"),
+    "no config": (lambda f: (f / CONFIG).unlink(), r"config\.json: no such file"),
+    "cut off": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:5000]), "safetensors: corrupt"),
+    "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "safetensors: corrupt"),
+    "tensor gone": (edit_tensors(lambda t: t.pop(Q)), rf"1 missing key \({Q}\)"),
+    "tensor too many": (edit_tensors(lambda t: t.update({"transformer.x": t[Q] * 1})), r"unexpected key \(transformer"),
     "stranger": (edit_tensors(lambda t: t.update({"vae.x": t[Q] * 1})), "unexpected tensor vae.x; expected trans"),
-    "shape": (edit_tensors(lambda t: t.update({Q: t[Q][:5] * 1})), rf"tensor {Q} is \[5, 32\], expected \[32, 32\]"),
-    "integers": (edit_tensors(lambda t: t.update({Q: t[Q].int()})), rf"tensor {Q} is torch.int32, expected floats"),
+    "shape": (edit_tensors(lambda t: t.update({Q: t[Q][:5] * 1})), rf"{Q} is \[5, 32\], expected \[32, 32\]"),
+    "integers": (edit_tensors(lambda t: t.update({Q: t[Q].int()})), r"q\.weight is torch.int32, expected one of"),
     "codec gone": (edit_tensors(lambda t: t.pop("codec.basis")), "codec state lacks basis"),
     "codec shape": (edit_tensors(lambda t: t.update({"codec.mean": torch.ones(9)})), "codec tensors do not fit"),
-    "no JSON": (lambda f: (f / CONFIG).write_text("{"), r"config\.json is corrupt"),
+    "no JSON": (lambda f: (f / CONFIG).write_text("{"), r"config\.json: corrupt"),
     "another format": (edit_config(lambda c: c.update(format="wan")), 'format must be "hiar-toy"'),
     "key gone": (edit_config(lambda c: c.pop("fps")), "key fps is missing"),
     "unknown key": (edit_config(lambda c: c.update(fbs=12)), "unknown key fbs; known: format, transformer"),
     "unknown size": (edit_config(lambda c: c["transformer"].update(deph=2)), r"unknown key transformer\.deph"),
-    "wrong size": (edit_config(lambda c: c["transformer"].update(num_layers=2)), r"blocks\.1\.\S+ is missing"),
+    "wrong size": (edit_config(lambda c: c["transformer"].update(num_layers=2)), r"missing keys .*blocks\.1\."),
     "wrong kind": (edit_config(lambda c: c["transformer"].update(dim="wide")), "dim must be a whole number"),
     "odd frame": (edit_config(lambda c: c["world"].update(height=36)), "frame size 36x32 must be a multiple of 8"),
     "zero": (edit_config(lambda c: c["rollout"].update(frames_per_block=0)), "frames_per_block must be a whole number"),
@@ -219,18 +219,30 @@ ILLEGAL = {
     "no frames": ({"num_frames": 0}, "num_frames must be a whole number of at least 1, got 0"),
     "negative frames": ({"num_frames": -3}, "num_frames must be a whole number of at least 1, got -3"),
     "half a frame": ({"num_frames": 1.5}, "num_frames must be a whole number"),
-    "no steps": ({"steps": 0}, "steps must be a whole number of at least 1"),
+    "no steps": ({"steps": 0}, "steps must be a whole number from 1 to 1000, got 0"),
     "order": ({"order": "reverse"}, "order must be one of step_first, stream, wavefront, block_first, got 'reverse'"),
     "seed": ({"seed": "x"}, "seed must be a whole number, got 'x'"),
     "window": ({"window_frames": 2}, "window_frames must be a whole number of at least 3 .*got 2"),
     "window word": ({"window_frames": "wide"}, "window_frames must be a number"),
     "sink": ({"sink_frames": -1}, "sink_frames must be a whole number of at least 0"),
     "large sink": ({"sink_frames": 7}, "window_frames must be a whole number of at least 10"),
-    "fps": ({"fps": 0}, "fps must be a number above 0, got 0"),
+    "fps": ({"fps": 0}, "fps must be a number from 0.01 to 1000, got 0"),
+    "a rate that no file can hold": ({"fps": 1e6}, "fps must be a number from 0.01 to 1000, got 1000000.0"),
+    "more steps than levels": ({"steps": 10**7}, "steps must be a whole number from 1 to 1000, got 10000000"),
+    "threads without number": ({"threads": 10**5}, r"threads must be a whole number from 1 to \d+, got 100000"),
+    "half a window": ({"window_frames": 2.5}, "window_frames=2.5 is not legal: give None, one number"),
+    "a true window": ({"window_frames": True}, "window_frames=True is not legal"),
+    "an array of windows": ({"window_frames": np.array([6, 6, 6])}, "window_frames=array.* one per step .2."),
+    "no model": ({"model": None}, "model must be the path of a file or folder, got None"),
+    "image": ({"image": 3}, "image must be the path of a file or folder, got 3"),
+    "clip": ({"extend": b"x.mp4"}, "extend must be the path of a file or folder, got b'x.mp4'"),
+    "session": ({"session": 3}, "session must be the path of a file or folder, got 3"),
+    "prompts": ({"prompts": "a.txt"}, "prompts must be a PromptSchedule .* got 'a.txt'"),
+    "progress": ({"on_progress": 3}, "on_progress must be a function or None, got 3"),
     "device": ({"device": "abacus"}, "unknown device 'abacus'; legal: auto, cpu"),
     "device number": ({"device": "cuda:99"}, "is not there"),
     "dtype": ({"dtype": "int8"}, "unknown dtype 'int8'; legal: float32"),
-    "other dtype": ({"dtype": "float64"}, "the model given is in torch.float32, not in float64"),
+    "other dtype": ({"dtype": "float64"}, "dtype must be that of the loaded model, torch.float32, got float64"),
     "model": ({"model": "nowhere"}, "'nowhere' is neither a folder nor a shipped model"),
 }  # fmt: skip
 
@@ -246,9 +258,9 @@ def test_illegal_requests(model, name, make, monkeypatch):
 
 
 def test_endless_needs_a_window_and_an_order(model):
-    with pytest.raises(ValueError, match="needs a window"):
+    with pytest.raises(ValueError, match="window_frames must be a number for an endless video"):
         stream(PROMPT, model=model, window_frames=None)
-    with pytest.raises(ValueError, match="step_first cannot make an endless video: .*use stream, wavefront"):
+    with pytest.raises(ValueError, match="order must be one of stream, wavefront, .* got step_first"):
         stream(PROMPT, model=model, order="step_first")
     assert len(generate(PROMPT, model=model, window_frames=None, order="stream")) == FRAMES
 
@@ -303,7 +315,7 @@ def test_black_is_an_error(model):
             return np.full((BLOCK, SIDE, SIDE, 3), 0 if self.calls == 3 else 9, np.uint8)
 
     dark = dataclasses.replace(model, new_decoder=Dark)
-    with pytest.raises(FloatingPointError, match="frames 6 to 8 came out all black: step 1, block 2"):
+    with pytest.raises(FloatingPointError, match="frames 6 to 8 are all black: step 1, block 2"):
         generate(PROMPT, model=dark)
 
 

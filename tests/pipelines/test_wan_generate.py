@@ -55,6 +55,14 @@ def model(files):
     return load_video_model(files / "original", "cpu")
 
 
+@pytest.fixture(scope="module")
+def encoded(model, tmp_path_factory) -> bytes:
+    """The file of the video, made in another order."""
+    path = tmp_path_factory.mktemp("encoded") / "same.mp4"
+    Video(whole(make(model, order="step_first")), 16).save(path)
+    return path.read_bytes()
+
+
 def command(*words, prompt: str | None = PROMPT, frames: int = FRAMES) -> int:
     size = ["--height", HEIGHT, "--width", WIDTH, "--num-frames", frames]
     return main([str(word) for word in ["generate", *([prompt] if prompt else []), *size, "--device", "cpu", *words]])
@@ -87,7 +95,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_video(files, model, here, capsys, layout):
+def test_every_layout_gives_the_same_video(files, model, encoded, here, capsys, layout):
     folder, checkpoint, found = LAYOUTS[layout]
     weights = [] if checkpoint is None else ["--checkpoint", files / checkpoint]
     assert command("-o", "a.mp4", "--model", files / folder, *weights) == 0
@@ -102,8 +110,7 @@ def test_every_layout_gives_the_same_video(files, model, here, capsys, layout):
     assert record["weights_sha256"] == model.weights_sha256
     assert (record["height"], record["width"], record["fps"], record["steps"]) == (HEIGHT, WIDTH, 16, 4)
     assert seen.std() > 1 and (seen[0] != seen[-1]).any()
-    Video(whole(make(model, order="step_first")), 16).save("same.mp4")
-    assert (here / "a.mp4").read_bytes() == (here / "same.mp4").read_bytes(), "other bits than from the first layout"
+    assert (here / "a.mp4").read_bytes() == encoded, "other bits than from the first layout"
 
 
 def test_other_weights_give_another_video(files, model):
@@ -188,7 +195,7 @@ def test_the_image_on_the_command_line(files, clip, here, capsys):
     save_png(np.repeat(clip[0], 2, 0), "tall.png")
     assert command("-o", "a/", "--model", files / "original", "--image", "tall.png", frames=13) == 0
     told = capsys.readouterr()
-    assert f"tall.png: scaled from {2 * HEIGHT}x{WIDTH} and cut to {HEIGHT}x{WIDTH} (height x width)" in told.err
+    assert f"tall.png: scaled from {2 * HEIGHT}x{WIDTH} and cropped to {HEIGHT}x{WIDTH} (height x width)" in told.err
     assert "a: 13 frames, 0.8 s at 16 fps; 12 made in " in told.out
     record = json.loads((here / "a/video.json").read_text())
     assert record["given"] == "tall.png" and "--image ./tall.png" in record["command"]
@@ -198,8 +205,8 @@ def test_the_end_of_a_clip_is_taken(files, clip, here, capsys):
     Video(clip[:11], 24).save("clip.mp4", least_side=1)
     assert command("-o", "a/", "--model", files / "original", "--extend", "clip.mp4", frames=21) == 0
     told = capsys.readouterr().err
-    assert "clip.mp4: the last 9 of 11 frames are taken (1 + 4n)" in told
-    assert "clip.mp4: its frames are of 24 fps, in the video they are shown at 16" in told
+    assert "clip.mp4: the last 9 of 11 frames are used (1 + 4n)" in told
+    assert "clip.mp4: recorded at 24 fps, shown at 16" in told
 
 
 # Prompts, experts, sessions
@@ -216,10 +223,10 @@ def test_a_script_on_the_command_line(files, model, here, capsys):
 
 def test_a_script_behind_an_image(model, clip, here):
     """Times count from the image: of blocks 1, 13, 25 ..., 0.7 s is in the second, which begins at frame 13."""
-    from hiar_model import Script
+    from hiar_model import PromptSchedule
 
     save_png(clip[0], "first.png")
-    script = Script.of([(0, PROMPT), (0.7, NEXT)])
+    script = PromptSchedule.of([(0, PROMPT), (0.7, NEXT)])
     run = prepare(None, model=model, image="first.png", prompts=script, order="stream", **SIZE, num_frames=25)
     assert run.notes()[1] == f"0.7 s {NEXT!r}: shows from 0.8125 s (block 2)"
     plain = make(model, image="first.png", num_frames=25)
@@ -254,7 +261,7 @@ def test_a_rank_of_a_pipeline_loads_its_own_steps(monkeypatch):
     assert own(1, steps_per_rank=[1, 3]) == (range(1, 4), [1, 3])
     for all_of_them in ({"ranks": 1}, {"ranks": 9}, {"checkpoint": "a.pt"}, {"parallel": "ulysses"}):
         assert own(0, **all_of_them)[0] is None
-    with pytest.raises(ValueError, match="loaded before tasks are measured"):
+    with pytest.raises(ValueError, match="--steps-per-rank must be such as .* with weights by step, got measured"):
         own(0, steps_per_rank="measured")
 
 
@@ -272,7 +279,7 @@ def test_a_session_goes_on_and_forks(files, model, here, capsys):
     assert len(images("two")) == 12 and images("one", "two") == images("all")
     assert images("fork") != images("two")
     assert command("-o", "a/", *arguments, "--from-session", "s.safetensors", frames=21) == 2
-    assert "s.safetensors stands at frame 21: --num-frames must be more, got 21" in capsys.readouterr().err
+    assert "--num-frames must be more than the 21 of s.safetensors, got 21" in capsys.readouterr().err
     plain = whole(make(model, window_frames=6, num_frames=33)).astype(int)
     seen = np.stack([decoded(image)[0] for image in sorted((here / "all").glob("*.png"))])
     small = seen.reshape(33, HEIGHT, 8, WIDTH, 8, 3)[:, :, 4, :, 4].astype(int)
@@ -292,7 +299,7 @@ def test_ctrl_c_keeps_a_session(files, here, capsys, monkeypatch):
         patch.setattr(StreamingDecoder, "decode", interrupted)
         assert command("-o", "a.mp4", *arguments, "--session", "s.safetensors", frames=33) == 130
     told = capsys.readouterr().err.splitlines()
-    assert told[-1] == "hiar: interrupted; 9 frames are in a.mp4, --from-session s.safetensors goes on"
+    assert told[-1] == "hiar: interrupted; 9 frames are in a.mp4, resume with --from-session s.safetensors"
     assert len(decoded("a.mp4")) == 9
     assert command("-o", "b.mp4", *arguments, "--from-session", "s.safetensors", frames=33) == 0
     assert len(decoded("b.mp4")) == 24
@@ -315,7 +322,7 @@ def test_one_block_behind(model, here):
     run = prepare(PROMPT, model=behind, order="stream", **SIZE, num_frames=33)
     frames = iter(run)
     first = next(frames)
-    assert run.rollout.blocks_done == 2 and run.decoding.behind and run.frames_done == 9
+    assert run.rollout.blocks_done == 2 and run.decoding.asynchronous and run.frames_done == 9
     run.save_session("s.safetensors")
     assert np.array_equal(whole([first, *frames]), whole(expected))
     rest = prepare(PROMPT, model=behind, order="stream", session="s.safetensors", **SIZE, num_frames=33)
@@ -326,4 +333,4 @@ def test_decoding_at_once(model):
     decoding = Decoding(model.decoder())
     made = list(decoding.put(4, torch.zeros(1, 3, 16, 4, 6)))
     assert [(block, frames.shape) for block, frames in made] == [(4, (9, HEIGHT, WIDTH, 3))]
-    assert not list(decoding.rest()) and decoding.seconds > 0 and not decoding.behind
+    assert not list(decoding.flush()) and decoding.seconds > 0 and not decoding.asynchronous

@@ -15,8 +15,8 @@ from runs import changed
 from hiar_model import config
 from hiar_model.cli import main
 from hiar_model.planning import fit
-from hiar_model.planning.fit import ask, parse_size, subject, ways_to_fit
-from hiar_model.planning.memory import Part, vae_part
+from hiar_model.planning.fit import fit_query, options_that_fit, parse_size, subject
+from hiar_model.planning.memory import ComponentMemory, vae_memory
 
 pytestmark = pytest.mark.cpu
 
@@ -48,36 +48,36 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "24 apples", "-3GB", "0", "24GBs", "1e3", "24,5GB"])
 def test_no_sizes(text):
-    with pytest.raises(ValueError, match=r"is no size: give such as 24GB .* 24GiB .* or 80"):
+    with pytest.raises(ValueError, match=r"size such as 24GB .* 24GiB .* or 80"):
         parse_size(text)
 
 
 def test_ways_to_fit_change_as_little_as_they_can():
-    asked = ask(WAN, order="stream", sink_frames=3, **SMALL)
-    whole = asked.memory().total
-    assert ways_to_fit(asked, whole, shown=1)[0][0].options == ()
-    ways = ways_to_fit(asked, whole - 1)
+    query = fit_query(WAN, order="stream", sink_frames=3, **SMALL)
+    whole = query.memory().total
+    assert options_that_fit(query, whole, shown=1)[0][0].options == ()
+    ways = options_that_fit(query, whole - 1)
     assert [str(change) for change, _ in ways] == [
         "--offload text",
         "--order step_first",
         "--kv-dtype float8_e4m3fn",
     ]
     for change, memory in ways:
-        assert memory == change.made(asked).memory() and memory.total < whole
+        assert memory == change.apply(query).memory() and memory.total < whole
     # while the prompt is read both are there: only afterwards is there room for caches
-    models = asked.memory().reading  # weights, and what torch gives cuBLAS
-    [(only, memory)] = ways_to_fit(asked, models)
+    models = query.memory().encoding  # weights, and what torch gives cuBLAS
+    [(only, memory)] = options_that_fit(query, models)
     assert str(only) == "--offload text" and memory.total == models and memory.when == "reading the prompt"
-    assert ways_to_fit(asked, models - 1) == []
+    assert options_that_fit(query, models - 1) == []
 
 
 def test_what_is_no_change_is_not_proposed():
     def proposed(**options) -> str:
-        return " ".join(str(c) for group in fit.changes(ask(WAN, **{**SMALL, **options})) for c in group)
+        return " ".join(str(c) for group in fit.changes(fit_query(WAN, **{**SMALL, **options})) for c in group)
 
     assert "step_first" in proposed(order="wavefront") and "step_first" not in proposed()
     assert "step_first" not in proposed(order="block_first"), "another video"
-    shared = ask(WAN, **SMALL, order="stream")
+    shared = fit_query(WAN, **SMALL, order="stream")
     shared = replace(shared, request=changed(shared.request, kv_source="next_step"))
     assert not [change for group in fit.changes(shared) for change in group if "step_first" in str(change)]
     assert "float8" in proposed() and "float8" not in proposed(kv_dtype="bfloat16")
@@ -96,7 +96,7 @@ def test_a_table_adds_up():
     assert peak == pytest.approx(sum(parts.values()), abs=0.06)
     assert parts["transformer"] == 2.84 and parts["text encoder"] == 11.36
     assert "24.00 GB: fits" in told and "1.00 GB: does not fit" in told
-    assert "Nothing that can be changed here makes it fit" in told
+    assert "No option makes it fit" in told
 
 
 def test_the_toy():
@@ -116,7 +116,7 @@ def test_a_folder(write, tmp_path):
     alone = subject(str(write(tmp_path / "alone", parts=False)))
     assert alone.missing == ("text encoder", "VAE") and alone.vae is None
     told = said("--model", str(tmp_path / "alone"), *small)
-    assert "Not counted, for it is not there: text encoder, VAE." in told
+    assert "Not counted because missing: text encoder, VAE." in told
 
 
 def test_a_training_file(tmp_path):
@@ -128,13 +128,14 @@ def test_a_vae():
     """Of its parts, weights by diffusers' own count; what is kept grows with the picture, not with the block."""
     wanted = sum(p.numel() for p in wan_files.vae().parameters())
     numbers = 4 * 2 * 16  # float32 means and deviations of the latents
-    small = vae_part({"base_dim": 8}, 4, 4, 3, torch.float32)
-    assert small.weights == 4 * wanted and small.kept > numbers and small.peak > 0
-    wide, long = vae_part({"base_dim": 8}, 4, 8, 3, torch.float32), vae_part({"base_dim": 8}, 4, 4, 6, torch.float32)
-    assert wide.kept - numbers == 2 * (small.kept - numbers) and long.kept == small.kept
+    small = vae_memory({"base_dim": 8}, 4, 4, 3, torch.float32)
+    assert small.weights == 4 * wanted and small.resident > numbers and small.peak > 0
+    wide = vae_memory({"base_dim": 8}, 4, 8, 3, torch.float32)
+    long = vae_memory({"base_dim": 8}, 4, 4, 6, torch.float32)
+    assert wide.resident - numbers == 2 * (small.resident - numbers) and long.resident == small.resident
     assert wide.peak > small.peak and long.peak > small.peak
-    half = vae_part({"base_dim": 8}, 4, 4, 3, torch.bfloat16)
-    assert half.kept - numbers == (small.kept - numbers) // 2
+    half = vae_memory({"base_dim": 8}, 4, 4, 3, torch.bfloat16)
+    assert half.resident - numbers == (small.resident - numbers) // 2
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_a_vae():
         (["--gpu-memory", "24GB"], "--gpu-memory needs --model"),
         (["--frames", "9"], "--frames needs --model"),
         (["--model", "wan9"], "model 'wan9' is no name, file or folder; names: toy, .*wan2.1-t2v-1.3b"),
-        (["--model", WAN, "--gpu-memory", "much"], "'much' is no size: give such as 24GB"),
+        (["--model", WAN, "--gpu-memory", "much"], "size such as 24GB"),
         (["--model", WAN, "--height", "470"], "height must be a multiple of 16 and width of 16 pixels, got 470x832"),
         (["--model", WAN, "--frames", "80"], "whole blocks of 3 latent frames: got 80, nearest 69 or 81"),
         (["--model", WAN, "--frames", "0"], "got 0, nearest 9"),
@@ -163,7 +164,7 @@ def test_refusals(words, said, capsys, tmp_path, monkeypatch):
 
 
 def test_an_offloaded_part_is_not_on_the_gpu():
-    asked = ask(WAN, **{**SMALL, "vae_dtype": None}, offload=("vae",))
-    assert asked.memory().vae == Part()
-    both = replace(asked, offload=("text", "vae"))
-    assert asked.memory().resident - both.memory().resident == 2 * config.WAN.text_encoder_parameters
+    query = fit_query(WAN, **{**SMALL, "vae_dtype": None}, offload=("vae",))
+    assert query.memory().vae == ComponentMemory()
+    both = replace(query, offload=("text", "vae"))
+    assert query.memory().resident - both.memory().resident == 2 * config.WAN.text_encoder_parameters

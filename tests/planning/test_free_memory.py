@@ -51,11 +51,11 @@ def test_refused_in_one_line_with_what_fits(folder, little, capsys):
     assert main(["generate", wan_files.PROMPT, "-o", "a.mp4", "--model", folder, *SIZE, "--dtype", "float32"]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and re.search(
-        r"takes about \d+\.\d GB in float32 and \d+\.\d GB of memory are free", told
+        r"needs about \d+\.\d GB in float32, \d+\.\d GB of memory are free", told
     )
     assert "these fit: " in told and "--dtype bfloat16 (" in told
     little(half * 3 // 4)
-    with pytest.raises(ValueError, match=r"in bfloat16 and .* GB of memory are free; .*--height"):
+    with pytest.raises(ValueError, match=r"in bfloat16, .* GB of memory are free; .*--height"):
         generate(wan_files.PROMPT, model=folder, height=64, width=64, num_frames=33, device="cpu")
 
 
@@ -124,7 +124,7 @@ def test_weights_in_the_dtype_of_the_file_are_mapped(tmp_path, write, size):
     folder = write(tmp_path / "model")
     for dtype in (torch.bfloat16, torch.float32):
         one = free_memory._need(folder, None, CPU, dtype, (), None, order=None, height=64, width=64, frames=9)
-        numbers, found = one.text
+        numbers, found = one.text_encoder
         assert found == size and numbers > 0
         without = free_memory.replace(one, text=(0, 0)).total()
         assert one.total() - without == (0 if dtype.itemsize == size else numbers * dtype.itemsize)

@@ -10,14 +10,14 @@ from runs import changed, make_request
 
 from hiar_model.config import WanConfig
 from hiar_model.models.transformer import HiARTransformer
-from hiar_model.planning.memory import WORKSPACE, LiveBytes, Memory, Part, Request, predict
+from hiar_model.planning.memory import WORKSPACE, ComponentMemory, LiveBytes, Memory, Request, predict
 
 pytestmark = pytest.mark.cpu
 
 E4M3 = torch.float8_e4m3fn
 CONFIG = WanConfig(dim=64, ffn_dim=160, num_heads=2, num_layers=3, freq_dim=16, text_dim=24, text_len=40)
 NARROW = replace(CONFIG, dim=16, ffn_dim=16, num_heads=1, num_layers=1)  # latents are the most of it
-REQUEST = make_request(CONFIG, 8, 12, 24, steps=3, window_frames=9, dtype=torch.float32, device="cpu")
+REQUEST = make_request(CONFIG, 8, 12, 15, steps=3, window_frames=9, dtype=torch.float32, device="cpu")
 
 
 def taken(request: Request) -> int:
@@ -69,8 +69,8 @@ def test_what_captured_visits_take_beside_eager_ones(order):
     assert (one.workspaces, other.workspaces) == (WORKSPACE, 2 * WORKSPACE)
     assert predict(changed(eager, device="cpu")).workspaces == 0
     assert one.activations == other.activations
-    assert other.visiting - one.visiting == other.prompt - one.prompt + WORKSPACE
-    decoding = Part(kept=5, peak=1 << 30)
+    assert other.task - one.task == other.prompt - one.prompt + WORKSPACE
+    decoding = ComponentMemory(resident=5, peak=1 << 30)
     one, other = (replace(memory, vae=decoding) for memory in (one, other))
     assert other.decoding - one.decoding == other.prompt - one.prompt + WORKSPACE + one.activations
 
@@ -125,13 +125,13 @@ def test_the_caches_are_those_of_the_engine():
 def test_phases():
     memory = Memory(
         transformer=10, caches=30, rings=2, scratch=3, prompt=4, latents=5, activations=7,
-        text_encoder=Part(20), vae=Part(2, 6, 9),
+        text_encoder=ComponentMemory(20), vae=ComponentMemory(2, 6, 9),
     )  # fmt: skip
     resident = 10 + 30 + 3 + 4 + 5 + 20 + 2 + 6
-    assert (memory.resident, memory.visiting, memory.decoding) == (resident, resident + 7, resident + 9)
-    assert (memory.reading, memory.total, memory.when) == (32, resident + 9, "decoding")
+    assert (memory.resident, memory.task, memory.decoding) == (resident, resident + 7, resident + 9)
+    assert (memory.encoding, memory.total, memory.when) == (32, resident + 9, "decoding")
     light = replace(memory, offload=("text", "vae"))
-    assert (light.reading, light.total, light.when) == (30, 59, "a task")
+    assert (light.encoding, light.total, light.when) == (30, 59, "a task")
     assert replace(light, caches=0).when == "reading the prompt"
 
 
@@ -143,7 +143,7 @@ def test_phases():
         ({"num_frames": 10}, "nearest 9 or 12"),
         ({"num_frames": None, "order": "stream", "window_frames": None}, "endless video needs a window"),
         ({"kv_dtype": torch.int8}, "kv_dtype must be one of .*float8_e4m3fn"),
-        ({"height": 9}, "9x12 is no multiple of the patch"),
+        ({"height": 9}, "multiples of the patch 2x2, got 9x12"),
     ],
     ids=str,
 )

@@ -109,15 +109,15 @@ def test_a_warm_up_says_what_it_costs(capfd):
     out = capfd.readouterr().out.splitlines()
     first, _, second = (line for line in out if "process" in line)
     assert first.startswith("cold start of this process: weights ") and second.startswith("cold start of this process")
-    assert "first run of" in first and "kinds of launches (compiling, loading, capturing)" in first
+    assert "first run of" in first and "kinds of forwards (compiling, loading, capturing)" in first
 
 
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--order", "step_first"], "profile needs an order with a steady state: stream, wavefront or block_first"),
+        (["--order", "step_first"], r"--order must have a steady state \(stream, wavefront or block_first\)"),
         (["--model", "wan"], "--model 'wan' is no known configuration; known: toy, wan"),
-        (["--model", "toy", "--height", "32"], "toy has one size: give no height and no width"),
+        (["--model", "toy", "--height", "32"], "toy has one size"),
         (["--height", "33"], "height and width must be multiples of 16, got 33x832"),
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, float64, got 'int8'"),
         (["--blocks", "0"], "--blocks must be a whole number of at least 1, got 0"),

@@ -216,6 +216,13 @@ def test_schedules_and_configuration_are_plain_python(unit_name):
             assert "torch" not in reached(ROOT, module), module
 
 
+def test_what_ops_share_knows_no_op():
+    for module in modules(ROOT):
+        if module.startswith("hiar_kernels.common."):
+            ours = [t for t in imports(ROOT, module) if t.startswith("hiar_kernels.")]
+            assert all(t.startswith("hiar_kernels.common") for t in ours), module
+
+
 def test_the_reference_rollout_shares_nothing_with_the_engine():
     """An oracle that called what it is compared with would agree with it in everything."""
     ours = [name for name in reached(ROOT, "hiar_model.rollout.reference") if name.startswith("hiar_model.")]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import shutil
 import subprocess
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,20 @@ def test_types_are_installed():
     data = read_configuration(str(ROOT / "pyproject.toml"), expand=False)["tool"]["setuptools"]["package-data"]
     for package in ("hiar_kernels", "hiar_model"):
         assert (ROOT / package / "py.typed").is_file() and "py.typed" in data[package]
+
+
+WITH_EXAMPLES = [
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for file in sorted((ROOT / "hiar_model").rglob("*.py"))
+    if ">>> " in file.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
+def test_examples_in_docstrings(module):
+    torch.manual_seed(0)
+    failed, tried = doctest.testmod(import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert tried and not failed
 
 
 @pytest.mark.parametrize(
@@ -65,8 +80,8 @@ esac
 @pytest.mark.parametrize("goal", ["setup", "setup-dev"])
 def test_setting_up_shows_its_progress(tmp_path, goal):
     """With a stand-in for the interpreter: every step is announced, and pip is not told to be quiet."""
-    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt", "hiar_kernels/_extension.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt", "hiar_kernels/common/extension.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)

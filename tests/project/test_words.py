@@ -57,10 +57,7 @@ PUBLIC = {
 """Keywords of the function hiar_model.rollout, which stay as they are."""
 
 TO_DO = {
-    "Place": 1, "Script": 1, "Show": 1, "Watch": 2, "asked": 16, "enter": 2, "found": 85, "given": 38, "held": 7,
-    "highest": 14, "keep": 2, "kept": 26, "lends": 1, "lent": 1, "live": 29, "made": 17, "on_new_text": 1,
-    "parts": 8, "record": 6, "stands": 1, "texts": 10, "told": 25, "total": 20, "visit": 1, "visited": 1,
-    "visiting": 1, "walk": 1, "wanted": 19, "way": 1, "ways": 2,
+    "found": 3, "kept": 3, "live": 3, "parts": 3, "record": 4, "texts": 1, "told": 1, "visit": 1,
 }  # fmt: skip
 """Old word -> places that still have it. It may only shrink."""
 

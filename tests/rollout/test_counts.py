@@ -45,23 +45,24 @@ def model(monkeypatch) -> HiARTransformer:
 @pytest.mark.parametrize("of_block", [False, True])
 def test_texts(model, text, says, of_block):
     given = (lambda block: TEXT if block == 0 else text) if of_block else text
-    name = "text of block 1" if of_block else "text"
+    name = "prompt_embeds of block 1" if of_block else "prompt_embeds"
     with pytest.raises(ValueError, match=f"^{re.escape(f'{name} must be {says}')}$"):
         run = make_rollout(model, given, SCHEDULE, num_frames=6, height=2, width=4, batch=2)
-        run.text(0), run.text(1)
+        run.prompt_embeds(0), run.prompt_embeds(1)
 
 
 def test_a_text_of_a_block_is_refused_before_its_forward(model):
-    with pytest.raises(ValueError, match=r"^text of block 0 must be \[1, at most 5, 6\] \(the prompt of one video\)"):
+    message = r"^prompt_embeds of block 0 must be \[1, at most 5, 6\] \(the prompt of one video\)"
+    with pytest.raises(ValueError, match=message):
         list(make_rollout(model, lambda block: TEXT, SCHEDULE, num_frames=6, height=2, width=4))
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"noise": NOISE[:1]}, r"noise must be \[2, any, 2, 2, 4\], got \[1, 6, 2, 2, 4\]"),
+        ({"noise": NOISE[:1]}, r"noise must be \[2, 6, 2, 2, 4\], got \[1, 6, 2, 2, 4\]"),
         ({"noise": NOISE[:, :3]}, r"noise must be \[2, 6, 2, 2, 4\], got \[2, 3, 2, 2, 4\]"),
-        ({"noise": NOISE[0]}, r"noise must be \[2, any, 2, 2, 4\], got \[6, 2, 2, 4\]"),
+        ({"noise": NOISE[0]}, r"noise must be \[2, 6, 2, 2, 4\], got \[6, 2, 2, 4\]"),
         ({"prefix": PREFIX[:1]}, r"prefix must be \[2, any, 2, 2, 4\], got \[1, 3, 2, 2, 4\]"),
         ({"prefix": PREFIX[0]}, r"prefix must be \[2, any, 2, 2, 4\], got \[3, 2, 2, 4\]"),
         ({"prefix": [PREFIX]}, r"prefix must be a tensor \[2, any, 2, 2, 4\], got list"),
@@ -111,5 +112,5 @@ def test_one_forward(model, latents, timesteps, text, says, call):
 
 
 def test_infill(model):
-    with pytest.raises(ValueError, match=r"^text must be \[1 or 2, at most 5, 6\] .*, got \[3, 4, 6\]$"):
+    with pytest.raises(ValueError, match=r"^prompt_embeds must be \[1 or 2, at most 5, 6\] .*, got \[3, 4, 6\]$"):
         infill(model, NOISE, [0], torch.ones(3, 4, 6), SCHEDULE)

@@ -25,7 +25,7 @@ def noise(step: int, seed: int = 5) -> torch.Tensor:
     return torch.stack([torch.cat(blocks) for blocks in drawn])
 
 
-def plain(trajectory: str, model) -> torch.Tensor:
+def plain(sampler: str, model) -> torch.Tensor:
     """Few-step sampling of a whole clip in float64, written out."""
     x = noise(INITIAL).double()
     for step, (sigma, following) in enumerate(zip(SCHEDULE.sigmas, SCHEDULE.sigmas[1:], strict=False)):
@@ -33,36 +33,36 @@ def plain(trajectory: str, model) -> torch.Tensor:
         velocity = model(x, t, TEXT.expand(2, -1, -1))
         x0 = x - sigma * velocity
         ode = x + (following - sigma) * velocity
-        x = (1 - following) * x0 + following * noise(step).double() if trajectory == "sde" else ode
+        x = (1 - following) * x0 + following * noise(step).double() if sampler == "sde" else ode
     return x
 
 
-def run(given=ENDS, **options) -> torch.Tensor:
+def run(known=ENDS, **options) -> torch.Tensor:
     options = {"seed": 5, **options}
-    return infill(options.pop("model", MODEL), options.pop("latents", CLEAN), given, TEXT, SCHEDULE, **options)
+    return infill(options.pop("model", MODEL), options.pop("latents", CLEAN), known, TEXT, SCHEDULE, **options)
 
 
-@pytest.mark.parametrize("trajectory", ["sde", "ode"])
-def test_given_frames_stay_and_are_noised_to_every_level(trajectory):
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+def test_given_frames_stay_and_are_noised_to_every_level(sampler):
     seen = []
-    made = run(trajectory=trajectory, on_level=lambda step, x: seen.append(x.clone()))
+    made = run(sampler=sampler, on_level=lambda step, x: seen.append(x.clone()))
     assert torch.equal(made[ENDS], CLEAN[ENDS])
     assert difference(made[~ENDS], CLEAN[~ENDS]) > 0.1
     for step, x in enumerate(seen):
         sigma = SCHEDULE.sigmas[step]
         # a level's noise is that of the step before it, and of the beginning where steps follow the velocity
-        eps = noise(step - 1 if trajectory == "sde" else INITIAL)
+        eps = noise(step - 1 if sampler == "sde" else INITIAL)
         expected = (1 - sigma) * CLEAN + sigma * eps
         assert torch.equal(x[ENDS], expected[ENDS]), step
     assert torch.equal(seen[0][~ENDS], noise(INITIAL)[~ENDS])
 
 
-@pytest.mark.parametrize("trajectory", ["sde", "ode"])
-def test_with_nothing_given_it_is_plain_sampling(trajectory):
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+def test_with_nothing_given_it_is_plain_sampling(sampler):
     exact = make_model().double()
-    made = run((), model=exact, trajectory=trajectory)
-    assert made.dtype == torch.float64 and difference(made, plain(trajectory, exact)) < 1e-10
-    assert torch.equal(made, run(torch.zeros(2, FRAMES, dtype=torch.bool), model=exact, trajectory=trajectory))
+    made = run((), model=exact, sampler=sampler)
+    assert made.dtype == torch.float64 and difference(made, plain(sampler, exact)) < 1e-10
+    assert torch.equal(made, run(torch.zeros(2, FRAMES, dtype=torch.bool), model=exact, sampler=sampler))
 
 
 def test_with_all_given_it_is_what_was_given():
@@ -118,11 +118,11 @@ def test_not_finite_is_told():
     [
         ({"latents": CLEAN[:, :10]}, "whole blocks of frames_per_block=3, got 10 frames"),
         ({"latents": CLEAN[0]}, r"latents must be \[B, F, 2, H, W\], got \[12, 2, 2, 4\]"),
-        ({"given": [4]}, r"given blocks must be in 0..3, got 4"),
-        ({"given": torch.ones(2, 9, dtype=torch.bool)}, r"given must be bool \[2, 12\], got torch.bool \[2, 9\]"),
-        ({"given": torch.ones(2, 12)}, r"given must be bool \[2, 12\], got torch.float32"),
-        ({"trajectory": "x"}, "trajectory must be one of sde, ode, got 'x'"),
-        ({"model": [MODEL]}, "one for each of the 3 steps; got 1"),
+        ({"known": [4]}, r"known blocks must be in 0..3, got 4"),
+        ({"known": torch.ones(2, 9, dtype=torch.bool)}, r"known must be bool \[2, 12\], got torch.bool \[2, 9\]"),
+        ({"known": torch.ones(2, 12)}, r"known must be bool \[2, 12\], got torch.float32"),
+        ({"sampler": "x"}, "sampler must be one of sde, ode, got 'x'"),
+        ({"model": [MODEL]}, "one for each of the 3 steps, got 1"),
         ({"video_ids": [1]}, "one for each of 2 videos, got 1"),
     ],
     ids=str,

@@ -10,7 +10,8 @@ from runs import make_rollout
 from tiny_model import MODEL, SIZE, TEXT, TINY, make_model, run
 
 import hiar_kernels
-from hiar_kernels.attention import api as attention_api
+import hiar_model
+from hiar_kernels.attention import library
 from hiar_model.config import FlowSchedule
 from hiar_model.rollout import Rollout
 from hiar_model.rollout.nan_guard import NaNGuard
@@ -45,7 +46,7 @@ def broken(place: str, value: float = NAN):
         ),
         ("blocks.1.ffn.2.bias", "layer 1, feed-forward \\(gated_residual_ada_layer_norm: reference\\)"),
         ("head.head.bias", "the head \\(gated_residual_ada_layer_norm: reference\\)"),
-        ("blocks.1.cross_attn.v.bias", "the text's keys for layer 1"),
+        ("blocks.1.cross_attn.v.bias", "the prompt's keys for layer 1"),
     ],
 )
 @pytest.mark.parametrize("order", ["stream", "wavefront"])
@@ -99,23 +100,23 @@ def test_keys_that_an_earlier_visit_left_are_told_from_ones_own():
         list(made)
 
 
-def test_watching_costs_no_look_at_the_device_for_each_visit(monkeypatch):
-    """As on an accelerator: one look a finished block; latents a second run may need are quarantined until then."""
+def test_watching_costs_no_wait_for_the_device_for_each_visit(monkeypatch):
+    """As on an accelerator: one wait per finished block; latents a second run may need are quarantined until then."""
     expected = run(num_frames=15, order="stream", window_frames=7)
-    looks, quarantined = [], []
-    look = NaNGuard.look
+    reads, quarantined = [], []
+    read = NaNGuard.read
 
     def counted(self):
         if self.sent is not None:
-            looks.append([row[-1] for row, _ in self.sent[0]])
+            reads.append([row[-1] for row, _ in self.sent[0]])
             quarantined.append(len(self.quarantined))
-        look(self)
+        read(self)
 
-    monkeypatch.setattr(NaNGuard, "look", counted)
+    monkeypatch.setattr(NaNGuard, "read", counted)
     made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(4), num_frames=15, order="stream", window_frames=7, **SIZE)
     made._executor.nan_guard.device = torch.device("cuda")  # only told: nothing runs there
     assert torch.equal(torch.cat([block.latents for block in made], 1), expected)
-    assert looks == [[Task("denoise", step, block) for step in range(4)] for block in range(5)]
+    assert reads == [[Task("denoise", step, block) for step in range(4)] for block in range(5)]
     assert max(quarantined) <= 8 and not made._executor.nan_guard.quarantined
 
 
@@ -139,14 +140,14 @@ def flaky(monkeypatch):
     """Attention in its "sdpa" implementation gives NaN at some calls; returns the set of those calls, to be filled."""
     bad: set[int] = set()
     calls = [0]
-    attend = attention_api.library.attend
+    attend = library.attend
 
     def sometimes(*args, **kwargs):
         out, lse = attend(*args, **kwargs)
         calls[0] += 1
         return (torch.full_like(out, NAN) if calls[0] in bad else out), lse
 
-    monkeypatch.setattr(attention_api.library, "attend", sometimes)
+    monkeypatch.setattr(library, "attend", sometimes)
     return bad
 
 
@@ -167,23 +168,23 @@ def test_a_visit_that_went_wrong_is_repeated_with_the_reference_ops(order, optio
     expected, _, told = made_with("stop", order, **options)
     assert not told
     # every third launch of the usual implementation goes wrong, and so do the runs that look for the layer
-    count, attend = [0], attention_api.library.attend
+    count, attend = [0], library.attend
 
     def sometimes(*args, **kwargs):
         out, lse = attend(*args, **kwargs)
         return (torch.full_like(out, NAN) if count[0] % 3 == 1 else out), lse
 
-    monkeypatch.setattr(attention_api.library, "attend", sometimes)
+    monkeypatch.setattr(library, "attend", sometimes)
     made = make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=12, window_frames=7, order=order,
                         on_nan="retry",
                    **SIZE, **options)  # fmt: skip
-    launched = made._executor._launch
+    launched = made._executor._forward
 
     def counting(*args):
         count[0] += 1
         return launched(*args)
 
-    made._executor._launch = counting
+    made._executor._forward = counting
     with pytest.warns(RuntimeWarning, match="not finite from step .* of block .* on: layer 0, .*; finite with") as told:
         found = torch.cat([block.latents for block in made], 1)
     assert len(told) == 1, "told once"
@@ -241,11 +242,12 @@ def test_retry_changes_nothing_where_nothing_is_wrong():
         assert torch.equal(run(on_nan="retry", **options), run(**options))
 
 
-def test_what_is_not_offered_is_refused():
+def test_what_is_not_offered_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="on_nan must be one of stop, retry, got 'ignore'"):
         run(on_nan="ignore")
-    with pytest.raises(ValueError, match="on_nan='retry' is impossible with parallel='ulysses'"):
-        run(on_nan="retry", parallel="ulysses")
+    monkeypatch.setattr(hiar_model.rollout.engine, "axis_size", lambda mesh, axis: 2)
+    with pytest.raises(ValueError, match="on_nan must be 'stop' with ranks that share heads"):
+        run(on_nan="retry")
 
 
 def test_what_ran_is_collected_by_op():

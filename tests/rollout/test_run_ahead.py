@@ -9,7 +9,7 @@ from tiny_model import MODEL, SIZE, TEXT
 
 from hiar_model.config import FlowSchedule
 from hiar_model.rollout import Rollout
-from hiar_model.rollout._executor import Executor
+from hiar_model.rollout.executor import Executor
 
 pytestmark = pytest.mark.cpu
 
@@ -69,7 +69,7 @@ def test_a_prompt_given_between_blocks_is_not_missed(order, accelerator, monkeyp
         found = []
         for block in run:
             found.append(block.latents)
-            prompt_of.setdefault(run.begun + 1, TEXT * (2 + len(found)))
+            prompt_of.setdefault(run.last_started_block + 1, TEXT * (2 + len(found)))
         return found
 
     ahead = made({})

@@ -162,7 +162,7 @@ def test_a_write_that_fails_leaves_the_last_session(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hiar_model.rollout.state_io.save_file", full)
+    monkeypatch.setattr("hiar_model.rollout.state_io.save_tensors", full)
     with pytest.raises(ValueError, match="No space left on device"):
         save_session(path, first)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -182,7 +182,7 @@ def damaged(path, **told):
         (lambda path: path.write_bytes(b"x" * 40), "cannot read .*s.safetensors"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "cannot read .*s.safetensors"),
         (lambda path: save_file({"a": torch.zeros(1)}, path), "is no session: format must be 'hiar-session', got None"),
-        (lambda path: damaged(path, about="{}", texts=None), "no state of a rollout .*: texts is missing"),
+        (lambda path: damaged(path, about="{}", texts=None), "not a rollout state .*: texts is missing"),
         (lambda path: damaged(path, about="{}", noise=None), "state: its noise is 'torch-32', this version draws"),
         (lambda path: damaged(path, about="{}", noise='"new"'), "state: its noise is 'new', this version draws"),
         (lambda path: damaged(path, version="2"), "is a session of version 2, this is version 1"),
@@ -204,13 +204,13 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_frames": 18}, "state of another rollout: .* 6 blocks"),
-        ({"window_frames": 6}, "state of another rollout"),
-        ({"order": "block_first"}, "state of another rollout"),
-        ({"trajectory": "ode"}, "state of another rollout: .*, ode"),
+        ({"num_frames": 18}, "state of a different rollout: .* 6 blocks"),
+        ({"window_frames": 6}, "state of a different rollout"),
+        ({"order": "block_first"}, "state of a different rollout"),
+        ({"trajectory": "ode"}, "state of a different rollout: .*, ode"),
         ({"context_noise": 10.0}, "context at 10"),
         ({"on_new_text": "recache"}, "recache"),
-        ({"cache_dtype": torch.float8_e4m3fn}, "state of another rollout: .*float8"),
+        ({"cache_dtype": torch.float8_e4m3fn}, "state of a different rollout: .*float8"),
         ({"model": make_model().double()}, "float64"),
     ],
     ids=str,
@@ -235,15 +235,15 @@ def test_another_schedule_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": "step_first"}, r"all 5 blocks have begun with theirs \(order step_first\)"),
-        ({"pairs": True}, "pairs=True"),
+        ({"order": "step_first"}, r"all 5 blocks have started with theirs \(order step_first\)"),
+        ({"pairs": True}, "fuse_cache_denoise=True"),
     ],
 )
 def test_a_fork_that_could_not_show_is_refused(tmp_path, options, message):
     first = start(**options)
     next(iter(first))
     path = save_session(tmp_path / "s.safetensors", first)
-    with pytest.raises(ValueError, match=f"no fork to another text .*{message}"):
+    with pytest.raises(ValueError, match=f"no fork to another prompt .*{message}"):
         load_session(path, start(OTHER, **options))
 
 
@@ -252,7 +252,7 @@ def test_a_decoder_of_another_kind_is_refused(tmp_path, saved, given):
     first = start()
     next(iter(first))
     path = save_session(tmp_path / "s.safetensors", first, saved)
-    with pytest.raises(ValueError, match="decoder state, the decoder given takes"):
+    with pytest.raises(ValueError, match="decoder state, this decoder takes"):
         load_session(path, start(), given)
 
 
@@ -271,7 +271,7 @@ def test_a_refusal_of_either_leaves_rollout_and_decoder_as_they_were(tmp_path):
         load_session(path, fresh, Refusing())
     assert torch.equal(latents(fresh), latents(start()))
     other = Carrying()
-    with pytest.raises(ValueError, match="state of another rollout"):
+    with pytest.raises(ValueError, match="state of a different rollout"):
         load_session(path, start(num_frames=18), other)
     assert other.count == 0 and float(other.sum) == 0
 

@@ -65,47 +65,47 @@ def root(tmp_path):
 
 def test_rollouts_of_every_kind_of_file(root):
     table = gpu_tables.rollout_table(root)
-    found = cells(table)
-    assert [row[:2] for row in found] == [
+    rows = cells(table)
+    assert [row[:2] for row in rows] == [
         ["X, 2026-01-01-ab A", "stream, shared KV, graph (1)"],
         ["X, 2026-01-01-ab B", "stream, shared KV, graph (2)"],
         ["X, 2026-01-02-aaa", "stream, graph (3)"],
         ["X, 2026-01-02-aaa", "wavefront, fused, graph"],
         ["X, 2026-01-03-bbb", "block-first, graph"],
     ]
-    assert found[0][2:] == ["80.0", "20.0", "", "", ""] and found[1][2:4] == ["60.0", "24.0"]
+    assert rows[0][2:] == ["80.0", "20.0", "", "", ""] and rows[1][2:4] == ["60.0", "24.0"]
     # 12 frames: 0.4 s to make, 0.6 or 0.1 to decode; 0.2 s with the VAE of the same GPU's older folder
-    assert found[2][2:] == ["50.0", "30.0", "12.0", "24.0", "3.00"]
-    assert found[4][2:] == ["40.0", "60.0", "15.0", "40.0", "2.00"]
+    assert rows[2][2:] == ["50.0", "30.0", "12.0", "24.0", "3.00"]
+    assert rows[4][2:] == ["40.0", "60.0", "15.0", "40.0", "2.00"]
     assert table[-4:-1] == ["- (1) revision old", "- (2) revision new", "- (3) as it was"]
     assert table[-1].endswith("same GPU: diffusers' modules 600.0 ms, fused 100.0 ms (2026-01-02-aaa)")
 
 
-def test_parts_are_of_the_newest_folder_of_a_gpu(root):
-    found = cells(gpu_tables.parts_table(root))
-    assert [row[0] for row in found] == ["X, 2026-01-01-ab A", "X, 2026-01-01-ab B", "X, 2026-01-03-bbb"]
-    assert found[0][2:] == ["80.0", *[""] * 7]
-    assert found[1][2:] == ["60.0", *["10.0"] * 4, "21.0", "0.50", ""]
-    assert found[2][2:] == ["40.0", *["10.0"] * 5, "1.00", "0.20"]
+def test_the_breakdown_is_of_the_newest_folder_of_a_gpu(root):
+    rows = cells(gpu_tables.breakdown_table(root))
+    assert [row[0] for row in rows] == ["X, 2026-01-01-ab A", "X, 2026-01-01-ab B", "X, 2026-01-03-bbb"]
+    assert rows[0][2:] == ["80.0", *[""] * 7]
+    assert rows[1][2:] == ["60.0", *["10.0"] * 4, "21.0", "0.50", ""]
+    assert rows[2][2:] == ["40.0", *["10.0"] * 5, "1.00", "0.20"]
 
 
 def test_the_command(root, tmp_path, capsys):
     assert main(["bench-report", "--results", str(root)]) == 0
     out = capsys.readouterr().out
-    assert "\n".join(gpu_tables.rollout_table(root)) in out and "\n".join(gpu_tables.parts_table(root)) in out
+    assert "\n".join(gpu_tables.rollout_table(root)) in out and "\n".join(gpu_tables.breakdown_table(root)) in out
     assert main(["bench-report", "--results", str(root / "no")]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "--results must be a folder" in capsys.readouterr().err
     (root / "y/2026-01-01-ab/ab.json").write_text("{}")
     assert main(["bench-report", "--results", str(root)]) == 2
-    assert "ab.json is no result of the benches: KeyError('rows')" in capsys.readouterr().err
+    assert "ab.json is not a result of the benches: KeyError('rows')" in capsys.readouterr().err
 
 
 def test_nothing_measured(tmp_path):
-    assert gpu_tables.rollout_table(tmp_path) == gpu_tables.parts_table(tmp_path) == gpu_tables.NOTHING
+    assert gpu_tables.rollout_table(tmp_path) == gpu_tables.breakdown_table(tmp_path) == gpu_tables.NOTHING
     assert gpu_tables.stage_times(tmp_path) is None
 
 
-def test_the_committed_results_are_whole():
+def test_committed_results_are_complete():
     """Every folder of a GPU has a README, and every line of rollouts.jsonl a note that says what it is of."""
     folders = gpu_tables.folders(ROOT / "bench" / "results")
     assert folders

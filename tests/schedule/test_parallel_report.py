@@ -29,7 +29,7 @@ from hiar_model.schedule.report import (
     report,
     setup_table,
 )
-from hiar_model.schedule.simulator import makespan, simulate
+from hiar_model.schedule.simulator import simulate
 from hiar_model.schedule.strategies import machines, plan_of, strategies
 from hiar_model.train.engine.loss_plot import can_draw
 
@@ -66,7 +66,7 @@ def test_pictures_show_every_task_inside_the_frame() -> None:
 def test_gains_agree_with_the_closed_forms() -> None:
     for s, n, *gains in rows(gain_table(unit_costs(), steps=(2, 4, 8))):
         steps, blocks = int(s), int(n)
-        best = (makespan(plan_of("block_first", steps), blocks, 1).time) / (2 * blocks + steps - 2)
+        best = (simulate(plan_of("block_first", steps), blocks, 1).time) / (2 * blocks + steps - 2)
         assert gains[-1] == f"{best:.2f}"
         assert gains[0] == f"{((steps + 1) * blocks - 1) / (2 * steps * blocks - steps):.2f}"
 
@@ -87,17 +87,16 @@ def test_limits() -> None:
         assert [float(x) for x in (base, own, pipe, gain)] == [steps + 1, 2 * steps, 2, (steps + 1) / 2]
         assert each == f"{(steps + 1) / (2 * steps):.1%}"
         reached = [
-            makespan(plan_of("block_first", steps), m, 1).time / makespan(plan_of("stream", steps), m, steps).time
+            simulate(plan_of("block_first", steps), m, 1).time / simulate(plan_of("stream", steps), m, steps).time
             for m in (n - 1, n)
         ]
         assert reached[0] < 0.9 * float(gain) <= reached[1]
 
 
 @pytest.mark.parametrize(("steps", "ranks"), [(4, 2), (4, 4), (8, 4)])
-def test_both_strategies_are_equal_where_they_cross(steps: int, ranks: int) -> None:
+def test_both_are_equally_fast_at_the_crossing(steps: int, ranks: int) -> None:
     model = "wan2.1-t2v-1.3b"
-    found = rows(crossing_table([model], [100.0], [steps]))
-    rate = next(float(row[-1]) for row in found if row[2] == str(ranks)) * 1e9
+    rate = next(float(row[-1]) for row in rows(crossing_table([model], [100.0], [steps])) if row[2] == str(ranks)) * 1e9
     config, link = WanConfig.from_name(model), Link("crossing", rate, 0.0)
     costs = roofline(config, 100.0, link)
     shared = head_parallel(costs, config, Geometry(), ranks, link)
@@ -108,8 +107,8 @@ def test_both_strategies_are_equal_where_they_cross(steps: int, ranks: int) -> N
 
 def test_strategies() -> None:
     machine = next(m for m in machines(links=("pcie",)) if m.name == "wan2.1-t2v-1.3b")
-    by_name = {one.name: one for one in strategies(machine)}
-    times = {name: one.run(27).time for name, one in by_name.items()}
+    by_name = {strategy.name: strategy for strategy in strategies(machine)}
+    times = {name: strategy.run(27).time for name, strategy in by_name.items()}
     assert times["pipeline of 3 (2+1+1 steps)"] == pytest.approx(times["pipeline of 2"], rel=1e-3)
     assert times["stream"] == pytest.approx(times["step_first"])
     table = {row[0]: row for row in rows(setup_table(machine))}
@@ -119,8 +118,8 @@ def test_strategies() -> None:
         seconds = by_name[name].run(27).time
         assert row[7] == f"{by_name[name].videos * (1 + 4 * (3 * 27 - 1)) / seconds:.1f}"
         assert float(row[8]) <= float(row[7])  # decoding costs time
-    assert not [one.name for one in strategies(machine, steps=8, gpus=8) if "Ulysses" in one.name]  # 12 heads
-    assert "No Ulysses over 8: the 12 heads must fall into equal parts." in setup_table(machine, 8, 3, 8)
+    assert not [s.name for s in strategies(machine, steps=8, gpus=8) if "Ulysses" in s.name]  # 12 heads
+    assert "No Ulysses over 8: 12 heads cannot be divided evenly." in setup_table(machine, 8, 3, 8)
 
 
 # From measured stage times.
@@ -134,19 +133,19 @@ def test_report_from_stage_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file.write_text(json.dumps(stages))
     text = "\n".join(report(file))
     assert "stage times measured on a test, revision r1" in text and "FLOP of a task / " not in text
-    assert text.count("Ways to make 27 blocks") == len(LINKS)
+    assert text.count("Strategies for 27 blocks") == len(LINKS)
     # a block of a full window: 4 denoise tasks and one cache task of 2 s
     assert "| block_first | 1 | 242 | 1.00 | 2 | 10 | 18 (1.8) |" in text
     file.write_text(json.dumps(stages | {"model": "toy", "height": 16, "width": 16}))
-    assert "No Ulysses over 4: the 2 heads must fall into equal parts." in "\n".join(report(file))
+    assert "No Ulysses over 4: 2 heads cannot be divided evenly." in "\n".join(report(file))
     per_step = [[[3, 0.5]], [[3, 0.25]]]
     file.write_text(json.dumps(stages | {"denoise_s": per_step, "cache_s": per_step}))
     text = "\n".join(report(file))
-    assert "Ways to make" not in text and "| 2 | 27 |" in text  # two curves: two steps
+    assert "Strategies for" not in text and "| 2 | 27 |" in text  # two curves: two steps
 
 
 def test_the_report_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each table is printed when it is made: what was measured stands there before the first simulation."""
+    """Tables are printed one by one: measurements come before the first simulation."""
     shown: list[str] = []
 
     def stop(*_: object) -> list[str]:
@@ -161,8 +160,16 @@ def test_the_report_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "## Where the time of a task goes, ms" in shown[0] and "Steady state" not in shown[0]
 
 
-def row_of(order: str, way: str, ranks: int, seconds: float, **more) -> dict:
-    row = {"order": order, "way": way, "ranks": ranks, "split": [4], "blocks": 27, "measured": True, "seconds": seconds}
+def row_of(order: str, strategy: str, ranks: int, seconds: float, **more) -> dict:
+    row = {
+        "order": order,
+        "way": strategy,
+        "ranks": ranks,
+        "split": [4],
+        "blocks": 27,
+        "measured": True,
+        "seconds": seconds,
+    }
     numbers = {"first_block": 0.5, "interval": 0.25, "prompt": None, "fps": 24.0, "fps_vae": 15.0, "predicted": seconds}
     return {**row, **numbers, **more}
 
@@ -184,4 +191,4 @@ def test_the_table_of_what_was_measured(tmp_path, capsys):
     assert "- device: a GPU" in out and not any("visit_s" in line for line in out)
     target.write_text("{}")
     assert main(["bench-report", "--measured", str(target)]) == 2
-    assert "is no result of bench/rollout/test_four_step_speedup.py" in capsys.readouterr().err
+    assert "must be a result of bench/rollout/test_four_step_speedup.py" in capsys.readouterr().err

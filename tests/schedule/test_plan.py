@@ -1,4 +1,4 @@
-"""The tasks of a rollout: geometry, graph, walks and their checker."""
+"""The tasks of a rollout: geometry, dependencies, task orders and their checker."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.cpu
 MATCHED = ("step_first", "stream", "wavefront")
 
 
-# An oracle of its own: frame by frame from the definitions, no formula shared with the module.
+# The oracle: frame by frame from the definitions; it shares no formula with the module.
 
 
 def frames_of(plan: Plan, block: int) -> list[int]:
@@ -50,34 +50,34 @@ def oracle_sees(plan: Plan, step: int, n: int, m: int) -> bool:
 
 def oracle_needs(plan: Plan, task: Task) -> set[Task]:
     s, n = task.step, task.block
-    given_block = frames_of(plan, n)[0] < plan.prefix_frames
+    in_prefix = frames_of(plan, n)[0] < plan.prefix_frames
     needs: set[Task] = set()
     for m in range(n):
         if oracle_sees(plan, s, n, m):
-            lent = plan.cache_source == "next_step" and frames_of(plan, m)[0] >= plan.prefix_frames
+            shared = plan.kv_source == "next_step" and frames_of(plan, m)[0] >= plan.prefix_frames
             if plan.order == "block_first":
                 needs.add(Task("cache", plan.steps - 1, m))
-            elif lent and s + 1 < plan.steps:
+            elif shared and s + 1 < plan.steps:
                 needs.add(Task("denoise", s + 1, m))
             else:
                 needs.add(Task("cache", s, m))
     if task.kind == "denoise" and s:
         needs.add(Task("denoise", s - 1, n))
-    if task.kind == "cache" and not given_block:
+    if task.kind == "cache" and not in_prefix:
         needs.add(Task("denoise", s, n))
     return needs
 
 
-def oracle_visits(plan: Plan, num_blocks: int) -> set[Task]:
-    """All that the denoise tasks of the made blocks need, directly or through others."""
-    made = [n for n in range(num_blocks) if frames_of(plan, n)[0] >= plan.prefix_frames]
-    todo = [Task("denoise", s, n) for s in range(plan.steps) for n in made]
-    found = set(todo)
+def oracle_tasks(plan: Plan, num_blocks: int) -> set[Task]:
+    """The denoise tasks of all generated blocks, and everything they depend on."""
+    generated = [n for n in range(num_blocks) if frames_of(plan, n)[0] >= plan.prefix_frames]
+    todo = [Task("denoise", s, n) for s in range(plan.steps) for n in generated]
+    tasks = set(todo)
     while todo:
-        fresh = oracle_needs(plan, todo.pop()) - found
-        found |= fresh
+        fresh = oracle_needs(plan, todo.pop()) - tasks
+        tasks |= fresh
         todo += fresh
-    return found
+    return tasks
 
 
 @st.composite
@@ -88,8 +88,8 @@ def plans(draw: st.DrawFn) -> Plan:
     windows = draw(window.map(lambda w: (w,) * steps) | st.tuples(*[window] * steps))
     order = draw(st.sampled_from((*MATCHED, "block_first")))
     source = draw(st.sampled_from(("own", "next_step"))) if order in ("stream", "wavefront") else "own"
-    pairs = draw(st.booleans()) if order != "block_first" and source == "own" else False
-    return Plan(steps, order, fpb, draw(st.integers(0, 2 * fpb + 1)), windows, sink, source, pairs)
+    fused = draw(st.booleans()) if order != "block_first" and source == "own" else False
+    return Plan(steps, order, fpb, draw(st.integers(0, 2 * fpb + 1)), windows, sink, source, fused)
 
 
 BLOCKS = st.integers(0, 7)
@@ -97,9 +97,9 @@ fast = settings(max_examples=300, deadline=None)
 
 
 def early(groups: Iterable[Group], block: int) -> list[list[list[Task]]]:
-    """The part of a walk that concerns the blocks before `block`, without what is then empty."""
-    kept = [[[v for v in row if v.block < block] for row in group] for group in groups]
-    return [rows for rows in ([row for row in group if row] for group in kept) if rows]
+    """The tasks of the blocks before `block`, without items and groups that are then empty."""
+    tasks = [[[task for task in item if task.block < block] for item in group] for group in groups]
+    return [items for items in ([item for item in group if item] for group in tasks) if items]
 
 
 # Geometry and graph.
@@ -144,34 +144,33 @@ def test_caches() -> None:
         assert plan.graph == ("clean" if order == "block_first" else "matched")
 
 
-# Walks.
+# Task orders.
 
 
 @fast
 @given(plans(), BLOCKS)
-def test_walks_are_legal_and_complete(plan: Plan, num_blocks: int) -> None:
+def test_orders_are_legal_and_complete(plan: Plan, num_blocks: int) -> None:
     if num_blocks < plan.prefix_blocks:
         with pytest.raises(ValueError, match="num_blocks"):
             plan.groups(num_blocks)
         return
     groups = list(plan.groups(num_blocks))
     check(plan, groups, num_blocks)
-    tasks = [task for group in groups for row in group for task in row]
+    tasks = [task for group in groups for item in group for task in item]
     assert forwards(groups) == len(tasks) == len(set(tasks))
-    assert set(tasks) == oracle_visits(plan, num_blocks)
-    assert all(group and all(row for row in group) for group in groups)
+    assert set(tasks) == oracle_tasks(plan, num_blocks)
+    assert all(group and all(item for item in group) for group in groups)
     for group in groups:
-        steps = [row[0].step for row in group]
+        steps = [item[0].step for item in group]
         assert steps == sorted(set(steps))
-    if plan.pairs and num_blocks:
-        lone = {row[0] for group in groups for row in group if len(row) == 1 and row[0].kind == "cache"}
-        assert all(task.block < plan.prefix_blocks - 1 for task in lone)
-    assert forwards(groups) == len(tasks)
+    if plan.fuse_cache_denoise and num_blocks:
+        alone = {item[0] for group in groups for item in group if len(item) == 1 and item[0].kind == "cache"}
+        assert all(task.block < plan.prefix_blocks - 1 for task in alone)
 
 
 @fast
 @given(plans(), BLOCKS, st.integers(1, 4))
-def test_endless_walks_begin_like_finite_ones(plan: Plan, num_blocks: int, more: int) -> None:
+def test_endless_orders_start_like_finite_ones(plan: Plan, num_blocks: int, more: int) -> None:
     num_blocks += plan.prefix_blocks + 1
     if plan.order == "step_first":
         with pytest.raises(ValueError, match="endless"):
@@ -185,18 +184,18 @@ def test_endless_walks_begin_like_finite_ones(plan: Plan, num_blocks: int, more:
 
 
 @pytest.mark.parametrize("order", ["stream", "wavefront", "block_first"])
-def test_endless_walks_stay_cheap(order: str) -> None:
+def test_endless_orders_stay_cheap(order: str) -> None:
     plan = Plan(4, order, 3, prefix_frames=4, window_frames=(6, 9, 12, 21), sink_frames=2)
-    began = time.perf_counter()
+    start = time.perf_counter()
     group = next(islice(plan.groups(None), 20_000, None))
     assert group[0][0].block > 2_000
     assert (
         len(dependencies(plan, denoise(3, 10**12))) == 1 + 2 + 6
     )  # step 2, the sink in blocks 0 and 1, 16 frames back
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - start < 5
 
 
-def test_the_walks_written_out() -> None:
+def test_the_orders_written_out() -> None:
     d, c = denoise, cache
     stream = Plan(2, "stream", 1)
     assert list(stream.groups(2)) == [
@@ -213,15 +212,15 @@ def test_the_walks_written_out() -> None:
         ((d(0, 1),), (c(1, 0),)),
         ((d(1, 1),),),
     ]
-    paired = Plan(2, "wavefront", 1, pairs=True)
-    assert list(paired.groups(2)) == [
+    fused = Plan(2, "wavefront", 1, fuse_cache_denoise=True)
+    assert list(fused.groups(2)) == [
         ((d(0, 0),),),
         ((c(0, 0), d(0, 1)), (d(1, 0),)),
         ((c(1, 0), d(1, 1)),),
     ]
-    lent = Plan(2, "stream", 1, cache_source="next_step")
-    assert list(lent.groups(2)) == [((d(0, 0),),), ((d(1, 0),),), ((c(1, 0),),), ((d(0, 1),),), ((d(1, 1),),)]
-    prefixed = Plan(2, "stream", 2, prefix_frames=3, pairs=True)
+    shared = Plan(2, "stream", 1, kv_source="next_step")
+    assert list(shared.groups(2)) == [((d(0, 0),),), ((d(1, 0),),), ((c(1, 0),),), ((d(0, 1),),), ((d(1, 1),),)]
+    prefixed = Plan(2, "stream", 2, prefix_frames=3, fuse_cache_denoise=True)
     assert list(prefixed.groups(3)) == [
         ((c(0, 0),), (c(1, 0),)),
         ((c(0, 1), d(0, 2)),),
@@ -236,13 +235,13 @@ def test_the_walks_written_out() -> None:
     assert rank_order(((d(0, 1),), (c(1, 0),), (d(3, 0),))) == [(d(3, 0),), (c(1, 0),), (d(0, 1),)]
 
 
-def test_first_block_comes_after_one_denoise_visit_per_step() -> None:
-    for pairs in (False, True):
-        first = islice(Plan(4, "stream", 3, pairs=pairs).groups(None), 4)
+def test_first_block_comes_after_one_denoise_task_per_step() -> None:
+    for fused in (False, True):
+        first = islice(Plan(4, "stream", 3, fuse_cache_denoise=fused).groups(None), 4)
         assert list(first) == [((denoise(s, 0),),) for s in range(4)]
 
 
-def test_needless_cache_visits_are_dropped() -> None:
+def test_needless_cache_tasks_are_dropped() -> None:
     for order in (*MATCHED, "block_first"):
         tight = Plan(3, order, 2, window_frames=(2, 2, 2))
         assert forwards(tight.groups(5)) == 3 * 5
@@ -276,53 +275,57 @@ def test_check_names_the_first_fault() -> None:
     refused(plan, good[:-1], 2, "denoise(1, 1) is missing")
     refused(plan, [*good, ((c(0, 1),),)], 2, "cache(0, 1) is needless")
     refused(plan, [((d(0, 0),), (d(1, 0),)), *good[2:]], 2, "denoise(1, 0) needs denoise(0, 0)")
-    refused(plan, [*good, ((d(2, 0),),)], 2, "denoise(2, 0) is outside the schedule: steps are 0 to 1")
-    refused(plan, [*good, ((d(0, 2),),)], 2, "denoise(0, 2) is outside the video: blocks are 0 to 1")
-    refused(plan, [((d(0, 0), d(0, 1)),)], 2, "(denoise(0, 0), denoise(0, 1)) is no row")
-    refused(plan, [((d(0, 0), c(0, 0)),)], 2, "is no row")
-    refused(plan, [((),)], 2, "is no row")
-    refused(plan, [((Task("look", 0, 0),),)], 2, "look(0, 0) is of no known kind")  # type: ignore[arg-type]
-    refused(Plan(2, "stream", 1, prefix_frames=1), [((d(0, 0),),)], 2, "denoises a block of the prefix")
+    refused(plan, [*good, ((d(2, 0),),)], 2, "denoise(2, 0): step must be 0 to 1, got 2")
+    refused(plan, [*good, ((d(0, 2),),)], 2, "denoise(0, 2): block must be 0 to 1, got 2")
+    refused(plan, [((d(0, 0), d(0, 1)),)], 2, "(denoise(0, 0), denoise(0, 1)) is no batch item")
+    refused(plan, [((d(0, 0), c(0, 0)),)], 2, "is no batch item")
+    refused(plan, [((),)], 2, "is no batch item")
+    refused(plan, [((Task("look", 0, 0),),)], 2, "look(0, 0): kind must be denoise or cache, got 'look'")  # type: ignore[arg-type]
+    refused(
+        Plan(2, "stream", 1, prefix_frames=1),
+        [((d(0, 0),),)],
+        2,
+        "denoise(0, 0): denoised blocks start at 1, after the prefix; got 0",
+    )
 
 
 def test_check_guards_the_memory_of_the_caches() -> None:
     d, c = denoise, cache
     tight = Plan(2, "stream", 1, window_frames=(1, 1))  # no block needs another, yet a step has one cache
-    refused(tight, [((d(0, 0),), (d(0, 1),)), ((d(1, 0),),), ((d(1, 1),),)], 2, "two rows of a group on one cache (0)")
+    refused(tight, [((d(0, 0),), (d(0, 1),)), ((d(1, 0),),), ((d(1, 1),),)], 2, "both use cache 0")
     refused(tight, [((d(0, 1),),), ((d(0, 0),),)], 2, "denoise(0, 0) comes too late")
     one = Plan(2, "step_first", 1)
     groups: list[Group] = [((d(0, 0),),), ((c(0, 0),),), ((d(1, 0),),), ((d(0, 1),),)]
-    refused(one, groups, 2, "denoise(0, 1) comes too late: cache 0")
-    refused(one, list(Plan(2, "wavefront", 1).groups(2)), 2, "two rows of a group on one cache (0)")
-    lent = Plan(
-        3, "stream", 1, window_frames=(1, 1, 1), cache_source="next_step"
-    )  # denoise(1, .) writes cache 0 as well
-    refused(lent, [((d(0, 0),),), ((d(0, 1),), (d(1, 0),))], 2, "two rows of a group on one cache (0)")
+    refused(one, groups, 2, "denoise(0, 1) comes too late: cache 0 already holds later frames")
+    refused(one, list(Plan(2, "wavefront", 1).groups(2)), 2, "both use cache 0")
+    # denoise(1, .) writes cache 0 too
+    shared = Plan(3, "stream", 1, window_frames=(1, 1, 1), kv_source="next_step")
+    refused(shared, [((d(0, 0),),), ((d(0, 1),), (d(1, 0),))], 2, "both use cache 0")
 
 
 @fast
 @given(plans(), st.integers(1, 6), st.randoms())
-def test_check_refuses_broken_walks(plan: Plan, made: int, random: Random) -> None:
-    num_blocks = plan.prefix_blocks + made
+def test_check_refuses_broken_orders(plan: Plan, generated: int, random: Random) -> None:
+    num_blocks = plan.prefix_blocks + generated
     groups = list(plan.groups(num_blocks))
     spot = random.randrange(len(groups))
-    with pytest.raises(ValueError):  # a group left out
+    with pytest.raises(ValueError):  # a group is missing
         check(plan, groups[:spot] + groups[spot + 1 :], num_blocks)
     with pytest.raises(ValueError, match="twice"):
         check(plan, [*groups[: spot + 1], groups[spot], *groups[spot + 1 :]], num_blocks)
     swappable = [
         i
         for i in range(len(groups) - 1)
-        if any(oracle_needs(plan, v) & {u for row in groups[i] for u in row} for row in groups[i + 1] for v in row)
+        if any(oracle_needs(plan, v) & {u for item in groups[i] for u in item} for item in groups[i + 1] for v in item)
     ]
     if swappable:
         i = random.choice(swappable)
         with pytest.raises(ValueError, match="needs"):
             check(plan, [*groups[:i], groups[i + 1], groups[i], *groups[i + 2 :]], num_blocks)
-    caches = sorted(v for group in groups for row in group for v in row if v.kind == "cache")
+    caches = sorted(task for group in groups for item in group for task in item if task.kind == "cache")
     if caches:
         gone = random.choice(caches)
-        broken = [tuple(tuple(v for v in row if v != gone) for row in group if row != (gone,)) for group in groups]
+        broken = [tuple(tuple(v for v in item if v != gone) for item in group if item != (gone,)) for group in groups]
         with pytest.raises(ValueError, match="needs"):
             check(plan, broken, num_blocks)
 
@@ -332,12 +335,14 @@ def test_check_refuses_broken_walks(plan: Plan, made: int, random: Random) -> No
 def test_forwards(steps: int, blocks: int) -> None:
     assert forwards(Plan(steps, "block_first", 3).groups(blocks)) == (steps + 1) * blocks - 1
     for order in MATCHED:
-        for pairs in (False, True):
-            assert forwards(Plan(steps, order, 3, pairs=pairs).groups(blocks)) == 2 * steps * blocks - steps
+        for fused in (False, True):
+            assert (
+                forwards(Plan(steps, order, 3, fuse_cache_denoise=fused).groups(blocks)) == 2 * steps * blocks - steps
+            )
 
 
 def test_forwards_per_block() -> None:
-    for plan, more in ((Plan(4, "stream", 3), 8), (Plan(4, "stream", 3, cache_source="next_step"), 5)):
+    for plan, more in ((Plan(4, "stream", 3), 8), (Plan(4, "stream", 3, kv_source="next_step"), 5)):
         assert forwards(plan.groups(28)) - forwards(plan.groups(27)) == more
 
 
@@ -347,27 +352,27 @@ def test_forwards_per_block() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps=0 is not legal: give a whole number >= 1"),
-        ({"steps": 2.0}, "steps=2.0 is not legal"),
-        ({"frames_per_block": 0}, "frames_per_block=0 is not legal: give a whole number >= 1"),
-        ({"frames_per_block": True}, "frames_per_block=True is not legal"),
-        ({"prefix_frames": -1}, "prefix_frames=-1 is not legal: give a whole number >= 0"),
-        ({"sink_frames": -1}, "sink_frames=-1 is not legal: give a whole number >= 0"),
-        ({"order": "spiral"}, "order='spiral' is unknown: give one of step_first, stream, wavefront, block_first"),
-        ({"cache_source": "none"}, "cache_source='none' is unknown: give one of own, next_step"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": 2.0}, "steps must be a whole number of at least 1, got 2.0"),
+        ({"frames_per_block": 0}, "frames_per_block must be a whole number of at least 1, got 0"),
+        ({"frames_per_block": True}, "frames_per_block must be a whole number of at least 1, got True"),
+        ({"prefix_frames": -1}, "prefix_frames must be a whole number of at least 0, got -1"),
+        ({"sink_frames": -1}, "sink_frames must be a whole number of at least 0, got -1"),
+        ({"order": "spiral"}, "order must be one of step_first, stream, wavefront, block_first, got 'spiral'"),
+        ({"kv_source": "none"}, "kv_source must be one of own, next_step, got 'none'"),
+        ({"window_frames": (4, 4), "sink_frames": 2}, "window_frames must be a whole number of at least 5"),
+        ({"window_frames": (4,)}, "window_frames must be None, one number of frames, or one per step (2), got (4,)"),
+        ({"window_frames": (4, "x")}, "window_frames must be a whole number of at least 3"),
+        ({"order": "step_first", "kv_source": "next_step"}, "use stream or wavefront"),
+        ({"order": "block_first", "kv_source": "next_step"}, "use stream or wavefront"),
         (
-            {"window_frames": (4, 4), "sink_frames": 2},
-            "window_frames=4 is not legal: give a whole number >= 5 (sink_frames",
+            {"order": "block_first", "fuse_cache_denoise": True},
+            "fuse_cache_denoise=True is impossible with order='block_first'",
         ),
         (
-            {"window_frames": (4,)},
-            "window_frames=(4,) is not legal: give None, one number of frames, or one per step (2)",
+            {"kv_source": "next_step", "fuse_cache_denoise": True},
+            "fuse_cache_denoise=True is impossible with kv_source='next_step'",
         ),
-        ({"window_frames": (4, "x")}, "window_frames='x' is not legal"),
-        ({"order": "step_first", "cache_source": "next_step"}, "use stream or wavefront"),
-        ({"order": "block_first", "cache_source": "next_step"}, "use stream or wavefront"),
-        ({"order": "block_first", "pairs": True}, "pairs=True is impossible with order='block_first'"),
-        ({"cache_source": "next_step", "pairs": True}, "pairs=True is not offered with cache_source='next_step'"),
     ],
 )
 def test_bad_plans(change: dict, message: str) -> None:
@@ -379,7 +384,7 @@ def test_bad_plans(change: dict, message: str) -> None:
 def test_bad_lengths() -> None:
     plan = Plan(2, "stream", 3, prefix_frames=4)
     for bad in (-1, 1, 2.5):
-        with pytest.raises(ValueError, match=r"num_blocks=.* is not legal: give a whole number >= 2"):
+        with pytest.raises(ValueError, match=r"num_blocks must be a whole number of at least 2 .*got"):
             plan.groups(bad)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""The simulator: what walks cost on one rank and on pipelines, its costs, and its search for a split."""
+"""The simulator: what task orders cost on one rank and on pipelines, its costs, and its search for a split."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hiar_model.config import WanConfig
 from hiar_model.schedule.costs import (
     LINKS,
+    CostCurve,
     Costs,
-    Curve,
     Geometry,
     Link,
     Message,
@@ -28,7 +28,7 @@ from hiar_model.schedule.costs import (
     unit_costs,
 )
 from hiar_model.schedule.plan import Plan, cache, denoise, dependencies, forwards
-from hiar_model.schedule.simulator import TaskOrder, Timeline, makespan, simulate
+from hiar_model.schedule.simulator import Simulation, Timeline, simulate
 
 pytestmark = pytest.mark.cpu
 
@@ -36,8 +36,13 @@ SMALL, LARGE = (WanConfig.from_name(f"wan2.1-t2v-{size}") for size in ("1.3b", "
 
 
 def windowed(steps: int, order: str = "stream", **options: Any) -> Plan:
-    """A plan of 3-frame blocks whose walks stay cheap however long the video is."""
+    """A plan of 3-frame blocks whose tasks stay cheap however long the video is."""
     return Plan(steps, order, 3, window_frames=(21,) * steps, **options)
+
+
+def makespan(plan: Plan, num_blocks: int, ranks: int, **times: float) -> Timeline:
+    """The timeline at unit costs on so many ranks, with the best split."""
+    return simulate(plan, num_blocks, ranks, unit_costs(**times))
 
 
 # The figures of the design.
@@ -52,17 +57,17 @@ def test_one_rank_per_step(steps: int, blocks: int) -> None:
     assert makespan(Plan(steps, "block_first", 3), blocks, 1).time == (steps + 1) * blocks - 1
     if blocks >= 2:
         for order in ("stream", "wavefront"):
-            paired = makespan(Plan(steps, order, 3, pairs=True), blocks, steps)
-            assert paired.time == 2 * blocks + 2 * steps - 3
+            fused = makespan(Plan(steps, order, 3, fuse_cache_denoise=True), blocks, steps)
+            assert fused.time == 2 * blocks + 2 * steps - 3
 
 
 @pytest.mark.parametrize("order", ["stream", "wavefront"])
 def test_four_steps(order: str) -> None:
-    own, lent = Plan(4, order, 3), Plan(4, order, 3, cache_source="next_step")
+    own, shared = Plan(4, order, 3), Plan(4, order, 3, kv_source="next_step")
     spans = [makespan(own, 27, ranks) for ranks in (1, 2, 3, 4)]
     assert [span.time for span in spans] == [212, 108, 108, 56]
-    assert [span.steps_per_rank for span in spans] == [(4,), (2, 2), (2, 1, 1), (1, 1, 1, 1)]
-    assert [makespan(lent, 27, ranks).time for ranks in (1, 2, 3)] == [134, 82, 56]
+    assert [span.split for span in spans] == [(4,), (2, 2), (2, 1, 1), (1, 1, 1, 1)]
+    assert [makespan(shared, 27, ranks).time for ranks in (1, 2, 3)] == [134, 82, 56]
 
 
 @pytest.mark.parametrize(("blocks", "speedup"), [(7, 2.1), (27, 2.4), (2000, 2.5)])
@@ -84,7 +89,7 @@ def test_several_steps_per_rank_want_stream() -> None:
         ("stream", {}, 1, 8, 12),
         ("stream", {}, 2, 4, 8),
         ("stream", {}, 4, 2, 6),
-        ("stream", {"pairs": True}, 4, 2, 10),
+        ("stream", {"fuse_cache_denoise": True}, 4, 2, 10),
         ("step_first", {}, 1, None, None),
     ],
 )
@@ -98,7 +103,7 @@ def test_steady_interval_and_prompt_delay(
 
 def test_a_short_video_has_no_steady_state() -> None:
     assert simulate(windowed(4), 7, 4).steady_interval is None
-    growing = Costs(Curve(((0, 1), (3, 2))), Curve(((0, 1), (3, 2))))
+    growing = Costs(CostCurve(((0, 1), (3, 2))), CostCurve(((0, 1), (3, 2))))
     assert simulate(Plan(4, "stream", 3), 40, 1, growing).steady_interval is None  # its window grows for ever
     assert simulate(windowed(4), 40, 1, growing).steady_interval == 8 * 8
 
@@ -111,29 +116,30 @@ def test_sending_takes_time() -> None:
     for steps in (2, 4):  # latents cross once per pair of neighbours, on the way through the pipe
         span = makespan(Plan(steps, "wavefront", 3), blocks, steps, send_latent=0.5)
         assert span.time == 2 * blocks + steps - 2 + 0.5 * (steps - 1)
-    lent = Plan(2, "wavefront", 3, cache_source="next_step")  # a round trip of lent keys per block
-    assert makespan(lent, blocks, 2, send_keys=0.25).time == 2 * blocks + 0.25 * (blocks - 1)
-    both = makespan(lent, blocks, 2, send_latent=0.5, send_keys=0.25)
+    shared = Plan(2, "wavefront", 3, kv_source="next_step")  # a round trip of shared keys per block
+    assert makespan(shared, blocks, 2, send_keys=0.25).time == 2 * blocks + 0.25 * (blocks - 1)
+    both = makespan(shared, blocks, 2, send_latent=0.5, send_keys=0.25)
     assert both.time == 2 * blocks + 0.25 * (blocks - 1) + 0.5 * blocks
     assert makespan(Plan(4, "stream", 3), blocks, 1, send_latent=9, send_keys=9).time == 8 * blocks - 4
     assert makespan(Plan(4, "stream", 3), blocks, 1, denoise=2, cache=0.5).time == 4 * (2 * blocks + 0.5 * (blocks - 1))
-    # the split counts: step 0 alone reads keys, so steps 0 and 1 on one rank need no dear round trip
-    lent = Plan(3, "stream", 3, window_frames=(None, 3, 3), cache_source="next_step")
-    assert makespan(lent, 6, 2, send_keys=3) == (13, (2, 1))
-    # dear cache tasks, all on the last step, pull the split towards it
-    windows = (3, 3, 3, None)  # the last step alone has cache tasks
-    assert makespan(Plan(4, "stream", 3, window_frames=windows), blocks, 2, cache=3).steps_per_rank == (3, 1)
+    # the split matters: only step 0 reads keys, so steps 0 and 1 on one rank need no slow round trip
+    shared = Plan(3, "stream", 3, window_frames=(None, 3, 3), kv_source="next_step")
+    timeline = makespan(shared, 6, 2, send_keys=3)
+    assert (timeline.time, timeline.split) == (13, (2, 1))
+    # slow cache tasks, all on the last step, give its rank fewer steps
+    windows = (3, 3, 3, None)  # only the last step has cache tasks
+    assert makespan(Plan(4, "stream", 3, window_frames=windows), blocks, 2, cache=3).split == (3, 1)
 
 
 def test_a_link_carries_one_message_at_a_time() -> None:
-    unit = Curve(((0, 1),))
+    unit = CostCurve(((0, 1),))
     slow = Costs(unit, unit, latents=Message(nbytes=10, busy=5, delay=1))
     timeline = simulate(windowed(2), 4, 2, slow)
     # Block 0 leaves rank 0 at 1, is through at 6 and there at 7; the link then takes block after block, 5 each.
     assert [timeline.finished[n] for n in range(4)] == [8, 13, 18, 23]
     assert timeline.bytes_sent == 4 * 10
-    lent = Costs(unit, unit, latents=Message(nbytes=1), keys=Message(nbytes=100))
-    timeline = simulate(windowed(4, cache_source="next_step"), 9, (1, 2, 1), lent)
+    shared = Costs(unit, unit, latents=Message(nbytes=1), keys=Message(nbytes=100))
+    timeline = simulate(windowed(4, kv_source="next_step"), 9, (1, 2, 1), shared)
     assert timeline.bytes_sent == 2 * 9 * 1 + 2 * 8 * 100  # nobody needs the keys of the last block
 
 
@@ -150,24 +156,24 @@ def test_decoding() -> None:
 
 
 def test_batches() -> None:
-    unit = Curve(((0, 1),))
+    unit = CostCurve(((0, 1),))
     costs = Costs(unit, unit, batch=(1, 0.75))
     timeline = simulate(Plan(2, "wavefront", 1), 2, 1, costs, batch=True)  # d | c d | d c | d
     assert timeline.time == 1 + 1.5 + 1.5 + 1
-    assert [len(event.rows) for event in timeline.events] == [1, 2, 2, 1]
+    assert [len(event.items) for event in timeline.events] == [1, 2, 2, 1]
     assert simulate(Plan(4, "wavefront", 1), 9, 1, costs).time == 8 * 9 - 4
-    pair = Costs(unit, unit, pair=0.75)
-    assert simulate(Plan(2, "stream", 1, pairs=True), 2, 1, pair).time == 2 + 2 * 1.5
+    fused = Costs(unit, unit, fused=0.75)
+    assert simulate(Plan(2, "stream", 1, fuse_cache_denoise=True), 2, 1, fused).time == 2 + 2 * 1.5
 
 
 def test_flow_control() -> None:
-    fast_first = Costs(tuple(Curve(((0, t),)) for t in (1, 3)), Curve(((0, 1),)))
+    fast_first = Costs(tuple(CostCurve(((0, t),)) for t in (1, 3)), CostCurve(((0, 1),)))
     free = simulate(windowed(2), 40, 2, fast_first)
-    held = simulate(windowed(2), 40, 2, fast_first, in_flight=3)
-    assert free.time == held.time and free.steady_interval == held.steady_interval == 4
-    assert held.prompt_delay == (3 + 1) * 4 < free.prompt_delay  # at worst behind a start, so one more
-    for block, begun in held.begun.items():
-        assert block < 3 or begun >= held.finished[block - 3]
+    limited = simulate(windowed(2), 40, 2, fast_first, in_flight=3)
+    assert free.time == limited.time and free.steady_interval == limited.steady_interval == 4
+    assert limited.prompt_delay == (3 + 1) * 4 < free.prompt_delay  # at worst behind a start, so one more
+    for block, started in limited.started.items():
+        assert block < 3 or started >= limited.finished[block - 3]
     assert simulate(windowed(4), 40, 4, in_flight=1).steady_interval == 4  # one block at a time: no pipeline left
 
 
@@ -181,8 +187,8 @@ def plans(draw: st.DrawFn) -> Plan:
     windows = draw(st.tuples(*[st.none() | st.integers(sink + fpb, sink + 4 * fpb)] * steps))
     order = draw(st.sampled_from(("step_first", "stream", "wavefront")))
     source = draw(st.sampled_from(("own", "next_step"))) if order != "step_first" else "own"
-    pairs = draw(st.booleans()) if source == "own" else False
-    return Plan(steps, order, fpb, draw(st.integers(0, fpb + 1)), windows, sink, source, pairs)
+    fused = draw(st.booleans()) if source == "own" else False
+    return Plan(steps, order, fpb, draw(st.integers(0, fpb + 1)), windows, sink, source, fused)
 
 
 @st.composite
@@ -190,9 +196,9 @@ def cost_sets(draw: st.DrawFn) -> Costs:
     def number() -> float:
         return draw(st.integers(0, 8)) / 4
 
-    curves = [Curve(((0, number() + 0.25), (3, number() + 2.25))) for _ in range(2)]
+    curves = [CostCurve(((0, number() + 0.25), (3, number() + 2.25))) for _ in range(2)]
     messages = [Message(1, number(), number()) for _ in range(2)]
-    return Costs(*curves, pair=0.75, batch=(1, 0.5), decode=number(), latents=messages[0], keys=messages[1])
+    return Costs(*curves, fused=0.75, batch=(1, 0.5), decode=number(), latents=messages[0], keys=messages[1])
 
 
 VAE = st.sampled_from(("none", "last", "own"))
@@ -206,32 +212,32 @@ def all_splits(steps: int, ranks: int) -> list[tuple[int, ...]]:
 def verify(timeline: Timeline, plan: Plan, costs: Costs, num_blocks: int) -> None:
     """Every task once, in its rank's own order, behind all it needs and all that has to be sent."""
     owner = [rank for rank, steps in enumerate(timeline.split) for _ in range(steps)]
-    place = {v: event for event in timeline.events for row in event.rows for v in row}
-    assert sum(len(row) for event in timeline.events for row in event.rows) == len(place)
-    assert len(place) == forwards(plan.groups(num_blocks))
+    event_of = {v: event for event in timeline.events for item in event.items for v in item}
+    assert sum(len(item) for event in timeline.events for item in event.items) == len(event_of)
+    assert len(event_of) == forwards(plan.groups(num_blocks))
     free = [0.0] * timeline.ranks
     for event in timeline.events:
         assert event.start >= free[event.rank] and event.end >= event.start
         free[event.rank] = event.end
-        for task in (v for row in event.rows for v in row):
+        for task in (v for item in event.items for v in item):
             for need in dependencies(plan, task):
-                if place[need] is event:
+                if event_of[need] is event:
                     continue
                 wait = 0.0
                 if owner[need.step] != event.rank:
                     message = costs.latents if need.step < task.step else costs.keys
                     wait = message.busy + message.delay
-                assert event.start >= place[need].end + wait - 1e-9
-            assert task.step >= len(owner) or owner[task.step] == event.rank or len(event.rows) > 1
+                assert event.start >= event_of[need].end + wait - 1e-9
+            assert task.step >= len(owner) or owner[task.step] == event.rank or len(event.items) > 1
     for event in timeline.events:
         if event.decoded is not None:
-            assert event.start >= place[denoise(plan.steps - 1, event.decoded)].end - 1e-9
+            assert event.start >= event_of[denoise(plan.steps - 1, event.decoded)].end - 1e-9
 
 
 @settings(max_examples=150, deadline=None)
 @given(plans(), st.integers(1, 4), cost_sets(), VAE, st.data())
-def test_timelines_are_legal(plan: Plan, made: int, costs: Costs, vae: str, data: st.DataObject) -> None:
-    num_blocks = plan.prefix_blocks + made
+def test_timelines_are_legal(plan: Plan, generated: int, costs: Costs, vae: str, data: st.DataObject) -> None:
+    num_blocks = plan.prefix_blocks + generated
     ranks = data.draw(st.integers(1, plan.steps))
     split = data.draw(st.sampled_from(all_splits(plan.steps, ranks)))
     verify(simulate(plan, num_blocks, split, costs, vae=vae), plan, costs, num_blocks)
@@ -240,20 +246,20 @@ def test_timelines_are_legal(plan: Plan, made: int, costs: Costs, vae: str, data
 
 @settings(max_examples=80, deadline=None)
 @given(plans(), st.integers(1, 4), cost_sets(), VAE)
-def test_the_split_found_is_the_best(plan: Plan, made: int, costs: Costs, vae: str) -> None:
-    num_blocks = plan.prefix_blocks + made
-    tasks = TaskOrder(plan, num_blocks, costs, vae=vae)
+def test_the_split_found_is_the_best(plan: Plan, generated: int, costs: Costs, vae: str) -> None:
+    num_blocks = plan.prefix_blocks + generated
+    simulation = Simulation(plan, num_blocks, costs, vae=vae)
     for ranks in range(1, plan.steps + 1):
-        found = tasks.timeline(ranks)
-        times = [tasks.timeline(split).time for split in all_splits(plan.steps, ranks)]
-        assert found.time == pytest.approx(min(times), rel=1e-8)
-        assert found.least <= min(times) * (1 + 1e-8)
+        timeline = simulation.timeline(ranks)
+        times = [simulation.timeline(split).time for split in all_splits(plan.steps, ranks)]
+        assert timeline.time == pytest.approx(min(times), rel=1e-8)
+        assert timeline.lower_bound <= min(times) * (1 + 1e-8)
 
 
 @settings(max_examples=60, deadline=None)
 @given(plans(), st.integers(1, 4))
-def test_more_ranks_share_the_work(plan: Plan, made: int) -> None:
-    num_blocks = plan.prefix_blocks + made
+def test_more_ranks_share_the_work(plan: Plan, generated: int) -> None:
+    num_blocks = plan.prefix_blocks + generated
     total = forwards(plan.groups(num_blocks))
     for ranks in range(1, min(plan.steps, 3) + 1):
         timeline = simulate(plan, num_blocks, ranks)
@@ -263,28 +269,28 @@ def test_more_ranks_share_the_work(plan: Plan, made: int) -> None:
 
 
 def test_many_steps_are_fast_and_proven() -> None:
-    began = time.perf_counter()
+    start = time.perf_counter()
     timeline = simulate(windowed(50), 200, 10)  # two thousand million splits
-    assert timeline.time == timeline.least == 5 * 2 * 200 - 5 + 45
+    assert timeline.time == timeline.lower_bound == 5 * 2 * 200 - 5 + 45
     assert timeline.split == (5,) * 10
     uneven = simulate(windowed(50), 81, 7)
-    assert uneven.time == uneven.least and uneven.split == (8, 8, 8, 8, 8, 8, 2)
+    assert uneven.time == uneven.lower_bound and uneven.split == (8, 8, 8, 8, 8, 8, 2)
     decoding = simulate(windowed(50), 60, 10, unit_costs(decode=4), vae="last")
-    assert decoding.time == decoding.least and decoding.split[-1] < 5
-    assert time.perf_counter() - began < 10
+    assert decoding.time == decoding.lower_bound and decoding.split[-1] < 5
+    assert time.perf_counter() - start < 10
 
 
 # Costs.
 
 
 def test_curves() -> None:
-    curve = Curve(((3, 1), (6, 2), (21, 5)))
+    curve = CostCurve(((3, 1), (6, 2), (21, 5)))
     assert [curve(x) for x in (0, 3, 4.5, 6, 11, 21, 26)] == [0, 1, 1.5, 2, 3, 5, 6]
-    assert Curve(((3, 7),))(99) == 7
+    assert CostCurve(((3, 7),))(99) == 7
     assert curve.scaled(2, 1)(4.5) == 4
     for bad in ((), ((3, 1), (3, 2)), ((6, 1), (3, 2)), ((3, -1),)):
-        with pytest.raises(ValueError, match="is no curve"):
-            Curve(bad)
+        with pytest.raises(ValueError, match="a cost curve needs"):
+            CostCurve(bad)
 
 
 def test_work_and_bytes_of_the_published_sizes() -> None:
@@ -305,8 +311,8 @@ def test_roofline_follows_the_window() -> None:
     plan = windowed(4)
     for block, frames in ((0, 3), (1, 6), (6, 21), (50, 21)):
         want = task_flop(SMALL, 4680, 1560 * frames) / 100e12
-        assert costs.row(plan, (denoise(0, block),)) == pytest.approx(want)
-        assert costs.row(plan, (cache(0, block),)) == pytest.approx(want)
+        assert costs.item(plan, (denoise(0, block),)) == pytest.approx(want)
+        assert costs.item(plan, (cache(0, block),)) == pytest.approx(want)
     assert costs.latents.busy == pytest.approx(599_040 / 31.5e9)
     assert "not measured" in costs.source
 
@@ -314,10 +320,10 @@ def test_roofline_follows_the_window() -> None:
 def test_head_parallelism() -> None:
     costs, link = roofline(SMALL, 100, LINKS["pcie"]), Link("test", 1e9, 1e-3)
     plan, alone = windowed(4), costs.curve("denoise", 0)(21)
-    shared = head_parallel(costs, SMALL, Geometry(), 4, link).row(plan, (denoise(0, 20),))
+    shared = head_parallel(costs, SMALL, Geometry(), 4, link).item(plan, (denoise(0, 20),))
     assert shared == pytest.approx(alone / 4 + 2 * 30 * 1e-3 + exchanged_bytes(SMALL, Geometry(), 4) / 1e9)
-    assert head_parallel(costs, SMALL, Geometry(), 1, link).row(plan, (denoise(0, 20),)) == pytest.approx(alone)
-    with pytest.raises(ValueError, match=r"ranks=8 is impossible: the 12 heads must fall into equal parts"):
+    assert head_parallel(costs, SMALL, Geometry(), 1, link).item(plan, (denoise(0, 20),)) == pytest.approx(alone)
+    with pytest.raises(ValueError, match="ranks=8 is impossible: 12 heads cannot be divided evenly"):
         head_parallel(costs, SMALL, Geometry(), 8, link)
     assert head_parallel(costs, LARGE, Geometry(), 8, link).source == costs.source
 
@@ -341,12 +347,12 @@ def test_measured_stage_times(tmp_path: Path) -> None:
     file.write_text(json.dumps(STAGE_TIMES))
     config, geometry, costs = measured(file, LINKS["10gbe"])
     assert (config, geometry) == (SMALL, Geometry())
-    plan = windowed(2, pairs=True)
-    assert costs.row(plan, (denoise(1, 9),)) == 2.0
-    assert costs.row(plan, (cache(1, 1), denoise(1, 2))) == 0.5 * (0.5 + 1.0)
+    plan = windowed(2, fuse_cache_denoise=True)
+    assert costs.item(plan, (denoise(1, 9),)) == 2.0
+    assert costs.item(plan, (cache(1, 1), denoise(1, 2))) == 0.5 * (0.5 + 1.0)
     assert costs.decode == 0.125 and costs.source == "stage times measured on a test, revision 0"
     assert costs.keys.busy == pytest.approx(862_617_600 / 1.25e9)
-    with pytest.raises(ValueError, match=r"cache has 2 curves: give one, or one per step \(4\)"):
+    with pytest.raises(ValueError, match=r"cache must have one cost curve, or one per step \(4\), got 2"):
         simulate(windowed(4), 9, 1, costs)
     with pytest.raises(ValueError, match="stage times: denoise_s missing; legal: batch, cache_s"):
         measured({k: v for k, v in STAGE_TIMES.items() if k != "denoise_s"}, LINKS["pcie"])
@@ -360,22 +366,28 @@ def test_measured_stage_times(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: makespan(p, 3, 3), "ranks=3 is more than there are steps: give 1 to 2"),
-        (lambda p: makespan(p, 3, 0), "ranks=0 is not legal"),
-        (lambda p: makespan(Plan(2, "block_first", 3), 3, 2), "ranks=2 is impossible with order='block_first'"),
-        (lambda p: makespan(p, 3, 2, send_keys=-1), "send_keys=-1 is no time"),
-        (lambda p: makespan(p, None, 1), "num_blocks=None is not legal"),
-        (lambda p: simulate(p, 1), "num_blocks=1 is not legal: give a whole number >= 2"),
-        (lambda p: simulate(p, 3, (2, 1)), "split=(2, 1) is not legal: give steps >= 1 that sum to 2"),
-        (lambda p: simulate(p, 3, (2, 0)), "split=(2, 0) is not legal"),
-        (lambda p: simulate(p, 3, vae="first"), "vae='first' is unknown: give one of none, last, own"),
-        (lambda p: simulate(p, 3, 2, batch=True), "ranks=2 is impossible with batch=True: give 1"),
-        (lambda p: simulate(p, 3, in_flight=0), "in_flight=0 is not legal: give a whole number >= 1"),
+        (lambda p: makespan(p, 3, 3), "ranks must be 1 to 2, the number of steps, got 3"),
+        (lambda p: makespan(p, 3, 0), "ranks must be a whole number of at least 1, got 0"),
+        (lambda p: makespan(Plan(2, "block_first", 3), 3, 2), "ranks must be 1 with order='block_first'"),
+        (lambda p: makespan(p, 3, 2, send_keys=-1), "send_keys must be a time of at least 0, got -1"),
+        (lambda p: makespan(p, None, 1), "num_blocks must be a whole number of at least 2"),
+        (lambda p: simulate(p, 1), "num_blocks must be a whole number of at least 2"),
+        (lambda p: simulate(p, 3, (2, 1)), "split must be numbers >= 1 that sum to 2, got (2, 1)"),
+        (lambda p: simulate(p, 3, (2, 0)), "split must be numbers >= 1 that sum to 2, got (2, 0)"),
+        (lambda p: simulate(p, 3, vae="first"), "vae must be one of none, last, own, got 'first'"),
+        (lambda p: simulate(p, 3, 2, batch=True), "ranks must be 1 with batch=True, got 2"),
+        (lambda p: simulate(p, 3, in_flight=0), "in_flight must be a whole number of at least 1, got 0"),
         (lambda p: simulate(windowed(8, "wavefront"), 9, 2, in_flight=2), "in_flight=2 is impossible with order="),
-        (lambda p: Costs(Curve(((0, 1),)), Curve(((0, 1),)), pair=-1), "pair=-1 is no time"),
-        (lambda p: Costs(Curve(((0, 1),)), Curve(((0, 1),)), batch=()), "batch=() is not legal"),
-        (lambda p: Link("x", 0, 0), "bytes_per_second=0 of link x is not legal: give one > 0"),
-        (lambda p: roofline(SMALL, 0, LINKS["pcie"]), "tflops=0 is not legal: give a number > 0"),
+        (
+            lambda p: Costs(CostCurve(((0, 1),)), CostCurve(((0, 1),)), fused=-1),
+            "fused must be a time of at least 0, got -1",
+        ),
+        (
+            lambda p: Costs(CostCurve(((0, 1),)), CostCurve(((0, 1),)), batch=()),
+            "batch must be the relative time per item",
+        ),
+        (lambda p: Link("x", 0, 0), "link x: bytes_per_second must be above 0, got 0"),
+        (lambda p: roofline(SMALL, 0, LINKS["pcie"]), "tflops must be above 0, got 0"),
     ],
 )
 def test_bad_input(call: Any, message: str) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import av
 import numpy as np
+import processes
 import pytest
 import torch
 import wan_files
-from train_job import ENVIRONMENT, PATIENCE, losses
+from train_job import losses
 
 from hiar_model.cli import main
 from hiar_model.config import wan as wan_config
@@ -74,10 +73,8 @@ def test_processes_share_the_shards(wan, tmp_path):
 def test_the_command_on_two_processes(wan, tmp_path):
     """They do not wait for each other: none has a process group."""
     overrides = [f"prompts={wan.parent / 'prompts.txt'}", f"text_encoder={wan}", "shard_size=1", "scale.threads=1"]
-    command = [sys.executable, "-m", "hiar_model", "train", "wan-1.3b/prompts"]
-    words = [*command, *overrides, "--nproc", "2", "--device", "cpu"]
-    place = {"cwd": tmp_path, "env": {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])}}
-    done = subprocess.run(words, **place, capture_output=True, text=True, timeout=PATIENCE)
+    words = ["-m", "hiar_model", "train", "wan-1.3b/prompts", *overrides, "--nproc", "2", "--device", "cpu"]
+    done = processes.run(words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("prompts: runs/wan-1.3b/prompts")
     stage(wan, shard_size=1).produce(tmp_path / "one", 0, 1, lambda *progress: None)

@@ -7,14 +7,12 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
+import processes
 import pytest
 import torch
-import train_job
-from train_job import ENVIRONMENT, PATIENCE, command, losses, recipe, start, stop_after, train
+from train_job import command, losses, recipe, start, stop_after, train
 
 from hiar_model.train.engine.snapshots import ABOUT, Snapshots
 
@@ -76,16 +74,14 @@ def test_killed_at_random_moments(tmp_path, whole):
     folder, moments = tmp_path / "run", random.Random(time.time_ns())
     reached = 0
     for _ in range(3):
-        process = subprocess.Popen(command(folder, recipe()), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-        assert process.stdout is not None
+        process = processes.Started(command(folder, recipe()))
         last = reached + moments.randint(1, 2)
-        for line in process.stdout:
+        for line in process.lines():
             if int(line.removeprefix("update ")) >= last:
                 break
         time.sleep(moments.uniform(0, 0.1))
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
-        process.stdout.close()
         newest = Snapshots(folder / "states").newest()
         reached = 0 if newest is None else int(newest.name.removeprefix("update_"))
     done = start(folder, recipe())
@@ -155,11 +151,7 @@ def test_a_file_that_may_not_grow(tmp_path):
         "    if done == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
         "train_job.train(Path(sys.argv[1]), train_job.recipe(), small)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "run")],
-        env={**ENVIRONMENT, "PYTHONPATH": os.path.dirname(train_job.__file__)},
-        capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
+    done = processes.run(["-c", code, tmp_path / "run"])
     assert "update_00000004 cannot be written: " in done.stderr.splitlines()[-1]
     assert done.stderr.splitlines()[-1].endswith("update_00000002")
     assert states(tmp_path / "run") == ["update_00000002"]

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -286,9 +283,7 @@ def test_a_plain_model_is_left_as_it_is():
 def test_a_sharded_student_is_gathered_once_for_a_rollout(tmp_path):
     """Whatever the number of tasks; it stays so for the forward with gradient, and is sharded again after that."""
     target, job = tmp_path / "results.json", Path(__file__).parents[1] / "helpers" / "self_rollout_job.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", job, target]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240, env=environment)
+    done = torchrun(2, job, target)
     assert target.exists(), done.stderr[-3000:]
     results = json.loads(target.read_text())
     parts = TINY.num_layers + 1  # the blocks, and the rest

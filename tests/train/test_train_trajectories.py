@@ -7,11 +7,10 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -117,13 +116,10 @@ def test_a_killed_run_goes_on(whole, data, tmp_path):
         f"generate_trajectories(MODEL, PromptData(sys.argv[1], {SHAPE}), sys.argv[2], **{SMALL},\n"
         "                      on_progress=lambda done, in_all: time.sleep(0.2))"
     )
-    path = os.pathsep.join([str(Path(__file__).parents[1] / "helpers"), *sys.path])
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(data.folder), str(tmp_path)], env={**os.environ, "PYTHONPATH": path}
-    )
+    process = processes.Started(["-c", code, data.folder, tmp_path])
     while not (tmp_path / "shard-00001.json").exists() and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     with pytest.raises(ValueError, match="unfinished, 2 of 4 shards exist"):
         TrajectoryStore(tmp_path)

@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from ...common.checks import nearest, one_of
+from ...io.files import load_yaml
 from .recipe import RECIPES, Recipe
 
 
@@ -42,11 +43,14 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
         file = resources.files("hiar_model.train").joinpath("recipes", *f"{name}.yaml".split("/"))
         text = file.read_text(encoding="utf-8")
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
+        try:
+            text = Path(name).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"recipe {name} is not text in UTF-8: {error}") from error
     else:
         raise ValueError(f"no recipe {name!r}: neither a file nor one of {', '.join(shipped)}")
     try:
-        values = yaml.safe_load(text) or {}
+        values = load_yaml(text) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

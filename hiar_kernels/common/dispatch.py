@@ -1,0 +1,98 @@
+"""Choice of the implementation, shared by every op."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+KNOWN_IMPLS = (
+    "auto", "reference", "sdpa", "cudnn", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "triton", "gluon",
+    "cuda",
+)  # fmt: skip
+
+
+def check_floats(op: str, **tensors: object) -> None:
+    """Raise ValueError unless all are tensors of a dtype that the ops compute in, on one device."""
+    first, device = "", None
+    for name, x in tensors.items():
+        check_tensor(op, name, x)
+        assert isinstance(x, Tensor)
+        if x.dtype not in FLOATS:
+            raise ValueError(f"{op}: {name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
+        if device is None:
+            first, device = name, x.device
+        elif x.device != device:
+            raise ValueError(f"{op}: {name} must be on {device} like {first}, got {x.device}")
+
+
+def check_tensor(op: str, name: str, x: object) -> None:
+    """Raise ValueError unless it is a tensor: numpy's arrays, lists and None are not."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def check_eps(op: str, eps: float | None) -> None:
+    """Raise ValueError unless it is a finite number of at least 0."""
+    if eps is None or isinstance(eps, str) or not 0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps must be a finite number of at least 0, got {eps!r}")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+_preferred: str | None = None
+_taken: list[tuple[str, str]] | None = None
+
+
+@contextmanager
+def prefer(impl: str) -> Iterator[None]:
+    """Within this block ``impl="auto"`` means ``impl`` in every op that has it, to test or compare a whole model.
+
+    Like an explicit ``impl`` it never falls back: an op that has it but does not support its arguments raises.
+    """
+    global _preferred
+    if impl not in KNOWN_IMPLS:
+        raise ValueError(f"prefer: unknown impl {impl!r}; known: {', '.join(KNOWN_IMPLS)}")
+    before, _preferred = _preferred, None if impl == "auto" else impl
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+@contextmanager
+def taken() -> Iterator[list[tuple[str, str]]]:
+    """Record (op, implementation) of every op that runs within this block."""
+    global _taken
+    before, _taken = _taken, []
+    try:
+        yield _taken
+    finally:
+        _taken = before
+
+
+def resolve(op: str, impl: str, available: tuple[str, ...], auto: str) -> str:
+    """The implementation that ``impl`` stands for: "auto" is resolved, anything else must exist."""
+    if impl == "auto":
+        return auto if _preferred is None or _preferred not in available else _preferred
+    if impl not in available:
+        kind = "has no implementation" if impl in KNOWN_IMPLS else "knows no impl"
+        raise ValueError(f"{op}: {kind} {impl!r}; legal: auto, {', '.join(available)}")
+    return impl
+
+
+def choose(op: str, impl: str, available: tuple[str, ...], auto: str) -> str:
+    """:func:`resolve` for a call that is about to run, which :func:`taken` lists."""
+    impl = resolve(op, impl, available, auto)
+    if _taken is not None:
+        _taken.append((op, impl))
+    return impl
