@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from processes import torchrun
 from tiny_model import SIZE, TEXT, TINY, make_model
 
 from hiar_model.config import ExecutionConfig, FlowSchedule, RolloutConfig
