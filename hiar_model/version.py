@@ -15,15 +15,15 @@ EARLIER_NOISE = "torch-32"
 
 
 def installed_version(distribution: str) -> str | None:
-    """Version of an installed distribution, None if there is none; once it is imported, with the build that only the
-    module tells (torch 2.11.0+cu130).
+    """Version of an installed distribution, None if it is not installed; if it is imported, with its build (torch
+    2.11.0+cu130).
     """
     try:
-        found = metadata.version(distribution)
+        version = metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-    told = str(getattr(sys.modules.get(distribution), "__version__", ""))
-    return told if told.startswith(f"{found}+") else found
+    imported = str(getattr(sys.modules.get(distribution), "__version__", ""))
+    return imported if imported.startswith(f"{version}+") else version
 
 
 def package_version() -> str:
@@ -33,8 +33,8 @@ def package_version() -> str:
 
 def versions(*distributions: str) -> dict[str, str]:
     """Versions of this package, of Python and of the given distributions ("absent" for what is not installed)."""
-    found = {DISTRIBUTION: package_version(), "python": platform.python_version()}
-    return found | {name: installed_version(name) or "absent" for name in distributions}
+    own = {DISTRIBUTION: package_version(), "python": platform.python_version()}
+    return own | {name: installed_version(name) or "absent" for name in distributions}
 
 
 def require_noise(what: str, noise: str | None) -> None:

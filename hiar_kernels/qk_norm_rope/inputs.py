@@ -171,7 +171,7 @@ def empty_like_q(inputs: RopeInputs) -> Tensor:
 _FULL_TURN = Decimal("6.283185307179586476925286766559005768394338798750211641949889")
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # never evicted: captured graphs read it
 def turns_of(head_dim: int, theta: float, device: torch.device) -> Tensor:
     """int64 [head_dim / 2]: the turns of each pair for one step along its axis, modulo 1, in units of 2^-64."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -9,7 +9,7 @@
 | OMP_NUM_THREADS | CPU threads of torch, which reads it; `--nproc` makes it 1 if unset | unset | whole numbers from 1 |
 | HIAR_ERROR_FILE | set by `--nproc`: exists once one of its processes has printed an error | unset | a path |
 
-An empty value counts as unset. hiar_kernels lists its own in its README.
+An empty value counts as unset. hiar_kernels reads HIAR_NVTX, HIAR_BUILD_CUDA and HIAR_CUDA_ARCHS.
 """
 
 from __future__ import annotations

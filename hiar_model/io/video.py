@@ -245,14 +245,14 @@ class VideoWriter:
         encoder, self._encoder = self._encoder, None
         with self._named():
             encoder.close()
-        text = json.dumps(self._record(), indent=2, ensure_ascii=False, default=_as_json) + "\n"
+        text = json.dumps(self._metadata(), indent=2, ensure_ascii=False, default=_as_json) + "\n"
         with self._named():
             publish(self._partial, self.path)
-        record = record_path(self.path, self.folder)
+        beside = record_path(self.path, self.folder)
         try:
-            atomic_write(record, text.encode("utf-8", "backslashreplace"))  # lone surrogates, as JSON escapes them
+            atomic_write(beside, text.encode("utf-8", "backslashreplace"))  # lone surrogates, as JSON escapes them
         except OSError as error:
-            record.unlink(missing_ok=True)  # of the video that was replaced
+            beside.unlink(missing_ok=True)  # of the video that was replaced
             raise OSError(f"{self.path} is complete, but without its record: {error}") from error
 
     @contextmanager
@@ -263,16 +263,16 @@ class VideoWriter:
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def _record(self) -> dict[str, Any]:
+    def _metadata(self) -> dict[str, Any]:
         import shlex
 
-        record = {"file": self.path.name, "frames": self.frames_written, "fps": self.fps, **self.metadata}
-        if "command" in record:
+        metadata = {"file": self.path.name, "frames": self.frames_written, "fps": self.fps, **self.metadata}
+        if "command" in metadata:
             name = self.path.name + "/" * self.folder
-            words = seen_from(self.path.parent, record["command"])
+            words = seen_from(self.path.parent, metadata["command"])
             words += ["--out", os.path.join(os.curdir, name) if name[0] == "-" else name]
-            record["command"] = shlex.join(words if self.folder else [*words, "--overwrite"])
-        return record
+            metadata["command"] = shlex.join(words if self.folder else [*words, "--overwrite"])
+        return metadata
 
     def _discard(self) -> None:
         """Close the encoder and remove the temporary file or folder, if there still is one."""

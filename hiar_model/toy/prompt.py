@@ -210,11 +210,6 @@ def random_tokens(count: int, generator: Generator, pool: Tensor | None = None) 
     return torch.stack(columns, dim=1)
 
 
-def random_prompt(generator: Generator) -> ToyPrompt:
-    """One prompt, uniform over every slot."""
-    return ToyPrompt.from_tokens(random_tokens(1, generator)[0].tolist())
-
-
 @own_settings()
 def split_prompts(held_out: int = 64, seed: int = 0) -> tuple[list[ToyPrompt], list[ToyPrompt]]:
     """(prompts to train on, `held_out` prompts to keep for the measurement): a fixed shuffle of `all_prompts`."""

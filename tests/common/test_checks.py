@@ -17,7 +17,7 @@ from hiar_model.common.checks import as_whole, nearest, number_above_0, one_of, 
 from hiar_model.common.keyed import keyed_generator
 from hiar_model.models.registry import load_video_model
 from hiar_model.planning.fit import fit_query
-from hiar_model.rollout.infill import _given
+from hiar_model.rollout.infill import _mask
 from hiar_model.schedule.plan import Plan
 from hiar_model.schedule.simulator import simulate
 
@@ -71,7 +71,7 @@ def test_a_video_asked_for_in_numbers_of_every_kind(model, kind):
     assert np.array_equal(plainly.frames, requested.frames)
     assert json.dumps(requested.metadata) == json.dumps(plainly.metadata)  # as Python's numbers
     each = generate(PROMPT, model=model, num_frames=9, steps=2, window_frames=[kind(3), kind(6)], order="stream")
-    assert each.metadata["window_frames"] == [3, 6] and json.dumps(each.metadata)
+    assert each.metadata["rollout"]["window_frames"] == [3, 6] and json.dumps(each.metadata)
 
 
 @pytest.mark.parametrize("kind", (np.int64, torch.tensor))
@@ -94,7 +94,7 @@ def test_relatives(model, kind):
         for size in (sizes, {name: kind(n) for name, n in sizes.items()} | {"video_ids": [kind(0)]})
     ]
     assert torch.equal(*result)
-    assert _given([kind(1)], 1, 6, 3).tolist() == [[False] * 3 + [True] * 3]
+    assert _mask([kind(1)], 1, 6, 3).tolist() == [[False] * 3 + [True] * 3]
     assert torch.equal(*(keyed_generator(n, "a", n).normals(4) for n in (5, kind(5))))
     assert fit_query("wan2.1-t2v-1.3b", height=kind(480), width=kind(832), frames=kind(81)).request.height == 60
 

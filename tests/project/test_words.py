@@ -53,15 +53,11 @@ KERNELS = {"total": "l_i", "highest": "m_i", "keep": "alpha", "parts": "num_spli
 
 PUBLIC = {
     "hiar_model/rollout/flat.py": {"pairs", "trajectory", "cache_source", "cache_dtype", "on_new_text", "on_visit"},
-}
-"""Keywords of the function hiar_model.rollout, which stay as they are."""
-
-TO_DO = {
-    "Place": 1, "Script": 1, "Show": 1, "Watch": 2, "asked": 16, "enter": 2, "found": 85, "given": 38, "held": 7,
-    "highest": 14, "keep": 2, "kept": 26, "lends": 1, "lent": 1, "live": 29, "made": 17, "on_new_text": 1,
-    "parts": 8, "record": 6, "stands": 1, "texts": 10, "told": 25, "total": 20, "visit": 1, "visited": 1,
-    "visiting": 1, "walk": 1, "wanted": 19, "way": 1, "ways": 2,
+    "hiar_model/toy/backdrop.py": {"texture_kept"}, "hiar_model/toy/reading.py": {"texture_kept"},
 }  # fmt: skip
+"""Keywords of the function hiar_model.rollout, and a field of published results, which stay as they are."""
+
+TO_DO = {"found": 1, "live": 3, "parts": 3, "record": 1, "texts": 1, "visit": 1}
 """Old word -> places that still have it. It may only shrink."""
 
 
