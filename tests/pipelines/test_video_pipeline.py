@@ -232,7 +232,7 @@ ILLEGAL = {
     "threads without number": ({"threads": 10**5}, r"threads must be a whole number from 1 to \d+, got 100000"),
     "half a window": ({"window_frames": 2.5}, "window_frames must be None, one number .*got 2.5"),
     "a true window": ({"window_frames": True}, "window_frames must be None, one number .*got True"),
-    "an array of windows": ({"window_frames": np.array([6, 6, 6])}, "window_frames must be .* one per step .2., got array"),
+    "an array of windows": ({"window_frames": np.array([6, 6, 6])}, "window_frames must .* per step .2., got array"),
     "no model": ({"model": None}, "model must be the path of a file or folder, got None"),
     "image": ({"image": 3}, "image must be the path of a file or folder, got 3"),
     "clip": ({"extend": b"x.mp4"}, "extend must be the path of a file or folder, got b'x.mp4'"),
