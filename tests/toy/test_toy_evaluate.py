@@ -343,7 +343,7 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     [
         (["--num-frames", "6", "--order", "block_first"], [("block_first", "6")]),
         (["--num-frames", "[6,12]", "--order", "stream"], [("stream", "6"), ("stream", "12")]),
-        (["--num-frames", "6", "--order", "[]"], [("step_first", "6"), ("block_first", "6")]),
+        (["--num-frames", "6"], [("step_first", "6"), ("block_first", "6")]),
     ],
     ids=str,
 )
