@@ -29,8 +29,8 @@ def convert(a: Namespace) -> None:
     """Convert, and print the input, the output, and the hash of all tensors before and after."""
     from ..models.convert import convert as convert_files
 
-    def show(found: CheckpointInfo, sha256: str) -> None:
-        print(f"in:  {found}\n     tensors sha256 {sha256}", flush=True)
+    def show(info: CheckpointInfo, sha256: str) -> None:
+        print(f"in:  {info}\n     tensors sha256 {sha256}", flush=True)
 
     done = convert_files(a.source, a.target, a.to, on_checkpoint=show)
     print(f"out: {done.target}\n     tensors sha256 {done.sha256}: read again, the same")

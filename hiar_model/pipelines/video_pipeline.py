@@ -232,12 +232,13 @@ def rollout_config(model: VideoModel, options: VideoOptions, blockwise: bool = F
     config = model.rollout
     if options.steps is not None:
         config = config.with_steps(options.steps)
-    if options.window_frames != "model":
-        if isinstance(options.window_frames, str):
+    if isinstance(options.window_frames, str):
+        if options.window_frames != "model":
             raise ValueError(
                 'window_frames must be a number, one per step, None (all) or "model", '
                 f"got {options.window_frames!r}"
             )
+    else:
         config = replace(config, window_frames=options.window_frames)  # type: ignore[arg-type]
     if options.sink_frames is not None:
         config = replace(config, sink_frames=options.sink_frames)

@@ -116,9 +116,11 @@ class Rollout:
             raise ValueError(
                 "on_nan must be 'stop' with ranks that share heads (each checks its own latents), got 'retry'"
             )
-        pipelined = steps_ranks > 1 or execution.steps_per_rank is not None
+        pipelined = steps_ranks > 1 or execution.steps_per_rank is not None or execution.dedicated_decoder_rank
         if pipelined and config.order in ("step_first", "wavefront"):
             config = config.with_order("stream")  # the same result: ranks run block after block
+        if num_latent_frames is None:
+            config.require_endless()
         self.config, self.plan = config, Plan.of(config, prefix_frames)
         self.num_blocks = self._count_blocks(num_latent_frames, prefix_frames)
         kv_dtype = None if execution.kv_dtype is None else getattr(torch, execution.kv_dtype)

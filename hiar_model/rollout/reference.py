@@ -204,7 +204,7 @@ def forward_block(
     padding = config.text_len - prompt_embeds.shape[1]  # zeros, which take part in cross-attention
     if padding < 0:
         raise ValueError(f"prompt_embeds must have at most {config.text_len} tokens, got {prompt_embeds.shape[1]}")
-    text = model.text_embedding(nn.functional.pad(prompt_embeds, (0, 0, 0, padding))).expand(batch, -1, -1)
+    prompt = model.text_embedding(nn.functional.pad(prompt_embeds, (0, 0, 0, padding))).expand(batch, -1, -1)
     x = model.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)  # tokens [B, F P, dim]
     if model.position_embedding is not None:
         x = x + model.position_embedding.repeat(count, 1)
@@ -225,7 +225,7 @@ def forward_block(
         x = ops.gated_residual(x, own.o(attend(q, k, v)), gate1)
         # cross-attention to the prompt
         q = heads(ops.rms_norm(cross.q(layer.norm3(x)), cross.norm_q.weight, eps=eps))
-        k, v = heads(ops.rms_norm(cross.k(text), cross.norm_k.weight, eps=eps)), heads(cross.v(text))
+        k, v = heads(ops.rms_norm(cross.k(prompt), cross.norm_k.weight, eps=eps)), heads(cross.v(prompt))
         x = x + cross.o(attend(q, k, v))
         # feed-forward
         x = ops.gated_residual(x, layer.ffn(ops.ada_layer_norm(x, shift2, scale2, eps=eps)), gate2)

@@ -57,7 +57,7 @@ def test_json_gives_back_what_was_written(values):
         ({"order": "straem"}, r"order must be one of step_first, .*'straem'; did you mean stream\?"),
         ({"steps": ()}, "steps must fall within"),
         ({"steps": (500, 750)}, "steps must fall within"),
-        ({"shift": 0}, "shift must be positive, got 0"),
+        ({"shift": 0}, "shift must be a number above 0, got 0"),
         ({"frames_per_block": 0}, "frames_per_block must be a whole number of at least 1, got 0"),
         ({"frames_per_block": 2.5}, "frames_per_block must be a whole number of at least 1, got 2.5"),
         ({"sink_frames": -1}, "sink_frames must be a whole number of at least 0, got -1"),

@@ -170,20 +170,20 @@ def resumed(groups, folder: Path) -> dict:
 
 
 def traced(group) -> list[str]:
-    """What two ranks do, in order: tasks, sends, and which receives are posted when a task begins."""
+    """The tasks and sends of two ranks, in order, and the receives posted when a task starts."""
     run, events = make(2, group, num_frames=9), []
-    launch, send = run._executor._forward, run.pipeline.send
+    forward, send = run._executor._forward, run.pipeline.send
 
-    def traced_launch(items, inputs):
+    def traced_forward(items, inputs):
         posted = ",".join(map(str, sorted(run.pipeline.links.posted))) or "none"
         events.append(f"{items[0][-1].kind} {items[0][-1].block} posted {posted}")
-        return launch(items, inputs)
+        return forward(items, inputs)
 
     def traced_send(block, latents):
         events.append(f"send {block}")
         send(block, latents)
 
-    run._executor._forward, run.pipeline.send = traced_launch, traced_send
+    run._executor._forward, run.pipeline.send = traced_forward, traced_send
     latents(run)
     return events
 

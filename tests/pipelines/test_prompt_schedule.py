@@ -59,8 +59,8 @@ def test_a_script_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "script has no prompts"),
-        ("# only this\n\n", "script has no prompts"),
+        ("", "prompt schedule has no prompts"),
+        ("# only this\n\n", "prompt schedule has no prompts"),
         ("a red circle", "prompt schedule line 1: starts with 'a', expected"),
         ("0 x\n12,5 y", "prompt schedule line 2: starts with '12,5', expected"),
         ("0", "prompt schedule line 1: no prompt after the time 0"),
@@ -98,7 +98,7 @@ def test_a_prompt_takes_over_at_the_first_block_that_begins_at_its_time(num_bloc
     made = show(PromptSchedule.parse("0 a\n0.75 bb\n2.3 ccc\n6.75 a"), num_blocks)
     assert [int(made(n)[0, 0, 0]) for n in range(11)] == [1, 2, 2, 2, 3, 3, 3, 3, 3, 1, 1]
     assert made(0) is made(10), "one tensor for one prompt: its keys are computed once"
-    assert made.notes() == [
+    assert made.summary() == [
         "0 s 'a': shows from 0 s (block 0)",
         "0.75 s 'bb': shows from 0.75 s (block 1)",
         "2.3 s 'ccc': shows from 3 s (block 4)",
@@ -225,14 +225,14 @@ def test_what_is_kept_to_be_cached_again_does_not_grow():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pairs": True}, "on_prompt_change='recache' is impossible with pairs=True"),
-        ({"cache_source": "next_step"}, "on_prompt_change='recache' is impossible with cache_source='next_step'"),
-        ({"on_new_text": "forget"}, "on_new_text must be one of keep, recache, got 'forget'"),
+        ({"pairs": True}, "on_prompt_change='recache' is impossible with fuse_cache_denoise=True"),
+        ({"cache_source": "next_step"}, "on_prompt_change='recache' is impossible with kv_source='next_step'"),
+        ({"on_prompt_change": "forget"}, "on_prompt_change must be one of keep, recache, got 'forget'"),
     ],
 )
 def test_what_cannot_be_recached_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        run(**{"on_new_text": "recache", **options})
+        run(**{"on_prompt_change": "recache", **options})
 
 
 # Prompt to video

@@ -274,8 +274,8 @@ WRONG = {
     "no height": (None, ["--height", "0"], "height must be a whole number of at least 1, got 0"),
     "length": (None, ["--num-frames", "80"], "got 80, nearest 69 or 81"),
     "one frame": (None, ["--num-frames", "1"], "got 1, nearest 9"),
-    "window": (None, ["--window-frames", "2"], "--window-frames=2 is not legal: give a whole number >= 3"),
-    "sink": (None, ["--sink-frames", "19"], "--window-frames=21 is not legal: give a whole number >= 22"),
+    "window": (None, ["--window-frames", "2"], "--window-frames must be a whole number of at least 3"),
+    "sink": (None, ["--sink-frames", "19"], "--window-frames must be a whole number of at least 22"),
     # images and clips
     "no such image": (None, ["--image", "no.png"], r"image no\.png: no such file"),
     "no image": (text("i.png", "x"), ["--image", "i.png"], r"image i\.png: corrupt"),

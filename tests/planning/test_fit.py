@@ -67,7 +67,7 @@ def test_ways_to_fit_change_as_little_as_they_can():
     # while the prompt is read both are there: only afterwards is there room for caches
     models = query.memory().encoding  # weights, and what torch gives cuBLAS
     [(only, memory)] = options_that_fit(query, models)
-    assert str(only) == "--offload text" and memory.total == models and memory.when == "reading the prompt"
+    assert str(only) == "--offload text" and memory.total == models and memory.when == "encoding the prompt"
     assert options_that_fit(query, models - 1) == []
 
 

@@ -126,5 +126,5 @@ def test_weights_in_the_dtype_of_the_file_are_mapped(tmp_path, write, size):
         one = free_memory._need(folder, None, CPU, dtype, (), None, order=None, height=64, width=64, frames=9)
         numbers, found = one.text_encoder
         assert found == size and numbers > 0
-        without = free_memory.replace(one, text=(0, 0)).total()
+        without = free_memory.replace(one, text_encoder=(0, 0)).total()
         assert one.total() - without == (0 if dtype.itemsize == size else numbers * dtype.itemsize)

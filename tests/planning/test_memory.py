@@ -132,7 +132,7 @@ def test_phases():
     assert (memory.encoding, memory.total, memory.when) == (32, resident + 9, "decoding")
     light = replace(memory, offload=("text", "vae"))
     assert (light.encoding, light.total, light.when) == (30, 59, "a task")
-    assert replace(light, caches=0).when == "reading the prompt"
+    assert replace(light, caches=0).when == "encoding the prompt"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 from test_layout import UNITS
 
 from hiar_model.cli import build_parser, main
-from hiar_model.cli.choices import READ, check_choices
+from hiar_model.cli.choices import INPUT_FILES, check_choices
 from hiar_model.cli.config_file import config_first
 from hiar_model.cli.train import _override
 from hiar_model.config import SHIPPED
@@ -168,7 +168,7 @@ def understand(words: list[str]) -> None:
 def understand_hiar(words: list[str]) -> None:
     parsed = build_parser().parse_args(config_first(words))
     command, options = parsed.subcommand, parsed[parsed.subcommand]
-    for name in ("model", *READ.get(command, ())):
+    for name in ("model", *INPUT_FILES.get(command, ())):
         if (value := options.get(name)) is not None and value not in SHIPPED:
             Path(value).mkdir(parents=True, exist_ok=True)  # stands in for what is published, or made before
     check_choices(command, options)

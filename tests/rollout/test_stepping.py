@@ -77,7 +77,7 @@ def test_making_a_rollout_runs_nothing(monkeypatch):
         ({"num_latent_frames": 10}, "num_latent_frames must be the prefix .* nearest 9 or 12"),
         ({"num_latent_frames": None, "config": CONFIGS[0]}, "order step_first cannot make an endless video"),
         ({"num_latent_frames": None, "config": RolloutConfig(order="stream")}, "an endless video needs a window"),
-        ({"latent_size": (3, 4)}, "latent frame 3x4 is no multiple of the patch"),
+        ({"latent_size": (3, 4)}, "multiples of the patch 2x2, got 3x4"),
         ({"latent_size": (0, 4)}, "latent_size must be a whole number of at least 1, got 0"),
         ({"execution": ExecutionConfig(cuda_graph=True)}, "cuda_graph=True needs a CUDA device, the model is on cpu"),
         ({"noise": torch.zeros(1, 9, 2, 2, 4)}, r"noise must be \[1, 12, 2, 2, 4\], got \[1, 9, 2, 2, 4\]"),
