@@ -32,6 +32,19 @@ def now() -> float:
     return time.perf_counter()
 
 
+def module_of(*names: str) -> Any:
+    """The first of these modules that this revision has; None: it has none of them.
+
+    By their files: an editable install of another checkout would answer for a name that this revision lacks.
+    """
+    for name in names:
+        package, _, rest = name.partition(".")
+        folder = Path(str(importlib.import_module(package).__file__)).parent
+        if (folder / f"{rest.replace('.', '/')}.py").is_file():
+            return importlib.import_module(name)
+    return None
+
+
 @functools.cache
 def weights(name: str, layers: int | None, dtype: str) -> tuple[Any, Any]:
     """A model and an encoded prompt, both random."""
@@ -55,19 +68,17 @@ class RolloutCase:
     """An endless rollout with random weights, its window full and its graphs captured."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        from hiar_model import FlowSchedule
+        import hiar_model
 
-        try:  # of plain keywords
-            make_rollout = importlib.import_module("hiar_model.rollout.flat").make_rollout
-        except ImportError:  # a revision whose Rollout took them itself
-            from hiar_model import Rollout as make_rollout
+        # Rollout itself took plain keywords once
+        make_rollout = getattr(module_of("hiar_model.rollout.flat"), "make_rollout", hiar_model.Rollout)
         begun = now()
         model, prompt = weights(case["model"], case["layers"], case["dtype"])
         c = model.config
         size = c.position_grid and tuple(n * p for n, p in zip(c.position_grid, c.patch_size[1:]))
         height, width = size or (case["height"] // 8, case["width"] // 8)  # Wan's VAE makes 8 x 8 pixels one
         self.rollout = make_rollout(
-            model, prompt, FlowSchedule(), num_frames=None, height=height, width=width, order=case["order"],
+            model, prompt, hiar_model.FlowSchedule(), num_frames=None, height=height, width=width, order=case["order"],
             window_frames=case["window"], executor=case["executor"], pairs=case["pairs"],
             cache_source="next_step" if case["shared_keys"] else "own",
         )  # fmt: skip
@@ -193,10 +204,8 @@ def about() -> dict[str, Any]:
     import hiar_kernels
     import hiar_model
 
-    try:
-        cuda_ops = importlib.import_module("hiar_kernels.common.cuda_loader").missing()
-    except (ImportError, AttributeError):
-        cuda_ops = "unknown"
+    loader = module_of("hiar_kernels.common.cuda_loader", "hiar_kernels._cuda")
+    cuda_ops = loader.missing() if hasattr(loader, "missing") else "unknown"
     return {
         "packages": [str(Path(str(m.__file__)).resolve().parents[1]) for m in (hiar_kernels, hiar_model)],
         "threads": torch.get_num_threads(),

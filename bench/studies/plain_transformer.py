@@ -80,7 +80,7 @@ class PlainTransformer:
         self.tokens = z.tokens
         with torch.device(device):
             self.blocks = [Block(z).to(DTYPE) for _ in range(z.layers)]
-            self.rings, self.texts = (
+            self.rings, self.prompts = (
                 [[torch.randn(batch, n, z.heads, z.head_dim, dtype=DTYPE) for _ in "kv"] for _ in range(z.layers)]
                 for n in (z.window * z.frame_tokens, z.text_tokens)
             )
@@ -92,7 +92,7 @@ class PlainTransformer:
     def __call__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], parts: tuple[Callable, ...]) -> Tensor:
         before, between, after = parts
         x = self.x
-        for block, ring, text in zip(self.blocks, self.rings, self.texts):
+        for block, ring, text in zip(self.blocks, self.rings, self.prompts):
             q, *own = before(block, x, self.e, self.cos, self.sin)
             for slots, new in zip(ring, own):
                 slots[:, -self.tokens :].copy_(new)

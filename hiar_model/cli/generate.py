@@ -100,7 +100,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
             raise ValueError(f"{option.replace('_', '-')} {a[option]}: no such file")
     session = None if a.session is None else check_output(in_folder(a.session, SESSION))
     require_apart(
-        {"-o": target, "the record of -o": record_path(target, is_folder_target(a.out)), "--session": session},
+        {"-o": target, "the metadata of -o": record_path(target, is_folder_target(a.out)), "--session": session},
         {f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint")},
     )
     if a.from_session is not None:  # that may be replaced by --session

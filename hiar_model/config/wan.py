@@ -85,7 +85,7 @@ class WanConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, (list, tuple)) or bool(getattr(value, "ndim", 0)):
+            if isinstance(value, (list, tuple)) or getattr(value, "ndim", False):
                 value = tuple(whole(f"WanConfig: {f.name}", n) for n in value)
             elif value is not None and f.name not in ("eps", "rope_theta"):
                 value = whole(f"WanConfig: {f.name}", value)

@@ -234,10 +234,8 @@ def rollout_config(model: VideoModel, options: VideoOptions, blockwise: bool = F
         config = config.with_steps(options.steps)
     if isinstance(options.window_frames, str):
         if options.window_frames != "model":
-            raise ValueError(
-                'window_frames must be a number, one per step, None (all) or "model", '
-                f"got {options.window_frames!r}"
-            )
+            legal = 'a number, one per step, None (all) or "model"'
+            raise ValueError(f"window_frames must be {legal}, got {options.window_frames!r}")
     else:
         config = replace(config, window_frames=options.window_frames)  # type: ignore[arg-type]
     if options.sink_frames is not None:
@@ -441,7 +439,7 @@ class VideoRun:
     def _open_folder(self, folder: str | os.PathLike[str]) -> RunFolder:
         pipeline = self.rollout.pipeline
         if pipeline is None:
-            raise ValueError("run_folder is for pipelines only: give --parallel pipeline")
+            raise ValueError("resume and run_folder are for pipelines only: give --parallel pipeline")
         names = ("prompt", "prompts", "weights_sha256", "height", "width", "given", "num_frames", "seed", "noise",
                  "rollout", "dtype")  # fmt: skip
         about = {name: self.metadata[name] for name in names} | {"steps_per_rank": list(pipeline.stage.split)}

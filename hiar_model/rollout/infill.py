@@ -116,6 +116,6 @@ def _mask(known: Tensor | Iterable[int], batch: int, frames: int, block: int) ->
     for n in known:
         number = as_whole(n)
         if number is None or not 0 <= number < blocks:
-            raise ValueError(f"given blocks must be in 0..{blocks - 1}, got {n!r}")
+            raise ValueError(f"known blocks must be in 0..{blocks - 1}, got {n!r}")
         mask[:, number * block : (number + 1) * block] = True
     return mask

@@ -19,9 +19,9 @@ from small_toy import BLOCK, FRAMES, PROMPT
 from hiar_model import generate
 from hiar_model.cli import COMMANDS, build_parser, machine, main
 from hiar_model.cli.choices import as_typed
+from hiar_model.config import ExecutionConfig
 from hiar_model.models import registry
 from hiar_model.models.registry import ToyDecoder, load_video_model
-from hiar_model.pipelines.video_pipeline import Generation
 from hiar_model.train.engine.trainer import Trainer
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
@@ -70,7 +70,7 @@ def test_the_record_repeats_the_video(folder, here):
     assert run(*words[:-1], "second/") == 0
     again = json.loads((here / "second/video.json").read_text())
     assert {**again, "file": "first", "command": record["command"]} == record
-    assert (record["fps"], record["window_frames"], record["frames"]) == (7.5, [3, 4, 6], 9)
+    assert (record["fps"], record["rollout"]["window_frames"], record["frames"]) == (7.5, [3, 4, 6], 9)
     for image in (here / "first").glob("*.png"):
         assert image.read_bytes() == (here / "second" / image.name).read_bytes()
 
@@ -78,7 +78,7 @@ def test_the_record_repeats_the_video(folder, here):
 def test_a_window_of_all_frames(folder, here):
     assert run("generate", PROMPT, "-o", "a.gif", "--model", folder, "--window-frames", "null") == 0
     record = json.loads((here / "a.gif.json").read_text())
-    assert record["window_frames"] is None and "--window-frames null" in record["command"]
+    assert record["rollout"]["window_frames"] is None and "--window-frames null" in record["command"]
 
 
 def test_a_config_file(folder, here):
@@ -92,11 +92,10 @@ def test_options_are_those_of_the_function():
     """Names and defaults are written twice, so that the parser need not import torch: hold them together."""
     options = build_parser().parse_args(["generate", PROMPT, "-o", "x"])["generate"]
     for name, parameter in inspect.signature(generate).parameters.items():
-        if name not in ("prompt", "on_progress", "more"):
+        if name not in ("prompt", "on_progress", "execution", "open_end", "run_folder"):
             assert options[name] == parameter.default, name
-    more = inspect.signature(Generation).parameters
-    for name in ("height", "width", "image", "extend", "prompts", "on_new_text", "on_nan", "session", "cache_dtype"):
-        assert options[name] == more[name].default, name
+    execution = ExecutionConfig()
+    assert (options["on_nan"], options["kv_dtype"]) == (execution.on_nan, execution.kv_dtype)
 
 
 WRONG = {
@@ -109,10 +108,10 @@ WRONG = {
     "an endless rate": (["generate", PROMPT, "-o", "a.mp4", "--fps", "1e6"], "--fps must be a number from 0.01 to"),
     "steps": (["generate", PROMPT, "-o", "a.mp4", "--steps", "2000000"], "--steps must be .* from 1 to 1000, got 2"),
     "processes": (["generate", PROMPT, "-o", "a.mp4", "--nproc", "99999"], r"--nproc must be .* from 1 to \d+, got"),
-    "standard output": (["generate", PROMPT, "-o", "-"], "'-' is no name for a video"),
-    "an empty name": (["generate", PROMPT, "-o", ".mp4"], "'.mp4' is no name for a video"),
+    "standard output": (["generate", PROMPT, "-o", "-"], "'-' is not a file name for a video"),
+    "an empty name": (["generate", PROMPT, "-o", ".mp4"], "'.mp4' is not a file name for a video"),
     "no lengths": (["evaluate", "toy", "--num-frames", "[]"], r"--num-frames must hold something, got \[\]"),
-    "a rate of training": (["train", TOY, "optimizer.lr=inf"], "lr and clip_norm must be above 0"),
+    "a rate of training": (["train", TOY, "optimizer.lr=inf"], "optimizer.lr must be float, got 'inf'"),
     "no value": (["generate", PROMPT, "-o"], "argument -o/--out: expected one argument"),
     "no number": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "many"], "--num-frames must be.*many"),
     "no window": (["generate", PROMPT, "-o", "a.mp4", "--window-frames", "wide"], "--window-frames .*wide.: latent"),
@@ -159,7 +158,7 @@ def test_unknown_keys_of_a_config_are_refused(here, capsys):
 
 def test_a_broken_model_is_one_line(folder, here, capsys):
     (here / "m").mkdir()
-    assert "config.json: No such file" in refused(capsys, 2, "generate", PROMPT, "-o", "a.mp4", "--model", "m")
+    assert "config.json: no such file" in refused(capsys, 2, "generate", PROMPT, "-o", "a.mp4", "--model", "m")
     assert "neither a folder" in refused(capsys, 2, "generate", PROMPT, "-o", "a.mp4", "--model", "n")
     assert [p.name for p in here.iterdir()] == ["m"]
 

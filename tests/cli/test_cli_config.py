@@ -56,7 +56,7 @@ def test_what_print_config_writes(folder, capsys):
             "--steps", 2, "--print_config")  # fmt: skip
     write("c.yaml", capsys.readouterr().out)
     assert run("generate", "--config", "c.yaml") == 0
-    assert (record("a.gif")["window_frames"], record("a.gif")["prompt"]) == ([3, 6], PROMPT)
+    assert (record("a.gif")["rollout"]["window_frames"], record("a.gif")["prompt"]) == ([3, 6], PROMPT)
 
 
 @pytest.mark.parametrize("kind", ["a.mp4.json", "a/video.json"])

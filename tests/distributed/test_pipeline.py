@@ -236,8 +236,8 @@ def test_a_generation_on_one_process_saves_its_blocks(model, tmp_path, capsys, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--resume"], "in a pipeline only: give --parallel pipeline"),
-        (["--nproc", "0"], "--nproc must be a whole number of at least 1, got 0"),
+        (["--resume"], "--resume and run_folder are for pipelines only: give --parallel pipeline"),
+        (["--nproc", "0"], "--nproc must be a whole number from 1 to"),
         (["--parallel", "pipeline", "--steps-per-rank", "[1,1]"], "a number for each of 1 ranks"),
         (["--parallel", "warp"], "--parallel must be one of pipeline, ulysses, got 'warp'"),
     ],

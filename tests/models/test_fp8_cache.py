@@ -211,7 +211,7 @@ def test_a_state_goes_on_bit_for_bit():
     again.load_state_dict(state)
     result += [block.latents for block in again]
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
-    with pytest.raises(ValueError, match="another rollout"):
+    with pytest.raises(ValueError, match="different rollout"):
         fresh(kv_dtype=None).load_state_dict(state)
     with pytest.raises(ValueError, match=r"k\.0 must be torch.float32 .* got torch.float8_e4m3fn"):
         fresh(kv_dtype=None)._executor.cache.load_state_dict(state["cache"])

@@ -247,11 +247,11 @@ def test_a_terminated_process_leaves_nothing_half(tmp_path, small, nproc):
 
 @pytest.mark.parametrize("out, more, culprits", [
     ("a.mp4", ["--session", "a.mp4"], "--session and -o are one file"),
-    ("a.mp4", ["--session", "./a.mp4.json"], "--session and the record of -o are one file"),
+    ("a.mp4", ["--session", "./a.mp4.json"], "--session and the metadata of -o are one file"),
     ("link.mp4", ["--session", "real.mp4"], "--session and -o are one file"),
     ("new/", ["--session", "new"], "--session and -o are one file"),
     ("real.mp4", ["--extend", "real.mp4"], "-o would replace real.mp4, which --extend reads"),
-    ("a.mp4", ["--prompts", "a.mp4.json"], "the record of -o would replace a.mp4.json, which --prompts reads"),
+    ("a.mp4", ["--prompts", "a.mp4.json"], "the metadata of -o would replace a.mp4.json, which --prompts reads"),
     ("real.mp4", ["--from-session", "real.mp4"], "-o would replace real.mp4, which --from-session reads"),
     ("a.mp4", ["--extend", "real.mp4", "--session", "link.mp4"], "--session would replace real.mp4, which --extend"),
 ])  # fmt: skip

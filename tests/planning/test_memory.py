@@ -155,5 +155,5 @@ def test_what_a_rollout_refuses_is_refused(options, said):
 def test_devices_and_offloads():
     with pytest.raises(ValueError, match="device must be one of cuda, cpu, got 'tpu'"):
         changed(REQUEST, device="tpu")
-    with pytest.raises(ValueError, match="offload must be of text, vae, got 'weights'"):
+    with pytest.raises(ValueError, match="offload must be one of text, vae, got 'weights'"):
         predict(REQUEST, offload=("weights",))

@@ -100,8 +100,8 @@ def test_renoise():
         (NOISE, torch.ones(1, 6), TEXT, r"timesteps must be \[2, 6\] or \[2\], got \[1, 6\]"),
         (NOISE, torch.ones(2, 3), TEXT, r"timesteps must be \[2, 6\] or \[2\], got \[2, 3\]"),
         (NOISE, torch.ones(3), TEXT, r"timesteps must be \[2, 6\] or \[2\], got \[3\]"),
-        (NOISE, torch.ones(2, 6), torch.ones(3, 4, 6), r"text must be \[1 or 2, L, 6\], got \[3, 4, 6\]"),
-        (NOISE, torch.ones(2, 6), torch.ones(4, 6), r"text must be \[1 or 2, L, 6\], got \[4, 6\]"),
+        (NOISE, torch.ones(2, 6), torch.ones(3, 4, 6), r"prompt_embeds must be \[1 or 2, L, 6\], got \[3, 4, 6\]"),
+        (NOISE, torch.ones(2, 6), torch.ones(4, 6), r"prompt_embeds must be \[1 or 2, L, 6\], got \[4, 6\]"),
         (NOISE[0], torch.ones(2, 6), TEXT, r"latents must be \[B, F, 2, H, W\], got \[6, 2, 2, 4\]"),
     ],
 )

@@ -67,7 +67,7 @@ def runs(tmp_path_factory):
         *({"name": f"teacher forcing {i}", "recipe": forcing(scale=scale)} for i, scale in enumerate(scales)),
         *({"name": f"wrong {key}", "recipe": recipe(**{key: value})} for key, value in wrong),
     ]
-    done = start(folder, cases, processes=2)
+    done = start(folder, cases, ranks=2)
     assert (folder / "results.json").exists(), done.stderr[-3000:]
     return folder, json.loads((folder / "results.json").read_text()), done.stderr
 
