@@ -143,7 +143,7 @@ def test_a_large_model_keeps_the_setting(model, two_threads, monkeypatch):
         PROMPT, model=model, num_frames=6, on_progress=lambda *_: inside.append(torch.get_num_threads())
     )
     assert set(inside) == {2} and video.metadata["threads"] == 2
-    assert video.metadata["order"] == "step_first"
+    assert video.metadata["rollout"]["order"] == "step_first"
 
 
 def test_which_networks_are_small():
