@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recorder import recorded
 
-from hiar_model import ExecutionConfig, Rollout, RolloutConfig, VideoPipeline
-from hiar_model.pipelines.video_pipeline import VideoOptions, VideoRun
+from hiar_model import ExecutionConfig, Rollout, RolloutConfig
 from hiar_model.planning.memory import Request
 from hiar_model.rollout.flat import make_rollout as flat
+
+if TYPE_CHECKING:
+    from hiar_model.pipelines.video_pipeline import VideoRun
 
 KEYWORDS = {"kv_source": "cache_source", "fuse_cache_denoise": "pairs", "on_prompt_change": "on_new_text",
             "sampler": "trajectory", "kv_dtype": "cache_dtype"}  # fmt: skip
@@ -32,6 +34,8 @@ def prepare(
     execution: ExecutionConfig | None = None, **options: Any,
 ) -> VideoRun:  # fmt: skip
     """The run of one video."""
+    from hiar_model.pipelines.video_pipeline import VideoOptions, VideoPipeline  # needs av, which GPU machines may lack
+
     pipeline = VideoPipeline(model, execution, device=device, dtype=dtype)
     return pipeline.prepare(VideoOptions(prompt, **options), blockwise=endless)
 

@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 
 def test_2000_frames_in_flat_memory(model, tmp_path):
     """Written as they come; prompts change on the way, and the context is cached again under each."""
-    options = {"prompts": PromptSchedule.of(PROMPTS), "on_new_text": "recache"}
+    options = {"prompts": PromptSchedule.of(PROMPTS), "on_prompt_change": "recache"}
     run = prepare(PROMPT, model=model, endless=True, order="stream", **options)
     rows = []
     with VideoWriter(tmp_path / "long.mp4", run.fps, run.metadata, least_side=1) as writer:

@@ -170,7 +170,7 @@ def test_recaching_concerns_what_comes_behind_the_change(order):
     keep, again = run(order), run(order, on_prompt_change="recache")
     assert torch.equal(keep[:, :6], again[:, :6]), "blocks before the change know nothing of it"
     assert difference(keep[:, 6:9], again[:, 6:9]) > 1e-3
-    same = {"text": TEXT, "on_new_text": "recache"}
+    same = {"text": TEXT, "on_prompt_change": "recache"}
     assert torch.equal(run(order, **same), run(order, text=TEXT)), "without a change nothing is cached again"
 
 

@@ -205,7 +205,7 @@ def test_text_of_each_block():
     assert difference(expected[:, 6:], run()[:, 6:]) > 1e-2
     for order in ("step_first", "wavefront"):
         assert difference(run(text=text, order=order), expected) < TOLERANCE
-    with pytest.raises(ValueError, match="one text for all blocks"):
+    with pytest.raises(ValueError, match="one prompt for all blocks"):
         run(text=text, pairs=True)
 
 
