@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from hiar_kernels.common import torch_library
+
 _READS = "{} reads a tensor on the host, which a captured graph cannot do"
 
 
@@ -73,6 +75,7 @@ class Recorder(TorchDispatchMode):
     @classmethod
     def capture(cls, run: Callable[[], Any]) -> Recording:
         """What ``run`` does, recorded while it runs."""
+        torch_library._remembered.clear()  # on a CPU alone: what was made before would be missing in the recording
         recorder = cls()
         with _Reads(), recorder:
             run()

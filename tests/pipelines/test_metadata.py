@@ -17,7 +17,7 @@ from hiar_model import generate
 from hiar_model.cli import main
 from hiar_model.io.files import seen_from
 from hiar_model.io.video import save_png
-from hiar_model.models.wan import _written
+from hiar_model.models.wan import _as_option
 from hiar_model.pipelines.prompt_schedule import PromptSchedule
 
 pytestmark = pytest.mark.cpu
@@ -106,9 +106,9 @@ def test_prompts_of_no_file_have_no_command(here):
 
 def test_checkpoints_are_told_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert _written("a/w.pt") == f"{tmp_path}/a/w.pt" and _written(None) == ""
+    assert _as_option("a/w.pt") == f"{tmp_path}/a/w.pt" and _as_option(None) == ""
     both = f"0-1={tmp_path}/a.pt,2-3={tmp_path}/b.pt"
-    assert _written("0-1=a.pt,2-3=b.pt") == _written({"0-1": "a.pt", "2-3": "b.pt"}) == both
+    assert _as_option("0-1=a.pt,2-3=b.pt") == _as_option({"0-1": "a.pt", "2-3": "b.pt"}) == both
 
 
 def test_only_files_are_renamed(tmp_path):

@@ -108,7 +108,7 @@ def test_every_layout_gives_the_same_video(files, model, encoded, here, capsys, 
     assert seen.shape == (FRAMES, 8 * HEIGHT, 8 * WIDTH, 3)  # small frames are enlarged to 256 pixels
     record = json.loads((here / "a.mp4.json").read_text())
     assert record["weights_sha256"] == model.weights_sha256
-    assert (record["height"], record["width"], record["fps"], record["steps"]) == (HEIGHT, WIDTH, 16, 4)
+    assert (record["height"], record["width"], record["fps"], len(record["rollout"]["steps"])) == (HEIGHT, WIDTH, 16, 4)
     assert seen.std() > 1 and (seen[0] != seen[-1]).any()
     assert (here / "a.mp4").read_bytes() == encoded, "other bits than from the first layout"
 
@@ -252,12 +252,12 @@ def test_a_rank_of_a_pipeline_loads_its_own_steps(monkeypatch):
 
     def own(rank: int, ranks: int = 2, **options):
         given = {"checkpoint": "0-1=a.pt,2-3=b.pt", "parallel": None, "steps_per_rank": "count", "steps": None}
-        a = Namespace(**{**given, "decode_apart": False, **options})
+        a = Namespace(**{**given, "dedicated_decoder_rank": False, **options})
         monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
         return _own_steps(a, Job(ranks, None)), a.steps_per_rank
 
     assert own(0) == (range(2), [2, 2]) and own(1) == (range(2, 4), [2, 2])
-    assert own(1, 3) == (range(1, 2), [1, 1, 2]) and own(2, 3, decode_apart=True) == (range(4, 4), [2, 2, 0])
+    assert own(1, 3) == (range(1, 2), [1, 1, 2]) and own(2, 3, dedicated_decoder_rank=True) == (range(4, 4), [2, 2, 0])
     assert own(1, steps_per_rank=[1, 3]) == (range(1, 4), [1, 3])
     for all_of_them in ({"ranks": 1}, {"ranks": 9}, {"checkpoint": "a.pt"}, {"parallel": "ulysses"}):
         assert own(0, **all_of_them)[0] is None

@@ -321,8 +321,8 @@ WRONG = {
     "on nan": (None, ["--on-nan", "hide"], "--on-nan must be one of stop, retry, got 'hide'"),
     "recache and pairs": (
         None,
-        ["--on-prompt-change", "recache", "--pairs", "true"],
-        "'recache' is impossible with pairs=True",
+        ["--on-prompt-change", "recache", "--fuse-cache-denoise", "true"],
+        "'recache' is impossible with --?fuse.cache.denoise",
     ),
     "a session of step_first": (
         None,
