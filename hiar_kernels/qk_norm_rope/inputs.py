@@ -76,8 +76,6 @@ class RopeInputs:
         for name, w in (("q_weight", self.q_weight), ("k_weight", self.k_weight)):
             if w.shape != (c // 3,):
                 raise ValueError(f"{op}: {name} must be [{c // 3}], got {list(w.shape)}")
-        if self.qkv.shape[2] > 1 and (stride := self.qkv.stride(2)) != 1:
-            raise ValueError(f"{op}: the last dimension of qkv must be dense, got stride {stride}; use contiguous()")
         if self.frames.device != self.qkv.device:
             raise ValueError(f"{op}: frames must be on {self.qkv.device} like qkv, got {self.frames.device}")
         frames, tokens = self.frames, self.frame_tokens

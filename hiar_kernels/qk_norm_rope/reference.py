@@ -60,7 +60,7 @@ def qk_norm_rope(inputs: RopeInputs) -> tuple[Tensor, Tensor]:
     turns = rope_turns(inputs, wide).unsqueeze(2)
     rotated = []
     for one, weight in zip(scaled.unbind(2), (inputs.q_weight, inputs.k_weight), strict=True):
-        pairs = torch.view_as_complex((one * weight.to(wide)).unflatten(-1, (heads, -1, 2)))
+        pairs = torch.view_as_complex((one * weight.to(wide)).contiguous().unflatten(-1, (heads, -1, 2)))
         rotated.append(torch.view_as_real(pairs * turns).flatten(-2).to(qkv.dtype))
     return rotated[0], rotated[1]
 

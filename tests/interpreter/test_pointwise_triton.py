@@ -285,7 +285,7 @@ REFUSED: dict[str, tuple[Callable[[torch.device], object], str]] = {
     ),
     "integers": (
         lambda d: hk.gated_residual(X.to(d), X.to(d).int(), MOD.to(d), impl="triton"),
-        "gated_residual: impl='triton' takes y as bfloat16, float16 or float32, got torch.int32",
+        "gated_residual: y must be bfloat16, float16, float32 or float64, got torch.int32",
     ),
     "another device": (
         lambda d: hk.layer_norm(X.to(d), MOD[0, 0].to("meta"), MOD[0, 0].to(d), impl="triton"),

@@ -295,10 +295,10 @@ def test_bad_input_is_one_line(what, device):
 
 
 def test_another_device(device):
-    from hiar_kernels.qk_norm_rope._launch import checked
-
-    with pytest.raises(ValueError, match=f"frames must be on {QKV.to(device).device} like qkv, got meta"):
-        checked("qk_norm_rope", QKV.to(device), frames=torch.zeros(1, 1, device="meta"))
+    shape = SHAPES["one token"]
+    tensors = [x.float().to(device) for x in shape.inputs()]
+    with pytest.raises(ValueError, match=f"frames must be on {tensors[0].device} like qkv, got meta"):
+        shape.call(*tensors, frames=ids(*shape.frames).to("meta"), impl="triton")
 
 
 def test_the_choice_of_auto(device):

@@ -62,9 +62,6 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "half a frame of window": (lambda: BlockCausal(2, 2, 2.5), "window_frames must be a whole number, got 2.5"),
     "half a frame of block": (lambda: BlockCausal(2, 1.5), "frames_per_block must be a whole number, got 1.5"),
     "tokens in words": (lambda: BlockCausal("2", 2), "frame_tokens must be a whole number, got '2'"),
-    "qkv by columns": (
-        lambda: rope(QKV.transpose(1, 2).contiguous().transpose(1, 2)), "the last dimension of qkv must be dense, got"
-    ),
     "frames elsewhere": (lambda: rope(frames=TWO.to("meta")), "frames must be on cpu like qkv, got meta"),
     "a base of 0": (
         lambda: hk.qk_norm_rope(QKV, WEIGHT, WEIGHT, TWO, num_heads=2, grid=(1, 3), theta=0.0),

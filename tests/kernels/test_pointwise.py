@@ -368,3 +368,12 @@ def test_a_whole_ode_of_a_straight_path_arrives():
             clean, x = flow_step(x, eps - x0, *levels, noise)
             torch.testing.assert_close(clean, x0)
         torch.testing.assert_close(x, x0)
+
+
+def test_qkv_may_lie_by_columns():
+    """The reference takes every memory order, as the kernels do."""
+    qkv, weight = torch.randn(2, 6, 24), torch.ones(8)
+    columns = qkv.transpose(1, 2).contiguous().transpose(1, 2)
+    options = {"num_heads": 2, "grid": (1, 3)}
+    expected = qk_norm_rope(qkv, weight, weight, ids([[0, 1]]), **options)
+    torch.testing.assert_close(qk_norm_rope(columns, weight, weight, ids([[0, 1]]), **options), expected)
