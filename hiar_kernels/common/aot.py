@@ -250,6 +250,8 @@ def triton_modules() -> dict[str, list[str]]:
     by_folder: dict[str, list[str]] = {}
     paths = [*_PACKAGE.glob("*/triton_*.py"), *_PACKAGE.glob("*/gluon_*.py")]
     for path in sorted(paths, reverse=True):  # forward before backward
+        if path.parent == Path(__file__).parent:  # the loader: no kernels
+            continue
         by_folder.setdefault(path.parent.name, []).append(f"{_PACKAGE.name}.{path.parent.name}.{path.stem}")
     return dict(sorted(by_folder.items()))
 
