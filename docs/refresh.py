@@ -120,23 +120,23 @@ def stale(root: Path, write: bool = False) -> list[str]:
     from hiar_model.schedule.report import pictures
 
     now = {root / "docs" / name: svg for name, svg in pictures().items()}
-    found = []
+    problems = []
     for page in pages(root):
         try:
             now[page] = refreshed(page.read_text(encoding="utf-8"), root)
         except ValueError as error:
-            found.append(f"{page.relative_to(root)}: {error}")
+            problems.append(f"{page.relative_to(root)}: {error}")
     for path, text in now.items():
         old = path.read_text(encoding="utf-8") if path.exists() else ""
         if old != text and write:
             path.write_text(text, encoding="utf-8")
             print(f"renewed {path.relative_to(root)}")
         elif old != text:
-            found.append(f"{path.relative_to(root)} is stale, {RENEW}; first at {first_difference(old, text)}")
+            problems.append(f"{path.relative_to(root)} is stale, {RENEW}; first at {first_difference(old, text)}")
     for name, text in sentences():
         if text not in " ".join((root / name).read_text(encoding="utf-8").split()):
-            found.append(f"{name} does not say what is computed now, change it by hand: {text!r}")
-    return found
+            problems.append(f"{name} does not say what is computed now, change it by hand: {text!r}")
+    return problems
 
 
 def main() -> int:

@@ -198,6 +198,6 @@ def write(rows: list[Row], about: dict[str, str], folder: Path) -> Path:
     if CUDA and not failing():
         versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "cudnn", "triton") if name in about)
         source = f"{about['device']}, {versions}, {about['date'][:10]}, revision {about['revision']}"
-        whole = merged(best(rows, source), measurements())
-        (folder / "measured.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        all_rows = merged(best(rows, source), measurements())
+        (folder / "measured.json").write_text(json.dumps(all_rows, indent=1) + "\n", encoding="utf-8")
     return page

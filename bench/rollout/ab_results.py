@@ -43,8 +43,8 @@ def figures(row: Row) -> dict[str, dict[str, list[float]]]:
     for side, samples in row["samples"].items():
         traces = row.get("traces", {}).get(side, [])
         if traces:
-            whole = median(sample["task_ms"] for sample in samples)
-            traces = [{**trace, "idle": max(0.0, whole - trace["busy"])} for trace in traces]
+            task_ms = median(sample["task_ms"] for sample in samples)
+            traces = [{**trace, "idle": max(0.0, task_ms - trace["busy"])} for trace in traces]
         for name in UNITS:
             present = [s[name] for s in (*samples, *traces) if s.get(name) is not None]
             if present:

@@ -86,8 +86,8 @@ def attention_schedule(
     _, queries, _, keys = shape
     tokens = keys if mask is None else mask.frame_tokens
     for name, n in (("Tq", queries), ("Tk", keys)):
-        whole = mask is None or n % tokens == 0
-        if not (n > 0 and whole):
+        divides = mask is None or n % tokens == 0
+        if not (n > 0 and divides):
             raise ValueError(f"attention_schedule: {name} must be a positive multiple of {tokens}, got {n}")
     triton_loader.load("attention", torch.empty(0, device=device))
     from .triton_schedule import make

@@ -42,7 +42,8 @@ class FinishedBlock(NamedTuple):
 class Rollout:
     """Generates a video block by block; iterate over it for the finished blocks (arXiv 2603.08703, section 3).
 
-    The constructor allocates the caches and nothing else: no process groups, no measurements, no forward.
+    The constructor allocates the caches and computes the modulation of the noise levels: no process groups, no
+    measurements, no forward of the network.
 
     Args:
         model: one :class:`HiARTransformer`, or one for each of the S steps; None for steps of other ranks.
