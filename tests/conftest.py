@@ -4,9 +4,13 @@ what tests of the command line share.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+
+# Before torch is imported: tests and the processes that they start compute the same bits, on one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import emulation as host
 import pytest

@@ -125,7 +125,7 @@ def test_a_fault_ends_the_job_in_time(how, message):
     reported = [line for line in done.stderr.splitlines() if line.startswith("hiar: ")]
     assert len(reported) == 1 and reported[0].startswith(f"hiar: {message}"), done.stderr[-3000:]
     fault = float(re.search(rf"{how} at ([\d.]+)", done.stdout)[1])
-    assert ended - fault < 4 + 6, "the limit, and the time to end processes on a busy machine"
+    assert ended - fault < PATIENCE / 2, "gloo's own limit is half an hour"
 
 
 def test_processes_end_without_their_launcher():
@@ -134,7 +134,7 @@ def test_processes_end_without_their_launcher():
     ended = time.time()  # the last process has closed its output
     assert done.returncode == -signal.SIGKILL
     fault = float(re.search(r"orphan at ([\d.]+)", done.stdout)[1])
-    assert ended - fault < 4 + 6
+    assert ended - fault < PATIENCE / 2
 
 
 def test_a_killed_generation_is_resumed(tmp_path):
