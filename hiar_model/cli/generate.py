@@ -220,9 +220,7 @@ def _own_steps(a: Namespace, here: Job) -> range | None:
     if not is_experts(a.checkpoint) or here.ranks == 1 or a.parallel == "ulysses":
         return None
     if a.steps_per_rank == "measured":
-        raise ValueError(
-            "--steps-per-rank must be such as [1,1,2], or count, with weights by step, got measured"
-        )
+        raise ValueError("--steps-per-rank must be such as [1,1,2], or count, with weights by step, got measured")
     import torch.distributed as dist
 
     from ..config import FlowSchedule

@@ -52,9 +52,7 @@ def pipeline_arguments(parser: ArgumentParser, nproc: int = 1) -> None:
 
 def resume_arguments(parser: ArgumentParser) -> None:
     """Options for resuming a pipeline."""
-    parser.add_argument(
-        "--resume", action="store_true", help=f"resume an interrupted pipeline from OUT{RUN_FOLDER}"
-    )
+    parser.add_argument("--resume", action="store_true", help=f"resume an interrupted pipeline from OUT{RUN_FOLDER}")
     parser.add_argument(
         "--checkpoint-every", type=int, default=10, help="blocks between two states to resume from; 0: none"
     )
@@ -118,9 +116,7 @@ class Job:
 
         pipelined = a.parallel == "pipeline" or (a.parallel is None and self.ranks > 1)
         if a.fuse_cache_denoise == "measured" and not pipelined:
-            raise ValueError(
-                "--fuse-cache-denoise must be true or false without --parallel pipeline, got measured"
-            )
+            raise ValueError("--fuse-cache-denoise must be true or false without --parallel pipeline, got measured")
         mesh = None
         if self.ranks > 1 or a.parallel == "ulysses":
             from ..distributed.mesh import make_mesh

@@ -54,9 +54,7 @@ def _setting(a: Namespace, **more: Any) -> Any:
 
 def warmup_arguments(parser: ArgumentParser) -> None:
     setting_arguments(parser)
-    parser.add_argument(
-        "--again", type=bool, default=True, help="then measure a second process, with warm caches"
-    )
+    parser.add_argument("--again", type=bool, default=True, help="then measure a second process, with warm caches")
 
 
 def warmup(a: Namespace) -> None:

@@ -358,9 +358,7 @@ class CachedAttention(SelfAttention):
             frames, layout = frames[items, first:], None if layout is None else layout.select(start, stop, first)
             schedule = None  # it is valid for the whole batch only
         with span("attention"):
-            return attention(
-                q, k, v, mask=mask, q_frames=frames, kv_frames=kv_frames, layout=layout, schedule=schedule
-            )
+            return attention(q, k, v, mask=mask, q_frames=frames, kv_frames=kv_frames, layout=layout, schedule=schedule)
 
 
 def kv_dtype_of(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> torch.dtype:

@@ -203,8 +203,7 @@ def _latent_frames(about: Subject, frames: int) -> int:
     below = max(0, (frames - 1) // about.frames + 1) // block * block
     near = [1 + (n - 1) * about.frames for n in (below, below + block) if n > 0]
     raise ValueError(
-        f"frames must fill whole blocks of {block} latent frames: got {frames}, "
-        f"nearest {' or '.join(map(str, near))}"
+        f"frames must fill whole blocks of {block} latent frames: got {frames}, nearest {' or '.join(map(str, near))}"
     )
 
 

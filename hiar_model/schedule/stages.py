@@ -40,7 +40,7 @@ def _enough(plan: Plan, num_blocks: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class Stage:
+class RankSteps:
     """The steps of a plan that one rank of a pipeline runs.
 
     Args:
