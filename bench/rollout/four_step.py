@@ -71,7 +71,7 @@ SETTINGS = {
 
 
 def config_of(setting: Workload, order: str) -> RolloutConfig:
-    return RolloutConfig(order=order, frames_per_block=FRAMES, window_frames=setting.window).with_steps(STEPS)
+    return RolloutConfig(order=order, frames_per_block=FRAMES, window_frames=setting.window).with_options(steps=STEPS)
 
 
 def plan_of(setting: Workload, order: str) -> Plan:

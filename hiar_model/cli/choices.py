@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from ..common import checks
-from ..config import SHIPPED, WanConfig
+from ..config import SHIPPED, RolloutConfig, WanConfig
 from ..config.execution import KV_DTYPES, ON_NAN
 from ..config.rollout import KV_SOURCES, ON_PROMPT_CHANGE, ORDERS
 
@@ -62,6 +63,12 @@ def check_choices(command: str, a: Namespace) -> None:
         raise ValueError(f"no recipe {a.recipe!r}: neither a file nor one of {', '.join(known)}{near}")
     if a.get("model") is not None:
         _check_model(command, a.model)
+
+
+def rollout_options(a: Namespace) -> dict[str, Any]:
+    """The arguments that are fields of RolloutConfig."""
+    values = {field.name: a[field.name] for field in fields(RolloutConfig) if field.name in a}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _recipes() -> list[str]:

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from ..io.files import check_text
+from .choices import rollout_options
 from .config_file import OptionalPositional
-from .machine import imports, load_model, machine_arguments, progress_bar, stage_lines
+from .machine import imports, load_model, machine_arguments, memory_arguments, progress_bar, stage_lines
 from .parallel import RUN_FOLDER, job, pipeline_arguments, resume_arguments, unfinished_blocks
 from .signals import ENDING, listens
 
@@ -44,19 +45,12 @@ def generate_arguments(parser: ArgumentParser) -> None:
         "--num-frames", type=int, help="pixel frames from the video's start; default: what the model says"
     )
     parser.add_argument("--seed", type=int, default=0, help="of all noise")
-    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
     parser.add_argument(
         "--order", type=str,
         help="step_first, stream, wavefront or block_first; default: the model's, else wavefront if it is small and on "
         "a CPU, else step_first",
     )  # fmt: skip
-    parser.add_argument(
-        "--window-frames",
-        type=int | list[int | None] | None | Literal["model"],
-        default="model",
-        help="latent frames a block sees, its own among them: a number, one per step as [6,9,12,12], or null for all",
-    )
-    parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
+    memory_arguments(parser)
     parser.add_argument("--fps", type=float, help="of the video; default: the model's")
     parser.add_argument("--image", type=str, help="first frame: a picture, scaled and cropped to the size of the video")
     parser.add_argument("--extend", type=str, help="first frames: a clip, of which the last 1 + 4n frames are used")
@@ -70,8 +64,6 @@ def generate_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--from-session", type=str, help="resume such a file; a different prompt makes a fork")
     machine_arguments(parser)
-    parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
-    parser.add_argument("--offload", type=str, help="what leaves the GPU: text (once the prompt is read), vae, or both")
     parser.add_argument("--prompt-cache", type=str, help="folder that keeps embeddings of prompts (Wan)")
     pipeline_arguments(parser)
     resume_arguments(parser)
@@ -115,7 +107,10 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
 
     notes: list[str] = []
     own_steps = _own_steps(a, here)
-    execution = here.execution(a)
+    execution, of_rollout = here.execution(a), rollout_options(a)
+    choose_fusion = a.fuse_cache_denoise == "measured"
+    if choose_fusion:
+        of_rollout["fuse_cache_denoise"] = False
     piped = a.parallel == "pipeline" or (here.ranks > 1 and a.parallel is None)
     if piped and (a.session or a.from_session) and here.ranks > 1:
         raise ValueError("--session and --from-session are for one process: resume a pipeline with --resume")
@@ -123,9 +118,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
     if here.ranks == 1:
         require_memory(
             a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, offload=offload,
-            height=a.height, width=a.width, num_frames=a.num_frames, steps=a.steps, order=a.order,
-            window_frames=tuple(a.window_frames) if isinstance(a.window_frames, list) else a.window_frames,
-            sink_frames=a.sink_frames, kv_dtype=a.kv_dtype,
+            height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype, **of_rollout,
         )  # fmt: skip
     model = load_model(
         a, checkpoint=a.checkpoint, steps=a.steps, own_steps=own_steps, prompt_cache=a.prompt_cache,
@@ -145,19 +138,17 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
 
         if piped and execution.mesh is None and execution.steps_per_rank is None:
             execution = replace(execution, steps_per_rank=(a.steps or len(model.rollout.steps),))
-        fuse = a.fuse_cache_denoise
         options = VideoOptions(
-            a.prompt, height=a.height, width=a.width, num_frames=a.num_frames, seed=a.seed, steps=a.steps,
-            order=a.order, window_frames=a.window_frames, sink_frames=a.sink_frames, fps=a.fps, image=a.image,
-            extend=a.extend, prompts=prompts, on_prompt_change=a.on_prompt_change,
-            fuse_cache_denoise=False if fuse == "measured" else fuse, threads=a.threads, session=a.from_session,
+            a.prompt, height=a.height, width=a.width, num_frames=a.num_frames, seed=a.seed, fps=a.fps,
+            image=a.image, extend=a.extend, prompts=prompts, threads=a.threads, session=a.from_session,
             open_end=bool(a.session or a.from_session), on_progress=show,
             run_folder=folder if a.resume or piped else None, resume=a.resume, checkpoint_every=a.checkpoint_every,
+            **of_rollout,
         )  # fmt: skip
-        if "measured" in (a.steps_per_rank, fuse):
+        if a.steps_per_rank == "measured" or choose_fusion:
             from ..pipelines.measured import measured
 
-            execution, options = measured(model, execution, options, choose_fusion=fuse == "measured")
+            execution, options = measured(model, execution, options, choose_fusion=choose_fusion)
         run = VideoPipeline(model, execution).prepare(options)
         start = time.perf_counter()
         if not run.makes_frames:

@@ -38,7 +38,8 @@ from hiar_kernels import (
 )
 from hiar_kernels.nvtx import span
 
-from ..config import WanConfig
+from ..config import RolloutConfig, WanConfig
+from ..config.rollout import BLOCKWISE
 from .conditions import OutputSelection
 from .fp8 import E4M3, bits, dequantize, quantize
 from .transformer import SelfAttention
@@ -46,19 +47,11 @@ from .transformer import SelfAttention
 CACHE_DTYPES = (E4M3, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def ring_frames(window: int | None, total: int | None, extra: int = 0) -> int:
-    """Frame slots of a ring: the window and ``extra`` frames, at most the video's ``total`` frames (None: endless)."""
-    if window is None and total is None:
-        raise ValueError("an endless video needs a window: give window_frames")
-    bounds = [n for n in (None if window is None else window + extra, total) if n is not None]
-    return min(bounds)
-
-
 class RingCache:
     """The KV cache of one rollout.
 
     Args:
-        config: of the transformer. capacities: frame slots of each ring (:func:`ring_frames`).
+        config: of the transformer. capacities: frame slots of each ring.
         batch: number of videos. frame_tokens: tokens of a frame. sink_frames: first frames, never overwritten.
         heads: attention heads that this process stores; None: all.
         dtype: of the model. kv_dtype: of the stored keys and values, one of ``CACHE_DTYPES``; None: ``dtype``.
@@ -110,6 +103,30 @@ class RingCache:
         self.sizes = torch.tensor(capacities, dtype=torch.int32, device=device)[:, None].repeat(1, batch)
         self.slot_frames = [[EMPTY] * max(capacities) for _ in capacities]
         self.write_position: list[int | None] = [None] * len(capacities)
+
+    @classmethod
+    def of_rollout(
+        cls,
+        config: WanConfig,
+        rollout: RolloutConfig,
+        steps: Sequence[int],
+        *,
+        total: int | None,
+        keep_all: bool = False,
+        **options: Any,
+    ) -> RingCache:
+        """One ring for each of ``steps`` where the order needs it, else one for all steps: of the window (and a block
+        where tasks are fused), at most the video's ``total`` frames (None: endless), or all of them.
+
+        Args:
+            keep_all: store every frame of the video. options: as for the class.
+        """
+        extra = rollout.frames_per_block if rollout.fuse_cache_denoise else 0
+        windows = [None if keep_all or window is None else window + extra for window in rollout.windows]
+        rings = [min(n for n in (window, total) if n is not None) for window in windows]
+        # a ring that serves all steps must hold the widest of their windows
+        capacities = [rings[s] for s in steps] if rollout.order in BLOCKWISE else [max(rings)]
+        return cls(config, capacities, sink_frames=rollout.sink_frames, **options)
 
     @staticmethod
     def shape(

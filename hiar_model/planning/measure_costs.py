@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from statistics import fmean
 
 import torch
@@ -37,18 +38,18 @@ def measure_costs(
     """
     execution = execution or ExecutionConfig()
     execution = ExecutionConfig(cuda_graph=execution.cuda_graph, kv_dtype=execution.kv_dtype)
-    block, sink = config.frames_per_block, config.sink_frames
+    block, narrowest = config.frames_per_block, config.least_window
     total = None if num_latent_frames is None else -(-num_latent_frames // block) * block
-    windows = {min(w or total or 0, total or w or 0) for w in config.windows} | {sink + 2 * block}
+    windows = {min(w or total or 0, total or w or 0) for w in config.windows} | {narrowest + block}
 
     def times(window: int, fuse: bool = False) -> dict[str, float]:
         """Kind of task, or "fused" -> seconds, with a full window."""
         growth = -(-window // block)
         rollout = Rollout(
             model, prompt_embeds,
-            RolloutConfig(
-                (1000.0,), order="stream", frames_per_block=block, window_frames=max(window, sink + block + 1),
-                sink_frames=sink, fuse_cache_denoise=fuse,
+            replace(
+                config, steps=(1000.0,), order="stream", window_frames=max(window, narrowest + 1), kv_source="own",
+                on_prompt_change="keep", fuse_cache_denoise=fuse,
             ),
             execution, num_latent_frames=(growth + 2 + repeats) * block, latent_size=latent_size,
             video_ids=range(batch),

@@ -373,15 +373,8 @@ class Executor:
         )  # fmt: skip
 
     def _mask(self, windows: Sequence[int | None]) -> BlockCausal:
-        plan = self.plan
-        return BlockCausal(
-            self.cache.frame_tokens,
-            plan.frames_per_block,
-            tuple(windows) if any(windows) else None,
-            plan.sink_frames,
-            self.first_frame,
-            plan.first_block_frames,
-        )
+        window = tuple(windows) if any(windows) else None
+        return BlockCausal(self.cache.frame_tokens, **self.plan.block_causal(window), first_frame=self.first_frame)
 
     def _level(self, task: Task) -> int:
         """Index into the modulation table: the noise level that conditions the network."""

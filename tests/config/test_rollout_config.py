@@ -100,8 +100,8 @@ def test_numbers_of_numpy_and_torch_are_numbers():
 
 
 def test_steps_and_windows():
-    assert RolloutConfig().with_steps(2).steps == (1000, 500)
-    assert RolloutConfig().with_steps((900, 100)).schedule == FlowSchedule((900, 100))
+    assert RolloutConfig().with_options(steps=2).steps == (1000, 500)
+    assert RolloutConfig().with_options(steps=(900, 100)).schedule == FlowSchedule((900, 100))
     assert windows_per_step(None, 3) == (None, None, None) and windows_per_step([6, None], 2) == (6, None)
 
 

@@ -258,7 +258,7 @@ def test_illegal_requests(model, name, make, monkeypatch):
 
 
 def test_endless_needs_a_window_and_an_order(model):
-    with pytest.raises(ValueError, match="window_frames must be a number for an endless video"):
+    with pytest.raises(ValueError, match="window_frames must be a number for a video without num_frames, got None"):
         stream(PROMPT, model=model, window_frames=None)
     with pytest.raises(ValueError, match="order must be one of stream, wavefront, .* got step_first"):
         stream(PROMPT, model=model, order="step_first")

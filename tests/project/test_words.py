@@ -133,6 +133,13 @@ def test_a_class_name_has_one_meaning(tmp_path):
     assert repeated_classes(tmp_path) == ["class Choice: bench/a.py:2, tests/a.py:2"]
 
 
+def test_options_of_a_rollout_are_spelled_in_few_places():
+    """Everything else hands on the config; these few define, document or calculate with the sink."""
+    files = sorted((ROOT / "hiar_model").rglob("*.py"))
+    where = [f for f in files if re.search(r"\bsink_frames\b", f.read_text(encoding="utf-8"))]
+    assert len(where) <= 8, where
+
+
 def test_old_words_do_not_come_back():
     assert not problems(ROOT, TO_DO), "\n".join(problems(ROOT, TO_DO))
 

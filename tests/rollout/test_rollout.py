@@ -305,8 +305,8 @@ def test_non_finite_latents_name_step_and_block():
     ("options", "message"),
     [
         ({"num_frames": 10}, "got 10, nearest 9 or 12"),
-        ({"num_frames": None, "window_frames": 6}, "cannot make an endless video"),
-        ({"num_frames": None, "order": "stream"}, "endless video needs a window"),
+        ({"num_frames": None, "window_frames": 6}, "order must be one of stream, .* got step_first"),
+        ({"num_frames": None, "order": "stream"}, "window_frames must be a number for an endless video, got None"),
         ({"order": "zigzag"}, "step_first, stream, wavefront, block_first"),
         ({"trajectory": "x"}, "sde, ode"),
         ({"executor": "warp"}, "executor must be one of eager"),

@@ -75,8 +75,8 @@ def test_making_a_rollout_runs_nothing(monkeypatch):
     ("changes", "said"),
     [
         ({"num_latent_frames": 10}, "num_latent_frames must be the prefix .* nearest 9 or 12"),
-        ({"num_latent_frames": None, "config": CONFIGS[0]}, "order step_first cannot make an endless video"),
-        ({"num_latent_frames": None, "config": RolloutConfig(order="stream")}, "an endless video needs a window"),
+        ({"num_latent_frames": None, "config": CONFIGS[0]}, "order must be one of stream, .* for an endless video"),
+        ({"num_latent_frames": None, "config": RolloutConfig(order="stream")}, "window_frames must be a number for"),
         ({"latent_size": (3, 4)}, "multiples of the patch 2x2, got 3x4"),
         ({"latent_size": (0, 4)}, "latent_size must be a whole number of at least 1, got 0"),
         ({"execution": ExecutionConfig(cuda_graph=True)}, "cuda_graph=True needs a CUDA device, the model is on cpu"),
