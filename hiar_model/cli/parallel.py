@@ -28,6 +28,7 @@ def pipeline_arguments(parser: ArgumentParser, nproc: int = 1) -> None:
     """How processes share a video: options of `generate` and `verify-parity`."""
     parser.add_argument("--nproc", type=int, default=nproc, help="processes to start here, as torchrun does")
     parser.add_argument("--cuda-graph", type=bool, default=False, help="capture forwards as CUDA graphs")
+    parser.add_argument("--attention-impl", type=str, default="auto", help="of self-attention: auto, sdpa, triton, ...")
     parser.add_argument(
         "--parallel",
         type=str,
@@ -129,6 +130,7 @@ class Job:
             steps_per_rank=split,
             dedicated_decoder_rank=a.dedicated_decoder_rank,
             kv_dtype=a.get("kv_dtype"),
+            attention_impl=a.attention_impl,
             on_nan=a.get("on_nan") or "stop",
             timeout=a.timeout,
             watchdog=self.watchdog,
@@ -258,7 +260,8 @@ def verify_parity(a: Namespace) -> None:
         pipeline = run.rollout.pipeline
         shared = "+".join(map(str, pipeline.stage.split)) + " steps" if pipeline else f"parallel={a.parallel}"
         del run
-        expected = blocks(ExecutionConfig(cuda_graph=execution.cuda_graph))[1]
+        alone = ExecutionConfig(cuda_graph=execution.cuda_graph, attention_impl=execution.attention_impl)
+        expected = blocks(alone)[1]
         difference = max(float((x.double() - y.double()).abs().max()) for x, y in zip(actual, expected, strict=True))
         same = all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
         result = "the same bits" if same else f"largest difference {difference:.3g}"

@@ -17,7 +17,8 @@ beside the 2 that attention reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -226,6 +227,7 @@ class CachedAttention(SelfAttention):
         grid: tokens of a frame, (rows, columns). first_frame: id of the video's first frame.
         mask: the visibility rule, with one window for each batch item.
         shares_kv: for each ring, whether the task also writes its keys into the ring before it.
+        impl: of attention.
     """
 
     def __init__(
@@ -238,7 +240,9 @@ class CachedAttention(SelfAttention):
         first_frame: int,
         mask: BlockCausal,
         shares_kv: Sequence[bool],
+        impl: str = "auto",
     ) -> None:
+        self.impl = impl
         self.cache, self.grid, self.first_frame, self.mask, self.ring_slice = cache, grid, first_frame, mask, rings
         self.rings = list(range(rings.start, rings.stop, rings.step or 1))
         self.advances, self.shares_kv = list(advances), list(shares_kv)
@@ -261,7 +265,7 @@ class CachedAttention(SelfAttention):
         self.layout: AttentionLayout | None = None
         # For kernels that use a schedule: computed on the device once a task, for all layers.
         k = cache.view(cache.scratch[0] if cache.scratch else cache.k[0], rings, self.used_slots)
-        self._by_schedule = takes_schedule(k[:, : frames * cache.frame_tokens], k, mask)
+        self._by_schedule = takes_schedule(k[:, : frames * cache.frame_tokens], k, mask, impl)
         self._schedule: AttentionSchedule | None = None
 
     def prepare_host(self, starts: Sequence[int], layout: bool = True) -> AttentionLayout | None:
@@ -302,6 +306,15 @@ class CachedAttention(SelfAttention):
             shape = (batch, frames * tokens, heads, self.used_slots * tokens)
             device = self.frames.device
             self._schedule = attention_schedule(shape, self.mask, self.frames, self.kv_frames, device=device)
+
+    @contextmanager
+    def with_impl(self, impl: str) -> Iterator[None]:
+        """Another implementation of attention within this block."""
+        before, self.impl = self.impl, impl
+        try:
+            yield
+        finally:
+            self.impl = before
 
     def __call__(
         self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, selection: OutputSelection | None
@@ -375,7 +388,10 @@ class CachedAttention(SelfAttention):
             frames, layout = frames[items, first:], None if layout is None else layout.select(start, stop, first)
             schedule = None  # it is valid for the whole batch only
         with span("attention"):
-            return attention(q, k, v, mask=mask, q_frames=frames, kv_frames=kv_frames, layout=layout, schedule=schedule)
+            return attention(
+                q, k, v, mask=mask, q_frames=frames, kv_frames=kv_frames, layout=layout, schedule=schedule,
+                impl=self.impl,
+            )  # fmt: skip
 
 
 def kv_dtype_of(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> torch.dtype:
