@@ -347,6 +347,8 @@ class Rollout:
         Raises:
             ValueError: the state belongs to another plan or noise scheme, or no block is left for a different prompt.
         """
+        if "kv_source=" not in state["key"]:  # the options had other names until 2026-11-28
+            raise ValueError("a state of an older version, which this one cannot resume: make the video anew")
         if state["key"] != self._key():
             raise ValueError(f"state of a different rollout: expected {self._key()}, got {state['key']}")
         if EXTERNAL not in (self.noise, state["noise"]):
