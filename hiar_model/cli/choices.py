@@ -17,7 +17,8 @@ from ..config.rollout import KV_SOURCES, ON_PROMPT_CHANGE, ORDERS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "order": ORDERS, "dtype": checks.DTYPE_NAMES, "kv_dtype": KV_DTYPES, "vae_dtype": (*checks.DTYPE_NAMES, "none"),
-    "attention_impl": ATTENTION_IMPLS, "on_nan": ON_NAN, "on_prompt_change": ON_PROMPT_CHANGE, "kv_source": KV_SOURCES, "offload": checks.OFFLOAD,
+    "attention_impl": ATTENTION_IMPLS,
+    "on_nan": ON_NAN, "on_prompt_change": ON_PROMPT_CHANGE, "kv_source": KV_SOURCES, "offload": checks.OFFLOAD,
     "parallel": ("pipeline", "ulysses"),
     "to": ("native", "diffusers", "pt"), "world": ("plain", "varied", "free_speed"),
 }  # fmt: skip

@@ -34,7 +34,7 @@ class ExecutionConfig:
         kv_dtype: name of the dtype of cached keys and values; None: that of the model. "float8_e4m3fn" (one scale per
             layer, head and frame) takes half the memory of bfloat16 and changes the latents.
         attention_impl: implementation of self-attention, of :func:`hiar_kernels.attention`; equal up to rounding.
-            "auto": the fastest that was measured. Any other never falls back: the first task raises where it cannot run.
+            "auto": the fastest that was measured. Any other never falls back: it raises where it cannot run.
         on_nan: "stop": raise if latents are not finite, naming step, block, layer and implementation. "retry": first
             repeat the forward with the reference ops and continue if that is finite; waits for the device after every
             forward.
