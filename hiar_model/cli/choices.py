@@ -67,9 +67,10 @@ def check_choices(command: str, a: Namespace) -> None:
 
 
 def rollout_options(a: Namespace) -> dict[str, Any]:
-    """The arguments that are fields of RolloutConfig."""
+    """The arguments that are fields of RolloutConfig; what is "measured" is off until then."""
     values = {field.name: a[field.name] for field in fields(RolloutConfig) if field.name in a}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {name: False if value == "measured" else value for name, value in values.items()}
 
 
 def _recipes() -> list[str]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -18,8 +15,8 @@ from ..io.files import check_text
 from .choices import rollout_options
 from .config_file import OptionalPositional
 from .machine import imports, load_model, machine_arguments, memory_arguments, progress_bar, stage_lines
-from .parallel import RUN_FOLDER, job, pipeline_arguments, resume_arguments, unfinished_blocks
-from .signals import ENDING, listens
+from .parallel import RUN_FOLDER, job, pipeline_arguments, pipelined, resume_arguments, unfinished_blocks
+from .signals import handled
 
 if TYPE_CHECKING:
     from ..pipelines.video_pipeline import VideoRun
@@ -108,9 +105,6 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
     notes: list[str] = []
     own_steps = _own_steps(a, here)
     execution, of_rollout = here.execution(a), rollout_options(a)
-    choose_fusion = a.fuse_cache_denoise == "measured"
-    if choose_fusion:
-        of_rollout["fuse_cache_denoise"] = False
     piped = a.parallel == "pipeline" or (here.ranks > 1 and a.parallel is None)
     if piped and (a.session or a.from_session) and here.ranks > 1:
         raise ValueError("--session and --from-session are for one process: resume a pipeline with --resume")
@@ -136,8 +130,6 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
             fields = {"frames": f"frames {frames}/{frames_total}", "speed": f"{speed:.1f} fps"}
             bar.update(task, total=of, completed=done, **fields)
 
-        if piped and execution.mesh is None and execution.steps_per_rank is None:
-            execution = replace(execution, steps_per_rank=(a.steps or len(model.rollout.steps),))
         options = VideoOptions(
             a.prompt, height=a.height, width=a.width, num_frames=a.num_frames, seed=a.seed, fps=a.fps,
             image=a.image, extend=a.extend, prompts=prompts, threads=a.threads, session=a.from_session,
@@ -145,10 +137,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
             run_folder=folder if a.resume or piped else None, resume=a.resume, checkpoint_every=a.checkpoint_every,
             **of_rollout,
         )  # fmt: skip
-        if a.steps_per_rank == "measured" or choose_fusion:
-            from ..pipelines.measured import measured
-
-            execution, options = measured(model, execution, options, choose_fusion=choose_fusion)
+        execution, options = pipelined(a, model, execution, options, piped)
         run = VideoPipeline(model, execution).prepare(options)
         start = time.perf_counter()
         if not run.makes_frames:
@@ -231,20 +220,14 @@ def _own_steps(a: Namespace, here: Job) -> range | None:
 @contextmanager
 def _interrupts(session: str | None, run: VideoRun) -> Iterator[Callable[[], bool]]:
     """With a session, Ctrl-C (or SIGTERM, SIGHUP) ends the video after the current block; a second one ends at once."""
-    signals: list[int] = []
+    interrupted = False
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if signals:
+    def interrupt() -> None:
+        nonlocal interrupted
+        if interrupted:
             raise KeyboardInterrupt
-        signals.append(number)
+        interrupted = True
         run.end()
 
-    if session is None:
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, *ENDING) if listens(number)}
-    try:
-        yield lambda: bool(signals)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with nullcontext() if session is None else handled(interrupt):
+        yield lambda: interrupted

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from ..common import environment
-from .choices import as_typed
+from .choices import as_typed, rollout_options
 
 if TYPE_CHECKING:
     from ..config import ExecutionConfig
     from ..distributed.watchdog import Watchdog
+    from ..models.video_model import VideoModel
+    from ..pipelines.video_pipeline import VideoOptions
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 RUN_FOLDER = ".blocks"  # suffix of the output's name: the folder of an unfinished run
@@ -221,6 +223,19 @@ def parity_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch, in each process")
 
 
+def pipelined(
+    a: Namespace, model: VideoModel, execution: ExecutionConfig, options: VideoOptions, piped: bool = True
+) -> tuple[ExecutionConfig, VideoOptions]:
+    """Both with the split of a pipeline of one process, and with what is to be measured first."""
+    if piped and execution.mesh is None and execution.steps_per_rank is None:
+        execution = replace(execution, steps_per_rank=(a.steps or len(model.rollout.steps),))
+    if "measured" in (a.steps_per_rank, a.fuse_cache_denoise):
+        from ..pipelines.measured import measured
+
+        return measured(model, execution, options, choose_fusion=a.fuse_cache_denoise == "measured")
+    return execution, options
+
+
 def verify_parity(a: Namespace) -> None:
     """Make the same video on the job's processes and on one, and print the largest difference of their latents.
 
@@ -234,21 +249,12 @@ def verify_parity(a: Namespace) -> None:
 
         from ..config import ExecutionConfig
         from ..models.registry import load_video_model
-        from ..pipelines.measured import measured
         from ..pipelines.video_pipeline import VideoOptions, VideoPipeline
 
         torch.set_num_threads(a.threads)
         model = load_video_model(a.model, a.device, a.dtype)
-        fuse = a.fuse_cache_denoise
-        options = VideoOptions(
-            a.prompt, num_frames=a.num_frames, seed=a.seed, steps=a.steps, order="stream",
-            fuse_cache_denoise=False if fuse == "measured" else fuse,
-        )  # fmt: skip
-        execution = here.execution(a)
-        if execution.mesh is None and execution.steps_per_rank is None:
-            execution = replace(execution, steps_per_rank=(a.steps or len(model.rollout.steps),))
-        if "measured" in (a.steps_per_rank, fuse):
-            execution, options = measured(model, execution, options, choose_fusion=fuse == "measured")
+        options = VideoOptions(a.prompt, num_frames=a.num_frames, seed=a.seed, order="stream", **rollout_options(a))
+        execution, options = pipelined(a, model, here.execution(a), options)
 
         def blocks(execution: ExecutionConfig) -> tuple[Any, list[Any]]:
             run = VideoPipeline(model, execution).prepare(options)

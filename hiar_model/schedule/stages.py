@@ -79,11 +79,6 @@ class RankSteps:
         return range(first, first + self.split[self.rank])
 
     @property
-    def receives(self) -> bool:
-        """Whether latents come from the previous rank."""
-        return self.rank > 0
-
-    @property
     def sends(self) -> bool:
         """Whether latents go to the next rank; the one rank that does not send has the finished blocks."""
         return self.rank < len(self.split) - 1
