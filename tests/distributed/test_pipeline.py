@@ -20,6 +20,7 @@ import small_toy
 import torch
 from processes import PATIENCE, torchrun
 from processes import run as run_python
+from refusals import refused
 from runs import make_rollout
 from small_toy import BLOCK, PROMPT
 from tiny_model import MODEL, SIZE, TEXT, run
@@ -335,9 +336,8 @@ def test_fusion_where_it_is_faster():
     ],
 )
 def test_bad_options_are_refused_in_one_line(options, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message):
         run(**{"executor": "pipeline", **options})
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from refusals import refused
 from runs import make_rollout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -208,9 +209,8 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, change, message):
     path = save_session(tmp_path / "s.safetensors", first)
     change(path)
     fresh = start()
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message):
         load_session(path, fresh, about={"weights": "def"})
-    assert "\n" not in str(error.value)
     assert torch.equal(latents(fresh), latents(start())), "the rollout must be untouched"
 
 
