@@ -47,7 +47,7 @@ _OPS = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class OpBackend:
     """One op: its implementations, the one ``impl="auto"`` takes, and why."""
 
     implementations: tuple[str, ...]
@@ -57,13 +57,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Backends:
-    """``devices``, ``libraries`` (None: not installed), the :class:`Choice` of every op, that of ``attention``
+    """``devices``, ``libraries`` (None: not installed), the :class:`OpBackend` of every op, that of ``attention``
     for each shape class, what was ``measured`` of it, on any GPU, and whether the CUDA ``extension`` is built.
     """
 
     devices: tuple[str, ...]
     libraries: dict[str, str | None]
-    ops: dict[str, Choice] = field(default_factory=dict)
+    ops: dict[str, OpBackend] = field(default_factory=dict)
     attention: dict[str, attention_table.Choice] = field(default_factory=dict)
     measured: tuple[attention_table.Measurement, ...] = ()
     extension: str = ""
@@ -83,7 +83,7 @@ def backends() -> Backends:
     devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     libraries = {"torch": torch.__version__}
     installed = {name: _version(name) for name in ("triton", "flash-attn", "xformers")}
-    ops = {name: Choice(impls, auto, why) for name, (impls, auto, why) in _OPS.items()}
+    ops = {name: OpBackend(impls, auto, why) for name, (impls, auto, why) in _OPS.items()}
     by_shape, measured = attention_table.choices(), attention_table.measurements()
     return Backends(tuple(devices), {**libraries, **installed}, ops, by_shape, measured, cuda_loader.status())
 

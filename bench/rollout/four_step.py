@@ -47,7 +47,7 @@ ALL_RANKS = (("block_first", "ulysses"), ("stream", "ulysses"), ("block_first", 
 
 
 @dataclass(frozen=True)
-class Setting:
+class Workload:
     """A model, the size of its latents, the window in latent frames, numbers of blocks."""
 
     config: WanConfig
@@ -62,24 +62,24 @@ class Setting:
 
 SETTINGS = {
     # a task of at least 50 ms on one core
-    "cpu": Setting(
+    "cpu": Workload(
         WanConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=4, freq_dim=64, text_dim=32, text_len=16),
         *(32, 32, 9, (16,), "cpu", torch.float32, 0),
     ),
-    "cuda": Setting(WanConfig.from_name("wan2.1-t2v-1.3b"), 60, 104, 21, (7, 27), "cuda", torch.bfloat16, 4),
+    "cuda": Workload(WanConfig.from_name("wan2.1-t2v-1.3b"), 60, 104, 21, (7, 27), "cuda", torch.bfloat16, 4),
 }
 
 
-def config_of(setting: Setting, order: str) -> RolloutConfig:
-    return RolloutConfig(order=order, frames_per_block=FRAMES, window_frames=setting.window).with_steps(STEPS)
+def config_of(setting: Workload, order: str) -> RolloutConfig:
+    return RolloutConfig(order=order, frames_per_block=FRAMES, window_frames=setting.window).with_options(steps=STEPS)
 
 
-def plan_of(setting: Setting, order: str) -> Plan:
+def plan_of(setting: Workload, order: str) -> Plan:
     return Plan.of(config_of(setting, order))
 
 
 def run(
-    setting: Setting, model: HiARTransformer, order: str, strategy: str, blocks: int, mesh: DeviceMesh | None,
+    setting: Workload, model: HiARTransformer, order: str, strategy: str, blocks: int, mesh: DeviceMesh | None,
     split: tuple[int, ...],
 ) -> dict[str, Any] | None:  # fmt: skip
     """Time one strategy on the ranks of a mesh of one axis (None: this one alone); its figures, on the last of them."""
@@ -129,7 +129,7 @@ def run(
     }
 
 
-def simulated(setting: Setting, row: dict[str, Any], costs: Costs) -> dict[str, Any]:
+def simulated(setting: Workload, row: dict[str, Any], costs: Costs) -> dict[str, Any]:
     """The simulator's figures beside those measured, or in their place."""
     plan, limit = plan_of(setting, row["order"]), None if row["measured"] else len(row["split"]) + 1
     timeline = simulate(plan, row["blocks"], row["split"], costs, in_flight=limit)
@@ -151,7 +151,7 @@ def mean(one: Costs, other: Costs) -> Costs:
     return dataclasses.replace(one, denoise=middle(one.denoise, other.denoise), cache=middle(one.cache, other.cache))
 
 
-def fps(setting: Setting, blocks: int, seconds: float) -> float | None:
+def fps(setting: Workload, blocks: int, seconds: float) -> float | None:
     return (1 + setting.pixel_frames * (FRAMES * blocks - 1)) / seconds if setting.pixel_frames else None
 
 

@@ -31,7 +31,7 @@ from bench.studies.plain_transformer import PARTS, PlainTransformer
 
 
 @dataclass(frozen=True)
-class Sizes(work.Sizes):
+class AnchorSizes(work.Sizes):
     """Those of the op benchmarks, and of what they do not measure."""
 
     batches: tuple[int, ...] = (1, 2, 4)  # batch items of a launch of attention and of the linear layers
@@ -55,7 +55,7 @@ SECONDS = {"limits": 15.0, "attention": 180.0, "matmul": 20.0, "visit": 105.0}  
 FORWARD_TOLERANCE = 0.05  # as measure.TOLERANCE, through all layers
 
 
-def limits(bench: Bench, z: Sizes) -> Iterator[Case]:
+def limits(bench: Bench, z: AnchorSizes) -> Iterator[Case]:
     for n in z.matmuls:
         yield {"what": "matmul", "size": n}, functools.partial(large_matmul, bench, n)
     yield {"what": "copy", "size": z.copy_mib}, functools.partial(large_copy, bench, z.copy_mib)
@@ -69,7 +69,7 @@ def merge_halves(out: Tensor, lse: Tensor) -> Tensor:
     return (out.float() * weight).sum(0, keepdim=True).to(out.dtype)
 
 
-def attention(bench: Bench, z: Sizes, absent: dict[str, str]) -> Iterator[Case]:
+def attention(bench: Bench, z: AnchorSizes, absent: dict[str, str]) -> Iterator[Case]:
     merge = bench.compiled(merge_halves)
 
     @functools.lru_cache(maxsize=1)
@@ -120,7 +120,7 @@ def attention(bench: Bench, z: Sizes, absent: dict[str, str]) -> Iterator[Case]:
                     yield {"library": name, "keys": keys, "mode": mode, "rows": rows}, prepare
 
 
-def matmul(bench: Bench, z: Sizes) -> Iterator[Case]:
+def matmul(bench: Bench, z: AnchorSizes) -> Iterator[Case]:
     def linear(m: int, k: int, n: int) -> dict[str, Any]:
         x, w, b = bench.normal(m, k), bench.normal(n, k, scale=k**-0.5), bench.normal(n)
         return {"run": lambda: F.linear(x, w, b), "flop": 2.0 * m * k * n}
@@ -131,7 +131,7 @@ def matmul(bench: Bench, z: Sizes) -> Iterator[Case]:
             yield {"layer": layer, "m": m, "k": k, "n": n}, functools.partial(linear, m, k, n)
 
 
-def forward(bench: Bench, z: Sizes) -> Iterator[Case]:
+def forward(bench: Bench, z: AnchorSizes) -> Iterator[Case]:
     """All blocks of one forward over a full ring (see plain_transformer.py)."""
     model = functools.lru_cache(maxsize=1)(lambda batch: PlainTransformer(z, batch, bench.device))
     fast = tuple(bench.compiled(part) for part in PARTS)
@@ -168,7 +168,7 @@ def main() -> int:
     if args.device == "cpu":
         torch.set_num_threads(1)
 
-    sizes, repetitions, seconds = (Sizes(**TOY), (3, 3), 0.0) if args.small else (Sizes(), (8, 40), 0.3)
+    sizes, repetitions, seconds = (AnchorSizes(**TOY), (3, 3), 0.0) if args.small else (AnchorSizes(), (8, 40), 0.3)
     bench, about = Bench(args.device, repetitions, seconds), environment(args.device)
     absent: dict[str, str] = {}
     sections = {

@@ -172,7 +172,7 @@ def main() -> None:
     prompts = split_prompts()[1][: a.prompts]
     cells = []
     for steps in a.steps:
-        model = replace(toy, transformer=teacher, rollout=toy.rollout.with_steps(steps), world=WORLDS[a.world])
+        model = replace(toy, transformer=teacher, rollout=toy.rollout.with_options(steps=steps), world=WORLDS[a.world])
         j = measure_join(model, prompts)
         shares = [f"{100 * share:.1f}" for share in (j.seen, j.colour, j.shape)]
         cells.append([str(steps), *(f"{x:.2f}" for x in (j.true_break, j.infilled_break, j.apart_break)), *shares])

@@ -26,7 +26,7 @@ from hiar_model.pipelines.video_pipeline import VideoOptions, VideoPipeline, Vid
 HEADINGS = ("minutes of video", "frames", "tensors", "their MB", "Python blocks", "resident MB")
 
 
-class Memory(NamedTuple):
+class MemoryInUse(NamedTuple):
     """After so many frames: live tensors, bytes of their storages, blocks that Python has allocated, resident bytes of
     the process (0: unknown).
     """
@@ -38,7 +38,7 @@ class Memory(NamedTuple):
     resident: int
 
 
-def memory(frames: int) -> Memory:
+def memory(frames: int) -> MemoryInUse:
     """What this process holds now."""
     gc.collect()
     # by type: asking an object may run its code; other subclasses (fake tensors) hold no memory
@@ -49,10 +49,10 @@ def memory(frames: int) -> Memory:
     resident = int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
     tensors, nbytes = len(alive), sum(storages.values())
     del alive, storages
-    return Memory(frames, tensors, nbytes, sys.getallocatedblocks(), resident)
+    return MemoryInUse(frames, tensors, nbytes, sys.getallocatedblocks(), resident)
 
 
-def watch(run: VideoRun, writer: VideoWriter, every: int) -> Iterator[Memory]:
+def watch(run: VideoRun, writer: VideoWriter, every: int) -> Iterator[MemoryInUse]:
     """Make the video, and look each time another ``every`` frames are there, and at the end."""
     following = every
     for frames in run:

@@ -18,7 +18,7 @@ DTYPE = torch.bfloat16
 EPS = 1e-6
 
 
-class Block(nn.Module):
+class PlainBlock(nn.Module):
     """In three parts, with self- and cross-attention between them: these are launched from outside, by any library.
 
     x [B, T, width]; e [B, frames, 6, width], the time embedding; cos, sin [T, 1, head_dim / 2].
@@ -69,7 +69,7 @@ class Block(nn.Module):
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
-PARTS = (Block.before, Block.between, Block.after)  # eager; a compiled triple stands in for it
+PARTS = (PlainBlock.before, PlainBlock.between, PlainBlock.after)  # eager; a compiled triple stands in for it
 
 
 class PlainTransformer:
@@ -79,7 +79,7 @@ class PlainTransformer:
         torch.manual_seed(0)
         self.tokens = z.tokens
         with torch.device(device):
-            self.blocks = [Block(z).to(DTYPE) for _ in range(z.layers)]
+            self.blocks = [PlainBlock(z).to(DTYPE) for _ in range(z.layers)]
             self.rings, self.prompts = (
                 [[torch.randn(batch, n, z.heads, z.head_dim, dtype=DTYPE) for _ in "kv"] for _ in range(z.layers)]
                 for n in (z.window * z.frame_tokens, z.text_tokens)

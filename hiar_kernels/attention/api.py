@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.dispatch import resolve
-from . import library, ops, table  # noqa: F401  (registers the ops)
+from . import gluon, library, ops, table  # noqa: F401  (registers the ops)
 from .dispatch import IMPLS, attend
 from .inputs import AttentionInputs
 from .layout import AttentionLayout
@@ -113,19 +113,22 @@ def attention_with_lse(
     return out, lse
 
 
-def takes_layout(q: Tensor, mask: BlockCausal) -> bool:
-    """Whether ``impl="auto"`` would go by a layout for such queries, without gradient: through a library. If not, one
-    launch by frame ids on the device serves every layout.
+def takes_layout(q: Tensor, mask: BlockCausal, impl: str = "auto") -> bool:
+    """Whether ``impl`` goes by a layout for such queries, without gradient: through a library. If not, one launch by
+    frame ids on the device serves every layout.
     """
     with torch.no_grad():
         choice = table.choose(AttentionInputs(q, q, q, mask), AttentionLayout(mask.frame_tokens, ()))
-    return resolve("attention", "auto", IMPLS, auto=choice.impl) in library.LIBRARIES
+    return resolve("attention", impl, IMPLS, auto=choice.impl) in library.LIBRARIES
 
 
-def takes_schedule(q: Tensor, k: Tensor, mask: BlockCausal) -> bool:
-    """Whether ``impl="auto"`` would run the kernel that goes by an :class:`AttentionSchedule` for such queries and
-    keys, without gradient: one made ahead then serves every layer.
+def takes_schedule(q: Tensor, k: Tensor, mask: BlockCausal, impl: str = "auto") -> bool:
+    """Whether ``impl`` runs the kernel that goes by an :class:`AttentionSchedule` for such queries and keys, without
+    gradient: one made ahead then serves every layer. ValueError where that kernel was named and cannot run.
     """
+    inputs = AttentionInputs(q, k, k, mask)
     with torch.no_grad():
-        choice = table.choose(AttentionInputs(q, k, k, mask))
-    return resolve("attention", "auto", IMPLS, auto=choice.impl) == "gluon"
+        if resolve("attention", impl, IMPLS, auto=table.choose(inputs).impl) != "gluon":
+            return False
+        gluon.require_fits(inputs)
+    return True

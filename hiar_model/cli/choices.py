@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from ..common import checks
-from ..config import SHIPPED, WanConfig
-from ..config.execution import KV_DTYPES, ON_NAN
+from ..config import SHIPPED, RolloutConfig, WanConfig
+from ..config.execution import ATTENTION_IMPLS, KV_DTYPES, ON_NAN
 from ..config.rollout import KV_SOURCES, ON_PROMPT_CHANGE, ORDERS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "order": ORDERS, "dtype": checks.DTYPE_NAMES, "kv_dtype": KV_DTYPES, "vae_dtype": (*checks.DTYPE_NAMES, "none"),
+    "attention_impl": ATTENTION_IMPLS,
     "on_nan": ON_NAN, "on_prompt_change": ON_PROMPT_CHANGE, "kv_source": KV_SOURCES, "offload": checks.OFFLOAD,
     "parallel": ("pipeline", "ulysses"),
     "to": ("native", "diffusers", "pt"), "world": ("plain", "varied", "free_speed"),
@@ -62,6 +64,13 @@ def check_choices(command: str, a: Namespace) -> None:
         raise ValueError(f"no recipe {a.recipe!r}: neither a file nor one of {', '.join(known)}{near}")
     if a.get("model") is not None:
         _check_model(command, a.model)
+
+
+def rollout_options(a: Namespace) -> dict[str, Any]:
+    """The arguments that are fields of RolloutConfig; what is "measured" is off until then."""
+    values = {field.name: a[field.name] for field in fields(RolloutConfig) if field.name in a}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {name: False if value == "measured" else value for name, value in values.items()}
 
 
 def _recipes() -> list[str]:

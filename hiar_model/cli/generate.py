@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from ..io.files import check_text
+from .choices import rollout_options
 from .config_file import OptionalPositional
-from .machine import imports, load_model, machine_arguments, progress_bar, stage_lines
-from .parallel import RUN_FOLDER, job, pipeline_arguments, resume_arguments, unfinished_blocks
-from .signals import ENDING, listens
+from .machine import imports, load_model, machine_arguments, memory_arguments, progress_bar, stage_lines
+from .parallel import RUN_FOLDER, job, pipeline_arguments, pipelined, resume_arguments, unfinished_blocks
+from .signals import handled
 
 if TYPE_CHECKING:
     from ..pipelines.video_pipeline import VideoRun
@@ -44,19 +42,12 @@ def generate_arguments(parser: ArgumentParser) -> None:
         "--num-frames", type=int, help="pixel frames from the video's start; default: what the model says"
     )
     parser.add_argument("--seed", type=int, default=0, help="of all noise")
-    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
     parser.add_argument(
         "--order", type=str,
         help="step_first, stream, wavefront or block_first; default: the model's, else wavefront if it is small and on "
         "a CPU, else step_first",
     )  # fmt: skip
-    parser.add_argument(
-        "--window-frames",
-        type=int | list[int | None] | None | Literal["model"],
-        default="model",
-        help="latent frames a block sees, its own among them: a number, one per step as [6,9,12,12], or null for all",
-    )
-    parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
+    memory_arguments(parser)
     parser.add_argument("--fps", type=float, help="of the video; default: the model's")
     parser.add_argument("--image", type=str, help="first frame: a picture, scaled and cropped to the size of the video")
     parser.add_argument("--extend", type=str, help="first frames: a clip, of which the last 1 + 4n frames are used")
@@ -70,8 +61,6 @@ def generate_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--from-session", type=str, help="resume such a file; a different prompt makes a fork")
     machine_arguments(parser)
-    parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
-    parser.add_argument("--offload", type=str, help="what leaves the GPU: text (once the prompt is read), vae, or both")
     parser.add_argument("--prompt-cache", type=str, help="folder that keeps embeddings of prompts (Wan)")
     pipeline_arguments(parser)
     resume_arguments(parser)
@@ -115,7 +104,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
 
     notes: list[str] = []
     own_steps = _own_steps(a, here)
-    execution = here.execution(a)
+    execution, of_rollout = here.execution(a), rollout_options(a)
     piped = a.parallel == "pipeline" or (here.ranks > 1 and a.parallel is None)
     if piped and (a.session or a.from_session) and here.ranks > 1:
         raise ValueError("--session and --from-session are for one process: resume a pipeline with --resume")
@@ -123,9 +112,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
     if here.ranks == 1:
         require_memory(
             a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, offload=offload,
-            height=a.height, width=a.width, num_frames=a.num_frames, steps=a.steps, order=a.order,
-            window_frames=tuple(a.window_frames) if isinstance(a.window_frames, list) else a.window_frames,
-            sink_frames=a.sink_frames, kv_dtype=a.kv_dtype,
+            height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype, **of_rollout,
         )  # fmt: skip
     model = load_model(
         a, checkpoint=a.checkpoint, steps=a.steps, own_steps=own_steps, prompt_cache=a.prompt_cache,
@@ -143,21 +130,14 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
             fields = {"frames": f"frames {frames}/{frames_total}", "speed": f"{speed:.1f} fps"}
             bar.update(task, total=of, completed=done, **fields)
 
-        if piped and execution.mesh is None and execution.steps_per_rank is None:
-            execution = replace(execution, steps_per_rank=(a.steps or len(model.rollout.steps),))
-        fuse = a.fuse_cache_denoise
         options = VideoOptions(
-            a.prompt, height=a.height, width=a.width, num_frames=a.num_frames, seed=a.seed, steps=a.steps,
-            order=a.order, window_frames=a.window_frames, sink_frames=a.sink_frames, fps=a.fps, image=a.image,
-            extend=a.extend, prompts=prompts, on_prompt_change=a.on_prompt_change,
-            fuse_cache_denoise=False if fuse == "measured" else fuse, threads=a.threads, session=a.from_session,
+            a.prompt, height=a.height, width=a.width, num_frames=a.num_frames, seed=a.seed, fps=a.fps,
+            image=a.image, extend=a.extend, prompts=prompts, threads=a.threads, session=a.from_session,
             open_end=bool(a.session or a.from_session), on_progress=show,
             run_folder=folder if a.resume or piped else None, resume=a.resume, checkpoint_every=a.checkpoint_every,
+            **of_rollout,
         )  # fmt: skip
-        if "measured" in (a.steps_per_rank, fuse):
-            from ..pipelines.measured import measured
-
-            execution, options = measured(model, execution, options, choose_fusion=fuse == "measured")
+        execution, options = pipelined(a, model, execution, options, piped)
         run = VideoPipeline(model, execution).prepare(options)
         start = time.perf_counter()
         if not run.makes_frames:
@@ -220,9 +200,7 @@ def _own_steps(a: Namespace, here: Job) -> range | None:
     if not is_experts(a.checkpoint) or here.ranks == 1 or a.parallel == "ulysses":
         return None
     if a.steps_per_rank == "measured":
-        raise ValueError(
-            "--steps-per-rank must be such as [1,1,2], or count, with weights by step, got measured"
-        )
+        raise ValueError("--steps-per-rank must be such as [1,1,2], or count, with weights by step, got measured")
     import torch.distributed as dist
 
     from ..config import FlowSchedule
@@ -242,20 +220,14 @@ def _own_steps(a: Namespace, here: Job) -> range | None:
 @contextmanager
 def _interrupts(session: str | None, run: VideoRun) -> Iterator[Callable[[], bool]]:
     """With a session, Ctrl-C (or SIGTERM, SIGHUP) ends the video after the current block; a second one ends at once."""
-    signals: list[int] = []
+    interrupted = False
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if signals:
+    def interrupt() -> None:
+        nonlocal interrupted
+        if interrupted:
             raise KeyboardInterrupt
-        signals.append(number)
+        interrupted = True
         run.end()
 
-    if session is None:
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, *ENDING) if listens(number)}
-    try:
-        yield lambda: bool(signals)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with nullcontext() if session is None else handled(interrupt):
+        yield lambda: interrupted

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -22,6 +22,20 @@ def machine_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, help="CPU threads of torch; default: 1, or torch's own for a large model"
     )
+
+
+def memory_arguments(parser: ArgumentParser) -> None:
+    """Options of a video that decide its memory; those of a rollout by the names of its config."""
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
+    parser.add_argument(
+        "--window-frames",
+        type=int | list[int | None] | None | Literal["model"],
+        default="model",
+        help="latent frames a block sees, its own among them: a number, one per step as [6,9,12,12], or null for all",
+    )
+    parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
+    parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
+    parser.add_argument("--offload", type=str, help="what leaves the GPU: text (once the prompt is read), vae, or both")
 
 
 def load_model(a: Namespace, **options: Any) -> VideoModel:

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from ..common import environment
-from .choices import as_typed
+from .choices import as_typed, rollout_options
 
 if TYPE_CHECKING:
     from ..config import ExecutionConfig
     from ..distributed.watchdog import Watchdog
+    from ..models.video_model import VideoModel
+    from ..pipelines.video_pipeline import VideoOptions
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 RUN_FOLDER = ".blocks"  # suffix of the output's name: the folder of an unfinished run
@@ -28,6 +30,7 @@ def pipeline_arguments(parser: ArgumentParser, nproc: int = 1) -> None:
     """How processes share a video: options of `generate` and `verify-parity`."""
     parser.add_argument("--nproc", type=int, default=nproc, help="processes to start here, as torchrun does")
     parser.add_argument("--cuda-graph", type=bool, default=False, help="capture forwards as CUDA graphs")
+    parser.add_argument("--attention-impl", type=str, default="auto", help="of self-attention: auto, sdpa, triton, ...")
     parser.add_argument(
         "--parallel",
         type=str,
@@ -52,9 +55,7 @@ def pipeline_arguments(parser: ArgumentParser, nproc: int = 1) -> None:
 
 def resume_arguments(parser: ArgumentParser) -> None:
     """Options for resuming a pipeline."""
-    parser.add_argument(
-        "--resume", action="store_true", help=f"resume an interrupted pipeline from OUT{RUN_FOLDER}"
-    )
+    parser.add_argument("--resume", action="store_true", help=f"resume an interrupted pipeline from OUT{RUN_FOLDER}")
     parser.add_argument(
         "--checkpoint-every", type=int, default=10, help="blocks between two states to resume from; 0: none"
     )
@@ -118,9 +119,7 @@ class Job:
 
         pipelined = a.parallel == "pipeline" or (a.parallel is None and self.ranks > 1)
         if a.fuse_cache_denoise == "measured" and not pipelined:
-            raise ValueError(
-                "--fuse-cache-denoise must be true or false without --parallel pipeline, got measured"
-            )
+            raise ValueError("--fuse-cache-denoise must be true or false without --parallel pipeline, got measured")
         mesh = None
         if self.ranks > 1 or a.parallel == "ulysses":
             from ..distributed.mesh import make_mesh
@@ -133,6 +132,7 @@ class Job:
             steps_per_rank=split,
             dedicated_decoder_rank=a.dedicated_decoder_rank,
             kv_dtype=a.get("kv_dtype"),
+            attention_impl=a.attention_impl,
             on_nan=a.get("on_nan") or "stop",
             timeout=a.timeout,
             watchdog=self.watchdog,
@@ -223,6 +223,19 @@ def parity_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch, in each process")
 
 
+def pipelined(
+    a: Namespace, model: VideoModel, execution: ExecutionConfig, options: VideoOptions, piped: bool = True
+) -> tuple[ExecutionConfig, VideoOptions]:
+    """Both with the split of a pipeline of one process, and with what is to be measured first."""
+    if piped and execution.mesh is None and execution.steps_per_rank is None:
+        execution = replace(execution, steps_per_rank=(a.steps or len(model.rollout.steps),))
+    if "measured" in (a.steps_per_rank, a.fuse_cache_denoise):
+        from ..pipelines.measured import measured
+
+        return measured(model, execution, options, choose_fusion=a.fuse_cache_denoise == "measured")
+    return execution, options
+
+
 def verify_parity(a: Namespace) -> None:
     """Make the same video on the job's processes and on one, and print the largest difference of their latents.
 
@@ -236,21 +249,12 @@ def verify_parity(a: Namespace) -> None:
 
         from ..config import ExecutionConfig
         from ..models.registry import load_video_model
-        from ..pipelines.measured import measured
         from ..pipelines.video_pipeline import VideoOptions, VideoPipeline
 
         torch.set_num_threads(a.threads)
         model = load_video_model(a.model, a.device, a.dtype)
-        fuse = a.fuse_cache_denoise
-        options = VideoOptions(
-            a.prompt, num_frames=a.num_frames, seed=a.seed, steps=a.steps, order="stream",
-            fuse_cache_denoise=False if fuse == "measured" else fuse,
-        )  # fmt: skip
-        execution = here.execution(a)
-        if execution.mesh is None and execution.steps_per_rank is None:
-            execution = replace(execution, steps_per_rank=(a.steps or len(model.rollout.steps),))
-        if "measured" in (a.steps_per_rank, fuse):
-            execution, options = measured(model, execution, options, choose_fusion=fuse == "measured")
+        options = VideoOptions(a.prompt, num_frames=a.num_frames, seed=a.seed, order="stream", **rollout_options(a))
+        execution, options = pipelined(a, model, here.execution(a), options)
 
         def blocks(execution: ExecutionConfig) -> tuple[Any, list[Any]]:
             run = VideoPipeline(model, execution).prepare(options)
@@ -262,7 +266,8 @@ def verify_parity(a: Namespace) -> None:
         pipeline = run.rollout.pipeline
         shared = "+".join(map(str, pipeline.stage.split)) + " steps" if pipeline else f"parallel={a.parallel}"
         del run
-        expected = blocks(ExecutionConfig(cuda_graph=execution.cuda_graph))[1]
+        alone = ExecutionConfig(cuda_graph=execution.cuda_graph, attention_impl=execution.attention_impl)
+        expected = blocks(alone)[1]
         difference = max(float((x.double() - y.double()).abs().max()) for x, y in zip(actual, expected, strict=True))
         same = all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
         result = "the same bits" if same else f"largest difference {difference:.3g}"

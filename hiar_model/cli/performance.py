@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..io.atomic import atomic_write
 from ..io.files import check_output
+from .choices import rollout_options
 
 
 def setting_arguments(parser: ArgumentParser) -> None:
@@ -44,19 +45,14 @@ def _setting(a: Namespace, **more: Any) -> Any:
         raise ValueError(f"dtype must be one of {', '.join(legal)}, got {dtype!r}")
     return Setting(
         model=a.model, height=a.height, width=a.width,
-        rollout=RolloutConfig(
-            order=a.order, window_frames=a.window_frames, sink_frames=a.sink_frames,
-            fuse_cache_denoise=a.fuse_cache_denoise,
-        ),
+        rollout=RolloutConfig(**rollout_options(a)),
         cuda_graph=cuda if a.cuda_graph is None else a.cuda_graph, dtype=dtype, device=device, layers=a.layers, **more,
     )  # fmt: skip
 
 
 def warmup_arguments(parser: ArgumentParser) -> None:
     setting_arguments(parser)
-    parser.add_argument(
-        "--again", type=bool, default=True, help="then measure a second process, with warm caches"
-    )
+    parser.add_argument("--again", type=bool, default=True, help="then measure a second process, with warm caches")
 
 
 def warmup(a: Namespace) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Termination, and a closed terminal."""
@@ -17,15 +16,20 @@ def listens(number: int) -> bool:
 
 
 @contextmanager
-def as_interrupts() -> Iterator[None]:
-    """Context in which those signals raise KeyboardInterrupt. Main thread only."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in ENDING if listens(number)}
+def handled(handler: Callable[[], None], numbers: Sequence[int] = (signal.SIGINT, *ENDING)) -> Iterator[None]:
+    """Context in which these signals call ``handler``. Main thread only."""
+    before = {number: signal.signal(number, lambda *_: handler()) for number in numbers if listens(number)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def as_interrupts() -> AbstractContextManager[None]:
+    """Context in which termination and a closed terminal raise KeyboardInterrupt, as Ctrl-C does by itself."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    return handled(interrupt, ENDING)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -19,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from ..common import environment
 from .machine import progress_bar
 from .parallel import FAILED, INTERRUPTED, WRONG_INPUT
-from .signals import ENDING, listens
+from .signals import handled
 
 if TYPE_CHECKING:
     from ..train.config.recipe import Recipe, TrainingRecipe
@@ -112,27 +110,19 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
     say(f"model: {model}{hint}")
 
 
-@contextmanager
-def _interrupts(trainer: Trainer, context: DistContext) -> Iterator[None]:
+def _interrupts(trainer: Trainer, context: DistContext) -> AbstractContextManager[None]:
     """The first Ctrl-C (or the end of a terminal or a job) saves a state and stops after the current update; a second
     one stops at once. Several processes stop at once.
     """
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt() -> None:
         if trainer.stopping:
             raise KeyboardInterrupt
         trainer.stop()
         print("stopping after this update, with a saved state; Ctrl-C again: at once", file=sys.stderr, flush=True)
 
-    if context.world_size > 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, *ENDING) if listens(number)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    alone = context.world_size == 1 and threading.current_thread() is threading.main_thread()
+    return handled(interrupt) if alone else nullcontext()
 
 
 def _produce(recipe: Recipe, folder: Path, context: DistContext) -> None:

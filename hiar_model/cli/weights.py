@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
+
+from .choices import rollout_options
+from .machine import memory_arguments
 
 if TYPE_CHECKING:
     from ..models.checkpoint import CheckpointInfo
@@ -50,20 +53,11 @@ def doctor_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help="pixels; default: 832, likewise")
     parser.add_argument("--frames", type=int, help="pixel frames; default: 81, or the model's")
     parser.add_argument("--order", type=str, default="step_first", help="step_first, stream, wavefront or block_first")
-    parser.add_argument(
-        "--window-frames",
-        type=int | list[int | None] | None | Literal["model"],
-        default="model",
-        help="latent frames a block sees, its own among them: a number, one per step, or null for all; default: 21",
-    )
-    parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
-    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
+    memory_arguments(parser)
     parser.add_argument("--batch", type=int, default=1, help="videos made at once")
     parser.add_argument("--fuse-cache-denoise", type=bool, default=False, help="one forward for both kinds of tasks")
     parser.add_argument("--dtype", type=str, help="of weights and work; default: bfloat16, of the toy float32")
-    parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
     parser.add_argument("--vae-dtype", type=str, help="default: bfloat16; none: no VAE on the GPU")
-    parser.add_argument("--offload", type=str, help="what leaves the GPU: text (once the prompt is read), vae, or both")
 
 
 def doctor(a: Namespace) -> None:
@@ -85,12 +79,10 @@ def doctor(a: Namespace) -> None:
     from ..planning.fit import fit_query, lines, parse_size
 
     limits = [parse_size(size) for size in a.gpu_memory.split(",")] if a.gpu_memory is not None else []
-    window = tuple(a.window_frames) if isinstance(a.window_frames, list) else a.window_frames
     query = fit_query(
-        a.model, height=a.height, width=a.width, frames=a.frames, steps=a.steps, window_frames=window,
-        sink_frames=a.sink_frames, dtype=a.dtype, kv_dtype=a.kv_dtype, vae_dtype=a.vae_dtype,
-        offload=[name.strip() for name in a.offload.split(",")] if a.offload else (),
-        order=a.order, batch=a.batch, fuse_cache_denoise=a.fuse_cache_denoise,
+        a.model, height=a.height, width=a.width, frames=a.frames, dtype=a.dtype, kv_dtype=a.kv_dtype,
+        vae_dtype=a.vae_dtype, offload=[name.strip() for name in a.offload.split(",")] if a.offload else (),
+        batch=a.batch, **rollout_options(a),
     )  # fmt: skip
     for line in lines(query, limits):
         print(line)

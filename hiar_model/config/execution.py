@@ -9,6 +9,10 @@ from typing import Any
 from ..common.checks import DTYPE_NAMES, number_above_0, one_of, whole
 
 ON_NAN = ("stop", "retry")
+ATTENTION_IMPLS = (
+    "auto", "reference", "sdpa", "cudnn", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "triton", "gluon",
+)  # fmt: skip
+"""Of :func:`hiar_kernels.attention`, whose module imports torch."""
 KV_DTYPES = (*DTYPE_NAMES, "float8_e4m3fn")
 
 
@@ -29,6 +33,8 @@ class ExecutionConfig:
             while the others compute.
         kv_dtype: name of the dtype of cached keys and values; None: that of the model. "float8_e4m3fn" (one scale per
             layer, head and frame) takes half the memory of bfloat16 and changes the latents.
+        attention_impl: implementation of self-attention, of :func:`hiar_kernels.attention`; equal up to rounding.
+            "auto": the fastest that was measured. Any other never falls back: it raises where it cannot run.
         on_nan: "stop": raise if latents are not finite, naming step, block, layer and implementation. "retry": first
             repeat the forward with the reference ops and continue if that is finite; waits for the device after every
             forward.
@@ -53,6 +59,7 @@ class ExecutionConfig:
     costs: Any = None
     dedicated_decoder_rank: bool = False
     kv_dtype: str | None = None
+    attention_impl: str = "auto"
     on_nan: str = "stop"
     keep_all_frames: bool = False
     autocast: bool = False
@@ -63,6 +70,7 @@ class ExecutionConfig:
         for name in ("cuda_graph", "dedicated_decoder_rank", "keep_all_frames", "autocast"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        one_of("attention_impl", self.attention_impl, ATTENTION_IMPLS)
         one_of("on_nan", self.on_nan, ON_NAN)
         object.__setattr__(self, "timeout", number_above_0("timeout", self.timeout))
         object.__setattr__(self, "kv_dtype", _dtype_name(self.kv_dtype))

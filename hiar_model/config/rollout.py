@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..common.checks import as_whole, number_at_least_0, one_of, plain, whole
 from .flow_schedule import FlowSchedule
@@ -100,24 +100,45 @@ class RolloutConfig:
         """Window of each step [S], in latent frames; None: all."""
         return windows_per_step(self.window_frames, len(self.steps))
 
-    def require_endless(self) -> None:
+    @property
+    def least_window(self) -> int:
+        """The narrowest window with room for the sink and a block."""
+        return self.sink_frames + self.frames_per_block
+
+    def require_endless(self, video: str = "an endless video") -> None:
         """ValueError unless these options allow an endless video: not step_first, and a window at every step."""
         if self.order == "step_first":
             others = ", ".join(order for order in ORDERS if order != "step_first")
-            raise ValueError(f"order step_first cannot make an endless video: give num_frames, or use {others}")
+            raise ValueError(f"order must be one of {others} for {video}, got step_first")
         if None in self.windows:
-            raise ValueError("an endless video needs a window: give window_frames")
+            raise ValueError(f"window_frames must be a number for {video}, got {plain(self.window_frames)}")
 
     def with_order(self, order: str) -> RolloutConfig:
         """A copy with another order."""
         return replace(self, order=order)
 
-    def with_steps(self, steps: int | Sequence[float]) -> RolloutConfig:
-        """A copy with other steps: a number of equally spaced ones, or their timesteps."""
-        number = as_whole(steps)
-        if number is not None:
-            return replace(self, steps=FlowSchedule.uniform(number, self.shift).steps)
-        return replace(self, steps=tuple(steps))  # type: ignore[arg-type]
+    def with_options(self, **options: Any) -> RolloutConfig:
+        """A copy with some fields as a user gives them: ``steps`` may be a number of equally spaced ones; None (and
+        "model" for ``window_frames``, where None means all frames) leaves a field as it is.
+        """
+        values = {name: value for name, value in options.items() if value is not None or name == "window_frames"}
+        if isinstance(window := values.get("window_frames"), str):
+            if window != "model":
+                raise ValueError(f'window_frames must be a number, one per step, None (all) or "model", got {window!r}')
+            del values["window_frames"]
+        if "steps" in values:
+            steps = values["steps"]
+            if not isinstance(steps, Iterable):
+                steps = FlowSchedule.uniform(whole("steps", steps, 1), self.shift).steps
+            values["steps"] = tuple(steps)
+        return replace(self, **values)
+
+    def block_causal(self, step: int = 0) -> dict[str, Any]:
+        """The block-causal mask of a step, as :class:`hiar_model.HiARTransformer` takes it."""
+        window = self.windows[step]
+        return {
+            "frames_per_block": self.frames_per_block, "window_frames": window, "sink_frames": self.sink_frames,
+        }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mapping for JSON, the inverse of :meth:`from_dict`."""
@@ -132,6 +153,20 @@ class RolloutConfig:
             raise ValueError(f"RolloutConfig: unknown {', '.join(unknown)}; known: {', '.join(known)}")
         plain_values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
         return cls(**plain_values)
+
+
+class TrainedWindow(NamedTuple):
+    """What the config.json of a causal model says, in latent frames; None: nothing."""
+
+    window: int | None = None
+    sink: int | None = None
+
+    def apply(self, rollout: RolloutConfig) -> RolloutConfig:
+        """The rollout with this window and sink where they are known."""
+        return rollout.with_options(window_frames=self.window or "model", sink_frames=self.sink)
+
+
+UNKNOWN_WINDOW = TrainedWindow()
 
 
 def windows_per_step(window_frames: Any, steps: int) -> tuple[int | None, ...]:

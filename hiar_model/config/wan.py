@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from ..common.checks import whole
@@ -131,11 +129,6 @@ class WanConfig:
         if unknown:
             raise ValueError(f"WanConfig: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         return cls(**values)
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> WanConfig:
-        """From a JSON file with the fields of this class."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mapping, the inverse of :meth:`from_dict`."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..common import environment
 from ..config import ExecutionConfig
 from ..schedule.plan import Group, Plan
-from ..schedule.stages import Stage, split_steps
+from ..schedule.stages import RankSteps, split_steps
 from .mesh import axis, axis_size
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Pipeline:
         if ranks > 1:
             self.group = axis(execution.mesh, "step")
             rank = execution.mesh.get_local_rank("step")
-        self.stage = Stage(plan, self._split(ranks), rank)
+        self.stage = RankSteps(plan, self._split(ranks), rank)
         self.links: Neighbours | None = None
         self.watchdog: Watchdog | None = execution.watchdog
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..common.settings import own_settings
 from ..config import SHIPPED, WanConfig
+from ..config.rollout import UNKNOWN_WINDOW, TrainedWindow
 from ..io.atomic import atomic
 from ..io.files import check_output, save_tensors
 from ..io.weight_files import (
@@ -38,7 +39,6 @@ TOY_FORMAT, TOY_TRANSFORMER = "hiar-toy", "transformer."  # of a toy model's con
 CONFIG_KEY = "hiar_config"  # WanConfig as JSON in the header of the files we write
 _PIPELINE, _EXPERT = "model_index.json", "transformer_2"  # of a diffusers folder
 _NETWORKS = ("generator_ema", "generator", "critic")  # of a training checkpoint; the last one is never taken
-Window = tuple[int | None, int | None]  # of a causal model's config.json: all, and what stays; None: it does not say
 _HEAD_DIM = 128  # of every published Wan model
 
 
@@ -53,7 +53,7 @@ class CheckpointInfo:
         dtypes: of its tensors, the most frequent first.
         tensors, parameters: counts; q, k and v are separate tensors. nbytes: size of the tensors in bytes.
         files: the weight files.
-        window_frames, sink_frames: latent frames, from a causal model's config.json; None if it does not say.
+        window: of a causal model's config.json.
     """
 
     layout: str
@@ -65,8 +65,7 @@ class CheckpointInfo:
     parameters: int
     nbytes: int
     files: tuple[Path, ...]
-    window_frames: int | None = None
-    sink_frames: int | None = None
+    window: TrainedWindow = UNKNOWN_WINDOW
 
     def __str__(self) -> str:
         c = self.config
@@ -74,7 +73,7 @@ class CheckpointInfo:
         network += f" (left: {', '.join(self.others)})" if self.others else ""
         dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
         first, more = self.files[0], len(self.files) - 1
-        sizes = (("window", self.window_frames), ("sink", self.sink_frames))
+        sizes = self.window._asdict().items()
         window = ", ".join(f"{name} {frames}" for name, frames in sizes if frames is not None)
         window = f"; {window} latent frames by its config.json" if window else ""
         return (
@@ -142,7 +141,7 @@ def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
     if diffusers:
         state = renamed(state, key_mapping.to_native, source)
     spell = key_mapping.to_diffusers if diffusers else None
-    window: Window = (None, None)
+    window = UNKNOWN_WINDOW
     if config is None:
         config, window = _find_config(source, state, header_sizes)
     with torch.device("meta"):
@@ -159,8 +158,7 @@ def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
         parameters=sum(value.numel() for value in state.values()),
         nbytes=sum(value.nbytes for value in state.values()),
         files=tuple(files),
-        window_frames=window[0],
-        sink_frames=window[1],
+        window=window,
     )
     return state, info
 
@@ -262,11 +260,11 @@ def _network(content: Any, file: Path) -> tuple[Mapping[str, Any], list[str]]:
     return content[networks[0]], networks
 
 
-def _find_config(source: Path, state: Mapping[str, Tensor], header: dict[str, Any]) -> tuple[WanConfig, Window]:
+def _find_config(source: Path, state: Mapping[str, Tensor], header: dict[str, Any]) -> tuple[WanConfig, TrainedWindow]:
     """Sizes from our own header, config.json or the shapes; window and sink if config.json has them."""
     beside = (source if source.is_dir() else source.parent) / "config.json"
     written: dict[str, Any] = {}
-    window: Window = (None, None)
+    window = UNKNOWN_WINDOW
     if header:
         beside, written = source, header
     elif beside.is_file():

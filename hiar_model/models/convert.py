@@ -114,7 +114,7 @@ def _write(state: Mapping[str, Tensor], info: CheckpointInfo, partial: Path, to:
     elif partial.suffix == ".safetensors":
         save_tensors(state, partial, file_header(config))
     else:  # a folder whose sizes stand in config.json alone, as in the published ones
-        sizes = key_mapping.native_config(config, (info.window_frames, info.sink_frames))
+        sizes = key_mapping.native_config(config, info.window)
         if to == "diffusers":
             sizes = key_mapping.diffusers_config(config)
             state = {key_mapping.to_diffusers(key): value for key, value in state.items()}

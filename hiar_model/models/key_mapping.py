@@ -18,6 +18,7 @@ from typing import Any
 
 from ..common.checks import as_whole
 from ..config import WanConfig
+from ..config.rollout import UNKNOWN_WINDOW, TrainedWindow
 
 NATIVE, DIFFUSERS, TRAINING = "native", "diffusers", "training"
 WRAPPERS = {
@@ -168,19 +169,17 @@ def read_sizes(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return sizes
 
 
-def read_window(values: Mapping[str, Any], file: Path) -> tuple[int | None, int | None]:
-    """(window_frames, sink_frames), in latent frames, from the config.json of a causal model; None where it does not
-    say or ``local_attn_size`` is -1. ValueError of one line for illegal numbers.
-    """
+def read_window(values: Mapping[str, Any], file: Path) -> TrainedWindow:
+    """Of a config.json; ``local_attn_size`` -1 says nothing. ValueError of one line for illegal numbers."""
     if values.get("_class_name") != CAUSAL:
-        return None, None
+        return UNKNOWN_WINDOW
     local, sink = (values.get(key) for key in _OF_WINDOW)
     for key, value, least in (("local_attn_size", local, 1), ("sink_size", sink, 0)):
         legal = isinstance(value, int) and not isinstance(value, bool) and value >= least
         if value is not None and not legal and (key, value) != ("local_attn_size", -1):
             more = ", or -1" if key == "local_attn_size" else ""
             raise ValueError(f"{file}: {key} must be a whole number of at least {least}{more}, got {value!r}")
-    return None if local == -1 else local, sink
+    return TrainedWindow(None if local == -1 else local, sink)
 
 
 def _diffusers_sizes(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -210,19 +209,19 @@ def _check_known(keys: Iterable[str], known: set[str], file: Path, also: Iterabl
         raise ValueError(f"{file}: unknown {', '.join(unknown)}; known: {', '.join(sorted({*known, *also}))}")
 
 
-def native_config(config: WanConfig, window: tuple[int | None, int | None] = (None, None)) -> dict[str, Any]:
+def native_config(config: WanConfig, window: TrainedWindow = UNKNOWN_WINDOW) -> dict[str, Any]:
     """The config.json of a native folder. ``rope_theta``, unknown to Wan's class, is written only if not the default.
 
     Args:
-        window: of :func:`read_window`; with a number in it the model is a causal one.
+        window: with a number in it the model is a causal one.
     """
     values = config.to_dict()
     for theirs, ours in _RENAMED.items():
         values[theirs] = values.pop(ours)
     if config.rope_theta == WanConfig.rope_theta:
         del values["rope_theta"]
-    if window != (None, None):
-        values |= dict(zip(_OF_WINDOW, (window[0] or -1, window[1] or 0), strict=True))
+    if window != UNKNOWN_WINDOW:
+        values |= dict(zip(_OF_WINDOW, (window.window or -1, window.sink or 0), strict=True))
         return {"_class_name": CAUSAL, "model_type": "t2v", **values}
     return {"_class_name": "WanModel", "model_type": "t2v", **values}
 

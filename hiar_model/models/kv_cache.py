@@ -17,7 +17,8 @@ beside the 2 that attention reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +39,8 @@ from hiar_kernels import (
 )
 from hiar_kernels.nvtx import span
 
-from ..config import WanConfig
+from ..config import RolloutConfig, WanConfig
+from ..config.rollout import BLOCKWISE
 from .conditions import OutputSelection
 from .fp8 import E4M3, bits, dequantize, quantize
 from .transformer import SelfAttention
@@ -46,19 +48,11 @@ from .transformer import SelfAttention
 CACHE_DTYPES = (E4M3, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def ring_frames(window: int | None, total: int | None, extra: int = 0) -> int:
-    """Frame slots of a ring: the window and ``extra`` frames, at most the video's ``total`` frames (None: endless)."""
-    if window is None and total is None:
-        raise ValueError("an endless video needs a window: give window_frames")
-    bounds = [n for n in (None if window is None else window + extra, total) if n is not None]
-    return min(bounds)
-
-
 class RingCache:
     """The KV cache of one rollout.
 
     Args:
-        config: of the transformer. capacities: frame slots of each ring (:func:`ring_frames`).
+        config: of the transformer. capacities: frame slots of each ring.
         batch: number of videos. frame_tokens: tokens of a frame. sink_frames: first frames, never overwritten.
         heads: attention heads that this process stores; None: all.
         dtype: of the model. kv_dtype: of the stored keys and values, one of ``CACHE_DTYPES``; None: ``dtype``.
@@ -110,6 +104,30 @@ class RingCache:
         self.sizes = torch.tensor(capacities, dtype=torch.int32, device=device)[:, None].repeat(1, batch)
         self.slot_frames = [[EMPTY] * max(capacities) for _ in capacities]
         self.write_position: list[int | None] = [None] * len(capacities)
+
+    @classmethod
+    def of_rollout(
+        cls,
+        config: WanConfig,
+        rollout: RolloutConfig,
+        steps: Sequence[int],
+        *,
+        total: int | None,
+        keep_all: bool = False,
+        **options: Any,
+    ) -> RingCache:
+        """One ring for each of ``steps`` where the order needs it, else one for all steps: of the window (and a block
+        where tasks are fused), at most the video's ``total`` frames (None: endless), or all of them.
+
+        Args:
+            keep_all: store every frame of the video. options: as for the class.
+        """
+        extra = rollout.frames_per_block if rollout.fuse_cache_denoise else 0
+        windows = [None if keep_all or window is None else window + extra for window in rollout.windows]
+        rings = [min(n for n in (window, total) if n is not None) for window in windows]
+        # a ring that serves all steps must hold the widest of their windows
+        capacities = [rings[s] for s in steps] if rollout.order in BLOCKWISE else [max(rings)]
+        return cls(config, capacities, sink_frames=rollout.sink_frames, **options)
 
     @staticmethod
     def shape(
@@ -209,6 +227,7 @@ class CachedAttention(SelfAttention):
         grid: tokens of a frame, (rows, columns). first_frame: id of the video's first frame.
         mask: the visibility rule, with one window for each batch item.
         shares_kv: for each ring, whether the task also writes its keys into the ring before it.
+        impl: of attention.
     """
 
     def __init__(
@@ -221,7 +240,9 @@ class CachedAttention(SelfAttention):
         first_frame: int,
         mask: BlockCausal,
         shares_kv: Sequence[bool],
+        impl: str = "auto",
     ) -> None:
+        self.impl = impl
         self.cache, self.grid, self.first_frame, self.mask, self.ring_slice = cache, grid, first_frame, mask, rings
         self.rings = list(range(rings.start, rings.stop, rings.step or 1))
         self.advances, self.shares_kv = list(advances), list(shares_kv)
@@ -244,7 +265,7 @@ class CachedAttention(SelfAttention):
         self.layout: AttentionLayout | None = None
         # For kernels that use a schedule: computed on the device once a task, for all layers.
         k = cache.view(cache.scratch[0] if cache.scratch else cache.k[0], rings, self.used_slots)
-        self._by_schedule = takes_schedule(k[:, : frames * cache.frame_tokens], k, mask)
+        self._by_schedule = takes_schedule(k[:, : frames * cache.frame_tokens], k, mask, impl)
         self._schedule: AttentionSchedule | None = None
 
     def prepare_host(self, starts: Sequence[int], layout: bool = True) -> AttentionLayout | None:
@@ -285,6 +306,15 @@ class CachedAttention(SelfAttention):
             shape = (batch, frames * tokens, heads, self.used_slots * tokens)
             device = self.frames.device
             self._schedule = attention_schedule(shape, self.mask, self.frames, self.kv_frames, device=device)
+
+    @contextmanager
+    def with_impl(self, impl: str) -> Iterator[None]:
+        """Another implementation of attention within this block."""
+        before, self.impl = self.impl, impl
+        try:
+            yield
+        finally:
+            self.impl = before
 
     def __call__(
         self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, selection: OutputSelection | None
@@ -359,8 +389,9 @@ class CachedAttention(SelfAttention):
             schedule = None  # it is valid for the whole batch only
         with span("attention"):
             return attention(
-                q, k, v, mask=mask, q_frames=frames, kv_frames=kv_frames, layout=layout, schedule=schedule
-            )
+                q, k, v, mask=mask, q_frames=frames, kv_frames=kv_frames, layout=layout, schedule=schedule,
+                impl=self.impl,
+            )  # fmt: skip
 
 
 def kv_dtype_of(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> torch.dtype:

@@ -167,7 +167,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     values = read_json(path)
     if values.get("format") != TOY_FORMAT:
         raise ValueError(f'{path}: format must be "{TOY_FORMAT}"')
-    if "rollout" not in values and set(values) >= _OLD:
+    if "rollout" not in values and "schedule" in values:
         values = _with_rollout(values)
     keys = ["format", *_NESTED, *_PLAIN]
     _check_known(path, values, keys)
@@ -183,16 +183,16 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 _NESTED: dict[str, Any] = {"transformer": WanConfig, "world": WorldConfig, "rollout": RolloutConfig}
 _PLAIN = ("fps", "num_frames", "train_frames")
-_OLD = {"schedule", "frames_per_block", "window_frames", "sink_frames"}
 
 
 def _with_rollout(values: dict[str, Any]) -> dict[str, Any]:
     """The contents of a config.json written before 0.2, in today's form."""
     values = dict(values)
-    rollout = {name: values.pop(name) for name in ("frames_per_block", "window_frames", "sink_frames")}
-    rollout |= values.pop("schedule") | {"kv_source": values.pop("cache_source", "own")}
-    order = values.pop("order", None)
-    return values | {"rollout": rollout | ({} if order is None else {"order": order})}
+    rollout = values.pop("schedule") | {"kv_source": values.pop("cache_source", "own")}
+    rollout |= {f.name: values.pop(f.name) for f in dataclasses.fields(RolloutConfig) if f.name in values}
+    if rollout.get("order", "") is None:
+        del rollout["order"]
+    return values | {"rollout": rollout}
 
 
 def _check_known(path: Path, values: Mapping[str, Any], known: list[str], prefix: str = "") -> None:

@@ -22,6 +22,7 @@ import torch
 
 from ..common.checks import OFFLOAD
 from ..config import WAN, FlowSchedule, RolloutConfig
+from ..config.rollout import TrainedWindow
 from .checkpoint import CheckpointInfo, load_transformer
 from .convert import tensors_sha256
 from .experts import load_experts, parse_experts
@@ -91,7 +92,7 @@ def load_wan(
     on_cpu = "vae" in offload or device.type == "cpu"
     vae = load_vae(folder, dtype=torch.float32 if on_cpu else beside, device="cpu" if on_cpu else device)
 
-    windows: dict[tuple[int | None, int | None], str | os.PathLike[str]] = {}  # (window, sink) -> checkpoint
+    windows: dict[TrainedWindow, str | os.PathLike[str]] = {}  # -> checkpoint
 
     def load(path: str | os.PathLike[str]) -> HiARTransformer:
         def check(info: CheckpointInfo) -> None:
@@ -101,12 +102,12 @@ def load_wan(
                     f"{path}: takes {needed[0]} channels and makes {needed[1]}, the VAE in {folder} has {channels}: "
                     "expected a text-to-video model"
                 )
-            windows.setdefault((info.window_frames, info.sink_frames), path)
+            windows.setdefault(info.window, path)
             if len(windows) > 1:
                 (window, sink), other = next(iter(windows.items()))
                 raise ValueError(
-                    f"experts: the config.json of {path} says window {info.window_frames} and sink "
-                    f"{info.sink_frames}, that of {other} {window} and {sink}; steps share one window"
+                    f"experts: the config.json of {path} says window {info.window.window} and sink "
+                    f"{info.window.sink}, that of {other} {window} and {sink}; steps share one window"
                 )
             if on_checkpoint is not None:
                 on_checkpoint(str(info))
@@ -122,7 +123,9 @@ def load_wan(
         experts = tuple(load_experts(files, load, own_steps))
         transformer = next(filter(None, experts))
         identity = _identity(files)
-    window, sink = next(iter(windows))
+    rollout = RolloutConfig(
+        schedule.steps, schedule.shift, frames_per_block=WAN.frames_per_block, window_frames=WAN.window_frames
+    )
     cell = vae.config.scale_factor_spatial
     rows, columns = (cell * patch for patch in transformer.config.patch_size[1:])
     options = {"checkpoint": _as_option(checkpoint), "offload": ",".join(offload)}
@@ -130,13 +133,7 @@ def load_wan(
         name=name or os.fspath(folder),
         transformer=transformer,
         experts=experts,
-        rollout=RolloutConfig(
-            schedule.steps,
-            schedule.shift,
-            frames_per_block=WAN.frames_per_block,
-            window_frames=window or WAN.window_frames,
-            sink_frames=sink or 0,
-        ),
+        rollout=next(iter(windows)).apply(rollout),
         fps=WAN.fps,
         num_frames=WAN.num_frames,
         train_frames=WAN.num_frames,

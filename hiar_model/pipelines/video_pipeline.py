@@ -9,7 +9,7 @@ import os
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -122,6 +122,11 @@ class VideoOptions:
                 "a run folder of a pipeline"
             )
 
+    @property
+    def of_rollout(self) -> dict[str, Any]:
+        """Those that are fields of :class:`hiar_model.RolloutConfig`, for its :meth:`~RolloutConfig.with_options`."""
+        return {f.name: getattr(self, f.name) for f in fields(RolloutConfig) if hasattr(self, f.name)}
+
 
 def _video_options(returns: Any) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Decorator: append the fields of :class:`VideoOptions` to a function's signature and docstring."""
@@ -220,38 +225,20 @@ class VideoPipeline:
         if "model" not in vars(self):
             require_memory(
                 self._named, self.device, self.dtype, height=options.height, width=options.width,
-                num_frames=options.num_frames, steps=options.steps, order=options.order,
-                window_frames=options.window_frames, sink_frames=options.sink_frames,
-                kv_dtype=self.execution.kv_dtype,
+                num_frames=options.num_frames, kv_dtype=self.execution.kv_dtype, **options.of_rollout,
             )  # fmt: skip
         return VideoRun(self.model, self.execution, options, blockwise)
 
 
 def rollout_config(model: VideoModel, options: VideoOptions, blockwise: bool = False) -> RolloutConfig:
     """The rollout config of the model with the options applied."""
-    config = model.rollout
-    if options.steps is not None:
-        config = config.with_steps(options.steps)
-    if isinstance(options.window_frames, str):
-        if options.window_frames != "model":
-            legal = 'a number, one per step, None (all) or "model"'
-            raise ValueError(f"window_frames must be {legal}, got {options.window_frames!r}")
-    else:
-        config = replace(config, window_frames=options.window_frames)  # type: ignore[arg-type]
-    if options.sink_frames is not None:
-        config = replace(config, sink_frames=options.sink_frames)
-    order = options.order or config.order
+    order = options.order or model.rollout.order
     if options.order is None and order == "step_first":
         if blockwise:
             order = "stream"  # the same result, block by block
         elif options.prompts is None and is_small(model.transformer):
             order = "wavefront"  # the same result, in fewer and larger forwards
-    return replace(
-        config,
-        order=order,
-        on_prompt_change=options.on_prompt_change,
-        fuse_cache_denoise=options.fuse_cache_denoise,
-    )
+    return model.rollout.with_options(**{**options.of_rollout, "order": order})
 
 
 class VideoRun:
@@ -264,16 +251,12 @@ class VideoRun:
         self.options, self.execution = options, execution
         endless = blockwise and options.num_frames is None and not options.open_end
         blockwise = blockwise or options.open_end
-        if (endless or options.open_end) and options.order == "step_first":
-            others = ", ".join(name for name in ORDERS if name != "step_first")
-            kind = "a video with a session" if options.open_end else "a video without num_frames"
-            raise ValueError(f"order must be one of {others} for {kind}, got step_first")
         self.model = model.sized(options.height, options.width)
         self.config = rollout_config(self.model, options, blockwise)
         self.fps = float(self.model.fps if options.fps is None else options.fps)
         self.threads = fitting_threads(self.model.transformer, requested=options.threads)
-        if (endless or options.open_end) and None in self.config.windows:
-            raise ValueError("window_frames must be a number for an endless video, got None")
+        if endless or options.open_end:
+            self.config.require_endless("a video with a session" if options.open_end else "a video without num_frames")
         networks = self.model.networks(len(self.config.steps))
         self.conditioning = read_conditioning(
             options.image, options.extend, self.model.pixel_size, self.model.temporal_compression, self.fps

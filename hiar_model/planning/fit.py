@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,8 @@ def _on_disk(path: Path) -> Subject:
         vae = {"base_dim": len(read_tensors(folder / ORIGINAL)[0]["encoder.conv1.weight"])}
     else:
         missing.append("VAE")
-    window, sink = checkpoint.window_frames or WAN.window_frames, checkpoint.sink_frames or 0
     return Subject(
-        str(checkpoint), checkpoint.config, RolloutConfig(window_frames=window, sink_frames=sink),
+        str(checkpoint), checkpoint.config, checkpoint.window.apply(_ROLLOUT),
         text_encoder=text_encoder, vae=vae, missing=tuple(missing),
     )  # fmt: skip
 
@@ -147,40 +146,34 @@ def fit_query(
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
-    steps: int | None = None,
-    window_frames: int | None | str | tuple[int | None, ...] = "model",
-    sink_frames: int | None = None,
     dtype: str | None = None,
     kv_dtype: str | None = None,
-    order: str = "step_first",
-    fuse_cache_denoise: bool = False,
     vae_dtype: str | None = None,
     offload: Sequence[str] = (),
     device: str = "cuda",
     **options: Any,
 ) -> FitQuery:
-    """A query in pixels and pixel frames; None means the model's value. ``options``: of :class:`Request`.
+    """A query in pixels and pixel frames; None means the model's value.
+
+    Args:
+        options: of :class:`Request`, and of :meth:`hiar_model.RolloutConfig.with_options`; ``order`` None: step_first.
 
     Raises:
         ValueError: one line with the illegal option, its value and the legal values.
     """
-    height, width, frames, steps, sink_frames = (
+    height, width, frames = (
         None if value is None else whole(name, value, least)
-        for name, value, least in (("height", height, 1), ("width", width, 1), ("frames", frames, None),
-                                   ("steps", steps, 1), ("sink-frames", sink_frames, 0))
-    )  # fmt: skip
+        for name, value, least in (("height", height, 1), ("width", width, 1), ("frames", frames, None))
+    )
     about = model if isinstance(model, Subject) else subject(model)
     if about.size is not None and (height, width) != (None, None):
         raise ValueError(f"{about.name} has one size: height and width must be None, got {height} and {width}")
     high, wide = about.size or _latent_size(about, height or WAN.size[0], width or WAN.size[1])
-    rollout = about.rollout if steps is None else about.rollout.with_steps(steps)
-    if window_frames != "model":
-        rollout = replace(rollout, window_frames=window_frames)  # type: ignore[arg-type]
-    if sink_frames is not None:
-        rollout = replace(rollout, sink_frames=sink_frames)
+    of_rollout = {f.name: options.pop(f.name) for f in fields(RolloutConfig) if f.name in options}
+    of_rollout["order"] = of_rollout.get("order") or "step_first"
     request = Request(
         about.config, high, wide, _latent_frames(about, about.num_frames if frames is None else frames),
-        replace(rollout, order=order, fuse_cache_denoise=fuse_cache_denoise),
+        about.rollout.with_options(**of_rollout),
         dtype=_dtype("dtype", dtype or about.dtype), device=device,
         kv_dtype=None if kv_dtype is None else _dtype("kv-dtype", kv_dtype), **options,
     )  # fmt: skip
@@ -203,8 +196,7 @@ def _latent_frames(about: Subject, frames: int) -> int:
     below = max(0, (frames - 1) // about.frames + 1) // block * block
     near = [1 + (n - 1) * about.frames for n in (below, below + block) if n > 0]
     raise ValueError(
-        f"frames must fill whole blocks of {block} latent frames: got {frames}, "
-        f"nearest {' or '.join(map(str, near))}"
+        f"frames must fill whole blocks of {block} latent frames: got {frames}, nearest {' or '.join(map(str, near))}"
     )
 
 
@@ -264,7 +256,7 @@ def changes(query: FitQuery) -> list[list[Change]]:
         alternatives.append([none, Change(8, ("--kv-dtype float8_e4m3fn",), {"kv_dtype": E4M3})])
     if not isinstance(window := rollout.window_frames, tuple):
         widest = min(window or r.num_frames or 0, r.num_frames or window or 0)
-        narrow = [n for n in (12, 9, 6) if rollout.sink_frames + rollout.frames_per_block <= n < widest]
+        narrow = [n for n in (12, 9, 6) if rollout.least_window <= n < widest]
         alternatives.append([none, *(Change(16 << i, (f"--window-frames {n}",), {"window_frames": n})
                               for i, n in enumerate(narrow))])  # fmt: skip
     return alternatives

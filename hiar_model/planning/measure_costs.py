@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from statistics import fmean
 
 import torch
@@ -30,25 +31,27 @@ def measure_costs(
 
     Args:
         prompt_embeds: [B or 1, L, text_dim]. config: of the video; its windows are measured. execution: only
-            ``cuda_graph`` and ``kv_dtype`` are used.
+            ``cuda_graph``, ``kv_dtype`` and ``attention_impl`` are used.
         num_latent_frames: of the video; None: endless. latent_size: (height, width) of a latent frame.
         batch: videos at once. repeats: blocks timed with a full window. fused: also time fused tasks, at the widest
             window.
     """
     execution = execution or ExecutionConfig()
-    execution = ExecutionConfig(cuda_graph=execution.cuda_graph, kv_dtype=execution.kv_dtype)
-    block, sink = config.frames_per_block, config.sink_frames
+    execution = ExecutionConfig(
+        cuda_graph=execution.cuda_graph, kv_dtype=execution.kv_dtype, attention_impl=execution.attention_impl
+    )
+    block, narrowest = config.frames_per_block, config.least_window
     total = None if num_latent_frames is None else -(-num_latent_frames // block) * block
-    windows = {min(w or total or 0, total or w or 0) for w in config.windows} | {sink + 2 * block}
+    windows = {min(w or total or 0, total or w or 0) for w in config.windows} | {narrowest + block}
 
     def times(window: int, fuse: bool = False) -> dict[str, float]:
         """Kind of task, or "fused" -> seconds, with a full window."""
         growth = -(-window // block)
         rollout = Rollout(
             model, prompt_embeds,
-            RolloutConfig(
-                (1000.0,), order="stream", frames_per_block=block, window_frames=max(window, sink + block + 1),
-                sink_frames=sink, fuse_cache_denoise=fuse,
+            replace(
+                config, steps=(1000.0,), order="stream", window_frames=max(window, narrowest + 1), kv_source="own",
+                on_prompt_change="keep", fuse_cache_denoise=fuse,
             ),
             execution, num_latent_frames=(growth + 2 + repeats) * block, latent_size=latent_size,
             video_ids=range(batch),

@@ -18,7 +18,7 @@ from ..config import ExecutionConfig, RolloutConfig
 from ..distributed.mesh import axis_size
 from ..distributed.pipeline import Pipeline
 from ..distributed.ulysses import HeadRanks, UlyssesAttention
-from ..models.kv_cache import CachedAttention, RingCache, ring_frames
+from ..models.kv_cache import CachedAttention, RingCache
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import Group, Plan, forwards
 from ..version import NOISE, require_noise
@@ -150,16 +150,14 @@ class Rollout:
         keep_all = execution.keep_all_frames
         if keep_all and num_latent_frames is None:
             raise ValueError("keep_all_frames=True needs num_latent_frames: got None (an endless video)")
-        extra = config.frames_per_block if config.fuse_cache_denoise else 0
-        rings = [ring_frames(None if keep_all else w, num_latent_frames, extra) for w in config.windows]
-        # a ring that serves all steps must hold the widest of their windows
-        capacities = rings[steps.start : steps.stop] if self.plan.caches > 1 else [max(rings)]
-        cache = RingCache(
+        cache = RingCache.of_rollout(
             wan,
-            capacities,
-            batch,
-            math.prod(grid),
-            config.sink_frames,
+            config,
+            steps,
+            total=num_latent_frames,
+            keep_all=keep_all,
+            batch=batch,
+            frame_tokens=math.prod(grid),
             heads=self.heads[1] - self.heads[0],
             dtype=working_dtype(weight) if execution.autocast else weight.dtype,
             kv_dtype=kv_dtype,
@@ -349,6 +347,8 @@ class Rollout:
         Raises:
             ValueError: the state belongs to another plan or noise scheme, or no block is left for a different prompt.
         """
+        if "kv_source=" not in state["key"]:  # the options had other names until 2026-11-28
+            raise ValueError("a state of an older version, which this one cannot resume: make the video anew")
         if state["key"] != self._key():
             raise ValueError(f"state of a different rollout: expected {self._key()}, got {state['key']}")
         if EXTERNAL not in (self.noise, state["noise"]):

@@ -102,7 +102,8 @@ class Executor:
             self.capture = CudaGraphs(self.device)
         q = weight.new_empty(1, 1, *cache.k[0].shape[3:], dtype=working_dtype(weight))
         # a library needs the visible keys of every block on the host; other kernels read frame ids on the device
-        self.by_layout = takes_layout(q, self._mask([0]))
+        self.attention_impl = execution.attention_impl
+        self.by_layout = takes_layout(q, self._mask([0]), execution.attention_impl)
         self.counters = Counters()
         self.on_denoise: Callable[[Task, Tensor], None] | None = None  # called with each denoise task and its input
         self.step = 0
@@ -363,8 +364,9 @@ class Executor:
         done = [sum(count for kind, count in item if kind == "cache") for item in key.items]
         mask = self._mask([window for window in key.windows for _ in range(cache.batch)])
         attend = self.attend(
-            cache, slice(first, last + 1, stride), frames, done, self.grid, self.first_frame, mask, key.shares_kv
-        )
+            cache, slice(first, last + 1, stride), frames, done, self.grid, self.first_frame, mask, key.shares_kv,
+            self.attention_impl,
+        )  # fmt: skip
         height, width = (n * p for n, p in zip(self.grid, model.config.patch_size[1:], strict=True))
         shape = (model.config.in_channels, height, width)
         return BatchedForward(
@@ -373,15 +375,8 @@ class Executor:
         )  # fmt: skip
 
     def _mask(self, windows: Sequence[int | None]) -> BlockCausal:
-        plan = self.plan
-        return BlockCausal(
-            self.cache.frame_tokens,
-            plan.frames_per_block,
-            tuple(windows) if any(windows) else None,
-            plan.sink_frames,
-            self.first_frame,
-            plan.first_block_frames,
-        )
+        window = tuple(windows) if any(windows) else None
+        return BlockCausal(self.cache.frame_tokens, **self.plan.block_causal(window), first_frame=self.first_frame)
 
     def _level(self, task: Task) -> int:
         """Index into the modulation table: the noise level that conditions the network."""

@@ -126,7 +126,7 @@ class NaNGuard:
         )
         item, location = next(((item, where) for item, where in located if where), (items[0], None))
         task, forward = item[-1], self.prepare(items, inputs, prompt_embeds)
-        with prefer("reference"):
+        with prefer("reference"), forward.attend.with_impl("auto"):
             forward.body()
             if not _is_finite(forward):
                 again = locate(self.prepare(items, inputs, prompt_embeds))

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..common.checks import one_of, whole
 from ..config.rollout import KV_SOURCES, ORDERS, RolloutConfig, require_order, require_windows, windows_per_step
@@ -141,6 +141,13 @@ class Plan:
         """The first frame inside the sliding part of a block's window (may be negative)."""
         window = self.window_frames[step]
         return 0 if window is None else self.block_frames(block)[1] - (window - self.sink_frames)
+
+    def block_causal(self, windows: int | None | tuple[int | None, ...]) -> dict[str, Any]:
+        """The visibility rule with these windows, as :class:`hiar_kernels.BlockCausal` takes it."""
+        return {
+            "frames_per_block": self.frames_per_block, "first_block_frames": self.first_block_frames,
+            "window_frames": windows, "sink_frames": self.sink_frames,
+        }  # fmt: skip
 
     # The graph and its caches.
 

@@ -40,7 +40,7 @@ def _enough(plan: Plan, num_blocks: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class Stage:
+class RankSteps:
     """The steps of a plan that one rank of a pipeline runs.
 
     Args:
@@ -77,11 +77,6 @@ class Stage:
         """The steps of this rank."""
         first = sum(self.split[: self.rank])
         return range(first, first + self.split[self.rank])
-
-    @property
-    def receives(self) -> bool:
-        """Whether latents come from the previous rank."""
-        return self.rank > 0
 
     @property
     def sends(self) -> bool:

@@ -4,12 +4,9 @@ A patch of `patch` x `patch` pixels becomes `channels` x `split` x `split` numbe
 over a small square of latents so that a transformer that joins `split` x `split` latents into one token gets the
 patch back whole. split = 1 is the plain patch PCA. Frames are independent of each other.
 
-Scaling. Components are divided by their standard deviation to the power that `scaling` says:
-  "clipped"  per-component std, but not below `floor` times the largest: details keep up with the noise of the
-             diffusion, while components that hardly vary are not blown up to full noise of their own (default);
-  "sqrt"     std ** 0.5, half way between the two;
-  "common"   one number for all: latent distances are pixel distances.
-Then one common factor brings the root mean square of all latents to 1. So a larger floor lifts the leading
+Components are divided by their standard deviation, but not by less than `floor` times the largest: details keep up
+with the noise of the diffusion, while components that hardly vary are not blown up to full noise of their own. Then one
+common factor brings the root mean square of all latents to 1. So a larger floor lifts the leading
 components, which carry colour and place, further above the noise: at floor 0.1, 0.25, 0.5 their standard deviation is
 1.4, 2.1, 3.1 and that of the last of 64 is 0.44, 0.26, 0.19.
 """
@@ -17,15 +14,12 @@ components, which carry colour and place, further above the noise: at floor 0.1,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..common.settings import own_settings
 from .world import ToyWorld, WorldConfig
-
-Scaling = Literal["clipped", "sqrt", "common"]
 
 
 class ToyCodec:
@@ -72,7 +66,6 @@ class ToyCodec:
         patch: int = 8,
         split: int = 2,
         frames: int = 4000,
-        scaling: Scaling = "clipped",
         floor: float = 0.25,
     ) -> ToyCodec:
         """Codec for a world, from `frames` random frames of it; the same arguments give the same codec."""
@@ -90,14 +83,7 @@ class ToyCodec:
         largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
         basis = basis * largest.sign()
         std = values.flip(0)[:components].clamp_min(0).sqrt()
-        if scaling == "clipped":
-            scale = std.clamp_min(floor * float(std[0]))
-        elif scaling == "sqrt":
-            scale = std.sqrt().clamp_min(1e-6)
-        elif scaling == "common":
-            scale = torch.ones_like(std)
-        else:
-            raise ValueError(f'scaling must be "clipped", "sqrt" or "common", got {scaling!r}')
+        scale = std.clamp_min(floor * float(std[0]))
         scale = scale * (std / scale).square().mean().sqrt()
         return cls(mean, basis, scale, patch=patch, split=split)
 

@@ -61,7 +61,7 @@ def test_refuses_what_cannot_work():
 
 
 def test_work_of_the_full_sizes():
-    full = anchors.Sizes()
+    full = anchors.AnchorSizes()
     assert full.windows == [4680, 9360, 14040, 18720, 23400, 28080, 32760]
     assert full.forward_flop() == pytest.approx(40.41e12, rel=1e-3)  # counted by hand for 1.3B at a full window
 
@@ -85,7 +85,7 @@ def test_a_wrong_merge_is_a_failure(monkeypatch, merge):
     monkeypatch.setattr(anchors, "merge_halves", merge)
     bench = Bench("cpu", (1, 1), 0.0)
     monkeypatch.setattr(bench, "compiled", lambda function: function)
-    sizes = anchors.Sizes(**anchors.TOY)
+    sizes = anchors.AnchorSizes(**anchors.TOY)
     with torch.no_grad():
         cases = [c for c in anchors.attention(bench, sizes, {}) if c[0]["library"] == "sdpa-flash-cpu"]
         bench.section("attention", cases, budget=60.0)

@@ -6,11 +6,10 @@ import dataclasses
 import math
 
 import pytest
-import small_toy
 import torch
+from small_toy import small_folder, small_model  # noqa: F401 (fixtures)
 
 from bench.studies.infill_join import Join, measure_join, path_breaks, seams
-from hiar_model.models.registry import load_video_model
 from hiar_model.toy.prompt import split_prompts
 
 pytestmark = pytest.mark.cpu
@@ -36,11 +35,6 @@ def test_a_straight_path_has_no_break_and_a_shifted_one_its_shift():
     assert [math.isnan(x) for x in path_breaks(path, EXTENT, [3, 6, 9])] == [False, True, True]
     with pytest.raises(ValueError, match=r"3 frames on either side: give 3..9, got 10"):
         path_breaks(path, EXTENT, [10])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return load_video_model(small_toy.write_model(tmp_path_factory.mktemp("m") / "small"), "cpu")
 
 
 def test_the_join_is_measured_on_the_toy_world(model):

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import small_toy
 import torch
-from small_toy import BLOCK, FRAMES, PROMPT
+from small_toy import BLOCK, FRAMES, PROMPT, small_folder  # noqa: F401 (fixtures)
 
 from hiar_model import generate
 from hiar_model.cli import COMMANDS, build_parser, machine, main
@@ -27,11 +26,6 @@ from hiar_model.train.engine.trainer import Trainer
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
 TOY = "toy/teacher_forcing"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(small_toy.write_model(tmp_path_factory.mktemp("models") / "small"))
 
 
 def run(*arguments) -> int:

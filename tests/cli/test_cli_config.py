@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-import small_toy
-from small_toy import PROMPT
+from small_toy import PROMPT, small_folder  # noqa: F401 (fixtures)
 
 from hiar_model.cli import build_parser, main
 from hiar_model.cli.config_file import config_first
@@ -15,11 +14,6 @@ from hiar_model.cli.config_file import config_first
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
 OTHER = "a small blue square moving left"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(small_toy.write_model(tmp_path_factory.mktemp("models") / "small"))
 
 
 def run(*arguments) -> int:

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_toy
 import torch
 from runs import make_rollout
-from small_toy import PROMPT
+from small_toy import PROMPT, small_folder, small_model  # noqa: F401 (fixtures)
 
 from hiar_model import FlowSchedule, WanConfig, generate
 from hiar_model.common.checks import as_whole, nearest, number_above_0, one_of, path_like, plain, whole
 from hiar_model.common.keyed import keyed_generator
-from hiar_model.models.registry import load_video_model
 from hiar_model.planning.fit import fit_query
 from hiar_model.rollout.infill import _mask
 from hiar_model.schedule.plan import Plan
@@ -24,11 +22,6 @@ from hiar_model.schedule.simulator import simulate
 pytestmark = pytest.mark.cpu
 
 KINDS = (np.int64, np.int32, np.uint8, torch.tensor, np.array)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return load_video_model(small_toy.write_model(tmp_path_factory.mktemp("models") / "small"), "cpu")
 
 
 @pytest.mark.parametrize("kind", KINDS)

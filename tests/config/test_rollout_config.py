@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from hiar_model import ExecutionConfig, FlowSchedule, RolloutConfig
 from hiar_model.config.rollout import KV_SOURCES, ON_PROMPT_CHANGE, ORDERS, SAMPLERS, windows_per_step
@@ -80,9 +81,8 @@ def test_json_gives_back_what_was_written(values):
     ids=str,
 )
 def test_what_does_not_fit_is_refused_in_one_line(values, said):
-    with pytest.raises(ValueError, match=said) as error:
+    with refused(said):
         RolloutConfig(**values)
-    assert "\n" not in str(error.value)
 
 
 def test_unknown_keys_are_named():
@@ -100,8 +100,8 @@ def test_numbers_of_numpy_and_torch_are_numbers():
 
 
 def test_steps_and_windows():
-    assert RolloutConfig().with_steps(2).steps == (1000, 500)
-    assert RolloutConfig().with_steps((900, 100)).schedule == FlowSchedule((900, 100))
+    assert RolloutConfig().with_options(steps=2).steps == (1000, 500)
+    assert RolloutConfig().with_options(steps=(900, 100)).schedule == FlowSchedule((900, 100))
     assert windows_per_step(None, 3) == (None, None, None) and windows_per_step([6, None], 2) == (6, None)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from on_cuda import OnCuda
 from runs import make_request
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hiar_kernels.common import cuda_loader
@@ -31,15 +31,6 @@ NO_LAUNCH = {
     "_unsafe_view", "_reshape_alias",
 }  # fmt: skip
 RULE = 9  # of hiar::attention's arguments: empty where every query sees every key
-
-
-class OnCuda(TorchFunctionMode):
-    """Tensors say that they are on CUDA: a CPU build of torch cannot make fake ones that can be indexed."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
-            return True
-        return func(*args, **(kwargs or {}))
 
 
 class Operations(TorchDispatchMode):

@@ -42,14 +42,14 @@ def prepare(
 
 def make_request(*sizes: Any, steps: int = 4, **options: Any) -> Request:
     """A :class:`Request` of (config, height, width, num_frames) from plain keywords."""
-    return changed(Request(*sizes, rollout=RolloutConfig().with_steps(steps)), **options)
+    return changed(Request(*sizes, rollout=RolloutConfig().with_options(steps=steps)), **options)
 
 
 def changed(request: Request, **options: Any) -> Request:
     """Another request: fields of it or of its rollout."""
     own = {f.name for f in fields(Request)}
     fields_of_rollout = {name: value for name, value in options.items() if name not in own}
-    rollout = request.rollout.with_steps(fields_of_rollout.pop("steps", request.rollout.steps))
+    rollout = request.rollout.with_options(steps=fields_of_rollout.pop("steps", request.rollout.steps))
     return replace(
         request,
         rollout=replace(rollout, **fields_of_rollout),

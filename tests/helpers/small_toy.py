@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from hiar_model.config import RolloutConfig, WanConfig
-from hiar_model.models.registry import save_toy_model
+from hiar_model.models.registry import load_video_model, save_toy_model
 from hiar_model.models.transformer import HiARTransformer
+from hiar_model.models.video_model import VideoModel
 from hiar_model.toy.codec import ToyCodec
 
 PROMPT = "a red circle moving right"
@@ -35,3 +37,14 @@ def write_model(folder: Path, rollout: RolloutConfig | None = None) -> Path:
         num_frames=FRAMES,
         fps=12,
     )
+
+
+@pytest.fixture(scope="module", name="folder")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model in a folder, for tests that import this fixture and only read it."""
+    return write_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module", name="model")
+def small_model(folder: Path) -> VideoModel:
+    return load_video_model(folder, "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from random import Random
 
@@ -12,7 +13,8 @@ import test_attention as plain
 import torch
 from any_rule import any_ring, any_rule
 from budget import assert_within_budget
-from test_attention import Case, gradient, ids, make, normal
+from refusals import refused
+from test_attention import AttentionCase, gradient, ids, make, normal
 from torch import Tensor
 
 from hiar_kernels import EMPTY, BlockCausal, KVContext, attention, attention_with_lse
@@ -26,7 +28,7 @@ NAMES = ("q", "k", "v", "context.k", "context.v")
 RING = plain.RING
 
 
-def poison(case: Case) -> Case:
+def poison(case: AttentionCase) -> AttentionCase:
     """NaN wherever no query of the row looks: slots outside the window, later blocks, empty slots."""
     seen = case.seen.any(1)[..., None, None]
     parts = [case.k, case.v] if case.context is None else [case.context.k, case.context.v, case.k, case.v]
@@ -40,16 +42,16 @@ def poison(case: Case) -> Case:
 def bidirectional(tq: int, tk: int, counts: list[list[int]] | None = None, scale: float | None = None, width: int = 16):
     options: dict = {} if counts is None else {"kv_counts": torch.tensor(counts, dtype=torch.float32)}
     q, (k, v) = normal(2, tq, 2, width, seed=1), normal(2, 2, tk, 2, width, seed=2)
-    return Case(q, k, v, options=options | ({} if scale is None else {"scale": scale}))
+    return AttentionCase(q, k, v, options=options | ({} if scale is None else {"scale": scale}))
 
 
-def default_ids() -> Case:
+def default_ids() -> AttentionCase:
     case = make([[4, 5, 6, 7]], [[4, 5, 6, 7]], {"block": 2, "first": 4}, tokens=9, width=16)
     case.options = {}
     return case
 
 
-def default_ids_beside_a_context() -> Case:
+def default_ids_beside_a_context() -> AttentionCase:
     case = make([[0, 1, 2]] * 2, [[0, 1, 2]], {"block": 2}, context=[[0, 1, EMPTY]], tokens=5, width=16)
     case.options = {}
     return case
@@ -98,12 +100,12 @@ CASES = {
 NARROW = ("odd lengths", "counts", "window and sink", "pair", "nothing to see", "constant caches")  # in 16 bits too
 
 
-def build(name: str) -> Case:
+def build(name: str) -> AttentionCase:
     case = CASES[name]()
     return case if case.seen is None else poison(case)
 
 
-def run(case: Case, dtype: torch.dtype, device: torch.device, grad: bool = False):
+def run(case: AttentionCase, dtype: torch.dtype, device: torch.device, grad: bool = False):
     """(out, logsumexp) and the leaves, by Triton; everything comes back to the CPU."""
     leaves = [x.to(device, dtype).clone().requires_grad_(grad) for x in case.tensors()]
     options = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in case.options.items()}
@@ -113,7 +115,7 @@ def run(case: Case, dtype: torch.dtype, device: torch.device, grad: bool = False
     return out.cpu(), lse.cpu(), leaves
 
 
-def assert_good(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+def assert_good(case: AttentionCase, dtype: torch.dtype, device: torch.device) -> None:
     """Output, logsumexp and every gradient within the budget; the logsumexp takes part in the loss."""
     out, lse, leaves = run(case, dtype, device, grad=True)
     narrow = case.rounded(dtype)
@@ -343,11 +345,10 @@ def test_opcheck(device):
     ],
 )
 def test_bad_input_is_one_line(tensors, message, device):
-    with pytest.raises(ValueError) as refused:
+    with refused(re.escape(message)):
         attention(
             *(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in tensors), impl="triton"
         )
-    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_the_rule_of_the_kernels_is_that_of_the_oracle(device):

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from emulation import use
+from on_cuda import OnCuda
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 import hiar_kernels as hk
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned")]
-
-
-class OnCuda(TorchFunctionMode):
-    """Tensors say that they are on CUDA."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return True if func == Tensor.is_cuda.__get__ else func(*args, **(kwargs or {}))
 
 
 def ids(*rows: list[int]) -> Tensor:

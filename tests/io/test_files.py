@@ -15,6 +15,7 @@ import pytest
 import small_toy
 import torch
 import wan_files
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 
 from hiar_model import load_transformer, load_video_model
@@ -52,14 +53,6 @@ def here(files, tmp_path, monkeypatch) -> Path:
         shutil.copytree(files / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def said(call) -> str:
-    with pytest.raises(ValueError) as error:
-        call()
-    line = str(error.value)
-    assert "\n" not in line
-    return line
 
 
 # Pointers
@@ -106,7 +99,7 @@ def test_a_pointer_to_train_from(tmp_path, read):
     file = tmp_path / "file"
     file.write_text(LFS)
     source = str(file) if read is read_prompts else file
-    assert said(lambda: read(source)).startswith(f"{file}: a git-lfs pointer")
+    assert refusal(read, source).startswith(f"{file}: a git-lfs pointer")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +114,7 @@ def test_a_pointer_to_train_from(tmp_path, read):
 def test_other_stand_ins(tmp_path, content, what):
     file = tmp_path / "w.safetensors"
     file.write_text(content)
-    assert said(lambda: load_transformer(file)).startswith(f"{file}: {what}")
+    assert refusal(load_transformer, file).startswith(f"{file}: {what}")
 
 
 def test_the_doctor_fails_where_a_shipped_model_is_broken(tmp_path, monkeypatch, capsys):
@@ -162,7 +155,7 @@ def test_two_files_for_one_role(here, file, other, load):
         torch.save(load_file(first), first.with_name(other))
     else:
         doubled(first, other)
-    line = said(lambda: load(here / file.partition("/")[0]))
+    line = refusal(load, here / file.partition("/")[0])
     assert first.name in line and other in line and "keep one" in line
 
 
@@ -172,7 +165,7 @@ def test_two_files_for_one_role(here, file, other, load):
 )
 def test_a_role_in_both_layouts(here, name, load):
     shutil.copy(here / "original" / name, here / "diffusers" / name)
-    line = said(lambda: load(here / "diffusers"))
+    line = refusal(load, here / "diffusers")
     assert line.startswith("two files for the ") and str(here / "diffusers" / name) in line
 
 
@@ -210,7 +203,7 @@ ADAPTERS = {
 def test_an_adapter_is_called_one(tmp_path, kind):
     file = tmp_path / "w.safetensors"
     save_file({key: value.clone() for key, value in ADAPTERS[kind].items()}, file)
-    line = said(lambda: load_transformer(file))
+    line = refusal(load_transformer, file)
     what = {"LoKr": "LoKr adapter", "LoHa": "LoHa adapter", "differences": "differences from a checkpoint"}
     assert what.get(kind.partition(" of ")[0], "a LoRA adapter") in line and " first" in line
 
@@ -220,8 +213,7 @@ def test_a_training_file_of_adapters(tmp_path, name):
     file = tmp_path / "w.pt"
     torch.save({name: {f"base_model.model.model.{Q}.lora_A.default.weight": A}, "step": 3000}, file)
     assert (
-        said(lambda: load_transformer(file))
-        == f"{file}: {name} makes it a LoRA adapter; merge it into a checkpoint first"
+        refusal(load_transformer, file) == f"{file}: {name} makes it a LoRA adapter; merge it into a checkpoint first"
     )
 
 
@@ -270,13 +262,13 @@ def test_a_converted_causal_model_keeps_its_window(here):
 )
 def test_no_window(here, values, line):
     causal(here / "original", **values)
-    assert said(lambda: load_transformer(here / "original")).startswith(f"{here / 'original' / 'config.json'}: {line}")
+    assert refusal(load_transformer, here / "original").startswith(f"{here / 'original' / 'config.json'}: {line}")
 
 
 def test_experts_with_two_windows(here):
     shutil.copytree("original", "low")
     causal(here / "low", local_attn_size=12)
-    line = said(lambda: load_video_model("original", "cpu", checkpoint=f"0-1=original/{WEIGHTS},2-3=low/{WEIGHTS}"))
+    line = refusal(load_video_model, "original", "cpu", checkpoint=f"0-1=original/{WEIGHTS},2-3=low/{WEIGHTS}")
     assert line == (
         f"experts: the config.json of low/{WEIGHTS} says window 12 and sink None, that of original/{WEIGHTS} None and "
         "None; steps share one window"
@@ -315,5 +307,5 @@ def test_spiece_alone_is_a_tokenizer(here, spiece):
 @pytest.mark.parametrize("package", ["sentencepiece", "google.protobuf"])
 def test_without_what_reads_spiece(here, spiece, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    line = said(lambda: WanTextEncoder("original"))
+    line = refusal(WanTextEncoder, "original")
     assert line.startswith(f"the text encoder needs {package} ") and line.endswith("pip install 'hiar-kernels[wan]'")

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from hiar_model.io.video import (
     Video,
@@ -149,9 +150,8 @@ def test_illegal_targets(tmp_path, name, message):
     (tmp_path / "link").symlink_to("elsewhere")
     before = sorted(tmp_path.rglob("*"))
     for ask in (check_target, Video(clip(1), 12).save):
-        with pytest.raises(ValueError, match=message) as caught:
+        with refused(message):
             ask(f"{tmp_path}/{name}")
-        assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
 
 

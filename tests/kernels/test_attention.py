@@ -28,7 +28,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 @dataclass
-class Case:
+class AttentionCase:
     """Arguments of one call, and its dense mask by the oracle ([B, Tq, Tk], keys of the context first)."""
 
     q: Tensor
@@ -43,11 +43,11 @@ class Case:
         """q, k, v and the context's k and v."""
         return [self.q, self.k, self.v, *([] if self.context is None else [self.context.k, self.context.v])]
 
-    def rounded(self, dtype: torch.dtype) -> Case:
+    def rounded(self, dtype: torch.dtype) -> AttentionCase:
         """float64 again, but with the values that a narrow dtype can hold."""
         q, k, v, *rest = (x.to(dtype).double() for x in self.tensors())
         context = None if self.context is None else KVContext(rest[0], rest[1], self.context.frames)
-        return Case(q, k, v, self.seen, self.mask, self.options, context)
+        return AttentionCase(q, k, v, self.seen, self.mask, self.options, context)
 
     def call(self, dtype: torch.dtype = torch.float64, **more: object):
         """The public function, with everything cast; and the leaves that gradients may be asked of."""
@@ -83,7 +83,7 @@ def make(
     q_rows: list[list[int]], kv_rows: list[list[int]], rule: dict | None = None,
     windows: list[int | None] | None = None, context: list[list[int]] | None = None, tokens: int = 3, heads: int = 2,
     width: int = 8,
-) -> Case:  # fmt: skip
+) -> AttentionCase:  # fmt: skip
     """Random tensors for rows of frame ids; keys and values of empty slots are NaN."""
     rule = rule or {"block": 3}
     b = len(q_rows)
@@ -113,16 +113,16 @@ def make(
     mask = BlockCausal(
         tokens, rule["block"], tuple(windows), rule.get("sink", 0), rule.get("first", 0), rule.get("first_block")
     )
-    return Case(q, k, v, torch.stack(seen), mask, {"q_frames": ids(*q_rows), "kv_frames": ids(*kv_rows)}, ctx)
+    return AttentionCase(q, k, v, torch.stack(seen), mask, {"q_frames": ids(*q_rows), "kv_frames": ids(*kv_rows)}, ctx)
 
 
-def bidirectional(tq: int, tk: int, counts: list[list[int]] | None = None, scale: float | None = None) -> Case:
+def bidirectional(tq: int, tk: int, counts: list[list[int]] | None = None, scale: float | None = None) -> AttentionCase:
     options: dict = {} if counts is None else {"kv_counts": torch.tensor(counts, dtype=torch.float32)}
     q, (k, v) = normal(2, tq, 2, 8, seed=1), normal(2, 2, tk, 2, 8, seed=2)
-    return Case(q, k, v, options=options | ({} if scale is None else {"scale": scale}))
+    return AttentionCase(q, k, v, options=options | ({} if scale is None else {"scale": scale}))
 
 
-def default_ids() -> Case:
+def default_ids() -> AttentionCase:
     case = make([[4, 5, 6, 7, 8]] * 2, [[4, 5, 6, 7, 8]], {"block": 2, "first": 4})
     case.options = {}
     return case
@@ -167,7 +167,7 @@ def gradient(leaf: Tensor) -> Tensor:
 
 
 @pytest.fixture(params=CASES)
-def case(request) -> Case:
+def case(request) -> AttentionCase:
     return CASES[request.param]()
 
 
@@ -337,7 +337,7 @@ def test_slot_order_changes_nothing():
     for seed in range(5):
         order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
         tokens = (order[:, None] * 3 + torch.arange(3)).flatten()
-        other = Case(case.q, case.k[:, tokens], case.v[:, tokens], None, case.mask, dict(case.options))
+        other = AttentionCase(case.q, case.k[:, tokens], case.v[:, tokens], None, case.mask, dict(case.options))
         other.options["kv_frames"] = ids([ring[i] for i in order])
         for impl in IMPLS:
             torch.testing.assert_close(other.call(impl=impl)[0], expected, rtol=0, atol=1e-14)
@@ -349,7 +349,8 @@ def test_a_pair_is_two_visits():
     both = pair.call()[0]
     for block, frames in enumerate(([3, 4, 5], [6, 7, 8])):
         own = slice(block * 3 * tokens, (block + 1) * 3 * tokens)
-        alone = Case(pair.q[:, own], pair.k, pair.v, None, pair.mask, {**pair.options, "q_frames": ids(frames)})
+        options = {**pair.options, "q_frames": ids(frames)}
+        alone = AttentionCase(pair.q[:, own], pair.k, pair.v, mask=pair.mask, options=options)
         torch.testing.assert_close(alone.call()[0], both[:, own], rtol=0, atol=1e-14)
 
 
@@ -398,7 +399,7 @@ def test_merging_parts_of_a_ring():
     parts = []
     for half in (slice(0, 4), slice(4, 9)):
         tokens = slice(half.start * 3, half.stop * 3)
-        part = Case(case.q, case.k[:, tokens], case.v[:, tokens], None, case.mask, dict(case.options))
+        part = AttentionCase(case.q, case.k[:, tokens], case.v[:, tokens], None, case.mask, dict(case.options))
         part.options["kv_frames"] = case.options["kv_frames"][:, half]
         parts.append(part.call(lse=True)[0])
     out, found = merge_attention([o for o, _ in parts], [s for _, s in parts])

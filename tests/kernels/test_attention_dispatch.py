@@ -14,6 +14,7 @@ import torch
 from budget import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refusal
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -40,13 +41,6 @@ TOKENS, HEADS, DIM = 3, 2, 8
 def normal(rows: int, slots: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, slots * TOKENS, HEADS, DIM, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def refusal(call) -> str:
-    with pytest.raises(ValueError) as refused:
-        call()
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
 
 
 # Layouts

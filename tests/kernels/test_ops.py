@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from refusals import refusal
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -386,13 +387,6 @@ CALLS: dict[str, Callable[[str], object]] = {
     "flow_step": lambda impl: hk.flow_step(*[torch.ones(1, 1, 1, 1, 1)] * 2, *[torch.ones(1, 1)] * 2, impl=impl),
     "rms_silu_pad": lambda impl: hk.rms_silu_pad(torch.ones(1, 2, 1, 1, 1), torch.ones(2), impl=impl),
 }  # fmt: skip
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(ValueError) as refused:
-        call()
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
 
 
 def assert_says(line: str, op: str, *parts: str) -> None:

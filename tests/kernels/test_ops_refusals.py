@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from refusals import refusal
 from torch import Tensor
 
 import hiar_kernels as hk
@@ -17,13 +18,6 @@ pytestmark = pytest.mark.cpu
 
 def ids(*rows: list[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32)
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(ValueError) as refused:
-        call()
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
 
 
 Q = torch.zeros(2, 4, 2, 8)

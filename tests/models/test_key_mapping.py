@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
+import refusals
 import torch
 import torch.nn.functional as F
 import wan_files
@@ -20,6 +22,8 @@ from hiar_model.models import key_mapping
 from hiar_model.models.checkpoint import CheckpointInfo, load_transformer, read_checkpoint
 
 pytestmark = pytest.mark.cpu
+
+refusal = partial(refusals.refusal, load_transformer)
 
 LAYOUTS = ("original", "original, 3 shards", "diffusers", "diffusers, shards", "training")
 
@@ -35,14 +39,6 @@ def published(tmp_path_factory) -> dict[str, Path]:
         "diffusers, shards": wan_files.write_diffusers(root / "Wan2.1-T2V-14B-Diffusers", 3, parts=False),
         "training": wan_files.write_training(root / "hiar.pt"),
     }
-
-
-def refusal(path: Path, config: WanConfig | None = None) -> str:
-    with pytest.raises(ValueError) as refused:
-        load_transformer(path, config)
-    line = str(refused.value)
-    assert "\n" not in line
-    return line
 
 
 def spoil(published: dict[str, Path], tmp_path: Path, change) -> Path:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import wan_files
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 from wan_files import PROMPT, WAN
 
@@ -54,14 +55,6 @@ def replace(file: Path, content: object) -> None:
         save_file(content, file, {"format": "pt"})  # type: ignore[arg-type]
     else:
         torch.save(content, file)
-
-
-def refusal(call, *args: object, **options: object) -> str:
-    with pytest.raises(ValueError) as refused:
-        call(*args, **options)
-    line = str(refused.value)
-    assert "\n" not in line
-    return line
 
 
 # What it gives

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import naive
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -146,9 +148,8 @@ def test_uniform_schedules(steps):
     ],
 )
 def test_bad_numbers_are_refused(make, message):
-    with pytest.raises(ValueError) as refused:
+    with refused(re.escape(message)):
         make()
-    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 # Sizes and keys

@@ -11,6 +11,7 @@ import pytest
 import torch
 import wan_files
 from processes import torchrun
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -314,13 +315,6 @@ def test_a_rank_that_only_decodes(folder, vae):
 # Refusals
 
 
-def said(call) -> str:
-    with pytest.raises(ValueError) as refused:
-        call()
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
-
-
 def began(vae, frames: int = 1) -> StreamingDecoder:
     decoder = StreamingDecoder(vae)
     decoder.decode(LATENTS[:, :frames])
@@ -388,19 +382,19 @@ CALLS = {
 @pytest.mark.parametrize("what", CALLS)
 def test_bad_input_is_one_line(what, vae):
     call, message = CALLS[what]
-    assert message in said(lambda: call(vae))
+    assert message in refusal(lambda: call(vae))
 
 
 def test_later_pieces_have_no_frame_alone(vae):
     encoder = StreamingEncoder(vae)
     encoder.encode(PIXELS[:, :1])
-    assert "got 5, nearest 4 or 8" in said(lambda: encoder.encode(PIXELS[:, 1:6]))
+    assert "got 5, nearest 4 or 8" in refusal(lambda: encoder.encode(PIXELS[:, 1:6]))
 
 
 def test_tiling_is_diffusers_own(folder):
     vae = load_vae(folder)
     vae.enable_tiling()
-    assert "vae.disable_tiling()" in said(lambda: StreamingDecoder(vae))
+    assert "vae.disable_tiling()" in refusal(lambda: StreamingDecoder(vae))
 
 
 # tensor of the original layout -> what stands in its place, None: nothing
@@ -432,27 +426,27 @@ def test_wrong_files_are_named(what, tmp_path):
     changes, message = FILES[what]
     state = {k: v for k, v in {**wan_files.original_vae_state(), **changes}.items() if v is not None}
     torch.save(state, tmp_path / wan_files.VAE)
-    line = said(lambda: load_vae(tmp_path))
+    line = refusal(lambda: load_vae(tmp_path))
     assert line.startswith(f"{tmp_path / wan_files.VAE}: ") and message in line
 
 
 def test_wrong_folders_are_named(folder, tmp_path):
     expected = "expected vae/diffusion_pytorch_model.safetensors (diffusers) or Wan2.1_VAE.pth (original)"
     for absent in (tmp_path, tmp_path / "nothing"):
-        assert said(lambda absent=absent: load_vae(absent)) == f"{absent}: no VAE there; {expected}"
+        assert refusal(lambda absent=absent: load_vae(absent)) == f"{absent}: no VAE there; {expected}"
     (tmp_path / wan_files.VAE).write_bytes(b"no pickle")
-    assert said(lambda: load_vae(tmp_path)).startswith(
+    assert refusal(lambda: load_vae(tmp_path)).startswith(
         f"{tmp_path / wan_files.VAE}: corrupt, or not a plain PyTorch state dict"
     )
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"no tensors")
     two = f"two files for the VAE of {tmp_path}: {weights} and {tmp_path / wan_files.VAE}; keep one"
-    assert said(lambda: load_vae(tmp_path)).startswith(two)
+    assert refusal(lambda: load_vae(tmp_path)).startswith(two)
     (tmp_path / wan_files.VAE).unlink()
     for path in (tmp_path, tmp_path / "vae"):
         corrupt = f"{weights}: corrupt, or not safetensors: SafetensorError: "
-        assert said(lambda path=path: load_vae(path)).startswith(corrupt)
+        assert refusal(lambda path=path: load_vae(path)).startswith(corrupt)
     weights.write_bytes((folder / "pipeline" / "vae" / weights.name).read_bytes())
     config, good = weights.parent / "config.json", (folder / "pipeline" / "vae" / "config.json").read_text()
     for text, message in (
@@ -463,9 +457,9 @@ def test_wrong_folders_are_named(folder, tmp_path):
         (json.dumps({**json.loads(good), "latents_std": [1.0]}), "16 latent channels, but latents_std has 1"),
     ):
         config.write_text(text)
-        assert said(lambda: load_vae(tmp_path)).startswith(f"{config}: {message}")
+        assert refusal(lambda: load_vae(tmp_path)).startswith(f"{config}: {message}")
     config.write_text(json.dumps({**json.loads(good), "base_dim": 16}))
-    assert f"{weights}: wrong shape: encoder.conv_in.weight is [8, 3, 3, 3, 3], expected [16, " in said(
+    assert f"{weights}: wrong shape: encoder.conv_in.weight is [8, 3, 3, 3, 3], expected [16, " in refusal(
         lambda: load_vae(tmp_path)
     )
 
@@ -475,12 +469,12 @@ def test_another_activation_is_not_fused(folder, own):
 
     vae = load_vae(folder, fused=False)
     vae.decoder.nonlinearity = nn.GELU()
-    assert said(lambda: fuse(vae)) == "the fused VAE needs SiLU, this VAE has GELU: pass fused=False"
+    assert refusal(lambda: fuse(vae)) == "the fused VAE needs SiLU, this VAE has GELU: pass fused=False"
 
 
 def test_without_diffusers(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.setitem(sys.modules, "diffusers.models", None)
     message = "Wan's VAE needs diffusers: pip install 'hiar-kernels[wan]'"
-    assert said(lambda: library("models")).startswith(message)
-    assert said(lambda: load_vae(folder / "pipeline")).startswith(message)
+    assert refusal(lambda: library("models")).startswith(message)
+    assert refusal(lambda: load_vae(folder / "pipeline")).startswith(message)

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import pytest
-import small_toy
 from runs import prepare
-from small_toy import PROMPT
+from small_toy import PROMPT, small_folder, small_model  # noqa: F401 (fixtures)
 
 from bench.studies import long_stream
 from hiar_model.io.video import VideoWriter
-from hiar_model.models.registry import load_video_model
 from hiar_model.pipelines.prompt_schedule import PromptSchedule
 
 pytestmark = pytest.mark.cpu
 
 TIMES = (2, 4, 6, *range(20, 160, 20))
 PROMPTS = [(t, f"a {('red', 'blue', 'green')[i % 3]} circle moving up") for i, t in enumerate(TIMES)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return load_video_model(small_toy.write_model(tmp_path_factory.mktemp("m") / "small"), "cpu")
 
 
 def test_2000_frames_in_flat_memory(model, tmp_path):

@@ -14,10 +14,10 @@ import weakref
 import numpy as np
 import pytest
 import safetensors.torch
-import small_toy
 import torch
+from refusals import refused
 from runs import prepare
-from small_toy import BLOCK, FRAMES, PROMPT, SIDE, WINDOW
+from small_toy import BLOCK, FRAMES, PROMPT, SIDE, WINDOW, small_folder, small_model  # noqa: F401 (fixtures)
 
 import hiar_model
 from hiar_model import FlowSchedule, RolloutConfig, generate, load_video_model, stream
@@ -26,16 +26,6 @@ from hiar_model.models.registry import CONFIG, WEIGHTS, save_toy_model
 from hiar_model.toy.codec import ToyCodec
 
 pytestmark = pytest.mark.cpu
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return small_toy.write_model(tmp_path_factory.mktemp("models") / "small")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load_video_model(folder, "cpu")
 
 
 @pytest.fixture
@@ -142,9 +132,9 @@ DAMAGES = {
 def test_a_damaged_model_is_refused(copy, damage):
     change, message = DAMAGES[damage]
     change(copy)
-    with pytest.raises(ValueError, match=message) as caught:
+    with refused(message) as caught:
         load_video_model(copy, "cpu")
-    assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
+    assert str(copy) in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["toys", "", "/nowhere/model"])
@@ -252,13 +242,12 @@ ILLEGAL = {
 def test_illegal_requests(model, name, make, monkeypatch):
     monkeypatch.setattr(type(model.transformer), "run", None)  # no work may start
     wrong, message = ILLEGAL[name]
-    with pytest.raises(ValueError, match=message) as caught:
+    with refused(message):
         make(**{"prompt": PROMPT, "model": model, **wrong})
-    assert "\n" not in str(caught.value)
 
 
 def test_endless_needs_a_window_and_an_order(model):
-    with pytest.raises(ValueError, match="window_frames must be a number for an endless video"):
+    with pytest.raises(ValueError, match="window_frames must be a number for a video without num_frames, got None"):
         stream(PROMPT, model=model, window_frames=None)
     with pytest.raises(ValueError, match="order must be one of stream, wavefront, .* got step_first"):
         stream(PROMPT, model=model, order="step_first")

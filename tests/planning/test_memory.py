@@ -141,7 +141,7 @@ def test_phases():
         ({"order": "sideways"}, "order"),
         ({"window_frames": 2}, r"window_frames must be .* 3 .*got 2"),
         ({"num_frames": 10}, "nearest 9 or 12"),
-        ({"num_frames": None, "order": "stream", "window_frames": None}, "endless video needs a window"),
+        ({"num_frames": None, "order": "stream", "window_frames": None}, "window_frames must be a number for an end"),
         ({"kv_dtype": torch.int8}, "kv_dtype must be one of .*float8_e4m3fn"),
         ({"height": 9}, "multiples of the patch 2x2, got 9x12"),
     ],

@@ -11,7 +11,7 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -120,19 +120,18 @@ def circles(root: Path) -> list[str]:
         for module in modules(root)
         if modules(root)[module].name != "__init__.py"
     }
-    reachable = {module: _reach(ours, module) for module in ours}
+    reachable = {module: _reach(module, lambda name: ours.get(name, set())) for module in ours}
     rings = {tuple(sorted(o for o in reachable[m] if m in reachable.get(o, ()))) for m in ours if m in reachable[m]}
     return [f"{modules(root)[ring[0]]}: a circle of imports: {', '.join(ring)}" for ring in sorted(rings)]
 
 
-def _reach(graph: dict[str, set[str]], start: str) -> set[str]:
+def _reach(start: str, following: Callable[[str], set[str]]) -> set[str]:
     seen: set[str] = set()
     todo = [start]
     while todo:
-        for target in graph.get(todo.pop(), ()):
-            if target not in seen:
-                seen.add(target)
-                todo.append(target)
+        new = following(todo.pop()) - seen
+        seen |= new
+        todo += new
     return seen
 
 
@@ -189,14 +188,7 @@ def untiered_tests(root: Path) -> list[str]:
 
 def reached(root: Path, module: str) -> set[str]:
     """All that a module imports, itself or through our modules (the __init__ of the packages around it aside)."""
-    seen: set[str] = set()
-    todo = [module]
-    while todo:
-        for target in imports(root, todo.pop()):
-            if target not in seen:
-                seen.add(target)
-                todo += [target] if target in modules(root) else []
-    return seen
+    return _reach(module, lambda name: imports(root, name) if name in modules(root) else set())
 
 
 CHECKS = (unknown_units, wrong_direction, circles, entangled_implementations, long_files, untiered_tests)

@@ -1,5 +1,5 @@
 """One word for one thing: names that were given up do not come back as classes, functions, arguments, attributes or
-variables of hiar_kernels, hiar_model and bench.
+variables of hiar_kernels, hiar_model and bench, and no two classes share a name.
 
     python tests/project/test_words.py     prints TO_DO as the tree stands: shrink the table below to that
 
@@ -112,6 +112,32 @@ def problems(root: Path, to_do: dict[str, int]) -> list[str]:
         for word, where in sorted(places(root).items())
         if len(where) > to_do.get(word, 0)
     ]
+
+
+def repeated_classes(root: Path) -> list[str]:
+    """A line for every class name that stands in two places, test doubles included."""
+    where: dict[str, list[str]] = defaultdict(list)
+    for package in (*PACKAGES, "tests"):
+        for file in sorted((root / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    where[node.name].append(f"{file.relative_to(root).as_posix()}:{node.lineno}")
+    return [f"class {name}: {', '.join(places)}" for name, places in sorted(where.items()) if len(places) > 1]
+
+
+def test_a_class_name_has_one_meaning(tmp_path):
+    assert not repeated_classes(ROOT), "\n".join(repeated_classes(ROOT))
+    for folder in ("bench", "tests"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text("def f():\n    class Choice: pass\n")
+    assert repeated_classes(tmp_path) == ["class Choice: bench/a.py:2, tests/a.py:2"]
+
+
+def test_options_of_a_rollout_are_spelled_in_few_places():
+    """Everything else hands on the config; these few define, document or calculate with the sink."""
+    files = sorted((ROOT / "hiar_model").rglob("*.py"))
+    where = [f for f in files if re.search(r"\bsink_frames\b", f.read_text(encoding="utf-8"))]
+    assert len(where) <= 8, where
 
 
 def test_old_words_do_not_come_back():

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from refusals import refused
 from runs import make_rollout
 from tiny_model import MODEL, SIZE, TEXT, TINY, make_model, run
 
@@ -52,11 +53,8 @@ def broken(place: str, value: float = NAN):
 @pytest.mark.parametrize("order", ["stream", "wavefront"])
 def test_the_first_part_that_went_wrong_is_named(place, part, order):
     # attention on a CPU may swallow the NaN of a query where it sees few keys
-    with pytest.raises(
-        FloatingPointError, match=rf"latents are not finite from step 0 of block \d on: {part}"
-    ) as error:
+    with refused(rf"latents are not finite from step 0 of block \d on: {part}", FloatingPointError):
         run(model=broken(place), order=order)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from runs import make_rollout
 from safetensors.torch import load_file
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, reference, run
@@ -305,8 +306,8 @@ def test_non_finite_latents_name_step_and_block():
     ("options", "message"),
     [
         ({"num_frames": 10}, "got 10, nearest 9 or 12"),
-        ({"num_frames": None, "window_frames": 6}, "cannot make an endless video"),
-        ({"num_frames": None, "order": "stream"}, "endless video needs a window"),
+        ({"num_frames": None, "window_frames": 6}, "order must be one of stream, .* got step_first"),
+        ({"num_frames": None, "order": "stream"}, "window_frames must be a number for an endless video, got None"),
         ({"order": "zigzag"}, "step_first, stream, wavefront, block_first"),
         ({"trajectory": "x"}, "sde, ode"),
         ({"executor": "warp"}, "executor must be one of eager"),
@@ -320,6 +321,5 @@ def test_non_finite_latents_name_step_and_block():
     ],
 )
 def test_bad_options_are_refused_in_one_line(options, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message):
         run(**options)
-    assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from refusals import refused
 from runs import make_rollout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -175,6 +176,18 @@ def damaged(path, **told):
     save_file(load_file(path), path, metadata={k: v for k, v in {**was, **told}.items() if v is not None})
 
 
+OF_3E7E919 = {
+    "about": '{"weights_sha256": "117b16bf08f7201ed3dd4634408d9437c2d86b78e3a6d347f30560727964f6c0", "seed": 0, '
+    '"frames": 12}',
+    "key": "\"Plan(steps=4, order='stream', frames_per_block=3, prefix_frames=0, window_frames=(12, 12, 12, 12), "
+    "sink_frames=0, cache_source='own', pairs=False), None blocks, batch 1, latents [16, 8, 8], torch.float32, "
+    'noise levels 1, 0.75, 0.5, 0.25, 0, sde, context at 0, heads 0 to 1"',
+    "noise": '"philox-128"', "groups_done": "19", "step": "0", "format": "hiar-session", "blocks": "4",
+    "texts": '{"2": 0, "3": 0}', "decoder": "null", "version": "1",
+}  # fmt: skip
+"""The header that `hiar generate --order stream --num-frames 12 --session` of revision 3e7e919 wrote."""
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -186,6 +199,7 @@ def damaged(path, **told):
         (lambda path: damaged(path, about="{}", noise=None), "state: its noise is 'torch-32', this version draws"),
         (lambda path: damaged(path, about="{}", noise='"new"'), "state: its noise is 'new', this version draws"),
         (lambda path: damaged(path, version="2"), "is a session of version 2, this is version 1"),
+        (lambda path: damaged(path, **OF_3E7E919), "s.safetensors: a state of an older version, which this one cannot"),
         (lambda path: damaged(path, about='{"weights": "abc"}'), "weights was 'abc', now it is 'def'"),
     ],
 )
@@ -195,9 +209,8 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, change, message):
     path = save_session(tmp_path / "s.safetensors", first)
     change(path)
     fresh = start()
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message):
         load_session(path, fresh, about={"weights": "def"})
-    assert "\n" not in str(error.value)
     assert torch.equal(latents(fresh), latents(start())), "the rollout must be untouched"
 
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from refusals import refused
 
 from hiar_model import HiARTransformer, WanConfig
 from hiar_model.config import RolloutConfig, sigma_table
@@ -156,9 +157,8 @@ REFUSED = {
 
 @pytest.mark.parametrize(("name", "overrides", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused_in_one_line(name, overrides, message):
-    with pytest.raises(ValueError, match=message.replace("?", r"\?")) as error:
+    with refused(message.replace("?", r"\?")):
         load_recipe(name, overrides)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,8 @@ def test_refused_in_one_line(name, overrides, message):
 def test_files_that_are_no_recipe(tmp_path, text, message):
     path = tmp_path / "r.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message):
         load_recipe(str(path))
-    assert "\n" not in str(error.value)
 
 
 def test_an_unknown_recipe_names_the_known_ones():

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import save_file
 
 from hiar_model.toy.codec import ToyCodec
@@ -189,9 +190,9 @@ def test_a_bad_folder_is_refused_in_one_line(tmp_path, files, message):
     for name, content in files.items():
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(content) if isinstance(content, bytes) else save_file(content, path)
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message) as error:
         PromptData(tmp_path, SHAPE)
-    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import time
 import processes
 import pytest
 import torch
+from refusals import refused
 from train_job import command, losses, recipe, start, stop_after, train
 
 from hiar_model.train.engine.snapshots import ABOUT, Snapshots
@@ -160,9 +161,8 @@ def test_a_file_that_may_not_grow(tmp_path):
 
 def test_another_recipe_may_not_use_the_folder(tmp_path):
     train(tmp_path, recipe(updates=2))
-    with pytest.raises(ValueError, match="a run with another seed, updates, optimizer.lr; choose another --out") as e:
+    with refused("a run with another seed, updates, optimizer.lr; choose another --out"):
         train(tmp_path, recipe(seed=1, optimizer={"kind": "adamw", "lr": 1e-3, "warmup": 0.0}))
-    assert "\n" not in str(e.value)
     scale = {"checkpoint_every": 1, "threads": 1, "micro_batch": 1, "activation_checkpointing": True}
     assert train(tmp_path, recipe(updates=2, scale=scale)).update == 2
 
@@ -174,9 +174,8 @@ def test_a_state_of_an_older_version_is_refused(tmp_path):
     about = json.loads(file.read_text())
     about["recipe"] |= about["recipe"].pop("rollout")
     file.write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="update_00000002 .* another version, .* order, .*rollout") as e:
+    with refused("update_00000002 .* another version, .* order, .*rollout"):
         train(tmp_path, recipe(updates=2))
-    assert "\n" not in str(e.value)
 
 
 def test_a_state_of_other_noise_is_refused(tmp_path):
@@ -196,9 +195,8 @@ def test_a_damaged_state_is_named(tmp_path, damage):
     state = tmp_path / "states" / "update_00000002"
     file = {"about": state / ABOUT, "tensors": state / "__0_0.distcp", "list": state / ".metadata"}[damage]
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ValueError, match="update_00000002.* cannot be read: ") as error:
+    with refused("update_00000002.* cannot be read: "):
         train(tmp_path, recipe(updates=2))
-    assert "\n" not in str(error.value)
 
 
 def test_time_over(tmp_path, whole):

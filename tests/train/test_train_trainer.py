@@ -193,12 +193,12 @@ def test_muon_has_the_matrices_of_the_blocks():
 def test_the_table(tmp_path):
     """Means over the updates since the last row; a metric that not every row has gets a column too."""
 
-    class Now(Pull):
+    class Growing(Pull):
         def sample(self, update) -> Frames:
             return np.full((2, 3, 8, 8, 3), 10 * update, np.uint8)
 
     parsed = make_recipe(recipe(updates=5, log_every=2, sample_every=4))
-    trainer, seen = Trainer(parsed, Now(parsed, CPU), tmp_path, say=lambda line: None), []
+    trainer, seen = Trainer(parsed, Growing(parsed, CPU), tmp_path, say=lambda line: None), []
     trainer.run(lambda update, numbers: seen.append(numbers["student_loss"]))
     rows = losses(tmp_path)
     assert [row["update"] for row in rows] == ["2", "4", "5"]
@@ -214,12 +214,12 @@ def test_the_table(tmp_path):
 
 
 def test_samples_are_of_the_averaged_weights(tmp_path):
-    class Now(Pull):
+    class Remembers(Pull):
         def sample(self, update) -> None:
             self.seen = self.trained["student"].head.head.bias.detach().clone()
 
     parsed = make_recipe(recipe(updates=3, sample_every=3, ema={"decay": 0.9, "ramp": False}))
-    trainer = Trainer(parsed, Now(parsed, CPU), tmp_path, say=lambda line: None)
+    trainer = Trainer(parsed, Remembers(parsed, CPU), tmp_path, say=lambda line: None)
     trainer.run()
     assert torch.equal(trainer.stage.seen, trainer.ema.weights["head.head.bias"])
     assert not torch.equal(trainer.stage.seen, trainer.stage.trained["student"].head.head.bias)
@@ -290,13 +290,13 @@ def test_wandb_only_where_its_variable_is_set(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("micro_batch", [None, 1])
 def test_a_loss_that_is_not_finite(tmp_path, micro_batch):
-    class Broken(Pull):
+    class NoisedByNaN(Pull):
         def noise(self, update, step, sample):
             broken = (update, step, sample) == (3, "critic 1", 2)
             return super().noise(update, step, sample) * (math.nan if broken else 1)
 
     parsed = make_recipe(recipe(scale={"checkpoint_every": 2, "micro_batch": micro_batch}))
-    trainer = Trainer(parsed, Broken(parsed, CPU), tmp_path, say=lambda line: None)
+    trainer = Trainer(parsed, NoisedByNaN(parsed, CPU), tmp_path, say=lambda line: None)
     with pytest.raises(FloatingPointError) as error:
         trainer.run()
     samples = [2] if micro_batch else [0, 1, 2, 3]
@@ -308,7 +308,7 @@ def test_a_loss_that_is_not_finite(tmp_path, micro_batch):
 
 
 def test_a_gradient_that_is_not_finite(tmp_path):
-    class Broken(Pull):
+    class InfiniteSlope(Pull):
         def loss(self, step, update, samples):
             loss, metrics = super().loss(step, update, samples)
             weight = self.trained[step.network].head.head.weight
@@ -316,7 +316,7 @@ def test_a_gradient_that_is_not_finite(tmp_path):
 
     parsed = make_recipe(recipe())
     with pytest.raises(FloatingPointError, match="gradient norm is nan, loss .*, update 0, step critic 0; .*: none"):
-        Trainer(parsed, Broken(parsed, CPU), tmp_path, say=lambda line: None).run()
+        Trainer(parsed, InfiniteSlope(parsed, CPU), tmp_path, say=lambda line: None).run()
 
 
 # Threads

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...io.atomic import discard, publish
-from ...io.files import refuse_stand_in
+from ...io.weight_files import read_json
 
 SETTINGS = "settings.json"
 
@@ -69,18 +69,6 @@ def progress_report(folder: Path, what: str, suffix: str) -> str:
     """A line for the user once this process has written its shards."""
     others = "" if unfinished(folder, suffix) is None else "; other processes still write theirs"
     return f"{what}: {folder}{others}"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError of one line if there is none."""
-    refuse_stand_in(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(values).__name__}")
-    return values
 
 
 def write_json(path: Path, values: Mapping[str, Any], rank: int) -> None:

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from ...common.keyed import keyed_generator
 from ...common.settings import own_settings
+from ...io.weight_files import read_json
 from ...version import NOISE
 from ..losses.teacher import Network, ode_plan, ode_trajectory
 from .datasets import FLOATS, Prompts, open_tensors
-from .shards import read_json, shard_name, shard_samples, unfinished, write, write_json, write_or_check_settings
+from .shards import shard_name, shard_samples, unfinished, write, write_json, write_or_check_settings
 
 MANIFEST = "manifest.json"
 FORMAT = "hiar-trajectories-1"

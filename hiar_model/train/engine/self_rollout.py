@@ -23,7 +23,6 @@ from ...models.transformer import HiARTransformer
 from ...rollout import Rollout
 from ...rollout.prompt_cache import trim_padding
 from ...schedule.plan import Group, Task
-from ..losses.context import block_causal
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class SelfRollout:
             trim_padding(prompt_embeds),
             "block_causal",
             context=batch.contexts,
-            **block_causal(self.config, batch.step),
+            **self.config.block_causal(batch.step),
         )
         wide = torch.promote_types(x.dtype, torch.float32)
         return x.to(wide) - batch.sigma * velocity.to(wide)

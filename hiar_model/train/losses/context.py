@@ -6,17 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ...config import TRAIN_TIMESTEPS, RolloutConfig
+from ...config import TRAIN_TIMESTEPS
 from ...models.transformer import HiARTransformer
-
-
-def block_causal(rollout: RolloutConfig, step: int = 0) -> dict[str, Any]:
-    """The block-causal mask of a step, as :class:`hiar_model.HiARTransformer` takes it."""
-    return {
-        "frames_per_block": rollout.frames_per_block,
-        "window_frames": rollout.windows[step],
-        "sink_frames": rollout.sink_frames,
-    }
 
 
 def velocity_over_context(
@@ -34,7 +25,7 @@ def velocity_over_context(
 
     Args:
         latents, context: [B, F, C, H, W] at the noise levels sigma, context_sigma [B].
-        prompt_embeds: [B, L, text_dim]. mask: of the network, :func:`block_causal`.
+        prompt_embeds: [B, L, text_dim]. mask: :meth:`hiar_model.RolloutConfig.block_causal`.
 
     Returns:
         [B, F, C, H, W].

@@ -25,7 +25,7 @@ from ..data.trajectories import TrajectoryStore, generate_trajectories, weights_
 from ..engine.distributed import unsharded
 from ..engine.networks import frozen, make_network
 from ..engine.self_rollout import ExitStepBatch, SelfRollout, draw_exit_step
-from ..losses.context import block_causal, velocity_over_context
+from ..losses.context import velocity_over_context
 from ..losses.dmd import critic_loss, distribution_matching, draw_sigma
 from ..losses.forward_kl import draw_points, forward_kl_loss
 from ..losses.teacher import drop_prompts, flow_draws, flow_matching_loss, ode_trajectory
@@ -160,7 +160,7 @@ class OdeInit(Stage):
         self, x: Tensor, before: Tensor, end: Tensor, prompt_embeds: Tensor, sigma: Tensor, lower: Tensor
     ) -> Tensor:
         velocity = velocity_over_context(
-            self.trained["student"], x, before, prompt_embeds, sigma, lower, **block_causal(self.recipe.rollout)
+            self.trained["student"], x, before, prompt_embeds, sigma, lower, **self.recipe.rollout.block_causal()
         )
         x0 = x - sigma.float().view(-1, 1, 1, 1, 1) * velocity.float()
         return (x0 - end).square().mean()
@@ -279,7 +279,7 @@ class HiAR(Stage):
             index=index,
             first_k=kl.first_k,
             attention=kl.attention,
-            **block_causal(r.rollout),
+            **r.rollout.block_causal(),
         )
 
     def _draw_noise(self, step: UpdateStep, update: int, samples: Sequence[int], x0: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from ...io.video import Frames
 from ...models.transformer import HiARTransformer
 from ..config.recipe import LevelsRecipe, TeacherForcingRecipe
 from ..engine.networks import make_network
-from ..losses.context import block_causal, velocity_over_context
+from ..losses.context import velocity_over_context
 from ..losses.noise import add_noise, shift_tensor
 from .base import Scalars, Stage, UpdateStep
 from .sources import Sources, sample_videos, save_student
@@ -52,7 +52,7 @@ class TeacherForcing(Stage):
         noise, other = torch.stack([g.normals(2, *batch.latents.shape[1:]) for g in generators], 1)
         tensors = (batch.latents, batch.prompt_embeds, target, context, noise, other)
         errors = teacher_forcing_errors(
-            self.trained["student"], *(x.to(self.device) for x in tensors), **block_causal(r.rollout)
+            self.trained["student"], *(x.to(self.device) for x in tensors), **r.rollout.block_causal()
         )
         weights = self._weights(batch.from_start.tolist()).to(self.device)
         return (errors * weights).sum(1).mean() / self.mean_weight, {}
@@ -98,7 +98,8 @@ def teacher_forcing_errors(
 
     Args:
         x0, noise, context_noise: clean latents, and the noise of the two copies, [B, F, C, H, W].
-        prompt_embeds: [B, L, text_dim]. target_sigma, context_sigma: [B]. mask: :func:`.context.block_causal`.
+        prompt_embeds: [B, L, text_dim]. target_sigma, context_sigma: [B].
+        mask: :meth:`hiar_model.RolloutConfig.block_causal`.
     """
     velocity = velocity_over_context(
         model,
