@@ -28,8 +28,8 @@ CONFIG_HELP = "file with options of this command: YAML, or the .json beside a vi
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of all commands; it refuses unknown options and keys."""
+def build_parser(command: str | None = None) -> ArgumentParser:
+    """The parser, which refuses unknown options and keys: with the options of one command, or (None) of all."""
     parser = ArgumentParser(
         prog="hiar",
         description="Long video by hierarchical denoising.",
@@ -39,10 +39,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
     for name, (add_arguments, _, summary) in COMMANDS.items():
-        command = ArgumentParser(description=summary, exit_on_error=False)
-        command.add_argument("--config", action=ConfigFile, metavar="FILE", help=CONFIG_HELP)
-        add_arguments(command)
-        commands.add_subcommand(name, command, help=summary)
+        subparser = ArgumentParser(description=summary, exit_on_error=False)
+        if command in (None, name):
+            subparser.add_argument("--config", action=ConfigFile, metavar="FILE", help=CONFIG_HELP)
+            add_arguments(subparser)
+        commands.add_subcommand(name, subparser, help=summary)
     return parser
 
 
@@ -51,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     result that is not finite or black; 130 for Ctrl-C, SIGTERM or SIGHUP. An error is one line on stderr.
     """
     _open_closed()
-    debug, parser, dests = False, build_parser(), []
+    debug, dests = False, []
     words = config_first(sys.argv[1:] if argv is None else argv)
+    parser = build_parser(next((word for word in words if not word.startswith("-")), ""))
     if not words:
         parser.print_help()
         return 0

@@ -387,3 +387,13 @@ def test_mistakes_and_help_do_not_wait_for_torch():
 ])  # fmt: skip
 def test_names_as_they_are_typed(message, typed):
     assert as_typed(message, ["num_frames", "window_frames", "seed", "model"]) == typed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_parser_of_one_command_is_that_command_s(command):
+    """`main` builds only the options of the command that is typed: the others' take most of the time."""
+    (of_one, of_all) = (build_parser(command), build_parser(None))
+    assert of_one.format_help() == of_all.format_help()
+    ours, theirs = (parsers._subcommands_action._name_parser_map for parsers in (of_one, of_all))
+    assert ours[command].format_help() == theirs[command].format_help()
+    assert all(len(parser._actions) == 1 for name, parser in ours.items() if name != command)  # --help
