@@ -131,7 +131,7 @@ def check_target(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"cannot write {target}: unknown suffix {target.suffix!r}; {_legal()}")
     if not folder:
         return check_output(target, beside=[record_path(target, folder)])
-    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
+    if os.path.exists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"cannot write {target}: it exists and is no empty folder; choose another name")
     check_output(target / FOLDER_RECORD if os.path.isdir(target) else target)
     return target
