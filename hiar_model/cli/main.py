@@ -8,7 +8,7 @@ import threading
 import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -21,6 +21,7 @@ from .generate import generate, generate_arguments
 from .parallel import launch, parity_arguments, verify_parity
 from .performance import bench_report, profile, profile_arguments, report_arguments, warmup, warmup_arguments
 from .signals import as_interrupts
+from .streams import kept_streams, status
 from .train import train, train_arguments
 from .weights import convert, convert_arguments, doctor, doctor_arguments
 
@@ -49,17 +50,24 @@ def build_parser(command: str | None = None) -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (``argv`` None: the process's) and return the exit code: 0; 2 for illegal input; 1 for a
-    result that is not finite or black; 130 for Ctrl-C, SIGTERM or SIGHUP. An error is one line on stderr.
+    result that is not finite or black, or where standard output cannot be written; 130 for Ctrl-C, SIGTERM or SIGHUP;
+    141 where the reader of standard output is gone. An error is one line on stderr.
     """
-    _open_closed()
+    with kept_streams():
+        try:
+            return status(_run(config_first(sys.argv[1:] if argv is None else argv)))
+        except SystemExit as done:  # of --help
+            if code := status(int(done.code or 0)):
+                return code
+            raise
+
+
+def _run(words: list[str]) -> int:
     debug, dests = False, []
-    words = config_first(sys.argv[1:] if argv is None else argv)
     parser = build_parser(next((word for word in words if not word.startswith("-")), ""))
     if not words:
         parser.print_help()
         return 0
-    with suppress(AttributeError):  # do not fail on characters that stdout cannot encode
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         arguments = parser.parse_args(words)
         debug = arguments.debug
@@ -88,19 +96,6 @@ def _interruptible() -> AbstractContextManager[None]:
     """A single process treats SIGTERM as Ctrl-C; in a job of several, the watchdog does."""
     alone = environment.world_size() == 1 and threading.current_thread() is threading.main_thread()
     return as_interrupts() if alone else nullcontext()
-
-
-def _open_closed() -> None:
-    """Where the caller has closed stdin, stdout or stderr, nothing is read and what is said is lost; and no file that
-    is written gets their number, under which libraries print.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115  (for good)
 
 
 def _fail(message: object, code: int, debug: bool) -> int:

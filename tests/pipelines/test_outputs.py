@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -279,6 +280,49 @@ def test_closed_streams(small, tmp_path, closed):
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, timeout=300).returncode == 0
     assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.mp4.json"}
+
+
+class Full(io.StringIO):
+    """Of a disk that is full; buffers nothing."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+GONE = OSError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (FULL, 1, "hiar: cannot write standard output: No space left on device; all else is done\n"),
+    (GONE, 141, ""),
+])  # fmt: skip
+def test_a_standard_output_that_cannot_be_written(run, tmp_path, monkeypatch, capsys, error, code, line):
+    """It was exit status 2, of illegal input, though the video was whole; its file goes on being written."""
+    stream = Full(error)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert run("a.mp4", "--num-frames", "3") == code
+    assert sys.stdout is stream and capsys.readouterr().err == line
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.mp4.json"}
+
+
+def test_a_standard_error_that_cannot_be_written(run, tmp_path, monkeypatch, capsys):
+    stream = Full(FULL)
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert run("a.gif", "--num-frames", "3") == 0 and capsys.readouterr().out.startswith("a.gif: 3 frames")
+    assert run("a.gif") == 2  # it is there
+
+
+def test_a_full_disk_at_the_last_flush():
+    """What is buffered fails when it is flushed, at the latest at exit, where Python would say so itself."""
+    line = f"{sys.executable} -m hiar_model --help > /dev/full"
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["sh", "-c", line], env=environment, timeout=300, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "hiar: cannot write standard output: No space left on device; all else is done\n"
 
 
 def test_others_may_read_what_is_written(small, tmp_path):
