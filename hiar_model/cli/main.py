@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from jsonargparse import ArgumentParser, Namespace
 
 from ..common import environment
+from ..io.files import as_name, as_text
 from ..version import package_version
 from .choices import as_typed, check_choices, explained, options_of
 from .config_file import ConfigFile, config_first
@@ -73,6 +74,9 @@ def _run(words: list[str]) -> int:
         debug = arguments.debug
         chosen = arguments[arguments.subcommand]
         dests = options_of(parser, arguments.subcommand)
+        for name, value in vars(chosen).items():
+            if isinstance(value, str):
+                chosen[name] = as_text(value) if name == "prompt" else as_name(value)
         check_choices(arguments.subcommand, chosen)
         if chosen.get("nproc", 1) > 1 and not environment.under_torchrun():
             return launch(words, chosen.nproc, chosen.get("out") if arguments.subcommand == "generate" else None)

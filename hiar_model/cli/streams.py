@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import sys
@@ -45,14 +46,28 @@ class _Stream:
             os.close(null)
 
 
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """How to print what the stream's encoding lacks: bytes of a name that the locale could not read as they were, other
+    characters as \\u20ac.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letter = error.object[error.start]
+    if 0xDC80 <= ord(letter) <= 0xDCFF and sys.getfilesystemencoding() != "utf-8":
+        return letter.encode("ascii", "surrogateescape"), error.start + 1
+    return letter.encode("ascii", "backslashreplace").decode(), error.start + 1
+
+
 @contextmanager
 def kept_streams() -> Iterator[None]:
     """Context in which a full disk behind stdout or stderr, or a reader that is gone, ends nothing."""
     _open_closed()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Stream(before[0]), _Stream(before[1])
-    with suppress(AttributeError):  # do not fail on characters that stdout cannot encode
-        sys.stdout.reconfigure(errors="backslashreplace")
+    codecs.register_error(_escape.__name__, _escape)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):
+            stream.reconfigure(errors=_escape.__name__)
     try:
         yield
     finally:

@@ -38,6 +38,24 @@ def refuse_stand_in(file: Path) -> None:
             raise ValueError(f"{file}: {description}")
 
 
+def as_text(words: str) -> str:
+    """Words of the command line, or a name, as their bytes say in UTF-8, whatever the locale. In one that cannot read
+    them (``LC_ALL=C``) Python leaves such bytes as lone surrogates, by which files are found. Others stay as they are.
+    """
+    try:
+        return words.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return words
+
+
+def as_name(text: str) -> str:
+    """The inverse of :func:`as_text`: text from a file, as the name by which this process finds a file."""
+    try:
+        return os.fsdecode(text.encode("utf-8"))
+    except UnicodeError:
+        return text
+
+
 def check_text(text: str, what: str) -> None:
     """ValueError of one line for text that came from bytes other than UTF-8, which cannot be written again."""
     try:
@@ -55,7 +73,7 @@ def check_output(path: str | os.PathLike[str], beside: Sequence[Path] = ()) -> P
             names itself, a name that is too long or not UTF-8.
     """
     target = Path(path)
-    check_text(os.fspath(target), "the name")
+    check_text(as_text(os.fspath(target)), "the name")
     try:
         parent = behind_links(target).parent
         if not parent.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,13 +14,14 @@ from pathlib import Path
 import pytest
 import small_toy
 import torch
+from PIL import Image
 from processes import Started
 from safetensors import SafetensorError
 
 from hiar_model import generate
 from hiar_model.cli import main
 from hiar_model.io.atomic import temporary
-from hiar_model.io.files import check_output
+from hiar_model.io.files import as_name, as_text, check_output
 from hiar_model.io.video import VideoWriter
 from hiar_model.models.checkpoint import save_transformer
 from hiar_model.rollout import state_io
@@ -76,6 +78,32 @@ def test_a_name_that_is_too_long_is_refused_before_work(run, tmp_path, monkeypat
     assert run(named(length, suffix)) == 2
     assert capsys.readouterr().err.rstrip().endswith(": File name too long")
     assert not list(tmp_path.iterdir())
+
+
+def test_names_of_utf8_where_the_locale_reads_ascii(small, tmp_path):
+    """A name is bytes of the file system; as text, in the record and in messages, it is UTF-8."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "crème.png")
+    script = (
+        "import sys; from hiar_model.cli import main\n"
+        "out, image, model = sys.argv[1:]\n"
+        "assert sys.getfilesystemencoding() == 'ascii' and not out.isascii()\n"
+        f"made = main(['generate', {PROMPT!r}, '-o', out, '--image', image, '--num-frames', '4', '--model', model])\n"
+        "sys.exit(made or main(['generate', '--config', out + '.json', '-o', out + '.gif']))\n"
+    )
+    environment = {**ENVIRONMENT, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-c", script, "größe.mp4", "crème.png", str(small)]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, timeout=300, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.decode().splitlines()
+    assert first.startswith("größe.mp4: 4 frames, ") and second.startswith("größe.mp4.gif: 4 frames")
+    record = json.loads((tmp_path / "größe.mp4.json").read_text(encoding="utf-8"))
+    assert record["file"] == "größe.mp4" and "./crème.png" in shlex.split(record["command"])
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.parametrize("typed, text", [("crème", "crème"), ("cr\udcc3\udca8me", "crème"), ("\udce9", "\udce9")])
+def test_words_of_the_command_line_as_text(typed, text):
+    assert as_text(typed) == text and as_name(typed) == typed
 
 
 @pytest.mark.parametrize("out", ["cr\udce9e.mp4", "cr\udce9e/", "\udce9/v.mp4"])
