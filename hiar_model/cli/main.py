@@ -9,13 +9,14 @@ import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from ..common import environment
 from ..io.files import as_name, as_text
 from ..version import package_version
-from .choices import as_typed, check_choices, explained, options_of
+from .choices import as_typed, check_choices, check_effects, explained, options_of
 from .config_file import ConfigFile, config_first
 from .evaluate import evaluate, evaluate_arguments
 from .generate import generate, generate_arguments
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    debug, dests = False, []
+    debug = False
+    dests: dict[str, Any] = {}
     parser = build_parser(next((word for word in words if not word.startswith("-")), ""))
     if not words:
         parser.print_help()
@@ -78,6 +80,7 @@ def _run(words: list[str]) -> int:
             if isinstance(value, str):
                 chosen[name] = as_text(value) if name == "prompt" else as_name(value)
         check_choices(arguments.subcommand, chosen)
+        check_effects(arguments.subcommand, chosen, dests)
         if chosen.get("nproc", 1) > 1 and not environment.under_torchrun():
             return launch(words, chosen.nproc, chosen.get("out") if arguments.subcommand == "generate" else None)
         with _interruptible():
