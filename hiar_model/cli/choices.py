@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ..common import checks
+from ..common import checks, environment
 from ..config import SHIPPED, RolloutConfig, WanConfig
 from ..config.execution import ATTENTION_IMPLS, KV_DTYPES, ON_NAN
 from ..config.rollout import KV_SOURCES, ON_PROMPT_CHANGE, ORDERS
@@ -71,6 +71,46 @@ def rollout_options(a: Namespace) -> dict[str, Any]:
     values = {field.name: a[field.name] for field in fields(RolloutConfig) if field.name in a}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return {name: False if value == "measured" else value for name, value in values.items()}
+
+
+def check_effects(command: str, a: Namespace, defaults: Mapping[str, Any]) -> None:
+    """Refuse options that would have no effect beside the others, before any work. ``defaults``: of the command.
+
+    Raises:
+        ValueError: one line: the option, and what it needs.
+    """
+    typed = {name: value for name, value in vars(a).items() if value != defaults.get(name)}
+    for name, needed in _needed(command, a).items():
+        if name in typed:
+            got = "" if typed[name] is True else f", got {typed[name]}"
+            raise ValueError(f"{option(name)} has no effect {needed}{got}")
+
+
+def _needed(command: str, a: Namespace) -> dict[str, str]:
+    """Options without effect, and why."""
+    idle: dict[str, str] = {}
+    if command in ("generate", "verify-parity"):
+        processes = max(a.nproc, environment.world_size())
+        if processes == 1 and a.parallel == "ulysses":
+            idle["parallel"] = "in one process: give --nproc 2 or more"
+        if a.parallel == "ulysses" or (processes == 1 and a.parallel is None):
+            why = "without a pipeline: give --nproc 2 or more, or --parallel pipeline"
+            idle |= dict.fromkeys(("steps_per_rank", "dedicated_decoder_rank", "resume", "checkpoint_every"), why)
+            if processes == 1:
+                idle["timeout"] = why
+    if command == "generate" and a.prompts is None and a.from_session is None:
+        idle["on_prompt_change"] = "with one prompt: give --prompts, or --from-session"
+    if command == "doctor" and a.model in SHIPPED:
+        idle |= dict.fromkeys(("offload", "vae_dtype"), f"on {a.model}, which has no text encoder and no VAE")
+    if command == "profile" and a.stage_times is not None:
+        idle["blocks"] = "beside --stage-times"
+    if command == "bench-report":
+        others = ("results", "stage_times", "tflops", "vae_ms", "plot")
+        if a.measured is not None:
+            idle |= dict.fromkeys(others, "beside --measured, which prints its table alone")
+        elif a.results is not None:
+            idle |= dict.fromkeys(others[1:], "beside --results, which prints its tables alone")
+    return idle
 
 
 def _recipes() -> list[str]:
@@ -134,9 +174,9 @@ def explained(message: str, parser: ArgumentParser, words: Sequence[str]) -> str
     return message
 
 
-def options_of(parser: ArgumentParser, command: str) -> list[str]:
-    """The names of a command's options; its other words are not typed with dashes."""
-    return [action.dest for action in _subparsers(parser)[command]._actions if action.option_strings]
+def options_of(parser: ArgumentParser, command: str) -> dict[str, Any]:
+    """The names of a command's options, and their defaults; its other words are not typed with dashes."""
+    return {action.dest: action.default for action in _subparsers(parser)[command]._actions if action.option_strings}
 
 
 def _subparsers(parser: ArgumentParser) -> dict[str, ArgumentParser]:

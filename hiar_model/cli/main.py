@@ -8,19 +8,22 @@ import threading
 import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from ..common import environment
+from ..io.files import as_name, as_text
 from ..version import package_version
-from .choices import as_typed, check_choices, explained, options_of
+from .choices import as_typed, check_choices, check_effects, explained, options_of
 from .config_file import ConfigFile, config_first
 from .evaluate import evaluate, evaluate_arguments
 from .generate import generate, generate_arguments
 from .parallel import launch, parity_arguments, verify_parity
 from .performance import bench_report, profile, profile_arguments, report_arguments, warmup, warmup_arguments
 from .signals import as_interrupts
+from .streams import kept_streams, status
 from .train import train, train_arguments
 from .weights import convert, convert_arguments, doctor, doctor_arguments
 
@@ -28,8 +31,8 @@ CONFIG_HELP = "file with options of this command: YAML, or the .json beside a vi
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of all commands; it refuses unknown options and keys."""
+def build_parser(command: str | None = None) -> ArgumentParser:
+    """The parser, which refuses unknown options and keys: with the options of one command, or (None) of all."""
     parser = ArgumentParser(
         prog="hiar",
         description="Long video by hierarchical denoising.",
@@ -39,31 +42,45 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
     for name, (add_arguments, _, summary) in COMMANDS.items():
-        command = ArgumentParser(description=summary, exit_on_error=False)
-        command.add_argument("--config", action=ConfigFile, metavar="FILE", help=CONFIG_HELP)
-        add_arguments(command)
-        commands.add_subcommand(name, command, help=summary)
+        subparser = ArgumentParser(description=summary, exit_on_error=False)
+        if command in (None, name):
+            subparser.add_argument("--config", action=ConfigFile, metavar="FILE", help=CONFIG_HELP)
+            add_arguments(subparser)
+        commands.add_subcommand(name, subparser, help=summary)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (``argv`` None: the process's) and return the exit code: 0; 2 for illegal input; 1 for a
-    result that is not finite or black; 130 for Ctrl-C, SIGTERM or SIGHUP. An error is one line on stderr.
+    result that is not finite or black, or where standard output cannot be written; 130 for Ctrl-C, SIGTERM or SIGHUP;
+    141 where the reader of standard output is gone. An error is one line on stderr.
     """
-    _open_closed()
-    debug, parser, dests = False, build_parser(), []
-    words = config_first(sys.argv[1:] if argv is None else argv)
+    with kept_streams():
+        try:
+            return status(_run(config_first(sys.argv[1:] if argv is None else argv)))
+        except SystemExit as done:  # of --help
+            if code := status(int(done.code or 0)):
+                return code
+            raise
+
+
+def _run(words: list[str]) -> int:
+    debug = False
+    dests: dict[str, Any] = {}
+    parser = build_parser(next((word for word in words if not word.startswith("-")), ""))
     if not words:
         parser.print_help()
         return 0
-    with suppress(AttributeError):  # do not fail on characters that stdout cannot encode
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         arguments = parser.parse_args(words)
         debug = arguments.debug
         chosen = arguments[arguments.subcommand]
         dests = options_of(parser, arguments.subcommand)
+        for name, value in vars(chosen).items():
+            if isinstance(value, str):
+                chosen[name] = as_text(value) if name == "prompt" else as_name(value)
         check_choices(arguments.subcommand, chosen)
+        check_effects(arguments.subcommand, chosen, dests)
         if chosen.get("nproc", 1) > 1 and not environment.under_torchrun():
             return launch(words, chosen.nproc, chosen.get("out") if arguments.subcommand == "generate" else None)
         with _interruptible():
@@ -86,19 +103,6 @@ def _interruptible() -> AbstractContextManager[None]:
     """A single process treats SIGTERM as Ctrl-C; in a job of several, the watchdog does."""
     alone = environment.world_size() == 1 and threading.current_thread() is threading.main_thread()
     return as_interrupts() if alone else nullcontext()
-
-
-def _open_closed() -> None:
-    """Where the caller has closed stdin, stdout or stderr, nothing is read and what is said is lost; and no file that
-    is written gets their number, under which libraries print.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115  (for good)
 
 
 def _fail(message: object, code: int, debug: bool) -> int:

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..common import environment
 from .choices import as_typed, rollout_options
+from .streams import status
 
 if TYPE_CHECKING:
     from ..config import ExecutionConfig
@@ -189,7 +190,7 @@ def job(a: Namespace, folder: str | None = None) -> Iterator[Job]:
                 raise
             code = FAILED
             watchdog.report_error(error)
-    sys.stdout.flush()
+    code = status(code)
     sys.stderr.flush()
     os._exit(code)  # a normal exit may abort while torch tears down its process groups
 

@@ -18,6 +18,7 @@ from ..common import environment
 from .machine import progress_bar
 from .parallel import FAILED, INTERRUPTED, WRONG_INPUT
 from .signals import handled
+from .streams import status
 
 if TYPE_CHECKING:
     from ..train.config.recipe import Recipe, TrainingRecipe
@@ -169,7 +170,7 @@ def _among_others() -> Iterator[None]:
     except FloatingPointError as error:
         code = FAILED
         _report(error)
-    sys.stdout.flush()
+    code = status(code)
     sys.stderr.flush()
     os._exit(code)  # a normal exit may abort while torch tears down its process groups
 

@@ -1,6 +1,7 @@
 """Write files and folders atomically: under a temporary name beside the target, synced to disk, then renamed.
 
 Whatever happens in between (an error, a full disk, Ctrl-C, a power cut), the target is either complete or as it was.
+Where the target is a symbolic link, the file or folder that it names is written, and the link stays.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+SPECIAL = "it is no file, but a device, a pipe or a socket"
 
 
 @contextmanager
@@ -51,15 +55,23 @@ def atomic_write(target: str | os.PathLike[str], content: str | bytes) -> None:
 
 def temporary(target: Path) -> Path:
     """The temporary name of a target: hidden, in the same folder so that it can be renamed, short however long the
-    target's own name is, and of this process alone.
+    target's own name is, and of this process alone. Of a link: in the folder of what it names.
     """
-    name = hashlib.blake2b(os.fsencode(target.name), digest_size=6).hexdigest()
+    file = behind_links(target)
+    name = hashlib.blake2b(os.fsencode(file.name), digest_size=6).hexdigest()
     suffix = target.suffix if len(target.suffix) < 20 else ""
-    return target.with_name(f".{name}.{os.getpid()}.partial{suffix}")
+    return file.with_name(f".{name}.{os.getpid()}.partial{suffix}")
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Sync a complete file or folder to disk and give it the target's name."""
+    """Sync a complete file or folder to disk and give it the target's name, or that of the file that a link names.
+
+    Raises:
+        OSError: it failed; also for a target that is a device, a pipe or a socket, which a rename would destroy.
+    """
+    target = behind_links(target)
+    if is_special(target):
+        raise OSError(errno.EINVAL, SPECIAL, str(target))
     if partial.is_dir():
         for path in sorted(partial.rglob("*")):
             _sync(path)
@@ -68,6 +80,20 @@ def publish(partial: Path, target: Path) -> None:
     _sync(partial)
     os.replace(partial, target)
     _sync(target.parent)
+
+
+def behind_links(target: Path) -> Path:
+    """What a symbolic link names, through any number of them, whether it exists or not; any other path as it is."""
+    return Path(os.path.realpath(target)) if target.is_symlink() else target
+
+
+def is_special(target: Path) -> bool:
+    """Whether a device, a pipe or a socket has this name."""
+    try:
+        mode = target.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def discard(partial: Path) -> None:

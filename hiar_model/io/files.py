@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .atomic import temporary
+from .atomic import SPECIAL, behind_links, is_special, temporary
 
 SESSION = "session.safetensors"  # its name in a folder
 FILE_OPTIONS = ("--model", "--checkpoint", "--image", "--extend", "--prompts", "--from-session")
@@ -38,6 +38,24 @@ def refuse_stand_in(file: Path) -> None:
             raise ValueError(f"{file}: {description}")
 
 
+def as_text(words: str) -> str:
+    """Words of the command line, or a name, as their bytes say in UTF-8, whatever the locale. In one that cannot read
+    them (``LC_ALL=C``) Python leaves such bytes as lone surrogates, by which files are found. Others stay as they are.
+    """
+    try:
+        return words.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return words
+
+
+def as_name(text: str) -> str:
+    """The inverse of :func:`as_text`: text from a file, as the name by which this process finds a file."""
+    try:
+        return os.fsdecode(text.encode("utf-8"))
+    except UnicodeError:
+        return text
+
+
 def check_text(text: str, what: str) -> None:
     """ValueError of one line for text that came from bytes other than UTF-8, which cannot be written again."""
     try:
@@ -51,19 +69,22 @@ def check_output(path: str | os.PathLike[str], beside: Sequence[Path] = ()) -> P
     """The path, if a file can be written there, and the files ``beside`` it; call it before any work starts.
 
     Raises:
-        ValueError: one line: a parent that is no folder or not writable, a folder of that name, a name that is too long
-            or not UTF-8.
+        ValueError: one line: a parent that is no folder or not writable, a folder or device of that name, a link that
+            names itself, a name that is too long or not UTF-8.
     """
     target = Path(path)
-    check_text(os.fspath(target), "the name")
+    check_text(as_text(os.fspath(target)), "the name")
     try:
-        if not target.parent.is_dir():
-            raise ValueError(f"cannot write {target}: {target.parent} is no folder; make it first")
+        parent = behind_links(target).parent
+        if not parent.is_dir():
+            raise ValueError(f"cannot write {target}: {parent} is no folder; make it first")
         for file in (target, *beside):
             try:
                 if file.is_dir():
                     raise ValueError(f"cannot write {file}: it is a folder")
-                os.lstat(file)
+                if is_special(file):
+                    raise ValueError(f"cannot write {file}: {SPECIAL}")
+                os.stat(file)  # a link that names itself, a name that is too long
             except FileNotFoundError:
                 pass
             except OSError as error:

@@ -29,7 +29,7 @@ from av.filter import Graph
 
 from ..common.checks import FASTEST, SLOWEST, number_within, plain, whole
 from .atomic import atomic_write, cannot_write, discard, publish, temporary
-from .files import check_output, seen_from
+from .files import as_text, check_output, seen_from
 
 Frames = npt.NDArray[np.uint8]
 """uint8 [F, H, W, 3], RGB."""
@@ -131,7 +131,7 @@ def check_target(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"cannot write {target}: unknown suffix {target.suffix!r}; {_legal()}")
     if not folder:
         return check_output(target, beside=[record_path(target, folder)])
-    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
+    if os.path.exists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"cannot write {target}: it exists and is no empty folder; choose another name")
     check_output(target / FOLDER_RECORD if os.path.isdir(target) else target)
     return target
@@ -250,7 +250,7 @@ class VideoWriter:
             publish(self._partial, self.path)
         beside = record_path(self.path, self.folder)
         try:
-            atomic_write(beside, text.encode("utf-8", "backslashreplace"))  # lone surrogates, as JSON escapes them
+            atomic_write(beside, as_text(text).encode("utf-8", "backslashreplace"))  # surrogates, as JSON escapes them
         except OSError as error:
             beside.unlink(missing_ok=True)  # of the video that was replaced
             raise OSError(f"{self.path} is complete, but without its record: {error}") from error

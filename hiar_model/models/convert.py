@@ -99,7 +99,7 @@ def _check_target(target: Path, to: str) -> Path:
     if suffix not in legal:
         names = " or ".join(f"name{ending}" if ending else "a folder" for ending in legal)
         raise ValueError(f"{target}: --to {to} writes {names}")
-    if os.path.lexists(target) and not (target.is_dir() and not suffix and not any(target.iterdir())):
+    if os.path.exists(target) and not (target.is_dir() and not suffix and not any(target.iterdir())):
         raise ValueError(f"{target} exists and is not overwritten; choose another name")
     check_output(in_folder(target, _SIZES))
     return target

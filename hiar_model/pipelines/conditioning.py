@@ -25,6 +25,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 _CHUNK = 8  # frames resized together
 _REPAIR = "get it again, or write what is whole of it anew (ffmpeg -i IN OUT)"
+_ORIENTATION = 0x0112  # of EXIF
 _BACKGROUND = 255  # grey level behind transparent pixels
 
 
@@ -81,8 +82,12 @@ def read_conditioning(
 
 
 def _check(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: a folder, expected a file")
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{option} {path}: cannot read {path.suffix or 'no suffix'!r}; legal: {', '.join(suffixes)}")
+        other = "; for a clip use extend" if option == "image" and path.suffix.lower() in CLIPS else ""
+        legal = f"legal: {', '.join(suffixes)}{other}"
+        raise ValueError(f"{option} {path}: cannot read {path.suffix or 'no suffix'!r}; {legal}")
     if not path.is_file():
         raise ValueError(f"{option} {path}: no such file")
     refuse_stand_in(path)
@@ -100,11 +105,11 @@ def _read_image(path: Path) -> tuple[Frames, list[str]]:
             opened = Image.open(path)
         with opened as picture:
             frames = getattr(picture, "n_frames", 1)
-            if frames != 1:
+            if frames != 1 and picture.format != "MPO":  # a photo, and its preview or depth map behind it
                 raise ValueError(f"image {path} holds {frames} frames, expected one; for a clip use extend")
             upright: Any = ImageOps.exif_transpose(picture)
             upright.load()
-            if upright.getexif() != picture.getexif():
+            if picture.getexif().get(_ORIENTATION, 1) in range(2, 9):
                 notes.append(f"{path}: rotated by its EXIF orientation")
             return _to_srgb(upright, path, notes), notes
     except Image.DecompressionBombError as error:
@@ -115,28 +120,44 @@ def _read_image(path: Path) -> tuple[Frames, list[str]]:
 
 
 def _to_srgb(picture: Any, path: Path, notes: list[str]) -> Frames:
-    from PIL import Image, ImageCms
+    from PIL import Image
 
-    if picture.mode.startswith(("I", "F")):  # 16 bits per pixel; Pillow would clip at 255
+    profile, transparent = picture.info.get("icc_profile"), picture.info.get("transparency")
+    alpha = None
+    if picture.mode.startswith(("I", "F")):  # 16 bits per pixel; Pillow would clip at 255, and forget what is beside
         grey = np.asarray(picture).astype(np.float64)
+        alpha = None if transparent is None else Image.fromarray(np.uint8(255) * (grey != transparent))
         grey = grey * (255 / 65535) if picture.mode.startswith("I") else grey
         picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-    profile = picture.info.get("icc_profile")
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        if picture.getextrema()[3][0] < 255:
-            notes.append(f"{path}: transparent parts are put on white")
-    if profile and picture.mode in ("RGB", "RGBA", "CMYK", "L"):
-        try:
-            source, srgb = ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB")
-            mode = "RGBA" if picture.mode == "RGBA" else "RGB"
-            picture = ImageCms.profileToProfile(picture, source, srgb, outputMode=mode) or picture
-        except (ImageCms.PyCMSError, OSError):
-            notes.append(f"{path}: its colour profile cannot be read; read as sRGB")
-    if picture.mode == "RGBA":
-        background = Image.new("RGBA", picture.size, (_BACKGROUND,) * 3 + (255,))
-        picture = Image.alpha_composite(background, picture)
-    return np.array(picture.convert("RGB"))
+    elif "A" in picture.getbands() or transparent is not None:
+        alpha = picture.convert("RGBA").getchannel("A")
+    if picture.mode not in ("RGB", "L", "CMYK"):
+        picture = picture.convert("L" if picture.mode in ("1", "LA", "La") else "RGB")
+    if profile:
+        picture, note = _by_profile(picture, profile)
+        notes += [f"{path}: {note}"] if note else []
+    picture = picture.convert("RGB")
+    if alpha is not None and alpha.getextrema()[0] < 255:
+        notes.append(f"{path}: transparent parts are put on white")
+        picture = Image.composite(picture, Image.new("RGB", picture.size, (_BACKGROUND,) * 3), alpha)
+    return np.array(picture)
+
+
+def _by_profile(picture: Any, profile: bytes) -> tuple[Any, str]:
+    """A picture of mode RGB, L or CMYK in sRGB, and a note or ""."""
+    from PIL import ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        space = source.profile.xcolor_space.strip()
+        if space == "RGB" and picture.mode == "L":
+            picture = picture.convert("RGB")
+        if space != {"L": "GRAY"}.get(picture.mode, picture.mode):
+            return picture, f"its colour profile is one of {space}; read without it"
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(picture, source, srgb, outputMode="RGB"), ""
+    except (ImageCms.PyCMSError, OSError):
+        return picture, "its colour profile cannot be read; read as sRGB"
 
 
 class _Clip:

@@ -61,7 +61,7 @@ class RankSteps:
         steps, split = self.plan.steps, self.split
         if sum(split) != steps or not split or min(split[:-1], default=1) < 1 or split[-1] < 0:
             raise ValueError(
-                f"steps per rank must be numbers >= 1 that sum to {steps}, with a 0 after them for a rank that only "
+                f"steps_per_rank must be numbers >= 1 that sum to {steps}, with a 0 after them for a rank that only "
                 f"receives finished blocks, got {list(split)}"
             )
         if len([n for n in split if n]) > 1 and self.plan.graph == "clean":

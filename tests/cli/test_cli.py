@@ -349,6 +349,21 @@ LIGHT = {
     "profile": (["profile", "--model", "wan2.1"], "--model 'wan2.1' is no known configuration; known: toy, wan2.1-t2v"),
     "doctor": (["doctor", "--model", "wan9"], "--model 'wan9' is no name, file or folder; names: toy, wan2.1-t2v"),
     "layout": (["convert", "a", "b", "--to", "nativ"], "--to must be one of native, .*did you mean native"),
+    **{f"no effect: {' '.join(words)}": (words, message) for words, message in [
+        (["generate", PROMPT, "-o", "a.mp4", "--steps-per-rank", "[2,2]"], r"--steps-per-rank .* give --np.* \[2, 2"),
+        (["generate", PROMPT, "-o", "a.mp4", "--dedicated-decoder-rank"], "--dedicated-decoder-rank has no effect wi"),
+        (["generate", PROMPT, "-o", "a.mp4", "--resume"], "--resume has no effect .*, or --parallel pipeline$"),
+        (["generate", PROMPT, "-o", "a.mp4", "--timeout", "9"], "--timeout has no effect without a pipeline"),
+        (["generate", PROMPT, "-o", "a.mp4", "--parallel", "ulysses"], "--parallel has no effect in one process: give"),
+        (["generate", PROMPT, "-o", "a.mp4", "--nproc", "2", "--parallel", "ulysses", "--checkpoint-every", "2"],
+         "--checkpoint-every has no effect without a pipeline"),
+        (["generate", PROMPT, "-o", "a.mp4", "--on-prompt-change", "recache"], "has no effect with one prompt: give"),
+        (["verify-parity", "--nproc", "1", "--steps-per-rank", "measured"], "--steps-per-rank .* got measured"),
+        (["doctor", "--model", "toy", "--vae-dtype", "float32"], "--vae-dtype has no effect on toy, which has no"),
+        (["profile", "--model", "toy", "--blocks", "3", "--stage-times", __file__], "--blocks has no effect beside"),
+        (["bench-report", "--measured", __file__, "--plot", "a.png"], "--plot has no effect beside --measured"),
+        (["bench-report", "--results", ".", "--vae-ms", "9"], "--vae-ms has no effect beside --results"),
+    ]},
     "recipe": (["train", "toy/teachr"], "no recipe 'toy/teachr': .*; did you mean toy/teacher?"),
 }  # fmt: skip
 """What is answered before torch is imported, which takes seconds: half a second for each `--help`."""
@@ -381,3 +396,13 @@ def test_mistakes_and_help_do_not_wait_for_torch():
 ])  # fmt: skip
 def test_names_as_they_are_typed(message, typed):
     assert as_typed(message, ["num_frames", "window_frames", "seed", "model"]) == typed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_parser_of_one_command_is_that_command_s(command):
+    """`main` builds only the options of the command that is typed: the others' take most of the time."""
+    (of_one, of_all) = (build_parser(command), build_parser(None))
+    assert of_one.format_help() == of_all.format_help()
+    ours, theirs = (parsers._subcommands_action._name_parser_map for parsers in (of_one, of_all))
+    assert ours[command].format_help() == theirs[command].format_help()
+    assert all(len(parser._actions) == 1 for name, parser in ours.items() if name != command)  # --help

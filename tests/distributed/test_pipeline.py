@@ -237,7 +237,7 @@ def test_a_generation_on_one_process_saves_its_blocks(model, tmp_path, capsys, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--resume"], "--resume and run_folder are for pipelines only: give --parallel pipeline"),
+        (["--resume"], "--resume has no effect without a pipeline: give --nproc 2 or more, or --parallel pipeline"),
         (["--nproc", "0"], "--nproc must be a whole number from 1 to"),
         (["--parallel", "pipeline", "--steps-per-rank", "[1,1]"], "a number for each of 1 ranks"),
         (["--parallel", "warp"], "--parallel must be one of pipeline, ulysses, got 'warp'"),
@@ -322,7 +322,7 @@ def test_fusion_where_it_is_faster():
     [
         ({"executor": "pipeline-graph"}, "needs a CUDA device"),
         ({"steps_per_rank": (1, 1)}, r"steps_per_rank must have a number for each of 1 ranks, got \[1, 1\]"),
-        ({"steps_per_rank": (3,)}, r"steps per rank must be numbers >= 1 that sum to 4, .*got \[3\]"),
+        ({"steps_per_rank": (3,)}, r"steps_per_rank must be numbers >= 1 that sum to 4, .*got \[3\]"),
         (
             {"dedicated_decoder_rank": True, "steps_per_rank": None},
             "a pipeline of 4 steps must have 1 to 4 ranks, and one more that decodes, got 1",

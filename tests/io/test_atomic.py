@@ -58,6 +58,35 @@ def test_an_existing_target(tmp_path):
     assert contents(tmp_path) == expected
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a"])
+@pytest.mark.parametrize("there", [True, False])
+def test_what_links_name_is_written_and_the_links_stay(tmp_path, name, there):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "disk").mkdir()
+    file, first, second = tmp_path / "disk" / "blob", tmp_path / "links" / f"1{name}", tmp_path / "links" / name
+    second.symlink_to(f"1{name}")
+    first.symlink_to("../disk/blob")
+    if there:
+        file.write_text("old") if name == "a.txt" else file.mkdir()
+    with atomic(second) as partial:
+        assert partial.parent == file.parent and partial.suffix == (second.suffix or ".partial")
+        if name == "a":
+            partial.mkdir()
+        (partial if name == "a.txt" else partial / "b.txt").write_text("new")
+    assert first.is_symlink() and second.is_symlink()
+    assert contents(tmp_path / "disk") == {"blob" if name == "a.txt" else "blob/b.txt": b"new"}
+    assert len(list((tmp_path / "disk").iterdir())) == 1
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "link.txt").symlink_to("pipe.txt")
+    for name in ("pipe.txt", "link.txt"):
+        with pytest.raises(OSError, match=rf"^cannot write .*{name}: it is no file, but a device"):
+            atomic_write(tmp_path / name, "new")
+    assert (tmp_path / "pipe.txt").is_fifo() and len(list(tmp_path.iterdir())) == 2
+
+
 ERRORS = {
     "full disk": (FULL, "No space left on device"),
     "full disk in safetensors": (

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+from pathlib import Path
 
 import av
 import numpy as np
@@ -105,6 +106,22 @@ def test_gif_loops(tmp_path):
     assert b"NETSCAPE2.0\x03\x01\x00\x00" in Video(clip(3), 12).save(tmp_path / "a.gif").read_bytes()
 
 
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a"])
+def test_what_a_link_names_is_written(tmp_path, name, there):
+    """The link stays, and the record lies beside it, under the name that was typed."""
+    link, file = tmp_path / name, tmp_path / "disk" / f"file{Path(name).suffix}"
+    file.parent.mkdir()
+    link.symlink_to(file)
+    if there:
+        file.write_bytes(b"old") if file.suffix else file.mkdir()
+    Video(clip(3), 12).save(link)
+    assert link.is_symlink() and len(read(file)) == 3
+    names = {"frame_00000.png", "frame_00001.png", "frame_00002.png", "video.json"} if file.is_dir() else {file.name}
+    assert {p.name for p in file.parent.rglob("*") if p.is_file()} == names
+    assert {p.name for p in tmp_path.iterdir()} == {"disk", name, *([f"{name}.json"] if file.suffix else [])}
+
+
 def test_frame_by_frame_is_the_same(tmp_path):
     frames = clip()
     with VideoWriter(tmp_path / "parts.mp4", 12) as writer:
@@ -139,15 +156,24 @@ def test_targets(tmp_path):
         ("folder.mp4", "is a folder"),
         ("recorded.mp4", "is a folder"),
         ("link", "exists and is no empty folder"),
+        ("loop", "Too many levels of symbolic links"),
+        ("loop.mp4", "Too many levels of symbolic links"),
+        ("turning.mp4", "Too many levels of symbolic links"),
+        ("lost.mp4", "missing is no folder; make it first"),
+        ("pipe.mp4", "it is no file, but a device, a pipe or a socket"),
         ("n" * 300 + ".mp4", "File name too long"),
     ],
 )
 def test_illegal_targets(tmp_path, name, message):
-    for folder in ("full", "folder.mp4", "recorded.mp4.json", "elsewhere"):
+    for folder in ("full", "folder.mp4", "recorded.mp4.json"):
         (tmp_path / folder).mkdir()
     for file in ("file", "file.txt", "full/x"):
         (tmp_path / file).write_text("kept")
-    (tmp_path / "link").symlink_to("elsewhere")
+    (tmp_path / "link").symlink_to("full")
+    for loop in ("loop", "loop.mp4", "turning.mp4.json"):
+        (tmp_path / loop).symlink_to(loop)
+    (tmp_path / "lost.mp4").symlink_to("missing/a.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
     before = sorted(tmp_path.rglob("*"))
     for ask in (check_target, Video(clip(1), 12).save):
         with refused(message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import weakref
 from fractions import Fraction
 from types import SimpleNamespace
@@ -87,6 +88,88 @@ def test_sixteen_bits_and_other_colour_spaces(tmp_path):
     assert given is not None
     assert "colour profile cannot be read" in given.notes[0]
     assert np.array_equal(given.frames[0], picture())
+
+
+D50 = (0.9642, 1.0, 0.8249)
+TO_XYZ = {  # columns: red, green, blue under D50, of the ICC's profiles
+    "sRGB": [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]],
+    "Display P3": [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]],
+    "Adobe RGB": [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]],
+}
+
+
+def profile(space: str, gamma: float) -> bytes:
+    """An ICC profile of version 2: primaries, or of "grey" none, and a gamma."""
+
+    def fixed(*numbers: float) -> bytes:
+        return b"".join(struct.pack(">i", round(65536 * x)) for x in numbers)
+
+    grey, curve = space == "grey", b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(256 * gamma), 0)
+    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + bytes(82), b"cprt": b"text\0\0\0\0x\0\0\0",
+            b"wtpt": b"XYZ \0\0\0\0" + fixed(*D50)}  # fmt: skip
+    for name, primary in zip("k" if grey else "rgb", [()] if grey else zip(*TO_XYZ[space], strict=True), strict=True):
+        tags[f"{name}TRC".encode()] = curve
+        if not grey:
+            tags[f"{name}XYZ".encode()] = b"XYZ \0\0\0\0" + fixed(*primary)
+    table, body = b"", b""
+    for name, tag in tags.items():
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(tag))
+        body += tag + bytes(-len(tag) % 4)
+    kind = b"\2\x10\0\0mntr" + (b"GRAY" if grey else b"RGB ") + b"XYZ " + bytes(12) + b"acsp" + bytes(28)
+    head = struct.pack(">I4x", 132 + len(table + body)) + kind + fixed(*D50) + bytes(48)
+    return head + struct.pack(">I", len(tags)) + table + body
+
+
+@pytest.mark.parametrize("space", ["Display P3", "Adobe RGB", "grey"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "I;16"])
+def test_the_colours_of_a_profile(tmp_path, space, mode):
+    """In palettes, beside transparency, in 16 bits, and of grey pictures whose profile has colours."""
+    gamma, grey = (1.0 if space == "grey" else 2.2), mode in ("L", "LA", "I;16")
+    colour = np.array([100] * 3 if grey else [200, 100, 50])
+    if mode == "I;16":
+        drawn = Image.fromarray(np.full(SIZE, 100 * 257, np.uint16))
+    else:
+        plain = Image.new("L", SIZE, 100) if grey else Image.new("RGB", SIZE, tuple(colour.tolist()))
+        drawn = plain.quantize(4) if mode == "P" else plain.convert(mode)
+    drawn.save(tmp_path / "p.png", icc_profile=profile(space, gamma))
+    given = read_conditioning(tmp_path / "p.png", None, drawn.size[::-1])
+    assert given is not None
+    if space == "grey" and not grey:
+        expected, note = colour, "its colour profile is one of GRAY; read without it"
+        assert note in given.notes[0]
+    else:
+        linear = (colour / 255) ** gamma
+        if space != "grey":
+            linear = np.linalg.solve(np.array(TO_XYZ["sRGB"]), np.array(TO_XYZ[space]) @ linear).clip(0, 1)
+        expected = 255 * np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+        assert not given.notes
+    assert np.abs(given.frames[0, 2, 2] - expected).max() < 2
+
+
+def test_one_grey_that_is_transparent_in_16_bits(tmp_path):
+    grey = np.full(SIZE, 20000, np.uint16)
+    grey[:, :8] = 40000
+    Image.fromarray(grey).save(tmp_path / "p.png", transparency=40000)
+    given = read_conditioning(tmp_path / "p.png", None, SIZE)
+    assert given is not None and "transparent parts are put on white" in given.notes[0]
+    assert given.frames[0, 2, 2].tolist() == [255] * 3 and given.frames[0, 2, 20].tolist() == [78] * 3
+
+
+def test_a_photo_with_its_preview_in_one_file(tmp_path):
+    """As phones write them (MPO); an animation is refused."""
+    photo, other = Image.fromarray(picture()), Image.new("RGB", (20, 20))
+    photo.save(tmp_path / "p.jpg", format="MPO", save_all=True, append_images=[other], quality=98)
+    given = read_conditioning(tmp_path / "p.jpg", None, SIZE)
+    assert given is not None and off(given.frames[0], picture()) < 4
+    for name in ("a.webp", "a.png"):
+        photo.save(tmp_path / name, save_all=True, append_images=[Image.new("RGB", photo.size)])
+        with pytest.raises(ValueError, match=rf"{name} holds 2 frames, expected one; for a clip use extend$"):
+            read_conditioning(tmp_path / name, None, SIZE)
+    photo.save(tmp_path / "a.gif")
+    (tmp_path / "folder.png").mkdir()
+    for name, reason in (("a.gif", "; for a clip use extend"), ("folder.png", "a folder, expected a file")):
+        with pytest.raises(ValueError, match=rf"image .*{name}: .*{reason}$"):
+            read_conditioning(tmp_path / name, None, SIZE)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,13 +14,14 @@ from pathlib import Path
 import pytest
 import small_toy
 import torch
+from PIL import Image
 from processes import Started
 from safetensors import SafetensorError
 
 from hiar_model import generate
 from hiar_model.cli import main
 from hiar_model.io.atomic import temporary
-from hiar_model.io.files import check_output
+from hiar_model.io.files import as_name, as_text, check_output
 from hiar_model.io.video import VideoWriter
 from hiar_model.models.checkpoint import save_transformer
 from hiar_model.rollout import state_io
@@ -75,6 +78,32 @@ def test_a_name_that_is_too_long_is_refused_before_work(run, tmp_path, monkeypat
     assert run(named(length, suffix)) == 2
     assert capsys.readouterr().err.rstrip().endswith(": File name too long")
     assert not list(tmp_path.iterdir())
+
+
+def test_names_of_utf8_where_the_locale_reads_ascii(small, tmp_path):
+    """A name is bytes of the file system; as text, in the record and in messages, it is UTF-8."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "crème.png")
+    script = (
+        "import sys; from hiar_model.cli import main\n"
+        "out, image, model = sys.argv[1:]\n"
+        "assert sys.getfilesystemencoding() == 'ascii' and not out.isascii()\n"
+        f"made = main(['generate', {PROMPT!r}, '-o', out, '--image', image, '--num-frames', '4', '--model', model])\n"
+        "sys.exit(made or main(['generate', '--config', out + '.json', '-o', out + '.gif']))\n"
+    )
+    environment = {**ENVIRONMENT, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-c", script, "größe.mp4", "crème.png", str(small)]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, timeout=300, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.decode().splitlines()
+    assert first.startswith("größe.mp4: 4 frames, ") and second.startswith("größe.mp4.gif: 4 frames")
+    record = json.loads((tmp_path / "größe.mp4.json").read_text(encoding="utf-8"))
+    assert record["file"] == "größe.mp4" and "./crème.png" in shlex.split(record["command"])
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.parametrize("typed, text", [("crème", "crème"), ("cr\udcc3\udca8me", "crème"), ("\udce9", "\udce9")])
+def test_words_of_the_command_line_as_text(typed, text):
+    assert as_text(typed) == text and as_name(typed) == typed
 
 
 @pytest.mark.parametrize("out", ["cr\udce9e.mp4", "cr\udce9e/", "\udce9/v.mp4"])
@@ -279,6 +308,49 @@ def test_closed_streams(small, tmp_path, closed):
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, timeout=300).returncode == 0
     assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.mp4.json"}
+
+
+class Full(io.StringIO):
+    """Of a disk that is full; buffers nothing."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+GONE = OSError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (FULL, 1, "hiar: cannot write standard output: No space left on device; all else is done\n"),
+    (GONE, 141, ""),
+])  # fmt: skip
+def test_a_standard_output_that_cannot_be_written(run, tmp_path, monkeypatch, capsys, error, code, line):
+    """It was exit status 2, of illegal input, though the video was whole; its file goes on being written."""
+    stream = Full(error)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert run("a.mp4", "--num-frames", "3") == code
+    assert sys.stdout is stream and capsys.readouterr().err == line
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.mp4.json"}
+
+
+def test_a_standard_error_that_cannot_be_written(run, tmp_path, monkeypatch, capsys):
+    stream = Full(FULL)
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert run("a.gif", "--num-frames", "3") == 0 and capsys.readouterr().out.startswith("a.gif: 3 frames")
+    assert run("a.gif") == 2  # it is there
+
+
+def test_a_full_disk_at_the_last_flush():
+    """What is buffered fails when it is flushed, at the latest at exit, where Python would say so itself."""
+    line = f"{sys.executable} -m hiar_model --help > /dev/full"
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["sh", "-c", line], env=environment, timeout=300, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "hiar: cannot write standard output: No space left on device; all else is done\n"
 
 
 def test_others_may_read_what_is_written(small, tmp_path):

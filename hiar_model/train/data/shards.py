@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...io.atomic import discard, publish
+from ...io.atomic import behind_links, discard, publish
 from ...io.weight_files import read_json
 
 SETTINGS = "settings.json"
@@ -82,7 +82,8 @@ def write(path: Path, blob: bytes, rank: int) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.rank_{rank}.partial")  # ranks on several machines may have one process id
+    file = behind_links(path)
+    partial = file.with_name(f".{file.name}.rank_{rank}.partial")  # ranks on several machines may have one process id
     try:
         partial.write_bytes(blob)
         publish(partial, path)
