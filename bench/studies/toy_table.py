@@ -1,8 +1,10 @@
-"""Compares training variants: evaluations of several variants and training seeds as one table.
+"""Compares training variants: evaluations of several variants and seeds as one table.
 
     python -m bench.studies.toy_table bench/results/toy-training
+    python -m bench.studies.toy_table bench/results/scenes --by-part
 
-The folder holds one file ``VARIANT-seedN.json`` of `hiar evaluate toy --json` for each variant and training seed N.
+The folder holds one file ``VARIANT-seedN.json`` of `hiar evaluate toy --json` for each variant and seed N: of training
+(other weights, the same noise), or of the noise (the same weights). With --by-part: valid frames of each stretch.
 """
 
 from __future__ import annotations
@@ -60,6 +62,10 @@ COLUMNS = (
     Column("start", _diverse("start"), 2),
     Column("speed", _diverse("speed"), 2),
 )
+BY_PART_LEGEND = (
+    "Valid % of the whole video and of its stretches in order: colour and shape right, and overlap with the prompted "
+    "shape above 0.75. Mean over seeds ± their standard deviation."
+)
 LEGEND = (
     "Mean over training seeds ± their standard deviation. colour, shape, valid: share of frames (valid: both right, "
     "and overlap with the prompted shape above 0.75); direction: share of videos; speed/truth: measured over prompted "
@@ -71,12 +77,13 @@ LEGEND = (
 )
 
 
-def table(folder: str | Path) -> str:
-    """Markdown: a row for each (length, variant, order), mean and spread over training seeds, by rising length.
+def table(folder: str | Path, by_part: bool = False) -> str:
+    """Markdown: a row for each (length, variant, order), mean and spread over seeds, by rising length; ``by_part``:
+    valid frames of each stretch instead of all figures of the whole.
 
     Raises:
         ValueError: no folder or nothing in it; a file that is not an evaluation or not named ``VARIANT-seedN.json``;
-            seeds of a variant that were measured in different ways, or have the same weights.
+            seeds of a variant that were measured in different ways, or have the same weights and noise.
     """
     groups: dict[tuple[int, str, str], list[Row]] = {}
     parts: set[int] = set()
@@ -87,7 +94,8 @@ def table(folder: str | Path) -> str:
             for row in content["rows"]:
                 groups.setdefault((row["num_frames"], variant, _rollout(row)["order"]), []).append(row)
                 parts.add(len(row["parts"]))
-    shown = [c for c in COLUMNS if any(c.value(row) is not None for rows in groups.values() for row in rows)]
+    columns = _by_part(max(parts)) if by_part else COLUMNS
+    shown = [c for c in columns if any(c.value(row) is not None for rows in groups.values() for row in rows)]
     headings = ["frames", "variant", "order", "seeds", *(column.heading for column in shown), "forwards", "see"]
     lines = ["| " + " | ".join(headings) + " |", "|" + "|".join(["---"] * len(headings)) + "|"]
     for (frames, variant, order), rows in sorted(groups.items()):
@@ -95,7 +103,15 @@ def table(folder: str | Path) -> str:
         cells += [_spread([column.value(row) for row in rows], column.digits) for column in shown]
         lines.append("| " + " | ".join([*cells, f"{rows[0]['forwards']:g}", f"{rows[0]['visible_frames']:.1f}"]) + " |")
     stretches = ", ".join("whole" if n == 1 else f"1/{n}" for n in sorted(parts))
-    return "\n".join([*lines, "", LEGEND.format(parts=stretches)]) + "\n"
+    legend = BY_PART_LEGEND if by_part else LEGEND.format(parts=stretches)
+    return "\n".join([*lines, "", legend]) + "\n"
+
+
+def _by_part(parts: int) -> tuple[Column, ...]:
+    def valid(part: int) -> Callable[[Row], float | None]:
+        return lambda row: _times(row["parts"][part]["valid"], 100) if part < len(row["parts"]) else None
+
+    return Column("valid %", _whole("valid")), *(Column(f"{i + 1}/{parts}", valid(i)) for i in range(parts))
 
 
 def _rollout(row: Row) -> Mapping[str, Any]:
@@ -147,11 +163,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _require_comparable(variant: str, files: Sequence[Path], contents: Sequence[Mapping[str, Any]]) -> None:
-    """Mean and spread make sense over other weights that were measured in the same way."""
+    """Mean and spread make sense over other weights, or other noise, that were measured in the same way."""
+    noises = len({content["weights_sha256"] for content in contents}) == 1
 
     def measured(content: Mapping[str, Any]) -> list[Any]:
         rows = [(row["num_frames"], dict(_rollout(row)), len(row["parts"])) for row in content["rows"]]
-        return [content["prompts"], content["seed"], rows]
+        return [content["prompts"], None if noises else content["seed"], rows]
 
     for path, content in zip(files[1:], contents[1:], strict=True):
         if measured(content) != measured(contents[0]):
@@ -159,17 +176,19 @@ def _require_comparable(variant: str, files: Sequence[Path], contents: Sequence[
                 f"variant {variant}: {path.name} was measured in another way than {files[0].name}: "
                 f"{measured(content)} and {measured(contents[0])} (prompts, seed, rows)"
             )
-    seen: dict[str, Path] = {}
+    seen: dict[Any, Path] = {}
     for path, content in zip(files, contents, strict=True):
-        same = seen.setdefault(content["weights_sha256"], path)
+        same = seen.setdefault((content["weights_sha256"], content["seed"]), path)
         if same is not path:
-            raise ValueError(f"variant {variant}: {path.name} and {same.name} are of the same weights")
+            raise ValueError(f"variant {variant}: {path.name} and {same.name} are of the same weights and noise")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="of files VARIANT-seedN.json")
-    print(table(parser.parse_args().folder), end="")
+    parser.add_argument("--by-part", action="store_true", help="valid frames of each stretch of the videos")
+    args = parser.parse_args()
+    print(table(args.folder, args.by_part), end="")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def convert_arguments(parser: ArgumentParser) -> None:
     """Options of `hiar convert`."""
     parser.add_argument(
         "source", type=str, metavar="IN",
-        help="toy, a Wan or diffusers folder, .safetensors, .pth, a training .pt (its EMA is taken)",
+        help="toy, scenes, a Wan or diffusers folder, .safetensors, .pth, a training .pt (its EMA is taken)",
     )  # fmt: skip
     parser.add_argument(
         "target", type=str, metavar="OUT",
@@ -46,7 +46,7 @@ def doctor_arguments(parser: ArgumentParser) -> None:
     """Options of `hiar doctor`."""
     parser.add_argument(
         "--model", type=str,
-        help="memory of its videos: wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy, or a folder; no weights are loaded",
+        help="memory of its videos: wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy, scenes, or a folder; no weights are loaded",
     )  # fmt: skip
     parser.add_argument("--gpu-memory", type=str, help="does it fit? Such as 24GB (10^9 bytes), 24GiB, or 24,40,80,141")
     parser.add_argument("--height", type=int, help="pixels; default: 480, or the one size that the model has")
@@ -56,7 +56,7 @@ def doctor_arguments(parser: ArgumentParser) -> None:
     memory_arguments(parser)
     parser.add_argument("--batch", type=int, default=1, help="videos made at once")
     parser.add_argument("--fuse-cache-denoise", type=bool, default=False, help="one forward for both kinds of tasks")
-    parser.add_argument("--dtype", type=str, help="of weights and work; default: bfloat16, of the toy float32")
+    parser.add_argument("--dtype", type=str, help="of weights and work; default: bfloat16, of toy and scenes float32")
     parser.add_argument("--vae-dtype", type=str, help="default: bfloat16; none: no VAE on the GPU")
 
 

@@ -15,6 +15,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "position_grid": (4, 4),
     },
 }  # fmt: skip
+_PRESETS["scenes"] = _PRESETS["toy"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class WanVideo:
 
 WAN = WanVideo()
 
-SHIPPED = {"toy": ("hiar_model.toy", "weights")}
+SHIPPED = {"toy": ("hiar_model.toy", "weights"), "scenes": ("hiar_model.toy", "scenes")}
 """Model in this package -> (package, folder in it) of its weights."""
 
 
@@ -116,7 +117,7 @@ class WanConfig:
 
     @classmethod
     def from_name(cls, name: str) -> WanConfig:
-        """The config of a published model or of the toy model."""
+        """The config of a published model or of a shipped one."""
         if name not in _PRESETS:
             raise ValueError(f"model must be one of {', '.join(_PRESETS)}, got {name!r}")
         return cls(**_PRESETS[name])

@@ -37,7 +37,7 @@ class ToyOracle:
         """Templates are tried up to `reach` around the first guess of the position, `step` apart; reference pixels."""
         self.world = ToyWorld(config)
         self.config = self.world.config
-        self.varied = self.config.backgrounds is not None or self.config.texture > 0
+        self.varied = self.config.backgrounds is not None or self.config.texture + self.config.light > 0
         self.backdrops = BackdropReader(self.world)
         # Half the smallest distance: nearer to one colour than this is nearer than to every other.
         self.colour_limit = float(torch.pdist(self.world.palette).min()) / 2
@@ -68,10 +68,10 @@ class ToyOracle:
         prompt = parse(prompt) if isinstance(prompt, str) else prompt
         template = SHAPES.index(prompt.shape) * len(SIZES) + SIZES.index(prompt.size)
         chunks = [self._read(rgb, template) for rgb in self._pixels(frames).split(CHUNK)]
-        colour, shape, size, overlap, centres, background, texture, saturation = map(
+        colour, shape, size, overlap, centres, background, texture, light, saturation = map(
             torch.cat, zip(*chunks, strict=True)
         )
-        backdrop = Backdrop(background, texture)
+        backdrop = Backdrop(background, texture, light)
         return Reading(
             prompt=prompt,
             colour=colour,
@@ -86,12 +86,14 @@ class ToyOracle:
             texture=texture,
             texture_ratio=backdrop.texture_ratio(),
             texture_kept=backdrop.texture_kept(),
+            light=light,
+            light_kept=backdrop.light_kept(),
             saturation=saturation,
         )
 
     def _read(self, rgb: Tensor, template: int) -> tuple[Tensor, ...]:
         """The tensors of `Reading` that a frame has by itself: colour, shape, size, overlap, centres, background,
-        texture, saturation; of frames [F, H, W, 3]. `template`: index of the prompted one."""
+        texture, light, saturation; of frames [F, H, W, 3]. `template`: index of the prompted one."""
         backdrop, image = self.backdrops.read(rgb)
         colour, foreground = self._read_colour(rgb, image if self.varied else self.world.background)
         seen = foreground.flatten(1).sum(1) > 0.5  # pixels
@@ -107,6 +109,7 @@ class ToyOracle:
             self._centres(rolled, corner, seen),
             backdrop.colour,
             backdrop.waves,
+            backdrop.light,
             ((rgb - 0.5).abs() >= 0.5 - SATURATED).flatten(1).float().mean(1),
         )
 

@@ -35,11 +35,13 @@ class Reading:
     centres: Tensor  # float64 [F, 2] (x, y) on the torus, pixels; NaN where there is no foreground
     extent: Tensor  # float64 [2], (x, y) size of the torus
     velocity_expected: Tensor  # float64 [2] (x, y), pixels per frame; at the mean speed where no prompt tells it
-    background: Tensor  # float32 [F, 3], colour behind the shape without its texture, [0, 1] RGB
+    background: Tensor  # float32 [F, 3], colour behind the shape without texture and light, [0, 1] RGB
     background_change: Tensor  # float32 [F], root mean square from that of the video's beginning, [0, 1] RGB
     texture: Tensor  # float32 [F, gratings, 2], amplitudes of cosine and sine, [0, 1] RGB
     texture_ratio: Tensor  # float32 [F], amplitude over that of the video's beginning; NaN without texture there
     texture_kept: Tensor  # float32 [F], share of the beginning's texture that is there; see `backdrop`
+    light: Tensor  # float32 [F, directions, 2], as the texture
+    light_kept: Tensor  # float32 [F], as that of the texture
     saturation: Tensor  # float32 [F], share of pixel values at an end of [0, 1]
 
     @property
@@ -111,7 +113,7 @@ class Reading:
 
 _PER_FRAME = (
     "colour", "shape", "size", "overlap", "centres", "background", "background_change", "texture", "texture_ratio",
-    "texture_kept", "saturation",
+    "texture_kept", "light", "light_kept", "saturation",
 )  # fmt: skip
 
 
@@ -129,6 +131,7 @@ class Summary:
     background_change: float
     texture_ratio: float
     texture_kept: float
+    light_kept: float
     saturation: float
 
     @staticmethod
@@ -148,6 +151,7 @@ class Summary:
             background_change=_mean([reading.background_change for reading in readings]),
             texture_ratio=_mean([reading.texture_ratio for reading in readings]),
             texture_kept=_mean([reading.texture_kept for reading in readings]),
+            light_kept=_mean([reading.light_kept for reading in readings]),
             saturation=_mean([reading.saturation for reading in readings]),
         )
 

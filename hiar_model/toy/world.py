@@ -55,8 +55,10 @@ _LARGEST_REACH = 2 * _TRIANGLE_INRADIUS  # a corner of the triangle lies farthes
 WAVES: tuple[tuple[int, int], ...] = ((2, 0), (0, 2), (2, 2), (2, -2), (3, 0), (0, 3))
 """Gratings of the texture: whole cycles (x, y) over the frame, so that they close on the torus; 11 to 16 reference
 pixels long, which the codec keeps."""
+LIGHT_WAVES: tuple[tuple[int, int], ...] = ((1, 0), (0, 1), (1, 1), (1, -1))
+"""Of the light: one cycle over the frame, so that one side is bright and the other dark."""
 FAINTEST = 1 / 3
-"""Amplitude of the faintest texture of a world over that of its strongest."""
+"""Amplitude of the faintest texture, or light, of a world over that of its strongest."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class WorldConfig:
     palette: tuple[RGB, ...] = tuple(_PALETTE[colour] for colour in COLOURS)
     backgrounds: tuple[RGB, RGB] | None = None  # corners of the box of each video's own background; None: `background`
     texture: float = 0.0  # largest amplitude of a still grey grating on the background, [0, 1] RGB; 0: none
+    light: float = 0.0  # largest amplitude of a still soft light on the background, from one side; 0: even light
     free_speed: bool = False  # no prompt tells the speed: every video has one of the three as its own
 
     def __post_init__(self) -> None:
@@ -87,8 +90,11 @@ class WorldConfig:
         low, high = self.backgrounds or (self.background, self.background)
         if len(low) != 3 or len(high) != 3 or any(a > b for a, b in zip(low, high, strict=True)):
             raise ValueError(f"backgrounds must be two colours (r, g, b), low <= high, got {self.backgrounds}")
-        if not 0 <= self.texture <= min(*low, *(1 - value for value in high)):
-            raise ValueError(f"texture {self.texture} must be at least 0 and keep backgrounds {low}..{high} in [0, 1]")
+        if min(self.texture, self.light) < 0 or self.texture + self.light > min(*low, *(1 - value for value in high)):
+            raise ValueError(
+                f"texture {self.texture} and light {self.light} must be at least 0 and keep backgrounds {low}..{high} "
+                "in [0, 1]"
+            )
 
     @property
     def scale(self) -> float:
@@ -101,14 +107,16 @@ WORLDS: dict[str, WorldConfig] = {
     # Dark enough that every colour of the palette stands out, wide enough that a video can lose its own background.
     "varied": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1),
     "free_speed": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1, free_speed=True),
+    "scenes": WorldConfig(backgrounds=((0.18, 0.18, 0.18), (0.46, 0.36, 0.46)), texture=0.08, light=0.1),
 }
 """Named worlds. "plain": the prompt fixes everything but the start. "varied": a background and a texture of its own for
-each video, which only the video's own past tells. "free_speed": that, and how fast the shape moves."""
+each video, which only the video's own past tells. "free_speed": that, and how fast the shape moves. "scenes": varied,
+and lit from one side."""
 
 
 @dataclass(frozen=True)
-class Texture:
-    """Still grating, the same in the three channels: amplitude * cos(2 pi (kx x / width + ky y / height) + phase)."""
+class Grating:
+    """A still wave, the same in the three channels: amplitude * cos(2 pi (kx x / width + ky y / height) + phase)."""
 
     amplitude: float  # [0, 1] RGB
     wave: tuple[int, int]  # whole cycles (kx, ky) over the frame
@@ -123,7 +131,8 @@ class Scene:
     x: float
     y: float
     background: RGB | None = None  # [0, 1]; None: the world's
-    texture: Texture | None = None  # None: flat
+    texture: Grating | None = None  # None: flat
+    light: Grating | None = None  # None: even
 
 
 class Sample(NamedTuple):
@@ -197,13 +206,18 @@ class ToyWorld:
         """What the shapes move over: float32 [len(scenes), 3, H, W] in [0, 1]."""
         colours = [scene.background or self.config.background for scene in scenes]
         flat = torch.tensor(colours)[:, :, None, None].expand(-1, -1, self.config.height, self.config.width)
-        textures = [scene.texture or Texture(0.0, (0, 0), 0.0) for scene in scenes]
-        if not any(texture.amplitude for texture in textures):
-            return flat
-        amplitudes = torch.tensor([texture.amplitude for texture in textures])
-        phases = torch.tensor([texture.phase for texture in textures])
-        angles = self.wave_angles([texture.wave for texture in textures]) + phases[:, None, None]
-        return flat + (amplitudes[:, None, None] * angles.cos())[:, None]
+        for name in ("texture", "light"):
+            gratings = [getattr(scene, name) or Grating(0.0, (0, 0), 0.0) for scene in scenes]
+            if any(grating.amplitude for grating in gratings):
+                flat = flat + self._waves(gratings)[:, None]
+        return flat
+
+    def _waves(self, gratings: Sequence[Grating]) -> Tensor:
+        """float32 [len(gratings), H, W]."""
+        amplitudes = torch.tensor([grating.amplitude for grating in gratings])
+        phases = torch.tensor([grating.phase for grating in gratings])
+        angles = self.wave_angles([grating.wave for grating in gratings]) + phases[:, None, None]
+        return amplitudes[:, None, None] * angles.cos()
 
     @own_settings()
     def wave_angles(self, waves: Sequence[tuple[int, int]]) -> Tensor:
@@ -245,7 +259,7 @@ class ToyWorld:
         if not scenes:
             raise ValueError("no scene to render")
         starts = torch.tensor([[scene.x, scene.y] for scene in scenes], dtype=torch.float64)
-        own = any(scene.background or scene.texture for scene in scenes)
+        own = any(scene.background or scene.texture or scene.light for scene in scenes)
         backdrops = self.backdrops(scenes) if own else None
         return self.render_batch(
             token_table([scene.prompt for scene in scenes]), starts, num_frames, first_frame, backdrops
@@ -283,20 +297,17 @@ class ToyWorld:
         prompts = [ToyPrompt.from_tokens(row) for row in tokens.tolist()]
         # Drawn last: a world that varies nothing draws nothing, and its scenes stay what they were.
         backgrounds: list[RGB | None] = [None] * batch
-        textures: list[Texture | None] = [None] * batch
         if self.config.backgrounds is not None:
             low, high = (torch.tensor(colour, dtype=torch.float64) for colour in self.config.backgrounds)
             unit = draw_uniform(generator, batch, 3, dtype=torch.float64)
             backgrounds = [(r, g, b) for r, g, b in (low + unit * (high - low)).tolist()]
-        if self.config.texture:
-            kinds = draw_whole(generator, len(WAVES), batch).tolist()
-            unit = draw_uniform(generator, batch, 2, dtype=torch.float64)
-            strengths = (self.config.texture * (FAINTEST + (1 - FAINTEST) * unit[:, 0])).tolist()
-            phases = (2 * math.pi * unit[:, 1]).tolist()
-            textures = [Texture(a, WAVES[k], p) for a, k, p in zip(strengths, kinds, phases, strict=True)]
+        textures = _sample_gratings(batch, generator, self.config.texture, WAVES)
+        lights = _sample_gratings(batch, generator, self.config.light, LIGHT_WAVES)
         return [
-            Scene(prompt, x, y, background, texture)
-            for prompt, (x, y), background, texture in zip(prompts, starts, backgrounds, textures, strict=True)
+            Scene(prompt, x, y, background, texture, light)
+            for prompt, (x, y), background, texture, light in zip(
+                prompts, starts, backgrounds, textures, lights, strict=True
+            )
         ]
 
     def sample_batch(
@@ -311,6 +322,19 @@ class ToyWorld:
         scenes = self.sample_scenes(batch, generator, start, pool)
         prompts = [scene.prompt for scene in scenes]
         return Sample(self.render_scenes(scenes, num_frames), prompts, token_table(prompts), scenes)
+
+
+def _sample_gratings(
+    batch: int, generator: Generator, strongest: float, waves: Sequence[tuple[int, int]]
+) -> Sequence[Grating | None]:
+    """Uniform in amplitude from the faintest to the strongest, in wave and in phase; nothing is drawn for 0."""
+    if not strongest:
+        return [None] * batch
+    kinds = draw_whole(generator, len(waves), batch).tolist()
+    unit = draw_uniform(generator, batch, 2, dtype=torch.float64)
+    strengths = (strongest * (FAINTEST + (1 - FAINTEST) * unit[:, 0])).tolist()
+    phases = (2 * math.pi * unit[:, 1]).tolist()
+    return [Grating(a, waves[k], p) for a, k, p in zip(strengths, kinds, phases, strict=True)]
 
 
 def _signed_distance(shape: int, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from hiar_model.config import RolloutConfig
 pytestmark = pytest.mark.cpu
 
 
-def write(folder, name: str, values: Sequence[float] = (1.0,), sha: str | None = None, **changes) -> None:
+def write(folder, name: str, values: Sequence[float] = (1.0,), sha: str | None = None, seed: int = 0, **changes) -> None:
     """A file of `hiar evaluate toy --json`, a row for each valid share (in the last part; the first has 1)."""
     part = {"colour": 1.0, "shape": 0.5, "valid": 1.0, "direction": 1.0, "speed_ratio": 0.8, "background_change": 0.1,
             "texture_kept": 0.5, "texture_ratio": 0.7}  # fmt: skip
@@ -27,7 +27,7 @@ def write(folder, name: str, values: Sequence[float] = (1.0,), sha: str | None =
         }
         for i, value in enumerate(values)
     ]  # fmt: skip
-    content = {"weights_sha256": sha or name, "prompts": 64, "seed": 0, "rows": rows}
+    content = {"weights_sha256": sha or name, "prompts": 64, "seed": seed, "rows": rows}
     (folder / name).write_text(json.dumps(content))
 
 
@@ -57,6 +57,18 @@ def test_table_shows_what_some_measured(tmp_path):
     assert "| 0.50 | 0.25 | 8 |" in a and "| - | - | 8 |" in b
 
 
+def test_seeds_of_the_noise_by_part(tmp_path):
+    """The same weights with other noise; and where a video is good."""
+    for seed, valid in enumerate((0.5, 0.7)):
+        write(tmp_path, f"a-seed{seed}.json", [valid], sha="same", seed=seed)
+    head, _, row, *_ = table(tmp_path, by_part=True).splitlines()
+    assert "| valid % | 1/2 | 2/2 |" in head
+    assert "| a | stream | 2 | 60.0 ± 14.1 | 100.0 ± 0.0 | 60.0 ± 14.1 |" in row
+    write(tmp_path, "a-seed2.json", sha="other", seed=2)
+    with pytest.raises(ValueError, match=r"a-seed1.json was measured in another way"):
+        table(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -65,7 +77,7 @@ def test_table_shows_what_some_measured(tmp_path):
         ({"a-seedx.json": {}}, "is not named"),
         ({"a-seed0.json": {}, "a-seed1.json": {"num_frames": 48}}, "variant a: a-seed1.json .* in another way"),
         ({"a-seed0.json": {}, "a-seed1.json": {"rollout": {"order": "stream"}}}, "in another way than a-seed0.json"),
-        ({"a-seed0.json": {"sha": "x"}, "a-seed1.json": {"sha": "x"}}, "a-seed1.json and a-seed0.json .* same weights"),
+        ({"a-seed0.json": {"sha": "x"}, "a-seed1.json": {"sha": "x"}}, "a-seed1.json and a-seed0.json .* same weights and"),
         ({"a-seed0.json": {"parts": []}}, "a-seed0.json is not a result of hiar evaluate toy"),
         ({"a-seed0.json": {"values": ()}}, "no rows"),
     ],
@@ -102,3 +114,6 @@ def test_the_script(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["toy_table", str(tmp_path)])
     main()
     assert capsys.readouterr().out == table(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["toy_table", str(tmp_path), "--by-part"])
+    main()
+    assert capsys.readouterr().out == table(tmp_path, by_part=True)

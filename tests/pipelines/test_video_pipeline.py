@@ -139,7 +139,7 @@ def test_a_damaged_model_is_refused(copy, damage):
 
 @pytest.mark.parametrize("name", ["toys", "", "/nowhere/model"])
 def test_no_such_model(name):
-    with pytest.raises(ValueError, match=r"is neither a folder nor a shipped model; shipped: toy$"):
+    with pytest.raises(ValueError, match=r"is neither a folder nor a shipped model; shipped: toy, scenes$"):
         load_video_model(name)
 
 

@@ -224,7 +224,11 @@ WRONG = {
         ["--model", f"original/{WEIGHTS}"],
         "is a file: give a folder as model, .* as checkpoint",
     ),
-    "no such folder": (None, ["--model", "nowhere"], "'nowhere' is neither a folder nor a shipped model; shipped: toy"),
+    "no such folder": (
+        None,
+        ["--model", "nowhere"],
+        "'nowhere' is neither a folder nor a shipped model; shipped: toy, scenes",
+    ),
     "no weights": (without(f"original/{WEIGHTS}"), [], r"original: no weights found; expected .*safetensors"),
     "a shard gone": (
         without(f"sharded/{wan_files.WEIGHTS}-00001-of-00002.safetensors"),

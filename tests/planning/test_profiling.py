@@ -116,7 +116,7 @@ def test_a_warm_up_says_what_it_costs(capfd):
     ("options", "line"),
     [
         (["--order", "step_first"], "--order must have a steady state (stream, wavefront or block_first)"),
-        (["--model", "wan"], "--model 'wan' is no known configuration; known: toy, wan"),
+        (["--model", "wan"], "--model 'wan' is no known configuration; known: toy, scenes, wan"),
         (["--model", "toy", "--height", "32"], "toy has one size"),
         (["--height", "33"], "height and width must be multiples of 16, got 33x832"),
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, float64, got 'int8'"),

@@ -26,12 +26,12 @@ from hiar_model.toy.codec import ToyCodec
 from hiar_model.toy.oracle import ToyOracle
 from hiar_model.toy.prompt import SPEEDS, parse, split_prompts
 from hiar_model.toy.reading import Reading
-from hiar_model.toy.world import WORLDS, Scene, Texture, ToyWorld, WorldConfig
+from hiar_model.toy.world import WORLDS, Grating, Scene, ToyWorld, WorldConfig
 
 pytestmark = pytest.mark.cpu
 
 PROMPTS = split_prompts()[1][:8]
-BACKGROUND, TEXTURE = (0.3, 0.2, 0.4), Texture(0.08, (2, 2), 1.0)
+BACKGROUND, TEXTURE = (0.3, 0.2, 0.4), Grating(0.08, (2, 2), 1.0)
 
 
 def form(order: str, **changes) -> RolloutConfig:

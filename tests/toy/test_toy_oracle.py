@@ -14,7 +14,7 @@ from hiar_model.toy.codec import ToyCodec
 from hiar_model.toy.oracle import ToyOracle
 from hiar_model.toy.prompt import ToyPrompt
 from hiar_model.toy.reading import NOTHING, Reading, Summary
-from hiar_model.toy.world import WAVES, WORLDS, Scene, Texture, ToyWorld, WorldConfig
+from hiar_model.toy.world import LIGHT_WAVES, WAVES, WORLDS, Grating, Scene, ToyWorld, WorldConfig
 
 pytestmark = pytest.mark.cpu
 
@@ -174,7 +174,7 @@ def test_frames_are_read_at_once(world: ToyWorld, oracle: ToyOracle) -> None:
 
 
 VARIED = WORLDS["varied"]
-BACKGROUND, TEXTURE = (0.3, 0.2, 0.4), Texture(0.08, (2, 2), 1.0)
+BACKGROUND, TEXTURE = (0.3, 0.2, 0.4), Grating(0.08, (2, 2), 1.0)
 SCENE = Scene(PROMPT, 15.0, 17.0, BACKGROUND, TEXTURE)
 
 
@@ -248,7 +248,7 @@ def test_drift_of_the_background_is_read_as_it_is(varied: ToyOracle) -> None:
     ],
 )
 def test_change_of_the_texture_is_read_as_it_is(
-    varied: ToyOracle, texture: Texture | None, ratio: float, kept: float
+    varied: ToyOracle, texture: Grating | None, ratio: float, kept: float
 ) -> None:
     changed = dataclasses.replace(SCENE, texture=texture)
     reading = varied.evaluate(changing(*[SCENE] * 3, *[changed] * 5), PROMPT)
@@ -264,7 +264,36 @@ def test_a_video_without_texture_cannot_lose_it(varied: ToyOracle, oracle: ToyOr
     plain = oracle.evaluate(clip(world, PROMPT), PROMPT)
     assert plain.texture_ratio.isnan().all() and plain.texture.shape == (24, 0, 2)
     assert plain.background.mean(0).tolist() == pytest.approx(WorldConfig().background, abs=0.002)
+    assert reading.light_kept.isnan().all() and reading.light.shape == (6, 0, 2)
     assert math.isnan(Summary.of([plain]).texture_kept) and Summary.of([plain]).background_change < 0.001
+
+
+def test_light_is_read_apart_from_the_texture() -> None:
+    """Through the codec, in every scene of its world; and a light that turns or fades, below a texture that stays."""
+    world = ToyWorld(WORLDS["scenes"])
+    lit = ToyOracle(world.config)
+    sample = world.sample_batch(100, 4, generator(3), start="anywhere")
+    codec = ToyCodec.fit(channels=16)  # that of the plain world, as in training
+    readings = read(lit, ToyCodec.to_uint8(codec.decode(codec.encode(sample.videos))), sample.prompts)
+    summary = Summary.of(readings)
+    assert min(summary.colour, summary.shape, summary.valid, summary.direction) >= 0.995
+    assert summary.light_kept == pytest.approx(1, abs=0.005) and summary.texture_kept == pytest.approx(1, abs=0.005)
+    for reading, scene in zip(readings, sample.scenes, strict=True):
+        assert (reading.background - torch.tensor(scene.background)).abs().max() < 0.01
+        assert (reading.light.flatten(1).norm(dim=1) - scene.light.amplitude).abs().max() < 0.006
+        assert (reading.light.norm(dim=2).argmax(1) == LIGHT_WAVES.index(scene.light.wave)).all()
+    light = Grating(0.1, (1, 0), 0.5)
+    scene = dataclasses.replace(SCENE, light=light)
+    for other, kept in (
+        (dataclasses.replace(light, wave=(0, 1)), 0),
+        (dataclasses.replace(light, amplitude=0.05), 0.5),
+    ):
+        changed = dataclasses.replace(scene, light=other)
+        video = torch.cat([world.render(scene, 0, 3), world.render(changed, 3, 3)])
+        reading = lit.evaluate(video, PROMPT)
+        assert reading.light_kept[3:].tolist() == pytest.approx([kept] * 3, abs=0.03)
+        assert reading.texture_kept.tolist() == pytest.approx([1] * 6, abs=0.03) and reading.valid.all()
+        assert reading.background_change.max() < 0.003
 
 
 def test_saturation_is_a_share_of_values(varied: ToyOracle) -> None:

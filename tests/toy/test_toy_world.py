@@ -15,7 +15,7 @@ from hiar_model.toy import prompt as grammar
 from hiar_model.toy.codec import ToyCodec
 from hiar_model.toy.prompt import ToyPrompt, parse
 from hiar_model.toy.text import ToyTextEncoder
-from hiar_model.toy.world import FAINTEST, WAVES, WORLDS, Scene, Texture, ToyWorld, WorldConfig
+from hiar_model.toy.world import FAINTEST, LIGHT_WAVES, WAVES, WORLDS, Grating, Scene, ToyWorld, WorldConfig
 
 pytestmark = pytest.mark.cpu
 
@@ -234,6 +234,8 @@ def test_config_is_checked() -> None:
         WorldConfig(speeds=(1.0,))
     with pytest.raises(ValueError, match="positive"):
         WorldConfig(height=0)
+    with pytest.raises(ValueError, match=r"texture 0.1 and light 0.1 must be at least 0 and keep"):
+        WorldConfig(backgrounds=((0.15,) * 3, (0.5,) * 3), texture=0.1, light=0.1)
     wide = ToyWorld(WorldConfig(height=48, width=80)).sample_batch(2, 3, generator())
     assert wide.videos.shape == (2, 3, 3, 48, 80)
 
@@ -241,16 +243,19 @@ def test_config_is_checked() -> None:
 # The varied world
 
 
-VARIED = WORLDS["varied"]
+VARIED, SCENES = WORLDS["varied"], WORLDS["scenes"]
 
 
 def test_the_plain_world_draws_nothing_more() -> None:
     """What a world varies is drawn last: the plain world's samples, and what follows them, stay what they were."""
-    plain, varied, after = generator(7), generator(7), generator(7)
+    plain, varied, lit, after = generator(7), generator(7), generator(7), generator(7)
     a = ToyWorld(WORLDS["plain"]).sample_batch(8, 2, plain)
     b = ToyWorld(VARIED).sample_batch(8, 2, varied)
+    c = ToyWorld(SCENES).sample_batch(8, 2, lit)
     assert torch.equal(a.tokens, b.tokens)
     assert [(s.x, s.y) for s in a.scenes] == [(s.x, s.y) for s in b.scenes]
+    assert [s.texture.wave for s in b.scenes] == [s.texture.wave for s in c.scenes]  # the light is drawn last of all
+    assert all(scene.light is None for scene in b.scenes)
     grammar.random_tokens(8, after)
     torch.rand(8, 2, generator=after, dtype=torch.float64)
     assert torch.equal(plain.get_state(), after.get_state())
@@ -258,27 +263,29 @@ def test_the_plain_world_draws_nothing_more() -> None:
     assert WORLDS["plain"] == WorldConfig()
 
 
-def test_backgrounds_and_textures_fill_what_the_config_says() -> None:
-    scenes = ToyWorld(VARIED).sample_scenes(2000, generator(1))
-    assert VARIED.backgrounds is not None
+def test_backgrounds_textures_and_lights_fill_what_the_config_says() -> None:
+    scenes = ToyWorld(SCENES).sample_scenes(2000, generator(1))
+    assert SCENES.backgrounds is not None
     colours = torch.tensor([scene.background for scene in scenes])
-    for channel, low, high in zip(colours.T, *VARIED.backgrounds, strict=True):
+    for channel, low, high in zip(colours.T, *SCENES.backgrounds, strict=True):
         assert low <= channel.min() < low + 0.01 and high - 0.01 < channel.max() <= high
         assert float(channel.std()) == pytest.approx((high - low) / math.sqrt(12), rel=0.05)
-    textures = [scene.texture for scene in scenes]
-    amplitudes = torch.tensor([texture.amplitude for texture in textures]) / VARIED.texture
-    assert FAINTEST <= amplitudes.min() < FAINTEST + 0.01 and 0.99 < amplitudes.max() <= 1
-    assert {texture.wave for texture in textures} == set(WAVES)
-    assert max(texture.phase for texture in textures) > 6.2
+    for name, waves in (("texture", WAVES), ("light", LIGHT_WAVES)):
+        gratings = [getattr(scene, name) for scene in scenes]
+        amplitudes = torch.tensor([grating.amplitude for grating in gratings]) / getattr(SCENES, name)
+        assert FAINTEST <= amplitudes.min() < FAINTEST + 0.01 and 0.99 < amplitudes.max() <= 1
+        assert {grating.wave for grating in gratings} == set(waves)
+        assert max(grating.phase for grating in gratings) > 6.2
 
 
 def test_a_scene_renders_as_it_says() -> None:
     """By hand: background and cosine where nothing is, the palette's colour in the middle of the shape."""
     world = ToyWorld(VARIED)
-    scene = Scene(PROMPT, 8.0, 8.0, (0.3, 0.2, 0.4), Texture(0.1, (3, 2), 0.5))
+    scene = Scene(PROMPT, 8.0, 8.0, (0.3, 0.2, 0.4), Grating(0.1, (3, 2), 0.5), Grating(0.05, (1, 0), 2.0))
     frame = (world.render(scene, 0, 1)[0] + 1) / 2
     for x, y in ((20, 20), (31, 0), (17, 30)):
         wave = 0.1 * math.cos(2 * math.pi * (3 * (x + 0.5) + 2 * (y + 0.5)) / 32 + 0.5)
+        wave += 0.05 * math.cos(2 * math.pi * (x + 0.5) / 32 + 2)
         assert frame[:, y, x].tolist() == pytest.approx([0.3 + wave, 0.2 + wave, 0.4 + wave], abs=1e-5)
     assert frame[:, 8, 8].tolist() == pytest.approx(VARIED.palette[grammar.COLOURS.index("red")], abs=1e-5)
     far = world.render(scene, 1_000_000, 2)  # the background stands still
