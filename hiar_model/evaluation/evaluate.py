@@ -123,7 +123,7 @@ def evaluate_toy(
                 videos=len(prompts),
                 whole=Summary.of(cut),
                 parts=tuple(map(Summary.of, zip(*(reading.parts(parts) for reading in cut), strict=True))),
-                **_steady_cost(Plan.of(rollout)),
+                **steady_cost(Plan.of(rollout)),
                 diversity=diversity,
             )
     return [rows[frames, number] for frames in num_frames for number in range(len(rollouts))]
@@ -134,7 +134,7 @@ def default_rollouts(rollout: RolloutConfig) -> tuple[RolloutConfig, ...]:
     return (rollout, rollout.with_order("block_first")) if rollout.order == "step_first" else (rollout,)
 
 
-def _steady_cost(plan: Plan) -> dict[str, float]:
+def steady_cost(plan: Plan) -> dict[str, float]:
     """Forwards of a block, and the frames that one of them sees on average, far from both ends of a video. Without a
     window a block sees ever more: then of the eighth block."""
     reach = max(8 * plan.frames_per_block if window is None else window for window in plan.window_frames)
