@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..common.settings import own_settings
 from ..config import RolloutConfig
+from ..io.plot import Lines, Series, save_plot
 from ..models.registry import VideoModel
 from ..rollout import Rollout
 from ..schedule.plan import Plan
@@ -19,6 +21,7 @@ from ..toy.oracle import ToyOracle
 from ..toy.prompt import ToyPrompt
 from ..toy.reading import Reading, Summary
 from .diversity import Diversity
+from .quality import ordinal
 
 PARTS = 6
 """Default number of stretches that a video is judged in, beside the whole, so that a decline over time shows."""
@@ -127,6 +130,24 @@ def evaluate_toy(
                 diversity=diversity,
             )
     return [rows[frames, number] for frames in num_frames for number in range(len(rollouts))]
+
+
+def draw_rows(rows: Sequence[EvaluationRow], picture: str | os.PathLike[str]) -> None:
+    """Draw the share of valid frames, and of frames of the right colour, by stretches of the video into a .png: a panel
+    for each length, a line for each rollout."""
+    lengths = list(dict.fromkeys(row.num_frames for row in rows))
+    panels = []
+    for frames in lengths:
+        for label, name in (("valid frames", "valid"), ("frames of the right colour", "colour")):
+            lines = [
+                Series(row.rollout.order, range(1, 1 + len(row.parts)), [100 * getattr(p, name) for p in row.parts])
+                for row in rows
+                if row.num_frames == frames
+            ]
+            about = f"{label}, %, of {rows[0].videos} videos of {frames} frames"
+            stretch = f"{ordinal(len(rows[0].parts))} of the video"
+            panels.append(Lines(about, lines, stretch, y_range=(0.0, 100.0), points=True))
+    save_plot(panels, picture)
 
 
 def default_rollouts(rollout: RolloutConfig) -> tuple[RolloutConfig, ...]:

@@ -29,6 +29,11 @@ AT_ONCE = 2**16
 LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601
 
 
+def ordinal(parts: int) -> str:
+    """The name of one of so many stretches, such as "eighth"."""
+    return {4: "quarter", 5: "fifth", 6: "sixth", 8: "eighth", 10: "tenth"}.get(parts, f"1/{parts}")
+
+
 def frame_statistics(frames: Frames) -> dict[str, np.ndarray]:
     """Statistics of frames uint8 [F, H, W, 3] that need no truth, float64 [F] each, in units of the full range.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .video import Frames
+if TYPE_CHECKING:
+    from .video import Frames
 
 PAPER, INK, GREY = (18, 18, 18), (240, 240, 240), (165, 165, 165)
 

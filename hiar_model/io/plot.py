@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .atomic import atomic
 from .captions import font, shortened
-from .video import Frames, save_png
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
+
+    from .video import Frames
 
 COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 """Of series in turn: Okabe and Ito's, which stay apart for colour-blind readers."""
@@ -123,7 +125,11 @@ def draw(panels: Sequence[Lines | Bars], columns: int = 2) -> Frames:
 
 def save_plot(panels: Sequence[Lines | Bars], path: str | os.PathLike[str], columns: int = 2) -> None:
     """Draw into a .png, atomically. Errors: see :func:`draw`; OSError if it cannot be written."""
-    save_png(draw(panels, columns), path)
+    from PIL import Image
+
+    image = Image.fromarray(draw(panels, columns))
+    with atomic(path) as partial:
+        image.save(partial, "PNG")
 
 
 @dataclass

@@ -20,12 +20,11 @@ from ..common.settings import own_settings
 from ..config import ExecutionConfig, RolloutConfig
 from ..config.rollout import ORDERS
 from ..evaluation.evaluate import steady_cost
-from ..evaluation.quality import LABELS, PARTS, QualityMeter
-from ..io.atomic import atomic_write
+from ..evaluation.quality import LABELS, PARTS, QualityMeter, ordinal
 from ..io.captions import CaptionedGrid
 from ..io.files import check_output
-from ..io.plot import Lines, Series, draw
-from ..io.video import Frames, VideoWriter, check_target, encode_png, is_folder_target, upscale
+from ..io.plot import Lines, Series, save_plot
+from ..io.video import Frames, VideoWriter, check_target, is_folder_target, upscale
 from ..models.threads import cpu_threads, is_small
 from ..models.video_model import VideoModel, pick_device, pick_dtype
 from ..planning.free_memory import require_memory
@@ -173,9 +172,9 @@ def plot_path(target: Path, folder: bool = False) -> Path:
     return target / "drift.png" if folder else target.with_name(f"{target.stem}.drift.png")
 
 
-def drift_plot(results: Sequence[OrderResult], title: str = "") -> Frames:
-    """Quality by stretches of the video, a panel for each measure, a line for each order; uint8 [H, W, 3]."""
-    panels = []
+def drift_panels(results: Sequence[OrderResult], title: str = "") -> list[Lines]:
+    """Quality by stretches of the video: a panel for each measure, a line for each order."""
+    panels: list[Lines] = []
     for name in results[0].quality:
         percent = 100 if name == "valid" else 1
         lines = [
@@ -184,7 +183,7 @@ def drift_plot(results: Sequence[OrderResult], title: str = "") -> Frames:
             for values in [result.quality[name]]
         ]
         highest = max(LEAST_TOP.get(name, 0.0), *(percent * 1.0 if name == "valid" else max(line.y) for line in lines))
-        label = f"{ORDINALS.get(len(lines[0].y), 'part')} of the video"
+        label = f"{ordinal(len(lines[0].y))} of the video"
         panels.append(
             Lines(
                 LABELS[name],
@@ -197,12 +196,11 @@ def drift_plot(results: Sequence[OrderResult], title: str = "") -> Frames:
         )
     if title:
         panels[0] = replace(panels[0], title=f"{LABELS[next(iter(results[0].quality))]}: {title}")
-    return draw(panels, columns=2 if len(panels) < 5 else 3)
+    return panels
 
 
 LEAST_TOP = {"change": 0.05}
 """The top of an axis is here at least: below it lies what motion alone does."""
-ORDINALS = {4: "quarter", 5: "fifth", 6: "sixth", 8: "eighth", 10: "tenth"}
 
 
 def _pipeline(
@@ -281,7 +279,8 @@ def _write(runs: Sequence[VideoRun], out: str | os.PathLike[str], plot: Path, sp
         results = tuple(each.result() for each in watched)
         writer.metadata["orders"] = [result.to_dict() for result in results]
     try:
-        atomic_write(plot, encode_png(drift_plot(results, title)))
+        panels = drift_panels(results, title)
+        save_plot(panels, plot, columns=2 if len(panels) < 5 else 3)
     except OSError as error:
         raise OSError(f"{writer.path} is complete, but without its plot: {error}") from error
     return Comparison(writer.path, plot, num_frames, writer.frames_written, speed, first.fps, results)

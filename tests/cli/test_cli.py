@@ -234,7 +234,7 @@ def test_train_resume_generate(here, capsys):
     told = capsys.readouterr()
     assert "model: run/model; try: hiar generate" in told.out and not told.err
     assert {p.name for p in (here / "run").iterdir()} >= {"model", "loss.csv", "states"}
-    assert ((here / "run/loss.png").exists()) == ("loss plot: run/loss.png" in told.out)
+    assert (here / "run/loss.png").exists() and "loss plot: run/loss.png" in told.out
     assert run("train", TOY, *TINY, "--out", "run") == 0
     assert "resuming from update 2 of run/states/update_00000002" in capsys.readouterr().out
     assert "another batch_size" in refused(capsys, 2, "train", TOY, *TINY, "batch_size=2", "--out", "run")
