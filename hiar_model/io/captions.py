@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from .video import Frames
-
+Picture = npt.NDArray[np.uint8]
+"""uint8 [H, W, 3], RGB."""
 PAPER, INK, GREY = (18, 18, 18), (240, 240, 240), (165, 165, 165)
 
 
@@ -71,7 +71,7 @@ class CaptionedGrid:
                 write(left, top - above + line * (i + 0.5), words, GREY if i else INK, width)
         self.canvas, self.gap, self.line = canvas, gap, line
 
-    def compose(self, images: Sequence[Frames], footer: str) -> Frames:
+    def compose(self, images: Sequence[Picture], footer: str) -> Picture:
         """One frame, uint8 [H, W, 3], of one image uint8 [height, width, 3] of every video."""
         from PIL import ImageDraw
 

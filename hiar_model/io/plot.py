@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .atomic import atomic
-from .captions import font, shortened
+from .captions import Picture, font, shortened
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
-
-    from .video import Frames
 
 COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 """Of series in turn: Okabe and Ito's, which stay apart for colour-blind readers."""
@@ -97,7 +95,7 @@ class _Axis:
         return self.start + (at - low) / (high - low) * (self.stop - self.start)
 
 
-def draw(panels: Sequence[Lines | Bars], columns: int = 2) -> Frames:
+def draw(panels: Sequence[Lines | Bars], columns: int = 2) -> Picture:
     """Draw panels in reading order; uint8 [H, W, 3].
 
     Raises:
