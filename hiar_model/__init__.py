@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .models.text_encoder import WanTextEncoder
     from .models.transformer import HiARTransformer
     from .models.video_model import VideoModel
+    from .pipelines.compare import compare
     from .pipelines.prompt_schedule import PromptSchedule
     from .pipelines.video_pipeline import VideoPipeline, generate, stream
     from .rollout import Rollout
@@ -34,6 +35,7 @@ __all__ = [
     "Video",
     "VideoModel",
     "generate",
+    "compare",
     "load_video_model",
     "stream",
     "PromptSchedule",
@@ -58,6 +60,7 @@ _HOME = {
     "VideoModel": "models.video_model",
     "load_video_model": "models.registry",
     "generate": "pipelines.video_pipeline",
+    "compare": "pipelines.compare",
     "stream": "pipelines.video_pipeline",
     "PromptSchedule": "pipelines.prompt_schedule",
     "infill": "rollout.infill",

@@ -25,11 +25,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
 """Legal values by option; each item of a list, or between commas, is checked."""
 MINIMUM = {
     "num_frames": 1, "steps": 1, "height": 1, "width": 1, "threads": 1, "nproc": 1, "batch": 1, "blocks": 1,
-    "layers": 1, "parts": 1, "sink_frames": 0, "checkpoint_every": 0, "seeds": 0,
+    "layers": 1, "parts": 1, "speed": 1, "sink_frames": 0, "checkpoint_every": 0, "seeds": 0,
 }  # fmt: skip
 MOST = {"steps": checks.MOST_STEPS, "threads": checks.MOST_THREADS, "nproc": checks.MOST_THREADS}
 ABOVE_0 = ("timeout",)
-INPUT_FILES = {"generate": ("image", "extend", "prompts", "from_session"), "bench-report": ("stage_times", "measured")}
+INPUT_FILES = {
+    "generate": ("image", "extend", "prompts", "from_session"), "compare": ("image", "extend", "prompts"),
+    "bench-report": ("stage_times", "measured"),
+}  # fmt: skip
 """Options of a command that name files it reads."""
 
 
@@ -98,8 +101,9 @@ def _needed(command: str, a: Namespace) -> dict[str, str]:
             idle |= dict.fromkeys(("steps_per_rank", "dedicated_decoder_rank", "resume", "checkpoint_every"), why)
             if processes == 1:
                 idle["timeout"] = why
-    if command == "generate" and a.prompts is None and a.from_session is None:
-        idle["on_prompt_change"] = "with one prompt: give --prompts, or --from-session"
+    if command in ("generate", "compare") and a.prompts is None and a.get("from_session") is None:
+        others = ", or --from-session" if command == "generate" else ""
+        idle["on_prompt_change"] = f"with one prompt: give --prompts{others}"
     if command == "doctor" and a.model in SHIPPED:
         idle |= dict.fromkeys(("offload", "vae_dtype"), f"on {a.model}, which has no text encoder and no VAE")
     if command == "profile" and a.stage_times is not None:
@@ -195,8 +199,8 @@ def _typed(action: Any, words: Sequence[str]) -> str:
 
 def _unquoted(command: str | None, words: str) -> str:
     """Words behind the prompt are those of a prompt without quotes."""
-    loose = command == "generate" and not words.startswith("-")
-    return '; put the prompt in quotes: hiar generate "a red circle moving right" -o red.mp4' if loose else ""
+    loose = command in ("generate", "compare") and not words.startswith("-")
+    return f'; put the prompt in quotes: hiar {command} "a red circle moving right" -o red.mp4' if loose else ""
 
 
 def _misplaced(words: str) -> str:

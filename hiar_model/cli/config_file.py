@@ -75,8 +75,9 @@ def _from_metadata(parser: ArgumentParser, metadata: dict[str, Any], path: Path)
         program, name, *words = shlex.split(metadata["command"])
     except (ValueError, AttributeError) as error:
         raise TypeError(f"{path}: its command cannot be read: {error}") from error
-    if program != "hiar" or name != "generate" or parser.prog.split()[-1:] not in (["generate"], ["hiar"]):
-        raise TypeError(f"{path} is the metadata of a video, for hiar generate only")
+    maker = name if name in ("generate", "compare") else "generate"
+    if program != "hiar" or name != maker or parser.prog.split()[-1] not in (maker, "hiar"):
+        raise TypeError(f"{path} is the metadata of a video, for hiar {maker} only")
     try:
         require_noise(str(path), metadata.get("noise"))
     except ValueError as error:

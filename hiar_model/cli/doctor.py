@@ -10,7 +10,7 @@ from ..version import versions
 
 LIBRARIES = ("torch", "triton", "numpy", "safetensors", "av", "jsonargparse", "rich")
 UNUSABLE = "not usable"  # prefix of the line of a broken component
-OPTIONAL = ("diffusers", "transformers", "flash-attn", "xformers", "matplotlib")
+OPTIONAL = ("diffusers", "transformers", "flash-attn", "xformers", "tensorboard")
 
 
 def report() -> Iterator[tuple[str, str]]:

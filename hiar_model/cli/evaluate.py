@@ -10,10 +10,8 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from ..io.atomic import atomic_write
-from ..io.files import check_output
+from ..io.files import check_output, check_picture
 from .machine import load_model, machine_arguments, progress_bar
-
-ORDINALS = {4: "quarter", 5: "fifth", 6: "sixth", 8: "eighth", 10: "tenth"}
 
 
 def evaluate_arguments(parser: ArgumentParser) -> None:
@@ -40,12 +38,14 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=0, help="first blocks of each prompt, to say how diverse they are")
     parser.add_argument("--batch", type=int, default=16, help="videos made at once; does not change the result")
     parser.add_argument("--json", type=str, help="write the figures there as well")
+    parser.add_argument("--plot", type=str, help="draw valid frames and colour by stretches into this .png too")
     machine_arguments(parser)
 
 
 def evaluate(a: Namespace) -> None:
     target = None if a.json is None else check_output(a.json)  # before any work
-    from ..evaluation.evaluate import PARTS, default_rollouts, evaluate_toy
+    picture = check_picture(a.plot)
+    from ..evaluation.evaluate import PARTS, default_rollouts, draw_rows, evaluate_toy
     from ..toy.prompt import split_prompts
     from ..version import NOISE, versions
 
@@ -83,6 +83,9 @@ def evaluate(a: Namespace) -> None:
             "versions": versions("torch"),
         }
         atomic_write(target, json.dumps({**about, "rows": [row.to_dict() for row in rows]}, indent=2) + "\n")
+    if picture is not None:
+        draw_rows(rows, picture)
+        print(f"plot: {picture}")
 
 
 def _print_rows(rows: Sequence[Any], title: str) -> None:
@@ -91,9 +94,10 @@ def _print_rows(rows: Sequence[Any], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..evaluation.quality import ordinal
+
     print(title)  # as the title of the table it would be wrapped
-    count = len(rows[0].parts)
-    by = f"by {ORDINALS.get(count, f'1/{count}')}"
+    by = f"by {ordinal(len(rows[0].parts))}"
     # what the prompt leaves open: in the last stretch, if the world varies it; and over seeds
     varied = any(row.whole.texture_kept == row.whole.texture_kept for row in rows)
     kinds = [vars(row.diversity) for row in rows if row.diversity is not None]

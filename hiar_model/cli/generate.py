@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .parallel import Job
 
 
-def generate_arguments(parser: ArgumentParser) -> None:
-    """Options of `hiar generate`."""
+def video_arguments(parser: ArgumentParser) -> None:
+    """Options of one video, shared with `hiar compare`."""
     parser.add_argument(
         "prompt", action=OptionalPositional, type=str, nargs="?",
         help='such as "a red circle moving right"; or give --prompts',
@@ -38,15 +38,7 @@ def generate_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--height", type=int, help="pixels; default: what the model says, 480 of Wan")
     parser.add_argument("--width", type=int, help="pixels; default: what the model says, 832 of Wan")
-    parser.add_argument(
-        "--num-frames", type=int, help="pixel frames from the video's start; default: what the model says"
-    )
     parser.add_argument("--seed", type=int, default=0, help="of all noise")
-    parser.add_argument(
-        "--order", type=str,
-        help="step_first, stream, wavefront or block_first; default: the model's, else wavefront if it is small and on "
-        "a CPU, else step_first",
-    )  # fmt: skip
     memory_arguments(parser)
     parser.add_argument("--fps", type=float, help="of the video; default: the model's")
     parser.add_argument("--image", type=str, help="first frame: a picture, scaled and cropped to the size of the video")
@@ -54,14 +46,27 @@ def generate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--prompts", type=str, help='file of lines "seconds prompt", counted from the video\'s start')
     parser.add_argument("--on-prompt-change", type=str, default="keep", help="context at a new prompt: keep or recache")
     parser.add_argument("--on-nan", type=str, default="stop", help="latents that are not finite: stop or retry")
+    machine_arguments(parser)
+    parser.add_argument("--prompt-cache", type=str, help="folder that keeps embeddings of prompts (Wan)")
+
+
+def generate_arguments(parser: ArgumentParser) -> None:
+    """Options of `hiar generate`."""
+    video_arguments(parser)
+    parser.add_argument(
+        "--num-frames", type=int, help="pixel frames from the video's start; default: what the model says"
+    )
+    parser.add_argument(
+        "--order", type=str,
+        help="step_first, stream, wavefront or block_first; default: the model's, else wavefront if it is small and on "
+        "a CPU, else step_first",
+    )  # fmt: skip
     parser.add_argument(
         "--session",
         type=str,
         help="file to resume from, written at the end, or at Ctrl-C or SIGTERM (not step_first)",
     )
     parser.add_argument("--from-session", type=str, help="resume such a file; a different prompt makes a fork")
-    machine_arguments(parser)
-    parser.add_argument("--prompt-cache", type=str, help="folder that keeps embeddings of prompts (Wan)")
     pipeline_arguments(parser)
     resume_arguments(parser)
 
@@ -78,15 +83,11 @@ def generate(a: Namespace) -> None:
 
 def _generate_here(a: Namespace, here: Job, folder: str) -> None:
     from ..io.files import SESSION, check_output, in_folder, require_apart
-    from ..io.video import VideoWriter, check_target, is_folder_target, record_path
+    from ..io.video import VideoWriter, is_folder_target, record_path
 
     # Validate arguments before loading the model.
-    target = check_target(a.out)
-    if target.is_file() and not a.overwrite:
-        raise ValueError(f"{target} exists: give another name, or --overwrite")
-    for option in ("image", "extend", "from_session"):
-        if a[option] is not None and not Path(a[option]).exists():
-            raise ValueError(f"{option.replace('_', '-')} {a[option]}: no such file")
+    target = new_video(a)
+    existing_inputs(a, ("image", "extend", "from_session"))
     session = None if a.session is None else check_output(in_folder(a.session, SESSION))
     require_apart(
         {"-o": target, "the metadata of -o": record_path(target, is_folder_target(a.out)), "--session": session},
@@ -94,7 +95,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
     )
     if a.from_session is not None:  # that may be replaced by --session
         require_apart({"-o": target}, {"--from-session": in_folder(a.from_session, SESSION)})
-    prompts = _prompt_schedule(a)
+    prompts = prompt_schedule(a)
     with imports():
         from hiar_kernels.nvtx import span
 
@@ -180,7 +181,24 @@ def _summary(run: VideoRun, written: int, seconds: float) -> str:
     return f"{length}; {f'{new} ' if fixed else ''}made in {seconds:.1f} s ({speed})"
 
 
-def _prompt_schedule(a: Namespace) -> Any:
+def new_video(a: Namespace) -> Path:
+    """The path of -o, if a video can be written there; ValueError for a file without --overwrite."""
+    from ..io.video import check_target
+
+    target = check_target(a.out)
+    if target.is_file() and not a.overwrite:
+        raise ValueError(f"{target} exists: give another name, or --overwrite")
+    return target
+
+
+def existing_inputs(a: Namespace, names: Sequence[str]) -> None:
+    """ValueError if one of these options names a file that is not there."""
+    for name in names:
+        if a[name] is not None and not Path(a[name]).exists():
+            raise ValueError(f"{name.replace('_', '-')} {a[name]}: no such file")
+
+
+def prompt_schedule(a: Namespace) -> Any:
     """The prompt schedule; None if there is one prompt."""
     if a.prompt is not None:
         check_text(a.prompt, "the prompt")

@@ -17,6 +17,7 @@ from ..common import environment
 from ..io.files import as_name, as_text
 from ..version import package_version
 from .choices import as_typed, check_choices, check_effects, explained, options_of
+from .compare import compare, compare_arguments
 from .config_file import ConfigFile, config_first
 from .evaluate import evaluate, evaluate_arguments
 from .generate import generate, generate_arguments
@@ -115,6 +116,11 @@ def _fail(message: object, code: int, debug: bool) -> int:
 Command = tuple[Callable[[ArgumentParser], None], Callable[[Namespace], None], str]
 COMMANDS: dict[str, Command] = {
     "generate": (generate_arguments, generate, "Make a video of a prompt."),
+    "compare": (
+        compare_arguments,
+        compare,
+        "Make a prompt's video in several orders, side by side, and plot the drift.",
+    ),
     "train": (train_arguments, train, "Train by a recipe, here or under torchrun; the same command resumes."),
     "evaluate": (evaluate_arguments, evaluate, "Measure how well a toy model's videos keep their prompts."),
     "verify-parity": (parity_arguments, verify_parity, "Compare a pipeline of processes with one, bit for bit."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from ..io.atomic import atomic_write
-from ..io.files import check_output
+from ..io.files import check_output, check_picture
 from .choices import rollout_options
 
 
@@ -80,17 +79,25 @@ def profile_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--stage-times", type=str, help="instead: tasks by the frames they see, into this JSON file for bench-report"
     )
+    parser.add_argument("--plot", type=str, help="draw where a task's milliseconds go, beside the limit, into a .png")
 
 
 def profile(a: Namespace) -> None:
     if a.blocks < 1:
         raise ValueError(f"blocks must be at least 1, got {a.blocks}")
+    if a.plot is not None and a.stage_times is not None:
+        raise ValueError("--plot draws the profile, which --stage-times replaces: give one of them")
+    picture = check_picture(a.plot)
     setting = _setting(a, blocks=a.blocks)
+    from ..planning.profiling import draw_profile, stage_times
     from ..planning.profiling import profile as measure
-    from ..planning.profiling import stage_times
 
     if a.stage_times is None:
-        print("\n".join(measure(setting).lines()))
+        result = measure(setting)
+        print("\n".join(result.lines()))
+        if picture is not None:
+            draw_profile(result, picture)
+            print(f"plot: {picture}")
         return
     target = check_output(a.stage_times)
     atomic_write(target, json.dumps(stage_times(setting), indent=1) + "\n")
@@ -103,7 +110,7 @@ def report_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--tflops", type=float, default=790.0, help="of the roofline")
     parser.add_argument("--vae-ms", type=float, default=145.5, help="decode of a block, where stage times do not say")
     parser.add_argument("--results", type=str, help="a folder like bench/results: only the rollouts measured in it")
-    parser.add_argument("--plot", type=str, help="draw the gains into this .png too; needs matplotlib")
+    parser.add_argument("--plot", type=str, help="draw the gains into this .png too")
 
 
 def bench_report(a: Namespace) -> None:
@@ -124,13 +131,10 @@ def bench_report(a: Namespace) -> None:
         for table in (rollout_table, breakdown_table):
             print("\n".join([*table(Path(a.results)), ""]))
         return
-    if a.plot is not None:
-        check_output(a.plot)
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib: pip install 'hiar-kernels[bench]'")
+    picture = check_picture(a.plot)
     print("Measured rollouts, then projections by the simulator: about half a minute.", file=sys.stderr, flush=True)
     for section in report(a.stage_times, a.tflops, a.vae_ms):
         print(section, flush=True)
-    if a.plot is not None:
-        draw_gains(a.plot)
-        print(f"plot: {a.plot}")
+    if picture is not None:
+        draw_gains(picture)
+        print(f"plot: {picture}")

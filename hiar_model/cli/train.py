@@ -61,7 +61,7 @@ def train(a: Namespace) -> None:
 
 
 def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
-    from ..train.engine.loss_plot import PICTURE, can_draw, draw_losses
+    from ..train.engine.loss_plot import PICTURE
     from ..train.engine.metrics import LOSSES
     from ..train.engine.trainer import Trainer
     from ..train.stages.base import make_stage
@@ -100,12 +100,7 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
     model = trainer.export()
     if model is None:
         return
-    if not can_draw():
-        say("no loss plot: matplotlib is not installed (pip install 'hiar-kernels[train]')")
-    elif not (folder / LOSSES).exists():
-        say(f"no loss plot: no file {folder / LOSSES}")
-    else:
-        draw_losses(folder / LOSSES, folder / PICTURE)
+    if (folder / PICTURE).exists():
         say(f"loss plot: {folder / PICTURE}")
     hint = f'; try: hiar generate "a red circle moving right" -o out.mp4 --model {model}' if model.is_dir() else ""
     say(f"model: {model}{hint}")

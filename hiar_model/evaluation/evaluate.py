@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..common.settings import own_settings
 from ..config import RolloutConfig
+from ..io.plot import Lines, Series, save_plot
 from ..models.registry import VideoModel
 from ..rollout import Rollout
 from ..schedule.plan import Plan
@@ -19,6 +21,7 @@ from ..toy.oracle import ToyOracle
 from ..toy.prompt import ToyPrompt
 from ..toy.reading import Reading, Summary
 from .diversity import Diversity
+from .quality import ordinal
 
 PARTS = 6
 """Default number of stretches that a video is judged in, beside the whole, so that a decline over time shows."""
@@ -123,10 +126,28 @@ def evaluate_toy(
                 videos=len(prompts),
                 whole=Summary.of(cut),
                 parts=tuple(map(Summary.of, zip(*(reading.parts(parts) for reading in cut), strict=True))),
-                **_steady_cost(Plan.of(rollout)),
+                **steady_cost(Plan.of(rollout)),
                 diversity=diversity,
             )
     return [rows[frames, number] for frames in num_frames for number in range(len(rollouts))]
+
+
+def draw_rows(rows: Sequence[EvaluationRow], picture: str | os.PathLike[str]) -> None:
+    """Draw the share of valid frames, and of frames of the right colour, by stretches of the video into a .png: a panel
+    for each length, a line for each rollout."""
+    lengths = list(dict.fromkeys(row.num_frames for row in rows))
+    panels = []
+    for frames in lengths:
+        for label, name in (("valid frames", "valid"), ("frames of the right colour", "colour")):
+            lines = [
+                Series(row.rollout.order, range(1, 1 + len(row.parts)), [100 * getattr(p, name) for p in row.parts])
+                for row in rows
+                if row.num_frames == frames
+            ]
+            about = f"{label}, %, of {rows[0].videos} videos of {frames} frames"
+            stretch = f"{ordinal(len(rows[0].parts))} of the video"
+            panels.append(Lines(about, lines, stretch, y_range=(0.0, 100.0), points=True))
+    save_plot(panels, picture)
 
 
 def default_rollouts(rollout: RolloutConfig) -> tuple[RolloutConfig, ...]:
@@ -134,7 +155,7 @@ def default_rollouts(rollout: RolloutConfig) -> tuple[RolloutConfig, ...]:
     return (rollout, rollout.with_order("block_first")) if rollout.order == "step_first" else (rollout,)
 
 
-def _steady_cost(plan: Plan) -> dict[str, float]:
+def steady_cost(plan: Plan) -> dict[str, float]:
     """Forwards of a block, and the frames that one of them sees on average, far from both ends of a video. Without a
     window a block sees ever more: then of the eighth block."""
     reach = max(8 * plan.frames_per_block if window is None else window for window in plan.window_frames)

@@ -97,6 +97,13 @@ def check_output(path: str | os.PathLike[str], beside: Sequence[Path] = ()) -> P
     return target
 
 
+def check_picture(path: str | os.PathLike[str] | None) -> Path | None:
+    """:func:`check_output` of a .png; ValueError for another suffix. None stays None."""
+    if path is not None and Path(path).suffix.lower() != ".png":
+        raise ValueError(f"cannot write {os.fspath(path)}: a plot is a PNG, legal: name.png")
+    return None if path is None else check_output(path)
+
+
 def require_apart(written: Mapping[str, Path | None], read: Mapping[str, str | Path | None]) -> None:
     """ValueError of one line if two outputs are one file, or an output is a file that is read. By the options that name
     them; links are followed.

@@ -167,6 +167,7 @@ class VideoWriter:
             line that, run in the video's folder, makes the video again.
         size: (height, width) of the frames, where it is known: what the format cannot hold is refused at once.
         least_side: frames with a shorter side are enlarged, see :func:`upscale`; 1: never.
+        smooth: the frames were enlarged already: encoded as quickly as those that are enlarged here.
 
     Raises:
         ValueError: what :func:`check_target` refuses, an illegal rate, frames of different sizes, no frames at all.
@@ -180,10 +181,11 @@ class VideoWriter:
         metadata: Mapping[str, Any] | None = None,
         least_side: int = LEAST_SIDE,
         size: tuple[int, int] | None = None,
+        smooth: bool = False,
     ) -> None:
         fps, least_side = check_fps(fps), whole("least_side", least_side, 1, most=LARGEST_ENLARGED)
         self.path, self.fps, self.least_side = check_target(path), float(fps), least_side
-        self.metadata = dict(metadata or {})
+        self.metadata, self.smooth = dict(metadata or {}), smooth
         self.folder = is_folder_target(path)
         if not self.folder and self.path.suffix.lower() == ".gif" and fps > GIF_FASTEST:
             raise ValueError(f"a .gif has at most {GIF_FASTEST:g} fps, got {fps:g}; use .mp4 or a folder of PNG files")
@@ -210,7 +212,7 @@ class VideoWriter:
         with self._named():
             if self._encoder is None:
                 height, width = frames.shape[1:3]
-                self._encoder = self._open(height, width, enlarged=(height, width) != self._size)
+                self._encoder = self._open(height, width, enlarged=self.smooth or (height, width) != self._size)
             for image in frames:
                 self._encoder.add(image)
         self.frames_written += len(frames)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from ..config import SHIPPED
 from ..version import NOISE, versions
 
 
-def describe(run: Any) -> dict[str, Any]:
+def describe(run: Any, command: str = "generate", more: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Metadata of a :class:`.video_pipeline.VideoRun` as JSON values. "command" reproduces it, and is missing if its
     prompts came from no file.
+
+    Args:
+        command: of `hiar`. more: its options beside those of the run, or in place of them; None: left out.
     """
     model, options, config, execution = run.model, run.options, run.config, run.execution
     device = model.device
@@ -43,9 +47,10 @@ def describe(run: Any) -> dict[str, Any]:
         "on-prompt-change": None if options.prompts is None else config.on_prompt_change,
         "on-nan": None if execution.on_nan == "stop" else execution.on_nan,
         "from-session": options.session,
+        **(more or {}),
     }
     prompt, prompts = options.prompt, None
-    command = ["hiar", "generate", *([] if prompt is None else [prompt])]
+    typed = ["hiar", command, *([] if prompt is None else [prompt])]
     schedule = None if run.prompts is None else run.prompts.schedule
     if schedule is not None:
         prompts = [[line.seconds, line.prompt] for line in schedule.lines]
@@ -55,7 +60,7 @@ def describe(run: Any) -> dict[str, Any]:
         words["model"] = _absolute(model.name)
     repeatable = schedule is None or schedule.file is not None
     for name, value in words.items():
-        command += [] if value is None else [f"--{name}", str(value)]
+        typed += [] if value is None else [f"--{name}", str(value)]
     return {
         "prompt": prompt,
         "prompts": prompts,
@@ -77,7 +82,7 @@ def describe(run: Any) -> dict[str, Any]:
         "attention_impl": execution.attention_impl,
         "threads": threads,
         "versions": versions("torch", "numpy", "av"),
-        **({"command": command} if repeatable else {}),
+        **({"command": typed} if repeatable else {}),
     }
 
 

@@ -41,7 +41,7 @@ from .prompt_schedule import EncodedPromptSchedule, PromptSchedule, prompt_delay
 Window = int | Sequence[int | None] | None | Literal["model"]
 Progress = Callable[[int, int | None, int, int | None], None]
 """Called with (pixel frames done, total, forwards done, total); the totals are None for an endless video."""
-Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ class VideoOptions:
         return {f.name: getattr(self, f.name) for f in fields(RolloutConfig) if hasattr(self, f.name)}
 
 
-def _video_options(returns: Any) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Decorator: append the fields of :class:`VideoOptions` to a function's signature and docstring."""
+def video_options(returns: Any, without: Sequence[str] = ()) -> Callable[[Function], Function]:
+    """Append the fields of :class:`VideoOptions` to a function's signature and, unless some are left out, docstring."""
 
-    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
+    def decorate(function: Function) -> Function:
         own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
         prompt, *options = (
             inspect.Parameter(
@@ -141,11 +141,12 @@ def _video_options(returns: Any) -> Callable[[Callable[..., Result]], Callable[.
                 annotation=f.type,
             )
             for f in fields(VideoOptions)
+            if f.name not in without
         )
         first = [p for p in own if p.name == "self"]
         rest = [p for p in own if p.name not in ("self", "prompt")]
         function.__signature__ = inspect.Signature([*first, prompt, *rest, *options], return_annotation=returns)  # type: ignore[attr-defined]
-        function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{_OPTIONS}"
+        function.__doc__ = inspect.cleandoc(function.__doc__ or "") + ("" if without else f"\n\n{_OPTIONS}")
         return function
 
     return decorate
@@ -200,14 +201,14 @@ class VideoPipeline:
             return self._named
         return load_video_model(self._named, self.device, self.dtype)
 
-    @_video_options("Video")
+    @video_options("Video")
     def __call__(self, prompt: str | None, **options: Any) -> Video:
         """A whole video. The same arguments give the same video."""
         run = self.prepare(VideoOptions(prompt, **options))
         with span("generate"):
             return Video(np.concatenate(list(run)), run.fps, run.metadata)
 
-    @_video_options("Iterator[Frames]")
+    @video_options("Iterator[Frames]")
     def stream(self, prompt: str | None, **options: Any) -> Iterator[Frames]:
         """Yield a video block by block, uint8 [f, H, W, 3] each; ``num_frames`` None: endless.
 
@@ -439,7 +440,7 @@ class VideoRun:
             self.on_progress(self.frames_done, self.num_frames, forwards_done, self.rollout.forwards_total)
 
 
-@_video_options("Video")
+@video_options("Video")
 def generate(
     prompt: str | None,
     *,
@@ -465,7 +466,7 @@ def generate(
     return VideoPipeline(model, execution, device=device, dtype=dtype)(prompt, **options)
 
 
-@_video_options("Iterator[Frames]")
+@video_options("Iterator[Frames]")
 def stream(
     prompt: str | None,
     *,

@@ -5,7 +5,7 @@ memory kills the process without a message.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,14 @@ def require_memory(
     num_frames: int | None = None,
     order: str | None = None,
     kv_dtype: str | None = None,
+    beside: Sequence[str] = (),
     **options: Any,
 ) -> None:
     """Refuse a video that does not fit the free memory of the device, before any weights are read.
 
     Args:
         model: a Wan folder; anything else, and small models, are not checked. options: of :func:`.fit.fit_query`.
+        beside: the orders of further videos that are made of the same weights at the same time.
 
     Raises:
         ValueError: one line: the bytes needed, those free, and options that fit.
@@ -126,22 +128,27 @@ def require_memory(
     if free is None or sum(file.stat().st_size for file in files) < SMALL:
         return
     try:
-        need = _need(folder, one, device, dtype, offload, kv_dtype, frames=num_frames, order=order, **options)
-        total = need.total()
+        need, *others = (
+            _need(folder, one, device, dtype, offload, kv_dtype, frames=num_frames, order=each, **options)
+            for each in (order, *beside)
+        )
+        more = sum(other.query.memory().own for other in others)
+        total = need.total() + more
     except (ValueError, TypeError, OSError):
         return  # reported when it is loaded
     if total <= free:
         return
     fitting: dict[str, int] = {}
-    for words, nbytes in need.options(free):
-        fitting.setdefault(words, nbytes)
+    for words, nbytes in need.options(free - more):
+        fitting.setdefault(words, nbytes + more)
         if len(fitting) == 3:
             break
     fits = "; ".join(f"{words} ({nbytes / 1e9:.1f} GB)" for words, nbytes in fitting.items())
     r, where = need.query.request, "memory" if device.type == "cpu" else f"{device}'s memory"
     name = str(r.dtype).removeprefix("torch.")
+    needs = "these videos need" if beside else "this video needs"
     raise ValueError(
-        f"{model}: this video needs about {total / 1e9:.1f} GB in {name}, {free / 1e9:.1f} GB of {where} are free; "
+        f"{model}: {needs} about {total / 1e9:.1f} GB in {name}, {free / 1e9:.1f} GB of {where} are free; "
         + (f"these fit: {fits}" if fits else "no option makes it fit: see hiar doctor --model")
     )
 

@@ -166,6 +166,11 @@ class Memory:
         return weights + self.text_encoder.peak + self.workspaces
 
     @property
+    def own(self) -> int:
+        """Bytes of this video alone, beside others of the same weights whose tasks take turns with its own."""
+        return self.caches + self.prompt + self.latents + self._vae.resident
+
+    @property
     def resident(self) -> int:
         """Bytes that stay from block to block."""
         text = 0 if "text" in self.offload else self.text_encoder.weights

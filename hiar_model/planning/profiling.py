@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -143,6 +144,20 @@ class Profile:
                 f"| {limit} | {part.why} |"
             )
         return lines
+
+
+def draw_profile(result: Profile, picture: str | Path) -> None:
+    """Draw the milliseconds of a task by kind of work, each beside the least that this machine allows, into a .png."""
+    from ..io.plot import Bar, Bars, save_plot
+
+    bars = [
+        Bar(part.name, 1e3 * part.seconds, 1e3 * part.limit, f"{part.seconds / result.seconds:.0%}")
+        for part in result.parts
+    ]
+    s = result.setting
+    title = f"{s.model}, {s.dtype}, {result.device}: {1e3 * result.seconds:.4g} ms a task"
+    panel = Bars(title, bars, "ms", "least that this machine allows, by its measured FLOP/s and bytes/s")
+    save_plot([panel], picture)
 
 
 def build(setting: Setting) -> tuple[Rollout, float]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ..config import WAN, WanConfig
-from ..io.atomic import atomic
 from . import gpu_tables
 from .costs import LINKS, CostCurve, Costs, Geometry, exchanged_bytes, task_flop, uneven_heads, unit_costs
 from .plan import Plan
@@ -229,25 +228,20 @@ def pictures() -> dict[str, str]:
 def draw_gains(picture: str | Path, blocks: Sequence[int] = (2, 4, 7, 14, 27, 54, 81, 120, 200)) -> None:
     """Plot the speedup over one rank block-first by number of blocks, a line per number of steps, into a .png.
 
-    All tasks cost 1. Left: one rank per step; right: at most four ranks. Needs matplotlib.
+    All tasks cost 1. Left: one rank per step; right: at most four ranks.
     """
-    from matplotlib.figure import Figure
+    from ..io.plot import Lines, Series, save_plot
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, title, most in zip(
-        figure.subplots(1, 2), ("one rank per step", "four ranks at most"), (50, 4), strict=True
-    ):
+    panels = []
+    for title, most in (("one rank per step", 50), ("four ranks at most", 4)):
+        lines = []
         for s in STEPS:
             bases = [simulate(plan_of("block_first", s), n).time for n in blocks]
             times = [simulate(plan_of("stream", s), n, min(s, most)).time for n in blocks]
-            axes.plot(blocks, [b / t for b, t in zip(bases, times, strict=True)], marker=".", label=f"{s} steps")
-        axes.set(title=title, xlabel="blocks", ylabel="gain over one rank block-first", xscale="log")
-        axes.set_xticks(blocks[::2], [str(n) for n in blocks[::2]])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend()
-    with atomic(picture) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+            lines.append(Series(f"{s} steps", blocks, [b / t for b, t in zip(bases, times, strict=True)]))
+        gain = "gain over one rank block-first"
+        panels.append(Lines(title, lines, "blocks", gain, log_x=True, points=True))
+    save_plot(panels, picture)
 
 
 # The report, and its tables for pages.
@@ -365,7 +359,7 @@ def main() -> None:
     parser.add_argument("--stage-times", help="JSON of measured stage times; default: the roofline")
     parser.add_argument("--tflops", type=float, default=TFLOPS, help="of the roofline, TFLOP/s")
     parser.add_argument("--vae-ms", type=float, default=VAE_MS, help="milliseconds to decode a block")
-    parser.add_argument("--plot", help="instead: plot the speedups into this .png; needs matplotlib")
+    parser.add_argument("--plot", help="instead: plot the speedups into this .png")
     a = parser.parse_args()
     if a.plot is not None:
         draw_gains(a.plot)

@@ -35,7 +35,7 @@ BENCH = default_bench()
 BARE = """
 import sys
 
-HIDDEN = "av diffusers ftfy hypothesis jsonargparse matplotlib nvtx rich safetensors transformers xdist yaml"
+HIDDEN = "av diffusers ftfy hypothesis jsonargparse nvtx rich safetensors transformers xdist yaml"
 
 class Without:
     def __init__(self, finder):

@@ -15,7 +15,9 @@ from hiar_model.config import RolloutConfig
 pytestmark = pytest.mark.cpu
 
 
-def write(folder, name: str, values: Sequence[float] = (1.0,), sha: str | None = None, seed: int = 0, **changes) -> None:
+def write(
+    folder, name: str, values: Sequence[float] = (1.0,), sha: str | None = None, seed: int = 0, **changes
+) -> None:
     """A file of `hiar evaluate toy --json`, a row for each valid share (in the last part; the first has 1)."""
     part = {"colour": 1.0, "shape": 0.5, "valid": 1.0, "direction": 1.0, "speed_ratio": 0.8, "background_change": 0.1,
             "texture_kept": 0.5, "texture_ratio": 0.7}  # fmt: skip
@@ -77,7 +79,7 @@ def test_seeds_of_the_noise_by_part(tmp_path):
         ({"a-seedx.json": {}}, "is not named"),
         ({"a-seed0.json": {}, "a-seed1.json": {"num_frames": 48}}, "variant a: a-seed1.json .* in another way"),
         ({"a-seed0.json": {}, "a-seed1.json": {"rollout": {"order": "stream"}}}, "in another way than a-seed0.json"),
-        ({"a-seed0.json": {"sha": "x"}, "a-seed1.json": {"sha": "x"}}, "a-seed1.json and a-seed0.json .* same weights and"),
+        ({"a-seed0.json": {"sha": "x"}, "a-seed1.json": {"sha": "x"}}, "a-seed1.json and a-seed0.json .* same weights"),
         ({"a-seed0.json": {"parts": []}}, "a-seed0.json is not a result of hiar evaluate toy"),
         ({"a-seed0.json": {"values": ()}}, "no rows"),
     ],

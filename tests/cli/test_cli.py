@@ -228,7 +228,7 @@ def test_train_resume_generate(here, capsys):
     told = capsys.readouterr()
     assert "model: run/model; try: hiar generate" in told.out and not told.err
     assert {p.name for p in (here / "run").iterdir()} >= {"model", "loss.csv", "states"}
-    assert ((here / "run/loss.png").exists()) == ("loss plot: run/loss.png" in told.out)
+    assert (here / "run/loss.png").exists() and "loss plot: run/loss.png" in told.out
     assert run("train", TOY, *TINY, "--out", "run") == 0
     assert "resuming from update 2 of run/states/update_00000002" in capsys.readouterr().out
     assert "another batch_size" in refused(capsys, 2, "train", TOY, *TINY, "batch_size=2", "--out", "run")
@@ -346,8 +346,8 @@ LIGHT = {
     "orders": (["evaluate", "toy", "--order", "[stream,steam]"], "--order must be .* got 'steam'; did you mean stream"),
     "ranks": (["verify-parity", "--nproc", "0"], "--nproc must be a whole number from 1 to"),
     "warmup": (["warmup", "--order", "foo"], "--order must be one of"),
-    "profile": (["profile", "--model", "wan2.1"], "--model 'wan2.1' is no known configuration; known: toy, scenes, wan2.1-t2v"),
-    "doctor": (["doctor", "--model", "wan9"], "--model 'wan9' is no name, file or folder; names: toy, scenes, wan2.1-t2v"),
+    "profile": (["profile", "--model", "wan2.1"], "--model 'wan2.1' is no known configuration; known: toy, scenes, "),
+    "doctor": (["doctor", "--model", "wan9"], "--model 'wan9' is no name, file or folder; names: toy, scenes, "),
     "layout": (["convert", "a", "b", "--to", "nativ"], "--to must be one of native, .*did you mean native"),
     **{f"no effect: {' '.join(words)}": (words, message) for words, message in [
         (["generate", PROMPT, "-o", "a.mp4", "--steps-per-rank", "[2,2]"], r"--steps-per-rank .* give --np.* \[2, 2"),

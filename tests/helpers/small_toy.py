@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,12 @@ BLOCK, WINDOW, TRAIN_FRAMES, FRAMES = 3, 9, 6, 12
 SIDE = 32  # pixels
 
 
-def write_model(folder: Path, rollout: RolloutConfig | None = None) -> Path:
+def rollout(**options: Any) -> RolloutConfig:
+    """That of the model, or another."""
+    return RolloutConfig((1000, 500), 2.0, **{"frames_per_block": BLOCK, "window_frames": WINDOW, **options})
+
+
+def write_model(folder: Path, config_of_rollout: RolloutConfig | None = None) -> Path:
     """A folder that load_video_model reads."""
     channels = 8
     config = WanConfig(
@@ -32,7 +38,7 @@ def write_model(folder: Path, rollout: RolloutConfig | None = None) -> Path:
         folder,
         transformer,
         ToyCodec.fit(channels=config.in_channels, frames=64),
-        rollout=rollout or RolloutConfig((1000, 500), 2.0, frames_per_block=BLOCK, window_frames=WINDOW),
+        rollout=config_of_rollout or rollout(),
         train_frames=TRAIN_FRAMES,
         num_frames=FRAMES,
         fps=12,

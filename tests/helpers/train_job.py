@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ import torch.distributed as dist
 from hiar_model.common.keyed import keyed_generator
 from hiar_model.config import wan
 from hiar_model.train.config.reading import make_recipe
+from hiar_model.train.engine import metrics
 from hiar_model.train.engine.distributed import init_training
 from hiar_model.train.engine.networks import make_network
 from hiar_model.train.engine.trainer import Trainer
@@ -122,6 +124,7 @@ def train(folder: Path, values: dict[str, Any], on_update: Any = None) -> Traine
 
 def _die_in_sync(number: int) -> None:
     sync, calls = os.fsync, []
+    metrics.PLOT_EVERY = math.inf  # whose syncs come by the clock
 
     def deadly(descriptor: int) -> None:
         calls.append(descriptor)

@@ -143,12 +143,15 @@ def test_a_temporary_name_is_short_and_its_own(tmp_path):
     assert len(set(names)) == 2 and max(map(len, names)) < 40
 
 
-LONG = named(256, ".out")
+LONG, PLOT = named(256, ".out"), named(256, ".png")
 OUTPUTS = {  # a command, and what it would do first
     "session": (["generate", PROMPT, "-o", "v.mp4", "--session", LONG], "hiar_model.cli.generate.load_model"),
     "evaluation": (["evaluate", "toy", "--json", LONG], "hiar_model.cli.evaluate.load_model"),
     "stage times": (["profile", "--model", "toy", "--stage-times", LONG], "hiar_model.planning.profiling.stage_times"),
-    "plot": (["bench-report", "--plot", LONG], "hiar_model.schedule.report.report"),
+    "plot": (["bench-report", "--plot", PLOT], "hiar_model.schedule.report.report"),
+    "plot of an evaluation": (["evaluate", "toy", "--plot", PLOT], "hiar_model.cli.evaluate.load_model"),
+    "plot of a profile": (["profile", "--model", "toy", "--plot", PLOT], "hiar_model.planning.profiling.profile"),
+    "comparison": (["compare", PROMPT, "-o", LONG.replace(".out", ".mp4")], "hiar_model.cli.compare.load_model"),
     "weights": (
         ["convert", "IN", LONG.replace(".out", ".safetensors"), "--to", "native"],
         "hiar_model.models.convert.read_checkpoint",

@@ -20,8 +20,10 @@ from hiar_model import load_transformer, load_video_model, save_transformer
 from hiar_model.cli import main
 from hiar_model.cli.generate import _own_steps
 from hiar_model.cli.parallel import Job
-from hiar_model.io.video import Video, save_png
+from hiar_model.io.captions import CaptionedGrid
+from hiar_model.io.video import Video, save_png, upscale
 from hiar_model.models.vae import StreamingDecoder
+from hiar_model.pipelines.compare import PANEL_SIDE
 from hiar_model.pipelines.decode import Decoding
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
@@ -334,3 +336,26 @@ def test_decoding_at_once(model):
     made = list(decoding.put(4, torch.zeros(1, 3, 16, 4, 6)))
     assert [(block, frames.shape) for block, frames in made] == [(4, (9, HEIGHT, WIDTH, 3))]
     assert not list(decoding.flush()) and decoding.seconds > 0 and not decoding.asynchronous
+
+
+def test_orders_side_by_side(model, files, here, capsys, monkeypatch):
+    """hiar compare: no oracle here, so frame statistics; each panel has the frames of the model's own size."""
+    composed = []
+    compose = CaptionedGrid.compose
+    monkeypatch.setattr(
+        CaptionedGrid,
+        "compose",
+        lambda self, images, footer: (composed.append(images), compose(self, images, footer))[1],
+    )
+    words = ["compare", PROMPT, "-o", "a.mp4", "--model", str(files / "original"), "--device", "cpu"]
+    words += ["--height", str(HEIGHT), "--width", str(WIDTH), "--num-frames", str(FRAMES)]
+    assert main([*words, "--order", "[block_first,stream]"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith(f"a.mp4: {FRAMES} frames, ")
+    assert told[1].startswith("change of colours since the first block, %, ") and len(told) == 4
+    record = json.loads((here / "a.mp4.json").read_text())
+    assert [*record["orders"][0]["quality"]] == ["contrast", "colour_saturation", "sharpness", "change"]
+    own = whole(make(model, order="stream"))
+    assert len(composed) == FRAMES
+    for image, (_, panel) in zip(own, composed, strict=True):
+        assert np.array_equal(panel, upscale(image[None], PANEL_SIDE)[0])

@@ -59,6 +59,14 @@ def test_refused_in_one_line_with_what_fits(folder, little, capsys):
         generate(wan_files.PROMPT, model=folder, height=64, width=64, num_frames=33, device="cpu")
 
 
+def test_several_orders_at_once_need_their_caches_too(folder, little, capsys, monkeypatch):
+    monkeypatch.setattr(free_memory.Need, "options", lambda *_: iter(()))  # slow, and tested below
+    little(need(folder, height=64, width=64, frames=33))  # enough for one
+    words = ["compare", wan_files.PROMPT, "-o", "a.mp4", "--model", folder, *SIZE, "--device", "cpu"]
+    assert main(words) == 2
+    assert "these videos need about" in capsys.readouterr().err
+
+
 def test_what_is_said_to_fit_is_accepted(folder, little):
     sizes = {"height": 64, "width": 64, "num_frames": 33}
     little(need(folder, height=64, width=64, frames=33) * 2 // 3)

@@ -14,6 +14,7 @@ from tiny_model import MODEL, SIZE, TEXT
 from hiar_kernels import nvtx
 from hiar_model.cli import main
 from hiar_model.config import FlowSchedule, WanConfig
+from hiar_model.io import plot
 from hiar_model.planning import profiling
 from hiar_model.schedule.costs import LINKS, measured
 
@@ -78,9 +79,11 @@ def test_the_least_traffic_of_pointwise_work():
 @pytest.mark.parametrize(
     "options", [["--order", "wavefront", "--fuse-cache-denoise", "true"], ["--order", "block_first"]], ids=str
 )
-def test_a_profile(capfd, options):
-    assert main(["profile", *TOY, "--blocks", "1", *options]) == 0
+def test_a_profile(capfd, options, tmp_path):
+    picture = tmp_path / "a.png"
+    assert main(["profile", *TOY, "--blocks", "1", *options, "--plot", str(picture)]) == 0
     out = capfd.readouterr().out
+    assert out.endswith(f"\nplot: {picture}\n") and picture.read_bytes().startswith(b"\x89PNG")
     rows = {line.split("|")[1].strip(): line.split("|")[2:] for line in out.splitlines() if line.startswith("| ")}
     assert set(rows) == {"part", *profiling.KINDS, "idle"}
     for kind in ("attention", "matmul", "pointwise"):
@@ -88,6 +91,20 @@ def test_a_profile(capfd, options):
         assert float(milliseconds) > 0 and int(kernels) > 0 and float(limit) >= 0
     assert "toy (2 layers), random weights, latents 8x8, float32, window 6" in out
     assert "not counted on a CPU" in out and "TFLOP/s, copy" in out
+
+
+def test_what_a_profile_draws(tmp_path, monkeypatch):
+    """A bar for each kind of work, in milliseconds, with the least that the machine allows."""
+    drawn = []
+    monkeypatch.setattr(plot, "save_plot", lambda panels, path: drawn.extend(panels))
+    parts = [profiling.KindTime("matmul", 0.004, 3, 0.003), profiling.KindTime("idle", 0.001, 0)]
+    about = (profiling.Setting(model="toy"), "a chip", profiling.Start(0, 0, 1), 2, 0.005)
+    profiling.draw_profile(profiling.Profile(*about, parts, None, None, None, 1.0), tmp_path / "a.png")
+    (panel,) = drawn
+    assert [(bar.label, bar.value, bar.limit, bar.note) for bar in panel.bars] == [
+        ("matmul", pytest.approx(4), pytest.approx(3), "80%"), ("idle", pytest.approx(1), 0, "20%"),
+    ]  # fmt: skip
+    assert "5 ms a task" in panel.title and panel.unit == "ms"
 
 
 def test_stage_times_feed_the_simulator(tmp_path, capsys):

@@ -31,7 +31,6 @@ from hiar_model.schedule.report import (
 )
 from hiar_model.schedule.simulator import simulate
 from hiar_model.schedule.strategies import machines, plan_of, strategies
-from hiar_model.train.engine.loss_plot import can_draw
 
 pytestmark = pytest.mark.cpu
 
@@ -72,10 +71,6 @@ def test_gains_agree_with_the_closed_forms() -> None:
 
 
 def test_gains_are_drawn(tmp_path: Path) -> None:
-    if not can_draw():
-        with pytest.raises(ImportError):
-            draw_gains(tmp_path / "gains.png", blocks=(2, 7))
-        return
     draw_gains(tmp_path / "gains.png", blocks=(2, 7))
     assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["gains.png"]

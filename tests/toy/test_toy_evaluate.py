@@ -17,6 +17,7 @@ from torch import Tensor
 from hiar_model import Rollout, load_video_model
 from hiar_model.cli import main
 from hiar_model.config import RolloutConfig
+from hiar_model.evaluation import evaluate
 from hiar_model.evaluation.diversity import Diversity
 from hiar_model.evaluation.evaluate import PARTS, evaluate_toy
 from hiar_model.models.registry import VideoModel
@@ -322,17 +323,27 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["--model", str(folder), "--prompts", "2", "--num-frames", "[6,12]", "--order", "[stream]",
                "--kv-source", "next_step", "--window-frames", "6", "--parts", "3", "--seeds", "2"]  # fmt: skip
-    assert main(["evaluate", "toy", *options, "--json", "a.json"]) == 0
+    drawn = []
+    monkeypatch.setattr(evaluate, "save_plot", lambda panels, path: drawn.append((panels, str(path))))
+    assert main(["evaluate", "toy", *options, "--json", "a.json", "--plot", "a.png"]) == 0
     shown = capsys.readouterr().out
+    assert shown.endswith("\nplot: a.png\n")
     assert "by 1/3" in shown and "| stream |     12 |" in shown and "diversity of first blocks" in shown
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [row["num_frames"] for row in rows] == [6, 12]
+    ((panels, path),) = drawn
+    assert path == "a.png" and [panel.title.rpartition(" of ")[2] for panel in panels[::2]] == ["6 frames", "12 frames"]
+    for row, panel in zip(rows, panels[::2], strict=True):
+        (line,) = panel.series
+        assert line.label == "stream" and list(line.x) == [1, 2, 3]
+        assert line.y == [100 * part["valid"] for part in row["parts"]]
     assert rows[0]["rollout"] == form("stream", kv_source="next_step", window_frames=6).to_dict()
     for words, message in (
         (["--order", "step_first", "--kv-source", "next_step"], "kv_source='next_step' is impossible with order="),
         (["--order", "stream", "--window-frames", "[6,6,6]"], "one per step (2)"),
         (["--window-frames", "2"], "window_frames must be a whole number of at least 3"),
         (["--json", "no/a.json"], "cannot write no/a.json"),
+        (["--plot", "a.jpg"], "cannot write a.jpg: a plot is a PNG, legal: name.png"),
     ):
         assert main(["evaluate", "toy", "--model", str(folder), *words]) == 2
         assert message.replace("_", "-") in capsys.readouterr().err.replace("_", "-")

@@ -14,6 +14,7 @@ from train_job import Pull, losses, recipe, train
 from hiar_model.io.video import Frames
 from hiar_model.train.config.reading import make_recipe
 from hiar_model.train.config.recipe import EmaRecipe, OptimizerRecipe
+from hiar_model.train.engine import metrics
 from hiar_model.train.engine.distributed import DistContext
 from hiar_model.train.engine.ema import Ema
 from hiar_model.train.engine.metrics import MetricsLogger, sample_scalars
@@ -247,6 +248,21 @@ def test_a_sheet_of_long_and_large_videos(tmp_path):
     assert sheet.shape == (2 * 122 + 2, 24 * 210 + 2, 3)
     assert [sheet[60, 100 + 210 * i, 0] for i in range(24)] == list(range(0, 47, 2))
     assert (sheet[124:-2, 2:210] == 50).all()
+
+
+def test_losses_are_drawn_while_the_run_goes_on(tmp_path, monkeypatch):
+    """Now and then, and once more at the end; a picture that cannot be written does not end the run."""
+    trainer, seen = make(tmp_path, updates=3), []
+    monkeypatch.setattr(metrics, "PLOT_EVERY", 0.0)
+    trainer.run(lambda update, numbers: seen.append((tmp_path / "loss.png").stat().st_mtime_ns))
+    assert seen == sorted(set(seen)) and len(seen) == 3
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(metrics, "PLOT_EVERY", math.inf)
+    lines: list[str] = []
+    again = make(tmp_path / "again", updates=2, say=lines.append)
+    (tmp_path / "again" / "loss.png" / "x").mkdir(parents=True)
+    again.run()
+    assert len(losses(tmp_path / "again")) == 2 and lines[-1].startswith("no loss plot: cannot write ")
 
 
 def test_tensorboard_has_scalars_and_sheets(tmp_path):

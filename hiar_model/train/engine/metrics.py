@@ -1,9 +1,10 @@
-"""Metrics of a run: loss.csv, TensorBoard, sheets of samples, and W&B where its variable is set."""
+"""Metrics of a run: loss.csv and its plot, TensorBoard, sheets of samples, and W&B where its variable is set."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import numpy as np
 from ...common import environment
 from ...io.atomic import atomic
 from ...io.video import Frames, contact_sheet, save_png
+from .loss_plot import PICTURE, draw_losses
 
 LOSSES, SAMPLES, EVENTS = "loss.csv", "samples", "tensorboard"
 SATURATED = 4  # of 255: how near to black or full a channel counts as saturated
+PLOT_EVERY = 60.0  # seconds, at least, between two drawings of the losses; and once more at the end
 SHEET_FRAMES, SHEET_SIDE = 24, 208  # of a video on a sheet, evenly spread; pixels of a frame's longer side, at most
 
 
@@ -37,6 +40,7 @@ class MetricsLogger:
     """Writes the metrics of one run into its folder, on rank 0.
 
     loss.csv       one row for every logged update, one column for every metric
+    loss.png       the losses in it, drawn while the run goes on
     tensorboard/   the same, and the sheets, where tensorboard is installed
     samples/       sheets as .png, one video a row
 
@@ -53,6 +57,7 @@ class MetricsLogger:
     ) -> None:
         self.folder = folder
         self.columns = self._drop_rows_after(update)
+        self._drawn, self._stale, self._say = time.monotonic(), False, say
         self.events: Any = None
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -73,6 +78,9 @@ class MetricsLogger:
     def scalars(self, update: int, numbers: Mapping[str, float]) -> None:
         """Write metrics by name, after so many updates."""
         self._write_row({"update": str(update), **{name: f"{value:.9g}" for name, value in numbers.items()}})
+        self._stale = True
+        if time.monotonic() - self._drawn >= PLOT_EVERY:
+            self._draw()
         if self.events is not None:
             for name, value in numbers.items():
                 self.events.add_scalar(name.replace("_", "/", 1), value, update)
@@ -98,10 +106,20 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Flush and close."""
+        self._draw()
         if self.events is not None:
             self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+    def _draw(self) -> None:
+        if not self._stale or not any(name.endswith("_loss") for name in self.columns):
+            return
+        self._drawn, self._stale = time.monotonic(), False
+        try:
+            draw_losses(self.folder / LOSSES, self.folder / PICTURE)
+        except OSError as error:  # a picture is no reason to lose the run
+            self._say(f"no loss plot: {error}")
 
     def _write_row(self, row: dict[str, str]) -> None:
         path = self.folder / LOSSES

@@ -1,0 +1,105 @@
+"""`hiar compare`: the same weights, seed and noise in several orders, side by side."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+from .generate import existing_inputs, new_video, prompt_schedule, video_arguments
+from .machine import imports, load_model, progress_bar, stage_lines
+
+if TYPE_CHECKING:
+    from ..pipelines.compare import Comparison
+
+
+def compare_arguments(parser: ArgumentParser) -> None:
+    """Options of `hiar compare`."""
+    video_arguments(parser)
+    parser.add_argument(
+        "--num-frames", type=int,
+        help="pixel frames of each; default: 32 times the training length of a toy, 8 times that of other models",
+    )  # fmt: skip
+    parser.add_argument(
+        "--order", type=list[str] | str | None,
+        help="two or more, left to right, as [block_first,stream]; default: block_first, and HiAR's: stream, or "
+        "wavefront (the same result) if the model is small and on a CPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--speed", type=int,
+        help="only every so many-th frame is shown; default: 8, or less where fewer than 48 would be left",
+    )  # fmt: skip
+
+
+def compare(a: Namespace) -> None:
+    """Make the videos, all in this process."""
+    from ..io.files import require_apart
+    from ..io.video import is_folder_target, record_path
+
+    target, folder = new_video(a), is_folder_target(a.out)
+    existing_inputs(a, ("image", "extend"))
+    prompts = prompt_schedule(a)
+    with imports():
+        from ..config import ExecutionConfig
+        from ..models.video_model import pick_device, pick_dtype
+        from ..pipelines.compare import checked_orders, plot_path
+        from ..pipelines.compare import compare as make
+        from ..planning.free_memory import require_memory
+
+    plot = plot_path(target, folder)
+    if plot.is_file() and not a.overwrite:
+        raise ValueError(f"{plot} exists: give another name, or --overwrite")
+    require_apart(
+        {"-o": target, "the metadata of -o": record_path(target, folder), "the plot of -o": plot},
+        {f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint")},
+    )
+    orders = None if a.order is None else checked_orders(a.order)
+    offload = tuple(name.strip() for name in a.offload.split(",")) if a.offload else ()
+    first, *others = orders or ("stream", "block_first")
+    require_memory(
+        a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, offload=offload,
+        height=a.height, width=a.width, num_frames=a.num_frames, steps=a.steps, order=first, beside=others,
+        window_frames=tuple(a.window_frames) if isinstance(a.window_frames, list) else a.window_frames,
+        sink_frames=a.sink_frames, kv_dtype=a.kv_dtype,
+    )  # fmt: skip
+    model = load_model(
+        a, checkpoint=a.checkpoint, steps=a.steps, prompt_cache=a.prompt_cache, offload=offload,
+        on_checkpoint=lambda line: print(line, file=sys.stderr), on_stage=stage_lines(),
+    )  # fmt: skip
+    start = time.perf_counter()
+    with progress_bar("{task.fields[frames]}", "{task.fields[speed]}") as bar:
+        task = bar.add_task("", total=None, frames="frames", speed="")
+
+        def show(frames: int, frames_total: int | None, forwards: int, forwards_total: int | None) -> None:
+            rate = forwards / (time.perf_counter() - start)
+            fields = {"frames": f"frames {frames}/{frames_total}", "speed": f"{rate:.1f} forwards/s"}
+            bar.update(task, total=forwards_total, completed=forwards, **fields)
+
+        result = make(
+            a.prompt, a.out, orders=orders, model=model, num_frames=a.num_frames, speed=a.speed,
+            execution=ExecutionConfig(kv_dtype=a.kv_dtype, on_nan=a.on_nan), height=a.height, width=a.width,
+            seed=a.seed, steps=a.steps, window_frames=a.window_frames, sink_frames=a.sink_frames, fps=a.fps,
+            image=a.image, extend=a.extend, prompts=prompts, on_prompt_change=a.on_prompt_change, threads=a.threads,
+            on_progress=show,
+        )  # fmt: skip
+    _print(result, time.perf_counter() - start)
+
+
+def _print(result: Comparison, seconds: float) -> None:
+    """What was written, and the quality of each order by stretches of the video."""
+    shown = (
+        f"{result.frames_shown} of {result.num_frames} frames" if result.speed > 1 else f"{result.num_frames} frames"
+    )
+    length = f"{result.frames_shown / result.fps:.1f} s at {result.fps:g} fps"
+    print(f"{result.path}: {shown}, {length}; made in {seconds:.1f} s")
+    name = "valid" if "valid" in result.orders[0].quality else "change"
+    label = {"valid": "valid frames %", "change": "change of colours since the first block, %"}[name]
+    print(
+        f"{label}, from the first to the last of {len(result.orders[0].quality[name])} stretches (plot: {result.plot})"
+    )
+    width = max(len(each.order) for each in result.orders)
+    for each in result.orders:
+        values = " ".join(f"{100 * x:{'3.0f' if name == 'valid' else '5.1f'}}" for x in each.quality[name])
+        print(f"  {each.order:{width}}  {each.forwards:g} forwards a block, {each.seconds:.1f} s   {values}")
