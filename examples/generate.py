@@ -1,0 +1,1 @@
+"""A whole video from a prompt, written as mp4."""
