@@ -70,14 +70,14 @@ def doctor(a: Namespace) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} needs --model")
         from .doctor import UNUSABLE, as_json, report
 
-        lines = []
+        topics = []
         for topic, value in report():
-            lines.append((topic, value))
+            topics.append((topic, value))
             if not a.json:
                 print(f"{topic + ':':<28} {value}")
         if a.json:
-            print(as_json(lines))
-        broken = [f"the {topic} is {value}" for topic, value in lines if value.startswith(UNUSABLE)]
+            print(as_json(topics))
+        broken = [f"the {topic} is {value}" for topic, value in topics if value.startswith(UNUSABLE)]
         if broken:
             raise ValueError("; ".join(broken))
         return
