@@ -1,8 +1,9 @@
 """Distil a toy student: a teacher, its trajectories, then self-rollout distillation with a forward-KL term.
 
 Three stages of the shipped recipes, cut down to minutes. The shipped weights know a black ground; these recipes are of
-the world with coloured and textured grounds. You see losses fall, and in runs/distil/student/ the loss plot, sheets of
-samples and a model; student.mp4 is a video by it. Takes about five minutes on one CPU core.
+the world with coloured, textured grounds. You see losses fall; runs/distil/student/ then holds the loss plot, sheets of
+samples and a model, and in student.mp4, a video by it, the ground is no longer black. Takes less than five minutes on
+one CPU core (2 min 33 s of processor time, 2026-11-28, torch 2.13).
 """
 
 import sys
