@@ -10,9 +10,9 @@ from typing import Any
 
 from ..version import versions
 
+MEASURED = "attention measured"  # topic of several lines
 LIBRARIES = ("torch", "triton", "numpy", "safetensors", "av", "jsonargparse", "rich")
 UNUSABLE = "not usable"  # prefix of the line of a broken component
-MEASURED = "attention measured"  # topic of several lines
 OPTIONAL = ("diffusers", "transformers", "flash-attn", "xformers", "matplotlib")
 
 
