@@ -107,6 +107,13 @@ def test_distillation(here, capsys):
         assert Path("runs/distil", stage, file).exists(), file
 
 
+def test_comparison(here, capsys):
+    result = run("compare", num_frames=24, speed=4)
+    assert len(frames("compare.mp4")) == result.frames_shown == 6 and result.plot.exists()
+    said = capsys.readouterr().out.splitlines()
+    assert all(len(line.split()) == 2 + 8 for line in said[:-1]) and said[0].startswith("block_first")
+
+
 # The notebook. Its cells run without a kernel: the value of the last line of a cell is what a notebook shows.
 
 
@@ -161,6 +168,6 @@ def test_a_script_is_short_and_says_what_one_sees(path):
 
 def test_every_script_has_a_test():
     source = Path(__file__).read_text(encoding="utf-8")
-    assert len(SCRIPTS) == 7
+    assert len(SCRIPTS) == 8
     for path in SCRIPTS:
         assert f'run("{path.stem}"' in source or f'"{path.name}"' in source, path.name
