@@ -3,7 +3,7 @@
 #              one tier of them: make test-cpu, test-interpreter, test-compile
 #              numbers as other processors compute them: make test-processors
 # make test-versions   the tests on the oldest and the newest supported torch and Triton, each in an environment of its own
-# make lint    ruff, codespell        make types   mypy        make check   lint, types, docs-check, tests
+# make lint    ruff, codespell, hadolint    make types   mypy        make check   lint, types, docs-check, tests
 # make gpu-test        run the kernels' tests on the CUDA device; needs only torch, triton, pytest
 # make gpu-bench       measure every op on it, into bench/results/; needs pytest-benchmark too (make bench: rehearsal, CPU)
 #                      both end after BUDGET seconds; cut short by that or by anything, run again they go on
@@ -175,6 +175,7 @@ docs-check: setup-dev
 lint: setup-dev
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m codespell_lib
+	@$(BIN)/hadolint docker/*.Dockerfile
 
 types: setup-dev
 	@$(BIN)/python -m mypy

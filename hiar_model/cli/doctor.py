@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..version import versions
 
+MEASURED = "attention measured"  # topic of several lines
 LIBRARIES = ("torch", "triton", "numpy", "safetensors", "av", "jsonargparse", "rich")
 UNUSABLE = "not usable"  # prefix of the line of a broken component
 OPTIONAL = ("diffusers", "transformers", "flash-attn", "xformers", "tensorboard")
@@ -37,7 +40,7 @@ def report() -> Iterator[tuple[str, str]]:
     for shape, taken in backends.attention.items():
         yield f"attention {shape}", str(taken)
     for measurement in backends.measured:
-        yield "attention measured", str(measurement)
+        yield MEASURED, str(measurement)
     for name in SHIPPED:
         try:
             model = load_video_model(name, "cpu")
@@ -57,3 +60,16 @@ def cuda() -> str:
     if not torch.cuda.is_available():
         return f"torch is built for CUDA {torch.version.cuda}, but finds no usable driver or device"
     return f"{torch.version.cuda}, {torch.cuda.device_count()} device(s)"
+
+
+def as_json(lines: Iterable[tuple[str, str]]) -> str:
+    """The lines of :func:`report` as one JSON object: topic -> value, or a list where a topic has a line for each
+    measurement.
+    """
+    content: dict[str, Any] = {}
+    for topic, value in lines:
+        if topic == MEASURED:
+            content.setdefault(topic, []).append(value)
+        else:
+            content[topic] = value
+    return json.dumps(content, indent=2)

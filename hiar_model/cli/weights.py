@@ -58,6 +58,7 @@ def doctor_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--fuse-cache-denoise", type=bool, default=False, help="one forward for both kinds of tasks")
     parser.add_argument("--dtype", type=str, help="of weights and work; default: bfloat16, of toy and scenes float32")
     parser.add_argument("--vae-dtype", type=str, help="default: bfloat16; none: no VAE on the GPU")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for an issue or a script")
 
 
 def doctor(a: Namespace) -> None:
@@ -65,17 +66,23 @@ def doctor(a: Namespace) -> None:
     if a.model is None:
         defaults = {"order": "step_first", "window_frames": "model", "batch": 1, "fuse_cache_denoise": False}
         for name, value in vars(a).items():
-            if name not in ("config", "model") and value != defaults.get(name):
+            if name not in ("config", "model", "json") and value != defaults.get(name):
                 raise ValueError(f"--{name.replace('_', '-')} needs --model")
-        from .doctor import UNUSABLE, report
+        from .doctor import UNUSABLE, as_json, report
 
-        broken = []
+        topics = []
         for topic, value in report():
-            print(f"{topic + ':':<28} {value}")
-            broken += [f"the {topic} is {value}"] if value.startswith(UNUSABLE) else []
+            topics.append((topic, value))
+            if not a.json:
+                print(f"{topic + ':':<28} {value}")
+        if a.json:
+            print(as_json(topics))
+        broken = [f"the {topic} is {value}" for topic, value in topics if value.startswith(UNUSABLE)]
         if broken:
             raise ValueError("; ".join(broken))
         return
+    if a.json:
+        raise ValueError("--json is of the report without --model")
     from ..planning.fit import fit_query, lines, parse_size
 
     limits = [parse_size(size) for size in a.gpu_memory.split(",")] if a.gpu_memory is not None else []

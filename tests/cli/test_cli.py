@@ -302,6 +302,14 @@ def test_doctor(capsys):
     for topic in topics:
         assert topic in told, topic
     assert "not built: " in told or "built for sm_" in told
+    assert run("doctor", "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    measured = content.pop("attention measured")
+    assert {line.partition(": ")[0] for line in told.splitlines()} == {*content, "attention measured"}
+    assert all(isinstance(value, str) for value in [*content.values(), *measured])
+    assert f"torch {torch.__version__}" in content["libraries"] and len(measured) > 1
+    assert run("doctor", "--json", "--model", "toy") == 2
+    assert "--json is of the report without --model" in capsys.readouterr().err
 
 
 # The process

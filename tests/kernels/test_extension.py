@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -182,14 +181,3 @@ def test_an_installation_without_nvcc(tmp_path):
     folder = tmp_path / "hiar_kernels"
     assert not (folder / extension.LIBRARY).exists() and (folder / "ring_advance" / "cuda.py").exists()
     assert json.loads((folder / extension.RECORD).read_text()) == {"reason": "no nvcc in /nowhere/bin (CUDA_HOME)"}
-
-
-def test_the_source_distribution_holds_csrc(tmp_path):
-    done = setup("sdist", "--dist-dir", tmp_path, HIAR_BUILD_CUDA="0")
-    assert done.returncode == 0, done.stderr
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as files:
-        names = {name.partition("/")[2] for name in files.getnames()}
-    assert {f"csrc/{path.name}" for path in extension.SOURCES.iterdir()} <= names
-    assert {"setup.py", "hiar_kernels/common/extension.py", "hiar_kernels/merge_attention/cuda.py"} <= names
-    assert not [name for name in names if name.endswith((".so", extension.RECORD))]
