@@ -102,8 +102,8 @@ def _needed(command: str, a: Namespace) -> dict[str, str]:
             if processes == 1:
                 idle["timeout"] = why
     if command in ("generate", "compare") and a.prompts is None and a.get("from_session") is None:
-        others = ", or --from-session" if command == "generate" else ""
-        idle["on_prompt_change"] = f"with one prompt: give --prompts{others}"
+        session = ", or --from-session" if command == "generate" else ""
+        idle["on_prompt_change"] = f"with one prompt: give --prompts{session}"
     if command == "doctor" and a.model in SHIPPED:
         idle |= dict.fromkeys(("offload", "vae_dtype"), f"on {a.model}, which has no text encoder and no VAE")
     if command == "profile" and a.stage_times is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
+from .choices import rollout_options
 from .generate import existing_inputs, new_video, prompt_schedule, video_arguments
 from .machine import imports, load_model, progress_bar, stage_lines
 
@@ -58,11 +59,11 @@ def compare(a: Namespace) -> None:
     orders = None if a.order is None else checked_orders(a.order)
     offload = tuple(name.strip() for name in a.offload.split(",")) if a.offload else ()
     first, *others = orders or ("stream", "block_first")
+    of_rollout = {name: value for name, value in rollout_options(a).items() if name != "order"}
     require_memory(
         a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, offload=offload,
-        height=a.height, width=a.width, num_frames=a.num_frames, steps=a.steps, order=first, beside=others,
-        window_frames=tuple(a.window_frames) if isinstance(a.window_frames, list) else a.window_frames,
-        sink_frames=a.sink_frames, kv_dtype=a.kv_dtype,
+        height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype, order=first, beside=others,
+        **of_rollout,
     )  # fmt: skip
     model = load_model(
         a, checkpoint=a.checkpoint, steps=a.steps, prompt_cache=a.prompt_cache, offload=offload,
@@ -80,9 +81,8 @@ def compare(a: Namespace) -> None:
         result = make(
             a.prompt, a.out, orders=orders, model=model, num_frames=a.num_frames, speed=a.speed,
             execution=ExecutionConfig(kv_dtype=a.kv_dtype, on_nan=a.on_nan), height=a.height, width=a.width,
-            seed=a.seed, steps=a.steps, window_frames=a.window_frames, sink_frames=a.sink_frames, fps=a.fps,
-            image=a.image, extend=a.extend, prompts=prompts, on_prompt_change=a.on_prompt_change, threads=a.threads,
-            on_progress=show,
+            seed=a.seed, fps=a.fps, image=a.image, extend=a.extend, prompts=prompts, threads=a.threads,
+            on_progress=show, **of_rollout,
         )  # fmt: skip
     _print(result, time.perf_counter() - start)
 

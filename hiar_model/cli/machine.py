@@ -66,7 +66,7 @@ def imports() -> Iterator[None]:
         gc.enable()
 
 
-class Lines(nullcontext[Any]):
+class ProgressLines(nullcontext[Any]):
     """Progress without a terminal: a line every 30 seconds, without importing rich."""
 
     EVERY = 30.0  # seconds
@@ -79,7 +79,7 @@ class Lines(nullcontext[Any]):
         self.first: tuple[float, float] | None = None  # seconds, completed
         self.printed = time.monotonic()
 
-    def __enter__(self) -> Lines:
+    def __enter__(self) -> ProgressLines:
         return self
 
     def add_task(self, _: str, total: float | None = None, completed: float = 0, **fields: Any) -> int:
@@ -128,9 +128,9 @@ def duration(seconds: float) -> str:
 
 
 def progress_bar(*columns: Any) -> Any:
-    """A progress bar on stderr; without a terminal, lines (:class:`Lines`)."""
+    """A progress bar on stderr; without a terminal, lines (:class:`ProgressLines`)."""
     if not sys.stderr.isatty():
-        return Lines(columns)
+        return ProgressLines(columns)
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
