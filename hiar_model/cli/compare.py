@@ -59,12 +59,11 @@ def compare(a: Namespace) -> None:
     orders = None if a.order is None else checked_orders(a.order)
     offload = tuple(name.strip() for name in a.offload.split(",")) if a.offload else ()
     first, *others = orders or ("stream", "block_first")
-    of_rollout = rollout_options(a)
-    del of_rollout["order"]
+    of_rollout = {name: value for name, value in rollout_options(a).items() if name != "order"}
     require_memory(
         a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, offload=offload,
-        height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype, beside=others,
-        **(of_rollout | {"order": first}),
+        height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype, order=first, beside=others,
+        **of_rollout,
     )  # fmt: skip
     model = load_model(
         a, checkpoint=a.checkpoint, steps=a.steps, prompt_cache=a.prompt_cache, offload=offload,

@@ -15,7 +15,7 @@ from ..common import environment
 FAILED, READER_GONE = 1, 141  # 141: as of a process that SIGPIPE ends
 
 
-class _SafeStream:
+class _UnfailingStream:
     """A stream that never fails: its first error is remembered, and what is said from then on is lost."""
 
     def __init__(self, stream: Any) -> None:
@@ -63,7 +63,7 @@ def kept_streams() -> Iterator[None]:
     """Context in which a full disk behind stdout or stderr, or a reader that is gone, ends nothing."""
     _open_closed()
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _SafeStream(before[0]), _SafeStream(before[1])
+    sys.stdout, sys.stderr = _UnfailingStream(before[0]), _UnfailingStream(before[1])
     codecs.register_error(_escape.__name__, _escape)
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):

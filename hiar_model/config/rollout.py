@@ -128,7 +128,7 @@ class RolloutConfig:
             del values["window_frames"]
         if "steps" in values:
             steps = values["steps"]
-            if not isinstance(steps, Iterable):
+            if as_whole(steps) is not None or not isinstance(steps, Iterable):
                 steps = FlowSchedule.uniform(whole("steps", steps, 1), self.shift).steps
             values["steps"] = tuple(steps)
         return replace(self, **values)

@@ -51,14 +51,14 @@ class Backdrop:
     def texture_kept(self) -> Tensor:
         """How much of the beginning's texture is there, [F]: 1 for the same pattern at the same contrast, 0 for another
         pattern or none, 0.5 at half the contrast, -1 for the negative; NaN if the beginning has no texture."""
-        return _remaining(self.waves)
+        return _share_left(self.waves)
 
     def light_kept(self) -> Tensor:
         """How much of the beginning's light is there, [F]; see `texture_kept`."""
-        return _remaining(self.light)
+        return _share_left(self.light)
 
 
-def _remaining(waves: Tensor) -> Tensor:
+def _share_left(waves: Tensor) -> Tensor:
     before = _before(waves)
     return waves.flatten(1) @ before / before.square().sum()
 

@@ -85,6 +85,14 @@ def test_what_does_not_fit_is_refused_in_one_line(values, said):
         RolloutConfig(**values)
 
 
+def test_options_that_say_nothing_change_nothing():
+    config = RolloutConfig(order="stream", window_frames=9, sink_frames=2)
+    assert config.with_options(order=None, window_frames="model", sink_frames=None) == config
+    assert config.with_options(window_frames=None, sink_frames=0) == RolloutConfig(order="stream")
+    with refused("window_frames must be .* or \"model\", got 'all'"):
+        config.with_options(window_frames="all")
+
+
 def test_unknown_keys_are_named():
     with pytest.raises(ValueError, match="unknown cache_source, pairs; known: steps, shift, order"):
         RolloutConfig.from_dict({"pairs": True, "cache_source": "own"})
@@ -101,7 +109,11 @@ def test_numbers_of_numpy_and_torch_are_numbers():
 
 def test_steps_and_windows():
     assert RolloutConfig().with_options(steps=2).steps == (1000, 500)
+    assert RolloutConfig().with_options(steps=torch.tensor(2)).steps == (1000, 500)
     assert RolloutConfig().with_options(steps=(900, 100)).schedule == FlowSchedule((900, 100))
+    for wrong in (0, 2.5):
+        with refused(f"steps must be a whole number .*at least 1, got {wrong}"):
+            RolloutConfig().with_options(steps=wrong)
     assert windows_per_step(None, 3) == (None, None, None) and windows_per_step([6, None], 2) == (6, None)
 
 

@@ -248,7 +248,7 @@ def test_a_converted_causal_model_keeps_its_window(here):
     causal(here / "original", local_attn_size=12, sink_size=3)
     convert(here / "original", here / "again", "native")
     info = read_checkpoint(here / "again")[1]
-    assert (info.window_frames, info.sink_frames) == (12, 3)
+    assert info.window == (12, 3)
 
 
 @pytest.mark.parametrize(
