@@ -79,9 +79,10 @@ demo: setup
 	$(BIN)/hiar generate "$(PROMPT)" --model $(DEMO_MODEL) -o out/demo.mp4 --overwrite
 	$(BIN)/hiar compare "$(PROMPT)" --model $(DEMO_MODEL) --num-frames 384 --speed 8 -o out/compare.mp4 --overwrite
 	@echo
-	@echo "Look at out/compare.mp4: the same weights and noise, 32 times the length that the model was trained on; on the"
-	@echo "left errors of the clean context pile up, on the right context at matched noise keeps colours, background and shape."
-	@echo "out/compare.drift.png shows by how much. Your own: $(BIN)/hiar generate \"a blue square moving up fast\" -o out/mine.mp4"
+	@echo "Look at out/compare.mp4, 32 times as long as what the model was trained on: on the left, where blocks see a clean"
+	@echo "past, errors pile up until colours and shape are lost; on the right, with the same weights, noise and prompt, HiAR"
+	@echo "shows every block its past at matched noise, and they last. out/compare.drift.png has the figures."
+	@echo "Now try your own: $(BIN)/hiar generate \"a blue square moving up fast\" -o out/mine.mp4"
 
 # One thread for each of JOBS workers: torch would otherwise start a thread per core in every one of them. Each begins
 # with a run of files, and takes from another when it has done: what a file prepares is prepared once.

@@ -21,7 +21,7 @@ from ..toy.oracle import ToyOracle
 from ..toy.prompt import ToyPrompt
 from ..toy.reading import Reading, Summary
 from .diversity import Diversity
-from .quality import ordinal
+from .quality import ORDER_COLOURS, ordinal
 
 PARTS = 6
 """Default number of stretches that a video is judged in, beside the whole, so that a decline over time shows."""
@@ -140,8 +140,13 @@ def draw_rows(rows: Sequence[EvaluationRow], picture: str | os.PathLike[str]) ->
     for frames in lengths:
         for label, name in (("valid frames", "valid"), ("frames of the right colour", "colour")):
             lines = [
-                Series(row.rollout.order, range(1, 1 + len(row.parts)), [100 * getattr(p, name) for p in row.parts])
-                for row in rows
+                Series(
+                    order,
+                    range(1, 1 + len(row.parts)),
+                    [100 * getattr(p, name) for p in row.parts],
+                    ORDER_COLOURS[order],
+                )
+                for row, order in ((row, row.rollout.order) for row in rows)
                 if row.num_frames == frames
             ]
             about = f"{label}, %, of {rows[0].videos} videos of {frames} frames"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..common.checks import whole
+from ..io.plot import COLOURS
 from ..io.video import Frames
 from ..toy.oracle import ToyOracle
 
@@ -24,6 +25,8 @@ LABELS = {
     "change": "change of colours since the first block",
 }
 """What is measured, in words; all from 0 to 1."""
+ORDER_COLOURS = dict(zip(("block_first", "stream", "wavefront", "step_first"), COLOURS, strict=False))
+"""In every plot; orders with the same result have colours of their own too."""
 AT_ONCE = 2**16
 """Pixels that small frames are collected to before they are measured, which is quicker than block by block."""
 LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601

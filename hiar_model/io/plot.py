@@ -180,7 +180,11 @@ def _draw_lines(pen: _Pen, panel: Lines) -> None:
     xs, ys = ([point[i] for point in shown] for i in (0, 1))
     across = _axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, panel.log_x, whole=False)
     low, high = panel.y_range or (min(ys), max(ys))
-    up = _axis(min(low, *ys), max(high, *ys), HEIGHT - BOTTOM, TOP, panel.log_y, whole=True)
+    turn = iter(COLOURS * len(panel.series))
+    colours = [line.colour or next(turn) for line in panel.series]
+    names = [(line.label, colour) for line, colour in zip(panel.series, colours, strict=True) if line.label]
+    top = _legend(pen, names) if len(names) > 1 else TOP
+    up = _axis(min(low, *ys), max(high, *ys), HEIGHT - BOTTOM, top, panel.log_y, whole=True)
     for tick in up.ticks:
         pen.line([(LEFT, up(tick)), (WIDTH - RIGHT, up(tick))], GRID)
         pen.text(LEFT - 7, up(tick), _number(tick), "rm", colour=GREY)
@@ -190,9 +194,7 @@ def _draw_lines(pen: _Pen, panel: Lines) -> None:
     pen.line([(LEFT, HEIGHT - BOTTOM), (WIDTH - RIGHT, HEIGHT - BOTTOM)], GREY)
     pen.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, panel.x_label, "mb", colour=GREY)
     if panel.y_label:
-        pen.text_up(12, (TOP + HEIGHT - BOTTOM) / 2, panel.y_label)
-    turn = iter(COLOURS * len(panel.series))
-    colours = [line.colour or next(turn) for line in panel.series]
+        pen.text_up(12, (top + HEIGHT - BOTTOM) / 2, panel.y_label)
     for i, (line, colour) in enumerate(zip(panel.series, colours, strict=True)):
         width = 2 + 1.5 * (len(colours) - 1 - i) / len(colours)  # of equal lines the lower one still shows
         piece: list[tuple[float, float]] = []
@@ -206,38 +208,20 @@ def _draw_lines(pen: _Pen, panel: Lines) -> None:
                 for point in piece:
                     pen.dot(*point, colour)
             piece = []
-    _legend(pen, panel, colours, across, up)
 
 
-def _legend(pen: _Pen, panel: Lines, colours: Sequence[Any], across: _Axis, up: _Axis) -> None:
-    """The names of the lines, in the corner that the fewest values are in."""
-    names = [(line.label, colour) for line, colour in zip(panel.series, colours, strict=True) if line.label]
-    if len(names) < 2:
-        return
-    width = max(font(TEXT).getlength(name) for name, _ in names) + 30
-    height, gap = 17 * len(names), 8
-    places = [
-        (x, y)
-        for y in (TOP + gap, HEIGHT - BOTTOM - gap - height)
-        for x in (WIDTH - RIGHT - gap - width, LEFT + gap)
-    ]  # fmt: skip
-    points = [
-        (across(x), up(y))
-        for line in panel.series
-        for x, y in zip(line.x, line.y, strict=True)
-        if _on(x, panel.log_x) and _on(y, panel.log_y)
-    ]
-
-    def covered(place: tuple[float, float]) -> int:
-        left, top = place
-        return sum(left - 6 <= x <= left + width + 6 and top - 6 <= y <= top + height + 6 for x, y in points)
-
-    left, top = min(places, key=covered)
-    pen.box(left - 2, top - 2, left + width, top + height, "white")
-    for i, (name, colour) in enumerate(names):
-        y = top + 17 * i + 8
-        pen.line([(left + 2, y), (left + 20, y)], colour, 2.5)
-        pen.text(left + 26, y, name, "lm")
+def _legend(pen: _Pen, names: Sequence[tuple[str, Any]]) -> float:
+    """The names of the lines with their colours, in rows below the title; returns where the axes may begin."""
+    x, y, gap = float(LEFT), float(TOP), 18
+    for name, colour in names:
+        name = shortened(name, TEXT, WIDTH - LEFT - RIGHT - 26)
+        width = 26 + font(TEXT).getlength(name)
+        if x > LEFT and x + width > WIDTH - RIGHT:
+            x, y = float(LEFT), y + 17
+        pen.line([(x, y + 4), (x + 18, y + 4)], colour, 2.5)
+        pen.text(x + 24, y + 4, name, "lm")
+        x += width + gap
+    return y + 22
 
 
 def _draw_bars(pen: _Pen, panel: Bars) -> None:
@@ -257,7 +241,8 @@ def _draw_bars(pen: _Pen, panel: Bars) -> None:
         pen.text(max(end, left + bar.limit / longest * (right - left)) + 8, y, said, "lm", colour=GREY)
     if any(bar.limit for bar in panel.bars):
         pen.line([(left, HEIGHT - 28), (left, HEIGHT - 14)], COLOURS[0], 3)
-        pen.text(left + 8, HEIGHT - 21, panel.limit_label, "lm", colour=GREY)
+        said = shortened(panel.limit_label, TEXT, WIDTH - left - 16)
+        pen.text(left + 8, HEIGHT - 21, said, "lm", colour=GREY)
 
 
 def _on(value: float, log: bool) -> bool:
@@ -288,11 +273,14 @@ def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten around the range; only the powers where it is wide.
+    """1, 2 and 5 times powers of ten around the range; only the powers where it is wide, round numbers where it is
+    narrow.
 
     >>> log_ticks(3, 40), log_ticks(1, 5000)
     ([2, 5, 10, 20, 50], [1, 10, 100, 1000, 10000])
     """
+    if high / low < 5 and (ticks := linear_ticks(low, high))[0] > 0:
+        return ticks
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if high / low < 200 else (1,)
     ticks = [float(f"{factor}e{power}") for power in powers for factor in factors]

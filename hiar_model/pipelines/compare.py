@@ -20,7 +20,7 @@ from ..common.settings import own_settings
 from ..config import ExecutionConfig, RolloutConfig
 from ..config.rollout import ORDERS
 from ..evaluation.evaluate import steady_cost
-from ..evaluation.quality import LABELS, PARTS, QualityMeter, ordinal
+from ..evaluation.quality import LABELS, ORDER_COLOURS, PARTS, QualityMeter, ordinal
 from ..io.captions import CaptionedGrid
 from ..io.files import check_output
 from ..io.plot import Lines, Series, save_plot
@@ -178,7 +178,7 @@ def drift_panels(results: Sequence[OrderResult], title: str = "") -> list[Lines]
     for name in results[0].quality:
         percent = 100 if name == "valid" else 1
         lines = [
-            Series(result.order, range(1, 1 + len(values)), [percent * x for x in values])
+            Series(result.order, range(1, 1 + len(values)), [percent * x for x in values], ORDER_COLOURS[result.order])
             for result in results
             for values in [result.quality[name]]
         ]

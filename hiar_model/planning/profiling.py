@@ -156,7 +156,7 @@ def draw_profile(result: Profile, picture: str | Path) -> None:
     ]
     s = result.setting
     title = f"{s.model}, {s.dtype}, {result.device}: {1e3 * result.seconds:.4g} ms a task"
-    panel = Bars(title, bars, "ms", "least that this machine allows, by its measured FLOP/s and bytes/s")
+    panel = Bars(title, bars, "ms", "least that the machine's FLOP/s and bytes/s allow")
     save_plot([panel], picture)
 
 

@@ -17,7 +17,7 @@ from small_toy import BLOCK, FRAMES, PROMPT, small_folder  # noqa: F401 (fixture
 
 from hiar_model import generate
 from hiar_model.cli import COMMANDS, build_parser, machine, main
-from hiar_model.cli.choices import as_typed
+from hiar_model.cli.choices import as_typed, check_choices
 from hiar_model.config import ExecutionConfig
 from hiar_model.models import registry
 from hiar_model.models.registry import ToyDecoder, load_video_model
@@ -80,6 +80,22 @@ def test_a_config_file(folder, here):
     assert run("generate", PROMPT, "--config", "c.yaml", "--seed", 5) == 0
     record = json.loads((here / "a.gif.json").read_text())
     assert (record["num_frames"], record["seed"]) == (6, 5)
+
+
+def test_the_commands_of_make_demo():
+    text = (Path(__file__).parents[2] / "Makefile").read_text()
+    values = dict(re.findall(r"^(\w+) := (.*)$", text, re.MULTILINE))
+    recipe = text[text.index("\ndemo:") : text.index("@echo", text.index("\ndemo:"))]
+    commands = [shlex.split(re.sub(r"\$\((\w+)\)", lambda name: values[name[1]], line)) for line in
+                re.findall(r"^\t(\$\(BIN\)/hiar .*)$", recipe, re.MULTILINE)]  # fmt: skip
+    written = []
+    for program, *words in commands:
+        command = build_parser().parse_args(words)
+        check_choices(command.subcommand, command[command.subcommand])
+        assert program == ".venv/bin/hiar" and command[command.subcommand].overwrite
+        written.append((command.subcommand, command[command.subcommand].out))
+    assert written == [("generate", "out/demo.mp4"), ("compare", "out/compare.mp4")]
+    assert command["compare"].num_frames == 384 and command["compare"].speed == 8
 
 
 def test_options_are_those_of_the_function():

@@ -96,7 +96,9 @@ def test_ticks_are_round_and_around_the_values(low, high, ticks):
 
 def test_logarithmic_ticks():
     assert log_ticks(2, 200) == [2, 5, 10, 20, 50, 100, 200]
-    assert log_ticks(0.03, 0.04) == pytest.approx([0.02, 0.05]) and log_ticks(0.001, 900) == [
+    assert log_ticks(0.03, 0.32) == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5])
+    assert log_ticks(0.32, 0.44) == pytest.approx([0.32, 0.34, 0.36, 0.38, 0.4, 0.42, 0.44])
+    assert log_ticks(0.001, 900) == [
         0.001, 0.01, 0.1, 1, 10, 100, 1000
     ]  # fmt: skip
 
