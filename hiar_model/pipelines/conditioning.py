@@ -137,7 +137,7 @@ def _to_srgb(picture: Any, path: Path, notes: list[str]) -> Frames:
         picture, note = _by_profile(picture, profile)
         notes += [f"{path}: {note}"] if note else []
     picture = picture.convert("RGB")
-    if alpha is not None and alpha.getextrema()[0] < 255:
+    if alpha is not None and np.asarray(alpha).min() < 255:
         notes.append(f"{path}: transparent parts are put on white")
         picture = Image.composite(picture, Image.new("RGB", picture.size, (_BACKGROUND,) * 3), alpha)
     return np.array(picture)
