@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-SPECIAL = "it is no file, but a device, a pipe or a socket"
+SPECIAL = "a device, a pipe or a socket, no file"
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def publish(partial: Path, target: Path) -> None:
     """
     target = behind_links(target)
     if is_special(target):
-        raise OSError(errno.EINVAL, SPECIAL, str(target))
+        raise OSError(errno.EINVAL, f"it is {SPECIAL}", str(target))
     if partial.is_dir():
         for path in sorted(partial.rglob("*")):
             _sync(path)

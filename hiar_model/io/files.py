@@ -83,7 +83,7 @@ def check_output(path: str | os.PathLike[str], beside: Sequence[Path] = ()) -> P
                 if file.is_dir():
                     raise ValueError(f"cannot write {file}: it is a folder")
                 if is_special(file):
-                    raise ValueError(f"cannot write {file}: {SPECIAL}")
+                    raise ValueError(f"cannot write {file}: it is {SPECIAL}")
                 os.stat(file)  # a link that names itself, a name that is too long
             except FileNotFoundError:
                 pass

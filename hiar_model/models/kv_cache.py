@@ -205,12 +205,14 @@ class RingCache:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy the tensors of :meth:`state_dict` back in; ValueError names one that is missing or of another shape."""
-        for name, tensor in self._tensors().items():
+        tensors = self._tensors()
+        for name, tensor in tensors.items():
             saved = state.get(name)
             if saved is None or (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
                 actual = "nothing" if saved is None else f"{saved.dtype} {list(saved.shape)}"
                 raise ValueError(f"KV cache state: {name} must be {tensor.dtype} {list(tensor.shape)}, got {actual}")
-            tensor.copy_(saved)
+        for name, tensor in tensors.items():
+            tensor.copy_(state[name])
         self.slot_frames = self.frames[:, 0].tolist()
         self.write_position = [None] * len(self.capacities)
 

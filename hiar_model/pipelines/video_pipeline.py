@@ -289,7 +289,7 @@ class VideoRun:
         if options.session is not None:
             self.decoding = Decoding(self.model.decoder())
             session = load_session(options.session, self.rollout, self.decoding.stateful, self._facts())
-            self.frames_done = session.about["frames"]
+            self.frames_done = whole(f"{session.path}: frames", session.about.get("frames"), 0)
         self._last = self._last_block(options.num_frames, options.session) if options.open_end else None
         self.metadata = describe(self)
         self.run_folder = None if options.run_folder is None else self._open_folder(options.run_folder)

@@ -353,6 +353,11 @@ class Rollout:
             raise ValueError(f"state of a different rollout: expected {self._key()}, got {state['key']}")
         if EXTERNAL not in (self.noise, state["noise"]):
             require_noise("state", state["noise"])
+        for name, x in state["latents"].items():
+            frames = len(range(*self.plan.block_frames(int(name.partition("/")[2]))))
+            expected = (self.batch, frames, *self.shape)
+            if x.shape != expected or not x.is_floating_point():
+                raise ValueError(f"damaged: latents {name} are {x.dtype} {list(x.shape)}, expected {list(expected)}")
         before = list(islice(self.groups(), state["groups_done"]))
         executed = {task for group in before for item in group for task in item}
         prompts = ResumedPrompts.after(self.prompt_embeds, state["prompt_embeds"])
@@ -365,12 +370,12 @@ class Rollout:
             raise ValueError(
                 "no fork to another prompt with fuse_cache_denoise=True: a fused forward spans two blocks, one prompt"
             )
+        self._executor.load_state_dict(state, executed)  # first: if it refuses the state, all is as it was
+        self._executor.prompt_embeds = prompts
         self.groups_done, self.forwards_done = state["groups_done"], forwards(before)
         last = self.plan.steps - 1
         done = [task.block + 1 for task in executed if task[:2] == ("denoise", last)]
         self.blocks_done = max(done, default=self.plan.prefix_blocks)
-        self._executor.load_state_dict(state, executed.__contains__)
-        self._executor.prompt_embeds = prompts
 
     @property
     def last_started_block(self) -> int:

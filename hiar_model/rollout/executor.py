@@ -421,8 +421,16 @@ class Executor:
             "prompt_embeds": {block: self.prompt_embeds(block) for block in range(max(0, first), last + 1)},
         }
 
-    def load_state_dict(self, state: dict[str, Any], done: Callable[[Task], bool]) -> None:
-        """Restore a saved state; ``done`` says which tasks were executed before it."""
+    def load_state_dict(self, state: dict[str, Any], executed: set[Task]) -> None:
+        """Restore a saved state, after the ``executed`` tasks.
+
+        Raises:
+            ValueError: latents in flight or tensors of the caches are missing, or of another shape or dtype.
+        """
+        in_flight = {f"{level}/{block}" for level, block in self._in_flight(executed)}
+        if differing := in_flight ^ set(state["latents"]):
+            what = "missing" if differing & in_flight else "unexpected"
+            raise ValueError(f"damaged: latents {', '.join(sorted(differing)[:3])} are {what}")
         self.cache.load_state_dict(state["cache"])
         self.latents, self.readers, self.drawn, self.step = {}, {}, {}, state["step"]
         self.last_started_block = max(state["prompt_embeds"], default=-1)
@@ -432,5 +440,14 @@ class Executor:
             level, block = map(int, name.split("/"))
             self._put(level, block, self._copy(x))
             for task in (Task("denoise", level, block), Task("cache", level - 1, block)):
-                if task.step in range(self.plan.steps) and done(task):
+                if task.step in range(self.plan.steps) and task in executed:
                     self._release(task)
+
+    def _in_flight(self, executed: set[Task]) -> Iterator[tuple[int, int]]:
+        """Level and block of the latents that tasks made which others still need."""
+        for task in executed:
+            level, block = task.step + 1, task.block
+            readers = [Task("denoise", level, block)] * (level in self.steps)
+            readers += [Task("cache", task.step, block)] * self.plan.has_cache(task.step, block, self.num_blocks)
+            if task.kind == "denoise" and not executed.issuperset(readers):
+                yield level, block

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -41,5 +40,5 @@ class Receiver:
         """Empty."""
         return {"cache": {}, "latents": {}, "history": {}, "step": 0, "prompt_embeds": {}}
 
-    def load_state_dict(self, state: dict[str, Any], done: Callable[[Any], bool]) -> None:
+    def load_state_dict(self, state: dict[str, Any], executed: set[Any]) -> None:
         """Nothing."""

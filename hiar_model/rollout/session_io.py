@@ -107,13 +107,17 @@ def load_session(
     tensors, metadata = state_io.read(source)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{source} is no session: format must be {FORMAT!r}, got {metadata.get('format')!r}")
-    if metadata["version"] != str(VERSION):
-        raise ValueError(f"{source} is a session of version {metadata['version']}, this is version {VERSION}")
-    was = json.loads(metadata["about"])
+    if metadata.get("version") != str(VERSION):
+        raise ValueError(f"{source} is a session of version {metadata.get('version')}, this is version {VERSION}")
+    try:
+        was, blocks = state_io.field(metadata, "about", dict), state_io.field(metadata, "blocks", int)
+        others = None if metadata.get("decoder") == "null" else state_io.field(metadata, "decoder", dict)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     for name, now in json.loads(json.dumps(dict(about or {}))).items():
         if name in was and was[name] != now:
             raise ValueError(f"{source} is of another run: {name} was {was[name]!r}, now it is {now!r}")
-    decoder_tensors, others = state_io.under(tensors, "decoder"), json.loads(metadata["decoder"])
+    decoder_tensors = state_io.under(tensors, "decoder")
     saved, takes = others is not None, hasattr(decoder, "load_state_dict")
     if saved != takes:
         actual, needed = ("a", "none") if saved else ("no", "one")
@@ -121,13 +125,13 @@ def load_session(
     before = decoder.state_dict() if saved else None  # type: ignore[attr-defined]
     try:
         if saved:  # first: if it refuses the state, the rollout is untouched
-            decoder.load_state_dict({**decoder_tensors, **others})  # type: ignore[attr-defined]
+            decoder.load_state_dict({**decoder_tensors, **(others or {})})  # type: ignore[attr-defined]
         rollout.load_state_dict(state_io.unpack(tensors, metadata))
     except ValueError as error:
         if saved:
             decoder.load_state_dict(before)  # type: ignore[attr-defined]
         raise ValueError(f"{source}: {error}") from error
-    return Session(source, json.loads(metadata["blocks"]), rollout.last_started_block + 1, was)
+    return Session(source, blocks, rollout.last_started_block + 1, was)
 
 
 def _file(path: str | os.PathLike[str]) -> Path:

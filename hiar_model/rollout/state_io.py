@@ -7,6 +7,7 @@ text.I           prompt embeddings    metadata              JSON: key, groups_do
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..io.atomic import atomic
+from ..io.atomic import SPECIAL, atomic, is_special
 from ..io.files import refuse_stand_in, save_tensors
 
 TENSORS = ("cache", "latents", "history")
@@ -37,17 +38,32 @@ def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The inverse of :func:`pack`; ValueError for an incomplete state."""
-    missing = [name for name in (*NUMBERS, "texts") if name not in metadata]
-    if missing:
-        raise ValueError(f"not a rollout state of this version: {missing[0]} is missing")
-    state: dict[str, Any] = {name: json.loads(metadata[name]) for name in NUMBERS}
-    state["noise"] = json.loads(metadata.get("noise", "null"))  # states from before 2026-11-28 name none
+    """The inverse of :func:`pack`; ValueError for an incomplete or damaged state."""
+    state: dict[str, Any] = {name: field(metadata, name, str if name == "key" else int) for name in NUMBERS}
+    of_block = field(metadata, "texts", dict)
+    state["noise"] = field(metadata, "noise", str) if "noise" in metadata else None  # of states before 2026-11-28
     for kind in TENSORS:
         state[kind] = under(tensors, kind)
-    of_block = json.loads(metadata["texts"])
-    state["prompt_embeds"] = {int(block): tensors[f"text.{index}"] for block, index in of_block.items()}
+    prompts = under(tensors, "text")
+    for block, index in of_block.items():
+        if not block.isdecimal() or str(index) not in prompts:
+            raise ValueError(f"damaged: texts names prompt {index!r} for block {block!r}, which is not there")
+    state["prompt_embeds"] = {int(block): prompts[str(index)] for block, index in of_block.items()}
     return state
+
+
+def field(metadata: Mapping[str, str], name: str, kind: type) -> Any:
+    """A JSON value of the metadata: str, dict, or a whole number of at least 0; ValueError of one line otherwise."""
+    if name not in metadata:
+        raise ValueError(f"not a rollout state of this version: {name} is missing")
+    try:
+        value = json.loads(metadata[name])
+    except ValueError:
+        value = None
+    if type(value) is not kind or (isinstance(value, int) and value < 0):
+        legal = {str: "a string", dict: "an object", int: "a whole number of at least 0"}[kind]
+        raise ValueError(f"damaged: {name} must be {legal}, got {textwrap.shorten(metadata[name], 60)!r}")
+    return value
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -73,6 +89,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: the file is missing or corrupt.
     """
     refuse_stand_in(path)
+    if path.is_dir() or is_special(path):
+        raise ValueError(f"cannot read {path}: it is {'a folder' if path.is_dir() else SPECIAL}")
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

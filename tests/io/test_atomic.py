@@ -82,7 +82,7 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "link.txt").symlink_to("pipe.txt")
     for name in ("pipe.txt", "link.txt"):
-        with pytest.raises(OSError, match=rf"^cannot write .*{name}: it is no file, but a device"):
+        with pytest.raises(OSError, match=rf"^cannot write .*{name}: it is a device"):
             atomic_write(tmp_path / name, "new")
     assert (tmp_path / "pipe.txt").is_fifo() and len(list(tmp_path.iterdir())) == 2
 

@@ -160,7 +160,7 @@ def test_targets(tmp_path):
         ("loop.mp4", "Too many levels of symbolic links"),
         ("turning.mp4", "Too many levels of symbolic links"),
         ("lost.mp4", "missing is no folder; make it first"),
-        ("pipe.mp4", "it is no file, but a device, a pipe or a socket"),
+        ("pipe.mp4", "it is a device, a pipe or a socket"),
         ("n" * 300 + ".mp4", "File name too long"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 
@@ -36,6 +37,11 @@ def switched(block: int):
 
 def latents(blocks) -> torch.Tensor:
     return torch.cat([block.latents for block in blocks], 1)
+
+
+@functools.cache
+def uninterrupted() -> torch.Tensor:
+    return latents(start())
 
 
 class Carrying:
@@ -169,11 +175,24 @@ def test_a_write_that_fails_leaves_the_last_session(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def damaged(path, **told):
-    """Rewrite a session with other metadata."""
+def damaged(path, changed=lambda tensors: None, **told):
+    """Rewrite a session with other tensors and metadata."""
     with safe_open(path, "pt") as file:
         was = file.metadata()
-    save_file(load_file(path), path, metadata={k: v for k, v in {**was, **told}.items() if v is not None})
+    tensors = load_file(path)
+    changed(tensors)
+    save_file(tensors, path, metadata={k: v for k, v in {**was, **told}.items() if v is not None})
+
+
+def in_flight(change):
+    """A change of the first latents in flight."""
+
+    def changed(tensors):
+        name = min(name for name in tensors if name.startswith("latents."))
+        if (other := change(tensors.pop(name))) is not None:
+            tensors[name] = other
+
+    return lambda path: damaged(path, changed, about="{}")
 
 
 OF_3E7E919 = {
@@ -200,6 +219,24 @@ OF_3E7E919 = {
         (lambda path: damaged(path, about="{}", noise='"new"'), "state: its noise is 'new', this version draws"),
         (lambda path: damaged(path, version="2"), "is a session of version 2, this is version 1"),
         (lambda path: damaged(path, **OF_3E7E919), "s.safetensors: a state of an older version, which this one cannot"),
+        *[
+            (lambda path, name=name: damaged(path, **{"about": "{}", name: None}), f"{name} is missing")
+            for name in ("key", "groups_done", "step", "blocks", "decoder", "texts")
+        ],
+        *[
+            (lambda path, name=name: damaged(path, **{"about": "{}", name: "[]"}), rf"damaged: {name} must be .*'\[\]'")
+            for name in ("key", "groups_done", "step", "blocks", "decoder", "texts", "about", "noise")
+        ],
+        (lambda path: damaged(path, version=None), "is a session of version None"),
+        (lambda path: damaged(path, about=None), "about is missing"),
+        (lambda path: damaged(path, about="{}", groups_done="null"), "groups_done must be a whole .*, got 'null'"),
+        (lambda path: damaged(path, about="{}", groups_done="-1"), "groups_done must be a whole number of at least 0"),
+        (lambda path: damaged(path, lambda t: t.pop("text.0"), about="{}"), "texts names prompt 0 for block '0'"),
+        (lambda path: damaged(path, lambda t: t.pop("cache.k.0"), about="{}"), "k.0 must be .*, got nothing"),
+        (in_flight(lambda x: None), r"damaged: latents \d/\d are missing"),
+        (in_flight(lambda x: x[..., :-1].contiguous()), r"damaged: latents \d/\d are torch.float32 \[1, .*expected"),
+        (in_flight(lambda x: x.to(torch.int32)), r"latents \d/\d are torch.int32 .*, expected \[1"),
+        (lambda path: (path.unlink(), path.mkdir(), (path / FILE).mkdir()), "session.safetensors: it is a folder"),
         (lambda path: damaged(path, about='{"weights": "abc"}'), "weights was 'abc', now it is 'def'"),
     ],
 )
@@ -211,7 +248,7 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, change, message):
     fresh = start()
     with refused(message):
         load_session(path, fresh, about={"weights": "def"})
-    assert torch.equal(latents(fresh), latents(start())), "the rollout must be untouched"
+    assert torch.equal(latents(fresh), uninterrupted()), "the rollout must be untouched"
 
 
 @pytest.mark.parametrize(
