@@ -24,10 +24,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Legal values by option; each item of a list, or between commas, is checked."""
 MINIMUM = {
-    "num_frames": 1, "steps": 1, "height": 1, "width": 1, "threads": 1, "nproc": 1, "batch": 1, "blocks": 1,
-    "layers": 1, "parts": 1, "speed": 1, "sink_frames": 0, "checkpoint_every": 0, "seeds": 0,
+    "num_frames": 1, "frames": 1, "steps": 1, "height": 1, "width": 1, "threads": 1, "nproc": 1, "batch": 1,
+    "blocks": 1, "layers": 1, "parts": 1, "speed": 1, "sink_frames": 0, "checkpoint_every": 0, "seeds": 0,
 }  # fmt: skip
-MOST = {"steps": checks.MOST_STEPS, "threads": checks.MOST_THREADS, "nproc": checks.MOST_THREADS}
+MOST = {
+    **dict.fromkeys(MINIMUM, checks.MOST_FRAMES),
+    "steps": checks.MOST_STEPS, "threads": checks.MOST_THREADS, "nproc": checks.MOST_THREADS,
+}  # fmt: skip
 ABOVE_0 = ("timeout",)
 INPUT_FILES = {
     "generate": ("image", "extend", "prompts", "from_session"), "compare": ("image", "extend", "prompts"),
@@ -53,6 +56,8 @@ def check_choices(command: str, a: Namespace) -> None:
         for one in several if value is not None else ():
             if name in MINIMUM:
                 checks.whole(option(name), one, MINIMUM[name], most=MOST.get(name))
+            elif name == "window_frames" and isinstance(one, int):
+                checks.whole(option(name), one, 1, most=checks.MOST_FRAMES)
             elif name in ABOVE_0:
                 checks.number_above_0(option(name), one)
             elif name == "fps":

@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ..common.checks import nearest
-from ..io.files import load_yaml
+from ..io.files import load_yaml, read_text
 from ..version import require_noise
 
 
@@ -25,10 +25,13 @@ class ConfigFile(ActionConfigFile):
         """Apply the file's options below those already set."""
         values = _options(parser, Path(value))
         known = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
-        for key in values:
+        flags = [action.dest for action in parser._actions if action.nargs == 0]
+        for key, chosen in values.items():
             if key not in known:
                 raise TypeError(f"{value}: unknown key {key}{nearest(key, known)}")
-        ActionConfigFile.apply_config(parser, cfg, dest, json.dumps(values))
+            if key in flags and not isinstance(chosen, bool):
+                raise TypeError(f"{value}: {key} must be true or false, got {chosen!r}")
+        ActionConfigFile.apply_config(parser, cfg, dest, json.dumps(values, default=str))
 
 
 def config_first(words: Sequence[str]) -> list[str]:
@@ -57,7 +60,7 @@ class OptionalPositional(argparse.Action):
 def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:
     """The options in a file, by their names with underscores."""
     try:
-        values = load_yaml(path.read_text(encoding="utf-8-sig"))
+        values = load_yaml(read_text(path))
     except OSError as error:
         raise TypeError(f"cannot read {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -66,22 +69,33 @@ def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:
         raise TypeError(f"{path} must hold key: value lines, got {type(values).__name__}")
     if "command" in values and "weights_sha256" in values:
         return _from_metadata(parser, values, path)
-    return {str(key).replace("-", "_"): value for key, value in values.items() if key not in ("config",)}
+    options: dict[str, Any] = {}
+    for key, value in values.items():
+        if (name := str(key).replace("-", "_")) in options:
+            raise TypeError(f"{path}: {name} and {key} are one option")
+        options[name] = value
+    return {name: value for name, value in options.items() if name != "config"}
 
 
 def _from_metadata(parser: ArgumentParser, metadata: dict[str, Any], path: Path) -> dict[str, Any]:
     """The options of the command that reproduces a video, without its output path."""
+    command = metadata["command"]
     try:
-        program, name, *words = shlex.split(metadata["command"])
-    except (ValueError, AttributeError) as error:
+        words = shlex.split(command) if isinstance(command, str) else []
+    except ValueError as error:
         raise TypeError(f"{path}: its command cannot be read: {error}") from error
-    maker = name if name in ("generate", "compare") else "generate"
-    if program != "hiar" or name != maker or parser.prog.split()[-1] not in (maker, "hiar"):
+    maker = words[1] if words[1:2] == ["compare"] else "generate"
+    if words[:2] != ["hiar", maker] or parser.prog.split()[-1] not in (maker, "hiar"):
         raise TypeError(f"{path} is the metadata of a video, for hiar {maker} only")
     try:
         require_noise(str(path), metadata.get("noise"))
     except ValueError as error:
         raise TypeError(error) from error
-    values = parser.parse_args(words, _skip_validation=True).as_dict()
+    if unfit := {"--config", "--print_config", "--help", "-h"} & {word.partition("=")[0] for word in words}:
+        raise TypeError(f"{path}: its command has {min(unfit)}, which no video is made by")
+    try:
+        values = parser.parse_args(words[2:], _skip_validation=True).as_dict()
+    except argparse.ArgumentError as error:
+        raise TypeError(f"{path}: its command is not one of this version: {error}") from error
     defaults = parser.get_defaults(skip_validation=True).as_dict()
     return {key: value for key, value in values.items() if key not in ("config", "out") and value != defaults.get(key)}

@@ -14,6 +14,8 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 OFFLOAD = ("text", "vae")
 MOST_STEPS = 1000
 """Denoising steps: the network knows so many noise levels."""
+MOST_FRAMES = 10**9
+"""Frames of a video, pixels of a side: more is a slip of the hand, and its sizes overflow."""
 MOST_THREADS = max(64, os.cpu_count() or 1)
 """Threads of a process, and processes that one command starts: with far more the system ends them all."""
 SLOWEST, FASTEST = 0.01, 1000.0
@@ -38,6 +40,8 @@ def whole(name: str, value: Any, least: int | None = None, why: str = "", most: 
     """
     number = as_whole(value)
     if number is None or (least is not None and number < least) or (most is not None and number > most):
+        if most == MOST_FRAMES and (number is None or number <= most):
+            most = None  # not what is wrong here
         legal = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
         raise ValueError(f"{name} must be a whole number{legal}{why}, got {value!r}")
     return number

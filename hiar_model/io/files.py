@@ -56,6 +56,18 @@ def as_name(text: str) -> str:
         return text
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file that a person wrote, in UTF-8; in UTF-16 where a byte order mark says so, as editors and
+    shells of Windows write it.
+
+    Raises:
+        OSError: it cannot be read. UnicodeDecodeError: it is neither.
+    """
+    data = Path(path).read_bytes()
+    text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def check_text(text: str, what: str) -> None:
     """ValueError of one line for text that came from bytes other than UTF-8, which cannot be written again."""
     try:
@@ -133,7 +145,7 @@ def load_yaml(text: str) -> Any:
     """What a YAML or JSON text says; a key that stands twice in one mapping is an error, not the last one's.
 
     Raises:
-        yaml.YAMLError: it is neither.
+        yaml.YAMLError: it is neither, or lists and mappings stand in each other thousands of times.
     """
     import yaml
 
@@ -146,7 +158,12 @@ def load_yaml(text: str) -> Any:
                 seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
             return super().construct_mapping(node, deep)
 
-    return yaml.load(text, Loader)
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deep") from None
+    except TypeError as error:  # a list as a key
+        raise yaml.YAMLError(str(error)) from error
 
 
 def seen_from(folder: Path, command: Sequence[str]) -> list[str]:

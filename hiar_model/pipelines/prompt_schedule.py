@@ -20,7 +20,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..io.files import refuse_stand_in
+from ..io.files import read_text, refuse_stand_in
 from ..schedule.plan import Plan
 from ..schedule.simulator import simulate
 
@@ -101,10 +101,10 @@ class PromptSchedule:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> PromptSchedule:
-        """Read a file in UTF-8."""
+        """Read a file in UTF-8, or in UTF-16 with a byte order mark."""
         refuse_stand_in(Path(path))
         try:
-            schedule = cls.parse(Path(path).read_text(encoding="utf-8-sig"), Path(path).name)
+            schedule = cls.parse(read_text(path), Path(path).name)
             return replace(schedule, file=os.fspath(path))
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror or error}") from error

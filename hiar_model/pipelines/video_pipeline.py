@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hiar_kernels.nvtx import span
 
-from ..common.checks import MOST_STEPS, MOST_THREADS, one_of, path_like, whole
+from ..common.checks import MOST_FRAMES, MOST_STEPS, MOST_THREADS, one_of, path_like, whole
 from ..common.settings import own_settings
 from ..config import ExecutionConfig, RolloutConfig
 from ..config.rollout import ORDERS
@@ -102,7 +102,8 @@ class VideoOptions:
 
     def __post_init__(self) -> None:
         for name, least, most in (
-            ("num_frames", 1, None), ("steps", 1, MOST_STEPS), ("sink_frames", 0, None), ("threads", 1, MOST_THREADS),
+            ("num_frames", 1, MOST_FRAMES), ("steps", 1, MOST_STEPS), ("sink_frames", 0, MOST_FRAMES),
+            ("threads", 1, MOST_THREADS),
         ):  # fmt: skip
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else whole(name, value, least, most=most))

@@ -74,6 +74,8 @@ class RunFolder:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is corrupt: {error}") from error
+        if not isinstance(stored, dict):
+            raise ValueError(f"{path} is corrupt: expected an object, got a {type(stored).__name__}")
         if "noise" in about:
             require_noise(str(self.folder), stored.get("noise"))
         for key in {**stored, **about}:
@@ -98,7 +100,10 @@ class RunFolder:
 
         path = self.folder / f"block_{block:06d}.safetensors"
         tensors, metadata = state_io.read(path)
-        return FinishedBlock(block, int(metadata["first_frame"]), tensors["latents"])
+        try:
+            return FinishedBlock(block, state_io.field(metadata, "first_frame", int), tensors["latents"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is no block of a run: {error}; delete {self.folder} to start anew") from error
 
     # States.
 
@@ -122,7 +127,12 @@ class RunFolder:
         common = set.intersection(*map(set, self._gather(mine)))
         self.last_state = max(common, default=0)
         if self.last_state:
-            rollout.load_state_dict(state_io.unpack(*state_io.read(self.folder / self._state(self.last_state))))
+            path = self.folder / self._state(self.last_state)
+            tensors, metadata = state_io.read(path)
+            try:
+                rollout.load_state_dict(state_io.unpack(tensors, metadata))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
         return self.last_state
 
     def _prune(self) -> None:

@@ -118,6 +118,8 @@ WRONG = {
     "an endless rate": (["generate", PROMPT, "-o", "a.mp4", "--fps", "1e6"], "--fps must be a number from 0.01 to"),
     "steps": (["generate", PROMPT, "-o", "a.mp4", "--steps", "2000000"], "--steps must be .* from 1 to 1000, got 2"),
     "processes": (["generate", PROMPT, "-o", "a.mp4", "--nproc", "99999"], r"--nproc must be .* from 1 to \d+, got"),
+    "frames": (["generate", PROMPT, "-o", "a.mp4", "--num-frames", "9" * 30], r"from 1 to 1000000000, got 9+$"),
+    "a window": (["generate", PROMPT, "-o", "a.mp4", "--window-frames", "9" * 30], "--window-frames must .* to 10{9}"),
     "standard output": (["generate", PROMPT, "-o", "-"], "'-' is not a file name for a video"),
     "an empty name": (["generate", PROMPT, "-o", ".mp4"], "'.mp4' is not a file name for a video"),
     "no lengths": (["evaluate", "toy", "--num-frames", "[]"], r"--num-frames must hold something, got \[\]"),

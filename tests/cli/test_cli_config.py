@@ -10,6 +10,9 @@ from small_toy import PROMPT, small_folder  # noqa: F401 (fixtures)
 
 from hiar_model.cli import build_parser, main
 from hiar_model.cli.config_file import config_first
+from hiar_model.pipelines.prompt_schedule import PromptSchedule
+from hiar_model.train.data.prompts import _read as read_prompts
+from hiar_model.version import NOISE
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
@@ -73,7 +76,6 @@ def test_the_record_of_a_video(folder, here, kind):
     ("a: [\n", "c.yaml is neither YAML nor JSON"),
     ("num_frames: many\n", "many"),
     ('{"command": "rm -r x", "weights_sha256": ""}', "c.yaml is the metadata of a video, for hiar generate only"),
-    ('{"command": 7, "weights_sha256": ""}', "c.yaml: its command cannot be read"),
     ('{"command": "hiar generate x", "weights_sha256": ""}', "c.yaml: its noise is 'torch-32', this version draws"),
     (None, "cannot read c.yaml: No such file"),
 ])  # fmt: skip
@@ -83,6 +85,42 @@ def test_a_file_that_is_none_is_one_line(capsys, text, message):
     assert run("generate", PROMPT, "-o", "a.mp4", "--config", "c.yaml") == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("text, message", [
+    ("num_frames: 3\nnum-frames: 6", "num_frames and num-frames are one option"),
+    ("overwrite: maybe", "overwrite must be true or false, got 'maybe'"),
+    ('overwrite: "false"', "overwrite must be true or false, got 'false'"),
+    ("seed: 2020-01-01", "seed must be a whole number, got '2020-01-01'"),
+    ("[1, 2]: 3", "c.yaml is neither YAML nor JSON: unhashable type: 'list'"),
+    ("[" * 5000, "c.yaml is neither YAML nor JSON: nested too deep"),
+    *[(json.dumps({"weights_sha256": "", "noise": NOISE, "command": command}), message) for command, message in [
+        (5, "c.yaml is the metadata of a video, for hiar generate only"),
+        ("", "c.yaml is the metadata of a video, for hiar generate only"),
+        ("hiar train toy/hiar", "c.yaml is the metadata of a video, for hiar generate only"),
+        ("hiar generate 'x", "c.yaml: its command cannot be read: No closing quotation"),
+        ("hiar generate x --config c.yaml", "c.yaml: its command has --config, which no video is made by"),
+        ("hiar generate x --help", "c.yaml: its command has --help, which no video is made by"),
+        ("hiar generate x --gone 5", "c.yaml: its command is not one of this version: unrecognized arguments: --gone"),
+    ]],
+])  # fmt: skip
+def test_a_file_that_says_too_much_or_something_else(capsys, text, message):
+    write("c.yaml", text)
+    assert run("generate", PROMPT, "-o", "a.gif", "--config", "c.yaml") == 2
+    line = capsys.readouterr().err
+    assert message in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_text_files_as_editors_write_them(here, encoding, end):
+    """A byte order mark became part of the first prompt to train on."""
+    lines = f"0 {PROMPT}{end}1 a blue circle moving up{end}"
+    Path("p.txt").write_bytes(lines.encode(encoding))
+    assert [line.prompt for line in PromptSchedule.read("p.txt").lines] == [PROMPT, "a blue circle moving up"]
+    assert read_prompts("p.txt")[0] == f"0 {PROMPT}"
+    Path("c.yaml").write_bytes(f"prompt: {PROMPT}{end}seed: 7{end}out: a.gif{end}".encode(encoding))
+    assert build_parser("generate").parse_args(["generate", "--config", "c.yaml"])["generate"].seed == 7
 
 
 def test_a_record_belongs_to_generate(folder, capsys):

@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from ...common.checks import nearest, one_of
-from ...io.files import load_yaml
+from ...io.files import load_yaml, read_text
 from .recipe import RECIPES, Recipe
 
 
@@ -44,7 +44,7 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
         text = file.read_text(encoding="utf-8")
     elif Path(name).is_file():
         try:
-            text = Path(name).read_text(encoding="utf-8-sig")
+            text = read_text(name)
         except UnicodeDecodeError as error:
             raise ValueError(f"recipe {name} is not text in UTF-8: {error}") from error
     else:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
-from ...io.files import refuse_stand_in
+from ...io.files import read_text, refuse_stand_in
 from ...models.text_encoder import WanTextEncoder, clean_prompt
 from ..config.recipe import PromptsRecipe
 from .datasets import open_tensors
@@ -86,7 +86,7 @@ def _read(path: str) -> list[str]:
         raise ValueError("recipe: prompts must be given: a text file, one prompt on each line")
     refuse_stand_in(Path(path))
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{path}: no readable text file of prompts: {error}") from error
     prompts = [clean for line in lines if (clean := clean_prompt(line))]
