@@ -25,7 +25,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 DESCRIPTION := pyproject.toml setup.py constraints.txt hiar_kernels/common/extension.py $(wildcard csrc/*.c* csrc/*.h)
 NUMERIC := tests/kernels/test_attention.py tests/kernels/test_pointwise.py tests/models/test_transformer.py tests/rollout/test_rollout.py
 PROMPT := a red circle moving right
-DEMO_MODEL := toy
+DEMO_MODEL := scenes
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def compare_arguments(parser: ArgumentParser) -> None:
     """Options of `hiar compare`."""
-    video_arguments(parser)
+    video_arguments(parser, model="scenes")
     parser.add_argument(
         "--num-frames", type=int,
         help="pixel frames of each; default: 32 times the training length of a toy, 8 times that of other models",

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from .parallel import Job
 
 
-def video_arguments(parser: ArgumentParser) -> None:
-    """Options of one video, shared with `hiar compare`."""
+def video_arguments(parser: ArgumentParser, model: str = "toy") -> None:
+    """Options of one video, shared with `hiar compare`, which has another default ``model``."""
     parser.add_argument(
         "prompt", action=OptionalPositional, type=str, nargs="?",
         help='such as "a red circle moving right"; or give --prompts',
     )  # fmt: skip
     parser.add_argument("-o", "--out", type=str, required=True, help="name.mp4, name.gif, or name/ for PNG files")
     parser.add_argument("--overwrite", action="store_true", help="replace a file of this name; else it is refused")
-    parser.add_argument("--model", type=str, default="toy", help="name of a shipped model, or a folder, such as of Wan")
+    parser.add_argument("--model", type=str, default=model, help="name of a shipped model, or a folder, such as of Wan")
     parser.add_argument(
         "--checkpoint", type=str,
         help="in place of a Wan folder's own: hiar.pt, .safetensors, a folder; or by step, 0-1=high.pt,2-3=low.pt",

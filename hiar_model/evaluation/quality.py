@@ -5,6 +5,7 @@ For videos of any model, statistics of the frames; for a toy world also the shar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -27,6 +28,8 @@ LABELS = {
 """What is measured, in words; all from 0 to 1."""
 ORDER_COLOURS = dict(zip(("block_first", "stream", "wavefront", "step_first"), COLOURS, strict=False))
 """In every plot; orders with the same result have colours of their own too."""
+SAMPLED = 2**16
+"""Pixels of a large frame, at least, of which histograms are made."""
 AT_ONCE = 2**16
 """Pixels that small frames are collected to before they are measured, which is quicker than block by block."""
 LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601
@@ -44,19 +47,25 @@ def frame_statistics(frames: Frames) -> dict[str, np.ndarray]:
     colour_saturation   mean over the pixels of the largest channel less the smallest
     sharpness           root mean square of the Laplacian of the luma
     """
-    rgb = frames.astype(np.float32) / 255
-    luma = rgb @ np.array(LUMA, np.float32)
-    inner = luma[:, 1:-1, 1:-1]
-    laplacian = luma[:, 2:, 1:-1] + luma[:, :-2, 1:-1] + luma[:, 1:-1, 2:] + luma[:, 1:-1, :-2] - 4 * inner
+    red, green, blue = (frames[..., channel] for channel in range(3))
+    spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
+    luma = sum(np.multiply(frames[..., i], weight / 255, dtype=np.float32) for i, weight in enumerate(LUMA))
+    assert isinstance(luma, np.ndarray)
+    laplacian = -4 * luma[:, 1:-1, 1:-1]
+    for neighbours in (luma[:, 2:, 1:-1], luma[:, :-2, 1:-1], luma[:, 1:-1, 2:], luma[:, 1:-1, :-2]):
+        laplacian += neighbours
     return {
         "contrast": luma.std(axis=(1, 2), dtype=np.float64),
-        "colour_saturation": (rgb.max(3) - rgb.min(3)).mean(axis=(1, 2), dtype=np.float64),
+        "colour_saturation": spread.mean(axis=(1, 2), dtype=np.float64) / 255,
         "sharpness": np.sqrt(np.square(laplacian).mean(axis=(1, 2), dtype=np.float64)),
     }
 
 
 def channel_cdf(frames: Frames) -> np.ndarray:
-    """Cumulative histograms of the channels of frames uint8 [F, H, W, 3]: float64 [F, 3, 256]."""
+    """Cumulative histograms of the channels of frames uint8 [F, H, W, 3]: float64 [F, 3, 256]. Of large frames only
+    every so many-th row and column counts."""
+    stride = max(1, math.isqrt(frames.shape[1] * frames.shape[2] // SAMPLED))
+    frames = frames[:, ::stride, ::stride]
     count, pixels = len(frames), frames.shape[1] * frames.shape[2]
     offsets = 256 * np.arange(3 * count).reshape(count, 1, 1, 3)
     counted = np.bincount((frames + offsets).ravel(), minlength=3 * count * 256)

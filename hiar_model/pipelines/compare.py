@@ -89,7 +89,7 @@ def compare(
     out: str | os.PathLike[str],
     *,
     orders: Sequence[str] | None = None,
-    model: str | os.PathLike[str] | VideoModel = "toy",
+    model: str | os.PathLike[str] | VideoModel = "scenes",
     speed: int | None = None,
     execution: ExecutionConfig | None = None,
     device: str | torch.device = "auto",
@@ -110,7 +110,8 @@ def compare(
         orders: two or more, left to right; None: block_first and HiAR's, as stream (wavefront for a small model on a
             CPU: the same result sooner).
         speed: only every so many-th frame is shown; None: 8, or less where fewer than 48 frames would be left.
-        model, execution, device, dtype: of :class:`hiar_model.VideoPipeline`.
+        model, execution, device, dtype: of :class:`hiar_model.VideoPipeline`. "scenes", the default, is the shipped
+            model whose world lets errors pile up; with "toy" no order drifts much.
         num_frames: pixel frames of each; None: 32 times the training length of a toy, 8 times that of other models.
         options: the others are those of :func:`hiar_model.generate`.
 

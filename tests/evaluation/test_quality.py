@@ -42,6 +42,13 @@ def test_cumulative_histograms():
             np.testing.assert_allclose(cdf[channel], histogram.cumsum() / 35)
 
 
+def test_a_sample_of_a_large_frame_stands_for_it():
+    ramp = np.linspace(0, 255, 1000).astype(np.uint8)
+    frame = np.stack(np.broadcast_arrays(ramp, ramp[:800, None], 7), axis=2)[None]
+    whole = np.stack([np.histogram(frame[..., i], 256, (0, 256))[0].cumsum() / 800_000 for i in range(3)])
+    assert np.abs(channel_cdf(frame)[0] - whole).max() < 0.01
+
+
 def test_change_is_how_far_values_move_wherever_they_are():
     frames = np.zeros((4, 8, 8, 3), np.uint8)
     frames[:, :, :4] = 100
