@@ -7,6 +7,7 @@ gets a page that shows the file, or a copy of it, so that the site is whole with
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import os
 import posixpath
@@ -40,6 +41,7 @@ PLACES = {
 }
 """File of the repository -> its page."""
 
+EXAMPLES = "howto/examples.md"
 SHOWN = {".py": "python", ".cu": "cuda", ".h": "c", ".cpp": "cpp", ".yaml": "yaml", ".toml": "toml", ".log": "text"}
 LINK = re.compile(r"(?<!`)(\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)
@@ -195,9 +197,22 @@ def kernel_page(folder: str) -> str:
     return f"{text}\n## Call it\n\n{calls}\n"
 
 
+def examples() -> str:
+    """What each script of examples/ shows, from its docstring, with the script itself."""
+    pages = ["# Examples", "", "Short scripts, each run by a test; start them from the root of the repository.", ""]
+    for file in sorted((ROOT / "examples").glob("*.py")):
+        code = file.read_text(encoding="utf-8")
+        about = ast.get_docstring(ast.parse(code)) or ""
+        body = code[code.index('"""', code.index('"""') + 3) + 3 :].strip()
+        pages += [f"## {file.stem}", "", about, "", f'```python title="examples/{file.name}"', body, "```", ""]
+    pages += [f"[{file.name}](../../examples/{file.name})" for file in sorted((ROOT / "examples").glob("*.ipynb"))]
+    return "\n".join(pages)
+
+
 MADE: dict[str, Callable[[], str]] = {
     "reference/command_line.md": command_line,
     "reference/recipes.md": recipe_keys,
+    **({EXAMPLES: examples} if (ROOT / "examples").is_dir() else {}),
     **{f"kernels/{folder}.md": (lambda folder=folder: kernel_page(folder)) for folder in KERNELS},
 }
 
@@ -206,10 +221,11 @@ MADE: dict[str, Callable[[], str]] = {
 
 
 def on_config(config: Any) -> Any:
+    sections = {name: pages for section in config.nav for name, pages in section.items()}
+    if EXAMPLES in MADE:
+        sections["How to"].append({"Examples": EXAMPLES})
     if (ROOT / "CHANGELOG.md").exists():
-        next(section for section in config.nav if "Contributing" in section)["Contributing"].append(
-            {"Changes": PLACES["CHANGELOG.md"]}
-        )
+        sections["Contributing"].append({"Changes": PLACES["CHANGELOG.md"]})
     return config
 
 

@@ -6,14 +6,18 @@ The build itself, which is strict, is `make docs`.
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from hiar_model.cli.main import COMMANDS
+from hiar_model.io.video import Video
 from hiar_model.train.config.recipe import RECIPES
 
 pytestmark = pytest.mark.cpu
@@ -21,6 +25,7 @@ pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
 import hooks  # noqa: E402
+import loop  # noqa: E402
 import self_contained  # noqa: E402
 
 
@@ -35,8 +40,9 @@ def test_every_page_is_in_the_navigation_once():
     nav = entries(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     written = {page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/**/*.md")}
     made = {page for origin, page in hooks.PLACES.items() if (ROOT / origin).exists() and page != "index.md"}
+    found = {"contributing/changelog.md", hooks.EXAMPLES}  # added where there are any
     assert len(nav) == len(set(nav))
-    assert set(nav) | {"contributing/changelog.md"} == written | made | set(hooks.MADE) | {"contributing/changelog.md"}
+    assert set(nav) | found == written | made | set(hooks.MADE) | found
 
 
 def test_the_command_line_has_every_command_and_its_options():
@@ -100,3 +106,14 @@ def test_what_is_fetched_from_elsewhere_is_told(tmp_path, fetched):
     assert line.startswith("index.html: ") and "example" in line
     (tmp_path / "a.css").write_text("p { background: url('https://example/a.png') }")
     assert len(list(self_contained.outside(tmp_path))) == 2
+
+
+def test_the_loop_of_the_readme(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (4, 32, 48, 3), dtype=np.uint8)
+    path = Video(frames, fps=8).save(tmp_path / "a.mp4")
+    with Image.open(io.BytesIO(loop.loop(path, 100_000))) as picture:
+        assert (picture.format, picture.size, picture.n_frames, picture.info["loop"]) == (
+            "WEBP", (384, 256), 4, 0,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="more than 100"):
+        loop.loop(path, 100)
