@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 KERNELS = {
-    "attention": "attention attention_with_lse BlockCausal KVContext attention_layout attention_schedule",
+    "attention": (
+        "attention attention_with_lse BlockCausal KVContext attention_layout AttentionLayout takes_layout "
+        "attention_schedule AttentionSchedule takes_schedule"
+    ),
     "flow_step": "flow_step",
     "merge_attention": "merge_attention",
     "norm": "layer_norm rms_norm ada_layer_norm gated_residual gated_residual_layer_norm gated_residual_ada_layer_norm",
@@ -37,12 +40,22 @@ PLACES = {
     "CHANGELOG.md": "contributing/changelog.md",
     "bench/README.md": "contributing/benchmarks.md",
     "hiar_model/toy/weights/README.md": "evidence/toy_model.md",
+    "hiar_model/toy/scenes/README.md": "evidence/scenes_model.md",
     **{f"hiar_kernels/{folder}/README.md": f"kernels/{folder}.md" for folder in KERNELS},
 }
 """File of the repository -> its page."""
 
 EXAMPLES = "howto/examples.md"
-SHOWN = {".py": "python", ".cu": "cuda", ".h": "c", ".cpp": "cpp", ".yaml": "yaml", ".toml": "toml", ".log": "text"}
+SHOWN = {
+    ".py": "python",
+    ".Dockerfile": "docker",
+    ".cu": "cuda",
+    ".h": "c",
+    ".cpp": "cpp",
+    ".yaml": "yaml",
+    ".toml": "toml",
+    ".log": "text",
+}
 LINK = re.compile(r"(?<!`)(\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)
 FENCE = re.compile(r"^(`{3,}).*?^\1$|`[^`\n]+`", re.DOTALL | re.MULTILINE)
@@ -212,7 +225,7 @@ def examples() -> str:
 MADE: dict[str, Callable[[], str]] = {
     "reference/command_line.md": command_line,
     "reference/recipes.md": recipe_keys,
-    **({EXAMPLES: examples} if (ROOT / "examples").is_dir() else {}),
+    EXAMPLES: examples,
     **{f"kernels/{folder}.md": (lambda folder=folder: kernel_page(folder)) for folder in KERNELS},
 }
 
@@ -220,12 +233,16 @@ MADE: dict[str, Callable[[], str]] = {
 # What mkdocs calls
 
 
+def absent() -> set[str]:
+    """The pages whose file is not in the repository (yet): the navigation goes without."""
+    return {page for origin, page in PLACES.items() if not (ROOT / origin).exists()}
+
+
 def on_config(config: Any) -> Any:
-    sections = {name: pages for section in config.nav for name, pages in section.items()}
-    if EXAMPLES in MADE:
-        sections["How to"].append({"Examples": EXAMPLES})
-    if (ROOT / "CHANGELOG.md").exists():
-        sections["Contributing"].append({"Changes": PLACES["CHANGELOG.md"]})
+    for section in config.nav:
+        for name, pages in section.items():
+            if isinstance(pages, list):
+                section[name] = [each for each in pages if not (isinstance(each, dict) and absent() & {*each.values()})]
     return config
 
 
