@@ -3,13 +3,14 @@
 #              one tier of them: make test-cpu, test-interpreter, test-compile
 #              numbers as other processors compute them: make test-processors
 # make test-versions   the tests on the oldest and the newest supported torch and Triton, each in an environment of its own
-# make lint    ruff, codespell, hadolint    make types   mypy        make check   lint, types, docs-check, tests
+# make lint    ruff, codespell, hadolint    make types   mypy        make check   lint, types, docs-check, docs, tests
 # make gpu-test        run the kernels' tests on the CUDA device; needs only torch, triton, pytest
 # make gpu-bench       measure every op on it, into bench/results/; needs pytest-benchmark too (make bench: rehearsal, CPU)
 #                      both end after BUDGET seconds; cut short by that or by anything, run again they go on
-# make docs            renew the tables and pictures that commands print into README and docs/
+# make docs            build the documents as a site, out/site/index.html
+# make docs-refresh    renew the tables and pictures that commands print into README and docs/
 # make docs-check      tell which of them are stale
-# make compile-report  write docs/compile_report.md: registers, spills, tensor cores of every kernel; needs no GPU
+# make compile-report  write docs/evidence/compile_report.md: registers, spills, tensor cores of every kernel; needs no GPU
 # make clean   remove .venv and everything else that was built; videos in out/ stay
 #
 # PYTHON chooses the interpreter that .venv is made from: make demo PYTHON=python3.12
@@ -29,7 +30,7 @@ DEMO_MODEL := scenes
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-versions test-cpu test-processors test-interpreter test-compile gpu-test gpu-bench bench compile-report docs docs-check lint types check setup setup-dev clean
+.PHONY: help demo test test-versions test-cpu test-processors test-interpreter test-compile gpu-test gpu-bench bench compile-report docs docs-refresh docs-check lint types check setup setup-dev clean
 
 help:
 	@sed -n '/^[^#]/q; s/^# \{0,1\}//p' Makefile
@@ -114,7 +115,7 @@ test-interpreter: setup-dev
 test-compile: setup-dev
 	@$(call tier,compile)
 
-# The supported range, ends included: torch-triton. docs/compatibility.md has what they gave, with the date.
+# The supported range, ends included: torch-triton. docs/contributing/compatibility.md has what they gave, with the date.
 VERSIONS := 2.11.0-3.6.0 2.14.1-3.8.0
 
 # Every tier of every pair runs, whatever failed before it; a pair's environment stays, in .venv-TORCH-TRITON.
@@ -165,9 +166,15 @@ bench: setup-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
 compile-report: setup-dev
-	@$(BIN)/python -m hiar_kernels.compile_report --markdown docs/compile_report.md
+	@$(BIN)/python -m hiar_kernels.compile_report --markdown docs/evidence/compile_report.md
 
+# Strict: a link that leads nowhere, or an address that a browser would fetch from elsewhere, fails.
 docs: setup-dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@$(BIN)/python docs/self_contained.py out/site
+	@echo "open out/site/index.html"
+
+docs-refresh: setup-dev
 	@$(BIN)/python docs/refresh.py
 
 docs-check: setup-dev
@@ -181,7 +188,7 @@ lint: setup-dev
 types: setup-dev
 	@$(BIN)/python -m mypy
 
-check: lint types docs-check test
+check: lint types docs-check docs test
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

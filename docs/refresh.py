@@ -1,7 +1,7 @@
 """Renews the tables and pictures that commands print into README and docs/, or tells which of them are stale.
 
-    make docs          (python docs/refresh.py)            write them anew
-    make docs-check    (python docs/refresh.py --check)    exit status 1 and a line for everything that is stale
+    make docs-refresh    (python docs/refresh.py)            write them anew
+    make docs-check      (python docs/refresh.py --check)    exit status 1 and a line for everything that is stale
 
 Between `<!-- table NAME -->` and `<!-- end -->` stands a table of hiar_model.schedule.report, between
 `<!-- COMMAND -->` and `<!-- end -->` what a command of this repository prints, less the paragraphs that an earlier
@@ -21,14 +21,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from pictures import pictures
+
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this repository's packages, from wherever it is run
 BLOCK = re.compile(r"<!-- (table|hiar|python) (.*?) -->\n.*?<!-- end -->", re.DOTALL)
-RENEW = "run make docs"
+RENEW = "run make docs-refresh"
 
 
 def pages(root: Path) -> list[Path]:
     """Those that may hold generated text."""
-    return [root / "README.md", *sorted(root.glob("docs/*.md"))]
+    return [root / "README.md", *sorted(root.glob("docs/**/*.md"))]
 
 
 def printed(program: str, words: str, root: Path) -> str:
@@ -87,16 +90,19 @@ def sentences() -> Iterator[tuple[str, str]]:
     from hiar_model.schedule.report import gain_table
     from hiar_model.schedule.strategies import machines
 
-    parallel, machine = "docs/parallel.md", next(m for m in machines(links=("pcie",)) if m.name == "wan2.1-t2v-1.3b")
+    parallel, machine = (
+        "docs/evidence/parallel.md",
+        next(m for m in machines(links=("pcie",)) if m.name == "wan2.1-t2v-1.3b"),
+    )
     costs = machine.costs
     short = [gain_table(each, (4,), (7,))[2].split("|")[-2].strip() for each in (costs, unit_costs())]
     for folder in sorted(ROOT.glob("bench/results/toy-training*")):  # every comparison is shown
-        yield "docs/claims.md", f"bench/results/{folder.name} -->"
+        yield "docs/evidence/runs.md", f"bench/results/{folder.name} -->"
     yield parallel, f"1.3B, 4 steps, 7 blocks: {short[0]} instead of {short[1]}"
     hop, shared = costs.latents.nbytes / 1e6, exchanged_bytes(machine.config, machine.geometry, 4) / 1e6
     yield parallel, f"sends {hop:.1f} MB per block and hop, the other {shared:.0f} MB per GPU and forward (1.3B)"
     yield parallel, f"finishes a block every {1e3 * costs.decode:g} ms: {12 / costs.decode:.0f} fps at most"
-    yield "README.md", f"only replicas exceed {12 / costs.decode:.0f} fps"
+    yield parallel, f"only replicas exceed {12 / costs.decode:.0f} fps"
     file = stage_times()
     if file is None:
         return
@@ -117,9 +123,7 @@ def first_difference(old: str, new: str) -> str:
 
 def stale(root: Path, write: bool = False) -> list[str]:
     """A line for everything that is not as its command prints it; with ``write`` it is so afterwards."""
-    from hiar_model.schedule.report import pictures
-
-    now = {root / "docs" / name: svg for name, svg in pictures().items()}
+    now = {root / "docs" / "pictures" / name: svg for name, svg in pictures().items()}
     problems = []
     for page in pages(root):
         try:

@@ -1,4 +1,4 @@
-"""Named ranges for Nsight Systems: generate > block > visit > layer > op. Off unless asked for; see docs/profiling.md.
+"""Named ranges for Nsight Systems: generate > block > visit > layer > op. Off unless asked for; docs/howto/profile.md.
 
 On with ``HIAR_NVTX=1`` in the environment when this package is imported, or by :func:`enable`.
 """

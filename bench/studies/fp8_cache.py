@@ -3,7 +3,7 @@
     python -m bench.studies.fp8_cache [--prompts 64] [--num-frames 48]
 
 Differences are to the latents with keys in the dtype of the work; those of bfloat16 throughout, to float32 throughout.
-It prints the table of docs/memory.md.
+It prints the table of docs/howto/quantise.md.
 """
 
 from __future__ import annotations

@@ -242,7 +242,7 @@ class Change:
 def changes(query: FitQuery) -> list[list[Change]]:
     """Lists of alternatives, to combine one of each: first those that keep the video unchanged (offload the text
     encoder; order step_first, which finishes all blocks at the end; decode on the CPU), then e4m3 KV, whose error is
-    measured in docs/memory.md, and last narrower windows.
+    measured in docs/howto/quantise.md, and last narrower windows.
     """
     r, rollout, none = query.request, query.request.rollout, Change()
     alternatives: list[list[Change]] = []

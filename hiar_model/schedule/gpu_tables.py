@@ -212,6 +212,23 @@ def rollout_table(root: Path | None = None) -> list[str]:
     return lines + [f"- VAE of a block, after the block on the same GPU: {times}" for times in decoders]
 
 
+def newest_table(root: Path | None = None) -> list[str]:
+    """Markdown table of the last revision measured on each GPU, in short: what the README shows."""
+    newest = {folder.parent: folder for folder in folders(root)}
+    if not newest:
+        return NOTHING
+    head = ("GPU", "order", "forwards a block", "ms each", "fps", "fps with VAE", "peak GiB")
+    lines = [_line(head), _line(["---"] * 2 + ["---:"] * (len(head) - 2))]
+    for folder in newest.values():
+        _, full, fused = vae_of(folders(root), folder)
+        measured = rollouts(folder)
+        for m in (m for m in measured if m.run == measured[-1].run):
+            forwards = round(1e3 * FRAMES / m.fps / m.task)
+            figures = map(_number, (m.task, m.fps, m.with_vae(fused or full), m.peak_gib))
+            lines.append(_line([m.device.removeprefix("NVIDIA "), m.rollout, str(forwards), *figures]))
+    return lines
+
+
 def breakdown_table(root: Path | None = None) -> list[str]:
     """Markdown table of the milliseconds of a task by kind of work, launches and syncs; newest folder of each GPU."""
     newest = {folder.parent: folder for folder in folders(root)}

@@ -213,7 +213,7 @@ def crossing_table(
 
 
 def pictures() -> dict[str, str]:
-    """File name -> SVG of docs/parallel.md: four steps, all tasks of one cost."""
+    """File name -> SVG of docs/pictures: four steps, all tasks of one cost."""
 
     def panel(name: str, order: str, blocks: int, ranks: int = 1, **options: object) -> tuple[str, Timeline]:
         timeline = simulate(Plan(4, order, 3, **options), blocks, ranks)  # type: ignore[arg-type]
@@ -265,6 +265,7 @@ def quoted_tables() -> dict[str, Callable[[], list[str]]]:
     }
     tables |= {f"setups {key}": setup(key) for key in by_name}
     tables |= {"measured rollouts": gpu_tables.rollout_table, "measured parts": gpu_tables.breakdown_table}
+    tables["measured newest"] = gpu_tables.newest_table
     times = gpu_tables.stage_times()
     if times is not None:
         _, fused = gpu_tables.vae_ms(times.parent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,18 +10,23 @@ import pytest
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parents[2]
-_SPEC = importlib.util.spec_from_file_location("refresh", ROOT / "docs" / "refresh.py")
-refresh = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(refresh)
+sys.path.insert(0, str(ROOT / "docs"))
+import refresh  # noqa: E402
 
-TABLES = {"README.md": 2, "docs/parallel.md": 10, "docs/profiling.md": 1, "docs/memory.md": 2, "docs/claims.md": 3}
+TABLES = {
+    "README.md": 1,
+    "docs/evidence/one_gpu.md": 3,
+    "docs/evidence/parallel.md": 10,
+    "docs/evidence/runs.md": 3,
+    "docs/howto/memory.md": 2,
+}
 SAYS = "<!-- python -m says {} -->\n\n{}\n\n<!-- end -->\n"
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A page whose two blocks are as printed; the command's second paragraph is always the same."""
-    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "pictures").mkdir(parents=True)
     (tmp_path / "says.py").write_text(
         "import sys\nprint(sys.argv[1], 'the legend', sep='\\n\\n')\nsys.exit(len(sys.argv) - 2)"
     )
@@ -29,8 +34,8 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "docs" / "a.md").write_text(
         SAYS.format("one", "one\n\nthe legend") + "text\n" + SAYS.format("two", "two")
     )
-    (tmp_path / "docs" / "a.svg").write_text("<svg/>")
-    monkeypatch.setattr("hiar_model.schedule.report.pictures", lambda: {"a.svg": "<svg/>"})
+    (tmp_path / "docs" / "pictures" / "a.svg").write_text("<svg/>")
+    monkeypatch.setattr(refresh, "pictures", lambda: {"a.svg": "<svg/>"})
     monkeypatch.setattr(refresh, "sentences", lambda: iter([("README.md", "no table")]))
     return tmp_path
 
@@ -43,15 +48,17 @@ def test_a_stale_block_is_named_and_renewed(root):
     page = root / "docs" / "a.md"
     good = page.read_text()
     page.write_text(good.replace("two\n\n<!-- end", "three\n\n<!-- end"))
-    assert refresh.stale(root) == ["docs/a.md is stale, run make docs; first at line 11: three"]
+    assert refresh.stale(root) == ["docs/a.md is stale, run make docs-refresh; first at line 11: three"]
     assert refresh.stale(root, write=True) == [] and page.read_text() == good
 
 
 def test_a_stale_picture_and_a_sentence_are_named(root, monkeypatch):
-    (root / "docs" / "a.svg").write_text("<svg></svg>")
+    (root / "docs" / "pictures" / "a.svg").write_text("<svg></svg>")
     monkeypatch.setattr(refresh, "sentences", lambda: iter([("README.md", "7 tables")]))
     picture, sentence = refresh.stale(root)
-    assert picture.startswith("docs/a.svg is stale, run make docs") and "by hand: '7 tables'" in sentence
+    assert (
+        picture.startswith("docs/pictures/a.svg is stale, run make docs-refresh") and "by hand: '7 tables'" in sentence
+    )
     assert refresh.stale(root, write=True) == [sentence], "a sentence is written by a person"
 
 
