@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from .choices import rollout_options
+from .config_file import other_weights
 from .generate import existing_inputs, new_video, prompt_schedule, video_arguments
 from .machine import imports, load_model, progress_bar, stage_lines
 
@@ -69,6 +70,8 @@ def compare(a: Namespace) -> None:
         a, checkpoint=a.checkpoint, steps=a.steps, prompt_cache=a.prompt_cache, offload=offload,
         on_checkpoint=lambda line: print(line, file=sys.stderr), on_stage=stage_lines(),
     )  # fmt: skip
+    for line in other_weights(a, model.weights_sha256):
+        print(line, file=sys.stderr)
     start = time.perf_counter()
     with progress_bar("{task.fields[frames]}", "{task.fields[speed]}") as bar:
         task = bar.add_task("", total=None, frames="frames", speed="")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from ..common.checks import nearest
 from ..io.files import load_yaml, read_text
@@ -32,6 +32,7 @@ class ConfigFile(ActionConfigFile):
             if key in flags and not isinstance(chosen, bool):
                 raise TypeError(f"{value}: {key} must be true or false, got {chosen!r}")
         ActionConfigFile.apply_config(parser, cfg, dest, json.dumps(values, default=str))
+        cfg[dest][-1] = value
 
 
 def config_first(words: Sequence[str]) -> list[str]:
@@ -46,6 +47,14 @@ def config_first(words: Sequence[str]) -> list[str]:
             files[:0], rest[span] = rest[span], []
     command = next((i for i, word in enumerate(rest, 1) if not word.startswith("-")), 0)
     return [*rest[:command], *files, *rest[command:]]
+
+
+def other_weights(a: Namespace, sha256: str) -> Iterator[str]:
+    """A line for each `--config` that is the metadata of a video made by other weights."""
+    for path in filter(None, a.get("config") or []):
+        values = load_yaml(read_text(Path(path)))
+        if (before := values.get("weights_sha256", sha256)) != sha256:
+            yield f"{path}: made by weights {str(before)[:12]}, now {sha256[:12]}: this will be another video"
 
 
 class OptionalPositional(argparse.Action):

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..io.files import check_text
 from .choices import rollout_options
-from .config_file import OptionalPositional
+from .config_file import OptionalPositional, other_weights
 from .machine import imports, load_model, machine_arguments, memory_arguments, progress_bar, stage_lines
 from .parallel import RUN_FOLDER, job, pipeline_arguments, pipelined, resume_arguments, unfinished_blocks
 from .signals import handled
@@ -120,6 +120,8 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
         offload=offload, on_checkpoint=notes.append,
         on_stage=stage_lines(),
     )  # fmt: skip
+    for line in other_weights(a, model.weights_sha256):
+        print(line, file=sys.stderr)
     with progress_bar("{task.fields[frames]}", "{task.fields[speed]}") as bar:
         task = bar.add_task("", total=None, frames="frames", speed="")
         start = time.perf_counter()

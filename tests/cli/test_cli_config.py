@@ -57,7 +57,7 @@ def test_what_print_config_writes(folder, capsys):
 
 
 @pytest.mark.parametrize("kind", ["a.mp4.json", "a/video.json"])
-def test_the_record_of_a_video(folder, here, kind):
+def test_the_record_of_a_video(folder, here, kind, capsys):
     name = "a/" if "/" in kind else "a.mp4"
     made = ["--num-frames", 9, "--seed", -5, "--steps", 3, "--order", "stream", "--window-frames", "[3,4,6]"]
     assert run("generate", PROMPT, "-o", name, "--model", folder, *made) == 0
@@ -67,6 +67,10 @@ def test_the_record_of_a_video(folder, here, kind):
     same = {"file": "", "command": ""}
     assert {**again, **same} == {**first, **same}
     assert {**other, **same} == {**first, **same, "prompt": OTHER, "seed": 6}
+    assert "another video" not in capsys.readouterr().err
+    write("old.json", json.dumps(first | {"weights_sha256": "0" * 64}))
+    assert run("generate", "--config", "old.json", "-o", "d/", "--num-frames", 3) == 0
+    assert f"old.json: made by weights 000000000000, now {first['weights_sha256'][:12]}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, message", [
