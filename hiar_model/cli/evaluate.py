@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from ..io.atomic import atomic_write
 from ..io.files import check_output, check_picture
-from .machine import load_model, machine_arguments, progress_bar
+from .machine import load_model, machine_arguments, progress_bar, window_argument
 
 
 def evaluate_arguments(parser: ArgumentParser) -> None:
@@ -28,12 +27,7 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
         help="one or several to compare; default: the model's own, for step_first block_first too",
     )
     parser.add_argument("--kv-source", type=str, help="own or next_step; default: the model's")
-    parser.add_argument(
-        "--window-frames",
-        type=int | list[int | None] | None | Literal["model"],
-        default="model",
-        help="latent frames a block sees, its own among them: a number, one per step as [6,9,12,12], or null for all",
-    )
+    window_argument(parser)
     parser.add_argument("--parts", type=int, default=6, help="stretches that a video is judged in")
     parser.add_argument("--seeds", type=int, default=0, help="first blocks of each prompt, to say how diverse they are")
     parser.add_argument("--batch", type=int, default=16, help="videos made at once; does not change the result")
@@ -56,12 +50,10 @@ def evaluate(a: Namespace) -> None:
     model = load_model(a)
     lengths = [a.num_frames] if isinstance(a.num_frames, int) else a.num_frames
     lengths = lengths or [model.train_frames, PARTS * model.train_frames]
-    changes = {} if a.window_frames == "model" else {"window_frames": a.window_frames}
-    if a.kv_source is not None:
-        changes["kv_source"] = a.kv_source
     orders = [a.order] if isinstance(a.order, str) else a.order
     orders = orders or [rollout.order for rollout in default_rollouts(model.rollout)]
-    rollouts = [replace(model.rollout, order=order, **changes) for order in orders]
+    options = {"window_frames": a.window_frames, "kv_source": a.kv_source}
+    rollouts = [model.rollout.with_options(order=order, **options) for order in orders]
     with progress_bar("videos {task.completed}/{task.total}") as bar:
         task = bar.add_task("", total=None)
         rows = evaluate_toy(

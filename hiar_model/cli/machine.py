@@ -24,15 +24,19 @@ def machine_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def memory_arguments(parser: ArgumentParser) -> None:
-    """Options of a video that decide its memory; those of a rollout by the names of its config."""
-    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
+def window_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--window-frames",
         type=int | list[int | None] | None | Literal["model"],
         default="model",
         help="latent frames a block sees, its own among them: a number, one per step as [6,9,12,12], or null for all",
     )
+
+
+def memory_arguments(parser: ArgumentParser) -> None:
+    """Options of a video that decide its memory; those of a rollout by the names of its config."""
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
+    window_argument(parser)
     parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
     parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
     parser.add_argument("--offload", type=str, help="what leaves the GPU: text (once the prompt is read), vae, or both")

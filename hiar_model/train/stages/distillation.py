@@ -30,7 +30,7 @@ from ..losses.dmd import critic_loss, distribution_matching, draw_sigma
 from ..losses.forward_kl import draw_points, forward_kl_loss
 from ..losses.teacher import drop_prompts, flow_draws, flow_matching_loss, ode_trajectory
 from .base import Scalars, Stage, UpdateStep
-from .sources import Sources, autocast, sample_videos, save_student
+from .sources import Sources, StudentStage, autocast
 
 MAX_STEPS, MAX_SAMPLES = 64, 65536  # of an update, of a batch: what the ids of videos leave room for
 
@@ -121,14 +121,12 @@ class OdePairs:
         return progress_report(folder, "trajectories", ".json")
 
 
-class OdeInit(Stage):
+class OdeInit(StudentStage[OdeInitRecipe]):
     """A causal student regresses the end of the teacher's trajectories from their points (CausVid, arXiv 2412.07772).
 
     Its context are points of the same trajectory: the next one (matched noise) or the last one (clean), so that every
     student can be distilled from it.
     """
-
-    averaged = "student"
 
     def __init__(self, recipe: OdeInitRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
@@ -165,20 +163,12 @@ class OdeInit(Stage):
         x0 = x - sigma.float().view(-1, 1, 1, 1, 1) * velocity.float()
         return (x0 - end).square().mean()
 
-    def sample(self, update: int) -> Frames | None:
-        return sample_videos(self.sources, self.trained["student"], self.recipe)
 
-    def export(self, model: HiARTransformer, folder: Path) -> Path:
-        return save_student(self.sources, model, self.recipe, folder)
-
-
-class HiAR(Stage):
+class HiAR(StudentStage[HiARRecipe]):
     """Self-rollout DMD with the forward-KL regulariser (arXiv 2603.08703; design: one exit step for all ranks).
 
     The videos of the critic's and the student's steps are rollouts of the current student.
     """
-
-    averaged = "student"
 
     def __init__(self, recipe: HiARRecipe, device: torch.device) -> None:
         _require_unique_ids(recipe)
@@ -290,12 +280,6 @@ class HiAR(Stage):
         sigma = torch.cat([draw_sigma(1, shift, g) for g in generators])
         noise = torch.stack([g.normals(*x0.shape[1:]) for g in generators])
         return sigma.to(self.device), noise.to(self.device)
-
-    def sample(self, update: int) -> Frames | None:
-        return sample_videos(self.sources, self.trained["student"], self.recipe)
-
-    def export(self, model: HiARTransformer, folder: Path) -> Path:
-        return save_student(self.sources, model, self.recipe, folder)
 
 
 def _video_id(update: int, draw: int, sample: int) -> int:

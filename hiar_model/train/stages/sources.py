@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from ...toy.world import WORLDS, ToyWorld
 from ..config.recipe import CausalRecipe, NetworkRecipe, Recipe
 from ..data.datasets import Clips, LatentData, PromptData, Prompts, ToyData
 from ..engine.distributed import is_first, unsharded
+from .base import Stage
+
+CausalRecipeT = TypeVar("CausalRecipeT", bound=CausalRecipe)
 
 
 class Sources:
@@ -98,44 +101,50 @@ def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
 
 
-def sample_videos(sources: Sources, model: HiARTransformer, recipe: CausalRecipe) -> Frames | None:
-    """Rollouts of some prompts, twice as long as trained clips: uint8 [N, F, H, W, 3]; None without a decoder, and on
-    ranks other than 0."""
-    prompt_embeds = sources.sample_prompts(recipe.sample_prompts)
-    if prompt_embeds is None:
-        return None
-    frames, _, height, width = sources.data.latent_shape
-    config = recipe.rollout
-    if config.order != "block_first" and config.kv_source == "own":
-        config = config.with_order("step_first")  # the same videos, with one cache in memory for all steps
+class StudentStage(Stage, Generic[CausalRecipeT]):
+    """A stage whose averaged network is a causal student."""
 
-    def roll_out() -> Tensor:
-        rollout = Rollout(
+    averaged = "student"
+    recipe: CausalRecipeT
+    sources: Sources
+
+    def sample(self, update: int) -> Frames | None:
+        """Rollouts of prompts, twice as long as trained clips; None without a decoder, or on another rank than 0."""
+        sources, config, model = self.sources, self.recipe.rollout, self.trained["student"]
+        prompt_embeds = sources.sample_prompts(self.recipe.sample_prompts)
+        if prompt_embeds is None:
+            return None
+        frames, _, height, width = sources.data.latent_shape
+        if config.order != "block_first" and config.kv_source == "own":
+            config = config.with_order("step_first")  # the same videos, with one cache in memory for all steps
+
+        def roll_out() -> Tensor:
+            rollout = Rollout(
+                model,
+                prompt_embeds.to(model.patch_embedding.weight.device),
+                config,
+                ExecutionConfig(autocast=True),
+                num_latent_frames=2 * frames,
+                latent_size=(height, width),
+                video_ids=range(len(prompt_embeds)),
+            )
+            return torch.cat([block.latents for block in rollout], 1)
+
+        return sources.decode(unsharded(model, roll_out))
+
+    def export(self, model: HiARTransformer, folder: Path) -> Path:
+        """Write the student: a toy model's folder, or the transformer's weights alone."""
+        sources, recipe = self.sources, self.recipe
+        if sources.codec is None or sources.world is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "student.safetensors"
+            save_transformer(model, path)
+            return path
+        return save_toy_model(
+            folder,
             model,
-            prompt_embeds.to(model.patch_embedding.weight.device),
-            config,
-            ExecutionConfig(autocast=True),
-            num_latent_frames=2 * frames,
-            latent_size=(height, width),
-            video_ids=range(len(prompt_embeds)),
+            sources.codec,
+            rollout=recipe.rollout,
+            train_frames=recipe.num_latent_frames,
+            world=sources.world.config,
         )
-        return torch.cat([block.latents for block in rollout], 1)
-
-    return sources.decode(unsharded(model, roll_out))
-
-
-def save_student(sources: Sources, model: HiARTransformer, recipe: CausalRecipe, folder: Path) -> Path:
-    """Write the student: a toy model's folder, or the transformer's weights alone. Returns the path."""
-    if sources.codec is None or sources.world is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "student.safetensors"
-        save_transformer(model, path)
-        return path
-    return save_toy_model(
-        folder,
-        model,
-        sources.codec,
-        rollout=recipe.rollout,
-        train_frames=recipe.num_latent_frames,
-        world=sources.world.config,
-    )

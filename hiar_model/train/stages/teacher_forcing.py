@@ -7,7 +7,6 @@ step's own level is denoised over them, as denoise tasks do. One pair of forward
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,20 +14,17 @@ from torch import Tensor
 
 from ...common.keyed import Generator, draw_uniform, draw_whole, keyed_generator
 from ...config import FlowSchedule
-from ...io.video import Frames
 from ...models.transformer import HiARTransformer
 from ..config.recipe import LevelsRecipe, TeacherForcingRecipe
 from ..engine.networks import make_network
 from ..losses.context import velocity_over_context
 from ..losses.noise import add_noise, shift_tensor
-from .base import Scalars, Stage, UpdateStep
-from .sources import Sources, sample_videos, save_student
+from .base import Scalars, UpdateStep
+from .sources import Sources, StudentStage
 
 
-class TeacherForcing(Stage):
+class TeacherForcing(StudentStage[TeacherForcingRecipe]):
     """The stage: clips, levels and noise, each keyed by sample."""
-
-    averaged = "student"
 
     def __init__(self, recipe: TeacherForcingRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
@@ -60,12 +56,6 @@ class TeacherForcing(Stage):
     def _weights(self, from_start: Sequence[bool]) -> Tensor:
         r = self.recipe
         return loss_weights(from_start, r.num_latent_frames, r.rollout.frames_per_block, r.first_block_weight)
-
-    def sample(self, update: int) -> Frames | None:
-        return sample_videos(self.sources, self.trained["student"], self.recipe)
-
-    def export(self, model: HiARTransformer, folder: Path) -> Path:
-        return save_student(self.sources, model, self.recipe, folder)
 
 
 def sample_levels(
