@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .attention import api as attention
-from .attention import table as attention_table
+from .attention import selection
 from .common import cuda_loader
 from .common.pointwise import WHY as POINTWISE
 from .flow_step import api as flow_step
@@ -21,7 +21,7 @@ from .ring_advance import api as ring_advance
 from .rms_silu_pad import api as rms_silu_pad
 
 _OPS = {
-    "attention": (attention.IMPLS, "sdpa", attention_table.rules()),
+    "attention": (attention.IMPLS, "sdpa", selection.rules()),
     "merge_attention": (
         merge_attention.IMPLS,
         "reference",
@@ -64,8 +64,8 @@ class Backends:
     devices: tuple[str, ...]
     libraries: dict[str, str | None]
     ops: dict[str, OpBackend] = field(default_factory=dict)
-    attention: dict[str, attention_table.Choice] = field(default_factory=dict)
-    measured: tuple[attention_table.Measurement, ...] = ()
+    attention: dict[str, selection.Choice] = field(default_factory=dict)
+    measured: tuple[selection.Measurement, ...] = ()
     extension: str = ""
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Backends:
         lines += [f"{name}: {version or 'not installed'}" for name, version in self.libraries.items()]
         lines += [f"CUDA extension: {self.extension}"]
         lines += [f"{op}: auto = {c.auto} of ({', '.join(c.implementations)}): {c.why}" for op, c in self.ops.items()]
-        lines += [f"attention, {attention_table.SHAPES[shape]}: {choice}" for shape, choice in self.attention.items()]
+        lines += [f"attention, {selection.SHAPES[shape]}: {choice}" for shape, choice in self.attention.items()]
         lines += [f"attention measured: {row}" for row in self.measured] or ["attention measured: nothing yet"]
         return "\n".join(lines)
 
@@ -84,7 +84,7 @@ def backends() -> Backends:
     libraries = {"torch": torch.__version__}
     installed = {name: _version(name) for name in ("triton", "flash-attn", "xformers")}
     ops = {name: OpBackend(impls, auto, why) for name, (impls, auto, why) in _OPS.items()}
-    by_shape, measured = attention_table.choices(), attention_table.measurements()
+    by_shape, measured = selection.choices(), selection.measurements()
     return Backends(tuple(devices), {**libraries, **installed}, ops, by_shape, measured, cuda_loader.status())
 
 

@@ -16,7 +16,7 @@ from bench.ops.libraries import LIBRARIES, available, library, swapped
 from bench.ops.work import Op, Sizes, Work, ids
 from hiar_kernels import BlockCausal, KVContext, attention_layout
 from hiar_kernels.attention import gluon
-from hiar_kernels.attention import table as dispatch
+from hiar_kernels.attention import selection as dispatch
 from hiar_kernels.attention.api import IMPLS
 from hiar_kernels.attention.library import unavailable
 

@@ -22,8 +22,8 @@ from bench.lib.measure import check_all, default_bench, percentiles
 from bench.ops import op_cases
 from bench.ops.attention_cases import parsed
 from bench.ops.work import SMALL, Op, Sizes, Work, timed
-from hiar_kernels.attention.table import SHAPES, Measurement, measurements
-from hiar_kernels.attention.table import label as impl_label
+from hiar_kernels.attention.selection import SHAPES, Measurement, measurements
+from hiar_kernels.attention.selection import label as impl_label
 
 BENCH = default_bench()
 GPU_TESTS = ROOT / "out" / "gpu-test.jsonl"

@@ -58,7 +58,7 @@ class Op:
     Attributes:
         variants: names to run it by, the baseline first. unit: of the work, "flop" or "bytes".
         peers: variants that are not ours: what they refuse to do is reported, and is no failure.
-        shape: the dispatcher's name for it (hiar_kernels/attention/table.py).
+        shape: the dispatcher's name for it (hiar_kernels.attention.selection.py).
         goal_ms: milliseconds to reach at the full sizes.
     """
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.dispatch import resolve
-from . import gluon, library, ops, table  # noqa: F401  (registers the ops)
+from . import gluon, library, ops, selection  # noqa: F401  (registers the ops)
 from .dispatch import IMPLS, attend
 from .inputs import AttentionInputs
 from .layout import AttentionLayout
@@ -118,7 +118,7 @@ def takes_layout(q: Tensor, mask: BlockCausal, impl: str = "auto") -> bool:
     frame ids on the device serves every layout.
     """
     with torch.no_grad():
-        choice = table.choose(AttentionInputs(q, q, q, mask), AttentionLayout(mask.frame_tokens, ()))
+        choice = selection.choose(AttentionInputs(q, q, q, mask), AttentionLayout(mask.frame_tokens, ()))
     return resolve("attention", impl, IMPLS, auto=choice.impl) in library.LIBRARIES
 
 
@@ -128,7 +128,7 @@ def takes_schedule(q: Tensor, k: Tensor, mask: BlockCausal, impl: str = "auto") 
     """
     inputs = AttentionInputs(q, k, k, mask)
     with torch.no_grad():
-        if resolve("attention", impl, IMPLS, auto=table.choose(inputs).impl) != "gluon":
+        if resolve("attention", impl, IMPLS, auto=selection.choose(inputs).impl) != "gluon":
             return False
         gluon.require_fits(inputs)
     return True

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from ..common import triton_loader
 from ..common.dispatch import choose, require, resolve
-from . import gluon, library, reference, table
+from . import gluon, library, reference, selection
 from .inputs import AttentionInputs
 from .layout import AttentionLayout, attention_layout
 from .schedule import AttentionSchedule
 
-IMPLS = ("reference", *library.LIBRARIES, *table.OWN)
+IMPLS = ("reference", *library.LIBRARIES, *selection.OWN)
 
 
 def attend(
@@ -45,7 +45,7 @@ def run(
     """:func:`attend` for a checked call, outside of torch.compile."""
     q, mask = call.q, call.mask
     automatic = impl == "auto"
-    choice = table.choose(call, layout, return_lse)
+    choice = selection.choose(call, layout, return_lse)
     impl = choose("attention", impl, IMPLS, auto=choice.impl)
     if num_splits is None:
         num_splits = choice.num_splits if automatic and impl == choice.impl else 1
@@ -57,7 +57,7 @@ def run(
         return torch.ops.hiar.attention(*call.as_schema())
     if impl == "reference":
         if automatic and q.is_cuda and choice.impl == "reference":
-            table.warn_of_scores(call, choice)
+            selection.warn_of_scores(call, choice)
         out, lse = reference.attention(call)
         return out, lse if return_lse else None
     problem = library.unavailable(impl, q.device)
@@ -82,7 +82,7 @@ def _traced(call: AttentionInputs, impl: str, num_splits: int | None, return_lse
     A library reads frame ids on the host and a choice by measurement asks the device, which the op hides from the
     tracer. "auto" is Triton on CUDA where it can run; its op saves what the backward needs.
     """
-    triton = call.q.is_cuda and table.triton_takes(call.q)
+    triton = call.q.is_cuda and selection.triton_takes(call.q)
     impl = resolve("attention", impl, IMPLS, auto="triton" if triton else "auto")
     require(impl != "gluon", "attention: impl='gluon' is not for torch.compile; use 'auto' or 'triton' there")
     if impl in library.LIBRARIES and return_lse and call.needs_grad:

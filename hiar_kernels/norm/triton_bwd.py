@@ -16,7 +16,7 @@ from ..common.shapes import CHANNELS
 from ..common.torch_library import frames_of
 from ..common.triton_loader import architecture, register
 from .inputs import ARGUMENTS, OPTIONAL_GATE, NormInputs
-from .rows import (
+from .tiles import (
     FULL_GROUP,
     UNFUSED,
     frame_strides,

@@ -17,7 +17,7 @@ from ..common.shapes import CHANNELS
 from ..common.torch_library import frames_of
 from ..common.triton_loader import register
 from .inputs import ARGUMENTS, OPTIONAL_GATE, NormInputs
-from .rows import (
+from .tiles import (
     frame_strides,
     frame_vectors,
     norm_tile,

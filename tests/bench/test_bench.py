@@ -25,7 +25,7 @@ from bench.ops.bench_ops import best, merged, table
 from bench.ops.forward_cases import Append, forward_pointwise
 from bench.ops.work import SMALL, Sizes, Work
 from hiar_kernels.attention.mask import visible_with_context
-from hiar_kernels.attention.table import SHAPES, Measurement, label, read
+from hiar_kernels.attention.selection import SHAPES, Measurement, label, read
 from hiar_kernels.common import triton_loader
 
 pytestmark = pytest.mark.cpu

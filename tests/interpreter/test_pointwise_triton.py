@@ -222,7 +222,7 @@ def test_without_a_gate(shape, dtype, device):
 @pytest.mark.parametrize("name", OPS)
 def test_groups_as_in_training(name, device, monkeypatch):
     """Large groups of tokens; the last one of each frame is not full."""
-    monkeypatch.setattr("hiar_kernels.norm.rows.MANY", 200)
+    monkeypatch.setattr("hiar_kernels.norm.tiles.MANY", 200)
     shape = tokens(1, 2 * 131, 24, frames=2)
     compare(getattr(hk, name), [shape[a] for a in OPS[name]], torch.float32, device)
 

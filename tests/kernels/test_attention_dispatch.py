@@ -28,7 +28,7 @@ from hiar_kernels import (
     attention_with_lse,
     reference,
 )
-from hiar_kernels.attention import dispatch, library, table
+from hiar_kernels.attention import dispatch, library, selection
 from hiar_kernels.attention.inputs import AttentionInputs
 from hiar_kernels.attention.layout import Group, even_cut
 from hiar_model.cli.doctor import report
@@ -290,8 +290,8 @@ ROW = {
 
 def decide(shape="visit", architecture=90, rows=(ROW,), runs=lambda impl: True, **options):
     options = {"layout_known": True, "counts": False, "return_lse": False, "trains": False, **options}
-    measured = None if rows is None else [table.Measurement(**row) for row in rows]
-    return table.decide(architecture, shape, runs=runs, table=measured, **options)
+    measured = None if rows is None else [selection.Measurement(**row) for row in rows]
+    return selection.decide(architecture, shape, runs=runs, table=measured, **options)
 
 
 def test_what_was_measured_decides():
@@ -340,8 +340,8 @@ def h200(monkeypatch):
 
 def test_what_runs_on_an_h200(h200):
     """By the table of the package, which says where every row is from."""
-    chosen = table.choices()
-    ways = {shape: table.label(choice.impl, choice.num_splits) for shape, choice in chosen.items()}
+    chosen = selection.choices()
+    ways = {shape: selection.label(choice.impl, choice.num_splits) for shape, choice in chosen.items()}
     assert ways == {
         "visit": "gluon", "pair": "gluon", "block_causal": "sdpa", "constant_context": "triton", "cross": "sdpa",
         "bidirectional": "sdpa",
@@ -349,40 +349,42 @@ def test_what_runs_on_an_h200(h200):
     second = decide(rows=None, runs=lambda impl: impl != "gluon")
     assert second.why.startswith("sm_90 visit: cudnn with num_splits=2 1.528 ms (others: gluon 1.326, cudnn 1.710")
     assert chosen["bidirectional"].why == "nothing measured for bidirectional on sm_90: torch's own choice"
-    unknown = {shape: decide(shape, rows=None, layout_known=False).impl for shape in list(table.SHAPES)[:4]}
+    unknown = {shape: decide(shape, rows=None, layout_known=False).impl for shape in list(selection.SHAPES)[:4]}
     assert unknown == {"visit": "gluon", "pair": "gluon", "block_causal": "triton", "constant_context": "triton"}
-    ways = {table.label(row.impl, row.num_splits) for row in table.measurements() if row.shape == "visit"}
+    ways = {selection.label(row.impl, row.num_splits) for row in selection.measurements() if row.shape == "visit"}
     assert {"gluon", "cudnn with num_splits=2", "triton"} <= ways  # what is taken where it cannot run
-    assert table.measurements()
+    assert selection.measurements()
     source = r"NVIDIA \w+, torch [\w.+]+, cudnn \d+, triton [\d.]+, \d{4}-\d\d-\d\d, revision \w+"
-    for row in table.measurements():
+    for row in selection.measurements():
         assert re.match(source, row.source) and row.milliseconds > 0, row
-        assert table.label(row.impl, row.num_splits) not in row.others and row.architecture == 90
+        assert selection.label(row.impl, row.num_splits) not in row.others and row.architecture == 90
     assert re.match(r"sm_90 visit: gluon 1\.\d+ ms \(others: .*cudnn", chosen["visit"].why)
 
 
 def test_people_are_told_the_choices(monkeypatch):
-    monkeypatch.setattr(table, "choices", lambda: {"visit": decide(), "bidirectional": decide("bidirectional")})
+    monkeypatch.setattr(selection, "choices", lambda: {"visit": decide(), "bidirectional": decide("bidirectional")})
     told = str(hk.backends()).splitlines()
-    reason = f"cudnn with num_splits=2: {table.Measurement(**ROW)}"
+    reason = f"cudnn with num_splits=2: {selection.Measurement(**ROW)}"
     assert f"attention, queries of one block over a ring: {reason}" in told
     lines = list(report())
     assert ("attention visit", reason) in lines
     why = "sdpa: nothing measured for bidirectional on sm_90: torch's own choice"
     assert ("attention bidirectional", why) in lines
-    assert [line for topic, line in lines if topic == "attention measured"] == [str(m) for m in table.measurements()]
+    assert [line for topic, line in lines if topic == "attention measured"] == [
+        str(m) for m in selection.measurements()
+    ]
 
 
 def test_videos_that_are_one_call_are_not_split(h200, monkeypatch):
-    monkeypatch.setattr(table.gluon, "unavailable", lambda device: "an older triton")
+    monkeypatch.setattr(selection.gluon, "unavailable", lambda device: "an older triton")
     mask = BlockCausal(TOKENS, 2, window_frames=(4, 6))
     ring = [[0, 1, 2, 3, 4, 5]]
     layout = attention_layout(BlockCausal(TOKENS, 2), [[4, 5]], ring)
     unlike = AttentionLayout(TOKENS, (((Group((0, 2), (), ((0, 6),))),), ((Group((0, 2), (), ((2, 6),))),)))
 
-    def chosen(videos: int, layout: AttentionLayout) -> table.Choice:
+    def chosen(videos: int, layout: AttentionLayout) -> selection.Choice:
         q, k = (h200(videos, slots * TOKENS, HEADS, 64) for slots in (2, 6))
-        return table.choose(AttentionInputs(q, k, k, mask), layout)
+        return selection.choose(AttentionInputs(q, k, k, mask), layout)
 
     assert chosen(1, layout).num_splits == chosen(2, unlike).num_splits == 2
     assert chosen(2, layout).num_splits == 1
@@ -395,22 +397,22 @@ def test_shape_classes():
     one, two, many = normal(1, 2), normal(1, 4), normal(1, 400)
     trained = two.clone().requires_grad_()
     found = [
-        table.shape_class(AttentionInputs(one, two, two, mask)),
-        table.shape_class(AttentionInputs(two, two, two, mask)),
-        table.shape_class(AttentionInputs(trained, two, two, mask)),
-        table.shape_class(AttentionInputs(trained, two, two, mask, context=context)),
-        table.shape_class(AttentionInputs(two, one, one)),
-        table.shape_class(AttentionInputs(two, many, many)),
+        selection.shape_class(AttentionInputs(one, two, two, mask)),
+        selection.shape_class(AttentionInputs(two, two, two, mask)),
+        selection.shape_class(AttentionInputs(trained, two, two, mask)),
+        selection.shape_class(AttentionInputs(trained, two, two, mask, context=context)),
+        selection.shape_class(AttentionInputs(two, one, one)),
+        selection.shape_class(AttentionInputs(two, many, many)),
     ]
-    assert found == list(table.SHAPES)
+    assert found == list(selection.SHAPES)
 
 
 def test_the_measured_file(tmp_path, monkeypatch):
     file = tmp_path / "measured.json"
-    assert table.read(file) == ()
+    assert selection.read(file) == ()
     file.write_text(json.dumps([ROW]))
-    assert table.read(file)[0].others == ROW["others"]
-    monkeypatch.setattr(table, "measurements", lambda: table.read(file))
+    assert selection.read(file)[0].others == ROW["others"]
+    monkeypatch.setattr(selection, "measurements", lambda: selection.read(file))
     assert "attention measured: sm_90 visit: cudnn with num_splits=2 1.500 ms" in str(hk.backends())
     wrong = {
         "unknown shape 'square'; legal: visit, pair, block_causal": {**ROW, "shape": "square"},
@@ -420,18 +422,18 @@ def test_the_measured_file(tmp_path, monkeypatch):
     }
     for said, row in wrong.items():
         file.write_text(json.dumps([row]))
-        assert said in refusal(lambda: table.read(file))
+        assert said in refusal(lambda: selection.read(file))
 
 
 def test_on_a_cpu():
     q = normal(1, 2)
-    assert table.choose(AttentionInputs(q, q, q)).impl == "sdpa"
-    assert table.choose(AttentionInputs(q, q, q), return_lse=True).impl == "reference"
+    assert selection.choose(AttentionInputs(q, q, q)).impl == "sdpa"
+    assert selection.choose(AttentionInputs(q, q, q), return_lse=True).impl == "reference"
 
 
 def test_the_eager_reference_on_a_gpu_is_not_silent(h200, monkeypatch):
     """A logsumexp with gradient in float64, which nothing else takes: one line says what it costs and why."""
-    monkeypatch.setattr(table.pointwise, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(selection.pointwise, "TRITON_INSTALLED", False)
     monkeypatch.setattr(dispatch.reference, "attention", lambda call: (call.q, call.q))
     q = h200(1, 4680, 12, 128, dtype=torch.float64).requires_grad_()
     k = h200(1, 32760, 12, 128, dtype=torch.float64)

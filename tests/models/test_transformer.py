@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hiar_kernels import qk_norm_rope
-from hiar_kernels.attention import table
+from hiar_kernels.attention import selection
 from hiar_kernels.common.dispatch import prefer, taken
 from hiar_model.config import FlowSchedule, WanConfig, sigma_table
 from hiar_model.models.transformer import HiARTransformer
@@ -330,17 +330,19 @@ def test_gradients_reach_the_context():
 
 def test_training_runs_what_was_measured(monkeypatch):
     """On an H200 it would take the library in groups where that won, since the layout is known to every layer."""
-    choose, chosen = table.choose, []
+    choose, chosen = selection.choose, []
 
     def also_there(call, layout, return_lse):
-        shape = table.shape_class(call)
+        shape = selection.shape_class(call)
         options = {"counts": False, "return_lse": return_lse, "trains": call.needs_grad}
         if call.mask is not None:
             known = layout is not None
-            chosen.append((shape, table.decide(90, shape, layout_known=known, runs=lambda impl: True, **options).impl))
+            chosen.append(
+                (shape, selection.decide(90, shape, layout_known=known, runs=lambda impl: True, **options).impl)
+            )
         return choose(call, layout, return_lse)
 
-    monkeypatch.setattr(table, "choose", also_there)
+    monkeypatch.setattr(selection, "choose", also_there)
     latents, timesteps, text = inputs(frames=6)
     model = small(dtype=torch.float64)
     model(latents, timesteps, text, "block_causal", window_frames=4).sum().backward()
