@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import small_toy
 import torch
-from small_toy import BLOCK, SIDE, WINDOW
+from small_toy import BLOCK, SIDE, WINDOW, small_folder, small_model  # noqa: F401 (fixtures)
 from torch import Tensor
 
 from hiar_model import Rollout, load_video_model
@@ -47,16 +47,6 @@ def latents(model: VideoModel, config: RolloutConfig, frames: int, seed: int, pr
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return small_toy.write_model(tmp_path_factory.mktemp("models") / "small")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load_video_model(folder, "cpu")
 
 
 class Shown:

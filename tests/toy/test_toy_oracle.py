@@ -26,16 +26,6 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.fixture(scope="module")
-def world() -> ToyWorld:
-    return ToyWorld()
-
-
-@pytest.fixture(scope="module")
-def codec() -> ToyCodec:
-    return ToyCodec.fit()
-
-
-@pytest.fixture(scope="module")
 def oracle() -> ToyOracle:
     return ToyOracle()
 

@@ -27,16 +27,6 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(scope="module")
-def world() -> ToyWorld:
-    return ToyWorld()
-
-
-@pytest.fixture(scope="module")
-def codec() -> ToyCodec:
-    return ToyCodec.fit()
-
-
 # Grammar and tokens
 
 
