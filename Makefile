@@ -170,7 +170,7 @@ compile-report: setup-dev
 
 # Strict: a link that leads nowhere, or an address that a browser would fetch from elsewhere, fails.
 docs: setup-dev
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@$(BIN)/python docs/self_contained.py out/site
 	@echo "open out/site/index.html"
 
