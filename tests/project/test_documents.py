@@ -23,6 +23,7 @@ from test_layout import UNITS
 from hiar_model.cli import build_parser, main
 from hiar_model.cli.choices import INPUT_FILES, check_choices
 from hiar_model.cli.config_file import config_first
+from hiar_model.cli.main import COMMANDS
 from hiar_model.cli.train import _override
 from hiar_model.config import SHIPPED
 from hiar_model.train.config.reading import load_recipe
@@ -170,7 +171,8 @@ def understand(words: list[str]) -> None:
 def understand_hiar(words: list[str]) -> None:
     for name in (after for word, after in pairwise(words) if word == "--config"):
         Path(name).write_text("seed: 1\n")  # stands in for what an earlier command writes
-    parsed = build_parser().parse_args(config_first(words))
+    words = config_first(words)
+    parsed = build_parser(next((word for word in words if word in COMMANDS), None)).parse_args(words)
     command, options = parsed.subcommand, parsed[parsed.subcommand]
     for name in ("model", *INPUT_FILES.get(command, ())):
         if (value := options.get(name)) is not None and value not in SHIPPED:

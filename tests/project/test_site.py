@@ -46,6 +46,13 @@ def test_every_page_is_in_the_navigation_once():
     assert set(nav) - hooks.absent() == written | made | set(hooks.MADE)
 
 
+def test_the_build_is_strict():
+    """mkdocs counts only the warnings that it prints."""
+    build = re.search(r"^.*-m mkdocs build.*$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert build and not re.search("--quiet|-q", build[0])
+    assert yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["strict"]
+
+
 def test_every_public_name_is_in_the_reference():
     text = (ROOT / "docs/reference/python.md").read_text(encoding="utf-8")
     shown = set(re.findall(r"^::: .*?(\w+)$", text, re.M))
