@@ -112,7 +112,7 @@ def _needed(command: str, a: Namespace) -> dict[str, str]:
     if command == "doctor" and a.model in SHIPPED:
         idle |= dict.fromkeys(("offload", "vae_dtype"), f"on {a.model}, which has no text encoder and no VAE")
     if command == "profile" and a.stage_times is not None:
-        idle["blocks"] = "beside --stage-times"
+        idle |= dict.fromkeys(("blocks", "plot"), "beside --stage-times")
     if command == "bench-report":
         others = ("results", "stage_times", "tflops", "vae_ms", "plot")
         if a.measured is not None:

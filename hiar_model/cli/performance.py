@@ -85,8 +85,6 @@ def profile_arguments(parser: ArgumentParser) -> None:
 def profile(a: Namespace) -> None:
     if a.blocks < 1:
         raise ValueError(f"blocks must be at least 1, got {a.blocks}")
-    if a.plot is not None and a.stage_times is not None:
-        raise ValueError("--plot draws the profile, which --stage-times replaces: give one of them")
     picture = check_picture(a.plot)
     setting = _setting(a, blocks=a.blocks)
     from ..planning.profiling import draw_profile, stage_times

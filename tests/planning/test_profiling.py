@@ -109,11 +109,13 @@ def test_what_a_profile_draws(tmp_path, monkeypatch):
 
 def test_stage_times_feed_the_simulator(tmp_path, capsys):
     target = tmp_path / "stages.json"
-    assert main(["profile", *TOY, "--blocks", "1", "--stage-times", str(target)]) == 0
+    assert main(["profile", *TOY, "--stage-times", str(target)]) == 0
     _, geometry, costs = measured(target, LINKS["pcie"])
     assert (geometry.height, geometry.width) == (8, 8)
     seen = [frames for frames, _ in json.loads(target.read_text())["denoise_s"]]
     assert seen == [3, 6] and costs.curve("denoise", 0)(6) > 0
+    assert main(["profile", *TOY, "--stage-times", str(target), "--plot", "a.png"]) == 2
+    assert "--plot has no effect beside --stage-times" in capsys.readouterr().err
     assert main(["profile", *TOY, "--stage-times", str(tmp_path / "no" / "x.json")]) == 2
     assert "cannot write" in capsys.readouterr().err
 
