@@ -89,6 +89,13 @@ def test_the_breakdown_is_of_the_newest_folder_of_a_gpu(root):
     assert rows[2][2:] == ["40.0", *["10.0"] * 5, "1.00", "0.20"]
 
 
+def test_the_readme_has_the_last_revision_of_each_gpu(root):
+    rows = cells(gpu_tables.newest_table(root))
+    assert [row[:3] for row in rows] == [["X", "stream, shared KV, graph", "8"], ["X", "block-first, graph", "5"]]
+    # B alone; 12 frames in 0.5 s are 8 forwards of 60 ms, in 0.2 s 5 of 40; 0.1 s more with the VAE, where measured
+    assert rows[0][3:] == ["60.0", "24.0", "", ""] and rows[1][3:] == ["40.0", "60.0", "40.0", "2.00"]
+
+
 def test_the_command(root, tmp_path, capsys):
     assert main(["bench-report", "--results", str(root)]) == 0
     out = capsys.readouterr().out
@@ -102,6 +109,7 @@ def test_the_command(root, tmp_path, capsys):
 
 def test_nothing_measured(tmp_path):
     assert gpu_tables.rollout_table(tmp_path) == gpu_tables.breakdown_table(tmp_path) == gpu_tables.NOTHING
+    assert gpu_tables.newest_table(tmp_path) == gpu_tables.NOTHING
     assert gpu_tables.stage_times(tmp_path) is None
 
 
