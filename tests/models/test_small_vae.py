@@ -152,13 +152,12 @@ def test_the_super_decoder(tmp_path):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         state = SmallVAE(large=True).state_dict()
-    state = {key: 2 * x for key, x in state.items()}
     save_file(state, tmp_path / "mine.safetensors")
     vae = load_small_vae(tmp_path / "mine.safetensors")
     decoder = SmallDecoder(vae)
     actual = torch.cat([decoder.decode_float(piece) for piece in LATENTS[:, :3].split(1, 1)], 1)
     expected = naive_super(state, LATENTS[0, :3])[3:].clamp(0, 1)
-    assert ((expected > 0) & (expected < 1)).float().mean() > 0.1, "nothing to compare"
+    assert expected.std() > 0.01, "nothing to compare"
     torch.testing.assert_close((actual[0] + 1) / 2, expected, **PIECES)
 
 
