@@ -172,7 +172,7 @@ def write(rows: list[Row], about: dict[str, str], folder: Path) -> Path:
     """vae.md and vae.json; the path of the first."""
     body = [
         "Wan 2.1's VAE with random weights in bfloat16, and the small one of taew2_1 in float16: a block of 3 latent",
-        "frames, 12 pixel frames of 480x832, in the middle of a video, with the features of the frames before it at hand.",
+        "frames, 12 pixel frames of 480x832, in the middle of a video, with what is kept of the frames before.",
         "",
         *table(rows),
     ]

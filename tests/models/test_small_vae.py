@@ -152,6 +152,8 @@ def test_the_super_decoder(tmp_path):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         state = SmallVAE(large=True).state_dict()
+    state["decoder.22.weight"].mul_(10)
+    state["decoder.22.bias"].add_(0.4)  # most pixels within [0, 1]
     save_file(state, tmp_path / "mine.safetensors")
     vae = load_small_vae(tmp_path / "mine.safetensors")
     decoder = SmallDecoder(vae)
@@ -162,15 +164,12 @@ def test_the_super_decoder(tmp_path):
 
 
 def test_predicted_memory():
-    sizes = (60, 104, 3, torch.float16)
-    small = {"_class_name": "SmallVAE", "large": False}
-    eager, captured = vae_memory(small, *sizes, "cpu"), vae_memory(small, *sizes, "cuda")
-    weights = 2 * 11_315_539
+    """With a captured call, whose features stay."""
+    predicted = vae_memory({"_class_name": "SmallVAE", "large": False}, 60, 104, 3, torch.float16, "cuda")
     memory = 2 * 60 * 104 * 3 * (256 + 4 * 128 + 16 * 64)
-    assert eager.weights == captured.weights == weights and 0 <= eager.resident - memory <= 1024
+    assert predicted.weights == 2 * 11_315_539
     frame = 2 * 480 * 832 * 64  # of features, of which four of a latent frame are there at once, and what follows them
-    assert 4 * frame < eager.peak < 16 * frame and memory + 4 * frame < captured.resident < memory + 16 * frame
-    assert vae_memory({**small, "large": True}, *sizes, "cpu").weights > weights
+    assert 4 * frame < predicted.peak < 16 * frame and memory + 4 * frame < predicted.resident < memory + 16 * frame
 
 
 def wrong(**changes: Tensor | None) -> dict[str, Tensor]:
