@@ -130,7 +130,7 @@ def require_memory(
         return
     try:
         need, *others = (
-            _need(folder, one, vae, device, dtype, offload, kv_dtype, frames=num_frames, order=each, **options)
+            _need(folder, one, device, dtype, offload, kv_dtype, vae=vae, frames=num_frames, order=each, **options)
             for each in (order, *beside)
         )
         more = sum(other.query.memory().own for other in others)
@@ -163,8 +163,8 @@ def _first_file(checkpoint: Checkpoint | None) -> str | None:
 
 
 def _need(
-    folder: Path, one: str | None, vae: str | os.PathLike[str] | None, device: torch.device, dtype: torch.dtype | None,
-    offload: tuple[str, ...], kv_dtype: str | None, order: str | None, **options: Any,
+    folder: Path, one: str | None, device: torch.device, dtype: torch.dtype | None, offload: tuple[str, ...],
+    kv_dtype: str | None, order: str | None, vae: str | os.PathLike[str] | None = None, **options: Any,
 ) -> Need:  # fmt: skip
     about = subject(str(folder)) if one is None else subject(one)
     if one is not None:
