@@ -86,15 +86,15 @@ class SmallDecoder(StreamingDecoder):
             return through(self.coder, piece, self._cache)
         batch, frames, _, height, width = piece.shape
         if frames in self._calls:
-            given, made, call = self._calls[frames]
-            given.copy_(piece)
+            latents, raw, call = self._calls[frames]
+            latents.copy_(piece)
             call.replay()
-            return made
-        given = piece.clone()
-        made = given.new_empty(batch, STEP * frames, 3, CELL * height, CELL * width)
-        call = self._capture(lambda: made.copy_(through(self.coder, given, self._cache)))  # and runs it, once
-        self._calls[frames] = given, made, call
-        return made
+            return raw
+        latents = piece.clone()
+        raw = latents.new_empty(batch, STEP * frames, 3, CELL * height, CELL * width)
+        call = self._capture(lambda: raw.copy_(through(self.coder, latents, self._cache)))  # and runs it, once
+        self._calls[frames] = latents, raw, call
+        return raw
 
 
 class SmallEncoder:

@@ -342,8 +342,8 @@ def _rows(query: FitQuery, memory: Memory) -> Iterator[tuple[str, int, str]]:
     elif memory.vae.weights:
         small = is_small(query.subject.vae)
         yield "VAE", memory.vae.weights, f"weights, {_name(query.vae_dtype)}{', the small one' if small else ''}"
-        kept = "stay from block to block" + (", with the captured call's" if small else "")
-        yield "VAE features", memory.vae.resident, kept
+        note = "stay from block to block" + (", with the captured call's" if small else "")
+        yield "VAE features", memory.vae.resident, note
     rings = f"{memory.rings} x {_gb(memory.caches // memory.rings)}" if memory.rings > 1 else "1 for all steps in turn"
     yield "caches", memory.caches, f"keys and values, {rings}"
     if memory.scratch:
