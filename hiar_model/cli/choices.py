@@ -33,7 +33,8 @@ MOST = {
 }  # fmt: skip
 ABOVE_0 = ("timeout",)
 INPUT_FILES = {
-    "generate": ("image", "extend", "prompts", "from_session"), "compare": ("image", "extend", "prompts"),
+    "generate": ("image", "extend", "prompts", "vae", "from_session"), "compare": ("image", "extend", "prompts", "vae"),
+    "doctor": ("vae",),
     "bench-report": ("stage_times", "measured"),
 }  # fmt: skip
 """Options of a command that name files it reads."""
@@ -110,7 +111,7 @@ def _needed(command: str, a: Namespace) -> dict[str, str]:
         session = ", or --from-session" if command == "generate" else ""
         idle["on_prompt_change"] = f"with one prompt: give --prompts{session}"
     if command == "doctor" and a.model in SHIPPED:
-        idle |= dict.fromkeys(("offload", "vae_dtype"), f"on {a.model}, which has no text encoder and no VAE")
+        idle |= dict.fromkeys(("offload", "vae", "vae_dtype"), f"on {a.model}, which has no text encoder and no VAE")
     if command == "profile" and a.stage_times is not None:
         idle |= dict.fromkeys(("blocks", "plot"), "beside --stage-times")
     if command == "bench-report":

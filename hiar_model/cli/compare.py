@@ -41,7 +41,7 @@ def compare(a: Namespace) -> None:
     from ..io.video import is_folder_target, record_path
 
     target, folder = new_video(a), is_folder_target(a.out)
-    existing_inputs(a, ("image", "extend"))
+    existing_inputs(a, ("image", "extend", "vae"))
     prompts = prompt_schedule(a)
     with imports():
         from ..config import ExecutionConfig
@@ -55,19 +55,19 @@ def compare(a: Namespace) -> None:
         raise ValueError(f"{plot} exists: give another name, or --overwrite")
     require_apart(
         {"-o": target, "the metadata of -o": record_path(target, folder), "the plot of -o": plot},
-        {f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint")},
+        {f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint", "vae")},
     )
     orders = None if a.order is None else checked_orders(a.order)
     offload = tuple(name.strip() for name in a.offload.split(",")) if a.offload else ()
     first, *others = orders or ("stream", "block_first")
     of_rollout = {name: value for name, value in rollout_options(a).items() if name != "order"}
     require_memory(
-        a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, offload=offload,
+        a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, vae=a.vae, offload=offload,
         height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype, order=first, beside=others,
         **of_rollout,
     )  # fmt: skip
     model = load_model(
-        a, checkpoint=a.checkpoint, steps=a.steps, prompt_cache=a.prompt_cache, offload=offload,
+        a, checkpoint=a.checkpoint, steps=a.steps, prompt_cache=a.prompt_cache, vae=a.vae, offload=offload,
         on_checkpoint=lambda line: print(line, file=sys.stderr), on_stage=stage_lines(),
     )  # fmt: skip
     for line in other_weights(a, model.weights_sha256):

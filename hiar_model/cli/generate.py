@@ -36,6 +36,9 @@ def video_arguments(parser: ArgumentParser, model: str = "toy") -> None:
         "--checkpoint", type=str,
         help="in place of a Wan folder's own: hiar.pt, .safetensors, a folder; or by step, 0-1=high.pt,2-3=low.pt",
     )  # fmt: skip
+    parser.add_argument(
+        "--vae", type=str, help="of Wan, in place of the folder's: the small one, taew2_1.pth; or a full one"
+    )
     parser.add_argument("--height", type=int, help="pixels; default: what the model says, 480 of Wan")
     parser.add_argument("--width", type=int, help="pixels; default: what the model says, 832 of Wan")
     parser.add_argument("--seed", type=int, default=0, help="of all noise")
@@ -87,11 +90,11 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
 
     # Validate arguments before loading the model.
     target = new_video(a)
-    existing_inputs(a, ("image", "extend", "from_session"))
+    existing_inputs(a, ("image", "extend", "vae", "from_session"))
     session = None if a.session is None else check_output(in_folder(a.session, SESSION))
     require_apart(
         {"-o": target, "the metadata of -o": record_path(target, is_folder_target(a.out)), "--session": session},
-        {f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint")},
+        {f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint", "vae")},
     )
     if a.from_session is not None:  # that may be replaced by --session
         require_apart({"-o": target}, {"--from-session": in_folder(a.from_session, SESSION)})
@@ -112,12 +115,12 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
     offload = tuple(name.strip() for name in a.offload.split(",")) if a.offload else ()
     if here.ranks == 1:
         require_memory(
-            a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, offload=offload,
+            a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, vae=a.vae, offload=offload,
             height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype, **of_rollout,
         )  # fmt: skip
     model = load_model(
         a, checkpoint=a.checkpoint, steps=a.steps, own_steps=own_steps, prompt_cache=a.prompt_cache,
-        offload=offload, on_checkpoint=notes.append,
+        vae=a.vae, offload=offload, on_checkpoint=notes.append,
         on_stage=stage_lines(),
     )  # fmt: skip
     for line in other_weights(a, model.weights_sha256):
@@ -178,7 +181,8 @@ def _summary(run: VideoRun, written: int, seconds: float) -> str:
     new = written - fixed
     alone = new / max(seconds - run.decoding.seconds, 1e-9)
     without = "waiting for the VAE, which decodes in parallel" if run.decoding.asynchronous else "decoding"
-    speed = f"{new / seconds:.2f} fps; {alone:.2f} fps without {without}"
+    by = "" if run.model.decoded_by is None else f" with the {run.model.decoded_by['vae']} VAE"
+    speed = f"{new / seconds:.2f} fps{by}; {alone:.2f} fps without {without}"
     length = f"{written} frames, {written / run.fps:.1f} s at {run.fps:g} fps"
     return f"{length}; {f'{new} ' if fixed else ''}made in {seconds:.1f} s ({speed})"
 

@@ -57,7 +57,10 @@ def doctor_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="videos made at once")
     parser.add_argument("--fuse-cache-denoise", type=bool, default=False, help="one forward for both kinds of tasks")
     parser.add_argument("--dtype", type=str, help="of weights and work; default: bfloat16, of toy and scenes float32")
-    parser.add_argument("--vae-dtype", type=str, help="default: bfloat16; none: no VAE on the GPU")
+    parser.add_argument("--vae", type=str, help="in place of the folder's: taew2_1.pth, or another file or folder")
+    parser.add_argument(
+        "--vae-dtype", type=str, help="default: bfloat16, of the small VAE float16; none: no VAE on the GPU"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, for an issue or a script")
 
 
@@ -88,7 +91,7 @@ def doctor(a: Namespace) -> None:
     limits = [parse_size(size) for size in a.gpu_memory.split(",")] if a.gpu_memory is not None else []
     query = fit_query(
         a.model, height=a.height, width=a.width, frames=a.frames, dtype=a.dtype, kv_dtype=a.kv_dtype,
-        vae_dtype=a.vae_dtype, offload=[name.strip() for name in a.offload.split(",")] if a.offload else (),
+        vae=a.vae, vae_dtype=a.vae_dtype, offload=[name.strip() for name in a.offload.split(",")] if a.offload else (),
         batch=a.batch, **rollout_options(a),
     )  # fmt: skip
     for line in lines(query, limits):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from .atomic import SPECIAL, behind_links, is_special, temporary
 
 SESSION = "session.safetensors"  # its name in a folder
-FILE_OPTIONS = ("--model", "--checkpoint", "--image", "--extend", "--prompts", "--from-session")
+FILE_OPTIONS = ("--model", "--checkpoint", "--vae", "--image", "--extend", "--prompts", "--from-session")
 """Options of `hiar generate` that name input files."""
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -21,6 +22,15 @@ _STAND_INS = (  # the first bytes of a file, in lower case -> what it is instead
     (b"<!doctype html", "a web page, not the file itself; download it again"),
     (b"<html", "a web page, not the file itself; download it again"),
 )
+
+
+def file_sha256(file: Path) -> str:
+    """Hexadecimal, of the bytes of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def refuse_stand_in(file: Path) -> None:

@@ -18,7 +18,8 @@ from .files import refuse_stand_in
 PICKLES = (".pth", ".pt")
 INDEX = ".safetensors.index.json"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_OTHER_PARTS = ("Wan2.1_VAE", "Wan2.2_VAE", "models_t5", "models_clip")  # published beside a transformer's weights
+_OTHER_PARTS = ("Wan2.1_VAE", "Wan2.2_VAE", "models_t5", "models_clip", "taew2_1")
+"""Beginnings of the names of what lies beside a transformer's weights."""
 
 
 def weight_files(source: Path) -> list[Path]:

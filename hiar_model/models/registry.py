@@ -83,6 +83,7 @@ def load_video_model(
     checkpoint: Checkpoint | None = None,
     steps: int | None = None,
     own_steps: Sequence[int] | None = None,
+    vae: str | os.PathLike[str] | None = None,
     offload: Sequence[str] = (),
     prompt_cache: str | os.PathLike[str] | None = None,
     on_checkpoint: Callable[[str], None] | None = None,
@@ -93,7 +94,7 @@ def load_video_model(
     Args:
         device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of weights and computation; None: bfloat16 for Wan, float32
             for toy models.
-        checkpoint, steps, own_steps, offload, prompt_cache, on_checkpoint, on_stage: for Wan folders, see
+        checkpoint, steps, own_steps, vae, offload, prompt_cache, on_checkpoint, on_stage: for Wan folders, see
             :func:`.wan.load_wan`.
 
     Raises:
@@ -109,9 +110,10 @@ def load_video_model(
     if is_wan_folder(folder):
         return load_wan(
             folder, name=name, device=device, dtype=dtype, checkpoint=checkpoint, steps=steps, own_steps=own_steps,
-            offload=offload, prompt_cache=prompt_cache, on_checkpoint=on_checkpoint, on_stage=on_stage,
+            vae=vae, offload=offload, prompt_cache=prompt_cache, on_checkpoint=on_checkpoint, on_stage=on_stage,
         )  # fmt: skip
-    for option, value in (("checkpoint", checkpoint), ("offload", offload), ("prompt_cache", prompt_cache)):
+    of_wan = {"checkpoint": checkpoint, "vae": vae, "offload": offload, "prompt_cache": prompt_cache}
+    for option, value in of_wan.items():
         if value:
             raise ValueError(f"model {name} is no Wan folder: it takes no {option}, got {value!r}")
     settings = _read_config(folder / CONFIG)

@@ -33,20 +33,26 @@ _UPSAMPLED_FROM_ZEROS = "Rep"  # diffusers' cache entry of a temporal upsampling
 class _Stream:
     """One clip going through the encoder or the decoder."""
 
+    _features_shape = "[B, {}, f, h, w]"  # of what the cache holds, by its channels
+
     def __init__(self, vae: Any, half: str) -> None:
         if vae.use_tiling:
             raise ValueError("a VAE with tiling on takes whole clips only: vae.disable_tiling(), or use diffusers' own")
         self.vae, self.coder, self.frames_done = vae, getattr(vae, half), 0
-        convs = [m for name, m in self.coder.named_modules() if isinstance(m, nn.Conv3d) and "shortcut" not in name]
-        self._channels = [conv.in_channels for conv in convs]
-        self._cache: Cache = [None] * len(convs)
-        weight = vae.post_quant_conv.weight
+        self._channels = self._cached_channels()
+        self._cache: Cache = [None] * len(self._channels)
+        weight = next(vae.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         shape = (1, 1, vae.config.z_dim, 1, 1)
         self.mean, self.std = (
-            torch.tensor(vae.config[name], dtype=torch.float32, device=self.device).view(shape)
+            torch.tensor(getattr(vae.config, name), dtype=torch.float32, device=self.device).view(shape)
             for name in ("latents_mean", "latents_std")
         )
+
+    def _cached_channels(self) -> list[int]:
+        """Channels of each entry of the cache: the inputs of the convolutions in time."""
+        convs = [m for name, m in self.coder.named_modules() if isinstance(m, nn.Conv3d) and "shortcut" not in name]
+        return [conv.in_channels for conv in convs]
 
     def reset(self) -> None:
         """Start another clip."""
@@ -59,7 +65,7 @@ class _Stream:
         """
         state = {"frames_done": torch.tensor(self.frames_done)}
         for i, features in enumerate(self._cache):
-            if features is not None:
+            if features is not None and self.frames_done:
                 state[f"features.{i}"] = torch.empty(0) if isinstance(features, str) else features.clone()
         return state
 
@@ -80,8 +86,10 @@ class _Stream:
         cache: Cache = [None] * len(self._cache)
         for i, name in enumerate(expected_names[1:]):
             x, channels = state[name], self._channels[i]
-            if x.numel() and (x.dim() != 5 or x.shape[1] != channels or x.dtype != self.dtype):
-                expected = f"[B, {channels}, f, h, w] {self.dtype}"
+            expected = self._features_shape.format(channels)
+            dims = expected.count(",") + 1
+            if x.numel() and (x.dim() != dims or x.shape[1] != channels or x.dtype != self.dtype):
+                expected = f"{expected} {self.dtype}"
                 raise ValueError(f"VAE state: {name} is {list(x.shape)} {x.dtype}, expected {expected}")
             cache[i] = x.to(self.device, copy=True) if x.numel() else _UPSAMPLED_FROM_ZEROS
         self.frames_done, self._cache = int(state["frames_done"]), cache
@@ -91,8 +99,8 @@ class _Stream:
 
     def _check_size(self, x: Tensor, name: str) -> None:
         """Refuse a piece of another size than the first, whose size the first convolution's cache has."""
-        first = self._cache[0]
-        if first is not None and (x.shape[0], *x.shape[3:]) != (first.shape[0], *first.shape[3:]):
+        first = self._cache[0] if self.frames_done else None
+        if first is not None and (x.shape[0], *x.shape[-2:]) != (first.shape[0], *first.shape[-2:]):
             expected, actual = ([s[0], *s[-2:]] for s in (first.shape, x.shape))
             raise ValueError(
                 f"{name} of a clip that began with batch, height, width {expected} have {actual}: reset() it"

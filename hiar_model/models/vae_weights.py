@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,11 @@ def library(module: str) -> Any:
         return import_module(f"diffusers.{module}")
     except ImportError as error:
         raise ValueError(f"Wan's VAE needs diffusers: pip install 'hiar-kernels[wan]' ({error})") from error
+
+
+def is_full_vae(names: Container[str]) -> bool:
+    """Whether keys are those of Wan's own VAE, in either layout."""
+    return _OF_ORIGINAL in names or _OF_DIFFUSERS in names
 
 
 def find_vae(path: Path) -> Path:

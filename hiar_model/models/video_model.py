@@ -49,6 +49,7 @@ class VideoModel:
             (experts).
         text_encoder: prompt -> [1, L, text_dim]; ValueError of one line for a prompt that the model cannot show.
         new_decoder, new_encoder: make the decoder of a video, the encoder of a clip to continue.
+        decoded_by: what decodes: "vae" ("full" or "small"), "file" and its "sha256"; None: a toy's codec.
         world: the world of a toy model; else None.
         temporal_compression: pixel frames per latent frame, except for the first latent frame: one.
         spatial_compression: pixels per latent along each axis.
@@ -71,6 +72,7 @@ class VideoModel:
     text_encoder: Callable[[str], Tensor]
     new_decoder: Callable[[], Decoder]
     new_encoder: Callable[[], Encoder] | None = None
+    decoded_by: Mapping[str, str] | None = None
     world: WorldConfig | None = None
     temporal_compression: int = 1
     spatial_compression: int = 1

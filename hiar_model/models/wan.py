@@ -16,21 +16,26 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..common.checks import OFFLOAD
 from ..config import WAN, FlowSchedule, RolloutConfig
 from ..config.rollout import TrainedWindow
+from ..io.files import file_sha256
 from .checkpoint import CheckpointInfo, load_transformer
 from .convert import tensors_sha256
 from .experts import load_experts, parse_experts
+from .small_stream import SmallDecoder, SmallEncoder
+from .small_vae import load_small_vae, vae_kind
 from .text_encoder import NATIVE_WEIGHTS, WEIGHTS, WanTextEncoder
 from .transformer import HiARTransformer
 from .vae import StreamingDecoder, StreamingEncoder, load_vae
 from .vae_weights import ORIGINAL
-from .video_model import VideoModel
+from .video_model import Decoder, Encoder, VideoModel
 
 Checkpoint = str | os.PathLike[str] | Mapping[str, str]
 """A file or folder of weights, or experts: "0-1=high.pt,2-3=low.pt" or {"0-1": "high.pt", ...}."""
@@ -51,6 +56,7 @@ def load_wan(
     checkpoint: Checkpoint | None = None,
     steps: int | None = None,
     own_steps: Iterable[int] | None = None,
+    vae: str | os.PathLike[str] | None = None,
     offload: Sequence[str] = (),
     prompt_cache: str | os.PathLike[str] | None = None,
     on_checkpoint: Callable[[str], None] | None = None,
@@ -65,6 +71,7 @@ def load_wan(
         checkpoint: the transformer's weights: whatever :func:`hiar_model.load_transformer` reads, or experts.
         steps: number of steps, spread evenly; None: 1000, 750, 500, 250.
         own_steps: the steps of this rank of a pipeline, which loads only their experts; None: all.
+        vae: file or folder of another VAE than the folder's: Wan's own, or the small one, taew2_1 (float16 on CUDA).
         offload: "text": move the text encoder to the CPU after each prompt; "vae": run the VAE on the CPU.
         prompt_cache: folder of prompt embeddings, see :class:`WanTextEncoder`.
         on_checkpoint: called with one line about each transformer that is loaded.
@@ -90,16 +97,16 @@ def load_wan(
         on_stage=on_stage,
     )
     on_cpu = "vae" in offload or device.type == "cpu"
-    vae = load_vae(folder, dtype=torch.float32 if on_cpu else beside, device="cpu" if on_cpu else device)
+    pixels = _pixels(folder if vae is None else vae, beside, torch.device("cpu") if on_cpu else device)
 
     windows: dict[TrainedWindow, str | os.PathLike[str]] = {}  # -> checkpoint
 
     def load(path: str | os.PathLike[str]) -> HiARTransformer:
         def check(info: CheckpointInfo) -> None:
-            channels, needed = vae.config.z_dim, (info.config.in_channels, info.config.out_channels)
+            channels, needed = pixels.config.z_dim, (info.config.in_channels, info.config.out_channels)
             if needed != (channels, channels):
                 raise ValueError(
-                    f"{path}: takes {needed[0]} channels and makes {needed[1]}, the VAE in {folder} has {channels}: "
+                    f"{path}: takes {needed[0]} channels and makes {needed[1]}, the VAE {pixels.file} has {channels}: "
                     "expected a text-to-video model"
                 )
             windows.setdefault(info.window, path)
@@ -126,9 +133,13 @@ def load_wan(
     rollout = RolloutConfig(
         schedule.steps, schedule.shift, frames_per_block=WAN.frames_per_block, window_frames=WAN.window_frames
     )
-    cell = vae.config.scale_factor_spatial
+    cell = pixels.config.scale_factor_spatial
     rows, columns = (cell * patch for patch in transformer.config.patch_size[1:])
-    options = {"checkpoint": _as_option(checkpoint), "offload": ",".join(offload)}
+    options = {
+        "checkpoint": _as_option(checkpoint),
+        "vae": "" if vae is None else os.path.abspath(vae),
+        "offload": ",".join(offload),
+    }
     return VideoModel(
         name=name or os.fspath(folder),
         transformer=transformer,
@@ -137,15 +148,41 @@ def load_wan(
         fps=WAN.fps,
         num_frames=WAN.num_frames,
         train_frames=WAN.num_frames,
-        latent_size=(vae.config.z_dim, WAN.size[0] // cell, WAN.size[1] // cell),
+        latent_size=(pixels.config.z_dim, WAN.size[0] // cell, WAN.size[1] // cell),
         weights_sha256=identity,
         text_encoder=text,
-        new_decoder=lambda: StreamingDecoder(vae, own_stream=True),
-        new_encoder=lambda: StreamingEncoder(vae),
-        temporal_compression=vae.config.scale_factor_temporal,
+        new_decoder=pixels.new_decoder,
+        new_encoder=pixels.new_encoder,
+        decoded_by={"vae": pixels.kind, "file": pixels.file.name, "sha256": file_sha256(pixels.file)},
+        temporal_compression=pixels.config.scale_factor_temporal,
         spatial_compression=cell,
         size_step=(rows, columns),
         options={option: value for option, value in options.items() if value},
+    )
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """A VAE: ``kind`` "full" or "small"."""
+
+    kind: str
+    file: Path
+    config: Any
+    new_decoder: Callable[[], Decoder]
+    new_encoder: Callable[[], Encoder]
+
+
+def _pixels(path: str | os.PathLike[str], dtype: torch.dtype, device: torch.device) -> _Pixels:
+    """Load the VAE that a path means; on a CPU in float32."""
+    file, kind = vae_kind(Path(path))
+    if kind == "small":
+        small = load_small_vae(file, device=device)
+        return _Pixels(
+            kind, file, small.config, lambda: SmallDecoder(small, own_stream=True), lambda: SmallEncoder(small)
+        )
+    full = load_vae(file, dtype=torch.float32 if device.type == "cpu" else dtype, device=device)
+    return _Pixels(
+        kind, file, full.config, lambda: StreamingDecoder(full, own_stream=True), lambda: StreamingEncoder(full)
     )
 
 

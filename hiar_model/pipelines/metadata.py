@@ -66,6 +66,7 @@ def describe(run: Any, command: str = "generate", more: Mapping[str, Any] | None
         "prompts": prompts,
         "model": model.name,
         "weights_sha256": model.weights_sha256,
+        "decoded_by": None if model.decoded_by is None else dict(model.decoded_by),
         "height": height,
         "width": width,
         "given": None if run.conditioning is None else str(options.image or options.extend),

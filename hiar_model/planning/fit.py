@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,7 +21,7 @@ from ..config.rollout import BLOCKWISE
 from ..io.files import refuse_stand_in
 from ..io.weight_files import read_json, read_tensors
 from ..models.kv_cache import E4M3
-from .memory import ComponentMemory, Memory, Request, predict, vae_memory
+from .memory import ComponentMemory, Memory, Request, is_small, predict, vae_memory
 
 SHOWN = 3  # suggestions
 _UNITS = {"": 10**9, "gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20, "tb": 10**12, "tib": 2**40}
@@ -55,7 +56,7 @@ class Subject:
     size            (height, width) of its only latent size; None: any
     pixels, frames  spatial and temporal compression: pixels of a latent along a side, pixel frames of a latent frame
     text_encoder    bytes of its weights
-    vae             diffusers' config; None: on the CPU, or missing
+    vae             diffusers' config, or :func:`.small_vae.vae_settings`; None: on the CPU, or missing
     missing         names of missing components
     """
 
@@ -70,6 +71,23 @@ class Subject:
     text_encoder: int = 0
     vae: dict[str, Any] | None = None
     missing: tuple[str, ...] = ()
+
+
+def with_vae(about: Subject, path: str | os.PathLike[str]) -> Subject:
+    """The same with another VAE than the folder's; ValueError for a file that holds none."""
+    return replace(about, vae=_vae_config(Path(path)), missing=tuple(name for name in about.missing if name != "VAE"))
+
+
+def _vae_config(path: Path) -> dict[str, Any]:
+    """The settings of the VAE that a path means."""
+    from ..models.small_vae import vae_kind, vae_settings
+
+    file, kind = vae_kind(path)
+    if kind == "small":
+        return vae_settings(file)
+    if (config := file.parent / "config.json").is_file():
+        return read_json(config)
+    return {"base_dim": len(read_tensors(file)[0]["encoder.conv1.weight"])}
 
 
 def subject(model: str) -> Subject:
@@ -148,6 +166,7 @@ def fit_query(
     frames: int | None = None,
     dtype: str | None = None,
     kv_dtype: str | None = None,
+    vae: str | os.PathLike[str] | None = None,
     vae_dtype: str | None = None,
     offload: Sequence[str] = (),
     device: str = "cuda",
@@ -156,6 +175,7 @@ def fit_query(
     """A query in pixels and pixel frames; None means the model's value.
 
     Args:
+        vae: file or folder of another VAE than the model's. vae_dtype: None: bfloat16, of the small VAE float16.
         options: of :class:`Request`, and of :meth:`hiar_model.RolloutConfig.with_options`; ``order`` None: step_first.
 
     Raises:
@@ -166,6 +186,7 @@ def fit_query(
         for name, value, least in (("height", height, 1), ("width", width, 1), ("frames", frames, None))
     )
     about = model if isinstance(model, Subject) else subject(model)
+    about = about if vae is None else with_vae(about, vae)
     if about.size is not None and (height, width) != (None, None):
         raise ValueError(f"{about.name} has one size: height and width must be None, got {height} and {width}")
     high, wide = about.size or _latent_size(about, height or WAN.size[0], width or WAN.size[1])
@@ -177,8 +198,9 @@ def fit_query(
         dtype=_dtype("dtype", dtype or about.dtype), device=device,
         kv_dtype=None if kv_dtype is None else _dtype("kv-dtype", kv_dtype), **options,
     )  # fmt: skip
-    return FitQuery(about, request, None if vae_dtype == "none" else _dtype("vae-dtype", vae_dtype or "bfloat16"),
-                 tuple(offload))  # fmt: skip
+    own = "float16" if is_small(about.vae) else "bfloat16"
+    on_gpu = None if vae_dtype == "none" else _dtype("vae-dtype", vae_dtype or own)
+    return FitQuery(about, request, on_gpu, tuple(offload))
 
 
 def _latent_size(about: Subject, height: int, width: int) -> tuple[int, int]:
@@ -318,8 +340,10 @@ def _rows(query: FitQuery, memory: Memory) -> Iterator[tuple[str, int, str]]:
     if query.subject.vae is not None and query.vae_dtype is not None and "vae" in query.offload:
         yield "VAE", 0, "on the CPU"
     elif memory.vae.weights:
-        yield "VAE", memory.vae.weights, f"weights, {_name(query.vae_dtype)}"
-        yield "VAE features", memory.vae.resident, "stay from block to block"
+        small = is_small(query.subject.vae)
+        yield "VAE", memory.vae.weights, f"weights, {_name(query.vae_dtype)}{', the small one' if small else ''}"
+        note = "stay from block to block" + (", with the captured call's" if small else "")
+        yield "VAE features", memory.vae.resident, note
     rings = f"{memory.rings} x {_gb(memory.caches // memory.rings)}" if memory.rings > 1 else "1 for all steps in turn"
     yield "caches", memory.caches, f"keys and values, {rings}"
     if memory.scratch:

@@ -17,7 +17,7 @@ from ..config import SHIPPED, WAN
 from ..io.weight_files import read_json
 from ..models.text_encoder import find_text_encoder
 from ..models.wan import Checkpoint, is_experts, is_wan_folder
-from .fit import FitQuery, fit_query, options_that_fit, subject
+from .fit import FitQuery, fit_query, options_that_fit, subject, with_vae
 from .memory import Request, vae_memory
 
 SMALL = 10**9  # bytes of weights below which nothing is checked
@@ -103,6 +103,7 @@ def require_memory(
     dtype: torch.dtype | None,
     *,
     checkpoint: Checkpoint | None = None,
+    vae: str | os.PathLike[str] | None = None,
     offload: tuple[str, ...] = (),
     num_frames: int | None = None,
     order: str | None = None,
@@ -129,7 +130,7 @@ def require_memory(
         return
     try:
         need, *others = (
-            _need(folder, one, device, dtype, offload, kv_dtype, frames=num_frames, order=each, **options)
+            _need(folder, one, device, dtype, offload, kv_dtype, vae=vae, frames=num_frames, order=each, **options)
             for each in (order, *beside)
         )
         more = sum(other.query.memory().own for other in others)
@@ -163,12 +164,13 @@ def _first_file(checkpoint: Checkpoint | None) -> str | None:
 
 def _need(
     folder: Path, one: str | None, device: torch.device, dtype: torch.dtype | None, offload: tuple[str, ...],
-    kv_dtype: str | None, order: str | None, **options: Any,
+    kv_dtype: str | None, order: str | None, vae: str | os.PathLike[str] | None = None, **options: Any,
 ) -> Need:  # fmt: skip
     about = subject(str(folder)) if one is None else subject(one)
     if one is not None:
-        text_encoder, vae = _components(folder)
-        about = replace(about, text_encoder=text_encoder, vae=vae)
+        text_encoder, own = _components(folder)
+        about = replace(about, text_encoder=text_encoder, vae=own)
+    about = about if vae is None else with_vae(about, vae)
     work = dtype or torch.bfloat16
     if isinstance(options.get("window_frames"), list):
         options["window_frames"] = tuple(options["window_frames"])

@@ -20,7 +20,7 @@ from ..models.transformer import HiARTransformer
 
 
 class Captured(Protocol):
-    """A captured sequence of device operations: see :mod:`hiar_model.rollout.cuda_graph`."""
+    """A captured sequence of device operations: see :mod:`hiar_model.common.cuda_graph`."""
 
     def replay(self) -> None:
         """Run the same operations on the same memory."""

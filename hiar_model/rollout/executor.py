@@ -13,13 +13,13 @@ from torch import Tensor
 from hiar_kernels import BlockCausal, takes_layout
 from hiar_kernels.nvtx import span
 
+from ..common.cuda_graph import CudaGraphs
 from ..config import TRAIN_TIMESTEPS, ExecutionConfig, RolloutConfig
 from ..models.conditions import CrossAttentionKV
 from ..models.kv_cache import CachedAttention, RingCache
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import BatchItem, Group, Plan, Task
 from .batched_forward import BatchedForward, Capture, GraphKey, pinned
-from .cuda_graph import CudaGraphs
 from .nan_guard import NaNGuard
 from .noise import INITIAL
 from .prompt_cache import PromptBuffers, PromptCache, PromptSource

@@ -145,9 +145,20 @@ def vae_ms(folder: Path) -> tuple[float | None, float | None]:
     """Milliseconds to decode a block with diffusers' modules and with our fastest VAE; None where not measured."""
     file = folder / "vae.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
-    times = {row["vae"]: row["block_ms"][1] for row in rows if "block_ms" in row and not row["rehearsal"]}
+    times = {row["vae"]: row["block_ms"][1] for row in _timed(rows) if not row.get("small")}
     full = times.pop("diffusers' modules", None)
     return full, min(times.values(), default=None)
+
+
+def small_vae_ms(folder: Path) -> float | None:
+    """Milliseconds to decode a block with the small VAE (taew2_1), the fastest way; None where not measured."""
+    file = folder / "vae.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    return min((row["block_ms"][1] for row in _timed(rows) if row.get("small")), default=None)
+
+
+def _timed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if "block_ms" in row and not row["rehearsal"]]
 
 
 def vae_of(all_folders: Sequence[Path], folder: Path) -> tuple[Path, float | None, float | None]:
@@ -185,6 +196,7 @@ class _Marks:
 
 
 HEAD = ("measured", "rollout", "ms a task", "fps", "fps, diffusers' VAE", "fps, fused VAE", "peak GiB")
+SMALL_HEAD = "fps, small VAE"  # behind the other figures, where any is measured
 NOTHING = ["No measurements: bench/results/ has no rollouts on a GPU."]
 
 
@@ -197,15 +209,18 @@ def rollout_table(root: Path | None = None) -> list[str]:
     measured = folders(root)
     if not measured:
         return NOTHING
-    lines, marks, decoders = [_line(HEAD), _line(["---"] * 2 + ["---:"] * (len(HEAD) - 2))], _Marks(), {}
+    small_times = {folder: small_vae_ms(vae_of(measured, folder)[0]) for folder in measured}
+    head = (*HEAD, *([SMALL_HEAD] if any(small_times.values()) else []))
+    lines, marks, decoders = [_line(head), _line(["---"] * 2 + ["---:"] * (len(head) - 2))], _Marks(), {}
     for folder in measured:
         source, full, fused = vae_of(measured, folder)
         for m in rollouts(folder):
-            figures = (m.task, m.fps, m.with_vae(full), m.with_vae(fused), m.peak_gib)
+            figures = [m.task, m.fps, m.with_vae(full), m.with_vae(fused), m.peak_gib]
+            figures += [m.with_vae(small_times[folder])] if len(head) > len(HEAD) else []
             lines.append(_line([_run(m.device, m.run), marks.mark(m), *map(_number, figures)]))
         for device, how, ms in plain(folder):
             about = f"one forward in plain PyTorch, {how}"
-            lines.append(_line([_run(device, folder.name), about, _number(ms), "", "", "", ""]))
+            lines.append(_line([_run(device, folder.name), about, _number(ms), *[""] * (len(head) - 3)]))
         if full is not None or fused is not None:
             decoders[f"diffusers' modules {_number(full)} ms, fused {_number(fused)} ms ({source.name})"] = True
     lines += marks.lines()

@@ -81,6 +81,17 @@ def test_rollouts_of_every_kind_of_file(root):
     assert table[-1].endswith("same GPU: diffusers' modules 600.0 ms, fused 100.0 ms (2026-01-02-aaa)")
 
 
+def test_the_small_vae_has_a_column_once_it_is_measured(root):
+    file = root / "x/2026-01-02-aaa/vae.json"
+    content = json.loads(file.read_text())
+    content["rows"].append({"vae": "small", "small": True, "rehearsal": False, "block_ms": [0.0, 10.0, 20.0]})
+    file.write_text(json.dumps(content))
+    table = gpu_tables.rollout_table(root)
+    assert table[0].endswith("| peak GiB | fps, small VAE |")
+    assert cells(table)[2][2:] == ["50.0", "30.0", "12.0", "24.0", "3.00", "29.3"]
+    assert cells(table)[0][2:] == ["80.0", "20.0", "", "", "", ""]
+
+
 def test_the_breakdown_is_of_the_newest_folder_of_a_gpu(root):
     rows = cells(gpu_tables.breakdown_table(root))
     assert [row[0] for row in rows] == ["X, 2026-01-01-ab A", "X, 2026-01-01-ab B", "X, 2026-01-03-bbb"]

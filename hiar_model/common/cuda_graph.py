@@ -1,4 +1,4 @@
-"""Capture of batched forwards as CUDA graphs.
+"""Capture of device work, such as batched forwards, as CUDA graphs.
 
 A captured graph replays the same kernels on the same addresses without the host: numbers that Python computed during
 capture are frozen, and reading a tensor on the host is an error.
