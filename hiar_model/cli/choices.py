@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from ..common import checks, environment
+from ..common.lora_file import lora_files
 from ..config import SHIPPED, RolloutConfig, WanConfig
 from ..config.execution import ATTENTION_IMPLS, KV_DTYPES, ON_NAN
 from ..config.rollout import KV_SOURCES, ON_PROMPT_CHANGE, ORDERS
@@ -63,6 +64,10 @@ def check_choices(command: str, a: Namespace) -> None:
                 checks.number_above_0(option(name), one)
             elif name == "fps":
                 checks.number_within(option(name), one, checks.SLOWEST, checks.FASTEST)
+        if name == "lora":
+            for file in lora_files(value):
+                if not Path(file.path).exists():
+                    raise ValueError(f"--lora {file.path}: no such file; expected FILE or FILE:SCALE")
         if name in INPUT_FILES.get(command, ()) and value is not None and not Path(value).exists():
             raise ValueError(f"{option(name)} {value}: no such file")
     if a.get("device") and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", a.device):

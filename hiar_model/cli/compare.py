@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from .choices import rollout_options
 from .config_file import other_weights
 from .generate import existing_inputs, new_video, prompt_schedule, video_arguments
-from .machine import imports, load_model, progress_bar, stage_lines
+from .machine import imports, load_model, lora_inputs, progress_bar, stage_lines
 
 if TYPE_CHECKING:
     from ..pipelines.compare import Comparison
@@ -55,7 +55,7 @@ def compare(a: Namespace) -> None:
         raise ValueError(f"{plot} exists: give another name, or --overwrite")
     require_apart(
         {"-o": target, "the metadata of -o": record_path(target, folder), "the plot of -o": plot},
-        {f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint", "vae")},
+        {**{f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint", "vae")}, **lora_inputs(a)},
     )
     orders = None if a.order is None else checked_orders(a.order)
     offload = tuple(name.strip() for name in a.offload.split(",")) if a.offload else ()
@@ -67,10 +67,10 @@ def compare(a: Namespace) -> None:
         **of_rollout,
     )  # fmt: skip
     model = load_model(
-        a, checkpoint=a.checkpoint, steps=a.steps, prompt_cache=a.prompt_cache, vae=a.vae, offload=offload,
+        a, checkpoint=a.checkpoint, steps=a.steps, prompt_cache=a.prompt_cache, vae=a.vae, offload=offload, lora=a.lora,
         on_checkpoint=lambda line: print(line, file=sys.stderr), on_stage=stage_lines(),
     )  # fmt: skip
-    for line in other_weights(a, model.weights_sha256):
+    for line in other_weights(a, model):
         print(line, file=sys.stderr)
     start = time.perf_counter()
     with progress_bar("{task.fields[frames]}", "{task.fields[speed]}") as bar:

@@ -7,7 +7,7 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -15,6 +15,9 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from ..common.checks import nearest
 from ..io.files import load_yaml, read_text
 from ..version import require_noise
+
+if TYPE_CHECKING:
+    from ..models.video_model import VideoModel
 
 
 class ConfigFile(ActionConfigFile):
@@ -49,12 +52,19 @@ def config_first(words: Sequence[str]) -> list[str]:
     return [*rest[:command], *files, *rest[command:]]
 
 
-def other_weights(a: Namespace, sha256: str) -> Iterator[str]:
-    """A line for each `--config` that is the metadata of a video made by other weights."""
+def other_weights(a: Namespace, model: VideoModel) -> Iterator[str]:
+    """A line for each `--config` that is the metadata of a video made by other weights, or by another LoRA of the
+    same name.
+    """
+    sha256, loras = model.weights_sha256, {lora.name: lora.sha256 for lora in model.loras}
     for path in filter(None, a.get("config") or []):
         values = load_yaml(read_text(Path(path)))
         if (before := values.get("weights_sha256", sha256)) != sha256:
             yield f"{path}: made by weights {str(before)[:12]}, now {sha256[:12]}: this will be another video"
+        for lora in values.get("lora") or [] if "weights_sha256" in values else []:
+            was, now = str(lora.get("sha256")), loras.get(str(lora.get("name")))
+            if now is not None and now != was:
+                yield f"{path}: made by LoRA {lora['name']} {was[:12]}, now {now[:12]}: this will be another video"
 
 
 class OptionalPositional(argparse.Action):
@@ -64,6 +74,19 @@ class OptionalPositional(argparse.Action):
         """Store the value."""
         if values is not None or namespace.get(self.dest) is None:
             setattr(namespace, self.dest, values)
+
+
+class _Typed(list[str]):
+    """Values of the command line, which replace those of a file."""
+
+
+class Repeated(argparse.Action):
+    """An option that may be given several times; its values are a list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Add the value to those typed before."""
+        before = namespace.get(self.dest)
+        setattr(namespace, self.dest, _Typed([*(before if isinstance(before, _Typed) else ()), values]))
 
 
 def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:

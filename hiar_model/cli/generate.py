@@ -14,7 +14,16 @@ from jsonargparse import ArgumentParser, Namespace
 from ..io.files import check_text
 from .choices import rollout_options
 from .config_file import OptionalPositional, other_weights
-from .machine import imports, load_model, machine_arguments, memory_arguments, progress_bar, stage_lines
+from .machine import (
+    imports,
+    load_model,
+    lora_argument,
+    lora_inputs,
+    machine_arguments,
+    memory_arguments,
+    progress_bar,
+    stage_lines,
+)
 from .parallel import RUN_FOLDER, job, pipeline_arguments, pipelined, resume_arguments, unfinished_blocks
 from .signals import handled
 
@@ -39,6 +48,7 @@ def video_arguments(parser: ArgumentParser, model: str = "toy") -> None:
     parser.add_argument(
         "--vae", type=str, help="of Wan, in place of the folder's: the small one, taew2_1.pth; or a full one"
     )
+    lora_argument(parser, "several times for several files")
     parser.add_argument("--height", type=int, help="pixels; default: what the model says, 480 of Wan")
     parser.add_argument("--width", type=int, help="pixels; default: what the model says, 832 of Wan")
     parser.add_argument("--seed", type=int, default=0, help="of all noise")
@@ -94,7 +104,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
     session = None if a.session is None else check_output(in_folder(a.session, SESSION))
     require_apart(
         {"-o": target, "the metadata of -o": record_path(target, is_folder_target(a.out)), "--session": session},
-        {f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint", "vae")},
+        {**{f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint", "vae")}, **lora_inputs(a)},
     )
     if a.from_session is not None:  # that may be replaced by --session
         require_apart({"-o": target}, {"--from-session": in_folder(a.from_session, SESSION)})
@@ -120,10 +130,10 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
         )  # fmt: skip
     model = load_model(
         a, checkpoint=a.checkpoint, steps=a.steps, own_steps=own_steps, prompt_cache=a.prompt_cache,
-        vae=a.vae, offload=offload, on_checkpoint=notes.append,
+        vae=a.vae, offload=offload, lora=a.lora, on_checkpoint=notes.append,
         on_stage=stage_lines(),
     )  # fmt: skip
-    for line in other_weights(a, model.weights_sha256):
+    for line in other_weights(a, model):
         print(line, file=sys.stderr)
     with progress_bar("{task.fields[frames]}", "{task.fields[speed]}") as bar:
         task = bar.add_task("", total=None, frames="frames", speed="")

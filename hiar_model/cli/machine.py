@@ -7,10 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
+
+from ..common.lora_file import lora_files
+from .config_file import Repeated
 
 if TYPE_CHECKING:
     from ..models.video_model import VideoModel
@@ -40,6 +44,24 @@ def memory_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
     parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
     parser.add_argument("--offload", type=str, help="what leaves the GPU: text (once the prompt is read), vae, or both")
+
+
+def unchanged(value: Any) -> Any:
+    """The type of an option whose value in a file is a list, and whose words are strings."""
+    return value
+
+
+def lora_argument(parser: ArgumentParser, more: str) -> None:
+    """The option --lora."""
+    parser.add_argument(
+        "--lora", type=unchanged, action=Repeated, metavar="FILE[:SCALE]",
+        help=f"LoRA to merge into the transformer, such as style.safetensors:0.8; {more}",
+    )  # fmt: skip
+
+
+def lora_inputs(a: Namespace) -> dict[str, str | Path | None]:
+    """The files of --lora, for :func:`.require_apart`."""
+    return {"--lora " + file.path: file.path for file in lora_files(a.lora)}
 
 
 def load_model(a: Namespace, **options: Any) -> VideoModel:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from .choices import rollout_options
-from .machine import memory_arguments
+from .machine import lora_argument, memory_arguments
 
 if TYPE_CHECKING:
     from ..models.checkpoint import CheckpointInfo
@@ -26,6 +26,7 @@ def convert_arguments(parser: ArgumentParser) -> None:
         help="new folder (native, diffusers), name.safetensors (native) or name.pt (pt); nothing is overwritten",
     )  # fmt: skip
     parser.add_argument("--to", type=str, required=True, help="native, diffusers or pt")
+    lora_argument(parser, "the result is a checkpoint that needs it no more")
 
 
 def convert(a: Namespace) -> None:
@@ -35,7 +36,7 @@ def convert(a: Namespace) -> None:
     def show(info: CheckpointInfo, sha256: str) -> None:
         print(f"in:  {info}\n     tensors sha256 {sha256}", flush=True)
 
-    done = convert_files(a.source, a.target, a.to, on_checkpoint=show)
+    done = convert_files(a.source, a.target, a.to, on_checkpoint=show, lora=a.lora, on_lora=print)
     print(f"out: {done.target}\n     tensors sha256 {done.sha256}: read again, the same")
 
 

@@ -60,6 +60,14 @@ def as_number(value: Any) -> float:
         return math.nan
 
 
+def finite_number(name: str, value: Any) -> float:
+    """The value as a float; ValueError unless it is a finite number."""
+    number = as_number(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return number
+
+
 def number_above_0(name: str, value: Any) -> float:
     """The value as a float; ValueError unless it is a finite number above 0."""
     number = as_number(value)

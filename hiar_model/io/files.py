@@ -11,7 +11,7 @@ from typing import Any
 from .atomic import SPECIAL, behind_links, is_special, temporary
 
 SESSION = "session.safetensors"  # its name in a folder
-FILE_OPTIONS = ("--model", "--checkpoint", "--vae", "--image", "--extend", "--prompts", "--from-session")
+FILE_OPTIONS = ("--model", "--checkpoint", "--vae", "--lora", "--image", "--extend", "--prompts", "--from-session")
 """Options of `hiar generate` that name input files."""
 _UMASK = os.umask(0)
 os.umask(_UMASK)

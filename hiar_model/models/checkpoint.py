@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from importlib import resources
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.lora_file import LoraLike, lora_files
 from ..common.settings import own_settings
 from ..config import SHIPPED, WanConfig
 from ..config.rollout import UNKNOWN_WINDOW, TrainedWindow
@@ -33,6 +34,7 @@ from ..io.weight_files import (
     weight_files,
 )
 from . import key_mapping
+from .lora import AppliedLora, merge_files
 from .transformer import HiARTransformer
 
 TOY_FORMAT, TOY_TRANSFORMER = "hiar-toy", "transformer."  # of a toy model's config.json; before keys of its file
@@ -91,6 +93,8 @@ def load_transformer(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    lora: LoraLike | Sequence[LoraLike] | None = None,
+    on_lora: Callable[[AppliedLora, str], None] | None = None,
     on_checkpoint: Callable[[CheckpointInfo], None] | None = None,
 ) -> HiARTransformer:
     """Load a transformer from a checkpoint, in eval mode.
@@ -107,6 +111,8 @@ def load_transformer(
             num_heads is dim / 128, as in every published model, and text_len and eps are WanConfig's defaults.
         dtype: of the weights; None: as in the file (the widest, if they differ).
         device: None: the CPU, where the file is memory-mapped. "meta": check the file without reading the weights.
+        lora: LoRA files to merge into the weights (:data:`.LoraLike`), each sum rounded once.
+            on_lora: called with a record of each, and a line about it.
         on_checkpoint: called with a description of the checkpoint before the weights are read.
 
     Raises:
@@ -119,6 +125,11 @@ def load_transformer(
     state, info = read_checkpoint(path, config)
     if on_checkpoint is not None:
         on_checkpoint(info)
+    if files := lora_files(lora):
+        state, applied, notes = merge_files(state, files, dtype)
+        for one, note in zip(applied, notes, strict=True):
+            if on_lora is not None:
+                on_lora(one, note)
     with torch.device("meta"):
         model = HiARTransformer(info.config)
     if device is not None and torch.device(device).type == "meta":

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..common.lora_file import LoraLike, lora_files
 from ..config import WanConfig
 from ..io.atomic import atomic
 from ..io.files import check_output, in_folder, save_tensors
 from . import key_mapping
 from .checkpoint import CONFIG_KEY, CheckpointInfo, file_header, read_checkpoint
+from .lora import merge_files
 
 TARGETS = ("native", "diffusers", "pt")
 _WEIGHTS, _SIZES = "diffusion_pytorch_model.safetensors", "config.json"
@@ -47,9 +49,15 @@ def tensors_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def convert(
-    source: str | Path, target: str | Path, to: str, on_checkpoint: Callable[[CheckpointInfo, str], None] | None = None
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    on_checkpoint: Callable[[CheckpointInfo, str], None] | None = None,
+    *,
+    lora: LoraLike | Sequence[LoraLike] | None = None,
+    on_lora: Callable[[str], None] | None = None,
 ) -> Converted:
-    """Write a transformer in another layout; every tensor keeps its numbers and its dtype.
+    """Write a transformer in another layout; every tensor keeps its dtype, and its numbers unless LoRA is merged.
 
     The result is written atomically, and read back and compared (hash of the tensors, every size) before the rename.
     Existing files are never overwritten.
@@ -60,7 +68,9 @@ def convert(
         to: "native": published Wan keys, as the folder of Wan2.1-T2V or as one file; "diffusers": what
             ``WanTransformer3DModel.from_pretrained`` loads, the folder ``transformer`` of a pipeline; "pt": a training
             file as Self-Forcing and HiAR write it, {"generator": {"model.<native key>": tensor}}, with the sizes added.
-        on_checkpoint: called with the source's description and hash before anything is written.
+        on_checkpoint: called with the source's description and the hash of its tensors (with LoRA merged) before
+            anything is written.
+        lora: LoRA files to merge (:data:`.LoraLike`). on_lora: called with a line about each.
 
     Raises:
         ValueError: one line: an unknown layout, a name that does not fit it, a target that exists, a source that
@@ -74,6 +84,11 @@ def convert(
             key_mapping.diffusers_config(info.config)
         except ValueError as error:  # before computing the hash
             raise ValueError(f"{source}: {error}") from error
+    if loras := lora_files(lora):
+        state, _, notes = merge_files(state, loras)
+        for note in notes:
+            if on_lora is not None:
+                on_lora(note)
     before = tensors_sha256(state)
     if on_checkpoint is not None:
         on_checkpoint(info, before)

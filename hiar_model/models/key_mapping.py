@@ -77,11 +77,15 @@ _DIFFUSERS_OTHERS = {
 _FOREIGN = (  # part of a key -> what such a file is
     (r"lokr_", "a LoKr adapter, a kind of LoRA; merge it into a checkpoint first"),
     (r"\.hada_|loha_", "a LoHa adapter, a kind of LoRA; merge it into a checkpoint first"),
-    (r"(^|[._])lora(_|$)|lora_[AB]\.|_lora(\.|$)", "a LoRA adapter; merge it into a checkpoint first"),
+    (
+        r"(^|[._])lora(_|$)|lora_[AB]\.|_lora(\.|$)",
+        "a LoRA adapter; give it beside a checkpoint, as --lora, or merge it first, with hiar convert --lora",
+    ),
     (r"lycoris_|\.(oft|boft)_", "an adapter of the LoRA family; merge it into a checkpoint first"),
     (
         r"\.diff(_b|_m)?$|\.set_weight$",
-        "a file of differences from a checkpoint, as LoRA extractors write; add them to that checkpoint first",
+        "a file of differences from a checkpoint, as LoRA extractors write; give it beside that checkpoint, as --lora, "
+        "or add them first, with hiar convert --lora",
     ),
     (r"vace_", "a VACE model; expected a text-to-video one"),
     (r"face_adapter|motion_encoder|pose_patch_embedding", "a Wan-Animate model; expected a text-to-video one"),

@@ -26,6 +26,7 @@ from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
 from ..common.checks import path_like
+from ..common.lora_file import LoraLike, lora_files
 from ..common.settings import own_settings
 from ..config import SHIPPED, RolloutConfig, WanConfig
 from ..io.atomic import atomic, atomic_write
@@ -35,6 +36,7 @@ from ..toy.codec import ToyCodec
 from ..toy.text import ToyTextEncoder
 from ..toy.world import WorldConfig
 from .checkpoint import TOY_FORMAT, TOY_TRANSFORMER
+from .lora import AppliedLora, merge_files
 from .transformer import HiARTransformer
 from .video_model import VideoModel, pick_device, pick_dtype
 from .wan import Checkpoint, is_wan_folder, load_wan
@@ -86,6 +88,7 @@ def load_video_model(
     vae: str | os.PathLike[str] | None = None,
     offload: Sequence[str] = (),
     prompt_cache: str | os.PathLike[str] | None = None,
+    lora: LoraLike | Sequence[LoraLike] | None = None,
     on_checkpoint: Callable[[str], None] | None = None,
     on_stage: Callable[[str, int], None] | None = None,
 ) -> VideoModel:
@@ -94,7 +97,9 @@ def load_video_model(
     Args:
         device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of weights and computation; None: bfloat16 for Wan, float32
             for toy models.
-        checkpoint, steps, own_steps, vae, offload, prompt_cache, on_checkpoint, on_stage: for Wan folders, see
+        lora: LoRA files to merge into the transformer: paths, "path:scale" or (path, scale).
+        on_checkpoint: called with one line about each transformer (Wan) and each LoRA.
+        checkpoint, steps, own_steps, vae, offload, prompt_cache, on_stage: for Wan folders, see
             :func:`.wan.load_wan`.
 
     Raises:
@@ -106,11 +111,12 @@ def load_video_model(
     """
     device, dtype = pick_device(device), pick_dtype(dtype)
     folder = model_folder(name_or_path)
-    name = os.fspath(name_or_path)
+    name, files = os.fspath(name_or_path), lora_files(lora)
     if is_wan_folder(folder):
         return load_wan(
             folder, name=name, device=device, dtype=dtype, checkpoint=checkpoint, steps=steps, own_steps=own_steps,
-            vae=vae, offload=offload, prompt_cache=prompt_cache, on_checkpoint=on_checkpoint, on_stage=on_stage,
+            vae=vae, offload=offload, prompt_cache=prompt_cache, lora=files, on_checkpoint=on_checkpoint,
+            on_stage=on_stage,
         )  # fmt: skip
     of_wan = {"checkpoint": checkpoint, "vae": vae, "offload": offload, "prompt_cache": prompt_cache}
     for option, value in of_wan.items():
@@ -120,10 +126,18 @@ def load_video_model(
     tensors, _ = read_tensors(folder / WEIGHTS)
     with (folder / WEIGHTS).open("rb") as file:
         sha256 = hashlib.sha256(file.read()).hexdigest()
+    loras: tuple[AppliedLora, ...] = ()
+    if files:
+        own = {key.removeprefix(TRANSFORMER): x for key, x in tensors.items() if key.startswith(TRANSFORMER)}
+        state, loras, notes = merge_files(own, files, dtype or torch.float32)
+        tensors = {**tensors, **{TRANSFORMER + key: x for key, x in state.items()}}
+        for note in notes if on_checkpoint is not None else ():
+            on_checkpoint(note)  # type: ignore[misc]
     try:
-        return _build(name, settings, tensors, sha256, device, dtype or torch.float32)
+        model = _build(name, settings, tensors, sha256, device, dtype or torch.float32)
     except (ValueError, TypeError) as error:  # TypeError: a value in config.json of a wrong type
         raise ValueError(f"{folder}: {error}") from error
+    return dataclasses.replace(model, merged_loras=loras)
 
 
 def _build(

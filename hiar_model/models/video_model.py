@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -15,6 +15,8 @@ from ..config import RolloutConfig
 from ..io.files import check_text
 from ..io.video import Frames, check_fps
 from ..toy.world import WorldConfig
+from .lora import AppliedLora
+from .low_rank import Adapter, Adapters
 from .transformer import HiARTransformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -55,6 +57,7 @@ class VideoModel:
         spatial_compression: pixels per latent along each axis.
         size_step: (height, width), of which a frame's size must be multiples, in pixels; None: one size only.
         experts: a network for each step, None at steps of other ranks; None: ``transformer`` at every step.
+        merged_loras: adapters that the weights contain. adapters: those beside the weights, whose scales can change.
         options: command-line options that load the same model, beside name, device and dtype.
 
     Raises:
@@ -79,6 +82,8 @@ class VideoModel:
     size_step: tuple[int, int] | None = None
     experts: tuple[HiARTransformer | None, ...] | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+    merged_loras: tuple[AppliedLora, ...] = ()
+    adapters: Adapters | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "train_frames", "temporal_compression", "spatial_compression"):
@@ -103,8 +108,26 @@ class VideoModel:
         _, height, width = self.latent_size
         return height * self.spatial_compression, width * self.spatial_compression
 
+    @property
+    def loras(self) -> tuple[AppliedLora, ...]:
+        """All adapters of the transformer, with their scales."""
+        return self.merged_loras + (() if self.adapters is None else self.adapters.applied)
+
+    def with_adapters(self, adapters: Sequence[Adapter]) -> VideoModel:
+        """The same model with these adapters beside its weights, in place of those there; the weights are shared."""
+        base = self.adapters.base if self.adapters is not None else self.experts or (self.transformer,)
+        new = Adapters(base, adapters)
+        first = next(filter(None, new.transformers))
+        return replace(
+            self, transformer=first, experts=None if self.experts is None else new.transformers, adapters=new
+        )
+
     def networks(self, steps: int) -> HiARTransformer | list[HiARTransformer | None]:
-        """The network, or one for each step; ValueError unless there are as many experts as steps."""
+        """The network, or one for each step, with adapters at the scales that are wanted now; ValueError unless there
+        are as many experts as steps.
+        """
+        if self.adapters is not None:
+            self.adapters.write()
         if self.experts is None:
             return self.transformer
         if len(self.experts) != steps:

@@ -23,12 +23,14 @@ from typing import Any
 import torch
 
 from ..common.checks import OFFLOAD
+from ..common.lora_file import LoraFile
 from ..config import WAN, FlowSchedule, RolloutConfig
 from ..config.rollout import TrainedWindow
 from ..io.files import file_sha256
 from .checkpoint import CheckpointInfo, load_transformer
 from .convert import tensors_sha256
 from .experts import load_experts, parse_experts
+from .lora import AppliedLora
 from .small_stream import SmallDecoder, SmallEncoder
 from .small_vae import load_small_vae, vae_kind
 from .text_encoder import NATIVE_WEIGHTS, WEIGHTS, WanTextEncoder
@@ -59,6 +61,7 @@ def load_wan(
     vae: str | os.PathLike[str] | None = None,
     offload: Sequence[str] = (),
     prompt_cache: str | os.PathLike[str] | None = None,
+    lora: Sequence[LoraFile] = (),
     on_checkpoint: Callable[[str], None] | None = None,
     on_stage: Callable[[str, int], None] | None = None,
 ) -> VideoModel:
@@ -74,7 +77,8 @@ def load_wan(
         vae: file or folder of another VAE than the folder's: Wan's own, or the small one, taew2_1 (float16 on CUDA).
         offload: "text": move the text encoder to the CPU after each prompt; "vae": run the VAE on the CPU.
         prompt_cache: folder of prompt embeddings, see :class:`WanTextEncoder`.
-        on_checkpoint: called with one line about each transformer that is loaded.
+        lora: files to merge into the transformer, into every expert.
+        on_checkpoint: called with one line about each transformer and each LoRA that is loaded.
         on_stage: called with what is being read or encoded, in words, and the bytes of its weights.
 
     Raises:
@@ -99,6 +103,13 @@ def load_wan(
     on_cpu = "vae" in offload or device.type == "cpu"
     pixels = _pixels(folder if vae is None else vae, beside, torch.device("cpu") if on_cpu else device)
 
+    loras: dict[AppliedLora, None] = {}  # the same for each expert
+
+    def merged(lora: AppliedLora, note: str) -> None:
+        if lora not in loras and on_checkpoint is not None:
+            on_checkpoint(note)
+        loras[lora] = None
+
     windows: dict[TrainedWindow, str | os.PathLike[str]] = {}  # -> checkpoint
 
     def load(path: str | os.PathLike[str]) -> HiARTransformer:
@@ -121,7 +132,9 @@ def load_wan(
             if on_stage is not None:
                 on_stage("reading the transformer", info.nbytes)
 
-        return load_transformer(Path(path), dtype=dtype, device=device, on_checkpoint=check).requires_grad_(False)
+        return load_transformer(
+            Path(path), dtype=dtype, device=device, lora=lora, on_checkpoint=check, on_lora=merged
+        ).requires_grad_(False)
 
     if files is None:
         experts, transformer = None, load(folder if checkpoint is None else checkpoint)  # type: ignore[arg-type]
@@ -158,6 +171,7 @@ def load_wan(
         spatial_compression=cell,
         size_step=(rows, columns),
         options={option: value for option, value in options.items() if value},
+        merged_loras=tuple(loras),
     )
 
 

@@ -61,12 +61,15 @@ def describe(run: Any, command: str = "generate", more: Mapping[str, Any] | None
     repeatable = schedule is None or schedule.file is not None
     for name, value in words.items():
         typed += [] if value is None else [f"--{name}", str(value)]
+    for lora in model.loras:
+        typed += ["--lora", lora.option]
     return {
         "prompt": prompt,
         "prompts": prompts,
         "model": model.name,
         "weights_sha256": model.weights_sha256,
         "decoded_by": None if model.decoded_by is None else dict(model.decoded_by),
+        **({"lora": [lora.to_dict() for lora in model.loras]} if model.loras else {}),
         "height": height,
         "width": width,
         "given": None if run.conditioning is None else str(options.image or options.extend),

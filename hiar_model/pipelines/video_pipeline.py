@@ -35,6 +35,7 @@ from ..rollout.session_io import load_session, save_session
 from ..schedule.plan import Plan
 from .conditioning import ConditioningFrames, read_conditioning
 from .decode import Decoding
+from .lora import LoraLoading, ScaleFollower
 from .metadata import describe
 from .prompt_schedule import EncodedPromptSchedule, PromptSchedule, prompt_delay
 
@@ -156,7 +157,7 @@ def video_options(returns: Any, without: Sequence[str] = ()) -> Callable[[Functi
 _OPTIONS = inspect.cleandoc(VideoOptions.__doc__ or "").partition("\n\n")[2]
 
 
-class VideoPipeline:
+class VideoPipeline(LoraLoading):
     """Makes videos of prompts with one model, which is loaded once.
 
     Args:
@@ -281,8 +282,8 @@ class VideoRun:
             prefix=self.prefix,
         )
         me = weakref.proxy(self)  # no reference cycle: a dropped run frees its caches at once
-        if options.on_progress is not None:
-            self.rollout.on_task = lambda done, _: me._report(done)
+        if options.on_progress is not None or self.model.adapters is not None:
+            self.rollout.on_task = lambda done, _: me._after_tasks(done)
         self.rollout.on_boundary = lambda block: me._boundary(block)
         self.on_progress, self.frames_done = options.on_progress, 0
         self.decoding: Decoding | None = None
@@ -293,6 +294,7 @@ class VideoRun:
             self.frames_done = whole(f"{session.path}: frames", session.about.get("frames"), 0)
         self._last = self._last_block(options.num_frames, options.session) if options.open_end else None
         self.metadata = describe(self)
+        self.follow_scales = ScaleFollower(self.model, self.rollout, self.metadata)
         self.run_folder = None if options.run_folder is None else self._open_folder(options.run_folder)
 
     @property
@@ -351,6 +353,7 @@ class VideoRun:
     def _facts(self) -> dict[str, Any]:
         """Facts that a session and the run that resumes it must share."""
         facts: dict[str, Any] = {"weights_sha256": self.model.weights_sha256, "seed": self.options.seed}
+        facts["lora"] = [[lora.sha256, lora.scale] for lora in self.model.loras]
         if self.conditioning is not None:
             facts["given_sha256"] = hashlib.sha256(self.conditioning.frames.tobytes()).hexdigest()
         return facts
@@ -412,7 +415,9 @@ class VideoRun:
     def _blocks(self) -> Iterator[FinishedBlock]:
         """The stored blocks of an interrupted run, then the new ones."""
         if self.run_folder is None:
-            yield from self.rollout
+            for finished in self.rollout:
+                yield finished
+                self.follow_scales()  # which the caller may have changed since
             return
         stored = self.run_folder.resume(self.rollout)
         for block in range(self.rollout.plan.prefix_blocks, stored if self.makes_frames else 0):
@@ -428,6 +433,7 @@ class VideoRun:
         names = ("prompt", "prompts", "weights_sha256", "height", "width", "given", "num_frames", "seed", "noise",
                  "rollout", "dtype")  # fmt: skip
         about = {name: self.metadata[name] for name in names} | {"steps_per_rank": list(pipeline.stage.split)}
+        about |= {"lora": self.metadata["lora"]} if "lora" in self.metadata else {}
         return RunFolder(
             folder, about, resume=self.options.resume, every=self.options.checkpoint_every, group=pipeline.group
         )
@@ -435,6 +441,10 @@ class VideoRun:
     def _boundary(self, block: int) -> None:
         if self.run_folder is not None:
             self.run_folder.boundary(self.rollout, block)
+
+    def _after_tasks(self, forwards_done: int) -> None:
+        self._report(forwards_done)
+        self.follow_scales()
 
     def _report(self, forwards_done: int) -> None:
         if self.on_progress is not None:

@@ -257,6 +257,14 @@ class Rollout:
         wide = max((window or 0 for window in self.plan.window_frames), default=0)
         return self.plan.steps + 2 * -(-(wide + block) // block) + 2
 
+    def weights_changed(self) -> None:
+        """Call it after the weights were changed in place, between two groups of tasks: the modulation and the prompt's
+        keys and values follow. What the caches hold of earlier blocks stays.
+        """
+        if self.steps:
+            with own_settings(self.execution.autocast):
+                self._executor.weights_changed()
+
     def step(self) -> list[FinishedBlock] | None:
         """Run the next group of tasks.
 

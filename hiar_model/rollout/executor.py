@@ -87,8 +87,8 @@ class Executor:
         # the modulation table has one entry for each noise level, and a last one for the clean prefix
         levels = [TRAIN_TIMESTEPS * s for s in schedule.sigmas[:-1]] + [config.context_noise, 0.0]
         self.clean = len(levels) - 1
-        timesteps = torch.tensor([levels], dtype=torch.float64, device=self.device)
-        self.tables = {id(m): m.modulation_table(timesteps) for m in models}
+        self.timesteps = torch.tensor([levels], dtype=torch.float64, device=self.device)
+        self.tables = {id(m): m.modulation_table(self.timesteps) for m in models}
         self.prompt_cache, self.prompt_buffers = PromptCache(limit=2 * len(models) + 2), PromptBuffers()
         self.latents: dict[tuple[int, int], Tensor] = {}  # (level, block) -> x
         self.readers: dict[tuple[int, int], int] = {}  # tasks that still need it
@@ -150,6 +150,14 @@ class Executor:
             for task in item:
                 self._release(task)
         return finished
+
+    @torch.no_grad()
+    def weights_changed(self) -> None:
+        """Compute anew what depends on the weights alone, in the memory that captured graphs read."""
+        for model in {id(model): model for model in self.models}.values():
+            self.tables[id(model)].vectors.copy_(model.modulation_table(self.timesteps).vectors)
+        self.prompt_cache.entries.clear()
+        self.prompt_cache.stacked.clear()
 
     def may_run_ahead(self, following: Group) -> bool:
         """Whether these tasks may be queued before the finished blocks are waited for and handed over.

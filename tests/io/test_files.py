@@ -213,7 +213,9 @@ def test_a_training_file_of_adapters(tmp_path, name):
     file = tmp_path / "w.pt"
     torch.save({name: {f"base_model.model.model.{Q}.lora_A.default.weight": A}, "step": 3000}, file)
     assert (
-        refusal(load_transformer, file) == f"{file}: {name} makes it a LoRA adapter; merge it into a checkpoint first"
+        refusal(load_transformer, file)
+        == f"{file}: {name} makes it a LoRA adapter; give it beside a checkpoint, as --lora, or merge it first, with "
+        "hiar convert --lora"
     )
 
 

@@ -25,6 +25,7 @@ from hiar_model.cli.choices import INPUT_FILES, check_choices
 from hiar_model.cli.config_file import config_first
 from hiar_model.cli.main import COMMANDS
 from hiar_model.cli.train import _override
+from hiar_model.common.lora_file import lora_files
 from hiar_model.config import SHIPPED
 from hiar_model.train.config.reading import load_recipe
 
@@ -178,6 +179,8 @@ def understand_hiar(words: list[str]) -> None:
     for name in ("model", *INPUT_FILES.get(command, ())):
         if (value := options.get(name)) is not None and value not in SHIPPED:
             Path(value).mkdir(parents=True, exist_ok=True)  # stands in for what is published, or made before
+    for file in lora_files(options.get("lora")):
+        Path(file.path).mkdir(parents=True, exist_ok=True)
     check_choices(command, options)
     if command == "train":
         load_recipe(options.recipe, dict(_override(word) for word in options.overrides))
