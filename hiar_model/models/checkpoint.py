@@ -34,6 +34,7 @@ from ..io.weight_files import (
     weight_files,
 )
 from . import key_mapping
+from .foreign import foreign
 from .lora import AppliedLora, merge_files
 from .transformer import HiARTransformer
 
@@ -146,7 +147,7 @@ def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
     """
     source = _transformer_path(Path(path))
     state, header_sizes, files, networks = _read_all(source)
-    if (what := key_mapping.foreign(state)) is not None:
+    if (what := foreign(state)) is not None:
         raise ValueError(f"{source}: {what}")
     check_tensors(state, source)
     diffusers = key_mapping.is_diffusers(state)
@@ -264,7 +265,7 @@ def _network(content: Any, file: Path) -> tuple[Mapping[str, Any], list[str]]:
     networks = [name for name in _NETWORKS if isinstance(content.get(name), Mapping) and content[name]]
     if not networks:
         groups = [key for key, value in content.items() if isinstance(value, Mapping)]
-        if (what := key_mapping.foreign(groups)) is not None:
+        if (what := foreign(groups)) is not None:
             raise ValueError(f"{file}: {what}")
         return content, []
     if networks[0] == _NETWORKS[-1]:

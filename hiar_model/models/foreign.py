@@ -1,0 +1,38 @@
+"""Checkpoints of other kinds, known by their keys: adapters (LoRA, LoKr), image-to-video, VACE, fused projections."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_FOREIGN = (  # part of a key -> what such a file is
+    (r"lokr_", "a LoKr adapter, a kind of LoRA; merge it into a checkpoint first"),
+    (r"\.hada_|loha_", "a LoHa adapter, a kind of LoRA; merge it into a checkpoint first"),
+    (
+        r"(^|[._])lora(_|$)|lora_[AB]\.|_lora(\.|$)",
+        "a LoRA adapter; give it beside a checkpoint, as --lora, or merge it first, with hiar convert --lora",
+    ),
+    (r"lycoris_|\.(oft|boft)_", "an adapter of the LoRA family; merge it into a checkpoint first"),
+    (
+        r"\.diff(_b|_m)?$|\.set_weight$",
+        "a file of differences from a checkpoint, as LoRA extractors write; give it beside that checkpoint, as --lora, "
+        "or add them first, with hiar convert --lora",
+    ),
+    (r"vace_", "a VACE model; expected a text-to-video one"),
+    (r"face_adapter|motion_encoder|pose_patch_embedding", "a Wan-Animate model; expected a text-to-video one"),
+    (
+        r"^img_emb\.|image_embedder|\.(k_img|v_img|norm_k_img)\.|\.(add_k_proj|add_v_proj|norm_added_k)\.",
+        "an image-to-video model; expected a text-to-video one, which takes a first image as a clean first frame",
+    ),
+    (r"\.to_qkv\.|\.to_kv\.", "diffusers' layout with fused projections; call unfuse_qkv_projections() before saving"),
+)
+
+
+def foreign(keys: Iterable[str]) -> str | None:
+    """If a key belongs to another kind of model: that key and what the file is, for an error; else None."""
+    listed = list(keys)
+    for pattern, what in _FOREIGN:
+        for key in listed:
+            if re.search(pattern, key):
+                return f"{key} makes it {what}"
+    return None
