@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import make_rollout
+from made_runs import make_rollout
 from small_toy import PROMPT, small_folder, small_model  # noqa: F401 (fixtures)
 
 from hiar_model import FlowSchedule, WanConfig, generate

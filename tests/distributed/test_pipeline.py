@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import small_toy
 import torch
+from made_runs import make_rollout
 from processes import PATIENCE, torchrun
 from processes import run as run_python
 from refusals import refused
-from runs import make_rollout
 from small_toy import BLOCK, PROMPT
 from tiny_model import MODEL, SIZE, TEXT, run
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from made_runs import make_rollout
 from refusals import refused
-from runs import make_rollout
 from tiny_model import TEXT, TINY, difference, make_model
 
 from hiar_model.config import FlowSchedule, WanConfig

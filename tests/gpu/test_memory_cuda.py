@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from runs import make_request
+from made_runs import make_request
 
 from hiar_model import ExecutionConfig, Rollout
 from hiar_model.config import WanConfig

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from made_runs import make_request
 from on_cuda import OnCuda
-from runs import make_request
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

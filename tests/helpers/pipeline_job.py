@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from runs import make_rollout
+from made_runs import make_rollout
 from tiny_model import MODEL, SIZE, TEXT, TINY, make_model
 from torch.distributed.device_mesh import DeviceMesh
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from runs import make_rollout
+from made_runs import make_rollout
 
 from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.models.transformer import HiARTransformer

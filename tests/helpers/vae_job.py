@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from runs import make_rollout
+from made_runs import make_rollout
 from tiny_model import SIZE, make_model
 
 from hiar_model.config import FlowSchedule, WanConfig

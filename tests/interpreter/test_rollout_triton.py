@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import make_rollout
+from made_runs import make_rollout
 
 import hiar_kernels
 from hiar_model.config import FlowSchedule, WanConfig

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from runs import make_rollout
+from made_runs import make_rollout
 
 import hiar_kernels
 from hiar_model.config import FlowSchedule, WanConfig

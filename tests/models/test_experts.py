@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from made_runs import make_rollout
 from processes import torchrun
 from refusals import refused
-from runs import make_rollout
 from tiny_model import SIZE, TEXT, TINY, difference, make_model, run
 
 from hiar_model.config import FlowSchedule

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import make_rollout
+from made_runs import make_rollout
 from safetensors.torch import load, save
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, run
 

@@ -7,8 +7,8 @@ import copy
 import lora_files
 import pytest
 import torch
+from made_runs import make_rollout
 from recorder import Recorder
-from runs import make_rollout
 from tiny_model import MODEL, SIZE, TEXT, make_model
 
 from hiar_model.config import FlowSchedule

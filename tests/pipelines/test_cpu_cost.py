@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import prepare
+from made_runs import prepare
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hiar_model

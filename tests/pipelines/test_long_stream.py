@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runs import prepare
+from made_runs import prepare
 from small_toy import PROMPT, small_folder, small_model  # noqa: F401 (fixtures)
 
 from bench.studies import long_stream

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
+from made_runs import make_rollout, prepare
 from refusals import refused
-from runs import make_rollout, prepare
 from small_toy import BLOCK, PROMPT, small_folder, small_model  # noqa: F401 (fixtures)
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import wan_files
+from made_runs import prepare
 from refusals import refusal
-from runs import prepare
 from taehv_weights import taehv_state
 
 from hiar_model import load_video_model

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from made_runs import prepare
 from refusals import refused
-from runs import prepare
 from small_toy import BLOCK, FRAMES, PROMPT, SIDE, WINDOW, small_folder, small_model  # noqa: F401 (fixtures)
 
 import hiar_model

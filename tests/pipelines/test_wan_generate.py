@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import wan_files
-from runs import prepare
+from made_runs import prepare
 
 from hiar_model import load_transformer, load_video_model, save_transformer
 from hiar_model.cli import main

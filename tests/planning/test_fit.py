@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import wan_files
-from runs import changed
+from made_runs import changed
 
 from hiar_model import config
 from hiar_model.cli import main

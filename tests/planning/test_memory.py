@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import changed, make_request
+from made_runs import changed, make_request
 
 from hiar_model.config import WanConfig
 from hiar_model.models.transformer import HiARTransformer

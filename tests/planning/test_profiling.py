@@ -7,8 +7,8 @@ import json
 
 import pytest
 import torch
+from made_runs import make_rollout
 from recorder import recorded
-from runs import make_rollout
 from tiny_model import MODEL, SIZE, TEXT
 
 from hiar_kernels import nvtx

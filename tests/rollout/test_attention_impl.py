@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from made_runs import prepare
 from refusals import refused
-from runs import prepare
 from tiny_model import MODEL, SIZE, TEXT, run
 
 import hiar_kernels

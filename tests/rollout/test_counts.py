@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from runs import make_rollout
+from made_runs import make_rollout
 
 from hiar_model import FlowSchedule, HiARTransformer, WanConfig, rollout
 from hiar_model.models.transformer import Block

@@ -9,8 +9,8 @@ import weakref
 
 import pytest
 import torch
+from made_runs import make_rollout
 from recorder import Recorder, _Reads
-from runs import make_rollout
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, run
 from torch.utils._pytree import tree_flatten
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from device_operations import LAYERS, REQUEST, launches, on_cuda, operations
-from runs import changed
+from made_runs import changed
 
 from hiar_model.models import transformer
 from hiar_model.planning.memory import Request

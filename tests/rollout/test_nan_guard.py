@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
+from made_runs import make_rollout
 from refusals import refused
-from runs import make_rollout
 from tiny_model import MODEL, SIZE, TEXT, TINY, make_model, run
 
 import hiar_kernels

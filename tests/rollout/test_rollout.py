@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_runs import make_rollout
 from refusals import refused
-from runs import make_rollout
 from safetensors.torch import load_file
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, reference, run
 

@@ -8,8 +8,8 @@ import json
 
 import pytest
 import torch
+from made_runs import make_rollout
 from refusals import refused
-from runs import make_rollout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_model import MODEL, SIZE, TEXT, TINY, make_model
