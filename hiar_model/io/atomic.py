@@ -11,11 +11,10 @@ import hashlib
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 SPECIAL = "a device, a pipe or a socket, no file"
 
@@ -41,10 +40,16 @@ def atomic(target: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield partial
         publish(partial, Path(target))
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except _failures() as error:
         raise cannot_write(target, error) from error
     finally:
         discard(partial)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What writing raises: safetensors' own error too, once that library is in use."""
+    library = sys.modules.get("safetensors")
+    return (OSError, RuntimeError) if library is None else (OSError, RuntimeError, library.SafetensorError)
 
 
 def atomic_write(target: str | os.PathLike[str], content: str | bytes) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from .files import refuse_stand_in
@@ -79,6 +78,8 @@ def read_tensors(file: Path) -> tuple[Any, dict[str, str]]:
     """
     with _reading(file):
         if file.suffix == ".safetensors":
+            from safetensors import safe_open  # a GPU machine that only measures may lack it
+
             with safe_open(file, framework="pt") as opened:
                 return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)), {}
@@ -86,6 +87,8 @@ def read_tensors(file: Path) -> tuple[Any, dict[str, str]]:
 
 def tensor_names(file: Path) -> list[str]:
     """The keys of a .safetensors file; ValueError as :func:`read_tensors`."""
+    from safetensors import safe_open
+
     with _reading(file), safe_open(file, framework="pt") as opened:
         return list(opened.keys())
 

@@ -27,7 +27,6 @@ from hiar_kernels.common.triton_loader import shapes_only
 from ..common.checks import OFFLOAD, one_of
 from ..config import ExecutionConfig, RolloutConfig, WanConfig
 from ..models.kv_cache import RingCache
-from ..models.small_vae import SMALL
 from ..models.transformer import HiARTransformer
 from ..rollout import Rollout
 from ..rollout.footprint import forwards, prompt_bytes
@@ -370,4 +369,8 @@ def _vae(settings: str, height: int, width: int, frames: int, dtype: torch.dtype
 
 def is_small(settings: Mapping[str, Any] | None) -> bool:
     """Whether the settings of a VAE are the small one's."""
-    return settings is not None and settings.get("_class_name") == SMALL
+    if settings is None:
+        return False
+    from ..models.small_vae import SMALL
+
+    return settings.get("_class_name") == SMALL

@@ -107,7 +107,7 @@ WORLDS: dict[str, WorldConfig] = {
     # Dark enough that every colour of the palette stands out, wide enough that a video can lose its own background.
     "varied": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1),
     "free_speed": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1, free_speed=True),
-    "scenes": WorldConfig(backgrounds=((0.18, 0.18, 0.18), (0.46, 0.36, 0.46)), texture=0.08, light=0.1),
+    "scenes": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1, light=0.04),
 }
 """Named worlds. "plain": the prompt fixes everything but the start. "varied": a background and a texture of its own for
 each video, which only the video's own past tells. "free_speed": that, and how fast the shape moves. "scenes": varied,

@@ -227,7 +227,7 @@ def test_a_generation_on_one_process_saves_its_blocks(model, tmp_path, capsys, m
         assert main([*request, "--parallel", "pipeline"]) == 130
     assert len(list(Path("a.blocks").glob("block_*"))) == 3 and not Path("a").exists()
     assert main([*request, "--parallel", "pipeline", "--resume"]) == 0
-    assert main([*request[:3], "b/", *request[4:]]) == 0
+    assert main([*request[:3], "b/", *request[4:6]]) == 0
     capsys.readouterr()
     for frame in Path("b").glob("*.png"):
         assert frame.read_bytes() == Path("a", frame.name).read_bytes()

@@ -323,10 +323,10 @@ WRONG = {
     "offload": (None, ["--offload", "transformer"], "--offload must be one of text, vae, got 'transformer'"),
     "on new text": (None, ["--on-prompt-change", "forget"], "--on-prompt-change .* keep, recache, got 'forget'"),
     "on nan": (None, ["--on-nan", "hide"], "--on-nan must be one of stop, retry, got 'hide'"),
-    "recache and pairs": (
+    "recache with one prompt": (
         None,
-        ["--on-prompt-change", "recache", "--fuse-cache-denoise", "true"],
-        "'recache' is impossible with --?fuse.cache.denoise",
+        ["--on-prompt-change", "recache"],
+        "--on-prompt-change has no effect with one prompt: give --prompts",
     ),
     "a session of step_first": (
         None,

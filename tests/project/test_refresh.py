@@ -17,7 +17,7 @@ TABLES = {
     "README.md": 1,
     "docs/evidence/one_gpu.md": 3,
     "docs/evidence/parallel.md": 10,
-    "docs/evidence/runs.md": 3,
+    "docs/evidence/runs.md": 5,
     "docs/howto/memory.md": 2,
 }
 SAYS = "<!-- python -m says {} -->\n\n{}\n\n<!-- end -->\n"
