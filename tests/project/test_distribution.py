@@ -16,12 +16,12 @@ from email import message_from_string
 from pathlib import Path
 
 import pytest
-from setuptools.config.pyprojecttoml import read_configuration
+from project_file import PROJECT
 
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parents[2]
-VERSION = read_configuration(str(ROOT / "pyproject.toml"), expand=False)["project"]["version"]
+VERSION = PROJECT["version"]
 PACKAGES = ("hiar_kernels", "hiar_model")
 SOURCES = (*PACKAGES, "csrc", "examples", *(path.name for path in ROOT.iterdir() if path.is_file()))
 BUILT = re.compile(r"__pycache__|\.pyc$|_cuda_ops\.|\.egg-info")

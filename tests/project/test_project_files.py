@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from setuptools.config.pyprojecttoml import read_configuration
+from project_file import PROJECT
 
 from hiar_model.cli import build_parser
 
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parents[2]
-PROJECT = read_configuration(str(ROOT / "pyproject.toml"), expand=False)["project"]
 
 
 def test_the_newest_change_is_of_this_version():
