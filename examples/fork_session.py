@@ -21,8 +21,8 @@ def main(num_frames: int = 72, blocks: int = 8) -> dict[str, Video]:
     session = run.save_session("begun.safetensors")  # caches, latents in flight: all that is needed to go on
     videos = {}
     for name, prompt in PROMPTS.items():
-        rest = pipeline.prepare(VideoOptions(prompt, num_frames=num_frames, order="stream", session=session))
-        videos[name] = Video(np.concatenate([*begun, *rest]), rest.fps, rest.metadata)
+        fork = pipeline.prepare(VideoOptions(prompt, num_frames=num_frames, order="stream", session=session))
+        videos[name] = Video(np.concatenate([*begun, *fork]), fork.fps, fork.metadata)
         print(videos[name].save(f"{name}.mp4"))
     return videos
 

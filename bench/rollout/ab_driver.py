@@ -38,9 +38,9 @@ def module_of(*names: str) -> Any:
     By their files: an editable install of another checkout would answer for a name that this revision lacks.
     """
     for name in names:
-        package, _, rest = name.partition(".")
+        package, _, module = name.partition(".")
         folder = Path(str(importlib.import_module(package).__file__)).parent
-        if (folder / f"{rest.replace('.', '/')}.py").is_file():
+        if (folder / f"{module.replace('.', '/')}.py").is_file():
             return importlib.import_module(name)
     return None
 

@@ -75,11 +75,11 @@ class CaptionedGrid:
         """One frame, uint8 [H, W, 3], of one image uint8 [height, width, 3] of every video."""
         from PIL import ImageDraw
 
-        whole = self.canvas.copy()
+        picture = self.canvas.copy()
         place = (self.gap, self.foot)
-        words = shortened(footer, self.text, whole.width - 2 * self.gap)
-        ImageDraw.Draw(whole).text(place, words, fill=GREY, font=font(self.text), anchor="lm")
-        frame = np.array(whole)
+        words = shortened(footer, self.text, picture.width - 2 * self.gap)
+        ImageDraw.Draw(picture).text(place, words, fill=GREY, font=font(self.text), anchor="lm")
+        frame = np.array(picture)
         height, width = self.size
         for image, (top, left) in zip(images, self.corners, strict=True):
             frame[top : top + height, left : left + width] = image

@@ -11,7 +11,6 @@ import lora_files
 import numpy as np
 import pytest
 import refusals
-import torch
 import wan_files
 from small_toy import PROMPT, small_folder, small_model  # noqa: F401 (fixtures)
 
@@ -21,14 +20,6 @@ from hiar_model.cli import main
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
 MODULES = {"blocks.0.self_attn.q": (2, 8.0), "blocks.0.ffn.2": (2, 8.0), "blocks.0.cross_attn.v": (2, 8.0)}
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

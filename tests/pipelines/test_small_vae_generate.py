@@ -36,14 +36,6 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
-
-
 def command(*words) -> int:
     size = ["--height", 32, "--width", 48, "--num-frames", 9, "--steps", 2, "--device", "cpu"]
     return main([str(word) for word in ["generate", wan_files.PROMPT, *size, *words]])
