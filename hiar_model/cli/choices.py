@@ -24,12 +24,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "to": ("native", "diffusers", "pt"), "world": ("plain", "varied", "free_speed"),
 }  # fmt: skip
 """Legal values by option; each item of a list, or between commas, is checked."""
+SHARED = ("generate", "train", "verify-parity")
+"""Commands that several processes share."""
 MINIMUM = {
     "num_frames": 1, "frames": 1, "steps": 1, "height": 1, "width": 1, "threads": 1, "nproc": 1, "batch": 1,
     "blocks": 1, "layers": 1, "parts": 1, "speed": 1, "sink_frames": 0, "checkpoint_every": 0, "seeds": 0,
 }  # fmt: skip
 MOST = {
     **dict.fromkeys(MINIMUM, checks.MOST_FRAMES),
+    **dict.fromkeys(("height", "width"), checks.MOST_SIDE), "batch": checks.MOST_BATCH,
     "steps": checks.MOST_STEPS, "threads": checks.MOST_THREADS, "nproc": checks.MOST_THREADS,
 }  # fmt: skip
 ABOVE_0 = ("timeout",)
@@ -73,11 +76,26 @@ def check_choices(command: str, a: Namespace) -> None:
     if a.get("device") and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", a.device):
         near = checks.nearest(a.device, ("auto", "cpu", "cuda"))
         raise ValueError(f"--device must be one of auto, cpu, cuda, cuda:1, ..., got {a.device!r}{near}")
+    if command == "train" and a.out == "":
+        raise ValueError("--out must be the name of a folder, got ''")
     if command == "train" and not Path(a.recipe).is_file() and a.recipe not in (known := _recipes()):
         near = checks.nearest(a.recipe, known)
         raise ValueError(f"no recipe {a.recipe!r}: neither a file nor one of {', '.join(known)}{near}")
     if a.get("model") is not None:
         _check_model(command, a.model)
+
+
+def check_processes(command: str) -> None:
+    """Refuse to do the work of a command once in each process of torchrun.
+
+    Raises:
+        ValueError: one line: the command, the processes, and the commands that share work.
+    """
+    if command not in SHARED and (processes := environment.world_size()) > 1:
+        raise ValueError(
+            f"{command} is for one process, torchrun started {processes} (WORLD_SIZE): start it without; "
+            f"these share their work: {', '.join(SHARED)}"
+        )
 
 
 def rollout_options(a: Namespace) -> dict[str, Any]:
@@ -183,7 +201,7 @@ def explained(message: str, parser: ArgumentParser, words: Sequence[str]) -> str
     if match := re.match(r"unrecognized arguments: (.*)", message):
         known = [name for action in actions for name in action.option_strings]
         near = [checks.nearest(word.partition("=")[0], known) for word in match[1].split() if word.startswith("-")]
-        return message + next(filter(None, near), "") + _misplaced(match[1]) + _unquoted(command, match[1])
+        return message + next(filter(None, near), "") + _misplaced(command, match[1]) + _loose(command, match[1], known)
     if match := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
         return message + checks.nearest(match[1], re.findall(r"[\w-]+", match[2]))
     return message
@@ -208,13 +226,20 @@ def _typed(action: Any, words: Sequence[str]) -> str:
     return used[0] if used else "/".join(names)
 
 
-def _unquoted(command: str | None, words: str) -> str:
-    """Words behind the prompt are those of a prompt without quotes."""
-    loose = command in ("generate", "compare") and not words.startswith("-")
-    return f'; put the prompt in quotes: hiar {command} "a red circle moving right" -o red.mp4' if loose else ""
+def _loose(command: str | None, words: str, options: Sequence[str]) -> str:
+    """Words behind the prompt are those of a prompt without quotes; elsewhere a word may be a model."""
+    if words.startswith("-"):
+        return ""
+    if command in ("generate", "compare"):
+        return f'; put the prompt in quotes: hiar {command} "a red circle moving right" -o red.mp4'
+    word = words.split()[0]
+    return f"; a model is given as --model {word}" if "--model" in options and "=" not in word else ""
 
 
-def _misplaced(words: str) -> str:
-    """A hint: argparse before Python 3.12 takes no key=value after an option."""
-    wrong = any("=" in word and not word.startswith("-") for word in words.split())
-    return "; key=value must come right after the recipe, before options" if wrong else ""
+def _misplaced(command: str | None, words: str) -> str:
+    """A hint: argparse before Python 3.12 takes no key=value after an option; and keys of a recipe have no dashes."""
+    if any("=" in word and not word.startswith("-") for word in words.split()):
+        return "; key=value must come right after the recipe, before options"
+    if command == "train" and words.startswith("--"):
+        return "; keys of a recipe are written key=value, without dashes, such as updates=100"
+    return ""

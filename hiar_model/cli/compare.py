@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from .choices import rollout_options
-from .config_file import other_weights
-from .generate import existing_inputs, new_video, prompt_schedule, video_arguments
-from .machine import imports, load_model, lora_inputs, progress_bar, stage_lines
+from .generate import existing_inputs, new_video, prompt_schedule, read_files, video_arguments
+from .machine import imports, load_for_video, progress_bar
 
 if TYPE_CHECKING:
     from ..pipelines.compare import Comparison
@@ -45,33 +44,20 @@ def compare(a: Namespace) -> None:
     prompts = prompt_schedule(a)
     with imports():
         from ..config import ExecutionConfig
-        from ..models.video_model import pick_device, pick_dtype
         from ..pipelines.compare import checked_orders, plot_path
         from ..pipelines.compare import compare as make
-        from ..planning.free_memory import require_memory
 
     plot = plot_path(target, folder)
     if plot.is_file() and not a.overwrite:
         raise ValueError(f"{plot} exists: give another name, or --overwrite")
     require_apart(
         {"-o": target, "the metadata of -o": record_path(target, folder), "the plot of -o": plot},
-        {**{f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint", "vae")}, **lora_inputs(a)},
+        read_files(a),
     )
     orders = None if a.order is None else checked_orders(a.order)
-    offload = tuple(name.strip() for name in a.offload.split(",")) if a.offload else ()
     first, *others = orders or ("stream", "block_first")
+    model = load_for_video(a, order=first, beside=others, on_checkpoint=lambda line: print(line, file=sys.stderr))
     of_rollout = {name: value for name, value in rollout_options(a).items() if name != "order"}
-    require_memory(
-        a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, vae=a.vae, offload=offload,
-        height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype, order=first, beside=others,
-        **of_rollout,
-    )  # fmt: skip
-    model = load_model(
-        a, checkpoint=a.checkpoint, steps=a.steps, prompt_cache=a.prompt_cache, vae=a.vae, offload=offload, lora=a.lora,
-        on_checkpoint=lambda line: print(line, file=sys.stderr), on_stage=stage_lines(),
-    )  # fmt: skip
-    for line in other_weights(a, model):
-        print(line, file=sys.stderr)
     start = time.perf_counter()
     with progress_bar("{task.fields[frames]}", "{task.fields[speed]}") as bar:
         task = bar.add_task("", total=None, frames="frames", speed="")
@@ -87,6 +73,8 @@ def compare(a: Namespace) -> None:
             seed=a.seed, fps=a.fps, image=a.image, extend=a.extend, prompts=prompts, threads=a.threads,
             on_progress=show, **of_rollout,
         )  # fmt: skip
+    for note in result.notes:
+        print(note, file=sys.stderr)
     _print(result, time.perf_counter() - start)
 
 

@@ -30,6 +30,8 @@ class ConfigFile(ActionConfigFile):
         known = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
         flags = [action.dest for action in parser._actions if action.nargs == 0]
         for key, chosen in values.items():
+            if key not in known and key == "stage":
+                raise TypeError(f"{value} is a recipe, no options of this command; hiar train {value} trains by it")
             if key not in known:
                 raise TypeError(f"{value}: unknown key {key}{nearest(key, known)}")
             if key in flags and not isinstance(chosen, bool):

@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from ..io.atomic import atomic_write
-from ..io.files import check_output, check_picture
+from ..io.files import check_output, check_picture, require_apart
 from .machine import load_model, machine_arguments, progress_bar, window_argument
 
 
@@ -39,6 +39,7 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
 def evaluate(a: Namespace) -> None:
     target = None if a.json is None else check_output(a.json)  # before any work
     picture = check_picture(a.plot)
+    require_apart({"--json": target, "--plot": picture}, {"--model": a.model})
     from ..evaluation.evaluate import PARTS, default_rollouts, draw_rows, evaluate_toy
     from ..toy.prompt import split_prompts
     from ..version import NOISE, versions

@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..common.lora_file import lora_files
 from ..io.files import check_text
 from .choices import rollout_options
-from .config_file import OptionalPositional, other_weights
+from .config_file import OptionalPositional
 from .machine import (
     imports,
-    load_model,
+    load_for_video,
     lora_argument,
-    lora_inputs,
     machine_arguments,
     memory_arguments,
     progress_bar,
-    stage_lines,
 )
 from .parallel import RUN_FOLDER, job, pipeline_arguments, pipelined, resume_arguments, unfinished_blocks
 from .signals import handled
@@ -104,7 +103,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
     session = None if a.session is None else check_output(in_folder(a.session, SESSION))
     require_apart(
         {"-o": target, "the metadata of -o": record_path(target, is_folder_target(a.out)), "--session": session},
-        {**{f"--{name}": a[name] for name in ("image", "extend", "prompts", "checkpoint", "vae")}, **lora_inputs(a)},
+        read_files(a),
     )
     if a.from_session is not None:  # that may be replaced by --session
         require_apart({"-o": target}, {"--from-session": in_folder(a.from_session, SESSION)})
@@ -112,9 +111,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
     with imports():
         from hiar_kernels.nvtx import span
 
-        from ..models.video_model import pick_device, pick_dtype
         from ..pipelines.video_pipeline import VideoOptions, VideoPipeline
-        from ..planning.free_memory import require_memory
 
     notes: list[str] = []
     own_steps = _own_steps(a, here)
@@ -122,19 +119,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
     piped = a.parallel == "pipeline" or (here.ranks > 1 and a.parallel is None)
     if piped and (a.session or a.from_session) and here.ranks > 1:
         raise ValueError("--session and --from-session are for one process: resume a pipeline with --resume")
-    offload = tuple(name.strip() for name in a.offload.split(",")) if a.offload else ()
-    if here.ranks == 1:
-        require_memory(
-            a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, vae=a.vae, offload=offload,
-            height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype, **of_rollout,
-        )  # fmt: skip
-    model = load_model(
-        a, checkpoint=a.checkpoint, steps=a.steps, own_steps=own_steps, prompt_cache=a.prompt_cache,
-        vae=a.vae, offload=offload, lora=a.lora, on_checkpoint=notes.append,
-        on_stage=stage_lines(),
-    )  # fmt: skip
-    for line in other_weights(a, model):
-        print(line, file=sys.stderr)
+    model = load_for_video(a, order=a.order, ranks=here.ranks, own_steps=own_steps, on_checkpoint=notes.append)
     with progress_bar("{task.fields[frames]}", "{task.fields[speed]}") as bar:
         task = bar.add_task("", total=None, frames="frames", speed="")
         start = time.perf_counter()
@@ -205,6 +190,12 @@ def new_video(a: Namespace) -> Path:
     if target.is_file() and not a.overwrite:
         raise ValueError(f"{target} exists: give another name, or --overwrite")
     return target
+
+
+def read_files(a: Namespace) -> dict[str, str | Path | None]:
+    """The files and folders that the options of a video read, for :func:`.require_apart`."""
+    names = ("model", "image", "extend", "prompts", "checkpoint", "vae")
+    return {**{f"--{name}": a[name] for name in names}, **{f"--lora {x.path}": x.path for x in lora_files(a.lora)}}
 
 
 def existing_inputs(a: Namespace, names: Sequence[str]) -> None:

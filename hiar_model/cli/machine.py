@@ -7,14 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ..common.lora_file import lora_files
-from .config_file import Repeated
+from .choices import rollout_options
+from .config_file import Repeated, other_weights
 
 if TYPE_CHECKING:
     from ..models.video_model import VideoModel
@@ -59,11 +58,6 @@ def lora_argument(parser: ArgumentParser, more: str) -> None:
     )  # fmt: skip
 
 
-def lora_inputs(a: Namespace) -> dict[str, str | Path | None]:
-    """The files of --lora, for :func:`.require_apart`."""
-    return {"--lora " + file.path: file.path for file in lora_files(a.lora)}
-
-
 def load_model(a: Namespace, **options: Any) -> VideoModel:
     """The model that a command names; ``options``: of :func:`hiar_model.load_video_model`."""
     import torch
@@ -78,6 +72,43 @@ def load_model(a: Namespace, **options: Any) -> VideoModel:
     model = load_video_model(a.model, a.device, a.dtype, **options)
     if a.threads is None and (model.device.type != "cpu" or is_small(model.transformer)):
         torch.set_num_threads(1)
+    return model
+
+
+def load_for_video(
+    a: Namespace,
+    *,
+    order: str | None,
+    beside: Sequence[str] = (),
+    ranks: int = 1,
+    own_steps: range | None = None,
+    on_checkpoint: Callable[[str], None],
+) -> VideoModel:
+    """The model of the options of a video (:func:`.generate.video_arguments`), which tells what it reads.
+
+    Args:
+        order: of the video. beside: those of others that are made at the same time. ranks: processes that share it.
+        own_steps, on_checkpoint: of :func:`hiar_model.load_video_model`.
+
+    Raises:
+        ValueError: one line: what cannot be loaded; one process has not the memory for it.
+    """
+    from ..models.video_model import pick_device, pick_dtype
+    from ..planning.free_memory import require_memory
+
+    offload = tuple(name.strip() for name in a.offload.split(",")) if a.offload else ()
+    if ranks == 1:
+        require_memory(
+            a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, vae=a.vae, offload=offload,
+            height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype, beside=beside,
+            **{**rollout_options(a), "order": order},
+        )  # fmt: skip
+    model = load_model(
+        a, checkpoint=a.checkpoint, steps=a.steps, own_steps=own_steps, prompt_cache=a.prompt_cache, vae=a.vae,
+        offload=offload, lora=a.lora, on_checkpoint=on_checkpoint, on_stage=stage_lines(),
+    )  # fmt: skip
+    for line in other_weights(a, model):
+        print(line, file=sys.stderr)
     return model
 
 

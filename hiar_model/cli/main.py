@@ -14,9 +14,10 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from ..common import environment
+from ..common.checks import out_of_memory
 from ..io.files import as_name, as_text
 from ..version import package_version
-from .choices import as_typed, check_choices, check_effects, explained, options_of
+from .choices import as_typed, check_choices, check_effects, check_processes, explained, options_of
 from .compare import compare, compare_arguments
 from .config_file import ConfigFile, config_first
 from .evaluate import evaluate, evaluate_arguments
@@ -84,6 +85,7 @@ def _run(words: list[str]) -> int:
                 chosen[name] = [as_name(file) if isinstance(file, str) else file for file in value]
         check_choices(arguments.subcommand, chosen)
         check_effects(arguments.subcommand, chosen, dests)
+        check_processes(arguments.subcommand)
         if chosen.get("nproc", 1) > 1 and not environment.under_torchrun():
             return launch(words, chosen.nproc, chosen.get("out") if arguments.subcommand == "generate" else None)
         with _interruptible():
@@ -93,6 +95,10 @@ def _run(words: list[str]) -> int:
         return _fail("interrupted" + "".join(f"; {detail}" for detail in error.args), INTERRUPTED, debug)
     except FloatingPointError as error:
         return _fail(error, FAILED, debug)
+    except (MemoryError, RuntimeError) as error:
+        if (missing := out_of_memory(error)) is None:
+            raise
+        return _fail(missing, WRONG_INPUT, debug)
     except ArgumentError as error:
         return _fail(explained(str(error), parser, words), WRONG_INPUT, debug)
     except (ValueError, OSError) as error:

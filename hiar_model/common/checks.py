@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,7 +16,15 @@ OFFLOAD = ("text", "vae")
 MOST_STEPS = 1000
 """Denoising steps: the network knows so many noise levels."""
 MOST_FRAMES = 10**9
-"""Frames of a video, pixels of a side: more is a slip of the hand, and its sizes overflow."""
+"""Frames of a video: more is a slip of the hand, and its sizes overflow."""
+MOST_SIDE = 2**16
+"""Pixels of a side, likewise."""
+MOST_BATCH = 2**16
+"""Videos at once, samples of a batch, likewise."""
+MOST_CLIP = 10**5
+"""Latent frames of a clip to train on."""
+MOST_UPDATES = 10**8 - 1
+"""Of a training run: saved states are named by eight digits."""
 MOST_THREADS = max(64, os.cpu_count() or 1)
 """Threads of a process, and processes that one command starts: with far more the system ends them all."""
 SLOWEST, FASTEST = 0.01, 1000.0
@@ -90,6 +99,16 @@ def number_within(name: str, value: Any, least: float, most: float) -> float:
     if not least <= number <= most:
         raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {value!r}")
     return number
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """One line about an error of numpy, torch or CUDA that stands for missing memory; None for any other error."""
+    words = str(error)
+    if not isinstance(error, MemoryError) and not re.search(r"can't allocate memory|out of memory|bad_alloc", words):
+        return None
+    size = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)|[Uu]nable to allocate ([\d.]+ ?\w+)", words)
+    at_once = "" if size is None else f": {size[1] or size[2]} at once"
+    return f"out of memory{at_once}; a smaller size, window, batch or number of frames needs less"
 
 
 def path_like(name: str, value: Any) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from .atomic import SPECIAL, behind_links, is_special, temporary
 SESSION = "session.safetensors"  # its name in a folder
 FILE_OPTIONS = ("--model", "--checkpoint", "--vae", "--lora", "--image", "--extend", "--prompts", "--from-session")
 """Options of `hiar generate` that name input files."""
+MODEL_FILES = ("*.safetensors", "*.pth", "*.pt", "*config.json", "*index.json", "*.model")
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 _STAND_INS = (  # the first bytes of a file, in lower case -> what it is instead of weights, a video, ...
@@ -119,6 +120,31 @@ def check_output(path: str | os.PathLike[str], beside: Sequence[Path] = ()) -> P
     return target
 
 
+def check_folder(path: str | os.PathLike[str]) -> Path:
+    """The path, if a folder is there or can be made there, and written into; call it before any work starts. Makes
+    nothing.
+
+    Raises:
+        ValueError: one line: a file of that name or on the way there, a folder that is not writable, a name that is too
+            long.
+    """
+    target = Path(path)
+    above = target.absolute()
+    try:
+        while not os.path.lexists(above):
+            above = above.parent
+        if not above.is_dir():
+            raise ValueError(
+                f"cannot write into {target}: {'it' if above == target.absolute() else above} is no folder"
+            )
+        probe = temporary(above / target.name)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write into {target}: {error.strerror or error}") from error
+    return target
+
+
 def check_picture(path: str | os.PathLike[str] | None) -> Path | None:
     """:func:`check_output` of a .png; ValueError for another suffix. None stays None."""
     if path is not None and Path(path).suffix.lower() != ".png":
@@ -127,8 +153,8 @@ def check_picture(path: str | os.PathLike[str] | None) -> Path | None:
 
 
 def require_apart(written: Mapping[str, Path | None], read: Mapping[str, str | Path | None]) -> None:
-    """ValueError of one line if two outputs are one file, or an output is a file that is read. By the options that name
-    them; links are followed.
+    """ValueError of one line if two outputs are one file, or an output is a file that is read, or part of a model whose
+    folder is read. By the options that name them; links are followed.
     """
     names: dict[str, str] = {}
     for option, path in written.items():
@@ -138,9 +164,16 @@ def require_apart(written: Mapping[str, Path | None], read: Mapping[str, str | P
         if other != option:
             raise ValueError(f"{option} and {other} are one file, {path}: give two names")
     for option, source in read.items():
-        other = names.get(os.path.realpath(source), "") if source is not None else ""
-        if other:
-            raise ValueError(f"{other} would replace {source}, which {option} reads: give another name")
+        for file in () if source is None else (Path(source), *_model_files(Path(source))):
+            if other := names.get(os.path.realpath(file), ""):
+                raise ValueError(f"{other} would replace {file}, which {option} reads: give another name")
+
+
+def _model_files(folder: Path) -> Iterator[Path]:
+    """Weights and their settings in a folder, and in the folders of its components."""
+    for name in MODEL_FILES if folder.is_dir() else ():
+        yield from folder.glob(name)
+        yield from folder.glob(f"*/{name}")
 
 
 def save_tensors(tensors: dict[str, Any], path: str | os.PathLike[str], header: Mapping[str, str]) -> None:

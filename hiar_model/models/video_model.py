@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..common.checks import whole
+from ..common.checks import MOST_SIDE, whole
 from ..common.settings import own_settings
 from ..config import RolloutConfig
 from ..io.files import check_text
@@ -144,8 +144,8 @@ class VideoModel:
         """
         own = self.pixel_size
         requested = (
-            own[0] if height is None else whole("height", height, 1),
-            own[1] if width is None else whole("width", width, 1),
+            own[0] if height is None else whole("height", height, 1, most=MOST_SIDE),
+            own[1] if width is None else whole("width", width, 1, most=MOST_SIDE),
         )
         if requested == own:
             return self

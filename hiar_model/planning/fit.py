@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..common.checks import whole
+from ..common.checks import MOST_FRAMES, MOST_SIDE, whole
 from ..config import SHIPPED, WAN, RolloutConfig, WanConfig
 from ..config.rollout import BLOCKWISE
 from ..io.files import refuse_stand_in
@@ -24,6 +24,7 @@ from ..models.kv_cache import E4M3
 from .memory import ComponentMemory, Memory, Request, is_small, predict, vae_memory
 
 SHOWN = 3  # suggestions
+_MOST = 10**9  # of any unit: more is no size, and a float that is no number any more
 _UNITS = {"": 10**9, "gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20, "tb": 10**12, "tib": 2**40}
 
 
@@ -39,7 +40,8 @@ def parse_size(size: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
     unit = match[2].lower() if match else "?"
-    nbytes = round(float(match[1]) * _UNITS[unit]) if match and unit in _UNITS else 0
+    number = float(match[1]) if match and unit in _UNITS else 0.0
+    nbytes = round(number * _UNITS[unit]) if 0 < number < _MOST else 0
     if nbytes < 1:
         legal = "a size such as 24GB (24 x 10^9 bytes), 24GiB (24 x 2^30) or 80"
         raise ValueError(f"gpu_memory must be {legal}, got {size!r}")
@@ -134,7 +136,7 @@ def _on_disk(path: Path) -> Subject:
     else:
         missing.append("VAE")
     return Subject(
-        str(checkpoint), checkpoint.config, checkpoint.window.apply(_ROLLOUT),
+        str(checkpoint), checkpoint.config, checkpoint.window.apply(_ROLLOUT), size=grid_size(checkpoint.config),
         text_encoder=text_encoder, vae=vae, missing=tuple(missing),
     )  # fmt: skip
 
@@ -182,13 +184,17 @@ def fit_query(
         ValueError: one line with the illegal option, its value and the legal values.
     """
     height, width, frames = (
-        None if value is None else whole(name, value, least)
-        for name, value, least in (("height", height, 1), ("width", width, 1), ("frames", frames, None))
+        None if value is None else whole(name, value, least, most=most)
+        for name, value, least, most in (
+            ("height", height, 1, MOST_SIDE),
+            ("width", width, 1, MOST_SIDE),
+            ("frames", frames, None, MOST_FRAMES),
+        )
     )
     about = model if isinstance(model, Subject) else subject(model)
     about = about if vae is None else with_vae(about, vae)
-    if about.size is not None and (height, width) != (None, None):
-        raise ValueError(f"{about.name} has one size: height and width must be None, got {height} and {width}")
+    if about.size is not None:
+        refuse_size(about.name, height, width)
     high, wide = about.size or _latent_size(about, height or WAN.size[0], width or WAN.size[1])
     of_rollout = {f.name: options.pop(f.name) for f in fields(RolloutConfig) if f.name in options}
     of_rollout["order"] = of_rollout.get("order") or "step_first"
@@ -201,6 +207,22 @@ def fit_query(
     own = "float16" if is_small(about.vae) else "bfloat16"
     on_gpu = None if vae_dtype == "none" else _dtype("vae-dtype", vae_dtype or own)
     return FitQuery(about, request, on_gpu, tuple(offload))
+
+
+def grid_size(config: WanConfig) -> tuple[int, int] | None:
+    """(height, width) of the only latent frame that a network knows the positions of; None: it knows any."""
+    if config.position_grid is None:
+        return None
+    height, width = (n * p for n, p in zip(config.position_grid, config.patch_size[1:], strict=True))
+    return height, width
+
+
+def refuse_size(name: str, height: int | None, width: int | None) -> None:
+    """ValueError of one line for a size of a model that has one only."""
+    for side, value in (("height", height), ("width", width)):
+        if value is not None:
+            about = name.partition(":")[0]  # of a file, whose name is its description
+            raise ValueError(f"{side} must be left out: {about} makes frames of one size only, got {value}")
 
 
 def _latent_size(about: Subject, height: int, width: int) -> tuple[int, int]:

@@ -97,6 +97,14 @@ class Need:
                 return
 
 
+def require_free(nbytes: int, device: torch.device, what: str) -> None:
+    """ValueError of one line if a device has not so many bytes free."""
+    free = free_bytes(device)
+    if free is not None and nbytes > free:
+        where = "memory" if device.type == "cpu" else f"{device}'s memory"
+        raise ValueError(f"{what} need {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB of {where} are free")
+
+
 def require_memory(
     model: Any,
     device: torch.device,

@@ -5,6 +5,7 @@ Weights are random, as speed does not depend on them. Every figure is measured i
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -16,11 +17,17 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
+from ..common.checks import whole
 from ..config import WAN, ExecutionConfig, RolloutConfig, WanConfig
+from ..models.kv_cache import RingCache
 from ..models.transformer import HiARTransformer
+from ..models.video_model import pick_device
 from ..rollout import Rollout
 from ..schedule.costs import task_flop
 from ..version import package_version
+from .fit import grid_size, refuse_size
+from .free_memory import require_free
+from .memory import weights_bytes
 
 KINDS = ("attention", "matmul", "pointwise", "copy")
 _ATTENTION = re.compile(r"attention|attn|fmha|flash|sdpa|softmax", re.IGNORECASE)
@@ -61,17 +68,16 @@ class Setting:
     def config(self) -> WanConfig:
         """The config of the network."""
         values = WanConfig.from_name(self.model).to_dict()
-        return WanConfig.from_dict(values if self.layers is None else {**values, "num_layers": self.layers})
+        if self.layers is not None:
+            values["num_layers"] = whole("layers", self.layers, 1, most=values["num_layers"])
+        return WanConfig.from_dict(values)
 
     def latent_size(self) -> tuple[int, int]:
         """(height, width) of a latent frame."""
         config = self.config()
-        if config.position_grid is not None:
-            if (self.height, self.width) != (None, None):
-                got = f"got {self.height} and {self.width}"
-                raise ValueError(f"{self.model} has one size: height and width must be None, {got}")
-            height, width = (n * p for n, p in zip(config.position_grid, config.patch_size[1:], strict=True))
-            return height, width
+        if (only := grid_size(config)) is not None:
+            refuse_size(self.model, self.height, self.width)
+            return only
         height, width = self.height or WAN.size[0], self.width or WAN.size[1]
         step = 2 * WAN.spatial_compression
         if height % step or width % step:
@@ -162,11 +168,16 @@ def draw_profile(result: Profile, picture: str | Path) -> None:
 
 def build(setting: Setting) -> tuple[Rollout, float]:
     """An endless rollout with random weights and a random prompt, and the seconds to build it."""
-    device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {setting.device!r}: torch {torch.__version__} finds no CUDA device; legal here: cpu")
+    device, dtype = pick_device(setting.device), getattr(torch, setting.dtype)
     begun = _now(device)
-    config = setting.config()
+    config, size = setting.config(), setting.latent_size()
+    # step_first cannot be endless: fill the window, then the blocks to measure
+    frames = setting.rollout.frames_per_block
+    full = -(-(setting.window or 0) // frames) + setting.blocks
+    length = frames * full if setting.rollout.order == "step_first" else None
+    tokens, sizes = math.prod(config.grid(*size)), [setting.window or setting.rollout.frames_per_block]
+    least = weights_bytes(config, dtype) + RingCache.memory_bytes(config, sizes, 1, tokens, dtype)
+    require_free(least, device, f"{setting.model} in {setting.dtype}, its weights and one window of keys and values,")
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -176,13 +187,9 @@ def build(setting: Setting) -> tuple[Rollout, float]:
             prompt_embeds = torch.randn(1, config.text_len, config.text_dim)
     finally:
         torch.set_default_dtype(before)
-    # step_first cannot be endless: fill the window, then the blocks to measure
-    frames = setting.rollout.frames_per_block
-    full = -(-(setting.window or 0) // frames) + setting.blocks
     rollout = Rollout(
-        model, prompt_embeds, setting.rollout, ExecutionConfig(cuda_graph=setting.cuda_graph),
-        latent_size=setting.latent_size(),
-        num_latent_frames=frames * full if setting.rollout.order == "step_first" else None,
+        model, prompt_embeds, setting.rollout, ExecutionConfig(cuda_graph=setting.cuda_graph), latent_size=size,
+        num_latent_frames=length,
     )  # fmt: skip
     return rollout, _now(device) - begun
 

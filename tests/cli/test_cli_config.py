@@ -93,6 +93,7 @@ def test_a_file_that_is_none_is_one_line(capsys, text, message):
 
 @pytest.mark.parametrize("text, message", [
     ("num_frames: 3\nnum-frames: 6", "num_frames and num-frames are one option"),
+    ("stage: teacher\nupdates: 5", "c.yaml is a recipe, no options of this command; hiar train c.yaml trains by it"),
     ("overwrite: maybe", "overwrite must be true or false, got 'maybe'"),
     ('overwrite: "false"', "overwrite must be true or false, got 'false'"),
     ("seed: 2020-01-01", "seed must be a whole number, got '2020-01-01'"),

@@ -74,7 +74,7 @@ def test_a_long_name_is_written(run, tmp_path, length, suffix):
 
 @pytest.mark.parametrize(("length", "suffix"), [(251, ".mp4"), (255, ".mp4"), (256, ".mp4"), (257, "/"), (251, ".gif")])
 def test_a_name_that_is_too_long_is_refused_before_work(run, tmp_path, monkeypatch, capsys, length, suffix):
-    monkeypatch.setattr("hiar_model.cli.generate.load_model", no_work)
+    monkeypatch.setattr("hiar_model.cli.generate.load_for_video", no_work)
     assert run(named(length, suffix)) == 2
     assert capsys.readouterr().err.rstrip().endswith(": File name too long")
     assert not list(tmp_path.iterdir())
@@ -108,7 +108,7 @@ def test_words_of_the_command_line_as_text(typed, text):
 
 @pytest.mark.parametrize("out", ["cr\udce9e.mp4", "cr\udce9e/", "\udce9/v.mp4"])
 def test_a_name_that_is_no_utf8(run, tmp_path, monkeypatch, capsys, out):
-    monkeypatch.setattr("hiar_model.cli.generate.load_model", no_work)
+    monkeypatch.setattr("hiar_model.cli.generate.load_for_video", no_work)
     os.mkdir(b"\xe9")
     assert run(out) == 2
     assert r"\udce9" in (line := capsys.readouterr().err) and "is not UTF-8 at character" in line
@@ -118,7 +118,7 @@ def test_a_name_that_is_no_utf8(run, tmp_path, monkeypatch, capsys, out):
 def test_a_prompt_that_is_no_utf8(run, small, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"^the prompt 'a cr\\udce9e' is not UTF-8 at character 5: give it in UTF-8$"):
         generate("a cr\udce9e", model=small)
-    monkeypatch.setattr("hiar_model.cli.generate.load_model", no_work)
+    monkeypatch.setattr("hiar_model.cli.generate.load_for_video", no_work)
     assert run("v.mp4", prompt="a cr\udce9e") == 2
     assert "the prompt 'a cr\\udce9e' is not UTF-8 at character 5" in capsys.readouterr().err
 
@@ -145,13 +145,13 @@ def test_a_temporary_name_is_short_and_its_own(tmp_path):
 
 LONG, PLOT = named(256, ".out"), named(256, ".png")
 OUTPUTS = {  # a command, and what it would do first
-    "session": (["generate", PROMPT, "-o", "v.mp4", "--session", LONG], "hiar_model.cli.generate.load_model"),
+    "session": (["generate", PROMPT, "-o", "v.mp4", "--session", LONG], "hiar_model.cli.generate.load_for_video"),
     "evaluation": (["evaluate", "toy", "--json", LONG], "hiar_model.cli.evaluate.load_model"),
     "stage times": (["profile", "--model", "toy", "--stage-times", LONG], "hiar_model.planning.profiling.stage_times"),
     "plot": (["bench-report", "--plot", PLOT], "hiar_model.schedule.report.report"),
     "plot of an evaluation": (["evaluate", "toy", "--plot", PLOT], "hiar_model.cli.evaluate.load_model"),
     "plot of a profile": (["profile", "--model", "toy", "--plot", PLOT], "hiar_model.planning.profiling.profile"),
-    "comparison": (["compare", PROMPT, "-o", LONG.replace(".out", ".mp4")], "hiar_model.cli.compare.load_model"),
+    "comparison": (["compare", PROMPT, "-o", LONG.replace(".out", ".mp4")], "hiar_model.cli.compare.load_for_video"),
     "weights": (
         ["convert", "IN", LONG.replace(".out", ".safetensors"), "--to", "native"],
         "hiar_model.models.convert.read_checkpoint",

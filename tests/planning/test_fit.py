@@ -153,7 +153,7 @@ def test_a_vae():
         (["--model", WAN, "--vae-dtype", "none", "--offload", "all"], "--offload must be one of text, vae, got 'all'"),
         (["--model", WAN, "--order", "sideways"], "order"),
         (["--model", WAN, "--window-frames", "2"], "--window-frames must be .* 3 .*got 2"),
-        (["--model", "toy", "--height", "64"], "toy has one size"),
+        (["--model", "toy", "--height", "64"], "--height must be left out: toy makes frames of one size only, got 64"),
         (["--model", "."], "no weights found"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",

@@ -136,7 +136,7 @@ def test_a_warm_up_says_what_it_costs(capfd):
     [
         (["--order", "step_first"], "--order must have a steady state (stream, wavefront or block_first)"),
         (["--model", "wan"], "--model 'wan' is no known configuration; known: toy, scenes, wan"),
-        (["--model", "toy", "--height", "32"], "toy has one size"),
+        (["--model", "toy", "--height", "32"], "--height must be left out: toy makes frames of one size only, got 32"),
         (["--height", "33"], "height and width must be multiples of 16, got 33x832"),
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, float64, got 'int8'"),
         (["--blocks", "0"], "--blocks must be a whole number of at least 1, got 0"),

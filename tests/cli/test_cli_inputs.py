@@ -1,0 +1,173 @@
+"""Numbers, files and folders that commands are given, as a new user might: one line, before any work."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from small_toy import small_folder  # noqa: F401 (fixture)
+
+from hiar_model.cli import COMMANDS, main
+from hiar_model.cli.choices import SHARED
+from hiar_model.common.checks import out_of_memory
+
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
+
+RECIPE, WAN = "toy/teacher_forcing", "wan2.1-t2v-1.3b"
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line that a command of wrong input says."""
+    assert run(*arguments) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("hiar: ") and told.err.count("\n") == 1 and not told.out
+    return told.err.strip()
+
+
+WRONG = {
+    "no size": (["doctor", "--model", "toy", "--gpu-memory", "9" * 400], "--gpu-memory must be a size such as 24GB"),
+    "videos at once": (["doctor", "--model", "toy", "--batch", 10**9], "--batch must be .* from 1 to 65536, got 1"),
+    "a side": (["doctor", "--model", WAN, "--height", 16 * 10**7], "--height must be a whole number from 1 to 65536"),
+    "a model as a word": (["doctor", "toy"], "unrecognized arguments: toy; a model is given as --model toy"),
+    "layers": (["profile", "--model", "toy", "--layers", 7], "--layers must be a whole number from 1 to 6, got 7"),
+    "layers of a warm-up": (["warmup", "--model", "toy", "--layers", 7], "--layers must be .* from 1 to 6, got 7"),
+    "a window": (
+        ["profile", "--model", "toy", "--window-frames", 10**8, "--device", "auto"],
+        r"toy in float32, its weights and one window .* need \d{4,}\.\d GB, [\d.]+ GB of memory are free",
+    ),
+    "a key with dashes": (["train", RECIPE, "--updates", 3], "keys of a recipe are written key=value, without dashes"),
+    "no name": (["train", RECIPE, "--out", ""], "--out must be the name of a folder, got ''"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mistake_is_one_line(here, capsys, name):
+    words, message = WRONG[name]
+    assert re.search(message, refused(capsys, *words))
+    assert not list(here.iterdir())
+
+
+def test_the_memory_of_a_converted_toy(folder, capsys):
+    """It knows the positions of one frame: "latents must have (4, 4) tokens a frame, got (30, 52)"."""
+    assert run("convert", folder, "m", "--to", "native") == 0
+    assert run("convert", "toy", "t.safetensors", "--to", "native") == 0
+    capsys.readouterr()
+    assert run("doctor", "--model", "t.safetensors") == 0
+    told = capsys.readouterr().out
+    assert "latents 21 x 8x8" in told and "Not counted because missing: text encoder, VAE." in told
+    assert run("doctor", "--model", "m") == 0
+    capsys.readouterr()
+    line = refused(capsys, "doctor", "--model", "t.safetensors", "--height", 64)
+    assert line == "hiar: --height must be left out: native layout makes frames of one size only, got 64"
+
+
+# Outputs over inputs
+
+
+def test_outputs_that_would_replace_a_model(folder, here, capsys):
+    """`evaluate --json small/config.json` left a model that no command could read."""
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    model = ["--model", folder]
+    for words in (
+        ["evaluate", "toy", *model, "--json", folder / "config.json"],
+        ["generate", "a red circle moving right", *model, "-o", "a.mp4", "--session", folder / "model.safetensors"],
+    ):
+        line = refused(capsys, *words)
+        assert re.search(rf"{words[-2]} would replace .*{words[-1].name}, which --model reads", line)
+    assert "--plot and --json are one file, a.png" in refused(
+        capsys, "evaluate", "toy", *model, "--json", "a.png", "--plot", "a.png"
+    )
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before and not list(here.iterdir())
+
+
+BROKEN = {
+    "a file": (".", "cannot write into run: it is no folder"),
+    "on the way": ("run", "cannot write into run/run: .*run is no folder"),
+    "states": ("run/states", "cannot write into run/states: it is no folder"),
+    "the model": ("run/model", "cannot write into run/model: it is no folder"),
+    "sheets": ("run/samples", "cannot write into run/samples: it is no folder"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_folder_of_a_run_is_tried_before_anything_is_read(here, capsys, monkeypatch, name):
+    """A file by the name of the model was noticed when the model was to be written."""
+    place, message = BROKEN[name]
+    file = here / ("run" if place in (".", "run") else place)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    monkeypatch.setattr("hiar_model.train.stages.base.make_stage", None)
+    out = "run/run" if place == "run" else "run"
+    assert re.search(message, refused(capsys, "train", RECIPE, "--out", out))
+    assert file.read_text() == "mine"
+    if name in ("a file", "on the way"):
+        assert "no folder" in refused(capsys, "train", "toy/ode_pairs", "teacher=toy", "--out", out)
+
+
+@pytest.mark.parametrize("name", ["loss.csv", "loss.png"])
+def test_a_folder_in_place_of_a_file_of_a_run(here, capsys, name):
+    (here / "run" / name).mkdir(parents=True)
+    assert f"cannot write run/{name}: it is a folder" in refused(capsys, "train", RECIPE, "--out", "run")
+
+
+def test_a_folder_that_is_not_writable(here, capsys, monkeypatch):
+    def refuse(*_: object) -> None:  # root may write everywhere, so no mode bits
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.touch", refuse)
+    assert "cannot write into runs/toy/teacher_forcing: Permission denied" in refused(capsys, "train", RECIPE)
+
+
+# Processes
+
+
+REQUIRED = {
+    "compare": ["a red circle moving right", "-o", "a.mp4"], "evaluate": ["toy"],
+    "convert": ["toy", "a", "--to", "native"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {*SHARED}))
+def test_what_one_process_does_is_not_done_by_several(here, capsys, monkeypatch, command):
+    """Each process of torchrun wrote the same file."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refused(capsys, command, *REQUIRED.get(command, []))
+    assert f"hiar: {command} is for one process, torchrun started 2 (WORLD_SIZE)" in line
+    assert "generate, train, verify-parity" in line and not list(here.iterdir())
+
+
+# Memory
+
+
+@pytest.mark.parametrize("error, size", [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                  "to allocate 32768000000 bytes. Error code 12 (Cannot allocate memory)"), ": 32768000000 bytes"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ..."), ": 2.50 GiB"),
+    (MemoryError("Unable to allocate 7.45 TiB for an array"), ": 7.45 TiB"), (MemoryError(), ""),
+])  # fmt: skip
+def test_no_memory_is_one_line(capsys, monkeypatch, error, size):
+    def work(_: object) -> None:
+        raise error
+
+    arguments, _, summary = COMMANDS["profile"]
+    monkeypatch.setitem(COMMANDS, "profile", (arguments, work, summary))
+    line = refused(capsys, "profile")
+    at_once = f"{size} at once" if size else ""
+    assert line == f"hiar: out of memory{at_once}; a smaller size, window, batch or number of frames needs less"
+
+
+def test_other_errors_are_no_lack_of_memory(monkeypatch):
+    assert out_of_memory(RuntimeError("CUDA error: an illegal memory access")) is None
+
+    def work(_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    arguments, _, summary = COMMANDS["profile"]
+    monkeypatch.setitem(COMMANDS, "profile", (arguments, work, summary))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run("profile")
