@@ -43,14 +43,19 @@ def train_arguments(parser: ArgumentParser) -> None:
 
 def train(a: Namespace) -> None:
     overrides = dict(_override(argument) for argument in a.overrides)
+    from ..io.files import check_folder
     from ..train.config.reading import load_recipe, shipped_recipes
     from ..train.config.recipe import TrainingRecipe
     from ..train.engine.distributed import init_training, launched_context
+    from ..train.engine.trainer import check_run_folder
 
     recipe = load_recipe(a.recipe, overrides)
-    folder = Path(a.out or Path("runs", a.recipe if a.recipe in shipped_recipes() else Path(a.recipe).stem))
+    own = Path("runs", a.recipe if a.recipe in shipped_recipes() else Path(a.recipe).stem)
+    folder = own if a.out is None else Path(a.out)
     with _among_others():
         trains = isinstance(recipe, TrainingRecipe)
+        if environment.rank() == 0:  # before weights are read
+            (check_run_folder if trains else check_folder)(folder)
         context = init_training(recipe.scale, a.device) if trains else launched_context(a.device)
         if a.nproc not in (1, context.world_size):
             raise ValueError(f"nproc is {a.nproc}, but torchrun started {context.world_size} processes: give one")

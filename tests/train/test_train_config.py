@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -143,13 +144,28 @@ REFUSED = {
     "critic": ("toy/hiar", {"critic_model": "wan"}, "critic_model must be one of .*, got 'wan'"),
     "another critic": ("toy/hiar", {"critic_model": "wan2.1-t2v-1.3b"}, "critic_init must be given"),
     "precision": ("toy/hiar", {"precision": "float8"}, "precision must be .*'bfloat16', 'float32'.*, got 'float8'"),
-    "none": ("toy/hiar", {"updates": 0}, "updates must be a whole number of at least 1, got 0"),
+    "none": ("toy/hiar", {"updates": 0}, "updates must be a whole number from 1 to 99999999, got 0"),
     "rate": ("toy/hiar", {"optimizer.lr": 0.0}, "optimizer.lr must be a number above 0, got 0.0"),
     "betas": ("toy/hiar", {"optimizer.betas": [0.9, 1.0]}, "optimizer.betas must be in 0..1 without 1"),
     "share": ("toy/hiar", {"ema.decay": 1.5}, "ema.decay must be in 0..1, got 1.5"),
     "levels": ("toy/teacher_forcing", {"levels.clean": 0.5}, "levels.matched, clean and continuous must .* sum to 1"),
     "minutes": ("toy/hiar", {"scale.max_minutes": 0}, "scale.max_minutes must be a number above 0, got 0.0"),
     "weight": ("toy/hiar", {"forward_kl.weight": -1}, "forward_kl.weight must be a number of at least 0, got -1"),
+    "many updates": ("toy/hiar", {"updates": 10**8}, "updates must be a whole number from 1 to 99999999, got 10"),
+    "a batch": ("toy/hiar", {"batch_size": 10**9}, "batch_size must be a whole number from 1 to 65536, got 10"),
+    "sheets": ("toy/hiar", {"sample_prompts": 10**9}, "sample_prompts must be a whole number from 1 to 65536, got 10"),
+    "a clip": ("toy/hiar", {"num_latent_frames": 3 * 10**8}, "num_latent_frames must be .* from 1 to 100000, got 3"),
+    "threads": ("toy/hiar", {"scale.threads": 10**6}, r"scale.threads must be .* from 0 to \d+, got 1000000"),
+    "levels, no number": ("toy/teacher_forcing", {"levels.clean": math.nan}, "levels.matched, clean .* sum to 1, got"),
+    "first block": ("toy/teacher_forcing", {"first_block_weight": math.nan}, "first_block_weight must be .* above 0"),
+    "floor": ("toy/teacher", {"data.codec_floor": -1}, "data.codec_floor must be a number from 0 to 1, got -1"),
+    "a size": ("toy/hiar", {"data.folder": "x", "data.latent_size": [0, 4]}, "data.latent_size .* at least 1, got"),
+    "a shift": ("toy/teacher", {"shift": -1.0}, "shift must be a number above 0, got -1.0"),
+    "guidance": ("toy/teacher", {"guidance": math.nan}, "guidance must be a finite number, got nan"),
+    "of the ODE": ("toy/ode_pairs", {"guidance": math.inf}, "guidance must be a finite number, got inf"),
+    "of the ODE, shift": ("toy/ode_pairs", {"shift": 0.0}, "shift must be a number above 0, got 0.0"),
+    "of DMD": ("toy/hiar", {"dmd_shift": 0.0}, "dmd_shift must be a number above 0, got 0.0"),
+    "of DMD, guidance": ("toy/hiar", {"guidance": math.nan}, "guidance must be a finite number, got nan"),
     "vae": ("toy/hiar", {"data.vae": "x"}, "data.vae is for data.folder"),
     "folder alone": ("toy/hiar", {"data.folder": "x"}, "data.folder and latent_size go together"),
 }  # fmt: skip
@@ -162,8 +178,10 @@ def test_refused_in_one_line(name, overrides, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[1]", "must be a mapping"), ("a: [", "is not YAML"), ("", "stage must be one of")]
-)
+    ("text", "message"), [
+    ("[1]", "must be a mapping"), ("a: [", "is not YAML"), ("", "stage must be one of"),
+    ("stage: hiar\nema: {decay: 0.5}\nema.decay: 0.6", "recipe: the key ema.decay stands twice"),
+])  # fmt: skip
 def test_files_that_are_no_recipe(tmp_path, text, message):
     path = tmp_path / "r.yaml"
     path.write_text(text)

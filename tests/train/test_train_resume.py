@@ -5,17 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import random
+import shutil
 import signal
 import time
+import warnings
+from pathlib import Path
 
 import processes
 import pytest
 import torch
 from refusals import refused
+from torch.distributed.checkpoint import FileSystemWriter, save
 from train_job import command, losses, recipe, start, stop_after, train
 
-from hiar_model.train.engine.snapshots import ABOUT, Snapshots
+from hiar_model.train.engine.snapshots import ABOUT, CONTENTS, Snapshots
 
 pytestmark = pytest.mark.cpu
 
@@ -26,6 +31,14 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     trainer = train(folder, recipe())
     return losses(folder), everything(trainer)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """A run of two updates, for tests that copy it."""
+    folder = tmp_path_factory.mktemp("ended") / "run"
+    train(folder, recipe(updates=2))
+    return folder
 
 
 def everything(trainer) -> dict[str, torch.Tensor]:
@@ -195,8 +208,64 @@ def test_a_damaged_state_is_named(tmp_path, damage):
     state = tmp_path / "states" / "update_00000002"
     file = {"about": state / ABOUT, "tensors": state / "__0_0.distcp", "list": state / ".metadata"}[damage]
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with refused("update_00000002.* cannot be read: "):
+    with refused("update_00000002.* cannot be read: .*; delete .* to go on without it"):
         train(tmp_path, recipe(updates=2))
+
+
+@pytest.mark.parametrize("change, message", [
+    ([], "it holds no recipe"), ({"recipe": 3}, "it holds no recipe"), ({"pending": [3]}, "pending is no list of metr"),
+    ({"update": "2"}, "update is '2', the folder's name says 2"), ({"update": 1}, "update is 1, the folder's name say"),
+    ({"recipe": {"stage": "ode_init"}}, "holds a run with another stage; choose another --out"),
+])  # fmt: skip
+def test_facts_that_are_none_of_a_state(tmp_path, ended, change, message):
+    shutil.copytree(ended, tmp_path / "run")
+    file = tmp_path / "run/states/update_00000002" / ABOUT
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change} if change else change))
+    with refused(message):
+        train(tmp_path / "run", recipe(updates=2))
+
+
+class Call:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.file),)
+
+
+@pytest.mark.parametrize("part", ["contents", "data"])
+def test_a_foreign_state_runs_no_code(tmp_path, part):
+    state, made = tmp_path / "update_00000002", tmp_path / "made"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        save({"x": Call(made)}, storage_writer=FileSystemWriter(state), no_dist=True)
+    if part == "contents":
+        (state / CONTENTS).write_bytes(pickle.dumps(Call(made)))
+    with refused("update_00000002 cannot be read: .* no state needs: do not trust it"):
+        Snapshots(tmp_path).load(state, {"x": 0})
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"\xff\xfe\x00\x01", "loss.csv cannot be read: 'utf-8' codec"),
+    (b"step,loss\n1,3\n", "loss.csv is no table of losses, whose first column is update"),
+])  # fmt: skip
+def test_a_file_that_is_no_table_of_losses(tmp_path, content, message):
+    (tmp_path / "loss.csv").write_bytes(content)
+    with refused(message):
+        train(tmp_path, recipe(updates=2))
+    assert (tmp_path / "loss.csv").read_bytes() == content
+
+
+def test_a_row_without_an_update_is_dropped(tmp_path, ended):
+    shutil.copytree(ended, tmp_path / "run")
+    with (tmp_path / "run/loss.csv").open("a") as file:
+        file.write(",1,2\n")
+    rows = len(losses(ended))
+    train(tmp_path / "run", recipe(updates=2))
+    assert len(losses(tmp_path / "run")) == rows
 
 
 def test_time_over(tmp_path, whole):

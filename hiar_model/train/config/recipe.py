@@ -10,7 +10,18 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ...common.checks import number_above_0, number_at_least_0, one_of, whole
+from ...common.checks import (
+    MOST_BATCH,
+    MOST_CLIP,
+    MOST_THREADS,
+    MOST_UPDATES,
+    finite_number,
+    number_above_0,
+    number_at_least_0,
+    number_within,
+    one_of,
+    whole,
+)
 from ...config import RolloutConfig, WanConfig
 
 
@@ -37,6 +48,9 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "held_out_prompts")
+        number_within("codec_floor", self.codec_floor, 0, 1)
+        if self.latent_size is not None and min(self.latent_size) < 1:
+            raise ValueError(f"latent_size must be (height, width) of at least 1, got {list(self.latent_size)}")
         _share(self, "from_start")
         if (self.folder is None) != (self.latent_size is None):
             raise ValueError("folder and latent_size go together, or are both null for the toy world")
@@ -111,7 +125,8 @@ class ScaleRecipe:
     checkpoint_every: int = 250
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "shard", "threads")
+        _at_least(self, 0, "shard")
+        _at_least(self, 0, "threads", most=MOST_THREADS)
         _at_least(self, 1, "checkpoint_every", "micro_batch")
         if self.max_minutes is not None:
             number_above_0("max_minutes", self.max_minutes)
@@ -171,7 +186,7 @@ class NetworkRecipe(Recipe):
 
     def __post_init__(self) -> None:
         _model_size(self, "model")
-        _at_least(self, 1, "num_latent_frames")
+        _at_least(self, 1, "num_latent_frames", most=MOST_CLIP)
 
 
 @dataclass(frozen=True)
@@ -196,7 +211,9 @@ class TrainingRecipe(NetworkRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "updates", "batch_size", "log_every", "sample_prompts")
+        _at_least(self, 1, "updates", most=MOST_UPDATES)
+        _at_least(self, 1, "batch_size", "sample_prompts", most=MOST_BATCH)
+        _at_least(self, 1, "log_every")
         _at_least(self, 0, "sample_every")
 
     def optimizer_of(self, network: str) -> OptimizerRecipe:
@@ -242,7 +259,7 @@ class LevelsRecipe:
 
     def __post_init__(self) -> None:
         shares = (self.matched, self.clean, self.continuous)
-        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        if not (min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-6):  # NaN is none of it
             raise ValueError(f"matched, clean and continuous must be at least 0 and sum to 1, got {list(shares)}")
 
 
@@ -262,6 +279,7 @@ class TeacherForcingRecipe(CausalRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        number_above_0("first_block_weight", self.first_block_weight)
         _trained_on_clips(self)
 
 
@@ -284,6 +302,8 @@ class TeacherRecipe(TrainingRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         _share(self, "text_dropout")
+        number_above_0("shift", self.shift)
+        finite_number("guidance", self.guidance)
         _at_least(self, 1, "sample_steps")
 
 
@@ -310,7 +330,10 @@ class OdePairsRecipe(NetworkRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "count", "shard_size", "batch_size", "steps")
+        _at_least(self, 1, "count", "shard_size", "steps")
+        _at_least(self, 1, "batch_size", most=MOST_BATCH)
+        number_above_0("shift", self.shift)
+        finite_number("guidance", self.guidance)
         _model_size(self, "teacher_model")
 
 
@@ -384,6 +407,9 @@ class HiARRecipe(CausalRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "critic_updates")
+        finite_number("guidance", self.guidance)
+        if self.dmd_shift is not None:
+            number_above_0("dmd_shift", self.dmd_shift)
         _model_size(self, "teacher_model")
         if self.critic_model is not None:
             _model_size(self, "critic_model")
@@ -404,10 +430,10 @@ RECIPES: dict[str, type[Recipe]] = {
 }
 
 
-def _at_least(recipe: Any, least: int, *names: str) -> None:
+def _at_least(recipe: Any, least: int, *names: str, most: int | None = None) -> None:
     for name in names:
         if getattr(recipe, name) is not None:
-            whole(name, getattr(recipe, name), least)
+            whole(name, getattr(recipe, name), least, most=most)
 
 
 def _share(recipe: Any, *names: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from ...io.video import Frames, contact_sheet, save_png
 from .loss_plot import PICTURE, draw_losses
 
 LOSSES, SAMPLES, EVENTS = "loss.csv", "samples", "tensorboard"
+UPDATE = "update"  # first column of the losses
 SATURATED = 4  # of 255: how near to black or full a channel counts as saturated
 PLOT_EVERY = 60.0  # seconds, at least, between two drawings of the losses; and once more at the end
 SHEET_FRAMES, SHEET_SIDE = 24, 208  # of a video on a sheet, evenly spread; pixels of a frame's longer side, at most
@@ -77,7 +79,7 @@ class MetricsLogger:
 
     def scalars(self, update: int, numbers: Mapping[str, float]) -> None:
         """Write metrics by name, after so many updates."""
-        self._write_row({"update": str(update), **{name: f"{value:.9g}" for name, value in numbers.items()}})
+        self._write_row({UPDATE: str(update), **{name: f"{value:.9g}" for name, value in numbers.items()}})
         self._stale = True
         if time.monotonic() - self._drawn >= PLOT_EVERY:
             self._draw()
@@ -127,13 +129,13 @@ class MetricsLogger:
         if fresh:  # a metric that earlier rows lack: add a column
             self.columns = self.columns + fresh
             _rewrite(path, self.columns, _read(path)[1])
-        with path.open("a", newline="") as file:
+        with path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
     def _drop_rows_after(self, update: int) -> list[str]:
         """Drop the rows that a killed run logged after its last state, since they come again; returns the columns."""
         columns, rows = _read(self.folder / LOSSES)
-        valid = [row for row in rows if None not in row.values() and int(row["update"]) <= update]
+        valid = [row for row in rows if None not in row.values() and _number(row) <= update]
         if columns and len(valid) < len(rows):
             _rewrite(self.folder / LOSSES, columns, valid)
         return columns
@@ -150,16 +152,30 @@ def _smaller(frames: Frames, side: int) -> Frames:
     return squares.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
 
 
+def _number(row: Mapping[str, str]) -> float:
+    """The update of a row; infinite where a row that was cut off has none."""
+    return int(row[UPDATE]) if row[UPDATE].isdecimal() else math.inf
+
+
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows; ValueError of one line for a file that is no table of a run."""
     if not path.exists():
         return [], []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        return list(reader.fieldnames or []), list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            columns, rows = list(reader.fieldnames or []), list(reader)
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; delete it") from error
+    if columns[:1] != [UPDATE] and (columns or rows):
+        raise ValueError(
+            f"{path} is no table of losses, whose first column is {UPDATE}; delete it, or choose another --out"
+        )
+    return columns, rows
 
 
 def _rewrite(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
-    with atomic(path) as partial, partial.open("w", newline="") as file:
+    with atomic(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

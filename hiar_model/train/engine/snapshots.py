@@ -6,8 +6,10 @@ state survives a kill at any moment and a full disk. Tensors may be sharded; ano
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -16,13 +18,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter, load, save
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
 
 from .distributed import is_first
 
-ABOUT = "about.json"
+ABOUT, CONTENTS = "about.json", ".metadata"  # ours, and torch's
 _NAME = re.compile(r"update_(\d{8})")
 
 
@@ -46,12 +51,16 @@ class Snapshots:
         """The content of a state's about.json.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: it cannot be read, or is that of no state of this name.
         """
         try:
-            return json.loads((state / ABOUT).read_text(encoding="utf-8"))
+            about = json.loads((state / ABOUT).read_text(encoding="utf-8"))
+            if wrong := _wrong(about, int(state.name.rpartition("_")[2])):
+                raise ValueError(wrong)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{state / ABOUT} cannot be read: {error}; delete {state} to go on without it") from error
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{state / ABOUT} cannot be read: {reason}; delete {state} to go on without it") from error
+        return about
 
     def load(self, state: Path, state_dict: dict[str, Any]) -> None:
         """Read a state into the tensors of ``state_dict``, in place.
@@ -60,10 +69,12 @@ class Snapshots:
             ValueError: a tensor is missing, of another shape, or not readable.
         """
         try:
+            _check_contents(state / CONTENTS)
             with _quietly():
-                load(state_dict, storage_reader=FileSystemReader(state), no_dist=not dist.is_initialized())
+                alone = not dist.is_initialized()
+                load(state_dict, storage_reader=FileSystemReader(state), planner=_PlainPlanner(), no_dist=alone)
         except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"{state} cannot be read: {_reason(error)}") from error
+            raise ValueError(f"{state} cannot be read: {_reason(error)}; delete it to go on without it") from error
 
     def save(self, update: int, state_dict: dict[str, Any], about: dict[str, Any]) -> Path:
         """Write the state after ``update`` updates, then delete the others; returns its folder.
@@ -119,6 +130,71 @@ class Snapshots:
     def _wait(self) -> None:
         if dist.is_initialized():
             dist.barrier()
+
+
+def _wrong(about: Any, update: int) -> str:
+    """What is not as :meth:`Snapshots.save` writes it, or ""."""
+    if not isinstance(about, dict) or not isinstance(about.get("recipe"), dict):
+        return "it holds no recipe"
+    if (written := about.get("update")) != update or isinstance(written, bool):
+        return f"update is {written!r}, the folder's name says {update}"
+    pending = about.get("pending")
+    if not isinstance(pending, list) or not all(isinstance(metrics, dict) for metrics in pending):
+        return "pending is no list of metrics"
+    return ""
+
+
+class _Contents(pickle.Unpickler):
+    """Reads torch's table of contents, and nothing else that a pickle may call: a state may come from anywhere."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class of that name; UnpicklingError for any that no table needs."""
+        plain = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not plain and name not in _CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"{CONTENTS} names {module}.{name}, which no state needs: do not trust it")
+        return super().find_class(module, name)
+
+
+_TABLE = ("Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "BytesStorageMetadata",
+          "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")  # fmt: skip
+_PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+_CLASSES: dict[str, tuple[str, ...]] = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.metadata": _TABLE,
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    **dict.fromkeys(("pathlib", "pathlib._local"), _PATHS),  # as of Python 3.13
+}
+
+
+def _check_contents(file: Path) -> None:
+    """ValueError of one line unless the file is a table of contents and no more."""
+    try:
+        with file.open("rb") as opened:
+            table = _Contents(opened).load()
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle raise anything
+        raise ValueError(f"{str(error) or type(error).__name__} ({CONTENTS})") from error
+    if not isinstance(table, Metadata):
+        raise ValueError(f"{CONTENTS} is no table of contents")
+
+
+class _PlainPlanner(DefaultLoadPlanner):
+    """Loads what is no tensor only if it is plain data."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """ValueError for anything else."""
+        plain = True
+        try:
+            torch.load(value, weights_only=True)
+        except pickle.UnpicklingError:  # whose advice is to trust it
+            plain = False
+        if not plain:
+            name = read_item.dest_index.fqn
+            raise ValueError(f"{name} is more than plain data, which no state needs: do not trust it")
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...common.settings import own_settings
-from ...io.files import check_output
+from ...io.files import check_folder, check_output
 from ...models.threads import cpu_threads, fitting_threads
 from ...models.transformer import HiARTransformer
 from ...version import NOISE, require_noise
@@ -24,12 +24,22 @@ from ..config.recipe import TrainingRecipe
 from ..stages.base import Stage, UpdateStep
 from .distributed import DistContext, reshard, set_requires_gradient_sync, shard
 from .ema import Ema
-from .metrics import LOSSES, MetricsLogger, sample_scalars
+from .loss_plot import PICTURE
+from .metrics import EVENTS, LOSSES, SAMPLES, MetricsLogger, sample_scalars
 from .networks import gather
 from .optimizers import Optimizers, rate_factor
 from .snapshots import Snapshots
 
 STATES, MODEL = "states", "model"
+
+
+def check_run_folder(folder: Path) -> None:
+    """ValueError of one line if something of a run cannot be written there; call it before any work starts."""
+    check_folder(folder)
+    for name in (STATES, MODEL, SAMPLES, EVENTS):
+        check_folder(folder / name)
+    for name in (LOSSES, PICTURE) if folder.is_dir() else ():
+        check_output(folder / name)
 
 
 class Trainer:
@@ -60,8 +70,8 @@ class Trainer:
         self.first = self.dist_context.rank == 0
         self.say = say if self.first else lambda line: None
         if self.first:
+            check_run_folder(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            check_output(self.folder / LOSSES)
         self.micro_batches = self.dist_context.micro_batches(recipe.batch_size, recipe.scale.micro_batch)
         recompute = recipe.scale.activation_checkpointing
         for network in stage.frozen.values():
@@ -244,10 +254,11 @@ class Trainer:
     def _load(self, path: Path) -> None:
         about, recipe = self.snapshots.about(path), self.recipe.to_dict()
         keys = recipe.keys() ^ about["recipe"].keys()
-        if keys and about["recipe"]["stage"] == recipe["stage"]:
+        same_stage = about["recipe"].get("stage") == recipe["stage"]
+        if keys and same_stage:
             other = f"another version, with other recipe keys ({', '.join(sorted(keys))})"
             raise ValueError(f"{path} was saved by {other}; choose another --out")
-        differ = differing_keys(recipe, about["recipe"])
+        differ = differing_keys(recipe, about["recipe"]) if same_stage else ["stage"]
         if differ:
             raise ValueError(
                 f"{self.folder} holds a run with another {', '.join(differ)}; choose another --out or delete the folder"
