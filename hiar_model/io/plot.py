@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .atomic import atomic
-from .captions import Picture, font, shortened
+from .captions import Picture, font, shortened, typeset
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -152,7 +152,8 @@ class _Pen:
         self.pen.rectangle([self.at(x0, y0), self.at(max(x0, x1), y1)], fill=colour)
 
     def text(self, x: float, y: float, text: str, anchor: str, size: int = TEXT, colour: Any = INK) -> None:
-        self.pen.text(self.at(x, y), text, fill=colour, font=font(OVER * size), anchor=anchor)
+        words, face, _ = typeset(text, OVER * size)
+        self.pen.text(self.at(x, y), words, fill=colour, font=face, anchor=anchor)
 
     def text_up(self, x: float, y: float, text: str) -> None:
         """Reading upwards, its middle at (x, y)."""

@@ -21,7 +21,7 @@ from ..config import ExecutionConfig, RolloutConfig
 from ..config.rollout import ORDERS
 from ..evaluation.evaluate import steady_cost
 from ..evaluation.quality import LABELS, ORDER_COLOURS, PARTS, QualityMeter, ordinal
-from ..io.captions import CaptionedGrid
+from ..io.captions import MISSING, CaptionedGrid
 from ..io.files import check_output
 from ..io.plot import Lines, Series, save_plot
 from ..io.video import Frames, VideoWriter, check_target, is_folder_target, upscale
@@ -72,7 +72,9 @@ class OrderResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of :func:`compare`: the video's path and that of the plot of quality; frames made and shown."""
+    """The result of :func:`compare`: the video's path and that of the plot of quality; frames made and shown.
+    ``notes``: lines about what the pictures could not show.
+    """
 
     path: Path
     plot: Path
@@ -81,6 +83,7 @@ class Comparison:
     speed: int
     fps: float
     orders: tuple[OrderResult, ...]
+    notes: tuple[str, ...] = ()
 
 
 @video_options("Comparison", NOT_COMPARED)
@@ -283,7 +286,9 @@ def _write(runs: Sequence[VideoRun], out: str | os.PathLike[str], plot: Path, sp
         save_plot(panels, plot, columns=2 if len(panels) < 5 else 3)
     except OSError as error:
         raise OSError(f"{writer.path} is complete, but without its plot: {error}") from error
-    return Comparison(writer.path, plot, num_frames, writer.frames_written, speed, first.fps, results)
+    lost = f"no font here has the letters {grid.missing} of the caption: they are shown as {MISSING}; install Noto Sans"
+    notes = (lost,) if grid.missing else ()
+    return Comparison(writer.path, plot, num_frames, writer.frames_written, speed, first.fps, results, notes)
 
 
 class _Watched:

@@ -107,16 +107,35 @@ def _read_image(path: Path) -> tuple[Frames, list[str]]:
             frames = getattr(picture, "n_frames", 1)
             if frames != 1 and picture.format != "MPO":  # a photo, and its preview or depth map behind it
                 raise ValueError(f"image {path} holds {frames} frames, expected one; for a clip use extend")
+            if picture.format == "PNG":
+                with Image.open(path) as again:
+                    again.verify()  # the checksums, which decoding passes over
             upright: Any = ImageOps.exif_transpose(picture)
             upright.load()
             if picture.getexif().get(_ORIENTATION, 1) in range(2, 9):
                 notes.append(f"{path}: rotated by its EXIF orientation")
+            if picture.format in ("JPEG", "MPO") and _is_damaged(path):
+                notes.append(f"{path}: damaged inside, parts of it are wrong: look at it, or get it again")
             return _to_srgb(upright, path, notes), notes
     except Image.DecompressionBombError as error:
         raise ValueError(f"image {path}: more pixels than are read (178 million): scale it down first") from error
     except (OSError, SyntaxError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(f"image {path}: corrupt, or not the format of its suffix: {reason}") from error
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether the data of a JPEG cannot be what was written: Pillow shows what it gets. Baseline files have no check of
+    their data, so that most changes in them look like another picture.
+    """
+    try:
+        with av.open(str(path), format="jpeg_pipe") as container:
+            container.streams.video[0].codec_context.options = {"err_detect": "explode"}
+            return any(frame.is_corrupt for frame in container.decode(video=0))
+    except av.error.InvalidDataError:
+        return True
+    except (av.error.FFmpegError, OSError):
+        return False  # of a kind that libav does not read
 
 
 def _to_srgb(picture: Any, path: Path, notes: list[str]) -> Frames:

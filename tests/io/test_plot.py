@@ -7,8 +7,9 @@ import math
 import av
 import numpy as np
 import pytest
+from PIL import ImageFont
 
-from hiar_model.io.captions import CaptionedGrid, font, shortened
+from hiar_model.io.captions import CaptionedGrid, font, shortened, typeset
 from hiar_model.io.plot import (
     BOTTOM,
     COLOURS,
@@ -125,6 +126,48 @@ def test_long_text_is_cut_to_its_width():
     cut = shortened(text, 15, 200)
     assert cut.endswith("...") and font(15).getlength(cut) <= 200 < font(15).getlength(cut[:-3] + text[len(cut) - 3 :])
     assert shortened("short\n text", 15, 200) == "short text" and shortened(text, 15, 1) == "..."
+
+
+class Face:
+    """A font whose letters all look different but those that it lacks."""
+
+    def __init__(self, letters):
+        self.letters = letters
+
+    def getmask(self, letter):
+        return np.full((2, 2), ord(letter) % 251 if letter in self.letters else 255, np.uint8)
+
+
+@pytest.fixture
+def of_the_system(monkeypatch):
+    """Fonts by their names, as if they were installed; any other is missing."""
+    there = {"DejaVuSans.ttf": Face("красный "), "msyh.ttc": Face("红色 right")}
+
+    real = ImageFont.truetype
+
+    def find(name, pixels, **options):
+        if not isinstance(name, str):  # Pillow's own
+            return real(name, pixels, **options)
+        if name not in there:
+            raise OSError("cannot open resource")
+        return there[name]
+
+    monkeypatch.setattr("PIL.ImageFont.truetype", find)
+    typeset.cache_clear()
+    yield there
+    typeset.cache_clear()
+
+
+def test_a_caption_takes_a_font_that_has_its_letters(of_the_system):
+    """Pillow's own is Latin: other prompts were boxes."""
+    assert typeset("red", 12) == ("red", font(12), "")
+    assert typeset("красный", 12) == ("красный", of_the_system["DejaVuSans.ttf"], "")
+    assert typeset("红 right", 12) == ("红 right", of_the_system["msyh.ttc"], "")
+    assert typeset("кот 红 right", 12) == ("??? 红 right", of_the_system["msyh.ttc"], "кот")
+    of_the_system.clear()
+    typeset.cache_clear()
+    assert typeset("红e\u0301", 12) == ("?e\u0301", font(12), "红")
+    assert CaptionedGrid("红色", [("a",)], (40, 60)).missing == "红色"
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 3), (9, 3)])

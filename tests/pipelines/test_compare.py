@@ -20,6 +20,7 @@ from small_toy import PROMPT
 from hiar_model import PromptSchedule, VideoPipeline, compare, generate, load_video_model
 from hiar_model.cli import build_parser, main
 from hiar_model.evaluation.quality import frame_statistics
+from hiar_model.io import captions
 from hiar_model.io.captions import CaptionedGrid
 from hiar_model.io.video import VideoWriter, upscale
 from hiar_model.pipelines.compare import NOT_COMPARED, PANEL_SIDE
@@ -206,3 +207,12 @@ def test_prompts_over_time(model, here):
     result = compare(None, "a.mp4", model=model, num_frames=12, prompts=PromptSchedule.read("s.txt"))
     assert "valid" not in result.orders[0].quality
     assert "--prompts" in json.loads((here / "a.mp4.json").read_text())["command"]
+
+
+def test_letters_that_no_font_has_are_said(folder, here, capsys, monkeypatch):
+    captions.typeset.cache_clear()
+    monkeypatch.setattr(captions, "lacking", lambda text, face: "g" * ("g" in text))
+    assert main(["compare", PROMPT, "-o", "a.gif", "--model", str(folder), "--num-frames", "6"]) == 0
+    captions.typeset.cache_clear()
+    line = "no font here has the letters g of the caption: they are shown as ?; install Noto Sans"
+    assert capsys.readouterr().err.splitlines().count(line) == 1

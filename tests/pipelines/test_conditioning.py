@@ -292,3 +292,39 @@ def test_a_picture_of_too_many_pixels_is_named_so(tmp_path, recwarn):
     Image.new("1", (10000, 10000)).save(tmp_path / "b.png")  # Pillow warns of an attack
     read_conditioning(tmp_path / "b.png", None, SIZE)
     assert not recwarn.list
+
+
+def test_damage_inside_a_png_is_refused(tmp_path):
+    """Its checksums were not looked at."""
+    file = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)).save(file)
+    data = bytearray(file.read_bytes())
+    assert read_conditioning(file, None, SIZE) is not None
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"image .*a\.png: corrupt, or not the format of its suffix: broken"):
+        read_conditioning(file, None, SIZE)
+
+
+KINDS = {
+    "baseline": {}, "progressive": {"progressive": True}, "444": {"subsampling": 0}, "grey": {"mode": "L"},
+    "CMYK": {"mode": "CMYK"}, "restarts": {"restart_marker_blocks": 4}, "tables": {"optimize": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_inside_a_photo_is_said(tmp_path, kind):
+    """Pillow shows what it can of it, and says nothing. Bytes behind the end are no damage."""
+    options = dict(KINDS[kind])
+    noise = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
+    file = tmp_path / "a.jpg"
+    Image.fromarray(noise).convert(options.pop("mode", "RGB")).save(file, **options)
+    data = file.read_bytes()
+    file.write_bytes(data + b"more")
+    assert not [note for note in read_conditioning(file, None, SIZE).notes if "damaged" in note]
+    if kind != "progressive":
+        return  # of other kinds most damage looks like another picture
+    middle = len(data) // 2
+    file.write_bytes(data[:middle] + bytes(reversed(data[middle : middle + 64])) + data[middle + 64 :])
+    damage = [note for note in read_conditioning(file, None, SIZE).notes if "damaged" in note]
+    assert damage == [f"{file}: damaged inside, parts of it are wrong: look at it, or get it again"]
