@@ -7,7 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import finite_number, path_like
+from .checks import finite_number, number_within, path_like
+
+LARGEST_SCALE = 3e38
+"""What float32 can hold."""
+
+
+def lora_scale(name: str, value: Any) -> float:
+    """The value as a float; ValueError for what is no scale of an adapter."""
+    return number_within(name, finite_number(name, value), -LARGEST_SCALE, LARGEST_SCALE)
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class LoraFile:
             except ValueError:
                 if os.path.exists(head):
                     raise ValueError(f"lora {name}: the scale must be a number, got {tail!r}") from None
-        return cls(name, finite_number("lora scale", scale))
+        return cls(name, lora_scale("lora scale", scale))
 
     def __str__(self) -> str:
         return f"{self.path}:{self.scale!r}".removesuffix(".0")

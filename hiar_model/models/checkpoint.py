@@ -231,12 +231,13 @@ def _read_all(source: Path) -> tuple[dict[str, Any], dict[str, Any], list[Path],
     sizes: dict[str, Any] = {}
     networks: list[str] = []
     origin: dict[str, Path] = {}
-    files, toy = weight_files(source), _toy_sizes(source)
+    files, toy = weight_files(source), toy_sizes(source)
     for file in files:
         content, header = read_tensors(file)
         if toy is not None and isinstance(content, Mapping):  # "codec.*" is not part of the transformer
             inside = {key: value for key, value in content.items() if key.startswith(TOY_TRANSFORMER)}
-            content, sizes = {key.removeprefix(TOY_TRANSFORMER): value for key, value in inside.items()}, toy
+            if inside:  # and not another file beside the toy's
+                content, sizes = {key.removeprefix(TOY_TRANSFORMER): value for key, value in inside.items()}, toy
         taken, names = _network(content, file)
         networks += [name for name in names if name not in networks]
         if isinstance(content, Mapping) and isinstance(content.get(CONFIG_KEY), str):
@@ -250,8 +251,8 @@ def _read_all(source: Path) -> tuple[dict[str, Any], dict[str, Any], list[Path],
     return state, sizes, files, networks
 
 
-def _toy_sizes(source: Path) -> dict[str, Any] | None:
-    """The transformer sizes in a toy model's folder; None for any other folder."""
+def toy_sizes(source: Path) -> dict[str, Any] | None:
+    """The transformer sizes in a toy model's folder, or that of a file; None for any other folder."""
     beside = (source if source.is_dir() else source.parent) / "config.json"
     values = read_json(beside) if beside.is_file() else {}
     sizes = values.get("transformer") if values.get("format") == TOY_FORMAT else None

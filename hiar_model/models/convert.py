@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..common.lora_file import LoraLike, lora_files
-from ..config import WanConfig
+from ..config import SHIPPED, WanConfig
 from ..io.atomic import atomic
 from ..io.files import check_output, in_folder, save_tensors
 from . import key_mapping
-from .checkpoint import CONFIG_KEY, CheckpointInfo, file_header, read_checkpoint
+from .checkpoint import CONFIG_KEY, CheckpointInfo, file_header, read_checkpoint, toy_sizes
 from .lora import merge_files
 
 TARGETS = ("native", "diffusers", "pt")
@@ -73,11 +73,14 @@ def convert(
         lora: LoRA files to merge (:data:`.LoraLike`). on_lora: called with a line about each.
 
     Raises:
-        ValueError: one line: an unknown layout, a name that does not fit it, a target that exists, a source that
-            cannot be read, a size that the layout has no name for, a round trip that changed something.
+        ValueError: one line: an unknown layout, a name that does not fit it, a target that exists or lies in the
+            source, a source that cannot be read, a size that the layout has no name for, a round trip that changed
+            something.
         OSError: one line: the target cannot be written.
     """
     target = _check_target(Path(target), to)
+    if Path(source).is_dir() and Path(os.path.realpath(source)) in Path(os.path.realpath(target)).parents:
+        raise ValueError(f"{target} would lie in {source} and become part of it: choose a place outside")
     state, info = read_checkpoint(source)
     if to == "diffusers":
         try:
@@ -114,8 +117,12 @@ def _check_target(target: Path, to: str) -> Path:
     if suffix not in legal:
         names = " or ".join(f"name{ending}" if ending else "a folder" for ending in legal)
         raise ValueError(f"{target}: --to {to} writes {names}")
+    if str(target) in SHIPPED:
+        raise ValueError(f"{target} is the name of a shipped model, which --model {target} means: choose another name")
     if os.path.exists(target) and not (target.is_dir() and not suffix and not any(target.iterdir())):
         raise ValueError(f"{target} exists and is not overwritten; choose another name")
+    if suffix and toy_sizes(target) is not None:
+        raise ValueError(f"{target}: {target.parent} is the folder of a toy model: choose a place outside")
     check_output(in_folder(target, _SIZES))
     return target
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..common.checks import finite_number
-from ..common.lora_file import LoraFile
+from ..common.lora_file import LoraFile, lora_scale
 from ..models.lora import read_lora
 from ..models.low_rank import Adapter
 from ..models.video_model import VideoModel
@@ -67,7 +66,7 @@ class LoraLoading:
         if name not in known:
             there = ", ".join(known) or "none; load_lora adds one, and a merged one cannot change"
             raise ValueError(f"name must be that of a loaded LoRA ({there}), got {name!r}")
-        known[name].scale = finite_number("scale", scale)
+        known[name].scale = lora_scale("scale", scale)
 
 
 class ScaleFollower:

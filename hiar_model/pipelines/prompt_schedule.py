@@ -16,6 +16,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -118,7 +119,11 @@ class PromptSchedule:
 
     def at(self, seconds: float) -> int:
         """Index of the line whose prompt is in effect at a time."""
-        return bisect_right([line.seconds for line in self.lines], seconds) - 1
+        return bisect_right(self._times, seconds) - 1
+
+    @cached_property
+    def _times(self) -> list[float]:
+        return [line.seconds for line in self.lines]
 
 
 @dataclass(frozen=True)
@@ -154,25 +159,31 @@ class EncodedPromptSchedule:
                 or a prompt that is replaced within the same block.
         """
         schedule = schedule.from_start()
+        cls(schedule, (), start)._require_effects(num_blocks)  # before encoding, which may take a second each
         embeds: dict[str, Tensor] = {}
         for line in schedule.lines:
             try:
                 embeds[line.prompt] = embeds[line.prompt] if line.prompt in embeds else encode(line.prompt)
             except ValueError as error:
                 raise ValueError(f"{line.where}: {error}") from error
-        encoded = cls(schedule, tuple(embeds[line.prompt] for line in schedule.lines), start)
-        firsts = [encoded.first_block(i, num_blocks) for i in range(len(schedule.lines))]
-        for line, first, following in zip(schedule.lines, firsts, [*firsts[1:], -1], strict=True):
+        return cls(schedule, tuple(embeds[line.prompt] for line in schedule.lines), start)
+
+    def _require_effects(self, num_blocks: int | None) -> None:
+        """ValueError for the first line whose prompt shows in no block."""
+        lines = self.schedule.lines
+        first = self.first_block(0, num_blocks)
+        for i, line in enumerate(lines):
+            following = self.first_block(i + 1, num_blocks) if i + 1 < len(lines) else -1
             if first is None:
                 assert num_blocks is not None
-                last = f"the last block starts at {start(num_blocks - 1):g} s"
+                last = f"the last block starts at {self.start(num_blocks - 1):g} s"
                 raise ValueError(f"{line.where}: {line.seconds:g} s is too late, {last}")
             if first == following:
                 raise ValueError(
                     f"{line.where}: has no effect, the next prompt replaces it in the same block ({first}, "
-                    f"from {start(first):g} s): a block has one prompt"
+                    f"from {self.start(first):g} s): a block has one prompt"
                 )
-        return encoded
+            first = following
 
     def __call__(self, block: int) -> Tensor:
         return self.prompt_embeds[self.schedule.at(self.start(block))]

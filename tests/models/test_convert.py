@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import refusals
 import torch
 import wan_files
 from safetensors.torch import load_file, save_file
+from small_toy import small_folder  # noqa: F401 (fixture)
 from wan_files import WAN
 
 from hiar_model import load_video_model
@@ -200,6 +202,27 @@ def test_bad_targets(published, tmp_path):
         )
     assert (tmp_path / "there" / "mine").read_text() == (tmp_path / "there.pt").read_text() == "mine"
     assert refusal(source, source, "diffusers").startswith(f"{source} exists and is not overwritten")
+
+
+def test_a_target_in_the_source(published, here):
+    """Its file stood beside the old weights from then on, and no command could read the folder."""
+    assert convert(published["training"], here / "model", "native").target.layout == "native"
+    before = sorted(here.rglob("*"))
+    for target in ("model/new", "model/new.safetensors", "model/../model/a"):
+        line = refusal("model", here / target, "native")
+        assert line == f"{here / target} would lie in model and become part of it: choose a place outside"
+    assert "scenes is the name of a shipped model, which --model scenes means" in refusal("model", "scenes", "native")
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_file_beside_a_toy(folder, here):
+    """It was read as the toy's own: "no weights found"."""
+    shutil.copytree(folder, here / "toy2")
+    line = refusal(folder, here / "toy2/x.safetensors", "native")
+    assert line.endswith(f"x.safetensors: {here / 'toy2'} is the folder of a toy model: choose a place outside")
+    convert(folder, here / "x.safetensors", "native")
+    (here / "x.safetensors").rename(here / "toy2/x.safetensors")
+    assert load_transformer(here / "toy2/x.safetensors").config == load_transformer(folder).config
 
 
 def test_an_empty_folder_is_taken(published, tmp_path):

@@ -225,6 +225,7 @@ def test_file_and_scale(tmp_path, monkeypatch, given, path, scale):
 @pytest.mark.parametrize(
     ("given", "message"),
     [("there:x", "lora there:x: the scale must be a number, got"), ("a:inf", "lora scale must be a finite number, got"),
+     ("a:1e39", "lora scale must be a number from -3e+38 to 3e+38, got 1e+39"),
      ("", "lora must be the path of a file or folder, got ''"), (3, "lora must be the path"), (("a", "b"), "finite")],
 )  # fmt: skip
 def test_a_wrong_scale(tmp_path, monkeypatch, given, message):

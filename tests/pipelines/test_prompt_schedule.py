@@ -78,6 +78,13 @@ def test_a_wrong_script_is_refused_in_one_line(text, message):
         show(PromptSchedule.parse(text), num_blocks=10)
 
 
+def test_times_are_checked_before_a_prompt_is_encoded():
+    """A file of a million prompts was encoded whole before one was found to be too late."""
+    schedule = PromptSchedule.of([(second, f"prompt {second}") for second in range(20_000)])
+    with refused("prompts entry 8: 7 s is too late, the last block starts at 6.75 s"):
+        EncodedPromptSchedule.encoded(schedule, None, lambda block: 0.75 * block, num_blocks=10)
+
+
 def test_a_wrong_file_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="cannot read .*none.txt: No such file"):
         PromptSchedule.read(tmp_path / "none.txt")
