@@ -22,6 +22,7 @@ from hiar_model.train.config.recipe import (
     Recipe,
     TeacherForcingRecipe,
 )
+from hiar_model.train.stages import sources
 
 pytestmark = pytest.mark.cpu
 
@@ -207,3 +208,10 @@ def test_every_key_is_a_field():
     assert len(keys) == len(set(keys)) and "forward_kl.first_k" in keys and "scale.shard" in keys
     assert {key.partition(".")[0] for key in keys} == {f.name for f in dataclasses.fields(HiARRecipe)}
     assert issubclass(HiARRecipe, CausalRecipe)
+
+
+def test_more_held_out_prompts_than_there_are(monkeypatch):
+    monkeypatch.setattr(sources.ToyCodec, "fit", lambda **_: None)
+    recipe = load_recipe("toy/teacher", {"data.held_out_prompts": 9999})
+    with refused(r"recipe: data.held_out_prompts: held_out must be in 0\.\.\d+, got 9999"):
+        sources.Sources(recipe, torch.device("cpu"))

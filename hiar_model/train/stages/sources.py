@@ -63,7 +63,10 @@ class Sources:
         # one latent space for all worlds, so that training can start from another world's weights
         self.codec = ToyCodec.fit(channels=config.in_channels, floor=data.codec_floor)
         self.text_encoder = ToyTextEncoder(config.text_dim, self.world.config.free_speed)
-        train, self._held_out = split_prompts(data.held_out_prompts)
+        try:
+            train, self._held_out = split_prompts(data.held_out_prompts)
+        except ValueError as error:
+            raise ValueError(f"recipe: data.held_out_prompts: {error}") from error
         self.data = ToyData(
             self.world,
             self.codec,
