@@ -121,9 +121,9 @@ def _check_target(target: Path, to: str) -> Path:
         raise ValueError(f"{target} is the name of a shipped model, which --model {target} means: choose another name")
     if os.path.exists(target) and not (target.is_dir() and not suffix and not any(target.iterdir())):
         raise ValueError(f"{target} exists and is not overwritten; choose another name")
+    check_output(in_folder(target, _SIZES))
     if suffix and toy_sizes(target) is not None:
         raise ValueError(f"{target}: {target.parent} is the folder of a toy model: choose a place outside")
-    check_output(in_folder(target, _SIZES))
     return target
 
 
