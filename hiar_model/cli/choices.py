@@ -86,12 +86,12 @@ def check_choices(command: str, a: Namespace) -> None:
 
 
 def check_processes(command: str) -> None:
-    """Refuse to do the work of a command once in each process of torchrun.
+    """Refuse to do the work of a command once in each process of torchrun; `doctor` only looks, and may in each.
 
     Raises:
         ValueError: one line: the command, the processes, and the commands that share work.
     """
-    if command not in SHARED and (processes := environment.world_size()) > 1:
+    if command not in (*SHARED, "doctor") and (processes := environment.world_size()) > 1:
         raise ValueError(
             f"{command} is for one process, torchrun started {processes} (WORLD_SIZE): start it without; "
             f"these share their work: {', '.join(SHARED)}"
