@@ -76,6 +76,7 @@ class WorldConfig:
     palette: tuple[RGB, ...] = tuple(_PALETTE[colour] for colour in COLOURS)
     backgrounds: tuple[RGB, RGB] | None = None  # corners of the box of each video's own background; None: `background`
     texture: float = 0.0  # largest amplitude of a still grey grating on the background, [0, 1] RGB; 0: none
+    passer: RGB | None = None  # colour of a second shape that no prompt tells, which passes behind the first
     light: float = 0.0  # largest amplitude of a still soft light on the background, from one side; 0: even light
     free_speed: bool = False  # no prompt tells the speed: every video has one of the three as its own
 
@@ -108,6 +109,9 @@ WORLDS: dict[str, WorldConfig] = {
     "varied": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1),
     "free_speed": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1, free_speed=True),
     "scenes": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1, light=0.04),
+    "crossing": WorldConfig(
+        backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1, light=0.04, passer=(0.02, 0.02, 0.03)
+    ),
 }
 """Named worlds. "plain": the prompt fixes everything but the start. "varied": a background and a texture of its own for
 each video, which only the video's own past tells. "free_speed": that, and how fast the shape moves. "scenes": varied,
@@ -124,6 +128,17 @@ class Grating:
 
 
 @dataclass(frozen=True)
+class Passer:
+    """A second shape: centre in frame 0 (real pixels), index of its shape and size, real pixels per frame."""
+
+    shape: int
+    size: int
+    x: float
+    y: float
+    velocity: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Scene:
     """One video: what moves, where its centre is in frame 0 (real pixels), and what it moves over."""
 
@@ -133,6 +148,7 @@ class Scene:
     background: RGB | None = None  # [0, 1]; None: the world's
     texture: Grating | None = None  # None: flat
     light: Grating | None = None  # None: even
+    passer: Passer | None = None
 
 
 class Sample(NamedTuple):
@@ -212,6 +228,24 @@ class ToyWorld:
                 flat = flat + self._waves(gratings)[:, None]
         return flat
 
+    def _pass_by(self, backdrops: Tensor, scenes: Sequence[Scene], num_frames: int, first_frame: int) -> Tensor:
+        """Backdrops [B, 3, H, W] with the second shapes drawn: [B, num_frames, 3, H, W]."""
+        assert self.config.passer
+        colour = torch.tensor(self.config.passer)[:, None, None]
+        frames = torch.arange(first_frame, first_frame + num_frames, dtype=torch.float64)
+        drawn = []
+        for still, scene in zip(backdrops, scenes, strict=True):
+            if scene.passer is None:
+                drawn.append(still.expand(num_frames, -1, -1, -1))
+                continue
+            one = scene.passer
+            path = torch.tensor([one.x, one.y], dtype=torch.float64) + frames[:, None] * torch.tensor(
+                one.velocity, dtype=torch.float64
+            )
+            cover = self.coverage(one.shape, self.radii[one.size].expand(num_frames), path % self.extent)
+            drawn.append(still + cover[:, None] * (colour - still))
+        return torch.stack(drawn)
+
     def _waves(self, gratings: Sequence[Grating]) -> Tensor:
         """float32 [len(gratings), H, W]."""
         amplitudes = torch.tensor([grating.amplitude for grating in gratings])
@@ -248,9 +282,11 @@ class ToyWorld:
                 radii = self.radii[index["size"][rows]].repeat_interleave(num_frames)
                 cover[rows] = self.coverage(shape, radii, centres[rows].flatten(0, 1)).unflatten(0, (-1, num_frames))
         still = self.background[:, None, None] if backdrops is None else backdrops
-        contrast = self.palette[index["colour"]][:, :, None, None] - still  # [B, 3, H or 1, W or 1]
-        mixed = cover[:, :, None] * (2 * contrast)[:, None]
-        return mixed.add_((2 * still - 1)[..., None, :, :, :])
+        if still.ndim == 4:
+            still = still[:, None]
+        contrast = self.palette[index["colour"]][:, None, :, None, None] - still  # [B, F or 1, 3, H or 1, W or 1]
+        mixed = cover[:, :, None] * (2 * contrast)
+        return mixed.add_(2 * still - 1)
 
     @own_settings()
     def render_scenes(self, scenes: Sequence[Scene], num_frames: int, first_frame: int = 0) -> Tensor:
@@ -261,6 +297,9 @@ class ToyWorld:
         starts = torch.tensor([[scene.x, scene.y] for scene in scenes], dtype=torch.float64)
         own = any(scene.background or scene.texture or scene.light for scene in scenes)
         backdrops = self.backdrops(scenes) if own else None
+        if self.config.passer and any(scene.passer for scene in scenes):
+            assert backdrops is not None
+            backdrops = self._pass_by(backdrops, scenes, num_frames, first_frame)
         return self.render_batch(
             token_table([scene.prompt for scene in scenes]), starts, num_frames, first_frame, backdrops
         )
@@ -303,11 +342,24 @@ class ToyWorld:
             backgrounds = [(r, g, b) for r, g, b in (low + unit * (high - low)).tolist()]
         textures = _sample_gratings(batch, generator, self.config.texture, WAVES)
         lights = _sample_gratings(batch, generator, self.config.light, LIGHT_WAVES)
+        passers = self._sample_passers(batch, generator)
         return [
-            Scene(prompt, x, y, background, texture, light)
-            for prompt, (x, y), background, texture, light in zip(
-                prompts, starts, backgrounds, textures, lights, strict=True
+            Scene(prompt, x, y, background, texture, light, passer)
+            for prompt, (x, y), background, texture, light, passer in zip(
+                prompts, starts, backgrounds, textures, lights, passers, strict=True
             )
+        ]
+
+    def _sample_passers(self, batch: int, generator: Generator) -> Sequence[Passer | None]:
+        if self.config.passer is None:
+            return [None] * batch
+        shapes = draw_whole(generator, len(SHAPES), batch).tolist()
+        headings = self.headings[draw_whole(generator, len(DIRECTIONS), batch)]
+        speeds = self.speeds[draw_whole(generator, len(SPEEDS), batch)]
+        places = (draw_uniform(generator, batch, 2, dtype=torch.float64) * self.extent).tolist()
+        velocities = (headings * speeds[:, None]).tolist()
+        return [
+            Passer(shape, 0, x, y, (u, v)) for shape, (x, y), (u, v) in zip(shapes, places, velocities, strict=True)
         ]
 
     def sample_batch(
