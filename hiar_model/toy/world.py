@@ -77,6 +77,7 @@ class WorldConfig:
     backgrounds: tuple[RGB, RGB] | None = None  # corners of the box of each video's own background; None: `background`
     texture: float = 0.0  # largest amplitude of a still grey grating on the background, [0, 1] RGB; 0: none
     light: float = 0.0  # largest amplitude of a still soft light on the background, from one side; 0: even light
+    distractor: RGB | None = None  # colour of a second shape that no prompt tells, which crosses behind the first
     free_speed: bool = False  # no prompt tells the speed: every video has one of the three as its own
 
     def __post_init__(self) -> None:
@@ -107,11 +108,13 @@ WORLDS: dict[str, WorldConfig] = {
     # Dark enough that every colour of the palette stands out, wide enough that a video can lose its own background.
     "varied": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1),
     "free_speed": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1, free_speed=True),
-    "scenes": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1, light=0.04),
+    "scenes": WorldConfig(
+        backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1, light=0.04, distractor=(0.02, 0.02, 0.03)
+    ),
 }
 """Named worlds. "plain": the prompt fixes everything but the start. "varied": a background and a texture of its own for
 each video, which only the video's own past tells. "free_speed": that, and how fast the shape moves. "scenes": varied,
-and lit from one side."""
+lit from one side, and a dark second shape crosses behind the prompted one."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,16 @@ class Grating:
 
 
 @dataclass(frozen=True)
+class Distractor:
+    """A second shape, of the smallest size: where its centre is in frame 0 and how fast it moves, in real pixels."""
+
+    shape: int  # index of SHAPES
+    x: float
+    y: float
+    velocity: tuple[float, float]  # (x, y) per frame
+
+
+@dataclass(frozen=True)
 class Scene:
     """One video: what moves, where its centre is in frame 0 (real pixels), and what it moves over."""
 
@@ -133,6 +146,7 @@ class Scene:
     background: RGB | None = None  # [0, 1]; None: the world's
     texture: Grating | None = None  # None: flat
     light: Grating | None = None  # None: even
+    distractor: Distractor | None = None  # None: nothing crosses behind the shape
 
 
 class Sample(NamedTuple):
@@ -212,6 +226,21 @@ class ToyWorld:
                 flat = flat + self._waves(gratings)[:, None]
         return flat
 
+    def _with_distractors(
+        self, backdrops: Tensor, scenes: Sequence[Scene], num_frames: int, first_frame: int
+    ) -> Tensor:
+        """Backdrops [B, 3, H, W] of each frame, with the second shapes: [B, num_frames, 3, H, W]."""
+        colour = torch.tensor(self.config.distractor or self.config.background)[:, None, None]
+        frames = torch.arange(first_frame, first_frame + num_frames, dtype=torch.float64)[:, None]
+        moving = backdrops[:, None].repeat(1, num_frames, 1, 1, 1)
+        for still, of_scene, scene in zip(backdrops, moving, scenes, strict=True):
+            if (one := scene.distractor) is not None:
+                start, velocity = torch.tensor([[one.x, one.y], one.velocity], dtype=torch.float64)
+                centres = (start + frames * velocity) % self.extent
+                cover = self.coverage(one.shape, self.radii[0].expand(num_frames), centres)
+                of_scene += cover[:, None] * (colour - still)
+        return moving
+
     def _waves(self, gratings: Sequence[Grating]) -> Tensor:
         """float32 [len(gratings), H, W]."""
         amplitudes = torch.tensor([grating.amplitude for grating in gratings])
@@ -237,8 +266,8 @@ class ToyWorld:
         backdrops: Tensor | None = None,
     ) -> Tensor:
         """Clips of tokens [B, PROMPT_TOKENS] with centres `starts` [B, 2] (x, y) in frame 0, from `first_frame` on,
-        over `backdrops` [B, 3, H, W] in [0, 1] (None: the world's background): float32 [B, num_frames, 3, H, W] in
-        [-1, 1]."""
+        over `backdrops` [B, 3, H, W], or [B, num_frames, 3, H, W] where they move, in [0, 1] (None: the world's
+        background): float32 [B, num_frames, 3, H, W] in [-1, 1]."""
         index = self.attributes(tokens)
         centres = self.centres(tokens, starts, num_frames, first_frame)
         cover = torch.empty(len(tokens), num_frames, self.config.height, self.config.width)
@@ -248,9 +277,11 @@ class ToyWorld:
                 radii = self.radii[index["size"][rows]].repeat_interleave(num_frames)
                 cover[rows] = self.coverage(shape, radii, centres[rows].flatten(0, 1)).unflatten(0, (-1, num_frames))
         still = self.background[:, None, None] if backdrops is None else backdrops
-        contrast = self.palette[index["colour"]][:, :, None, None] - still  # [B, 3, H or 1, W or 1]
-        mixed = cover[:, :, None] * (2 * contrast)[:, None]
-        return mixed.add_((2 * still - 1)[..., None, :, :, :])
+        if still.ndim == 4:
+            still = still[:, None]
+        contrast = self.palette[index["colour"]][:, None, :, None, None] - still  # [B, F or 1, 3, H or 1, W or 1]
+        mixed = cover[:, :, None] * (2 * contrast)
+        return mixed.add_(2 * still - 1)
 
     @own_settings()
     def render_scenes(self, scenes: Sequence[Scene], num_frames: int, first_frame: int = 0) -> Tensor:
@@ -261,6 +292,8 @@ class ToyWorld:
         starts = torch.tensor([[scene.x, scene.y] for scene in scenes], dtype=torch.float64)
         own = any(scene.background or scene.texture or scene.light for scene in scenes)
         backdrops = self.backdrops(scenes) if own else None
+        if any(scene.distractor for scene in scenes):
+            backdrops = self._with_distractors(self.backdrops(scenes), scenes, num_frames, first_frame)
         return self.render_batch(
             token_table([scene.prompt for scene in scenes]), starts, num_frames, first_frame, backdrops
         )
@@ -303,11 +336,25 @@ class ToyWorld:
             backgrounds = [(r, g, b) for r, g, b in (low + unit * (high - low)).tolist()]
         textures = _sample_gratings(batch, generator, self.config.texture, WAVES)
         lights = _sample_gratings(batch, generator, self.config.light, LIGHT_WAVES)
+        distractors = self._sample_distractors(batch, generator)
         return [
-            Scene(prompt, x, y, background, texture, light)
-            for prompt, (x, y), background, texture, light in zip(
-                prompts, starts, backgrounds, textures, lights, strict=True
+            Scene(prompt, x, y, background, texture, light, distractor)
+            for prompt, (x, y), background, texture, light, distractor in zip(
+                prompts, starts, backgrounds, textures, lights, distractors, strict=True
             )
+        ]
+
+    def _sample_distractors(self, batch: int, generator: Generator) -> Sequence[Distractor | None]:
+        """Uniform in shape, direction, speed and place; nothing is drawn for a world without."""
+        if self.config.distractor is None:
+            return [None] * batch
+        shapes = draw_whole(generator, len(SHAPES), batch).tolist()
+        headings = self.headings[draw_whole(generator, len(DIRECTIONS), batch)]
+        speeds = self.speeds[draw_whole(generator, len(SPEEDS), batch)]
+        places = (draw_uniform(generator, batch, 2, dtype=torch.float64) * self.extent).tolist()
+        velocities = (headings * speeds[:, None]).tolist()
+        return [
+            Distractor(shape, x, y, (u, v)) for shape, (x, y), (u, v) in zip(shapes, places, velocities, strict=True)
         ]
 
     def sample_batch(

@@ -15,7 +15,17 @@ from hiar_model.toy import prompt as grammar
 from hiar_model.toy.codec import ToyCodec
 from hiar_model.toy.prompt import ToyPrompt, parse
 from hiar_model.toy.text import ToyTextEncoder
-from hiar_model.toy.world import FAINTEST, LIGHT_WAVES, WAVES, WORLDS, Grating, Scene, ToyWorld, WorldConfig
+from hiar_model.toy.world import (
+    FAINTEST,
+    LIGHT_WAVES,
+    WAVES,
+    WORLDS,
+    Distractor,
+    Grating,
+    Scene,
+    ToyWorld,
+    WorldConfig,
+)
 
 pytestmark = pytest.mark.cpu
 
@@ -244,8 +254,10 @@ def test_the_plain_world_draws_nothing_more() -> None:
     c = ToyWorld(SCENES).sample_batch(8, 2, lit)
     assert torch.equal(a.tokens, b.tokens)
     assert [(s.x, s.y) for s in a.scenes] == [(s.x, s.y) for s in b.scenes]
-    assert [s.texture.wave for s in b.scenes] == [s.texture.wave for s in c.scenes]  # the light is drawn last of all
-    assert all(scene.light is None for scene in b.scenes)
+    assert [s.texture.wave for s in b.scenes] == [
+        s.texture.wave for s in c.scenes
+    ]  # light and distractor are drawn last
+    assert all(scene.light is None and scene.distractor is None for scene in b.scenes)
     grammar.random_tokens(8, after)
     torch.rand(8, 2, generator=after, dtype=torch.float64)
     assert torch.equal(plain.get_state(), after.get_state())
@@ -286,8 +298,31 @@ def test_a_scene_renders_as_it_says() -> None:
     assert torch.equal(flat, ToyWorld().render(Scene(PROMPT, 8.0, 8.0), 0, 1))
 
 
-def test_scenes_render_together_as_alone() -> None:
-    world = ToyWorld(VARIED)
+def test_a_second_shape_crosses_behind_the_first() -> None:
+    world, dark = ToyWorld(SCENES), SCENES.distractor
+    assert dark is not None
+    alone = Scene(PROMPT, 16.0, 16.0, (0.3, 0.2, 0.4))
+    scene = dataclasses.replace(alone, distractor=Distractor(grammar.SHAPES.index("circle"), 4.0, 16.0, (1.5, 0.0)))
+    both, one = ((world.render(s, 0, 9) + 1) / 2 for s in (scene, alone))
+    assert both[0, :, 15, 3].tolist() == pytest.approx(list(dark), abs=1e-6)
+    assert torch.equal(both[0, :, 16, 14:19], one[0, :, 16, 14:19])  # the prompted one, not yet reached
+    met = both[8]  # one circle is at x = 16 + 8 * 1.1, the other at 16
+    assert met[:, 16, 24].tolist() == pytest.approx(SCENES.palette[grammar.COLOURS.index("red")], abs=1e-6)
+    assert met[:, 15, 15].tolist() == pytest.approx(list(dark), abs=1e-6)
+    still = dataclasses.replace(scene, x=16 - 8 * 1.1)  # they meet in frame 8: the prompted one is in front
+    hidden, plain = (
+        world.render(s, 8, 1)[0, :, 13:19, 13:19] for s in (still, dataclasses.replace(still, distractor=None))
+    )
+    torch.testing.assert_close(hidden, plain, rtol=0, atol=1e-6)
+    kinds = [one.distractor for one in world.sample_scenes(500, generator(3))]
+    assert {kind.shape for kind in kinds} == set(range(len(grammar.SHAPES)))
+    assert len({kind.velocity for kind in kinds}) == 24  # eight directions at three speeds
+    assert min(kind.x for kind in kinds) < 1 and max(kind.y for kind in kinds) > 31
+
+
+@pytest.mark.parametrize("config", [VARIED, SCENES])
+def test_scenes_render_together_as_alone(config) -> None:
+    world = ToyWorld(config)
     scenes = [*world.sample_scenes(5, generator(2)), Scene(PROMPT, 1.0, 2.0)]
     together = world.render_scenes(scenes, 3, first_frame=4)
     for video, scene in zip(together, scenes, strict=True):
@@ -297,7 +332,7 @@ def test_scenes_render_together_as_alone() -> None:
     sample = world.sample_batch(5, 2, generator(2))
     assert sample.scenes == scenes[:5]
     assert torch.equal(sample.videos, world.render_scenes(scenes[:5], 2))
-    tall = ToyWorld(dataclasses.replace(VARIED, height=48)).sample_batch(2, 3, generator())
+    tall = ToyWorld(dataclasses.replace(config, height=48)).sample_batch(2, 3, generator())
     assert tall.videos.shape == (2, 3, 3, 48, 32)
 
 
