@@ -13,7 +13,7 @@ from ..version import versions
 MEASURED = "attention measured"  # topic of several lines
 LIBRARIES = ("torch", "triton", "numpy", "safetensors", "av", "jsonargparse", "rich")
 UNUSABLE = "not usable"  # prefix of the line of a broken component
-OPTIONAL = ("diffusers", "transformers", "flash-attn", "xformers", "tensorboard")
+OPTIONAL = ("diffusers", "transformers", "gguf", "flash-attn", "xformers", "tensorboard")
 
 
 def report() -> Iterator[tuple[str, str]]:

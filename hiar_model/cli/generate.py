@@ -42,7 +42,7 @@ def video_arguments(parser: ArgumentParser, model: str = "toy") -> None:
     parser.add_argument("--model", type=str, default=model, help="name of a shipped model, or a folder, such as of Wan")
     parser.add_argument(
         "--checkpoint", type=str,
-        help="in place of a Wan folder's own: hiar.pt, .safetensors, a folder; or by step, 0-1=high.pt,2-3=low.pt",
+        help="in place of a Wan folder's own: hiar.pt, .safetensors, .gguf, a folder; by step, 0-1=high.pt,2-3=low.pt",
     )  # fmt: skip
     parser.add_argument(
         "--vae", type=str, help="of Wan, in place of the folder's: the small one, taew2_1.pth; or a full one"

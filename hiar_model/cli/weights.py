@@ -19,7 +19,8 @@ def convert_arguments(parser: ArgumentParser) -> None:
     """Options of `hiar convert`."""
     parser.add_argument(
         "source", type=str, metavar="IN",
-        help="toy, scenes, a Wan or diffusers folder, .safetensors, .pth, a training .pt (its EMA is taken)",
+        help="toy, scenes, a Wan or diffusers folder, .safetensors, .pth, .gguf, a training .pt (its EMA is taken); "
+        "quantised weights become bfloat16",
     )  # fmt: skip
     parser.add_argument(
         "target", type=str, metavar="OUT",
@@ -32,6 +33,9 @@ def convert_arguments(parser: ArgumentParser) -> None:
 def convert(a: Namespace) -> None:
     """Convert, and print the input, the output, and the hash of all tensors before and after."""
     from ..models.convert import convert as convert_files
+    from ..planning.free_memory import require_memory_to_convert
+
+    require_memory_to_convert(a.source)
 
     def show(info: CheckpointInfo, sha256: str) -> None:
         print(f"in:  {info}\n     tensors sha256 {sha256}", flush=True)
@@ -47,7 +51,8 @@ def doctor_arguments(parser: ArgumentParser) -> None:
     """Options of `hiar doctor`."""
     parser.add_argument(
         "--model", type=str,
-        help="memory of its videos: wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy, scenes, or a folder; no weights are loaded",
+        help="memory of its videos: wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy, scenes, a folder or a file of weights, also "
+        "quantised ones, and what it is; no weights are loaded",
     )  # fmt: skip
     parser.add_argument("--gpu-memory", type=str, help="does it fit? Such as 24GB (10^9 bytes), 24GiB, or 24,40,80,141")
     parser.add_argument("--height", type=int, help="pixels; default: 480, or the one size that the model has")

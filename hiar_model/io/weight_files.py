@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .files import refuse_stand_in
+from .gguf_files import NotReadError, gguf_package, read_gguf
 
-PICKLES = (".pth", ".pt")
+PICKLES, GGUF = (".pth", ".pt"), ".gguf"
 INDEX = ".safetensors.index.json"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OTHER_PARTS = ("Wan2.1_VAE", "Wan2.2_VAE", "models_t5", "models_clip", "taew2_1")
@@ -40,9 +41,9 @@ def _weight_files(source: Path) -> list[Path]:
     if source.is_file():
         if source.name.endswith(INDEX):
             return _shards(source)
-        if source.suffix not in (".safetensors", *PICKLES):
+        if source.suffix not in (".safetensors", *PICKLES, GGUF):
             suffix = source.suffix or "no suffix"
-            raise ValueError(f"{source}: expected .safetensors, .pth, .pt or a folder, got {suffix!r}")
+            raise ValueError(f"{source}: expected .safetensors, .pth, .pt, .gguf or a folder, got {suffix!r}")
         return [source]
     indexes = sorted(source.glob(f"*{INDEX}"))
     if len(indexes) > 1:
@@ -55,9 +56,12 @@ def _weight_files(source: Path) -> list[Path]:
     only_one([files[0] for files in of_kind], f"the weights of {source}")
     if of_kind:
         return of_kind[0]
+    if ggufs := [p for p in inside if p.suffix == GGUF]:
+        only_one(ggufs, f"the weights of {source}")
+        return ggufs
     inner = sorted(p.name for p in source.iterdir() if p.is_dir() and any(p.glob("*.safetensors")))
     hint = f"; its folders have some: {some(inner)}" if inner else ""
-    raise ValueError(f"{source}: no weights found; expected *{INDEX}, *.safetensors, *.pth or *.pt{hint}")
+    raise ValueError(f"{source}: no weights found; expected *{INDEX}, *.safetensors, *.pth, *.pt or *.gguf{hint}")
 
 
 def _shards(index: Path) -> list[Path]:
@@ -75,8 +79,13 @@ def read_tensors(file: Path) -> tuple[Any, dict[str, str]]:
     """The contents of one file, memory-mapped where its format allows, and its header.
 
     ValueError of one line for a file that is missing, truncated, of another format, or a pickle of more than tensors.
+    Quantised tensors of a GGUF file are :class:`.Packed`.
     """
+    if file.suffix == GGUF:
+        gguf_package()
     with _reading(file):
+        if file.suffix == GGUF:
+            return read_gguf(file)
         if file.suffix == ".safetensors":
             from safetensors import safe_open  # a GPU machine that only measures may lack it
 
@@ -98,11 +107,14 @@ def _reading(file: Path) -> Iterator[None]:
     refuse_stand_in(file)
     try:
         yield
+    except NotReadError:
+        raise
     except FileNotFoundError as error:
         raise ValueError(f"{file}: no such file or directory") from error
     except Exception as error:  # each format and each kind of damage raises another type
         reason = (str(error).splitlines() or [""])[0].partition(". ")[0][:150]
-        kind = "safetensors" if file.suffix == ".safetensors" else "a plain PyTorch state dict (weights_only)"
+        kinds = {".safetensors": "safetensors", GGUF: "GGUF"}
+        kind = kinds.get(file.suffix, "a plain PyTorch state dict (weights_only)")
         raise ValueError(f"{file}: corrupt, or not {kind}: {type(error).__name__}: {reason}") from error
 
 

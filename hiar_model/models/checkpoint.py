@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from importlib import resources
@@ -21,6 +21,7 @@ from ..config import SHIPPED, WanConfig
 from ..config.rollout import UNKNOWN_WINDOW, TrainedWindow
 from ..io.atomic import atomic
 from ..io.files import check_output, save_tensors
+from ..io.packed import Packed, temporary_bytes
 from ..io.weight_files import (
     add_tensors,
     check_keys,
@@ -35,8 +36,10 @@ from ..io.weight_files import (
 )
 from . import key_mapping
 from .foreign import foreign
-from .lora import AppliedLora, merge_files
+from .lora import AppliedLora, Lora, merged, read_loras
+from .quantised import WORK, Quantisation, pack, unread
 from .transformer import HiARTransformer
+from .weight_check import WeightCheck
 
 TOY_FORMAT, TOY_TRANSFORMER = "hiar-toy", "transformer."  # of a toy model's config.json; before keys of its file
 CONFIG_KEY = "hiar_config"  # WanConfig as JSON in the header of the files we write
@@ -53,10 +56,11 @@ class CheckpointInfo:
         layout: "native", "diffusers" or "training" (:mod:`hiar_model.models.key_mapping`).
         network: the network that was loaded from a training file. others: the networks in it that were not.
         config: sizes of the transformer.
-        dtypes: of its tensors, the most frequent first.
-        tensors, parameters: counts; q, k and v are separate tensors. nbytes: size of the tensors in bytes.
+        dtypes: of its tensors, the most frequent first; of quantised ones the dtype that they are dequantised to.
+        tensors, parameters: counts; q, k and v are separate tensors. nbytes: size of the tensors in the file, in bytes.
         files: the weight files.
         window: of a causal model's config.json.
+        quantised: what is quantised, and in which dialect; None: nothing.
     """
 
     layout: str
@@ -69,6 +73,7 @@ class CheckpointInfo:
     nbytes: int
     files: tuple[Path, ...]
     window: TrainedWindow = UNKNOWN_WINDOW
+    quantised: Quantisation | None = None
 
     def __str__(self) -> str:
         c = self.config
@@ -84,6 +89,16 @@ class CheckpointInfo:
             f"{self.parameters:,} parameters in {self.tensors} tensors, {dtypes}, {self.nbytes / 1e9:.2f} GB in {first}"
             + (f" and {more} more" if more else "")
             + window
+            + self._quantised()
+        )
+
+    def _quantised(self) -> str:
+        if self.quantised is None:
+            return ""
+        dtype, beside = str(WORK).removeprefix("torch."), loading_bytes(self.config, WORK)
+        return (
+            f"; {self.quantised}; dequantised layer by layer to {dtype}: {self.parameters * WORK.itemsize / 1e9:.2f} GB"
+            f" and at most {beside / 1e9:.2f} GB beside them"
         )
 
 
@@ -101,16 +116,18 @@ def load_transformer(
     """Load a transformer from a checkpoint, in eval mode.
 
     Args:
-        path: name of a shipped model ("toy", "scenes"), or a toy model's folder; a .safetensors, .pth or .pt file; an
-            index of shards (``*.safetensors.index.json``); or a folder with an index, .safetensors shards, or .pth /
-            .pt files, in this order of preference. Of a diffusers pipeline folder (``model_index.json``) its
-            ``transformer/`` is read.
+        path: name of a shipped model ("toy", "scenes"), or a toy model's folder; a .safetensors, .pth, .pt or .gguf
+            file; an index of shards (``*.safetensors.index.json``); or a folder with an index, .safetensors shards,
+            .pth / .pt files, or a .gguf file, in this order of preference. Of a diffusers pipeline folder
+            (``model_index.json``) its ``transformer/`` is read.
             Keys are the published Wan ones or diffusers', with any of the prefixes :data:`.key_mapping.WRAPPERS`. Of a
             training checkpoint with several networks, ``generator_ema`` is loaded, else ``generator``.
         config: sizes. None: from the header of a file that this package wrote, else from ``config.json`` beside the
             weights (Wan's, diffusers', or :meth:`WanConfig.to_dict`), else from the tensor shapes. If no file says,
             num_heads is dim / 128, as in every published model, and text_len and eps are WanConfig's defaults.
-        dtype: of the weights; None: as in the file (the widest, if they differ).
+        dtype: of the weights; None: as in the file (the widest, if they differ), of a quantised file bfloat16.
+            Quantised weights (:mod:`.quantised`) are dequantised block by block, on the device, and then they are
+            plain weights.
         device: None: the CPU, where the file is memory-mapped. "meta": check the file without reading the weights.
         lora: LoRA files to merge into the weights (:data:`.LoraLike`), each sum rounded once.
             on_lora: called with a record of each, and a line about it.
@@ -118,49 +135,115 @@ def load_transformer(
 
     Raises:
         ValueError: one line: no such file, unreadable, another kind of model, missing or unexpected keys, a wrong shape
-            (actual and expected), tensors that are not floating point.
+            (actual and expected), tensors that are not floating point, quantised weights of a kind that is not read
+            or whose scales are wrong.
 
     >>> model = load_transformer("toy", on_checkpoint=lambda info: print(info.layout, info.config.num_layers, "layers"))
     native 6 layers
     """
-    state, info = read_checkpoint(path, config)
+    state, info = open_checkpoint(path, config)
     if on_checkpoint is not None:
         on_checkpoint(info)
-    if files := lora_files(lora):
-        state, applied, notes = merge_files(state, files, dtype)
-        for one, note in zip(applied, notes, strict=True):
-            if on_lora is not None:
-                on_lora(one, note)
+    loras, applied, notes = read_loras(lora_files(lora), state)
+    for one, note in zip(applied, notes, strict=True):
+        if on_lora is not None:
+            on_lora(one, note)
     with torch.device("meta"):
         model = HiARTransformer(info.config)
+    widest = WORK if info.quantised is not None else reduce(torch.promote_types, info.dtypes)
     if device is not None and torch.device(device).type == "meta":
-        state = {name: value.to(device) for name, value in state.items()}  # before the load hook reads them
-    model.load_state_dict(state, assign=True)
-    del state  # so that tensors that are fused or cast are freed
-    return model.to(device=device, dtype=dtype or reduce(torch.promote_types, info.dtypes)).eval()
+        return model.to(dtype=dtype or widest).eval()
+    if info.quantised is None:
+        model.load_state_dict(merged(state, loras, dtype), assign=True)
+        del state  # so that tensors that are fused or cast are freed
+    else:
+        check = WeightCheck(path)
+        for names in _parts(state):  # so that only one part is there twice: q, k, v apart and fused
+            part = unpacked({name: state.pop(name) for name in names}, check, loras, dtype or WORK, device or "cpu")
+            model.load_state_dict(part, strict=False, assign=True)
+        check.finish()
+    return model.to(device=device, dtype=dtype or widest).eval()
+
+
+def _parts(names: Iterable[str]) -> list[list[str]]:
+    """The keys of each block, and of each other layer."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1]), []).append(name)
+    return list(parts.values())
+
+
+def loading_bytes(config: WanConfig, dtype: torch.dtype) -> int:
+    """Bytes that a quantised checkpoint takes at most while it is loaded, beside its dequantised weights: q, k and v of
+    a block before they are fused, and what is being dequantised.
+    """
+    return 3 * config.dim**2 * dtype.itemsize + temporary_bytes()
+
+
+def unpacked(
+    state: Mapping[str, Any],
+    check: WeightCheck | None,
+    loras: Sequence[tuple[Lora, float]] = (),
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> dict[str, Tensor]:
+    """Some tensors of :func:`open_checkpoint`, dequantised, with LoRA merged, each sum rounded once.
+
+    Args:
+        check: sees each tensor, if there is one. dtype: None: bfloat16 for what was quantised, all else as it is.
+
+    Raises:
+        ValueError: one line that names a layer whose scales are wrong, or that is not finite with LoRA.
+    """
+    result = {}
+    for name, value in state.items():
+        quantised = isinstance(value, Packed)
+        final = dtype or (WORK if quantised else value.dtype)
+        changed = any(name in lora.deltas for lora, _ in loras)
+        if quantised:
+            tensor = value.dequantise(torch.float32 if changed else final, device)
+        else:
+            tensor = value.to(device, value.dtype if changed else final)
+        if check is not None:
+            check.see(name, tensor, quantised)
+        result[name] = merged({name: tensor}, loras, final)[name] if changed else tensor
+    return result
 
 
 def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[dict[str, Tensor], CheckpointInfo]:
     """The state dict of a checkpoint under native keys, memory-mapped where the format allows, and its description.
 
-    Arguments and errors are :func:`load_transformer`'s. The keys are exactly those of a HiARTransformer.
+    Arguments and errors are :func:`load_transformer`'s. The keys are exactly those of a HiARTransformer. Quantised
+    tensors are dequantised, to bfloat16.
     """
+    state, info = open_checkpoint(path, config)
+    if info.quantised is None:
+        return state, info
+    check = WeightCheck(path)
+    tensors = unpacked(state, check)
+    check.finish()
+    return tensors, info
+
+
+def open_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[dict[str, Any], CheckpointInfo]:
+    """As :func:`read_checkpoint`, with quantised tensors as they are, :class:`.Packed`. Reads scales, no weights."""
     source = _transformer_path(Path(path))
-    state, header_sizes, files, networks = _read_all(source)
-    if (what := foreign(state)) is not None:
+    state, sizes, headers, files, networks = _read_all(source)
+    if (what := foreign(state) or unread(state)) is not None:
         raise ValueError(f"{source}: {what}")
-    check_tensors(state, source)
+    state, quantised = pack(state, headers, source)
+    check_tensors({key: value for key, value in state.items() if not isinstance(value, Packed)}, source)
     diffusers = key_mapping.is_diffusers(state)
     if diffusers:
         state = renamed(state, key_mapping.to_native, source)
     spell = key_mapping.to_diffusers if diffusers else None
     window = UNKNOWN_WINDOW
     if config is None:
-        config, window = _find_config(source, state, header_sizes)
+        config, window = _find_config(source, state, sizes)
     with torch.device("meta"):
         expected = HiARTransformer(config).state_dict()
     check_keys(state, expected, source, spell)
-    dtypes = [value.dtype for value in state.values()]
+    dtypes = [WORK if isinstance(value, Packed) else value.dtype for value in state.values()]
     info = CheckpointInfo(
         layout=key_mapping.TRAINING if networks else key_mapping.DIFFUSERS if diffusers else key_mapping.NATIVE,
         network=networks[0] if networks else None,
@@ -172,6 +255,7 @@ def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
         nbytes=sum(value.nbytes for value in state.values()),
         files=tuple(files),
         window=window,
+        quantised=quantised,
     )
     return state, info
 
@@ -223,12 +307,13 @@ def _transformer_path(source: Path) -> Path:
     return source / parts[0]
 
 
-def _read_all(source: Path) -> tuple[dict[str, Any], dict[str, Any], list[Path], list[str]]:
-    """The tensors of all files under plain keys, the sizes in our own header, the files, and the networks of a training
-    file, the loaded one first.
+def _read_all(source: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, str], list[Path], list[str]]:
+    """The tensors of all files under plain keys, the sizes in our own header, all headers, the files, and the networks
+    of a training file, the loaded one first.
     """
     state: dict[str, Any] = {}
     sizes: dict[str, Any] = {}
+    headers: dict[str, str] = {}
     networks: list[str] = []
     origin: dict[str, Path] = {}
     files, toy = weight_files(source), toy_sizes(source)
@@ -245,10 +330,11 @@ def _read_all(source: Path) -> tuple[dict[str, Any], dict[str, Any], list[Path],
             taken = {key: value for key, value in taken.items() if key != CONFIG_KEY}
         if CONFIG_KEY in header:
             sizes = parse_json(header[CONFIG_KEY], file)
+        headers |= header
         add_tensors(state, renamed(taken, lambda key: key_mapping.plain(str(key)), file), file, origin)
     if not state:
         raise ValueError(f"{source}: no weights found: it has no tensor")
-    return state, sizes, files, networks
+    return state, sizes, headers, files, networks
 
 
 def toy_sizes(source: Path) -> dict[str, Any] | None:
@@ -311,6 +397,8 @@ def _infer(state: Mapping[str, Tensor]) -> dict[str, Any]:
         values |= {"dim": patch[0], "in_channels": patch[1], "patch_size": patch[2:]}
         if (head := shape("head.head.weight", 2)) and math.prod(patch[2:]):
             values["out_channels"] = head[0] // math.prod(patch[2:])
+    elif bias := shape("patch_embedding.bias", 1):
+        values["dim"] = bias[0]  # so that the weight is named as missing: writers of GGUF leave its 5 dimensions out
     if ffn := shape("blocks.0.ffn.0.weight", 2):
         values["ffn_dim"] = ffn[0]
     if text := shape("text_embedding.0.weight", 2):

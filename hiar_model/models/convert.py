@@ -17,8 +17,9 @@ from ..config import SHIPPED, WanConfig
 from ..io.atomic import atomic
 from ..io.files import check_output, in_folder, save_tensors
 from . import key_mapping
-from .checkpoint import CONFIG_KEY, CheckpointInfo, file_header, read_checkpoint, toy_sizes
-from .lora import merge_files
+from .checkpoint import CONFIG_KEY, CheckpointInfo, file_header, open_checkpoint, read_checkpoint, toy_sizes, unpacked
+from .lora import read_loras
+from .weight_check import WeightCheck
 
 TARGETS = ("native", "diffusers", "pt")
 _WEIGHTS, _SIZES = "diffusion_pytorch_model.safetensors", "config.json"
@@ -58,6 +59,7 @@ def convert(
     on_lora: Callable[[str], None] | None = None,
 ) -> Converted:
     """Write a transformer in another layout; every tensor keeps its dtype, and its numbers unless LoRA is merged.
+    Quantised tensors (:mod:`.quantised`) are dequantised, to bfloat16.
 
     The result is written atomically, and read back and compared (hash of the tensors, every size) before the rename.
     Existing files are never overwritten.
@@ -81,17 +83,20 @@ def convert(
     target = _check_target(Path(target), to)
     if Path(source).is_dir() and Path(os.path.realpath(source)) in Path(os.path.realpath(target)).parents:
         raise ValueError(f"{target} would lie in {source} and become part of it: choose a place outside")
-    state, info = read_checkpoint(source)
+    state, info = open_checkpoint(source)
     if to == "diffusers":
         try:
             key_mapping.diffusers_config(info.config)
         except ValueError as error:  # before computing the hash
             raise ValueError(f"{source}: {error}") from error
-    if loras := lora_files(lora):
-        state, _, notes = merge_files(state, loras)
-        for note in notes:
-            if on_lora is not None:
-                on_lora(note)
+    loras, _, notes = read_loras(lora_files(lora), state)
+    for note in notes:
+        if on_lora is not None:
+            on_lora(note)
+    check = WeightCheck(source) if info.quantised is not None else None
+    state = unpacked(state, check, loras)
+    if check is not None:
+        check.finish()
     before = tensors_sha256(state)
     if on_checkpoint is not None:
         on_checkpoint(info, before)
@@ -112,7 +117,7 @@ def _check_target(target: Path, to: str) -> Path:
     if to not in TARGETS:
         raise ValueError(f"unknown layout {to!r}; legal: {', '.join(TARGETS)}")
     legal = {"native": ("", ".safetensors"), "diffusers": ("",), "pt": (".pt", ".pth")}[to]
-    files = (".safetensors", ".pt", ".pth")  # any other suffix belongs to the name of a folder, such as Wan2.1
+    files = (".safetensors", ".pt", ".pth", ".gguf")  # any other suffix belongs to the name of a folder, such as Wan2.1
     suffix = target.suffix if target.suffix in files else ""
     if suffix not in legal:
         names = " or ".join(f"name{ending}" if ending else "a folder" for ending in legal)

@@ -67,12 +67,13 @@ _TEXT_BLOCK_BACK = {theirs: ours for ours, theirs in _TEXT_BLOCK.items()}
 
 _KEY = re.compile(r"(?P<block>blocks\.\d+\.)?(?P<name>.+?)(?P<kind>\.weight|\.bias)?")
 _RENAMED = {"in_dim": "in_channels", "out_dim": "out_channels"}  # native config.json -> WanConfig
-_ABOUT_OTHERS = {"model_type", "window_size", "qk_norm", "cross_attn_norm"}  # native keys that fix no size
+_ABOUT_OTHERS = {"model_type", "window_size", "qk_norm", "cross_attn_norm", "quantization_config"}
+"""Native keys that fix no size; how tensors are quantised is read from the tensors."""
 CAUSAL, _OF_WINDOW = "CausalWanModel", ("local_attn_size", "sink_size")  # as Self-Forcing's code writes them
 _DIFFUSERS_SIZES = ("patch_size", "in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")
 _DIFFUSERS_OTHERS = {
     "num_attention_heads", "attention_head_dim", "cross_attn_norm", "qk_norm", "image_dim", "added_kv_proj_dim",
-    "rope_max_seq_len", "pos_embed_seq_len",
+    "rope_max_seq_len", "pos_embed_seq_len", "quantization_config",
 }  # fmt: skip
 
 

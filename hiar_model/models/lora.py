@@ -107,7 +107,7 @@ class AppliedLora:
         return {"name": self.name, "sha256": self.sha256, "scale": self.scale, "file": self.path}
 
 
-def read_lora(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> Lora:
+def read_lora(path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> Lora:
     """Read and check a LoRA file against a transformer.
 
     Args:
@@ -256,7 +256,7 @@ def _deltas(module: str, parts: Mapping[str, Any], alpha: _Alpha, file: Path) ->
             yield key, Delta(1.0, difference=parts[part])
 
 
-def _check_shape(key: str, delta: Delta, tensors: Mapping[str, Tensor], file: Path) -> None:
+def _check_shape(key: str, delta: Delta, tensors: Mapping[str, Any], file: Path) -> None:
     if key not in tensors:
         raise ValueError(f"{file}: changes {key}, which this transformer has not")
     shape = list(tensors[key].shape)
@@ -278,14 +278,15 @@ def merged(
     """A copy of a state dict with adapters added to it, each tensor summed in float32 (float64) and rounded once.
 
     Args:
-        state: native keys -> tensors, q, k, v apart; those that no adapter changes are shared. loras: with scales.
+        state: native keys -> tensors, q, k, v apart, also some of a transformer's; those that no adapter changes are
+            shared. loras: with scales.
         dtype: of the changed tensors; None: unchanged.
 
     Raises:
         ValueError: a tensor that is not finite after that.
     """
     result = dict(state)
-    for key in {key: None for lora, _ in loras for key in lora.deltas}:
+    for key in {key: None for lora, _ in loras for key in lora.deltas if key in state}:
         old = state[key]
         final = dtype or old.dtype
         total = old.detach().to(torch.promote_types(torch.promote_types(old.dtype, final), torch.float32), copy=True)
@@ -310,10 +311,17 @@ def merge_files(
     state: Mapping[str, Tensor], files: Sequence[LoraFile], dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], tuple[AppliedLora, ...], list[str]]:
     """Read and merge adapters; the new state dict (:func:`merged`), a record and a line of each."""
-    loras = [(read_lora(file.path, state), file.scale) for file in files]
-    notes = [f"{lora}; merged at scale {scale:g}" for lora, scale in loras]
-    applied = tuple(applied_lora(lora, scale) for lora, scale in loras)
+    loras, applied, notes = read_loras(files, state)
     return merged(state, loras, dtype), applied, notes
+
+
+def read_loras(
+    files: Sequence[LoraFile], tensors: Mapping[str, Any]
+) -> tuple[list[tuple[Lora, float]], tuple[AppliedLora, ...], list[str]]:
+    """Read adapters of a transformer (:func:`read_lora`): each with its scale, a record and a line of each."""
+    loras = [(read_lora(file.path, tensors), file.scale) for file in files]
+    notes = [f"{lora}; merged at scale {scale:g}" for lora, scale in loras]
+    return loras, tuple(applied_lora(lora, scale) for lora, scale in loras), notes
 
 
 def applied_lora(lora: Lora, scale: float, name: str | None = None) -> AppliedLora:

@@ -60,6 +60,7 @@ class Subject:
     text_encoder    bytes of its weights
     vae             diffusers' config, or :func:`.small_vae.vae_settings`; None: on the CPU, or missing
     missing         names of missing components
+    quantised       whether the transformer's weights are dequantised when they are loaded
     """
 
     name: str
@@ -73,6 +74,7 @@ class Subject:
     text_encoder: int = 0
     vae: dict[str, Any] | None = None
     missing: tuple[str, ...] = ()
+    quantised: bool = False
 
 
 def with_vae(about: Subject, path: str | os.PathLike[str]) -> Subject:
@@ -118,11 +120,11 @@ def subject(model: str) -> Subject:
 
 
 def _on_disk(path: Path) -> Subject:
-    from ..models.checkpoint import read_checkpoint
+    from ..models.checkpoint import open_checkpoint
     from ..models.text_encoder import NATIVE_WEIGHTS, WEIGHTS, find_text_encoder
     from ..models.vae_weights import ORIGINAL, find_vae
 
-    checkpoint = read_checkpoint(path)[1]  # memory-mapped, not read
+    checkpoint = open_checkpoint(path)[1]  # memory-mapped, not read
     folder, missing, text_encoder, vae = path if path.is_dir() else path.parent, [], 0, None
     if any((folder / name).exists() for name in (WEIGHTS, NATIVE_WEIGHTS)):
         text_encoder = find_text_encoder(folder).nbytes
@@ -138,6 +140,7 @@ def _on_disk(path: Path) -> Subject:
     return Subject(
         str(checkpoint), checkpoint.config, checkpoint.window.apply(_ROLLOUT), size=grid_size(checkpoint.config),
         text_encoder=text_encoder, vae=vae, missing=tuple(missing),
+        quantised=checkpoint.quantised is not None,
     )  # fmt: skip
 
 
@@ -157,7 +160,7 @@ class FitQuery:
             size = (r.height, r.width, r.rollout.frames_per_block)
             vae = vae_memory(self.subject.vae, *size, self.vae_dtype, r.device)
         text_encoder = ComponentMemory(self.subject.text_encoder)
-        return predict(r, text_encoder=text_encoder, vae=vae, offload=self.offload)
+        return predict(r, text_encoder=text_encoder, vae=vae, offload=self.offload, quantised=self.subject.quantised)
 
 
 def fit_query(
@@ -355,7 +358,9 @@ def lines(query: FitQuery, limits: Sequence[int] = ()) -> Iterator[str]:
 
 def _rows(query: FitQuery, memory: Memory) -> Iterator[tuple[str, int, str]]:
     r = query.request
-    yield "transformer", memory.transformer, "weights"
+    yield "transformer", memory.transformer, "weights" + (", dequantised" if query.subject.quantised else "")
+    if memory.loading:
+        yield "loading it", memory.loading, "temporary: q, k and v of a block apart, and what is being dequantised"
     if query.subject.text_encoder:
         note = "weights; offloaded after the prompt is encoded" if "text" in query.offload else "weights"
         yield "text encoder", memory.text_encoder.weights, note

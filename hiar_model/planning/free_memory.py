@@ -15,6 +15,8 @@ from safetensors import safe_open
 
 from ..config import SHIPPED, WAN
 from ..io.weight_files import read_json
+from ..models.checkpoint import loading_bytes, open_checkpoint
+from ..models.quantised import WORK
 from ..models.text_encoder import find_text_encoder
 from ..models.wan import Checkpoint, is_experts, is_wan_folder
 from .fit import FitQuery, fit_query, options_that_fit, subject, with_vae
@@ -160,6 +162,22 @@ def require_memory(
         f"{model}: {needs} about {total / 1e9:.1f} GB in {name}, {free / 1e9:.1f} GB of {where} are free; "
         + (f"these fit: {fits}" if fits else "no option makes it fit: see hiar doctor --model")
     )
+
+
+def require_memory_to_convert(source: str | os.PathLike[str]) -> None:
+    """Refuse to convert a large quantised checkpoint that does not fit the free memory once it is dequantised, before
+    any weights are read; others are memory-mapped.
+
+    Raises:
+        ValueError: one line: the bytes needed and those free. What :func:`.open_checkpoint` refuses.
+    """
+    info, free = open_checkpoint(Path(source))[1], free_bytes(torch.device("cpu"))
+    needed = info.parameters * WORK.itemsize + loading_bytes(info.config, WORK)
+    if info.quantised is not None and free is not None and needed >= SMALL and free < needed:
+        raise ValueError(
+            f"{source}: dequantised to {_name(WORK)} it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are "
+            "free"
+        )
 
 
 def _first_file(checkpoint: Checkpoint | None) -> str | None:

@@ -26,6 +26,7 @@ from hiar_kernels.common.triton_loader import shapes_only
 
 from ..common.checks import OFFLOAD, one_of
 from ..config import ExecutionConfig, RolloutConfig, WanConfig
+from ..models.checkpoint import loading_bytes
 from ..models.kv_cache import RingCache
 from ..models.transformer import HiARTransformer
 from ..rollout import Rollout
@@ -139,6 +140,7 @@ class Memory:
     activations        peak of a task on top of all this
     captured           whether activations stay allocated, in the private pool of the CUDA graphs
     workspaces         of cuBLAS, one for each stream
+    loading            beside the weights, while the transformer of a quantised checkpoint is loaded
     offload            components that leave the device, of `OFFLOAD`
     """
 
@@ -151,6 +153,7 @@ class Memory:
     activations: int
     captured: bool = False
     workspaces: int = 0
+    loading: int = 0
     text_encoder: ComponentMemory = ComponentMemory()
     vae: ComponentMemory = ComponentMemory()
     offload: tuple[str, ...] = ()
@@ -158,6 +161,11 @@ class Memory:
     @property
     def _vae(self) -> ComponentMemory:
         return ComponentMemory() if "vae" in self.offload else self.vae
+
+    @property
+    def reading(self) -> int:
+        """Peak while the transformer is loaded, after the VAE."""
+        return self.transformer + self.loading + self._vae.weights
 
     @property
     def encoding(self) -> int:
@@ -190,13 +198,16 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The highest of the three."""
-        return max(self.encoding, self.task, self.decoding)
+        """The highest of the four."""
+        return max(self.reading, self.encoding, self.task, self.decoding)
 
     @property
     def when(self) -> str:
-        """Which of the three it is."""
-        named = {"a task": self.task, "decoding": self.decoding, "encoding the prompt": self.encoding}
+        """Which of the four it is."""
+        named = {
+            "a task": self.task, "decoding": self.decoding, "encoding the prompt": self.encoding,
+            "loading the transformer": self.reading,
+        }  # fmt: skip
         return max(named, key=lambda name: named[name])
 
 
@@ -206,10 +217,12 @@ def predict(
     text_encoder: ComponentMemory | None = None,
     vae: ComponentMemory | None = None,
     offload: Sequence[str] = (),
+    quantised: bool = False,
 ) -> Memory:
     """Predict the memory of a rollout; nothing is allocated.
 
     Args:
+        quantised: whether the transformer is loaded from a quantised checkpoint.
         text_encoder, vae: components on the same device; None: absent. offload: components to leave it, of `OFFLOAD`.
 
     Raises:
@@ -234,6 +247,7 @@ def predict(
         activations=counted.activations,
         captured=captured,
         workspaces=streams * WORKSPACE,
+        loading=loading_bytes(config, request.dtype) if quantised else 0,
         text_encoder=text_encoder or ComponentMemory(),
         vae=vae or ComponentMemory(),
         offload=tuple(offload),

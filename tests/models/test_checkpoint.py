@@ -205,7 +205,7 @@ def test_nothing_there(tmp_path, weights):
     assert "no weights found: it has no tensor" in refusal(write(tmp_path / "empty.pth", {}), CONFIG)
     path = tmp_path / "weights.bin"
     path.write_bytes(b"?")
-    assert refusal(path).endswith("expected .safetensors, .pth, .pt or a folder, got '.bin'")
+    assert refusal(path).endswith("expected .safetensors, .pth, .pt, .gguf or a folder, got '.bin'")
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.pt"])
@@ -249,8 +249,8 @@ def test_wrong_keys_and_shapes_are_named(tmp_path, weights):
 
 
 def test_integers_are_no_weights(tmp_path, weights):
-    path = write(tmp_path / "w.pth", {**weights, "head.head.weight": weights["head.head.weight"].to(torch.int8)})
-    assert "head.head.weight is torch.int8, expected one of torch.float16" in refusal(path)
+    path = write(tmp_path / "w.pth", {**weights, "head.head.weight": weights["head.head.weight"].to(torch.int32)})
+    assert "head.head.weight is torch.int32, expected one of torch.float16" in refusal(path)
 
 
 def test_a_tensor_twice(tmp_path, weights):

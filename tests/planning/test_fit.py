@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 from dataclasses import replace
 
 import pytest
+import quantised_files
 import torch
 import wan_files
 from made_runs import changed
 
 from hiar_model import config
 from hiar_model.cli import main
+from hiar_model.io.packed import Scaled
+from hiar_model.models.checkpoint import loading_bytes
 from hiar_model.planning import fit
 from hiar_model.planning.fit import fit_query, options_that_fit, parse_size, subject
 from hiar_model.planning.memory import ComponentMemory, vae_memory
@@ -168,3 +172,27 @@ def test_an_offloaded_part_is_not_on_the_gpu():
     assert query.memory().vae == ComponentMemory()
     both = replace(query, offload=("text", "vae"))
     assert query.memory().resident - both.memory().resident == 2 * config.WAN.text_encoder_parameters
+
+
+# Quantised checkpoints
+
+
+def test_a_quantised_file_is_named_and_its_loading_counted(tmp_path, monkeypatch):
+    path = quantised_files.write(tmp_path / "w.safetensors", quantised_files.comfy(quantised_files.native()))
+    monkeypatch.setattr(Scaled, "dequantise", lambda *_: pytest.fail("weights are read"))
+    told = said("--model", str(path), *(f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()))
+    assert "quantised, scale_weight as ComfyUI writes it: 20 tensors of float8_e4m3fn" in told.splitlines()[0]
+    assert "| transformer | 0.00 | weights, dequantised |" in told
+    assert "| loading it | 0.05 | temporary" in told and "| **peak** | **0.05** | loading the transformer |" in told
+    memory = fit_query(str(path), **SMALL).memory()
+    assert memory.loading == loading_bytes(wan_files.WAN, torch.bfloat16)
+    assert memory.reading == memory.transformer + memory.loading == memory.total
+    assert replace(memory, loading=0).total < memory.total
+
+
+def test_a_gguf_file_that_is_not_read(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "w.gguf"
+    quantised_files.write_gguf(path, quantised_files.native(), ("Q8_0",), architecture="flux")
+    assert refused(capsys, "--model", str(path)).endswith("a GGUF file of a flux model, expected wan")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "GGUF files need gguf: pip install 'hiar-kernels[gguf]'" in refused(capsys, "--model", str(path))

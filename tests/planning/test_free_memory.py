@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+import quantised_files
 import torch
 import wan_files
 
 from hiar_model import generate, load_video_model
 from hiar_model.cli import main
+from hiar_model.io.packed import Scaled
 from hiar_model.models import wan
 from hiar_model.planning import free_memory
 from hiar_model.planning.free_memory import free_bytes, require_memory
@@ -138,3 +140,27 @@ def test_weights_in_the_dtype_of_the_file_are_mapped(tmp_path, write, size):
         assert found == size and numbers > 0
         without = free_memory.replace(one, text_encoder=(0, 0)).total()
         assert one.total() - without == (0 if dtype.itemsize == size else numbers * dtype.itemsize)
+
+
+def test_a_quantised_checkpoint_needs_what_it_becomes(folder, little, tmp_path):
+    fp8 = str(quantised_files.write(tmp_path / "w.safetensors", quantised_files.comfy(quantised_files.native())))
+    sizes = {"height": 64, "width": 64, "num_frames": 33}
+    about = free_memory.Path(folder), fp8, CPU, None, (), None
+    need = free_memory._need(*about, order=None, height=64, width=64, frames=33)
+    memory = need.query.memory()
+    assert memory.total == memory.reading
+    little(need.total())
+    require_memory(folder, CPU, None, checkpoint=fp8, **sizes)
+    little(need.total() - 1)
+    with pytest.raises(ValueError, match="this video needs about"):
+        require_memory(folder, CPU, None, checkpoint=fp8, **sizes)
+
+
+def test_what_does_not_fit_is_not_converted(little, tmp_path, capsys, monkeypatch):
+    fp8 = str(quantised_files.write(tmp_path / "w.safetensors", quantised_files.comfy(quantised_files.native())))
+    little(1000)
+    monkeypatch.setattr(Scaled, "dequantise", lambda *_: pytest.fail("weights are read"))
+    assert main(["convert", fp8, str(tmp_path / "out.safetensors"), "--to", "native"]) == 2
+    told = capsys.readouterr().err
+    assert told == f"hiar: {fp8}: dequantised to bfloat16 it takes 0.1 GB, 0.0 GB of memory are free\n"
+    assert not (tmp_path / "out.safetensors").exists()

@@ -36,7 +36,7 @@ LONGEST_FILE = 500
 SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h"}
 NOT_OURS = {"build", "dist", "out", "runs"}
 TIERS = {"cpu", "interpreter", "compile", "gpu"}
-NOT_AT_IMPORT = ("triton", "diffusers", "transformers", "flash_attn", "xformers")
+NOT_AT_IMPORT = ("triton", "diffusers", "transformers", "flash_attn", "xformers", "gguf")
 
 
 def sources(root: Path) -> Iterator[Path]:
