@@ -10,6 +10,7 @@ import pytest
 import quantised_files as files
 import refusals
 import torch
+import wan_files
 from torch import Tensor
 
 from hiar_model.cli import main
@@ -99,6 +100,18 @@ def test_the_command_line_ends_with_an_error_and_no_file(tmp_path, capsys):
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and f"{LAYER}.weight has weights of size" in told
     assert [one.name for one in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_no_video_of_wrong_weights(here, capsys):
+    folder = wan_files.write_original(here / "wan")
+    tensors = dict(files.comfy(files.native())[0])
+    del tensors[f"model.diffusion_model.{LAYER}.scale_weight"]
+    path = files.write(here / "w.safetensors", (tensors, {}))
+    words = ["generate", wan_files.PROMPT, "-o", "a.mp4", "--model", str(folder), "--checkpoint", str(path)]
+    assert main([*words, "--height", "64", "--width", "64", "--num-frames", "9"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert f"{LAYER}.weight has weights of size" in told[-1] and "its scale is missing or wrong" in told[-1]
+    assert {one.name for one in here.iterdir()} == {"wan", "w.safetensors"}
 
 
 def test_a_wrong_plain_layer_is_not_blamed_on_scales(tmp_path):
