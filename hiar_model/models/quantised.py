@@ -63,12 +63,11 @@ class Quantisation:
 
     Attributes:
         dialect: who writes such keys. kinds: type of numbers, and for whom each scale is -> count of tensors.
-        nbytes: in the file, with scales. unused: keys that dequantising does not need, scales of inputs.
+        unused: keys that dequantising does not need, scales of inputs.
     """
 
     dialect: str
     kinds: Mapping[str, int]
-    nbytes: int
     unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -144,8 +143,7 @@ def pack(
     if not kinds:
         return result, None
     dialect = _dialect(result, scales, marked, bool(formats), architecture)
-    nbytes = sum(value.nbytes for value in result.values() if isinstance(value, Packed))
-    return result, Quantisation(dialect, dict(kinds.most_common()), nbytes, tuple(unused))
+    return result, Quantisation(dialect, dict(kinds.most_common()), tuple(unused))
 
 
 def _legal() -> str:
