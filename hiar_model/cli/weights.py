@@ -35,12 +35,12 @@ def convert(a: Namespace) -> None:
     from ..models.convert import convert as convert_files
     from ..planning.free_memory import require_memory_to_convert
 
-    require_memory_to_convert(a.source)
-
     def show(info: CheckpointInfo, sha256: str) -> None:
         print(f"in:  {info}\n     tensors sha256 {sha256}", flush=True)
 
-    done = convert_files(a.source, a.target, a.to, on_checkpoint=show, lora=a.lora, on_lora=print)
+    done = convert_files(
+        a.source, a.target, a.to, on_checkpoint=show, lora=a.lora, on_lora=print, on_open=require_memory_to_convert
+    )
     print(f"out: {done.target}\n     tensors sha256 {done.sha256}: read again, the same")
 
 

@@ -57,6 +57,7 @@ def convert(
     *,
     lora: LoraLike | Sequence[LoraLike] | None = None,
     on_lora: Callable[[str], None] | None = None,
+    on_open: Callable[[CheckpointInfo], None] | None = None,
 ) -> Converted:
     """Write a transformer in another layout; every tensor keeps its dtype, and its numbers unless LoRA is merged.
     Quantised tensors (:mod:`.quantised`) are dequantised, to bfloat16.
@@ -73,6 +74,7 @@ def convert(
         on_checkpoint: called with the source's description and the hash of its tensors (with LoRA merged) before
             anything is written.
         lora: LoRA files to merge (:data:`.LoraLike`). on_lora: called with a line about each.
+        on_open: called with the source's description before weights are read; may refuse it with ValueError.
 
     Raises:
         ValueError: one line: an unknown layout, a name that does not fit it, a target that exists or lies in the
@@ -84,6 +86,8 @@ def convert(
     if Path(source).is_dir() and Path(os.path.realpath(source)) in Path(os.path.realpath(target)).parents:
         raise ValueError(f"{target} would lie in {source} and become part of it: choose a place outside")
     state, info = open_checkpoint(source)
+    if on_open is not None:
+        on_open(info)
     if to == "diffusers":
         try:
             key_mapping.diffusers_config(info.config)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from ..config import SHIPPED, WAN
 from ..io.weight_files import read_json
-from ..models.checkpoint import loading_bytes, open_checkpoint
+from ..models.checkpoint import CheckpointInfo, loading_bytes
 from ..models.quantised import WORK
 from ..models.text_encoder import find_text_encoder
 from ..models.wan import Checkpoint, is_experts, is_wan_folder
@@ -164,19 +164,19 @@ def require_memory(
     )
 
 
-def require_memory_to_convert(source: str | os.PathLike[str]) -> None:
-    """Refuse to convert a large quantised checkpoint that does not fit the free memory once it is dequantised, before
-    any weights are read; others are memory-mapped.
+def require_memory_to_convert(info: CheckpointInfo) -> None:
+    """Refuse to convert a large quantised checkpoint that does not fit the free memory once it is dequantised; others
+    are memory-mapped.
 
     Raises:
-        ValueError: one line: the bytes needed and those free. What :func:`.open_checkpoint` refuses.
+        ValueError: one line: the bytes needed and those free.
     """
-    info, free = open_checkpoint(Path(source))[1], free_bytes(torch.device("cpu"))
+    free = free_bytes(torch.device("cpu"))
     needed = info.parameters * WORK.itemsize + loading_bytes(info.config, WORK)
-    if info.quantised is not None and free is not None and needed >= SMALL and free < needed:
+    if info.quantised is not None and free is not None and SMALL <= needed and free < needed:
         raise ValueError(
-            f"{source}: dequantised to {_name(WORK)} it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are "
-            "free"
+            f"{info.files[0]}: dequantised to {_name(WORK)} it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB of "
+            "memory are free"
         )
 
 

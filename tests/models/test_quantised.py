@@ -268,6 +268,8 @@ def test_convert_writes_bfloat16(tmp_path, capsys):
     want, _ = read_checkpoint(source)
     assert result.keys() == want.keys() and all(torch.equal(x, want[key]) for key, x in result.items())
     assert open_checkpoint(tmp_path / "out.safetensors")[1].quantised is None
+    line = refusals.refusal(convert, source, tmp_path / "out.gguf", "native")
+    assert line.endswith("out.gguf: --to native writes a folder or name.safetensors")
 
 
 @pytest.mark.parametrize("call", ["load", "convert"])
