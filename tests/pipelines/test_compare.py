@@ -213,7 +213,7 @@ def test_prompts_over_time(model, here):
 def test_letters_that_no_font_has_are_said(folder, here, capsys, monkeypatch):
     captions.typeset.cache_clear()
     monkeypatch.setattr(captions, "lacking", lambda text, face: "g" * ("g" in text))
-    assert main(["compare", PROMPT, "-o", "a.gif", "--model", str(folder), "--num-frames", "6"]) == 0
+    assert main(["compare", PROMPT, "-o", "a.mp4", "--model", str(folder), "--num-frames", "6"]) == 0
     captions.typeset.cache_clear()
     line = "no font here has the letters g of the caption: they are shown as ?; install Noto Sans"
     assert capsys.readouterr().err.splitlines().count(line) == 1
