@@ -4,21 +4,20 @@ what tests of the command line share.
 
 from __future__ import annotations
 
-import os
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch is imported: tests and the processes that they start compute the same bits, on one thread each.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+import before_torch  # noqa: F401
 import emulation as host
 import pytest
-from emulation import no_nvcc
-
-from hiar_kernels.common.extension import find_nvcc
+from emulation import find_nvcc, no_nvcc
 
 NEEDS_NVCC = {"nvcc", "emulation"}  # fixtures
+# Files that prepare something for many seconds. They run first: a worker that has done takes half of what another has
+# left, and where that cuts such a file in two, both prepare it.
+PREPARED = {"test_ab.py", "test_bench.py", "test_pipeline.py", "test_train_distributed.py", "test_ulysses.py"}
 
 
 def pytest_configure() -> None:
@@ -33,11 +32,18 @@ def pytest_report_header() -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in PREPARED)
     if no_nvcc() is None:
         return
     left_out = [item for item in items if NEEDS_NVCC & set(getattr(item, "fixturenames", ()))]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish() -> None:
+    """What the modules hold stays: no collection of garbage looks through it again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

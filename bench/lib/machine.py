@@ -51,7 +51,6 @@ def revision(folder: Path = ROOT) -> str:
 def environment(device: str) -> dict[str, str]:
     """Device, driver, date, git revision and versions."""
     cuda = device == "cuda"
-    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
     driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}",
@@ -62,8 +61,16 @@ def environment(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()) if cuda else "none",
-        **{name: installed.get(name, "absent") for name in PEERS},
+        **{name: version(name) for name in PEERS},
     }
+
+
+def version(distribution: str) -> str:
+    """Of what is installed, or "absent"."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 def sources(root: Path) -> str:

@@ -39,7 +39,7 @@ class Bench:
 
     def compiled(self, function: Callable) -> Callable:
         """torch.compile; on a CPU, where only the path is rehearsed, without the code generator."""
-        return torch.compile(function, dynamic=False, backend="inductor" if self.cuda else "aot_eager")
+        return torch.compile(function, dynamic=False, backend="inductor" if self.cuda else "eager")
 
     def normal(self, *shape: int, scale: Tensor | float = 1.0) -> Tensor:
         return (torch.randn(*shape, device=self.device) * scale).to(torch.bfloat16)

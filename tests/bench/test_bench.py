@@ -51,37 +51,50 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 """
 
 
-@pytest.fixture
-def run_pytest(tmp_path):
+# Runs of pytest, one after another: one interpreter with one torch is enough for all of them.
+IN_TURN = """
+import json, sys
+import pytest
+
+for words in json.loads(sys.argv[1]):
+    print(f"exit status {int(pytest.main(words))}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
     """As the GPU targets of the Makefile do, with only torch, triton, pytest and pytest-benchmark installed.
 
-    In a copy of the tree, which nobody edits meanwhile: results are kept for one state of the sources.
+    In a copy of the tree, which nobody edits meanwhile: results are kept for one state of the sources. A folder with
+    the results of a rehearsal in first/, and in again/ those after a part was to be run once more; and what was said by
+    both, and by a search for the tests of a GPU.
     """
-    tree = tmp_path / "tree"
-    for folder in ("bench", "hiar_kernels", "hiar_model", "tests"):
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    shutil.copy(ROOT / "pyproject.toml", tree)
-    (tmp_path / "sitecustomize.py").write_text(BARE)
+    folder = tmp_path_factory.mktemp("rehearsed")
+    for name in ("bench", "hiar_kernels", "hiar_model", "tests"):
+        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    shutil.copy(ROOT / "pyproject.toml", folder / "tree")
+    (folder / "sitecustomize.py").write_text(BARE)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of xdist
-    path = os.pathsep.join(map(str, (tmp_path, tree)))
+    path = os.pathsep.join(map(str, (folder, folder / "tree")))
     environment |= {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "pytest", "-p", "bench.lib.resume", "--resume", "out/journal.jsonl"]
+    resumed = ["-p", "bench.lib.resume", "--resume", "out/journal.jsonl"]
+    ops = [*resumed, "-p", "pytest_benchmark.plugin", "bench/ops/bench_ops.py", "--benchmark-only", "--results"]
+    runs = [[*ops, str(folder / "first")], [*ops, str(folder / "again"), "-k", "cross"]]
+    runs.append([*resumed, "-m", "gpu", "tests/interpreter", "tests/gpu", "--collect-only", "-q"])
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, json.dumps(runs)], cwd=folder / "tree", env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    first, again, search, rest = done.stdout.split("exit status 0\n")
+    assert not rest, done.stdout + done.stderr
+    return folder, first, again, search
 
-    def run(*arguments: str) -> str:
-        done = subprocess.run([*command, *arguments], cwd=tree, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
-    return run
-
-
-def test_rehearsal(run_pytest, tmp_path):
-    command = ["-p", "pytest_benchmark.plugin", "bench/ops/bench_ops.py", "--benchmark-only"]
-    command += ["--results", str(tmp_path)]
-    said = run_pytest(*command)
+def test_rehearsal(rehearsed):
+    folder, said, again, _ = rehearsed
     assert "REHEARSAL at small sizes" in said and "180 s of CPU, 160 of them test_two_ranks_on_two_cores" in said
-    result = json.loads((tmp_path / "ops.json").read_text())
+    result = json.loads((folder / "first" / "ops.json").read_text())
     assert result["rehearsal"] is True
     measured = {(row["op"], row["pass"], row["variant"]) for row in result["rows"]}
     norms = ("ada_layer_norm", "layer_norm", "rms_norm", "gated_residual_ada_layer_norm", "gated_residual_layer_norm")
@@ -106,18 +119,16 @@ def test_rehearsal(run_pytest, tmp_path):
     for name in ("triton", "cuda", "cudnn for attention"):
         assert "CUDA device" in result["absent"][name], "nothing says that our kernels were left out"
     assert "half a minute" in result["absent"]["flex with a block mask"]
-    page = (tmp_path / "ops.md").read_text()
+    page = (folder / "first" / "ops.md").read_text()
     assert "REHEARSAL" in page and not re.search(r"\dx \|", page), "a rehearsal has no speedup"
-    assert not (tmp_path / "measured.json").exists(), "a rehearsal chooses no implementation"
-
-    again = run_pytest(*command, "-k", "cross")
+    assert not (folder / "first" / "measured.json").exists(), "a rehearsal chooses no implementation"
     assert "4 passed in an earlier run and do not run again" in again
-    assert json.loads((tmp_path / "ops.json").read_text()) == result, "rows of earlier runs are lost"
+    assert json.loads((folder / "again" / "ops.json").read_text()) == result, "rows of earlier runs are lost"
 
 
-def test_gpu_tests_need_no_more(run_pytest):
-    said = run_pytest("-m", "gpu", "tests/interpreter", "tests/gpu", "--collect-only", "-q")
-    assert len([line for line in said.splitlines() if "::" in line]) > 200
+def test_gpu_tests_need_no_more(rehearsed):
+    *_, search = rehearsed
+    assert len([line for line in search.splitlines() if "::" in line]) > 200
 
 
 # The work

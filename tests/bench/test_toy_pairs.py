@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from toy_codec import codec_once  # noqa: F401 (fixture)
 
 from bench.studies.toy_pairs import BEGINNINGS, CONTINUING, main, read_toy_pairs
 from hiar_model.toy.codec import ToyCodec

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_toy import BLOCK, FRAMES, PROMPT, small_folder  # noqa: F401 (fixtures)
+from toy_codec import codec_once  # noqa: F401 (fixture)
 
 from hiar_model import generate
 from hiar_model.cli import COMMANDS, build_parser, machine, main
@@ -70,15 +71,15 @@ def test_the_record_repeats_the_video(folder, here):
 
 
 def test_a_window_of_all_frames(folder, here):
-    assert run("generate", PROMPT, "-o", "a.gif", "--model", folder, "--window-frames", "null") == 0
-    record = json.loads((here / "a.gif.json").read_text())
+    assert run("generate", PROMPT, "-o", "a.mp4", "--model", folder, "--window-frames", "null") == 0
+    record = json.loads((here / "a.mp4.json").read_text())
     assert record["rollout"]["window_frames"] is None and "--window-frames null" in record["command"]
 
 
 def test_a_config_file(folder, here):
-    (here / "c.yaml").write_text(f"out: a.gif\nmodel: {folder}\nnum_frames: 6\nseed: 4\n")
+    (here / "c.yaml").write_text(f"out: a.mp4\nmodel: {folder}\nnum_frames: 6\nseed: 4\n")
     assert run("generate", PROMPT, "--config", "c.yaml", "--seed", 5) == 0
-    record = json.loads((here / "a.gif.json").read_text())
+    record = json.loads((here / "a.mp4.json").read_text())
     assert (record["num_frames"], record["seed"]) == (6, 5)
 
 
@@ -164,7 +165,7 @@ def test_a_mistake_is_one_line(folder, here, capsys, name):
 
 
 def test_unknown_keys_of_a_config_are_refused(here, capsys):
-    (here / "c.yaml").write_text("out: a.gif\nnum_frame: 6\n")
+    (here / "c.yaml").write_text("out: a.mp4\nnum_frame: 6\n")
     assert "num_frame" in refused(capsys, 2, "generate", PROMPT, "--config", "c.yaml")
 
 
@@ -250,7 +251,7 @@ def test_train_resume_generate(here, capsys):
     assert run("train", TOY, *TINY, "--out", "run") == 0
     assert "resuming from update 2 of run/states/update_00000002" in capsys.readouterr().out
     assert "another batch_size" in refused(capsys, 2, "train", TOY, *TINY, "batch_size=2", "--out", "run")
-    assert run("generate", PROMPT, "-o", "a.gif", "--model", "run/model", "--num-frames", BLOCK) == 0
+    assert run("generate", PROMPT, "-o", "a.mp4", "--model", "run/model", "--num-frames", BLOCK) == 0
     model = load_video_model("run/model", "cpu")
     assert (model.train_frames, model.num_frames) == (6, 24)
 

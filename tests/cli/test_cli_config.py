@@ -32,9 +32,9 @@ def write(name: str, text: str) -> None:
 
 
 def test_a_prompt_in_the_file(folder):
-    write("c.yaml", f"prompt: {PROMPT}\nout: a.gif\nmodel: {folder}\nnum-frames: 6\n")
+    write("c.yaml", f"prompt: {PROMPT}\nout: a.mp4\nmodel: {folder}\nnum-frames: 6\n")
     assert run("generate", "--config", "c.yaml") == 0
-    assert (record("a.gif")["prompt"], record("a.gif")["num_frames"]) == (PROMPT, 6)
+    assert (record("a.mp4")["prompt"], record("a.mp4")["num_frames"]) == (PROMPT, 6)
 
 
 @pytest.mark.parametrize("words", [
@@ -42,18 +42,18 @@ def test_a_prompt_in_the_file(folder):
     ("--seed", "5", OTHER, "--config", "c.yaml"),
 ])  # fmt: skip
 def test_what_is_typed_counts_more_wherever_it_stands(words):
-    write("c.yaml", f"prompt: {PROMPT}\nout: a.gif\nseed: 4\nnum_frames: 6\n")
+    write("c.yaml", f"prompt: {PROMPT}\nout: a.mp4\nseed: 4\nnum_frames: 6\n")
     told = build_parser().parse_args(config_first(["generate", *words]))["generate"]
     assert (told.prompt, told.seed, told.num_frames) == (OTHER, 5, 6)
 
 
 def test_what_print_config_writes(folder, capsys):
     with pytest.raises(SystemExit):
-        run("generate", PROMPT, "-o", "a.gif", "--model", folder, "--num-frames", 6, "--window-frames", "[3,6]",
+        run("generate", PROMPT, "-o", "a.mp4", "--model", folder, "--num-frames", 6, "--window-frames", "[3,6]",
             "--steps", 2, "--print_config")  # fmt: skip
     write("c.yaml", capsys.readouterr().out)
     assert run("generate", "--config", "c.yaml") == 0
-    assert (record("a.gif")["rollout"]["window_frames"], record("a.gif")["prompt"]) == ([3, 6], PROMPT)
+    assert (record("a.mp4")["rollout"]["window_frames"], record("a.mp4")["prompt"]) == ([3, 6], PROMPT)
 
 
 @pytest.mark.parametrize("kind", ["a.mp4.json", "a/video.json"])
@@ -111,7 +111,7 @@ def test_a_file_that_is_none_is_one_line(capsys, text, message):
 ])  # fmt: skip
 def test_a_file_that_says_too_much_or_something_else(capsys, text, message):
     write("c.yaml", text)
-    assert run("generate", PROMPT, "-o", "a.gif", "--config", "c.yaml") == 2
+    assert run("generate", PROMPT, "-o", "a.mp4", "--config", "c.yaml") == 2
     line = capsys.readouterr().err
     assert message in line and line.count("\n") == 1
 
@@ -124,13 +124,13 @@ def test_text_files_as_editors_write_them(here, encoding, end):
     Path("p.txt").write_bytes(lines.encode(encoding))
     assert [line.prompt for line in PromptSchedule.read("p.txt").lines] == [PROMPT, "a blue circle moving up"]
     assert read_prompts("p.txt")[0] == f"0 {PROMPT}"
-    Path("c.yaml").write_bytes(f"prompt: {PROMPT}{end}seed: 7{end}out: a.gif{end}".encode(encoding))
+    Path("c.yaml").write_bytes(f"prompt: {PROMPT}{end}seed: 7{end}out: a.mp4{end}".encode(encoding))
     assert build_parser("generate").parse_args(["generate", "--config", "c.yaml"])["generate"].seed == 7
 
 
 def test_a_record_belongs_to_generate(folder, capsys):
-    assert run("generate", PROMPT, "-o", "a.gif", "--model", folder) == 0
-    assert run("doctor", "--config", "a.gif.json") == 2
+    assert run("generate", PROMPT, "-o", "a.mp4", "--model", folder) == 0
+    assert run("doctor", "--config", "a.mp4.json") == 2
     assert "for hiar generate only" in capsys.readouterr().err
 
 

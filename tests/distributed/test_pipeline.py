@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import pytest
 import small_toy
 import torch
 from made_runs import make_rollout
-from processes import PATIENCE, torchrun
+from processes import PATIENCE, Started, torchrun
 from processes import run as run_python
 from refusals import refused
 from small_toy import BLOCK, PROMPT
@@ -39,7 +38,6 @@ from hiar_model.schedule.stages import RankSteps, faster_fusion, split_steps
 pytestmark = pytest.mark.cpu
 
 JOB = Path(__file__).parents[1] / "helpers" / "pipeline_job.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 # On several processes
@@ -129,11 +127,15 @@ def test_a_fault_ends_the_job_in_time(how, message):
     assert ended - fault < PATIENCE / 2, "gloo's own limit is half an hour"
 
 
-def test_processes_end_without_their_launcher():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(JOB), "orphan"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT)
-    ended = time.time()  # the last process has closed its output
+def test_processes_end_without_their_launcher(tmp_path):
+    os.mkfifo(tmp_path / "held")
+    held = os.open(tmp_path / "held", os.O_RDONLY | os.O_NONBLOCK)
+    done = torchrun(3, JOB, "orphan", tmp_path / "held")
     assert done.returncode == -signal.SIGKILL
+    closed, *_ = select.select([held], [], [], PATIENCE)  # by the end of the last process
+    ended = time.time()
+    assert closed and not os.read(held, 1)
+    os.close(held)
     fault = float(re.search(r"orphan at ([\d.]+)", done.stdout)[1])
     assert ended - fault < PATIENCE / 2
 
@@ -143,9 +145,7 @@ def test_a_killed_generation_is_resumed(tmp_path):
     command = ["-m", "hiar_model", "generate", PROMPT, "-o", "made/", "--model", str(model), "--seed", "3",
                "--num-frames", str(16 * BLOCK), "--nproc", "2", "--checkpoint-every", "2", "--timeout",
                "10"]  # fmt: skip
-    started = subprocess.Popen(
-        [sys.executable, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+    started = Started(command, cwd=tmp_path)
     folder, until = tmp_path / "made.blocks", time.time() + PATIENCE
     while not list(folder.glob("block_*")) and time.time() < until:
         time.sleep(0.05)
@@ -153,8 +153,9 @@ def test_a_killed_generation_is_resumed(tmp_path):
     while len(list(folder.glob("state_000002_*"))) < 2 and time.time() < until:
         time.sleep(0.01)
     os.kill(victim, signal.SIGKILL)
-    assert started.wait(PATIENCE) == 1
-    stderr = started.stderr.read()
+    ended = started.done()
+    assert ended.returncode == 1
+    stderr = ended.stderr
     assert re.fullmatch(
         r"hiar: rank \d \(step \d\) died at step \d of block \d+.*; \d+ finished blocks .* made\.blocks.*--resume.*\n",
         stderr,
@@ -177,15 +178,15 @@ def test_a_killed_generation_is_resumed(tmp_path):
 
 
 def workers(launcher: int) -> list[int]:
-    """Worker processes of a launcher, from /proc."""
+    """Processes of a launcher, from /proc."""
     pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                status, words = (entry / "status").read_text(), (entry / "cmdline").read_bytes()
+                status = (entry / "status").read_text()
             except OSError:
                 continue
-            if f"\nPPid:\t{launcher}\n" in status and b"generate" in words:
+            if f"\nPPid:\t{launcher}\n" in status:
                 pids.append(int(entry.name))
     return sorted(pids)
 

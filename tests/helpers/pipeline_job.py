@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 4 tests/helpers/pipeline_job.py cases RESULT.json      all cases; the results of each rank
 torchrun --nproc-per-node 3 tests/helpers/pipeline_job.py stop | kill | hang     rank 1 does that inside a task;
-                                                                             orphan: it kills torchrun
+torchrun --nproc-per-node 3 tests/helpers/pipeline_job.py orphan PIPE        it kills torchrun; all hold PIPE open
 """
 
 from __future__ import annotations
@@ -273,6 +273,8 @@ def doomed(how: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[1] == "orphan":
+        os.open(sys.argv[2], os.O_WRONLY)
     init_distributed()
     if sys.argv[1] == "cases":
         cases(Path(sys.argv[2]))

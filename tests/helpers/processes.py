@@ -27,13 +27,7 @@ from unittest import mock
 
 PATIENCE = 240  # seconds that any process may take on a busy machine
 _CONTEXT = multiprocessing.get_context("forkserver")
-# What they need, and is long to import: torch's optimizers import its compiler.
-LOADED = [
-    "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.launcher.api",
-    "torch.utils.tensorboard", "numpy.random", "hiar_model.cli", "hiar_model.rollout.executor",
-    "hiar_model.pipelines.video_pipeline", "hiar_model.train.engine.trainer", "hiar_model.train.stages.base",
-]  # fmt: skip
-_CONTEXT.set_forkserver_preload(LOADED)
+_CONTEXT.set_forkserver_preload(["preloaded"])
 
 
 class Started:
@@ -45,7 +39,9 @@ class Started:
         self._said = Path(tempfile.mkdtemp())
         told = [*map(str, words)], str(cwd or Path.cwd()), dict(os.environ if env is None else env)
         self._process = _CONTEXT.Process(target=_begin, args=(*told, self._said), daemon=False)
-        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):  # of the server, if this is the first
+        paths = filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+        of_the_server = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        with mock.patch.dict(os.environ, of_the_server):  # if this is the first
             self._process.start()
         self.pid: int = self._process.pid  # type: ignore[assignment]
 

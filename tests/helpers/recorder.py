@@ -34,11 +34,14 @@ class Recording:
 
     def __init__(self, calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]]) -> None:
         self.calls = calls
+        self.work = [call for call in calls if not call[0].is_view]
 
     def replay(self) -> None:
-        """Run them again; results are written to where they were the first time, as a graph's addresses are fixed."""
+        """Run them again; results are written to where they were the first time, as a graph's addresses are fixed: a
+        view of them is the same view.
+        """
         with torch.no_grad():
-            for function, args, kwargs, result in self.calls:
+            for function, args, kwargs, result in self.work:
                 again = function(*args, **kwargs)
                 for old, new in zip(_leaves(result), _leaves(again), strict=True):
                     if isinstance(old, Tensor) and old is not new and not _same_memory(old, new):

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from hiar_model.common.keyed import keyed_generator
 from hiar_model.config import wan
+from hiar_model.toy.codec import ToyCodec
 from hiar_model.train.config.reading import make_recipe
 from hiar_model.train.engine import metrics
 from hiar_model.train.engine.distributed import init_training
@@ -160,6 +161,9 @@ def _case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def _main() -> None:
+    from toy_codec import fit_once
+
+    ToyCodec.fit = fit_once  # type: ignore[method-assign,assignment]
     folder, path, *words = sys.argv[1:]
     values = json.loads(Path(path).read_text())
     if isinstance(values, dict):

@@ -111,30 +111,30 @@ def test_generate_records_and_repeats(folder, style, capsys):
     other = lora_files.write(Path("adapters"), "native", load_video_model(folder, "cpu").transformer.state_dict(),
                              {"blocks.0.self_attn.o": (2, 2.0)}, name="other")  # fmt: skip
     words = ["generate", PROMPT, "--model", str(folder), "--num-frames", "6", "-o"]
-    assert main([*words, "plain.gif"]) == 0
-    assert main([*words, "a.gif", "--lora", f"{style}:0.5", "--lora", str(other)]) == 0
+    assert main([*words, "plain.mp4"]) == 0
+    assert main([*words, "a.mp4", "--lora", f"{style}:0.5", "--lora", str(other)]) == 0
     assert "kohya keys: 3 layers of rank 2; merged at scale 0.5" in capsys.readouterr().err
-    assert [(lora["name"], lora["scale"]) for lora in read("a.gif.json")["lora"]] == [("style", 0.5), ("other", 1.0)]
-    assert main(["generate", "--config", "a.gif.json", "-o", "b.gif"]) == 0
-    a, b, plain = (Path(f"{name}.gif").read_bytes() for name in ("a", "b", "plain"))
+    assert [(lora["name"], lora["scale"]) for lora in read("a.mp4.json")["lora"]] == [("style", 0.5), ("other", 1.0)]
+    assert main(["generate", "--config", "a.mp4.json", "-o", "b.mp4"]) == 0
+    a, b, plain = (Path(f"{name}.mp4").read_bytes() for name in ("a", "b", "plain"))
     assert a == b != plain
-    assert main(["generate", "--config", "a.gif.json", "-o", "c.gif", "--lora", f"{style}:0.5"]) == 0  # typed: alone
-    assert [lora["name"] for lora in read("c.gif.json")["lora"]] == ["style"]
+    assert main(["generate", "--config", "a.mp4.json", "-o", "c.mp4", "--lora", f"{style}:0.5"]) == 0  # typed: alone
+    assert [lora["name"] for lora in read("c.mp4.json")["lora"]] == ["style"]
     Path("c.yaml").write_text(f"prompt: {PROMPT}\nmodel: {folder}\nnum_frames: 6\nlora: ['{style}:0.5', '{other}']\n")
-    assert main(["generate", "--config", "c.yaml", "-o", "d.gif"]) == 0
-    assert Path("d.gif").read_bytes() == a
+    assert main(["generate", "--config", "c.yaml", "-o", "d.mp4"]) == 0
+    assert Path("d.mp4").read_bytes() == a
     capsys.readouterr()
     style.write_bytes(other.read_bytes())
-    assert main(["generate", "--config", "a.gif.json", "-o", "e.gif"]) == 0
+    assert main(["generate", "--config", "a.mp4.json", "-o", "e.mp4"]) == 0
     told = capsys.readouterr().err
-    assert "a.gif.json: made by LoRA style" in told and "made by LoRA other" not in told
+    assert "a.mp4.json: made by LoRA style" in told and "made by LoRA other" not in told
 
 
 def test_compare_takes_it(folder, style):
-    words = ["compare", PROMPT, "--model", str(folder), "--num-frames", "6", "-o", "c.gif", "--lora", f"{style}:2"]
+    words = ["compare", PROMPT, "--model", str(folder), "--num-frames", "6", "-o", "c.mp4", "--lora", f"{style}:2"]
     assert main(words) == 0
-    assert read("c.gif.json")["lora"][0]["scale"] == 2.0
-    assert "--lora ./adapters/style.safetensors:2" in read("c.gif.json")["command"]  # so that the folder can be moved
+    assert read("c.mp4.json")["lora"][0]["scale"] == 2.0
+    assert "--lora ./adapters/style.safetensors:2" in read("c.mp4.json")["command"]  # so that the folder can be moved
 
 
 @pytest.mark.parametrize(
@@ -144,15 +144,15 @@ def test_compare_takes_it(folder, style):
 )  # fmt: skip
 def test_a_typed_mistake_is_one_line(folder, capsys, lora, line):
     Path("x.safetensors").touch()
-    assert main(["generate", PROMPT, "--model", str(folder), "-o", "a.gif", "--lora", lora]) == 2
-    assert capsys.readouterr().err == f"hiar: {line}\n" and not Path("a.gif").exists()
+    assert main(["generate", PROMPT, "--model", str(folder), "-o", "a.mp4", "--lora", lora]) == 2
+    assert capsys.readouterr().err == f"hiar: {line}\n" and not Path("a.mp4").exists()
 
 
 def test_an_output_that_would_replace_the_adapter(folder, style, capsys):
-    Path("a.gif").write_bytes(style.read_bytes())
-    words = ["generate", PROMPT, "--model", str(folder), "-o", "a.gif", "--overwrite", "--lora", "a.gif:0.5"]
+    Path("a.mp4").write_bytes(style.read_bytes())
+    words = ["generate", PROMPT, "--model", str(folder), "-o", "a.mp4", "--overwrite", "--lora", "a.mp4:0.5"]
     assert main(words) == 2
-    assert "-o would replace a.gif, which --lora a.gif reads" in capsys.readouterr().err
+    assert "-o would replace a.mp4, which --lora a.mp4 reads" in capsys.readouterr().err
 
 
 def test_wan_experts_take_it_too(here):

@@ -146,7 +146,7 @@ def test_blocks_come_before_the_end(model):
 
 
 def test_embeddings_of_prompts_are_kept(files, here, monkeypatch):
-    arguments = ["-o", "a.gif", "--model", files / "original", "--prompt-cache", "known"]
+    arguments = ["-o", "a.mp4", "--model", files / "original", "--prompt-cache", "known"]
     assert command(*arguments, frames=9) == 0
     assert len(list((here / "known").iterdir())) == 1
     monkeypatch.setattr("hiar_model.models.text_encoder.load_umt5", None)  # would be called

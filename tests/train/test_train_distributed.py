@@ -52,9 +52,10 @@ def runs(tmp_path_factory):
     stage.produce(folder / "pairs", 0, 1, lambda done, total: None)
 
     train(folder / "hiar one", hiar(folder))
-    train(folder / "pull one", recipe())
+    at_the_end = {"checkpoint_every": 8, "threads": 1}
+    train(folder / "pull one", recipe(scale=at_the_end))
     train(folder / "teacher forcing one", forcing())
-    train(folder / "muon one", recipe(optimizer=MUON))
+    train(folder / "muon one", recipe(optimizer=MUON, scale=at_the_end))
     with pytest.raises(KeyboardInterrupt):
         train(folder / "one to two", recipe(), _stop)
     scales = {"shard": 1}, {"micro_batch": 1, "activation_checkpointing": True}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +17,6 @@ from hiar_model.cli import main
 from hiar_model.config import WanConfig, wan
 from hiar_model.models.checkpoint import save_transformer
 from hiar_model.models.registry import load_video_model
-from hiar_model.toy.codec import ToyCodec
 from hiar_model.train.engine.networks import make_network
 
 pytestmark = pytest.mark.cpu
@@ -61,12 +59,6 @@ def test_resume(files, tmp_path, more):
     assert_equal_states(parts.ema.weights, whole.ema.weights)
 
 
-@pytest.fixture
-def codec(monkeypatch):
-    """The toy's codec, fitted once."""
-    monkeypatch.setattr(ToyCodec, "fit", functools.cache(functools.partial(ToyCodec.fit, frames=200)))
-
-
 def same_weights(network, other, dtype=torch.float32) -> bool:
     """``network`` was read from what ``other`` was written to in ``dtype``."""
     read, written = network.state_dict(), other.state_dict()
@@ -82,7 +74,7 @@ def same_weights(network, other, dtype=torch.float32) -> bool:
         ("windows", "stream", "own", [3, 4, 6]),
     ],
 )
-def test_exported_students(files, tmp_path, codec, capsys, variant, order, kv_source, window):
+def test_exported_students(files, tmp_path, capsys, variant, order, kv_source, window):
     """A model folder in the form that was trained; it makes the sheet's videos, and `hiar evaluate` takes it."""
     more = {"data": {"world": "varied"}, "forward_kl": {"weight": 0}, "sample_prompts": 2, **VARIANTS[variant]}
     stage = make(files, "hiar", **more)
@@ -113,7 +105,7 @@ def test_exported_students(files, tmp_path, codec, capsys, variant, order, kv_so
     assert (row["rollout"]["order"], row["num_frames"]) == (order, 6)
 
 
-def test_a_student_of_a_world_without_prompted_speed(files, tmp_path, codec):
+def test_a_student_of_a_world_without_prompted_speed(files, tmp_path):
     """Neither its training nor the exported model sees the speed."""
     stage = make(files, "hiar", data={"world": "free_speed"}, forward_kl={"weight": 0})
     model = load_video_model(stage.export(stage.trained["student"], tmp_path / "model"), "cpu", "float32")
@@ -122,7 +114,7 @@ def test_a_student_of_a_world_without_prompted_speed(files, tmp_path, codec):
         assert torch.equal(slow, fast)
 
 
-def test_exported_teacher(files, tmp_path, codec):
+def test_exported_teacher(files, tmp_path):
     stage = make(files, "teacher", data={}, sample_prompts=2, sample_steps=2)
     assert stage.sample(1).shape == (2, FRAMES, 32, 32, 3)
     path = stage.export(stage.trained["teacher"], tmp_path / "model")
@@ -187,6 +179,6 @@ def test_a_corrupt_shard_is_left_out_only_on_request(files, tmp_path, stage):
         ("hiar", {"batch_size": 65537}, "recipe: batch_size must be at most 65536, got 65537"),
     ],
 )  # fmt: skip
-def test_refused(files, codec, stage, more, words):
+def test_refused(files, stage, more, words):
     with refused(words):
         make(files, stage, **more)
