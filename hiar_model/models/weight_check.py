@@ -3,7 +3,7 @@
 The measure of a matrix W is its gain |W| / sqrt(rows), with the Frobenius norm: how long W @ x is, on average over
 directions x of the length sqrt(columns), as a root mean square of its numbers. It does not depend on the width. Fresh
 layers have 0.3 to 1.4 (Xavier, Kaiming). The shipped models have 0.41 to 3.13 after training; layers of one name lie
-within a factor of 1.71 of their median across the blocks, rows within 4.58 of theirs
+within a factor of 1.72 of their median across the blocks, rows within 4.58 of theirs
 (`python -m bench.studies.weight_gains`). No published Wan weights were measured.
 
 A float8 matrix whose scale is lost has numbers up to 448 and a gain of hundreds; one of int8 has up to 127, more than
