@@ -411,7 +411,7 @@ def students_of_drifting_start() -> str:
 
 
 def newest_gpu() -> Path:
-    from hiar_model.schedule.gpu_tables import folders
+    from bench.lib.gpu_tables import folders
 
     return next(folder for folder in reversed(folders()) if (folder / "ops.json").exists())
 
@@ -432,7 +432,7 @@ def attention_rates() -> str:
 
 def task_parts() -> str:
     """Where the milliseconds of a task go, before and after a change, on the newest measured GPU."""
-    from hiar_model.schedule.gpu_tables import rollouts
+    from bench.lib.gpu_tables import rollouts
 
     colours = {"attention": BLUE, "matmul": GREEN, "pointwise": ORANGE, "copy": "#7b5aa6", "idle": "#c9c9c9"}
     rows = []
@@ -447,8 +447,8 @@ def task_parts() -> str:
 
 def gains() -> str:
     """What four GPUs gain, by link, projected from timed tasks."""
-    from hiar_model.schedule.gpu_tables import stage_times, vae_ms
-    from hiar_model.schedule.strategies import machines, strategies
+    from bench.lib.gpu_tables import stage_times, vae_ms
+    from bench.lib.strategies import machines, strategies
 
     times = stage_times()
     picked = {"block_first, Ulysses over 4": ORANGE, "stream, Ulysses over 4": "#e8b27d", "pipeline of 4": BLUE}
@@ -482,6 +482,6 @@ PICTURES = {
 
 def pictures() -> dict[str, str]:
     """File name in docs/pictures -> SVG, the timelines of the schedule among them."""
-    from hiar_model.schedule.report import pictures as timelines
+    from bench.studies.parallel import pictures as timelines
 
     return {**timelines(), **{name: draw() for name, draw in PICTURES.items()}}

@@ -3,7 +3,7 @@
     make docs-refresh    (python docs/refresh.py)            write them anew
     make docs-check      (python docs/refresh.py --check)    exit status 1 and a line for everything that is stale
 
-Between `<!-- table NAME -->` and `<!-- end -->` stands a table of hiar_model.schedule.report, between
+Between `<!-- table NAME -->` and `<!-- end -->` stands a table of bench.studies.parallel, between
 `<!-- COMMAND -->` and `<!-- end -->` what a command of this repository prints, less the paragraphs that an earlier
 command of the page printed word for word. Figures that stand in a sentence are only checked: change such a sentence by
 hand.
@@ -53,12 +53,12 @@ def printed(program: str, words: str, root: Path) -> str:
 
 @functools.cache
 def table(name: str) -> str:
-    """A table of hiar_model.schedule.report.
+    """A table of bench.studies.parallel.
 
     Raises:
         ValueError: there is none of this name.
     """
-    from hiar_model.schedule.report import quoted_tables
+    from bench.studies.parallel import quoted_tables
 
     tables = quoted_tables()
     if name not in tables:
@@ -85,10 +85,10 @@ def refreshed(page: str, root: Path = ROOT) -> str:
 
 def sentences() -> Iterator[tuple[str, str]]:
     """(page, what it must say) where a sentence quotes a figure of the simulator or of a measurement."""
+    from bench.lib.gpu_tables import stage_times
+    from bench.lib.strategies import machines
+    from bench.studies.parallel import gain_table
     from hiar_model.schedule.costs import LINKS, exchanged_bytes, measured, task_flop, unit_costs
-    from hiar_model.schedule.gpu_tables import stage_times
-    from hiar_model.schedule.report import gain_table
-    from hiar_model.schedule.strategies import machines
 
     parallel, machine = (
         "docs/evidence/parallel.md",

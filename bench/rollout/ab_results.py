@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from bench.lib import report
-from hiar_model.planning.profiling import KINDS, LAUNCHES, SYNCS, covered, kind_of
+from hiar_model.benchmark.parts import KINDS, LAUNCHES, SYNCS, covered, kind_of
 
 Row = dict[str, Any]
 UNITS = {

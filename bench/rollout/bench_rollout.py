@@ -5,7 +5,6 @@ On a CPU the same code runs the toy's sizes, as a rehearsal.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 
 from bench.lib import report
 from bench.lib.machine import CUDA
-from hiar_model.config import RolloutConfig
-from hiar_model.planning.profiling import Profile, Setting, profile
+from hiar_model.benchmark.run import bench
+from hiar_model.benchmark.setting import Setting
 
 # rollout: (order, fuse_cache_denoise, cuda_graph)
 CASES = {
@@ -27,7 +26,8 @@ CASES = {
     "HiAR wavefront, graph": ("wavefront", False, True),
     "HiAR wavefront, fused, graph": ("wavefront", True, True),
 }
-SMALL: dict[str, Any] = {"model": "toy", "layers": 2, "device": "cpu", "dtype": "float32", "blocks": 1}
+FULL: dict[str, Any] = {"model": "wan2.1-t2v-1.3b", "device": torch.device("cuda"), "blocks": 2}
+SMALL: dict[str, Any] = {"model": "toy", "layers": 2, "device": torch.device("cpu"), "blocks": 1}
 Row = dict[str, Any]
 # (rollout, figure, sense, goal): on one H200, Wan 1.3B, 480x832, window 21, VAE excluded
 GOALS = (
@@ -45,20 +45,21 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def row_of(name: str, result: Profile) -> Row:
-    """A rollout's row: what its table shows and, under "parts", where the time went."""
-    roofline = sum(part.limit for part in result.parts)
+def row_of(name: str, result: dict[str, Any]) -> Row:
+    """A rollout's row, from a result of `hiar bench`: what its table shows and, under "parts", where the time went."""
+    parts, speed, cold = result["parts"], result["speeds"][0], result["cold_start"]
+    peak = speed["device_peak_bytes"]
     return {
         "rollout": name,
-        "visit_ms": 1e3 * result.seconds,
-        "block_ms": 1e3 * result.seconds * result.tasks / result.setting.blocks,
-        "fps": result.frames_per_second,
-        "of_roofline": roofline / result.seconds,
-        "launches": result.launches,
-        "syncs": result.syncs,
-        "peak_gib": None if result.peak_bytes is None else result.peak_bytes / 2**30,
-        "cold_s": result.start.build + result.start.warm_up,
-        "parts": [dataclasses.asdict(part) for part in result.parts],
+        "visit_ms": 1e3 * parts["seconds"],
+        "block_ms": 1e3 * parts["seconds"] * result["measured"]["forwards_per_block"],
+        "fps": speed["fps"],
+        "of_roofline": sum(part["limit"] for part in parts["parts"]) / parts["seconds"],
+        "launches": parts["launches"],
+        "syncs": parts["syncs"],
+        "peak_gib": None if peak is None else peak / 2**30,
+        "cold_s": cold["load_s"] + cold["warm_up_s"],
+        "parts": parts["parts"],
         "rehearsal": not CUDA,
     }
 
@@ -66,9 +67,12 @@ def row_of(name: str, result: Profile) -> Row:
 @pytest.mark.parametrize("name", CASES)
 def test_rollout(benchmark: Any, record_property: Any, name: str) -> None:
     order, fuse, captured = CASES[name]
-    config = RolloutConfig(order=order, window_frames=21 if CUDA else 6, fuse_cache_denoise=fuse)
-    setting = Setting(rollout=config, cuda_graph=captured and CUDA, **({} if CUDA else SMALL))
-    row = row_of(name, benchmark.pedantic(lambda: profile(setting), rounds=1))
+    setting = Setting(
+        rollout={"order": order, "window_frames": 21 if CUDA else 6, "fuse_cache_denoise": fuse},
+        cuda_graph=captured and CUDA, repeats=1, **(FULL if CUDA else SMALL),
+    )  # fmt: skip
+    options = {"decode": False, "plain": False, "parts": True}
+    row = row_of(name, benchmark.pedantic(bench, (setting,), options, rounds=1))
     benchmark.extra_info.update(row)
     record_property("row", row)
     if CUDA:

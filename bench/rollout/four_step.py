@@ -5,7 +5,7 @@
 Every strategy makes the same number of blocks with the same random weights, after a warm-up. What more ranks would take
 than were started is projected from the tasks timed here. The VAE is in none of the times.
 
-A row of the result (hiar_model.schedule.report reads it; seconds, null where the video is too short to have one):
+A row of the result (bench.studies.parallel reads it; seconds, null where the video is too short to have one):
     way          alone | pipeline | ulysses (heads shared) | replicas (every rank a video of its own; fps of all)
     split        steps of each rank of a pipeline. measured: false where the times are the simulator's
     first_block  from the start to the first finished block. interval: between two blocks in the steady state

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from bench.lib.machine import ROOT
-from hiar_model.schedule.report import measured_table
+from bench.studies.parallel import measured_table
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 GPUS = torch.cuda.device_count()

@@ -28,7 +28,7 @@ SHARED = ("generate", "train", "verify-parity")
 """Commands that several processes share."""
 MINIMUM = {
     "num_frames": 1, "frames": 1, "steps": 1, "height": 1, "width": 1, "threads": 1, "nproc": 1, "batch": 1,
-    "blocks": 1, "layers": 1, "parts": 1, "speed": 1, "sink_frames": 0, "checkpoint_every": 0, "seeds": 0,
+    "blocks": 1, "repeats": 1, "layers": 1, "speed": 1, "sink_frames": 0, "checkpoint_every": 0, "seeds": 0,
 }  # fmt: skip
 MOST = {
     **dict.fromkeys(MINIMUM, checks.MOST_FRAMES),
@@ -39,7 +39,7 @@ ABOVE_0 = ("timeout",)
 INPUT_FILES = {
     "generate": ("image", "extend", "prompts", "vae", "from_session"), "compare": ("image", "extend", "prompts", "vae"),
     "doctor": ("vae",),
-    "bench-report": ("stage_times", "measured"),
+    "bench": ("compare",),
 }  # fmt: skip
 """Options of a command that name files it reads."""
 
@@ -71,8 +71,9 @@ def check_choices(command: str, a: Namespace) -> None:
             for file in lora_files(value):
                 if not Path(file.path).exists():
                     raise ValueError(f"--lora {file.path}: no such file; expected FILE or FILE:SCALE")
-        if name in INPUT_FILES.get(command, ()) and value is not None and not Path(value).exists():
-            raise ValueError(f"{option(name)} {value}: no such file")
+        for file in several if name in INPUT_FILES.get(command, ()) and value is not None else ():
+            if not Path(file).exists():
+                raise ValueError(f"{option(name)} {file}: no such file")
     if a.get("device") and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", a.device):
         near = checks.nearest(a.device, ("auto", "cpu", "cuda"))
         raise ValueError(f"--device must be one of auto, cpu, cuda, cuda:1, ..., got {a.device!r}{near}")
@@ -135,14 +136,9 @@ def _needed(command: str, a: Namespace) -> dict[str, str]:
         idle["on_prompt_change"] = f"with one prompt: give --prompts{session}"
     if command == "doctor" and a.model in SHIPPED:
         idle |= dict.fromkeys(("offload", "vae", "vae_dtype"), f"on {a.model}, which has no text encoder and no VAE")
-    if command == "profile" and a.stage_times is not None:
-        idle |= dict.fromkeys(("blocks", "plot"), "beside --stage-times")
-    if command == "bench-report":
-        others = ("results", "stage_times", "tflops", "vae_ms", "plot")
-        if a.measured is not None:
-            idle |= dict.fromkeys(others, "beside --measured, which prints its table alone")
-        elif a.results is not None:
-            idle |= dict.fromkeys(others[1:], "beside --results, which prints its tables alone")
+    if command == "bench" and a.compare is not None:
+        others = (name for name in vars(a) if name not in ("compare", "config"))
+        idle |= dict.fromkeys(others, "beside --compare, which reads two results")
     return idle
 
 
@@ -155,12 +151,12 @@ def _check_model(command: str, model: str) -> None:
     if model in SHIPPED or (model and Path(model).exists()):
         return
     names = [*SHIPPED]
-    if command in ("doctor", "warmup", "profile"):
+    if command in ("doctor", "warmup", "bench"):
         names += [name for name in WanConfig.names() if name not in SHIPPED]
     if model not in names:
         what = "neither a folder nor a shipped model; shipped"
-        if command in ("doctor", "warmup", "profile"):
-            what = "no name, file or folder; names" if command == "doctor" else "no known configuration; known"
+        if command in ("doctor", "warmup", "bench"):
+            what = "no name, file or folder; names" if command == "doctor" else "neither a name nor a folder; names"
         raise ValueError(f"--model {model!r} is {what}: {', '.join(names)}{checks.nearest(model, names)}")
 
 

@@ -23,7 +23,7 @@ from .config_file import ConfigFile, config_first
 from .evaluate import evaluate, evaluate_arguments
 from .generate import generate, generate_arguments
 from .parallel import launch, parity_arguments, verify_parity
-from .performance import bench_report, profile, profile_arguments, report_arguments, warmup, warmup_arguments
+from .performance import bench, bench_arguments, warmup, warmup_arguments
 from .signals import as_interrupts
 from .streams import kept_streams, status
 from .train import train, train_arguments
@@ -132,9 +132,8 @@ COMMANDS: dict[str, Command] = {
     "train": (train_arguments, train, "Train by a recipe, here or under torchrun; the same command resumes."),
     "evaluate": (evaluate_arguments, evaluate, "Measure how well a toy model's videos keep their prompts."),
     "verify-parity": (parity_arguments, verify_parity, "Compare a pipeline of processes with one, bit for bit."),
+    "bench": (bench_arguments, bench, "Measure how fast a rollout is, beside plain PyTorch, and say what is included."),
     "warmup": (warmup_arguments, warmup, "Compile and capture ahead for a size; say what a cold start costs."),
-    "profile": (profile_arguments, profile, "Say where the time of a rollout goes, beside the machine's limits."),
-    "bench-report": (report_arguments, bench_report, "Say what more GPUs gain: measured, and by the simulator."),
     "convert": (convert_arguments, convert, "Write weights in another layout, and prove that nothing changed."),
     "doctor": (doctor_arguments, doctor, "Say what is installed and would run; with --model, what memory it takes."),
 }

@@ -1,52 +1,81 @@
-"""Commands about speed: warmup, profile, bench-report."""
+"""Commands about speed: bench, warmup."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..config import SHIPPED, WAN, RolloutConfig, WanConfig
 from ..io.atomic import atomic_write
-from ..io.files import check_output, check_picture
-from .choices import rollout_options
+from ..io.files import check_output, check_picture, require_apart
+from .choices import option, rollout_options
+from .machine import imports, progress_bar, window_argument
 
 
 def setting_arguments(parser: ArgumentParser) -> None:
     """The rollout to measure; shared by the commands here."""
-    parser.add_argument("--model", type=str, default="wan2.1-t2v-1.3b", help="a configuration; weights are random")
-    parser.add_argument("--height", type=int, help="pixels; default: 480, or the one size that the model has")
-    parser.add_argument("--width", type=int, help="pixels; default: 832, likewise")
+    parser.add_argument(
+        "--model", type=str,
+        help="a shipped model, a folder, such as of Wan, or wan2.1-t2v-1.3b or -14b with random weights; default: "
+        "wan2.1-t2v-1.3b on CUDA, toy on a CPU",
+    )  # fmt: skip
+    parser.add_argument("--height", type=int, help="pixels; default: what the model says, 480 of Wan")
+    parser.add_argument("--width", type=int, help="pixels; default: what the model says, 832 of Wan")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
     parser.add_argument("--order", type=str, default="stream", help="stream, wavefront or block_first")
     parser.add_argument("--fuse-cache-denoise", type=bool, default=False, help="one forward for both kinds of tasks")
-    parser.add_argument("--window-frames", type=int, default=21, help="latent frames a block sees, its own among them")
-    parser.add_argument("--sink-frames", type=int, default=0, help="first frames that always stay visible")
+    parser.add_argument("--kv-source", type=str, default="own", help="of caches: own, or next_step (shared KV)")
+    window_argument(parser)
+    parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
+    parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
     parser.add_argument("--cuda-graph", type=bool | None, help="capture forwards as CUDA graphs; default: on CUDA")
-    parser.add_argument("--layers", type=int, help="of the network; default: all")
-    parser.add_argument("--device", type=str, help="default: cuda if there is any, else cpu")
+    parser.add_argument("--layers", type=int, help="of the network, with random weights; default: all")
+    parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if there is any), cpu, cuda, cuda:1")
     parser.add_argument("--dtype", type=str, help="default: bfloat16 on CUDA, float32 on a CPU")
 
 
+def _checked(a: Namespace) -> None:
+    """Refuse what can be refused without torch.
+
+    Raises:
+        ValueError: one line.
+    """
+    base = RolloutConfig(order="stream", window_frames=WAN.window_frames)
+    config = base.with_options(**{"window_frames": "model", **rollout_options(a)})
+    if config.order == "step_first":
+        raise ValueError("order must have a steady state (stream, wavefront or block_first), got step_first")
+    config.require_endless("a measurement with a full window")
+    if a.layers is not None and a.model is not None and a.model not in WanConfig.names():
+        names = ", ".join(WanConfig.names())
+        raise ValueError(f"layers needs random weights, so one of the models {names}, got {a.model!r}")
+    for name in ("height", "width"):
+        if a.model in SHIPPED and a[name] is not None:
+            raise ValueError(f"{name} must be left out: {a.model} makes frames of one size only, got {a[name]}")
+
+
 def _setting(a: Namespace, **more: Any) -> Any:
-    import torch
+    from ..benchmark.setting import Setting
+    from ..models.video_model import pick_device
 
-    from ..config import RolloutConfig
-    from ..planning.profiling import Setting
-
-    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cuda = device.startswith("cuda")
-    legal = ("bfloat16", "float16", "float32", "float64")
-    dtype = a.dtype or ("bfloat16" if cuda else "float32")
-    if dtype not in legal:
-        raise ValueError(f"dtype must be one of {', '.join(legal)}, got {dtype!r}")
+    model = a.model or ("toy" if pick_device(a.device).type == "cpu" else "wan2.1-t2v-1.3b")
     return Setting(
-        model=a.model, height=a.height, width=a.width,
-        rollout=RolloutConfig(**rollout_options(a)),
-        cuda_graph=cuda if a.cuda_graph is None else a.cuda_graph, dtype=dtype, device=device, layers=a.layers, **more,
+        model=model, height=a.height, width=a.width, rollout=rollout_options(a), cuda_graph=a.cuda_graph,
+        kv_dtype=a.kv_dtype, device=a.device, dtype=a.dtype, layers=a.layers, **more,
     )  # fmt: skip
+
+
+def _words(a: Namespace, *without: str) -> list[str]:
+    """The options of a command as they are typed, but those ``without``."""
+    words = []
+    for name, value in vars(a).items():
+        if name not in ("config", *without) and (value is not None or name == "window_frames"):
+            words.append(f"{option(name)}={value if isinstance(value, str) else json.dumps(value)}")
+    return words
 
 
 def warmup_arguments(parser: ArgumentParser) -> None:
@@ -55,84 +84,83 @@ def warmup_arguments(parser: ArgumentParser) -> None:
 
 
 def warmup(a: Namespace) -> None:
-    from ..planning.profiling import warm_up
+    _checked(a)
+    from ..benchmark.setting import warm_up
 
-    _, start = warm_up(_setting(a))
+    start = warm_up(_setting(a))
     print(
-        f"cold start of this process: weights {start.build:.1f} s, first run of {start.kinds} kinds of forwards "
+        f"cold start of this process: weights {start.load:.1f} s, first run of {start.kinds} kinds of forwards "
         f"(compiling, loading, capturing) {start.warm_up:.1f} s",
         flush=True,
     )
     if a.again:
         print("a second process:", flush=True)
         command = [sys.executable, "-m", "hiar_model", "warmup", "--again=false"]
-        options = {k: v for k, v in vars(a).items() if k not in ("again", "config") and v is not None}
-        for name, value in options.items():
-            command.append(f"--{name.replace('_', '-')}={json.dumps(value) if isinstance(value, bool) else value}")
-        if subprocess.run(command).returncode:
+        if subprocess.run([*command, *_words(a, "again")]).returncode:
             raise ValueError("the second process failed, see its message above")
 
 
-def profile_arguments(parser: ArgumentParser) -> None:
+def bench_arguments(parser: ArgumentParser) -> None:
     setting_arguments(parser)
-    parser.add_argument("--blocks", type=int, default=2, help="blocks to measure, once the window is full")
+    parser.add_argument("--blocks", type=int, default=8, help="to measure of each rollout, once its window is full")
+    parser.add_argument("--repeats", type=int, default=3, help="rollouts, each from its first block")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--decode", type=bool, default=True, help="with each decoder too: the small VAE, the full one")
+    parser.add_argument("--plain", type=bool, default=True, help="plain PyTorch too, for the speedup over it")
+    parser.add_argument("--parts", type=bool, default=False, help="where the time of a task goes, beside the limits")
+    parser.add_argument("--json", type=str, help="write the result; schema: hiar_model/benchmark/schema.json")
+    parser.add_argument("--plot", type=str, help="draw it into a .png")
     parser.add_argument(
-        "--stage-times", type=str, help="instead: tasks by the frames they see, into this JSON file for bench-report"
+        "--compare", type=str, nargs=2, metavar=("A.json", "B.json"), help="instead: the ratios of two results"
     )
-    parser.add_argument("--plot", type=str, help="draw where a task's milliseconds go, beside the limit, into a .png")
 
 
-def profile(a: Namespace) -> None:
-    if a.blocks < 1:
-        raise ValueError(f"blocks must be at least 1, got {a.blocks}")
-    picture = check_picture(a.plot)
-    setting = _setting(a, blocks=a.blocks)
-    from ..planning.profiling import draw_profile, stage_times
-    from ..planning.profiling import profile as measure
-
-    if a.stage_times is None:
-        result = measure(setting)
-        print("\n".join(result.lines()))
-        if picture is not None:
-            draw_profile(result, picture)
-            print(f"plot: {picture}")
+def bench(a: Namespace) -> None:
+    if a.compare is not None:
+        _compare(*a.compare)
         return
-    target = check_output(a.stage_times)
-    atomic_write(target, json.dumps(stage_times(setting), indent=1) + "\n")
-    print(f"stage times: {target}")
+    _checked(a)
+    target, picture = None if a.json is None else check_output(a.json), check_picture(a.plot)
+    require_apart({"--json": target, "--plot": picture}, {})
+    with imports():
+        from ..benchmark.result import draw, notes, tables
+        from ..benchmark.run import bench as measure
+    with progress_bar("{task.fields[blocks]}", "{task.fields[what]}") as bar:
+        task = bar.add_task("", total=None, blocks="loading", what="")
 
+        def show(done: int, total: int, what: str) -> None:
+            bar.update(task, total=total, completed=done, blocks=f"blocks {done}/{total}", what=what)
 
-def report_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--measured", type=str, help="JSON of bench/rollout/test_four_step_speedup.py: its table")
-    parser.add_argument("--stage-times", type=str, help="JSON of hiar profile --stage-times; default: the roofline")
-    parser.add_argument("--tflops", type=float, default=790.0, help="of the roofline")
-    parser.add_argument("--vae-ms", type=float, default=145.5, help="decode of a block, where stage times do not say")
-    parser.add_argument("--results", type=str, help="a folder like bench/results: only the rollouts measured in it")
-    parser.add_argument("--plot", type=str, help="draw the gains into this .png too")
-
-
-def bench_report(a: Namespace) -> None:
-    from ..schedule.gpu_tables import breakdown_table, rollout_table
-    from ..schedule.report import draw_gains, measured_table, report
-
-    if a.measured is not None:
-        try:
-            lines = measured_table(json.loads(Path(a.measured).read_text(encoding="utf-8")))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            bench = "bench/rollout/test_four_step_speedup.py"
-            raise ValueError(f"--measured must be a result of {bench}, got {a.measured}: {error!r}") from None
-        print("\n".join(lines))
-        return
-    if a.results is not None:
-        if not Path(a.results).is_dir():
-            raise ValueError(f"--results must be a folder with <device>/<date>-<revision>/, got {a.results}")
-        for table in (rollout_table, breakdown_table):
-            print("\n".join([*table(Path(a.results)), ""]))
-        return
-    picture = check_picture(a.plot)
-    print("Measured rollouts, then projections by the simulator: about half a minute.", file=sys.stderr, flush=True)
-    for section in report(a.stage_times, a.tflops, a.vae_ms):
-        print(section, flush=True)
+        result = measure(
+            _setting(a, blocks=a.blocks, repeats=a.repeats, seed=a.seed), decode=a.decode, plain=a.plain,
+            parts=a.parts, command=shlex.join(["hiar", "bench", *_words(a, "json", "plot")]), on_progress=show,
+        )  # fmt: skip
+    if target is not None:
+        atomic_write(target, json.dumps(result, indent=1) + "\n")
     if picture is not None:
-        draw_gains(picture)
-        print(f"plot: {picture}")
+        draw(result, picture)
+    _print(*tables(result), *notes(result))
+    for name, path in (("result", target), ("plot", picture)):
+        if path is not None:
+            print(f"{name}: {path}")
+
+
+def _compare(first: str, second: str) -> None:
+    from ..benchmark.result import compared, read
+
+    table, lines = compared(read(first), read(second))
+    _print(table, *lines)
+
+
+def _print(*things: Any) -> None:
+    """Tables and lines on standard output, as wide as the terminal; in a file 120 characters, without colours."""
+    import io
+
+    from rich.console import Console
+
+    page = None if sys.stdout.isatty() else io.StringIO()
+    console = Console(highlight=False, file=page, width=None if page is None else 120)
+    for thing in things:
+        console.print(thing, markup=False) if isinstance(thing, str) else console.print(thing, "")
+    if page is not None:
+        print("\n".join(line.rstrip() for line in page.getvalue().splitlines()))  # tables are padded

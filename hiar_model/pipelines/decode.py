@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hiar_kernels.nvtx import span
 
-from ..io.video import Frames
-from ..models.video_model import Decoder
+if TYPE_CHECKING:
+    from ..io.video import Frames
+    from ..models.video_model import Decoder
 
 _PENDING, _BLOCK = "waiting", "waiting_block"  # keys of saved states
 

@@ -163,6 +163,7 @@ def forward_block(
     frames: Sequence[int],
     earlier: Sequence[KV] = (),
     visible: Sequence[int] | slice = slice(None),
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = ops.attention,
 ) -> tuple[Tensor, KV]:
     """The Wan2.1 transformer on one block, with the keys and values of earlier blocks as context. Differentiable.
 
@@ -171,6 +172,7 @@ def forward_block(
         frames: the F absolute frame numbers of the block, for the rotary position embedding.
         earlier: what this function returned for the blocks before, in order.
         visible: which frames to attend to, by position among those of ``earlier`` and then the block's own.
+        attention: of queries, keys and values [B, T, heads, head width]; all keys are visible.
 
     Returns:
         Velocity eps - x0 [B, F, C, H, W], and the block's own :data:`KV`.
@@ -194,7 +196,7 @@ def forward_block(
         return y.unflatten(-1, (config.num_heads, -1))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.attention(q, k, v).flatten(2)
+        return attention(q, k, v).flatten(2)
 
     half = config.freq_dim // 2
     rates = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=latents.device) / half)

@@ -213,7 +213,7 @@ def roofline(
 
 
 def measured(stage_times: str | Path | Mapping[str, Any], link: Link) -> tuple[WanConfig, Geometry, Costs]:
-    """Costs in seconds from stage times of one device: a JSON file (`hiar profile --stage-times`) or its contents.
+    """Costs in seconds from stage times of one device: a JSON file (bench/studies/stage_times.py) or its contents.
 
         {"model": "wan2.1-t2v-1.3b",              a name of WanConfig.from_name
          "device": "...", "revision": "...",      shown in `Costs.source`

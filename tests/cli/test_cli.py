@@ -373,7 +373,9 @@ LIGHT = {
     "orders": (["evaluate", "toy", "--order", "[stream,steam]"], "--order must be .* got 'steam'; did you mean stream"),
     "ranks": (["verify-parity", "--nproc", "0"], "--nproc must be a whole number from 1 to"),
     "warmup": (["warmup", "--order", "foo"], "--order must be one of"),
-    "profile": (["profile", "--model", "wan2.1"], "--model 'wan2.1' is no known configuration; known: toy, scenes, "),
+    "bench": (["bench", "--model", "wan2.1"], "--model 'wan2.1' is neither a name nor a folder; names: toy, scenes, "),
+    "a bench without a steady state": (["bench", "--order", "step_first"], "--order must have a steady state"),
+    "a result": (["bench", "--compare", "a.json", "b.json"], "--compare a.json: no such file"),
     "doctor": (["doctor", "--model", "wan9"], "--model 'wan9' is no name, file or folder; names: toy, scenes, "),
     "layout": (["convert", "a", "b", "--to", "nativ"], "--to must be one of native, .*did you mean native"),
     **{f"no effect: {' '.join(words)}": (words, message) for words, message in [
@@ -387,9 +389,7 @@ LIGHT = {
         (["generate", PROMPT, "-o", "a.mp4", "--on-prompt-change", "recache"], "has no effect with one prompt: give"),
         (["verify-parity", "--nproc", "1", "--steps-per-rank", "measured"], "--steps-per-rank .* got measured"),
         (["doctor", "--model", "toy", "--vae-dtype", "float32"], "--vae-dtype has no effect on toy, which has no"),
-        (["profile", "--model", "toy", "--blocks", "3", "--stage-times", __file__], "--blocks has no effect beside"),
-        (["bench-report", "--measured", __file__, "--plot", "a.png"], "--plot has no effect beside --measured"),
-        (["bench-report", "--results", ".", "--vae-ms", "9"], "--vae-ms has no effect beside --results"),
+        (["bench", "--compare", __file__, __file__, "--plot", "a.png"], "--plot has no effect beside --compare"),
     ]},
     "recipe": (["train", "toy/teachr"], "no recipe 'toy/teachr': .*; did you mean toy/teacher?"),
 }  # fmt: skip

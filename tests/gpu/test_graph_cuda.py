@@ -11,9 +11,9 @@ import torch
 from made_runs import make_rollout
 
 import hiar_kernels
+from hiar_model.benchmark.parts import SYNCS, calls_within
 from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.models.transformer import HiARTransformer
-from hiar_model.planning.profiling import SYNCS, calls_within
 from hiar_model.rollout import Rollout
 
 pytestmark = pytest.mark.gpu

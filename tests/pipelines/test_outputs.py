@@ -147,10 +147,9 @@ LONG, PLOT = named(256, ".out"), named(256, ".png")
 OUTPUTS = {  # a command, and what it would do first
     "session": (["generate", PROMPT, "-o", "v.mp4", "--session", LONG], "hiar_model.cli.generate.load_for_video"),
     "evaluation": (["evaluate", "toy", "--json", LONG], "hiar_model.cli.evaluate.load_model"),
-    "stage times": (["profile", "--model", "toy", "--stage-times", LONG], "hiar_model.planning.profiling.stage_times"),
-    "plot": (["bench-report", "--plot", PLOT], "hiar_model.schedule.report.report"),
+    "bench": (["bench", "--model", "toy", "--json", LONG], "hiar_model.benchmark.run.bench"),
     "plot of an evaluation": (["evaluate", "toy", "--plot", PLOT], "hiar_model.cli.evaluate.load_model"),
-    "plot of a profile": (["profile", "--model", "toy", "--plot", PLOT], "hiar_model.planning.profiling.profile"),
+    "plot of a bench": (["bench", "--model", "toy", "--plot", PLOT], "hiar_model.benchmark.run.bench"),
     "comparison": (["compare", PROMPT, "-o", LONG.replace(".out", ".mp4")], "hiar_model.cli.compare.load_for_video"),
     "weights": (
         ["convert", "IN", LONG.replace(".out", ".safetensors"), "--to", "native"],

@@ -26,7 +26,7 @@ from hiar_model.cli.config_file import config_first
 from hiar_model.cli.main import COMMANDS
 from hiar_model.cli.train import _override
 from hiar_model.common.lora_file import lora_files
-from hiar_model.config import SHIPPED
+from hiar_model.config import SHIPPED, WanConfig
 from hiar_model.train.config.reading import load_recipe
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
@@ -177,8 +177,10 @@ def understand_hiar(words: list[str]) -> None:
     parsed = build_parser(next((word for word in words if word in COMMANDS), None)).parse_args(words)
     command, options = parsed.subcommand, parsed[parsed.subcommand]
     for name in ("model", *INPUT_FILES.get(command, ())):
-        if (value := options.get(name)) is not None and value not in SHIPPED:
-            Path(value).mkdir(parents=True, exist_ok=True)  # stands in for what is published, or made before
+        value = options.get(name)
+        for file in value if isinstance(value, list) else [value]:
+            if file is not None and file not in (*SHIPPED, *WanConfig.names()):
+                Path(file).mkdir(parents=True, exist_ok=True)  # stands in for what is published, or made before
     for file in lora_files(options.get("lora")):
         Path(file.path).mkdir(parents=True, exist_ok=True)
     check_choices(command, options)
@@ -279,7 +281,7 @@ def test_a_block_of_python_that_cannot_run_is_told():
         "torchrun --nproc-per-node 8 -m hiar_model train toy/teach",
         "hiar train toy/hiar && hiar train toy/hiar optimizer.rate=1",
         "W=data.wrld=varied\nhiar train toy/teacher $W",
-        "nsys profile -o rollout \\\n    hiar profile --depth 4",
+        "nsys profile -o rollout \\\n    hiar bench --depth 4",
         "make tests",
         "make test JOB=2",
         "python bench/nothing.py",

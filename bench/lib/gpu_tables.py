@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..config import WAN
+from hiar_model.config import WAN
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 FILES = ("rollouts.jsonl", "rollout.json", "ab.json")
@@ -203,7 +203,7 @@ NOTHING = ["No measurements: bench/results/ has no rollouts on a GPU."]
 def rollout_table(root: Path | None = None) -> list[str]:
     """Markdown table of all measured rollouts, with plain PyTorch forwards measured beside them.
 
-    >>> from hiar_model.schedule.gpu_tables import rollout_table
+    >>> from bench.lib.gpu_tables import rollout_table
     >>> print("\\n".join(rollout_table()))  # doctest: +SKIP
     """
     measured = folders(root)

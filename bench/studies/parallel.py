@@ -1,10 +1,10 @@
 """The simulator's speedups on several GPUs: tables and pictures for README and docs/ (docs/refresh.py).
 
-    python -m hiar_model.schedule.report                      all tables, as Markdown
-    python -m hiar_model.schedule.report --plot gains.png     speedup by number of blocks, a line per number of steps
+    python -m bench.studies.parallel                      all tables, as Markdown
+    python -m bench.studies.parallel --plot gains.png     speedup by number of blocks, a line per number of steps
 
 These are projections from a roofline or from stage times measured on one GPU. Whole rollouts that were measured are in
-:mod:`.gpu_tables`.
+bench/lib/gpu_tables.py.
 """
 
 from __future__ import annotations
@@ -14,13 +14,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import WAN, WanConfig
-from . import gpu_tables
-from .costs import LINKS, CostCurve, Costs, Geometry, exchanged_bytes, task_flop, uneven_heads, unit_costs
-from .plan import Plan
-from .simulator import ROUNDING, Simulation, Timeline, simulate
-from .strategies import MODELS, TFLOPS, VAE_MS, WINDOW, Machine, machines, plan_of, strategies
-from .timeline import draw
+from bench.lib import gpu_tables
+from bench.lib.strategies import MODELS, TFLOPS, VAE_MS, WINDOW, Machine, machines, plan_of, strategies
+from bench.lib.timeline import draw
+from hiar_model.config import WAN, WanConfig
+from hiar_model.schedule.costs import (
+    LINKS,
+    CostCurve,
+    Costs,
+    Geometry,
+    exchanged_bytes,
+    task_flop,
+    uneven_heads,
+    unit_costs,
+)
+from hiar_model.schedule.plan import Plan
+from hiar_model.schedule.simulator import ROUNDING, Simulation, Timeline, simulate
 
 STEPS = (2, 4, 8, 20, 50)
 BLOCKS = (7, 27, 81, 200)
@@ -230,7 +239,7 @@ def draw_gains(picture: str | Path, blocks: Sequence[int] = (2, 4, 7, 14, 27, 54
 
     All tasks cost 1. Left: one rank per step; right: at most four ranks.
     """
-    from ..io.plot import Lines, Series, save_plot
+    from hiar_model.io.plot import Lines, Series, save_plot
 
     panels = []
     for title, most in (("one rank per step", 50), ("four ranks at most", 4)):

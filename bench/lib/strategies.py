@@ -1,4 +1,4 @@
-"""Strategies for one video on one or several GPUs, which the tables of `hiar_model.schedule.report` compare."""
+"""Strategies for one video on one or several GPUs, which the tables of bench/studies/parallel.py compare."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config import WAN, WanConfig
-from .costs import LINKS, Costs, Geometry, Link, exchanged_bytes, head_parallel, measured, roofline, uneven_heads
-from .plan import Plan
-from .simulator import Timeline, simulate
+from hiar_model.config import WAN, WanConfig
+from hiar_model.schedule.costs import (
+    LINKS,
+    Costs,
+    Geometry,
+    Link,
+    exchanged_bytes,
+    head_parallel,
+    measured,
+    roofline,
+    uneven_heads,
+)
+from hiar_model.schedule.plan import Plan
+from hiar_model.schedule.simulator import Timeline, simulate
 
 WINDOW = WAN.window_frames
 NARROW = (6, 9, 12, 21)  # a window for each of four steps

@@ -8,29 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from hiar_model.cli import main
+from bench.lib.strategies import machines, plan_of, strategies
+from bench.studies import parallel, stage_times
+from bench.studies.parallel import (
+    crossing_table,
+    draw_gains,
+    gain_table,
+    limit_table,
+    measured_table,
+    pictures,
+    report,
+    setup_table,
+)
 from hiar_model.config import WanConfig
-from hiar_model.schedule import report as parallel_report
 from hiar_model.schedule.costs import (
     LINKS,
     Geometry,
     Link,
     head_parallel,
+    measured,
     roofline,
     unit_costs,
 )
 from hiar_model.schedule.plan import Plan, forwards
-from hiar_model.schedule.report import (
-    crossing_table,
-    draw_gains,
-    gain_table,
-    limit_table,
-    pictures,
-    report,
-    setup_table,
-)
 from hiar_model.schedule.simulator import simulate
-from hiar_model.schedule.strategies import machines, plan_of, strategies
 
 pytestmark = pytest.mark.cpu
 
@@ -121,7 +122,7 @@ def test_strategies() -> None:
 
 
 def test_report_from_stage_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_report, "STEPS", (2, 4))
+    monkeypatch.setattr(parallel, "STEPS", (2, 4))
     file = tmp_path / "stages.json"
     stages = {"model": "wan2.1-t2v-1.3b", "device": "a test", "revision": "r1", "height": 60, "width": 104}
     stages |= {"frames_per_block": 3, "denoise_s": [[3, 0.5], [21, 2.0]], "cache_s": [[3, 0.5], [21, 2.0]]}
@@ -147,10 +148,10 @@ def test_the_report_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: 
         shown.append(capsys.readouterr().out)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(parallel_report, "limit_table", stop)
-    monkeypatch.setattr("sys.argv", ["parallel_report"])
+    monkeypatch.setattr(parallel, "limit_table", stop)
+    monkeypatch.setattr("sys.argv", ["parallel"])
     with pytest.raises(KeyboardInterrupt):
-        parallel_report.main()
+        parallel.main()
     assert shown[0].startswith("# Rollouts measured on one GPU") and "| H200, " in shown[0]
     assert "## Where the time of a task goes, ms" in shown[0] and "Steady state" not in shown[0]
 
@@ -169,21 +170,25 @@ def row_of(order: str, strategy: str, ranks: int, seconds: float, **more) -> dic
     return {**row, **numbers, **more}
 
 
-def test_the_table_of_what_was_measured(tmp_path, capsys):
+def test_the_table_of_what_was_measured():
     rows = [
         row_of("block_first", "alone", 1, 10.0),
         row_of("stream", "pipeline", 4, 4.0, split=[1, 1, 1, 1], measured=False),
         row_of("block_first", "replicas", 4, 10.0, predicted=None),
     ]
-    target = tmp_path / "four_step.json"
-    target.write_text(json.dumps({"environment": {"device": "a GPU", "visit_s": {}}, "rows": rows}))
-    assert main(["bench-report", "--measured", str(target)]) == 0
-    out = capsys.readouterr().out.splitlines()
+    out = measured_table({"environment": {"device": "a GPU", "visit_s": {}}, "rows": rows})
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out[2:5]]
     assert cells[1][:4] == ["27", "stream", "pipeline of 4, projected", "1+1+1+1"]
     assert cells[1][4:] == ["4", "2.5", "0.5", "0.25", "", "24", "15", "4"]
     assert cells[2][2:6] == ["replicas of 4", "", "10", "4"] and cells[2][-1] == ""
     assert "- device: a GPU" in out and not any("visit_s" in line for line in out)
-    target.write_text("{}")
-    assert main(["bench-report", "--measured", str(target)]) == 2
-    assert "must be a result of bench/rollout/test_four_step_speedup.py" in capsys.readouterr().err
+
+
+def test_stage_times_feed_the_simulator(tmp_path, capsys):
+    target = tmp_path / "stages.json"
+    stage_times.main([str(target), "--model", "toy", "--layers", "2", "--window-frames", "6"])
+    assert capsys.readouterr().out == f"stage times: {target}\n"
+    _, geometry, costs = measured(target, LINKS["pcie"])
+    assert (geometry.height, geometry.width) == (8, 8)
+    seen = [frames for frames, _ in json.loads(target.read_text())["denoise_s"]]
+    assert seen == [3, 6] and costs.curve("denoise", 0)(6) > 0

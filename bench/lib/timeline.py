@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from .plan import BatchItem
-from .simulator import Timeline
-from .stages import steps_label
+from hiar_model.schedule.plan import BatchItem
+from hiar_model.schedule.simulator import Timeline
+from hiar_model.schedule.stages import steps_label
 
 UNIT, BOX, LANE = 26, 20, 25  # pixels: width of a unit of time, height of a box, of a lane
 LEFT, GAP, TITLE = 128, 18, 24

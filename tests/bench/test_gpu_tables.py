@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from hiar_model.cli import main
-from hiar_model.planning.profiling import KINDS
-from hiar_model.schedule import gpu_tables
+from bench.lib import gpu_tables
+from bench.rollout import bench_rollout
+from hiar_model.benchmark.parts import KINDS
+from hiar_model.benchmark.run import bench
+from hiar_model.benchmark.setting import Setting
 
 pytestmark = pytest.mark.cpu
 
@@ -107,15 +109,24 @@ def test_the_readme_has_the_last_revision_of_each_gpu(root):
     assert rows[0][3:] == ["60.0", "24.0", "", ""] and rows[1][3:] == ["40.0", "60.0", "40.0", "2.00"]
 
 
-def test_the_command(root, tmp_path, capsys):
-    assert main(["bench-report", "--results", str(root)]) == 0
-    out = capsys.readouterr().out
-    assert "\n".join(gpu_tables.rollout_table(root)) in out and "\n".join(gpu_tables.breakdown_table(root)) in out
-    assert main(["bench-report", "--results", str(root / "no")]) == 2
-    assert "--results must be a folder" in capsys.readouterr().err
+def test_a_rollout_of_the_bench_is_read(tmp_path):
+    """What bench/rollout/bench_rollout.py writes of a result of hiar bench."""
+    setting = Setting(**bench_rollout.SMALL, rollout={"window_frames": 6}, repeats=1)
+    row = bench_rollout.row_of("stream, eager", bench(setting, decode=False, plain=False, parts=True))
+    assert row["rehearsal"] and row["block_ms"] == pytest.approx(8 * row["visit_ms"]) and row["cold_s"] > 0
+    assert "stream, eager" in "\n".join(bench_rollout.table([row]))
+    folder = tmp_path / "x" / "2026-01-01-aaa"
+    folder.mkdir(parents=True)
+    result = {"environment": {"device": "NVIDIA X"}, "rows": [{**row, "rehearsal": False}]}
+    (folder / "rollout.json").write_text(json.dumps(result))
+    (read,) = gpu_tables.rollouts(folder)
+    assert (read.task, read.fps) == (row["visit_ms"], row["fps"]) and set(read.milliseconds) == {*KINDS, "idle"}
+
+
+def test_a_file_that_is_no_result_is_named(root):
     (root / "y/2026-01-01-ab/ab.json").write_text("{}")
-    assert main(["bench-report", "--results", str(root)]) == 2
-    assert "ab.json is not a result of the benches: KeyError('rows')" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"ab.json is not a result of the benches: KeyError\('rows'\)"):
+        gpu_tables.rollout_table(root)
 
 
 def test_nothing_measured(tmp_path):

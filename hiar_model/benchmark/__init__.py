@@ -1,0 +1,1 @@
+"""`hiar bench`: how fast a rollout is, and all that this depends on."""
