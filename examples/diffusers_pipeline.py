@@ -2,7 +2,7 @@
 
 FOLDER is what `HiARPipeline.from_pretrained(..., checkpoint="hiar.pt").save_pretrained(FOLDER)` wrote. Two lines are
 changed; what stood there is behind them. You see cat.gif grow block by block, where it came in one piece at the end.
-Takes about as long as the video, on a GPU.
+Takes a GPU and published weights.
 """
 
 import sys

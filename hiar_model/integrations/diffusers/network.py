@@ -61,10 +61,17 @@ def _places(model: Any) -> tuple[Any, ...]:
 
 
 def empty_network(transformer: Any) -> HiARTransformer:
-    """The network of a transformer, on the meta device: sizes alone."""
-    config = WanConfig.from_dict(read_sizes(dict(_model(transformer).config), Path("transformer")))
+    """The network of a transformer, on the meta device: sizes alone.
+
+    Raises:
+        ValueError: as :meth:`SharedNetwork.of`.
+    """
+    model = _model(transformer)
+    config = WanConfig.from_dict(read_sizes(dict(model.config), Path("transformer")))
     with torch.device("meta"):
-        return HiARTransformer(config)
+        network = HiARTransformer(config)
+    _check(dict(model.named_parameters()), {to_diffusers(key) for key in network.state_dict()})
+    return network
 
 
 def share_weights(model: Any) -> HiARTransformer:
@@ -72,7 +79,6 @@ def share_weights(model: Any) -> HiARTransformer:
     network = empty_network(model)
     theirs: dict[str, Tensor] = dict(model.named_parameters())
     names = {to_diffusers(key): key for key in network.state_dict()}
-    _check(theirs, names)
     dtype = model.patch_embedding.weight.dtype
     state: dict[str, Tensor] = {}
     for i, block in enumerate(model.blocks):
@@ -93,21 +99,21 @@ def _fused(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     return fused
 
 
-def _check(theirs: dict[str, Tensor], names: dict[str, str]) -> None:
+def _check(theirs: dict[str, Tensor], names: set[str]) -> None:
     if lora := [key for key in theirs if ".lora_" in key or ".base_layer." in key]:
         raise ValueError(
             f"transformer: {lora[0]}: a LoRA beside the weights; merge it: fuse_lora(), then unload_lora_weights()"
         )
     if any(".to_qkv." in key for key in theirs):
         raise ValueError("transformer: its projections are fused; call transformer.unfuse_qkv_projections()")
-    for what, keys in (("missing", names.keys() - theirs.keys()), ("unexpected", theirs.keys() - names.keys())):
+    for what, keys in (("missing", names - theirs.keys()), ("unexpected", theirs.keys() - names)):
         if keys:
             raise ValueError(f"transformer: {what} {some(sorted(keys))}")
     for key, value in theirs.items():
         if value.is_meta:
             raise ValueError(
                 f"transformer: {key} is not in memory: enable_model_cpu_offload() keeps whole models together, "
-                "sequential and group offload do not"
+                "sequential offload does not"
             )
         if not value.is_floating_point() or value.dtype.itemsize < 2:
             raise ValueError(f"transformer: {key} is {value.dtype}: quantised weights are not read here")

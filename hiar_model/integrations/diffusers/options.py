@@ -14,9 +14,9 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from ...common.checks import MOST_STEPS, one_of, whole
+from ...config import RolloutConfig
 from ...io.video import Frames
 from ...pipelines.conditioning import ConditioningFrames, read_conditioning
-from ...pipelines.video_pipeline import Window
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 CALLBACK_INPUTS = ("latents", "prompt_embeds")
@@ -48,7 +48,7 @@ class CallOptions:
             the last finished block.
         callback_on_step_end_tensor_inputs: what it is handed, of "latents" and "prompt_embeds".
         max_sequence_length: tokens of a prompt; more are cut.
-        order, window_frames, sink_frames: of :class:`hiar_model.RolloutConfig`, for this call.
+        rollout: a :class:`hiar_model.RolloutConfig` in place of ``pipe.rollout``, for this call. order: of its tasks.
 
     Raises:
         ValueError: one line with the illegal argument, its value and the legal ones.
@@ -71,9 +71,8 @@ class CallOptions:
     callback_on_step_end: Callable[..., Any] | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     max_sequence_length: int = 512
+    rollout: RolloutConfig | None = None
     order: str | None = None
-    window_frames: Window = "model"
-    sink_frames: int | None = None
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.prompt_embeds is None):

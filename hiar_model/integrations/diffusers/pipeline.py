@@ -29,7 +29,7 @@ from ...pipelines.video_pipeline import VideoOptions, rollout_config
 from ...rollout.shapes import check_prompt_embeds, require_shape
 from .network import SharedNetwork, empty_network, load_wan_transformer
 from .options import CALLBACK_INPUTS, CallOptions, as_output, joined, read_image
-from .run import Request, Run
+from .run import PipelineRun, VideoRequest
 
 _OF_LOADER = ("variant", "quantization_config", "device_map", "use_flashpack", "revision")
 _CALL = inspect.signature(CallOptions)
@@ -93,7 +93,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self._num_timesteps = len(config.steps)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
@@ -122,7 +122,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
             if isinstance(dtype, Mapping):
                 dtype = dtype.get("transformer", dtype.get("default"))
-            source = folder if checkpoint is None else checkpoint
+            source = folder / "transformer" if checkpoint is None else checkpoint
             kwargs["transformer"], info = load_wan_transformer(source, dtype or torch.float32)
             if checkpoint is not None and rollout is None:
                 rollout = info.window.apply(_rollout(None))
@@ -165,21 +165,21 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     @property
     def video_model(self) -> VideoModel:
         """The components as a :class:`hiar_model.VideoModel`, for :class:`hiar_model.VideoPipeline` and its like."""
-        return self._video_model(self._shared.of(self.transformer))
+        return self._video_model(self._shared.of(self.transformer), self.rollout)
 
-    def _video_model(self, network: HiARTransformer) -> VideoModel:
-        vae, config = self.vae.config, self.rollout
+    def _video_model(self, network: HiARTransformer, rollout: RolloutConfig) -> VideoModel:
+        vae = self.vae.config
         needed = (network.config.in_channels, network.config.out_channels)
         if needed != (vae.z_dim, vae.z_dim):
             raise ValueError(f"transformer takes {needed[0]} channels and makes {needed[1]}, the VAE has {vae.z_dim}")
-        cell, step, block = vae.scale_factor_spatial, vae.scale_factor_temporal, config.frames_per_block
+        cell, step, block = vae.scale_factor_spatial, vae.scale_factor_temporal, rollout.frames_per_block
         rows, columns = (cell * patch for patch in network.config.patch_size[1:])
         latent_frames = -(-(1 + (WAN.num_frames - 1) // step) // block) * block
         num_frames = 1 + (latent_frames - 1) * step
         return VideoModel(
             name=os.fspath(self.name_or_path or type(self).__name__),
             transformer=network,
-            rollout=config,
+            rollout=rollout,
             fps=WAN.fps,
             num_frames=num_frames,
             train_frames=num_frames,
@@ -243,15 +243,15 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return self._parts(self._start(options, True), options, True)
 
     @own_settings()
-    def _start(self, options: CallOptions, blockwise: bool) -> Run:
+    def _start(self, options: CallOptions, blockwise: bool) -> PipelineRun:
         """Check and encode everything, and build the run."""
         self._interrupt, self._current_timestep, self._current_block = False, None, None
+        if self._maybe_raise_error_if_group_offload_active(module=self.transformer):
+            raise ValueError("transformer: with group offload its weights come layer by layer, not for a whole rollout")
         # With a network without weights, as those may have to be moved first.
-        model = self._video_model(empty_network(self.transformer)).sized(options.height, options.width)
-        of_video = VideoOptions(
-            None, steps=options.num_inference_steps, order=options.order, window_frames=options.window_frames,
-            sink_frames=options.sink_frames,
-        )  # fmt: skip
+        rollout = options.rollout or self.rollout
+        model = self._video_model(empty_network(self.transformer), rollout).sized(options.height, options.width)
+        of_video = VideoOptions(None, steps=options.num_inference_steps, order=options.order)
         config = rollout_config(model, of_video, blockwise)
         self._num_timesteps = len(config.steps)
         picture = read_image(options.image, model.pixel_size)
@@ -278,7 +278,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prefix = model.encoder().encode(to_pixels(picture.frames)).expand(batch, -1, -1, -1, -1)
         self._to_device(blockwise)
         model = replace(model, transformer=self._shared.of(self.transformer))
-        request = Request(
+        request = VideoRequest(
             config=rollout_config(model, of_video, blockwise),
             batch=batch,
             prompt_embeds=embeds.to(model.device, model.dtype).repeat_interleave(per_prompt, 0),
@@ -288,7 +288,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prefix=None if prefix is None else prefix.to(model.device, model.dtype),
             picture=None if picture is None else picture.frames,
         )
-        return Run(self, model, request, self.execution, options.callback_on_step_end, options.tensor_inputs)
+        return PipelineRun(self, model, request, self.execution, options.callback_on_step_end, options.tensor_inputs)
 
     def _latent_frames(
         self, model: VideoModel, options: CallOptions, prefix_frames: int, blockwise: bool
@@ -301,7 +301,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             return model.latent_frames(frames, prefix_frames)
         return None if blockwise else prefix_frames + model.latent_frames(model.num_frames)
 
-    def _parts(self, run: Run, options: CallOptions, blockwise: bool) -> Iterator[Any]:
+    def _parts(self, run: PipelineRun, options: CallOptions, blockwise: bool) -> Iterator[Any]:
         """The parts of the output, block by block; afterwards the models go where they are kept."""
         latents: Any = run.latents()
         try:
@@ -368,8 +368,9 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return 1.0
 
 
-for _method in (HiARPipeline.__call__, HiARPipeline.stream):
-    _method.__signature__ = _CALL.replace(  # type: ignore[attr-defined]
+_METHODS: tuple[Any, ...] = (HiARPipeline.__call__, HiARPipeline.stream)
+for _method in _METHODS:
+    _method.__signature__ = _CALL.replace(
         parameters=[inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *_CALL.parameters.values()],
         return_annotation=inspect.signature(_method).return_annotation,
     )

@@ -24,7 +24,7 @@ from ...schedule.plan import Plan, Task
 
 
 @dataclass
-class Request:
+class VideoRequest:
     """What is asked for, checked and encoded.
 
     prompt_embeds: [B or 1, L, text_dim]. seeds: one for all videos of the batch, or one for each.
@@ -42,7 +42,7 @@ class Request:
     picture: Frames | None = None
 
 
-class Run:
+class PipelineRun:
     """One call. Iterate over :meth:`latents` or :meth:`frames` once.
 
     Args:
@@ -54,7 +54,7 @@ class Run:
         self,
         pipeline: Any,
         model: VideoModel,
-        request: Request,
+        request: VideoRequest,
         execution: ExecutionConfig | None,
         callback: Callable[..., Any] | None,
         tensor_inputs: Sequence[str],
