@@ -63,6 +63,7 @@ class Rollout:
         on_boundary: in a pipeline, called with n on every rank when it has done all tasks of blocks before n and none
             of block n: states saved there are consistent.
         on_denoise: called with the task and its input latents before each denoise task.
+        on_denoised: called with the task and the latents after it, x[s+1] of the block, which it may change in place.
 
     Raises:
         ValueError: illegal or contradictory arguments, with the legal values.
@@ -213,6 +214,15 @@ class Rollout:
     @on_denoise.setter
     def on_denoise(self, hook: Any) -> None:
         self._executor.on_denoise = hook
+
+    @property
+    def on_denoised(self) -> Any:
+        """Called with (task, the latents after it) after each denoise task, before any other task reads them."""
+        return self._executor.on_denoised
+
+    @on_denoised.setter
+    def on_denoised(self, hook: Any) -> None:
+        self._executor.on_denoised = hook
 
     @cached_property
     def forwards_total(self) -> int | None:

@@ -106,6 +106,7 @@ class Executor:
         self.by_layout = takes_layout(q, self._mask([0]), execution.attention_impl)
         self.counters = Counters()
         self.on_denoise: Callable[[Task, Tensor], None] | None = None  # called with each denoise task and its input
+        self.on_denoised: Callable[[Task, Tensor], None] | None = None  # ... and what it gave
         self.step = 0
         self.last_started_block = -1
         sigmas = ", ".join(f"{level:g}" for level in schedule.sigmas)
@@ -138,6 +139,8 @@ class Executor:
                 denoised = self._forward(items, [inputs[i] for i in indices])
             for task, out in denoised:
                 x = self._copy(out)
+                if self.on_denoised is not None:
+                    self.on_denoised(task, x)
                 if self.history is not None:
                     self.history.store(task, x)
                 self._put(task.step + 1, task.block, x)

@@ -97,6 +97,13 @@ def vae() -> Any:
     return model.eval().requires_grad_(False)
 
 
+def scheduler() -> Any:
+    """diffusers' UniPCMultistepScheduler as published beside Wan 2.1 for 480 rows; the package does not read it."""
+    from diffusers import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
 def original_text_encoder_state() -> dict[str, Tensor]:
     """The text encoder's tensors under the keys of the published .pth file."""
     renamed = {
@@ -196,6 +203,7 @@ def write_diffusers(folder: Path, shards: int = 1, *, parts: bool = True, seed: 
         text_encoder().save_pretrained(folder / "text_encoder")
         write_tokenizer(folder / "tokenizer")
         vae().save_pretrained(folder / "vae")
+        scheduler().save_pretrained(folder / "scheduler")
     return folder
 
 

@@ -9,6 +9,7 @@ Triton reads TRITON_INTERPRET when it is imported, so the tiers never share a pr
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ from hiar_kernels.common.triton_loader import interpreting
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
+    """Puts these tests into the gpu tier too, which needs torch and pytest alone: those of diffusers if it is there."""
+    here, alone = Path(__file__).parent, find_spec("diffusers") is None
+    for item in [item for item in items if here in item.path.parents]:
+        if not alone or "diffusers" not in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
 
 

@@ -15,6 +15,10 @@ import numpy as np
 import processes
 import pytest
 import torch
+import wan_files
+from diffusers import WanPipeline
+
+from hiar_model.integrations.diffusers import HiARPipeline
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
@@ -114,6 +118,33 @@ def test_comparison(here, capsys):
     assert all(len(line.split()) == 2 + 8 for line in said[:-1]) and said[0].startswith("block_first")
 
 
+def test_in_diffusers_place(here, monkeypatch):
+    """The script streams; with its two changed lines as they were it is one for WanPipeline, and does not."""
+    wan_files.write_diffusers(Path("wan"))
+    source = (EXAMPLES / "diffusers_pipeline.py").read_text(encoding="utf-8")
+    before = source
+    for line in source.splitlines():
+        code, changed, was = line.partition("  # ")
+        if changed:
+            was = was.replace("(...)", code.partition("pipe.stream")[2].rstrip(":"))
+            indented, is_loop, _ = code.partition(" in ")
+            before = before.replace(line, f"{indented}{is_loop}{was}:" if is_loop else was)
+    changes = zip(source.splitlines(), before.splitlines(), strict=True)
+    assert sum(one != two for one, two in changes) == 2 and "hiar_model" not in before.partition("import sys")[2]
+    Path("before.py").write_text(before, encoding="utf-8")
+    written = []
+    monkeypatch.setattr("diffusers.utils.export_to_gif", lambda images, path, fps: written.append((len(images), fps)))
+    options = {"folder": "wan", "prompt": wan_files.PROMPT, "device": "cpu", "num_frames": 21}
+    options |= {"height": 16, "width": 32, "num_inference_steps": 2}
+    run("diffusers_pipeline", **options)
+    assert written == [(9, 16), (21, 16)]
+    pipe = HiARPipeline.from_pretrained("wan", torch_dtype=torch.bfloat16)
+    parts = {name: pipe.components[name] for name in ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")}
+    monkeypatch.setattr(WanPipeline, "from_pretrained", lambda *_, **options: WanPipeline(**parts))  # needs accelerate
+    runpy.run_path("before.py")["main"](**options)
+    assert written[2:] == [(21, 16)]
+
+
 # The notebook. Its cells run without a kernel: the value of the last line of a cell is what a notebook shows.
 
 
@@ -168,6 +199,6 @@ def test_a_script_is_short_and_says_what_one_sees(path):
 
 def test_every_script_has_a_test():
     source = Path(__file__).read_text(encoding="utf-8")
-    assert len(SCRIPTS) == 8
+    assert len(SCRIPTS) == 9
     for path in SCRIPTS:
         assert f'run("{path.stem}"' in source or f'"{path.name}"' in source, path.name

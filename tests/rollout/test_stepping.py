@@ -50,6 +50,21 @@ def test_run_until_a_group():
     assert made.step() is None
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.order)
+def test_what_a_denoise_task_gave(config):
+    """It is seen before any other task reads it, and a change of it is what they read."""
+    made, inputs, outputs = Rollout(MODEL, TEXT, config, **SIZES), {}, {}
+    made.on_denoise = lambda task, x: inputs.setdefault((task.step, task.block), x.clone())
+    made.on_denoised = lambda task, x: outputs.setdefault((task.step, task.block), x.clone())
+    plain = [block.latents for block in made]
+    assert len(outputs) == 16 and all(torch.equal(outputs[3, n], plain[n]) for n in range(4))
+    assert all(torch.equal(outputs[s, n], inputs[s + 1, n]) for s in range(3) for n in range(4))
+    made = Rollout(MODEL, TEXT, config, **SIZES)
+    made.on_denoised = lambda task, x: x.zero_() if task == ("denoise", 3, 0) else None
+    changed = [block.latents for block in made]
+    assert not changed[0].any() and not torch.equal(changed[1], plain[1])  # through the cache
+
+
 def test_every_frame_is_kept_where_that_is_asked_for():
     made = Rollout(MODEL, TEXT, CONFIGS[1], ExecutionConfig(keep_all_frames=True), **SIZES)
     assert list(made.cache.capacities) == [12] * 4

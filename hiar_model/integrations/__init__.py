@@ -1,0 +1,1 @@
+"""HiAR inside the libraries of others; each is imported only with its module here."""

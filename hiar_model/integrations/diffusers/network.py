@@ -1,0 +1,145 @@
+"""The network of a rollout on the weights of diffusers' WanTransformer3DModel, and that model from a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from ...config import WanConfig
+from ...io.weight_files import some
+from ...models.checkpoint import CheckpointInfo, read_checkpoint
+from ...models.key_mapping import diffusers_config, read_sizes, to_diffusers
+from ...models.transformer import HiARTransformer
+
+_QKV = ("to_q", "to_k", "to_v")
+
+
+class SharedNetwork:
+    """A :class:`hiar_model.HiARTransformer` on the weights of a WanTransformer3DModel, renewed when those have moved.
+
+    Both use the same memory: the projections to q, k and v become views of one tensor. Only the few tensors that
+    diffusers keeps in float32 beside weights of a smaller dtype are copied, in that dtype.
+    """
+
+    def __init__(self) -> None:
+        self._network: HiARTransformer | None = None
+        self._seen: tuple[Any, ...] = ()
+
+    def of(self, transformer: Any) -> HiARTransformer:
+        """The network of a transformer, in eval mode, without gradients.
+
+        Raises:
+            ValueError: another kind of transformer, or weights that are not there, quantised, or have LoRA beside them.
+        """
+        model = _model(transformer)
+        if self._network is None or self._seen != _places(model):
+            self._network = None  # its memory first
+            self._network = share_weights(model)
+            self._seen = _places(model)
+        return self._network
+
+
+def _model(transformer: Any) -> Any:
+    model = getattr(transformer, "_orig_mod", transformer)  # of torch.compile
+    if not isinstance(model, WanTransformer3DModel):
+        raise ValueError(f"transformer must be diffusers' WanTransformer3DModel, got {type(model).__name__}")
+    return model
+
+
+def _places(model: Any) -> tuple[Any, ...]:
+    """Changes whenever a weight is replaced, moved, cast or written to by torch."""
+    places = (
+        (x.data_ptr(), x.dtype, x.device, 0 if x.is_inference() else x._version) if not x.is_meta else ()
+        for x in model.parameters()
+    )
+    return (id(model), *places)
+
+
+def empty_network(transformer: Any) -> HiARTransformer:
+    """The network of a transformer, on the meta device: sizes alone.
+
+    Raises:
+        ValueError: as :meth:`SharedNetwork.of`.
+    """
+    model = _model(transformer)
+    config = WanConfig.from_dict(read_sizes(dict(model.config), Path("transformer")))
+    with torch.device("meta"):
+        network = HiARTransformer(config)
+    _check(dict(model.named_parameters()), {to_diffusers(key) for key in network.state_dict()})
+    return network
+
+
+def share_weights(model: Any) -> HiARTransformer:
+    """See :class:`SharedNetwork`."""
+    network = empty_network(model)
+    theirs: dict[str, Tensor] = dict(model.named_parameters())
+    names = {to_diffusers(key): key for key in network.state_dict()}
+    dtype = model.patch_embedding.weight.dtype
+    state: dict[str, Tensor] = {}
+    for i, block in enumerate(model.blocks):
+        for kind in ("weight", "bias"):
+            keys = [f"blocks.{i}.attn1.{part}.{kind}" for part in _QKV]
+            state[f"blocks.{i}.self_attn.qkv.{kind}"] = _fused([theirs.pop(key) for key in keys], dtype)
+    state |= {names[key]: value.detach().to(dtype) for key, value in theirs.items()}
+    network.load_state_dict(state, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _fused(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """One tensor of three, which become views of it if they have its dtype."""
+    fused = torch.cat([part.detach().to(dtype) for part in parts])
+    if all(part.dtype == dtype for part in parts):
+        for part, view in zip(parts, fused.chunk(len(parts)), strict=True):
+            part.data = view
+    return fused
+
+
+def _check(theirs: dict[str, Tensor], names: set[str]) -> None:
+    if lora := [key for key in theirs if ".lora_" in key or ".base_layer." in key]:
+        raise ValueError(
+            f"transformer: {lora[0]}: a LoRA beside the weights; merge it: fuse_lora(), then unload_lora_weights()"
+        )
+    if any(".to_qkv." in key for key in theirs):
+        raise ValueError("transformer: its projections are fused; call transformer.unfuse_qkv_projections()")
+    for what, keys in (("missing", names - theirs.keys()), ("unexpected", theirs.keys() - names)):
+        if keys:
+            raise ValueError(f"transformer: {what} {some(sorted(keys))}")
+    for key, value in theirs.items():
+        if value.is_meta:
+            raise ValueError(
+                f"transformer: {key} is not in memory: enable_model_cpu_offload() keeps whole models together, "
+                "sequential offload does not"
+            )
+        if not value.is_floating_point() or value.dtype.itemsize < 2:
+            raise ValueError(f"transformer: {key} is {value.dtype}: quantised weights are not read here")
+
+
+def load_wan_transformer(
+    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+) -> tuple[Any, CheckpointInfo]:
+    """diffusers' WanTransformer3DModel from whatever :func:`hiar_model.load_transformer` reads, in eval mode.
+
+    Args:
+        dtype: of the weights, but those that diffusers keeps in float32.
+
+    Raises:
+        ValueError: one line: what ``load_transformer`` refuses, and sizes that diffusers has no name for.
+    """
+    state, info = read_checkpoint(Path(path))
+    values = {key: value for key, value in diffusers_config(info.config).items() if not key.startswith("_")}
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**values)
+    config = model.config
+    model.rope = type(model.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
+
+    def cast(key: str, value: Tensor) -> Tensor:
+        exact = any(part in key.split(".") for part in model._keep_in_fp32_modules)
+        return value.to(torch.float32 if exact else dtype)
+
+    model.load_state_dict({(name := to_diffusers(key)): cast(name, value) for key, value in state.items()}, assign=True)
+    return model.eval().requires_grad_(False), info
