@@ -173,7 +173,7 @@ def require_memory_to_convert(info: CheckpointInfo) -> None:
     """
     free = free_bytes(torch.device("cpu"))
     needed = info.parameters * WORK.itemsize + loading_bytes(info.config, WORK)
-    if info.quantised is not None and free is not None and SMALL <= needed and free < needed:
+    if info.quantised is not None and free is not None and needed >= SMALL and free < needed:
         raise ValueError(
             f"{info.files[0]}: dequantised to {_name(WORK)} it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB of "
             "memory are free"
