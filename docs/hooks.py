@@ -27,10 +27,12 @@ KERNELS = {
     ),
     "flow_step": "flow_step",
     "merge_attention": "merge_attention",
-    "norm": "layer_norm rms_norm ada_layer_norm gated_residual gated_residual_layer_norm gated_residual_ada_layer_norm",
+    "norm": "layer_norm rms_norm ada_layer_norm gated_residual gated_residual_layer_norm gated_residual_ada_layer_norm "
+    "ada_layer_norm_fp8 gated_residual_ada_layer_norm_fp8",
     "qk_norm_rope": "qk_norm_rope qk_norm_rope_append",
     "ring_advance": "ring_advance",
     "rms_silu_pad": "rms_silu_pad",
+    "quantize_rows": "quantize_rows",
 }
 """Folder of hiar_kernels -> its public functions, shown below its README."""
 

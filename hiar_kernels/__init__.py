@@ -21,13 +21,16 @@ from .flow_step import flow_step
 from .merge_attention import merge_attention
 from .norm import (
     ada_layer_norm,
+    ada_layer_norm_fp8,
     gated_residual,
     gated_residual_ada_layer_norm,
+    gated_residual_ada_layer_norm_fp8,
     gated_residual_layer_norm,
     layer_norm,
     rms_norm,
 )
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_append
+from .quantize_rows import quantize_rows
 from .ring_advance import ring_advance
 from .rms_silu_pad import rms_silu_pad
 
@@ -38,6 +41,7 @@ __all__ = [
     "BlockCausal",
     "KVContext",
     "ada_layer_norm",
+    "ada_layer_norm_fp8",
     "attention",
     "attention_layout",
     "attention_schedule",
@@ -46,12 +50,14 @@ __all__ = [
     "flow_step",
     "gated_residual",
     "gated_residual_ada_layer_norm",
+    "gated_residual_ada_layer_norm_fp8",
     "gated_residual_layer_norm",
     "layer_norm",
     "merge_attention",
     "prefer",
     "qk_norm_rope",
     "qk_norm_rope_append",
+    "quantize_rows",
     "reference",
     "ring_advance",
     "rms_norm",

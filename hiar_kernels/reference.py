@@ -10,6 +10,7 @@ from .merge_attention import merge_attention as _merge_attention
 from .norm import api as _norm
 from .qk_norm_rope import qk_norm_rope as _qk_norm_rope
 from .qk_norm_rope import qk_norm_rope_append as _qk_norm_rope_append
+from .quantize_rows import quantize_rows as _quantize_rows
 from .ring_advance import ring_advance as _ring_advance
 from .rms_silu_pad import rms_silu_pad as _rms_silu_pad
 
@@ -24,6 +25,9 @@ ada_layer_norm = partial(_norm.ada_layer_norm, impl="reference")
 gated_residual = partial(_norm.gated_residual, impl="reference")
 gated_residual_layer_norm = partial(_norm.gated_residual_layer_norm, impl="reference")
 gated_residual_ada_layer_norm = partial(_norm.gated_residual_ada_layer_norm, impl="reference")
+ada_layer_norm_fp8 = partial(_norm.ada_layer_norm_fp8, impl="reference")
+gated_residual_ada_layer_norm_fp8 = partial(_norm.gated_residual_ada_layer_norm_fp8, impl="reference")
+quantize_rows = partial(_quantize_rows, impl="reference")
 flow_step = partial(_flow_step, impl="reference")
 ring_advance = partial(_ring_advance, impl="reference")
 rms_silu_pad = partial(_rms_silu_pad, impl="reference")

@@ -74,7 +74,7 @@ def define(
     mutates: bool = False,
     saves_outputs: bool = False,
 ) -> None:
-    """Define ``hiar::name`` with its reference, fake and (unless it mutates) its autograd formula.
+    """Define ``hiar::name`` with its reference, fake and (if arguments may receive a gradient) its autograd formula.
 
     The formula is the op ``hiar::name_backward(Tensor[] grads, bool[] needed, [Tensor[] outputs,] arguments)``:
     ``grads`` of the outputs, ``needed`` one flag for each differentiable argument that is given; it returns the
@@ -86,7 +86,7 @@ def define(
         outputs: number of output tensors; an op that mutates may have none.
         reference: eager implementation, differentiable by torch; same positional arguments.
         fake: shapes, dtypes and strides of the outputs.
-        differentiable: positions of the tensor arguments that may receive a gradient.
+        differentiable: positions of the tensor arguments that may receive a gradient; none: the op has no gradient.
         mutates: the op writes into an argument; it has no gradient then.
         saves_outputs: the backward is handed the outputs too.
     """
@@ -95,7 +95,7 @@ def define(
     LIBRARY.define(f"{name}({arguments}) -> {returns}")
     LIBRARY.impl(name, own_arithmetic(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hiar::{name}", fake, lib=LIBRARY)
-    if mutates:
+    if mutates or not differentiable:
         return
 
     def needed_positions(needed: list[bool], args: Sequence[Any]) -> list[int]:

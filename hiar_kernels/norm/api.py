@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.dispatch import choose
 from ..common.pointwise import automatic, prepare
 from . import ops, reference  # noqa: F401  (registers the ops)
-from .inputs import ARGUMENTS, NormInputs
+from .inputs import NormInputs, names_of
 
 IMPLS = ("reference", "triton")
 
@@ -117,10 +117,49 @@ def gated_residual_ada_layer_norm(
     return _run("gated_residual_ada_layer_norm", impl, inputs)
 
 
+def ada_layer_norm_fp8(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """:func:`ada_layer_norm` in 8 bits, as a matrix product takes it; quantised without other rounding before.
+
+    Returns:
+        values: float8_e4m3fn [B, T, C]; scales: float32 [B, T], as :func:`quantize_rows` gives them for the norm in
+        float32. No gradient. Arguments and errors as for :func:`ada_layer_norm`.
+
+    Example:
+        >>> x, zero = torch.tensor([[[3.0, 1.0]]]), torch.zeros(1, 1, 2)
+        >>> values, scales = ada_layer_norm_fp8(x, zero, zero)
+        >>> values.float() * scales[..., None]
+        tensor([[[ 1.0000, -1.0000]]])
+    """
+    values, scales = _run("ada_layer_norm_fp8", impl, NormInputs(x, shift=shift, scale=scale, eps=eps))
+    return values, scales
+
+
+def gated_residual_ada_layer_norm_fp8(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, impl: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`gated_residual_ada_layer_norm` with the norm in 8 bits.
+
+    Returns:
+        h [B, T, C], dtype of x; values and scales of its norm, as :func:`ada_layer_norm_fp8` gives them. No gradient.
+        Arguments and errors as for :func:`gated_residual_ada_layer_norm`.
+
+    Example:
+        >>> x, zero = torch.tensor([[[3.0, 1.0]]]), torch.zeros(1, 1, 2)
+        >>> h, values, scales = gated_residual_ada_layer_norm_fp8(x, x, None, zero, zero)
+        >>> h, values.float() * scales[..., None]
+        (tensor([[[6., 2.]]]), tensor([[[ 1.0000, -1.0000]]]))
+    """
+    inputs = NormInputs(x, y, gate, shift, scale, eps=eps)
+    h, values, scales = _run("gated_residual_ada_layer_norm_fp8", impl, inputs)
+    return h, values, scales
+
+
 def _run(op: str, impl: str, inputs: NormInputs) -> Any:
     inputs.validate(op)
     normed = inputs.eps is not None
-    tensors = {name: getattr(inputs, name) for name in ARGUMENTS[op]}
+    tensors = {name: getattr(inputs, name) for name in names_of(op)}
     if choose(op, impl, IMPLS, auto=automatic(*tensors.values(), norm=normed)) == "triton":
         prepare(op, norm=normed, **tensors)
         return getattr(torch.ops.hiar, op)(*inputs.as_schema(op))

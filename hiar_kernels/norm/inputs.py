@@ -19,6 +19,13 @@ ARGUMENTS = {
 }
 """Op -> its tensors, in the order of its schema; all are differentiable."""
 OPTIONAL_GATE = "gated_residual_ada_layer_norm"
+FP8 = {f"{op}_fp8": op for op in ("ada_layer_norm", OPTIONAL_GATE)}
+"""Op whose norm comes in 8 bits, with a scale for each row -> the op that it is otherwise; without gradients."""
+
+
+def names_of(op: str) -> tuple[str, ...]:
+    """The tensors of an op, in the order of its schema."""
+    return ARGUMENTS[FP8.get(op, op)]
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,12 @@ class NormInputs:
     @classmethod
     def from_schema(cls, op: str, *arguments: Any) -> NormInputs:
         """The arguments of ``hiar::<op>``."""
-        tensors = dict(zip(ARGUMENTS[op], arguments))
+        tensors = dict(zip(names_of(op), arguments))
         return cls(**tensors, eps=arguments[-1] if len(arguments) > len(tensors) else None)
 
     def as_schema(self, op: str) -> tuple[Any, ...]:
         """The inverse of :meth:`from_schema`."""
-        tensors = [getattr(self, name) for name in ARGUMENTS[op]]
+        tensors = [getattr(self, name) for name in names_of(op)]
         return (*tensors, *([] if self.eps is None else [self.eps]))
 
     @property
@@ -60,8 +67,8 @@ class NormInputs:
 
     def validate(self, op: str) -> None:
         """Raise ValueError, in one line, if shapes are wrong."""
-        tensors = {name: getattr(self, name) for name in ARGUMENTS[op]}
-        if op == OPTIONAL_GATE and self.gate is None:
+        tensors = {name: getattr(self, name) for name in names_of(op)}
+        if FP8.get(op, op) == OPTIONAL_GATE and self.gate is None:
             del tensors["gate"]
         check_floats(op, **tensors)
         if op != "gated_residual":

@@ -7,27 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.float8 import E4M3
 from ..common.torch_library import define
 from . import reference
-from .inputs import ARGUMENTS, OPTIONAL_GATE, NormInputs
+from .inputs import ARGUMENTS, FP8, OPTIONAL_GATE, NormInputs, names_of
 
 
 def _define(op: str) -> None:
-    names = ARGUMENTS[op]
+    names = names_of(op)
     normed = op != "gated_residual"
-    outputs = 2 if normed and "y" in names else 1
+    residual, fp8 = normed and "y" in names, op in FP8
+    outputs = 1 + residual + fp8
 
-    def eager(*arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+    def eager(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
         return reference.norm(op, NormInputs.from_schema(op, *arguments))
 
     def fake(x: Tensor, *others: Any) -> Tensor | tuple[Tensor, ...]:
-        results = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(outputs))
-        return results if outputs > 1 else results[0]
+        results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(outputs - fp8)]
+        if fp8:
+            scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+            results = [*results[:-1], torch.empty(x.shape, dtype=E4M3, device=x.device), scales]
+        return tuple(results) if outputs > 1 else results[0]
 
-    optional = {"gate": "?"} if op == OPTIONAL_GATE else {}
+    optional = {"gate": "?"} if FP8.get(op, op) == OPTIONAL_GATE else {}
     schema = [f"Tensor{optional.get(name, '')} {name}" for name in names] + (["float eps"] if normed else [])
-    define(__package__, op, ", ".join(schema), outputs, eager, fake, range(len(names)))
+    define(__package__, op, ", ".join(schema), outputs, eager, fake, () if fp8 else range(len(names)))
 
 
-for _op in ARGUMENTS:
+for _op in (*ARGUMENTS, *FP8):
     _define(_op)

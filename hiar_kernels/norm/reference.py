@@ -6,12 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.float8 import quantize_last
 from ..common.torch_library import frames_of, wide_dtype
-from .inputs import NormInputs
+from .inputs import FP8, NormInputs
 
 
-def norm(op: str, inputs: NormInputs) -> Tensor | tuple[Tensor, Tensor]:
-    """What an op returns: h, its norm, or both."""
+def norm(op: str, inputs: NormInputs) -> Tensor | tuple[Tensor, ...]:
+    """What an op returns: h, its norm, or both; the norm in 8 bits and its scales."""
+    if op in FP8:
+        with torch.no_grad():
+            first = () if inputs.y is None else (_residual(op, inputs, inputs.y),)
+            return (*first, *quantize_last(_normed(op, *first or (inputs.x,), inputs, rounded=False)))
     if inputs.y is None:
         return _normed(op, inputs.x, inputs)
     h = _residual(op, inputs, inputs.y)
@@ -29,7 +34,8 @@ def _residual(op: str, inputs: NormInputs, y: Tensor) -> Tensor:
     return torch.addcmul(x_frames, y_frames, gate.to(wide).unsqueeze(2)).reshape(x.shape).to(x.dtype).contiguous()
 
 
-def _normed(op: str, h: Tensor, inputs: NormInputs) -> Tensor:
+def _normed(op: str, h: Tensor, inputs: NormInputs, rounded: bool = True) -> Tensor:
+    """The norm of h, in its dtype; not ``rounded``: as it was computed (adaLN only)."""
     b, t, c = h.shape
     wide, eps = wide_dtype(h), inputs.eps
     assert eps is not None
@@ -42,4 +48,5 @@ def _normed(op: str, h: Tensor, inputs: NormInputs) -> Tensor:
     assert shift is not None and scale is not None
     frames = shift.shape[1]
     n = F.layer_norm(h.to(wide), (c,), eps=eps).view(b, frames, frames_of(h, frames, op), c)
-    return torch.addcmul(shift.to(wide).unsqueeze(2), n, 1 + scale.to(wide).unsqueeze(2)).view(b, t, c).to(h.dtype)
+    out = torch.addcmul(shift.to(wide).unsqueeze(2), n, 1 + scale.to(wide).unsqueeze(2)).view(b, t, c)
+    return out.to(h.dtype) if rounded else out

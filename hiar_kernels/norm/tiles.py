@@ -93,13 +93,16 @@ def production_case(
     wide: str,
     tile: dict[str, int],
     fp_fusion: bool = True,
+    eight_bits: dict[str, str] | None = None,
     **constexprs: Any,
 ) -> Case:
-    """A launch with the kernel's pointers (without ``_ptr``) in bfloat16 and in float32; those not named are None.
+    """A launch with the kernel's pointers (without ``_ptr``) in bfloat16, in float32, and of types of their own; those
+    not named are None.
 
     Pointers and strides are multiples of 16, ``eps`` is a float, all else int32.
     """
     types = {f"{a}_ptr": kind for names, kind in ((narrow, "*bf16"), (wide, "*fp32")) for a in names.split()}
+    types |= {f"{a}_ptr": kind for a, kind in (eight_bits or {}).items()}
     absent = dict.fromkeys(a for a in kernel.arg_names if a.endswith("_ptr") and a not in types)
     values = {"C": channels, **{k: v for k, v in tile.items() if k != "num_warps"}, **absent, **constexprs}
     options: dict[str, Any] = {"num_warps": tile["num_warps"], "fp_fusion": fp_fusion}

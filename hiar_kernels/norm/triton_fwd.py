@@ -15,8 +15,9 @@ from torch import Tensor
 from ..common.aot import Case
 from ..common.shapes import CHANNELS
 from ..common.torch_library import frames_of
-from ..common.triton_loader import register
-from .inputs import ARGUMENTS, OPTIONAL_GATE, NormInputs
+from ..common.triton_float8 import HARDWARE_FROM, empty_rows, quantize_tile
+from ..common.triton_loader import architecture, register
+from .inputs import ARGUMENTS, FP8, OPTIONAL_GATE, NormInputs, names_of
 from .tiles import (
     frame_strides,
     frame_vectors,
@@ -32,10 +33,11 @@ from .tiles import (
 
 @triton.jit
 def _norm_fwd_kernel(
-    x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, h_ptr, out_ptr, F, tokens, tiles,
+    x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, h_ptr, out_ptr, row_scale_ptr, F, tokens, tiles,
     stride_xb, stride_xt, stride_yb, stride_yt, stride_gateb, stride_gatef,
     stride_shiftb, stride_shiftf, stride_scaleb, stride_scalef, eps,
-    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PER_FRAME: tl.constexpr, RMS: tl.constexpr
+    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PER_FRAME: tl.constexpr, RMS: tl.constexpr,
+    HARDWARE: tl.constexpr
 ):  # fmt: skip
     b, f, tile = tile_of_program(F, tiles)
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -60,7 +62,12 @@ def _norm_fwd_kernel(
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + b * stride_shiftb + f * stride_shiftf + cols, mask=inside, other=0.0).to(tl.float32)
         out += shift[None, :]
-    tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=mask)
+    if row_scale_ptr is None:
+        tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        values, row_scale = quantize_tile(tl.where(mask, out, 0.0), HARDWARE)
+        tl.store(out_ptr + out_at, values, mask=mask)
+        tl.store(row_scale_ptr + b * F * tokens + rows, row_scale, mask=t < tokens)
 
 
 @triton.jit
@@ -86,13 +93,17 @@ def _tile(channels: int, per_frame: bool, residual: bool) -> dict[str, int]:
     return norm_tile(channels, 4096 if residual else 8192, 16 if per_frame and not residual else 8)
 
 
-def launch(op: str, *arguments: Tensor | float | None) -> Tensor | tuple[Tensor, Tensor]:
+def launch(op: str, *arguments: Tensor | float | None) -> Tensor | tuple[Tensor, ...]:
     """hiar::<op>."""
     inputs = NormInputs.from_schema(op, *arguments)
     x, y = unit_stride(inputs.x), None if inputs.y is None else unit_stride(inputs.y)
     batch, _, channels = x.shape
     frames, tokens = inputs.frames, frames_of(x, inputs.frames, op)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    hardware, row_scale = op in FP8 and architecture(x) >= HARDWARE_FROM, None
+    if op in FP8:
+        out, stored, row_scale = empty_rows(x, hardware)
+    else:
+        out = stored = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     gate, shift, scale = frame_vectors(inputs)
     with torch.cuda.device_of(x):
         if inputs.eps is None:
@@ -108,19 +119,21 @@ def launch(op: str, *arguments: Tensor | float | None) -> Tensor | tuple[Tensor,
         tile = _tile(channels, per_frame, y is not None)
         tiles = triton.cdiv(tokens, tile["BLOCK_T"])
         _norm_fwd_kernel[(batch * frames * tiles,)](
-            x, y, gate, shift, scale, h, out, frames, tokens, tiles, eps=inputs.eps, C=channels, PER_FRAME=per_frame,
-            RMS=inputs.rms, **tile, **token_strides("x", x), **token_strides("y", y), **frame_strides("gate", gate),
-            **frame_strides("shift", shift), **frame_strides("scale", scale),
+            x, y, gate, shift, scale, h, stored, row_scale, frames, tokens, tiles, eps=inputs.eps, C=channels,
+            PER_FRAME=per_frame, RMS=inputs.rms, HARDWARE=hardware, **tile, **token_strides("x", x),
+            **token_strides("y", y), **frame_strides("gate", gate), **frame_strides("shift", shift),
+            **frame_strides("scale", scale),
         )  # fmt: skip
-    return out if h is None else (h, out)
+    results = tuple(t for t in (h, out, row_scale) if t is not None)
+    return results[0] if len(results) == 1 else results
 
 
-for _op in ARGUMENTS:
+for _op in (*ARGUMENTS, *FP8):
     register(_op, partial(launch, _op))
 
 
-def _cases(op: str, gated: bool = True) -> list[Case]:
-    names, label = ARGUMENTS[op], f"{op}{'' if gated else ' without a gate'}, "
+def _cases(op: str, arch: int, gated: bool = True) -> list[Case]:
+    names, label = names_of(op), f"{op}{'' if gated else ' without a gate'}, "
     if op == "gated_residual":
         return [
             production_case(label, _gated_residual_fwd_kernel, c, "x y out", "gate", plain_tile(c)) for c in CHANNELS
@@ -129,14 +142,21 @@ def _cases(op: str, gated: bool = True) -> list[Case]:
     vectors = "scale" if rms else "shift scale"
     narrow = "x out" + (" y h" if residual else "") + ("" if per_frame else f" {vectors}")
     wide = ("gate " if "gate" in names and gated else "") + (vectors if per_frame else "")
+    hardware, types = False, {}
+    if op in FP8:
+        hardware = arch >= HARDWARE_FROM
+        types, narrow = {"out": "*fp8e4nv" if hardware else "*u8"}, narrow.replace(" out", "")
+        wide += " row_scale"
     return [
         production_case(
-            label, _norm_fwd_kernel, c, narrow, wide, _tile(c, per_frame, residual), PER_FRAME=per_frame, RMS=rms
+            label, _norm_fwd_kernel, c, narrow, wide, _tile(c, per_frame, residual), eight_bits=types,
+            PER_FRAME=per_frame, RMS=rms, HARDWARE=hardware,
         )
         for c in CHANNELS
-    ]
+    ]  # fmt: skip
 
 
 def compile_cases(arch: int) -> list[Case]:
     """Every op in bfloat16, what belongs to frames in float32; the same tiles serve every architecture."""
-    return [case for op in ARGUMENTS for case in _cases(op)] + _cases(OPTIONAL_GATE, gated=False)
+    ungated = [case for op in (OPTIONAL_GATE, f"{OPTIONAL_GATE}_fp8") for case in _cases(op, arch, gated=False)]
+    return [case for op in (*ARGUMENTS, *FP8) for case in _cases(op, arch)] + ungated

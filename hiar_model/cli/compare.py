@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from .choices import rollout_options
 from .generate import existing_inputs, new_video, prompt_schedule, read_files, video_arguments
-from .machine import imports, load_for_video, progress_bar
+from .machine import imports, linear_argument, load_for_video, progress_bar
 
 if TYPE_CHECKING:
     from ..pipelines.compare import Comparison
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def compare_arguments(parser: ArgumentParser) -> None:
     """Options of `hiar compare`."""
     video_arguments(parser, model="scenes")
+    linear_argument(parser)
     parser.add_argument(
         "--num-frames", type=int,
         help="pixel frames of each; default: 32 times the training length of a toy, 8 times that of other models",
@@ -69,9 +70,9 @@ def compare(a: Namespace) -> None:
 
         result = make(
             a.prompt, a.out, orders=orders, model=model, num_frames=a.num_frames, speed=a.speed,
-            execution=ExecutionConfig(kv_dtype=a.kv_dtype, on_nan=a.on_nan), height=a.height, width=a.width,
-            seed=a.seed, fps=a.fps, image=a.image, extend=a.extend, prompts=prompts, threads=a.threads,
-            on_progress=show, **of_rollout,
+            execution=ExecutionConfig(kv_dtype=a.kv_dtype, linear_dtype=a.linear_dtype, on_nan=a.on_nan),
+            height=a.height, width=a.width, seed=a.seed, fps=a.fps, image=a.image, extend=a.extend, prompts=prompts,
+            threads=a.threads, on_progress=show, **of_rollout,
         )  # fmt: skip
     for note in result.notes:
         print(note, file=sys.stderr)

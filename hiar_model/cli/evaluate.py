@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..io.atomic import atomic_write
 from ..io.files import check_output, check_picture, require_apart
-from .machine import load_model, machine_arguments, progress_bar, window_argument
+from .machine import kv_argument, linear_argument, load_model, machine_arguments, progress_bar, window_argument
 
 
 def evaluate_arguments(parser: ArgumentParser) -> None:
@@ -28,6 +28,8 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--kv-source", type=str, help="own or next_step; default: the model's")
     window_argument(parser)
+    kv_argument(parser)
+    linear_argument(parser)
     parser.add_argument("--parts", type=int, default=6, help="stretches that a video is judged in")
     parser.add_argument("--seeds", type=int, default=0, help="first blocks of each prompt, to say how diverse they are")
     parser.add_argument("--batch", type=int, default=16, help="videos made at once; does not change the result")
@@ -39,7 +41,9 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
 def evaluate(a: Namespace) -> None:
     target = None if a.json is None else check_output(a.json)  # before any work
     picture = check_picture(a.plot)
-    require_apart({"--json": target, "--plot": picture}, {"--model": a.model})
+from ..io.files import check_output, check_picture
+from .machine import kv_argument, linear_argument, load_model, machine_arguments, progress_bar, window_argument
+    from ..config import ExecutionConfig
     from ..evaluation.evaluate import PARTS, default_rollouts, draw_rows, evaluate_toy
     from ..toy.prompt import split_prompts
     from ..version import NOISE, versions
@@ -59,7 +63,8 @@ def evaluate(a: Namespace) -> None:
         task = bar.add_task("", total=None)
         rows = evaluate_toy(
             model, prompts, seed=a.seed, num_frames=lengths, rollouts=rollouts, parts=a.parts, seeds=a.seeds,
-            batch=a.batch, on_videos=lambda done, total: bar.update(task, completed=done, total=total),
+            batch=a.batch, execution=ExecutionConfig(kv_dtype=a.kv_dtype, linear_dtype=a.linear_dtype),
+            on_videos=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     _print_rows(rows, f"{model.name} ({model.weights_sha256[:12]}), {len(prompts)} held-out prompts, seed {a.seed}, "
                       f"{len(model.rollout.steps)} steps")  # fmt: skip
@@ -73,6 +78,8 @@ def evaluate(a: Namespace) -> None:
             "seeds": a.seeds,
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "kv_dtype": a.kv_dtype,
+            "linear_dtype": a.linear_dtype,
             "versions": versions("torch"),
         }
         atomic_write(target, json.dumps({**about, "rows": [row.to_dict() for row in rows]}, indent=2) + "\n")

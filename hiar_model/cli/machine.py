@@ -41,8 +41,16 @@ def memory_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
     window_argument(parser)
     parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
-    parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
+    kv_argument(parser)
     parser.add_argument("--offload", type=str, help="what leaves the GPU: text (once the prompt is read), vae, or both")
+
+
+def kv_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
+
+
+def linear_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("--linear-dtype", type=str, help="of the large linear layers: float8_e4m3fn; default: dtype")
 
 
 def unchanged(value: Any) -> Any:

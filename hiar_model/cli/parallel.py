@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..common import environment
 from .choices import as_typed, rollout_options
+from .machine import linear_argument
 from .streams import status
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def pipeline_arguments(parser: ArgumentParser, nproc: int = 1) -> None:
     parser.add_argument("--nproc", type=int, default=nproc, help="processes to start here, as torchrun does")
     parser.add_argument("--cuda-graph", type=bool, default=False, help="capture forwards as CUDA graphs")
     parser.add_argument("--attention-impl", type=str, default="auto", help="of self-attention: auto, sdpa, triton, ...")
+    linear_argument(parser)
     parser.add_argument(
         "--parallel",
         type=str,
@@ -133,6 +135,7 @@ class Job:
             steps_per_rank=split,
             dedicated_decoder_rank=a.dedicated_decoder_rank,
             kv_dtype=a.get("kv_dtype"),
+            linear_dtype=a.linear_dtype,
             attention_impl=a.attention_impl,
             on_nan=a.get("on_nan") or "stop",
             timeout=a.timeout,
@@ -267,7 +270,11 @@ def verify_parity(a: Namespace) -> None:
         pipeline = run.rollout.pipeline
         shared = "+".join(map(str, pipeline.stage.split)) + " steps" if pipeline else f"parallel={a.parallel}"
         del run
-        alone = ExecutionConfig(cuda_graph=execution.cuda_graph, attention_impl=execution.attention_impl)
+        alone = ExecutionConfig(
+            cuda_graph=execution.cuda_graph,
+            linear_dtype=execution.linear_dtype,
+            attention_impl=execution.attention_impl,
+        )
         expected = blocks(alone)[1]
         difference = max(float((x.double() - y.double()).abs().max()) for x, y in zip(actual, expected, strict=True))
         same = all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))

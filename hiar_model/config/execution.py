@@ -14,11 +14,12 @@ ATTENTION_IMPLS = (
 )  # fmt: skip
 """Of :func:`hiar_kernels.attention`, whose module imports torch."""
 KV_DTYPES = (*DTYPE_NAMES, "float8_e4m3fn")
+LINEAR_DTYPES = ("float8_e4m3fn",)
 
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """Where and how a rollout runs. Only ``kv_dtype`` changes the result.
+    """Where and how a rollout runs. Only ``kv_dtype`` and ``linear_dtype`` change the result.
 
     Args:
         cuda_graph: capture each kind of forward as a CUDA graph at its first use and replay it afterwards; needs a CUDA
@@ -33,6 +34,9 @@ class ExecutionConfig:
             while the others compute.
         kv_dtype: name of the dtype of cached keys and values; None: that of the model. "float8_e4m3fn" (one scale per
             layer, head and frame) takes half the memory of bfloat16 and changes the latents.
+        linear_dtype: name of the dtype of the large linear layers; None: that of the model. "float8_e4m3fn" quantises
+            those of self-attention and feed-forward (one scale per output channel; activations: per token) and changes
+            the latents. On CUDA it needs a bfloat16 model and compute capability 8.9.
         attention_impl: implementation of self-attention, of :func:`hiar_kernels.attention`; equal up to rounding.
             "auto": the fastest that was measured. Any other never falls back: it raises where it cannot run.
         on_nan: "stop": raise if latents are not finite, naming step, block, layer and implementation. "retry": first
@@ -59,6 +63,7 @@ class ExecutionConfig:
     costs: Any = None
     dedicated_decoder_rank: bool = False
     kv_dtype: str | None = None
+    linear_dtype: str | None = None
     attention_impl: str = "auto"
     on_nan: str = "stop"
     keep_all_frames: bool = False
@@ -73,7 +78,8 @@ class ExecutionConfig:
         one_of("attention_impl", self.attention_impl, ATTENTION_IMPLS)
         one_of("on_nan", self.on_nan, ON_NAN)
         object.__setattr__(self, "timeout", number_above_0("timeout", self.timeout))
-        object.__setattr__(self, "kv_dtype", _dtype_name(self.kv_dtype))
+        object.__setattr__(self, "kv_dtype", _dtype_name("kv_dtype", self.kv_dtype, KV_DTYPES))
+        object.__setattr__(self, "linear_dtype", _dtype_name("linear_dtype", self.linear_dtype, LINEAR_DTYPES))
         split = self.steps_per_rank
         if split is not None:
             if not isinstance(split, Sequence) or isinstance(split, str):
@@ -83,10 +89,10 @@ class ExecutionConfig:
             object.__setattr__(self, "steps_per_rank", tuple(whole("steps_per_rank", n, 0) for n in split))
 
 
-def _dtype_name(dtype: Any) -> str | None:
+def _dtype_name(name: str, dtype: Any, legal: Sequence[str]) -> str | None:
     """The name of a dtype, given as dtype or name."""
     if dtype is None:
         return None
-    name = str(dtype).removeprefix("torch.")
-    one_of("kv_dtype", name, KV_DTYPES)
-    return name
+    value = str(dtype).removeprefix("torch.")
+    one_of(name, value, legal)
+    return value

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common.settings import own_settings
-from ..config import RolloutConfig
+from ..config import ExecutionConfig, RolloutConfig
 from ..io.plot import Lines, Series, save_plot
 from ..models.registry import VideoModel
 from ..rollout import Rollout
@@ -66,6 +66,7 @@ def evaluate_toy(
     parts: int = PARTS,
     seeds: int = 0,
     batch: int = 16,
+    execution: ExecutionConfig | None = None,
     on_videos: Callable[[int, int], None] | None = None,
 ) -> list[EvaluationRow]:
     """Make a video of every prompt, at each length by each rollout, and read it.
@@ -80,6 +81,7 @@ def evaluate_toy(
         parts: stretches that a video is judged in.
         seeds: how many first blocks of each prompt to compare for the diversity, from ``seed`` on; 0: none.
         batch: videos made at once; it does not change them.
+        execution: how the rollouts run, such as with keys or linear layers in 8 bits.
         on_videos: called with (videos done, videos in all) after every batch.
 
     Raises:
@@ -112,7 +114,7 @@ def evaluate_toy(
         for key, frames, into in runs:
             for videos in _batches(len(prompts), batch):
                 chosen = [prompts[i] for i in videos]
-                clips = zip(_frames(model, rollout, chosen, videos, key, frames), chosen, strict=True)
+                clips = zip(_frames(model, rollout, execution, chosen, videos, key, frames), chosen, strict=True)
                 into += [oracle.evaluate(clip, prompt) for clip, prompt in clips]
                 done += len(videos)
                 if on_videos is not None:
@@ -178,6 +180,7 @@ def _batches(count: int, batch: int) -> Iterator[range]:
 def _frames(
     model: VideoModel,
     config: RolloutConfig,
+    execution: ExecutionConfig | None,
     prompts: Sequence[ToyPrompt],
     videos: Sequence[int],
     seed: int,
@@ -188,6 +191,7 @@ def _frames(
         model.transformer,
         torch.cat([model.encode_text(prompt.text()) for prompt in prompts]),
         config,
+        execution,
         num_latent_frames=model.latent_frames(num_frames),
         latent_size=model.latent_size[1:],
         seed=seed,

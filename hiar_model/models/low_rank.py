@@ -74,6 +74,7 @@ class _Rewritten:
     def __init__(self, module: nn.Module, name: str) -> None:
         self.base: Tensor = getattr(module, name).detach()
         self.value = nn.Parameter(self.base.clone(), requires_grad=False)
+        self.value.rewritten = True  # type: ignore[attr-defined]
         setattr(module, name, self.value)
         self.parts: list[tuple[Adapter, Delta, slice]] = []
 

@@ -18,11 +18,14 @@ from hiar_kernels import (
     BlockCausal,
     KVContext,
     ada_layer_norm,
+    ada_layer_norm_fp8,
     attention,
     attention_layout,
     gated_residual_ada_layer_norm,
+    gated_residual_ada_layer_norm_fp8,
     gated_residual_layer_norm,
     qk_norm_rope,
+    quantize_rows,
     rms_norm,
 )
 from hiar_kernels.nvtx import span
@@ -118,10 +121,24 @@ class DeferredResidual(NamedTuple):
     gate: Tensor | None
 
 
+Float8Input = tuple[Tensor, Tensor]
+"""What a linear layer in 8 bits takes: e4m3 [..., C] and a scale for each row, float32 [...]."""
+
+
+def takes_8_bits(layer: nn.Module) -> bool:
+    """Whether a linear layer takes :data:`Float8Input`; a hook, such as a LoRA branch, needs its input in full."""
+    return layer.weight.dtype == torch.float8_e4m3fn and not layer._forward_hooks
+
+
 def add_residual_and_norm(
-    x: Tensor, residual: DeferredResidual | None, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """x plus the deferred residual, and the modulated norm of the sum."""
+    x: Tensor, residual: DeferredResidual | None, shift: Tensor, scale: Tensor, eps: float, float8: bool = False
+) -> tuple[Tensor, Any]:
+    """x plus the deferred residual, and the modulated norm of the sum: a tensor, or ``float8``: :data:`Float8Input`."""
+    if float8:
+        if residual is None:
+            return x, ada_layer_norm_fp8(x, shift, scale, eps=eps)
+        x, *normed = gated_residual_ada_layer_norm_fp8(x, residual.y, residual.gate, shift, scale, eps=eps)
+        return x, tuple(normed)
     if residual is None:
         return x, ada_layer_norm(x, shift, scale, eps=eps)
     return gated_residual_ada_layer_norm(x, residual.y, residual.gate, shift, scale, eps=eps)
@@ -157,7 +174,7 @@ class Block(nn.Module):
         own = self.self_attn
         with span("qkv"):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation.of_layer(layer, self.modulation)
-            x, normed = add_residual_and_norm(x, residual, shift1, scale1, self.eps)
+            x, normed = add_residual_and_norm(x, residual, shift1, scale1, self.eps, takes_8_bits(own.qkv))
             qkv = own.qkv(normed)
         with span("self-attention"):
             attended = attend(layer, qkv, own.norm_q.weight, own.norm_k.weight, selection)
@@ -179,11 +196,17 @@ class Block(nn.Module):
         with span("cross-attention"):
             cross = self.cross_attn(normed, k, v, counts)
         with span("feed-forward"):
-            x, normed = add_residual_and_norm(x, DeferredResidual(cross, None), shift2, scale2, self.eps)
+            float8 = takes_8_bits(self.ffn[0])
+            x, normed = add_residual_and_norm(x, DeferredResidual(cross, None), shift2, scale2, self.eps, float8)
             return x, DeferredResidual(self._feed_forward(normed), gate2), modulation
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def _feed_forward(self, x: Any) -> Tensor:
+        """Of x [B, T, C], or of :data:`Float8Input` if the first layer takes it."""
         up, _, down = self.ffn
+        if takes_8_bits(down):
+            return down(quantize_rows(up(x), activation="gelu_tanh"))
+        if up.weight.dtype == torch.float8_e4m3fn:
+            return self.ffn[1:](up(x))
         assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
         half = x.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(x.device.type)
         if x.is_cuda and half and not torch.is_grad_enabled() and not up._forward_hooks:  # a LoRA branch is one

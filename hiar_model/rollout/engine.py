@@ -18,6 +18,7 @@ from ..config import ExecutionConfig, RolloutConfig
 from ..distributed.mesh import axis_size
 from ..distributed.pipeline import Pipeline
 from ..distributed.ulysses import HeadRanks, UlyssesAttention
+from ..models.fp8_linear import quantized
 from ..models.kv_cache import CachedAttention, RingCache
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import Group, Plan, forwards
@@ -96,6 +97,8 @@ class Rollout:
     ) -> None:
         execution = execution or ExecutionConfig()
         models, network = _networks(model, len(config.steps))
+        if execution.linear_dtype is not None:
+            models = [None if one is None else quantized(one) for one in models]
         weight, wan = network.patch_embedding.weight, network.config
         self.execution, self.seed = execution, whole("seed", seed)
         self.video_ids = [whole("video_ids", n) for n in video_ids]

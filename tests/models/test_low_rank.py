@@ -12,6 +12,7 @@ from recorder import Recorder
 from tiny_model import MODEL, SIZE, TEXT, make_model
 
 from hiar_model.config import FlowSchedule
+from hiar_model.models.fp8_linear import quantized
 from hiar_model.models.lora import merged, read_lora
 from hiar_model.models.low_rank import Adapter, Adapters
 
@@ -141,3 +142,29 @@ def test_what_was_computed_ahead_follows_the_scale(loras, executor):
     latents = torch.cat([block.latents for block in made], 1)
     fresh = make_rollout(by_hand(loras[:1], -0.5), TEXT, schedule, executor="eager", **options)
     assert (latents - torch.cat([block.latents for block in fresh], 1)).abs().max() < 1e-4
+
+
+def test_beside_linear_layers_in_8_bits(tmp_path):
+    """The branch reads its input in full and follows its scale; the error is that of the layers alone."""
+    files = [
+        lora_files.write(tmp_path, dialect, STATE, name=name) for dialect, name in (("diffusers", "a"), ("kohya", "b"))
+    ]
+    loras = [read_lora(file, STATE) for file in files]
+    adapters = beside(loras, 0.5, 1.0)
+    twin = quantized(adapters.transformers[0])
+    for scales in ((0.5, 1.0), (2.0, 0.0)):
+        for adapter, scale in zip(adapters.adapters, scales, strict=True):
+            adapter.scale = scale
+        adapters.write()
+        expected = forward(by_hand(loras, *scales))
+        alone = (forward(quantized(MODEL)) - forward(MODEL)).square().mean().sqrt()
+        error = (forward(twin) - expected).square().mean().sqrt()
+        assert float(error) < 3 * float(alone)
+        assert float((expected - forward(MODEL)).square().mean().sqrt()) > 5 * float(alone)
+
+
+def test_a_full_difference_of_a_layer_in_8_bits_is_refused(tmp_path):
+    more = {"diffusion_model.blocks.1.ffn.0.diff": torch.full((32, 16), 0.1)}
+    lora = read_lora(lora_files.write(tmp_path, "ComfyUI", STATE, more=more, name="full"), STATE)
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.0\.weight.*convert --lora"):
+        quantized(beside([lora], 1.0).transformers[0])

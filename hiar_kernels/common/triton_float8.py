@@ -1,0 +1,55 @@
+# mypy: allow-incomplete-defs
+"""Rows in 8 bits, for Triton kernels: the arithmetic of :func:`.float8.quantize_last`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .float8 import E4M3
+
+HARDWARE_FROM = 89  # the first architecture that converts to e4m3
+
+
+@triton.jit
+def e4m3_bits(y):
+    """float32 within +-448, or NaN -> the bits of e4m3, to the nearest, ties to even.
+
+    For GPUs without the conversion, and for Triton's interpreter, whose own (3.7.1) loses the carry into the exponent.
+    """
+    bits = y.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # 20 bits of the mantissa go; the exponent's bias falls from 127 to 7.
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    # Below 2^-6 the format's steps are 2^-9: those of float32 at 2^14, which an addition rounds to.
+    raised = magnitude.to(tl.float32, bitcast=True) + 16384.0
+    small = raised.to(tl.uint32, bitcast=True) - 0x46800000
+    code = tl.where(magnitude < 0x3C800000, small, normal)
+    code = tl.where(magnitude > 0x7F800000, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def quantize_tile(y, HARDWARE: tl.constexpr):
+    """Rows y [N, C], zero where nothing stands -> their e4m3 (its bits, if the hardware does not convert), scales [N].
+
+    The caller's masked numbers are 0 and change nothing.
+    """
+    magnitude = tl.abs(y)
+    finite = tl.min((magnitude < float("inf")).to(tl.int32), 1) == 1
+    scale = tl.maximum(tl.div_rn(tl.max(magnitude, 1), 448.0), 1.1754943508222875e-38)
+    values = tl.div_rn(y, scale[:, None])
+    values = tl.minimum(tl.maximum(values, -448.0), 448.0)
+    values = tl.where(finite[:, None], values, float("nan"))
+    scale = tl.where(finite, scale, 1.0)
+    return (values.to(tl.float8e4nv) if HARDWARE else e4m3_bits(values)), scale
+
+
+def empty_rows(x: Tensor, hardware: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """For rows like x [..., C]: e4m3 values, the same memory as the kernel stores it, and scales."""
+    values = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    typed = values.view(E4M3)
+    return typed, typed if hardware else values, scales
