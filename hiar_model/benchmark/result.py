@@ -25,6 +25,7 @@ SAME = {
 MAY_DIFFER = {
     "device": ("machine", "device"), "driver": ("machine", "driver"), "threads": ("machine", "threads"),
     "weights in": ("precision", "weights"), "keys and values in": ("precision", "kv"),
+    "linear layers in": ("precision", "linear"),
     "CUDA graphs": ("execution", "cuda_graph"), "hiar-kernels": ("versions", "hiar-kernels"),
     "torch": ("versions", "torch"), "triton": ("versions", "triton"), "cuda": ("versions", "cuda"),
 }  # fmt: skip
@@ -97,7 +98,7 @@ def facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     p, e = result["precision"], result["execution"]
     how = "CUDA graphs" if e["cuda_graph"] else "eager"
-    yield "precision", f"weights {p['weights']}, keys and values {p['kv']}; {how}, attention {e['attention_impl']}"
+    yield "precision", f"weights {p['weights']}, keys and values {p['kv']}, linear layers {p['linear']}; {how}, attention {e['attention_impl']}"
     threads = f", threads: {about['threads']}" if about["kind"] == "cpu" else f", driver {about['driver']}"
     yield "machine", f"{about['device']}{threads}, {about['system']}"
     yield "versions", ", ".join(f"{name} {value}" for name, value in v.items() if value != "absent")

@@ -362,7 +362,13 @@ def _model(subject: BenchModel, setting: Setting) -> dict[str, Any]:
 
 def _precision(subject: BenchModel) -> dict[str, str]:
     weights = str(subject.network.patch_embedding.weight.dtype).removeprefix("torch.")
-    return {"weights": weights, "kv": subject.execution.kv_dtype or weights, "float32_matmul": "ieee"}
+    execution = subject.execution
+    return {
+        "weights": weights,
+        "kv": execution.kv_dtype or weights,
+        "linear": execution.linear_dtype or weights,
+        "float32_matmul": "ieee",
+    }
 
 
 def _latents(measured: RolloutTimes) -> dict[str, Any]:

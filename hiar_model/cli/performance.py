@@ -14,7 +14,7 @@ from ..config import SHIPPED, WAN, RolloutConfig, WanConfig
 from ..io.atomic import atomic_write
 from ..io.files import check_output, check_picture, require_apart
 from .choices import option, rollout_options
-from .machine import imports, progress_bar, window_argument
+from .machine import imports, kv_argument, linear_argument, progress_bar, window_argument
 
 
 def setting_arguments(parser: ArgumentParser) -> None:
@@ -32,7 +32,8 @@ def setting_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--kv-source", type=str, default="own", help="of caches: own, or next_step (shared KV)")
     window_argument(parser)
     parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
-    parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
+    kv_argument(parser)
+    linear_argument(parser)
     parser.add_argument("--cuda-graph", type=bool | None, help="capture forwards as CUDA graphs; default: on CUDA")
     parser.add_argument("--layers", type=int, help="of the network, with random weights; default: all")
     parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if there is any), cpu, cuda, cuda:1")
@@ -65,7 +66,7 @@ def _setting(a: Namespace, **more: Any) -> Any:
     model = a.model or ("toy" if pick_device(a.device).type == "cpu" else "wan2.1-t2v-1.3b")
     return Setting(
         model=model, height=a.height, width=a.width, rollout=rollout_options(a), cuda_graph=a.cuda_graph,
-        kv_dtype=a.kv_dtype, device=a.device, dtype=a.dtype, layers=a.layers, **more,
+        kv_dtype=a.kv_dtype, linear_dtype=a.linear_dtype, device=a.device, dtype=a.dtype, layers=a.layers, **more,
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""What keys and values in 8 bits do to a video: the toy model's latents and oracle figures by kv_dtype, on one noise.
+"""What 8 bits do to a video: the toy model's latents and oracle figures by kv_dtype and linear_dtype, on one noise.
 
-    python -m bench.studies.fp8_cache [--prompts 64] [--num-frames 48]
+    python -m bench.studies.eight_bits [--model toy] [--prompts 64] [--num-frames 48]
 
-Differences are to the latents with keys in the dtype of the work; those of bfloat16 throughout, to float32 throughout.
+Differences are to the latents with keys and layers in the dtype of the work; those of bfloat16 throughout, to float32
+throughout.
 It prints the table of docs/howto/quantise.md.
 """
 
@@ -24,20 +25,25 @@ from hiar_model.toy.prompt import ToyPrompt, split_prompts
 from hiar_model.toy.reading import Summary
 
 BATCH = 16  # videos at once; each has noise of its own
-ROWS: tuple[tuple[torch.dtype, torch.dtype | None], ...] = (
-    (torch.float32, None),
-    (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float8_e4m3fn),
-    (torch.bfloat16, None),
-    (torch.bfloat16, torch.float8_e4m3fn),
+E4M3 = "float8_e4m3fn"
+ROWS: tuple[tuple[torch.dtype, str | None, str | None], ...] = (
+    (torch.float32, None, None),
+    (torch.float32, "bfloat16", None),
+    (torch.float32, E4M3, None),
+    (torch.float32, None, E4M3),
+    (torch.float32, E4M3, E4M3),
+    (torch.bfloat16, None, None),
+    (torch.bfloat16, E4M3, None),
+    (torch.bfloat16, None, E4M3),
+    (torch.bfloat16, E4M3, E4M3),
 )
-"""(dtype of the work, dtype of the cache; None: the same)"""
-HEADINGS = ("work in", "keys in", "max difference", "mean", "latents' rms")
+"""(dtype of the work, kv_dtype, linear_dtype; None: the same)"""
+HEADINGS = ("work in", "keys in", "layers in", "max difference", "mean", "latents' rms")
 HEADINGS += ("colour %", "valid %", "direction %", "speed/truth")
 
 
 def latents(
-    model: VideoModel, prompts: Sequence[ToyPrompt], frames: int, seed: int, kv_dtype: torch.dtype | None
+    model: VideoModel, prompts: Sequence[ToyPrompt], frames: int, seed: int, execution: ExecutionConfig
 ) -> Tensor:
     """[prompts, F, C, h, w], video i from the noise of video i."""
     _, height, width = model.latent_size
@@ -46,7 +52,7 @@ def latents(
         videos = range(first, min(first + BATCH, len(prompts)))
         rollout = Rollout(
             model.transformer, torch.cat([model.encode_text(prompts[i].text()) for i in videos]),
-            model.rollout.with_order("step_first"), ExecutionConfig(kv_dtype=kv_dtype),
+            model.rollout.with_order("step_first"), execution,
             num_latent_frames=model.latent_frames(frames), latent_size=(height, width), seed=seed, video_ids=videos,
         )  # fmt: skip
         videos_done.append(torch.cat([block.latents for block in rollout], 1))
@@ -65,24 +71,25 @@ def table(model: VideoModel, prompts: Sequence[ToyPrompt], frames: int, seed: in
     """Lines of Markdown."""
     cells = []
     own: dict[torch.dtype, Tensor] = {}
-    for dtype, kv_dtype in ROWS:
+    for dtype, kv_dtype, linear_dtype in ROWS:
         working = replace(model, transformer=model.transformer.to(dtype))
-        result = latents(working, prompts, frames, seed, kv_dtype)
+        execution = ExecutionConfig(kv_dtype=kv_dtype, linear_dtype=linear_dtype)
+        result = latents(working, prompts, frames, seed, execution)
         first = not own
         expected = own.get(dtype, next(iter(own.values()), result))
         own.setdefault(dtype, result)
         off = (result - expected).abs()
         s = read(model, prompts, result)
-        names = [str(x).removeprefix("torch.") for x in (dtype, kv_dtype or dtype)]
+        names = [str(x).removeprefix("torch.") for x in (dtype, kv_dtype or dtype, linear_dtype or dtype)]
         differences = [f"{off.max():.3f}", f"{off.mean():.4f}"] if not first else ["", ""]
         shares = [f"{100 * share:.1f}" for share in (s.colour, s.valid, s.direction)]
         cells.append([*names, *differences, f"{result.square().mean().sqrt():.3f}", *shares, f"{s.speed_ratio:.3f}"])
-    return report.table(HEADINGS, cells, text_columns=2)
+    return report.table(HEADINGS, cells, text_columns=3)
 
 
 def main() -> None:
     """Print the table and what was run."""
-    parser = argparse.ArgumentParser(description="Latents and oracle figures of the toy model by kv_dtype.")
+    parser = argparse.ArgumentParser(description="Latents and oracle figures of a toy model by kv_dtype and linear_dtype.")
     parser.add_argument("--model", default="toy", help="name of a shipped model, or a folder")
     parser.add_argument("--prompts", type=int, default=64, help="how many of the held-out ones")
     parser.add_argument("--num-frames", type=int, default=48)
