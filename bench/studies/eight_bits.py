@@ -89,7 +89,9 @@ def table(model: VideoModel, prompts: Sequence[ToyPrompt], frames: int, seed: in
 
 def main() -> None:
     """Print the table and what was run."""
-    parser = argparse.ArgumentParser(description="Latents and oracle figures of a toy model by kv_dtype and linear_dtype.")
+    parser = argparse.ArgumentParser(
+        description="Latents and oracle figures of a toy model by kv_dtype and linear_dtype."
+    )
     parser.add_argument("--model", default="toy", help="name of a shipped model, or a folder")
     parser.add_argument("--prompts", type=int, default=64, help="how many of the held-out ones")
     parser.add_argument("--num-frames", type=int, default=48)

@@ -98,7 +98,8 @@ def facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     p, e = result["precision"], result["execution"]
     how = "CUDA graphs" if e["cuda_graph"] else "eager"
-    yield "precision", f"weights {p['weights']}, keys and values {p['kv']}, linear layers {p['linear']}; {how}, attention {e['attention_impl']}"
+    dtypes = f"weights {p['weights']}, keys and values {p['kv']}, linear layers {p['linear']}"
+    yield "precision", f"{dtypes}; {how}, attention {e['attention_impl']}"
     threads = f", threads: {about['threads']}" if about["kind"] == "cpu" else f", driver {about['driver']}"
     yield "machine", f"{about['device']}{threads}, {about['system']}"
     yield "versions", ", ".join(f"{name} {value}" for name, value in v.items() if value != "absent")

@@ -41,8 +41,7 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
 def evaluate(a: Namespace) -> None:
     target = None if a.json is None else check_output(a.json)  # before any work
     picture = check_picture(a.plot)
-from ..io.files import check_output, check_picture
-from .machine import kv_argument, linear_argument, load_model, machine_arguments, progress_bar, window_argument
+    require_apart({"--json": target, "--plot": picture}, {"--model": a.model})
     from ..config import ExecutionConfig
     from ..evaluation.evaluate import PARTS, default_rollouts, draw_rows, evaluate_toy
     from ..toy.prompt import split_prompts
