@@ -34,10 +34,10 @@ WRONG = {
     "videos at once": (["doctor", "--model", "toy", "--batch", 10**9], "--batch must be .* from 1 to 65536, got 1"),
     "a side": (["doctor", "--model", WAN, "--height", 16 * 10**7], "--height must be a whole number from 1 to 65536"),
     "a model as a word": (["doctor", "toy"], "unrecognized arguments: toy; a model is given as --model toy"),
-    "layers": (["profile", "--model", "toy", "--layers", 7], "--layers must be a whole number from 1 to 6, got 7"),
+    "layers": (["bench", "--model", "toy", "--layers", 7], "--layers must be a whole number from 1 to 6, got 7"),
     "layers of a warm-up": (["warmup", "--model", "toy", "--layers", 7], "--layers must be .* from 1 to 6, got 7"),
     "a window": (
-        ["profile", "--model", "toy", "--window-frames", 10**8, "--device", "auto"],
+        ["bench", "--model", "toy", "--layers", 1, "--window-frames", 10**8],
         r"toy in float32, its weights and one window .* need \d{4,}\.\d GB, [\d.]+ GB of memory are free",
     ),
     "a key with dashes": (["train", RECIPE, "--updates", 3], "keys of a recipe are written key=value, without dashes"),
@@ -154,9 +154,9 @@ def test_no_memory_is_one_line(capsys, monkeypatch, error, size):
     def work(_: object) -> None:
         raise error
 
-    arguments, _, summary = COMMANDS["profile"]
-    monkeypatch.setitem(COMMANDS, "profile", (arguments, work, summary))
-    line = refused(capsys, "profile")
+    arguments, _, summary = COMMANDS["bench"]
+    monkeypatch.setitem(COMMANDS, "bench", (arguments, work, summary))
+    line = refused(capsys, "bench")
     at_once = f"{size} at once" if size else ""
     assert line == f"hiar: out of memory{at_once}; a smaller size, window, batch or number of frames needs less"
 
@@ -167,7 +167,7 @@ def test_other_errors_are_no_lack_of_memory(monkeypatch):
     def work(_: object) -> None:
         raise RuntimeError("a fault of ours")
 
-    arguments, _, summary = COMMANDS["profile"]
-    monkeypatch.setitem(COMMANDS, "profile", (arguments, work, summary))
+    arguments, _, summary = COMMANDS["bench"]
+    monkeypatch.setitem(COMMANDS, "bench", (arguments, work, summary))
     with pytest.raises(RuntimeError, match="a fault of ours"):
-        run("profile")
+        run("bench")
