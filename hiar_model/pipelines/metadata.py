@@ -76,7 +76,7 @@ def describe(run: Any, command: str = "generate", more: Mapping[str, Any] | None
         **({"lora": [lora.to_dict() for lora in model.loras]} if model.loras else {}),
         "height": height,
         "width": width,
-        "given": run.starts.given[0] if len(run.starts.given) == 1 else list(run.starts.given) or None,
+        "given": run.starts.names[0] if len(run.starts.names) == 1 else list(run.starts.names) or None,
         "num_frames": run.num_frames,
         "seed": options.seed,
         "noise": NOISE,

@@ -35,14 +35,14 @@ class Starts:
 
     Attributes:
         first: frames that it starts with, or None. later: pixel frame -> image. last: the last frame, or None.
-        files: of the images of ``later``. given: the names of all files as they are typed, for the metadata.
+        files: of the images of ``later``. names: of all files as they are typed, for the metadata.
     """
 
     first: ConditioningFrames | None
     later: Mapping[int, ConditioningFrames]
     last: ConditioningFrames | None
     files: Mapping[int, ImageFile]
-    given: tuple[str, ...]
+    names: tuple[str, ...]
 
     @classmethod
     def read(
@@ -108,8 +108,8 @@ class Starts:
         block = plan.block_of(1 + (file.frame - 1) // model.temporal_compression)
 
         def starts(blocks: Sequence[int]) -> list[int]:
-            made = (n for n in blocks if n >= plan.prefix_blocks and (last is None or n <= last))
-            return [model.pixel_frames(plan.block_frames(n)[0]) for n in made]
+            generated = (n for n in blocks if n >= plan.prefix_blocks and (last is None or n <= last))
+            return [model.pixel_frames(plan.block_frames(n)[0]) for n in generated]
 
         if file.frame in starts([block]):
             return plan.block_frames(block)[0]
@@ -195,11 +195,11 @@ class Ending:
             if frame >= start:
                 latents[:, frame - start + short], known[:, frame - start + short] = x, True
         networks: Any = model.networks(len(config.steps))
-        made = infill(
+        infilled = infill(
             networks, latents, known, rollout.prompt_embeds(self.block), config.schedule, frames_per_block=size,
             sampler=config.sampler, seed=rollout.seed, first_frame=config.first_frame + start - short,
             first_block=self.block - bool(short), first_block_frames=short or None, clean_context=True,
         )  # fmt: skip
         for block in range(self.block, self.plan.block_of(self.num_frames - 1) + 1):
             first, stop = self.plan.block_frames(block)
-            yield FinishedBlock(block, first, made[:, first - start + short : stop - start + short])
+            yield FinishedBlock(block, first, infilled[:, first - start + short : stop - start + short])

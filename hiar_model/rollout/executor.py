@@ -114,9 +114,9 @@ class Executor:
         self.last_started_block = -1
         sigmas = ", ".join(f"{level:g}" for level in schedule.sigmas)
         policy = "" if self.history is None else ", recache"
-        given = f", conditioning frames {', '.join(map(str, fixed.numbers))}" if fixed.numbers else ""
+        numbers = f", conditioning frames {', '.join(map(str, fixed.numbers))}" if fixed.numbers else ""
         # what a saved state depends on, beside the plan
-        context = f"context at {config.context_noise:g}{policy}{given}"
+        context = f"context at {config.context_noise:g}{policy}{numbers}"
         self.about = f"{self.dtype}, noise levels {sigmas}, {self.sampler}, {context}"
 
     @torch.no_grad()
@@ -396,10 +396,10 @@ class Executor:
 
     def _levels(self, task: Task) -> list[int]:
         """Indices into the modulation table: the noise level of each frame, which conditions the network."""
-        level, given = task.step if task.kind == "denoise" else task.step + 1, self.fixed.inside(task.block)
+        level, fixed = task.step if task.kind == "denoise" else task.step + 1, self.fixed.inside(task.block)
         clean = task.block < self.plan.prefix_blocks
         frames = range(len(range(*self.plan.block_frames(task.block))))
-        return [self.clean if clean or frame in given else level for frame in frames]
+        return [self.clean if clean or frame in fixed else level for frame in frames]
 
     def _prompt_kv(self, model: HiARTransformer, items: list[BatchItem]) -> CrossAttentionKV:
         prompts = [self.prompt_embeds(item[-1].block) for item in items]
