@@ -109,7 +109,7 @@ def test_clean_context_is_seen_at_level_0(sampler):
     clean, x = CLEAN[:, :7].double(), drawn(INITIAL)
     for step, (sigma, following) in enumerate(zip(SCHEDULE.sigmas, SCHEDULE.sigmas[1:], strict=False)):
         x[known] = clean[known]
-        t = torch.where(known, 0.0, 1000 * sigma).double()
+        t = torch.full((2, 7), 1000 * sigma, dtype=torch.float64).masked_fill(known, 0.0)
         velocity = model(x, t, TEXT.expand(2, -1, -1))
         x0 = x - sigma * velocity
         ode = x + (following - sigma) * velocity
