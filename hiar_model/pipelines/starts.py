@@ -4,7 +4,7 @@
 - An image at a later frame is the first latent frame of the block that begins there: a conditioning frame, clean at
   every step, around which the block is made. It is shown as the decoder has it.
 - Before a last frame, the last blocks are infilled: made at once, in bidirectional attention, between the block before
-  them and the last frame, as many as the model has seen together in training.
+  them and the last frame, together as many as the model has seen in training.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Ending:
 
     @classmethod
     def of(cls, model: VideoModel, plan: Plan, num_frames: int | None, execution: ExecutionConfig) -> Ending:
-        """Infill all of a video that is no longer than the clips of training, else the end of it.
+        """Infill as many blocks as, with the one before them, the model has seen together in training.
 
         Raises:
             ValueError: a video of several processes.
@@ -153,10 +153,10 @@ class Ending:
         if execution.mesh is not None or execution.steps_per_rank is not None or execution.dedicated_decoder_rank:
             raise ValueError("last_frame is for one process without a pipeline: its last blocks are made at once")
         assert num_frames is not None
-        frames = plan.frames_per_block
-        together = (1 + (model.train_frames - 1) // model.temporal_compression) // frames
-        first, end = plan.prefix_blocks, plan.block_of(num_frames - 1) + 1
-        return cls(plan, first if end - first <= together else end - max(1, together - 1), num_frames)
+        together = (1 + (model.train_frames - 1) // model.temporal_compression) // plan.frames_per_block
+        end = plan.block_of(num_frames - 1) + 1
+        earliest = max(plan.prefix_blocks, min(1, end - 1))  # a context: without one, few-step models break the motion
+        return cls(plan, max(earliest, end - max(1, together - 1)), num_frames)
 
     @property
     def rolled_out(self) -> int:

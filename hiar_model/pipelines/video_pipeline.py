@@ -65,7 +65,7 @@ class VideoOptions:
             and count in ``num_frames``; ``num_frames=None`` then adds as many new blocks as usual. Several images are a
             storyboard: [path, "path@frame" or (path, frame), ...]; behind frame 0, a block must begin at the frame.
         last_frame: path of a picture that the video ends with. The blocks before it are infilled: made at once, as many
-            as the model has seen together in training, which is also the default length.
+            as fit the length of the training clips, which is also the default length.
         prompts: a :class:`hiar_model.PromptSchedule`; ``prompt`` is then the one before its first line, or None.
         on_prompt_change: "keep" or "recache", of :class:`hiar_model.RolloutConfig`.
         fuse_cache_denoise: of :class:`hiar_model.RolloutConfig`.

@@ -61,22 +61,24 @@ def test_a_last_frame(pipeline, model, num_frames):
     video = pipeline(PROMPT, last_frame="blue.png", num_frames=num_frames)
     assert len(video.frames) == num_frames and (video.frames[-1] == shown(model, "blue.png")).all()
     other = pipeline(PROMPT, last_frame="red.png", num_frames=num_frames).frames
-    infilled = num_frames - max(BLOCK, TRAIN_FRAMES - BLOCK) if num_frames > TRAIN_FRAMES else 0
+    infilled = num_frames - (TRAIN_FRAMES - BLOCK)
     assert (other[:infilled] == video.frames[:infilled]).all()  # made by the rollout, which does not see it
     assert all((a != b).any() for a, b in zip(other[infilled:], video.frames[infilled:], strict=True))
 
 
 def test_a_first_and_a_last_frame_and_one_between(pipeline, model):
-    """Without a number of frames, as many as the model has seen together in training, behind the first."""
+    """Without a number of frames, as many as in training, behind the first; one block is also made by infilling."""
     run = pipeline.prepare(
         hiar_model.pipelines.video_pipeline.VideoOptions(
             PROMPT, image=["red.png", "green.png@4"], last_frame="blue.png"
         )
     )
     assert run.num_frames == 1 + TRAIN_FRAMES
-    assert run.notes() == ["frames 1 to 6 are made at once, by infilling before the last frame"]
+    assert run.notes() == ["frames 4 to 6 are made at once, by infilling before the last frame"]
     video = np.concatenate(list(run))
     assert (video[4] == shown(model, "green.png")).all() and (video[-1] == shown(model, "blue.png")).all()
+    alone = pipeline(PROMPT, last_frame="blue.png", num_frames=BLOCK).frames
+    assert len(alone) == BLOCK and (alone[-1] == video[-1]).all()
     assert [len(block) for block in pipeline.stream(PROMPT, last_frame="blue.png")] == [BLOCK] * (TRAIN_FRAMES // BLOCK)
 
 
