@@ -30,7 +30,7 @@ DEMO_MODEL := scenes
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-versions test-cpu test-processors test-interpreter test-compile gpu-test gpu-bench bench compile-report docs docs-refresh docs-check lint types check setup setup-dev clean
+.PHONY: help demo test test-versions test-cpu test-processors test-interpreter test-compile gpu-test gpu-bench bench compile-report hub docs docs-refresh docs-check lint types check setup setup-dev clean
 
 help:
 	@sed -n '/^[^#]/q; s/^# \{0,1\}//p' Makefile
@@ -165,6 +165,10 @@ gpu-bench:
 
 bench: setup-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+# A kernel of the Hugging Face hub: a project for kernel-builder, and its builds.
+hub: setup-dev
+	@$(BIN)/python hub/make.py out/hub
 
 compile-report: setup-dev
 	@$(BIN)/python -m hiar_kernels.compile_report --markdown docs/evidence/compile_report.md

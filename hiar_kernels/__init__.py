@@ -1,6 +1,6 @@
 """Kernels for block-autoregressive video: attention over matched-noise caches and the pointwise work around it."""
 
-from . import reference
+from . import layers, reference
 from .attention import (
     EMPTY,
     AttentionLayout,
@@ -53,6 +53,7 @@ __all__ = [
     "gated_residual_ada_layer_norm_fp8",
     "gated_residual_layer_norm",
     "layer_norm",
+    "layers",
     "merge_attention",
     "prefer",
     "qk_norm_rope",

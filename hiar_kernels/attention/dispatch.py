@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..common import triton_loader
 from ..common.dispatch import choose, require, resolve
+from ..common.torch_library import OPS
 from . import gluon, library, reference, selection
 from .inputs import AttentionInputs
 from .layout import AttentionLayout, attention_layout
@@ -54,7 +55,7 @@ def run(
         return gluon.attend(call, schedule)
     if impl == "triton":
         triton_loader.load("attention", q)
-        return torch.ops.hiar.attention(*call.as_schema())
+        return OPS.attention(*call.as_schema())
     if impl == "reference":
         if automatic and q.is_cuda and choice.impl == "reference":
             selection.warn_of_scores(call, choice)
@@ -89,7 +90,7 @@ def _traced(call: AttentionInputs, impl: str, num_splits: int | None, return_lse
         raise ValueError(library.no_gradient_of_lse(impl))
     if impl == "triton":
         triton_loader.load("attention", call.q)
-        return torch.ops.hiar.attention(*call.as_schema())
+        return OPS.attention(*call.as_schema())
     *tensors, _ = call.as_schema()
-    out, lse = torch.ops.hiar.attention_eager(*tensors, call.scale, impl, num_splits or 0, return_lse)
+    out, lse = OPS.attention_eager(*tensors, call.scale, impl, num_splits or 0, return_lse)
     return out, lse if return_lse else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common import triton_loader
-from ..common.torch_library import define, wide_dtype
+from ..common.torch_library import OPS, define, wide_dtype
 from . import dispatch, reference
 from .inputs import AttentionInputs
 
@@ -24,7 +24,7 @@ def _reference(*arguments: Any) -> tuple[Tensor, Tensor]:
     q = arguments[0]
     if q.is_cuda:
         triton_loader.load("attention", q)
-        return torch.ops.hiar.attention(*arguments)
+        return OPS.attention(*arguments)
     return reference.attention(AttentionInputs.from_schema(*arguments))
 
 

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-LIBRARY = torch.library.Library("hiar", "DEF")
+_ROOT = __name__.partition(".")[0]
+NAMESPACE = "hiar" if _ROOT == "hiar_kernels" else _ROOT
+"""Of the ops. Loaded under another name, as a kernel of the Hugging Face hub is, the package defines other ops, so that
+both may be in one process.
+"""
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+OPS: Any = getattr(torch.ops, NAMESPACE)
 _Outputs = tuple[Tensor, ...]
 _Value = TypeVar("_Value")
 _Call = TypeVar("_Call", bound=Callable[..., Any])
@@ -94,7 +100,7 @@ def define(
     PACKAGES[name] = package
     LIBRARY.define(f"{name}({arguments}) -> {returns}")
     LIBRARY.impl(name, own_arithmetic(reference), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hiar::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     if mutates or not differentiable:
         return
 
@@ -132,7 +138,7 @@ def define(
     outputs_argument = "Tensor[] outputs, " if saves_outputs else ""
     LIBRARY.define(f"{name}_backward(Tensor[] grads, bool[] needed, {outputs_argument}{arguments}) -> Tensor[]")
     LIBRARY.impl(f"{name}_backward", own_arithmetic(backward_reference), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hiar::{name}_backward", backward_fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}_backward", backward_fake, lib=LIBRARY)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         saved_outputs = ((output,) if isinstance(output, Tensor) else output) if saves_outputs else ()
@@ -146,14 +152,14 @@ def define(
         args = [next(tensors) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)]
         needed = [ctx.needs_input_grad[i] for i in differentiable if args[i] is not None]
         extra = [saved_outputs] if saves_outputs else []
-        op = getattr(torch.ops.hiar, f"{name}_backward")
+        op = getattr(OPS, f"{name}_backward")
         gradients = op([g.contiguous() for g in grads], needed, *extra, *args)
         result: list[Tensor | None] = [None] * len(args)
         for i, gradient in zip(needed_positions(needed, args), gradients, strict=True):
             result[i] = gradient
         return tuple(result)
 
-    torch.library.register_autograd(f"hiar::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
 _remembered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> (key, value)

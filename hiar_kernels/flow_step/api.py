@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..common.dispatch import check_floats, choose
 from ..common.pointwise import automatic, prepare
+from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the op)
 
 IMPLS = ("reference", "triton")
@@ -51,5 +51,5 @@ def flow_step(
     if choose("flow_step", impl, IMPLS, auto=automatic(x, velocity, noise)) == "triton":
         sigma, sigma_next = sigma.float(), sigma_next.float()
         prepare("flow_step", x=x, velocity=velocity, noise=noise, sigma=sigma, sigma_next=sigma_next)
-        return torch.ops.hiar.flow_step(x, velocity, sigma, sigma_next, noise)
+        return OPS.flow_step(x, velocity, sigma, sigma_next, noise)
     return reference.flow_step(x, velocity, sigma, sigma_next, noise)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..common import cuda_loader, pointwise, triton_loader
 from ..common.dispatch import check_floats, choose
+from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the op)
 
 IMPLS = ("reference", "triton", "cuda")
@@ -64,7 +65,6 @@ def merge_attention(
     for x in (*outs, *lses):
         if x.device != outs[0].device:
             raise ValueError(f"merge_attention: every out and lse must be on {outs[0].device}, got {x.device}")
-    hiar = torch.ops.hiar
-    op = hiar.merge_attention_cuda if impl == "cuda" else hiar.merge_attention
+    op = OPS.merge_attention_cuda if impl == "cuda" else OPS.merge_attention
     merged: tuple[Tensor, Tensor] = op(list(outs), list(lses))
     return merged

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..common.dispatch import choose
 from ..common.pointwise import automatic, prepare
+from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the ops)
 from .inputs import NormInputs, names_of
 
@@ -162,7 +162,7 @@ def _run(op: str, impl: str, inputs: NormInputs) -> Any:
     tensors = {name: getattr(inputs, name) for name in names_of(op)}
     if choose(op, impl, IMPLS, auto=automatic(*tensors.values(), norm=normed)) == "triton":
         prepare(op, norm=normed, **tensors)
-        return getattr(torch.ops.hiar, op)(*inputs.as_schema(op))
+        return getattr(OPS, op)(*inputs.as_schema(op))
     if inputs.y is not None:
         inputs = replace(inputs, y=inputs.y.contiguous())
     return reference.norm(op, inputs)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..common.dispatch import choose, require
 from ..common.pointwise import automatic, prepare
+from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the ops)
 from .inputs import Rings, RopeInputs, append_as_schema, token_grid
 
@@ -50,7 +51,7 @@ def qk_norm_rope(
     inputs.validate(op)
     if choose(op, impl, IMPLS, auto=automatic(q_weight, k_weight, qkv, norm=True)) == "triton":
         prepare(op, norm=True, q_weight=q_weight, k_weight=k_weight, qkv=qkv)
-        q, k = torch.ops.hiar.qk_norm_rope(*inputs.as_schema())
+        q, k = OPS.qk_norm_rope(*inputs.as_schema())
     else:
         q, k = reference.qk_norm_rope(inputs)
     return q, k, qkv[..., 2 * q_weight.numel() :].unflatten(-1, (num_heads, -1))
@@ -104,6 +105,5 @@ def qk_norm_rope_append(
     if impl == "reference":
         return reference.qk_norm_rope_append(inputs, rings)
     prepare(op, impl=impl, norm=True, **floats)
-    hiar = torch.ops.hiar
-    kernel = hiar.qk_norm_rope_append_cuda if impl == "cuda" else hiar.qk_norm_rope_append
+    kernel = OPS.qk_norm_rope_append_cuda if impl == "cuda" else OPS.qk_norm_rope_append
     return kernel(*append_as_schema(inputs, rings))

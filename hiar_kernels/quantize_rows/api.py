@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..common.dispatch import check_floats, choose
 from ..common.pointwise import automatic, prepare
+from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the op)
 
 IMPLS = ("reference", "triton")
@@ -48,6 +48,6 @@ def quantize_rows(x: Tensor, *, activation: str | None = None, impl: str = "auto
         prepare("quantize_rows", x=x)
         if not fits:
             raise ValueError(f"quantize_rows: impl='triton' takes at most {WIDEST} channels, got {x.shape[-1]}")
-        values, scales = torch.ops.hiar.quantize_rows(x, activation)
+        values, scales = OPS.quantize_rows(x, activation)
         return values, scales
     return reference.quantize_rows(x, activation)

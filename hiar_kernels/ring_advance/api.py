@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..common import cuda_loader, pointwise, triton_loader
 from ..common.dispatch import choose
+from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the op)
 from .inputs import RingState
 
@@ -59,7 +59,7 @@ def ring_advance(
         reference.ring_advance(state)
     elif impl == "cuda":
         cuda_loader.load("ring_advance", position)
-        torch.ops.hiar.ring_advance_cuda(*state.as_schema())
+        OPS.ring_advance_cuda(*state.as_schema())
     else:
         triton_loader.load("ring_advance", position)
-        torch.ops.hiar.ring_advance(*state.as_schema())
+        OPS.ring_advance(*state.as_schema())

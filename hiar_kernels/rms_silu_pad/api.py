@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..common.dispatch import check_eps, check_floats, choose
 from ..common.pointwise import automatic, prepare
+from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the op)
 from .layout import CACHE_FRAMES
 
@@ -56,6 +56,6 @@ def rms_silu_pad(
         fits = channels <= WIDEST
         if not fits:
             raise ValueError(f"rms_silu_pad: impl='triton' takes at most {WIDEST} channels, got {channels}")
-        padded, after = torch.ops.hiar.rms_silu_pad(x, weight, cache, eps)
+        padded, after = OPS.rms_silu_pad(x, weight, cache, eps)
         return padded, after
     return reference.rms_silu_pad(x, weight, cache, eps)

@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from ..common import checks, environment
+from ..common.image_file import image_files
 from ..common.lora_file import lora_files
 from ..config import SHIPPED, RolloutConfig, WanConfig
 from ..config.execution import ATTENTION_IMPLS, KV_DTYPES, LINEAR_DTYPES, ON_NAN
@@ -37,7 +38,7 @@ MOST = {
 }  # fmt: skip
 ABOVE_0 = ("timeout",)
 INPUT_FILES = {
-    "generate": ("image", "extend", "prompts", "vae", "from_session"), "compare": ("image", "extend", "prompts", "vae"),
+    "generate": ("extend", "last_frame", "prompts", "vae", "from_session"), "compare": ("extend", "prompts", "vae"),
     "doctor": ("vae",),
     "bench": ("compare",),
 }  # fmt: skip
@@ -71,6 +72,10 @@ def check_choices(command: str, a: Namespace) -> None:
             for file in lora_files(value):
                 if not Path(file.path).exists():
                     raise ValueError(f"--lora {file.path}: no such file; expected FILE or FILE:SCALE")
+        if name == "image":
+            for image in image_files(value):
+                if not Path(image.path).exists():
+                    raise ValueError(f"--image {image.path}: no such file; expected FILE or FILE@FRAME")
         for file in several if name in INPUT_FILES.get(command, ()) and value is not None else ():
             if not Path(file).exists():
                 raise ValueError(f"{option(name)} {file}: no such file")

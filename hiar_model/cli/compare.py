@@ -41,7 +41,7 @@ def compare(a: Namespace) -> None:
     from ..io.video import is_folder_target, record_path
 
     target, folder = new_video(a), is_folder_target(a.out)
-    existing_inputs(a, ("image", "extend", "vae"))
+    existing_inputs(a, ("extend", "vae"))
     prompts = prompt_schedule(a)
     with imports():
         from ..config import ExecutionConfig

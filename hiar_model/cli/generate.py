@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..common.image_file import image_files
 from ..common.lora_file import lora_files
 from ..io.files import check_text
-from .choices import rollout_options
-from .config_file import OptionalPositional
+from .choices import option, rollout_options
+from .config_file import OptionalPositional, Repeated
 from .machine import (
     imports,
     load_for_video,
@@ -22,6 +23,7 @@ from .machine import (
     machine_arguments,
     memory_arguments,
     progress_bar,
+    unchanged,
 )
 from .parallel import RUN_FOLDER, job, pipeline_arguments, pipelined, resume_arguments, unfinished_blocks
 from .signals import handled
@@ -53,7 +55,11 @@ def video_arguments(parser: ArgumentParser, model: str = "toy") -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all noise")
     memory_arguments(parser)
     parser.add_argument("--fps", type=float, help="of the video; default: the model's")
-    parser.add_argument("--image", type=str, help="first frame: a picture, scaled and cropped to the size of the video")
+    parser.add_argument(
+        "--image", type=unchanged, action=Repeated, metavar="FILE[@FRAME]",
+        help="first frame: a picture, scaled and cropped to the size of the video; with @FRAME, several times for a "
+        "storyboard: a picture at a frame at which a block begins",
+    )  # fmt: skip
     parser.add_argument("--extend", type=str, help="first frames: a clip, of which the last 1 + 4n frames are used")
     parser.add_argument("--prompts", type=str, help='file of lines "seconds prompt", counted from the video\'s start')
     parser.add_argument("--on-prompt-change", type=str, default="keep", help="context at a new prompt: keep or recache")
@@ -68,6 +74,7 @@ def generate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--num-frames", type=int, help="pixel frames from the video's start; default: what the model says"
     )
+    parser.add_argument("--last-frame", type=str, help="picture that the video ends with; it is infilled")
     parser.add_argument(
         "--order", type=str,
         help="step_first, stream, wavefront or block_first; default: the model's, else wavefront if it is small and on "
@@ -99,7 +106,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
 
     # Validate arguments before loading the model.
     target = new_video(a)
-    existing_inputs(a, ("image", "extend", "vae", "from_session"))
+    existing_inputs(a, ("extend", "last_frame", "vae", "from_session"))
     session = None if a.session is None else check_output(in_folder(a.session, SESSION))
     require_apart(
         {"-o": target, "the metadata of -o": record_path(target, is_folder_target(a.out)), "--session": session},
@@ -119,6 +126,11 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
     piped = a.parallel == "pipeline" or (here.ranks > 1 and a.parallel is None)
     if piped and (a.session or a.from_session) and here.ranks > 1:
         raise ValueError("--session and --from-session are for one process: resume a pipeline with --resume")
+    if a.last_frame is not None and piped:
+        raise ValueError("--last-frame is for one process without a pipeline: its last blocks are made at once")
+    for other in ("session", "from_session", "prompts") if a.last_frame is not None else ():
+        if a[other] is not None:
+            raise ValueError(f"--last-frame and {option(other)} exclude each other: give one")
     model = load_for_video(a, order=a.order, ranks=here.ranks, own_steps=own_steps, on_checkpoint=notes.append)
     with progress_bar("{task.fields[frames]}", "{task.fields[speed]}") as bar:
         task = bar.add_task("", total=None, frames="frames", speed="")
@@ -133,7 +145,8 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
 
         options = VideoOptions(
             a.prompt, height=a.height, width=a.width, num_frames=a.num_frames, seed=a.seed, fps=a.fps,
-            image=a.image, extend=a.extend, prompts=prompts, threads=a.threads, session=a.from_session,
+            image=a.image, extend=a.extend, last_frame=a.last_frame, prompts=prompts, threads=a.threads,
+            session=a.from_session,
             open_end=bool(a.session or a.from_session), on_progress=show,
             run_folder=folder if a.resume or piped else None, resume=a.resume, checkpoint_every=a.checkpoint_every,
             **of_rollout,
@@ -145,8 +158,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
             for _ in run:
                 pass
             return
-        conditioning = () if run.conditioning is None or a.from_session else run.conditioning.notes
-        for line in [*notes, *conditioning, *run.notes()]:
+        for line in [*notes, *(() if a.from_session else run.starts.notes), *run.notes()]:
             print(line, file=sys.stderr)
         writer = VideoWriter(a.out, run.fps, run.metadata, size=run.model.pixel_size)
         with (
@@ -194,8 +206,10 @@ def new_video(a: Namespace) -> Path:
 
 def read_files(a: Namespace) -> dict[str, str | Path | None]:
     """The files and folders that the options of a video read, for :func:`.require_apart`."""
-    names = ("model", "image", "extend", "prompts", "checkpoint", "vae")
-    return {**{f"--{name}": a[name] for name in names}, **{f"--lora {x.path}": x.path for x in lora_files(a.lora)}}
+    names = ("model", "extend", "last_frame", "prompts", "checkpoint", "vae")
+    of_options = {option(name): a.get(name) for name in names}
+    of_options |= {f"--image {x.path}": x.path for x in image_files(a.image)}
+    return of_options | {f"--lora {x.path}": x.path for x in lora_files(a.lora)}
 
 
 def existing_inputs(a: Namespace, names: Sequence[str]) -> None:

@@ -81,7 +81,7 @@ def _run(words: list[str]) -> int:
         for name, value in vars(chosen).items():
             if isinstance(value, str):
                 chosen[name] = as_text(value) if name == "prompt" else as_name(value)
-            elif name == "lora" and value is not None:
+            elif name in ("lora", "image") and isinstance(value, list):
                 chosen[name] = [as_name(file) if isinstance(file, str) else file for file in value]
         check_choices(arguments.subcommand, chosen)
         check_effects(arguments.subcommand, chosen, dests)

@@ -11,7 +11,9 @@ from typing import Any
 from .atomic import SPECIAL, behind_links, is_special, temporary
 
 SESSION = "session.safetensors"  # its name in a folder
-FILE_OPTIONS = ("--model", "--checkpoint", "--vae", "--lora", "--image", "--extend", "--prompts", "--from-session")
+FILE_OPTIONS = (
+    "--model", "--checkpoint", "--vae", "--lora", "--image", "--extend", "--last-frame", "--prompts", "--from-session",
+)  # fmt: skip
 """Options of `hiar generate` that name input files."""
 MODEL_FILES = ("*.safetensors", "*.pth", "*.pt", "*config.json", "*index.json", "*.model")
 _UMASK = os.umask(0)

@@ -43,7 +43,9 @@ SPEED, LEAST_SHOWN = 8, 48  # default: so fast at most, and so many frames shown
 PANEL_SIDE = 320  # pixels on the short side that each video is enlarged to
 
 
-NOT_COMPARED = ("order", "fuse_cache_denoise", "session", "open_end", "run_folder", "resume", "checkpoint_every")
+NOT_COMPARED = (
+    "order", "fuse_cache_denoise", "session", "open_end", "run_folder", "resume", "checkpoint_every", "last_frame",
+)  # fmt: skip
 """Options of one video that a comparison does not have."""
 
 

@@ -57,10 +57,7 @@ def read_conditioning(
     if image is not None and extend is not None:
         raise ValueError(f"image {image!s} and extend {extend!s} exclude each other: give one")
     if image is not None:
-        path = path_like("image", image)
-        picture, notes = _read_image(path)
-        resizer = _Resizer(path, size)
-        return ConditioningFrames(resizer([picture]), (*notes, *resizer.notes))
+        return read_picture("image", image, size)
     if extend is None:
         return None
     path = path_like("extend", extend)
@@ -81,11 +78,19 @@ def read_conditioning(
     return ConditioningFrames(frames[-count:], (*notes, *resizer.notes))
 
 
+def read_picture(option: str, file: str | os.PathLike[str], size: tuple[int, int]) -> ConditioningFrames:
+    """Read one picture at a size (height, width); errors as :func:`read_conditioning`, with the name of the option."""
+    path = path_like(option, file)
+    picture, notes = _read_image(path, option)
+    resizer = _Resizer(path, size)
+    return ConditioningFrames(resizer([picture]), (*notes, *resizer.notes))
+
+
 def _check(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
     if path.is_dir():
         raise ValueError(f"{option} {path}: a folder, expected a file")
     if path.suffix.lower() not in suffixes:
-        other = "; for a clip use extend" if option == "image" and path.suffix.lower() in CLIPS else ""
+        other = "; for a clip use extend" if option != "extend" and path.suffix.lower() in CLIPS else ""
         legal = f"legal: {', '.join(suffixes)}{other}"
         raise ValueError(f"{option} {path}: cannot read {path.suffix or 'no suffix'!r}; {legal}")
     if not path.is_file():
@@ -93,11 +98,11 @@ def _check(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
     refuse_stand_in(path)
 
 
-def _read_image(path: Path) -> tuple[Frames, list[str]]:
+def _read_image(path: Path, option: str) -> tuple[Frames, list[str]]:
     """A picture as uint8 [H, W, 3] sRGB, and notes on changes made to it."""
     from PIL import Image, ImageOps
 
-    _check(path, "image", IMAGES)
+    _check(path, option, IMAGES)
     notes: list[str] = []
     try:
         with warnings.catch_warnings():
@@ -106,7 +111,7 @@ def _read_image(path: Path) -> tuple[Frames, list[str]]:
         with opened as picture:
             frames = getattr(picture, "n_frames", 1)
             if frames != 1 and picture.format != "MPO":  # a photo, and its preview or depth map behind it
-                raise ValueError(f"image {path} holds {frames} frames, expected one; for a clip use extend")
+                raise ValueError(f"{option} {path} holds {frames} frames, expected one; for a clip use extend")
             if picture.format == "PNG":
                 with Image.open(path) as again:
                     again.verify()  # the checksums, which decoding passes over
@@ -118,10 +123,10 @@ def _read_image(path: Path) -> tuple[Frames, list[str]]:
                 notes.append(f"{path}: damaged inside, parts of it are wrong: look at it, or get it again")
             return _to_srgb(upright, path, notes), notes
     except Image.DecompressionBombError as error:
-        raise ValueError(f"image {path}: more pixels than are read (178 million): scale it down first") from error
+        raise ValueError(f"{option} {path}: more pixels than are read (178 million): scale it down first") from error
     except (OSError, SyntaxError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ValueError(f"image {path}: corrupt, or not the format of its suffix: {reason}") from error
+        raise ValueError(f"{option} {path}: corrupt, or not the format of its suffix: {reason}") from error
 
 
 def _is_damaged(path: Path) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ..common.image_file import image_files
 from ..config import SHIPPED
 from ..version import NOISE, versions
 
@@ -39,8 +41,8 @@ def describe(run: Any, command: str = "generate", more: Mapping[str, Any] | None
         "device": str(device),
         "dtype": dtype,
         "threads": threads,
-        "image": options.image,
         "extend": options.extend,
+        "last-frame": options.last_frame,
         "kv-dtype": execution.kv_dtype,
         "linear-dtype": execution.linear_dtype,
         "attention-impl": None if execution.attention_impl == "auto" else execution.attention_impl,
@@ -56,12 +58,14 @@ def describe(run: Any, command: str = "generate", more: Mapping[str, Any] | None
     if schedule is not None:
         prompts = [[line.seconds, line.prompt] for line in schedule.lines]
         prompt, words["prompts"] = schedule.lines[0].prompt, schedule.file
-    words |= {name: _absolute(words.get(name)) for name in ("image", "extend", "from-session", "prompts")}
+    words |= {name: _absolute(words.get(name)) for name in ("extend", "last-frame", "from-session", "prompts")}
     if model.name not in SHIPPED and os.path.exists(model.name):
         words["model"] = _absolute(model.name)
     repeatable = schedule is None or schedule.file is not None
     for name, value in words.items():
         typed += [] if value is None else [f"--{name}", str(value)]
+    for file in image_files(options.image):
+        typed += ["--image", str(replace(file, path=os.path.abspath(file.path)))]
     for lora in model.loras:
         typed += ["--lora", lora.option]
     return {
@@ -73,7 +77,7 @@ def describe(run: Any, command: str = "generate", more: Mapping[str, Any] | None
         **({"lora": [lora.to_dict() for lora in model.loras]} if model.loras else {}),
         "height": height,
         "width": width,
-        "given": None if run.conditioning is None else str(options.image or options.extend),
+        "given": run.starts.names[0] if len(run.starts.names) == 1 else list(run.starts.names) or None,
         "num_frames": run.num_frames,
         "seed": options.seed,
         "noise": NOISE,

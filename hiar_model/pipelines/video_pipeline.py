@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import os
 import weakref
@@ -20,24 +19,24 @@ from torch import Tensor
 from hiar_kernels.nvtx import span
 
 from ..common.checks import MOST_FRAMES, MOST_STEPS, MOST_THREADS, one_of, path_like, whole
+from ..common.image_file import ImageLike
 from ..common.settings import own_settings
 from ..config import ExecutionConfig, RolloutConfig
 from ..config.rollout import ORDERS
 from ..io.video import Frames, Video, check_fps
 from ..models.registry import load_video_model, model_folder
 from ..models.threads import cpu_threads, fitting_threads, is_small
-from ..models.vae import to_pixels
 from ..models.video_model import VideoModel, pick_device, pick_dtype
 from ..planning.free_memory import require_memory
 from ..rollout import FinishedBlock, Rollout
 from ..rollout.run_folder import RunFolder
 from ..rollout.session_io import load_session, save_session
 from ..schedule.plan import Plan
-from .conditioning import ConditioningFrames, read_conditioning
 from .decode import Decoding
 from .lora import LoraLoading, ScaleFollower
 from .metadata import describe
 from .prompt_schedule import EncodedPromptSchedule, PromptSchedule, prompt_delay
+from .starts import Ending, Starts
 
 Window = int | Sequence[int | None] | None | Literal["model"]
 Progress = Callable[[int, int | None, int, int | None], None]
@@ -63,7 +62,10 @@ class VideoOptions:
         sink_frames: first latent frames that always stay visible, within ``window_frames``; None: the model's.
         fps: of the written video; None: the model's.
         image, extend: path of a picture, or of a clip, that the video starts with. Its frames come first, unchanged,
-            and count in ``num_frames``; ``num_frames=None`` then adds as many new blocks as usual.
+            and count in ``num_frames``; ``num_frames=None`` then adds as many new blocks as usual. Several images are a
+            storyboard: [path, "path@frame" or (path, frame), ...]; behind frame 0, a block must begin at the frame.
+        last_frame: path of a picture that the video ends with. The blocks before it are infilled: made at once, as many
+            as fit the length of the training clips, which is also the default length.
         prompts: a :class:`hiar_model.PromptSchedule`; ``prompt`` is then the one before its first line, or None.
         on_prompt_change: "keep" or "recache", of :class:`hiar_model.RolloutConfig`.
         fuse_cache_denoise: of :class:`hiar_model.RolloutConfig`.
@@ -88,8 +90,9 @@ class VideoOptions:
     window_frames: Window = "model"
     sink_frames: int | None = None
     fps: float | None = None
-    image: str | os.PathLike[str] | None = None
+    image: ImageLike | Sequence[ImageLike] | None = None
     extend: str | os.PathLike[str] | None = None
+    last_frame: str | os.PathLike[str] | None = None
     prompts: PromptSchedule | None = None
     on_prompt_change: str = "keep"
     fuse_cache_denoise: bool = False
@@ -118,6 +121,10 @@ class VideoOptions:
         if self.order is not None:
             one_of("order", self.order, ORDERS)
         object.__setattr__(self, "fps", None if self.fps is None else check_fps(self.fps))
+        if self.last_frame is not None:
+            for name in ("session", "prompts", "run_folder", "open_end"):
+                if getattr(self, name):
+                    raise ValueError(f"last_frame and {name} exclude each other: give one")
         if self.session is not None and self.run_folder is not None:
             raise ValueError(
                 f"session={os.fspath(self.session)!r} and run_folder exclude each other: a session is of one process, "
@@ -252,7 +259,7 @@ class VideoRun:
         self, model: VideoModel, execution: ExecutionConfig, options: VideoOptions, blockwise: bool = False
     ) -> None:
         self.options, self.execution = options, execution
-        endless = blockwise and options.num_frames is None and not options.open_end
+        endless = blockwise and options.num_frames is None and not options.open_end and options.last_frame is None
         blockwise = blockwise or options.open_end
         self.model = model.sized(options.height, options.width)
         self.config = rollout_config(self.model, options, blockwise)
@@ -261,16 +268,19 @@ class VideoRun:
         if endless or options.open_end:
             self.config.require_endless("a video with a session" if options.open_end else "a video without num_frames")
         networks = self.model.networks(len(self.config.steps))
-        self.conditioning = read_conditioning(
-            options.image, options.extend, self.model.pixel_size, self.model.temporal_compression, self.fps
-        )
-        prefix_frames = self._prefix_frames()
-        latent_frames = self._latent_frames(options.num_frames, endless, prefix_frames)
+        self.starts = Starts.read(self.model, self.fps, options.image, options.extend, options.last_frame)
+        self.conditioning = self.starts.first
+        plan = Plan.of(self.config, self.starts.prefix_frames(self.model))
+        latent_frames = self._latent_frames(options.num_frames, endless, plan.prefix_frames)
         self.num_frames = None if latent_frames is None else self.model.pixel_frames(latent_frames)
         length = None if options.open_end else latent_frames
-        self.prefix = None if self.conditioning is None else self._encode(self.conditioning)
+        self.ending = Ending.of(self.model, plan, latent_frames, execution) if self.starts.last else None
+        if self.ending is not None:
+            length = max(self.ending.rolled_out, plan.prefix_frames + plan.frames_per_block)
+        self.frames = self.starts.conditioning_frames(self.model, plan, None if options.open_end else latent_frames)
+        self.prefix = self.starts.prefix(self.model)
         self.prompts: EncodedPromptSchedule | None = None
-        prompt_embeds = self._prompt_embeds(Plan.of(self.config, prefix_frames), length)
+        prompt_embeds = self._prompt_embeds(plan, length)
         self.rollout = Rollout(
             networks,
             prompt_embeds,
@@ -280,6 +290,7 @@ class VideoRun:
             latent_size=self.model.latent_size[1:],
             seed=options.seed,
             prefix=self.prefix,
+            conditioning_frames=self.frames if self.ending is None else self.ending.ahead(self.frames),
         )
         me = weakref.proxy(self)  # no reference cycle: a dropped run frees its caches at once
         if options.on_progress is not None or self.model.adapters is not None:
@@ -354,12 +365,13 @@ class VideoRun:
         """Facts that a session and the run that resumes it must share."""
         facts: dict[str, Any] = {"weights_sha256": self.model.weights_sha256, "seed": self.options.seed}
         facts["lora"] = [[lora.sha256, lora.scale] for lora in self.model.loras]
-        if self.conditioning is not None:
-            facts["given_sha256"] = hashlib.sha256(self.conditioning.frames.tobytes()).hexdigest()
+        facts["given_sha256"] = self.starts.sha256
         return facts
 
     def notes(self) -> list[str]:
-        """Lines of output about changing prompts: when each takes effect, and the delay of a live change."""
+        """Lines of output: when changing prompts take effect, and the delay of a live change; what is infilled."""
+        if self.ending is not None:
+            return [self.ending.note(self.model)]
         if self.prompts is None:
             return []
         plan, pipeline = self.rollout.plan, self.rollout.pipeline
@@ -368,17 +380,12 @@ class VideoRun:
         ranks = 1 if pipeline is None else len([n for n in pipeline.stage.split if n])
         return [*self.prompts.summary(), str(prompt_delay(plan, ranks, self.options.on_prompt_change))]
 
-    def _prefix_frames(self) -> int:
-        """Latent frames of the conditioning."""
-        if self.conditioning is None:
-            return 0
-        return 1 + (len(self.conditioning.frames) - 1) // self.model.temporal_compression
-
     def _latent_frames(self, num_frames: int | None, endless: bool, prefix: int) -> int | None:
         """Latent frames of the video; None: endless."""
         if num_frames is not None:
             return self.model.latent_frames(num_frames, prefix)
-        return None if endless else prefix + self.model.latent_frames(self.model.num_frames)
+        usual = self.model.num_frames if self.starts.last is None else self.model.train_frames
+        return None if endless else prefix + self.model.latent_frames(usual)
 
     def _last_block(self, num_frames: int | None, session: str | os.PathLike[str] | None) -> int:
         """The last block of this iteration, for ``open_end``."""
@@ -393,10 +400,6 @@ class VideoRun:
             frames = self.model.pixel_frames(plan.block_frames(done - 1)[1])
             raise ValueError(f"num_frames must be more than the {frames} of {os.fspath(session)}, got {num_frames}")
         return last
-
-    def _encode(self, conditioning: ConditioningFrames) -> Tensor:
-        """Latents [1, f, C, h, w]."""
-        return self.model.encoder().encode(to_pixels(conditioning.frames)).to(self.model.device, self.model.dtype)
 
     def _prompt_embeds(self, blocks: Plan, latent_frames: int | None) -> Tensor | EncodedPromptSchedule:
         """Embeddings of the one prompt, or of each block's."""
@@ -413,18 +416,20 @@ class VideoRun:
         return self.prompts
 
     def _blocks(self) -> Iterator[FinishedBlock]:
-        """The stored blocks of an interrupted run, then the new ones."""
-        if self.run_folder is None:
+        """The stored blocks of an interrupted run, then the new ones; before a last frame, the infilled ones."""
+        if self.ending is not None:
+            yield from self.ending.blocks(self.model, self.rollout, self.prefix, self.frames)
+        elif self.run_folder is None:
             for finished in self.rollout:
                 yield finished
                 self.follow_scales()  # which the caller may have changed since
-            return
-        stored = self.run_folder.resume(self.rollout)
-        for block in range(self.rollout.plan.prefix_blocks, stored if self.makes_frames else 0):
-            yield self.run_folder.load_block(block)
-        for finished in self.rollout:
-            self.run_folder.save_block(finished)
-            yield finished
+        else:
+            stored = self.run_folder.resume(self.rollout)
+            for block in range(self.rollout.plan.prefix_blocks, stored if self.makes_frames else 0):
+                yield self.run_folder.load_block(block)
+            for finished in self.rollout:
+                self.run_folder.save_block(finished)
+                yield finished
 
     def _open_folder(self, folder: str | os.PathLike[str]) -> RunFolder:
         pipeline = self.rollout.pipeline
@@ -448,7 +453,8 @@ class VideoRun:
 
     def _report(self, forwards_done: int) -> None:
         if self.on_progress is not None:
-            self.on_progress(self.frames_done, self.num_frames, forwards_done, self.rollout.forwards_total)
+            total = self.rollout.forwards_total if self.ending is None else None  # infilling has other forwards
+            self.on_progress(self.frames_done, self.num_frames, forwards_done, total)
 
 
 @video_options("Video")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from itertools import islice
@@ -24,6 +24,7 @@ from ..models.transformer import HiARTransformer
 from ..schedule.plan import Group, Plan, forwards
 from ..version import NOISE, require_noise
 from .executor import Executor, NoiseSource, working_dtype
+from .fixed_frames import FixedFrames
 from .noise import EXTERNAL, KeyedNoise, TensorNoise
 from .prompt_cache import PromptSource, ResumedPrompts
 from .receiver import Receiver
@@ -55,6 +56,8 @@ class Rollout:
         latent_size: (height, width) of a latent frame.
         seed: key of the noise, with the video's id, step and block.
         prefix: clean latents [B, F, C, H, W] to continue; its first block is short if need be.
+        conditioning_frames: {number of a latent frame: its clean latents [B, C, H, W]}: given frames behind the prefix.
+            The network sees them clean at every step, and the other frames of their blocks are made around them.
         video_ids: one for each of the B videos of the batch.
         noise: initial noise [B, num_latent_frames - prefix, C, H, W], or a callable (step, block) -> [B, frames, C, H,
             W] for all noise, where step -1 is the initial noise; None: keyed by (seed, video, step, block).
@@ -92,6 +95,7 @@ class Rollout:
         latent_size: tuple[int, int],
         seed: int = 0,
         prefix: Tensor | None = None,
+        conditioning_frames: Mapping[int, Tensor] | None = None,
         video_ids: Sequence[int] = (0,),
         noise: Tensor | NoiseSource | None = None,
     ) -> None:
@@ -175,6 +179,7 @@ class Rollout:
             checked = CheckedNoise(noise, self.plan.block_frames, (batch, *self.shape))
             sources = checked, checked
         attend = CachedAttention if self._head_ranks is None else partial(UlyssesAttention, self._head_ranks)
+        fixed = FixedFrames(conditioning_frames or {}, self.plan, num_latent_frames, (batch, *self.shape), weight)
         with own_settings(execution.autocast):
             self._executor = Executor(
                 _models_of(steps, models),
@@ -185,6 +190,7 @@ class Rollout:
                 cache,
                 grid,
                 (self.prompt_embeds, *sources, prefix),
+                fixed,
                 attend,
                 self.pipeline,
             )

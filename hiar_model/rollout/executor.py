@@ -20,6 +20,7 @@ from ..models.kv_cache import CachedAttention, RingCache
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import BatchItem, Group, Plan, Task
 from .batched_forward import BatchedForward, Capture, GraphKey, pinned
+from .fixed_frames import FixedFrames
 from .nan_guard import NaNGuard
 from .noise import INITIAL
 from .prompt_cache import PromptBuffers, PromptCache, PromptSource
@@ -57,7 +58,7 @@ class Executor:
         config, execution: of the rollout. cache: one ring for each KV cache of the plan. grid: (rows, columns) of
             tokens of a frame.
         sources: prompt embeddings of a block [B or 1, L, text_dim]; initial noise; noise of the steps; clean prefix
-            [B, F, C, H, W] or None.
+            [B, F, C, H, W] or None. fixed: frames inside generated blocks that are given.
         attend: makes the self-attention of a forward; takes the arguments of :class:`CachedAttention`.
         pipeline: this rank's stage; the caches are then those of its own steps.
     """
@@ -72,11 +73,13 @@ class Executor:
         cache: RingCache,
         grid: tuple[int, int],
         sources: tuple[PromptSource, NoiseSource, NoiseSource, Tensor | None],
+        fixed: FixedFrames,
         attend: Callable[..., CachedAttention] = CachedAttention,
         pipeline: Pipeline | None = None,
     ) -> None:
         self.models, self.plan, self.num_blocks, self.cache, self.grid = models, plan, num_blocks, cache, grid
         self.prompt_embeds, self.noise, self.renoise, self.prefix = sources
+        self.fixed = fixed
         self.first_frame, self.sampler, schedule = config.first_frame, config.sampler, config.schedule
         self.pipeline, self.history = pipeline, History(plan) if config.on_prompt_change == "recache" else None
         self.steps = range(plan.steps) if pipeline is None else pipeline.stage.steps
@@ -84,7 +87,7 @@ class Executor:
         self.device, self.dtype, self.attend = weight.device, weight.dtype, attend
         self.sigmas = schedule.sigmas
         self.sigma_dtype = torch.promote_types(self.dtype, torch.float32)
-        # the modulation table has one entry for each noise level, and a last one for the clean prefix
+        # the modulation table has one entry for each noise level, and a last one for clean frames that are given
         levels = [TRAIN_TIMESTEPS * s for s in schedule.sigmas[:-1]] + [config.context_noise, 0.0]
         self.clean = len(levels) - 1
         self.timesteps = torch.tensor([levels], dtype=torch.float64, device=self.device)
@@ -111,8 +114,10 @@ class Executor:
         self.last_started_block = -1
         sigmas = ", ".join(f"{level:g}" for level in schedule.sigmas)
         policy = "" if self.history is None else ", recache"
+        numbers = f", conditioning frames {', '.join(map(str, fixed.numbers))}" if fixed.numbers else ""
         # what a saved state depends on, beside the plan
-        self.about = f"{self.dtype}, noise levels {sigmas}, {self.sampler}, context at {config.context_noise:g}{policy}"
+        context = f"context at {config.context_noise:g}{policy}{numbers}"
+        self.about = f"{self.dtype}, noise levels {sigmas}, {self.sampler}, {context}"
 
     @torch.no_grad()
     def run(self, group: Group) -> list[tuple[int, Tensor]]:
@@ -141,6 +146,7 @@ class Executor:
                 x = self._copy(out)
                 if self.on_denoised is not None:
                     self.on_denoised(task, x)
+                self.fixed.put(task.block, x)
                 if self.history is not None:
                     self.history.store(task, x)
                 self._put(task.step + 1, task.block, x)
@@ -227,7 +233,7 @@ class Executor:
         level = task.step if task.kind == "denoise" else task.step + 1
         if level == self.steps.start and (level, task.block) not in self.latents:
             self.last_started_block = max(self.last_started_block, task.block)
-            self._put(level, task.block, self._copy(self._arriving(level, task.block)))
+            self._put(level, task.block, self.fixed.put(task.block, self._copy(self._arriving(level, task.block))))
         return self.latents[level, task.block]
 
     def _arriving(self, level: int, block: int) -> Tensor:
@@ -318,8 +324,7 @@ class Executor:
         model = self.models[items[0][-1].step]
         kv = self._prompt_kv(model, items) if prompt_embeds is None else self.prompt_cache.get(model, [prompt_embeds])
         forward = self._prepared(items, kv)
-        levels = [[self._level(task) for task in item for _ in range(*self.plan.block_frames(task.block))]
-                  for item in items]  # fmt: skip
+        levels = [[level for task in item for level in self._levels(task)] for item in items]
         tasks = [item[-1] for item in items if item[-1].kind == "denoise"]
         sigmas = [(self.sigmas[task.step], self.sigmas[task.step + 1]) for task in tasks]
         noise = [self._noise(task.step, task.block) if self._takes_noise(task) else None for task in tasks]
@@ -389,11 +394,12 @@ class Executor:
         window = tuple(windows) if any(windows) else None
         return BlockCausal(self.cache.frame_tokens, **self.plan.block_causal(window), first_frame=self.first_frame)
 
-    def _level(self, task: Task) -> int:
-        """Index into the modulation table: the noise level that conditions the network."""
-        if task.kind == "denoise":
-            return task.step
-        return self.clean if task.block < self.plan.prefix_blocks else task.step + 1
+    def _levels(self, task: Task) -> list[int]:
+        """Indices into the modulation table: the noise level of each frame, which conditions the network."""
+        level, fixed = task.step if task.kind == "denoise" else task.step + 1, self.fixed.inside(task.block)
+        clean = task.block < self.plan.prefix_blocks
+        frames = range(len(range(*self.plan.block_frames(task.block))))
+        return [self.clean if clean or frame in fixed else level for frame in frames]
 
     def _prompt_kv(self, model: HiARTransformer, items: list[BatchItem]) -> CrossAttentionKV:
         prompts = [self.prompt_embeds(item[-1].block) for item in items]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hiar_kernels import flow_step
 
-from ..common.checks import as_whole, one_of
+from ..common.checks import as_whole, one_of, whole
 from ..common.settings import own_settings
 from ..config import TRAIN_TIMESTEPS, FlowSchedule
 from ..config.rollout import SAMPLERS
@@ -38,6 +38,9 @@ def infill(
     seed: int = 0,
     video_ids: Sequence[int] | None = None,
     first_frame: int = 0,
+    first_block: int = 0,
+    first_block_frames: int | None = None,
+    clean_context: bool = False,
     on_level: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Make the unknown frames of a clip; one forward of the whole clip per step.
@@ -49,7 +52,9 @@ def infill(
         prompt_embeds: [B or 1, L, text_dim]. schedule: noise levels.
         sampler: "sde" re-noises at each step, "ode" follows the velocity (known frames keep their first noise).
         seed, video_ids: key of the noise, (seed, video, step, block) as in :class:`Rollout`; default videos 0..B-1.
-        first_frame: absolute id of the first frame.
+        first_frame: absolute id of the first frame. first_block: number of the first block, for its noise.
+        first_block_frames: its frames, if fewer than ``frames_per_block``.
+        clean_context: the network sees known frames clean at every step, in place of at its own noise level.
         on_level: called with (step, x) before each step, x [B, F, C, H, W] at its noise level.
 
     Returns:
@@ -66,10 +71,13 @@ def infill(
     if latents.dim() != 5 or latents.shape[2] != channels:
         raise ValueError(f"latents must be [B, F, {channels}, H, W], got {list(latents.shape)}")
     batch, frames, block = latents.shape[0], latents.shape[1], frames_per_block
-    if block < 1 or not frames or frames % block:
-        raise ValueError(f"latents must be whole blocks of frames_per_block={block}, got {frames} frames")
+    short = block if first_block_frames is None else whole("first_block_frames", first_block_frames, 1, most=block)
+    if block < 1 or frames < short or (frames - short) % block:
+        behind = "" if short == block else f" behind the first {short}"
+        raise ValueError(f"latents must be whole blocks of frames_per_block={block}{behind}, got {frames} frames")
+    lengths = [short] + [block] * ((frames - short) // block)
     weight = models[0].patch_embedding.weight
-    mask = _mask(known, batch, frames, block).to(weight.device)[:, :, None, None, None]
+    mask = _mask(known, batch, lengths).to(weight.device)[:, :, None, None, None]
     videos = list(range(batch)) if video_ids is None else list(video_ids)
     if len(videos) != batch:
         raise ValueError(f"video_ids must be one for each of {batch} videos, got {len(videos)}")
@@ -77,8 +85,9 @@ def infill(
     prompt_embeds = prompt_embeds.to(weight.device)
 
     def noise(step: int) -> Tensor:
-        shape = (block, *latents.shape[2:])
-        drawn = [[keyed_noise(seed, video, step, n, shape) for n in range(frames // block)] for video in videos]
+        size = latents.shape[2:]
+        shapes = [(first_block + n, (length, *size)) for n, length in enumerate(lengths)]
+        drawn = [[keyed_noise(seed, video, step, n, shape) for n, shape in shapes] for video in videos]
         return torch.stack([torch.cat(blocks) for blocks in drawn]).to(weight.device, weight.dtype)
 
     clean = latents.to(weight.device, weight.dtype).where(mask, 0.0)  # unknown frames may even hold NaN
@@ -87,10 +96,12 @@ def infill(
     with cpu_threads(fitting_threads(*models)):
         for step, network in enumerate(models):
             sigma, next_sigma = schedule.sigmas[step], schedule.sigmas[step + 1]
-            x = _noised(clean, own, sigma).where(mask, x)
+            x = (clean if clean_context else _noised(clean, own, sigma)).where(mask, x)
             if on_level is not None:
                 on_level(step, x)
             t = torch.full((batch, frames), TRAIN_TIMESTEPS * sigma, dtype=torch.float64, device=weight.device)
+            if clean_context:
+                t[mask[:, :, 0, 0, 0]] = 0.0
             velocity = network(x, t, prompt_embeds.expand(batch, -1, -1), "bidirectional", first_frame=first_frame)
             own = noise(step) if sampler == "sde" else initial
             now, then = (torch.full((1, 1), level, dtype=wide, device=weight.device) for level in (sigma, next_sigma))
@@ -106,16 +117,18 @@ def _noised(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
     return ((1 - sigma) * clean.to(wide) + sigma * noise.to(wide)).to(clean.dtype)
 
 
-def _mask(known: Tensor | Iterable[int], batch: int, frames: int, block: int) -> Tensor:
-    """bool [B, F], True where a frame is known."""
+def _mask(known: Tensor | Iterable[int], batch: int, lengths: Sequence[int]) -> Tensor:
+    """bool [B, F], True where a frame is known. ``lengths``: frames of each block."""
+    frames, blocks = sum(lengths), len(lengths)
     if isinstance(known, Tensor):
         if known.shape != (batch, frames) or known.dtype != torch.bool:
             raise ValueError(f"known must be bool [{batch}, {frames}], got {known.dtype} {list(known.shape)}")
         return known
-    mask, blocks = torch.zeros(batch, frames, dtype=torch.bool), frames // block
+    mask = torch.zeros(batch, frames, dtype=torch.bool)
     for n in known:
         number = as_whole(n)
         if number is None or not 0 <= number < blocks:
             raise ValueError(f"known blocks must be in 0..{blocks - 1}, got {n!r}")
-        mask[:, number * block : (number + 1) * block] = True
+        first = sum(lengths[:number])
+        mask[:, first : first + lengths[number]] = True
     return mask

@@ -19,7 +19,7 @@ Shapes: B videos, F latent frames of a block, C channels, H rows and W columns o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ def hierarchical_denoising(
     context: str = "matched",
     context_noise: float = 0.0,
     prefix: Tensor | None = None,
+    conditioning_frames: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
     """Latents of a whole video, by the definition of HiAR. Slow, and it keeps all KV: for reading, and for tests.
 
@@ -72,6 +73,8 @@ def hierarchical_denoising(
             the baseline. Each gives another video, and needs weights trained for it.
         context_noise: timestep, 0 to 1000, at which finished blocks leave their KV.
         prefix: clean latents [B, frames, C, H, W] to go on from. Its first block is the short one if need be.
+        conditioning_frames: {frame number: clean latents [B, C, H, W]} of frames behind the prefix that are given; they
+            are clean at every step, and the others of their block are made around them.
 
     Returns:
         Clean latents [B, frames, C, H, W] of the prefix and the made blocks, in the dtype of the weights.
@@ -110,6 +113,12 @@ def hierarchical_denoising(
     x = {block: noise(-1, block).to(weight) for block in blocks if block >= prefix_blocks}
     if prefix is not None:
         x |= {block: prefix[:, frames[block]].to(weight) for block in range(prefix_blocks)}
+    fixed = {frame: latents.to(weight) for frame, latents in (conditioning_frames or {}).items()}
+
+    def put_fixed(block: int) -> None:
+        for frame in fixed.keys() & set(frames[block]):
+            x[block][:, frame - frames[block].start] = fixed[frame]
+
     # (step, block) -> what later blocks see of this block at this step
     kv: dict[tuple[int, int], KV] = {}
 
@@ -118,6 +127,7 @@ def hierarchical_denoising(
         end, window = frames[block].stop, windows[step]
         visible = [f for f in range(end) if window is None or f >= end - (window - sink_frames) or f < sink_frames]
         timesteps = torch.full(x[block].shape[:2], timestep, dtype=torch.float64, device=weight.device)
+        timesteps[:, [frame in fixed for frame in frames[block]]] = 0.0
         prompt = prompt_embeds(block) if callable(prompt_embeds) else prompt_embeds
         earlier = [kv[step, other] for other in range(block)]
         return forward_block(models[step], x[block], timesteps, prompt.to(weight), frames[block], earlier, visible)
@@ -138,12 +148,15 @@ def hierarchical_denoising(
                 x[block] = (1 - sigma[step + 1]) * x0 + sigma[step + 1] * noise(step, block).to(weight)
             else:
                 x[block] = x[block] + (sigma[step + 1] - sigma[step]) * velocity
+            put_fixed(block)
             reached = context_noise if step == last else TRAIN_TIMESTEPS * sigma[step + 1]
         if context == "matched" or step == last or block < prefix_blocks:
             kv[step, block] = forward(step, block, reached)[1]
         if context == "clean" and step == last:
             kv.update({(s, block): kv[last, block] for s in steps})
 
+    for block in blocks:
+        put_fixed(block)
     if context == "matched":  # hierarchical denoising: at every step, a causal pass over all blocks
         for step in steps:
             for block in blocks:

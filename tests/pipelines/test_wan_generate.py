@@ -15,6 +15,7 @@ import pytest
 import torch
 import wan_files
 from made_runs import prepare
+from refusals import refused
 
 from hiar_model import load_transformer, load_video_model, save_transformer
 from hiar_model.cli import main
@@ -172,6 +173,25 @@ def test_an_image_is_the_first_frame(model, clip, here):
     save_png(clip[-1], "other.png")
     assert (whole(make(model, image="other.png", num_frames=25)[1:]) != whole(blocks[1:])).any()
     assert prepare(PROMPT, model=model, image="first.png", **SIZE).num_frames == 85
+
+
+def test_images_over_time_and_a_last_frame(model, clip, here):
+    """A block's first latent frame is that of a still picture: its four pixel frames stand still."""
+    save_png(clip[0], "first.png")
+    save_png(clip[-1], "other.png")
+    plain = make(model, image="first.png", num_frames=25)
+    story = make(model, image=["first.png", "other.png@13"], num_frames=25)
+    assert all(np.array_equal(a, b) for a, b in zip(plain[:2], story[:2], strict=True))
+    assert (plain[2] != story[2]).any()
+    with refused(r"image other\.png@12: no block of the video begins at frame 12, nearest 1 or 13"):
+        make(model, image=["first.png", "other.png@12"], num_frames=25)
+    run = prepare(PROMPT, model=model, image="first.png", last_frame="other.png", **SIZE, num_frames=25)
+    assert run.notes() == ["frames 1 to 24 are made at once, by infilling before the last frame"]
+    still = run.frames[6]
+    assert still.shape == (1, 16, HEIGHT // 8, WIDTH // 8)
+    blocks = list(run._blocks())
+    assert [block.first_frame for block in blocks] == [1, 4] and torch.equal(blocks[-1].latents[:, -1], still)
+    assert prepare(PROMPT, model=model, image="first.png", last_frame="other.png", **SIZE).num_frames == 85
 
 
 def test_what_is_given_is_what_the_network_and_the_decoder_see(model, clip, here):

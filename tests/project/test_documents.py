@@ -25,6 +25,7 @@ from hiar_model.cli.choices import INPUT_FILES, check_choices
 from hiar_model.cli.config_file import config_first
 from hiar_model.cli.main import COMMANDS
 from hiar_model.cli.train import _override
+from hiar_model.common.image_file import image_files
 from hiar_model.common.lora_file import lora_files
 from hiar_model.config import SHIPPED, WanConfig
 from hiar_model.train.config.reading import load_recipe
@@ -36,7 +37,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "bench/README.md"]
 for pattern in ("docs/**/*.md", "hiar_model/toy/*/README.md"):
     PAGES += [page.relative_to(ROOT).as_posix() for page in sorted(ROOT.glob(pattern))]
 KERNEL_PAGES = [page.relative_to(ROOT).as_posix() for page in sorted(ROOT.glob("hiar_kernels/*/README.md"))]
-NEEDS = ("GPU", "published weights")  # what no test has
+NEEDS = ("GPU", "published weights", "make hub")  # what no test has
 SEED, ANY_OVERRIDES = "SEED", "OVERRIDES"  # as docs write them: a number, and key=value words or none
 
 
@@ -181,7 +182,7 @@ def understand_hiar(words: list[str]) -> None:
         for file in value if isinstance(value, list) else [value]:
             if file is not None and file not in (*SHIPPED, *WanConfig.names()):
                 Path(file).mkdir(parents=True, exist_ok=True)  # stands in for what is published, or made before
-    for file in lora_files(options.get("lora")):
+    for file in (*lora_files(options.get("lora")), *image_files(options.get("image"))):
         Path(file.path).mkdir(parents=True, exist_ok=True)
     check_choices(command, options)
     if command == "train":

@@ -95,6 +95,31 @@ def test_blocks_by_number_frames_of_each_video_and_a_model_for_each_step():
     assert difference(run(model=[MODEL] * 3), run()) == 0
 
 
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+def test_clean_context_is_seen_at_level_0(sampler):
+    """Written out in float64; and again without it, for the noise of blocks that begin at another and a short one."""
+    model, known, numbers = make_model().double(), torch.zeros(2, 7, dtype=torch.bool), (4, 5, 6)
+    known[:, [0, 6]] = True
+
+    def drawn(step: int) -> torch.Tensor:
+        lengths = zip(numbers, (1, 3, 3), strict=True)
+        blocks = [[keyed_noise(5, video, step, n, (length, *SHAPE)) for video in (0, 1)] for n, length in lengths]
+        return torch.cat([torch.stack(videos) for videos in blocks], 1).double()
+
+    clean, x = CLEAN[:, :7].double(), drawn(INITIAL)
+    for step, (sigma, following) in enumerate(zip(SCHEDULE.sigmas, SCHEDULE.sigmas[1:], strict=False)):
+        x[known] = clean[known]
+        t = torch.full((2, 7), 1000 * sigma, dtype=torch.float64).masked_fill(known, 0.0)
+        velocity = model(x, t, TEXT.expand(2, -1, -1))
+        x0 = x - sigma * velocity
+        ode = x + (following - sigma) * velocity
+        x = (1 - following) * x0 + following * drawn(step) if sampler == "sde" else ode
+    x[known] = clean[known]
+    options = {"latents": CLEAN[:, :7], "model": model, "sampler": sampler, "first_block": 4, "first_block_frames": 1}
+    assert difference(run(known, clean_context=True, **options), x) < 1e-10
+    assert difference(run(known, **options), x) > 1e-3
+
+
 def test_noise_belongs_to_the_video():
     alone = infill(MODEL, CLEAN[1:], [0, 3], TEXT, SCHEDULE, seed=5, video_ids=[1])
     assert difference(alone, run()[1:]) < 1e-5
@@ -117,6 +142,11 @@ def test_not_finite_is_told():
     ("options", "message"),
     [
         ({"latents": CLEAN[:, :10]}, "whole blocks of frames_per_block=3, got 10 frames"),
+        (
+            {"latents": CLEAN[:, :9], "first_block_frames": 1},
+            "whole blocks of frames_per_block=3 behind the first 1, got 9 frames",
+        ),
+        ({"first_block_frames": 4}, "first_block_frames must be a whole number from 1 to 3, got 4"),
         ({"latents": CLEAN[0]}, r"latents must be \[B, F, 2, H, W\], got \[12, 2, 2, 4\]"),
         ({"known": [4]}, r"known blocks must be in 0..3, got 4"),
         ({"known": torch.ones(2, 9, dtype=torch.bool)}, r"known must be bool \[2, 12\], got torch.bool \[2, 9\]"),
