@@ -108,13 +108,13 @@ def _read_image(path: Path, option: str) -> tuple[Frames, list[str]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photos are welcome
             opened = Image.open(path)
+            if opened.format == "PNG":
+                with Image.open(path) as again:
+                    again.verify()  # the checksums, which decoding passes over
         with opened as picture:
             frames = getattr(picture, "n_frames", 1)
             if frames != 1 and picture.format != "MPO":  # a photo, and its preview or depth map behind it
                 raise ValueError(f"{option} {path} holds {frames} frames, expected one; for a clip use extend")
-            if picture.format == "PNG":
-                with Image.open(path) as again:
-                    again.verify()  # the checksums, which decoding passes over
             upright: Any = ImageOps.exif_transpose(picture)
             upright.load()
             if picture.getexif().get(_ORIENTATION, 1) in range(2, 9):
