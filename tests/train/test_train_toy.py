@@ -129,10 +129,10 @@ def test_samples_are_drawn_by_key(stage):
 
 
 def test_training_lowers_the_loss(tmp_path):
-    train(tmp_path, {**SMALL, "updates": 40, "log_every": 10})
+    train(tmp_path, {**SMALL, "updates": 24, "log_every": 6})
     rows = [float(row["student_loss"]) for row in losses(tmp_path)]
     assert len(rows) == 4
-    assert rows[-1] < 0.85 * rows[0], rows  # predicting nothing costs 2
+    assert rows[-1] < 0.85 * rows[0], rows  # 0.76; of the same clips, without learning, 0.94
 
 
 def test_samples_and_the_model(stage, tmp_path):
