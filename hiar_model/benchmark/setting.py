@@ -272,7 +272,8 @@ def _random_decoders(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
         from diffusers import AutoencoderKLWan
 
         torch.manual_seed(0)
-        vae = torch.nn.Module.to(AutoencoderKLWan(), device, torch.float32 if device.type == "cpu" else dtype)
+        vae: Any = AutoencoderKLWan()
+        vae = torch.nn.Module.to(vae, device, torch.float32 if device.type == "cpu" else dtype)
         return fuse(vae).eval().requires_grad_(False)
 
     result: dict[str, Any] = {
