@@ -35,7 +35,7 @@ IMPLEMENTATIONS = {"reference", "triton_fwd", "triton_bwd", "cuda"}  # file name
 LONGEST_FILE = 500
 SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h"}
 NOT_OURS = {"build", "dist", "out", "runs"}
-TIERS = {"cpu", "interpreter", "compile", "gpu"}
+TIERS = {"cpu", "interpreter", "compile", "browser", "gpu"}
 NOT_AT_IMPORT = ("triton", "diffusers", "transformers", "flash_attn", "xformers", "gguf")
 
 
