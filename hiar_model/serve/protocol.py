@@ -1,6 +1,6 @@
 """The messages of `/v1/realtime/video`, version 1: what a client may send, what it gets, why it is refused.
 
-Each message is a JSON object with a "type", one dataclass here; :func:`schema` publishes them all as a JSON schema. A
+Each message is a JSON object with a "type", one dataclass here; :mod:`.schema` publishes them all as a JSON schema. A
 :class:`Block` is followed by one binary message: the eight bytes of its ``seq``, big-endian, then the frames.
 Imports no torch and no server, so a client may use it too.
 """
@@ -433,7 +433,7 @@ def _shown(value: object) -> str:
 
 def _check(name: str, value: Any, hint: Any) -> None:
     """Refusal unless a JSON value is of a type."""
-    options = _options(hint)
+    options = type_options(hint)
     if value is None and type(None) in options:
         return
     hint = next(option for option in options if option is not type(None))
@@ -462,64 +462,6 @@ def _check(name: str, value: Any, hint: Any) -> None:
             raise Refusal("bad_value", f"{name} is no Unicode text: it has half a surrogate pair") from None
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
+def type_options(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; of any other, itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-# The schema
-
-
-def schema() -> dict[str, Any]:
-    """The messages as a JSON schema (draft 2020-12): ``$defs`` of each, ``client`` and ``server`` of each direction."""
-    kinds = {kind.__name__: kind for kind in (*FROM_CLIENT.values(), *FROM_SERVER.values(), Stats)}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": f"hiar realtime video, version {VERSION}",
-        "description": (__doc__ or "").partition("\n\n")[2],
-        "oneOf": [{"$ref": "#/$defs/client"}, {"$ref": "#/$defs/server"}],
-        "$defs": {
-            "client": {"oneOf": [{"$ref": f"#/$defs/{kind.__name__}"} for kind in FROM_CLIENT.values()]},
-            "server": {"oneOf": [{"$ref": f"#/$defs/{kind.__name__}"} for kind in FROM_SERVER.values()]},
-            "codes": {"oneOf": [{"const": code, "description": meaning} for code, meaning in CODES.items()]},
-            **{name: object_schema(kind) for name, kind in kinds.items()},
-        },
-    }
-
-
-def object_schema(kind: type[Any]) -> dict[str, Any]:
-    """The JSON schema of a dataclass of this file."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    tag = {"type": {"const": kind.type}} if issubclass(kind, Message) else {}
-    properties: dict[str, Any] = dict(tag)
-    for f in fields(kind):
-        properties[f.name] = {"const": VERSION} if f.name == "v" else _hint_schema(hints[f.name])
-        if f.default is not MISSING:
-            properties[f.name]["default"] = f.default
-    return {
-        "type": "object",
-        "description": kind.__doc__,
-        "properties": properties,
-        "required": [*tag, *(f.name for f in fields(kind) if f.default is MISSING)],
-        "additionalProperties": False,
-    }
-
-
-def _hint_schema(hint: Any) -> dict[str, Any]:
-    options = _options(hint)
-    if len(options) > 1:
-        return {"anyOf": [_hint_schema(option) for option in options]}
-    base, limits = (hint.__origin__, hint.__metadata__) if typing.get_origin(hint) is Annotated else (hint, ())
-    if typing.get_origin(base) is list:
-        return {"type": "array", "items": _hint_schema(typing.get_args(base)[0])}
-    if base is Stats:
-        return {"$ref": "#/$defs/Stats"}
-    names = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
-    found: dict[str, Any] = {"type": names[base]}
-    for limit in limits:
-        if isinstance(limit, OneOf):
-            found["enum"] = list(limit.values)
-        elif isinstance(limit, Longest):
-            found |= {"minLength": limit.least, "maxLength": limit.most}
-        else:
-            found |= {"minimum": limit.least, "maximum": limit.most}
-    return found

@@ -8,7 +8,8 @@ from dataclasses import asdict
 import pytest
 
 from hiar_model.serve import protocol
-from hiar_model.serve.protocol import CODES, FROM_CLIENT, FROM_SERVER, Refusal, parse, schema
+from hiar_model.serve.protocol import CODES, FROM_CLIENT, FROM_SERVER, Refusal, parse
+from hiar_model.serve.schema import schema
 
 pytestmark = pytest.mark.cpu
 
