@@ -64,7 +64,7 @@ MALFORMED = [
     ('{"type": "fork", "block": 1}', "missing_field", "prompt is missing"),
     ('{"type": "ack"}', "missing_field", "seq is missing"),
     ('{"type": "pause", "now": true}', "unknown_field", "it has none"),
-    ('{"type": "seek", "blok": 1}', "unknown_field", "did you mean block?"),
+    ('{"type": "seek", "blocks": 1}', "unknown_field", "did you mean block?"),
     (f'{START}, "\\u0000": 1}}', "unknown_field", "\\u0000"),
     (f'{START}, "prompt": 7}}', "bad_value", "prompt must be a string, got 7"),
     (f'{START}, "prompt": null}}', "bad_value", "prompt must be a string, got null"),
