@@ -210,6 +210,20 @@ def test_a_lost_connection_loses_no_frame(page, service):
     assert page.text("#link") == "live"
 
 
+def test_another_tab_takes_the_session_and_this_one_lets_it_go(page, service, chromium):
+    start(page, service)
+    (session,) = (s for s in service.scheduler.sessions.values() if not s.gone)
+    other = chromium.page()
+    other.open(f"{service.url}/style.css")  # of the same origin, to leave it the token
+    other.evaluate(f"sessionStorage.setItem('hiar', {json.dumps(session.token)})")
+    other.open(f"{service.url}/")
+    other.until(f"{BLOCK_SHOWN} >= 1")
+    page.until("document.querySelector('#problem').textContent.includes('another connection')")
+    assert page.text("#link") == "not connected" and page.text("#start") == "Start"
+    other.click("#stop")
+    other.close()
+
+
 def test_what_is_saved_is_the_video_with_its_record(page, service):
     start(page, service, frames="18")
     page.until("document.querySelector('#status').textContent.includes('complete: 18 frames')")

@@ -83,7 +83,7 @@ function connect(first) {
   mine.binaryType = "arraybuffer";
   mine.onopen = () => send("start", { v: VERSION, ...first });
   mine.onmessage = ({ data }) => (typeof data === "string" ? heard(JSON.parse(data)) : took(data));
-  mine.onclose = () => { if (socket === mine) lost(); };
+  mine.onclose = (event) => { if (socket === mine) lost(event); };
   socket = mine;
   link("wait", "connecting");
 }
@@ -96,9 +96,13 @@ function hangUp() {
   old.close();
 }
 
-function lost() {
+function lost({ code, reason }) {
   socket = null;
   announced = null;
+  if (code === 1008 && session !== null) { // sent away, such as by another tab that took the session
+    complain(reason);
+    forget();
+  }
   if (session === null) {
     link("off", "not connected");
     if (!$("problem").textContent) complain("No connection: the server is not there, is full, or wants a token.");
@@ -217,8 +221,10 @@ function took(data) { // the bytes of the chunk that was announced
   const { seq, block, first_frame: frame, frames, prompt_index: index, prompt, stats } = announced;
   announced = null;
   whole = seq;
+  chunks = chunks.filter((chunk) => chunk.frame < frame);
   chunks.push({ seq, block, frame, frames, index, prompt });
   if (!prompts.some((p) => p.index === index)) prompts.push({ block, index, text: prompt });
+  if (frame < player.held.end) player.truncate(frame); // of a fork, the message about which was lost
   player.add(frame, frames, new Uint8Array(data, 8));
   chunks = chunks.filter((chunk) => chunk.frame >= player.held.first);
   figures(stats);
