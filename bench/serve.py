@@ -32,8 +32,8 @@ BY_MINUTE = ("minute", "chunks", "P50 s", "P99 s", "late", "MB")
 
 @dataclass
 class Seen:
-    """What one viewer saw: (arrival, frames) of chunks, seconds between those that it had not held back, and the
-    memory that the server told, with its time.
+    """What one viewer saw: (arrival, frames) of chunks, (arrival, seconds since the one before), arrivals of those that
+    the server counts as late, and the memory that it told, with its time.
     """
 
     fps: float = 0.0
@@ -83,7 +83,7 @@ async def watch(url: str, seconds: float, seed: int, paced: bool, prompt: str = 
                 if m["type"] != "block":
                     continue
                 now, stats = time.perf_counter(), m["stats"]
-                if seen.arrivals and (not paced or stats["queue"] == 1):  # it had room for this one all the time
+                if seen.arrivals:
                     seen.intervals.append((now, now - seen.arrivals[-1][0]))
                 seen.arrivals.append((now, m["frames"]))
                 seen.late += [now] * (stats["misses"] - misses)
@@ -146,7 +146,7 @@ def served(url: str | None, model: str, *options: str) -> Iterator[tuple[str, in
             process.wait(60)
 
 
-def held(process: int) -> tuple[int, int, float]:
+def process_figures(process: int) -> tuple[int, int, float]:
     """(threads, open files, resident MB) of a process."""
     folder = Path("/proc", str(process))
     resident = int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -196,11 +196,11 @@ def main() -> None:
         if a.drops is not None:
             assert process is not None, "--drops needs a server of its own"
             asyncio.run(watch_all(url, 1, 3.0, True))  # so that all that is made once is there
-            before = held(process)
+            before = process_figures(process)
             asyncio.run(drop(url, a.drops))
             time.sleep(2.0)
             names = ("", "threads", "files", "MB")
-            rows = [("before", *before), (f"2 s after {a.drops} drops", *held(process))]
+            rows = [("before", *before), (f"2 s after {a.drops} drops", *process_figures(process))]
             print("\n".join(report.table(names, [tuple(map(str, one)) for one in rows])))
             return
         if a.aggregate:

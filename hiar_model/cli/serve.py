@@ -64,6 +64,7 @@ def serve(a: Namespace) -> None:
     model = load_model(a, **options)
     execution = ExecutionConfig(kv_dtype=a.kv_dtype, cuda_graph=a.cuda_graph)
     service = Service(model, execution, Path(a.data), settings)
+    service.start()
     print(f"{model.name} is served at {address(listening)}", flush=True)
     run(service, [listening])
     print("stopped", flush=True)

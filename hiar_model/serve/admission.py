@@ -13,7 +13,7 @@ from ..models.video_model import VideoModel
 from ..pipelines.video_pipeline import VideoOptions, rollout_config
 from ..planning.fit import Subject, subject
 from ..planning.memory import ComponentMemory, Request, predict, vae_memory
-from .protocol import Refusal, Start
+from .protocol import Refusal, StartMessage
 
 RETRY_AFTER = 10
 """Seconds after which a client may try again where memory is short."""
@@ -30,7 +30,7 @@ class Admission:
     def __post_init__(self) -> None:
         self._subject: Subject | None = None
 
-    def predicted(self, start: Start) -> tuple[int, int]:
+    def predicted(self, start: StartMessage) -> tuple[int, int]:
         """(bytes that the session holds, bytes that its tasks need on top while they run).
 
         Raises:
@@ -65,7 +65,7 @@ class Admission:
         block = request.rollout.frames_per_block
         return vae_memory(self._subject.vae, request.height, request.width, block, torch.bfloat16, request.device)
 
-    def admit(self, start: Start, rewind_bytes: int, promised: int) -> int:
+    def admit(self, start: StartMessage, rewind_bytes: int, promised: int) -> int:
         """The bytes that a session may take, its states for rewinding among them.
 
         Args:
@@ -74,8 +74,8 @@ class Admission:
         Raises:
             Refusal: "busy" with ``retry_after`` if they are not free.
         """
-        held, working = self.predicted(start)
-        need = held + min(rewind_bytes, 16 * held)
+        resident, working = self.predicted(start)
+        need = resident + min(rewind_bytes, 16 * resident)
         free = self.free(self.model.device)
         if free is not None and need + working + promised > free:
             raise Refusal(

@@ -32,9 +32,9 @@ from .guard import Guard, is_loopback
 from .jobs import VIDEO, Jobs, VideoRequest
 from .openapi import openapi
 from .protocol import Refusal
-from .scheduler import Limits, Scheduler
+from .scheduler import Limits, Scheduler, example
 from .schema import schema
-from .session import Session
+from .session import ViewerSession
 from .store import Store
 
 log = logging.getLogger("hiar.serve")
@@ -134,7 +134,7 @@ class Service:
         with self.scheduler.lock:
             self.scheduler.lock.notify_all()
 
-    def _saving(self, session: Session) -> Saving:
+    def _saving(self, session: ViewerSession) -> Saving:
         name = self.store.add("saved", {"session": session.id}, None, status="running")
 
         def finished(frames: int, seconds: float, error: str) -> None:
@@ -172,7 +172,7 @@ class Service:
         height, width = model.pixel_size
         about = {
             "v": protocol.VERSION, "model": Path(model.name).name, "words": words,
-            "example": "a cat walks over a wet street" if words is None else "a red circle moving right",
+            "example": example(model),
             "orders": protocol.LIVE_ORDERS, "order": rollout_config(model, VideoOptions(None), True).order,
             "fps": model.fps, "height": height, "width": width, "num_frames": model.num_frames,
         }  # fmt: skip
@@ -187,10 +187,10 @@ class Service:
     async def _realtime(self, socket: WebSocket) -> None:
         client = socket.client.host if socket.client else ""
         wait = self.scheduler.full()
-        kept = any(session.detached is not None for session in list(self.scheduler.sessions.values()))
+        awaited = any(session.detached is not None for session in list(self.scheduler.sessions.values()))
         if self.clients[client] >= MOST_CONNECTIONS:
             refusal = Refusal("too_many", f"more than {MOST_CONNECTIONS} connections", retry_after=10)
-        elif wait is not None and not kept:  # a kept session may be resumed
+        elif wait is not None and not awaited:  # a kept session may be resumed
             refusal = Refusal("busy", "all places are taken", retry_after=wait)
         else:
             self.clients[client] += 1
@@ -207,8 +207,9 @@ class Service:
     async def _new_video(self, request: Request) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             return _error(415, "bad_message", "the body must be application/json")
+        body = await request.body()
         try:
-            values = json.loads(await request.body())
+            values = json.loads(body)
         except (ValueError, RecursionError):
             raise Refusal("bad_message", "the body must be a JSON object") from None
         if not isinstance(values, dict):
@@ -320,7 +321,6 @@ def server(service: Service) -> uvicorn.Server:
 
 
 def run(service: Service, listening: Iterable[sockets.socket]) -> None:
-    """Serve until SIGTERM or Ctrl-C."""
-    service.start()
+    """Serve a service that was started, until SIGTERM or Ctrl-C."""
     with contextlib.suppress(KeyboardInterrupt):  # what uvicorn raises once it has ended
         server(service).run(sockets=list(listening))

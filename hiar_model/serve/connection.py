@@ -11,7 +11,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from . import protocol
 from .guard import Bucket
 from .protocol import Refusal
-from .session import Connection, Session
+from .session import Connection, ViewerSession
 
 if TYPE_CHECKING:
     from .scheduler import Scheduler
@@ -38,30 +38,32 @@ class Realtime:
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[Item] = asyncio.Queue()
         self.connection = Connection(self._deliver, self._close)
-        self.session: Session | None = None
+        self.session: ViewerSession | None = None
         self.client = socket.client.host if socket.client else ""
         self.closing = False
 
-    def _deliver(self, item: str | bytes) -> None:
+    def _deliver(self, *items: str | bytes) -> None:
         """From any thread."""
-        self._put(item)
+        self._put(*items)
 
     def _close(self, code: int, reason: str) -> None:
         self._put((code, reason))
 
-    def _put(self, item: Item) -> None:
+    def _put(self, *items: Item) -> None:
+        """In order, whatever the thread, and nothing between them."""
         try:
-            self.loop.call_soon_threadsafe(self._queue, item)
+            self.loop.call_soon_threadsafe(self._queue, *items)
         except RuntimeError:  # the server has ended
             return
 
-    def _queue(self, item: Item) -> None:
-        if self.closing:
-            return
-        if self.queue.qsize() >= MOST_UNREAD:
-            item = (1008, "too_slow")
-        self.closing = isinstance(item, tuple)
-        self.queue.put_nowait(item)
+    def _queue(self, *items: Item) -> None:
+        for item in items:
+            if self.closing:
+                return
+            if self.queue.qsize() >= MOST_UNREAD:
+                item = (1008, "too_slow")
+            self.closing = isinstance(item, tuple)
+            self.queue.put_nowait(item)
 
     async def run(self) -> None:
         """Serve the client until it goes, or is sent away."""
@@ -118,20 +120,21 @@ class Realtime:
                 self._refuse(refusal)
             if self.session is not None:
                 timeout = None
+            await asyncio.sleep(0)  # what was said may have been the last
         await asyncio.sleep(START_WITHIN)  # until the writer has sent all
 
     def _refuse(self, refusal: Refusal) -> None:
         self.scheduler.metrics.refusals.labels(refusal.code).inc()
-        self._queue(refusal.message.to_json())
+        self._put(refusal.message.to_json())
         if refusal.closes:
-            self._queue((1013 if refusal.code in ("busy", "shutting_down") else 1008, refusal.code))
+            self._put((1013 if refusal.code in ("busy", "shutting_down") else 1008, refusal.code))
 
-    def _message(self, message: protocol.Message) -> None:
+    def _message(self, message: protocol.ProtocolMessage) -> None:
         if self.session is not None:
             if self.log_prompts and isinstance(message, protocol.ChangePrompt | protocol.Fork):
                 log.info("session %s: %r", self.session.id, message)
             self.scheduler.handle(self.session, message)
-        elif not isinstance(message, protocol.Start):
+        elif not isinstance(message, protocol.StartMessage):
             raise Refusal("not_started", f"the first message must be start, got {message.type}")
         elif message.resume is not None:
             self.session = self.scheduler.resume(message.resume, message.after, self.connection)

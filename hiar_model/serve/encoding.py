@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from .live import Made
+from .live import Piece
 from .metrics import Metrics
 from .protocol import Ended, Refusal, Saved
-from .session import Session
+from .session import ViewerSession
 
 log = logging.getLogger("hiar.serve")
 
@@ -33,7 +33,7 @@ class Saving:
 class Fail(Protocol):
     """Tells a client of a refusal, and may end its session."""
 
-    def __call__(self, session: Session, refusal: Refusal, close: bool = True) -> None: ...
+    def __call__(self, session: ViewerSession, refusal: Refusal, close: bool = True) -> None: ...
 
 
 class Encoding:
@@ -47,54 +47,55 @@ class Encoding:
         self.lock, self.metrics, self.sessions, self.fail = lock, metrics, sessions, fail
         self.thread = ThreadPoolExecutor(1, "hiar-encode")
 
-    def put(self, session: Session, made: Made) -> None:
+    def put(self, session: ViewerSession, piece: Piece) -> None:
         """Send a block. Call it with the lock held."""
-        session.pending.append(made)
-        self.thread.submit(self._encode, session, made)
+        session.pending.append(piece)
+        self.thread.submit(self._encode, session, piece)
 
-    def complete(self, session: Session) -> None:
+    def complete(self, session: ViewerSession) -> None:
         """Tell the client that all blocks have been sent."""
         self.thread.submit(self._complete, session)
 
-    def cut(self, session: Session, blocks: int) -> None:
+    def cut(self, session: ViewerSession, blocks: int) -> None:
         """Keep the first blocks of what was shown, after a jump."""
         self.thread.submit(self._cut, session, blocks)
 
-    def save(self, session: Session, saving: Saving, about: dict[str, Any]) -> None:
+    def save(self, session: ViewerSession, saving: Saving, about: dict[str, Any]) -> None:
         """Write the mp4 of what has been shown, and its record."""
         self.thread.submit(self._save, session, saving, about)
 
-    def clear(self, session: Session) -> None:
+    def clear(self, session: ViewerSession) -> None:
         """Delete the file of a session that has gone."""
-        self.thread.submit(lambda: session.spool is None or session.spool.remove())
+        if (spool := session.spool) is not None:
+            self.thread.submit(spool.remove)
 
     def stop(self) -> None:
         """Do what was asked for, then end."""
         self.thread.shutdown(wait=True)
 
-    def _encode(self, session: Session, made: Made) -> None:
-        if not session.awaits(made):
+    def _encode(self, session: ViewerSession, piece: Piece) -> None:
+        if not session.awaits(piece):
             return
         try:
-            payload = session.encode(made)
+            payload = session.encode(piece)
         except Exception:
             log.exception("session %s: cannot encode", session.id)
             self.fail(session, Refusal("failed", "the frames cannot be encoded", closes=True))
             return
         with self.lock:
-            if not session.awaits(made):
+            if not session.awaits(piece):
                 return
             first = session.first_chunk is None
-            interval, late = session.arrived(made, payload, time.monotonic(), self.sessions())
-            self.metrics.chunk(len(made.frames), session.first_chunk if first else None, interval, late)
+            interval, late = session.arrived(piece, payload, time.monotonic(), self.sessions())
+            self.metrics.chunk(len(piece.frames), session.first_chunk if first else None, interval, late)
             self.lock.notify_all()
 
-    def _complete(self, session: Session) -> None:
+    def _complete(self, session: ViewerSession) -> None:
         with self.lock:
             if session.complete:
                 session.post(Ended("complete", session.frames))
 
-    def _cut(self, session: Session, blocks: int) -> None:
+    def _cut(self, session: ViewerSession, blocks: int) -> None:
         try:
             if session.spool is not None:
                 session.spool.truncate(blocks)
@@ -102,7 +103,7 @@ class Encoding:
             log.exception("session %s: what it has shown cannot be saved any more", session.id)
             session.spool = None
 
-    def _save(self, session: Session, saving: Saving, about: dict[str, Any]) -> None:
+    def _save(self, session: ViewerSession, saving: Saving, about: dict[str, Any]) -> None:
         try:
             if session.spool is None:
                 raise OSError("what was shown is not on the disk, which was full")

@@ -112,8 +112,8 @@ class Guard:
 
         async def answer(message: Any) -> None:
             if message["type"] == "http.response.start":
-                given = {name.lower() for name, _ in message["headers"]}
-                more = [(n.encode(), v.encode()) for n, v in HEADERS.items() if n.encode() not in given]
+                present = {name.lower() for name, _ in message["headers"]}
+                more = [(n.encode(), v.encode()) for n, v in HEADERS.items() if n.encode() not in present]
                 message = {**message, "headers": [*message["headers"], *more]}
             await send(message)
 
@@ -163,10 +163,10 @@ class Guard:
 
     def _knows(self, scope: Any, headers: dict[str, str]) -> bool:
         """Whether the client has a token; takes as long whichever it is."""
-        kind, _, given = headers.get("authorization", "").partition(" ")
+        kind, _, token = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":
-            given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        same = [compare_digest(given.strip().encode(), token) for token in self.tokens]  # all of them: no early end
+            token = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        same = [compare_digest(token.strip().encode(), one) for one in self.tokens]  # all of them: no early end
         return any(same)
 
     def _bucket(self, scope: Any) -> Bucket:

@@ -20,10 +20,11 @@ from ..io.files import SESSION
 from ..io.fragments import FragmentEncoder
 from ..io.video import Frames as FrameArray
 from ..models.video_model import VideoModel
-from ..pipelines.prompt_schedule import PromptSchedule
-from ..pipelines.video_pipeline import VideoOptions, VideoRun
+from ..pipelines.prompt_schedule import EncodedPromptSchedule, PromptSchedule
+from ..pipelines.video_pipeline import VideoOptions, VideoRun, rollout_config
+from ..schedule.plan import Plan
 from .admission import Admission
-from .protocol import LIVE_ORDERS, Frames, OneOf, Pixels, Prompt, Refusal, Seed, Start
+from .protocol import LIVE_ORDERS, Frames, OneOf, Pixels, Prompt, Refusal, Seed, StartMessage
 from .spool import Spool
 from .store import Store
 
@@ -98,8 +99,8 @@ class Jobs:
         self.store, self.model, self.execution, self.admission = store, model, execution, admission
         self.checkpoint_every, self.changed = checkpoint_every, changed
         self.lock = threading.Lock()
-        self.waiting_ids = [row["id"] for status in ("running", "queued") for row in store.list(10**6, status=status)]
-        self.current: Job | None = None
+        self.waiting_ids = [row["id"] for status in ("running", "queued") for row in store.having(10**6, status=status)]
+        self.current: VideoJob | None = None
         self.retry_at = 0.0
 
     # From the network
@@ -113,20 +114,28 @@ class Jobs:
         try:
             options = request.options()
             model = self.model.sized(options.height, options.width)
-            frames = model.pixel_frames(model.latent_frames(options.num_frames or model.num_frames))
+            latent_frames = model.latent_frames(options.num_frames or model.num_frames)
+            plan = Plan.of(rollout_config(model, options, blockwise=True))
+            if isinstance(options.prompts, PromptSchedule):
+                EncodedPromptSchedule.encoded(
+                    options.prompts,
+                    model.encode_text,
+                    lambda block: model.pixel_frames(plan.block_frames(block)[0]) / model.fps,
+                    plan.block_of(latent_frames - 1) + 1,
+                )
         except ValueError as error:
             raise Refusal("bad_video", str(error)) from error
-        try:
-            for prompt in [request.prompt] if request.prompts is None else [str(line[1]) for line in request.prompts]:
-                assert prompt is not None
-                self.model.encode_text(prompt)
-        except ValueError as error:
-            raise Refusal("bad_prompt", str(error)) from error
+        if request.prompt is not None:
+            try:
+                model.encode_text(request.prompt)
+            except ValueError as error:
+                raise Refusal("bad_prompt", str(error)) from error
+        frames = model.pixel_frames(latent_frames)
         self._admit(request, frames)
         return frames
 
     def _admit(self, request: VideoRequest, frames: int | None) -> None:
-        start = Start(1, "", request.seed, request.order, frames, request.height, request.width)
+        start = StartMessage(1, "", request.seed, request.order, frames, request.height, request.width)
         self.admission.admit(start, 0, 0)
 
     def add(self, request: VideoRequest, frames: int) -> str:
@@ -182,7 +191,7 @@ class Jobs:
         request = VideoRequest(**row["request"])
         self._admit(request, request.num_frames)
         self.store.update(name, status="running", error=None)
-        self.current = Job(name, self.store, self.model, self.execution, request, self.checkpoint_every)
+        self.current = VideoJob(name, self.store, self.model, self.execution, request, self.checkpoint_every)
 
     def _failed(self, name: str, error: Exception) -> None:
         self.current = None
@@ -224,7 +233,7 @@ class Jobs:
             self.current = None
 
 
-class Job:
+class VideoJob:
     """A video that is being made.
 
     frames, seconds: made so far.
@@ -243,7 +252,7 @@ class Job:
         while self.run.model.pixel_frames(plan.block_frames(self.blocks)[0]) < self.run.frames_done:
             self.blocks += 1
         self.spool.truncate(self.blocks)
-        self.made: Iterator[FrameArray] = iter(self.run)
+        self.coming: Iterator[FrameArray] = iter(self.run)
         self.saved = self.blocks
 
     @property
@@ -257,7 +266,7 @@ class Job:
     def advance(self) -> bool:
         """Make a block; returns whether the video is complete and written."""
         first = self.frames
-        frames = next(self.made, None)
+        frames = next(self.coming, None)
         if frames is not None:
             self.spool.encode(frames, first)
             self.blocks += 1

@@ -17,7 +17,7 @@ from ..models.video_model import VideoModel
 from ..pipelines.prompt_schedule import LivePrompts
 from ..pipelines.video_pipeline import VideoOptions, VideoRun
 from ..schedule.plan import Group
-from .protocol import Refusal, Start, TaskList
+from .protocol import Refusal, StartMessage, TaskList
 
 REWIND_BYTES = 64 << 20
 """Bytes of the states that a video keeps for its way back; without one, it makes itself again from its start."""
@@ -25,7 +25,7 @@ MOST_CHANGES = 1000
 """Changes of the prompt in one video."""
 
 
-class Made(NamedTuple):
+class Piece(NamedTuple):
     """A block: ``frames`` uint8 [f, H, W, 3], the first of which is ``first_frame`` of the video."""
 
     block: int
@@ -44,7 +44,7 @@ class Position(NamedTuple):
     prompt: str
 
 
-class State(NamedTuple):
+class RewindState(NamedTuple):
     """The state before ``block``. started: last block that has begun. frames: made before it."""
 
     block: int
@@ -56,8 +56,8 @@ class State(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        held = [self.rollout["cache"], self.rollout["latents"], self.rollout["history"], self.decoder or {}]
-        return sum(x.nbytes for tensors in held for x in tensors.values() if isinstance(x, Tensor))
+        groups = [self.rollout["cache"], self.rollout["latents"], self.rollout["history"], self.decoder or {}]
+        return sum(x.nbytes for tensors in groups for x in tensors.values() if isinstance(x, Tensor))
 
 
 class LiveVideo:
@@ -76,7 +76,7 @@ class LiveVideo:
 
     Example:
         >>> from hiar_model import ExecutionConfig, load_video_model
-        >>> request = Start(1, "a red circle moving right")
+        >>> request = StartMessage(1, "a red circle moving right")
         >>> video = LiveVideo(load_video_model("toy", "cpu"), ExecutionConfig(), request)
         >>> [video.make().frames.shape for _ in range(2)]
         [(3, 32, 32, 3), (3, 32, 32, 3)]
@@ -88,7 +88,7 @@ class LiveVideo:
         self,
         model: VideoModel,
         execution: ExecutionConfig,
-        start: Start,
+        start: StartMessage,
         on_group: Callable[[Group], None] | None = None,
         rewind_bytes: int = REWIND_BYTES,
     ) -> None:
@@ -97,7 +97,7 @@ class LiveVideo:
             self.prompts = LivePrompts(start.prompt, model.encode_text)
         except ValueError as error:
             raise Refusal("bad_prompt", str(error)) from error
-        self.states: list[State] = []
+        self.states: list[RewindState] = []
         try:
             me = weakref.proxy(self)  # no reference cycle: a dropped video frees its caches at once
             self.options = VideoOptions(
@@ -135,7 +135,7 @@ class LiveVideo:
         """The first frame of a block."""
         return self.run.model.pixel_frames(self.run.rollout.plan.block_frames(block)[0])
 
-    def make(self) -> Made | None:
+    def make(self) -> Piece | None:
         """The next block; None: it was one on the way to where :meth:`seek` went, or the video is complete.
 
         Raises:
@@ -145,9 +145,9 @@ class LiveVideo:
         if frames is None:
             return None
         block, self.block = self.block, self.block + 1
-        made = Made(block, self.frame_of(block), frames, self.prompts.index(block), self.prompts.prompt(block))
+        piece = Piece(block, self.frame_of(block), frames, self.prompts.index(block), self.prompts.prompt(block))
         self._keep_state()
-        return None if block < self._target else made
+        return None if block < self._target else piece
 
     def _ran(self) -> None:
         """After a group of tasks (and after a block was decoded)."""
@@ -208,7 +208,7 @@ class LiveVideo:
             state = self.states[-1]
             self.run.rollout.load_state_dict(state.rollout)
             if state.decoder is not None:
-                self.run.decoding.stateful.load_state_dict(state.decoder)  # type: ignore[union-attr,attr-defined]
+                self.run.decoding.stateful.load_state_dict(state.decoder)  # type: ignore[union-attr]
             self.run.frames_done, self.block = state.frames, state.block
             self._open()
         self._target = block
@@ -219,8 +219,10 @@ class LiveVideo:
             return
         run = self.run
         decoder = getattr(run.decoding.stateful, "state_dict", None)  # type: ignore[union-attr]
-        held = None if decoder is None else {n: x.clone() if isinstance(x, Tensor) else x for n, x in decoder().items()}
-        state = State(self.block, self.started, run.frames_done, run.rollout.state_dict(), held)
+        copied = (
+            None if decoder is None else {n: x.clone() if isinstance(x, Tensor) else x for n, x in decoder().items()}
+        )
+        state = RewindState(self.block, self.started, run.frames_done, run.rollout.state_dict(), copied)
         if state.nbytes > self.rewind_bytes:
             self.rewind_bytes, self.states = 0, []
             return
@@ -248,3 +250,7 @@ class LiveVideo:
         plan, total = self.run.rollout.plan, self.run.rollout.num_blocks
         few = blocks if total is None else min(blocks, total)
         return [[[task.kind, task.step, task.block] for item in group for task in item] for group in plan.groups(few)]
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

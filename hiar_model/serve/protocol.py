@@ -1,7 +1,7 @@
 """The messages of `/v1/realtime/video`, version 1: what a client may send, what it gets, why it is refused.
 
 Each message is a JSON object with a "type", one dataclass here; :mod:`.schema` publishes them all as a JSON schema. A
-:class:`Block` is followed by one binary message: the eight bytes of its ``seq``, big-endian, then the frames.
+:class:`BlockMessage` is followed by one binary message: the eight bytes of its ``seq``, big-endian, then the frames.
 Imports no torch and no server, so a client may use it too.
 """
 
@@ -99,7 +99,7 @@ TaskList = list[list[str | int]]
 """Tasks as [kind, step, block], such as ["denoise", 0, 7]."""
 
 
-class Message:
+class ProtocolMessage:
     """A message; its ``type`` is the name in JSON."""
 
     type: ClassVar[str]
@@ -113,7 +113,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Start(Message):
+class StartMessage(ProtocolMessage):
     """Start a video, or go on with one: the first message of a connection.
 
     v               version of the protocol
@@ -141,7 +141,7 @@ class Start(Message):
 
 
 @dataclass(frozen=True)
-class ChangePrompt(Message):
+class ChangePrompt(ProtocolMessage):
     """Another prompt, from the first block on that has not begun: :class:`PromptScheduled` says which."""
 
     type: ClassVar[str] = "prompt"
@@ -149,21 +149,21 @@ class ChangePrompt(Message):
 
 
 @dataclass(frozen=True)
-class Pause(Message):
+class Pause(ProtocolMessage):
     """Make no more blocks until :class:`Play`."""
 
     type: ClassVar[str] = "pause"
 
 
 @dataclass(frozen=True)
-class Play(Message):
+class Play(ProtocolMessage):
     """Go on after :class:`Pause`."""
 
     type: ClassVar[str] = "play"
 
 
 @dataclass(frozen=True)
-class Seek(Message):
+class Seek(ProtocolMessage):
     """Go on from an earlier block; the same prompts give the same frames again."""
 
     type: ClassVar[str] = "seek"
@@ -171,7 +171,7 @@ class Seek(Message):
 
 
 @dataclass(frozen=True)
-class Fork(Message):
+class Fork(ProtocolMessage):
     """Go on from an earlier block with another prompt; later changes of the prompt are forgotten."""
 
     type: ClassVar[str] = "fork"
@@ -180,7 +180,7 @@ class Fork(Message):
 
 
 @dataclass(frozen=True)
-class Ack(Message):
+class Ack(ProtocolMessage):
     """The client has played the chunk ``seq`` and all before it, or wants more all the same. No more than ``window``
     chunks are made ahead of it.
     """
@@ -190,14 +190,14 @@ class Ack(Message):
 
 
 @dataclass(frozen=True)
-class Save(Message):
+class Save(ProtocolMessage):
     """Write the video so far as an mp4, with its record; :class:`Saved` says where."""
 
     type: ClassVar[str] = "save"
 
 
 @dataclass(frozen=True)
-class Stop(Message):
+class Stop(ProtocolMessage):
     """End the session: nothing of it is kept."""
 
     type: ClassVar[str] = "stop"
@@ -207,8 +207,8 @@ class Stop(Message):
 
 
 @dataclass(frozen=True)
-class Ready(Message):
-    """The session is there; :class:`Block` messages follow.
+class ReadyMessage(ProtocolMessage):
+    """The session is there; :class:`BlockMessage` messages follow.
 
     session, token     its public name, and what resumes it: keep it secret
     model, prompt, seed, order, steps, format, fps, num_frames   of the video; num_frames null: endless
@@ -270,7 +270,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Block(Message):
+class BlockMessage(ProtocolMessage):
     """A chunk: ``frames`` frames from ``first_frame`` on; one binary message follows at once.
 
     Its payload, behind the eight bytes of ``seq``: for "mp4" a fragment that begins with a key frame, whose time is
@@ -288,7 +288,7 @@ class Block(Message):
 
 
 @dataclass(frozen=True)
-class PromptScheduled(Message):
+class PromptScheduled(ProtocolMessage):
     """A prompt takes effect at a block, which starts with this frame."""
 
     type: ClassVar[str] = "prompt_scheduled"
@@ -299,7 +299,7 @@ class PromptScheduled(Message):
 
 
 @dataclass(frozen=True)
-class Progress(Message):
+class Progress(ProtocolMessage):
     """The group of tasks that ran last, the last block that has begun (-1: none), and how many are finished."""
 
     type: ClassVar[str] = "progress"
@@ -309,7 +309,7 @@ class Progress(Message):
 
 
 @dataclass(frozen=True)
-class Moved(Message):
+class Moved(ProtocolMessage):
     """After :class:`Seek` or :class:`Fork`: the next chunk is this block; what the client has from ``frame`` on is of
     the past.
     """
@@ -322,7 +322,7 @@ class Moved(Message):
 
 
 @dataclass(frozen=True)
-class State(Message):
+class StateMessage(ProtocolMessage):
     """Whether blocks are made: after :class:`Pause` and :class:`Play`."""
 
     type: ClassVar[str] = "state"
@@ -330,7 +330,7 @@ class State(Message):
 
 
 @dataclass(frozen=True)
-class Saved(Message):
+class Saved(ProtocolMessage):
     """The video so far is at ``url``, its record at ``url`` + "/record"."""
 
     type: ClassVar[str] = "saved"
@@ -340,7 +340,7 @@ class Saved(Message):
 
 
 @dataclass(frozen=True)
-class Ended(Message):
+class Ended(ProtocolMessage):
     """No more chunks come: the video has all its frames, the client stopped it, or the server ends."""
 
     type: ClassVar[str] = "ended"
@@ -349,7 +349,7 @@ class Ended(Message):
 
 
 @dataclass(frozen=True)
-class Refused(Message):
+class Refused(ProtocolMessage):
     """A message was refused: a code, one line, whether the connection ends, and when to try again, in seconds."""
 
     type: ClassVar[str] = "refused"
@@ -359,15 +359,15 @@ class Refused(Message):
     retry_after: int | None = None
 
 
-FromClient = Start | ChangePrompt | Pause | Play | Seek | Fork | Ack | Save | Stop
-FROM_CLIENT: dict[str, type[Message]] = {kind.type: kind for kind in typing.get_args(FromClient)}
-FROM_SERVER: dict[str, type[Message]] = {
+FromClient = StartMessage | ChangePrompt | Pause | Play | Seek | Fork | Ack | Save | Stop
+FROM_CLIENT: dict[str, type[ProtocolMessage]] = {kind.type: kind for kind in typing.get_args(FromClient)}
+FROM_SERVER: dict[str, type[ProtocolMessage]] = {
     kind.type: kind
-    for kind in (Ready, Block, PromptScheduled, Progress, Moved, State, Saved, Ended, Refused)
+    for kind in (ReadyMessage, BlockMessage, PromptScheduled, Progress, Moved, StateMessage, Saved, Ended, Refused)
 }  # fmt: skip
 
 
-def parse(text: str | bytes, messages: dict[str, type[Message]] = FROM_CLIENT) -> Any:
+def parse(text: str | bytes, messages: dict[str, type[ProtocolMessage]] = FROM_CLIENT) -> Any:
     """The message of a text.
 
     Raises:
@@ -397,7 +397,7 @@ def build(kind: type[Any], values: dict[str, Any]) -> Any:
     """An object of a dataclass of this file from the values of its fields; :class:`Refusal` names the wrong one."""
     hints = typing.get_type_hints(kind, include_extras=True)
     known = {f.name: f for f in fields(kind)}
-    if kind is Start and values.get("v", VERSION) != VERSION:  # first: all else may have changed
+    if kind is StartMessage and values.get("v", VERSION) != VERSION:  # first: all else may have changed
         raise Refusal("wrong_version", f"v must be {VERSION}, got {_shown(values['v'])}")
     for name in values:
         if name not in known:

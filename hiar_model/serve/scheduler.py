@@ -28,8 +28,8 @@ from .admission import Admission
 from .encoding import Encoding, Saving
 from .live import REWIND_BYTES, LiveVideo
 from .metrics import Metrics
-from .protocol import Message, Refusal, Start
-from .session import WINDOW, Clock, Connection, Session, block_frames, new_fragments
+from .protocol import ProtocolMessage, Refusal, StartMessage
+from .session import WINDOW, Clock, Connection, ViewerSession, block_frames, new_fragments
 from .spool import Spool
 
 log = logging.getLogger("hiar.serve")
@@ -80,13 +80,13 @@ class Scheduler:
     folder: Path
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
-    new_saving: Callable[[Session], Saving] | None = None
+    new_saving: Callable[[ViewerSession], Saving] | None = None
     background: Background | None = None
     free: Callable[[Any], int | None] = free_bytes
 
     def __post_init__(self) -> None:
         self.lock = threading.Condition()
-        self.sessions: dict[str, Session] = {}
+        self.sessions: dict[str, ViewerSession] = {}
         self.tasks: list[Callable[[], None]] = []  # for the generating thread, first of all
         self.stopping = self.draining = False
         self.job_turn = 0.0
@@ -99,13 +99,18 @@ class Scheduler:
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.glob("*.spool"):
             old.unlink()
-        self.tasks.append(self._prepare)
         self.thread.start()
+        self.call(self._prepare).result()
 
     def _prepare(self) -> None:
-        """What the first viewer need not wait for."""
-        with suppress(Refusal):
-            self.admission.predicted(Start(protocol.VERSION))
+        """Make a block, so that the first viewer need not wait for what is done once."""
+        start = StartMessage(protocol.VERSION, example(self.model))
+        with suppress(Refusal, FloatingPointError):
+            self.admission.predicted(start)
+            video = LiveVideo(self.model, self.execution, start, rewind_bytes=0)
+            piece = video.make()
+            if piece is not None and "x264" not in _missing():
+                new_fragments(video).fragment(piece.frames, 0)
 
     # From the network
 
@@ -121,8 +126,8 @@ class Scheduler:
         waits = [self.limits.keep - (now - s.detached) for s in self.sessions.values() if s.detached is not None]
         return max(1, round(min(waits, default=10.0)))
 
-    def open(self, start: Start, connection: Connection, client: str) -> Session:
-        """A new session; :class:`.protocol.Ready` follows, or :class:`.protocol.Refused`.
+    def open(self, start: StartMessage, connection: Connection, client: str) -> ViewerSession:
+        """A new session; :class:`.protocol.ReadyMessage` follows, or :class:`.protocol.Refused`.
 
         Raises:
             Refusal: all places are taken, or the server is being stopped.
@@ -135,13 +140,13 @@ class Scheduler:
             if len(self.sessions) >= self.limits.max_sessions:
                 most = f"all {self.limits.max_sessions} places are taken"
                 raise Refusal("busy", most, closes=True, retry_after=self._retry_after())
-            session = Session(start, connection, client)
+            session = ViewerSession(start, connection, client)
             self.sessions[session.id] = session
             self.tasks.append(lambda: self._begin(session))
             self.lock.notify_all()
         return session
 
-    def resume(self, token: str, after: int | None, connection: Connection) -> Session:
+    def resume(self, token: str, after: int | None, connection: Connection) -> ViewerSession:
         """The session of a token, with this connection in place of the one that it had; what was sent and not
         acknowledged is sent again.
 
@@ -163,7 +168,7 @@ class Scheduler:
             if after is not None:
                 session.acknowledge(after, time.monotonic())
             changes = {"resumed": True, "playing": session.playing, "block": session.block}
-            session.ready = protocol.Ready(**{**vars(session.ready), **changes})
+            session.ready = protocol.ReadyMessage(**{**vars(session.ready), **changes})
             session.post(session.ready)
             for chunk in session.unacked:
                 chunk.send(connection)
@@ -172,7 +177,7 @@ class Scheduler:
             self.lock.notify_all()
         return session
 
-    def detach(self, session: Session, connection: Connection) -> None:
+    def detach(self, session: ViewerSession, connection: Connection) -> None:
         """A connection is lost: its session is kept for a while, or ends."""
         with self.lock:
             if session.connection is not connection:
@@ -182,7 +187,7 @@ class Scheduler:
                 self._remove(session)
             self.lock.notify_all()
 
-    def handle(self, session: Session, message: Message) -> None:
+    def handle(self, session: ViewerSession, message: ProtocolMessage) -> None:
         """A message of the client; :class:`Refusal` if it cannot be."""
         now = time.monotonic()
         with self.lock:
@@ -198,13 +203,13 @@ class Scheduler:
                     session.possible = now
                     session.clock.restart()
                 session.playing = playing
-                session.post(protocol.State(playing))
+                session.post(protocol.StateMessage(playing))
             elif isinstance(message, protocol.Stop):
                 session.post(protocol.Ended("stopped", session.frames))
                 if session.connection is not None:
                     session.connection.close(1000, "stopped")
                 self._remove(session)
-            elif isinstance(message, protocol.Start):
+            elif isinstance(message, protocol.StartMessage):
                 raise Refusal("already_started", "the session has started: stop it, or connect anew")
             elif len(session.commands) >= MOST_COMMANDS:
                 raise Refusal("too_many", f"{MOST_COMMANDS} messages of this session are waiting")
@@ -276,7 +281,7 @@ class Scheduler:
             if session.detached is not None and now - session.detached >= self.limits.keep:
                 self._remove(session)
 
-    def _remove(self, session: Session) -> None:
+    def _remove(self, session: ViewerSession) -> None:
         """Forget a session; its rings go in the generating thread, its file in the encoding one."""
         if session.gone:
             return
@@ -294,7 +299,7 @@ class Scheduler:
         self.tasks.append(clear)
         self.lock.notify_all()
 
-    def _fail(self, session: Session, refusal: Refusal, close: bool = True) -> None:
+    def _fail(self, session: ViewerSession, refusal: Refusal, close: bool = True) -> None:
         """Tell the client, and end the session."""
         self.metrics.refusals.labels(refusal.code).inc()
         with self.lock:
@@ -304,13 +309,13 @@ class Scheduler:
                     session.connection.close(1013 if refusal.code == "busy" else 1011, refusal.code)
                 self._remove(session)
 
-    def _begin(self, session: Session) -> None:
+    def _begin(self, session: ViewerSession) -> None:
         """Make the rollout of a new session."""
         if session.gone:
             return
         try:
             with self.lock:
-                others = [s.reserved - _held(s) for s in self.sessions.values() if s is not session]
+                others = [s.reserved - _taken(s) for s in self.sessions.values() if s is not session]
             session.reserved = self.admission.admit(session.start, self.limits.rewind_bytes, sum(others))
             video = LiveVideo(
                 self.model, self.execution, session.start, self._reporter(session), self.limits.rewind_bytes
@@ -336,7 +341,7 @@ class Scheduler:
             session.post(session.ready)
             self.metrics.sessions.set(len(self.sessions))
 
-    def _ready(self, session: Session, video: LiveVideo) -> protocol.Ready:
+    def _ready(self, session: ViewerSession, video: LiveVideo) -> protocol.ReadyMessage:
         start, config = session.start, video.run.config
         height, width = video.run.model.pixel_size
         mime = init = None
@@ -344,14 +349,14 @@ class Scheduler:
             assert session.fragments is not None
             mime, init = session.fragments.mime, base64.b64encode(session.fragments.init).decode()
             height, width = session.fragments.size
-        return protocol.Ready(
+        return protocol.ReadyMessage(
             protocol.VERSION, session.id, session.token, Path(self.model.name).name, start.prompt, start.seed,
             config.order, len(config.steps), start.format, video.run.fps, video.run.num_frames, width, height,
             block_frames(video), mime, init, WINDOW, self.limits.keep, False, session.playing, 0,
             video.plan(2 * len(config.steps) + 4),
         )  # fmt: skip
 
-    def _reporter(self, session: Session) -> Callable[[Group], None]:
+    def _reporter(self, session: ViewerSession) -> Callable[[Group], None]:
         last = 0.0
 
         def report(group: Group) -> None:
@@ -367,13 +372,13 @@ class Scheduler:
 
         return report
 
-    def _make(self, session: Session) -> None:
+    def _make(self, session: ViewerSession) -> None:
         """One block of a session."""
         video = session.video
         if video is None:
             return
         try:
-            made = video.make()
+            piece = video.make()
         except FloatingPointError as error:
             self._fail(session, Refusal("failed", str(error), closes=True))
             return
@@ -382,14 +387,14 @@ class Scheduler:
             self._fail(session, Refusal("failed", "the video failed; the server's log says why", closes=True))
             return
         with self.lock:
-            if made is not None and not session.gone:
-                session.speeds.append((time.monotonic(), len(made.frames)))
-                self.encoding.put(session, made)
+            if piece is not None and not session.gone:
+                session.speeds.append((time.monotonic(), len(piece.frames)))
+                self.encoding.put(session, piece)
             if video.complete and not session.complete:
                 session.complete = True
                 self.encoding.complete(session)
 
-    def _command(self, session: Session, message: Message) -> None:
+    def _command(self, session: ViewerSession, message: ProtocolMessage) -> None:
         """A message that touches the video."""
         video = session.video
         if video is None or session.gone:
@@ -400,12 +405,14 @@ class Scheduler:
                 with self.lock:
                     session.post(protocol.PromptScheduled(*at))
             elif isinstance(message, protocol.Seek | protocol.Fork):
-                fork = isinstance(message, protocol.Fork)
-                at = video.fork(message.block, message.prompt) if fork else video.seek(message.block)
+                if isinstance(message, protocol.Fork):
+                    at = video.fork(message.block, message.prompt)
+                else:
+                    at = video.seek(message.block)
                 with self.lock:
                     session.jumped(at.block, time.monotonic())
                     self.encoding.cut(session, at.block)
-                    session.post(protocol.Moved(at.block, at.frame, at.prompt_index, "fork" if fork else "seek"))
+                    session.post(protocol.Moved(at.block, at.frame, at.prompt_index, message.type))
             elif isinstance(message, protocol.Save):
                 self._save(session)
         except Refusal as refusal:
@@ -414,7 +421,7 @@ class Scheduler:
             log.exception("session %s: failed", session.id)
             self._fail(session, Refusal("failed", "the video failed; the server's log says why", closes=True))
 
-    def _save(self, session: Session) -> None:
+    def _save(self, session: ViewerSession) -> None:
         assert session.video is not None
         if not session.video.block:
             raise Refusal("nothing_yet", "nothing to save: no block has been made")
@@ -441,7 +448,12 @@ class Scheduler:
         return future
 
 
-def _held(session: Session) -> int:
+def example(model: VideoModel) -> str:
+    """A prompt that the model can show."""
+    return "a cat walks over a wet street" if model.world is None else "a red circle moving right"
+
+
+def _taken(session: ViewerSession) -> int:
     """Bytes of what a session reserved that it has taken."""
     if session.video is None:
         return 0

@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Annotated, Any
 
 from . import protocol
-from .protocol import CODES, FROM_CLIENT, FROM_SERVER, VERSION, Longest, Message, OneOf, Stats, type_options
+from .protocol import CODES, FROM_CLIENT, FROM_SERVER, VERSION, Longest, OneOf, ProtocolMessage, Stats, type_options
 
 
 def schema() -> dict[str, Any]:
@@ -30,7 +30,7 @@ def schema() -> dict[str, Any]:
 def object_schema(kind: type[Any]) -> dict[str, Any]:
     """The JSON schema of a dataclass of this file."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    tag = {"type": {"const": kind.type}} if issubclass(kind, Message) else {}
+    tag = {"type": {"const": kind.type}} if issubclass(kind, ProtocolMessage) else {}
     properties: dict[str, Any] = dict(tag)
     for f in fields(kind):
         properties[f.name] = {"const": VERSION} if f.name == "v" else _of_hint(hints[f.name])
@@ -55,12 +55,12 @@ def _of_hint(hint: Any) -> dict[str, Any]:
     if base is Stats:
         return {"$ref": "#/$defs/Stats"}
     names = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
-    found: dict[str, Any] = {"type": names[base]}
+    of_type: dict[str, Any] = {"type": names[base]}
     for limit in limits:
         if isinstance(limit, OneOf):
-            found["enum"] = list(limit.values)
+            of_type["enum"] = list(limit.values)
         elif isinstance(limit, Longest):
-            found |= {"minLength": limit.least, "maxLength": limit.most}
+            of_type |= {"minLength": limit.least, "maxLength": limit.most}
         else:
-            found |= {"minimum": limit.least, "maximum": limit.most}
-    return found
+            of_type |= {"minimum": limit.least, "maximum": limit.most}
+    return of_type

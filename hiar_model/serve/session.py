@@ -15,8 +15,8 @@ from itertools import pairwise
 from typing import Any
 
 from ..io.fragments import FragmentEncoder, pictures
-from .live import LiveVideo, Made
-from .protocol import Block, Message, Ready, Start, Stats
+from .live import LiveVideo, Piece
+from .protocol import BlockMessage, ProtocolMessage, ReadyMessage, StartMessage, Stats
 from .spool import Spool
 
 WINDOW = 4
@@ -30,11 +30,11 @@ RECENT = 16
 class Connection:
     """Where a session sends; of the network in the server, of lists in tests.
 
-    deliver: called from any thread with texts and bytes, in order. close: with a code of RFC 6455 and a reason, after
-    what was delivered.
+    deliver: called from any thread with texts and bytes, in order; those of one call stay together.
+    close: with a code of RFC 6455 and a reason, after what was delivered.
     """
 
-    def __init__(self, deliver: Callable[[str | bytes], None], close: Callable[[int, str], None]) -> None:
+    def __init__(self, deliver: Callable[..., None], close: Callable[[int, str], None]) -> None:
         self.deliver, self.close = deliver, close
 
 
@@ -73,20 +73,19 @@ class Chunk:
     """A chunk that the viewer has not acknowledged."""
 
     seq: int
-    block: Block
+    block: BlockMessage
     payload: bytes
 
     def send(self, connection: Connection) -> None:
         """The message, and the frames behind it."""
-        connection.deliver(self.block.to_json())
-        connection.deliver(self.seq.to_bytes(8, "big") + self.payload)
+        connection.deliver(self.block.to_json(), self.seq.to_bytes(8, "big") + self.payload)
 
 
 @dataclass
-class Session:
+class ViewerSession:
     """A session; ``start`` is the client's request."""
 
-    start: Start
+    start: StartMessage
     connection: Connection | None
     client: str
     id: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -94,13 +93,13 @@ class Session:
     opened: float = field(default_factory=time.monotonic)
     detached: float | None = None  # since when there is no connection
     video: LiveVideo | None = None
-    ready: Ready | None = None
+    ready: ReadyMessage | None = None
     clock: Clock = field(default_factory=lambda: Clock(1.0))
     fragments: FragmentEncoder | None = None
     spool: Spool | None = None
-    commands: deque[Message] = field(default_factory=deque)
+    commands: deque[ProtocolMessage] = field(default_factory=deque)
     unacked: deque[Chunk] = field(default_factory=deque)
-    pending: list[Made] = field(default_factory=list)  # blocks that are being encoded
+    pending: list[Piece] = field(default_factory=list)  # blocks that are being encoded
     seq: int = -1  # of the last chunk
     block: int = 0  # the next one that is sent
     playing: bool = True
@@ -125,37 +124,37 @@ class Session:
         """Frames of the blocks that were sent."""
         return 0 if self.video is None else self.video.frame_of(self.block)
 
-    def awaits(self, made: Made) -> bool:
+    def awaits(self, piece: Piece) -> bool:
         """Whether a block is still to be sent."""
-        return not self.gone and any(one is made for one in self.pending)
+        return not self.gone and any(one is piece for one in self.pending)
 
-    def post(self, message: Message) -> None:
+    def post(self, message: ProtocolMessage) -> None:
         """Send a message, if there is a connection."""
         if self.connection is not None:
             self.connection.deliver(message.to_json())
 
-    def encode(self, made: Made) -> bytes:
+    def encode(self, piece: Piece) -> bytes:
         """The payload of a block. An mp4 of the video is kept in the spool; a full disk ends that, not the video."""
         fragment = None
         if self.spool is not None:
             try:
-                fragment = self.spool.encode(made.frames, made.first_frame)
+                fragment = self.spool.encode(piece.frames, piece.first_frame)
             except OSError:
                 self.spool.remove()
                 self.spool = None
         if self.start.format != "mp4":
-            return pictures(made.frames, self.start.format)  # type: ignore[arg-type]
+            return pictures(piece.frames, self.start.format)
         if fragment is None:
             assert self.fragments is not None
-            fragment = self.fragments.fragment(made.frames, made.first_frame)
+            fragment = self.fragments.fragment(piece.frames, piece.first_frame)
         return fragment
 
-    def arrived(self, made: Made, payload: bytes, now: float, sessions: int) -> tuple[float | None, bool]:
+    def arrived(self, piece: Piece, payload: bytes, now: float, sessions: int) -> tuple[float | None, bool]:
         """A chunk is ready: number it, measure it, send it. Returns (seconds since the one before, whether late);
         None: the client had held it back.
         """
-        self.pending = [one for one in self.pending if one is not made]
-        frames, interval = len(made.frames), None
+        self.pending = [one for one in self.pending if one is not piece]
+        frames, interval = len(piece.frames), None
         late = self.clock.arrived(frames, now, self.possible)
         if self.first_chunk is None:
             self.first_chunk = now - self.opened
@@ -163,9 +162,9 @@ class Session:
             interval = now - self.last_chunk
             self.intervals.append(interval)
         self.last_chunk = now
-        self.seq, self.block = self.seq + 1, made.block + 1
+        self.seq, self.block = self.seq + 1, piece.block + 1
         stats = self.stats(sessions, len(self.unacked) + 1)
-        block = Block(self.seq, made.block, made.first_frame, frames, made.prompt_index, made.prompt, stats)
+        block = BlockMessage(self.seq, piece.block, piece.first_frame, frames, piece.prompt_index, piece.prompt, stats)
         chunk = Chunk(self.seq, block, payload)
         self.unacked.append(chunk)
         if self.connection is not None:
@@ -183,7 +182,7 @@ class Session:
     def jumped(self, block: int, now: float) -> None:
         """Forget the blocks from this one on; it comes next."""
         self.unacked = deque(chunk for chunk in self.unacked if chunk.block.block < block)
-        self.pending = [made for made in self.pending if made.block < block]
+        self.pending = [piece for piece in self.pending if piece.block < block]
         self.block = min(block, self.block)
         self.complete, self.possible, self.last_chunk = False, now, None
         self.clock.restart()
@@ -191,9 +190,9 @@ class Session:
 
     def stats(self, sessions: int, queue: int) -> Stats:
         """The live figures."""
-        made = list(self.speeds)
-        spent = sum(b[0] - a[0] for a, b in pairwise(made))
-        fps = sum(frames for _, frames in made[1:]) / spent if spent > 0 else 0.0
+        recent = list(self.speeds)
+        spent = sum(b[0] - a[0] for a, b in pairwise(recent))
+        fps = sum(frames for _, frames in recent[1:]) / spent if spent > 0 else 0.0
         ordered = sorted(self.intervals)
         p50, p99 = (ordered[int(part * (len(ordered) - 1) + 0.5)] if ordered else None for part in (0.5, 0.99))
         return Stats(

@@ -147,9 +147,9 @@ def _remux(init: bytes, path: Path, target: Path) -> int:
     options = {"movflags": "+faststart"}
     try:
         with (
-            av.open(source, format="mp4") as fragments,
+            av.open(source, "r", format="mp4") as fragments,
             av.open(str(target), "w", format="mp4", options=options) as out,
-        ):  # type: ignore[arg-type]
+        ):
             stream = fragments.streams.video[0]
             copy = out.add_stream_from_template(stream)
             for packet in fragments.demux(stream):

@@ -29,7 +29,7 @@ class Store:
         self.folder, self.lock = folder, threading.Lock()
         try:
             (folder / "videos").mkdir(parents=True, exist_ok=True)
-            self._held = _hold(folder / "server.lock")
+            self._lock_file = _hold(folder / "server.lock")
             self.database = sqlite3.connect(folder / FILE, check_same_thread=False, isolation_level=None)
             self.database.execute("PRAGMA journal_mode=WAL")
             self.database.execute(
@@ -41,15 +41,15 @@ class Store:
             raise ValueError(f"--data {folder}: another server uses it") from None
         except (OSError, sqlite3.Error) as error:
             raise ValueError(f"--data {folder}: {getattr(error, 'strerror', None) or error}") from error
-        for row in self.list(kind="saved", status="running"):  # whose session is gone
+        for row in self.having(kind="saved", status="running"):  # whose session is gone
             self.remove(row["id"])
 
     def close(self) -> None:
         """Let another server use the folder."""
         with self.lock:
             self.database.close()
-            if self._held is not None:
-                self._held.close()
+            if self._lock_file is not None:
+                self._lock_file.close()
 
     def add(self, kind: str, request: dict[str, Any], num_frames: int | None, status: str = "queued") -> str:
         """A new video; returns its id."""
@@ -70,10 +70,10 @@ class Store:
 
     def get(self, name: str) -> dict[str, Any] | None:
         """A video; None: there is none of this id."""
-        found = self._select("WHERE id = ?", (name,))
-        return found[0] if found else None
+        rows = self._select("WHERE id = ?", (name,))
+        return rows[0] if rows else None
 
-    def list(self, limit: int = 100, **equal: Any) -> list[dict[str, Any]]:
+    def having(self, limit: int = 100, **equal: Any) -> list[dict[str, Any]]:
         """Videos whose columns have these values, oldest first."""
         assert equal.keys() <= set(COLUMNS)
         where = f"WHERE {' AND '.join(f'{column} = ?' for column in equal)}" if equal else ""
@@ -86,8 +86,8 @@ class Store:
     def counts(self) -> dict[str, int]:
         """How many videos have each status."""
         with self.lock:
-            found = dict(self.database.execute("SELECT status, COUNT(*) FROM videos GROUP BY status").fetchall())
-        return {status: found.get(status, 0) for status in STATUSES}
+            rows = dict(self.database.execute("SELECT status, COUNT(*) FROM videos GROUP BY status").fetchall())
+        return {status: rows.get(status, 0) for status in STATUSES}
 
     def remove(self, name: str) -> None:
         """Forget a video and delete its files."""
@@ -102,8 +102,8 @@ class Store:
     def _select(self, rest: str, values: tuple[Any, ...]) -> list[dict[str, Any]]:
         with self.lock:
             rows = self.database.execute(f"SELECT {', '.join(COLUMNS)} FROM videos {rest}", values).fetchall()
-        found = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
-        return [{**row, "request": json.loads(row["request"])} for row in found]
+        videos = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        return [{**video, "request": json.loads(video["request"])} for video in videos]
 
 
 def _hold(path: Path) -> Any:

@@ -39,12 +39,12 @@ def serving(model: VideoModel, data: Path, settings: Settings | None = None, **o
         assert not thread.is_alive() and not service.scheduler.thread.is_alive()
 
 
-def until(condition: Callable[[], Any], what: str = "it") -> Any:
-    """Wait for a condition, which is asked often."""
+def until(condition: Callable[[], Any], what: str = "it", every: float = 0.005) -> Any:
+    """Wait for a condition, which is asked so often (a server counts what is too much)."""
     end = time.monotonic() + PATIENCE
     while not (value := condition()):
         assert time.monotonic() < end, f"waited for {what} in vain"
-        time.sleep(0.005)
+        time.sleep(every)
     return value
 
 

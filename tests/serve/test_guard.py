@@ -204,9 +204,8 @@ def test_a_client_that_does_not_read_is_sent_away(service, monkeypatch):
     monkeypatch.setattr(connection, "BURST", 1e6)
     with Viewer(service) as viewer:
         session = service.scheduler.sessions[viewer.start()["session"]]
-        with service.scheduler.lock:  # nothing is written meanwhile
-            for _ in range(50):
-                session.connection.deliver("{}")
+        realtime = session.connection.deliver.__self__  # in one turn of the loop, so that none is written meanwhile
+        realtime.loop.call_soon_threadsafe(lambda: [realtime._queue('{"type": "state"}') for _ in range(50)])
         with pytest.raises(ConnectionClosed) as closed:
             while True:
                 viewer.receive()

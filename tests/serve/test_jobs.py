@@ -44,7 +44,7 @@ def finished(service, name):
         assert about["status"] != "failed", about
         return about["status"] == "finished" and about
 
-    return until(done, "the video")
+    return until(done, "the video", every=0.05)
 
 
 def frames_of(path) -> np.ndarray:
@@ -87,6 +87,8 @@ def test_a_video_is_made_and_deleted(service, model, tmp_path):
         ({"prompt": PROMPT, "prompts": [[0, PROMPT]]}, 422, "one of the two"),
         ({"prompts": [[0, PROMPT], ["a", "b"]]}, 422, "lists of seconds and prompt"),
         ({"prompts": [[1, PROMPT]]}, 422, "first prompt must be at 0"),
+        ({"prompts": [[0, PROMPT], [99, PROMPT]], "num_frames": 6}, 422, "too late"),
+        ({"prompts": [[0, "seven kittens"]]}, 422, "entry 1: "),
         ({"prompt": PROMPT, "num_frames": 7}, 422, "nearest 6 or 9"),
         ({"prompt": PROMPT, "width": 64}, 422, "32x32"),
         ({"prompt": "seven kittens"}, 422, "seven"),
@@ -110,7 +112,7 @@ def test_openapi_describes_what_is_served(service):
     assert set(described["paths"]) < routes
     properties = described["components"]["schemas"]["VideoRequest"]["properties"]
     assert set(properties) == set(VideoRequest.__dataclass_fields__)
-    assert json.loads(ask(service, "/v1/schema.json")[2])["$defs"]["Start"]
+    assert json.loads(ask(service, "/v1/schema.json")[2])["$defs"]["StartMessage"]
 
 
 def new_jobs(folder, model):
@@ -221,8 +223,9 @@ def test_jobs_get_on_while_viewers_watch(model, tmp_path):
         thread.join()
 
 
-def test_kill_9_and_start_again(folder, model, tmp_path):
-    """The whole command, killed in the middle of a video, and ended by SIGTERM the second time."""
+@pytest.fixture
+def started(folder, tmp_path):
+    """Starts the whole command; what still runs after the test is killed."""
     words = [
         "-m",
         "hiar_model",
@@ -231,21 +234,31 @@ def test_kill_9_and_start_again(folder, model, tmp_path):
         folder,
         "--port",
         "0",
-        "--data",
-        tmp_path / "data",
         "--device",
         "cpu",
+        "--data",
+        tmp_path / "data",
     ]
-    frames, root = 3 * 60, Path(__file__).parents[2]
+    running = []
 
-    def started():
-        server = Started(words, cwd=root)
-        server.url = next(server.lines()).split()[-1]
-        return server
+    def start():
+        running.append(Started(words, cwd=Path(__file__).parents[2]))
+        running[-1].url = next(running[-1].lines()).split()[-1]
+        return running[-1]
 
+    yield start
+    for server in running:
+        if server.poll() is None:
+            server.kill()
+            server.wait()
+
+
+def test_kill_9_and_start_again(started, model, tmp_path):
+    """Killed in the middle of a video, started again, and ended by SIGTERM."""
+    frames = 3 * 60
     server = started()
     name = json.loads(ask(server, "/v1/videos", "POST", {"prompt": PROMPT, "num_frames": frames})[2])["id"]
-    until(lambda: json.loads(ask(server, f"/v1/videos/{name}")[2])["frames"] >= 60)
+    until(lambda: json.loads(ask(server, f"/v1/videos/{name}")[2])["frames"] >= 60, every=0.05)
     server.kill()
     assert server.wait() == -signal.SIGKILL
     assert (tmp_path / "data" / "videos" / name / "session.safetensors").exists()

@@ -7,7 +7,7 @@ import pytest
 
 from hiar_model import ExecutionConfig, PromptSchedule, VideoPipeline
 from hiar_model.serve.live import LiveVideo
-from hiar_model.serve.protocol import Refusal, Start
+from hiar_model.serve.protocol import Refusal, StartMessage
 
 pytestmark = pytest.mark.cpu
 
@@ -15,7 +15,7 @@ RED, BLUE, GREEN = "a red circle moving right", "a blue square moving up", "a gr
 
 
 def video(model, order="stream", frames=None, **options):
-    return LiveVideo(model, ExecutionConfig(), Start(1, RED, order=order, num_frames=frames), **options)
+    return LiveVideo(model, ExecutionConfig(), StartMessage(1, RED, order=order, num_frames=frames), **options)
 
 
 def blocks(live, count):
@@ -110,9 +110,9 @@ def test_groups_are_reported(model):
 @pytest.mark.parametrize(
     ("request_", "code", "words"),
     [
-        (Start(1, "seven kittens"), "bad_prompt", "seven"),
-        (Start(1, RED, num_frames=7), "bad_video", "nearest 6 or 9"),
-        (Start(1, RED, height=64), "bad_video", "32x32"),
+        (StartMessage(1, "seven kittens"), "bad_prompt", "seven"),
+        (StartMessage(1, RED, num_frames=7), "bad_video", "nearest 6 or 9"),
+        (StartMessage(1, RED, height=64), "bad_video", "32x32"),
     ],
 )
 def test_refused_videos(model, request_, code, words):

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.cpu
 
 STATS = protocol.Stats(12.0, 0.3, None, None, 0, 1 << 20, 1, 1)
 EXAMPLES = [
-    protocol.Start(1, "a red circle", 7, "wavefront", 60, 32, 48, "webp"),
-    protocol.Start(1, resume="abc", after=3),
+    protocol.StartMessage(1, "a red circle", 7, "wavefront", 60, 32, 48, "webp"),
+    protocol.StartMessage(1, resume="abc", after=3),
     protocol.ChangePrompt("a blue square"),
     protocol.Pause(),
     protocol.Play(),
@@ -25,7 +25,7 @@ EXAMPLES = [
     protocol.Ack(9),
     protocol.Save(),
     protocol.Stop(),
-    protocol.Block(1, 0, 0, 3, 0, "a red circle", STATS),
+    protocol.BlockMessage(1, 0, 0, 3, 0, "a red circle", STATS),
     protocol.Progress([["denoise", 0, 7]], 7, 6),
     protocol.Ended("complete", 60),
     Refusal("busy", "no place", retry_after=3).message,
