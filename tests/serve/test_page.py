@@ -18,7 +18,7 @@ from serving import serving
 
 from hiar_model import PromptSchedule, VideoPipeline, load_video_model
 from hiar_model.io.video import upscale
-from hiar_model.serve.app import Service
+from hiar_model.serve.app import Service, Settings
 from hiar_model.toy.oracle import ToyOracle
 from hiar_model.toy.prompt import COLOURS
 
@@ -238,6 +238,32 @@ def test_what_is_saved_is_the_video_with_its_record(page, service):
     with urllib.request.urlopen(record) as answer:
         about = json.load(answer)
     assert about["prompt"] == RED and about["frames"] == 18
+
+
+def test_without_media_source_there_are_pictures(page, service):
+    page.call("Page.addScriptToEvaluateOnNewDocument", source="delete window.MediaSource")
+    start(page, service)
+    assert page.evaluate("document.querySelector('#video').hidden && !document.querySelector('#canvas').hidden")
+
+
+def test_a_server_with_a_token_takes_it_from_the_address(chromium, service, tmp_path):
+    token = "a-token-of-the-test"
+    with serving(service.model, tmp_path, Settings(tokens=(token.encode(),))) as guarded:
+        page = chromium.page()
+        page.open(f"{guarded.url}/")
+        page.write("#prompt", RED)
+        page.click("#start")
+        page.until("document.querySelector('#problem').textContent.includes('wants a token')")
+        page.close()
+        page = chromium.page()
+        start(page, guarded, options=f"?token={token}", frames="3")
+        page.click("#save")
+        page.until("document.querySelectorAll('#saves a').length === 2")
+        for link in page.evaluate("Array.from(document.querySelectorAll('#saves a'), (a) => a.href)"):
+            with urllib.request.urlopen(link) as answer:
+                assert answer.status == 200
+        assert not page.errors
+        page.close()
 
 
 def test_a_prompt_that_the_model_cannot_show_is_refused_in_words(page, service):
