@@ -201,7 +201,14 @@ def main() -> None:
             time.sleep(2.0)
             names = ("", "threads", "files", "MB")
             rows = [("before", *before), (f"2 s after {a.drops} drops", *process_figures(process))]
-            print("\n".join(report.table(names, [tuple(map(str, one)) for one in rows])))
+            print(
+                "\n".join(
+                    report.table(
+                        names,
+                        [tuple(f"{one:.0f}" if isinstance(one, float) else str(one) for one in row) for row in rows],
+                    )
+                )
+            )
             return
         if a.aggregate:
             rows = []

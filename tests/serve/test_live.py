@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bench.studies import long_stream
 from hiar_model import ExecutionConfig, PromptSchedule, VideoPipeline
 from hiar_model.serve.live import LiveVideo
 from hiar_model.serve.protocol import Refusal, StartMessage
@@ -81,6 +82,18 @@ def test_states_thin_out_with_age(model):
     gaps = np.diff([0, *kept])
     assert len(kept) == 4 and kept[-1] == 16
     assert gaps[0] >= gaps[-1] and gaps.max() < 12, kept
+
+
+def test_memory_stays_flat(model):
+    live = video(model)
+    live.make()
+    live = video(model, rewind_bytes=4 * live.states[0].nbytes)
+    rows = []
+    for turn in range(4):
+        live.change_prompt((BLUE, GREEN)[turn % 2])
+        blocks(live, 40)
+        rows.append(long_stream.memory(0))
+    assert {(row.tensors, row.tensor_bytes) for row in rows[1:]} == {(rows[1].tensors, rows[1].tensor_bytes)}
 
 
 def test_a_finite_video_ends_and_goes_back(model):
