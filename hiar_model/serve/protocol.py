@@ -331,7 +331,7 @@ class StateMessage(ProtocolMessage):
 
 @dataclass(frozen=True)
 class Saved(ProtocolMessage):
-    """The video so far is at ``url``, its record at ``url`` + "/record"."""
+    """The video so far is at ``url``; its record is there too, with "record" in place of "content"."""
 
     type: ClassVar[str] = "saved"
     url: str
