@@ -66,8 +66,7 @@ class VideoOptions:
             storyboard: [path, "path@frame" or (path, frame), ...]; behind frame 0, a block must begin at the frame.
         last_frame: path of a picture that the video ends with. The blocks before it are infilled: made at once, as many
             as fit the length of the training clips, which is also the default length.
-        prompts: a :class:`hiar_model.PromptSchedule`; ``prompt`` is then the one before its first line, or None. Or
-            :class:`.prompt_schedule.LivePrompts`, without ``prompt``.
+        prompts: a :class:`hiar_model.PromptSchedule`, with ``prompt`` before its first line, or None; or `LivePrompts`.
         on_prompt_change: "keep" or "recache", of :class:`hiar_model.RolloutConfig`.
         fuse_cache_denoise: of :class:`hiar_model.RolloutConfig`.
         session: a file of :meth:`VideoRun.save_session` to resume: frames start there. A different prompt makes a fork,
@@ -405,10 +404,8 @@ class VideoRun:
     def _prompt_embeds(self, blocks: Plan, latent_frames: int | None) -> Tensor | Callable[[int], Tensor]:
         """Embeddings of the one prompt, or of each block's."""
         prompt, prompts = self.options.prompt, self.options.prompts
-        if prompts is None:
-            return self.model.encode_text(prompt)  # type: ignore[arg-type]  # refuses None by name
-        if isinstance(prompts, LivePrompts):
-            return prompts
+        if prompts is None or isinstance(prompts, LivePrompts):
+            return prompts or self.model.encode_text(prompt)  # type: ignore[arg-type]  # refuses None by name
 
         def start(n: int) -> float:
             return self.model.pixel_frames(blocks.block_frames(n)[0]) / self.fps
