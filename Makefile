@@ -1,7 +1,7 @@
 # make demo    set up .venv and write out/demo.mp4 and out/compare.mp4: a video, and two orders side by side
 # make test    set up .venv with the developer tools and run the tests       (make test ARGS='-k mask' JOBS=1)
 #              one tier of them: make test-cpu, test-interpreter, test-compile
-#              numbers as other processors compute them: make test-processors
+#              numbers as other processors compute them: make test-processors; the page of hiar serve: make test-browser
 # make test-versions   the tests on the oldest and the newest supported torch and Triton, each in an environment of its own
 # make lint    ruff, codespell, hadolint    make types   mypy        make check   lint, types, docs-check, docs, tests
 # make gpu-test        run the kernels' tests on the CUDA device; needs only torch, triton, pytest
@@ -30,7 +30,7 @@ DEMO_MODEL := scenes
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-versions test-cpu test-processors test-interpreter test-compile gpu-test gpu-bench bench compile-report hub docs docs-refresh docs-check lint types check setup setup-dev clean
+.PHONY: help demo test test-versions test-cpu test-processors test-interpreter test-compile test-browser gpu-test gpu-bench bench compile-report hub docs docs-refresh docs-check lint types check setup setup-dev clean
 
 help:
 	@sed -n '/^[^#]/q; s/^# \{0,1\}//p' Makefile
@@ -115,6 +115,15 @@ test-interpreter: setup-dev
 
 test-compile: setup-dev
 	@$(call tier,compile)
+
+# The page of hiar serve in a headless Chromium. Without one they are left out, and in CI they fail.
+test-browser: setup-dev
+	@if [ "$$CI" = true ] || command -v chromium || command -v chromium-browser || command -v google-chrome; then \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -m browser tests/serve $(ARGS) \
+			$(if $(strip $(ARGS)),|| [ $$? -eq 5 ]); \
+	else \
+		echo "left out: the tests of the page need Chromium (Debian, Ubuntu: apt install chromium)"; \
+	fi
 
 # The supported range, ends included: torch-triton. docs/contributing/compatibility.md has what they gave, with the date.
 VERSIONS := 2.11.0-3.6.0 2.14.1-3.8.0

@@ -39,7 +39,7 @@ MOST = {
 ABOVE_0 = ("timeout",)
 INPUT_FILES = {
     "generate": ("extend", "last_frame", "prompts", "vae", "from_session"), "compare": ("extend", "prompts", "vae"),
-    "doctor": ("vae",),
+    "doctor": ("vae",), "serve": ("vae", "token_file"),
     "bench": ("compare",),
 }  # fmt: skip
 """Options of a command that name files it reads."""

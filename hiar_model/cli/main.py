@@ -24,6 +24,7 @@ from .evaluate import evaluate, evaluate_arguments
 from .generate import generate, generate_arguments
 from .parallel import launch, parity_arguments, verify_parity
 from .performance import bench, bench_arguments, warmup, warmup_arguments
+from .serve import serve, serve_arguments
 from .signals import as_interrupts
 from .streams import kept_streams, status
 from .train import train, train_arguments
@@ -129,6 +130,7 @@ COMMANDS: dict[str, Command] = {
         compare,
         "Make a prompt's video in several orders, side by side, and plot the drift.",
     ),
+    "serve": (serve_arguments, serve, "Serve live video to browsers and programs, and make whole videos as jobs."),
     "train": (train_arguments, train, "Train by a recipe, here or under torchrun; the same command resumes."),
     "evaluate": (evaluate_arguments, evaluate, "Measure how well a toy model's videos keep their prompts."),
     "verify-parity": (parity_arguments, verify_parity, "Compare a pipeline of processes with one, bit for bit."),

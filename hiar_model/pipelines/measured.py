@@ -11,6 +11,7 @@ from ..planning.measure_costs import measure_costs
 from ..schedule.costs import Costs
 from ..schedule.plan import Plan
 from ..schedule.stages import faster_fusion
+from .prompt_schedule import PromptSchedule
 from .video_pipeline import VideoOptions, rollout_config
 
 
@@ -30,7 +31,8 @@ def measured(
     frames = model.latent_frames(model.num_frames if options.num_frames is None else options.num_frames)
     costs: list[Costs | None] = [None]
     if group is None or dist.get_rank(group) == 0:
-        prompt = options.prompt if options.prompts is None else options.prompts.lines[0].prompt
+        prompts = options.prompts
+        prompt = prompts.lines[0].prompt if isinstance(prompts, PromptSchedule) else options.prompt
         costs = [
             measure_costs(
                 model.transformer, model.encode_text(prompt), config, execution, num_latent_frames=frames,  # type: ignore[arg-type]

@@ -210,6 +210,57 @@ class EncodedPromptSchedule:
         return lines
 
 
+class LivePrompts:
+    """Prompts that change while a video runs. Call it with a block number for the prompt embeddings, as
+    :class:`hiar_model.Rollout` does; ``prompts=`` of :class:`.video_pipeline.VideoOptions` takes one.
+
+    Args:
+        prompt: of the first block. encode: prompt -> [B or 1, L, text_dim]; raises ValueError for an illegal prompt.
+
+    Attributes:
+        changes: (first block, prompt, embeddings) of each, ascending.
+
+    Raises:
+        ValueError: an illegal prompt.
+
+    Example:
+        >>> import torch
+        >>> live = LivePrompts("a red circle", lambda prompt: torch.zeros(1, 2, 4))
+        >>> live.change("a blue square", 7)
+        1
+        >>> [live.prompt(block) for block in (6, 7)]
+        ['a red circle', 'a blue square']
+    """
+
+    def __init__(self, prompt: str, encode: Callable[[str], Tensor]) -> None:
+        self.encode, self.changes = encode, [(0, prompt, encode(prompt))]
+
+    def __call__(self, block: int) -> Tensor:
+        return self.changes[self.index(block)][2]
+
+    def index(self, block: int) -> int:
+        """Which of the changes is in effect at a block."""
+        return bisect_right([first for first, *_ in self.changes], block) - 1
+
+    def prompt(self, block: int) -> str:
+        """The prompt of a block."""
+        return self.changes[self.index(block)][1]
+
+    def change(self, prompt: str, block: int) -> int:
+        """Another prompt from a block on, which must not have begun; changes at later blocks are forgotten.
+
+        Returns:
+            Its index.
+
+        Raises:
+            ValueError: an illegal prompt; nothing has changed.
+        """
+        known = next((embeds for _, same, embeds in self.changes if same == prompt), None)
+        embeds = self.encode(prompt) if known is None else known
+        self.changes = [*(one for one in self.changes if one[0] < block), (block, prompt, embeds)]
+        return len(self.changes) - 1
+
+
 @dataclass(frozen=True)
 class PromptDelay:
     """Worst-case time from a live prompt change to the end of the first block that shows it, in the steady state. The

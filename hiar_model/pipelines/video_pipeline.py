@@ -35,7 +35,7 @@ from ..schedule.plan import Plan
 from .decode import Decoding
 from .lora import LoraLoading, ScaleFollower
 from .metadata import describe
-from .prompt_schedule import EncodedPromptSchedule, PromptSchedule, prompt_delay
+from .prompt_schedule import EncodedPromptSchedule, LivePrompts, PromptSchedule, prompt_delay
 from .starts import Ending, Starts
 
 Window = int | Sequence[int | None] | None | Literal["model"]
@@ -66,7 +66,7 @@ class VideoOptions:
             storyboard: [path, "path@frame" or (path, frame), ...]; behind frame 0, a block must begin at the frame.
         last_frame: path of a picture that the video ends with. The blocks before it are infilled: made at once, as many
             as fit the length of the training clips, which is also the default length.
-        prompts: a :class:`hiar_model.PromptSchedule`; ``prompt`` is then the one before its first line, or None.
+        prompts: a :class:`hiar_model.PromptSchedule`, with ``prompt`` before its first line, or None; or `LivePrompts`.
         on_prompt_change: "keep" or "recache", of :class:`hiar_model.RolloutConfig`.
         fuse_cache_denoise: of :class:`hiar_model.RolloutConfig`.
         session: a file of :meth:`VideoRun.save_session` to resume: frames start there. A different prompt makes a fork,
@@ -93,7 +93,7 @@ class VideoOptions:
     image: ImageLike | Sequence[ImageLike] | None = None
     extend: str | os.PathLike[str] | None = None
     last_frame: str | os.PathLike[str] | None = None
-    prompts: PromptSchedule | None = None
+    prompts: PromptSchedule | LivePrompts | None = None
     on_prompt_change: str = "keep"
     fuse_cache_denoise: bool = False
     session: str | os.PathLike[str] | None = None
@@ -111,7 +111,7 @@ class VideoOptions:
         ):  # fmt: skip
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else whole(name, value, least, most=most))
-        if self.prompts is not None and not isinstance(self.prompts, PromptSchedule):
+        if not isinstance(self.prompts, PromptSchedule | LivePrompts | None):
             raise ValueError(f"prompts must be a PromptSchedule (.read('script.txt')), got {self.prompts!r}")
         if self.on_progress is not None and not callable(self.on_progress):
             raise ValueError(f"on_progress must be a function or None, got {self.on_progress!r}")
@@ -401,11 +401,11 @@ class VideoRun:
             raise ValueError(f"num_frames must be more than the {frames} of {os.fspath(session)}, got {num_frames}")
         return last
 
-    def _prompt_embeds(self, blocks: Plan, latent_frames: int | None) -> Tensor | EncodedPromptSchedule:
+    def _prompt_embeds(self, blocks: Plan, latent_frames: int | None) -> Tensor | Callable[[int], Tensor]:
         """Embeddings of the one prompt, or of each block's."""
         prompt, prompts = self.options.prompt, self.options.prompts
-        if prompts is None:
-            return self.model.encode_text(prompt)  # type: ignore[arg-type]  # refuses None by name
+        if prompts is None or isinstance(prompts, LivePrompts):
+            return prompts or self.model.encode_text(prompt)  # type: ignore[arg-type]  # refuses None by name
 
         def start(n: int) -> float:
             return self.model.pixel_frames(blocks.block_frames(n)[0]) / self.fps

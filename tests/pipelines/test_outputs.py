@@ -186,7 +186,7 @@ def full(*_, **__):
 
 
 def test_a_full_disk_is_said_of_the_video(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("hiar_model.io.video._Mp4Encoder.add", full)
+    monkeypatch.setattr("hiar_model.io.video.Mp4Encoder.add", full)
     assert run("v.mp4") == 2
     assert capsys.readouterr().err == "hiar: cannot write v.mp4: No space left on device\n"
     assert not list(tmp_path.iterdir())

@@ -37,7 +37,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "bench/README.md"]
 for pattern in ("docs/**/*.md", "hiar_model/toy/*/README.md"):
     PAGES += [page.relative_to(ROOT).as_posix() for page in sorted(ROOT.glob(pattern))]
 KERNEL_PAGES = [page.relative_to(ROOT).as_posix() for page in sorted(ROOT.glob("hiar_kernels/*/README.md"))]
-NEEDS = ("GPU", "published weights", "make hub")  # what no test has
+NEEDS = ("GPU", "published weights", "make hub", "running server")  # of the last: tests/serve/ runs it
 SEED, ANY_OVERRIDES = "SEED", "OVERRIDES"  # as docs write them: a number, and key=value words or none
 
 

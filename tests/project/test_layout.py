@@ -28,14 +28,14 @@ HERE = "tests/project/test_layout.py"
 UNITS = (
     "hiar_kernels", "hiar_model.common", "hiar_model.version", "hiar_model.config", "hiar_model.io",
     "hiar_model.schedule", "hiar_model.toy", "hiar_model.models", "hiar_model.distributed", "hiar_model.rollout",
-    "hiar_model.evaluation", "hiar_model.planning", "hiar_model.pipelines", "hiar_model.benchmark",
+    "hiar_model.evaluation", "hiar_model.planning", "hiar_model.pipelines", "hiar_model.serve", "hiar_model.benchmark",
     "hiar_model.integrations", "hiar_model.train", "hiar_model", "hiar_model.cli", "hiar_model.__main__",
 )  # fmt: skip
 IMPLEMENTATIONS = {"reference", "triton_fwd", "triton_bwd", "cuda"}  # file names inside the folder of an op
 LONGEST_FILE = 500
 SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h"}
 NOT_OURS = {"build", "dist", "out", "runs"}
-TIERS = {"cpu", "interpreter", "compile", "gpu"}
+TIERS = {"cpu", "interpreter", "compile", "browser", "gpu"}
 NOT_AT_IMPORT = ("triton", "diffusers", "transformers", "flash_attn", "xformers", "gguf")
 
 

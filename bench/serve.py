@@ -1,0 +1,228 @@
+"""A load on `hiar serve`: viewers who play in real time, connections that drop, memory over time; on this machine.
+
+    python -m bench.serve --viewers 8 --seconds 600
+    python -m bench.serve --aggregate 1 2 4 8      # viewers who take all they can get: frames per second of them all
+    python -m bench.serve --drops 200
+
+Each starts a server of its own (or give --url), and prints one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.lib import report
+
+PROMPT = "a red circle moving right"
+HEADINGS = ("viewers", "fps of each", "first chunk s", "P50 s", "P99 s", "late", "MB at first", "MB at last")
+BY_MINUTE = ("minute", "chunks", "P50 s", "P99 s", "late", "MB")
+
+
+@dataclass
+class Seen:
+    """What one viewer saw: (arrival, frames) of chunks, (arrival, seconds since the one before), arrivals of those that
+    the server counts as late, and the memory that it told, with its time.
+    """
+
+    fps: float = 0.0
+    begun: float = 0.0
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    intervals: list[tuple[float, float]] = field(default_factory=list)
+    late: list[float] = field(default_factory=list)
+    memory: list[tuple[float, int]] = field(default_factory=list)
+
+    @property
+    def first(self) -> float:
+        """Seconds from start to the first chunk."""
+        return self.arrivals[0][0] - self.begun
+
+    @property
+    def speed(self) -> float:
+        """Frames per second, from the first chunk to the last."""
+        spent = self.arrivals[-1][0] - self.arrivals[0][0]
+        return sum(frames for _, frames in self.arrivals[1:]) / max(spent, 1e-9)
+
+
+def percentile(values: Sequence[float], part: float) -> float:
+    """The value that this part of them does not exceed; NaN of none."""
+    ordered = sorted(values)
+    return ordered[int(part * (len(ordered) - 1) + 0.5)] if ordered else float("nan")
+
+
+async def watch(url: str, seconds: float, seed: int, paced: bool, prompt: str = PROMPT) -> Seen:
+    """Play a video for so long. paced: acknowledge a chunk when it has been played, as the page does; else at once."""
+    from websockets.asyncio.client import connect
+
+    seen, loop = Seen(), asyncio.get_running_loop()
+    async with connect(url.replace("http", "ws", 1) + "/v1/realtime/video", max_size=1 << 26, compression=None) as s:
+        seen.begun = time.perf_counter()
+        await s.send(json.dumps({"type": "start", "v": 1, "prompt": prompt, "seed": seed}))
+        misses, played, end = 0, 0.0, seen.begun + seconds
+        while (now := time.perf_counter()) < end:
+            with suppress(asyncio.TimeoutError):
+                message = await asyncio.wait_for(s.recv(), end - now)
+                if isinstance(message, bytes):
+                    continue
+                m: dict[str, Any] = json.loads(message)
+                if m["type"] == "refused":
+                    raise RuntimeError(m["message"])
+                if m["type"] == "ready":
+                    seen.fps = m["fps"]
+                if m["type"] != "block":
+                    continue
+                now, stats = time.perf_counter(), m["stats"]
+                if seen.arrivals:
+                    seen.intervals.append((now, now - seen.arrivals[-1][0]))
+                seen.arrivals.append((now, m["frames"]))
+                seen.late += [now] * (stats["misses"] - misses)
+                misses = stats["misses"]
+                seen.memory.append((now, stats["memory"]))
+                ack = json.dumps({"type": "ack", "seq": m["seq"]})
+                if not paced:
+                    await s.send(ack)
+                    continue
+                played = max(played, now) + m["frames"] / seen.fps
+                loop.call_later(played - now, lambda ack=ack: loop.create_task(_send(s, ack)))
+        await s.send(json.dumps({"type": "stop"}))
+    return seen
+
+
+async def _send(socket: Any, text: str) -> None:
+    with suppress(Exception):  # the connection has been closed meanwhile
+        await socket.send(text)
+
+
+async def watch_all(url: str, viewers: int, seconds: float, paced: bool) -> list[Seen]:
+    """So many viewers at once."""
+    return await asyncio.gather(*(watch(url, seconds, seed, paced) for seed in range(viewers)))
+
+
+async def drop(url: str, times: int) -> None:
+    """Connect and drop, most of them in the middle of a video."""
+    from websockets.asyncio.client import connect
+    from websockets.exceptions import InvalidStatus
+
+    for turn in range(times):
+        with suppress(InvalidStatus):  # no place: those before are not yet gone
+            socket = await connect(url.replace("http", "ws", 1) + "/v1/realtime/video", compression=None)
+            if turn % 4:
+                await socket.send(json.dumps({"type": "start", "v": 1, "prompt": PROMPT, "seed": turn}))
+            if turn % 4 > 1:
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(socket.recv(), 0.2)
+            socket.transport.abort()
+        await asyncio.sleep(0.02)
+
+
+@contextmanager
+def served(url: str | None, model: str, *options: str) -> Iterator[tuple[str, int | None]]:
+    """(address, process id) of a server that is ended afterwards; with ``url`` one that runs."""
+    if url is not None:
+        yield url.rstrip("/"), None
+        return
+    with tempfile.TemporaryDirectory() as data:
+        command = [sys.executable, "-m", "hiar_model", "serve", "--model", model, "--port", "0", "--data", data]
+        process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            if not line:
+                raise SystemExit("the server did not start")
+            yield line.split()[-1], process.pid
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def process_figures(process: int) -> tuple[int, int, float]:
+    """(threads, open files, resident MB) of a process."""
+    folder = Path("/proc", str(process))
+    resident = int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return len(list((folder / "task").iterdir())), len(list((folder / "fd").iterdir())), resident / 1e6
+
+
+def row(viewers: int, all_seen: Sequence[Seen]) -> tuple[str, ...]:
+    """A line of the table."""
+    intervals = [interval for seen in all_seen for _, interval in seen.intervals]
+    memory = sorted(pair for seen in all_seen for pair in seen.memory)
+    return (
+        str(viewers), f"{min(s.speed for s in all_seen):.1f} to {max(s.speed for s in all_seen):.1f}",
+        f"{max(seen.first for seen in all_seen):.2f}", f"{percentile(intervals, 0.5):.3f}",
+        f"{percentile(intervals, 0.99):.3f}", str(sum(len(seen.late) for seen in all_seen)),
+        f"{memory[0][1] / 1e6:.0f}", f"{memory[-1][1] / 1e6:.0f}",
+    )  # fmt: skip
+
+
+def minutes(all_seen: Sequence[Seen]) -> list[tuple[str, ...]]:
+    """The same by the minute."""
+    begun, rows = min(seen.begun for seen in all_seen), []
+    last = max(arrival for seen in all_seen for arrival, _ in seen.arrivals)
+    for minute in range(int((last - begun) // 60) + 1):
+        lo, hi = begun + 60 * minute, begun + 60 * (minute + 1)
+        intervals = [i for seen in all_seen for at, i in seen.intervals if lo <= at < hi]
+        memory = [nbytes for seen in all_seen for at, nbytes in seen.memory if lo <= at < hi]
+        late = sum(lo <= at < hi for seen in all_seen for at in seen.late)
+        memory = memory or [0]
+        rows.append((str(minute + 1), str(len(memory)), f"{percentile(intervals, 0.5):.3f}",
+                     f"{percentile(intervals, 0.99):.3f}", str(late), f"{max(memory) / 1e6:.0f}"))  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--url", help="of a server that runs; default: one is started")
+    parser.add_argument("--model", default="toy")
+    parser.add_argument("--viewers", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--aggregate", type=int, nargs="+", help="numbers of viewers who take all they can get")
+    parser.add_argument("--drops", type=int, help="connections that drop")
+    a = parser.parse_args()
+    most = max([a.viewers, *(a.aggregate or [])])
+    keep = ("--keep", "0") if a.drops else ()
+    with served(a.url, a.model, "--max-sessions", str(max(8, most)), *keep) as (url, process):
+        if a.drops is not None:
+            assert process is not None, "--drops needs a server of its own"
+            asyncio.run(watch_all(url, 1, 3.0, True))  # so that all that is made once is there
+            before = process_figures(process)
+            asyncio.run(drop(url, a.drops))
+            time.sleep(2.0)
+            names = ("", "threads", "files", "MB")
+            rows = [("before", *before), (f"2 s after {a.drops} drops", *process_figures(process))]
+            print(
+                "\n".join(
+                    report.table(
+                        names,
+                        [tuple(f"{one:.0f}" if isinstance(one, float) else str(one) for one in row) for row in rows],
+                    )
+                )
+            )
+            return
+        if a.aggregate:
+            rows = []
+            for viewers in a.aggregate:
+                all_seen = asyncio.run(watch_all(url, viewers, a.seconds, False))
+                rows.append((str(viewers), f"{sum(seen.speed for seen in all_seen):.1f}",
+                             f"{min(seen.speed for seen in all_seen):.1f}"))  # fmt: skip
+            print("\n".join(report.table(("viewers", "fps of all", "fps of the slowest"), rows)))
+            return
+        all_seen = asyncio.run(watch_all(url, a.viewers, a.seconds, True))
+        print("\n".join(report.table(HEADINGS, [row(a.viewers, all_seen)])))
+        if a.seconds >= 120:
+            print("\n" + "\n".join(report.table(BY_MINUTE, minutes(all_seen))))
+
+
+if __name__ == "__main__":
+    main()

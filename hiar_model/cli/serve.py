@@ -1,0 +1,77 @@
+"""`hiar serve`: endless video in a browser and over an open protocol, whole videos as jobs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from .machine import imports, load_model, lora_argument, machine_arguments, stage_lines
+
+EXTRA = ("starlette", "uvicorn", "websockets", "prometheus_client")
+
+
+def serve_arguments(parser: ArgumentParser) -> None:
+    """Options of `hiar serve`."""
+    parser.add_argument("--model", type=str, default="toy", help="name of a shipped model, or a folder, such as of Wan")
+    parser.add_argument(
+        "--checkpoint", type=str, help="in place of a Wan folder's own: hiar.pt, .safetensors, a folder"
+    )
+    parser.add_argument("--vae", type=str, help="of Wan, in place of the folder's: taew2_1.pth, or a full one")
+    lora_argument(parser, "several times for several files")
+    parser.add_argument(
+        "--host", type=str, default="127.0.0.1", help="address; others than this machine's need a token"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--max-sessions", type=int, default=8, help="live videos at once")
+    parser.add_argument("--keep", type=float, default=60.0, help="seconds that a session without a viewer is kept")
+    parser.add_argument("--token-file", type=str, help="tokens, one a line: a client must have one of them")
+    parser.add_argument("--allow-host", type=str, help="names of this server, with commas between, beside its address")
+    parser.add_argument("--data", type=str, default="hiar-data", help="folder for videos and what sessions have shown")
+    parser.add_argument("--log-prompts", action="store_true", help="write prompts to the log, too")
+    parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
+    parser.add_argument("--cuda-graph", type=bool, default=False, help="capture forwards as CUDA graphs")
+    machine_arguments(parser)
+
+
+def serve(a: Namespace) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    _require_extra()
+    if not 0 <= a.port <= 65535:
+        raise ValueError(f"--port must be from 0 to 65535, got {a.port}")
+    if a.max_sessions < 1:
+        raise ValueError(f"--max-sessions must be at least 1, got {a.max_sessions}")
+    if not 0 <= a.keep <= 86400:
+        raise ValueError(f"--keep must be from 0 to 86400 seconds, got {a.keep:g}")
+    with imports():
+        from ..config import ExecutionConfig
+        from ..serve.app import Service, Settings, address, listen, run
+        from ..serve.guard import read_tokens
+        from ..serve.scheduler import Limits
+
+    tokens = () if a.token_file is None else read_tokens(Path(a.token_file))
+    names = [name.strip() for name in (a.allow_host or "").split(",") if name.strip()]
+    settings = Settings(
+        a.host, a.port, tokens, (*names, a.host), Limits(a.max_sessions, a.keep), log_prompts=a.log_prompts
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("hiar.serve").setLevel(logging.INFO)
+    listening = listen(a.host, a.port)  # before the model is loaded, which takes a while
+    options: dict[str, Any] = {"checkpoint": a.checkpoint, "vae": a.vae, "lora": a.lora, "on_stage": stage_lines()}
+    model = load_model(a, **options)
+    execution = ExecutionConfig(kv_dtype=a.kv_dtype, cuda_graph=a.cuda_graph)
+    service = Service(model, execution, Path(a.data), settings)
+    service.start()
+    print(f"{model.name} is served at {address(listening)}", flush=True)
+    run(service, [listening])
+    print("stopped", flush=True)
+
+
+def _require_extra() -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in EXTRA if find_spec(name) is None]:
+        raise ValueError(f"hiar serve needs {', '.join(missing)}: pip install 'hiar-kernels[serve]'")

@@ -1,0 +1,326 @@
+"""The server: routes, and its life from the first request to SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket as sockets
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from ..config import ExecutionConfig
+from ..io.video import record_path
+from ..models.video_model import VideoModel
+from ..pipelines.video_pipeline import VideoOptions, rollout_config
+from ..toy.prompt import SLOTS
+from . import protocol
+from .connection import Realtime
+from .encoding import Saving
+from .guard import Guard, is_loopback
+from .jobs import VIDEO, Jobs, VideoRequest
+from .openapi import openapi
+from .protocol import Refusal
+from .scheduler import Limits, Scheduler, example
+from .schema import schema
+from .session import ViewerSession
+from .store import Store
+
+log = logging.getLogger("hiar.serve")
+
+PAGE = Path(__file__).parent / "page"
+KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+MOST_CONNECTIONS = 32
+"""Open WebSockets of one client."""
+STATUS = {"busy": 503, "shutting_down": 503, "too_many": 429, "too_large": 413, "bad_prompt": 422, "bad_video": 422}
+"""Code of a refusal -> status of HTTP, where it is not 400."""
+SHOWN = 100  # videos in a list
+
+
+@dataclass
+class Settings:
+    """How a server runs.
+
+    host, port     where it listens; any host but this machine's own needs ``tokens``
+    tokens         one of which a client must have
+    hosts          names by which clients may call it, beside addresses and localhost
+    limits         of sessions
+    log_prompts    write prompts to the log
+
+    Raises:
+        ValueError: a host that others reach, without tokens.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    tokens: tuple[bytes, ...] = ()
+    hosts: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.tokens and not is_loopback(self.host):
+            raise ValueError(f"--host {self.host} can be reached from other machines: give --token-file")
+
+
+class Service:
+    """A model, its sessions and its videos, as an ASGI application: ``app``.
+
+    Args:
+        data: folder for videos, and for what running sessions have shown.
+        scheduler_options: of :class:`.scheduler.Scheduler`, for tests.
+    """
+
+    def __init__(
+        self,
+        model: VideoModel,
+        execution: ExecutionConfig,
+        data: Path,
+        settings: Settings | None = None,
+        checkpoint_every: int = 10,
+        **scheduler_options: Any,
+    ) -> None:
+        self.model, self.settings = model, settings or Settings()
+        self.store = Store(data)
+        self.scheduler = Scheduler(
+            model, execution, data / "sessions", self.settings.limits, new_saving=self._saving, **scheduler_options
+        )
+        self.jobs = Jobs(self.store, model, execution, self.scheduler.admission, checkpoint_every, changed=self._wake)
+        self.scheduler.background = self.jobs
+        self.clients: Counter[str] = Counter()
+        self.ready = False
+        self.files = frozenset(file.name for file in PAGE.iterdir() if file.suffix in KINDS)
+        routes = [
+            Route("/", self._page),
+            Route("/{name}", self._page, name="file"),
+            Route("/v1/videos", self._new_video, methods=["POST"]),
+            Route("/v1/videos", self._list),
+            Route("/v1/videos/{id}", self._delete, methods=["DELETE"]),
+            Route("/v1/videos/{id}", self._video),
+            Route("/v1/videos/{id}/content", self._content),
+            Route("/v1/videos/{id}/record", self._content),
+            Route("/v1/info", self._info),
+            Route("/v1/schema.json", self._schema),
+            Route("/v1/openapi.json", self._openapi),
+            WebSocketRoute("/v1/realtime/video", self._realtime),
+        ]
+        routes[1:1] = [Route("/healthz", self._health), Route("/metrics", self._metrics)]
+        inner = Starlette(routes=routes, exception_handlers={Refusal: _refused, Exception: _failed})
+        self.app = Guard(inner, self.settings.tokens, self.settings.hosts, self.files)
+
+    def start(self) -> None:
+        """Start the threads."""
+        self.scheduler.start()
+        self.ready = True
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """Finish the block that is being made, put videos away, tell viewers, end the threads."""
+        self.ready = False
+        self.scheduler.drain(timeout)
+        self.store.close()
+
+    def _wake(self) -> None:
+        with self.scheduler.lock:
+            self.scheduler.lock.notify_all()
+
+    def _saving(self, session: ViewerSession) -> Saving:
+        name = self.store.add("saved", {"session": session.id}, None, status="running")
+
+        def finished(frames: int, seconds: float, error: str) -> None:
+            if error:
+                self.store.remove(name)
+            else:
+                self.store.update(name, status="finished", frames=frames, num_frames=frames, seconds=seconds)
+
+        return Saving(self.store.path(name) / VIDEO, f"/v1/videos/{name}/content", finished)
+
+    # Routes
+
+    async def _page(self, request: Request) -> Response:
+        name = request.path_params.get("name", "index.html")
+        if name not in self.files:
+            return _error(404, "not_found", "no such page")
+        kind = KINDS[Path(name).suffix]
+        return FileResponse(PAGE / name, media_type=kind, headers={"cache-control": "no-cache"})
+
+    async def _health(self, request: Request) -> Response:
+        alive = self.ready and self.scheduler.thread.is_alive() and not self.scheduler.draining
+        with self.scheduler.lock:
+            sessions = len(self.scheduler.sessions)
+        about = {"status": "ok" if alive else "stopping", "sessions": sessions, "model": Path(self.model.name).name}
+        return JSONResponse(about, 200 if alive else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        for status, count in self.store.counts().items():
+            self.scheduler.metrics.videos.labels(status).set(count)
+        return Response(self.scheduler.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _info(self, request: Request) -> Response:
+        model = self.model
+        words = None if model.world is None else {slot: list(words) for slot, words in SLOTS.items()}
+        height, width = model.pixel_size
+        about = {
+            "v": protocol.VERSION, "model": Path(model.name).name, "words": words,
+            "example": example(model),
+            "orders": protocol.LIVE_ORDERS, "order": rollout_config(model, VideoOptions(None), True).order,
+            "fps": model.fps, "height": height, "width": width, "num_frames": model.num_frames,
+        }  # fmt: skip
+        return JSONResponse(about)
+
+    async def _schema(self, request: Request) -> Response:
+        return JSONResponse(schema())
+
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(openapi())
+
+    async def _realtime(self, socket: WebSocket) -> None:
+        client = socket.client.host if socket.client else ""
+        wait = self.scheduler.full()
+        awaited = any(session.detached is not None for session in list(self.scheduler.sessions.values()))
+        if self.clients[client] >= MOST_CONNECTIONS:
+            refusal = Refusal("too_many", f"more than {MOST_CONNECTIONS} connections", retry_after=10)
+        elif wait is not None and not awaited:  # a kept session may be resumed
+            refusal = Refusal("busy", "all places are taken", retry_after=wait)
+        else:
+            self.clients[client] += 1
+            try:
+                await Realtime(socket, self.scheduler, self.settings.log_prompts).run()
+            finally:
+                self.clients[client] -= 1
+                if not self.clients[client]:
+                    del self.clients[client]
+            return
+        self.scheduler.metrics.refusals.labels(refusal.code).inc()
+        await socket.send_denial_response(_answer(refusal))
+
+    async def _new_video(self, request: Request) -> Response:
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            return _error(415, "bad_message", "the body must be application/json")
+        body = await request.body()
+        try:
+            values = json.loads(body)
+        except (ValueError, RecursionError):
+            raise Refusal("bad_message", "the body must be a JSON object") from None
+        if not isinstance(values, dict):
+            raise Refusal("bad_message", "the body must be a JSON object")
+        video = protocol.build(VideoRequest, values)
+        frames = await asyncio.wrap_future(self.scheduler.call(lambda: self.jobs.check(video)))
+        name = self.jobs.add(video, frames)
+        if self.settings.log_prompts:
+            log.info("video %s: %r", name, video)
+        return JSONResponse(self._described(name), 202, headers={"location": f"/v1/videos/{name}"})
+
+    async def _list(self, request: Request) -> Response:
+        return JSONResponse({"videos": [_shown(row) for row in self.store.newest(SHOWN)]})
+
+    async def _video(self, request: Request) -> Response:
+        return JSONResponse(self._described(request.path_params["id"]))
+
+    async def _delete(self, request: Request) -> Response:
+        self._described(request.path_params["id"])
+        self.jobs.remove(request.path_params["id"])
+        return Response(status_code=204)
+
+    async def _content(self, request: Request) -> Response:
+        about = self._described(request.path_params["id"])
+        path = self.store.path(about["id"]) / VIDEO
+        if about["status"] != "finished":
+            return _error(409, "not_finished", f"the video is {about['status']}")
+        if request.url.path.endswith("/record"):
+            return FileResponse(record_path(path), media_type="application/json")
+        return FileResponse(
+            path, media_type="video/mp4", filename=f"{about['id']}.mp4", content_disposition_type="inline"
+        )
+
+    def _described(self, name: str) -> dict[str, Any]:
+        row = self.store.get(name)
+        if row is None:
+            raise Refusal("unknown_session", "no video has this id")
+        job = self.jobs.current
+        if job is not None and job.name == name and row["status"] == "running":
+            row["frames"] = job.frames
+        return _shown(row)
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """What a client sees of a video."""
+    url = f"/v1/videos/{row['id']}/content" if row["status"] == "finished" else None
+    return {**{name: row[name] for name in row if name not in ("request", "updated")}, "url": url}
+
+
+def _error(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"code": code, "message": message}, status, headers)
+
+
+def _answer(refusal: Refusal) -> JSONResponse:
+    status = 404 if refusal.code == "unknown_session" else STATUS.get(refusal.code, 400)
+    headers = None if refusal.retry_after is None else {"retry-after": str(refusal.retry_after)}
+    return _error(status, refusal.code, str(refusal), headers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return _answer(error)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return _error(500, "failed", "the server's log says why")
+
+
+class _Uvicorn(uvicorn.Server):
+    """Puts videos away and tells viewers before connections are closed."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    async def shutdown(self, sockets: list[sockets.socket] | None = None) -> None:
+        await asyncio.to_thread(self.service.stop)
+        await super().shutdown(sockets)
+
+
+def listen(host: str, port: int) -> sockets.socket:
+    """A socket that listens; ValueError of one line if it cannot be."""
+    try:
+        family, kind, _, _, address = sockets.getaddrinfo(host, port, type=sockets.SOCK_STREAM)[0]
+        listening = sockets.socket(family, kind)
+        listening.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(128)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot listen at --host {host} --port {port}: {reason}") from error
+    return listening
+
+
+def address(listening: sockets.socket) -> str:
+    """Its URL."""
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def server(service: Service) -> uvicorn.Server:
+    """The server of a service; ``run(sockets=[listen(...)])`` returns when it is told to end."""
+    config = uvicorn.Config(
+        service.app, log_config=None, access_log=False, lifespan="off", server_header=False, date_header=True,
+        ws="websockets-sansio", ws_max_size=1 << 20, ws_ping_interval=5.0, ws_ping_timeout=15.0,
+        ws_per_message_deflate=False, timeout_graceful_shutdown=5, timeout_keep_alive=15, proxy_headers=False,
+    )  # fmt: skip
+    return _Uvicorn(config, service)
+
+
+def run(service: Service, listening: Iterable[sockets.socket]) -> None:
+    """Serve a service that was started, until SIGTERM or Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt):  # what uvicorn raises once it has ended
+        server(service).run(sockets=list(listening))

@@ -1,0 +1,303 @@
+"""Whole videos as jobs: made a block at a time when no viewer waits, and gone on with after a crash.
+
+Each has a folder: its blocks as fragments, every few blocks a session file, at the end an mp4 and its record.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shlex
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..config import ExecutionConfig
+from ..io.files import SESSION
+from ..io.fragments import FragmentEncoder
+from ..io.video import Frames as FrameArray
+from ..models.video_model import VideoModel
+from ..pipelines.prompt_schedule import EncodedPromptSchedule, PromptSchedule
+from ..pipelines.video_pipeline import VideoOptions, VideoRun, rollout_config
+from ..schedule.plan import Plan
+from .admission import Admission
+from .protocol import LIVE_ORDERS, Frames, OneOf, Pixels, Prompt, Refusal, Seed, StartMessage
+from .spool import Spool
+from .store import Store
+
+log = logging.getLogger("hiar.serve")
+
+MOST_WAITING = 100
+"""Videos that wait or are being made."""
+CHECKPOINT_EVERY = 10
+"""Blocks between session files."""
+RETRY_AFTER = 20.0
+"""Seconds until a video that met a full disk, or too little memory, is tried again."""
+VIDEO, SPOOL = "video.mp4", "blocks.spool"
+
+
+@dataclass(frozen=True)
+class VideoRequest:
+    """A whole video.
+
+    prompt             what to show
+    prompts            or several: lists of seconds and prompt, the first at 0
+    num_frames         length in frames; null: the model's
+    seed, order, height, width   as in a live video
+    """
+
+    prompt: Prompt | None = None
+    prompts: list[list[float | str]] | None = None
+    num_frames: Frames | None = None
+    seed: Seed = 0
+    order: Annotated[str, OneOf(LIVE_ORDERS)] | None = None
+    height: Pixels | None = None
+    width: Pixels | None = None
+
+    def options(self, session: Path | None = None) -> VideoOptions:
+        """Of :class:`.VideoRun`; ValueError of one line if they cannot be."""
+        if (self.prompt is None) == (self.prompts is None):
+            raise ValueError("give prompt, or prompts: one of the two")
+        prompts = None
+        if self.prompts is not None:
+            if not 1 <= len(self.prompts) <= 1000 or not all(_is_line(line) for line in self.prompts):
+                raise ValueError('prompts must be 1 to 1000 lists of seconds and prompt, such as [[0, "a red circle"]]')
+            prompts = PromptSchedule.of([(float(t), str(p)) for t, p in self.prompts])
+        return VideoOptions(
+            self.prompt, prompts=prompts, num_frames=self.num_frames, seed=self.seed, order=self.order,
+            height=self.height, width=self.width, session=session,
+        )  # fmt: skip
+
+
+def _is_line(line: Any) -> bool:
+    if not isinstance(line, list) or len(line) != 2:
+        return False
+    seconds, prompt = line
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    return is_number and isinstance(prompt, str) and len(prompt) <= 2000
+
+
+class Jobs:
+    """The videos of a store that are to be made; the methods of :class:`.scheduler.Background` make them.
+
+    Args:
+        changed: called when the list has changed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        model: VideoModel,
+        execution: ExecutionConfig,
+        admission: Admission,
+        checkpoint_every: int = CHECKPOINT_EVERY,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.store, self.model, self.execution, self.admission = store, model, execution, admission
+        self.checkpoint_every, self.changed = checkpoint_every, changed
+        self.lock = threading.Lock()
+        self.waiting_ids = [row["id"] for status in ("running", "queued") for row in store.having(10**6, status=status)]
+        self.current: VideoJob | None = None
+        self.retry_at = 0.0
+
+    # From the network
+
+    def check(self, request: VideoRequest) -> int:
+        """The frames of a video that can be made; in the generating thread.
+
+        Raises:
+            Refusal: it cannot.
+        """
+        try:
+            options = request.options()
+            model = self.model.sized(options.height, options.width)
+            latent_frames = model.latent_frames(options.num_frames or model.num_frames)
+            plan = Plan.of(rollout_config(model, options, blockwise=True))
+            if isinstance(options.prompts, PromptSchedule):
+                EncodedPromptSchedule.encoded(
+                    options.prompts,
+                    model.encode_text,
+                    lambda block: model.pixel_frames(plan.block_frames(block)[0]) / model.fps,
+                    plan.block_of(latent_frames - 1) + 1,
+                )
+        except ValueError as error:
+            raise Refusal("bad_video", str(error)) from error
+        if request.prompt is not None:
+            try:
+                model.encode_text(request.prompt)
+            except ValueError as error:
+                raise Refusal("bad_prompt", str(error)) from error
+        frames = model.pixel_frames(latent_frames)
+        self._admit(request, frames)
+        return frames
+
+    def _admit(self, request: VideoRequest, frames: int | None) -> None:
+        start = StartMessage(1, "", request.seed, request.order, frames, request.height, request.width)
+        self.admission.admit(start, 0, 0)
+
+    def add(self, request: VideoRequest, frames: int) -> str:
+        """Put a checked video behind the others; returns its id.
+
+        Raises:
+            Refusal: too many wait.
+        """
+        with self.lock:
+            if len(self.waiting_ids) >= MOST_WAITING:
+                raise Refusal("busy", f"{MOST_WAITING} videos are waiting", retry_after=60)
+            name = self.store.add("job", asdict(replace(request, num_frames=frames)), frames)
+            self.waiting_ids.append(name)
+        self.changed()
+        return name
+
+    def remove(self, name: str) -> None:
+        """Delete a video, whatever its status."""
+        with self.lock:
+            if name in self.waiting_ids:
+                self.waiting_ids.remove(name)
+        self.store.remove(name)  # the job that makes it sees that at its next block
+        self.changed()
+
+    # In the generating thread
+
+    def waiting(self) -> bool:
+        """Whether there is anything to do now."""
+        if self.current is not None and self.current.name not in self.waiting_ids:
+            return True  # it was deleted: its rings are in memory still
+        return bool(self.waiting_ids) and time.monotonic() >= self.retry_at
+
+    def work(self) -> None:
+        """Make a block of the oldest video."""
+        with self.lock:
+            name = next(iter(self.waiting_ids), None)
+        if self.current is not None and self.current.name != name:
+            self.current = None  # it was deleted
+        if name is None:
+            return
+        try:
+            if self.current is None:
+                self._open(name)
+            if self.current is not None and self.current.advance():
+                self._done(name, status="finished", frames=self.current.frames, seconds=self.current.seconds)
+        except Exception as error:
+            self._failed(name, error)
+
+    def _open(self, name: str) -> None:
+        row = self.store.get(name)
+        if row is None:
+            return
+        request = VideoRequest(**row["request"])
+        self._admit(request, request.num_frames)
+        self.store.update(name, status="running", error=None)
+        self.current = VideoJob(name, self.store, self.model, self.execution, request, self.checkpoint_every)
+
+    def _failed(self, name: str, error: Exception) -> None:
+        self.current = None
+        if self.store.get(name) is None:
+            return  # it was deleted, and its folder with it
+        message = " ".join(str(error).split())
+        if isinstance(error, Refusal) and error.code == "busy":  # viewers have the memory now
+            self.store.update(name, status="queued", error=message)
+            self.retry_at = time.monotonic() + RETRY_AFTER
+            return
+        full = {getattr(e, "errno", None) for e in (error, error.__cause__) if e is not None}
+        if full & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            log.error("video %s waits: %s", name, message)
+            self.store.update(name, error=message)  # its last checkpoint stands
+            self.retry_at = time.monotonic() + RETRY_AFTER
+            return
+        if not isinstance(error, ValueError | FloatingPointError | OSError):
+            log.exception("video %s failed", name)
+            message = "the video failed; the server's log says why"
+        self._done(name, status="failed", error=message)
+
+    def _done(self, name: str, **values: Any) -> None:
+        self.store.update(name, **values)
+        if self.current is not None:
+            self.current.clean()
+        self.current = None
+        with self.lock:
+            if name in self.waiting_ids:
+                self.waiting_ids.remove(name)
+        self.changed()
+
+    def close(self) -> None:
+        """Put the video in hand away, to go on with at the next start."""
+        if self.current is not None:
+            try:
+                self.current.checkpoint()
+            except (OSError, ValueError) as error:
+                log.error("video %s goes on from its last checkpoint: %s", self.current.name, error)
+            self.current = None
+
+
+class VideoJob:
+    """A video that is being made.
+
+    frames, seconds: made so far.
+    """
+
+    def __init__(
+        self, name: str, store: Store, model: VideoModel, execution: ExecutionConfig, request: VideoRequest, every: int
+    ) -> None:
+        self.name, self.store, self.every = name, store, every
+        self.folder = store.path(name)
+        self.session = self.folder / SESSION
+        resumed = self.session if self.session.exists() else None
+        self.run = VideoRun(model, execution, request.options(resumed), blockwise=True)
+        self.spool = Spool(self.folder / SPOOL, FragmentEncoder(self.run.fps, *self.run.model.pixel_size))
+        self.blocks, plan = 0, self.run.rollout.plan
+        while self.run.model.pixel_frames(plan.block_frames(self.blocks)[0]) < self.run.frames_done:
+            self.blocks += 1
+        self.spool.truncate(self.blocks)
+        self.coming: Iterator[FrameArray] = iter(self.run)
+        self.saved = self.blocks
+
+    @property
+    def frames(self) -> int:
+        return self.run.frames_done
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.run.fps
+
+    def advance(self) -> bool:
+        """Make a block; returns whether the video is complete and written."""
+        first = self.frames
+        frames = next(self.coming, None)
+        if frames is not None:
+            self.spool.encode(frames, first)
+            self.blocks += 1
+            if self.blocks - self.saved >= self.every and self.blocks != self.run.rollout.num_blocks:
+                self.checkpoint()
+            return False
+        metadata = dict(self.run.metadata)
+        if "command" in metadata:
+            metadata["command"] = shlex.join([*_without_session(metadata["command"]), "--out", VIDEO, "--overwrite"])
+        self.spool.write_mp4(self.folder / VIDEO, metadata)
+        return True
+
+    def checkpoint(self) -> None:
+        """Everything that was made is on the disk: a process that starts anew goes on here."""
+        if self.blocks == self.saved:
+            return
+        self.spool.sync()
+        self.run.save_session(self.session)
+        self.saved = self.blocks
+        self.store.update(self.name, frames=self.frames)
+
+    def clean(self) -> None:
+        """Delete what only an unfinished video needs."""
+        self.spool.remove()
+        self.session.unlink(missing_ok=True)
+
+
+def _without_session(command: list[str]) -> list[str]:
+    """A command that makes the whole video, not what followed the last start of the server."""
+    words = list(command)
+    if "--from-session" in words:
+        at = words.index("--from-session")
+        del words[at : at + 2]
+    return words

@@ -1,0 +1,45 @@
+"""What `/metrics` tells, in the format of Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from .session import resident_bytes
+
+SECONDS = (0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+
+
+class Metrics:
+    """The figures of one server; a registry of its own, so that several may be in one process."""
+
+    def __init__(self) -> None:
+        self.registry = r = CollectorRegistry()
+        self.sessions = Gauge("hiar_sessions", "sessions, kept ones among them", registry=r)
+        self.connections = Gauge("hiar_connections", "open WebSockets", registry=r)
+        self.blocks = Counter("hiar_blocks", "blocks sent to viewers", registry=r)
+        self.frames = Counter("hiar_frames", "frames sent to viewers", registry=r)
+        self.misses = Counter("hiar_deadline_misses", "blocks that came after the viewer had played all", registry=r)
+        self.first_chunk = Histogram(
+            "hiar_first_chunk_seconds", "from start to the first chunk", buckets=SECONDS, registry=r
+        )
+        self.intervals = Histogram(
+            "hiar_chunk_interval_seconds", "between chunks of a viewer who keeps up", buckets=SECONDS, registry=r
+        )
+        self.refusals = Counter("hiar_refusals", "requests refused", ["code"], registry=r)
+        self.videos = Gauge("hiar_videos", "whole videos", ["status"], registry=r)
+        memory = Gauge("hiar_memory_bytes", "memory of the process", registry=r)
+        memory.set_function(resident_bytes)
+
+    def chunk(self, frames: int, first: float | None, interval: float | None, late: bool) -> None:
+        """A chunk was sent."""
+        self.blocks.inc()
+        self.frames.inc(frames)
+        self.misses.inc(late)
+        if first is not None:
+            self.first_chunk.observe(first)
+        if interval is not None:
+            self.intervals.observe(interval)
+
+    def text(self) -> bytes:
+        """All of them, as a scrape gets them."""
+        return generate_latest(self.registry)

@@ -1,0 +1,466 @@
+"""One model, several sessions: the thread that makes their blocks in turns, and the one that encodes them.
+
+The session that runs dry first has its turn first; the whole videos of :mod:`.jobs` have the time that is left. Torch
+works in the generating thread alone. A session is admitted if its predicted memory is free.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hmac import compare_digest
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..common.settings import own_settings
+from ..config import ExecutionConfig
+from ..models.video_model import VideoModel
+from ..planning.free_memory import free_bytes
+from ..schedule.plan import Group
+from . import protocol
+from .admission import Admission
+from .encoding import Encoding, Saving
+from .live import REWIND_BYTES, LiveVideo
+from .metrics import Metrics
+from .protocol import ProtocolMessage, Refusal, StartMessage
+from .session import WINDOW, Clock, Connection, ViewerSession, block_frames, new_fragments
+from .spool import Spool
+
+log = logging.getLogger("hiar.serve")
+
+MOST_COMMANDS = 32
+"""Messages of one session that wait for the generating thread."""
+PROGRESS_EVERY = 0.1  # seconds
+LOOK_AGAIN = 5.0  # seconds
+JOB_PATIENCE = 5.0
+"""Seconds after which a whole video has a turn even if viewers are waiting."""
+
+
+class Background(Protocol):
+    """Work for the time that sessions leave."""
+
+    def waiting(self) -> bool:
+        """Whether there is any."""
+
+    def work(self) -> None:
+        """Do a little of it: about a block."""
+
+    def close(self) -> None:
+        """Put it away until the next start."""
+
+
+@dataclass
+class Limits:
+    """max_sessions: at once, kept ones among them. keep: seconds that one is kept without a connection."""
+
+    max_sessions: int = 8
+    keep: float = 60.0
+    rewind_bytes: int = REWIND_BYTES
+
+
+@dataclass
+class Scheduler:
+    """Start it with :meth:`start`, end it with :meth:`stop`; all other methods may be called from any thread.
+
+    model, execution   as :class:`hiar_model.VideoPipeline` takes them
+    folder             for the spools of sessions; emptied at the start
+    new_saving         what :class:`.protocol.Save` writes to
+    background         whole videos, made meanwhile
+    free               free bytes of the device, for tests
+    """
+
+    model: VideoModel
+    execution: ExecutionConfig
+    folder: Path
+    limits: Limits = field(default_factory=Limits)
+    metrics: Metrics = field(default_factory=Metrics)
+    new_saving: Callable[[ViewerSession], Saving] | None = None
+    background: Background | None = None
+    free: Callable[[Any], int | None] = free_bytes
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Condition()
+        self.sessions: dict[str, ViewerSession] = {}
+        self.tasks: list[Callable[[], None]] = []  # for the generating thread, first of all
+        self.stopping = self.draining = False
+        self.job_turn = 0.0
+        self.admission = Admission(self.model, self.execution, self.free)
+        self.encoding = Encoding(self.lock, self.metrics, lambda: len(self.sessions), self._fail)
+        self.thread = threading.Thread(target=self._run, name="hiar-generate", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in self.folder.glob("*.spool"):
+            old.unlink()
+        self.thread.start()
+        self.call(self._prepare).result()
+
+    def _prepare(self) -> None:
+        """Make a block, so that the first viewer need not wait for what is done once."""
+        start = StartMessage(protocol.VERSION, example(self.model))
+        with suppress(Refusal, FloatingPointError):
+            self.admission.predicted(start)
+            video = LiveVideo(self.model, self.execution, start, rewind_bytes=0)
+            piece = video.make()
+            if piece is not None and "x264" not in _missing():
+                new_fragments(video).fragment(piece.frames, 0)
+
+    # From the network
+
+    def full(self) -> int | None:
+        """Seconds after which to try again, if there is no place for another session; None: there is one."""
+        with self.lock:
+            if self.draining:
+                return 10
+            return self._retry_after() if len(self.sessions) >= self.limits.max_sessions else None
+
+    def _retry_after(self) -> int:
+        now = time.monotonic()
+        waits = [self.limits.keep - (now - s.detached) for s in self.sessions.values() if s.detached is not None]
+        return max(1, round(min(waits, default=10.0)))
+
+    def open(self, start: StartMessage, connection: Connection, client: str) -> ViewerSession:
+        """A new session; :class:`.protocol.ReadyMessage` follows, or :class:`.protocol.Refused`.
+
+        Raises:
+            Refusal: all places are taken, or the server is being stopped.
+        """
+        if not start.prompt:
+            raise Refusal("bad_prompt", "prompt is missing: say what to show")
+        with self.lock:
+            if self.draining:
+                raise Refusal("shutting_down", "the server is being stopped", closes=True, retry_after=10)
+            if len(self.sessions) >= self.limits.max_sessions:
+                most = f"all {self.limits.max_sessions} places are taken"
+                raise Refusal("busy", most, closes=True, retry_after=self._retry_after())
+            session = ViewerSession(start, connection, client)
+            self.sessions[session.id] = session
+            self.tasks.append(lambda: self._begin(session))
+            self.lock.notify_all()
+        return session
+
+    def resume(self, token: str, after: int | None, connection: Connection) -> ViewerSession:
+        """The session of a token, with this connection in place of the one that it had; what was sent and not
+        acknowledged is sent again.
+
+        Raises:
+            Refusal: there is none.
+        """
+        with self.lock:
+            session = next(
+                (s for s in self.sessions.values() if compare_digest(s.token.encode(), token.encode())), None
+            )
+            if session is None or session.ready is None:
+                raise Refusal("unknown_session", "no session has this token: it never had, or was not kept so long",
+                              closes=True)  # fmt: skip
+            if after is not None and after > session.seq:
+                raise Refusal("bad_value", f"after must be at most {session.seq}, the last chunk, got {after}")
+            if session.connection is not None:
+                session.connection.close(1008, "the session goes on in another connection")
+            session.connection, session.detached = connection, None
+            if after is not None:
+                session.acknowledge(after, time.monotonic())
+            changes = {"resumed": True, "playing": session.playing, "block": session.block}
+            session.ready = protocol.ReadyMessage(**{**vars(session.ready), **changes})
+            session.post(session.ready)
+            for chunk in session.unacked:
+                chunk.send(connection)
+            if session.complete and not session.pending:
+                session.post(protocol.Ended("complete", session.frames))
+            self.lock.notify_all()
+        return session
+
+    def detach(self, session: ViewerSession, connection: Connection) -> None:
+        """A connection is lost: its session is kept for a while, or ends."""
+        with self.lock:
+            if session.connection is not connection:
+                return  # another has taken over
+            session.connection, session.detached = None, time.monotonic()
+            if not self.limits.keep or session.ready is None:
+                self._remove(session)
+            self.lock.notify_all()
+
+    def handle(self, session: ViewerSession, message: ProtocolMessage) -> None:
+        """A message of the client; :class:`Refusal` if it cannot be."""
+        now = time.monotonic()
+        with self.lock:
+            if session.gone:
+                raise Refusal("not_started", "the session has ended", closes=True)
+            if isinstance(message, protocol.Ack):
+                if message.seq > session.seq:
+                    raise Refusal("bad_value", f"seq must be at most {session.seq}, the last chunk, got {message.seq}")
+                session.acknowledge(message.seq, now)
+            elif isinstance(message, protocol.Pause | protocol.Play):
+                playing = isinstance(message, protocol.Play)
+                if playing and not session.playing:
+                    session.possible = now
+                    session.clock.restart()
+                session.playing = playing
+                session.post(protocol.StateMessage(playing))
+            elif isinstance(message, protocol.Stop):
+                session.post(protocol.Ended("stopped", session.frames))
+                if session.connection is not None:
+                    session.connection.close(1000, "stopped")
+                self._remove(session)
+            elif isinstance(message, protocol.StartMessage):
+                raise Refusal("already_started", "the session has started: stop it, or connect anew")
+            elif len(session.commands) >= MOST_COMMANDS:
+                raise Refusal("too_many", f"{MOST_COMMANDS} messages of this session are waiting")
+            else:
+                session.commands.append(message)
+            self.lock.notify_all()
+
+    def drain(self, timeout: float = 30.0) -> None:
+        """Take no more; finish the block that is being made, put whole videos away, tell the viewers."""
+        with self.lock:
+            self.draining = True
+            for session in list(self.sessions.values()):
+                session.post(protocol.Ended("drained", session.frames))
+                if session.connection is not None:
+                    session.connection.close(1012, "the server is being stopped")
+                self._remove(session)
+        self.stop(timeout)
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """End both threads."""
+        with self.lock:
+            self.stopping = self.draining = True
+            self.lock.notify_all()
+        if self.thread.is_alive():
+            self.thread.join(timeout)
+        self.encoding.stop()
+
+    # The generating thread
+
+    def _run(self) -> None:
+        with own_settings():
+            while (work := self._next()) is not None:
+                work()
+                del work  # it may hold a session that has gone
+            if self.background is not None:
+                self.background.close()
+
+    def _next(self) -> Callable[[], None] | None:
+        """What to do next; waits for it. None: the end."""
+        with self.lock:
+            while True:
+                now = time.monotonic()
+                self._expire(now)
+                if self.tasks:
+                    return self.tasks.pop(0)
+                if self.stopping:
+                    return None
+                for session in self.sessions.values():
+                    if session.video is not None and session.commands:
+                        message = session.commands.popleft()
+                        return lambda: self._command(session, message)
+                hungry = [session for session in self.sessions.values() if session.hungry]
+                job = self.background is not None and self.background.waiting()
+                if job and (not hungry or now - self.job_turn > JOB_PATIENCE):
+                    self.job_turn = now
+                    return self.background.work  # type: ignore[union-attr]
+                if hungry:
+                    session = min(hungry, key=lambda s: (s.clock.due(), s.possible))
+                    return lambda: self._make(session)
+                self.lock.wait(self._next_expiry(now))
+
+    def _next_expiry(self, now: float) -> float:
+        """Seconds after which to look again, for what no message tells."""
+        left = [s.detached + self.limits.keep - now for s in self.sessions.values() if s.detached is not None]
+        return max(0.01, min([*left, LOOK_AGAIN]))
+
+    def _expire(self, now: float) -> None:
+        for session in list(self.sessions.values()):
+            if session.detached is not None and now - session.detached >= self.limits.keep:
+                self._remove(session)
+
+    def _remove(self, session: ViewerSession) -> None:
+        """Forget a session; its rings go in the generating thread, its file in the encoding one."""
+        if session.gone:
+            return
+        session.gone = True
+        self.sessions.pop(session.id, None)
+        session.unacked.clear()
+        session.commands.clear()
+        session.connection = None
+        self.metrics.sessions.set(len(self.sessions))
+
+        def clear() -> None:
+            session.video = None
+            self.encoding.clear(session)
+
+        self.tasks.append(clear)
+        self.lock.notify_all()
+
+    def _fail(self, session: ViewerSession, refusal: Refusal, close: bool = True) -> None:
+        """Tell the client, and end the session."""
+        self.metrics.refusals.labels(refusal.code).inc()
+        with self.lock:
+            session.post(refusal.message)
+            if close:
+                if session.connection is not None:
+                    session.connection.close(1013 if refusal.code == "busy" else 1011, refusal.code)
+                self._remove(session)
+
+    def _begin(self, session: ViewerSession) -> None:
+        """Make the rollout of a new session."""
+        if session.gone:
+            return
+        try:
+            with self.lock:
+                others = [s.reserved - _taken(s) for s in self.sessions.values() if s is not session]
+            session.reserved = self.admission.admit(session.start, self.limits.rewind_bytes, sum(others))
+            video = LiveVideo(
+                self.model, self.execution, session.start, self._reporter(session), self.limits.rewind_bytes
+            )
+            if "x264" not in _missing():
+                session.fragments = new_fragments(video)
+                with suppress(OSError):  # then it cannot be saved
+                    session.spool = Spool(self.folder / f"{session.id}.spool", session.fragments)
+            elif session.start.format == "mp4":
+                raise Refusal("bad_value", "format must be webp or jpeg: this server's FFmpeg has no x264")
+        except Refusal as refusal:
+            refusal.closes = True
+            self._fail(session, refusal)
+            return
+        except Exception:
+            log.exception("session %s: cannot start", session.id)
+            self._fail(session, Refusal("failed", "the video cannot be made", closes=True))
+            return
+        with self.lock:
+            session.clock = Clock(video.run.fps)
+            session.video = video
+            session.ready = self._ready(session, video)
+            session.post(session.ready)
+            self.metrics.sessions.set(len(self.sessions))
+
+    def _ready(self, session: ViewerSession, video: LiveVideo) -> protocol.ReadyMessage:
+        start, config = session.start, video.run.config
+        height, width = video.run.model.pixel_size
+        mime = init = None
+        if start.format == "mp4":
+            assert session.fragments is not None
+            mime, init = session.fragments.mime, base64.b64encode(session.fragments.init).decode()
+            height, width = session.fragments.size
+        return protocol.ReadyMessage(
+            protocol.VERSION, session.id, session.token, Path(self.model.name).name, start.prompt, start.seed,
+            config.order, len(config.steps), start.format, video.run.fps, video.run.num_frames, width, height,
+            block_frames(video), mime, init, WINDOW, self.limits.keep, False, session.playing, 0,
+            video.plan(2 * len(config.steps) + 4),
+        )  # fmt: skip
+
+    def _reporter(self, session: ViewerSession) -> Callable[[Group], None]:
+        last = 0.0
+
+        def report(group: Group) -> None:
+            nonlocal last
+            now = time.monotonic()
+            video = session.video
+            if video is None or now - last < PROGRESS_EVERY:
+                return
+            last = now
+            tasks = [[task.kind, task.step, task.block] for item in group for task in item]
+            with self.lock:
+                session.post(protocol.Progress(tasks, video.started, video.block))  # type: ignore[arg-type]
+
+        return report
+
+    def _make(self, session: ViewerSession) -> None:
+        """One block of a session."""
+        video = session.video
+        if video is None:
+            return
+        try:
+            piece = video.make()
+        except FloatingPointError as error:
+            self._fail(session, Refusal("failed", str(error), closes=True))
+            return
+        except Exception:
+            log.exception("session %s: failed", session.id)
+            self._fail(session, Refusal("failed", "the video failed; the server's log says why", closes=True))
+            return
+        with self.lock:
+            if piece is not None and not session.gone:
+                session.speeds.append((time.monotonic(), len(piece.frames)))
+                self.encoding.put(session, piece)
+            if video.complete and not session.complete:
+                session.complete = True
+                self.encoding.complete(session)
+
+    def _command(self, session: ViewerSession, message: ProtocolMessage) -> None:
+        """A message that touches the video."""
+        video = session.video
+        if video is None or session.gone:
+            return
+        try:
+            if isinstance(message, protocol.ChangePrompt):
+                at = video.change_prompt(message.text)
+                with self.lock:
+                    session.post(protocol.PromptScheduled(*at))
+            elif isinstance(message, protocol.Seek | protocol.Fork):
+                if isinstance(message, protocol.Fork):
+                    at = video.fork(message.block, message.prompt)
+                else:
+                    at = video.seek(message.block)
+                with self.lock:
+                    session.jumped(at.block, time.monotonic())
+                    self.encoding.cut(session, at.block)
+                    session.post(protocol.Moved(at.block, at.frame, at.prompt_index, message.type))
+            elif isinstance(message, protocol.Save):
+                self._save(session)
+        except Refusal as refusal:
+            self._fail(session, refusal, close=False)
+        except Exception:
+            log.exception("session %s: failed", session.id)
+            self._fail(session, Refusal("failed", "the video failed; the server's log says why", closes=True))
+
+    def _save(self, session: ViewerSession) -> None:
+        assert session.video is not None
+        if not session.video.block:
+            raise Refusal("nothing_yet", "nothing to save: no block has been made")
+        if self.new_saving is None:
+            raise Refusal("disk_full", "this server saves nothing: it has no --data")
+        about = session.describe()
+        self.encoding.save(session, self.new_saving(session), about)
+
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """Run a function in the generating thread; for what needs torch."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self.lock:
+            if self.stopping:
+                raise Refusal("shutting_down", "the server is being stopped", retry_after=10)
+            self.tasks.append(run)
+            self.lock.notify_all()
+        return future
+
+
+def example(model: VideoModel) -> str:
+    """A prompt that the model can show."""
+    return "a cat walks over a wet street" if model.world is None else "a red circle moving right"
+
+
+def _taken(session: ViewerSession) -> int:
+    """Bytes of what a session reserved that it has taken."""
+    if session.video is None:
+        return 0
+    return session.reserved - session.video.rewind_bytes + sum(state.nbytes for state in list(session.video.states))
+
+
+def _missing() -> tuple[str, ...]:
+    import av
+
+    return () if "libx264" in av.codecs_available else ("x264",)

@@ -1,0 +1,163 @@
+"""The blocks of one video on disk, as fragments of an mp4 one behind the other: appended, cut off, made an mp4."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import av
+
+from ..io.atomic import atomic, atomic_write, cannot_write, discard
+from ..io.fragments import FragmentEncoder
+from ..io.video import Frames, record_path
+
+LARGEST = 4 << 30
+"""Bytes of one video: an endless one must not fill the disk."""
+
+
+class Spool:
+    """A file of fragments, one for each block.
+
+    Args:
+        path: of the file; one that is there is gone on with. fragments: the encoder of the blocks.
+
+    Raises:
+        OSError: one line: it cannot be written.
+    """
+
+    def __init__(self, path: Path, fragments: FragmentEncoder) -> None:
+        self.path, self.fragments = path, fragments
+        try:
+            path.touch()
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        self.blocks = sum(1 for _ in self._ends())
+
+    def append(self, fragment: bytes) -> None:
+        """Add the next block; a part of one, where the disk is full, is removed again."""
+        before = self.path.stat().st_size
+        if before + len(fragment) > LARGEST:
+            raise cannot_write(self.path, OSError(errno.EFBIG, f"it would be larger than {LARGEST >> 30} GiB"))
+        try:
+            with self.path.open("ab") as file:
+                file.write(fragment)
+        except OSError as error:
+            os.truncate(self.path, before)
+            raise cannot_write(self.path, error) from error
+        self.blocks += 1
+
+    def encode(self, frames: Frames, first_frame: int) -> bytes:
+        """Append a block's frames, uint8 [f, H, W, 3], and return its fragment."""
+        fragment = self.fragments.fragment(frames, first_frame)
+        self.append(fragment)
+        return fragment
+
+    def truncate(self, blocks: int) -> None:
+        """Keep the first blocks only.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        ends = [0]
+        for end in self._ends():
+            if len(ends) > blocks:
+                break
+            ends.append(end)
+        if len(ends) <= blocks:
+            raise ValueError(f"{self.path} holds {len(ends) - 1} blocks, not {blocks}")
+        os.truncate(self.path, ends[blocks])
+        self.blocks = blocks
+
+    def sync(self) -> None:
+        """Have all blocks on the disk."""
+        with self.path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Delete the file."""
+        discard(self.path)
+
+    def _ends(self) -> Iterator[int]:
+        """Where each whole block ends; what follows the last, of a process that was killed, counts for nothing."""
+        at, size = 0, self.path.stat().st_size
+        with self.path.open("rb") as file:
+            while at + 8 <= size:
+                file.seek(at)
+                head = file.read(8)
+                length = int.from_bytes(head[:4], "big")
+                if length < 8 or at + length > size:
+                    return
+                at += length
+                if head[4:] == b"mdat":
+                    yield at
+
+    def write_mp4(self, target: Path, metadata: Mapping[str, Any]) -> int:
+        """Write the video as an mp4 that any player can seek in, with its record beside it; no frame is encoded again.
+
+        Returns:
+            How many frames it has.
+
+        Raises:
+            OSError: one line: it cannot be written; nothing is left.
+            ValueError: there is no block.
+        """
+        if not self.blocks:
+            raise ValueError(f"{self.path} holds no block yet")
+        with atomic(target) as partial:
+            frames = _remux(self.fragments.init, self.path, partial)
+        about = {"file": target.name, "frames": frames, "fps": self.fragments.fps, **metadata}
+        atomic_write(record_path(target), json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        return frames
+
+
+class _Joined:
+    """The init segment and the fragments of a file as one readable file."""
+
+    def __init__(self, init: bytes, path: Path) -> None:
+        self.init, self.file, self.at = init, path.open("rb"), 0
+        self.size = len(init) + path.stat().st_size
+
+    def read(self, count: int = -1) -> bytes:
+        count = self.size - self.at if count < 0 else count
+        if self.at < len(self.init):
+            data = self.init[self.at : self.at + count]
+        else:
+            self.file.seek(self.at - len(self.init))
+            data = self.file.read(count)
+        self.at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = (0, self.at, self.size)[whence] + offset
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _remux(init: bytes, path: Path, target: Path) -> int:
+    source, frames = _Joined(init, path), 0
+    options = {"movflags": "+faststart"}
+    try:
+        with (
+            av.open(source, "r", format="mp4") as fragments,
+            av.open(str(target), "w", format="mp4", options=options) as out,
+        ):
+            stream = fragments.streams.video[0]
+            copy = out.add_stream_from_template(stream)
+            for packet in fragments.demux(stream):
+                if packet.dts is None:
+                    continue
+                packet.stream = copy
+                out.mux(packet)
+                frames += 1
+    finally:
+        source.close()
+    return frames

@@ -1,0 +1,102 @@
+"""A real server in this process, and a client of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from hiar_model.config import ExecutionConfig
+from hiar_model.models.video_model import VideoModel
+from hiar_model.serve.app import Service, Settings, address, listen, server
+
+PROMPT = "a red circle moving right"
+PATIENCE = 60.0  # seconds, on a loaded machine
+
+
+@contextmanager
+def serving(model: VideoModel, data: Path, settings: Settings | None = None, **options: Any) -> Iterator[Service]:
+    """A server on a free port; ``service.url`` is its address. Ended as by SIGTERM."""
+    service = Service(model, ExecutionConfig(), data, settings, **options)
+    listening = listen("127.0.0.1", 0)
+    uvicorn = server(service)
+    thread = threading.Thread(target=lambda: uvicorn.run(sockets=[listening]), daemon=True)
+    service.url = address(listening)  # type: ignore[attr-defined]
+    service.start()
+    thread.start()
+    try:
+        yield service
+    finally:
+        uvicorn.should_exit = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive() and not service.scheduler.thread.is_alive()
+
+
+def until(condition: Callable[[], Any], what: str = "it", every: float = 0.005) -> Any:
+    """Wait for a condition, which is asked so often (a server counts what is too much)."""
+    end = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited for {what} in vain"
+        time.sleep(every)
+    return value
+
+
+class Viewer:
+    """A client. ``messages`` are all that came; chunks are (block message, payload)."""
+
+    def __init__(self, service: Service, path: str = "", **options: Any) -> None:
+        address = service.url.replace("http", "ws") + f"/v1/realtime/video{path}"  # type: ignore[attr-defined]
+        self._open = connect(address, max_size=1 << 24, open_timeout=PATIENCE, compression=None, **options)
+        self.socket = self._open.__enter__()
+        self.messages: list[dict[str, Any]] = []
+        self.chunks: list[tuple[dict[str, Any], bytes]] = []
+
+    def __enter__(self) -> Viewer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.__exit__(None, None, None)
+
+    def send(self, type: str, **fields: Any) -> None:
+        self.socket.send(json.dumps({"type": type, **fields}))
+
+    def start(self, **fields: Any) -> dict[str, Any]:
+        """Start a video and wait for the answer."""
+        given = {"v": 1, "format": "webp", **({} if "resume" in fields else {"prompt": PROMPT}), **fields}
+        self.send("start", **given)
+        return self.wait("ready")
+
+    def receive(self) -> dict[str, Any]:
+        """The next message; a block with its chunk."""
+        text = self.socket.recv(PATIENCE)
+        assert isinstance(text, str), text[:20]
+        message = json.loads(text)
+        self.messages.append(message)
+        if message["type"] == "block":
+            data = self.socket.recv(PATIENCE)
+            assert isinstance(data, bytes) and int.from_bytes(data[:8], "big") == message["seq"]
+            self.chunks.append((message, data[8:]))
+        return message
+
+    def wait(self, type: str) -> dict[str, Any]:
+        """The next message of a type; chunks on the way are acknowledged, a refusal is an error."""
+        while (message := self.receive())["type"] != type:
+            assert message["type"] != "refused" or type == "refused", message
+            if message["type"] == "block":
+                with suppress(ConnectionClosed):  # what was sent before that can still be read
+                    self.send("ack", seq=message["seq"])
+        return message
+
+    def blocks(self, count: int) -> list[tuple[dict[str, Any], bytes]]:
+        """The next chunks, each acknowledged."""
+        first = len(self.chunks)
+        while len(self.chunks) < first + count:
+            self.send("ack", seq=self.wait("block")["seq"])
+        return self.chunks[first:]

@@ -1,0 +1,52 @@
+"""`hiar serve` on the command line: what is refused, in one line, before a model is loaded."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from hiar_model.cli import main
+from hiar_model.cli import serve as command
+
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
+
+
+def refused(capsys, *words):
+    assert main(["serve", *map(str, words)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--port", 70000), "--port must be from 0 to 65535, got 70000"),
+        (("--max-sessions", 0), "--max-sessions must be at least 1, got 0"),
+        (("--keep", -1), "--keep must be from 0 to 86400 seconds, got -1"),
+        (("--host", "0.0.0.0"), "--host 0.0.0.0 can be reached from other machines: give --token-file"),
+        (("--token-file", "missing"), "--token-file missing: no such file"),
+        (("--model", "tyo"), "did you mean toy?"),
+        (("--host", "no.such.name.invalid", "--token-file", "tokens"), "cannot listen at --host no.such.name.invalid"),
+    ],
+)
+def test_wrong_options(here, capsys, words, says):
+    (here / "tokens").write_text("a-token-of-more-than-16-characters\n")
+    assert says in refused(capsys, *words)
+    assert [path.name for path in here.iterdir()] == ["tokens"]  # no folder for data
+
+
+def test_a_port_that_is_taken(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"cannot listen at --host 127.0.0.1 --port {port}: Address already in use" in refused(
+            capsys, "--port", port
+        )
+
+
+def test_without_the_extra(capsys, monkeypatch):
+    monkeypatch.setattr(command, "EXTRA", ("starlette", "no_such_package"))
+    assert "needs no_such_package: pip install 'hiar-kernels[serve]'" in refused(capsys)

@@ -1,0 +1,277 @@
+"""Whole videos as jobs: equal to `generate`, whatever stops the server; a full disk; the requests for them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from processes import Started
+from serving import PROMPT, Viewer, serving, until
+
+from hiar_model import VideoPipeline
+from hiar_model.config import ExecutionConfig
+from hiar_model.serve.jobs import Jobs, VideoRequest
+from hiar_model.serve.scheduler import Scheduler
+from hiar_model.serve.store import Store
+
+pytestmark = pytest.mark.cpu
+
+BLUE = "a blue square moving up"
+
+
+def ask(service, path, method="GET", body=None, **headers):
+    """(status, headers, body) of a request."""
+    data = None if body is None else json.dumps(body).encode() if not isinstance(body, bytes) else body
+    request = urllib.request.Request(service.url + path, data, {"content-type": "application/json"} | headers)
+    request.method = method
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, answer.headers, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read()
+
+
+def finished(service, name):
+    def done():
+        about = json.loads(ask(service, f"/v1/videos/{name}")[2])
+        assert about["status"] != "failed", about
+        return about["status"] == "finished" and about
+
+    return until(done, "the video", every=0.05)
+
+
+def frames_of(path) -> np.ndarray:
+    with av.open(str(path)) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+
+
+def test_a_video_is_made_and_deleted(service, model, tmp_path):
+    status, headers, body = ask(service, "/v1/videos", "POST", {"prompt": PROMPT, "num_frames": 12, "seed": 5})
+    about = json.loads(body)
+    assert status == 202 and headers["location"] == f"/v1/videos/{about['id']}"
+    assert (about["status"], about["num_frames"], about["kind"]) == ("queued", 12, "job")
+    assert "request" not in about  # a list of videos shows nobody's prompts
+    done = finished(service, about["id"])
+    assert (done["frames"], done["seconds"]) == (12, 1.0)
+    status, headers, content = ask(service, done["url"])
+    assert status == 200 and headers["content-type"] == "video/mp4" and headers["x-content-type-options"] == "nosniff"
+    (tmp_path / "a.mp4").write_bytes(content)
+    exact = VideoPipeline(model)(PROMPT, num_frames=12, seed=5).frames.repeat(8, 1).repeat(8, 2)
+    assert np.abs(frames_of(tmp_path / "a.mp4").astype(int) - exact).mean() < 12  # H.264, and enlarged smoothly
+    assert ask(service, done["url"], range="bytes=4-7")[2] == content[4:8] == b"ftyp"
+    record = json.loads(ask(service, f"/v1/videos/{about['id']}/record")[2])
+    assert record["prompt"] == PROMPT and record["command"].startswith("hiar generate")
+    folder = service.store.path(about["id"])
+    assert sorted(path.name for path in folder.iterdir()) == ["video.mp4", "video.mp4.json"]
+    assert about["id"] in [row["id"] for row in json.loads(ask(service, "/v1/videos")[2])["videos"]]
+    assert ask(service, f"/v1/videos/{about['id']}", "DELETE")[0] == 204
+    assert ask(service, f"/v1/videos/{about['id']}")[0] == 404 and not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"", 400, "JSON object"),
+        (b"[1]", 400, "JSON object"),
+        ({"prompt": 7}, 400, "must be a string"),
+        ({"prompt": PROMPT, "colour": 1}, 400, "unknown field"),
+        ({"prompt": PROMPT, "order": "step_first"}, 400, "stream"),
+        ({}, 422, "one of the two"),
+        ({"prompt": PROMPT, "prompts": [[0, PROMPT]]}, 422, "one of the two"),
+        ({"prompts": [[0, PROMPT], ["a", "b"]]}, 422, "lists of seconds and prompt"),
+        ({"prompts": [[1, PROMPT]]}, 422, "first prompt must be at 0"),
+        ({"prompts": [[0, PROMPT], [99, PROMPT]], "num_frames": 6}, 422, "too late"),
+        ({"prompts": [[0, "seven kittens"]]}, 422, "entry 1: "),
+        ({"prompt": PROMPT, "num_frames": 7}, 422, "nearest 6 or 9"),
+        ({"prompt": PROMPT, "width": 64}, 422, "32x32"),
+        ({"prompt": "seven kittens"}, 422, "seven"),
+        ({"prompt": "x" * 70000}, 413, "65536"),
+    ],
+)
+def test_wrong_requests(service, body, status, words):
+    answer = ask(service, "/v1/videos", "POST", body)
+    assert answer[0] == status and words in json.loads(answer[2])["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/videos/x", "/v1/videos/..%2f..%2fetc", "/v1/videos/x/content", "/nothing"])
+def test_what_is_not_there(service, path):
+    assert ask(service, path)[0] == 404
+    assert ask(service, "/v1/videos", "POST", b"{}", **{"content-type": "text/plain"})[0] == 415
+
+
+def test_openapi_describes_what_is_served(service):
+    described = json.loads(ask(service, "/v1/openapi.json")[2])
+    routes = {r.path for r in service.app.app.routes}
+    assert set(described["paths"]) < routes
+    properties = described["components"]["schemas"]["VideoRequest"]["properties"]
+    assert set(properties) == set(VideoRequest.__dataclass_fields__)
+    assert json.loads(ask(service, "/v1/schema.json")[2])["$defs"]["StartMessage"]
+
+
+def new_jobs(folder, model):
+    """The jobs of a folder, without a server; their work is done here."""
+    store = Store(folder)
+    return Jobs(store, model, ExecutionConfig(), Scheduler(model, ExecutionConfig(), folder).admission, 2)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3, 4, 5])
+def test_a_job_goes_on_from_its_checkpoint(model, tmp_path, blocks):
+    """Stopped after some blocks of five (checkpoints are every two): the same file, byte for byte, as in one go."""
+    request = VideoRequest(prompts=[[0, PROMPT], [0.5, BLUE]], num_frames=15, seed=2)
+
+    def whole(folder, stop_after):
+        jobs = new_jobs(folder, model)
+        name = jobs.add(request, jobs.check(request))
+        for _ in range(stop_after):
+            jobs.work()
+        jobs.store.close()  # as kill -9 does: nothing is put away
+        jobs = new_jobs(folder, model)
+        count = 0
+        while jobs.waiting():
+            jobs.work()
+            count += 1
+        assert jobs.store.get(name)["status"] == "finished"
+        jobs.store.close()
+        return (jobs.store.path(name) / "video.mp4").read_bytes(), count
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    content, count = whole(tmp_path / "a", blocks)
+    assert content == whole(tmp_path / "b", 0)[0]
+    assert count == 6 - 2 * (min(blocks, 4) // 2)
+
+
+def test_a_full_disk_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch):
+    import errno
+
+    jobs = new_jobs(tmp_path, model)
+    name = jobs.add(VideoRequest(PROMPT, num_frames=15), 15)
+    jobs.work()
+
+    def full(self, fragment):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(jobs.current.spool), "append", full)
+    jobs.work()
+    about = jobs.store.get(name)
+    assert about["status"] == "running" and "No space left" in about["error"]
+    assert not jobs.waiting()  # for a while
+    monkeypatch.undo()
+    jobs.retry_at = 0.0
+    while jobs.waiting():
+        jobs.work()
+    assert jobs.store.get(name)["status"] == "finished" and jobs.store.get(name)["frames"] == 15
+    jobs.store.close()
+
+
+def test_a_job_that_cannot_be_made_fails_alone(model, tmp_path):
+    jobs = new_jobs(tmp_path, model)
+    bad = jobs.store.add("job", {"prompt": "seven kittens", "num_frames": 6}, 6)  # of a model with other words
+    good = jobs.add(VideoRequest(PROMPT, num_frames=6), 6)
+    jobs.waiting_ids.insert(0, bad)
+    while jobs.waiting():
+        jobs.work()
+    assert jobs.store.get(bad)["status"] == "failed" and "seven" in jobs.store.get(bad)["error"]
+    assert jobs.store.get(good)["status"] == "finished"
+    jobs.store.close()
+
+
+def test_a_deleted_job_stops(model, tmp_path):
+    jobs = new_jobs(tmp_path, model)
+    first, second = (jobs.add(VideoRequest(PROMPT, num_frames=6), 6) for _ in range(2))
+    jobs.work()
+    jobs.remove(first)
+    while jobs.waiting():
+        jobs.work()
+    assert jobs.store.get(first) is None and not jobs.store.path(first).exists()
+    assert jobs.store.get(second)["status"] == "finished"
+    jobs.store.close()
+
+
+def test_a_folder_has_one_server(tmp_path, model):
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match="another server uses it"):
+        Store(tmp_path)
+    half = store.add("saved", {}, None, status="running")  # by a session that is gone
+    store.close()
+    again = Store(tmp_path)
+    assert again.get(half) is None and not again.path(half).exists()
+    again.close()
+
+
+def test_jobs_get_on_while_viewers_watch(model, tmp_path):
+    with serving(model, tmp_path) as service, Viewer(service) as viewer:
+        viewer.start()
+        name = json.loads(ask(service, "/v1/videos", "POST", {"prompt": PROMPT, "num_frames": 6})[2])["id"]
+        stop = threading.Event()
+
+        def watch():
+            while not stop.is_set():
+                viewer.blocks(1)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        finished(service, name)
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture
+def started(folder, tmp_path):
+    """Starts the whole command; what still runs after the test is killed."""
+    words = [
+        "-m",
+        "hiar_model",
+        "serve",
+        "--model",
+        folder,
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--data",
+        tmp_path / "data",
+    ]
+    running = []
+
+    def start():
+        running.append(Started(words, cwd=Path(__file__).parents[2]))
+        running[-1].url = next(running[-1].lines()).split()[-1]
+        return running[-1]
+
+    yield start
+    for server in running:
+        if server.poll() is None:
+            server.kill()
+            server.wait()
+
+
+def test_kill_9_and_start_again(started, model, tmp_path):
+    """Killed in the middle of a video, started again, and ended by SIGTERM."""
+    frames = 3 * 40
+    server = started()
+    name = json.loads(ask(server, "/v1/videos", "POST", {"prompt": PROMPT, "num_frames": frames})[2])["id"]
+    until(lambda: json.loads(ask(server, f"/v1/videos/{name}")[2])["frames"] >= 60, every=0.05)
+    server.kill()
+    assert server.wait() == -signal.SIGKILL
+    assert (tmp_path / "data" / "videos" / name / "session.safetensors").exists()
+    server = started()
+    about = finished(server, name)
+    (tmp_path / "a.mp4").write_bytes(ask(server, about["url"])[2])
+    server.kill(signal.SIGTERM)
+    ended = server.done()
+    assert ended.returncode == 0 and ended.stdout.splitlines()[-1] == "stopped", ended
+    (tmp_path / "again").mkdir()
+    jobs = new_jobs(tmp_path / "again", model)
+    other = jobs.add(VideoRequest(PROMPT, num_frames=frames), frames)
+    while jobs.waiting():
+        jobs.work()
+    assert np.array_equal(frames_of(tmp_path / "a.mp4"), frames_of(jobs.store.path(other) / "video.mp4"))
+    jobs.store.close()

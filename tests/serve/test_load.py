@@ -1,0 +1,34 @@
+"""The load of bench/serve.py against a real server, for a second: what it counts is there."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from serving import until
+
+from bench import serve as load
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.mark.parametrize("paced", [True, False])
+def test_viewers_are_measured(service, paced):
+    all_seen = asyncio.run(load.watch_all(service.url, 2, 1.5, paced))
+    assert len(all_seen) == 2 and all(len(seen.arrivals) >= 2 and seen.fps == 12 for seen in all_seen)
+    viewers, speeds, first, *_, before, after = load.row(2, all_seen)
+    assert viewers == "2" and " to " in speeds and 0 < float(first) < 60 and float(before) > 10 and float(after) > 10
+    (minute,) = load.minutes(all_seen)
+    assert minute[:2] == ("1", str(sum(len(seen.arrivals) for seen in all_seen)))
+
+
+def test_drops_leave_nothing(service):
+    before = set(service.scheduler.sessions)
+    asyncio.run(load.drop(service.url, 6))
+    until(lambda: not service.clients)
+    assert all(s.detached for name, s in list(service.scheduler.sessions.items()) if name not in before)
+
+
+def test_percentiles():
+    assert [load.percentile([3.0, 1.0, 2.0], part) for part in (0.0, 0.5, 1.0)] == [1.0, 2.0, 3.0]
+    assert load.percentile([], 0.5) != load.percentile([], 0.5)  # NaN

@@ -1,0 +1,323 @@
+"""The page in a real browser, on the real server with the toy model: what is on the screen is the video."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import urllib.request
+from collections.abc import Iterator
+
+import av
+import numpy as np
+import pytest
+import torch
+from browser import Browser, Page, browser
+from serving import serving
+
+from hiar_model import PromptSchedule, VideoPipeline, load_video_model
+from hiar_model.io.video import upscale
+from hiar_model.serve.app import Service, Settings
+from hiar_model.toy.oracle import ToyOracle
+from hiar_model.toy.prompt import COLOURS
+
+pytestmark = pytest.mark.browser
+
+RED, BLUE = "a red circle moving right", "a blue square moving up fast"
+SIZE, BLOCK, FPS = 32, 3, 12  # pixels, frames of a block and a second, of the toy
+CAPTURE = """(async () => {
+  const element = document.querySelector('#video:not([hidden]), #canvas:not([hidden])');
+  while (element.seeking || element.readyState < 2) await new Promise((done) => setTimeout(done, 10));
+  const copy = new OffscreenCanvas(element.videoWidth ?? element.width, element.videoHeight ?? element.height);
+  copy.getContext('2d').drawImage(element, 0, 0);
+  const file = await copy.convertToBlob({type: 'image/png'});
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  return btoa(Array.from(bytes, (b) => String.fromCharCode(b)).join(''));
+})()"""
+BLOCK_SHOWN = "Number(/block (\\d+)/.exec(document.querySelector('#position').textContent)?.[1] ?? -1)"
+FRAME_SHOWN = "Number(/frame (\\d+)/.exec(document.querySelector('#position').textContent)?.[1] ?? -1)"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with serving(load_video_model("toy", "cpu"), tmp_path_factory.mktemp("data")) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(service: Service, chromium: Browser) -> Iterator[Page]:
+    """A page, which has complained of nothing in the end."""
+    page = chromium.page()
+    yield page
+    errors = page.errors
+    page.evaluate("document.querySelector('#stop').click()")
+    page.close()
+    assert not errors
+
+
+def start(page: Page, service: Service, prompt: str = RED, options: str = "", **fields: str) -> None:
+    page.open(f"{service.url}/{options}")  # type: ignore[attr-defined]
+    page.until("!document.querySelector('#words').hidden")
+    for name, value in {"prompt": prompt, **fields}.items():
+        page.write(f"#{name}", value)
+    page.click("#start")
+    page.until(f"{BLOCK_SHOWN} >= 0")
+
+
+def pause_at(page: Page, block: int) -> None:
+    """Let it play up to a block, and pause it."""
+    page.until(f"{BLOCK_SHOWN} >= {block}")
+    page.click("#play")
+    page.until("document.querySelector('#play').textContent === 'Play'")
+
+
+def go(page: Page, block: int) -> None:
+    """To the first frame of a block, by the slider."""
+    script = (
+        "(() => {{ const e = document.querySelector('#rewind'); e.value = {0}; for (const n of ['input', 'change'])"
+    )
+    page.evaluate((script + " e.dispatchEvent(new Event(n)); }})()").format(block))
+    page.until(f"{FRAME_SHOWN} === {BLOCK * block}")
+
+
+def capture(page: Page) -> np.ndarray:
+    """What is on the screen, uint8 [H, W, 3]."""
+    with av.open(io.BytesIO(base64.b64decode(page.evaluate(CAPTURE)))) as file:
+        return next(file.decode(video=0)).to_ndarray(format="rgb24")
+
+
+def firsts(page: Page, blocks: range) -> np.ndarray:
+    """The first frames of these blocks, one after the other."""
+    images = []
+    for block in blocks:
+        go(page, block)
+        if page.evaluate("!document.querySelector('#canvas').hidden"):
+            page.until(f"document.querySelector('#canvas').dataset.frame === '{BLOCK * block}'")
+        images.append(capture(page))
+    return np.stack(images)
+
+
+def made(service: Service, blocks: int, *changes: tuple[int, str], prompt: str = RED) -> np.ndarray:
+    """The first frame of each block of the same video made at once; changes: (block, prompt)."""
+    lines = [(0, prompt), *((BLOCK * block / FPS, text) for block, text in changes)]
+    video = VideoPipeline(service.model)(
+        None, prompts=PromptSchedule.of(lines), num_frames=BLOCK * blocks, order="stream"
+    )
+    return video.frames[::BLOCK]
+
+
+def promised(page: Page) -> int:
+    """The block of which the page says that a new prompt shows from it on."""
+    page.until("document.querySelector('#status').textContent.includes('shows from block')")
+    match = re.search(r"shows from block (\d+), (\d+ ms|[\d.]+ s) from now", page.text("#status"))
+    assert match, page.text("#status")
+    return int(match[1])
+
+
+def test_the_prompted_colour_moves_the_prompted_way(page, service):
+    """H.264 through MediaSource: the oracle reads it, and it is the video that the pipeline makes."""
+    start(page, service)
+    assert not page.evaluate("document.querySelector('#video').hidden")
+    pause_at(page, 9)
+    shown = firsts(page, range(9))
+    error = np.abs(shown.astype(int) - upscale(made(service, 9))).mean((1, 2, 3))
+    assert error.max() < 4, error  # of 255: H.264 with colours at half the size
+    reading = ToyOracle().evaluate(torch.from_numpy(shown[1:]), RED)
+    assert (reading.colour == COLOURS.index("red")).all()
+    steps = (reading.centres.diff(dim=0) + SIZE / 2) % SIZE - SIZE / 2
+    assert (steps[:, 0] > 1).all() and (steps[:, 1].abs() < 1).all(), steps  # x grows to the right; 3.3 pixels a block
+    figures = page.text("#figures")
+    assert re.search(r"Made\s*[\d.]+ fps", figures) and re.search(r"P99\s*[\d.]+ m?s", figures), figures
+    assert (
+        "on the screen" in page.text("#grid-text")
+        and page.evaluate("document.querySelectorAll('#grid rect').length") > 80
+    )
+
+
+def test_a_new_prompt_shows_at_the_promised_block_and_a_fork_goes_back(page, service):
+    """WebP keeps the toy's frames exactly, so they are those of the pipeline, bit for bit."""
+    start(page, service, options="?format=webp")
+    page.until(f"{BLOCK_SHOWN} >= 2")
+    page.write("#prompt", BLUE)
+    page.click("#change")
+    block = promised(page)
+    pause_at(page, block + 2)
+    assert "Now showing" in page.text("#status")
+    shown, expected = firsts(page, range(block + 2)), made(service, block + 2, (block, BLUE))
+    assert np.array_equal(shown, expected)
+    assert np.array_equal(shown[:block], made(service, block + 2)[:block])
+    assert not np.array_equal(shown[block], made(service, block + 2)[block])
+    assert page.evaluate("document.querySelector('#now').textContent").startswith(BLUE)
+
+    fork, green = block - 2, "a green triangle moving down"
+    go(page, fork)
+    assert page.evaluate("document.querySelector('#now').textContent").startswith(RED)
+    page.write("#prompt", green)
+    page.click("#fork")
+    page.until("document.querySelector('#status').textContent.includes('Going on from block')")
+    page.click("#play")
+    pause_at(page, fork + 4)
+    shown = firsts(page, range(fork + 4))
+    assert np.array_equal(shown, made(service, fork + 4, (fork, green)))
+    assert not np.array_equal(shown[fork], expected[fork])
+
+
+def test_pause_rewind_and_the_keyboard(page, service):
+    start(page, service)
+    pause_at(page, 4)
+    session = next(s for s in service.scheduler.sessions.values() if not s.gone)
+    block = page.evaluate(BLOCK_SHOWN)
+    page.until("document.querySelector('#video').paused")
+    assert not session.playing and page.evaluate(BLOCK_SHOWN) == block
+    page.evaluate("document.querySelector('#stage').focus()")
+    page.press("Home")
+    page.until(f"{FRAME_SHOWN} === 0")
+    page.press("ArrowRight")
+    page.press("ArrowRight")
+    page.until(f"{FRAME_SHOWN} === {2 * BLOCK}")
+    page.press("ArrowLeft")
+    page.until(f"{FRAME_SHOWN} === {BLOCK}")
+    page.press(" ", "Space", " ")
+    page.until(f"{BLOCK_SHOWN} > {block + 2} && !document.querySelector('#video').paused")
+    assert session.playing
+
+
+def test_a_lost_connection_loses_no_frame(page, service):
+    """The server closes the socket; then the page is loaded again. Both go on with the same session."""
+    start(page, service)
+    page.until(f"{BLOCK_SHOWN} >= 2")
+    (session,) = (s for s in service.scheduler.sessions.values() if not s.gone)
+    session.connection.close(1012, "gone")
+    page.until("document.querySelector('#status').textContent === 'Connected again.'")
+    block = page.evaluate(BLOCK_SHOWN)
+    pause_at(page, block + 6)
+    held = page.evaluate("(b => Array.from({length: b.length}, (_, i) => [b.start(i), b.end(i)]))(video.buffered)")
+    assert len(held) == 1 and held[0][0] == 0 and held[0][1] >= (block + 6) * BLOCK / FPS  # no gap
+    error = np.abs(firsts(page, range(block + 5)).astype(int) - upscale(made(service, block + 5))).mean((1, 2, 3))
+    assert error.max() < 4, error
+    assert [s.id for s in service.scheduler.sessions.values() if not s.gone] == [session.id]
+
+    page.open(f"{service.url}/?again")
+    page.until(f"{BLOCK_SHOWN} > {block}")
+    assert [s.id for s in service.scheduler.sessions.values() if not s.gone] == [session.id]
+    assert page.text("#link") == "live"
+
+
+def test_another_tab_takes_the_session_and_this_one_lets_it_go(page, service, chromium):
+    start(page, service)
+    (session,) = (s for s in service.scheduler.sessions.values() if not s.gone)
+    other = chromium.page()
+    other.open(f"{service.url}/style.css")  # of the same origin, to leave it the token
+    other.evaluate(f"sessionStorage.setItem('hiar', {json.dumps(session.token)})")
+    other.open(f"{service.url}/")
+    other.until(f"{BLOCK_SHOWN} >= 1")
+    page.until("document.querySelector('#problem').textContent.includes('another connection')")
+    assert page.text("#link") == "not connected" and page.text("#start") == "Start"
+    other.click("#stop")
+    other.close()
+
+
+def test_what_is_saved_is_the_video_with_its_record(page, service):
+    start(page, service, frames="18")
+    page.until("document.querySelector('#status').textContent.includes('complete: 18 frames')")
+    page.until(f"{FRAME_SHOWN} === 17")  # the last one is shown
+    page.click("#save")
+    page.until("document.querySelectorAll('#saves a').length === 2")
+    video, record = page.evaluate("Array.from(document.querySelectorAll('#saves a'), (a) => a.href)")
+    with urllib.request.urlopen(video) as answer, av.open(io.BytesIO(answer.read())) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    assert len(frames) == 18
+    assert np.abs(np.stack(frames[::BLOCK]).astype(int) - upscale(made(service, 6))).mean((1, 2, 3)).max() < 4
+    with urllib.request.urlopen(record) as answer:
+        about = json.load(answer)
+    assert about["prompt"] == RED and about["frames"] == 18
+
+
+def test_without_media_source_there_are_pictures(page, service):
+    page.call("Page.addScriptToEvaluateOnNewDocument", source="delete window.MediaSource")
+    start(page, service)
+    assert page.evaluate("document.querySelector('#video').hidden && !document.querySelector('#canvas').hidden")
+
+
+def test_a_server_with_a_token_takes_it_from_the_address(chromium, service, tmp_path):
+    token = "a-token-of-the-test"
+    with serving(service.model, tmp_path, Settings(tokens=(token.encode(),))) as guarded:
+        page = chromium.page()
+        page.open(f"{guarded.url}/")
+        page.write("#prompt", RED)
+        page.click("#start")
+        page.until("document.querySelector('#problem').textContent.includes('wants a token')")
+        page.close()
+        page = chromium.page()
+        start(page, guarded, options=f"?token={token}", frames="3")
+        page.click("#save")
+        page.until("document.querySelectorAll('#saves a').length === 2")
+        for link in page.evaluate("Array.from(document.querySelectorAll('#saves a'), (a) => a.href)"):
+            with urllib.request.urlopen(link) as answer:
+                assert answer.status == 200
+        assert not page.errors
+        page.close()
+
+
+def test_a_prompt_that_the_model_cannot_show_is_refused_in_words(page, service):
+    page.open(service.url)
+    page.until("!document.querySelector('#words').hidden")
+    page.write("#prompt", "a pink elephant")
+    page.click("#start")
+    page.until("document.querySelector('#problem').textContent.includes('pink')")
+    assert "red, green, blue" in page.text("#problem")
+    assert page.evaluate("document.querySelector('#problem').role") == "alert"
+    page.write("#prompt", RED)
+    page.click("#start")
+    page.until(f"{BLOCK_SHOWN} >= 0")
+    assert page.text("#problem") == ""
+    page.write("#prompt", "nonsense")
+    page.click("#change")  # the video goes on
+    page.until("document.querySelector('#problem').textContent.includes('nonsense')")
+    block = page.evaluate(BLOCK_SHOWN)
+    page.until(f"{BLOCK_SHOWN} > {block}")
+
+
+def test_every_control_has_a_name_and_the_words_make_the_prompt(page, service):
+    start(page, service)
+    tree = page.call("Accessibility.getFullAXTree")["nodes"]
+    roles = {"button", "textbox", "combobox", "slider", "spinbutton", "image", "img", "Video", "status", "link"}
+    nodes = [n for n in tree if not n.get("ignored") and n.get("role", {}).get("value") in roles]
+    names = {n["role"]["value"]: [] for n in nodes}
+    for node in nodes:
+        names[node["role"]["value"]].append(node.get("name", {}).get("value", ""))
+    assert all(all(named) for role, named in names.items() if role != "status"), names
+    assert len(names["button"]) >= 8 and len(names["combobox"]) >= 6
+    page.evaluate(
+        "for (const [name, value] of [['colour', 'orange'], ['shape', 'plus'], ['direction', 'up and left'],"
+        "['size', 'large'], ['speed', 'slowly']]) { const e = document.querySelector('#word-' + name); e.value = value;"
+        "e.dispatchEvent(new Event('change')); }"
+    )
+    assert page.evaluate("document.querySelector('#prompt').value") == "a large orange plus moving up and left slowly"
+    page.write("#prompt", "an orange circle moving down and right")
+    values = page.evaluate("Array.from(document.querySelectorAll('#words select'), (e) => e.value)")
+    assert values == ["medium", "orange", "circle", "down and right", "medium"]
+
+
+@pytest.mark.parametrize("width", [320, 390, 1200])
+def test_nothing_sticks_out(page, service, width, tmp_path):
+    """At the width of a phone there is one column, no scrolling sideways, and buttons that a finger hits."""
+    page.resize(width, 800, mobile=width < 1000)
+    start(page, service)
+    page.until(f"{BLOCK_SHOWN} >= 1")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    heights = page.evaluate("Array.from(document.querySelectorAll('button'), (b) => b.getBoundingClientRect().height)")
+    assert min(heights) >= 40
+    first, second = page.evaluate(
+        "Array.from(document.querySelectorAll('section'), (s) => s.getBoundingClientRect().x)"
+    )[:2]
+    assert (first == second) == (width < 1000)
+    page.screenshot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 10000

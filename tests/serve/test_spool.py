@@ -1,0 +1,86 @@
+"""Fragments on disk: cut off, gone on with after a crash, made an mp4 without encoding again."""
+
+from __future__ import annotations
+
+import json
+
+import av
+import numpy as np
+import pytest
+
+from hiar_model.io.fragments import FragmentEncoder
+from hiar_model.serve.spool import Spool
+
+pytestmark = pytest.mark.cpu
+
+BLOCK = 3
+
+
+@pytest.fixture(scope="module")
+def fragments():
+    return FragmentEncoder(12, 32, 32, least_side=1)
+
+
+def block(number: int) -> np.ndarray:
+    """Frames of one grey each, whose brightness tells which they are."""
+    return np.stack([np.full((32, 32, 3), 8 * (BLOCK * number + i), np.uint8) for i in range(BLOCK)])
+
+
+def decoded(path) -> list[tuple[float, int]]:
+    """(seconds, number) of each frame."""
+    with av.open(str(path)) as file:
+        return [(round(float(f.time), 4), round(f.to_ndarray(format="rgb24").mean() / 8)) for f in file.decode(video=0)]
+
+
+def test_a_spool_becomes_an_mp4(tmp_path, fragments):
+    spool = Spool(tmp_path / "a.spool", fragments)
+    for number in range(4):
+        spool.encode(block(number), BLOCK * number)
+    spool.truncate(2)  # a fork
+    spool.encode(block(7), BLOCK * 2)
+    assert spool.blocks == 3
+    assert spool.write_mp4(tmp_path / "a.mp4", {"prompt": "grey"}) == 9
+    numbers = [*range(6), 21, 22, 23]
+    assert decoded(tmp_path / "a.mp4") == [(round(i / 12, 4), n) for i, n in enumerate(numbers)]
+    assert json.loads((tmp_path / "a.mp4.json").read_text()) == {
+        "file": "a.mp4", "frames": 9, "fps": 12.0, "prompt": "grey",
+    }  # fmt: skip
+
+
+def test_what_a_killed_process_left_counts_for_nothing(tmp_path, fragments):
+    spool = Spool(tmp_path / "a.spool", fragments)
+    for number in range(2):
+        spool.encode(block(number), BLOCK * number)
+    whole = spool.path.read_bytes()
+    spool.path.write_bytes(whole + fragments.fragment(block(2), 6)[:-5])
+    again = Spool(spool.path, fragments)
+    assert again.blocks == 2
+    again.truncate(2)
+    assert spool.path.read_bytes() == whole
+    with pytest.raises(ValueError, match="holds 2 blocks, not 3"):
+        again.truncate(3)
+
+
+def test_an_empty_spool_is_no_video(tmp_path, fragments):
+    with pytest.raises(ValueError, match="no block"):
+        Spool(tmp_path / "a.spool", fragments).write_mp4(tmp_path / "a.mp4", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.spool"]
+
+
+def test_a_full_disk_leaves_whole_blocks(tmp_path, fragments, monkeypatch):
+    spool = Spool(tmp_path / "a.spool", fragments)
+    spool.encode(block(0), 0)
+    whole = spool.path.read_bytes()
+    import resource
+    import signal
+
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 100, hard))  # the real error, in the middle of a block
+    try:
+        with pytest.raises(OSError, match="cannot write .*a.spool"):
+            spool.encode(block(1), 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert spool.path.read_bytes() == whole and spool.blocks == 1
