@@ -34,6 +34,7 @@ class Float8Linear(nn.Module):
         weight: e4m3 [out, in]. weight_scale: float32 [out]. bias: [out], in the dtype of the results.
     """
 
+    float8 = True  # what the transformer looks for
     weight: Tensor
     weight_scale: Tensor
 

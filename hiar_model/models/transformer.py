@@ -127,7 +127,7 @@ Float8Input = tuple[Tensor, Tensor]
 
 def takes_8_bits(layer: nn.Module) -> bool:
     """Whether a linear layer takes :data:`Float8Input`; a hook, such as a LoRA branch, needs its input in full."""
-    return layer.weight.dtype == torch.float8_e4m3fn and not layer._forward_hooks
+    return getattr(layer, "float8", False) and not layer._forward_hooks
 
 
 def add_residual_and_norm(
@@ -205,7 +205,7 @@ class Block(nn.Module):
         up, _, down = self.ffn
         if takes_8_bits(down):
             return down(quantize_rows(up(x), activation="gelu_tanh"))
-        if up.weight.dtype == torch.float8_e4m3fn:
+        if getattr(up, "float8", False):
             return self.ffn[1:](up(x))
         assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
         half = x.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(x.device.type)

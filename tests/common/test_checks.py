@@ -87,7 +87,7 @@ def test_relatives(model, kind):
         for size in (sizes, {name: kind(n) for name, n in sizes.items()} | {"video_ids": [kind(0)]})
     ]
     assert torch.equal(*result)
-    assert _mask([kind(1)], 1, 6, 3).tolist() == [[False] * 3 + [True] * 3]
+    assert _mask([kind(1)], 1, (3, 3)).tolist() == [[False] * 3 + [True] * 3]
     assert torch.equal(*(keyed_generator(n, "a", n).normals(4) for n in (5, kind(5))))
     assert fit_query("wan2.1-t2v-1.3b", height=kind(480), width=kind(832), frames=kind(81)).request.height == 60
 

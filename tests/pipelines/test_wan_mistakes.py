@@ -275,7 +275,7 @@ WRONG = {
     # sizes
     "height": (None, ["--height", "40"], "height must be a multiple of 16 pixels, got 40, nearest 32 or 48"),
     "width": (None, ["--width", "8"], "width must be a multiple of 16 pixels, got 8, nearest 16"),
-    "no height": (None, ["--height", "0"], "height must be a whole number of at least 1, got 0"),
+    "no height": (None, ["--height", "0"], "height must be a whole number from 1 to 65536, got 0"),
     "length": (None, ["--num-frames", "80"], "got 80, nearest 69 or 81"),
     "one frame": (None, ["--num-frames", "1"], "got 1, nearest 9"),
     "window": (None, ["--window-frames", "2"], "--window-frames must be a whole number of at least 3"),

@@ -176,7 +176,7 @@ def test_a_corrupt_shard_is_left_out_only_on_request(files, tmp_path, stage):
         ("hiar", {"forward_kl": {"first_k": 4}}, r"forward_kl\.first_k must be below the 4 points of .*pairs, got 4"),
         ("hiar", {"data": {}, "num_latent_frames": 6}, r"its latents are \[6, 2, 4, 4\], .* must end in \[2, 8, 8\]"),
         ("hiar", {"critic_updates": 64}, "recipe: critic_updates must be at most 63, got 64"),
-        ("hiar", {"batch_size": 65537}, "recipe: batch_size must be at most 65536, got 65537"),
+        ("hiar", {"batch_size": 65537}, "recipe: batch_size must be a whole number from 1 to 65536, got 65537"),
     ],
 )  # fmt: skip
 def test_refused(files, stage, more, words):
