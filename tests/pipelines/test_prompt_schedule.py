@@ -262,7 +262,7 @@ def test_a_video_of_a_script(model):
     assert made.metadata["prompts"] == [[0.0, PROMPT], [0.5, NEXT]]
     assert "command" not in made.metadata  # no file holds these prompts
     with pytest.raises(ValueError, match="prompt schedule line 2: .*colour"):
-        prepare(None, model=model, prompts=PromptSchedule.parse(f"0 {PROMPT}\n1 a beige circle moving up"))
+        prepare(None, model=model, prompts=PromptSchedule.parse(f"0 {PROMPT}\n0.5 a beige circle moving up"))
     with pytest.raises(ValueError, match="a prompt is a string, got NoneType"):
         prepare(None, model=model)
 
