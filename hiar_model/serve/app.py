@@ -29,7 +29,7 @@ from . import protocol
 from .connection import Realtime
 from .encoding import Saving
 from .guard import Guard, is_loopback
-from .jobs import VIDEO, Jobs, VideoRequest
+from .jobs import VIDEO, JobRequest, Jobs
 from .openapi import openapi
 from .protocol import Refusal
 from .scheduler import Limits, Scheduler, example
@@ -214,7 +214,7 @@ class Service:
             raise Refusal("bad_message", "the body must be a JSON object") from None
         if not isinstance(values, dict):
             raise Refusal("bad_message", "the body must be a JSON object")
-        video = protocol.build(VideoRequest, values)
+        video = protocol.build(JobRequest, values)
         frames = await asyncio.wrap_future(self.scheduler.call(lambda: self.jobs.check(video)))
         name = self.jobs.add(video, frames)
         if self.settings.log_prompts:

@@ -40,7 +40,7 @@ VIDEO, SPOOL = "video.mp4", "blocks.spool"
 
 
 @dataclass(frozen=True)
-class VideoRequest:
+class JobRequest:
     """A whole video.
 
     prompt             what to show
@@ -105,7 +105,7 @@ class Jobs:
 
     # From the network
 
-    def check(self, request: VideoRequest) -> int:
+    def check(self, request: JobRequest) -> int:
         """The frames of a video that can be made; in the generating thread.
 
         Raises:
@@ -134,11 +134,11 @@ class Jobs:
         self._admit(request, frames)
         return frames
 
-    def _admit(self, request: VideoRequest, frames: int | None) -> None:
+    def _admit(self, request: JobRequest, frames: int | None) -> None:
         start = StartMessage(1, "", request.seed, request.order, frames, request.height, request.width)
         self.admission.admit(start, 0, 0)
 
-    def add(self, request: VideoRequest, frames: int) -> str:
+    def add(self, request: JobRequest, frames: int) -> str:
         """Put a checked video behind the others; returns its id.
 
         Raises:
@@ -188,7 +188,7 @@ class Jobs:
         row = self.store.get(name)
         if row is None:
             return
-        request = VideoRequest(**row["request"])
+        request = JobRequest(**row["request"])
         self._admit(request, request.num_frames)
         self.store.update(name, status="running", error=None)
         self.current = VideoJob(name, self.store, self.model, self.execution, request, self.checkpoint_every)
@@ -240,7 +240,7 @@ class VideoJob:
     """
 
     def __init__(
-        self, name: str, store: Store, model: VideoModel, execution: ExecutionConfig, request: VideoRequest, every: int
+        self, name: str, store: Store, model: VideoModel, execution: ExecutionConfig, request: JobRequest, every: int
     ) -> None:
         self.name, self.store, self.every = name, store, every
         self.folder = store.path(name)

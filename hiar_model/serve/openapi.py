@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..version import package_version
-from .jobs import VideoRequest
+from .jobs import JobRequest
 from .protocol import LARGEST_MESSAGE
 from .schema import object_schema
 from .store import STATUSES
@@ -38,7 +38,7 @@ def openapi() -> dict[str, Any]:
                     "summary": "Make a video",
                     "requestBody": {
                         "required": True,
-                        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/VideoRequest"}}},
+                        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobRequest"}}},
                     },
                     "responses": {
                         "202": json_of("it waits for its turn; Location names it", video),
@@ -73,7 +73,7 @@ def openapi() -> dict[str, Any]:
         "components": {
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
             "schemas": {
-                "VideoRequest": object_schema(VideoRequest),
+                "JobRequest": object_schema(JobRequest),
                 "Video": {
                     "type": "object",
                     "properties": {

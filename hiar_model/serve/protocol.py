@@ -197,7 +197,7 @@ class Save(ProtocolMessage):
 
 
 @dataclass(frozen=True)
-class Stop(ProtocolMessage):
+class StopMessage(ProtocolMessage):
     """End the session: nothing of it is kept."""
 
     type: ClassVar[str] = "stop"
@@ -359,7 +359,7 @@ class Refused(ProtocolMessage):
     retry_after: int | None = None
 
 
-FromClient = StartMessage | ChangePrompt | Pause | Play | Seek | Fork | Ack | Save | Stop
+FromClient = StartMessage | ChangePrompt | Pause | Play | Seek | Fork | Ack | Save | StopMessage
 FROM_CLIENT: dict[str, type[ProtocolMessage]] = {kind.type: kind for kind in typing.get_args(FromClient)}
 FROM_SERVER: dict[str, type[ProtocolMessage]] = {
     kind.type: kind

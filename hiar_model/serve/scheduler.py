@@ -204,7 +204,7 @@ class Scheduler:
                     session.clock.restart()
                 session.playing = playing
                 session.post(protocol.StateMessage(playing))
-            elif isinstance(message, protocol.Stop):
+            elif isinstance(message, protocol.StopMessage):
                 session.post(protocol.Ended("stopped", session.frames))
                 if session.connection is not None:
                     session.connection.close(1000, "stopped")

@@ -17,7 +17,7 @@ from serving import PROMPT, Viewer, serving, until
 
 from hiar_model import VideoPipeline
 from hiar_model.config import ExecutionConfig
-from hiar_model.serve.jobs import Jobs, VideoRequest
+from hiar_model.serve.jobs import JobRequest, Jobs
 from hiar_model.serve.scheduler import Scheduler
 from hiar_model.serve.store import Store
 
@@ -110,8 +110,8 @@ def test_openapi_describes_what_is_served(service):
     described = json.loads(ask(service, "/v1/openapi.json")[2])
     routes = {r.path for r in service.app.app.routes}
     assert set(described["paths"]) < routes
-    properties = described["components"]["schemas"]["VideoRequest"]["properties"]
-    assert set(properties) == set(VideoRequest.__dataclass_fields__)
+    properties = described["components"]["schemas"]["JobRequest"]["properties"]
+    assert set(properties) == set(JobRequest.__dataclass_fields__)
     assert json.loads(ask(service, "/v1/schema.json")[2])["$defs"]["StartMessage"]
 
 
@@ -124,7 +124,7 @@ def new_jobs(folder, model):
 @pytest.mark.parametrize("blocks", [0, 1, 3, 4, 5])
 def test_a_job_goes_on_from_its_checkpoint(model, tmp_path, blocks):
     """Stopped after some blocks of five (checkpoints are every two): the same file, byte for byte, as in one go."""
-    request = VideoRequest(prompts=[[0, PROMPT], [0.5, BLUE]], num_frames=15, seed=2)
+    request = JobRequest(prompts=[[0, PROMPT], [0.5, BLUE]], num_frames=15, seed=2)
 
     def whole(folder, stop_after):
         jobs = new_jobs(folder, model)
@@ -152,7 +152,7 @@ def test_a_full_disk_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch
     import errno
 
     jobs = new_jobs(tmp_path, model)
-    name = jobs.add(VideoRequest(PROMPT, num_frames=15), 15)
+    name = jobs.add(JobRequest(PROMPT, num_frames=15), 15)
     jobs.work()
 
     def full(self, fragment):
@@ -174,7 +174,7 @@ def test_a_full_disk_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch
 def test_a_job_that_cannot_be_made_fails_alone(model, tmp_path):
     jobs = new_jobs(tmp_path, model)
     bad = jobs.store.add("job", {"prompt": "seven kittens", "num_frames": 6}, 6)  # of a model with other words
-    good = jobs.add(VideoRequest(PROMPT, num_frames=6), 6)
+    good = jobs.add(JobRequest(PROMPT, num_frames=6), 6)
     jobs.waiting_ids.insert(0, bad)
     while jobs.waiting():
         jobs.work()
@@ -185,7 +185,7 @@ def test_a_job_that_cannot_be_made_fails_alone(model, tmp_path):
 
 def test_a_deleted_job_stops(model, tmp_path):
     jobs = new_jobs(tmp_path, model)
-    first, second = (jobs.add(VideoRequest(PROMPT, num_frames=6), 6) for _ in range(2))
+    first, second = (jobs.add(JobRequest(PROMPT, num_frames=6), 6) for _ in range(2))
     jobs.work()
     jobs.remove(first)
     while jobs.waiting():
@@ -270,7 +270,7 @@ def test_kill_9_and_start_again(started, model, tmp_path):
     assert ended.returncode == 0 and ended.stdout.splitlines()[-1] == "stopped", ended
     (tmp_path / "again").mkdir()
     jobs = new_jobs(tmp_path / "again", model)
-    other = jobs.add(VideoRequest(PROMPT, num_frames=frames), frames)
+    other = jobs.add(JobRequest(PROMPT, num_frames=frames), frames)
     while jobs.waiting():
         jobs.work()
     assert np.array_equal(frames_of(tmp_path / "a.mp4"), frames_of(jobs.store.path(other) / "video.mp4"))

@@ -24,7 +24,7 @@ EXAMPLES = [
     protocol.Fork(0, "ein grüner Kreis"),
     protocol.Ack(9),
     protocol.Save(),
-    protocol.Stop(),
+    protocol.StopMessage(),
     protocol.BlockMessage(1, 0, 0, 3, 0, "a red circle", STATS),
     protocol.Progress([["denoise", 0, 7]], 7, 6),
     protocol.Ended("complete", 60),
