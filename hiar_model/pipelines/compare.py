@@ -269,7 +269,7 @@ def _write(runs: Sequence[VideoRun], out: str | os.PathLike[str], plot: Path, sp
     ]
     title = prompt if prompt is not None else f"{first.metadata['prompt']} ..."
     grid = CaptionedGrid(title, captions, size)
-    pace = "" if speed == 1 else f"; shown at {speed}x"
+    pace = "" if speed == 1 else f"; at {speed}x speed"
     orders = json.dumps([run.config.order for run in runs])
     metadata = describe(first, "compare", {"order": orders, "speed": speed}) | {"speed": speed}
     del metadata["rollout"]  # of each order below
