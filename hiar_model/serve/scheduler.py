@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hmac import compare_digest
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,7 +106,8 @@ class Scheduler:
         """Make a block, so that the first viewer need not wait for what is done once."""
         start = StartMessage(protocol.VERSION, example(self.model))
         with suppress(Refusal, FloatingPointError):
-            self.admission.predicted(start)
+            for order in protocol.LIVE_ORDERS:  # predictions are kept; a new one takes a second
+                self.admission.predicted(replace(start, order=order))
             video = LiveVideo(self.model, self.execution, start, rewind_bytes=0)
             piece = video.make()
             if piece is not None and "x264" not in _missing():
