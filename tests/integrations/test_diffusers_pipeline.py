@@ -385,6 +385,14 @@ def test_offload(files, pipe, latents, monkeypatch):
     assert log == [*once[:2], "free"]
 
 
+def test_offload_by_accelerate(files, latents):
+    """Its own hooks, with a CPU in the place of the GPU."""
+    own = quiet(HiARPipeline.from_pretrained(files / "wan"))
+    own.enable_model_cpu_offload(device="cpu")
+    assert own._all_hooks and torch.equal(make(own, output_type="latent"), latents)
+    assert torch.equal(make(own, output_type="latent"), latents)  # hooks are there for the next call too
+
+
 # What is refused
 
 
