@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ def layers() -> tuple[Float8Linear, Float8Linear]:
     """The same layer on the CPU and on the device."""
     torch.manual_seed(0)
     linear = nn.Linear(1536, 4608).to(torch.bfloat16)
-    return Float8Linear(linear), Float8Linear(linear.to("cuda"))
+    return Float8Linear(linear), Float8Linear(copy.deepcopy(linear).to("cuda"))
 
 
 def test_the_device_computes_what_the_cpu_emulates(layers):
