@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import kernels
@@ -57,7 +58,7 @@ def test_local_kernels_of_the_environment(folder, hub, monkeypatch):
 
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize(("kind", "name"), [(nn.RMSNorm, "RMSNorm"), (nn.LayerNorm, "LayerNorm")])
-def test_kernelize(folder, hub, kind, name, affine, monkeypatch):
+def test_kernelize(folder, kind, name, affine, monkeypatch):
     """A model's norms get the forward of ours: the same results and gradients, and its own weights."""
     layer = kernels.use_kernel_forward_from_hub(name)(type(name, (kind,), {}))
     model = nn.Sequential(nn.Linear(8, 8), layer(8, elementwise_affine=affine))
@@ -67,16 +68,18 @@ def test_kernelize(folder, hub, kind, name, affine, monkeypatch):
     before = model(x)
     expected = torch.autograd.grad(before.square().sum(), list(model.parameters()))
     local = kernels.LocalLayerRepository(folder, layer_name=name)
+    with kernels.use_kernel_mapping({name: {"cpu": local}}, inherit_mapping=False):
+        model = kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cpu", use_fallback=False)
+    loaded = sys.modules[model[1].forward.__func__.__module__]  # of the build for cpu, or where torch has CUDA for that
+    assert loaded.__name__.startswith("_hiar_kernels_")
     ran, function = [], {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm"}[name]
-    ours = getattr(hub, function)
+    ours = getattr(loaded, function)
 
     def counted(*args, **options):
         ran.append(function)
         return ours(*args, **options)
 
-    monkeypatch.setattr(hub.layers, function, counted)
-    with kernels.use_kernel_mapping({name: {"cpu": local}}, inherit_mapping=False):
-        model = kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cpu", use_fallback=False)
+    monkeypatch.setattr(loaded, function, counted)
     after = model(x)
     torch.testing.assert_close(after, before)
     torch.testing.assert_close(torch.autograd.grad(after.square().sum(), list(model.parameters())), expected)
