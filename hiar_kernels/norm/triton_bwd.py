@@ -50,8 +50,7 @@ def _norm_bwd_kernel(
     cols = tl.arange(0, BLOCK_C)
     inside = cols < C
     scale = tl.load(scale_ptr + b * stride_scaleb + f * stride_scalef + cols, mask=inside, other=0.0).to(tl.float32)
-    if gate_ptr is not None:
-        gate = tl.load(gate_ptr + b * stride_gateb + f * stride_gatef + cols, mask=inside, other=0.0).to(tl.float32)
+    gate_at = None if gate_ptr is None else gate_ptr + b * stride_gateb + f * stride_gatef + cols
     dgate = tl.zeros((BLOCK_C,), tl.float32)
     dshift = tl.zeros((BLOCK_C,), tl.float32)
     dscale = tl.zeros((BLOCK_C,), tl.float32)
@@ -66,7 +65,7 @@ def _norm_bwd_kernel(
         if y_ptr is not None:
             y = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
             if gate_ptr is not None:
-                y = gate[None, :] * y
+                y = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)[None, :] * y
             h = (h.to(tl.float32) + y).to(h.dtype)  # rounded as the forward did
         grad = tl.load(grad_at, mask=mask, other=0.0).to(tl.float32)
         xhat, factor = normalise(h.to(tl.float32), mask, eps, C, RMS)
@@ -84,7 +83,9 @@ def _norm_bwd_kernel(
             if dx_ptr is not None:
                 tl.store(dx_ptr + out_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
             if dy_ptr is not None:
-                dy = dx if gate_ptr is None else gate[None, :] * dx
+                dy = dx
+                if gate_ptr is not None:  # again: kept in registers, it would spill in wide rows, as y below
+                    dy = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)[None, :] * dx
                 tl.store(dy_ptr + out_at, dy.to(dy_ptr.dtype.element_ty), mask=mask)
             if dgate_ptr is not None:
                 y = tl.load(y_at, mask=mask, other=0.0).to(
