@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refusal
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
 
 import hiar_kernels as hk
 from hiar_kernels import (
@@ -334,7 +334,8 @@ def h200(monkeypatch):
     """As on that GPU: tensors without memory, for torch is asked only what it would run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    with FakeTensorMode():
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)  # a driver that is not there
+    with fake_tensor.FakeTensorMode():
         yield functools.partial(torch.empty, dtype=torch.bfloat16, device="cuda")
 
 
