@@ -12,7 +12,8 @@ from ..qk_norm_rope.inputs import RopeInputs, token_grid
 from . import ops, reference  # noqa: F401  (registers the ops)
 from .inputs import Fp8Rings
 
-IMPLS = ("reference", "triton", "cuda")
+IMPLS = ("reference", "triton")
+ROPE_IMPLS = ("reference", "triton", "cuda")
 
 
 def append_fp8(
@@ -45,11 +46,11 @@ def append_fp8(
         rows: None: row b of k goes into row b of the ring. Int32 or int64 [N, B] on the device, N 1 or 2: it goes into
             row ``rows[n, b]`` at ``slots[n, b]`` for each n, so that two rings can share keys; ``slots`` are
             [N, B or 1, F] then, and the rings may have any number of rows. ``rows[1, b]`` = -1: only into the first.
-        impl: "auto" | "reference" | "triton" | "cuda".
+        impl: "auto" | "reference" | "triton".
 
     Raises:
-        ValueError: shapes or dtypes do not fit, a gradient is asked for, impl="triton" or "cuda" cannot take the
-            device, a dtype or the layout of a ring, or is not installed.
+        ValueError: shapes or dtypes do not fit, a gradient is asked for, the impl cannot take the device, a dtype or
+            the layout of a ring, or is not installed.
 
     Example:
         >>> k, v = torch.tensor([[[[7.0, -3.5]]]]), torch.tensor([[[[0.0, 2.0]]]])
@@ -72,9 +73,8 @@ def append_fp8(
     if impl == "reference":
         reference.append_fp8(k, v, rings)
         return
-    prepare(op, impl=impl, k=k, v=v)
-    kernel = OPS.append_fp8_cuda if impl == "cuda" else OPS.append_fp8
-    kernel(k, v, *rings.as_schema(), rows)
+    prepare(op, k=k, v=v)
+    OPS.append_fp8(k, v, *rings.as_schema(), rows)
 
 
 def qk_norm_rope_append_fp8(
@@ -118,7 +118,7 @@ def qk_norm_rope_append_fp8(
     rings = Fp8Rings(slots, k_cache, v_cache, k_scales, v_scales, rows)
     rings.validate(op, qkv.device, inputs.split_heads, inputs.frames.shape[1])
     _no_gradient(op, qkv, q_weight, k_weight)
-    impl = choose(op, impl, IMPLS, auto=_automatic(rings, q_weight, k_weight, qkv, norm=True))
+    impl = choose(op, impl, ROPE_IMPLS, auto=_automatic(rings, q_weight, k_weight, qkv, norm=True, cuda=True))
     if impl == "reference":
         q, q_scales = reference.qk_norm_rope_append_fp8(inputs, rings, quantize_q)
     else:
@@ -133,6 +133,7 @@ def _no_gradient(op: str, *tensors: Tensor) -> None:
     require(not needs_grad, f"{op}: has no gradient; 8 bits are for inference: use torch.no_grad()")
 
 
-def _automatic(rings: Fp8Rings, *floats: Tensor, norm: bool = False) -> str:
+def _automatic(rings: Fp8Rings, *floats: Tensor, **options: bool) -> str:
+    """On a CUDA device a kernel, though none was timed: the reference copies what it writes several times."""
     dense = rings.k_cache.stride(-1) == rings.v_cache.stride(-1) == 1
-    return automatic(*floats, norm=norm, cuda=True) if dense else "reference"
+    return automatic(*floats, **options) if dense else "reference"

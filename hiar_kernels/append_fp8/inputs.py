@@ -75,8 +75,13 @@ class Fp8Rings:
             if list(x.shape) != legal:
                 raise ValueError(f"{op}: {name} must be {legal} beside k_cache, got {list(x.shape)}")
 
-    def validate_layout(self, op: str) -> None:
-        """Reject memory that a kernel cannot write: strided channels or keys, overlapping rows, one memory for two."""
+    def validate_layout(self, op: str, keys: Tensor) -> None:
+        """Reject what a kernel cannot write: ids elsewhere, strided channels or keys, overlapping rows, one memory for
+        two.
+        """
+        for name, ids in (("slots", self.slots), ("rows", self.rows)):
+            if ids is not None and ids.device != keys.device:
+                raise ValueError(f"{op}: {name} must be on {keys.device} like the keys, got {ids.device}")
         named = {"k_cache": self.k_cache, "v_cache": self.v_cache, "k_scales": self.k_scales, "v_scales": self.v_scales}
         for name, x in named.items():
             if x.dtype == E4M3 and x.stride(-1) != 1:
@@ -95,3 +100,8 @@ def rope_from_schema(*arguments: Any) -> tuple[RopeInputs, Fp8Rings, bool]:
         arguments[:4], arguments[4:9], arguments[9:14], arguments[14], arguments[15:],
     )  # fmt: skip
     return RopeInputs(*tensors, *options), Fp8Rings.of_schema(*rings, *rows), quantize_q
+
+
+def empty_parts(k: Tensor, frames: int, parts: int) -> Tensor:
+    """Memory for the largest |k| and |v| of so many parts of each frame and head: float32 [2, B, F, H, parts]."""
+    return torch.empty(2, k.shape[0], frames, k.shape[2], parts, dtype=torch.float32, device=k.device)

@@ -41,10 +41,9 @@ def _fake_rope(*arguments: Any) -> tuple[Tensor, Tensor]:
 _RINGS = "Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_scales, Tensor(d!) v_scales"
 _INPUTS = "Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames"
 _OPTIONS = "int num_heads, int height, int width, float eps, float theta, bool quantize_q"
-_PLAIN, _ROPE = (
-    f"Tensor k, Tensor v, {_RINGS}, Tensor? rows=None",
-    f"{_INPUTS}, {_RINGS}, {_OPTIONS}, Tensor? rows=None",
+define(
+    __package__, "append_fp8", f"Tensor k, Tensor v, {_RINGS}, Tensor? rows=None", 0, _eager, _fake, (), mutates=True
 )
-for _end in ("", "_cuda"):  # an op has one kernel for a device: Triton's, CUDA's
-    define(__package__, f"append_fp8{_end}", _PLAIN, 0, _eager, _fake, (), mutates=True)
-    define(__package__, f"qk_norm_rope_append_fp8{_end}", _ROPE, 2, _eager_rope, _fake_rope, (), mutates=True)
+for _name in ("qk_norm_rope_append_fp8", "qk_norm_rope_append_fp8_cuda"):  # one kernel for a device: Triton's, CUDA's
+    schema = f"{_INPUTS}, {_RINGS}, {_OPTIONS}, Tensor? rows=None"
+    define(__package__, _name, schema, 2, _eager_rope, _fake_rope, (), mutates=True)

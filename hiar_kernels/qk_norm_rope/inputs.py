@@ -171,6 +171,11 @@ def empty_like_q(inputs: RopeInputs) -> Tensor:
     return torch.empty(inputs.split_heads, dtype=inputs.qkv.dtype, device=inputs.qkv.device)
 
 
+def as_ids(x: Tensor) -> Tensor:
+    """Ids as the kernels of csrc/ read them: int32 or int64."""
+    return x if x.dtype in (torch.int32, torch.int64) else x.long()
+
+
 _FULL_TURN = Decimal("6.283185307179586476925286766559005768394338798750211641949889")
 
 
