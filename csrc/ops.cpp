@@ -19,6 +19,7 @@
 
 #include "merge_attention.h"
 #include "qk_norm_rope_append.h"
+#include "qk_norm_rope_append_fp8.h"
 #include "ring_advance.h"
 
 namespace hiar {
@@ -150,18 +151,18 @@ Ring ring_of(const char* op, const char* name, const Tensor& x) {
   return {x.mutable_data_ptr(), dtype_of(op, name, x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-void qk_norm_rope_append(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots,
-                         std::optional<Tensor> rows, Tensor turns, Tensor q, Tensor k_cache, Tensor v_cache,
-                         int64_t frame_tokens, int64_t first_cell, int64_t columns, double eps) {
-  const char* const op = "qk_norm_rope_append";
-  const char* const names[] = {"qkv", "q_weight", "k_weight", "frames", "slots", "turns", "q", "k_cache", "v_cache"};
-  const Tensor* const all[] = {&qkv, &q_weight, &k_weight, &frames, &slots, &turns, &q, &k_cache, &v_cache};
-  for (int i = 0; i < 9; ++i) require_here(op, names[i], *all[i], qkv);
+// Arguments of both: all but where keys and values go. slots: [N, B or 1, F].
+AppendArgs append_args(const char* op, const Tensor& qkv, const Tensor& q_weight, const Tensor& k_weight,
+                       const Tensor& frames, const Tensor& slots, const std::optional<Tensor>& rows,
+                       const Tensor& turns, const Tensor& q, int64_t frame_tokens, int64_t first_cell, int64_t columns,
+                       double eps) {
+  const char* const names[] = {"qkv", "q_weight", "k_weight", "frames", "slots", "turns", "q"};
+  const Tensor* const all[] = {&qkv, &q_weight, &k_weight, &frames, &slots, &turns, &q};
+  for (int i = 0; i < 7; ++i) require_here(op, names[i], *all[i], qkv);
   const int64_t blocks = qkv.size(0) * qkv.size(1), width = q_weight.numel();
   STD_TORCH_CHECK(width <= kMostWidth && blocks <= INT32_MAX, op, ": takes 8192 channels and 2^31 tokens at most");
   STD_TORCH_CHECK(qkv.stride(2) == 1 && turns.scalar_type() == ScalarType::Long && turns.is_contiguous(), op,
                   ": qkv must have channels of stride 1, turns be int64 and contiguous");
-  if (q.numel() == 0) return;
   AppendArgs a{};
   a.qkv = qkv.const_data_ptr();
   a.stride_b = qkv.stride(0), a.stride_t = qkv.stride(1);
@@ -180,13 +181,69 @@ void qk_norm_rope_append(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor fr
   }
   a.turns = static_cast<const int64_t*>(turns.const_data_ptr());
   a.q = q.mutable_data_ptr();
-  a.k = ring_of(op, "k_cache", k_cache), a.v = ring_of(op, "v_cache", v_cache);
   a.blocks = narrow(blocks), a.tokens = narrow(qkv.size(1));
   a.frame_tokens = narrow(frame_tokens), a.first_cell = narrow(first_cell), a.columns = narrow(columns);
-  a.num_slots = narrow(k_cache.size(1) / frame_tokens), a.num_rows = narrow(k_cache.size(0));
   a.width = narrow(width), a.head_dim = narrow(q.size(3));
   a.eps = static_cast<float>(eps);
-  launch_for(op, qkv, a);
+  return a;
+}
+
+void qk_norm_rope_append(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots,
+                         std::optional<Tensor> rows, Tensor turns, Tensor q, Tensor k_cache, Tensor v_cache,
+                         int64_t frame_tokens, int64_t first_cell, int64_t columns, double eps) {
+  const char* const op = "qk_norm_rope_append";
+  require_here(op, "k_cache", k_cache, qkv);
+  require_here(op, "v_cache", v_cache, qkv);
+  AppendArgs a = append_args(op, qkv, q_weight, k_weight, frames, slots, rows, turns, q, frame_tokens, first_cell,
+                             columns, eps);
+  a.k = ring_of(op, "k_cache", k_cache), a.v = ring_of(op, "v_cache", v_cache);
+  a.num_slots = narrow(k_cache.size(1) / frame_tokens), a.num_rows = narrow(k_cache.size(0));
+  if (q.numel() > 0) launch_for(op, qkv, a);
+}
+
+// qk_norm_rope_append_fp8
+
+Bytes bytes_of(const char* op, const char* name, const Tensor& x, bool values) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && x.dim() == (values ? 5 : 4) && x.stride(x.dim() - 1) == 1, op,
+                  ": ", name, " must be bytes, the last ones neighbours");
+  return {static_cast<uint8_t*>(x.mutable_data_ptr()), x.stride(0), x.stride(1), x.stride(2), values ? x.stride(3) : 1};
+}
+
+Scales scales_of(const char* op, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() == 3, op, ": ", name, " must be float32 of 3 dimensions");
+  return {static_cast<float*>(x.mutable_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// q: of qkv's dtype, or bytes beside q_scales [B, T, H]. k: memory for the keys, like q of qkv's dtype. parts:
+// [2, B, F, H, P]. Caches as bytes.
+void qk_norm_rope_append_fp8(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots,
+                             std::optional<Tensor> rows, Tensor turns, Tensor q, std::optional<Tensor> q_scales,
+                             Tensor k, Tensor parts, Tensor k_cache, Tensor v_cache, Tensor k_scales, Tensor v_scales,
+                             int64_t frame_tokens, int64_t columns, double eps) {
+  const char* const op = "qk_norm_rope_append_fp8";
+  const char* const names[] = {"k", "parts", "k_cache", "v_cache", "k_scales", "v_scales"};
+  const Tensor* const all[] = {&k, &parts, &k_cache, &v_cache, &k_scales, &v_scales};
+  for (int i = 0; i < 6; ++i) require_here(op, names[i], *all[i], qkv);
+  AppendFp8Args f{};
+  f.in = append_args(op, qkv, q_weight, k_weight, frames, slots, rows, turns, q, frame_tokens, 0, columns, eps);
+  f.frames = narrow(qkv.size(1) / frame_tokens), f.heads = narrow(q.size(2)), f.places = narrow(v_cache.size(4));
+  STD_TORCH_CHECK(f.heads <= kMostHeads, op, ": takes 2048 heads at most");
+  STD_TORCH_CHECK(k.scalar_type() == qkv.scalar_type() && k.is_contiguous() && k.numel() == q.numel(), op,
+                  ": k must be like q, of the dtype of qkv");
+  STD_TORCH_CHECK(parts.scalar_type() == ScalarType::Float && parts.is_contiguous() &&
+                      parts.numel() == 2 * qkv.size(0) * qkv.size(1) * f.heads, op, ": parts must be [2, B, F, H, P]");
+  STD_TORCH_CHECK(q.scalar_type() == (q_scales.has_value() ? ScalarType::Byte : qkv.scalar_type()), op,
+                  ": q must be of the dtype of qkv, or bytes beside q_scales");
+  if (q_scales.has_value()) {
+    require_here(op, "q_scales", *q_scales, qkv);
+    f.q_scales = scales_of(op, "q_scales", *q_scales).data;
+  }
+  f.in.k = ring_of(op, "k", k), f.in.v = f.in.k;
+  f.parts = static_cast<float*>(parts.mutable_data_ptr());
+  f.k = bytes_of(op, "k_cache", k_cache, false), f.v = bytes_of(op, "v_cache", v_cache, true);
+  f.k_scales = scales_of(op, "k_scales", k_scales), f.v_scales = scales_of(op, "v_scales", v_scales);
+  f.in.num_slots = narrow(v_cache.size(1)), f.in.num_rows = narrow(v_cache.size(0));
+  if (q.numel() > 0) launch_for(op, qkv, f);
 }
 
 }  // namespace
@@ -201,6 +258,10 @@ STABLE_TORCH_LIBRARY(hiar_cuda, m) {
       "qk_norm_rope_append(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots, Tensor? rows, "
       "Tensor turns, Tensor(a!) q, Tensor(b!) k_cache, Tensor(c!) v_cache, int frame_tokens, int first_cell, int columns, "
       "float eps) -> ()");
+  m.def(
+      "qk_norm_rope_append_fp8(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor slots, Tensor? rows, "
+      "Tensor turns, Tensor(a!) q, Tensor(b!)? q_scales, Tensor(c!) k, Tensor(d!) parts, Tensor(e!) k_cache, "
+      "Tensor(f!) v_cache, Tensor(g!) k_scales, Tensor(h!) v_scales, int frame_tokens, int columns, float eps) -> ()");
 }
 
 // For tensors of any device: those of a wrong one get one line.
@@ -208,4 +269,5 @@ STABLE_TORCH_LIBRARY_IMPL(hiar_cuda, CompositeExplicitAutograd, m) {
   m.impl("ring_advance", TORCH_BOX(&hiar::ring_advance));
   m.impl("merge_attention", TORCH_BOX(&hiar::merge_attention));
   m.impl("qk_norm_rope_append", TORCH_BOX(&hiar::qk_norm_rope_append));
+  m.impl("qk_norm_rope_append_fp8", TORCH_BOX(&hiar::qk_norm_rope_append_fp8));
 }

@@ -31,6 +31,31 @@ HIAR_HD T from_float(float x) {
   else return __float2bfloat16_rn(x);
 }
 
+// float32 within +-448, or NaN -> the bits of e4m3, to the nearest, ties to even.
+HIAR_HD uint32_t to_e4m3(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t magnitude = bits & 0x7fffffff, sign = bits >> 24 & 0x80;
+  if (magnitude > 0x7f800000) return 0x7f | sign;
+  if (magnitude >= 0x3c800000)  // 20 bits of the mantissa go; the exponent's bias falls from 127 to 7
+    return (((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - ((127 - 7) << 3)) | sign;
+  // below 2^-6 the format's steps are 2^-9: those of float32 at 2^14, which an addition rounds to
+  const float raised = fabsf(x) + 16384.0f;
+  memcpy(&bits, &raised, 4);
+  return (bits - 0x46800000) | sign;
+}
+
+// Of two numbers, the first in the low byte.
+HIAR_HD uint32_t to_e4m3(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t two;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(high), "f"(low));
+  return two;
+#else
+  return to_e4m3(low) | to_e4m3(high) << 8;
+#endif
+}
+
 // N neighbours in memory. WIDE: they begin at a multiple of min(16, their bytes) and move in pieces of that size.
 template <typename T, int N>
 struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {

@@ -1,6 +1,7 @@
 """Kernels for block-autoregressive video: attention over matched-noise caches and the pointwise work around it."""
 
 from . import layers, reference
+from .append_fp8 import append_fp8, qk_norm_rope_append_fp8
 from .attention import (
     EMPTY,
     AttentionLayout,
@@ -16,6 +17,7 @@ from .attention import (
 )
 from .backends import backends
 from .common.dispatch import prefer, taken
+from .common.float8 import pack_values, unpack_values
 from .common.version import __version__ as __version__
 from .flow_step import flow_step
 from .merge_attention import merge_attention
@@ -42,6 +44,7 @@ __all__ = [
     "KVContext",
     "ada_layer_norm",
     "ada_layer_norm_fp8",
+    "append_fp8",
     "attention",
     "attention_layout",
     "attention_schedule",
@@ -55,9 +58,11 @@ __all__ = [
     "layer_norm",
     "layers",
     "merge_attention",
+    "pack_values",
     "prefer",
     "qk_norm_rope",
     "qk_norm_rope_append",
+    "qk_norm_rope_append_fp8",
     "quantize_rows",
     "reference",
     "ring_advance",
@@ -66,4 +71,5 @@ __all__ = [
     "taken",
     "takes_layout",
     "takes_schedule",
+    "unpack_values",
 ]

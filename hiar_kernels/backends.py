@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .append_fp8 import api as append_fp8
 from .attention import api as attention
 from .attention import selection
 from .common import cuda_loader
@@ -35,6 +36,12 @@ _OPS = {
         qk_norm_rope.APPEND_IMPLS,
         "reference",
         f"{POINTWISE}; cuda in its place where only the CUDA extension is there, else on request, until it is measured",
+    ),
+    "append_fp8": (append_fp8.IMPLS, "reference", f"{POINTWISE}; not measured"),
+    "qk_norm_rope_append_fp8": (
+        append_fp8.ROPE_IMPLS,
+        "reference",
+        f"{POINTWISE}; cuda in its place where only the CUDA extension is there; neither is measured",
     ),
     "ring_advance": (
         ring_advance.IMPLS,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from .append_fp8 import append_fp8 as _append_fp8
+from .append_fp8 import qk_norm_rope_append_fp8 as _qk_norm_rope_append_fp8
 from .attention import api as _attention
 from .flow_step import flow_step as _flow_step
 from .merge_attention import merge_attention as _merge_attention
@@ -19,6 +21,8 @@ attention_with_lse = partial(_attention.attention_with_lse, impl="reference")
 merge_attention = partial(_merge_attention, impl="reference")
 qk_norm_rope = partial(_qk_norm_rope, impl="reference")
 qk_norm_rope_append = partial(_qk_norm_rope_append, impl="reference")
+append_fp8 = partial(_append_fp8, impl="reference")
+qk_norm_rope_append_fp8 = partial(_qk_norm_rope_append_fp8, impl="reference")
 layer_norm = partial(_norm.layer_norm, impl="reference")
 rms_norm = partial(_norm.rms_norm, impl="reference")
 ada_layer_norm = partial(_norm.ada_layer_norm, impl="reference")

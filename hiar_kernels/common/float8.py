@@ -1,13 +1,16 @@
-"""Rows in 8 bits: e4m3 with one float32 scale for each row, as the 8-bit ops and their references state it."""
+"""Numbers in 8 bits, as the 8-bit ops and their references state it: e4m3 with one float32 scale for each row, or for
+each frame and head; and how a ring stores values."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a row of zeros
+GROUP = 16  # keys that a ring of values stores in an order of its own
 
 
 def quantize_last(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,3 +24,40 @@ def quantize_last(y: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(amax.isfinite(), (amax / LARGEST).clamp_min(SMALLEST_SCALE), torch.nan)
     values = y / scale[..., None]  # at most 448 but for rounding of the scale, which may lift it to 448 (1 + 2^-23)
     return values.clamp(-LARGEST, LARGEST).to(E4M3), scale.nan_to_num(nan=1.0)
+
+
+def quantize_frames(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., P, H, D], P tokens of a frame -> e4m3 of that shape and float32 [..., H]: each frame of a head is a row
+    of :func:`quantize_last`.
+    """
+    values, scale = quantize_last(x.transpose(-3, -2).flatten(-2))
+    return values.unflatten(-1, (x.shape[-3], x.shape[-1])).transpose(-3, -2), scale
+
+
+def bits(x: Tensor) -> Tensor:
+    """x as a dtype that torch can index and pad: e4m3 as bytes."""
+    return x.view(torch.uint8) if x.dtype == E4M3 else x
+
+
+def padded(tokens: int) -> int:
+    """Places for the keys of a frame in a ring of values: a multiple of 16."""
+    return -(-tokens // GROUP) * GROUP
+
+
+def pack_values(v: Tensor) -> Tensor:
+    """Values [..., P, H, D] of a frame as an 8-bit ring stores them: [..., H, D, padded(P)], the keys of a channel side
+    by side.
+
+    Of 16 keys in turn, place 4 t + {0, 1} holds key 2 t + {0, 1} and place 4 t + {2, 3} holds key 8 + 2 t + {0, 1},
+    t = 0..3: an 8-bit product on Hopper's tensor cores takes the probabilities of its keys as the product before left
+    them. Places past the last key hold 0. Any dtype.
+    """
+    keys = bits(v).movedim(-3, -1)
+    keys = F.pad(keys, (0, padded(keys.shape[-1]) - keys.shape[-1])).unflatten(-1, (-1, 2, 4, 2))
+    return keys.transpose(-3, -2).flatten(-4).view(v.dtype)
+
+
+def unpack_values(packed: Tensor, tokens: int) -> Tensor:
+    """The inverse of :func:`pack_values`: [..., H, D, padded(P)] -> [..., P, H, D] for P = ``tokens``."""
+    keys = bits(packed).unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
+    return keys[..., :tokens].movedim(-1, -3).contiguous().view(packed.dtype)

@@ -32,19 +32,40 @@ def e4m3_bits(y):
 
 
 @triton.jit
+def largest_in(y):
+    """max |y| of each row of y [N, C], inf where a number is not finite."""
+    magnitude = tl.abs(y)
+    return tl.max(tl.where(magnitude < float("inf"), magnitude, float("inf")), 1)
+
+
+@triton.jit
+def scale_of(largest):
+    """The scale of numbers whose largest is this, inf or above 0."""
+    return tl.maximum(tl.div_rn(largest, 448.0), 1.1754943508222875e-38)
+
+
+@triton.jit
+def quantize_by(y, scale, HARDWARE: tl.constexpr):
+    """y / scale in e4m3 (its bits, if the hardware does not convert); NaN where the scale is inf."""
+    values = tl.minimum(tl.maximum(tl.div_rn(y, scale), -448.0), 448.0)
+    values = tl.where(scale < float("inf"), values, float("nan"))
+    return values.to(tl.float8e4nv) if HARDWARE else e4m3_bits(values)
+
+
+@triton.jit
+def stored_scale(scale):
+    """As it is stored: 1 beside NaN."""
+    return tl.where(scale < float("inf"), scale, 1.0)
+
+
+@triton.jit
 def quantize_tile(y, HARDWARE: tl.constexpr):
     """Rows y [N, C], zero where nothing stands -> their e4m3 (its bits, if the hardware does not convert), scales [N].
 
     The caller's masked numbers are 0 and change nothing.
     """
-    magnitude = tl.abs(y)
-    finite = tl.min((magnitude < float("inf")).to(tl.int32), 1) == 1
-    scale = tl.maximum(tl.div_rn(tl.max(magnitude, 1), 448.0), 1.1754943508222875e-38)
-    values = tl.div_rn(y, scale[:, None])
-    values = tl.minimum(tl.maximum(values, -448.0), 448.0)
-    values = tl.where(finite[:, None], values, float("nan"))
-    scale = tl.where(finite, scale, 1.0)
-    return (values.to(tl.float8e4nv) if HARDWARE else e4m3_bits(values)), scale
+    scale = scale_of(largest_in(y))
+    return quantize_by(y, scale[:, None], HARDWARE), stored_scale(scale)
 
 
 def empty_rows(x: Tensor, hardware: bool) -> tuple[Tensor, Tensor, Tensor]:

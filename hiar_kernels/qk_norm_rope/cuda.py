@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common import cuda_loader
-from .inputs import append_from_schema, empty_like_q, turns_of
+from .inputs import append_from_schema, as_ids, empty_like_q, turns_of
 
 
 def launch(*arguments: Any) -> Tensor:
@@ -21,15 +21,12 @@ def launch(*arguments: Any) -> Tensor:
     if q.numel():
         slots = rings.slots if rings.slots.dim() == 3 else rings.slots[None]
         torch.ops.hiar_cuda.qk_norm_rope_append(
-            inputs.qkv, inputs.q_weight.contiguous(), inputs.k_weight.contiguous(), _ids(inputs.frames), _ids(slots),
-            None if rings.rows is None else _ids(rings.rows), turns_of(inputs.head_dim, inputs.theta, q.device), q,
-            rings.k_cache, rings.v_cache, inputs.frame_tokens, inputs.first_cell, inputs.width, inputs.eps,
+            inputs.qkv, inputs.q_weight.contiguous(), inputs.k_weight.contiguous(), as_ids(inputs.frames),
+            as_ids(slots), None if rings.rows is None else as_ids(rings.rows),
+            turns_of(inputs.head_dim, inputs.theta, q.device), q, rings.k_cache, rings.v_cache, inputs.frame_tokens,
+            inputs.first_cell, inputs.width, inputs.eps,
         )  # fmt: skip
     return q
-
-
-def _ids(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.int32, torch.int64) else x.long()
 
 
 cuda_loader.register("qk_norm_rope_append_cuda", launch)

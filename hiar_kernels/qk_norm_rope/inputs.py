@@ -109,19 +109,8 @@ class Rings:
     def validate(self, op: str, inputs: RopeInputs) -> None:
         """Raise ValueError, in one line, if shapes or dtypes are wrong."""
         check_floats(op, qkv=inputs.qkv, k_cache=self.k_cache, v_cache=self.v_cache)
-        check_tensor(op, "slots", self.slots)
-        rows, slots, batch, count = self.rows, self.slots, inputs.qkv.shape[0], inputs.frames.shape[1]
-        if rows is not None:
-            if rows.dim() != 2 or rows.shape[0] not in (1, 2) or rows.shape[1] != batch:
-                raise ValueError(f"{op}: rows must be [1 or 2, {batch}], got {list(rows.shape)}")
-            if rows.is_floating_point():
-                raise ValueError(f"{op}: rows must be integers, got {rows.dtype}")
-        fits = slots.dim() == 2 if rows is None else slots.dim() == 3 and slots.shape[0] == rows.shape[0]
-        if not fits or slots.shape[-2] not in (1, batch) or slots.shape[-1] != count:
-            copies = "" if rows is None else f"{rows.shape[0]}, "
-            raise ValueError(f"{op}: slots must be [{copies}{batch} or 1, {count}], got {list(slots.shape)}")
-        if slots.is_floating_point():
-            raise ValueError(f"{op}: slots must be integers, got {slots.dtype}")
+        rows, batch = self.rows, inputs.qkv.shape[0]
+        check_places(op, self.slots, rows, batch, inputs.frames.shape[1])
         heads, head_dim, tokens = inputs.num_heads, inputs.head_dim, inputs.frame_tokens
         for name, cache in (("k_cache", self.k_cache), ("v_cache", self.v_cache)):
             fits = cache.dim() == 4 and cache.shape[2:] == (heads, head_dim) and not cache.shape[1] % tokens
@@ -141,6 +130,22 @@ class Rings:
             raise ValueError(f"{op}: v_cache must be {list(k.shape)} like k_cache, got {list(v.shape)}")
         if k.numel() > 0 and k.data_ptr() == v.data_ptr():
             raise ValueError(f"{op}: k_cache and v_cache must be apart, got the same memory")
+
+
+def check_places(op: str, slots: Tensor, rows: Tensor | None, batch: int, count: int) -> None:
+    """Raise ValueError unless slots, and rows if any, say where so many frames of a batch go in a ring."""
+    check_tensor(op, "slots", slots)
+    if rows is not None:
+        if rows.dim() != 2 or rows.shape[0] not in (1, 2) or rows.shape[1] != batch:
+            raise ValueError(f"{op}: rows must be [1 or 2, {batch}], got {list(rows.shape)}")
+        if rows.is_floating_point():
+            raise ValueError(f"{op}: rows must be integers, got {rows.dtype}")
+    fits = slots.dim() == 2 if rows is None else slots.dim() == 3 and slots.shape[0] == rows.shape[0]
+    if not fits or slots.shape[-2] not in (1, batch) or slots.shape[-1] != count:
+        copies = "" if rows is None else f"{rows.shape[0]}, "
+        raise ValueError(f"{op}: slots must be [{copies}{batch} or 1, {count}], got {list(slots.shape)}")
+    if slots.is_floating_point():
+        raise ValueError(f"{op}: slots must be integers, got {slots.dtype}")
 
 
 def token_grid(op: str, grid: Sequence[int]) -> tuple[int, int]:
@@ -164,6 +169,11 @@ def append_from_schema(*arguments: Any) -> tuple[RopeInputs, Rings]:
 
 def empty_like_q(inputs: RopeInputs) -> Tensor:
     return torch.empty(inputs.split_heads, dtype=inputs.qkv.dtype, device=inputs.qkv.device)
+
+
+def as_ids(x: Tensor) -> Tensor:
+    """Ids as the kernels of csrc/ read them: int32 or int64."""
+    return x if x.dtype in (torch.int32, torch.int64) else x.long()
 
 
 _FULL_TURN = Decimal("6.283185307179586476925286766559005768394338798750211641949889")
