@@ -34,7 +34,8 @@ def prompt_bytes(rollout: Rollout, model: HiARTransformer, prompt_embeds: Tensor
 
 
 def forwards(rollout: Rollout, captured: bool) -> Iterator[BatchedForward]:
-    """One forward of each kind in the rollout, prepared for fake tensors, not run.
+    """One forward of each kind in the rollout, prepared for fake tensors, not run: of the many that differ only in how
+    much of the past they see, the one that sees the most.
 
     Args:
         captured: prepare as for CUDA graphs, which read the prompt from fixed buffers; nothing is captured.
@@ -43,9 +44,23 @@ def forwards(rollout: Rollout, captured: bool) -> Iterator[BatchedForward]:
     executor.attend = _HostAttention
     if captured:
         executor.capture = lambda run: run()
-    seen: set[Any] = set()
-    for forward in executor.prepared(rollout.warm_up_blocks):
-        kind = (replace(forward.key, caches=(0, 0, 0)), forward.attend.layout)
-        if kind not in seen:
-            seen.add(kind)
+    largest: dict[Any, tuple[tuple[int, int], int]] = {}
+    for number, forward in enumerate(executor.prepared(rollout.warm_up_blocks)):
+        kind, visible = _kind(forward)
+        if kind not in largest or visible > largest[kind][0]:
+            largest[kind] = visible, number
+    executor.cache.reset()
+    chosen = {number for _, number in largest.values()}
+    for number, forward in enumerate(executor.prepared(rollout.warm_up_blocks)):
+        if number in chosen:
             yield forward
+
+
+def _kind(forward: BatchedForward) -> tuple[Any, tuple[int, int]]:
+    """What tells apart forwards of other work, and the visible slots of a group of queries (the most) and of all."""
+    key, layout = replace(forward.key, caches=(0, 0, 0), layout=None), forward.attend.layout
+    if layout is None:
+        return key, (0, 0)
+    runs = tuple(tuple((len(group.context), len(group.own)) for group in row) for row in layout.rows)
+    slots = [sum(b - a for a, b in (*group.context, *group.own)) for row in layout.rows for group in row]
+    return (key, runs), (max(slots), sum(slots))

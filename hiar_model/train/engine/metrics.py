@@ -57,6 +57,9 @@ class MetricsLogger:
     def __init__(
         self, folder: Path, update: int, recipe: Mapping[str, Any], say: Callable[[str], None] = print
     ) -> None:
+        project = environment.wandb_project()
+        if project and importlib.util.find_spec("wandb") is None:
+            raise ValueError(f"WANDB_PROJECT is set to {project!r}, but wandb is not installed")
         self.folder = folder
         self.columns = self._drop_rows_after(update)
         self._drawn, self._stale, self._say = time.monotonic(), False, say
@@ -68,9 +71,7 @@ class MetricsLogger:
         else:
             say("no TensorBoard scalars: tensorboard is not installed (pip install 'hiar-kernels[train]')")
         self.wandb: Any = None
-        if project := environment.wandb_project():
-            if importlib.util.find_spec("wandb") is None:
-                raise ValueError(f"WANDB_PROJECT is set to {project!r}, but wandb is not installed")
+        if project:
             import wandb
 
             self.wandb = wandb.init(
