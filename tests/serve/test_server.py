@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -282,6 +283,7 @@ def test_connects_and_drops_leave_nothing(model, tmp_path):
                 viewer.send("start", v=1, prompt=PROMPT, format="webp")
             elif turn % 4 == 1:
                 viewer.send("nonsense")
+            viewer.socket.socket.shutdown(socket.SHUT_RDWR)  # else it stays open while the client's thread reads
             viewer.socket.socket.close()
         until(lambda: not service.scheduler.sessions and not service.clients, "sessions to go")
         until(lambda: threading.active_count() <= threads + 1, "threads to go")
