@@ -384,7 +384,7 @@ class _PngEncoder:
         self.path, self.count = path, 0
 
     def add(self, image: Frames) -> None:
-        (self.path / f"frame_{self.count:05d}.png").write_bytes(encode_png(image))
+        (self.path / f"frame_{self.count:05d}.png").write_bytes(encode_png(image, _QUICK))
         self.count += 1
 
     def close(self) -> None:
@@ -416,9 +416,14 @@ def _av_frame(image: Frames) -> Any:
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
 
 
-def encode_png(image: Frames) -> bytes:
-    """A PNG file of an image uint8 [H, W, 3]."""
+_QUICK = {"compression_level": "1", "pred": "up"}
+"""For the many frames of a video: much quicker, for files that are a little larger."""
+
+
+def encode_png(image: Frames, options: Mapping[str, str] | None = None) -> bytes:
+    """A PNG file of an image uint8 [H, W, 3], with options of FFmpeg's encoder."""
     codec: Any = av.CodecContext.create("png", "w")
+    codec.options = dict(options or {})
     codec.height, codec.width, codec.pix_fmt, codec.time_base = *image.shape[:2], "rgb24", Fraction(1)
     return b"".join(bytes(packet) for packet in [*codec.encode(_av_frame(image)), *codec.encode(None)])
 
