@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import typing
 from argparse import ArgumentError
@@ -73,10 +74,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
             raise ValueError(f"recipe: unknown key {key}{_suggestion(key, types)}")
         if value is None and type(None) not in typing.get_args(types[key]):  # which jsonargparse lets pass
             raise ValueError(f"recipe: {key} must be {_described(types[key])}, got None")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
     try:
-        parsed = parser.parse_object(flat)
+        parsed = _parser(kind).parse_object(flat)
     except ArgumentError as error:
         match = re.search(r'key "([\w.]+)"', str(error))
         if match is None:
@@ -84,6 +83,13 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         key = match[1]
         raise ValueError(f"recipe: {key} must be {_described(types[key])}, got {flat[key]!r}") from error
     return _built(kind, parsed.as_dict())
+
+
+@functools.cache
+def _parser(kind: type[Recipe]) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    return parser
 
 
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
