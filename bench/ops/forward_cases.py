@@ -30,9 +30,9 @@ class Ready(nn.Module):
     def __init__(self, out: Tensor):
         super().__init__()
         self.out = out
+        self.forward = torch.compiler.disable(self.ready)  # here, and not above: it imports the compiler
 
-    @torch.compiler.disable
-    def forward(self, *_: Tensor) -> Tensor:
+    def ready(self, *_: Tensor) -> Tensor:
         return self.out
 
 

@@ -43,7 +43,7 @@ def repository(tmp_path_factory):
     """A repository of two revisions, the second slower by 0.1 s a block."""
     tree = tmp_path_factory.mktemp("ab") / "tree"
     for folder in ("bench", "hiar_kernels", "hiar_model"):
-        ignored = shutil.ignore_patterns("__pycache__", "results", "*.so")
+        ignored = shutil.ignore_patterns("results", "*.so")
         shutil.copytree(ROOT / folder, tree / folder, ignore=ignored)
 
     def git(*words):

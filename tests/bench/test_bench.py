@@ -71,7 +71,7 @@ def rehearsed(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("rehearsed")
     for name in ("bench", "hiar_kernels", "hiar_model", "tests"):
-        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("results"))
     shutil.copy(ROOT / "pyproject.toml", folder / "tree")
     (folder / "sitecustomize.py").write_text(BARE)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of xdist
