@@ -75,7 +75,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         if value is None and type(None) not in typing.get_args(types[key]):  # which jsonargparse lets pass
             raise ValueError(f"recipe: {key} must be {_described(types[key])}, got None")
     try:
-        parsed = _parser(kind).parse_object(flat)
+        parsed = _parser(stage).parse_object(flat)
     except ArgumentError as error:
         match = re.search(r'key "([\w.]+)"', str(error))
         if match is None:
@@ -86,9 +86,9 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
 
 
 @functools.cache
-def _parser(kind: type[Recipe]) -> ArgumentParser:
+def _parser(stage: str) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
+    parser.add_class_arguments(RECIPES[stage])
     return parser
 
 
