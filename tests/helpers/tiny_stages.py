@@ -1,11 +1,11 @@
-"""Recipes and files of the stages of distillation, for a network of two small layers: what their tests share."""
+"""Recipes and files of the stages of distillation, for a network of one small layer: what their tests share."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-import train_job  # noqa: F401 - makes the model "tiny" known
+import train_job  # noqa: F401 - makes the model "least" known
 from safetensors.torch import save_file
 from tiny_model import make_model
 
@@ -32,13 +32,13 @@ VARIANTS = {
 def write_files(folder: Path) -> Path:
     """Weights in which every number matters, encoded clips, and the teacher's trajectories."""
     for seed, name in enumerate(("teacher", "student", "critic")):
-        save_transformer(make_model(seed, WanConfig.from_name("tiny")), folder / f"{name}.safetensors")
+        save_transformer(make_model(seed, WanConfig.from_name("least")), folder / f"{name}.safetensors")
     (folder / "clips").mkdir()
     generator = torch.Generator().manual_seed(0)
     sizes = {"text": (5, 3, 32), "unconditional": (1, 3, 32), "latents": (5, FRAMES, *LATENT)}
     tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
     save_file(tensors, folder / "clips" / "a.safetensors")
-    ode = {"teacher": weights(folder, "teacher"), "teacher_model": "tiny", "steps": 4, "shift": SCHEDULE["shift"]}
+    ode = {"teacher": weights(folder, "teacher"), "teacher_model": "least", "steps": 4, "shift": SCHEDULE["shift"]}
     pairs = make(folder, "ode_pairs", **ode, count=4, shard_size=2, guidance=2.0, points=[0, 1, 3, -1])
     assert pairs.produce(folder / "pairs", 0, 1, lambda done, total: None) == f"trajectories: {folder / 'pairs'}"
     return folder
@@ -50,7 +50,7 @@ def weights(files: Path, name: str) -> str:
 
 def values(files: Path, stage: str, **more) -> dict:
     """A recipe as a plain mapping; ``forward_kl`` and ``rollout`` are laid over defaults."""
-    plain = {"stage": stage, "model": "tiny", "seed": SEED, "num_latent_frames": FRAMES, "precision": "float32"}
+    plain = {"stage": stage, "model": "least", "seed": SEED, "num_latent_frames": FRAMES, "precision": "float32"}
     plain["data"] = {"folder": str(files / "clips"), "latent_size": list(LATENT[1:])}
     if stage != "ode_pairs":
         plain |= {"updates": 4, "batch_size": len(SAMPLES), "log_every": 1, "optimizer": ADAMW}
@@ -59,7 +59,7 @@ def values(files: Path, stage: str, **more) -> dict:
         plain |= {"trajectories": str(files / "pairs")}
     if stage == "hiar":
         plain |= {"teacher": weights(files, "teacher"), "critic_init": weights(files, "critic")}
-        plain |= {"teacher_model": "tiny", "critic_optimizer": ADAMW}
+        plain |= {"teacher_model": "least", "critic_optimizer": ADAMW}
         more["forward_kl"] = {"trajectories": str(files / "pairs"), **more.get("forward_kl", {})}
     if stage in ("ode_init", "hiar"):
         more["rollout"] = {**ROLLOUT, **more.get("rollout", {})}

@@ -11,7 +11,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from train_job import PULL, losses, recipe, start, train
+from train_job import PULL, losses, recipe, start, stop_after, train
 
 from hiar_model.models.checkpoint import save_transformer
 from hiar_model.train.config.reading import make_recipe
@@ -30,12 +30,12 @@ METRICS = ("critic_loss", "student_loss", "critic_gradient_norm", "student_gradi
 
 
 def hiar(folder: Path, **values) -> dict:
-    """A recipe of the real stage, for 6 updates, with a teacher and trajectories in the folder."""
+    """A recipe of the real stage, for 3 updates, with a teacher and trajectories in the folder."""
     kl = {"trajectories": str(folder / "pairs")}
     return {
         **SHARED, "stage": "hiar", "teacher": str(folder / "teacher.safetensors"), "teacher_model": "tiny",
-        "updates": 6, "batch_size": 4, "critic_updates": 2, "optimizer": ADAMW, "critic_optimizer": ADAMW,
-        "forward_kl": kl, "ema": {"decay": 0.9, "start": 1}, "sample_every": 3, "sample_prompts": 2, **values,
+        "updates": 3, "batch_size": 4, "critic_updates": 2, "optimizer": ADAMW, "critic_optimizer": ADAMW,
+        "forward_kl": kl, "ema": {"decay": 0.9, "start": 1}, "sample_every": 2, "sample_prompts": 2, **values,
     }  # fmt: skip
 
 
@@ -52,19 +52,19 @@ def runs(tmp_path_factory):
     stage.produce(folder / "pairs", 0, 1, lambda done, total: None)
 
     train(folder / "hiar one", hiar(folder))
-    at_the_end = {"checkpoint_every": 8, "threads": 1}
+    at_the_end = {"checkpoint_every": 6, "threads": 1}
     train(folder / "pull one", recipe(scale=at_the_end))
     train(folder / "teacher forcing one", forcing())
     train(folder / "muon one", recipe(optimizer=MUON, scale=at_the_end))
     with pytest.raises(KeyboardInterrupt):
-        train(folder / "one to two", recipe(), _stop)
+        train(folder / "one to two", recipe(), stop_after(3))
     scales = {"shard": 1}, {"micro_batch": 1, "activation_checkpointing": True}
     wrong = ("batch_size", 3), ("scale", {"shard": 3}), ("seed", -1)
     cases = [
         {"name": "hiar two", "recipe": hiar(folder)},
-        {"name": "one to two", "recipe": recipe(), "stop": 6},
-        {"name": "pull two", "recipe": recipe(scale={"checkpoint_every": 2}), "stop": 5},
-        {"name": "muon two", "recipe": recipe(optimizer=MUON), "stop": 5},
+        {"name": "one to two", "recipe": recipe(), "stop": 4},
+        {"name": "pull two", "recipe": recipe(scale={"checkpoint_every": 2}), "stop": 3},
+        {"name": "muon two", "recipe": recipe(optimizer=MUON), "stop": 3},
         *({"name": f"teacher forcing {i}", "recipe": forcing(scale=scale)} for i, scale in enumerate(scales)),
         *({"name": f"wrong {key}", "recipe": recipe(**{key: value})} for key, value in wrong),
     ]
@@ -74,12 +74,7 @@ def runs(tmp_path_factory):
 
 
 def forcing(**values) -> dict:
-    return {**SHARED, "stage": "teacher_forcing", "updates": 3, "batch_size": 4, "optimizer": ADAMW, **values}
-
-
-def _stop(done, numbers):
-    if done == 3:
-        raise KeyboardInterrupt
+    return {**SHARED, "stage": "teacher_forcing", "updates": 2, "batch_size": 4, "optimizer": ADAMW, **values}
 
 
 def close(ours: list[dict[str, str]], theirs: list[dict[str, str]], names=METRICS) -> None:
@@ -93,9 +88,9 @@ def test_hiar_has_the_losses_of_one_process(runs):
     folder, results, _ = runs
     assert [rank["hiar two"]["error"] for rank in results] == ["", ""]
     ours = losses(folder / "hiar two")
-    assert len(ours) == 6
+    assert len(ours) == 3
     close(ours, losses(folder / "hiar one"), (*METRICS, "student_dmd_normaliser", "student_forward_kl"))
-    close(ours[2::3], losses(folder / "hiar one")[2::3], ("sample_motion", "sample_saturation"))
+    close(ours[1:], losses(folder / "hiar one")[1:], ("sample_motion", "sample_saturation"))
 
 
 @pytest.mark.parametrize("scale", [0, 1])
@@ -110,20 +105,20 @@ def test_copies_accumulation_and_recomputation_change_no_loss(runs, scale):
 def test_a_state_of_one_process_is_read_by_two(runs):
     folder, results, _ = runs
     assert [rank["one to two"]["error"] for rank in results] == ["stopped", "stopped"]
-    close(losses(folder / "one to two"), losses(folder / "pull one")[:6])
+    close(losses(folder / "one to two"), losses(folder / "pull one")[:4])
 
 
 def test_a_state_of_two_processes_is_read_by_one(runs):
     folder, results, _ = runs
     assert [rank["pull two"]["error"] for rank in results] == ["stopped", "stopped"]
-    about = json.loads((folder / "pull two" / "states" / "update_00000004" / "about.json").read_text())
-    assert (about["update"], about["ranks"]) == (4, 2)
+    about = json.loads((folder / "pull two" / "states" / "update_00000002" / "about.json").read_text())
+    assert (about["update"], about["ranks"]) == (2, 2)
     trainer = train(folder / "pull two", recipe())
-    assert trainer.update == 8
+    assert trainer.update == 6
     close(losses(folder / "pull two"), losses(folder / "pull one"))
     # and on to two and back: this state came from one, to two, to one
-    close(losses(folder / "one to two"), losses(folder / "pull one")[:6])
-    assert train(folder / "one to two", recipe()).update == 8
+    close(losses(folder / "one to two"), losses(folder / "pull one")[:4])
+    assert train(folder / "one to two", recipe()).update == 6
     close(losses(folder / "one to two"), losses(folder / "pull one"))
 
 
@@ -135,7 +130,7 @@ def test_the_model_is_written_whole_by_the_first_rank(runs):
 
 
 def test_muon_of_shards(runs):
-    """Five updates on two processes, three more on one."""
+    """Three updates on two processes, the others on one, from the state after two."""
     folder, results, _ = runs
     assert [rank["muon two"]["error"] for rank in results] == ["stopped", "stopped"]
     train(folder / "muon two", recipe(optimizer=MUON))

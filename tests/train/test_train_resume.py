@@ -71,23 +71,23 @@ def states(folder) -> list[str]:
 
 def test_the_uninterrupted_run_is_one(whole):
     rows, tensors = whole
-    assert [row["update"] for row in rows] == [str(i) for i in range(1, 9)]
-    assert len({row["student_loss"] for row in rows}) == 8
+    assert [row["update"] for row in rows] == [str(i) for i in range(1, 7)]
+    assert len({row["student_loss"] for row in rows}) == 6
     kinds = {name.rpartition("head.head.weight")[0] for name in tensors if "head.head.weight" in name}
     assert kinds == {"averaged/", "average/"} | {
         f"{network}/{part}/" for network in ("critic", "student") for part in ("weights", "optimizer/state")
     }
     some = "head.head.weight"
     assert not torch.equal(tensors[f"student/weights/{some}"], tensors[f"average/{some}"])
-    assert tensors[f"student/optimizer/state/{some}/step"] == 8
-    assert tensors[f"critic/optimizer/state/{some}/step"] == 16
+    assert tensors[f"student/optimizer/state/{some}/step"] == 6
+    assert tensors[f"critic/optimizer/state/{some}/step"] == 12
 
 
 def test_killed_at_random_moments(tmp_path, whole):
-    """kill -9 from outside, three times, each a random while after a random update; then to the end."""
+    """kill -9 from outside, twice, each a random while after a random update; then to the end."""
     folder, moments = tmp_path / "run", random.Random(time.time_ns())
     reached = 0
-    for _ in range(3):
+    for _ in range(2):
         process = processes.Started(command(folder, recipe()))
         last = reached + moments.randint(1, 2)
         for line in process.lines():
@@ -114,7 +114,7 @@ def test_killed_while_a_state_is_written(tmp_path, whole, sync, last):
     assert newest is not None and newest.name == f"update_{last:08d}"
     assert len(states(folder)) == 2, "the one before is still there, whole or under its temporary name"
     train(folder, recipe())
-    assert states(folder) == ["update_00000008"]
+    assert states(folder) == ["update_00000006"]
     same(folder, whole)
 
 

@@ -14,7 +14,7 @@ from tiny_stages import FRAMES, ROLLOUT, VARIANTS, make, values, write_files
 from train_job import losses, train
 
 from hiar_model.cli import main
-from hiar_model.config import WanConfig, wan
+from hiar_model.config import WanConfig
 from hiar_model.models.checkpoint import save_transformer
 from hiar_model.models.registry import load_video_model
 from hiar_model.train.engine.networks import make_network
@@ -86,7 +86,7 @@ def test_exported_students(files, tmp_path, capsys, variant, order, kv_source, w
     changes = {"order": order, "kv_source": kv_source, "window_frames": window}
     assert {**ROLLOUT, **changes}.items() <= written["rollout"].items()
     assert written["train_frames"] == FRAMES and written["world"]["texture"] > 0
-    for read in (load_video_model(folder, "cpu", "float32").transformer, make_network("tiny", seed=9, weights=folder)):
+    for read in (load_video_model(folder, "cpu", "float32").transformer, make_network("least", seed=9, weights=folder)):
         assert same_weights(read, student, torch.float16)
     options = [
         "--model",
@@ -118,21 +118,20 @@ def test_exported_teacher(files, tmp_path):
     stage = make(files, "teacher", data={}, sample_prompts=2, sample_steps=2)
     assert stage.sample(1).shape == (2, FRAMES, 32, 32, 3)
     path = stage.export(stage.trained["teacher"], tmp_path / "model")
-    assert same_weights(make_network("tiny", seed=9, weights=path), stage.trained["teacher"])
+    assert same_weights(make_network("least", seed=9, weights=path), stage.trained["teacher"])
 
 
-def test_a_critic_of_another_size(files, tmp_path, monkeypatch):
-    """Both networks are trained, the large one beside a small critic."""
-    monkeypatch.setitem(wan._PRESETS, "flat", {**wan._PRESETS["tiny"], "num_layers": 1})
-    path = tmp_path / "flat.safetensors"
-    save_transformer(make_model(4, WanConfig.from_name("flat")), path)
-    recipe = values(files, "hiar", critic_model="flat", critic_init=str(path), critic_updates=1)
+def test_a_critic_of_another_size(files, tmp_path):
+    """Both networks are trained, the small one beside a large critic."""
+    path = tmp_path / "critic.safetensors"
+    save_transformer(make_model(4, WanConfig.from_name("tiny")), path)
+    recipe = values(files, "hiar", critic_model="tiny", critic_init=str(path), critic_updates=1)
     trainer = train(tmp_path / "run", recipe)
     networks = {**trainer.stage.trained, **trainer.stage.frozen}
-    assert {name: len(n.blocks) for name, n in networks.items()} == {"critic": 1, "student": 2, "teacher": 2}
-    assert not same_weights(make_network("flat", seed=9, weights=path), networks["critic"])
-    with pytest.raises(ValueError, match="teacher.safetensors has the size .*, the recipe's flat is"):
-        make(files, "hiar", critic_model="flat", critic_init=str(files / "teacher.safetensors"))
+    assert {name: len(n.blocks) for name, n in networks.items()} == {"critic": 2, "student": 1, "teacher": 1}
+    assert not same_weights(make_network("tiny", seed=9, weights=path), networks["critic"])
+    with pytest.raises(ValueError, match="teacher.safetensors has the size .*, the recipe's tiny is"):
+        make(files, "hiar", critic_model="tiny", critic_init=str(files / "teacher.safetensors"))
 
 
 def test_without_a_codec(files, tmp_path):
@@ -142,7 +141,7 @@ def test_without_a_codec(files, tmp_path):
         assert stage.sample(1) is None
         path = stage.export(stage.trained[name], tmp_path / kind)
         assert path == tmp_path / kind / f"{name}.safetensors"
-        assert same_weights(make_network("tiny", seed=9, weights=path), stage.trained[name])
+        assert same_weights(make_network("least", seed=9, weights=path), stage.trained[name])
 
 
 @pytest.mark.parametrize("stage", ["ode_init", "hiar"])

@@ -241,7 +241,7 @@ def test_update_steps():
     for kind, network in ((distillation.Teacher, "teacher"), (distillation.OdeInit, "student")):
         assert names(object.__new__(kind)) == [(f"{network} 0", network)]
     hiar = object.__new__(distillation.HiAR)
-    hiar.recipe = make_recipe({"stage": "hiar", "model": "tiny"})
+    hiar.recipe = make_recipe({"stage": "hiar", "model": "least"})
     critics = [(f"critic {i}", "critic") for i in range(5)]
     assert names(hiar) == names(hiar, 9) == [*critics, ("student 0", "student")]
 
