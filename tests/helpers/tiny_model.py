@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from made_runs import make_rollout
@@ -29,6 +30,8 @@ def make_model(seed: int = 0, config: WanConfig = TINY) -> HiARTransformer:
 
 
 MODEL = make_model()
+SHALLOW = make_model(config=replace(TINY, num_layers=1))
+"""For what does not depend on how many layers there are."""
 TEXT = torch.randn(1, 3, TINY.text_dim, generator=torch.Generator().manual_seed(1))
 
 
@@ -46,11 +49,12 @@ def reference(
 ) -> torch.Tensor:  # fmt: skip
     """What :func:`run` has to give for the same options, by the page that defines it, in float64."""
     one_per_step = model if isinstance(model, list) else [model] * steps
+    wide = {one: copy.deepcopy(one).double() for one in set(one_per_step)}
     shape = (frames_per_block, TINY.in_channels, *SIZE.values())
     ids = range(batch) if video_ids is None else video_ids
     given = 0 if prefix is None else prefix.shape[1]
     latents = hierarchical_denoising(
-        [copy.deepcopy(one).double() for one in one_per_step],
+        [wide[one] for one in one_per_step],
         text,
         FlowSchedule.uniform(steps),
         lambda step, block: torch.stack([keyed_noise(0, video, step, block, shape) for video in ids]),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from made_runs import make_rollout
 from recorder import Recorder, _Reads
-from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, run
+from tiny_model import MODEL, SHALLOW, SIZE, TEXT, TINY, difference, make_model, run
 from torch.utils._pytree import tree_flatten
 
 import hiar_kernels
@@ -38,9 +38,9 @@ WALKS = [
 
 
 def made(executor: str, num_frames: int | None = 18, **options) -> Rollout:
-    text = options.pop("text", TEXT)
+    model, text = options.pop("model", SHALLOW), options.pop("text", TEXT)
     options = {"num_frames": num_frames, "executor": executor, **SIZE, **options}
-    return make_rollout(MODEL, text, FlowSchedule.uniform(4), **options)
+    return make_rollout(model, text, FlowSchedule.uniform(4), **options)
 
 
 def latents(rollout: Rollout) -> torch.Tensor:
@@ -50,15 +50,17 @@ def latents(rollout: Rollout) -> torch.Tensor:
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])  # by frame ids on the device; by layouts, as a library
 @pytest.mark.parametrize("walk", WALKS, ids=str)
 def test_captured_and_eager_are_the_same_bits(walk, impl):
+    """Every walk with all options and both implementations; a prefix, and windows by step, with one of them each."""
     shape = (1, 4, TINY.in_channels, *SIZE.values())
     prefix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    for options in (
-        {"window_frames": 9},
-        {"window_frames": 7, "sink_frames": 1, "prefix": prefix, "num_frames": 19, "first_frame": 5},
-        {"window_frames": (6, 7, 9, 12), "trajectory": "ode", "batch": 2},
-    ):
+    more = {
+        "reference": {"window_frames": 7, "sink_frames": 1, "prefix": prefix, "num_frames": 19, "first_frame": 5},
+        "sdpa": {"window_frames": (6, 7, 9, 12), "trajectory": "ode", "batch": 2},
+    }
+    model = {"reference": MODEL, "sdpa": SHALLOW}[impl]
+    for options in ({"window_frames": 9}, more[impl]):
         with hiar_kernels.prefer(impl):
-            options = {"num_frames": 15, **options}  # every ring wraps
+            options = {"num_frames": 15, "model": model, **options}  # every ring wraps
             eager, recorded = (made(executor, **walk, **options) for executor in ("eager", "recorded"))
             for one, other in zip(eager, recorded, strict=True):
                 assert torch.equal(one.latents, other.latents), options
@@ -337,7 +339,7 @@ def test_what_a_graph_reads_is_owned_by_its_forward(options):
     """A cache of limited size would free it, after enough other entries, while the graph still reads it."""
     with hiar_kernels.prefer("reference"):
         for _ in range(2):  # the second finds what the first left in caches
-            rollout = made("recorded", order="wavefront", window_frames=6, **options)
+            rollout = made("recorded", model=MODEL, order="wavefront", window_frames=6, **options)
             latents(rollout)
     picks = 0
     for forward in rollout._executor.batched_forwards.values():

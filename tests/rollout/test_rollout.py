@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from made_runs import make_rollout
 from refusals import refused
 from safetensors.torch import load_file
-from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model, reference, run
+from tiny_model import MODEL, SHALLOW, SIZE, TEXT, TINY, difference, make_model, reference, run
 
 from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.models.transformer import HiARTransformer
@@ -62,9 +62,10 @@ def with_prefix(options: dict) -> dict:
     return {**options, "prefix": torch.randn(shape, generator=torch.Generator().manual_seed(2))}
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 8, 20, 50])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
 def test_walks_agree_for_any_number_of_steps(steps):
-    assert_walks_agree(steps=steps, num_frames=9 if steps < 20 else 6, window_frames=5)
+    few = {"num_frames": 9} if steps < 50 else {"num_frames": 6, "model": SHALLOW}
+    assert_walks_agree(steps=steps, window_frames=5, **few)
 
 
 @pytest.mark.parametrize(
