@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from made_runs import prepare
+from small_toy import small_folder, small_model  # noqa: F401 (fixtures)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hiar_model
@@ -23,7 +24,7 @@ NOT_NEEDED = ("torch._dynamo", "torch._inductor", "sympy", "triton", "transforme
 
 
 @pytest.fixture(scope="module")
-def model():
+def toy():
     return hiar_model.load_video_model("toy", "cpu")
 
 
@@ -61,9 +62,9 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("order", "most"), [("step_first", 125), ("wavefront", 125)])
-def test_calls_of_a_block(model, order, most):
+def test_calls_of_a_block(toy, order, most):
     """One transformer block in a task of a full window: 210 and 208 calls of torch at revision 6a287b2."""
-    block, seen = model.transformer.blocks[1], []
+    block, seen = toy.transformer.blocks[1], []
 
     def counted(*args):
         with Calls() as calls:
@@ -73,7 +74,7 @@ def test_calls_of_a_block(model, order, most):
 
     block.forward = counted
     try:
-        for _ in prepare(PROMPT, model=model, num_frames=24, order=order):
+        for _ in prepare(PROMPT, model=toy, num_frames=24, order=order):
             pass
     finally:
         del block.forward
@@ -81,11 +82,11 @@ def test_calls_of_a_block(model, order, most):
     assert last.total() <= most, last.most_common()
 
 
-def test_calls_of_a_video(model):
+def test_calls_of_a_video(toy):
     """All of a short video, from its text to its pixels, in the order that is chosen for it: 79,147 at 6a287b2, which
     chose step_first.
     """
-    run = prepare(PROMPT, model=model, num_frames=24)
+    run = prepare(PROMPT, model=toy, num_frames=24)
     assert run.rollout.plan.order == "wavefront"
     with Calls() as calls:
         assert sum(map(len, run)) == 24
@@ -137,7 +138,7 @@ def test_threads_that_are_asked_for(model, two_threads):
 
 
 def test_a_large_model_keeps_the_setting(model, two_threads, monkeypatch):
-    monkeypatch.setattr(threads, "SMALL", 2**15)
+    monkeypatch.setattr(threads, "SMALL", 2**10)  # of its matrices the largest has 2^11
     inside = []
     video = hiar_model.generate(
         PROMPT, model=model, num_frames=6, on_progress=lambda *_: inside.append(torch.get_num_threads())

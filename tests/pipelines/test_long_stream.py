@@ -1,4 +1,4 @@
-"""A long video takes no more memory than a short one: what is held after 200 frames is what is held after 2,000."""
+"""A long video takes no more memory than a short one: what is held after 100 frames is what is held after 1,000."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from hiar_model.pipelines.prompt_schedule import PromptSchedule
 
 pytestmark = pytest.mark.cpu
 
-TIMES = (2, 4, 6, *range(20, 160, 20))
+TIMES = (1, 2, 3, *range(10, 80, 10))  # seconds of twelve frames
 PROMPTS = [(t, f"a {('red', 'blue', 'green')[i % 3]} circle moving up") for i, t in enumerate(TIMES)]
 
 
-def test_2000_frames_in_flat_memory(model, tmp_path):
+def test_1000_frames_in_flat_memory(model, tmp_path):
     """Written as they come; prompts change on the way, and the context is cached again under each."""
     options = {"prompts": PromptSchedule.of(PROMPTS), "on_prompt_change": "recache"}
     run = prepare(PROMPT, model=model, endless=True, order="stream", **options)
     rows = []
     with VideoWriter(tmp_path / "long.mp4", run.fps, run.metadata, least_side=1) as writer:
-        for row in long_stream.watch(run, writer, 200):
+        for row in long_stream.watch(run, writer, 100):
             rows.append(row)
-            if row.frames >= 2000:
+            if row.frames >= 1000:
                 break
-    assert writer.frames_written >= 2000 and len(rows) == 10
+    assert writer.frames_written >= 1000 and len(rows) == 10
     assert {(row.tensors, row.tensor_bytes) for row in rows} == {(rows[0].tensors, rows[0].tensor_bytes)}
-    assert max(row.blocks for row in rows[2:]) - rows[1].blocks < 500, [row.blocks for row in rows]
+    most = max(row.blocks for row in rows[2:]) - rows[1].blocks
+    assert most < 250, [row.blocks for row in rows]  # there are 267 blocks of video between the two
 
 
 def test_the_count_tells_growth():

@@ -30,8 +30,9 @@ from hiar_model.pipelines.decode import Decoding
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
 PROMPT, NEXT = wan_files.PROMPT, "a blue square moving up"
-HEIGHT, WIDTH = 32, 48
+HEIGHT, WIDTH = 16, 32
 SIZE = {"height": HEIGHT, "width": WIDTH}
+LARGER = 16  # small frames are enlarged to 256 pixels
 FRAMES = 21  # 6 latent frames, two blocks
 
 
@@ -107,7 +108,7 @@ def test_every_layout_gives_the_same_video(files, model, encoded, here, capsys, 
     speed = r"[\d.]+ fps with the full VAE; [\d.]+ fps without decoding"
     assert re.fullmatch(rf"a\.mp4: 21 frames, 1\.3 s at 16 fps; made in [\d.]+ s \({speed}\)\n", told.out)
     seen = decoded("a.mp4")
-    assert seen.shape == (FRAMES, 8 * HEIGHT, 8 * WIDTH, 3)  # small frames are enlarged to 256 pixels
+    assert seen.shape == (FRAMES, LARGER * HEIGHT, LARGER * WIDTH, 3)
     record = json.loads((here / "a.mp4.json").read_text())
     assert record["weights_sha256"] == model.weights_sha256
     assert (record["height"], record["width"], record["fps"], len(record["rollout"]["steps"])) == (HEIGHT, WIDTH, 16, 4)
@@ -303,7 +304,7 @@ def test_a_session_goes_on_and_forks(files, model, here, capsys):
     assert "--num-frames must be more than the 21 of s.safetensors, got 21" in capsys.readouterr().err
     plain = whole(make(model, window_frames=6, num_frames=33)).astype(int)
     seen = np.stack([decoded(image)[0] for image in sorted((here / "all").glob("*.png"))])
-    small = seen.reshape(33, HEIGHT, 8, WIDTH, 8, 3)[:, :, 4, :, 4].astype(int)
+    small = seen.reshape(33, HEIGHT, LARGER, WIDTH, LARGER, 3)[:, :, LARGER // 2, :, LARGER // 2].astype(int)
     assert np.abs(small - plain).mean() < 3, "a video with an open end is the same video"
 
 
@@ -352,7 +353,7 @@ def test_one_block_behind(model, here):
 
 def test_decoding_at_once(model):
     decoding = Decoding(model.decoder())
-    made = list(decoding.put(4, torch.zeros(1, 3, 16, 4, 6)))
+    made = list(decoding.put(4, torch.zeros(1, 3, 16, HEIGHT // 8, WIDTH // 8)))
     assert [(block, frames.shape) for block, frames in made] == [(4, (9, HEIGHT, WIDTH, 3))]
     assert not list(decoding.flush()) and decoding.seconds > 0 and not decoding.asynchronous
 
