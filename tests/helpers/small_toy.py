@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from toy_codec import fit_once
 
 from hiar_model.config import RolloutConfig, WanConfig
 from hiar_model.models.registry import load_video_model, save_toy_model
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.models.video_model import VideoModel
-from hiar_model.toy.codec import ToyCodec
 
 PROMPT = "a red circle moving right"
 BLOCK, WINDOW, TRAIN_FRAMES, FRAMES = 3, 9, 6, 12
@@ -37,7 +37,7 @@ def write_model(folder: Path, config_of_rollout: RolloutConfig | None = None) ->
     return save_toy_model(
         folder,
         transformer,
-        ToyCodec.fit(channels=config.in_channels, frames=64),
+        fit_once(channels=config.in_channels, frames=64),
         rollout=config_of_rollout or rollout(),
         train_frames=TRAIN_FRAMES,
         num_frames=FRAMES,

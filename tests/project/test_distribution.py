@@ -56,7 +56,7 @@ def installed(sdist, tmp_path_factory) -> Path:
     # A path in a .pth file is searched last, and its own .pth files, such as that of this clone, are not read.
     (site_packages(home) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip = (sys.executable, "-m", "pip", "--python", python(home), "install", "--quiet", "--no-index", "--no-deps")
-    run(*pip, "--no-build-isolation", sdist, cwd=home)
+    run(*pip, "--no-compile", "--no-build-isolation", sdist, cwd=home)
     return home
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import wan_files
 from diffusers import WanPipeline
+from toy_codec import codec_once  # noqa: F401 (fixture)
 
 from hiar_model.integrations.diffusers import HiARPipeline
 
