@@ -53,9 +53,7 @@ class Viewer:
 
     def __init__(self, service: Service, path: str = "", **options: Any) -> None:
         address = service.url.replace("http", "ws") + f"/v1/realtime/video{path}"  # type: ignore[attr-defined]
-        # without a thread that looks every 20 s whether the server is there, and ends no sooner
-        plain = {"open_timeout": PATIENCE, "compression": None, "ping_interval": None}
-        self._open = connect(address, max_size=1 << 24, **plain, **options)
+        self._open = connect(address, max_size=1 << 24, open_timeout=PATIENCE, compression=None, **options)
         self.socket = self._open.__enter__()
         self.messages: list[dict[str, Any]] = []
         self.chunks: list[tuple[dict[str, Any], bytes]] = []

@@ -93,7 +93,8 @@ def test_memory_stays_flat(model):
         live.change_prompt((BLUE, GREEN)[turn % 2])
         blocks(live, 40)
         rows.append(long_stream.memory(0))
-    assert {(row.tensors, row.tensor_bytes) for row in rows[1:]} == {(rows[1].tensors, rows[1].tensor_bytes)}
+    for row in rows[2:]:  # less where threads of an earlier test let go of theirs meanwhile
+        assert row.tensors <= rows[1].tensors and row.tensor_bytes <= rows[1].tensor_bytes, rows
 
 
 def test_a_finite_video_ends_and_goes_back(model):
