@@ -118,7 +118,7 @@ def _execute(words: Sequence[str], variables: Mapping[str, str]) -> int:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     logging.disable(logging.NOTSET)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding=variables.get("PYTHONIOENCODING"), closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False, errors="backslashreplace")
     sys.excepthook, code = sys.__excepthook__, 0
     try:
@@ -130,8 +130,8 @@ def _execute(words: Sequence[str], variables: Mapping[str, str]) -> int:
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     return code
 
 
