@@ -47,6 +47,11 @@ def memory_arguments(parser: ArgumentParser) -> None:
 
 def kv_argument(parser: ArgumentParser) -> None:
     parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
+    parser.add_argument(
+        "--attention-dtype",
+        type=str,
+        help="of self-attention's products: float8_e4m3fn, with such keys; default: dtype",
+    )
 
 
 def linear_argument(parser: ArgumentParser) -> None:
