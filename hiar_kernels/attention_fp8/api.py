@@ -58,8 +58,9 @@ def attention_fp8(
     Example:
         >>> ring = torch.zeros(1, 4 * 16, 2, 16), torch.zeros(1, 4, 2, 16, 16)  # 4 slots of 16 tokens, 2 heads of 16
         >>> k, v = (x.to(torch.float8_e4m3fn) for x in ring)
-        >>> scales, ids = torch.ones(1, 4, 2), {"q_frames": torch.tensor([[2]]), "kv_frames": torch.tensor([[2, -1, 0, 1]])}
-        >>> attention_fp8(torch.randn(1, 16, 2, 16), k, v, scales, scales, mask=BlockCausal(16, 1), **ids).shape
+        >>> q, scales, mask = torch.randn(1, 16, 2, 16), torch.ones(1, 4, 2), BlockCausal(16, frames_per_block=1)
+        >>> ids = {"q_frames": torch.tensor([[2]]), "kv_frames": torch.tensor([[2, -1, 0, 1]])}
+        >>> attention_fp8(q, k, v, scales, scales, mask=mask, **ids).shape
         torch.Size([1, 16, 2, 16])
     """
     inputs = Float8Inputs(q, k, v, k_scales, v_scales, q_scales, q_frames, kv_frames, mask, scale, out_dtype)

@@ -13,10 +13,11 @@ from ..common.torch_library import own_arithmetic
 from .inputs import Float8Inputs
 
 BLOCK = 128
-"""Keys of a block, counted from the start of a frame slot, which no block leaves: it has one scale of k and one of v."""
+"""Keys of a block, counted from the start of a frame slot, which no block leaves: one scale of k, one of v."""
 P_SCALE = 256.0
-"""Of probabilities before they are rounded to e4m3: they are at most 1, and 448 is the format's largest. A power of two
-is free inside the exponential; `python -m bench.studies.attention_bits` shows no difference between 1, 256 and 448."""
+"""Of probabilities before they are rounded to e4m3: they are at most 1, 448 is the format's largest, and a power of two
+is free inside the exponential. README.md has what other scales do.
+"""
 
 
 @own_arithmetic

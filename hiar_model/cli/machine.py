@@ -113,7 +113,8 @@ def load_for_video(
     if ranks == 1:
         require_memory(
             a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, vae=a.vae, offload=offload,
-            height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype, beside=beside,
+            height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype,
+            attention_dtype=a.attention_dtype, linear_dtype=a.linear_dtype, beside=beside,
             **{**rollout_options(a), "order": order},
         )  # fmt: skip
     model = load_model(

@@ -35,7 +35,7 @@ class ExecutionConfig:
         dedicated_decoder_rank: the last rank of a pipeline has no steps; it receives finished blocks and decodes them
             while the others compute.
         kv_dtype: name of the dtype of cached keys and values; None: that of the model. "float8_e4m3fn" (one scale per
-            layer, head and frame) takes half the memory of bfloat16 and changes the latents; attention reads it as it lies.
+            layer, head and frame) takes half the memory of bfloat16 and changes the latents.
         attention_dtype: name of the dtype of self-attention's products; None: that of the model. "float8_e4m3fn" rounds
             queries (one scale per token and head) and probabilities too and changes the latents; it needs ``kv_dtype``
             "float8_e4m3fn".
@@ -103,6 +103,11 @@ class ExecutionConfig:
                     f"steps_per_rank must be a sequence with a number of steps for each rank, got {split!r}"
                 )
             object.__setattr__(self, "steps_per_rank", tuple(whole("steps_per_rank", n, 0) for n in split))
+
+    @property
+    def dtypes(self) -> dict[str, str | None]:
+        """``kv_dtype``, ``attention_dtype`` and ``linear_dtype`` by name."""
+        return {name: getattr(self, name) for name in ("kv_dtype", "attention_dtype", "linear_dtype")}
 
 
 def _dtype_name(name: str, dtype: Any, legal: Sequence[str]) -> str | None:

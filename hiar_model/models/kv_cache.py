@@ -1,9 +1,10 @@
 """The KV cache: keys and values of past frames in ring buffers, one ring for each denoising step (matched noise),
 or one for all steps in turn where the task order allows it.
 
-One tensor for each layer, keys [ring, batch, slot * frame_tokens, H, D], values the same, so that tasks at successive steps run as one batch
-without copies. The frame id determines the slot: sink frames keep theirs, later frames overwrite the oldest. The frame
-id in each slot is stored beside the keys (-1: empty), and the attention mask reads only those ids.
+Keys and values are one tensor each for each layer, [ring, batch, slot * frame_tokens, H, D], so that tasks at
+successive steps run as one batch without copies. The frame id determines the slot: sink frames keep theirs, later
+frames overwrite the oldest. The frame id in each slot is stored beside the keys (-1: empty), and the attention mask
+reads only those ids.
 
 Write positions are advanced on the device (:func:`hiar_kernels.ring_advance`), so that one captured graph serves every
 block. The host keeps the same numbers and never reads the device.
@@ -215,7 +216,7 @@ class RingCache:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy the tensors of :meth:`state_dict` back in; ValueError names one that is missing or of another shape.
 
-        Values in e4m3 that lie like the keys, as they did before 2026-11-29, are put in their order of now.
+        Values in e4m3 that lie like the keys, as earlier builds wrote them, are put in their order.
         """
         tensors = self._tensors()
         if self.k_scales:

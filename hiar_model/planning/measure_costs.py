@@ -39,9 +39,7 @@ def measure_costs(
     execution = execution or ExecutionConfig()
     execution = ExecutionConfig(
         cuda_graph=execution.cuda_graph,
-        kv_dtype=execution.kv_dtype,
-        attention_dtype=execution.attention_dtype,
-        linear_dtype=execution.linear_dtype,
+        **execution.dtypes,  # type: ignore[arg-type]
         attention_impl=execution.attention_impl,
     )
     block, narrowest = config.frames_per_block, config.least_window
