@@ -176,6 +176,7 @@ def _loaded(setting: Setting, device: torch.device, dtype: torch.dtype | None) -
     offload: dict[str, Any] = {"offload": ("text",)} if is_wan_folder(Path(setting.model)) else {}
     require_memory(
         setting.model, device, dtype, height=setting.height, width=setting.width, kv_dtype=setting.kv_dtype,
+        attention_dtype=setting.attention_dtype, linear_dtype=setting.linear_dtype,
         **{"order": "stream", **setting.rollout}, **offload,
     )  # fmt: skip
     model = load_video_model(setting.model, device, dtype, **offload)
