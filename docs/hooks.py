@@ -25,6 +25,7 @@ KERNELS = {
         "attention attention_with_lse BlockCausal KVContext attention_layout AttentionLayout takes_layout "
         "attention_schedule AttentionSchedule takes_schedule"
     ),
+    "attention_fp8": "attention_fp8",
     "flow_step": "flow_step",
     "merge_attention": "merge_attention",
     "norm": "layer_norm rms_norm ada_layer_norm gated_residual gated_residual_layer_norm gated_residual_ada_layer_norm "

@@ -15,6 +15,7 @@ from .attention import (
     takes_layout,
     takes_schedule,
 )
+from .attention_fp8 import attention_fp8
 from .backends import backends
 from .common.dispatch import prefer, taken
 from .common.float8 import pack_values, unpack_values
@@ -46,6 +47,7 @@ __all__ = [
     "ada_layer_norm_fp8",
     "append_fp8",
     "attention",
+    "attention_fp8",
     "attention_layout",
     "attention_schedule",
     "attention_with_lse",

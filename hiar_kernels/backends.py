@@ -11,6 +11,7 @@ import torch
 from .append_fp8 import api as append_fp8
 from .attention import api as attention
 from .attention import selection
+from .attention_fp8 import api as attention_fp8
 from .common import cuda_loader
 from .common.pointwise import WHY as POINTWISE
 from .flow_step import api as flow_step
@@ -25,6 +26,12 @@ from .rms_silu_pad import api as rms_silu_pad
 
 _OPS = {
     "attention": (attention.IMPLS, "sdpa", selection.rules()),
+    "attention_fp8": (
+        attention_fp8.IMPLS,
+        "reference",
+        "triton, which was never timed, on CUDA where it is installed: the only one there that reads 8 bits without a "
+        "copy; reference elsewhere",
+    ),
     "merge_attention": (
         merge_attention.IMPLS,
         "reference",

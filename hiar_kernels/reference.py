@@ -7,6 +7,7 @@ from functools import partial
 from .append_fp8 import append_fp8 as _append_fp8
 from .append_fp8 import qk_norm_rope_append_fp8 as _qk_norm_rope_append_fp8
 from .attention import api as _attention
+from .attention_fp8 import attention_fp8 as _attention_fp8
 from .flow_step import flow_step as _flow_step
 from .merge_attention import merge_attention as _merge_attention
 from .norm import api as _norm
@@ -18,6 +19,7 @@ from .rms_silu_pad import rms_silu_pad as _rms_silu_pad
 
 attention = partial(_attention.attention, impl="reference")
 attention_with_lse = partial(_attention.attention_with_lse, impl="reference")
+attention_fp8 = partial(_attention_fp8, impl="reference")
 merge_attention = partial(_merge_attention, impl="reference")
 qk_norm_rope = partial(_qk_norm_rope, impl="reference")
 qk_norm_rope_append = partial(_qk_norm_rope_append, impl="reference")

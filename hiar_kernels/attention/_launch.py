@@ -11,12 +11,11 @@ from torch import Tensor
 from ..common.aot import Case
 from ..common.shapes import HEAD_DIM
 from ..common.triton_loader import architecture
-from .inputs import TRITON_HEAD_DIMS, AttentionInputs, window_list
+from .inputs import LARGEST_FRAME, TRITON_HEAD_DIMS, AttentionInputs, window_list
 from .mask import BlockCausal
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPTIONAL = ("context_k", "context_v", "q_frames", "kv_frames", "context_frames", "windows", "counts", "frames")
-LARGEST_FRAME = 2**30  # exclusive: sums of two ids and a window stay within 32 bits
 RULE = ("frame_tokens", "frames_per_block", "first_frame", "origin", "sink_frames", "sink_end")
 
 

@@ -125,7 +125,7 @@ def query_ends(frames_ptr, t, q_mask, first_frame, frame_tokens, origin, frames_
 
 
 @triton.jit
-def _kind_of_keys(frame, ends, q_mask, least, greatest, before, back, sink_end):
+def kind_of_keys(frame, ends, q_mask, least, greatest, before, back, sink_end):
     """Class of a key frame for a tile of queries."""
     full = (frame >= 0) & (frame < least - before) & ((frame >= greatest - back) | (frame < sink_end))
     any_visible = (frame >= 0) & (frame < greatest - before) & ((frame >= least - back) | (frame < sink_end))
@@ -139,12 +139,12 @@ def _kind_of_keys(frame, ends, q_mask, least, greatest, before, back, sink_end):
 def key_run(slot, slots, frames_ptr, first_frame, ends, q_mask, least, greatest, before, back, sink_end):
     """Class of the run of key slots that begins at ``slot``, and where it stops."""
     frame = frame_at(frames_ptr, slot, slot < slots, first_frame)
-    kind = _kind_of_keys(frame, ends, q_mask, least, greatest, before, back, sink_end)
+    kind = kind_of_keys(frame, ends, q_mask, least, greatest, before, back, sink_end)
     stop = slot + 1
     going = stop < slots
     while going:
         frame = frame_at(frames_ptr, stop, stop < slots, first_frame)
-        same = _kind_of_keys(frame, ends, q_mask, least, greatest, before, back, sink_end) == kind
+        same = kind_of_keys(frame, ends, q_mask, least, greatest, before, back, sink_end) == kind
         stop += same.to(tl.int32)
         going = same & (stop < slots)
     return kind, stop

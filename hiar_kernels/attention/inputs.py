@@ -15,6 +15,7 @@ from .layout import AttentionLayout
 from .mask import BlockCausal, KVContext
 
 TRITON_HEAD_DIMS = (16, 32, 64, 128)
+LARGEST_FRAME = 2**30  # exclusive, in kernels: sums of two ids and a window stay within 32 bits
 _UNBOUNDED = -1  # "no window" in the schema's int list
 
 
@@ -47,9 +48,7 @@ class AttentionInputs:
         windows: list[int] = []
         mask, context = self.mask, self.context
         if mask is not None:
-            first_block = mask.frames_per_block if mask.first_block_frames is None else mask.first_block_frames
-            rule = [mask.frame_tokens, mask.frames_per_block, mask.sink_frames, mask.first_frame, first_block]
-            windows = window_list(mask, self.q.shape[0])
+            rule, windows = rule_of(mask), window_list(mask, self.q.shape[0])
         context_k, context_v, context_frames = (
             (None, None, None) if context is None else (context.k, context.v, context.frames)
         )
@@ -77,9 +76,7 @@ class AttentionInputs:
         """The inverse of :meth:`as_schema`."""
         mask = context = None
         if rule:
-            tokens, block, sink, first, first_block = rule
-            limits = tuple(None if w == _UNBOUNDED else w for w in windows)
-            mask = BlockCausal(tokens, block, limits, sink, first, first_block)
+            mask = mask_of(rule, windows)
         if context_k is not None and context_v is not None and context_frames is not None:
             context = KVContext(context_k, context_v, context_frames)
         return cls(q, k, v, mask, q_frames, kv_frames, context, kv_counts, scale)
@@ -166,3 +163,16 @@ class AttentionInputs:
 def window_list(mask: BlockCausal, batch: int) -> list[int]:
     """The window of each batch item in frames; -1: unbounded."""
     return [_UNBOUNDED if w is None else w for w in mask.windows(batch)]
+
+
+def rule_of(mask: BlockCausal) -> list[int]:
+    """The mask but for its windows, as an op's schema has it."""
+    first_block = mask.frames_per_block if mask.first_block_frames is None else mask.first_block_frames
+    return [mask.frame_tokens, mask.frames_per_block, mask.sink_frames, mask.first_frame, first_block]
+
+
+def mask_of(rule: Sequence[int], windows: Sequence[int]) -> BlockCausal:
+    """The inverse of :func:`rule_of` and :func:`window_list`."""
+    tokens, block, sink, first, first_block = rule
+    limits = tuple(None if w == _UNBOUNDED else w for w in windows)
+    return BlockCausal(tokens, block, limits, sink, first, first_block)

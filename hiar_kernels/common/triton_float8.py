@@ -59,6 +59,23 @@ def stored_scale(scale):
 
 
 @triton.jit
+def e4m3_numbers(bits):
+    """The inverse of :func:`e4m3_bits`, exact in float16."""
+    wide = bits.to(tl.uint16)
+    # The exponent's bias is 7 here and 15 in float16.
+    number = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((wide & 0x7F) == 0x7F, float("nan"), number).to(tl.float16)
+
+
+@triton.jit
+def round_to_e4m3(y):
+    """float32 in 0..448, or NaN -> the nearest number of e4m3, ties to even."""
+    bits = y.to(tl.uint32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
+    return tl.where(y < 0.015625, (y + 16384.0) - 16384.0, tl.where(y == y, normal, y))
+
+
+@triton.jit
 def quantize_tile(y, HARDWARE: tl.constexpr):
     """Rows y [N, C], zero where nothing stands -> their e4m3 (its bits, if the hardware does not convert), scales [N].
 

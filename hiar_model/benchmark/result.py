@@ -25,7 +25,7 @@ SAME = {
 MAY_DIFFER = {
     "device": ("machine", "device"), "driver": ("machine", "driver"), "threads": ("machine", "threads"),
     "weights in": ("precision", "weights"), "keys and values in": ("precision", "kv"),
-    "linear layers in": ("precision", "linear"),
+    "products of attention in": ("precision", "attention"), "linear layers in": ("precision", "linear"),
     "CUDA graphs": ("execution", "cuda_graph"), "hiar-kernels": ("versions", "hiar-kernels"),
     "torch": ("versions", "torch"), "triton": ("versions", "triton"), "cuda": ("versions", "cuda"),
 }  # fmt: skip
@@ -99,7 +99,8 @@ def facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     p, e = result["precision"], result["execution"]
     how = "CUDA graphs" if e["cuda_graph"] else "eager"
     dtypes = f"weights {p['weights']}, keys and values {p['kv']}, linear layers {p['linear']}"
-    yield "precision", f"{dtypes}; {how}, attention {e['attention_impl']}"
+    products = f" in {p['attention']}" if p.get("attention", p["weights"]) != p["weights"] else ""
+    yield "precision", f"{dtypes}; {how}, attention{products} {e['attention_impl']}"
     threads = f", threads: {about['threads']}" if about["kind"] == "cpu" else f", driver {about['driver']}"
     yield "machine", f"{about['device']}{threads}, {about['system']}"
     yield "versions", ", ".join(f"{name} {value}" for name, value in v.items() if value != "absent")

@@ -366,6 +366,7 @@ def _precision(subject: BenchModel) -> dict[str, str]:
     return {
         "weights": weights,
         "kv": execution.kv_dtype or weights,
+        "attention": execution.attention_dtype or weights,
         "linear": execution.linear_dtype or weights,
         "float32_matmul": "ieee",
     }

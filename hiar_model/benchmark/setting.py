@@ -43,7 +43,7 @@ class Setting:
         height, width: pixels; None: what the model says.
         rollout: fields of :class:`RolloutConfig` in place of the model's own. Its order must have a steady state.
         cuda_graph: whether forwards are captured; None: on CUDA. kv_dtype: of keys and values; None: ``dtype``.
-        linear_dtype: of the large linear layers; None: ``dtype``.
+        attention_dtype: of self-attention's products. linear_dtype: of the large linear layers; None: ``dtype``.
         device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of weights; None: bfloat16 on CUDA, float32 on a CPU.
         layers: so many layers of the network, with random weights; None: all.
         blocks: measured with a full window. repeats: rollouts, each from its first block. seed: of the noise.
@@ -58,6 +58,7 @@ class Setting:
     rollout: Mapping[str, Any] = field(default_factory=dict)
     cuda_graph: bool | None = None
     kv_dtype: str | None = None
+    attention_dtype: str | None = None
     linear_dtype: str | None = None
     device: str | torch.device = "auto"
     dtype: str | None = None
@@ -161,7 +162,10 @@ def _dtype(setting: Setting) -> torch.dtype | None:
 
 def _execution(setting: Setting, device: torch.device) -> ExecutionConfig:
     captured = device.type == "cuda" if setting.cuda_graph is None else setting.cuda_graph
-    return ExecutionConfig(cuda_graph=captured, kv_dtype=setting.kv_dtype, linear_dtype=setting.linear_dtype)
+    return ExecutionConfig(
+        cuda_graph=captured, kv_dtype=setting.kv_dtype, attention_dtype=setting.attention_dtype,
+        linear_dtype=setting.linear_dtype,
+    )  # fmt: skip
 
 
 def _loaded(setting: Setting, device: torch.device, dtype: torch.dtype | None) -> BenchModel:
@@ -172,6 +176,7 @@ def _loaded(setting: Setting, device: torch.device, dtype: torch.dtype | None) -
     offload: dict[str, Any] = {"offload": ("text",)} if is_wan_folder(Path(setting.model)) else {}
     require_memory(
         setting.model, device, dtype, height=setting.height, width=setting.width, kv_dtype=setting.kv_dtype,
+        attention_dtype=setting.attention_dtype, linear_dtype=setting.linear_dtype,
         **{"order": "stream", **setting.rollout}, **offload,
     )  # fmt: skip
     model = load_video_model(setting.model, device, dtype, **offload)

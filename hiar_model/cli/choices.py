@@ -14,12 +14,12 @@ from ..common import checks, environment
 from ..common.image_file import image_files
 from ..common.lora_file import lora_files
 from ..config import SHIPPED, RolloutConfig, WanConfig
-from ..config.execution import ATTENTION_IMPLS, KV_DTYPES, LINEAR_DTYPES, ON_NAN
+from ..config.execution import ATTENTION_DTYPES, ATTENTION_IMPLS, KV_DTYPES, LINEAR_DTYPES, ON_NAN
 from ..config.rollout import KV_SOURCES, ON_PROMPT_CHANGE, ORDERS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "order": ORDERS, "dtype": checks.DTYPE_NAMES, "kv_dtype": KV_DTYPES, "vae_dtype": (*checks.DTYPE_NAMES, "none"),
-    "attention_impl": ATTENTION_IMPLS, "linear_dtype": LINEAR_DTYPES,
+    "attention_impl": ATTENTION_IMPLS, "attention_dtype": ATTENTION_DTYPES, "linear_dtype": LINEAR_DTYPES,
     "on_nan": ON_NAN, "on_prompt_change": ON_PROMPT_CHANGE, "kv_source": KV_SOURCES, "offload": checks.OFFLOAD,
     "parallel": ("pipeline", "ulysses"),
     "to": ("native", "diffusers", "pt"), "world": ("plain", "varied", "free_speed"),

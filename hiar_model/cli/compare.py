@@ -70,7 +70,9 @@ def compare(a: Namespace) -> None:
 
         result = make(
             a.prompt, a.out, orders=orders, model=model, num_frames=a.num_frames, speed=a.speed,
-            execution=ExecutionConfig(kv_dtype=a.kv_dtype, linear_dtype=a.linear_dtype, on_nan=a.on_nan),
+            execution=ExecutionConfig(
+                kv_dtype=a.kv_dtype, attention_dtype=a.attention_dtype, linear_dtype=a.linear_dtype, on_nan=a.on_nan
+            ),
             height=a.height, width=a.width, seed=a.seed, fps=a.fps, image=a.image, extend=a.extend, prompts=prompts,
             threads=a.threads, on_progress=show, **of_rollout,
         )  # fmt: skip

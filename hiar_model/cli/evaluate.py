@@ -58,11 +58,12 @@ def evaluate(a: Namespace) -> None:
     orders = orders or [rollout.order for rollout in default_rollouts(model.rollout)]
     options = {"window_frames": a.window_frames, "kv_source": a.kv_source}
     rollouts = [model.rollout.with_options(order=order, **options) for order in orders]
+    execution = ExecutionConfig(kv_dtype=a.kv_dtype, attention_dtype=a.attention_dtype, linear_dtype=a.linear_dtype)
     with progress_bar("videos {task.completed}/{task.total}") as bar:
         task = bar.add_task("", total=None)
         rows = evaluate_toy(
             model, prompts, seed=a.seed, num_frames=lengths, rollouts=rollouts, parts=a.parts, seeds=a.seeds,
-            batch=a.batch, execution=ExecutionConfig(kv_dtype=a.kv_dtype, linear_dtype=a.linear_dtype),
+            batch=a.batch, execution=execution,
             on_videos=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     _print_rows(rows, f"{model.name} ({model.weights_sha256[:12]}), {len(prompts)} held-out prompts, seed {a.seed}, "
@@ -78,6 +79,7 @@ def evaluate(a: Namespace) -> None:
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
             "kv_dtype": a.kv_dtype,
+            "attention_dtype": a.attention_dtype,
             "linear_dtype": a.linear_dtype,
             "versions": versions("torch"),
         }

@@ -47,6 +47,11 @@ def memory_arguments(parser: ArgumentParser) -> None:
 
 def kv_argument(parser: ArgumentParser) -> None:
     parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
+    parser.add_argument(
+        "--attention-dtype",
+        type=str,
+        help="of self-attention's products: float8_e4m3fn, with such keys; default: dtype",
+    )
 
 
 def linear_argument(parser: ArgumentParser) -> None:
@@ -108,7 +113,8 @@ def load_for_video(
     if ranks == 1:
         require_memory(
             a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, vae=a.vae, offload=offload,
-            height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype, beside=beside,
+            height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype,
+            attention_dtype=a.attention_dtype, linear_dtype=a.linear_dtype, beside=beside,
             **{**rollout_options(a), "order": order},
         )  # fmt: skip
     model = load_model(

@@ -135,6 +135,7 @@ class Job:
             steps_per_rank=split,
             dedicated_decoder_rank=a.dedicated_decoder_rank,
             kv_dtype=a.get("kv_dtype"),
+            attention_dtype=a.get("attention_dtype"),
             linear_dtype=a.linear_dtype,
             attention_impl=a.attention_impl,
             on_nan=a.get("on_nan") or "stop",

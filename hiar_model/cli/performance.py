@@ -66,7 +66,8 @@ def _setting(a: Namespace, **more: Any) -> Any:
     model = a.model or ("toy" if pick_device(a.device).type == "cpu" else "wan2.1-t2v-1.3b")
     return Setting(
         model=model, height=a.height, width=a.width, rollout=rollout_options(a), cuda_graph=a.cuda_graph,
-        kv_dtype=a.kv_dtype, linear_dtype=a.linear_dtype, device=a.device, dtype=a.dtype, layers=a.layers, **more,
+        kv_dtype=a.kv_dtype, attention_dtype=a.attention_dtype, linear_dtype=a.linear_dtype, device=a.device,
+        dtype=a.dtype, layers=a.layers, **more,
     )  # fmt: skip
 
 

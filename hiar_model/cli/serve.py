@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from .machine import imports, load_model, lora_argument, machine_arguments, stage_lines
+from .machine import imports, kv_argument, load_model, lora_argument, machine_arguments, stage_lines
 
 EXTRA = ("starlette", "uvicorn", "websockets", "prometheus_client")
 
@@ -32,7 +32,7 @@ def serve_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--allow-host", type=str, help="names of this server, with commas between, beside its address")
     parser.add_argument("--data", type=str, default="hiar-data", help="folder for videos and what sessions have shown")
     parser.add_argument("--log-prompts", action="store_true", help="write prompts to the log, too")
-    parser.add_argument("--kv-dtype", type=str, help="of keys and values, such as float8_e4m3fn; default: dtype")
+    kv_argument(parser)
     parser.add_argument("--cuda-graph", type=bool, default=False, help="capture forwards as CUDA graphs")
     machine_arguments(parser)
 
@@ -62,7 +62,7 @@ def serve(a: Namespace) -> None:
     listening = listen(a.host, a.port)  # before the model is loaded, which takes a while
     options: dict[str, Any] = {"checkpoint": a.checkpoint, "vae": a.vae, "lora": a.lora, "on_stage": stage_lines()}
     model = load_model(a, **options)
-    execution = ExecutionConfig(kv_dtype=a.kv_dtype, cuda_graph=a.cuda_graph)
+    execution = ExecutionConfig(kv_dtype=a.kv_dtype, attention_dtype=a.attention_dtype, cuda_graph=a.cuda_graph)
     service = Service(model, execution, Path(a.data), settings)
     service.start()
     print(f"{model.name} is served at {address(listening)}", flush=True)

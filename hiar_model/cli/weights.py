@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from .choices import rollout_options
-from .machine import lora_argument, memory_arguments
+from .machine import linear_argument, lora_argument, memory_arguments
 
 if TYPE_CHECKING:
     from ..models.checkpoint import CheckpointInfo
@@ -60,6 +60,7 @@ def doctor_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, help="pixel frames; default: 81, or the model's")
     parser.add_argument("--order", type=str, default="step_first", help="step_first, stream, wavefront or block_first")
     memory_arguments(parser)
+    linear_argument(parser)
     parser.add_argument("--batch", type=int, default=1, help="videos made at once")
     parser.add_argument("--fuse-cache-denoise", type=bool, default=False, help="one forward for both kinds of tasks")
     parser.add_argument("--dtype", type=str, help="of weights and work; default: bfloat16, of toy and scenes float32")
@@ -97,6 +98,7 @@ def doctor(a: Namespace) -> None:
     limits = [parse_size(size) for size in a.gpu_memory.split(",")] if a.gpu_memory is not None else []
     query = fit_query(
         a.model, height=a.height, width=a.width, frames=a.frames, dtype=a.dtype, kv_dtype=a.kv_dtype,
+        attention_dtype=a.attention_dtype, linear_dtype=a.linear_dtype,
         vae=a.vae, vae_dtype=a.vae_dtype, offload=[name.strip() for name in a.offload.split(",")] if a.offload else (),
         batch=a.batch, **rollout_options(a),
     )  # fmt: skip

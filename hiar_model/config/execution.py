@@ -14,12 +14,14 @@ ATTENTION_IMPLS = (
 )  # fmt: skip
 """Of :func:`hiar_kernels.attention`, whose module imports torch."""
 KV_DTYPES = (*DTYPE_NAMES, "float8_e4m3fn")
-LINEAR_DTYPES = ("float8_e4m3fn",)
+LINEAR_DTYPES = ATTENTION_DTYPES = ("float8_e4m3fn",)
+FLOAT8_IMPLS = ("auto", "reference", "triton")
+"""Of :func:`hiar_kernels.attention_fp8`, which reads caches of float8_e4m3fn."""
 
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """Where and how a rollout runs. Only ``kv_dtype`` and ``linear_dtype`` change the result.
+    """Where and how a rollout runs. Only ``kv_dtype``, ``attention_dtype`` and ``linear_dtype`` change the result.
 
     Args:
         cuda_graph: capture each kind of forward as a CUDA graph at its first use and replay it afterwards; needs a CUDA
@@ -34,11 +36,15 @@ class ExecutionConfig:
             while the others compute.
         kv_dtype: name of the dtype of cached keys and values; None: that of the model. "float8_e4m3fn" (one scale per
             layer, head and frame) takes half the memory of bfloat16 and changes the latents.
+        attention_dtype: name of the dtype of self-attention's products; None: that of the model. "float8_e4m3fn" rounds
+            queries (one scale per token and head) and probabilities too and changes the latents; it needs ``kv_dtype``
+            "float8_e4m3fn".
         linear_dtype: name of the dtype of the large linear layers; None: that of the model. "float8_e4m3fn" quantises
             those of self-attention and feed-forward (one scale per output channel; activations: per token) and changes
             the latents. On CUDA it needs a bfloat16 model and compute capability 8.9.
         attention_impl: implementation of self-attention, of :func:`hiar_kernels.attention`; equal up to rounding.
-            "auto": the fastest that was measured. Any other never falls back: it raises where it cannot run.
+            "auto": the fastest that was measured. Any other never falls back: it raises where it cannot run. Over
+            caches of float8_e4m3fn: "auto", "reference" or "triton".
         on_nan: "stop": raise if latents are not finite, naming step, block, layer and implementation. "retry": first
             repeat the forward with the reference ops and continue if that is finite; waits for the device after every
             forward.
@@ -63,6 +69,7 @@ class ExecutionConfig:
     costs: Any = None
     dedicated_decoder_rank: bool = False
     kv_dtype: str | None = None
+    attention_dtype: str | None = None
     linear_dtype: str | None = None
     attention_impl: str = "auto"
     on_nan: str = "stop"
@@ -80,6 +87,15 @@ class ExecutionConfig:
         object.__setattr__(self, "timeout", number_above_0("timeout", self.timeout))
         object.__setattr__(self, "kv_dtype", _dtype_name("kv_dtype", self.kv_dtype, KV_DTYPES))
         object.__setattr__(self, "linear_dtype", _dtype_name("linear_dtype", self.linear_dtype, LINEAR_DTYPES))
+        products = _dtype_name("attention_dtype", self.attention_dtype, ATTENTION_DTYPES)
+        object.__setattr__(self, "attention_dtype", products)
+        if products is not None and self.kv_dtype != products:
+            raise ValueError(f"attention_dtype {products} needs kv_dtype {products}, got kv_dtype {self.kv_dtype}")
+        if self.kv_dtype == "float8_e4m3fn" and self.attention_impl not in FLOAT8_IMPLS:
+            legal = ", ".join(FLOAT8_IMPLS)
+            raise ValueError(
+                f"attention_impl must be one of {legal} with kv_dtype float8_e4m3fn, got {self.attention_impl!r}"
+            )
         split = self.steps_per_rank
         if split is not None:
             if not isinstance(split, Sequence) or isinstance(split, str):
@@ -87,6 +103,11 @@ class ExecutionConfig:
                     f"steps_per_rank must be a sequence with a number of steps for each rank, got {split!r}"
                 )
             object.__setattr__(self, "steps_per_rank", tuple(whole("steps_per_rank", n, 0) for n in split))
+
+    @property
+    def dtypes(self) -> dict[str, str | None]:
+        """``kv_dtype``, ``attention_dtype`` and ``linear_dtype`` by name."""
+        return {name: getattr(self, name) for name in ("kv_dtype", "attention_dtype", "linear_dtype")}
 
 
 def _dtype_name(name: str, dtype: Any, legal: Sequence[str]) -> str | None:

@@ -118,7 +118,9 @@ class UlyssesAttention(CachedAttention):
         shares = self.ranks.exchange(x.expand(self.ranks.size, *x.shape).contiguous())
         return shares.unflatten(2, (frames, -1)).permute(1, 2, 0, 3, 4).flatten(1, 3)
 
-    def _append(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, **options: Any) -> Tensor:
+    def _append(
+        self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, **options: Any
+    ) -> tuple[Tensor, ...]:
         """qkv [B, T / R, 3 C] -> q [B, T, H / R, D]; k and v of these heads go into the layer's cache."""
         (batch, tokens, width), ranks, heads = qkv.shape, self.ranks.size, options["num_heads"]
         packed = qkv.new_empty(heads, 3, batch, tokens, width // 3 // heads)  # heads first: a share for each rank
@@ -131,7 +133,7 @@ class UlyssesAttention(CachedAttention):
         received = self.ranks.exchange(packed).unflatten(0, (ranks, -1)).unflatten(4, (self.frames.shape[1], -1))
         q_k_v = received.permute(2, 3, 4, 0, 5, 1, 6)
         self._write(layer, q_k_v[1], q_k_v[2])
-        return q_k_v[0].flatten(1, 3)
+        return self._queries(q_k_v[0].flatten(1, 3))
 
     def __call__(
         self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, selection: OutputSelection | None

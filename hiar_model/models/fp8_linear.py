@@ -10,7 +10,7 @@ exact.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hiar_kernels import quantize_rows
+from hiar_kernels.common.float8 import E4M3
 
 from .transformer import Float8Input, HiARTransformer
 
@@ -108,7 +109,17 @@ def quantized(model: HiARTransformer) -> HiARTransformer:
     return twin
 
 
-def _takes_8_bits(name: str, module: nn.Module) -> bool:
+def float8_bytes(model: HiARTransformer, wide: bool) -> int:
+    """Bytes of :func:`quantized`'s layers beside the model's: weights and scales. ``wide``: on a CPU also the weights
+    in float32, which it multiplies.
+    """
+    layers = [module for name, module in model.named_modules() if _takes_8_bits(name, module)]
+    of_weight = E4M3.itemsize + (torch.float32.itemsize if wide else 0)
+    numbers = sum(layer.weight.numel() for layer in layers)
+    return numbers * of_weight + sum(len(layer.weight) for layer in layers) * torch.float32.itemsize
+
+
+def _takes_8_bits(name: str, module: nn.Module) -> TypeGuard[nn.Linear]:
     return isinstance(module, nn.Linear) and name.startswith("blocks.") and (".self_attn." in name or ".ffn." in name)
 
 

@@ -1,17 +1,18 @@
 """The KV cache: keys and values of past frames in ring buffers, one ring for each denoising step (matched noise),
 or one for all steps in turn where the task order allows it.
 
-One tensor for each layer, [ring, batch, slot * frame_tokens, H, D], so that tasks at successive steps run as one batch
-without copies. The frame id determines the slot: sink frames keep theirs, later frames overwrite the oldest. The frame
-id in each slot is stored beside the keys (-1: empty), and the attention mask reads only those ids.
+Keys and values are one tensor each for each layer, [ring, batch, slot * frame_tokens, H, D], so that tasks at
+successive steps run as one batch without copies. The frame id determines the slot: sink frames keep theirs, later
+frames overwrite the oldest. The frame id in each slot is stored beside the keys (-1: empty), and the attention mask
+reads only those ids.
 
 Write positions are advanced on the device (:func:`hiar_kernels.ring_advance`), so that one captured graph serves every
 block. The host keeps the same numbers and never reads the device.
 
-Keys and values may be stored in another dtype than the model's (``kv_dtype``; e4m3 has a scale for each layer, frame
-and head). Attention then reads all of them, the current frames' too, through one dequantised scratch shared by the
-layers: so every task order sees the same numbers. For bfloat16 over e4m3 that moves 7 bytes for each number read,
-beside the 2 that attention reads.
+Keys and values may be stored in another dtype than the model's (``kv_dtype``). In e4m3 they have a scale for each
+layer, frame and head, values lie transposed, and attention reads the ring itself (:func:`hiar_kernels.attention_fp8`).
+Any other dtype is read, the current frames' too, through one scratch in the model's dtype shared by the layers. Either
+way every task order sees the same numbers.
 """
 
 from __future__ import annotations
@@ -30,19 +31,23 @@ from hiar_kernels import (
     AttentionLayout,
     AttentionSchedule,
     BlockCausal,
+    append_fp8,
     attention,
+    attention_fp8,
     attention_layout,
     attention_schedule,
     qk_norm_rope_append,
+    qk_norm_rope_append_fp8,
+    quantize_rows,
     ring_advance,
     takes_schedule,
 )
+from hiar_kernels.common.float8 import E4M3, pack_values, padded
 from hiar_kernels.nvtx import span
 
 from ..config import RolloutConfig, WanConfig
 from ..config.rollout import BLOCKWISE
 from .conditions import OutputSelection
-from .fp8 import E4M3, bits, dequantize, quantize
 from .transformer import SelfAttention
 
 CACHE_DTYPES = (E4M3, torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -58,9 +63,10 @@ class RingCache:
         dtype: of the model. kv_dtype: of the stored keys and values, one of ``CACHE_DTYPES``; None: ``dtype``.
 
     Attributes:
-        k, v: for each layer [ring, batch, slot * frame_tokens, H, D].
+        k, v: for each layer [ring, batch, slot * frame_tokens, H, D]; v as e4m3: [ring, batch, slot, H, D, places], as
+            :func:`hiar_kernels.append_fp8` writes it.
         k_scales, v_scales: for each layer float32 [ring, batch, slot, H] if stored as e4m3, else empty.
-        scratch: k and v of one layer in the model's dtype, if stored in another.
+        scratch: k and v of one layer in the model's dtype, if stored in another but e4m3.
         frames: int32 [ring, batch, slot], the frame id in each slot, -1 empty; ``slot_frames``: the same on the host.
         positions: int32 [ring, batch], the next frame to write; ``write_position``: the same on the host, None where it
             has to be copied to the device.
@@ -92,12 +98,12 @@ class RingCache:
         shape, stored = self.shape(config, capacities, batch, frame_tokens, heads), kv_dtype_of(dtype, kv_dtype)
         layers, scale_shape = range(config.num_layers), (*shape[:2], max(capacities), shape[3])
         self.k = [torch.empty(shape, dtype=stored, device=device) for _ in layers]
-        self.v = [torch.empty(shape, dtype=stored, device=device) for _ in layers]
+        self.v = [torch.empty(self._shape_of_values(shape, stored), dtype=stored, device=device) for _ in layers]
         scaled_layers = layers if stored == E4M3 else ()
         self.k_scales = [torch.ones(scale_shape, device=device, dtype=torch.float32) for _ in scaled_layers]
         self.v_scales = [torch.ones(scale_shape, device=device, dtype=torch.float32) for _ in scaled_layers]
         self.scratch: tuple[Tensor, ...] = ()
-        if stored != dtype:
+        if stored not in (dtype, E4M3):
             self.scratch = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.frames = torch.full((shape[0], batch, max(capacities)), EMPTY, dtype=torch.int32, device=device)
         self.positions = torch.zeros(shape[0], batch, dtype=torch.int32, device=device)
@@ -136,6 +142,11 @@ class RingCache:
         """Of one layer's keys: [ring, batch, slot * frame_tokens, H, D]."""
         return len(capacities), batch, max(capacities) * frame_tokens, heads or config.num_heads, config.head_dim
 
+    def _shape_of_values(self, shape: tuple[int, ...], stored: torch.dtype) -> tuple[int, ...]:
+        if stored != E4M3:
+            return shape
+        return (*shape[:2], max(self.capacities), *shape[3:], padded(self.frame_tokens))
+
     @classmethod
     def memory_bytes(
         cls,
@@ -150,9 +161,14 @@ class RingCache:
         """Bytes of keys, values, scales, scratch and frame ids, computed without allocating anything."""
         shape, stored = cls.shape(config, capacities, batch, frame_tokens, heads), kv_dtype_of(dtype, kv_dtype)
         numbers, slots = math.prod(shape), len(capacities) * batch * max(capacities)
-        of_layer = numbers * stored.itemsize + (slots * shape[3] * torch.float32.itemsize if stored == E4M3 else 0)
-        scratch = 0 if stored == dtype else 2 * numbers * dtype.itemsize
-        return 2 * config.num_layers * of_layer + scratch + slots * torch.int32.itemsize
+        if stored == E4M3:
+            of_layer = (
+                slots * shape[3] * ((frame_tokens + padded(frame_tokens)) * shape[4] + 2 * torch.float32.itemsize)
+            )
+        else:
+            of_layer = 2 * numbers * stored.itemsize
+        scratch = 0 if stored in (dtype, E4M3) else 2 * numbers * dtype.itemsize
+        return config.num_layers * of_layer + scratch + slots * torch.int32.itemsize
 
     def slots(self, ring: int, frames: Sequence[int]) -> list[int]:
         """The slot of each frame in a ring; frames are counted from the video's first."""
@@ -179,20 +195,14 @@ class RingCache:
         return part.view(part.shape[0] * part.shape[1], *part.shape[2:])
 
     def read(self, layer: int, rings: slice, slots: int) -> tuple[Tensor, Tensor]:
-        """Keys and values in the model's dtype, [rings * batch, slots * tokens, H, D]; valid until the next call."""
+        """Keys and values in the model's dtype, [rings * batch, slots * tokens, H, D]; valid until the next call. Not
+        of a cache in e4m3.
+        """
         k, v = (self.view(layers[layer], rings, slots) for layers in (self.k, self.v))
         if not self.scratch:
             return k, v
         k_out, v_out = (self.view(x, rings, slots) for x in self.scratch)
-        if self.k_scales:
-            frames = (-1, self.frame_tokens)
-            for values, scales, out in ((k, self.k_scales, k_out), (v, self.v_scales, v_out)):
-                scale = self.view(scales[layer], rings, slots)
-                dequantize(values.unflatten(1, frames), scale, out.unflatten(1, frames))
-        else:
-            k_out.copy_(k)
-            v_out.copy_(v)
-        return k_out, v_out
+        return k_out.copy_(k), v_out.copy_(v)
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {"k": self.k, "v": self.v, "k_scale": self.k_scales, "v_scale": self.v_scales}
@@ -204,8 +214,17 @@ class RingCache:
         return {name: x.clone() for name, x in self._tensors().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy the tensors of :meth:`state_dict` back in; ValueError names one that is missing or of another shape."""
+        """Copy the tensors of :meth:`state_dict` back in; ValueError names one that is missing or of another shape.
+
+        Values in e4m3 that lie like the keys, as earlier builds wrote them, are put in their order.
+        """
         tensors = self._tensors()
+        if self.k_scales:
+            old = {f"v.{i}": (k.shape, E4M3) for i, k in enumerate(self.k)}
+            state = {
+                name: pack_values(x.unflatten(2, (-1, self.frame_tokens))) if old.get(name) == (x.shape, x.dtype) else x
+                for name, x in state.items()
+            }
         for name, tensor in tensors.items():
             saved = state.get(name)
             if saved is None or (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
@@ -230,6 +249,7 @@ class CachedAttention(SelfAttention):
         mask: the visibility rule, with one window for each batch item.
         shares_kv: for each ring, whether the task also writes its keys into the ring before it.
         impl: of attention.
+        float8_products: over a cache in e4m3, whether queries and probabilities are rounded to e4m3 too.
     """
 
     def __init__(
@@ -243,8 +263,9 @@ class CachedAttention(SelfAttention):
         mask: BlockCausal,
         shares_kv: Sequence[bool],
         impl: str = "auto",
+        float8_products: bool = False,
     ) -> None:
-        self.impl = impl
+        self.impl, self.float8_products = impl, float8_products
         self.cache, self.grid, self.first_frame, self.mask, self.ring_slice = cache, grid, first_frame, mask, rings
         self.rings = list(range(rings.start, rings.stop, rings.step or 1))
         self.advances, self.shares_kv = list(advances), list(shares_kv)
@@ -256,9 +277,10 @@ class CachedAttention(SelfAttention):
         self.slots = self._targets[0]
         self._advance = torch.tensor(self.advances, dtype=torch.int32, device=device).repeat_interleave(cache.batch)
         self.kv_frames = cache.view(cache.frames, rings, self.used_slots)
-        # k and v of each layer as attention reads them, if that needs no scratch.
-        layers = () if cache.scratch else zip(cache.k, cache.v, strict=True)
-        self._views = [tuple(cache.view(x, rings, self.used_slots) for x in pair) for pair in layers]
+        # k and v (and their scales) of each layer as attention reads them, if that needs no scratch.
+        by_layer = [cache.k, cache.v, *((cache.k_scales, cache.v_scales) if cache.k_scales else ())]
+        layers = () if cache.scratch else zip(*by_layer, strict=True)
+        self._views = [tuple(cache.view(x, rings, self.used_slots) for x in layer) for layer in layers]
         self._shared = _SharedKV(cache, self.rings, self.shares_kv) if any(shares_kv) else None
         # For keys that are written separately: indices of items and slots, slots in a ring of the task's frames alone.
         self._items = torch.arange(batch, device=device)[:, None]
@@ -266,8 +288,10 @@ class CachedAttention(SelfAttention):
         self._in_order = torch.arange(frames, dtype=torch.int32, device=device)[None]
         self.layout: AttentionLayout | None = None
         # For kernels that use a schedule: computed on the device once a task, for all layers.
-        k = cache.view(cache.scratch[0] if cache.scratch else cache.k[0], rings, self.used_slots)
-        self._by_schedule = takes_schedule(k[:, : frames * cache.frame_tokens], k, mask, impl)
+        self._by_schedule = False
+        if not cache.k_scales:
+            k = cache.view(cache.scratch[0] if cache.scratch else cache.k[0], rings, self.used_slots)
+            self._by_schedule = takes_schedule(k[:, : frames * cache.frame_tokens], k, mask, impl)
         self._schedule: AttentionSchedule | None = None
 
     def prepare_host(self, starts: Sequence[int], layout: bool = True) -> AttentionLayout | None:
@@ -325,16 +349,16 @@ class CachedAttention(SelfAttention):
         options: dict[str, Any] = {"num_heads": c.num_heads, "grid": self.grid, "eps": c.eps, "theta": c.rope_theta}
         with span("qk_norm_rope_append"):
             q = self._append(layer, qkv, q_weight, k_weight, **options)
-        if self.writes_separately:
+        if self.writes_separately and not cache.k_scales:
             for i, (ring, shares) in enumerate(zip(self.rings, self.shares_kv, strict=True)):
                 if shares:
                     self._copy_to_ring_before(layer, ring, i * cache.batch)
         if selection is not None and not selection.rows:
             return None
-        k, v = self._views[layer] if self._views else cache.read(layer, self.ring_slice, self.used_slots)
+        kv = self._views[layer] if self._views else cache.read(layer, self.ring_slice, self.used_slots)
         if selection is None:
-            return self._attend(q, k, v, 0, len(q), 0)
-        parts = [self._attend(q, k, v, start, stop, selection.first) for start, stop in selection.runs()]
+            return self._attend(q, kv, qkv.dtype, 0, len(qkv), 0)
+        parts = [self._attend(q, kv, qkv.dtype, start, stop, selection.first) for start, stop in selection.runs()]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     @property
@@ -342,32 +366,47 @@ class CachedAttention(SelfAttention):
         """Whether keys and values are computed first, then written: the kernel cannot write the rings itself."""
         return bool(self.cache.scratch)
 
-    def _append(self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, **options: Any) -> Tensor:
-        """qkv -> q; writes keys and values into the layer's rings."""
+    def _append(
+        self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, **options: Any
+    ) -> tuple[Tensor, ...]:
+        """qkv -> q, or q in e4m3 and its scales; writes keys and values into the layer's rings."""
         cache = self.cache
-        if not cache.scratch and self._shared is not None:
-            k, v = (rings[layer].flatten(0, 1) for rings in (cache.k, cache.v))
-            options["rows"] = self._shared.rows
-            return qk_norm_rope_append(qkv, q_weight, k_weight, self.frames, self._targets, k, v, **options)
-        if not cache.scratch:
-            k, v = self._views[layer]
-            return qk_norm_rope_append(qkv, q_weight, k_weight, self.frames, self.slots, k, v, **options)
-        k, v = qkv.new_empty(2, *qkv.shape[:2], *cache.k[layer].shape[3:])
-        q = qk_norm_rope_append(qkv, q_weight, k_weight, self.frames, self._in_order, k, v, **options)
-        self._write(layer, *(x.unflatten(1, (-1, cache.frame_tokens)) for x in (k, v)))
-        return q
+        if cache.scratch:
+            k, v = qkv.new_empty(2, *qkv.shape[:2], *cache.k[layer].shape[3:])
+            q = qk_norm_rope_append(qkv, q_weight, k_weight, self.frames, self._in_order, k, v, **options)
+            self._write(layer, *(x.unflatten(1, (-1, cache.frame_tokens)) for x in (k, v)))
+            return (q,)
+        slots, rings, options["rows"] = self._destination(layer)
+        if not cache.k_scales:
+            return (qk_norm_rope_append(qkv, q_weight, k_weight, self.frames, slots, *rings, **options),)
+        options["quantize_q"] = self.float8_products
+        result = qk_norm_rope_append_fp8(qkv, q_weight, k_weight, self.frames, slots, *rings, **options)
+        return result if isinstance(result, tuple) else (result,)
+
+    def _destination(self, layer: int) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """Where a kernel writes: slots; keys and values (and scales) of the layer; rows of the rings, None: its own."""
+        if self._shared is None:
+            return self.slots, self._views[layer], None
+        cache = self.cache
+        named = [cache.k, cache.v, *((cache.k_scales, cache.v_scales) if cache.k_scales else ())]
+        return self._targets, tuple(rings[layer].flatten(0, 1) for rings in named), self._shared.rows
 
     def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write k, v [B, F, ..., H, D], tokens of a frame in one dimension or several, into the task's slots, in the
-        cache's dtype.
+        cache's dtype; in e4m3 also into the ring before it.
         """
-        cache, where = self.cache, (self._items, self._slots)
-        for rings, scales, new in ((cache.k, cache.k_scales, k), (cache.v, cache.v_scales, v)):
-            if scales:
-                new, scale = quantize(new.flatten(2, -3))
-                cache.view(scales[layer], self.ring_slice, self.used_slots)[where] = scale
+        cache = self.cache
+        if cache.k_scales:
+            slots, rings, rows = self._destination(layer)
+            append_fp8(k.flatten(1, -3), v.flatten(1, -3), slots, *rings, rows=rows)
+            return
+        for rings, new in ((cache.k, k), (cache.v, v)):
             framed = cache.view(rings[layer], self.ring_slice, self.used_slots).unflatten(1, (-1, *new.shape[2:-2]))
-            bits(framed)[where] = bits(new.to(framed.dtype))
+            framed[self._items, self._slots] = new.to(framed.dtype)
+
+    def _queries(self, q: Tensor) -> tuple[Tensor, ...]:
+        """Whole q [B, T, H, D] as attention takes it."""
+        return quantize_rows(q) if self.float8_products else (q,)
 
     def _copy_to_ring_before(self, layer: int, ring: int, item: int) -> None:
         """Copy this task's keys and values into the ring before it, into that ring's own slots."""
@@ -375,25 +414,30 @@ class CachedAttention(SelfAttention):
         sink, size = cache.sink_frames, cache.capacities[ring - 1]
         frame, source = self.frames[item] - self.first_frame, self.slots[item]
         target = torch.where(frame < min(sink, size), frame, sink + (frame - sink) % max(1, size - sink))
-        framed = [bits(x).unflatten(2, (-1, cache.frame_tokens)) for x in (cache.k[layer], cache.v[layer])]
-        for slots in (*framed, *(scales[layer] for scales in (cache.k_scales, cache.v_scales) if scales)):
+        for rings in (cache.k[layer], cache.v[layer]):
+            slots = rings.unflatten(2, (-1, cache.frame_tokens))
             slots[ring - 1].index_copy_(1, target.long(), slots[ring].index_select(1, source))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, stop: int, first: int) -> Tensor:
+    def _attend(
+        self, q: tuple[Tensor, ...], kv: tuple[Tensor, ...], dtype: torch.dtype, start: int, stop: int, first: int
+    ) -> Tensor:
         """Attention of batch items start..stop, queries from frame ``first`` on."""
         mask, frames, kv_frames, layout = self.mask, self.frames, self.kv_frames, self.layout
-        schedule = self._schedule
-        if first or stop - start < len(q):
+        schedule, batch = self._schedule, len(self.frames)
+        if first or stop - start < batch:
             items = slice(start, stop)
-            mask = replace(mask, window_frames=mask.windows(len(q))[items])
-            q, k, v, kv_frames = q[items, first * mask.frame_tokens :], k[items], v[items], kv_frames[items]
-            frames, layout = frames[items, first:], None if layout is None else layout.select(start, stop, first)
+            mask = replace(mask, window_frames=mask.windows(batch)[items])
+            q, kv = tuple(x[items, first * mask.frame_tokens :] for x in q), tuple(x[items] for x in kv)
+            frames, kv_frames = frames[items, first:], kv_frames[items]
+            layout = None if layout is None else layout.select(start, stop, first)
             schedule = None  # it is valid for the whole batch only
+        ids: dict[str, Any] = {"mask": mask, "q_frames": frames, "kv_frames": kv_frames, "impl": self.impl}
         with span("attention"):
-            return attention(
-                q, k, v, mask=mask, q_frames=frames, kv_frames=kv_frames, layout=layout, schedule=schedule,
-                impl=self.impl,
-            )  # fmt: skip
+            if not self.cache.k_scales:
+                return attention(q[0], *kv, layout=layout, schedule=schedule, **ids)
+            if not self.float8_products:
+                return attention_fp8(q[0], *kv, **ids)
+            return attention_fp8(q[0], *kv, q_scales=q[1], out_dtype=dtype, **ids)
 
 
 def kv_dtype_of(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> torch.dtype:

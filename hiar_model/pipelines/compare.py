@@ -221,7 +221,7 @@ def _pipeline(
     first, *others = orders or (MATCHED, CLEAN)
     require_memory(
         model, pick_device(device), pick_dtype(dtype), height=o.height, width=o.width, num_frames=o.num_frames,
-        kv_dtype=None if execution is None else execution.kv_dtype, beside=others, **{**o.of_rollout, "order": first},
+        **(execution or ExecutionConfig()).dtypes, beside=others, **{**o.of_rollout, "order": first},
     )  # fmt: skip
     pipeline = VideoPipeline(model, execution, device=device, dtype=dtype)
     assert pipeline.model is not None  # loaded here

@@ -235,7 +235,7 @@ class VideoPipeline(LoraLoading):
         if "model" not in vars(self):
             require_memory(
                 self._named, self.device, self.dtype, height=options.height, width=options.width,
-                num_frames=options.num_frames, kv_dtype=self.execution.kv_dtype, **options.of_rollout,
+                num_frames=options.num_frames, **self.execution.dtypes, **options.of_rollout,
             )  # fmt: skip
         return VideoRun(self.model, self.execution, options, blockwise)
 

@@ -171,6 +171,8 @@ def fit_query(
     frames: int | None = None,
     dtype: str | None = None,
     kv_dtype: str | None = None,
+    attention_dtype: str | None = None,
+    linear_dtype: str | None = None,
     vae: str | os.PathLike[str] | None = None,
     vae_dtype: str | None = None,
     offload: Sequence[str] = (),
@@ -205,7 +207,9 @@ def fit_query(
         about.config, high, wide, _latent_frames(about, about.num_frames if frames is None else frames),
         about.rollout.with_options(**of_rollout),
         dtype=_dtype("dtype", dtype or about.dtype), device=device,
-        kv_dtype=None if kv_dtype is None else _dtype("kv-dtype", kv_dtype), **options,
+        kv_dtype=None if kv_dtype is None else _dtype("kv-dtype", kv_dtype),
+        attention_dtype=None if attention_dtype is None else _dtype("attention-dtype", attention_dtype),
+        linear_dtype=None if linear_dtype is None else _dtype("linear-dtype", linear_dtype), **options,
     )  # fmt: skip
     own = "float16" if is_small(about.vae) else "bfloat16"
     on_gpu = None if vae_dtype == "none" else _dtype("vae-dtype", vae_dtype or own)
@@ -251,7 +255,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def _dtype(option: str, name: str) -> torch.dtype:
-    legal = {**_DTYPES, "float8_e4m3fn": E4M3} if option == "kv-dtype" else _DTYPES
+    eight = {"float8_e4m3fn": E4M3}
+    legal = {"kv-dtype": _DTYPES | eight, "attention-dtype": eight, "linear-dtype": eight}.get(option, _DTYPES)
     if name not in legal:
         raise ValueError(f"{option} must be one of {', '.join(legal)}, got {name!r}")
     return legal[name]
@@ -335,6 +340,8 @@ def lines(query: FitQuery, limits: Sequence[int] = ()) -> Iterator[str]:
     """Markdown: memory by component, the total, and for each GPU size whether it fits or what makes it fit."""
     about, r, memory = query.subject, query.request, query.memory()
     rollout, kv = r.rollout, "" if r.kv_dtype is None else f", keys in {_name(r.kv_dtype)}"
+    kv += "" if r.attention_dtype is None else f", products of attention in {_name(r.attention_dtype)}"
+    kv += "" if r.linear_dtype is None else f", linear layers in {_name(r.linear_dtype)}"
     window = "all" if rollout.window_frames is None else rollout.window_frames
     batch = f", {r.batch} videos at once" if r.batch > 1 else ""
     yield (
@@ -358,7 +365,8 @@ def lines(query: FitQuery, limits: Sequence[int] = ()) -> Iterator[str]:
 
 def _rows(query: FitQuery, memory: Memory) -> Iterator[tuple[str, int, str]]:
     r = query.request
-    yield "transformer", memory.transformer, "weights" + (", dequantised" if query.subject.quantised else "")
+    beside = "" if r.linear_dtype is None else ", those of linear layers in 8 bits beside the full ones"
+    yield "transformer", memory.transformer, "weights" + (", dequantised" if query.subject.quantised else "") + beside
     if memory.loading:
         yield "loading it", memory.loading, "temporary: q, k and v of a block apart, and what is being dequantised"
     if query.subject.text_encoder:
@@ -374,7 +382,7 @@ def _rows(query: FitQuery, memory: Memory) -> Iterator[tuple[str, int, str]]:
     rings = f"{memory.rings} x {_gb(memory.caches // memory.rings)}" if memory.rings > 1 else "1 for all steps in turn"
     yield "caches", memory.caches, f"keys and values, {rings}"
     if memory.scratch:
-        yield "keys of one layer", memory.scratch, f"dequantised to {_name(r.dtype)}"
+        yield "keys of one layer", memory.scratch, f"converted to {_name(r.dtype)}"
     if memory.workspaces:
         yield "workspaces", memory.workspaces, "of cuBLAS, 32 MiB per stream"
     yield "prompt", memory.prompt, "its KV in every layer, modulation, buffers"

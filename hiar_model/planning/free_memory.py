@@ -124,7 +124,8 @@ def require_memory(
     """Refuse a video that does not fit the free memory of the device, before any weights are read.
 
     Args:
-        model: a Wan folder; anything else, and small models, are not checked. options: of :func:`.fit.fit_query`.
+        model: a Wan folder; anything else, and small models, are not checked. options: of :func:`.fit.fit_query`, such
+            as ``attention_dtype`` and ``linear_dtype``.
         beside: the orders of further videos that are made of the same weights at the same time.
 
     Raises:

@@ -31,7 +31,7 @@ def measure_costs(
 
     Args:
         prompt_embeds: [B or 1, L, text_dim]. config: of the video; its windows are measured. execution: only
-            ``cuda_graph``, ``kv_dtype``, ``linear_dtype`` and ``attention_impl`` are used.
+            ``cuda_graph``, ``kv_dtype``, ``attention_dtype``, ``linear_dtype`` and ``attention_impl`` are used.
         num_latent_frames: of the video; None: endless. latent_size: (height, width) of a latent frame.
         batch: videos at once. repeats: blocks timed with a full window. fused: also time fused tasks, at the widest
             window.
@@ -39,8 +39,7 @@ def measure_costs(
     execution = execution or ExecutionConfig()
     execution = ExecutionConfig(
         cuda_graph=execution.cuda_graph,
-        kv_dtype=execution.kv_dtype,
-        linear_dtype=execution.linear_dtype,
+        **execution.dtypes,  # type: ignore[arg-type]
         attention_impl=execution.attention_impl,
     )
     block, narrowest = config.frames_per_block, config.least_window

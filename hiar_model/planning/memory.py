@@ -27,7 +27,8 @@ from hiar_kernels.common.triton_loader import shapes_only
 from ..common.checks import OFFLOAD, one_of
 from ..config import ExecutionConfig, RolloutConfig, WanConfig
 from ..models.checkpoint import loading_bytes
-from ..models.kv_cache import RingCache
+from ..models.fp8_linear import float8_bytes
+from ..models.kv_cache import E4M3, RingCache
 from ..models.transformer import HiARTransformer
 from ..rollout import Rollout
 from ..rollout.footprint import forwards, prompt_bytes
@@ -87,6 +88,7 @@ class Request:
     rollout            what is computed
     batch              videos at once
     dtype              of weights and activations; kv_dtype: of the KV caches, None: the same
+    attention_dtype    of self-attention's products; linear_dtype: of the large linear layers; None: ``dtype``
     text_tokens        of the prompt; None: the longest
     cuda_graph         whether forwards are captured
     device             "cuda": with the GPU kernels (torch ops where triton is not installed); "cpu"
@@ -100,6 +102,8 @@ class Request:
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
     kv_dtype: torch.dtype | None = None
+    attention_dtype: torch.dtype | None = None
+    linear_dtype: torch.dtype | None = None
     text_tokens: int | None = None
     device: str = "cuda"
     cuda_graph: bool = False
@@ -108,9 +112,10 @@ class Request:
         one_of("device", self.device, ("cuda", "cpu"))
 
     def make(self, model: HiARTransformer, prompt_embeds: Tensor) -> Rollout:
-        """The rollout, eager, of a model of this config."""
+        """The rollout, eager, of a model of this config; its linear layers as they are."""
+        execution = ExecutionConfig(kv_dtype=self.kv_dtype, attention_dtype=self.attention_dtype)  # type: ignore[arg-type]
         return Rollout(
-            model, prompt_embeds, self.rollout, ExecutionConfig(kv_dtype=self.kv_dtype),  # type: ignore[arg-type]
+            model, prompt_embeds, self.rollout, execution,
             num_latent_frames=self.num_frames, latent_size=(self.height, self.width), video_ids=range(self.batch),
         )  # fmt: skip
 
@@ -130,10 +135,10 @@ class ComponentMemory:
 class Memory:
     """Predicted bytes of a video on the device.
 
-    transformer        weights
+    transformer        weights, with those of linear layers in 8 bits, which are beside the full ones
     text_encoder, vae  weights, as `ComponentMemory`
     caches             keys, values, scales and frame ids of all ``rings``
-    scratch            of dequantised keys and values, shared by all layers
+    scratch            of keys and values that are stored in another dtype but e4m3, shared by all layers
     prompt             KV of the prompt in every layer (twice with CUDA graphs, which read it from a fixed buffer),
                        modulation, buffers of tasks
     latents            in flight, and the last finished block
@@ -233,12 +238,12 @@ def predict(
     config, counted = request.config, _counted(request)
     ring = (counted.capacities, request.batch, math.prod(config.grid(request.height, request.width)))
     caches = RingCache.memory_bytes(config, *ring, request.dtype, kv_dtype=request.kv_dtype)
-    narrow = request.kv_dtype not in (None, request.dtype)
+    narrow = request.kv_dtype not in (None, request.dtype, E4M3)
     scratch = 2 * math.prod(RingCache.shape(config, *ring)) * request.dtype.itemsize if narrow else 0
     captured = request.cuda_graph
     streams = 1 + captured if request.device == "cuda" else 0  # graphs are captured on a second stream
     return Memory(
-        transformer=weights_bytes(config, request.dtype),
+        transformer=weights_bytes(config, request.dtype) + _float8_layers(request),
         caches=caches - scratch,
         rings=len(counted.capacities),
         scratch=scratch,
@@ -259,6 +264,17 @@ def weights_bytes(config: WanConfig, dtype: torch.dtype) -> int:
     """Bytes of the transformer's weights."""
     with torch.device("meta"):
         return sum(p.numel() for p in HiARTransformer(config).parameters()) * dtype.itemsize
+
+
+def _float8_layers(request: Request) -> int:
+    """Bytes of the linear layers in 8 bits. Their activations are smaller than those of the full layers, which are
+    counted.
+    """
+    if request.linear_dtype is None:
+        return 0
+    with torch.device("meta"):
+        network = HiARTransformer(replace(request.config, num_layers=1))
+    return request.config.num_layers * float8_bytes(network, wide=request.device == "cpu")
 
 
 def _latents(request: Request) -> int:

@@ -106,7 +106,8 @@ class Executor:
         q = weight.new_empty(1, 1, *cache.k[0].shape[3:], dtype=working_dtype(weight))
         # a library needs the visible keys of every block on the host; other kernels read frame ids on the device
         self.attention_impl = execution.attention_impl
-        self.by_layout = takes_layout(q, self._mask([0]), execution.attention_impl)
+        self.by_layout = not cache.k_scales and takes_layout(q, self._mask([0]), execution.attention_impl)
+        self.float8_products = execution.attention_dtype is not None
         self.counters = Counters()
         self.on_denoise: Callable[[Task, Tensor], None] | None = None  # called with each denoise task and its input
         self.on_denoised: Callable[[Task, Tensor], None] | None = None  # ... and what it gave
@@ -381,7 +382,7 @@ class Executor:
         mask = self._mask([window for window in key.windows for _ in range(cache.batch)])
         attend = self.attend(
             cache, slice(first, last + 1, stride), frames, done, self.grid, self.first_frame, mask, key.shares_kv,
-            self.attention_impl,
+            self.attention_impl, self.float8_products,
         )  # fmt: skip
         height, width = (n * p for n, p in zip(self.grid, model.config.patch_size[1:], strict=True))
         shape = (model.config.in_channels, height, width)

@@ -46,11 +46,12 @@ class Admission:
                 config.require_endless("a video without num_frames")
         except ValueError as error:
             raise Refusal("bad_video", str(error)) from error
-        kv = self.execution.kv_dtype
+        kv, products = self.execution.kv_dtype, self.execution.attention_dtype
         _, height, width = model.latent_size
         request = Request(
             model.transformer.config, height, width, frames, config, dtype=model.dtype,
-            kv_dtype=None if kv is None else getattr(torch, kv), device=model.device.type,
+            kv_dtype=None if kv is None else getattr(torch, kv),
+            attention_dtype=None if products is None else getattr(torch, products), device=model.device.type,
             cuda_graph=bool(self.execution.cuda_graph),
         )  # fmt: skip
         memory = replace(predict(request), vae=self._vae(request))

@@ -113,7 +113,8 @@ def test_everything_is_counted(done):
     assert v["plain"]["speedup"] == pytest.approx(without["fps"] / v["plain"]["fps"])
     assert [part["name"] for part in v["parts"]["parts"]] == [*KINDS, "idle"]
     assert v["machine"]["kind"] == "cpu" and v["machine"]["threads"] == 1 and v["machine"]["driver"] is None
-    assert v["precision"] == {"weights": "float32", "kv": "float32", "linear": "float32", "float32_matmul": "ieee"}
+    dtypes = dict.fromkeys(("weights", "kv", "attention", "linear"), "float32")
+    assert v["precision"] == {**dtypes, "float32_matmul": "ieee"}
     assert speeds(v)["full"]["absent"].endswith("has no VAE: its codec decodes")
 
 

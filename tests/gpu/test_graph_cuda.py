@@ -29,6 +29,8 @@ WALKS = [
     {"order": "wavefront", "pairs": True},
     {"order": "block_first"},
     {"order": "stream", "cache_source": "next_step"},
+    {"order": "stream", "cache_source": "next_step", "kv_dtype": "float8_e4m3fn"},
+    {"order": "wavefront", "pairs": True, "kv_dtype": "float8_e4m3fn", "attention_dtype": "float8_e4m3fn"},
 ]
 
 

@@ -19,7 +19,13 @@ CONFIG = WanConfig(
 
 @pytest.mark.parametrize(
     "options",
-    [{"order": "step_first"}, {"order": "wavefront", "pairs": True}, {"order": "stream", "window_frames": (4, 5)}],
+    [
+        {"order": "step_first"},
+        {"order": "wavefront", "pairs": True},
+        {"order": "stream", "window_frames": (4, 5)},
+        {"order": "stream", "window_frames": 5, "cache_source": "next_step", "kv_dtype": "float8_e4m3fn"},
+        {"order": "wavefront", "pairs": True, "kv_dtype": "float8_e4m3fn", "attention_dtype": "float8_e4m3fn"},
+    ],
     ids=str,
 )
 def test_a_rollout_on_triton_kernels(device, options):
@@ -36,7 +42,10 @@ def test_a_rollout_on_triton_kernels(device, options):
     with hiar_kernels.prefer("triton"):
         found = run()
     assert float(expected.abs().max()) > 0.5
-    assert float((found - expected).abs().max()) < 1e-4
+    # a number next to a tie of e4m3 may round to its other side
+    assert float((found - expected).abs().max()) < (0.2 if "kv_dtype" in options else 1e-4)
+    if "kv_dtype" in options:
+        assert float((found - expected).abs().median()) < 0.01
 
 
 @pytest.mark.parametrize("options", [{"order": "stream"}, {"order": "wavefront", "pairs": True}], ids=str)

@@ -94,6 +94,13 @@ OPS: dict[str, tuple[Callable, Callable[[int], list]]] = {
     "qk_norm_rope_append to rows": (
         lambda *x: hk.qk_norm_rope_append(*x[:-1], rows=x[-1], **GRID), lambda n: append(n, True),
     ),
+    "attention_fp8": (
+        lambda *x: hk.attention_fp8(*x[:4], x[3], mask=BlockCausal(1, 2, 3), q_frames=x[4], kv_frames=x[5]),
+        lambda n: [
+            randn(2, n, 2, 16), randn(2, n + 5, 2, 16).to(torch.float8_e4m3fn),
+            randn(2, n + 5, 2, 16, 16).to(torch.float8_e4m3fn), randn(2, n + 5, 2), ids(n), ids(n + 5),
+        ],
+    ),
     "ada_layer_norm": (hk.ada_layer_norm, lambda n: [randn(2, 2 * n, 8), randn(2, n, 8), randn(2, n, 8)]),
     "layer_norm": (hk.layer_norm, lambda n: [randn(2, n, 8), randn(8), randn(8)]),
     "rms_norm": (hk.rms_norm, lambda n: [randn(2, n, 8), randn(8)]),

@@ -42,6 +42,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 ROPE = (2, 1, 3, 1e-6, 10000.0)
 RING = ids([4, -1, 2, 3], [-1, 0, 1, 2])
+BYTES = (torch.arange(2 * 6 * 2 * 4 * 16) % 120).to(torch.uint8).view(2, -1)  # of e4m3, none of them NaN
 SAMPLES: dict[str, tuple[object, ...]] = {
     "attention": (normal(2, 5, 2, 4), normal(2, 7, 2, 4), normal(2, 7, 2, 4), *[None] * 6, [], [], 0.5),
     "attention of strided views": (
@@ -70,6 +71,17 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "attention_eager beside a context, with a logsumexp": (
         normal(2, 8, 2, 4), normal(2, 8, 2, 4), normal(2, 8, 2, 4), normal(2, 8, 2, 4), normal(2, 8, 2, 4),
         None, None, RING, None, [2, 2, 1, 0, 1], [4, 4], 0.5, "reference", 0, True,
+    ),
+    "attention_fp8": (
+        normal(2, 4, 2, 4, grad=False), BYTES[:, :96].unflatten(1, (12, 2, 4)), BYTES.unflatten(1, (6, 2, 4, 16)),
+        *[torch.ones(2, 6, 2)] * 2, None, ids([3, 4], [1, 2]), ids([3, 4, -1, 2, 0, 1]), [2, 2, 0, 0, 2], [3, -1], 0.5,
+        torch.float32,
+    ),
+    "attention_fp8 of 8-bit queries": (
+        BYTES[:, :32].unflatten(1, (4, 2, 4)), BYTES[:, :96].unflatten(1, (12, 2, 4)),
+        BYTES.unflatten(1, (6, 2, 4, 16)),
+        *[torch.ones(2, 6, 2)] * 2, torch.ones(2, 4, 2), ids([3, 4], [1, 2]), ids([3, 4, -1, 2, 0, 1]),
+        [2, 2, 0, 0, 2], [3, -1], 0.5, torch.bfloat16,
     ),
     "merge_attention": ([normal(2, 5, 2, 4, grad=False)] * 2, [normal(2, 2, 5, grad=False)] * 2),
     "qk_norm_rope": (normal(2, 6, 24), normal(8), normal(8), ids([0, 9]), *ROPE),
@@ -123,7 +135,14 @@ SAMPLES: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 TWICE = {f"{name}_cuda": name for name in ("merge_attention", "qk_norm_rope_append", "ring_advance")}
 SAMPLES |= {twin: SAMPLES[name] for twin, name in TWICE.items()}
-NO_GRADIENT = (*TWICE, *TWICE.values(), "quantize_rows", "ada_layer_norm_fp8", "gated_residual_ada_layer_norm_fp8")
+NO_GRADIENT = (
+    *TWICE,
+    *TWICE.values(),
+    "attention_fp8",
+    "quantize_rows",
+    "ada_layer_norm_fp8",
+    "gated_residual_ada_layer_norm_fp8",
+)
 
 
 def op(sample: str) -> Callable:
@@ -386,6 +405,11 @@ CALLS: dict[str, Callable[[str], object]] = {
     "qk_norm_rope_append": lambda impl: hk.qk_norm_rope_append(
         torch.ones(1, 1, 6), *[torch.ones(2)] * 2, ids([0]), ids([0]), *[torch.ones(1, 1, 1, 2)] * 2,
         num_heads=1, grid=(1, 1), impl=impl,
+    ),
+    "attention_fp8": lambda impl: hk.attention_fp8(
+        torch.ones(1, 1, 1, 16), BYTES[:1, :16].view(1, 1, 1, 16).view(torch.float8_e4m3fn),
+        BYTES[:1, :256].view(1, 1, 1, 16, 16).view(torch.float8_e4m3fn), *[torch.ones(1, 1, 1)] * 2,
+        mask=BlockCausal(1, 1), q_frames=ids([0]), kv_frames=ids([0]), impl=impl,
     ),
     "ring_advance": lambda impl: hk.ring_advance(
         ids([0])[0], ids([0]), ids([0]), ids([-1]), advance=ids([1])[0], capacities=ids([1])[0], impl=impl

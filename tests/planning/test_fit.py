@@ -100,7 +100,11 @@ def test_a_table_adds_up():
     assert peak == pytest.approx(sum(parts.values()), abs=0.06)
     assert parts["transformer"] == 2.84 and parts["text encoder"] == 11.36
     assert "24.00 GB: fits" in told and "1.00 GB: does not fit" in told
-    assert "No option makes it fit" in told
+    assert "No option makes it fit" in told and "keys of one layer" not in told
+    eight = said(*words, "--vae-dtype", "none", "--attention-dtype", "float8_e4m3fn", "--linear-dtype", "float8_e4m3fn")
+    assert "keys in float8_e4m3fn, products of attention in float8_e4m3fn, linear layers in float8_e4m3fn" in eight
+    # 30 layers of 4 x 1536 x 1536 and 2 x 1536 x 8960 numbers: 1.11 GB on top
+    assert "| transformer | 3.95 | weights, those of linear layers in 8 bits beside the full ones |" in eight
 
 
 def test_the_toy():
@@ -154,6 +158,11 @@ def test_a_vae():
         (["--model", WAN, "--frames", "0"], "--frames must be a whole number of at least 1, got 0"),
         (["--model", WAN, "--dtype", "int8"], "dtype must be one of float32, .*, got 'int8'"),
         (["--model", WAN, "--kv-dtype", "fp8"], "kv-dtype must be one of .*float8_e4m3fn, got 'fp8'"),
+        (
+            ["--model", WAN, "--attention-dtype", "float8_e4m3fn"],
+            "attention_dtype float8_e4m3fn needs kv_dtype float8_e4m3fn, got kv_dtype None",
+        ),
+        (["--model", WAN, "--linear-dtype", "int8"], "--linear-dtype must be one of float8_e4m3fn, got 'int8'"),
         (["--model", WAN, "--vae-dtype", "none", "--offload", "all"], "--offload must be one of text, vae, got 'all'"),
         (["--model", WAN, "--order", "sideways"], "order"),
         (["--model", WAN, "--window-frames", "2"], "--window-frames must be .* 3 .*got 2"),

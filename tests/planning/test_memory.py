@@ -9,7 +9,9 @@ import torch
 from made_runs import changed, make_request
 
 from hiar_model.config import WanConfig
+from hiar_model.models.fp8_linear import quantized
 from hiar_model.models.transformer import HiARTransformer
+from hiar_model.planning.fit import fit_query
 from hiar_model.planning.memory import WORKSPACE, ComponentMemory, LiveBytes, Memory, Request, predict
 
 pytestmark = pytest.mark.cpu
@@ -26,6 +28,8 @@ def taken(request: Request) -> int:
         model = HiARTransformer(request.config).to(request.dtype).eval().requires_grad_(False)
         live.restart()
         text = torch.randn(1, request.config.text_len, request.config.text_dim, dtype=request.dtype)
+        if request.linear_dtype is not None:
+            model = quantized(model)
         for _ in request.make(model, text):
             pass
     return live.peak
@@ -40,6 +44,8 @@ def taken(request: Request) -> int:
         {"order": "block_first", "window_frames": 6, "sink_frames": 3},
         {"order": "stream", "kv_source": "next_step", "window_frames": (3, 6, 12)},
         {"order": "stream", "kv_dtype": E4M3},
+        {"order": "stream", "kv_dtype": E4M3, "attention_dtype": E4M3},
+        {"order": "stream", "kv_dtype": E4M3, "linear_dtype": E4M3},
         {"order": "wavefront", "kv_dtype": torch.bfloat16, "batch": 2},
         {"window_frames": None, "batch": 3, "kv_dtype": E4M3},
         {"num_frames": 30, "window_frames": 3, "steps": 1, "dtype": torch.float64},
@@ -116,10 +122,24 @@ def test_the_caches_are_those_of_the_engine():
     assert memory.transformer == 2 * 1_418_996_800
     narrow = predict(changed(wan, order="stream", kv_dtype=E4M3))
     scales = 4 * 21 * 12 * 4 * 2 * 30
-    assert narrow.caches == 4 * (21 * frame + ids) + scales and narrow.rings == 4
-    assert narrow.scratch == 4 * 2 * 21 * frame // 30
+    places = 4 * 21 * 8 * 1536 * 30  # 1560 keys of a frame have 1568 places for their values
+    assert narrow.caches == 4 * (21 * frame + ids) + scales + places and narrow.rings == 4
+    assert narrow.caches / 2**30 == pytest.approx(11.276, abs=0.001)  # of 22.5 GiB in bfloat16
+    assert narrow.scratch == 0
     ring = 1560 * 1536 * 2  # of a frame's tokens, bfloat16
     assert memory.activations > 3 * ring * 8960 / 1536, "the feed-forward's hidden width alone"
+
+
+def test_streaming_with_four_rings_in_8_bits_fits_24_gb():
+    """All of it: weights, four rings of 21 frames, a task, the VAE and its decoding; the prompt's encoder is gone."""
+    needed = {}
+    for kv_dtype in (None, "float8_e4m3fn"):
+        query = fit_query("wan2.1-t2v-1.3b", order="stream", cuda_graph=True, kv_dtype=kv_dtype, offload=("text",))
+        assert (query.request.height, query.request.width, query.request.rollout.windows) == (60, 104, (21,) * 4)
+        needed[kv_dtype] = query.memory()
+    narrow, whole = needed["float8_e4m3fn"], needed[None]
+    assert narrow.rings == whole.rings == 4 and narrow.vae.weights
+    assert narrow.total < 24e9 < whole.total
 
 
 def test_phases():

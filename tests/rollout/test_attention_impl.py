@@ -10,8 +10,9 @@ from tiny_model import MODEL, SIZE, TEXT, run
 
 import hiar_kernels
 from hiar_kernels.attention.dispatch import IMPLS
+from hiar_kernels.attention_fp8 import api as attention_fp8
 from hiar_model import ExecutionConfig, Rollout, RolloutConfig
-from hiar_model.config.execution import ATTENTION_IMPLS
+from hiar_model.config.execution import ATTENTION_IMPLS, FLOAT8_IMPLS
 
 pytestmark = pytest.mark.cpu
 
@@ -20,6 +21,7 @@ LAYERS = MODEL.config.num_layers
 
 def test_the_names_are_those_of_the_op():
     assert {"auto", *IMPLS} == set(ATTENTION_IMPLS)
+    assert ("auto", *attention_fp8.IMPLS) == FLOAT8_IMPLS
     with pytest.raises(ValueError, match="attention_impl must be one of auto, reference, .*gluon, got 'sdp'"):
         ExecutionConfig(attention_impl="sdp")
 
