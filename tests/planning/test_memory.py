@@ -13,6 +13,8 @@ from hiar_model.models.fp8_linear import quantized
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.planning.fit import fit_query
 from hiar_model.planning.memory import WORKSPACE, ComponentMemory, LiveBytes, Memory, Request, predict
+from hiar_model.rollout.batched_forward import BatchedForward, GraphKey
+from hiar_model.rollout.footprint import forwards
 
 pytestmark = pytest.mark.cpu
 
@@ -63,6 +65,25 @@ def test_a_rollout_takes_what_was_predicted(options):
         memory.activations
     )
     assert min(memory.caches, memory.activations) > 0.1 * abs(memory.total - found)
+
+
+@pytest.mark.parametrize("order", ["step_first", "stream", "wavefront"])
+def test_of_forwards_that_differ_in_what_they_see_the_fullest_is_counted(order):
+    def visible(forward: BatchedForward) -> tuple[GraphKey, int]:
+        groups = [group for row in forward.attend.layout.rows for group in row]
+        most = max(sum(b - a for a, b in (*group.context, *group.own)) for group in groups)
+        return replace(forward.key, caches=(0, 0, 0), layout=None), most
+
+    config, request = replace(NARROW, in_channels=2, out_channels=2), changed(REQUEST, order=order, num_frames=18)
+    model, text = HiARTransformer(config).eval().requires_grad_(False), torch.ones(1, 3, config.text_dim)
+    counted = [visible(forward) for forward in forwards(request.make(model, text), False)]
+    every = request.make(model, text)._executor.prepared(0)
+    fullest: dict[GraphKey, int] = {}
+    for key, slots in map(visible, every):
+        key = replace(key, model=counted[0][0].model)
+        fullest[key] = max(slots, fullest.get(key, 0))
+    assert {key: max(slots for one, slots in counted if one == key) for key in fullest} == fullest
+    assert max(fullest.values()) == 9 and len(counted) < 2 * len(fullest)
 
 
 @pytest.mark.parametrize("order", ["step_first", "stream"])
