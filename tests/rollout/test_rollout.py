@@ -91,7 +91,9 @@ def test_walks_agree_for_any_number_of_steps(steps):
     ids=str,
 )
 def test_walks_agree(options):
-    assert_walks_agree(**with_prefix({"num_frames": 9 + options.get("prefix", 3), **options}))
+    """Of two layers where options meet."""
+    more = {"num_frames": 9 + options.get("prefix", 3), "model": MODEL if len(options) > 1 else SHALLOW}
+    assert_walks_agree(**with_prefix({**more, **options}))
 
 
 @settings(max_examples=15, deadline=None)
