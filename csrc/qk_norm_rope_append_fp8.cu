@@ -67,8 +67,9 @@ void launch_tiles(const AppendFp8Args& f, cudaStream_t) {
 
 #else
 
+// Blocks of an SM are named, so that ptxas does not spill for the sake of more of them (sm_100, sm_120).
 template <typename T, int N, bool WIDE, int PER>
-__global__ void __launch_bounds__(kMostThreads<N, PER>)
+__global__ void __launch_bounds__(kMostThreads<N, PER>, PER == 1 ? 3 : 1)
     tokens_of_qk_norm_rope_append_fp8_kernel(const __grid_constant__ AppendFp8Args f) {
   extern __shared__ float2 turned[];  // [D / 2], then the largest numbers [3, H]
   __shared__ float2 shares[32];
@@ -102,7 +103,7 @@ void launch_tokens(const AppendFp8Args& f, const AppendPlan& plan, cudaStream_t 
 }
 
 template <typename T, bool WIDE>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 4)
     tiles_of_qk_norm_rope_append_fp8_kernel(const __grid_constant__ AppendFp8Args f) {
   __shared__ alignas(16) uint8_t shared[kTileChannels * kTileRow];
   __shared__ float2 shares[kTileThreads / 32];

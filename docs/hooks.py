@@ -31,6 +31,7 @@ KERNELS = {
     "norm": "layer_norm rms_norm ada_layer_norm gated_residual gated_residual_layer_norm gated_residual_ada_layer_norm "
     "ada_layer_norm_fp8 gated_residual_ada_layer_norm_fp8",
     "qk_norm_rope": "qk_norm_rope qk_norm_rope_append",
+    "append_fp8": "append_fp8 qk_norm_rope_append_fp8 pack_values unpack_values",
     "ring_advance": "ring_advance",
     "rms_silu_pad": "rms_silu_pad",
     "quantize_rows": "quantize_rows",

@@ -15,6 +15,7 @@ from bench.ops import attention_cases
 from bench.ops.forward_cases import GOAL_MS, forward_pointwise
 from bench.ops.work import Op, Sizes, Work, ids
 from hiar_kernels.common import cuda_loader
+from hiar_kernels.common.float8 import E4M3, padded
 from hiar_kernels.common.triton_loader import interpreting
 
 KERNELS = ("triton", "cuda")
@@ -81,6 +82,22 @@ def qk_norm_rope_append(bench: Bench, z: Sizes) -> Work:
     )
 
 
+def qk_norm_rope_append_fp8(bench: Bench, z: Sizes) -> Work:
+    """With q in 8 bits too. Memory traffic of an ideal kernel: qkv read, 8 bits written."""
+    inputs, options, part = _rope(bench, z)
+    size = (
+        (1, z.window * z.frame_tokens, z.heads, z.head_dim),
+        (1, z.window, z.heads, z.head_dim, padded(z.frame_tokens)),
+    )
+    caches = [torch.zeros(shape, dtype=torch.uint8, device=bench.device).view(E4M3) for shape in size]
+    scales = torch.ones(2, 1, z.window, z.heads, device=bench.device)
+    rings = dict(zip(("k_cache", "v_cache", "k_scales", "v_scales"), (*caches, *scales), strict=True))
+    frames = ids(bench, [z.window - 1 + i for i in range(z.block)])
+    options |= {"frames": frames, "slots": frames % z.window, "quantize_q": True, **rings}
+    written = 3 * part / inputs[0].element_size()
+    return pointwise(bench, "qk_norm_rope_append_fp8", inputs, 3 * part + written, **options)
+
+
 def ring_advance(bench: Bench, z: Sizes) -> Work:
     """Of a denoise task, which does not move on: every call writes the same. A launch, hardly any work."""
 
@@ -124,7 +141,7 @@ def table(bench: Bench, absent: dict[str, str]) -> list[Op]:
 
     ops = [op(name, functools.partial(norm, name), trained=True) for name in NORMS]
     ops.append(op("qk_norm_rope", qk_norm_rope, trained=True))
-    for make in (qk_norm_rope_append, flow_step, rms_silu_pad, ring_advance, merge_attention):
+    for make in (qk_norm_rope_append, qk_norm_rope_append_fp8, flow_step, rms_silu_pad, ring_advance, merge_attention):
         ops.append(op(make.__name__, make))
     variants, name = ("eager", "compiled", *own("qk_norm_rope_append")), "all pointwise of a forward"
     ops.append(Op(name, forward_pointwise, "bytes", False, variants, goal_ms=GOAL_MS))

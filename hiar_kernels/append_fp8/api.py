@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.dispatch import check_floats, check_tensor, choose, require
+from ..common.dispatch import check_floats, check_tensor, choose
 from ..common.pointwise import automatic, prepare
 from ..common.torch_library import OPS
 from ..qk_norm_rope.inputs import RopeInputs, token_grid
@@ -129,8 +129,8 @@ def qk_norm_rope_append_fp8(
 
 
 def _no_gradient(op: str, *tensors: Tensor) -> None:
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    require(not needs_grad, f"{op}: has no gradient; 8 bits are for inference: use torch.no_grad()")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError(f"{op}: has no gradient; 8 bits are for inference: use torch.no_grad()")
 
 
 def _automatic(rings: Fp8Rings, *floats: Tensor, **options: bool) -> str:

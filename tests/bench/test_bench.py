@@ -102,6 +102,7 @@ def test_rehearsal(rehearsed):
         assert {(op, d, variant) for d in ("forward", "backward") for variant in ("eager", "compiled")} <= measured
     for op in (
         "qk_norm_rope_append",
+        "qk_norm_rope_append_fp8",
         "flow_step",
         "ring_advance",
         "merge_attention",

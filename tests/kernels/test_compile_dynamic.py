@@ -65,6 +65,12 @@ def append(n: int, shared: bool) -> list:
     ]
 
 
+def fp8_rings(n: int) -> list[Tensor]:
+    """Of n slots and 3 tokens, for the heads of GRID."""
+    caches = [torch.zeros(size, dtype=torch.uint8) for size in ((2, 3 * n, 2, 4), (2, n, 2, 4, 16))]
+    return [*(x.view(torch.float8_e4m3fn) for x in caches), torch.ones(2, n, 2), torch.ones(2, n, 2)]
+
+
 MASK = BlockCausal(2, 2, window_frames=3)
 GRID = {"num_heads": 2, "grid": (1, 3)}
 OPS: dict[str, tuple[Callable, Callable[[int], list]]] = {
@@ -100,6 +106,11 @@ OPS: dict[str, tuple[Callable, Callable[[int], list]]] = {
             randn(2, n, 2, 16), randn(2, n + 5, 2, 16).to(torch.float8_e4m3fn),
             randn(2, n + 5, 2, 16, 16).to(torch.float8_e4m3fn), randn(2, n + 5, 2), ids(n), ids(n + 5),
         ],
+    ),
+    "append_fp8": (hk.append_fp8, lambda n: [*[heads(3 * n)] * 2, ids(n), *fp8_rings(n)]),
+    "qk_norm_rope_append_fp8": (
+        lambda *x: hk.qk_norm_rope_append_fp8(*x, quantize_q=True, **GRID),
+        lambda n: [randn(2, 3 * n, 24), randn(8), randn(8), ids(n), ids(n), *fp8_rings(n)],
     ),
     "ada_layer_norm": (hk.ada_layer_norm, lambda n: [randn(2, 2 * n, 8), randn(2, n, 8), randn(2, n, 8)]),
     "layer_norm": (hk.layer_norm, lambda n: [randn(2, n, 8), randn(8), randn(8)]),

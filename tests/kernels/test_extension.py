@@ -47,6 +47,11 @@ CALLS = {
         torch.ones(1, 1, 6), *[torch.ones(2)] * 2, TWO, TWO, *torch.zeros(2, 1, 1, 1, 2), num_heads=1, grid=(1, 1),
         impl="cuda",
     ),
+    "qk_norm_rope_append_fp8": lambda: hk.qk_norm_rope_append_fp8(
+        torch.ones(1, 1, 6), *[torch.ones(2)] * 2, TWO, TWO, torch.zeros(1, 1, 1, 2, dtype=torch.float8_e4m3fn),
+        torch.zeros(1, 1, 1, 2, 16, dtype=torch.float8_e4m3fn), *torch.ones(2, 1, 1, 1), num_heads=1, grid=(1, 1),
+        impl="cuda",
+    ),
 }  # fmt: skip
 
 

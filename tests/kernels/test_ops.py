@@ -19,6 +19,8 @@ from hiar_kernels.common import pointwise, triton_loader
 
 pytestmark = pytest.mark.cpu
 
+E4M3 = torch.float8_e4m3fn
+
 
 def normal(*shape: int, seed: int = 0, grad: bool = True) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
@@ -36,6 +38,12 @@ def turned(x: Tensor) -> Tensor:
 def channels_last(x: Tensor) -> Tensor:
     """The same values with all channels of a pixel beside each other."""
     return x.detach().to(memory_format=torch.channels_last_3d).requires_grad_(x.requires_grad)
+
+
+def fp8_rings(rows: int) -> tuple[Tensor, ...]:
+    """Of 4 slots, 3 tokens, 2 heads of 4: caches as bytes, and scales."""
+    k, v = torch.zeros(rows, 12, 2, 4, dtype=torch.uint8), torch.zeros(rows, 4, 2, 4, 16, dtype=torch.uint8)
+    return k, v, torch.ones(rows, 4, 2), torch.ones(rows, 4, 2)
 
 
 # Schemas, fakes, gradients
@@ -95,6 +103,16 @@ SAMPLES: dict[str, tuple[object, ...]] = {
         torch.stack([ids([2, 0], [1, 3]), ids([1, 3], [0, 2])]), normal(4, 12, 2, 4, grad=False)[::2],
         normal(2, 12, 2, 4, grad=False), *ROPE, None, ids([1, 0], [-1, 1]),
     ),
+    "append_fp8": (*[normal(2, 6, 2, 4, grad=False)] * 2, ids([2, 0], [1, 3]), *fp8_rings(2)),
+    "append_fp8 of strided keys": (turned(normal(2, 6, 2, 4)).detach(),) * 2 + (ids([2, 0]), *fp8_rings(2)),
+    "qk_norm_rope_append_fp8": (
+        normal(2, 6, 24, grad=False), normal(8, grad=False), normal(8, grad=False), ids([0, 9]), ids([2, 0], [1, 3]),
+        *fp8_rings(2), *ROPE, False,
+    ),
+    "qk_norm_rope_append_fp8 to two rings, q too": (
+        normal(2, 6, 24, grad=False), normal(8, grad=False), normal(8, grad=False), ids([0, 9]),
+        torch.stack([ids([2, 0], [1, 3]), ids([1, 3], [0, 2])]), *fp8_rings(3), *ROPE, True, ids([1, 0], [-1, 2]),
+    ),
     "ring_advance": (
         ids([0, 4])[0], ids([0, 0], [0, 0]), ids([0, 0], [0, 0]), ids(*[[-1] * 9] * 2)[:, :7], ids([0, 2])[0],
         ids([7, 4])[0], 10, 1,
@@ -133,11 +151,15 @@ SAMPLES: dict[str, tuple[object, ...]] = {
         *[normal(2, 6, 8, grad=False)] * 2, *[normal(2, 3, 8, grad=False)] * 3, 1e-6,
     ),
 }  # fmt: skip
-TWICE = {f"{name}_cuda": name for name in ("merge_attention", "qk_norm_rope_append", "ring_advance")}
+TWICE = {
+    f"{name}_cuda": name
+    for name in ("merge_attention", "qk_norm_rope_append", "qk_norm_rope_append_fp8", "ring_advance")
+}
 SAMPLES |= {twin: SAMPLES[name] for twin, name in TWICE.items()}
 NO_GRADIENT = (
     *TWICE,
     *TWICE.values(),
+    "append_fp8",
     "attention_fp8",
     "quantize_rows",
     "ada_layer_norm_fp8",
@@ -163,7 +185,7 @@ def cast(arguments: Iterable[object], dtype: torch.dtype) -> tuple[object, ...]:
     def one(x: object) -> object:
         if isinstance(x, list) and x and isinstance(x[0], Tensor):
             return [one(y) for y in x]
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        if not isinstance(x, Tensor) or not x.is_floating_point() or bool((x == 1).all()):  # scales stay float32
             return x
         storage = torch.empty_like(x, dtype=dtype) if x._base is None else None
         copy = x.detach().to(dtype) if storage is None else storage.copy_(x.detach())
@@ -410,6 +432,13 @@ CALLS: dict[str, Callable[[str], object]] = {
         torch.ones(1, 1, 1, 16), BYTES[:1, :16].view(1, 1, 1, 16).view(torch.float8_e4m3fn),
         BYTES[:1, :256].view(1, 1, 1, 16, 16).view(torch.float8_e4m3fn), *[torch.ones(1, 1, 1)] * 2,
         mask=BlockCausal(1, 1), q_frames=ids([0]), kv_frames=ids([0]), impl=impl,
+    ),
+    "append_fp8": lambda impl: hk.append_fp8(
+        *[torch.ones(1, 3, 2, 4)] * 2, ids([0]), *(x.view(E4M3) for x in fp8_rings(1)[:2]), *fp8_rings(1)[2:], impl=impl
+    ),
+    "qk_norm_rope_append_fp8": lambda impl: hk.qk_norm_rope_append_fp8(
+        torch.ones(1, 3, 24), *[torch.ones(8)] * 2, ids([0]), ids([0]), *(x.view(E4M3) for x in fp8_rings(1)[:2]),
+        *fp8_rings(1)[2:], num_heads=2, grid=(1, 3), impl=impl,
     ),
     "ring_advance": lambda impl: hk.ring_advance(
         ids([0])[0], ids([0]), ids([0]), ids([-1]), advance=ids([1])[0], capacities=ids([1])[0], impl=impl
