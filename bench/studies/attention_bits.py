@@ -95,18 +95,18 @@ def attend(variant: Variant, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.einsum("qd,skd->qsk", q8.float(), k8.float())
     scores = scores * (q_scale * (q.shape[1] ** -0.5 * math.log2(math.e)))[:, None, None] * k_scale[:, None]
     blocks = scores.unflatten(2, (-1, min(BLOCK, k.shape[1]))).flatten(1, 2)
-    highest = blocks.amax(-1).cummax(1).values[..., None]
-    p = torch.exp2(blocks - highest)
+    m_i = blocks.amax(-1).cummax(1).values[..., None]
+    p = torch.exp2(blocks - m_i)
     rounded = p
     if variant.p_block:
         own = p.amax(-1, keepdim=True).clamp_min(1e-30)
         rounded = (p / own * 448).to(E4M3).float() * own / 448
     elif variant.p_scale is not None:
         rounded = (p * variant.p_scale).to(E4M3).float() / variant.p_scale
-    later = torch.exp2(highest - highest[:, -1:])
-    total = ((rounded if variant.sum_rounded else p) * later).sum((1, 2))
+    later = torch.exp2(m_i - m_i[:, -1:])
+    l_i = ((rounded if variant.sum_rounded else p) * later).sum((1, 2))
     weights = (rounded * later).flatten(1).unflatten(1, k.shape[:2]) * v_scale
-    return torch.einsum("qsk,skd->qd", weights, values[:, :, 0].float()) / total[:, None]
+    return torch.einsum("qsk,skd->qd", weights, values[:, :, 0].float()) / l_i[:, None]
 
 
 def as_built(q: Tensor, k: Tensor, v: Tensor, eight: bool = True) -> Tensor:
@@ -136,7 +136,7 @@ MADE = (
 SHIPPED = ("toy", "scenes")
 
 
-def made(kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def drawn(kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of one kind."""
     random = torch.Generator().manual_seed(seed)
 
@@ -165,11 +165,11 @@ def of_model(name: str, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """q, k, v of ``count`` layers and heads of a shipped model's tasks with a full window, evenly over a rollout."""
     model = load_video_model(name, "cpu")
     prompt = model.encode_text(split_prompts()[1][0].text())
-    found, attention = [], kv_cache.attention
+    tensors, attention = [], kv_cache.attention
 
     def seen(q: Tensor, k: Tensor, v: Tensor, **options: Tensor) -> Tensor:
         if bool((options["kv_frames"] >= 0).all()):
-            found.append((q[0].clone(), k[0].clone(), v[0].clone()))
+            tensors.append((q[0].clone(), k[0].clone(), v[0].clone()))
         return attention(q, k, v, **options)  # type: ignore[arg-type]
 
     _, height, width = model.latent_size
@@ -185,14 +185,14 @@ def of_model(name: str, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     tokens = rollout.cache.frame_tokens
     heads = [
         (q[:, h], k[:, h].unflatten(0, (-1, tokens)), v[:, h].unflatten(0, (-1, tokens)))
-        for q, k, v in found for h in range(q.shape[1])
+        for q, k, v in tensors for h in range(q.shape[1])
     ]  # fmt: skip
     return heads[:: max(1, len(heads) // count)][:count]
 
 
 def errors(kind: str, seeds: int) -> Iterator[dict[str, float]]:
     """Of each variant, for each draw."""
-    draws = of_model(kind, 12 * seeds) if kind in SHIPPED else [made(kind, seed) for seed in range(seeds)]
+    draws = of_model(kind, 12 * seeds) if kind in SHIPPED else [drawn(kind, seed) for seed in range(seeds)]
     for q, k, v in draws:
         expected = exact(q, k, v)
         size = expected.norm()
@@ -204,8 +204,8 @@ def table(seeds: int, kinds: tuple[str, ...] = (*MADE, *SHIPPED)) -> list[str]:
     columns = []
     for kind in kinds:
         rows = list(errors(kind, seeds))
-        found = {name: torch.tensor([row[name] for row in rows]) for name in VARIANTS}
-        columns.append({name: f"{x.mean():.4f} ± {x.std() / len(x) ** 0.5:.4f}" for name, x in found.items()})
+        by_name = {name: torch.tensor([row[name] for row in rows]) for name in VARIANTS}
+        columns.append({name: f"{x.mean():.4f} ± {x.std() / len(x) ** 0.5:.4f}" for name, x in by_name.items()})
     cells = [[name, *(column[name] for column in columns)] for name in VARIANTS]
     return report.table(("relative error", *kinds), cells, text_columns=1)
 

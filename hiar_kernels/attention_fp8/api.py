@@ -73,6 +73,7 @@ def attention_fp8(
         return reference.attention_fp8(inputs)
     triton_loader.load("attention_fp8", q)
     problem = triton_problem(inputs)
-    require(not problem, f"attention_fp8: impl='triton' {problem}")
+    if problem:
+        raise ValueError(f"attention_fp8: impl='triton' {problem}")
     out: Tensor = OPS.attention_fp8(*inputs.as_schema())
     return out

@@ -15,6 +15,13 @@ from ..attention.mask import BlockCausal
 from ..common.dispatch import FLOATS, check_tensor
 from ..common.float8 import E4M3, bits, padded
 
+BLOCK = 128
+"""Keys of a block, counted from the start of a frame slot, which no block leaves: one scale of k, one of v."""
+P_SCALE = 256.0
+"""Of probabilities before they are rounded to e4m3: they are at most 1, 448 is the format's largest, and a power of two
+is free inside the exponential. README.md has what other scales do.
+"""
+
 
 @dataclass(frozen=True)
 class Float8Inputs:

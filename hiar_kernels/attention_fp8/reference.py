@@ -10,14 +10,7 @@ from torch import Tensor
 
 from ..common.float8 import E4M3, bits, unpack_values
 from ..common.torch_library import own_arithmetic
-from .inputs import Float8Inputs
-
-BLOCK = 128
-"""Keys of a block, counted from the start of a frame slot, which no block leaves: one scale of k, one of v."""
-P_SCALE = 256.0
-"""Of probabilities before they are rounded to e4m3: they are at most 1, 448 is the format's largest, and a power of two
-is free inside the exponential. README.md has what other scales do.
-"""
+from .inputs import BLOCK, P_SCALE, Float8Inputs
 
 
 @own_arithmetic
@@ -30,25 +23,30 @@ def attention_fp8(call: Float8Inputs) -> Tensor:
     k = bits(call.k).unflatten(1, (-1, mask.frame_tokens)).where(used[:, :, None, None, None], 0).view(E4M3)
     v = unpack_values(bits(call.v).where(used[:, :, None, None, None], 0).view(E4M3), mask.frame_tokens)
     k_scales, v_scales = (x.where(used[:, :, None], 0).to(wide) for x in (call.k_scales, call.v_scales))
-    # [B, H, Tq, S, P]; products of two 8-bit numbers are exact
-    scores = torch.einsum("bqhd,bskhd->bhqsk", q.to(wide), k.to(wide))
+    # products of two 8-bit numbers are exact
+    rows, keys, values = (x.to(wide).flatten(1, -3).transpose(1, 2).contiguous() for x in (q, k, v))
+    scores = _by_row(rows, keys.transpose(2, 3)).unflatten(3, k.shape[1:3])  # [B, H, Tq, S, P]
     factor = call.softmax_scale * math.log2(math.e)
     factors = torch.tensor(factor, dtype=wide, device=q.device)
     if call.q_scales is not None:
         factors = (call.q_scales.to(wide) * factors).transpose(1, 2)[..., None]
     scores = scores * (factors * k_scales.transpose(1, 2)[:, :, None])[..., None]
     scores = scores.masked_fill(~seen.repeat_interleave(mask.frame_tokens, 1)[:, None, :, :, None], -math.inf)
-    probs, total = _softmax_in_blocks(scores) if call.eight_bits else _softmax(scores)
+    probs, l_i = _softmax_in_blocks(scores) if call.eight_bits else _softmax(scores)
     probs = probs * v_scales.transpose(1, 2)[:, :, None, :, None]
-    out = torch.einsum("bhqsk,bskhd->bqhd", probs, v.to(wide))
-    total = total.transpose(1, 2)[..., None]
-    return (out / total.where(total != 0, 1)).to(call.result).contiguous()
+    out = _by_row(probs.flatten(3), values) / l_i.where(l_i != 0, 1)[..., None]
+    return out.transpose(1, 2).to(call.result).contiguous()
+
+
+def _by_row(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, one batch item after another: the CPU's library adds in an order that depends on how many there are."""
+    return torch.stack([torch.bmm(x, y) for x, y in zip(a, b, strict=True)]) if len(a) else a @ b
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     """2^(scores - their maximum) [B, H, Tq, S, P] and the sum of each row."""
-    highest = scores.amax((-2, -1), keepdim=True) if scores.numel() else scores.new_zeros(())
-    probs = torch.exp2(scores - highest.where(highest != -math.inf, 0))
+    m_i = scores.amax((-2, -1), keepdim=True) if scores.numel() else scores.new_zeros(())
+    probs = torch.exp2(scores - m_i.where(m_i != -math.inf, 0))
     return probs, probs.sum((-2, -1))
 
 
@@ -60,10 +58,10 @@ def _softmax_in_blocks(scores: Tensor) -> tuple[Tensor, Tensor]:
     tokens = scores.shape[-1]
     size = min(BLOCK, tokens)
     blocks = F.pad(scores, (0, -tokens % size), value=-math.inf).unflatten(-1, (-1, size)).flatten(-3, -2)
-    highest = blocks.amax(-1).cummax(-1).values.unsqueeze(-1)  # so far
-    highest = highest.where(highest != -math.inf, 0)
-    exact = torch.exp2(blocks - highest)
-    later = torch.exp2(highest - highest[..., -1:, :])  # the product of all rescaling to come
+    m_i = blocks.amax(-1).cummax(-1).values.unsqueeze(-1)  # so far
+    m_i = m_i.where(m_i != -math.inf, 0)
+    exact = torch.exp2(blocks - m_i)
+    later = torch.exp2(m_i - m_i[..., -1:, :])  # the product of all rescaling to come
     rounded = (exact * P_SCALE).to(E4M3).to(exact.dtype) / P_SCALE
     probs = (rounded * later).unflatten(-2, (scores.shape[-2], -1)).flatten(-2)[..., :tokens]
     return probs, (exact * later).sum((-2, -1))

@@ -23,8 +23,7 @@ from ..common.aot import Case
 from ..common.shapes import HEAD_DIM
 from ..common.triton_float8 import HARDWARE_FROM, e4m3_numbers, round_to_e4m3
 from ..common.triton_loader import architecture, register
-from .inputs import Float8Inputs
-from .reference import P_SCALE
+from .inputs import P_SCALE, Float8Inputs
 
 _SHIFT = tl.constexpr(math.log2(P_SCALE))
 
@@ -32,17 +31,16 @@ _SHIFT = tl.constexpr(math.log2(P_SCALE))
 EIGHT_BITS = {
     0: Tile(16, 32, 4, 1),
     80: Tile(128, 32, 8, 2),
-    89: Tile(128, 64, 8, 2),
     90: Tile(128, 128, 8, 2),
     100: Tile(128, 64, 8, 2),
-    120: Tile(128, 64, 8, 2),
+    120: Tile(128, 32, 8, 2),
 }
 SIXTEEN_BITS = {
     0: Tile(16, 16, 4, 1),
     80: Tile(128, 32, 8, 2),
-    90: Tile(128, 64, 8, 2),
-    100: Tile(128, 32, 8, 2),
-    120: Tile(128, 32, 8, 2),
+    89: Tile(64, 64, 8, 2),
+    90: Tile(128, 32, 8, 2),
+    120: Tile(64, 32, 8, 2),
 }
 FLOAT32 = {0: Tile(16, 16, 4, 1), 80: Tile(32, 32, 8, 1)}
 

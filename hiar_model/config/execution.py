@@ -105,7 +105,7 @@ class ExecutionConfig:
             object.__setattr__(self, "steps_per_rank", tuple(whole("steps_per_rank", n, 0) for n in split))
 
     @property
-    def dtypes(self) -> dict[str, str | None]:
+    def dtypes(self) -> dict[str, Any]:
         """``kv_dtype``, ``attention_dtype`` and ``linear_dtype`` by name."""
         return {name: getattr(self, name) for name in ("kv_dtype", "attention_dtype", "linear_dtype")}
 

@@ -96,7 +96,7 @@ def quantized(model: HiARTransformer) -> HiARTransformer:
     """
     if is_quantized(model):
         return model
-    layers = {name: module for name, module in model.named_modules() if _takes_8_bits(name, module)}
+    layers = {name: module for name, module in model.named_modules() if _takes_8_bits(module, name)}
     state = tuple((id(layer.weight), layer.weight._version) for layer in layers.values())
     if model in _twins and _twins[model][0] == state:
         return _twins[model][1]
@@ -113,19 +113,18 @@ def float8_bytes(model: HiARTransformer, wide: bool) -> int:
     """Bytes of :func:`quantized`'s layers beside the model's: weights and scales. ``wide``: on a CPU also the weights
     in float32, which it multiplies.
     """
-    layers = [module for name, module in model.named_modules() if _takes_8_bits(name, module)]
+    layers = [module for name, module in model.named_modules() if _takes_8_bits(module, name)]
     of_weight = E4M3.itemsize + (torch.float32.itemsize if wide else 0)
     numbers = sum(layer.weight.numel() for layer in layers)
     return numbers * of_weight + sum(len(layer.weight) for layer in layers) * torch.float32.itemsize
 
 
-def _takes_8_bits(name: str, module: nn.Module) -> TypeGuard[nn.Linear]:
+def _takes_8_bits(module: nn.Module, name: str) -> TypeGuard[nn.Linear]:
     return isinstance(module, nn.Linear) and name.startswith("blocks.") and (".self_attn." in name or ".ffn." in name)
 
 
-def _check(name: str, layer: nn.Module) -> None:
+def _check(name: str, layer: nn.Linear) -> None:
     """Raise ValueError if the layer cannot be quantised, or CUDA's product cannot take it."""
-    assert isinstance(layer, nn.Linear)
     if hasattr(layer.weight, "rewritten"):
         raise ValueError(
             f"linear_dtype {LINEAR_DTYPE} cannot follow an adapter that changes all of {name}.weight: merge it "

@@ -400,8 +400,8 @@ class CachedAttention(SelfAttention):
             slots, rings, rows = self._destination(layer)
             append_fp8(k.flatten(1, -3), v.flatten(1, -3), slots, *rings, rows=rows)
             return
-        for rings, new in ((cache.k, k), (cache.v, v)):
-            framed = cache.view(rings[layer], self.ring_slice, self.used_slots).unflatten(1, (-1, *new.shape[2:-2]))
+        for stored, new in ((cache.k, k), (cache.v, v)):
+            framed = cache.view(stored[layer], self.ring_slice, self.used_slots).unflatten(1, (-1, *new.shape[2:-2]))
             framed[self._items, self._slots] = new.to(framed.dtype)
 
     def _queries(self, q: Tensor) -> tuple[Tensor, ...]:
@@ -414,8 +414,8 @@ class CachedAttention(SelfAttention):
         sink, size = cache.sink_frames, cache.capacities[ring - 1]
         frame, source = self.frames[item] - self.first_frame, self.slots[item]
         target = torch.where(frame < min(sink, size), frame, sink + (frame - sink) % max(1, size - sink))
-        for rings in (cache.k[layer], cache.v[layer]):
-            slots = rings.unflatten(2, (-1, cache.frame_tokens))
+        for ring_of in (cache.k[layer], cache.v[layer]):
+            slots = ring_of.unflatten(2, (-1, cache.frame_tokens))
             slots[ring - 1].index_copy_(1, target.long(), slots[ring].index_select(1, source))
 
     def _attend(

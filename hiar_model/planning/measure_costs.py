@@ -39,7 +39,7 @@ def measure_costs(
     execution = execution or ExecutionConfig()
     execution = ExecutionConfig(
         cuda_graph=execution.cuda_graph,
-        **execution.dtypes,  # type: ignore[arg-type]
+        **execution.dtypes,
         attention_impl=execution.attention_impl,
     )
     block, narrowest = config.frames_per_block, config.least_window

@@ -17,7 +17,7 @@ def small(monkeypatch):
 
 
 def test_as_built_is_the_op():
-    q, k, v = study.made("peaked (q x 4)", 0)
+    q, k, v = study.drawn("peaked (q x 4)", 0)
     for eight, name in (
         (True, "products of 8 bits, as built"),
         (False, "16-bit products over an 8-bit ring, as built"),

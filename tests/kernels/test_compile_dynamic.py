@@ -103,8 +103,8 @@ OPS: dict[str, tuple[Callable, Callable[[int], list]]] = {
     "attention_fp8": (
         lambda *x: hk.attention_fp8(*x[:4], x[3], mask=BlockCausal(1, 2, 3), q_frames=x[4], kv_frames=x[5]),
         lambda n: [
-            randn(2, n, 2, 16), randn(2, n + 5, 2, 16).to(torch.float8_e4m3fn),
-            randn(2, n + 5, 2, 16, 16).to(torch.float8_e4m3fn), randn(2, n + 5, 2), ids(n), ids(n + 5),
+            randn(2, n, 2, 16), randn(2, n + 7, 2, 16).to(torch.float8_e4m3fn),
+            randn(2, n + 7, 2, 16, 16).to(torch.float8_e4m3fn), randn(2, n + 7, 2), ids(n), ids(n + 7),
         ],
     ),
     "append_fp8": (hk.append_fp8, lambda n: [*[heads(3 * n)] * 2, ids(n), *fp8_rings(n)]),

@@ -160,7 +160,7 @@ def test_a_vae():
         (["--model", WAN, "--kv-dtype", "fp8"], "kv-dtype must be one of .*float8_e4m3fn, got 'fp8'"),
         (
             ["--model", WAN, "--attention-dtype", "float8_e4m3fn"],
-            "attention_dtype float8_e4m3fn needs kv_dtype float8_e4m3fn, got kv_dtype None",
+            "--attention-dtype float8_e4m3fn needs --kv-dtype float8_e4m3fn, got --kv-dtype None",
         ),
         (["--model", WAN, "--linear-dtype", "int8"], "--linear-dtype must be one of float8_e4m3fn, got 'int8'"),
         (["--model", WAN, "--vae-dtype", "none", "--offload", "all"], "--offload must be one of text, vae, got 'all'"),
