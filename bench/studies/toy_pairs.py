@@ -44,8 +44,7 @@ def read_toy_pairs(folder: str | os.PathLike[str], world: str) -> dict[str, tupl
     """
     one_of("world", world, WORLDS)
     store = TrajectoryStore(folder)
-    channels = store.latent_shape[1]
-    codec, oracle = ToyCodec.fit(channels=channels), ToyOracle(WORLDS[world])
+    codec, oracle = ToyCodec.fit(channels=store.latent_shape[1]).for_size(WORLDS[world]), ToyOracle(WORLDS[world])
     size = WORLDS[world].height, WORLDS[world].width
     if store.latent_shape[1:] != codec.latent_shape(*size):
         expected = list(codec.latent_shape(*size))

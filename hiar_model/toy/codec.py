@@ -13,6 +13,7 @@ components, which carry colour and place, further above the noise: at floor 0.1,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -86,6 +87,32 @@ class ToyCodec:
         scale = std.clamp_min(floor * float(std[0]))
         scale = scale * (std / scale).square().mean().sqrt()
         return cls(mean, basis, scale, patch=patch, split=split)
+
+    @own_settings()
+    def for_size(self, world: WorldConfig) -> ToyCodec:
+        """This codec for a world that shows the same in k times the pixels along each side, k = `world.scale`: patches
+        k times as large, fitted to frames of that size, and latents that mean the same, so that a network trained on
+        this codec's latents knows them at once. k = 1: this codec. ValueError if k is not whole.
+
+        The components span the leading ones of the larger patches. Among all bases of that space it is the one whose
+        components, averaged over k x k pixels, are nearest to this codec's (orthogonal Procrustes).
+        """
+        k = round(world.scale)
+        if k != world.scale:
+            sides = f"{world.height}x{world.width}"
+            raise ValueError(f"the shorter side must be a multiple of {world.reference_side:g} pixels, got {sides}")
+        if k == 1:
+            return self
+        plain = WorldConfig(height=world.height, width=world.width, edge=world.edge)
+        larger = ToyCodec.fit(
+            plain, channels=self.channels, patch=k * self.patch, split=self.split, frames=math.ceil(4000 / k**2)
+        )
+        pixels = larger.basis.unflatten(1, (3, larger.patch, larger.patch))
+        averaged = torch.nn.functional.avg_pool2d(pixels, k).flatten(1).double()
+        u, _, v = torch.linalg.svd(self.basis.double() @ averaged.T)
+        basis = u @ v @ larger.basis.double()
+        # A component of norm 1 over k * k as many pixels is k times fainter.
+        return ToyCodec(larger.mean, basis, k * self.scale, patch=larger.patch, split=self.split)
 
     @own_settings()
     def encode(self, frames: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -103,18 +103,22 @@ class WorldConfig:
         return min(self.height, self.width) / self.reference_side
 
 
+_SCENES = WorldConfig(
+    backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1, light=0.04, distractor=(0.02, 0.02, 0.03)
+)
+
 WORLDS: dict[str, WorldConfig] = {
     "plain": WorldConfig(),
     # Dark enough that every colour of the palette stands out, wide enough that a video can lose its own background.
     "varied": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1),
     "free_speed": WorldConfig(backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1, free_speed=True),
-    "scenes": WorldConfig(
-        backgrounds=((0.14, 0.14, 0.14), (0.46, 0.36, 0.46)), texture=0.1, light=0.04, distractor=(0.02, 0.02, 0.03)
-    ),
+    "scenes": _SCENES,
+    "scenes_64": replace(_SCENES, height=64, width=64, edge=3.0),
 }
 """Named worlds. "plain": the prompt fixes everything but the start. "varied": a background and a texture of its own for
 each video, which only the video's own past tells. "free_speed": that, and how fast the shape moves. "scenes": varied,
-lit from one side, and a dark second shape crosses behind the prompted one."""
+lit from one side, and a dark second shape crosses behind the prompted one. "scenes_64": the same pictures, edges too,
+in twice the pixels along each side."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hiar_model.toy.codec import ToyCodec
-from hiar_model.toy.world import ToyWorld
+from hiar_model.toy.world import WORLDS, ToyWorld
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +16,8 @@ def world() -> ToyWorld:
 @pytest.fixture(scope="session")
 def codec() -> ToyCodec:
     return ToyCodec.fit()
+
+
+@pytest.fixture(scope="session")
+def large_codec(codec: ToyCodec) -> ToyCodec:
+    return codec.for_size(WORLDS["scenes_64"])

@@ -61,7 +61,7 @@ class Sources:
         one_of("recipe: data.world", data.world, WORLDS)
         self.world = ToyWorld(WORLDS[data.world])
         # one latent space for all worlds, so that training can start from another world's weights
-        self.codec = ToyCodec.fit(channels=config.in_channels, floor=data.codec_floor)
+        self.codec = ToyCodec.fit(channels=config.in_channels, floor=data.codec_floor).for_size(self.world.config)
         self.text_encoder = ToyTextEncoder(config.text_dim, self.world.config.free_speed)
         try:
             train, self._held_out = split_prompts(data.held_out_prompts)
