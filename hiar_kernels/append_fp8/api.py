@@ -133,7 +133,7 @@ def _no_gradient(op: str, *tensors: Tensor) -> None:
         raise ValueError(f"{op}: has no gradient; 8 bits are for inference: use torch.no_grad()")
 
 
-def _automatic(rings: Fp8Rings, *floats: Tensor, **options: bool) -> str:
+def _automatic(rings: Fp8Rings, *floats: Tensor, norm: bool = False, cuda: bool = False) -> str:
     """On a CUDA device a kernel, though none was timed: the reference copies what it writes several times."""
     dense = rings.k_cache.stride(-1) == rings.v_cache.stride(-1) == 1
-    return automatic(*floats, **options) if dense else "reference"
+    return automatic(*floats, norm=norm, cuda=cuda) if dense else "reference"
