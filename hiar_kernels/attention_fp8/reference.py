@@ -26,8 +26,7 @@ def attention_fp8(call: Float8Inputs) -> Tensor:
     # products of two 8-bit numbers are exact
     rows, keys, values = (x.to(wide).flatten(1, -3).transpose(1, 2).contiguous() for x in (q, k, v))
     scores = _by_row(rows, keys.transpose(2, 3)).unflatten(3, k.shape[1:3])  # [B, H, Tq, S, P]
-    factor = call.softmax_scale * math.log2(math.e)
-    factors = torch.tensor(factor, dtype=wide, device=q.device)
+    factors = torch.tensor(call.softmax_scale, dtype=wide, device=q.device)
     if call.q_scales is not None:
         factors = (call.q_scales.to(wide) * factors).transpose(1, 2)[..., None]
     scores = scores * (factors * k_scales.transpose(1, 2)[:, :, None])[..., None]
@@ -44,9 +43,12 @@ def _by_row(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """2^(scores - their maximum) [B, H, Tq, S, P] and the sum of each row."""
+    """exp(scores - their maximum) [B, H, Tq, S, P] and the sum of each row.
+
+    Not exp2, of which torch 2.13 gives other bits on a CPU at the end of a tensor: a row would depend on the batch.
+    """
     m_i = scores.amax((-2, -1), keepdim=True) if scores.numel() else scores.new_zeros(())
-    probs = torch.exp2(scores - m_i.where(m_i != -math.inf, 0))
+    probs = torch.exp(scores - m_i.where(m_i != -math.inf, 0))
     return probs, probs.sum((-2, -1))
 
 
@@ -60,8 +62,8 @@ def _softmax_in_blocks(scores: Tensor) -> tuple[Tensor, Tensor]:
     blocks = F.pad(scores, (0, -tokens % size), value=-math.inf).unflatten(-1, (-1, size)).flatten(-3, -2)
     m_i = blocks.amax(-1).cummax(-1).values.unsqueeze(-1)  # so far
     m_i = m_i.where(m_i != -math.inf, 0)
-    exact = torch.exp2(blocks - m_i)
-    later = torch.exp2(m_i - m_i[..., -1:, :])  # the product of all rescaling to come
+    exact = torch.exp(blocks - m_i)
+    later = torch.exp(m_i - m_i[..., -1:, :])  # the product of all rescaling to come
     rounded = (exact * P_SCALE).to(E4M3).to(exact.dtype) / P_SCALE
     probs = (rounded * later).unflatten(-2, (scores.shape[-2], -1)).flatten(-2)[..., :tokens]
     return probs, (exact * later).sum((-2, -1))

@@ -17,14 +17,16 @@ CONFIG = WanConfig(
 )
 
 
+EIGHT_BITS = {"order": "stream", "kv_dtype": "float8_e4m3fn", "attention_dtype": "float8_e4m3fn"}
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"order": "step_first"},
         {"order": "wavefront", "pairs": True},
         {"order": "stream", "window_frames": (4, 5)},
-        {"order": "stream", "window_frames": 5, "cache_source": "next_step", "kv_dtype": "float8_e4m3fn"},
-        {"order": "wavefront", "pairs": True, "kv_dtype": "float8_e4m3fn", "attention_dtype": "float8_e4m3fn"},
+        {"cache_source": "next_step", "window_frames": 5, "num_frames": 6, **EIGHT_BITS},
     ],
     ids=str,
 )
@@ -34,7 +36,8 @@ def test_a_rollout_on_triton_kernels(device, options):
     text = torch.randn(1, 4, CONFIG.text_dim, device=device)
 
     def run() -> torch.Tensor:
-        made = make_rollout(model, text, FlowSchedule.uniform(2), num_frames=9, height=4, width=6, **options)
+        size = {"num_frames": 9, "height": 4, "width": 6}
+        made = make_rollout(model, text, FlowSchedule.uniform(2), **{**size, **options})
         return torch.cat([block.latents for block in made], 1)
 
     with hiar_kernels.prefer("reference"):
