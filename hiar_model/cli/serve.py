@@ -11,6 +11,13 @@ from jsonargparse import ArgumentParser, Namespace
 
 from .machine import imports, kv_argument, load_model, lora_argument, machine_arguments, stage_lines
 
+DATA = "hiar-data"
+STATE_DISK = 4.0  # GB
+DATA_HELP = (
+    "folder for videos and for live sessions, which then outlive the server and have their prompts there; "
+    f"default: {DATA}, and live sessions end with the server"
+)
+STATE_HELP = f"GB in --data for states of live sessions, {STATE_DISK:g}; 0: they end with the server"
 EXTRA = ("starlette", "uvicorn", "websockets", "prometheus_client")
 
 
@@ -30,7 +37,8 @@ def serve_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--keep", type=float, default=60.0, help="seconds that a session without a viewer is kept")
     parser.add_argument("--token-file", type=str, help="tokens, one a line: a client must have one of them")
     parser.add_argument("--allow-host", type=str, help="names of this server, with commas between, beside its address")
-    parser.add_argument("--data", type=str, default="hiar-data", help="folder for videos and what sessions have shown")
+    parser.add_argument("--data", type=str, help=DATA_HELP)
+    parser.add_argument("--state-disk", type=float, help=STATE_HELP)
     parser.add_argument("--log-prompts", action="store_true", help="write prompts to the log, too")
     kv_argument(parser)
     parser.add_argument("--cuda-graph", type=bool, default=False, help="capture forwards as CUDA graphs")
@@ -44,6 +52,11 @@ def serve(a: Namespace) -> None:
         raise ValueError(f"--port must be from 0 to 65535, got {a.port}")
     if a.max_sessions < 1:
         raise ValueError(f"--max-sessions must be at least 1, got {a.max_sessions}")
+    if a.state_disk is not None and a.data is None:
+        raise ValueError("--state-disk needs --data: without it live sessions end with the server")
+    state_disk = STATE_DISK if a.state_disk is None else a.state_disk
+    if not 0 <= state_disk <= 1e6:
+        raise ValueError(f"--state-disk must be from 0 to 1000000 GB, got {state_disk:g}")
     if not 0 <= a.keep <= 86400:
         raise ValueError(f"--keep must be from 0 to 86400 seconds, got {a.keep:g}")
     with imports():
@@ -55,15 +68,16 @@ def serve(a: Namespace) -> None:
     tokens = () if a.token_file is None else read_tokens(Path(a.token_file))
     names = [name.strip() for name in (a.allow_host or "").split(",") if name.strip()]
     settings = Settings(
-        a.host, a.port, tokens, (*names, a.host), Limits(a.max_sessions, a.keep), log_prompts=a.log_prompts
-    )
+        a.host, a.port, tokens, (*names, a.host), Limits(a.max_sessions, a.keep), log_prompts=a.log_prompts,
+        state_bytes=int(state_disk * 1e9) if a.data and state_disk else None,
+    )  # fmt: skip
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("hiar.serve").setLevel(logging.INFO)
     listening = listen(a.host, a.port)  # before the model is loaded, which takes a while
     options: dict[str, Any] = {"checkpoint": a.checkpoint, "vae": a.vae, "lora": a.lora, "on_stage": stage_lines()}
     model = load_model(a, **options)
     execution = ExecutionConfig(kv_dtype=a.kv_dtype, attention_dtype=a.attention_dtype, cuda_graph=a.cuda_graph)
-    service = Service(model, execution, Path(a.data), settings)
+    service = Service(model, execution, Path(a.data or DATA), settings)
     service.start()
     print(f"{model.name} is served at {address(listening)}", flush=True)
     run(service, [listening])

@@ -209,9 +209,14 @@ class RingCache:
         tensors = {f"{name}.{i}": x for name, layers in named.items() for i, x in enumerate(layers)}
         return {**tensors, "frames": self.frames}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of all tensors, by name."""
-        return {name: x.clone() for name, x in self._tensors().items()}
+    @property
+    def nbytes(self) -> int:
+        """Bytes of :meth:`state_dict`."""
+        return sum(x.nbytes for x in self._tensors().values())
+
+    def state_dict(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """Copies of all tensors, by name; on their own device, or another."""
+        return {name: x.to(device or x.device, copy=True) for name, x in self._tensors().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy the tensors of :meth:`state_dict` back in; ValueError names one that is missing or of another shape.

@@ -301,7 +301,7 @@ class VideoRun:
         self.session, self._ends = options.session, False
         if options.session is not None:
             self.decoding = Decoding(self.model.decoder())
-            session = load_session(options.session, self.rollout, self.decoding.stateful, self._facts())
+            session = load_session(options.session, self.rollout, self.decoding.stateful, self.facts())
             self.frames_done = whole(f"{session.path}: frames", session.about.get("frames"), 0)
         self._last = self._last_block(options.num_frames, options.session) if options.open_end else None
         self.metadata = describe(self)
@@ -359,10 +359,10 @@ class VideoRun:
         """Save a session between two blocks: see :func:`hiar_model.save_session`."""
         if self.decoding is None:
             raise ValueError("nothing to save: a session can be saved after the first block")
-        return save_session(path, self.rollout, self.decoding.stateful, {**self._facts(), "frames": self.frames_done})
+        return save_session(path, self.rollout, self.decoding.stateful, {**self.facts(), "frames": self.frames_done})
 
-    def _facts(self) -> dict[str, Any]:
-        """Facts that a session and the run that resumes it must share."""
+    def facts(self) -> dict[str, Any]:
+        """JSON facts that a session and the run that resumes it must share."""
         facts: dict[str, Any] = {"weights_sha256": self.model.weights_sha256, "seed": self.options.seed}
         facts["lora"] = [[lora.sha256, lora.scale] for lora in self.model.loras]
         facts["given_sha256"] = self.starts.sha256

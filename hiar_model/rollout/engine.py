@@ -361,9 +361,14 @@ class Rollout:
         self.pipeline.start(group)
         return block
 
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of the state: position, caches, latents in flight and their prompts. Call it between blocks."""
-        return {"key": self._key(), "noise": self.noise, "groups_done": self.groups_done, **self._executor.state_dict()}
+    def state_dict(self, device: torch.device | None = None) -> dict[str, Any]:
+        """A copy of the state: position, caches, latents in flight and their prompts. Call it between blocks.
+
+        Args:
+            device: for the caches, the bulk of it; None: their own. The CPU may have room where a GPU has none.
+        """
+        state = self._executor.state_dict(device)
+        return {"key": self._key(), "noise": self.noise, "groups_done": self.groups_done, **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict` of a rollout with the same plan; prompt and noise may differ (a fork).

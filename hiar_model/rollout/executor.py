@@ -424,15 +424,15 @@ class Executor:
 
     # State.
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, device: torch.device | None = None) -> dict[str, Any]:
         """Copies of the caches, the latents in flight and those stored for recaching, the position inside step_first,
-        and the prompts of the blocks in flight.
+        and the prompts of the blocks in flight; the caches on their own device, or another.
         """
         latents = {f"{level}/{block}": x.clone() for (level, block), x in self.latents.items()}
         last = self.last_started_block
         first = 0 if self.plan.order == "step_first" else min((n for _, n in self.latents), default=last) - 1
         return {
-            "cache": self.cache.state_dict(),
+            "cache": self.cache.state_dict(device),
             "latents": latents,
             "history": {} if self.history is None else self.history.state_dict(),
             "step": self.step,

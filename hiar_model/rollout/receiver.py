@@ -36,7 +36,7 @@ class Receiver:
         """Nothing."""
         return 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, device: Any = None) -> dict[str, Any]:
         """Empty."""
         return {"cache": {}, "latents": {}, "history": {}, "step": 0, "prompt_embeds": {}}
 

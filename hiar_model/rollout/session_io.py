@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..io.files import SESSION, in_folder
@@ -66,11 +67,30 @@ def save_session(
         >>> load_session(save_session(tempfile.mkdtemp(), first), second).blocks
         1
     """
+    target = _file(path)
+    tensors, metadata = session_tensors(rollout, decoder, about)
+    try:
+        state_io.write(target, tensors, metadata)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    return target
+
+
+def session_tensors(
+    rollout: Rollout, decoder: object = None, about: Mapping[str, Any] | None = None, device: torch.device | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What :func:`save_session` writes: (tensors, metadata) for :func:`.state_io.write`.
+
+    Args:
+        device: where to copy all tensors, so that another thread may write them while the rollout goes on; None: they
+            stay on their own, and the decoder's are no copies.
+
+    Raises:
+        ValueError: a pipeline of several processes.
+    """
     if rollout.pipeline is not None and rollout.pipeline.group is not None:
         raise ValueError("a session is one file of one process, this rollout is a pipeline of several: use RunFolder")
-    target = _file(path)
-    state = rollout.state_dict()
-    tensors, metadata = state_io.pack(state)
+    tensors, metadata = state_io.pack(rollout.state_dict(device))
     decoder_tensors, others = _decoder_state(decoder)
     tensors |= {f"decoder.{name}": x for name, x in decoder_tensors.items()}
     metadata |= {
@@ -80,11 +100,9 @@ def save_session(
         "decoder": json.dumps(others),
         "about": json.dumps(dict(about or {})),
     }
-    try:
-        state_io.write(target, tensors, metadata)
-    except OSError as error:
-        raise ValueError(str(error)) from error
-    return target
+    if device is not None:
+        tensors = {name: x.to(device, copy=name.startswith("decoder.")) for name, x in tensors.items()}
+    return tensors, metadata
 
 
 def load_session(

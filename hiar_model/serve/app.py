@@ -8,7 +8,7 @@ import json
 import logging
 import socket as sockets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,13 @@ from .connection import Realtime
 from .encoding import Saving
 from .guard import Guard, is_loopback
 from .jobs import VIDEO, JobRequest, Jobs
+from .keeper import DiskKeeper, Keeper, forget
+from .link import ClientLink
+from .live import example
+from .metrics import Metrics
 from .openapi import openapi
 from .protocol import Refusal
-from .scheduler import Limits, Scheduler, example
+from .scheduler import Limits, Scheduler
 from .schema import schema
 from .session import ViewerSession
 from .store import Store
@@ -57,6 +61,8 @@ class Settings:
     hosts          names by which clients may call it, beside addresses and localhost
     limits         of sessions
     log_prompts    write prompts to the log
+    state_bytes    on disk for the states of live sessions, which then outlive the server; None: nothing of them is
+                   written but what they have shown
 
     Raises:
         ValueError: a host that others reach, without tokens.
@@ -68,6 +74,7 @@ class Settings:
     hosts: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     log_prompts: bool = False
+    state_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if not self.tokens and not is_loopback(self.host):
@@ -79,7 +86,7 @@ class Service:
 
     Args:
         data: folder for videos, and for what running sessions have shown.
-        scheduler_options: of :class:`.scheduler.Scheduler`, for tests.
+        states: options of :class:`.states.StateDisk`, scheduler_options: of :class:`.scheduler.Scheduler`, for tests.
     """
 
     def __init__(
@@ -89,12 +96,20 @@ class Service:
         data: Path,
         settings: Settings | None = None,
         checkpoint_every: int = 10,
+        states: Mapping[str, Any] | None = None,
         **scheduler_options: Any,
     ) -> None:
         self.model, self.settings = model, settings or Settings()
         self.store = Store(data)
+        limits, metrics, state_bytes = self.settings.limits, Metrics(), self.settings.state_bytes
+        keeper: Keeper = Keeper()
+        if state_bytes is None:
+            forget(self.store)
+        else:
+            records = limits.keep > 0
+            keeper = DiskKeeper(self.store, model, execution, metrics, state_bytes, records, **(states or {}))
         self.scheduler = Scheduler(
-            model, execution, data / "sessions", self.settings.limits, new_saving=self._saving, **scheduler_options
+            model, execution, data / "sessions", limits, metrics, keeper, new_saving=self._saving, **scheduler_options
         )
         self.jobs = Jobs(self.store, model, execution, self.scheduler.admission, checkpoint_every, changed=self._wake)
         self.scheduler.background = self.jobs
@@ -314,7 +329,7 @@ def server(service: Service) -> uvicorn.Server:
     """The server of a service; ``run(sockets=[listen(...)])`` returns when it is told to end."""
     config = uvicorn.Config(
         service.app, log_config=None, access_log=False, lifespan="off", server_header=False, date_header=True,
-        ws="websockets-sansio", ws_max_size=1 << 20, ws_ping_interval=5.0, ws_ping_timeout=15.0,
+        ws=ClientLink, ws_max_size=1 << 20, ws_ping_interval=5.0, ws_ping_timeout=15.0,
         ws_per_message_deflate=False, timeout_graceful_shutdown=5, timeout_keep_alive=15, proxy_headers=False,
     )  # fmt: skip
     return _Uvicorn(config, service)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from . import protocol
+from . import link, protocol
 from .guard import Bucket
 from .protocol import Refusal
 from .session import Connection, ViewerSession
@@ -41,6 +41,7 @@ class Realtime:
         self.session: ViewerSession | None = None
         self.client = socket.client.host if socket.client else ""
         self.closing = False
+        self.link: link.ClientLink | None = socket.scope.get("extensions", {}).get(link.NAME)
 
     def _deliver(self, *items: str | bytes) -> None:
         """From any thread."""
@@ -48,6 +49,10 @@ class Realtime:
 
     def _close(self, code: int, reason: str) -> None:
         self._put((code, reason))
+
+    def _silent(self, silent: bool) -> None:
+        if self.session is not None:
+            self.scheduler.silent(self.session, self.connection, silent)
 
     def _put(self, *items: Item) -> None:
         """In order, whatever the thread, and nothing between them."""
@@ -70,15 +75,18 @@ class Realtime:
         await self.socket.accept()
         self.scheduler.metrics.connections.inc()
         writer, reader = asyncio.create_task(self._write()), asyncio.create_task(self._read())
+        others = [asyncio.create_task(link.watch(self.link, self._silent, lambda: self.closing))] if self.link else []
         try:
             await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.scheduler.metrics.connections.dec()
             if self.session is not None:
                 self.scheduler.detach(self.session, self.connection)
-            for task in (reader, writer):
+            for task in (reader, writer, *others):
                 task.cancel()
-            for ended in await asyncio.gather(reader, writer, return_exceptions=True):
+            if self.link and self.link.silent:
+                self.link.abort()
+            for ended in await asyncio.gather(reader, writer, *others, return_exceptions=True):
                 if isinstance(ended, Exception):
                     log.error("a connection of %s failed", self.client, exc_info=ended)
 

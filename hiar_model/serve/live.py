@@ -5,24 +5,37 @@ All methods are called from one thread, which is where torch works.
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..config import ExecutionConfig
 from ..io.video import Frames
 from ..models.video_model import VideoModel
+from ..pipelines.decode import Decoding
 from ..pipelines.prompt_schedule import LivePrompts
 from ..pipelines.video_pipeline import VideoOptions, VideoRun
+from ..rollout.session_io import load_session, session_tensors
 from ..schedule.plan import Group
 from .protocol import Refusal, StartMessage, TaskList
+from .states import SessionStates, StateFile, least_useful, prompts_key
 
+log = logging.getLogger("hiar.serve")
+
+CPU = torch.device("cpu")
 REWIND_BYTES = 64 << 20
 """Bytes of the states that a video keeps for its way back; without one, it makes itself again from its start."""
 MOST_CHANGES = 1000
 """Changes of the prompt in one video."""
+
+
+def example(model: VideoModel) -> str:
+    """A prompt that the model can show."""
+    return "a cat walks over a wet street" if model.world is None else "a red circle moving right"
 
 
 class Piece(NamedTuple):
@@ -66,7 +79,7 @@ class LiveVideo:
     Args:
         model, execution: as :class:`hiar_model.VideoPipeline` takes them.
         start: the client's request. on_group: called with each group of tasks that has run.
-        rewind_bytes: for states of earlier blocks.
+        rewind_bytes: for states of earlier blocks. disk: further ones; None: none.
 
     Attributes:
         block: the next one to come. num_blocks: of the whole video; None: endless.
@@ -91,8 +104,10 @@ class LiveVideo:
         start: StartMessage,
         on_group: Callable[[Group], None] | None = None,
         rewind_bytes: int = REWIND_BYTES,
+        disk: SessionStates | None = None,
     ) -> None:
         self.model, self.execution, self.on_group, self.rewind_bytes = model, execution, on_group, rewind_bytes
+        self.disk = disk
         try:
             self.prompts = LivePrompts(start.prompt, model.encode_text)
         except ValueError as error:
@@ -174,6 +189,8 @@ class LiveVideo:
             self.prompts.change(prompt, block)
         except ValueError as error:
             raise Refusal("bad_prompt", str(error)) from error
+        if self.disk is not None:
+            self.disk.drop_from(block)
         return self._position(block)
 
     def _position(self, block: int) -> Position:
@@ -198,26 +215,84 @@ class LiveVideo:
         if block > max(self.block, self._target):
             raise Refusal("no_such_block", f"block must be from 0 to {self.block}, the next to come, got {block}")
 
-    def _go_back(self, block: int, below: int) -> None:
-        """To the last state at or before ``block`` in which no block from ``below`` on has begun."""
+    def restore(self, changes: Iterable[tuple[int, str]], block: int) -> None:
+        """Go on with a block of an earlier process, from its states on disk: its prompts were those of ``changes``, as
+        (first block, prompt).
+
+        Raises:
+            Refusal: its states are damaged.
+            ValueError: the model does not know the prompts.
+        """
+        for first, prompt in changes:
+            self.prompts.change(prompt, first)
+        if self._go_back(block) and not self.block:
+            raise Refusal("failed", "the session cannot go on: its state on the disk is damaged", closes=True)
+
+    def _go_back(self, block: int, below: int | None = None) -> bool:
+        """To the last state at or before ``block`` in which no block from ``below`` on has begun.
+
+        Returns:
+            Whether one on the disk was damaged.
+        """
         self._blocks.close()  # type: ignore[attr-defined]
-        self.states = [state for state in self.states if state.block <= block and state.started < below]
-        if not self.states:
-            self._begin()
+        self.states = [s for s in self.states if s.block <= block and (below is None or s.started < below)]
+        damaged = False
+        for file in self._on_disk(block, below):
+            try:
+                self._load(file)
+                break
+            except ValueError as error:
+                log.error("a state is lost: %s", " ".join(str(error).split()))
+                self.disk.drop([file])  # type: ignore[union-attr]
+                damaged = True
         else:
-            state = self.states[-1]
-            self.run.rollout.load_state_dict(state.rollout)
-            if state.decoder is not None:
-                self.run.decoding.stateful.load_state_dict(state.decoder)  # type: ignore[union-attr]
-            self.run.frames_done, self.block = state.frames, state.block
-            self._open()
+            if not self.states:
+                self._begin()
+            else:
+                state = self.states[-1]
+                self.run.rollout.load_state_dict(state.rollout)
+                if state.decoder is not None:
+                    self.run.decoding.stateful.load_state_dict(state.decoder)  # type: ignore[union-attr]
+                self.run.frames_done, self.block = state.frames, state.block
+                self._open()
         self._target = block
+        return damaged
+
+    def _key(self, started: int) -> str:
+        return prompts_key(((first, prompt) for first, prompt, _ in self.prompts.changes), started)
+
+    def _on_disk(self, block: int, below: int | None) -> Iterator[StateFile]:
+        """States on disk that are nearer than those in memory, the nearest first."""
+        nearest = self.states[-1].block if self.states else 0
+        for file in () if self.disk is None else self.disk.before(block, below):
+            if file.block > nearest and file.key == self._key(file.started):  # another: of a fork that was killed
+                yield file
+
+    def _load(self, file: StateFile) -> None:
+        run = self.run
+        run.decoding = run.decoding or Decoding(run.model.decoder())
+        load_session(file.path, run.rollout, run.decoding.stateful, run.facts())
+        self.block, run.frames_done = file.block, self.frame_of(file.block)
+        self._open()
+
+    def save_state(self) -> None:
+        """Have the state before the next block on the disk."""
+        if self.disk is not None and self.run.decoding is not None and not self.complete:
+            tensors = session_tensors(self.run.rollout, self.run.decoding.stateful, self.run.facts(), CPU)
+            self.disk.save(self.block, self.started, self._key(self.started), *tensors)
 
     def _keep_state(self) -> None:
         """Keep the state before the next block: of recent ones many, of old ones few."""
-        if self.complete or not self.rewind_bytes:
-            return
         run = self.run
+        if self.complete:
+            return
+        size = run.rollout.cache.nbytes
+        if self.disk is not None and self.disk.due(self.block, size):
+            self.save_state()
+        if size > self.rewind_bytes:  # before the copy, for which there may be no memory
+            self.rewind_bytes, self.states = 0, []
+        if not self.rewind_bytes:
+            return
         decoder = getattr(run.decoding.stateful, "state_dict", None)  # type: ignore[union-attr]
         copied = (
             None if decoder is None else {n: x.clone() if isinstance(x, Tensor) else x for n, x in decoder().items()}
@@ -228,17 +303,7 @@ class LiveVideo:
             return
         self.states.append(state)
         while sum(one.nbytes for one in self.states) > self.rewind_bytes:
-            del self.states[self._least_useful()]
-
-    def _least_useful(self) -> int:
-        """The index of the state whose loss lengthens a way back the least, compared with how old it is."""
-        blocks = [0, *(state.block for state in self.states)]
-        if len(blocks) == 2:
-            return 0
-        return min(
-            range(len(self.states) - 1),
-            key=lambda i: (blocks[i + 2] - blocks[i]) / (blocks[-1] + 1 - blocks[i + 1]),
-        )
+            del self.states[least_useful([state.block for state in self.states])]
 
     def lines(self) -> list[list[Any]]:
         """The prompts as [seconds, prompt], as the record of a video has them."""

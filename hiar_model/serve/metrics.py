@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import os
 
-from .session import resident_bytes
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 
@@ -26,6 +26,8 @@ class Metrics:
             "hiar_chunk_interval_seconds", "between chunks of a viewer who keeps up", buckets=SECONDS, registry=r
         )
         self.refusals = Counter("hiar_refusals", "requests refused", ["code"], registry=r)
+        self.state_errors = Counter("hiar_state_errors", "states and records that could not be written", registry=r)
+        self.state_bytes = Gauge("hiar_state_bytes", "states of live sessions on disk", registry=r)
         self.videos = Gauge("hiar_videos", "whole videos", ["status"], registry=r)
         memory = Gauge("hiar_memory_bytes", "memory of the process", registry=r)
         memory.set_function(resident_bytes)
@@ -43,3 +45,12 @@ class Metrics:
     def text(self) -> bytes:
         """All of them, as a scrape gets them."""
         return generate_latest(self.registry)
+
+
+def resident_bytes() -> int:
+    """Bytes of memory of this process; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0

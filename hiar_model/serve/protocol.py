@@ -341,11 +341,15 @@ class Saved(ProtocolMessage):
 
 @dataclass(frozen=True)
 class Ended(ProtocolMessage):
-    """No more chunks come: the video has all its frames, the client stopped it, or the server ends."""
+    """No more chunks come: the video has all its frames, the client stopped it, or the server ends.
+
+    resume: the session goes on when the server was started again; ask for it as after a lost connection.
+    """
 
     type: ClassVar[str] = "ended"
     reason: Annotated[str, OneOf(("complete", "stopped", "drained"))]
     frames: int
+    resume: bool = False
 
 
 @dataclass(frozen=True)

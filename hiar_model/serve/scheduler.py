@@ -6,7 +6,6 @@ works in the generating thread alone. A session is admitted if its predicted mem
 
 from __future__ import annotations
 
-import base64
 import logging
 import threading
 import time
@@ -26,11 +25,12 @@ from ..schedule.plan import Group
 from . import protocol
 from .admission import Admission
 from .encoding import Encoding, Saving
-from .live import REWIND_BYTES, LiveVideo
+from .keeper import Keeper, bring_back
+from .live import REWIND_BYTES, LiveVideo, example
 from .metrics import Metrics
 from .protocol import ProtocolMessage, Refusal, StartMessage
-from .session import WINDOW, Clock, Connection, ViewerSession, block_frames, new_fragments
-from .spool import Spool
+from .session import HAS_X264, Connection, ViewerSession, hash_token, new_fragments
+from .spool import SUFFIX
 
 log = logging.getLogger("hiar.serve")
 
@@ -69,7 +69,8 @@ class Scheduler:
     """Start it with :meth:`start`, end it with :meth:`stop`; all other methods may be called from any thread.
 
     model, execution   as :class:`hiar_model.VideoPipeline` takes them
-    folder             for the spools of sessions; emptied at the start
+    folder             for the spools of sessions; emptied at the start, but for those of kept ones
+    keeper             what of sessions lies on disk
     new_saving         what :class:`.protocol.Save` writes to
     background         whole videos, made meanwhile
     free               free bytes of the device, for tests
@@ -80,6 +81,7 @@ class Scheduler:
     folder: Path
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
+    keeper: Keeper = field(default_factory=Keeper)
     new_saving: Callable[[ViewerSession], Saving] | None = None
     background: Background | None = None
     free: Callable[[Any], int | None] = free_bytes
@@ -97,8 +99,8 @@ class Scheduler:
     def start(self) -> None:
         """Begin to work."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for old in self.folder.glob("*.spool"):
-            old.unlink()
+        self.sessions = {session.id: session for session in self.keeper.restore(self.folder)}
+        self.metrics.sessions.set(len(self.sessions))
         self.thread.start()
         self.call(self._prepare).result()
 
@@ -110,7 +112,7 @@ class Scheduler:
                 self.admission.predicted(replace(start, order=order))
             video = LiveVideo(self.model, self.execution, start, rewind_bytes=0)
             piece = video.make()
-            if piece is not None and "x264" not in _missing():
+            if piece is not None and HAS_X264:
                 new_fragments(video).fragment(piece.frames, 0)
 
     # From the network
@@ -155,26 +157,24 @@ class Scheduler:
             Refusal: there is none.
         """
         with self.lock:
-            session = next(
-                (s for s in self.sessions.values() if compare_digest(s.token.encode(), token.encode())), None
-            )
-            if session is None or session.ready is None:
+            if self.draining:
+                raise Refusal("shutting_down", "the server is being stopped", closes=True, retry_after=10)
+            digest = hash_token(token)
+            session = next((s for s in self.sessions.values() if compare_digest(s.token_hash, digest)), None)
+            if session is None or (session.ready is None and session.stored is None):
                 raise Refusal("unknown_session", "no session has this token: it never had, or was not kept so long",
                               closes=True)  # fmt: skip
-            if after is not None and after > session.seq:
-                raise Refusal("bad_value", f"after must be at most {session.seq}, the last chunk, got {after}")
+            if after is not None:
+                session.require_sent("after", after)
             if session.connection is not None:
                 session.connection.close(1008, "the session goes on in another connection")
             session.connection, session.detached = connection, None
-            if after is not None:
-                session.acknowledge(after, time.monotonic())
-            changes = {"resumed": True, "playing": session.playing, "block": session.block}
-            session.ready = protocol.ReadyMessage(**{**vars(session.ready), **changes})
-            session.post(session.ready)
-            for chunk in session.unacked:
-                chunk.send(connection)
-            if session.complete and not session.pending:
-                session.post(protocol.Ended("complete", session.frames))
+            if session.stored is not None:
+                session.token, session.after = token, after
+                self.tasks.append(lambda: self._begin(session))
+            else:
+                session.take_up(after, connection)
+                self.keeper.progressed(session)
             self.lock.notify_all()
         return session
 
@@ -183,10 +183,18 @@ class Scheduler:
         with self.lock:
             if session.connection is not connection:
                 return  # another has taken over
-            session.connection, session.detached = None, time.monotonic()
-            if not self.limits.keep or session.ready is None:
+            session.connection, session.detached = None, session.detached or time.monotonic()
+            if not self.limits.keep or (session.ready is None and session.stored is None):
                 self._remove(session)
             self.lock.notify_all()
+
+    def silent(self, session: ViewerSession, connection: Connection, silent: bool) -> None:
+        """A client does not answer, or does again: meanwhile its session waits as one without a connection."""
+        with self.lock:
+            if session.connection is connection:
+                now = time.monotonic()
+                session.detached, session.possible = (now if silent else None), now
+                self.lock.notify_all()
 
     def handle(self, session: ViewerSession, message: ProtocolMessage) -> None:
         """A message of the client; :class:`Refusal` if it cannot be."""
@@ -195,15 +203,17 @@ class Scheduler:
             if session.gone:
                 raise Refusal("not_started", "the session has ended", closes=True)
             if isinstance(message, protocol.Ack):
-                if message.seq > session.seq:
-                    raise Refusal("bad_value", f"seq must be at most {session.seq}, the last chunk, got {message.seq}")
-                session.acknowledge(message.seq, now)
+                session.require_sent("seq", message.seq)
+                if session.stored is None:  # else ``after`` has said it
+                    session.acknowledge(message.seq, now)
+                    self.keeper.progressed(session)
             elif isinstance(message, protocol.Pause | protocol.Play):
                 playing = isinstance(message, protocol.Play)
                 if playing and not session.playing:
                     session.possible = now
                     session.clock.restart()
                 session.playing = playing
+                self.keeper.progressed(session)
                 session.post(protocol.StateMessage(playing))
             elif isinstance(message, protocol.StopMessage):
                 session.post(protocol.Ended("stopped", session.frames))
@@ -219,14 +229,17 @@ class Scheduler:
             self.lock.notify_all()
 
     def drain(self, timeout: float = 30.0) -> None:
-        """Take no more; finish the block that is being made, put whole videos away, tell the viewers."""
+        """Take no more; finish the block that is being made, put sessions and whole videos away, tell the viewers."""
         with self.lock:
             self.draining = True
             for session in list(self.sessions.values()):
-                session.post(protocol.Ended("drained", session.frames))
+                outlives = self.keeper.outlives(session)
+                session.post(protocol.Ended("drained", session.frames, outlives))
                 if session.connection is not None:
                     session.connection.close(1012, "the server is being stopped")
-                self._remove(session)
+                session.connection = None
+                if not outlives:
+                    self._remove(session)
         self.stop(timeout)
 
     def stop(self, timeout: float = 30.0) -> None:
@@ -245,6 +258,7 @@ class Scheduler:
             while (work := self._next()) is not None:
                 work()
                 del work  # it may hold a session that has gone
+            self.keeper.close(list(self.sessions.values()))
             if self.background is not None:
                 self.background.close()
 
@@ -279,7 +293,9 @@ class Scheduler:
 
     def _expire(self, now: float) -> None:
         for session in list(self.sessions.values()):
-            if session.detached is not None and now - session.detached >= self.limits.keep:
+            if session.detached is not None and now - session.detached >= self.limits.keep and not self.draining:
+                if session.connection is not None:
+                    session.connection.close(1008, "no answer for too long")
                 self._remove(session)
 
     def _remove(self, session: ViewerSession) -> None:
@@ -291,6 +307,7 @@ class Scheduler:
         session.unacked.clear()
         session.commands.clear()
         session.connection = None
+        self.keeper.ended(session)
         self.metrics.sessions.set(len(self.sessions))
 
         def clear() -> None:
@@ -311,51 +328,57 @@ class Scheduler:
                 self._remove(session)
 
     def _begin(self, session: ViewerSession) -> None:
-        """Make the rollout of a new session."""
-        if session.gone:
+        """Make the rollout of a new session, or of a stored one that goes on."""
+        if session.gone or session.video is not None or session.connection is None:
             return
         try:
             with self.lock:
-                others = [s.reserved - _taken(s) for s in self.sessions.values() if s is not session]
+                others = [s.promised for s in self.sessions.values() if s is not session]
+                after = session.after
             session.reserved = self.admission.admit(session.start, self.limits.rewind_bytes, sum(others))
             video = LiveVideo(
-                self.model, self.execution, session.start, self._reporter(session), self.limits.rewind_bytes
-            )
-            if "x264" not in _missing():
+                self.model, self.execution, session.start, self._reporter(session), self.limits.rewind_bytes,
+                self.keeper.states(session),
+            )  # fmt: skip
+            if session.stored is not None:
+                bring_back(session, video, after)
+            if HAS_X264:
                 session.fragments = new_fragments(video)
-                with suppress(OSError):  # then it cannot be saved
-                    session.spool = Spool(self.folder / f"{session.id}.spool", session.fragments)
+                session.open_spool(self.folder / f"{session.id}{SUFFIX}", session.next_block(after))
             elif session.start.format == "mp4":
                 raise Refusal("bad_value", "format must be webp or jpeg: this server's FFmpeg has no x264")
         except Refusal as refusal:
             refusal.closes = True
-            self._fail(session, refusal)
+            if session.stored is not None and refusal.code == "busy":
+                self._put_back(session, refusal)
+            else:
+                self._fail(session, refusal)
             return
         except Exception:
             log.exception("session %s: cannot start", session.id)
-            self._fail(session, Refusal("failed", "the video cannot be made", closes=True))
+            if session.stored is not None:
+                again = Refusal("busy", "the session cannot go on now", closes=True, retry_after=10)
+                self._put_back(session, again)
+            else:
+                self._fail(session, Refusal("failed", "the video cannot be made", closes=True))
             return
         with self.lock:
-            session.clock = Clock(video.run.fps)
-            session.video = video
-            session.ready = self._ready(session, video)
-            session.post(session.ready)
+            if session.gone:
+                return self.keeper.ended(session)
+            if after != session.after:  # the client came back again, with another chunk
+                return self.tasks.append(lambda: self._begin(session))
+            ready = session.begun(video, self.limits.keep)
+            self.keeper.changed(session)
+            session.post(ready)
             self.metrics.sessions.set(len(self.sessions))
 
-    def _ready(self, session: ViewerSession, video: LiveVideo) -> protocol.ReadyMessage:
-        start, config = session.start, video.run.config
-        height, width = video.run.model.pixel_size
-        mime = init = None
-        if start.format == "mp4":
-            assert session.fragments is not None
-            mime, init = session.fragments.mime, base64.b64encode(session.fragments.init).decode()
-            height, width = session.fragments.size
-        return protocol.ReadyMessage(
-            protocol.VERSION, session.id, session.token, Path(self.model.name).name, start.prompt, start.seed,
-            config.order, len(config.steps), start.format, video.run.fps, video.run.num_frames, width, height,
-            block_frames(video), mime, init, WINDOW, self.limits.keep, False, session.playing, 0,
-            video.plan(2 * len(config.steps) + 4),
-        )  # fmt: skip
+    def _put_back(self, session: ViewerSession, refusal: Refusal) -> None:
+        """A stored session cannot go on now."""
+        with self.lock:
+            session.post(refusal.message)
+            if session.connection is not None:
+                session.connection.close(1013, refusal.code)
+            session.connection, session.detached, session.reserved = None, time.monotonic(), 0
 
     def _reporter(self, session: ViewerSession) -> Callable[[Group], None]:
         last = 0.0
@@ -404,6 +427,7 @@ class Scheduler:
             if isinstance(message, protocol.ChangePrompt):
                 at = video.change_prompt(message.text)
                 with self.lock:
+                    self.keeper.changed(session)
                     session.post(protocol.PromptScheduled(*at))
             elif isinstance(message, protocol.Seek | protocol.Fork):
                 if isinstance(message, protocol.Fork):
@@ -412,6 +436,7 @@ class Scheduler:
                     at = video.seek(message.block)
                 with self.lock:
                     session.jumped(at.block, time.monotonic())
+                    self.keeper.changed(session)
                     self.encoding.cut(session, at.block)
                     session.post(protocol.Moved(at.block, at.frame, at.prompt_index, message.type))
             elif isinstance(message, protocol.Save):
@@ -447,21 +472,3 @@ class Scheduler:
             self.tasks.append(run)
             self.lock.notify_all()
         return future
-
-
-def example(model: VideoModel) -> str:
-    """A prompt that the model can show."""
-    return "a cat walks over a wet street" if model.world is None else "a red circle moving right"
-
-
-def _taken(session: ViewerSession) -> int:
-    """Bytes of what a session reserved that it has taken."""
-    if session.video is None:
-        return 0
-    return session.reserved - session.video.rewind_bytes + sum(state.nbytes for state in list(session.video.states))
-
-
-def _missing() -> tuple[str, ...]:
-    import av
-
-    return () if "libx264" in av.codecs_available else ("x264",)

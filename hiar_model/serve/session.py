@@ -5,18 +5,24 @@ The scheduler's lock guards all of it, except ``video``, which is of the generat
 
 from __future__ import annotations
 
-import os
+import base64
+import hashlib
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+import av
 
 from ..io.fragments import FragmentEncoder, pictures
 from .live import LiveVideo, Piece
-from .protocol import BlockMessage, ProtocolMessage, ReadyMessage, StartMessage, Stats
+from .metrics import resident_bytes
+from .protocol import VERSION, BlockMessage, Ended, ProtocolMessage, ReadyMessage, Refusal, StartMessage, Stats
 from .spool import Spool
 
 WINDOW = 4
@@ -25,6 +31,8 @@ MEASURED = 500
 """Intervals between chunks of which the percentiles are."""
 RECENT = 16
 """Chunks over which the speed is measured."""
+HAS_X264 = "libx264" in av.codecs_available
+"""Whether FFmpeg can make an mp4."""
 
 
 class Connection:
@@ -83,7 +91,12 @@ class Chunk:
 
 @dataclass
 class ViewerSession:
-    """A session; ``start`` is the client's request."""
+    """A session; ``start`` is the client's request.
+
+    detached   since when no client answers; the connection may still be there
+    jumps      (seq, block) of the first chunk, and of the first after each jump that the client may not know of
+    stored     (block, prompt): the prompts of a session of the server before this one, until it goes on in this one
+    """
 
     start: StartMessage
     connection: Connection | None
@@ -91,7 +104,8 @@ class ViewerSession:
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     opened: float = field(default_factory=time.monotonic)
-    detached: float | None = None  # since when there is no connection
+    token_hash: str = ""
+    detached: float | None = None
     video: LiveVideo | None = None
     ready: ReadyMessage | None = None
     clock: Clock = field(default_factory=lambda: Clock(1.0))
@@ -101,6 +115,10 @@ class ViewerSession:
     unacked: deque[Chunk] = field(default_factory=deque)
     pending: list[Piece] = field(default_factory=list)  # blocks that are being encoded
     seq: int = -1  # of the last chunk
+    acked: int = -1  # the last one that the client has acknowledged
+    jumps: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
+    stored: list[tuple[int, str]] | None = None
+    after: int | None = None  # that of the client which asks for the stored session
     block: int = 0  # the next one that is sent
     playing: bool = True
     complete: bool = False
@@ -112,10 +130,13 @@ class ViewerSession:
     speeds: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECENT))  # (made at, frames)
     reserved: int = 0  # bytes that it may still take
 
+    def __post_init__(self) -> None:
+        self.token_hash = hash_token(self.token)
+
     @property
     def hungry(self) -> bool:
         """Whether its next block may be made now."""
-        if self.video is None or self.gone or not self.playing or self.complete:
+        if self.video is None or self.gone or not self.playing or self.complete or self.detached is not None:
             return False
         return len(self.unacked) + len(self.pending) < WINDOW
 
@@ -123,6 +144,13 @@ class ViewerSession:
     def frames(self) -> int:
         """Frames of the blocks that were sent."""
         return 0 if self.video is None else self.video.frame_of(self.block)
+
+    @property
+    def promised(self) -> int:
+        """Bytes of what it reserved that it has not taken yet."""
+        if self.video is None:
+            return self.reserved
+        return self.video.rewind_bytes - sum(state.nbytes for state in list(self.video.states))
 
     def awaits(self, piece: Piece) -> bool:
         """Whether a block is still to be sent."""
@@ -174,6 +202,9 @@ class ViewerSession:
     def acknowledge(self, seq: int, now: float) -> None:
         """Forget chunks up to ``seq``."""
         was = self.hungry
+        self.acked = max(self.acked, seq)
+        while len(self.jumps) > 1 and self.jumps[1][0] <= self.acked:
+            del self.jumps[0]
         while self.unacked and self.unacked[0].seq <= seq:
             self.unacked.popleft()
         if self.hungry and not was:
@@ -184,9 +215,73 @@ class ViewerSession:
         self.unacked = deque(chunk for chunk in self.unacked if chunk.block.block < block)
         self.pending = [piece for piece in self.pending if piece.block < block]
         self.block = min(block, self.block)
+        self.jumps = [jump for jump in self.jumps if jump[0] <= self.seq] + [(self.seq + 1, self.block)]
         self.complete, self.possible, self.last_chunk = False, now, None
         self.clock.restart()
         self.speeds.clear()
+
+    def require_sent(self, name: str, seq: int) -> None:
+        """Refusal unless there was a chunk of this ``seq``."""
+        last = self.seq
+        if self.stored is not None:  # no more than a window was sent since
+            last = max(self.acked, self.jumps[-1][0] - 1) + WINDOW
+        if seq > last:
+            raise Refusal("bad_value", f"{name} must be at most {last}, the last chunk, got {seq}")
+
+    def next_block(self, after: int | None) -> int:
+        """The block that follows for a client whose last chunk is ``after`` (None: the last one acknowledged)."""
+        last = max(self.acked, -1 if after is None else after)
+        block = last + 1
+        for seq, first in self.jumps:
+            block = first + last + 1 - seq if seq <= last else min(block, first)
+        return block
+
+    def begun(self, video: LiveVideo, keep: float) -> ReadyMessage:
+        """The video can be made now; a stored session goes on with the first chunk behind ``after``."""
+        resumed = self.stored is not None
+        if resumed:
+            self.block = self.next_block(self.after)
+            self.seq = self.acked = max(self.acked, -1 if self.after is None else self.after)
+            self.jumps, self.stored = [(self.seq + 1, self.block)], None
+            self.opened = self.possible = time.monotonic()
+        self.clock, self.video = Clock(video.run.fps), video
+        config, mime, init = video.run.config, None, None
+        height, width = video.run.model.pixel_size
+        if self.start.format == "mp4":
+            assert self.fragments is not None
+            mime, init = self.fragments.mime, base64.b64encode(self.fragments.init).decode()
+            height, width = self.fragments.size
+        self.ready = ReadyMessage(
+            VERSION, self.id, self.token, Path(video.model.name).name, self.start.prompt, self.start.seed, config.order,
+            len(config.steps), self.start.format, video.run.fps, video.run.num_frames, width, height,
+            block_frames(video), mime, init, WINDOW, keep, resumed, self.playing, self.block,
+            video.plan(2 * len(config.steps) + 4),
+        )  # fmt: skip
+        return self.ready
+
+    def take_up(self, after: int | None, connection: Connection) -> None:
+        """The client has come back, in a new connection."""
+        self.possible = time.monotonic()
+        if after is not None:
+            self.acknowledge(after, time.monotonic())
+        assert self.ready is not None
+        self.ready = replace(self.ready, resumed=True, playing=self.playing, block=self.block)
+        self.post(self.ready)
+        for chunk in self.unacked:
+            chunk.send(connection)
+        if self.complete and not self.pending:
+            self.post(Ended("complete", self.frames))
+
+    def open_spool(self, path: Path, block: int) -> None:
+        """Where what is shown is kept on disk, up to this block; without it the video cannot be saved."""
+        if self.fragments is None:
+            return
+        with suppress(OSError):
+            self.spool = Spool(path, self.fragments)
+            if self.spool.blocks >= block:
+                return self.spool.truncate(block)
+            self.spool.remove()
+        self.spool = None
 
     def stats(self, sessions: int, queue: int) -> Stats:
         """The live figures."""
@@ -208,13 +303,9 @@ class ViewerSession:
         return {**about, "prompt": lines[0][1], "prompts": lines if len(lines) > 1 else None}
 
 
-def resident_bytes() -> int:
-    """Bytes of memory of this process; 0 where the system does not say."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return 0
+def hash_token(token: str) -> str:
+    """What is kept of a token."""
+    return hashlib.sha256(token.encode()).hexdigest()
 
 
 def block_frames(video: LiveVideo) -> int:

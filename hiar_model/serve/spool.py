@@ -15,6 +15,7 @@ from ..io.atomic import atomic, atomic_write, cannot_write, discard
 from ..io.fragments import FragmentEncoder
 from ..io.video import Frames, record_path
 
+SUFFIX = ".spool"
 LARGEST = 4 << 30
 """Bytes of one video: an endless one must not fill the disk."""
 

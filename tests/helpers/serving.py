@@ -22,10 +22,12 @@ PATIENCE = 60.0  # seconds, on a loaded machine
 
 
 @contextmanager
-def serving(model: VideoModel, data: Path, settings: Settings | None = None, **options: Any) -> Iterator[Service]:
+def serving(
+    model: VideoModel, data: Path, settings: Settings | None = None, port: int = 0, **options: Any
+) -> Iterator[Service]:
     """A server on a free port; ``service.url`` is its address. Ended as by SIGTERM."""
     service = Service(model, ExecutionConfig(), data, settings, **options)
-    listening = listen("127.0.0.1", 0)
+    listening = listen("127.0.0.1", port)
     uvicorn = server(service)
     thread = threading.Thread(target=lambda: uvicorn.run(sockets=[listening]), daemon=True)
     service.url = address(listening)  # type: ignore[attr-defined]

@@ -25,6 +25,8 @@ def refused(capsys, *words):
         (("--port", 70000), "--port must be from 0 to 65535, got 70000"),
         (("--max-sessions", 0), "--max-sessions must be at least 1, got 0"),
         (("--keep", -1), "--keep must be from 0 to 86400 seconds, got -1"),
+        (("--state-disk", 1), "--state-disk needs --data"),
+        (("--state-disk", -1, "--data", "d"), "--state-disk must be from 0 to 1000000 GB, got -1"),
         (("--host", "0.0.0.0"), "--host 0.0.0.0 can be reached from other machines: give --token-file"),
         (("--token-file", "missing"), "--token-file missing: no such file"),
         (("--model", "tyo"), "did you mean toy?"),

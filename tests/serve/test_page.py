@@ -189,6 +189,33 @@ def test_pause_rewind_and_the_keyboard(page, service):
     assert session.playing
 
 
+def require_no_gap(page: Page, service: Service, block: int) -> None:
+    """Play up to a block: all before it are there, and right."""
+    pause_at(page, block)
+    held = page.evaluate("(b => Array.from({length: b.length}, (_, i) => [b.start(i), b.end(i)]))(video.buffered)")
+    assert len(held) == 1 and held[0][0] == 0 and held[0][1] >= block * BLOCK / FPS
+    error = np.abs(firsts(page, range(block - 1)).astype(int) - upscale(made(service, block - 1))).mean((1, 2, 3))
+    assert error.max() < 4, error
+
+
+def test_the_page_goes_on_when_the_server_was_started_again(chromium, service, tmp_path):
+    settings = Settings(state_bytes=10**9)
+    page = chromium.page()
+    with serving(service.model, tmp_path, settings) as first:
+        start(page, first)
+        page.until(f"{BLOCK_SHOWN} >= 2")
+        (session,) = first.scheduler.sessions
+    port = int(first.url.rpartition(":")[2])
+    page.until("document.querySelector('#link').textContent === 'reconnecting'")
+    with serving(service.model, tmp_path, settings, port=port) as second:
+        page.until("document.querySelector('#status').textContent === 'Connected again.'")
+        assert list(second.scheduler.sessions) == [session]
+        require_no_gap(page, service, page.evaluate(BLOCK_SHOWN) + 6)
+        assert page.text("#link") == "live"
+        page.click("#stop")
+        page.close()
+
+
 def test_a_lost_connection_loses_no_frame(page, service):
     """The server closes the socket; then the page is loaded again. Both go on with the same session."""
     start(page, service)
@@ -197,11 +224,7 @@ def test_a_lost_connection_loses_no_frame(page, service):
     session.connection.close(1012, "gone")
     page.until("document.querySelector('#status').textContent === 'Connected again.'")
     block = page.evaluate(BLOCK_SHOWN)
-    pause_at(page, block + 6)
-    held = page.evaluate("(b => Array.from({length: b.length}, (_, i) => [b.start(i), b.end(i)]))(video.buffered)")
-    assert len(held) == 1 and held[0][0] == 0 and held[0][1] >= (block + 6) * BLOCK / FPS  # no gap
-    error = np.abs(firsts(page, range(block + 5)).astype(int) - upscale(made(service, block + 5))).mean((1, 2, 3))
-    assert error.max() < 4, error
+    require_no_gap(page, service, block + 6)
     assert [s.id for s in service.scheduler.sessions.values() if not s.gone] == [session.id]
 
     page.open(f"{service.url}/?again")

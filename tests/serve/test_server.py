@@ -69,7 +69,7 @@ def test_an_mp4_plays_from_its_init_segment(service, model):
     with Viewer(service) as viewer:
         ready = viewer.start(format="mp4", num_frames=6)
         viewer.blocks(2)
-        assert viewer.wait("ended") == {"type": "ended", "reason": "complete", "frames": 6}
+        assert viewer.wait("ended") == {"type": "ended", "reason": "complete", "frames": 6, "resume": False}
     data = base64.b64decode(ready["init"]) + b"".join(payload for _, payload in viewer.chunks)
     with av.open(io.BytesIO(data)) as file:
         times = [float(frame.time) for frame in file.decode(video=0)]

@@ -26,7 +26,7 @@ let prompts = []; // {block, index, text} rising
 let coming = null; // {block, frame, text}: a prompt that does not show yet
 let forking = ""; // the prompt of a fork that was asked for
 let wanted = true; // whether the viewer wants it to play
-let tries = 0, retry = null; // of the connection
+let tries = 0, retry = null, later = 0; // of the connection: later is what a busy server asked for, ms
 let touched = false; // the viewer holds the slider
 
 const grid = new Grid($("grid"), $("grid-text"), (block) => go(block));
@@ -108,7 +108,8 @@ function lost({ code, reason }) {
     if (!$("problem").textContent) complain("No connection: the server is not there, is full, or wants a token.");
     return enable();
   }
-  const wait = Math.min(4000, 250 * 2 ** tries++);
+  const wait = Math.max(later, Math.min(4000, 250 * 2 ** tries++));
+  later = 0;
   link("wait", "reconnecting");
   say(`The connection was lost; trying again in ${seconds(wait / 1000)}.`);
   retry = setTimeout(() => connect({ resume: session.token, after: whole < 0 ? null : whole }), wait);
@@ -186,11 +187,12 @@ const listeners = {
     $("saves").prepend(item);
     say(`Saved ${message.frames} frames.`);
   },
-  ended({ reason, frames }) {
+  ended({ reason, frames, resume }) {
     if (reason === "complete") {
       player.finish();
       return say(`The video is complete: ${frames} frames.`);
     }
+    if (resume) return say("The server is being stopped; the video goes on when it is back."); // it closes the socket
     forget();
     hangUp();
     say(reason === "drained" ? "The server is being stopped." : "Stopped.");
@@ -198,7 +200,8 @@ const listeners = {
   },
   refused({ code, message, closes, retry_after: wait }) {
     complain(wait === null ? message : `${message} (try again in ${wait} s)`);
-    if (code === "unknown_session" || closes) forget();
+    if (code === "busy" || code === "shutting_down") later = 1000 * (wait ?? 1); // a session that is there waits
+    else if (code === "unknown_session" || closes) forget();
   },
 };
 
