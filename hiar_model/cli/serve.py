@@ -27,6 +27,9 @@ def serve_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     parser.add_argument("--max-sessions", type=int, default=8, help="live videos at once")
+    parser.add_argument(
+        "--batch-sessions", type=int, help="live videos made as one batch; default: as many as pay; 1: one at a time"
+    )
     parser.add_argument("--keep", type=float, default=60.0, help="seconds that a session without a viewer is kept")
     parser.add_argument("--token-file", type=str, help="tokens, one a line: a client must have one of them")
     parser.add_argument("--allow-host", type=str, help="names of this server, with commas between, beside its address")
@@ -44,6 +47,10 @@ def serve(a: Namespace) -> None:
         raise ValueError(f"--port must be from 0 to 65535, got {a.port}")
     if a.max_sessions < 1:
         raise ValueError(f"--max-sessions must be at least 1, got {a.max_sessions}")
+    if a.batch_sessions is not None and a.batch_sessions < 1:
+        raise ValueError(f"--batch-sessions must be at least 1, got {a.batch_sessions}")
+    if a.cuda_graph and (a.batch_sessions or 1) > 1:
+        raise ValueError(f"--batch-sessions must be 1 with --cuda-graph, got {a.batch_sessions}")
     if not 0 <= a.keep <= 86400:
         raise ValueError(f"--keep must be from 0 to 86400 seconds, got {a.keep:g}")
     with imports():
@@ -55,8 +62,9 @@ def serve(a: Namespace) -> None:
     tokens = () if a.token_file is None else read_tokens(Path(a.token_file))
     names = [name.strip() for name in (a.allow_host or "").split(",") if name.strip()]
     settings = Settings(
-        a.host, a.port, tokens, (*names, a.host), Limits(a.max_sessions, a.keep), log_prompts=a.log_prompts
-    )
+        a.host, a.port, tokens, (*names, a.host), Limits(a.max_sessions, a.keep, batch_sessions=a.batch_sessions),
+        log_prompts=a.log_prompts,
+    )  # fmt: skip
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("hiar.serve").setLevel(logging.INFO)
     listening = listen(a.host, a.port)  # before the model is loaded, which takes a while
