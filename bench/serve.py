@@ -1,7 +1,8 @@
 """A load on `hiar serve`: viewers who play in real time, connections that drop, memory over time; on this machine.
 
     python -m bench.serve --viewers 8 --seconds 600
-    python -m bench.serve --aggregate 1 2 4 8      # viewers who take all they can get: frames per second of them all
+    python -m bench.serve --aggregate 1 2 4 8      # viewers who take all they can get: frames per second of them all,
+                                                   # sessions in turns of their own, then in common ones
     python -m bench.serve --drops 200
 
 Each starts a server of its own (or give --url), and prints one table.
@@ -27,6 +28,8 @@ from bench.lib import report
 
 PROMPT = "a red circle moving right"
 HEADINGS = ("viewers", "fps of each", "first chunk s", "P50 s", "P99 s", "late", "MB at first", "MB at last")
+AGGREGATE = ("viewers", "fps of all, apart", "together", "fps of the slowest, apart", "together",
+             "server's CPU ms a frame, apart", "together")  # fmt: skip
 BY_MINUTE = ("minute", "chunks", "P50 s", "P99 s", "late", "MB")
 
 
@@ -153,6 +156,35 @@ def process_figures(process: int) -> tuple[int, int, float]:
     return len(list((folder / "task").iterdir())), len(list((folder / "fd").iterdir())), resident / 1e6
 
 
+def cpu_seconds(process: int) -> float:
+    """User and system time of a process."""
+    fields = Path("/proc", str(process), "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def aggregate(url: str, process: int | None, viewers: int, seconds: float) -> tuple[str, str, str]:
+    """Of viewers who take all they can: frames per second of all, of the slowest, the server's CPU ms a frame."""
+    before = 0.0 if process is None else cpu_seconds(process)
+    all_seen = asyncio.run(watch_all(url, viewers, seconds, False))
+    spent = float("nan") if process is None else cpu_seconds(process) - before
+    frames = sum(count for seen in all_seen for _, count in seen.arrivals)
+    speeds = [seen.speed for seen in all_seen]
+    return f"{sum(speeds):.1f}", f"{min(speeds):.1f}", f"{1000 * spent / frames:.1f}"
+
+
+def compare(url: str | None, model: str, counts: Sequence[int], seconds: float, most: int | None) -> list[str]:
+    """The table of --aggregate: two servers, measured in turn; with ``url`` the one that runs."""
+    options = ("--max-sessions", str(max(8, *counts)))
+    common = () if most is None else ("--batch-sessions", str(most))
+    with served(url, model, *options, "--batch-sessions", "1") as apart, served(url, model, *options, *common) as joint:
+        rows = []
+        for viewers in counts:
+            measured = [aggregate(*server, viewers, seconds) for server in ((apart,) if url else (apart, joint))]
+            rows.append((str(viewers), *(cell for cells in zip(*measured, strict=True) for cell in cells)))
+    headings = AGGREGATE if url is None else ("viewers", "fps of all", "fps of the slowest", "server's CPU ms a frame")
+    return report.table(headings, rows)
+
+
 def row(viewers: int, all_seen: Sequence[Seen]) -> tuple[str, ...]:
     """A line of the table."""
     intervals = [interval for seen in all_seen for _, interval in seen.intervals]
@@ -188,11 +220,14 @@ def main() -> None:
     parser.add_argument("--viewers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--aggregate", type=int, nargs="+", help="numbers of viewers who take all they can get")
+    parser.add_argument("--batch-sessions", type=int, help="of --aggregate's common turns; default: as many as pay")
     parser.add_argument("--drops", type=int, help="connections that drop")
     a = parser.parse_args()
-    most = max([a.viewers, *(a.aggregate or [])])
+    if a.aggregate:
+        print("\n".join(compare(a.url, a.model, a.aggregate, a.seconds, a.batch_sessions)))
+        return
     keep = ("--keep", "0") if a.drops else ()
-    with served(a.url, a.model, "--max-sessions", str(max(8, most)), *keep) as (url, process):
+    with served(a.url, a.model, "--max-sessions", str(max(8, a.viewers)), *keep) as (url, process):
         if a.drops is not None:
             assert process is not None, "--drops needs a server of its own"
             asyncio.run(watch_all(url, 1, 3.0, True))  # so that all that is made once is there
@@ -209,14 +244,6 @@ def main() -> None:
                     )
                 )
             )
-            return
-        if a.aggregate:
-            rows = []
-            for viewers in a.aggregate:
-                all_seen = asyncio.run(watch_all(url, viewers, a.seconds, False))
-                rows.append((str(viewers), f"{sum(seen.speed for seen in all_seen):.1f}",
-                             f"{min(seen.speed for seen in all_seen):.1f}"))  # fmt: skip
-            print("\n".join(report.table(("viewers", "fps of all", "fps of the slowest"), rows)))
             return
         all_seen = asyncio.run(watch_all(url, a.viewers, a.seconds, True))
         print("\n".join(report.table(HEADINGS, [row(a.viewers, all_seen)])))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .rollout import Rollout
     from .rollout.infill import infill
     from .rollout.session_io import load_session, save_session
+    from .rollout.together import step_together
 
 __all__ = [
     "WanConfig",
@@ -40,6 +41,7 @@ __all__ = [
     "stream",
     "PromptSchedule",
     "infill",
+    "step_together",
     "save_session",
     "load_session",
     "WanTextEncoder",
@@ -64,6 +66,7 @@ _HOME = {
     "stream": "pipelines.video_pipeline",
     "PromptSchedule": "pipelines.prompt_schedule",
     "infill": "rollout.infill",
+    "step_together": "rollout.together",
     "save_session": "rollout.session_io",
     "load_session": "rollout.session_io",
     "WanTextEncoder": "models.text_encoder",

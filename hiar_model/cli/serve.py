@@ -34,6 +34,9 @@ def serve_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     parser.add_argument("--max-sessions", type=int, default=8, help="live videos at once")
+    parser.add_argument(
+        "--batch-sessions", type=int, help="live videos made as one batch; default: as many as pay; 1: one at a time"
+    )
     parser.add_argument("--keep", type=float, default=60.0, help="seconds that a session without a viewer is kept")
     parser.add_argument("--token-file", type=str, help="tokens, one a line: a client must have one of them")
     parser.add_argument("--allow-host", type=str, help="names of this server, with commas between, beside its address")
@@ -57,6 +60,10 @@ def serve(a: Namespace) -> None:
     state_disk = STATE_DISK if a.state_disk is None else a.state_disk
     if not 0 <= state_disk <= 1e6:
         raise ValueError(f"--state-disk must be from 0 to 1000000 GB, got {state_disk:g}")
+    if a.batch_sessions is not None and a.batch_sessions < 1:
+        raise ValueError(f"--batch-sessions must be at least 1, got {a.batch_sessions}")
+    if a.cuda_graph and (a.batch_sessions or 1) > 1:
+        raise ValueError(f"--batch-sessions must be 1 with --cuda-graph, got {a.batch_sessions}")
     if not 0 <= a.keep <= 86400:
         raise ValueError(f"--keep must be from 0 to 86400 seconds, got {a.keep:g}")
     with imports():
@@ -68,8 +75,8 @@ def serve(a: Namespace) -> None:
     tokens = () if a.token_file is None else read_tokens(Path(a.token_file))
     names = [name.strip() for name in (a.allow_host or "").split(",") if name.strip()]
     settings = Settings(
-        a.host, a.port, tokens, (*names, a.host), Limits(a.max_sessions, a.keep), log_prompts=a.log_prompts,
-        state_bytes=int(state_disk * 1e9) if a.data and state_disk else None,
+        a.host, a.port, tokens, (*names, a.host), Limits(a.max_sessions, a.keep, batch_sessions=a.batch_sessions),
+        log_prompts=a.log_prompts, state_bytes=int(state_disk * 1e9) if a.data and state_disk else None,
     )  # fmt: skip
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("hiar.serve").setLevel(logging.INFO)

@@ -319,8 +319,11 @@ class CachedAttention(SelfAttention):
         keys = [self.cache.slot_frames[ring][: self.used_slots] for ring in self.rings for _ in videos]
         return attention_layout(self.mask, [ids for ids in queries for _ in videos], keys)
 
-    def advance_device(self) -> None:
-        """The device's part of a task: compute its frame ids and slots, enter them in the rings, advance the rings."""
+    def advance_device(self, separately: bool = False) -> None:
+        """The device's part of a task: compute its frame ids and slots, enter them in the rings, advance the rings.
+
+        ``separately``: the layers' keys and values come by :meth:`write`.
+        """
         cache, shared = self.cache, self._shared
         positions = cache.positions[self.ring_slice].view(-1)
         options: dict[str, Any] = {"first_frame": self.first_frame, "sink_frames": cache.sink_frames}
@@ -329,7 +332,7 @@ class CachedAttention(SelfAttention):
             ring_advance(positions, self.frames, self._targets[1], shared.unused_ids, **before)
         own = {"advance": self._advance, "capacities": cache.sizes[self.ring_slice].view(-1), **options}
         ring_advance(positions, self.frames, self.slots, self.kv_frames, **own)
-        if self.writes_separately:
+        if separately or self.writes_separately:
             self._slots.copy_(self.slots)
         if self._by_schedule:
             batch, frames = self.frames.shape
@@ -350,20 +353,31 @@ class CachedAttention(SelfAttention):
     def __call__(
         self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, selection: OutputSelection | None
     ) -> Tensor | None:
-        cache, c = self.cache, self.cache.config
+        c = self.cache.config
         options: dict[str, Any] = {"num_heads": c.num_heads, "grid": self.grid, "eps": c.eps, "theta": c.rope_theta}
         with span("qk_norm_rope_append"):
             q = self._append(layer, qkv, q_weight, k_weight, **options)
-        if self.writes_separately and not cache.k_scales:
-            for i, (ring, shares) in enumerate(zip(self.rings, self.shares_kv, strict=True)):
-                if shares:
-                    self._copy_to_ring_before(layer, ring, i * cache.batch)
+        return self._read(layer, q, qkv.dtype, selection)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write keys and values [B, T, H, D], normed and rotated, into the layer's rings."""
+        self._write(layer, *(x.unflatten(1, (-1, self.cache.frame_tokens)) for x in (k, v)))
+
+    def read(self, layer: int, q: Tensor, selection: OutputSelection | None) -> Tensor | None:
+        """Attend over the layer's rings, where this task's keys are already: q [B, T, H, D], normed and rotated, ->
+        [b, t, H, D] of the selection; None if it is empty.
+        """
+        return self._read(layer, self._queries(q), q.dtype, selection)
+
+    def _read(
+        self, layer: int, q: tuple[Tensor, ...], dtype: torch.dtype, selection: OutputSelection | None
+    ) -> Tensor | None:
         if selection is not None and not selection.rows:
             return None
-        kv = self._views[layer] if self._views else cache.read(layer, self.ring_slice, self.used_slots)
+        kv = self._views[layer] if self._views else self.cache.read(layer, self.ring_slice, self.used_slots)
         if selection is None:
-            return self._attend(q, kv, qkv.dtype, 0, len(qkv), 0)
-        parts = [self._attend(q, kv, qkv.dtype, start, stop, selection.first) for start, stop in selection.runs()]
+            return self._attend(q, kv, dtype, 0, len(self.frames), 0)
+        parts = [self._attend(q, kv, dtype, start, stop, selection.first) for start, stop in selection.runs()]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     @property
@@ -379,7 +393,7 @@ class CachedAttention(SelfAttention):
         if cache.scratch:
             k, v = qkv.new_empty(2, *qkv.shape[:2], *cache.k[layer].shape[3:])
             q = qk_norm_rope_append(qkv, q_weight, k_weight, self.frames, self._in_order, k, v, **options)
-            self._write(layer, *(x.unflatten(1, (-1, cache.frame_tokens)) for x in (k, v)))
+            self.write(layer, k, v)
             return (q,)
         slots, rings, options["rows"] = self._destination(layer)
         if not cache.k_scales:
@@ -398,7 +412,7 @@ class CachedAttention(SelfAttention):
 
     def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write k, v [B, F, ..., H, D], tokens of a frame in one dimension or several, into the task's slots, in the
-        cache's dtype; in e4m3 also into the ring before it.
+        cache's dtype; shared ones also into the ring before it.
         """
         cache = self.cache
         if cache.k_scales:
@@ -408,6 +422,9 @@ class CachedAttention(SelfAttention):
         for stored, new in ((cache.k, k), (cache.v, v)):
             framed = cache.view(stored[layer], self.ring_slice, self.used_slots).unflatten(1, (-1, *new.shape[2:-2]))
             framed[self._items, self._slots] = new.to(framed.dtype)
+        for i, (ring, shares) in enumerate(zip(self.rings, self.shares_kv, strict=True)):
+            if shares:
+                self._copy_to_ring_before(layer, ring, i * cache.batch)
 
     def _queries(self, q: Tensor) -> tuple[Tensor, ...]:
         """Whole q [B, T, H, D] as attention takes it."""

@@ -135,8 +135,11 @@ class BatchedForward:
         """The forward and the denoising step: device operations only."""
         self.attend.advance_device()
         velocity = self.model.run(self.x, self.table.at(self.levels), self.prompt_kv, self.attend, self.selection)
-        if velocity is None:
-            return
+        if velocity is not None:
+            self.denoise(velocity)
+
+    def denoise(self, velocity: Tensor) -> None:
+        """The denoising step alone, with the velocity of the selection."""
         x = self.x if self.selection is None else self.selection.select(self.x)
         self.out.copy_(flow_step(x, velocity, self.sigmas[0], self.sigmas[1], self.noise)[1])
         largest = torch.linalg.vector_norm(self.out.view(len(self.finite), -1), torch.inf, 1)  # propagates NaN

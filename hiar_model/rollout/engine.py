@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from itertools import islice
@@ -23,7 +24,7 @@ from ..models.kv_cache import CachedAttention, RingCache
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import Group, Plan, forwards
 from ..version import NOISE, require_noise
-from .executor import Executor, NoiseSource, working_dtype
+from .executor import Executor, NoiseSource, Ready, working_dtype
 from .fixed_frames import FixedFrames
 from .noise import EXTERNAL, KeyedNoise, TensorNoise
 from .prompt_cache import PromptSource, ResumedPrompts
@@ -68,6 +69,7 @@ class Rollout:
             of block n: states saved there are consistent.
         on_denoise: called with the task and its input latents before each denoise task.
         on_denoised: called with the task and the latents after it, x[s+1] of the block, which it may change in place.
+        ready: blocks that an iteration yields before it makes others, such as some of :func:`hiar_model.step_together`.
 
     Raises:
         ValueError: illegal or contradictory arguments, with the legal values.
@@ -141,7 +143,8 @@ class Rollout:
             block = (batch, config.frames_per_block, *self.shape)
             self.pipeline = Pipeline(execution, self.plan, self.num_blocks, weight.device, block, weight.dtype)
         self.groups_done = self.forwards_done = 0
-        self._ahead: tuple[int, Iterator[Group]] | None = None
+        self._cursor = _Cursor(self._groups())
+        self.ready: deque[FinishedBlock] = deque()
         self.blocks_done = self.plan.prefix_blocks
         self.on_task: Callable[[int, int | None], None] | None = None
         self.on_boundary: Callable[[int], None] | None = None
@@ -240,7 +243,11 @@ class Rollout:
 
     def groups(self) -> Iterator[Group]:
         """The groups of tasks of this process, from the start of the video."""
-        return (self.plan if self.pipeline is None else self.pipeline.stage).groups(self.num_blocks)
+        return self._groups()()
+
+    def _groups(self) -> Callable[[], Iterator[Group]]:
+        """Lists the groups; without a reference to this object, so that none is in a circle."""
+        return partial((self.plan if self.pipeline is None else self.pipeline.stage).groups, self.num_blocks)
 
     def _count_blocks(self, frames: int | None, prefix_frames: int) -> int | None:
         if frames is None:
@@ -291,18 +298,23 @@ class Rollout:
             The blocks that it finished, most often none; None: nothing is left to do. On an accelerator the work is
             queued, not waited for.
         """
-        if self._ahead is None or self._ahead[0] != self.groups_done:  # else continue the same iterator
-            self._ahead = self.groups_done, islice(self.groups(), self.groups_done, None)
-        group = next(self._ahead[1], None)
+        group = self._cursor.at(self.groups_done)
+        return None if group is None else [self._finished(*one) for one in self._run(group)]
+
+    def _step_in_parts(self) -> Generator[Ready, None, list[FinishedBlock] | None]:
+        """:meth:`step` whose forwards the caller runs; waits for the device where a block is finished."""
+        group = self._cursor.at(self.groups_done)
         if group is None:
             return None
-        blocks = [self._finished(*one) for one in self._run(group)]
-        self._ahead = self.groups_done, self._ahead[1]
-        return blocks
+        finished = yield from self._executor.forwards(group)
+        self._after(group)
+        if finished:
+            self._executor.await_finished(self._cursor.at(self.groups_done))
+        return [self._finished(*one) for one in finished]
 
     def run_until(self, stop: Callable[[Group], bool] | None = None) -> None:
         """Run groups of tasks until ``stop(next group)`` is true, or to the end; finished blocks are dropped."""
-        for group in islice(self.groups(), self.groups_done, None):
+        while (group := self._cursor.at(self.groups_done)) is not None:
             if stop is not None and stop(group):
                 return
             self._run(group)
@@ -320,23 +332,25 @@ class Rollout:
             self._head_ranks.require_same(f"{self._video()}, {', '.join(map(str, about))}", self.device)
         with nullcontext() if self.pipeline is None else self.pipeline.running():
             block: int | None = None  # of the pipeline
-            groups = islice(self.groups(), self.groups_done, None)
-            following = next(groups, None)
-            while following is not None:
-                group, following = following, next(groups, None)
+            while True:
+                while self.ready:
+                    finished = self.ready.popleft()
+                    self.blocks_done = finished.block + 1
+                    if self.pipeline is not None:
+                        self.pipeline.hand_over(finished.block)
+                    yield finished
+                group = self._cursor.at(self.groups_done)
+                if group is None:
+                    return
                 if self.pipeline is not None:
                     block = self._enter_pipeline(group, block)
-                finished = self._run(group)
-                if finished:
+                if blocks := self._run(group):
+                    following = self._cursor.at(self.groups_done)
                     if following is not None and self._executor.may_run_ahead(following):
                         self._run(following)  # keeps the device busy while the block is handed over
-                        following = next(groups, None)
+                        following = self._cursor.at(self.groups_done)
                     self._executor.await_finished(following)
-                for number, latents in finished:
-                    self.blocks_done = number + 1
-                    if self.pipeline is not None:
-                        self.pipeline.hand_over(number)
-                    yield self._finished(number, latents)
+                    self.ready += [self._finished(*one) for one in blocks]
 
     def _finished(self, block: int, latents: Tensor) -> FinishedBlock:
         return FinishedBlock(block, self.plan.block_frames(block)[0], latents)
@@ -344,11 +358,15 @@ class Rollout:
     def _run(self, group: Group) -> list[tuple[int, Tensor]]:
         with own_settings(self.execution.autocast):
             finished = self._executor.run(group)
+        self._after(group)
+        return finished
+
+    def _after(self, group: Group) -> None:
+        """Count a group that has run."""
         self.groups_done += 1
         self.forwards_done += forwards([group])
         if self.on_task is not None:
             self.on_task(self.forwards_done, self.forwards_total)
-        return finished
 
     def _enter_pipeline(self, group: Group, previous: int | None) -> int:
         """Before a pipeline runs a group: report the previous block as done if this is the next. Returns its block."""
@@ -366,7 +384,12 @@ class Rollout:
 
         Args:
             device: for the caches, the bulk of it; None: their own. The CPU may have room where a GPU has none.
+
+        Raises:
+            ValueError: blocks are ``ready``, which the state would not have.
         """
+        if self.ready:
+            raise ValueError(f"block {self.ready[0].block} is ready: take it, then save")
         state = self._executor.state_dict(device)
         return {"key": self._key(), "noise": self.noise, "groups_done": self.groups_done, **state}
 
@@ -408,6 +431,7 @@ class Rollout:
         last = self.plan.steps - 1
         done = [task.block + 1 for task in executed if task[:2] == ("denoise", last)]
         self.blocks_done = max(done, default=self.plan.prefix_blocks)
+        self.ready.clear()
 
     @property
     def last_started_block(self) -> int:
@@ -425,6 +449,24 @@ class Rollout:
         if self.pipeline is not None:
             what += f", {self.pipeline.stage.name} of {list(self.pipeline.stage.split)}"
         return what
+
+
+class _Cursor:
+    """Looks groups of tasks up by number: the next one at once, an earlier one from the start."""
+
+    def __init__(self, groups: Callable[[], Iterator[Group]]) -> None:
+        self.groups, self.number = groups, -1
+        self.iterator = groups()
+        self.group: Group | None = None
+
+    def at(self, number: int) -> Group | None:
+        """None: behind the last one."""
+        if number < self.number:
+            self.iterator, self.number = self.groups(), -1
+        if number > self.number:
+            self.group = next(islice(self.iterator, number - self.number - 1, None), None)
+            self.number = number
+        return self.group
 
 
 def _networks(

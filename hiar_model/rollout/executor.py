@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ..distributed.pipeline import Pipeline
 
 NoiseSource = Callable[[int, int], Tensor]  # (step, block) -> [B, frames, C, H, W]; step -1: initial noise
+Finished = list[tuple[int, Tensor]]  # blocks, with their latents [B, F, C, H, W]
+Ready = tuple[list[BatchItem], BatchedForward]  # batch items, and their forward with its inputs filled
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
@@ -120,19 +122,38 @@ class Executor:
         context = f"context at {config.context_noise:g}{policy}{numbers}"
         self.about = f"{self.dtype}, noise levels {sigmas}, {self.sampler}, {context}"
 
-    @torch.no_grad()
-    def run(self, group: Group) -> list[tuple[int, Tensor]]:
-        """Execute one group; returns the blocks that it finished, (block, latents [B, F, C, H, W]).
+    def run(self, group: Group) -> Finished:
+        """Execute one group; returns the blocks that it finished.
 
         On an accelerator the work is only queued, nothing here reads the device: call :meth:`await_finished` before a
         block is handed over.
+        """
+        forwards = self.forwards(group)
+        try:
+            while True:
+                self.run_forward(*next(forwards))
+        except StopIteration as end:
+            return end.value
+
+    @torch.no_grad()
+    def run_forward(self, items: list[BatchItem], forward: BatchedForward) -> None:
+        """Run one of :meth:`forwards`, by itself."""
+        self.counters.captures += forward.captured is None and self.capture is not None
+        blocks = {item[-1].block: None for item in items}
+        with span("block", *blocks), span("task", *(task for item in items for task in item)):
+            forward.run(self.capture)
+
+    @torch.no_grad()
+    def forwards(self, group: Group) -> Generator[Ready, None, Finished]:
+        """The forwards of one group, one after the other: each must have run when the next is asked for. Returns what
+        :meth:`run` does.
         """
         if self.plan.order == "step_first" and group[0][-1].step != self.step:
             self.step = group[0][-1].step
             self.cache.reset()  # one ring serves all steps, one after another
         if self.history is not None:
             for item in group:
-                self._recache(item[-1])
+                yield from self._recache(item[-1])
         inputs = [[self._input(task) for task in item] for item in group]
         if self.on_denoise is not None:
             for item, latents in zip(group, inputs, strict=True):
@@ -140,9 +161,7 @@ class Executor:
                     self.on_denoise(item[-1], latents[-1])
         finished = []
         for indices in self._batches(group):
-            items = [group[i] for i in indices]
-            with span("block", *{item[-1].block: None for item in items}):
-                denoised = self._forward(items, [inputs[i] for i in indices])
+            denoised = yield from self._forward([group[i] for i in indices], [inputs[i] for i in indices])
             for task, out in denoised:
                 x = self._copy(out)
                 if self.on_denoised is not None:
@@ -301,17 +320,14 @@ class Executor:
 
     def _forward(
         self, items: list[BatchItem], inputs: list[list[Tensor]], prompt_embeds: Tensor | None = None
-    ) -> list[tuple[Task, Tensor]]:
-        """Run batch items as one forward; returns the result of each denoise task, valid until the next forward.
+    ) -> Generator[Ready, None, list[tuple[Task, Tensor]]]:
+        """Batch items as one forward; returns the result of each denoise task, valid until the next forward.
 
         ``prompt_embeds``: in place of those of the blocks.
         """
         tasks = [item[-1] for item in items if item[-1].kind == "denoise"]
         forward = self._filled(items, inputs, prompt_embeds)
-        captures = forward.captured is None and self.capture is not None
-        with span("task", *(task for item in items for task in item)):
-            forward.run(self.capture)
-        self.counters.captures += captures
+        yield items, forward
         self.counters.launches += 1
         self.counters.denoise += len(tasks)
         self.counters.cache += sum(map(len, items)) - len(tasks)
@@ -332,7 +348,7 @@ class Executor:
         forward.fill(inputs, levels, sigmas, noise)
         return forward
 
-    def _recache(self, task: Task) -> None:
+    def _recache(self, task: Task) -> Generator[Ready, None, None]:
         """Before a denoise task at which the prompt changes: cache the blocks it sees under the new prompt."""
         assert self.history is not None
         block = task.block
@@ -343,7 +359,8 @@ class Executor:
             empty(self.cache, self.plan.cache_index(again[0].step) - self.plan.cache_index(self.steps.start))
         for one in again:
             x = self.history.latents(one)
-            self._forward([(one,)], [[self._input(one) if x is None else x]], self.prompt_embeds(block))
+            inputs = [[self._input(one) if x is None else x]]
+            yield from self._forward([(one,)], inputs, self.prompt_embeds(block))
 
     def _prepared(self, items: list[BatchItem], prompt_kv: CrossAttentionKV) -> BatchedForward:
         """The forward of batch items with caches and prompt in place."""

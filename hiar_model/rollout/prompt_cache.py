@@ -118,6 +118,8 @@ def trim_padding(prompt: Tensor) -> Tensor:
 
 def _pad(x: Tensor, length: int) -> Tensor:
     """x [B, L, ...] padded to ``length`` with zeros; a count of 0 hides a key."""
+    if x.shape[1] == length:
+        return x
     return torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:])], 1)
 
 
@@ -129,12 +131,32 @@ def _padded(kv: CrossAttentionKV) -> CrossAttentionKV:
 
 
 def _stack(kvs: Sequence[CrossAttentionKV], batch: int) -> CrossAttentionKV:
-    """KV of prompts of different lengths as one batch, ``batch`` samples for each; missing keys count 0 times."""
-    length = max(kv.counts.shape[1] for kv in kvs)
-    layers = []
-    for layer in zip(*(kv.layers for kv in kvs), strict=True):
-        k, v = (torch.cat([_pad(x, length).expand(batch, -1, -1, -1) for x in xs]) for xs in zip(*layer, strict=True))
-        layers.append((k, v))
-    counts = [_pad(kv.counts, length).expand(batch, -1) for kv in kvs]
-    uniform = all(kv.counts.shape[1] == length and not kv.counted for kv in kvs)
-    return CrossAttentionKV(tuple(layers), torch.cat(counts), counted=not uniform)
+    """KV of prompts of different lengths as one batch, ``batch`` samples for each."""
+    joint = JointPrompt.stacked(kvs, [batch] * len(kvs))
+    layers = tuple(joint.of(layer) for layer in range(len(kvs[0].layers)))
+    return CrossAttentionKV(layers, joint.counts, counted=joint.counted)
+
+
+@dataclass(frozen=True)
+class JointPrompt(CrossAttentionKV):
+    """Prompts of different lengths as one batch: stacked layer by layer when a layer asks, so that nothing is kept."""
+
+    kvs: Sequence[CrossAttentionKV] = ()
+    samples: Sequence[int] = ()
+
+    @classmethod
+    def stacked(cls, kvs: Sequence[CrossAttentionKV], samples: Sequence[int]) -> JointPrompt:
+        """``samples``: how many of the batch each prompt [1 or that number, ...] is for; missing keys count 0 times."""
+        length = max(kv.counts.shape[1] for kv in kvs)
+        counts = torch.cat([_pad(kv.counts, length).expand(n, -1) for kv, n in zip(kvs, samples, strict=True)])
+        uniform = all(kv.counts.shape[1] == length and not kv.counted for kv in kvs)
+        return cls((), counts, None, not uniform, kvs, samples)
+
+    def of(self, layer: int, kv: object = None) -> tuple[Tensor, Tensor]:
+        """k, v [batch, L, H, D] of a layer."""
+        length, layers = self.counts.shape[1], [kv.layers[layer] for kv in self.kvs]
+        k, v = (
+            torch.cat([_pad(x, length).expand(n, -1, -1, -1) for x, n in zip(xs, self.samples, strict=True)])
+            for xs in zip(*layers, strict=True)
+        )
+        return k, v

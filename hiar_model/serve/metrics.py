@@ -25,6 +25,9 @@ class Metrics:
         self.intervals = Histogram(
             "hiar_chunk_interval_seconds", "between chunks of a viewer who keeps up", buckets=SECONDS, registry=r
         )
+        self.turns = Histogram(
+            "hiar_turn_sessions", "sessions that made a block together", buckets=(1, 2, 4, 8, 16, 32), registry=r
+        )
         self.refusals = Counter("hiar_refusals", "requests refused", ["code"], registry=r)
         self.state_errors = Counter("hiar_state_errors", "states and records that could not be written", registry=r)
         self.state_bytes = Gauge("hiar_state_bytes", "states of live sessions on disk", registry=r)

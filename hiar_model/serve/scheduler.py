@@ -1,7 +1,8 @@
 """One model, several sessions: the thread that makes their blocks in turns, and the one that encodes them.
 
-The session that runs dry first has its turn first; the whole videos of :mod:`.jobs` have the time that is left. Torch
-works in the generating thread alone. A session is admitted if its predicted memory is free.
+The session that runs dry first has its turn first, with others where that pays (:mod:`.turns`); the whole videos of
+:mod:`.jobs` have the time that is left. Torch works in the generating thread alone. A session is admitted if its
+predicted memory is free.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -26,11 +27,12 @@ from . import protocol
 from .admission import Admission
 from .encoding import Encoding, Saving
 from .keeper import Keeper, bring_back
-from .live import REWIND_BYTES, LiveVideo, example
+from .live import REWIND_BYTES, LiveVideo, Piece, example
 from .metrics import Metrics
 from .protocol import ProtocolMessage, Refusal, StartMessage
 from .session import HAS_X264, Connection, ViewerSession, hash_token, new_fragments
 from .spool import SUFFIX
+from .turns import Turns
 
 log = logging.getLogger("hiar.serve")
 
@@ -57,10 +59,13 @@ class Background(Protocol):
 
 @dataclass
 class Limits:
-    """max_sessions: at once, kept ones among them. keep: seconds that one is kept without a connection."""
+    """max_sessions: at once, kept ones among them. keep: seconds that one is kept without a connection.
+    batch_sessions: that share a turn; None: as many as pay.
+    """
 
     max_sessions: int = 8
     keep: float = 60.0
+    batch_sessions: int | None = None
     rewind_bytes: int = REWIND_BYTES
 
 
@@ -92,6 +97,7 @@ class Scheduler:
         self.tasks: list[Callable[[], None]] = []  # for the generating thread, first of all
         self.stopping = self.draining = False
         self.job_turn = 0.0
+        self.turns = Turns(self.limits.batch_sessions)
         self.admission = Admission(self.model, self.execution, self.free)
         self.encoding = Encoding(self.lock, self.metrics, lambda: len(self.sessions), self._fail)
         self.thread = threading.Thread(target=self._run, name="hiar-generate", daemon=True)
@@ -282,8 +288,8 @@ class Scheduler:
                     self.job_turn = now
                     return self.background.work  # type: ignore[union-attr]
                 if hungry:
-                    session = min(hungry, key=lambda s: (s.clock.due(), s.possible))
-                    return lambda: self._make(session)
+                    sessions = self.turns.choose(hungry, now)
+                    return lambda: self._turn(sessions)
                 self.lock.wait(self._next_expiry(now))
 
     def _next_expiry(self, now: float) -> float:
@@ -396,20 +402,21 @@ class Scheduler:
 
         return report
 
-    def _make(self, session: ViewerSession) -> None:
-        """One block of a session."""
+    def _turn(self, sessions: Sequence[ViewerSession]) -> None:
+        """One block of each of the sessions."""
+        self.metrics.turns.observe(len(sessions))
+        for session, outcome in self.turns.make(sessions):
+            if isinstance(outcome, FloatingPointError):
+                self._fail(session, Refusal("failed", str(outcome), closes=True))
+            elif isinstance(outcome, Exception):
+                log.error("session %s: failed", session.id, exc_info=outcome)
+                self._fail(session, Refusal("failed", "the video failed; the server's log says why", closes=True))
+            else:
+                self._deliver(session, outcome)
+
+    def _deliver(self, session: ViewerSession, piece: Piece | None) -> None:
         video = session.video
-        if video is None:
-            return
-        try:
-            piece = video.make()
-        except FloatingPointError as error:
-            self._fail(session, Refusal("failed", str(error), closes=True))
-            return
-        except Exception:
-            log.exception("session %s: failed", session.id)
-            self._fail(session, Refusal("failed", "the video failed; the server's log says why", closes=True))
-            return
+        assert video is not None
         with self.lock:
             if piece is not None and not session.gone:
                 session.speeds.append((time.monotonic(), len(piece.frames)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
 from serving import until
@@ -20,6 +21,13 @@ def test_viewers_are_measured(service, paced):
     assert viewers == "2" and " to " in speeds and 0 < float(first) < 60 and float(before) > 10 and float(after) > 10
     (minute,) = load.minutes(all_seen)
     assert minute[:2] == ("1", str(sum(len(seen.arrivals) for seen in all_seen)))
+
+
+def test_frames_of_all_are_added_up(service):
+    (line,) = load.compare(service.url, "toy", [2], 1.0, None)[2:]
+    viewers, total, slowest, cpu = line.strip("| ").split(" | ")
+    assert viewers == "2" and float(total) >= 2 * float(slowest) > 0 and cpu == "nan"
+    assert load.cpu_seconds(os.getpid()) == pytest.approx(sum(os.times()[:2]), abs=1)
 
 
 def test_drops_leave_nothing(service):
