@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hiar_kernels
 from bench.lib.measure import Bench
-from bench.ops import attention_cases
+from bench.ops import attention_cases, attention_fp8_cases
 from bench.ops.forward_cases import GOAL_MS, forward_pointwise
 from bench.ops.work import Op, Sizes, Work, ids
 from hiar_kernels.common import cuda_loader
@@ -146,4 +146,5 @@ def table(bench: Bench, absent: dict[str, str]) -> list[Op]:
     variants, name = ("eager", "compiled", *own("qk_norm_rope_append")), "all pointwise of a forward"
     ops.append(Op(name, forward_pointwise, "bytes", False, variants, goal_ms=GOAL_MS))
     ops.append(Op(f"{name}, GELU too", functools.partial(forward_pointwise, gelu=True), "bytes", False, variants))
-    return ops + attention_cases.table(bench, absent, own("attention"))
+    ops += attention_cases.table(bench, absent, own("attention"))
+    return ops + attention_fp8_cases.table(bench, absent, own("attention_fp8"))

@@ -67,12 +67,14 @@ def attention_schedule(
     *,
     device: torch.device | str,
     ctas: int | None = None,
+    one_slot: bool = False,
 ) -> AttentionSchedule:
     """What :func:`hiar_kernels.attention` with ``impl="gluon"`` does for such a call; it launches two small kernels.
 
     Args:
         shape: (B, Tq, H, Tk). mask, q_frames, kv_frames: as for ``attention``; frame ids int32 on the device.
         ctas: programs of the grid; default: one for each SM of the device.
+        one_slot: for :func:`hiar_kernels.attention_fp8`, whose key blocks do not leave their frame slot.
 
     Raises:
         ValueError: lengths are no multiples of the mask's frame_tokens.
@@ -92,7 +94,7 @@ def attention_schedule(
     triton_loader.load("attention", torch.empty(0, device=device))
     from .triton_schedule import make
 
-    return make(shape, mask, q_frames, kv_frames, torch.device(device), ctas)
+    return make(shape, mask, q_frames, kv_frames, torch.device(device), ctas, one_slot)
 
 
 def attend(call: AttentionInputs, schedule: AttentionSchedule | None) -> tuple[Tensor, Tensor]:

@@ -20,13 +20,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..common.aot import Case
+from ..common.gluon_hopper import copy, exp2, rescaled, row_max, row_sum
 from .schedule import BLOCK_FIELDS, BLOCK_KEYS, SEGMENT_FIELDS, TILE_QUERIES, AttentionSchedule
 from .triton_schedule import merge_cuts
 
@@ -46,20 +46,6 @@ _LOG2E = 1.4426950408889634
 _LAUNCH_REGISTERS = 168
 _CONSUMER_REGISTERS = gl.constexpr(240)
 _PRODUCER_REGISTERS = gl.constexpr(24)
-_PACK = 32  # numbers of a thread, of two rows
-_RESCALE = gl.constexpr(
-    "{ .reg .pred p; "
-    + " ".join(f"mov.b32 ${i}, ${_PACK + i};" for i in range(_PACK))
-    + f" setp.eq.f32 p, ${2 * _PACK}, 0f3F800000; "
-    + " ".join(f"setp.eq.and.f32 p, ${2 * _PACK + i}, 0f3F800000, p;" for i in (1, 2, 3, _PACK // 2, _PACK - 1))
-    + " @p bra DONE; "
-    + " ".join(f"mul.f32 ${i}, ${i}, ${2 * _PACK + i};" for i in range(_PACK))
-    + " DONE: }"
-)
-_RESCALE_OPERANDS = gl.constexpr(",".join(["=r"] * _PACK + ["r"] * (2 * _PACK)))
-_RESCALE_PACK = gl.constexpr(_PACK)
-# Triton 3.9 has it under a new name only, 3.7 and older under the old one only.
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -83,9 +69,9 @@ def _fetch(desc, slot_desc, block_ptr, masked, b, column, slot_stride, slot_toke
         slot = start // slot_tokens
         row = start - slot * slot_tokens
         row = gl.where(gl.load(block_ptr + 1) > start, row, slot_tokens)  # a block without keys is all zeros
-        _copy(slot_desc, [b * slot_stride + slot, row, column], full.index(stage), smem.index(stage))
+        copy(slot_desc, [b * slot_stride + slot, row, column], full.index(stage), smem.index(stage))
     else:
-        _copy(desc, [b, start, column], full.index(stage), smem.index(stage))
+        copy(desc, [b, start, column], full.index(stage), smem.index(stage))
 
 
 @gluon.jit
@@ -115,7 +101,7 @@ def _producer(
         for w in gl.static_range(2):
             mbarrier.wait(q_empty.index(w), (s & 1) ^ 1)
             mbarrier.expect(q_full.index(w), _R * _D * 2)
-            _copy(q_desc, [b, row + w * _R, column], q_full.index(w), q_smem.index(w))
+            copy(q_desc, [b, row + w * _R, column], q_full.index(w), q_smem.index(w))
         for j in range(lo + 1, hi):
             _fetch(
                 k_desc, k_slot_desc, blocks + j * _BLOCK_FIELDS, j < masked, b, column, slot_stride, slot_tokens,
@@ -131,24 +117,6 @@ def _producer(
             slot_tokens, v_smem, v_full, v_empty, n,
         )  # fmt: skip
         n += 1
-
-
-@gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _row_max(x, LAYOUT: gl.constexpr):
-    """Reduce in 8 chains per row: a single chain of 32 dependent steps would be too slow."""
-    chunks = gl.max(x.reshape([x.shape[0], x.shape[1] // 32, 32]), axis=1)
-    return gl.convert_layout(gl.max(chunks, axis=1), LAYOUT)
-
-
-@gluon.jit
-def _row_sum(x, LAYOUT: gl.constexpr):
-    chunks = gl.sum(x.reshape([x.shape[0], x.shape[1] // 32, 32]), axis=1)
-    return gl.convert_layout(gl.sum(chunks, axis=1), LAYOUT)
 
 
 @gluon.jit
@@ -177,22 +145,11 @@ def _masked_scores(q, k_smem, k_full, k_empty, n, zeros, block_ptr, limits_ptr, 
 @gluon.jit
 def _soften(scores, m_i, l_i, LAYOUT: gl.constexpr):
     """One online-softmax step for rows that may have no visible key yet; returns P, alpha, m_i, l_i."""
-    m_new = gl.maximum(m_i, _row_max(scores, LAYOUT))
+    m_new = gl.maximum(m_i, row_max(scores, LAYOUT))
     base = gl.where(m_new == float("-inf"), 0.0, m_new)
-    p = _exp2(scores - base[:, None])
-    alpha = _exp2(m_i - base)
-    return p, alpha, m_new, l_i * alpha + _row_sum(p, LAYOUT)
-
-
-@gluon.jit
-def _rescaled(acc, alpha):
-    """acc times alpha, row by row. Where no maximum of a thread's two rows moved, alpha is 1 and nothing is multiplied:
-    that is so in most blocks, and what the chip does not do leaves power to the tensor cores.
-    """
-    _, alpha = gl.broadcast(acc, alpha[:, None])
-    return gl.inline_asm_elementwise(
-        _RESCALE, _RESCALE_OPERANDS, [acc, alpha], dtype=gl.float32, is_pure=True, pack=_RESCALE_PACK
-    )
+    p = exp2(scores - base[:, None])
+    alpha = exp2(m_i - base)
+    return p, alpha, m_new, l_i * alpha + row_sum(p, LAYOUT)
 
 
 @gluon.jit
@@ -265,16 +222,16 @@ def _consumer(
             scores = warpgroup_mma_wait(1, deps=(scores,))
             mbarrier.arrive(k_empty.index(k_stage), count=1)
             n += 1
-            m_new = gl.maximum(m_i, _row_max(scores, S_ROWS) * qk_scale)
-            alpha = _exp2(m_i - m_new)
+            m_new = gl.maximum(m_i, row_max(scores, S_ROWS) * qk_scale)
+            alpha = exp2(m_i - m_new)
             m_i = m_new
-            p = _exp2(scores * qk_scale - m_i[:, None])
-            l_i = l_i * alpha + _row_sum(p, S_ROWS)
+            p = exp2(scores * qk_scale - m_i[:, None])
+            l_i = l_i * alpha + row_sum(p, S_ROWS)
             # This wait is a border that ptxas does not move the wait for P V across: without it no softmax runs beside.
             mbarrier.wait(k_full.index(_stage(n + 1)), _phase(n + 1), pred=j + 1 < whole)
             acc, p_half = warpgroup_mma_wait(0, deps=(product, p_half))
             mbarrier.arrive(v_empty.index(v_stage), count=1)
-            acc = _rescaled(acc, gl.convert_layout(alpha, O_ROWS))
+            acc = rescaled(acc, gl.convert_layout(alpha, O_ROWS))
             p_half = gl.convert_layout(p.to(HALF), P)
         mbarrier.arrive(q_empty.index(WG), count=1)
         acc = _add_values(p_half, acc, v_smem, v_full, v_empty, n)

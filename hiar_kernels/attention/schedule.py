@@ -36,6 +36,7 @@ class AttentionSchedule:
         cuts: [tiles of the last round, 2] key blocks before and of each.
         shape: (B, Tq, H, Tk) that it is of. frame_tokens: of a frame slot; Tk without a mask.
         sink_end: frames below it are always visible.
+        one_slot: no block leaves its frame slot, and whole ones name their slot in place of a frame (attention_fp8).
     """
 
     blocks: Tensor
@@ -47,6 +48,7 @@ class AttentionSchedule:
     shape: tuple[int, int, int, int]
     frame_tokens: int
     sink_end: int
+    one_slot: bool = False
 
     @property
     def q_tiles(self) -> int:
@@ -58,11 +60,13 @@ class AttentionSchedule:
         """Programs of the persistent grid."""
         return self.segments.shape[0]
 
-    def require_fits(self, q: Tensor, k: Tensor) -> None:
-        """Raise ValueError in one line for tensors of other sizes."""
-        sizes = (*q.shape[:3], k.shape[1])
+    def require_fits(self, q: Tensor, k: Tensor, one_slot: bool = False) -> None:
+        """Raise ValueError in one line for tensors of other sizes, or for the other kernel."""
+        op, sizes = "attention_fp8" if one_slot else "attention", (*q.shape[:3], k.shape[1])
         if sizes != self.shape:
-            raise ValueError(f"attention: schedule is of (B, Tq, H, Tk) {self.shape}, q and k have {sizes}")
+            raise ValueError(f"{op}: schedule is of (B, Tq, H, Tk) {self.shape}, q and k have {sizes}")
+        if one_slot != self.one_slot:
+            raise ValueError(f"{op}: schedule must be made with one_slot={one_slot}, got {self.one_slot}")
 
 
 @functools.cache
@@ -72,7 +76,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def allocate(
-    shape: tuple[int, int, int, int], frame_tokens: int, sink_end: int, device: torch.device, ctas: int
+    shape: tuple[int, int, int, int],
+    frame_tokens: int,
+    sink_end: int,
+    device: torch.device,
+    ctas: int,
+    one_slot: bool = False,
 ) -> AttentionSchedule:
     """Allocate the tables for a call of this shape."""
     batch, queries, heads, keys = shape
@@ -95,4 +104,5 @@ def allocate(
         shape=shape,
         frame_tokens=frame_tokens,
         sink_end=sink_end,
+        one_slot=one_slot,
     )

@@ -50,9 +50,12 @@ def _write_blocks(table_ptr, at, lo, hi, frame, partial, BLOCK: tl.constexpr, CH
 def _key_blocks_kernel(
     blocks_ptr, counts_ptr, limits_ptr, q_frames_ptr, kv_frames_ptr, windows_ptr, stride_qfb, stride_kfb, q_tokens,
     kv_tokens, q_tiles, most, frame_tokens, frames_per_block, first_frame, origin, sink_frames, sink_end,
-    MASKED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+    MASKED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ONE_SLOT: tl.constexpr
 ):  # fmt: skip
-    """The key blocks that one tile of queries sees: first those that need a mask, then the whole ones."""
+    """The key blocks that one tile of queries sees: first those that need a mask, then the whole ones.
+
+    ONE_SLOT: none leaves its frame slot, and a whole one names its slot in place of a frame.
+    """
     pid = tl.program_id(0)
     b = (pid // q_tiles).to(tl.int64)
     row = tl.arange(0, TILE)
@@ -83,22 +86,41 @@ def _key_blocks_kernel(
                 kind, stop = key_run(
                     slot, slots, kv_frames_ptr, first_frame, ends, q_mask, least, greatest, before, back, sinks
                 )
-            lo = slot * frame_tokens
-            hi = stop * frame_tokens
-            middle = lo + (hi - lo) // BLOCK * BLOCK
-            if phase == 0:
-                # each inside one slot: what a load beyond the slot's end brings is then zeros, never another frame
-                begin = tl.where(kind == FULL, middle, tl.where(kind == NONE, hi, lo))
-                while begin < hi:
-                    of = begin // frame_tokens
-                    end = tl.minimum(hi, (of + 1) * frame_tokens)
-                    frame = 0
-                    if MASKED:
-                        frame = frame_at(kv_frames_ptr, of, of < slots, first_frame)
-                    at = _write_blocks(table_ptr, at, begin, end, frame, (kind == PARTIAL).to(tl.int32), BLOCK, CHUNK)
-                    begin = end
-            elif kind == FULL:
-                at = _write_blocks(table_ptr, at, lo, middle, 0, 0, BLOCK, CHUNK)
+            if ONE_SLOT:
+                while slot < stop:
+                    begin = slot * frame_tokens
+                    end = begin + frame_tokens
+                    middle = begin + frame_tokens // BLOCK * BLOCK
+                    if phase == 0:
+                        frame = 0
+                        if MASKED:
+                            frame = frame_at(kv_frames_ptr, slot, slot < slots, first_frame)
+                        begin = tl.where(kind == FULL, middle, tl.where(kind == NONE, end, begin))
+                        at = _write_blocks(
+                            table_ptr, at, begin, end, frame, (kind == PARTIAL).to(tl.int32), BLOCK, CHUNK
+                        )
+                    elif kind == FULL:
+                        at = _write_blocks(table_ptr, at, begin, middle, slot, 0, BLOCK, CHUNK)
+                    slot += 1
+            else:
+                lo = slot * frame_tokens
+                hi = stop * frame_tokens
+                middle = lo + (hi - lo) // BLOCK * BLOCK
+                if phase == 0:
+                    # each inside one slot: what a load beyond the slot's end brings is then zeros, never another frame
+                    begin = tl.where(kind == FULL, middle, tl.where(kind == NONE, hi, lo))
+                    while begin < hi:
+                        of = begin // frame_tokens
+                        end = tl.minimum(hi, (of + 1) * frame_tokens)
+                        frame = 0
+                        if MASKED:
+                            frame = frame_at(kv_frames_ptr, of, of < slots, first_frame)
+                        at = _write_blocks(
+                            table_ptr, at, begin, end, frame, (kind == PARTIAL).to(tl.int32), BLOCK, CHUNK
+                        )
+                        begin = end
+                elif kind == FULL:
+                    at = _write_blocks(table_ptr, at, lo, middle, 0, 0, BLOCK, CHUNK)
             slot = stop
         if phase == 0:
             masked = at
@@ -209,11 +231,13 @@ def make(
     kv_frames: Tensor | None,
     device: torch.device,
     ctas: int | None,
+    one_slot: bool = False,
 ) -> AttentionSchedule:
     """:func:`hiar_kernels.attention_schedule`."""
     batch, queries, heads, keys = shape
     arguments = rule_arguments(mask, keys)
-    tables = allocate(shape, arguments["frame_tokens"], arguments["sink_end"], device, ctas or multiprocessors(device))
+    ctas = ctas or multiprocessors(device)
+    tables = allocate(shape, arguments["frame_tokens"], arguments["sink_end"], device, ctas, one_slot)
     q_frames, kv_frames = (None if x is None else dense_rows(x.to(torch.int32)) for x in (q_frames, kv_frames))
     with torch.cuda.device_of(tables.blocks):
         _key_blocks_kernel[(batch * tables.q_tiles,)](
@@ -221,7 +245,7 @@ def make(
             None if mask is None else windows_on(device, mask, batch), row_stride(q_frames), row_stride(kv_frames),
             queries, keys,
             tables.q_tiles, tables.blocks.shape[2], **arguments, MASKED=mask is not None, TILE=TILE_QUERIES,
-            BLOCK=BLOCK_KEYS, CHUNK=128, num_warps=4,
+            BLOCK=BLOCK_KEYS, CHUNK=128, ONE_SLOT=one_slot, num_warps=4,
         )  # fmt: skip
         rounds, rest = divmod(batch * heads * tables.q_tiles, tables.ctas)
         _segments_kernel[(tables.ctas,)](
@@ -252,9 +276,11 @@ def merge_cuts(tables: AttentionSchedule, partial_out: Tensor, partial_lse: Tens
 def compile_cases(arch: int) -> list[Case]:
     """A block over a ring of 21 frames on 132 SMs: made for sm_90, plain enough for all."""
     types = {"partial_out_ptr": "*fp32", "partial_lse_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
-    kernels: dict[Any, dict[str, Any]] = {
-        _key_blocks_kernel: {"MASKED": True, "TILE": TILE_QUERIES, "BLOCK": BLOCK_KEYS, "CHUNK": 128},
-        _segments_kernel: {"CTAS": 132, "REST": 64},
-        _merge_cuts_kernel: {"CTAS": 132, "TILE": TILE_QUERIES, "ROWS": _MERGED_ROWS, "HEAD_DIM": HEAD_DIM},
-    }
-    return [Case.of("ring of 21 frames", kernel, types, values, ()) for kernel, values in kernels.items()]
+    blocks = {"MASKED": True, "TILE": TILE_QUERIES, "BLOCK": BLOCK_KEYS, "CHUNK": 128}
+    kernels: list[tuple[str, Any, dict[str, Any]]] = [
+        ("", _key_blocks_kernel, {**blocks, "ONE_SLOT": False}),
+        (", blocks of one slot", _key_blocks_kernel, {**blocks, "ONE_SLOT": True}),
+        ("", _segments_kernel, {"CTAS": 132, "REST": 64}),
+        ("", _merge_cuts_kernel, {"CTAS": 132, "TILE": TILE_QUERIES, "ROWS": _MERGED_ROWS, "HEAD_DIM": HEAD_DIM}),
+    ]
+    return [Case.of(f"ring of 21 frames{more}", kernel, types, values, ()) for more, kernel, values in kernels]

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from ..attention.mask import BlockCausal
+from ..attention.schedule import AttentionSchedule
 from ..common import triton_loader
 from ..common.dispatch import choose, require
 from ..common.pointwise import TRITON_INSTALLED
 from ..common.torch_library import OPS
-from . import ops, reference  # noqa: F401  (registers the op)
+from . import gluon, ops, reference  # noqa: F401  (registers the op)
 from .inputs import Float8Inputs, triton_problem
 
-IMPLS = ("reference", "triton")
+IMPLS = ("reference", "triton", "gluon")
 
 
 def attention_fp8(
@@ -29,6 +30,7 @@ def attention_fp8(
     q_scales: Tensor | None = None,
     scale: float | None = None,
     out_dtype: torch.dtype | None = None,
+    schedule: AttentionSchedule | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """:func:`attention` over the 8-bit ring that :func:`qk_norm_rope_append_fp8` writes, read as it lies.
@@ -46,7 +48,9 @@ def attention_fp8(
         q_frames: int32 or int64 [B or 1, Tq / P], absolute frame ids. kv_frames: [B or 1, S], -1 where a slot is empty.
         q_scales: float32 [B, Tq, H], one for each token and head (:func:`quantize_rows` gives them).
         out_dtype: of the result of 8-bit products; default bfloat16. Otherwise it is that of q.
-        impl: "auto" | "reference" (all scores) | "triton" (q bfloat16, float16 or 8 bits; D 16, 32, 64 or 128).
+        schedule: of :func:`attention_schedule` with ``one_slot=True``, for "gluon"; made anew in each call if None.
+        impl: "auto" | "reference" (all scores) | "triton" (q bfloat16, float16 or 8 bits; D 16, 32, 64 or 128) |
+            "gluon" (sm_90, 8-bit q, D 128; not measured yet, so never chosen by "auto").
 
     Returns:
         [B, Tq, H, D] contiguous. What no query sees (an empty slot) may hold anything, NaN too; a query without a
@@ -69,8 +73,14 @@ def attention_fp8(
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     require(not needs_grad, "attention_fp8: has no gradient; 8 bits are for inference: use torch.no_grad()")
     automatic = "triton" if q.is_cuda and TRITON_INSTALLED and not triton_problem(inputs) else "reference"
-    if choose("attention_fp8", impl, IMPLS, auto=automatic) == "reference":
+    impl = choose("attention_fp8", impl, IMPLS, auto=automatic)
+    if impl == "reference":
         return reference.attention_fp8(inputs)
+    if impl == "gluon":
+        require(not torch.compiler.is_compiling(), "attention_fp8: impl='gluon' is not for torch.compile; use 'triton'")
+        lacking = gluon.problem(inputs)
+        require(lacking is None, f"attention_fp8: impl='gluon' cannot run: {lacking}")
+        return gluon.attend(inputs, schedule)
     triton_loader.load("attention_fp8", q)
     problem = triton_problem(inputs)
     if problem:

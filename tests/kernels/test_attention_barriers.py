@@ -1,7 +1,8 @@
-"""The barrier protocol of the Hopper attention kernel, simulated: three warp roles, each at its own pace.
+"""The barrier protocol of the Hopper attention kernels, simulated: three warp roles, each at its own pace.
 
-The walk of producer and consumers is that of ``hiar_kernels/attention/gluon_fwd.py``; a tile may be read only while it
-holds the block that is wanted, and nobody may wait for ever.
+The walks of producer and consumers are those of ``hiar_kernels/attention/gluon_fwd.py`` and of
+``hiar_kernels/attention_fp8/gluon_fwd.py``, where a tile's scale is written and read with it; a tile may be read only
+while it holds the block that is wanted, and nobody may wait for ever.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import pytest
 
 pytestmark = pytest.mark.cpu
 
-STAGES = 2
 Segment = tuple[int, int, int]  # first block, last block + 1, masked blocks of the tile
 
 
@@ -50,9 +50,8 @@ class Barrier:
 class CTA:
     """Barriers, and what each shared tile holds: a block's number, or None while a copy is under way."""
 
+    stages: int = 2
     empty_count: int = 2
-    k_full: list[Barrier] = field(default_factory=lambda: [Barrier(1) for _ in range(STAGES)])
-    v_full: list[Barrier] = field(default_factory=lambda: [Barrier(1) for _ in range(STAGES)])
     q_full: list[Barrier] = field(default_factory=lambda: [Barrier(1) for _ in range(2)])
     q_empty: list[Barrier] = field(default_factory=lambda: [Barrier(1) for _ in range(2)])
     tiles: dict[tuple[str, int], object] = field(default_factory=dict)
@@ -60,7 +59,8 @@ class CTA:
     copies: list[tuple[tuple[str, int], object, Barrier]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.k_empty, self.v_empty = ([Barrier(self.empty_count) for _ in range(STAGES)] for _ in range(2))
+        self.k_full, self.v_full = ([Barrier(1) for _ in range(self.stages)] for _ in range(2))
+        self.k_empty, self.v_empty = ([Barrier(self.empty_count) for _ in range(self.stages)] for _ in range(2))
 
     def copy(self, place: tuple[str, int], what: object, barrier: Barrier) -> None:
         barrier.expect()
@@ -88,7 +88,7 @@ def producer(cta: CTA, segments: list[Segment]) -> Iterator[Wait]:
     n = 0
 
     def fetch(kind: str, block: object, n: int) -> Iterator[Wait]:
-        stage, phase = n % STAGES, n // STAGES & 1
+        stage, phase = n % cta.stages, n // cta.stages & 1
         full, empty = (cta.k_full, cta.k_empty) if kind == "k" else (cta.v_full, cta.v_empty)
         yield empty[stage], phase ^ 1
         cta.copy((kind, stage), block, full[stage])
@@ -106,46 +106,87 @@ def producer(cta: CTA, segments: list[Segment]) -> Iterator[Wait]:
         n += 1
 
 
-def consumer(cta: CTA, segments: list[Segment], w: int) -> Iterator[Wait]:
-    n = 0
+class Consumer:
+    """One of the two; ``walk`` is its kernel's."""
 
-    def start(kind: str, block: object, n: int) -> Iterator[Wait]:
-        full = cta.k_full if kind == "k" else cta.v_full
-        yield full[n % STAGES], n // STAGES & 1
-        cta.read((kind, n % STAGES), block)
+    def __init__(self, cta: CTA, w: int) -> None:
+        self.cta, self.w = cta, w
 
-    def release(kind: str, n: int) -> Iterator[Wait]:
+    def start(self, kind: str, block: object, n: int) -> Iterator[Wait]:
+        cta = self.cta
+        yield (cta.k_full if kind == "k" else cta.v_full)[n % cta.stages], n // cta.stages & 1
+        cta.read((kind, n % cta.stages), block)
+
+    def release(self, kind: str, n: int) -> Iterator[Wait]:
         yield None
-        cta.done((kind, n % STAGES))
-        (cta.k_empty if kind == "k" else cta.v_empty)[n % STAGES].arrive()
+        cta = self.cta
+        cta.done((kind, n % cta.stages))
+        (cta.k_empty if kind == "k" else cta.v_empty)[n % cta.stages].arrive()
 
-    for s, (lo, hi, masked) in enumerate(segments):
-        yield cta.q_full[w], s & 1
-        cta.read(("q", w), s)
-        first = max(min(masked, hi) - lo, 1)
-        for j in range(lo, lo + first - 1):
-            for kind in "kv":
-                yield from start(kind, (s, j), n)
-                yield from release(kind, n)
+    def in_turn(self, s: int, j: int, n: int) -> Iterator[Wait]:
+        """A block whose two products run one after the other."""
+        for kind in "kv":
+            yield from self.start(kind, (s, j), n)
+            yield from self.release(kind, n)
+
+    def beside(self, s: int, j: int, n: int) -> Iterator[Wait]:
+        """Q K of block j, number n, beside P V of the one before."""
+        yield from self.start("k", (s, j), n)
+        yield from self.start("v", (s, j - 1), n - 1)
+        yield from self.release("k", n)
+        yield from self.release("v", n - 1)
+
+    def walk(self, segments: list[Segment]) -> Iterator[Wait]:
+        n = 0
+        for s, (lo, hi, masked) in enumerate(segments):
+            yield self.cta.q_full[self.w], s & 1
+            self.cta.read(("q", self.w), s)
+            first = max(min(masked, hi) - lo, 1)
+            for j in range(lo, lo + first - 1):
+                yield from self.in_turn(s, j, n)
+                n += 1
+            yield from self.start("k", (s, lo + first - 1), n)
+            yield from self.release("k", n)
+            for j in range(lo + first, hi):
+                n += 1
+                yield from self.beside(s, j, n)
+            self.cta.done(("q", self.w))
+            self.cta.q_empty[self.w].arrive()
+            yield from self.start("v", (s, hi - 1), n)
+            yield from self.release("v", n)
             n += 1
-        yield from start("k", (s, lo + first - 1), n)
-        yield from release("k", n)
-        for j in range(lo + first, hi):
-            yield from start("k", (s, j), n + 1)
-            yield from start("v", (s, j - 1), n)
-            yield from release("k", n + 1)
-            yield from release("v", n)
-            n += 1
-        cta.done(("q", w))
-        cta.q_empty[w].arrive()
-        yield from start("v", (s, hi - 1), n)
-        yield from release("v", n)
-        n += 1
 
 
-def simulate(seed: int, segments: list[Segment], empty_count: int = 2) -> None:
-    rng, cta = random.Random(seed), CTA(empty_count)
-    roles = {0: producer(cta, segments), 1: consumer(cta, segments, 0), 2: consumer(cta, segments, 1)}
+class Consumer8(Consumer):
+    """Of attention_fp8: all masked blocks in turn, then the whole ones, if there are any."""
+
+    def walk(self, segments: list[Segment]) -> Iterator[Wait]:
+        n = 0
+        for s, (lo, hi, masked) in enumerate(segments):
+            yield self.cta.q_full[self.w], s & 1
+            self.cta.read(("q", self.w), s)
+            first = max(min(masked, hi) - lo, 0)
+            for j in range(lo, lo + first):
+                yield from self.in_turn(s, j, n)
+                n += 1
+            if lo + first < hi:
+                yield from self.start("k", (s, lo + first), n)
+                yield from self.release("k", n)
+                for j in range(lo + first + 1, hi):
+                    n += 1
+                    yield from self.beside(s, j, n)
+                yield from self.start("v", (s, hi - 1), n)
+                yield from self.release("v", n)
+                n += 1
+            self.cta.done(("q", self.w))
+            self.cta.q_empty[self.w].arrive()
+
+
+def simulate(
+    seed: int, segments: list[Segment], kind: type[Consumer] = Consumer, stages: int = 2, empty_count: int = 2
+) -> None:
+    rng, cta = random.Random(seed), CTA(stages, empty_count)
+    roles = {0: producer(cta, segments), 1: kind(cta, 0).walk(segments), 2: kind(cta, 1).walk(segments)}
     waits: dict[int, Wait] = dict.fromkeys(roles)
     speed = [rng.choice((0.05, 0.5, 1.0)) for _ in range(4)]
     while roles:
@@ -173,14 +214,16 @@ def some_segments(rng: random.Random) -> list[Segment]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_no_deadlock_and_no_tile_overwritten(seed):
+@pytest.mark.parametrize("seed", range(7))
+@pytest.mark.parametrize(("kind", "stages"), [(Consumer, 2), (Consumer8, 2), (Consumer8, 3)])
+def test_no_deadlock_and_no_tile_overwritten(kind, stages, seed):
     rng = random.Random(seed)
     for i in range(40):
-        simulate(1000 * seed + i, some_segments(rng))
+        simulate(1000 * seed + i, some_segments(rng), kind, stages)
 
 
-def test_the_simulation_notices_a_stage_freed_by_one_consumer_alone():
+@pytest.mark.parametrize("kind", [Consumer, Consumer8])
+def test_the_simulation_notices_a_stage_freed_by_one_consumer_alone(kind):
     with pytest.raises(AssertionError, match=r"overwritten|holds|more arrivals"):
         for seed in range(50):
-            simulate(seed, [(0, 9, 1)], empty_count=1)
+            simulate(seed, [(0, 9, 1)], kind, empty_count=1)

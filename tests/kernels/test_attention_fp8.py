@@ -10,6 +10,8 @@ from eight_bits import Ring, exactly, queries
 from refusals import refusal
 
 import hiar_kernels as hk
+from hiar_kernels.attention_fp8 import gluon
+from hiar_kernels.attention_fp8.inputs import Float8Inputs
 from hiar_kernels.common.float8 import E4M3, quantize_last, unpack_values
 
 pytestmark = pytest.mark.cpu
@@ -149,3 +151,31 @@ def test_what_is_refused(what):
 
 def test_an_explicit_triton_says_what_it_takes():
     assert "needs a CUDA tensor" in refusal(lambda: call(impl="triton"))
+
+
+def test_the_hopper_kernel_says_what_it_needs():
+    line = refusal(lambda: call(impl="gluon"))
+    assert line == "attention_fp8: impl='gluon' cannot run: it needs a Hopper GPU (sm_90), got cpu"
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda a: a, None),
+        (lambda a: {**a, "q_scales": None, "q": a["q"].float()}, "it takes q in 8 bits, beside q_scales"),
+        (lambda a: {**a, "q": a["q"].expand(2, -1, -1, -1), "k": a["k"].expand(2, -1, -1, -1)}, "of their own"),
+        (lambda a: {**a, "q": torch.zeros(1, 2, 5, 128, dtype=E4M3).transpose(1, 2)}, "heads side by side"),
+        (
+            lambda a: {**a, "v": torch.zeros(1, 2, 128, 2, 16, dtype=E4M3).transpose(2, 3)},
+            "it takes v with dense slots",
+        ),
+        (lambda a: {**a, "k_scales": torch.ones(1, 2, 2).transpose(1, 2)}, "it takes k_scales with dense slots"),
+        (lambda a: {**a, "q": a["q"][:, :0], "q_frames": torch.zeros(1, 0)}, "it takes at least one token, got q"),
+    ],
+)
+def test_what_the_hopper_kernel_takes(change, line):
+    ring, (q, q_scales) = Ring.random(1, 2, 5, 2, 128), quantize_last(queries(1, 5, 2, 128))
+    names = ("k", "v", "k_scales", "v_scales")
+    given = {"q": q, "q_scales": q_scales, **dict(zip(names, ring.arguments, strict=True)), **IDS}
+    said = gluon.unfit(Float8Inputs(**change(given)))
+    assert said is None if line is None else line in said
