@@ -248,6 +248,7 @@ def lines(title: str, x_title: str, series: Iterable[tuple[str, str, Sequence[Se
         y = top + h * (1 - percent / 100)
         picture.line([(left, y), (left + w, y)], "#e4e4e4", 1)
         picture.text(left - 6, y + 4, str(percent), "end", "#555", 11)
+    written: list[float] = []  # heights of names
     for name, colour, runs in series:
         points = [(left + w * (i + 0.5) / len(runs[0]), sum(values) / len(runs)) for i, values in enumerate(zip(*runs))]
 
@@ -261,7 +262,9 @@ def lines(title: str, x_title: str, series: Iterable[tuple[str, str, Sequence[Se
         for x, value in points:
             picture.dot(x, y_of(value), colour, 3)
         x, value = points[-1]
-        picture.text(x + 8, y_of(value) + (22 if value > 50 else 30), f"{name}: {value:.0f}", "end", colour, 12, True)
+        y = y_of(value) + (22 if value > 50 else 30)
+        written.append(y_of(value) - 10 if any(abs(y - other) < 14 for other in written) else y)
+        picture.text(x + 8, written[-1], f"{name}: {value:.0f}", "end", colour, 12, True)
     for i in range(len(points)):
         picture.text(left + w * (i + 0.5) / len(points), top + h + 16, str(i + 1), "middle", "#555", 11)
     picture.text(left + w / 2, top + h + 34, x_title, "middle", "#555", 12)
@@ -363,6 +366,15 @@ def two_orders(title: str, folder: str, variant: str, matched: str = "stream") -
         rows = evaluations(folder, variant, order, 384)
         series.append((name, colour, [[100 * part["valid"] for part in row["parts"]] for row in rows]))
     return lines(title, "eighth of a video of 384 frames", series)
+
+
+def eight_bits() -> str:
+    from bench.studies.eight_bits_table import by_eighth
+
+    shown = [("stream", "bfloat16", "matched noise", BLUE), ("stream", "keys_linear", "8 bits", GREEN)]
+    shown += [("block_first", "bfloat16", "clean context", ORANGE), ("block_first", "keys_linear", "8 bits", GREY)]
+    series = [(name, colour, by_eighth("scenes", order, variant)) for order, variant, name, colour in shown]
+    return lines("Valid frames, %: bfloat16 and 8 bits", "eighth of a video of 384 frames", series)
 
 
 Value = Callable[[dict], float]
@@ -475,6 +487,7 @@ PICTURES = {
     "claim_students.svg": students,
     "claim_drifting_start.svg": students_of_drifting_start,
     "attention_rates.svg": attention_rates,
+    "eight_bits.svg": eight_bits,
     "task_parts.svg": task_parts,
     "gains.svg": gains,
 }

@@ -45,14 +45,14 @@ HEADINGS += ("colour %", "valid %", "direction %", "speed/truth")
 def latents(
     model: VideoModel, prompts: Sequence[ToyPrompt], frames: int, seed: int, execution: ExecutionConfig
 ) -> Tensor:
-    """[prompts, F, C, h, w], video i from the noise of video i."""
+    """[prompts, F, C, h, w] by the model's own rollout, video i from the noise of video i."""
     _, height, width = model.latent_size
     videos_done = []
     for first in range(0, len(prompts), BATCH):
         videos = range(first, min(first + BATCH, len(prompts)))
         rollout = Rollout(
             model.transformer, torch.cat([model.encode_text(prompts[i].text()) for i in videos]),
-            model.rollout.with_order("step_first"), execution,
+            model.rollout, execution,
             num_latent_frames=model.latent_frames(frames), latent_size=(height, width), seed=seed, video_ids=videos,
         )  # fmt: skip
         videos_done.append(torch.cat([block.latents for block in rollout], 1))
@@ -71,6 +71,7 @@ def table(model: VideoModel, prompts: Sequence[ToyPrompt], frames: int, seed: in
     """Lines of Markdown."""
     cells = []
     own: dict[torch.dtype, Tensor] = {}
+    model = replace(model, rollout=model.rollout.with_order("step_first"))
     for dtype, kv_dtype, linear_dtype in ROWS:
         working = replace(model, transformer=model.transformer.to(dtype))
         execution = ExecutionConfig(kv_dtype=kv_dtype, linear_dtype=linear_dtype)

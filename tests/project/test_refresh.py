@@ -15,6 +15,7 @@ import refresh  # noqa: E402
 
 TABLES = {
     "README.md": 1,
+    "docs/evidence/eight_bits.md": 1,
     "docs/evidence/one_gpu.md": 3,
     "docs/evidence/parallel.md": 10,
     "docs/evidence/runs.md": 5,
