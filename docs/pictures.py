@@ -371,9 +371,8 @@ def two_orders(title: str, folder: str, variant: str, matched: str = "stream") -
 def eight_bits() -> str:
     from bench.studies.eight_bits_table import by_eighth
 
-    shown = [("stream", "bfloat16", "matched noise", BLUE), ("stream", "keys_linear", "8 bits", GREEN)]
-    shown += [("block_first", "bfloat16", "clean context", ORANGE), ("block_first", "keys_linear", "8 bits", GREY)]
-    series = [(name, colour, by_eighth("scenes", order, variant)) for order, variant, name, colour in shown]
+    shown = [("bfloat16", "bfloat16", BLUE), ("keys_linear", "8-bit keys and linear layers", ORANGE)]
+    series = [(name, colour, by_eighth("scenes", "stream", variant)) for variant, name, colour in shown]
     return lines("Valid frames, %: bfloat16 and 8 bits", "eighth of a video of 384 frames", series)
 
 
