@@ -61,7 +61,7 @@ ORDERS: dict[str, dict[str, str]] = {
 
 
 @dataclass(frozen=True, order=True)
-class Run:
+class DriftRun:
     """One rollout of all prompts."""
 
     model: str
@@ -86,12 +86,12 @@ PLAN = (
 """(model, order, variants), the most telling first."""
 
 
-def plan() -> list[Run]:
+def plan() -> list[DriftRun]:
     """All runs, in the order in which they are made."""
-    return [Run(*one, v, seed) for *one, variants in PLAN for seed in SEEDS for v in variants]
+    return [DriftRun(*one, v, seed) for *one, variants in PLAN for seed in SEEDS for v in variants]
 
 
-def make(run: Run, model: VideoModel, prompts: Sequence[ToyPrompt], frames: int) -> dict[str, Any]:
+def make(run: DriftRun, model: VideoModel, prompts: Sequence[ToyPrompt], frames: int) -> dict[str, Any]:
     """Roll out and read all prompts.
 
     Returns:
@@ -129,7 +129,7 @@ def inner_in_8_bits(model: HiARTransformer) -> HiARTransformer:
     return twin
 
 
-def about(run: Run, model: VideoModel, prompts: int, frames: int) -> dict[str, Any]:
+def about(run: DriftRun, model: VideoModel, prompts: int, frames: int) -> dict[str, Any]:
     """What must be the same where a run is not made again."""
     dtype, options = VARIANTS[run.variant]
     return {
@@ -155,7 +155,7 @@ def _short(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 3)
 
 
-def missing(folder: Path) -> Iterator[Run]:
+def missing(folder: Path) -> Iterator[DriftRun]:
     """Runs of the plan without a file."""
     return (run for run in plan() if not run.path(folder).exists())
 

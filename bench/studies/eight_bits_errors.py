@@ -137,8 +137,8 @@ def rows(config: WanConfig = CONFIG) -> Iterator[list[str]]:
             if dtype != "float32":
                 working = deepcopy(model).to(getattr(torch, dtype))
                 working = inner_in_8_bits(working) if variant == "linear_inner" else working
-                made = outputs(working, ExecutionConfig(**options))
-                yield [weights, variant, *(f"{100 * error:.2f}" for error in made.errors(exact))]
+                result = outputs(working, ExecutionConfig(**options))
+                yield [weights, variant, *(f"{100 * error:.2f}" for error in result.errors(exact))]
 
 
 def e4m3(x: Tensor) -> Tensor:
@@ -199,8 +199,8 @@ def rounded_rows(config: WanConfig = CONFIG) -> Iterator[list[str]]:
         exact = outputs(model, ExecutionConfig())
         for name, *roundings, which in ROUNDED:
             if not which or weights == "plain":
-                made = outputs(rounded(model, *roundings, which), ExecutionConfig())
-                yield [weights, name, *(f"{100 * error:.2f}" for error in made.errors(exact))]
+                result = outputs(rounded(model, *roundings, which), ExecutionConfig())
+                yield [weights, name, *(f"{100 * error:.2f}" for error in result.errors(exact))]
 
 
 def main() -> None:

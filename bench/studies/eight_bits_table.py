@@ -117,7 +117,7 @@ def pairs(
         yield from zip(one["videos"], other["videos"], strict=True)
 
 
-class Sample:
+class Paired:
     """One measure of several pairs: of each prompt the values by seed, and their differences to bfloat16."""
 
     def __init__(self) -> None:
@@ -148,11 +148,11 @@ DIGITS = {"valid": 1, "drift": 1, "overlap": 2, "background": 4, "speed": 3}
 Variants = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 
-def compared(variants: Variants, quarter: bool = False) -> Iterator[tuple[str, int, int, dict[str, Sample]]]:
+def compared(variants: Variants, quarter: bool = False) -> Iterator[tuple[str, int, int, dict[str, Paired]]]:
     """(variant, pairs, frames, what was measured of the first quarter or the whole of the videos), bfloat16 first."""
     base = variants.get(BASELINE, {})
     for variant, runs in sorted(variants.items(), key=lambda item: item[0] != BASELINE):
-        samples = {name: Sample() for name in DIGITS}
+        samples = {name: Paired() for name in DIGITS}
         count = stretches = 0
         for one, other in pairs(runs, base):
             count, stretches = count + 1, len(one["valid"]) // (4 if quarter else 1)
@@ -182,7 +182,7 @@ def shape_rows(folder: Path = RESULTS) -> Iterator[list[str]]:
         for variant, _, _, samples in compared(variants):
             cells, overlap = [model, order, variant], samples["overlap"]
             for shape in SHAPES:
-                part = Sample()
+                part = Paired()
                 part.values = {prompt: v for prompt, v in overlap.values.items() if shape in prompt.split()}
                 part.differences = {prompt: overlap.differences[prompt] for prompt in part.values}
                 cells.append(part.mean(2) if variant == BASELINE else part.difference(2))

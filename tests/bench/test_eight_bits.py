@@ -11,7 +11,7 @@ from refusals import refused
 from small_toy import PROMPT, TRAIN_FRAMES, small_folder, small_model  # noqa: F401 (fixtures)
 
 from bench.studies import eight_bits_drift, eight_bits_errors
-from bench.studies.eight_bits_drift import Run, inner_in_8_bits, make
+from bench.studies.eight_bits_drift import DriftRun, inner_in_8_bits, make
 from bench.studies.eight_bits_table import by_eighth, main, read, rows, shape_rows
 from hiar_model import ExecutionConfig, WanConfig
 from hiar_model.models.fp8_linear import Float8Linear
@@ -96,14 +96,15 @@ def test_other_weights_and_other_files_are_refused(tmp_path, monkeypatch):
 
 def test_a_run_reads_every_stretch_of_every_video(model):
     prompts = [parse(PROMPT), parse("a green square moving up")]
-    run = make(Run("small", "stream", "keys_linear", 3), model, prompts, 4 * TRAIN_FRAMES)
+    run = make(DriftRun("small", "stream", "keys_linear", 3), model, prompts, 4 * TRAIN_FRAMES)
     assert run["execution"] == {"kv_dtype": "float8_e4m3fn", "linear_dtype": "float8_e4m3fn"}
     assert (run["dtype"], run["stretch_frames"], run["rollout"]["order"]) == ("bfloat16", TRAIN_FRAMES, "stream")
     assert [len(video["valid"]) for video in run["videos"]] == [4, 4]
     assert (
-        make(Run("small", "block_first", "keys_linear", 3), model, prompts, 4 * TRAIN_FRAMES)["videos"] != run["videos"]
+        make(DriftRun("small", "block_first", "keys_linear", 3), model, prompts, 4 * TRAIN_FRAMES)["videos"]
+        != run["videos"]
     )
-    assert make(Run("small", "stream", "bfloat16", 3), model, prompts, 4 * TRAIN_FRAMES)["videos"] != run["videos"]
+    assert make(DriftRun("small", "stream", "bfloat16", 3), model, prompts, 4 * TRAIN_FRAMES)["videos"] != run["videos"]
 
 
 def test_the_first_and_the_last_block_can_stay_as_they_are():
@@ -115,7 +116,7 @@ def test_the_first_and_the_last_block_can_stay_as_they_are():
 def test_orders_of_the_matched_graph_give_one_video(model):
     prompts = [parse(PROMPT)]
     one, *others = (
-        make(Run("small", order, "keys_linear", 0), model, prompts, 2 * TRAIN_FRAMES)["videos"][0]["overlap"]
+        make(DriftRun("small", order, "keys_linear", 0), model, prompts, 2 * TRAIN_FRAMES)["videos"][0]["overlap"]
         for order in ("stream", "step_first", "wavefront")
     )
     for other in others:
