@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "linear_inner": ("bfloat16", {}),
     "attention": ("bfloat16", {"kv_dtype": E4M3, "attention_dtype": E4M3}),
     "keys_linear": ("bfloat16", {"kv_dtype": E4M3, "linear_dtype": E4M3}),
+    "all": ("bfloat16", {"kv_dtype": E4M3, "attention_dtype": E4M3, "linear_dtype": E4M3}),
 }
 """Name -> (dtype of the work, what the ExecutionConfig says). linear_inner: the linear layers of all blocks but the
 first and the last are in 8 bits (:func:`inner_in_8_bits`)."""
@@ -75,13 +76,12 @@ class DriftRun:
 
 
 PLAN = (
-    ("scenes", "stream", ("bfloat16", "keys_linear")),
-    ("scenes", "stream", ("linear", "attention")),
-    ("scenes", "block_first", ("bfloat16", "keys_linear")),
-    ("scenes", "stream", ("linear_inner", "keys", "float32")),
-    ("scenes", "block_first", ("linear", "attention")),
-    ("scenes", "shared_kv", ("bfloat16", "keys_linear")),
-    ("toy", "stream", ("bfloat16", "keys_linear")),
+    ("scenes", "stream", ("bfloat16", "all", "attention", "linear")),
+    ("scenes", "block_first", ("bfloat16", "all")),
+    ("toy", "stream", ("bfloat16", "all")),
+    ("scenes", "shared_kv", ("bfloat16", "all")),
+    ("scenes", "block_first", ("attention", "linear")),
+    ("scenes", "stream", ("keys_linear", "keys", "float32", "linear_inner")),
 )
 """(model, order, variants), the most telling first."""
 
