@@ -224,14 +224,15 @@ def _masked_block(
 @gluon.jit
 def _soften(scores, factor, m_i, l_i, POLYNOMIAL: gl.constexpr):
     """One online-softmax step of a block that every query sees whole; returns P, alpha, m_i, l_i."""
-    m_new = gl.maximum(m_i, row_max(scores, m_i.type.layout) * factor - _SHIFT)
+    ROWS: gl.constexpr = m_i.type.layout
+    m_new = gl.maximum(m_i, row_max(scores, ROWS) * factor - _SHIFT)
     alpha = exp2(m_i - m_new)
     scores = scores * factor[:, None] - m_new[:, None]
     if POLYNOMIAL:
         p = exp2_partly_by_polynomial(scores)
     else:
         p = exp2(scores)
-    return p, alpha, m_new, l_i * alpha + row_sum(p, m_i.type.layout)
+    return p, alpha, m_new, l_i * alpha + row_sum(p, ROWS)
 
 
 @gluon.jit
