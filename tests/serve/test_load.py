@@ -11,11 +11,15 @@ from serving import until
 from bench import serve as load
 
 pytestmark = pytest.mark.cpu
+SECONDS = (1.5, 15, 60)  # a machine that is busy with other work gets longer
 
 
 @pytest.mark.parametrize("paced", [True, False])
 def test_viewers_are_measured(service, paced):
-    all_seen = asyncio.run(load.watch_all(service.url, 2, 1.5, paced))
+    for seconds in SECONDS:
+        all_seen = asyncio.run(load.watch_all(service.url, 2, seconds, paced))
+        if all(len(seen.arrivals) >= 2 for seen in all_seen):
+            break
     assert len(all_seen) == 2 and all(len(seen.arrivals) >= 2 and seen.fps == 12 for seen in all_seen)
     viewers, speeds, first, *_, before, after = load.row(2, all_seen)
     assert viewers == "2" and " to " in speeds and 0 < float(first) < 60 and float(before) > 10 and float(after) > 10
@@ -24,8 +28,11 @@ def test_viewers_are_measured(service, paced):
 
 
 def test_frames_of_all_are_added_up(service):
-    (line,) = load.compare(service.url, "toy", [2], 1.0, None)[2:]
-    viewers, total, slowest, cpu = line.strip("| ").split(" | ")
+    for seconds in SECONDS:
+        (line,) = load.compare(service.url, "toy", [2], seconds, None)[2:]
+        viewers, total, slowest, cpu = line.strip("| ").split(" | ")
+        if float(slowest):
+            break
     assert viewers == "2" and float(total) >= 2 * float(slowest) > 0 and cpu == "nan"
     assert load.cpu_seconds(os.getpid()) == pytest.approx(sum(os.times()[:2]), abs=1)
 
