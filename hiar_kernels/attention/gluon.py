@@ -77,7 +77,7 @@ def attention_schedule(
         one_slot: for :func:`hiar_kernels.attention_fp8`, whose key blocks do not leave their frame slot.
 
     Raises:
-        ValueError: lengths are no multiples of the mask's frame_tokens.
+        ValueError: lengths are no multiples of the mask's frame_tokens, or another device than CUDA.
 
     Example (on a GPU)::
 
@@ -91,6 +91,8 @@ def attention_schedule(
         divides = mask is None or n % tokens == 0
         if not (n > 0 and divides):
             raise ValueError(f"attention_schedule: {name} must be a positive multiple of {tokens}, got {n}")
+    if torch.device(device).type != "cuda" and not triton_loader.interpreting():
+        raise ValueError(f"attention_schedule: serves impl='gluon', and {unavailable(torch.device(device))}")
     triton_loader.load("attention", torch.empty(0, device=device))
     from .triton_schedule import make
 

@@ -15,7 +15,7 @@ ATTENTION_IMPLS = (
 """Of :func:`hiar_kernels.attention`, whose module imports torch."""
 KV_DTYPES = (*DTYPE_NAMES, "float8_e4m3fn")
 LINEAR_DTYPES = ATTENTION_DTYPES = ("float8_e4m3fn",)
-FLOAT8_IMPLS = ("auto", "reference", "triton")
+FLOAT8_IMPLS = ("auto", "reference", "triton", "gluon")
 """Of :func:`hiar_kernels.attention_fp8`, which reads caches of float8_e4m3fn."""
 
 
@@ -44,7 +44,7 @@ class ExecutionConfig:
             the latents. On CUDA it needs a bfloat16 model and compute capability 8.9.
         attention_impl: implementation of self-attention, of :func:`hiar_kernels.attention`; equal up to rounding.
             "auto": the fastest that was measured. Any other never falls back: it raises where it cannot run. Over
-            caches of float8_e4m3fn: "auto", "reference" or "triton".
+            caches of float8_e4m3fn: "auto", "reference", "triton", or with ``attention_dtype`` "gluon".
         on_nan: "stop": raise if latents are not finite, naming step, block, layer and implementation. "retry": first
             repeat the forward with the reference ops and continue if that is finite; waits for the device after every
             forward.
@@ -96,6 +96,8 @@ class ExecutionConfig:
             raise ValueError(
                 f"attention_impl must be one of {legal} with kv_dtype float8_e4m3fn, got {self.attention_impl!r}"
             )
+        if self.kv_dtype == "float8_e4m3fn" and self.attention_impl == "gluon" and products is None:
+            raise ValueError("attention_impl gluon with kv_dtype float8_e4m3fn needs attention_dtype float8_e4m3fn")
         split = self.steps_per_rank
         if split is not None:
             if not isinstance(split, Sequence) or isinstance(split, str):

@@ -293,7 +293,7 @@ class CachedAttention(SelfAttention):
         self._in_order = torch.arange(frames, dtype=torch.int32, device=device)[None]
         self.layout: AttentionLayout | None = None
         # For kernels that use a schedule: computed on the device once a task, for all layers.
-        self._by_schedule = False
+        self._by_schedule = self.float8_products and impl == "gluon"
         if not cache.k_scales:
             k = cache.view(cache.scratch[0] if cache.scratch else cache.k[0], rings, self.used_slots)
             self._by_schedule = takes_schedule(k[:, : frames * cache.frame_tokens], k, mask, impl)
@@ -338,8 +338,9 @@ class CachedAttention(SelfAttention):
             batch, frames = self.frames.shape
             tokens, heads = cache.frame_tokens, cache.k[0].shape[3]
             shape = (batch, frames * tokens, heads, self.used_slots * tokens)
-            device = self.frames.device
-            self._schedule = attention_schedule(shape, self.mask, self.frames, self.kv_frames, device=device)
+            ids = (self.mask, self.frames, self.kv_frames)
+            one_slot = self.float8_products
+            self._schedule = attention_schedule(shape, *ids, device=self.frames.device, one_slot=one_slot)
 
     @contextmanager
     def with_impl(self, impl: str) -> Iterator[None]:
@@ -459,7 +460,7 @@ class CachedAttention(SelfAttention):
                 return attention(q[0], *kv, layout=layout, schedule=schedule, **ids)
             if not self.float8_products:
                 return attention_fp8(q[0], *kv, **ids)
-            return attention_fp8(q[0], *kv, q_scales=q[1], out_dtype=dtype, **ids)
+            return attention_fp8(q[0], *kv, q_scales=q[1], out_dtype=dtype, schedule=schedule, **ids)
 
 
 def kv_dtype_of(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> torch.dtype:

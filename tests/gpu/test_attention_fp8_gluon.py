@@ -13,6 +13,7 @@ from hiar_kernels.common.float8 import quantize_last
 
 pytestmark = pytest.mark.gpu
 
+E4M3 = "float8_e4m3fn"
 VARIANTS = ("", "3 stages", "wide tails", "polynomial", "polynomial 3 stages")
 # mask, frame ids of the queries, of the keys (-1 empty), heads
 CASES = {
@@ -140,6 +141,32 @@ def test_one_graph_serves_every_block():
         again = call()
         torch.cuda.synchronize()
         assert torch.equal(out, again)
+
+
+def test_a_rollout_makes_one_schedule_for_all_layers(monkeypatch):
+    """The kernel over the ring of a rollout, beside Triton's over the same."""
+    from hiar_model import ExecutionConfig, HiARTransformer, Rollout, RolloutConfig, WanConfig
+    from hiar_model.models import kv_cache
+
+    torch.manual_seed(0)
+    wan = WanConfig(256, 512, 3, 2, in_channels=4, out_channels=4, text_dim=8, text_len=4)
+    model, text = HiARTransformer(wan).to("cuda", torch.bfloat16), torch.randn(1, 4, 8).to("cuda", torch.bfloat16)
+    made, make = [], kv_cache.attention_schedule
+    monkeypatch.setattr(kv_cache, "attention_schedule", lambda *args, **more: made.append(1) or make(*args, **more))
+
+    def latents(impl):
+        execution = ExecutionConfig(kv_dtype=E4M3, attention_dtype=E4M3, attention_impl=impl)
+        config = RolloutConfig(order="stream", window_frames=6)
+        rollout = Rollout(model, text, config, execution, num_latent_frames=9, latent_size=(16, 16))
+        with hk.taken() as ran:
+            result = torch.cat([block.latents for block in rollout], 1)
+        assert {taken for op, taken in ran if op == "attention_fp8"} == {impl}
+        return result
+
+    expected = latents("triton")
+    assert not made
+    actual = latents("gluon")
+    assert made and (actual - expected).norm() < 0.02 * expected.norm()
 
 
 def test_refusals_are_one_line():

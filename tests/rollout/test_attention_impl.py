@@ -47,6 +47,20 @@ def test_one_that_cannot_run_here_is_refused_by_name(impl):
         next(iter(rollout))
 
 
+@pytest.mark.parametrize("impl", ["triton", "gluon"])
+def test_over_an_8_bit_ring(impl):
+    e4m3 = "float8_e4m3fn"
+    execution = ExecutionConfig(kv_dtype=e4m3, attention_dtype=e4m3, attention_impl=impl)
+    rollout = Rollout(
+        MODEL, TEXT, RolloutConfig(order="stream"), execution, num_latent_frames=6,
+        latent_size=(SIZE["height"], SIZE["width"]),
+    )  # fmt: skip
+    with refused(f"attention.*impl='{impl}'"):
+        next(iter(rollout))
+    with refused("attention_impl gluon with kv_dtype float8_e4m3fn needs attention_dtype float8_e4m3fn"):
+        ExecutionConfig(kv_dtype=e4m3, attention_impl="gluon")
+
+
 def test_a_retry_takes_the_reference_all_the_same(monkeypatch):
     from hiar_kernels.attention import library
 
