@@ -79,7 +79,8 @@ def attention_fp8(
     if impl == "gluon":
         require(not torch.compiler.is_compiling(), "attention_fp8: impl='gluon' is not for torch.compile; use 'triton'")
         lacking = gluon.problem(inputs)
-        require(lacking is None, f"attention_fp8: impl='gluon' cannot run: {lacking}")
+        if lacking is not None:
+            raise ValueError(f"attention_fp8: impl='gluon' cannot run: {lacking}")
         return gluon.attend(inputs, schedule)
     triton_loader.load("attention_fp8", q)
     problem = triton_problem(inputs)

@@ -164,7 +164,7 @@ def test_errors_are_those_of_the_formats(monkeypatch):
     table = {
         (weights, variant): list(map(float, errors)) for weights, variant, *errors in eight_bits_errors.rows(SMALL)
     }
-    assert len(table) == 4 * 6
+    assert len(table) == 4 * 7
     for weights in eight_bits_errors.OUTLIERS:
         velocity, keys, latents = zip(*(table[weights, v] for v in ("bfloat16", "keys", "linear")), strict=True)
         assert keys[1] > 2 * keys[0] and velocity[2] > 2 * velocity[0] and latents[2] > latents[0]

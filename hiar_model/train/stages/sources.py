@@ -60,13 +60,13 @@ class Sources:
             return
         one_of("recipe: data.world", data.world, WORLDS)
         self.world = ToyWorld(WORLDS[data.world])
-        # one latent space for all worlds, so that training can start from another world's weights
-        self.codec = ToyCodec.fit(channels=config.in_channels, floor=data.codec_floor).for_size(self.world.config)
-        self.text_encoder = ToyTextEncoder(config.text_dim, self.world.config.free_speed)
         try:
             train, self._held_out = split_prompts(data.held_out_prompts)
         except ValueError as error:
             raise ValueError(f"recipe: data.held_out_prompts: {error}") from error
+        # one latent space for all worlds, so that training can start from another world's weights
+        self.codec = ToyCodec.fit(channels=config.in_channels, floor=data.codec_floor).for_size(self.world.config)
+        self.text_encoder = ToyTextEncoder(config.text_dim, self.world.config.free_speed)
         self.data = ToyData(
             self.world,
             self.codec,
