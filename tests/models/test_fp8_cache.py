@@ -246,7 +246,7 @@ def test_what_contradicts_itself_is_refused():
     ):
         ExecutionConfig(attention_dtype="float8_e4m3fn")
     with pytest.raises(
-        ValueError, match="attention_impl must be one of auto, reference, triton with kv_dtype .*'cudnn'"
+        ValueError, match="attention_impl must be one of auto, reference, triton, gluon with kv_dtype .*'cudnn'"
     ):
         ExecutionConfig(kv_dtype="float8_e4m3fn", attention_impl="cudnn")
     with pytest.raises(ValueError, match="attention_dtype must be one of float8_e4m3fn, got 'bfloat16'"):

@@ -175,8 +175,7 @@ def test_damaged_states(model, disk, caplog):
     first = blocks(live, 6, disk)
     last = live.disk.files[-1].path
     last.write_bytes(last.read_bytes()[:-100])
-    again = StateDisk(disk.folder, 10**8, Metrics(), **OFTEN)
-    fresh = video(model, again)
+    fresh = video(model, again := StateDisk(disk.folder, 10**8, Metrics(), **OFTEN))
     fresh.restore([(0, PROMPT)], 6)
     (line,) = caplog.records
     assert str(last) in line.message and not last.exists()
