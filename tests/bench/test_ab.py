@@ -24,7 +24,7 @@ SLOW = """
 def _slowed(self, blocks=Rollout.__iter__):
     import time
     for block in blocks(self):
-        time.sleep(0.1)
+        time.sleep(0.03)
         yield block
 
 Rollout.__iter__ = _slowed
@@ -40,7 +40,7 @@ GIT = ("git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsi
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """A repository of two revisions, the second slower by 0.1 s a block."""
+    """A repository of two revisions, the second slower by 0.03 s a block."""
     tree = tmp_path_factory.mktemp("ab") / "tree"
     for folder in ("bench", "hiar_kernels", "hiar_model"):
         ignored = shutil.ignore_patterns("results", "*.so")
@@ -98,12 +98,12 @@ def test_a_slower_revision_is_seen(compared, repository):
         assert [len(row["samples"][side]) for side in "AB"] == [2, 2] and len(row["prepared"]) == 2
         tasks = 8 if "shared" not in row["label"] else 5
         times = results.figures(row)["task_ms"]
-        assert 100 / tasks < min(times["B"])  # it sleeps so long; how long A takes is the machine's business
+        assert 30 / tasks < min(times["B"])  # it sleeps so long; how long A takes is the machine's business
         assert all(a["fps"] * a["task_ms"] == pytest.approx(12e3 / tasks) for a in row["samples"]["A"])
         slower = ratio(row, "task_ms")
         assert 0 < slower["pairs"][0] <= slower["ratio"] <= slower["pairs"][1]
         assert {"attention", "matmul", "pointwise", "copy", "idle"} <= set(results.figures(row))
-        assert results.figures(row)["idle"]["B"][0] > 50 / tasks
+        assert results.figures(row)["idle"]["B"][0] > 15 / tasks
     assert [found["sides"][side]["revision"] for side in "AB"] == [
         git("rev-parse", "--short=10", f"HEAD{back}").strip() for back in ("~1", "")
     ]

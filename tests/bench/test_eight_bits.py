@@ -161,10 +161,12 @@ SMALL = WanConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=3, freq_dim=16, t
 
 def test_errors_are_those_of_the_formats(monkeypatch):
     monkeypatch.setattr(eight_bits_errors, "NEW", 3)
+    few = ("bfloat16", "keys", "linear", "linear_inner")
+    monkeypatch.setattr(eight_bits_errors, "VARIANTS", {v: eight_bits_errors.VARIANTS[v] for v in few})
     table = {
         (weights, variant): list(map(float, errors)) for weights, variant, *errors in eight_bits_errors.rows(SMALL)
     }
-    assert len(table) == 4 * 7
+    assert len(table) == 4 * len(few)
     for weights in eight_bits_errors.OUTLIERS:
         velocity, keys, latents = zip(*(table[weights, v] for v in ("bfloat16", "keys", "linear")), strict=True)
         assert keys[1] > 2 * keys[0] and velocity[2] > 2 * velocity[0] and latents[2] > latents[0]

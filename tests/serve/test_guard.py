@@ -138,10 +138,11 @@ def test_malformed_messages_leave_the_session_alone(service, monkeypatch):
         monkeypatch.setattr(connection, limit, 1e6)
     with Viewer(service) as viewer:
         viewer.start()
-        for text, code, _ in MALFORMED:
+        for n, (text, code, _) in enumerate(MALFORMED):
             viewer.socket.send(text)
             assert viewer.wait("refused")["code"] == code
-            viewer.blocks(1)
+            viewer.blocks(n % 8 == 0)
+        viewer.blocks(1)
         viewer.send("start", v=1, prompt=PROMPT)
         assert viewer.wait("refused")["code"] == "already_started"
         viewer.send("ack", seq=10**6)
