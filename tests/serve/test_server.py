@@ -287,7 +287,7 @@ def test_connects_and_drops_leave_nothing(model, tmp_path):
         until(lambda: not service.scheduler.sessions and not service.clients, "sessions to go")
         until(lambda: threading.active_count() <= threads + 1, "threads to go")
         until(lambda: descriptors() <= files + 2, "files to be closed")
-        assert not list((tmp_path / "sessions").iterdir())
+        until(lambda: not list((tmp_path / "sessions").iterdir()), "spools to be deleted")
         with Viewer(service) as viewer:
             viewer.start()
             viewer.blocks(1)
