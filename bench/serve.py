@@ -48,13 +48,13 @@ class Seen:
 
     @property
     def first(self) -> float:
-        """Seconds from start to the first chunk."""
-        return self.arrivals[0][0] - self.begun
+        """Seconds from start to the first chunk; NaN if none came."""
+        return self.arrivals[0][0] - self.begun if self.arrivals else float("nan")
 
     @property
     def speed(self) -> float:
-        """Frames per second, from the first chunk to the last."""
-        spent = self.arrivals[-1][0] - self.arrivals[0][0]
+        """Frames per second, from the first chunk to the last; 0 if there were no two."""
+        spent = self.arrivals[-1][0] - self.arrivals[0][0] if self.arrivals else 0.0
         return sum(frames for _, frames in self.arrivals[1:]) / max(spent, 1e-9)
 
 
@@ -188,7 +188,7 @@ def compare(url: str | None, model: str, counts: Sequence[int], seconds: float, 
 def row(viewers: int, all_seen: Sequence[Seen]) -> tuple[str, ...]:
     """A line of the table."""
     intervals = [interval for seen in all_seen for _, interval in seen.intervals]
-    memory = sorted(pair for seen in all_seen for pair in seen.memory)
+    memory = sorted(pair for seen in all_seen for pair in seen.memory) or [(0.0, 0)]
     return (
         str(viewers), f"{min(s.speed for s in all_seen):.1f} to {max(s.speed for s in all_seen):.1f}",
         f"{max(seen.first for seen in all_seen):.2f}", f"{percentile(intervals, 0.5):.3f}",

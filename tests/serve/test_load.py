@@ -44,6 +44,11 @@ def test_drops_leave_nothing(service):
     assert all(s.detached for name, s in list(service.scheduler.sessions.items()) if name not in before)
 
 
+def test_a_viewer_who_got_nothing():
+    viewers, speeds, first, *_ = load.row(1, [load.Seen(fps=12)])
+    assert (viewers, speeds, first) == ("1", "0.0 to 0.0", "nan")
+
+
 def test_percentiles():
     assert [load.percentile([3.0, 1.0, 2.0], part) for part in (0.0, 0.5, 1.0)] == [1.0, 2.0, 3.0]
     assert load.percentile([], 0.5) != load.percentile([], 0.5)  # NaN
