@@ -287,8 +287,8 @@ def _consumer(
                 )  # fmt: skip
             block_ptr += _BLOCK_FIELDS
             n += 1
-        whole = hi - lo - first
-        if whole > 0:
+        unmasked = hi - lo - first
+        if unmasked > 0:
             mbarrier.wait(k_full.index(n % STAGES), _phase(n, STAGES))
             factor = q_scale * _scale_of(k_scale_smem, n % STAGES)
             scores = warpgroup_mma(q, _keys_of(k_smem, n % STAGES), zeros, use_acc=False, is_async=True)
@@ -297,8 +297,8 @@ def _consumer(
             p, alpha, m_i, l_i = _soften(scores, factor, m_i, l_i, POLYNOMIAL)
             acc = acc * gl.convert_layout(alpha, O_ROWS)[:, None]
             p8 = _operand(p, O)
-            mbarrier.wait(k_full.index((n + 1) % STAGES), _phase(n + 1, STAGES), pred=whole > 1)
-            last = n + whole - 1
+            mbarrier.wait(k_full.index((n + 1) % STAGES), _phase(n + 1, STAGES), pred=unmasked > 1)
+            last = n + unmasked - 1
             for j in range(n, last):
                 # K of this block is there. Q K goes first, then P V of the block before; the softmax runs beside.
                 k_stage = (j + 1) % STAGES

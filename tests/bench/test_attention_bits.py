@@ -22,8 +22,8 @@ def test_as_built_is_the_op():
         (True, "products of 8 bits, as built"),
         (False, "16-bit products over an 8-bit ring, as built"),
     ):
-        found = study.attend(study.VARIANTS[name], q, k, v)
-        torch.testing.assert_close(found, study.as_built(q, k, v, eight), rtol=1e-4, atol=1e-5)
+        actual = study.attend(study.VARIANTS[name], q, k, v)
+        torch.testing.assert_close(actual, study.as_built(q, k, v, eight), rtol=1e-4, atol=1e-5)
 
 
 def test_the_table():

@@ -66,8 +66,8 @@ def test_what_was_not_measured_is_left_out(tmp_path):
     for video, change in zip(run["videos"], (None, 0.6, 0.8), strict=True):
         video["background_change"][28:] = [change] * 4
     path.write_text(json.dumps(run))
-    short, whole = (row for row in rows(tmp_path) if row[3] == "keys")
-    assert short[9] == "+0.0000 ± 0.0000" and whole[9] == "**+0.3000 ± 0.1000**", "two pairs are left"
+    short, long = (row for row in rows(tmp_path) if row[3] == "keys")
+    assert short[9] == "+0.0000 ± 0.0000" and long[9] == "**+0.3000 ± 0.1000**", "two pairs are left"
 
 
 def test_shapes_by_themselves(tmp_path):

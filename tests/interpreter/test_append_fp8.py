@@ -74,13 +74,13 @@ def of_parts(shape: Shape, tensors: list[Tensor], impl: str) -> list[Tensor]:
     return [q, k, v]
 
 
-def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
     """To the bit; on a GPU 8-bit numbers may be the next one, and scales differ by a rounding of what they scale:
     compilers contract products and sums of two kernels differently.
     """
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         a, b = a.cpu(), b.cpu()
-        if found[0].is_cuda:
+        if actual[0].is_cuda:
             torch.testing.assert_close(a.float(), b.float(), rtol=0.13, atol=2**-8, equal_nan=True)
             assert float((a.float() != b.float()).float().mean()) < 0.02
         else:
@@ -93,25 +93,25 @@ def test_the_numbers_of_its_parts(name, dtype, kernel, device):
     """q, k and v as qk_norm_rope_append gives them, then the reference of quantising; the rest is as it was."""
     shape = SHAPES[name]
     tensors = [x.to(dtype).to(device) for x in shape.inputs()]
-    found, wanted = rings(shape, device), rings(shape, torch.device("cpu"))
-    q, q_scales = append(shape, tensors, found, kernel)
+    actual, expected = rings(shape, device), rings(shape, torch.device("cpu"))
+    q, q_scales = append(shape, tensors, actual, kernel)
     parts = [x.cpu() for x in of_parts(shape, tensors, kernel)]
-    append_fp8(*parts[1:], slots_of(shape), *wanted, impl="reference")
-    assert_same([*found, q, q_scales], [*wanted, *quantize_rows(parts[0], impl="reference")])
-    assert torch.equal(found[3].cpu(), wanted[3])  # values are moved, not computed
-    assert torch.equal(found[1].cpu().view(torch.uint8), wanted[1].view(torch.uint8))
+    append_fp8(*parts[1:], slots_of(shape), *expected, impl="reference")
+    assert_same([*actual, q, q_scales], [*expected, *quantize_rows(parts[0], impl="reference")])
+    assert torch.equal(actual[3].cpu(), expected[3])  # values are moved, not computed
+    assert torch.equal(actual[1].cpu().view(torch.uint8), expected[1].view(torch.uint8))
 
 
 def test_q_in_its_own_dtype(kernel, device):
     tensors = [x.bfloat16().to(device) for x in RING.inputs()]
-    found, again = rings(RING, device), rings(RING, device)
+    actual, again = rings(RING, device), rings(RING, device)
     append(RING, tensors, again, kernel)
     q = qk_norm_rope_append_fp8(
-        *tensors, ids(*RING.frames).to(device), slots_of(RING).to(device), *found, num_heads=2, grid=RING.grid,
+        *tensors, ids(*RING.frames).to(device), slots_of(RING).to(device), *actual, num_heads=2, grid=RING.grid,
         impl=kernel,
     )  # fmt: skip
     torch.testing.assert_close(q, of_parts(RING, tensors, kernel)[0])
-    assert_same(found, again)
+    assert_same(actual, again)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -121,11 +121,11 @@ def test_keys_from_elsewhere(name, dtype, device):
     shape = SHAPES[name]
     size = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
     k, v = (3 * normal(2, *size)).to(dtype)
-    found, wanted = rings(shape, device), rings(shape, torch.device("cpu"))
-    append_fp8(k, v, slots_of(shape), *wanted, impl="reference")
+    actual, expected = rings(shape, device), rings(shape, torch.device("cpu"))
+    append_fp8(k, v, slots_of(shape), *expected, impl="reference")
     turned = [k.to(device).transpose(1, 2).contiguous().transpose(1, 2), v.to(device).mT.contiguous().mT]
-    append_fp8(*turned, slots_of(shape).to(device), *found, impl="triton")
-    for a, b in zip(found, wanted):
+    append_fp8(*turned, slots_of(shape).to(device), *actual, impl="triton")
+    for a, b in zip(actual, expected):
         assert torch.equal(a.cpu().view(torch.uint8), b.view(torch.uint8))
 
 
@@ -146,11 +146,11 @@ def test_every_step_and_tie_of_the_format(kernel, device):
     qkv = torch.cat([torch.ones(1, x.shape[1], 32, device=device), x[:, :, 0]], -1)
     ones, ring = torch.ones(16, device=device), rings(shape, device)
     append(shape, [qkv, ones, ones], ring, kernel)
-    found = [unpack_values(ring[1].cpu()[:, 2], x.shape[1])]
+    actual = [unpack_values(ring[1].cpu()[:, 2], x.shape[1])]
     if kernel == "triton":
         append_fp8(x, x, slots_of(shape).to(device), *ring, impl="triton")
-        found += [ring[0].cpu()[:, 2 * x.shape[1] : 3 * x.shape[1]], unpack_values(ring[1].cpu()[:, 2], x.shape[1])]
-    for values in found:
+        actual += [ring[0].cpu()[:, 2 * x.shape[1] : 3 * x.shape[1]], unpack_values(ring[1].cpu()[:, 2], x.shape[1])]
+    for values in actual:
         assert torch.equal(values.contiguous().view(torch.uint8), x.cpu().to(E4M3).view(torch.uint8))
     assert float(ring[3][0, 2, 0]) == 1.0
 
@@ -228,12 +228,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {  # of memory for 4 rows: 2 ro
 def test_strided_rings(head_dim, layout, kernel, device):
     shape = replace(RING, head_dim=head_dim)
     tensors = [x.bfloat16().to(device) for x in shape.inputs()]
-    wanted, memory = rings(shape, device), rings(shape, device, 4)
-    found = [LAYOUTS[layout](x.view(torch.uint8)).view(x.dtype) for x in memory[:2]]
-    found += [LAYOUTS[layout](x) for x in memory[2:]]
-    append(shape, tensors, wanted, kernel)
-    append(shape, tensors, found, kernel)
-    for a, b in zip(found, wanted):
+    expected, memory = rings(shape, device), rings(shape, device, 4)
+    actual = [LAYOUTS[layout](x.view(torch.uint8)).view(x.dtype) for x in memory[:2]]
+    actual += [LAYOUTS[layout](x) for x in memory[2:]]
+    append(shape, tensors, expected, kernel)
+    append(shape, tensors, actual, kernel)
+    for a, b in zip(actual, expected):
         assert torch.equal(a.contiguous().view(torch.uint8), b.view(torch.uint8))
 
 
@@ -261,9 +261,9 @@ def test_ids_and_slots_are_read_on_the_device(kernel, device):
         for block in (1, 2, 500_000):
             frames.copy_(ids([2 * block, 2 * block + 1]))
             slots.copy_(ids([2 * block % 4, (2 * block + 1) % 4]))
-            found, fresh = again(), rings(shape, device)
-            wanted = append(shape, tensors, fresh, kernel, frames=frames.clone(), slots=slots.clone())
-            assert torch.equal(found[0].view(torch.uint8), wanted[0].view(torch.uint8))
+            actual, fresh = again(), rings(shape, device)
+            expected = append(shape, tensors, fresh, kernel, frames=frames.clone(), slots=slots.clone())
+            assert torch.equal(actual[0].view(torch.uint8), expected[0].view(torch.uint8))
             for a, b in zip(ring, fresh):
                 a, b = (x.view(torch.uint8).unflatten(1, (SLOTS, -1))[:, slots[0].long()] for x in (a, b))
                 assert torch.equal(a, b)

@@ -51,8 +51,8 @@ def assert_written(ring: list[Tensor], row: int, slot: int, k: Tensor, v: Tensor
     tokens = len(k)
     for head in range(HEADS):
         values, scale = by_hand(k[:, head])
-        found = k_cache[row, slot * tokens : (slot + 1) * tokens, head]
-        assert torch.equal(bytes_of(found), bytes_of(values)) and float(k_scales[row, slot, head]) == scale
+        actual = k_cache[row, slot * tokens : (slot + 1) * tokens, head]
+        assert torch.equal(bytes_of(actual), bytes_of(values)) and float(k_scales[row, slot, head]) == scale
         values, scale = by_hand(v[:, head])
         assert float(v_scales[row, slot, head]) == scale
         for place in range(v_cache.shape[-1]):
