@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.float8 import E4M3, bits, unpack_values
+from ..common.float8 import E4M3, bits, nearest_, unpack_values, widened
 from ..common.torch_library import own_arithmetic
 from .inputs import BLOCK, P_SCALE, Float8Inputs
 
@@ -20,30 +20,27 @@ def attention_fp8(call: Float8Inputs) -> Tensor:
     wide = torch.promote_types(call.result, torch.float32)
     seen = mask.visible(call.q_frames, call.kv_frames, q.shape[0])  # [B, Fq, S]
     used = seen.any(1)
-    k = bits(call.k).unflatten(1, (-1, mask.frame_tokens)).where(used[:, :, None, None, None], 0).view(E4M3)
-    v = unpack_values(bits(call.v).where(used[:, :, None, None, None], 0).view(E4M3), mask.frame_tokens)
-    k_scales, v_scales = (x.where(used[:, :, None], 0).to(wide) for x in (call.k_scales, call.v_scales))
+    k = (bits(call.k).unflatten(1, (-1, mask.frame_tokens)) * used[:, :, None, None, None]).view(E4M3)
+    v = unpack_values((bits(call.v) * used[:, :, None, None, None]).view(E4M3), mask.frame_tokens)
+    k_scales, v_scales = (x.where(used[:, :, None], 0).to(wide).mT for x in (call.k_scales, call.v_scales))
     # products of two 8-bit numbers are exact
-    rows, keys, values = (x.to(wide).flatten(1, -3).transpose(1, 2).contiguous() for x in (q, k, v))
-    scores = _by_row(rows, keys.transpose(2, 3)).unflatten(3, k.shape[1:3])  # [B, H, Tq, S, P]
+    rows, keys, values = (widened(x.flatten(1, -3).transpose(1, 2).contiguous(), wide) for x in (q, k, v))
     factors = torch.tensor(call.softmax_scale, dtype=wide, device=q.device)
     if call.q_scales is not None:
-        factors = (call.q_scales.to(wide) * factors).transpose(1, 2)[..., None]
-    scores = scores * (factors * k_scales.transpose(1, 2)[:, :, None])[..., None]
-    scores = scores.masked_fill(~seen.repeat_interleave(mask.frame_tokens, 1)[:, None, :, :, None], -math.inf)
-    probs, l_i = _softmax_in_blocks(scores) if call.eight_bits else _softmax(scores)
-    probs = probs * v_scales.transpose(1, 2)[:, :, None, :, None]
-    out = _by_row(probs.flatten(3), values) / l_i.where(l_i != 0, 1)[..., None]
-    return out.transpose(1, 2).to(call.result).contiguous()
-
-
-def _by_row(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, one batch item after another: the CPU's library adds in an order that depends on how many there are."""
-    return torch.stack([torch.bmm(x, y) for x, y in zip(a, b, strict=True)]) if len(a) else a @ b
+        factors = (call.q_scales.to(wide) * factors).mT[..., None]
+    factors, hidden = factors * k_scales[:, :, None], ~seen.repeat_interleave(mask.frame_tokens, 1)
+    out = torch.empty(q.shape, dtype=call.result, device=q.device)
+    for b in range(len(q)):  # apart: a CPU's library adds in an order that depends on how many there are
+        scores = (rows[b] @ keys[b].mT).unflatten(2, k.shape[1:3])  # [H, Tq, S, P]
+        scores.mul_(factors[b, ..., None]).masked_fill_(hidden[b, :, :, None], -math.inf)
+        probs, l_i = _softmax_in_blocks(scores) if call.eight_bits else _softmax(scores)
+        sums = probs.mul_(v_scales[b, :, None, :, None]).flatten(2) @ values[b]
+        out[b] = (sums / l_i.where(l_i != 0, 1)[..., None]).transpose(0, 1)
+    return out
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(scores - their maximum) [B, H, Tq, S, P] and the sum of each row.
+    """exp(scores - their maximum) [H, Tq, S, P] and the sum of each row.
 
     Not exp2, of which torch 2.13 gives other bits on a CPU at the end of a tensor: a row would depend on the batch.
     """
@@ -62,8 +59,8 @@ def _softmax_in_blocks(scores: Tensor) -> tuple[Tensor, Tensor]:
     blocks = F.pad(scores, (0, -tokens % size), value=-math.inf).unflatten(-1, (-1, size)).flatten(-3, -2)
     m_i = blocks.amax(-1).cummax(-1).values.unsqueeze(-1)  # so far
     m_i = m_i.where(m_i != -math.inf, 0)
-    exact = torch.exp(blocks - m_i)
+    exact = blocks.sub_(m_i).exp_()
     later = torch.exp(m_i - m_i[..., -1:, :])  # the product of all rescaling to come
-    rounded = (exact * P_SCALE).to(E4M3).to(exact.dtype) / P_SCALE
-    probs = (rounded * later).unflatten(-2, (scores.shape[-2], -1)).flatten(-2)[..., :tokens]
-    return probs, (exact * later).sum((-2, -1))
+    rounded = nearest_(exact * P_SCALE).div_(P_SCALE).mul_(later)
+    probs = rounded.unflatten(-2, (scores.shape[-2], -1)).flatten(-2)[..., :tokens]
+    return probs, exact.mul_(later).sum((-2, -1))

@@ -23,7 +23,7 @@ def quantize_last(y: Tensor) -> tuple[Tensor, Tensor]:
     amax = y.abs().amax(-1)
     scale = torch.where(amax.isfinite(), (amax / LARGEST).clamp_min(SMALLEST_SCALE), torch.nan)
     values = y / scale[..., None]  # at most 448 but for rounding of the scale, which may lift it to 448 (1 + 2^-23)
-    return values.clamp(-LARGEST, LARGEST).to(E4M3), scale.nan_to_num(nan=1.0)
+    return values.clamp_(-LARGEST, LARGEST).to(E4M3), scale.nan_to_num(nan=1.0)
 
 
 def quantize_frames(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,6 +39,23 @@ def bits(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == E4M3 else x
 
 
+def widened(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """e4m3 in a wider dtype: exact. On a CPU from a table of all 256, several times as fast as torch's cast."""
+    if values.dtype != E4M3 or values.device.type != "cpu":
+        return values.to(dtype)
+    table = torch.arange(256, dtype=torch.uint8).view(E4M3).to(dtype)
+    return table.index_select(0, bits(values).flatten().int()).view(values.shape)
+
+
+def nearest_(y: Tensor) -> Tensor:
+    """Round y, of magnitude at most 448 or NaN, to the nearest number of e4m3, ties to even, in place."""
+    if y.dtype != torch.float32:
+        return y.copy_(y.to(E4M3))
+    # 2^e <= |y| < 2^(e + 1) has steps of 2^(e - 3), and below 2^-6 as there: those of float32 at 1.5 2^(e + 20)
+    large = (y.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min_(2.0**-6).mul_(1.5 * 2**20)
+    return y.add_(large).sub_(large)
+
+
 def padded(tokens: int) -> int:
     """Places for the keys of a frame in a ring of values: a multiple of 16."""
     return -(-tokens // GROUP) * GROUP
@@ -52,12 +69,12 @@ def pack_values(v: Tensor) -> Tensor:
     t = 0..3: an 8-bit product on Hopper's tensor cores takes the probabilities of its keys as the product before left
     them. Places past the last key hold 0. Any dtype.
     """
-    keys = bits(v).movedim(-3, -1)
-    keys = F.pad(keys, (0, padded(keys.shape[-1]) - keys.shape[-1])).unflatten(-1, (-1, 2, 4, 2))
-    return keys.transpose(-3, -2).flatten(-4).view(v.dtype)
+    places = padded(v.shape[-3])
+    keys = F.pad(bits(v), (0, 0, 0, 0, 0, places - v.shape[-3])).unflatten(-3, (-1, 2, 4, 2))
+    return keys.transpose(-5, -4).flatten(-6, -3).movedim(-3, -1).contiguous().view(v.dtype)
 
 
 def unpack_values(packed: Tensor, tokens: int) -> Tensor:
     """The inverse of :func:`pack_values`: [..., H, D, padded(P)] -> [..., P, H, D] for P = ``tokens``."""
-    keys = bits(packed).unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
-    return keys[..., :tokens].movedim(-1, -3).contiguous().view(packed.dtype)
+    keys = bits(packed).movedim(-1, -3).unflatten(-3, (-1, 4, 2, 2)).transpose(-5, -4).flatten(-6, -3)
+    return keys[..., :tokens, :, :].contiguous().view(packed.dtype)

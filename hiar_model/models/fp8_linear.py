@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hiar_kernels import quantize_rows
-from hiar_kernels.common.float8 import E4M3
+from hiar_kernels.common.float8 import E4M3, widened
 
 from .transformer import Float8Input, HiARTransformer
 
@@ -65,8 +65,8 @@ class Float8Linear(nn.Module):
         else:
             if self._wide is None:
                 self._wide = self.weight.float()
-            product = F.linear(widened(flat, torch.float32), self._wide)
-            y = torch.addcmul(self.bias.float(), product * row_scale, self.weight_scale)
+            product = F.linear(widened(flat, torch.float32), self._wide).mul_(row_scale)
+            y = torch.addcmul(self.bias.float(), product, self.weight_scale)
             y = y.to(self.bias.dtype)
         return y.unflatten(0, values.shape[:-1])
 
@@ -145,11 +145,3 @@ def _check(name: str, layer: nn.Linear) -> None:
             f"linear_dtype {LINEAR_DTYPE} needs layers of multiples of 16, {name} has {layer.in_features} to "
             f"{layer.out_features}"
         )
-
-
-def widened(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """values e4m3 in a wider dtype: exact. On a CPU from a table of all 256, five times as fast as torch's cast."""
-    if values.device.type != "cpu":
-        return values.to(dtype)
-    index = values.view(torch.uint8).flatten().int()
-    return torch.arange(256, dtype=torch.uint8).view(E4M3).to(dtype).index_select(0, index).view(values.shape)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import hiar_kernels as hk
 from hiar_kernels import append_fp8, pack_values, qk_norm_rope, qk_norm_rope_append_fp8, unpack_values
+from hiar_kernels.common.float8 import nearest_, widened
 
 pytestmark = pytest.mark.cpu
 
@@ -75,6 +76,24 @@ def test_numbers_and_places(dtype):
         assert bool((bytes_of(ring[0]).unflatten(1, (SLOTS, -1))[row, slot] == 3).all())
         assert bool((bytes_of(ring[1])[row, slot] == 3).all())
         assert float(ring[2][row, slot].max()) == float(ring[3][row, slot].max()) == -1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_widened_is_exact(dtype):
+    values = torch.arange(256, dtype=torch.uint8).view(E4M3).view(2, 128)[:, 1::2]  # with a NaN, strided
+    expected = values.to(dtype)
+    assert torch.equal(widened(values, dtype).nan_to_num(999), expected.nan_to_num(999)) and expected.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_nearest_number_is_that_of_torchs_cast(dtype):
+    numbers = torch.arange(127, dtype=torch.uint8).view(E4M3).float()  # 0 to 448
+    halfway = (numbers[1:] + numbers[:-1]) / 2  # exact; ties go to even
+    beside = [halfway.nextafter(torch.tensor(x)) for x in (0.0, torch.inf)]
+    y = torch.cat([numbers, halfway, *beside, 100 * normal(1000).clamp(-4, 4), torch.tensor([1e-40, torch.nan])])
+    y = torch.cat([y, -y]).to(dtype)
+    expected = y.to(E4M3).to(dtype)
+    assert torch.equal(nearest_(y.clone()).nan_to_num(999), expected.nan_to_num(999)) and expected.isnan().any()
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 40])
