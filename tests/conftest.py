@@ -5,6 +5,7 @@ what tests of the command line share.
 from __future__ import annotations
 
 import gc
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import emulation as host
 import pytest
 from emulation import find_nvcc, no_nvcc
 
+TIERS = {"cpu", "interpreter", "compile", "browser"}  # not gpu, which a folder gives to all of its files
 NEEDS_NVCC = {"nvcc", "emulation"}  # fixtures
 # Files that prepare something for many seconds. They run first: a worker that has done takes half of what another has
 # left, and where that cuts such a file in two, both prepare it.
@@ -29,6 +31,14 @@ def pytest_configure() -> None:
 def pytest_report_header() -> str | None:
     why = no_nvcc()
     return why and f"csrc: {why}, tests that need it are left out (with CI=true they fail)"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of one tier alone, files without a test of it are not even imported."""
+    tier = config.getoption("markexpr")
+    if tier not in TIERS or not re.fullmatch(r"test_.*\.py", collection_path.name):
+        return None
+    return f"mark.{tier}" not in collection_path.read_text(encoding="utf-8") or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

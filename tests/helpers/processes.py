@@ -92,10 +92,15 @@ def run(words: Sequence[object], timeout: float = PATIENCE, **place: Any) -> sub
     return Started(words, **place).done(timeout)
 
 
-def torchrun(processes: int, *words: object, **place: Any) -> subprocess.CompletedProcess[str]:
-    """A script on so many processes."""
+def start_torchrun(processes: int, *words: object, **place: Any) -> Started:
+    """A script on so many processes, at work."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return run([*launcher, *words], **place)
+    return Started([*launcher, *words], **place)
+
+
+def torchrun(processes: int, *words: object, **place: Any) -> subprocess.CompletedProcess[str]:
+    """The same, at its end."""
+    return start_torchrun(processes, *words, **place).done()
 
 
 def _begin(words: list[str], cwd: str, variables: dict[str, str], said: Path) -> None:
