@@ -110,8 +110,10 @@ def _begin(words: list[str], cwd: str, variables: dict[str, str], said: Path) ->
         os.dup2(os.open(said / stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.chdir(cwd)
     from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
     SubprocessHandler._popen = lambda handler, words, env: _Rank(words[1:], env)  # type: ignore
+    dynamic_rendezvous._delay = lambda seconds: time.sleep(0.01)  # not up to 0.3 s, as one of many nodes
     os._exit(_execute(words, variables))
 
 
