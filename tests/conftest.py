@@ -5,6 +5,7 @@ what tests of the command line share.
 from __future__ import annotations
 
 import gc
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,18 @@ import emulation as host
 import pytest
 from emulation import find_nvcc, no_nvcc
 
+TIERS = {"cpu", "interpreter", "compile", "browser"}  # not gpu, which a folder gives to all of its files
 NEEDS_NVCC = {"nvcc", "emulation"}  # fixtures
 # Files that prepare something for many seconds. They run first: a worker that has done takes half of what another has
 # left, and where that cuts such a file in two, both prepare it.
 PREPARED = {"test_ab.py", "test_bench.py", "test_pipeline.py", "test_train_distributed.py", "test_ulysses.py"}
+# Files with a test of several seconds. They come next: at the end, such a test would run while the other workers have
+# nothing left.
+LONG = {
+    "test_anchors.py", "test_distribution.py", "test_examples.py", "test_experts.py", "test_free_memory.py",
+    "test_jobs.py", "test_keeper.py", "test_long_stream.py", "test_outputs.py", "test_rollout.py",
+    "test_shipped_model.py", "test_train_prompts.py", "test_train_toy.py", "test_vae.py",
+}  # fmt: skip
 
 
 def pytest_configure() -> None:
@@ -31,8 +40,16 @@ def pytest_report_header() -> str | None:
     return why and f"csrc: {why}, tests that need it are left out (with CI=true they fail)"
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of one tier alone, files without a test of it are not even imported."""
+    tier = config.getoption("markexpr")
+    if tier not in TIERS or not re.fullmatch(r"test_.*\.py", collection_path.name):
+        return None
+    return f"mark.{tier}" not in collection_path.read_text(encoding="utf-8") or None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in PREPARED)
+    items.sort(key=lambda item: (item.path.name not in PREPARED, item.path.name not in LONG))
     if no_nvcc() is None:
         return
     left_out = [item for item in items if NEEDS_NVCC & set(getattr(item, "fixturenames", ()))]

@@ -47,26 +47,36 @@ class Side:
         if not (self.folder / "hiar_model" / "__init__.py").is_file():
             raise SystemExit(f"{name}: {folder} holds no hiar_model: give the root of a checkout")
         self.process: subprocess.Popen[str] | None = None
+        self.is_new = False
         self.about: dict[str, Any] = {"revision": revision(self.folder)}
         self.about |= {package: sources(self.folder / package) for package in ("hiar_kernels", "hiar_model")}
         paths = filter(None, (str(self.folder), os.environ.get("PYTHONPATH")))
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
     def start(self) -> None:
+        """Start its process, unless it runs. It imports torch first, for seconds: nobody waits for that here."""
+        if self.process is not None and self.process.poll() is None:
+            return
         self.close()
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(DRIVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
                 env=self.environment, cwd=self.log.parent,
             )  # fmt: skip
+        self.is_new = True
+
+    def introduce(self) -> None:
+        """Ask a new process where its packages come from."""
+        self.is_new = False
         self.about |= self.request(do="about")
         for folder in self.about.pop("packages"):
             if Path(folder) != self.folder:
                 raise SystemExit(f"{self.name}: imported from {folder}, not from {self.folder}")
 
     def send(self, **request: Any) -> None:
-        if self.process is None or self.process.poll() is not None:
-            self.start()
+        self.start()
+        if self.is_new:
+            self.introduce()
         assert self.process is not None and self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(request) + "\n")
@@ -181,6 +191,8 @@ class Run:
 
     def prepare(self, case: dict[str, Any]) -> list[Any]:
         """On both sides at once: most of it is the host's work."""
+        for side in self.sides:
+            side.start()
         for side in self.sides:
             side.send(do="prepare", case={**case, "folder": str(side.folder)})
         answers = [side.receive() for side in self.sides]  # of both, whatever the first one is

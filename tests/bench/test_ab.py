@@ -108,6 +108,7 @@ def test_a_slower_revision_is_seen(compared, repository):
         git("rev-parse", "--short=10", f"HEAD{back}").strip() for back in ("~1", "")
     ]
     assert "REHEARSAL" in page and "| stream, graph | ms a task |" in page
+    assert [found["sides"][side]["threads"] for side in "AB"] == [1, 1], "a side was not asked about itself"
     assert len(git("worktree", "list").splitlines()) == 1, "a worktree was left behind"
 
 

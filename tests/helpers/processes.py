@@ -92,10 +92,15 @@ def run(words: Sequence[object], timeout: float = PATIENCE, **place: Any) -> sub
     return Started(words, **place).done(timeout)
 
 
-def torchrun(processes: int, *words: object, **place: Any) -> subprocess.CompletedProcess[str]:
-    """A script on so many processes."""
+def start_torchrun(processes: int, *words: object, **place: Any) -> Started:
+    """A script on so many processes, at work."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return run([*launcher, *words], **place)
+    return Started([*launcher, *words], **place)
+
+
+def torchrun(processes: int, *words: object, **place: Any) -> subprocess.CompletedProcess[str]:
+    """The same, at its end."""
+    return start_torchrun(processes, *words, **place).done()
 
 
 def _begin(words: list[str], cwd: str, variables: dict[str, str], said: Path) -> None:
@@ -105,8 +110,10 @@ def _begin(words: list[str], cwd: str, variables: dict[str, str], said: Path) ->
         os.dup2(os.open(said / stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.chdir(cwd)
     from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
     SubprocessHandler._popen = lambda handler, words, env: _Rank(words[1:], env)  # type: ignore
+    dynamic_rendezvous._delay = lambda seconds: time.sleep(0.01)  # not up to 0.3 s, as one of many nodes
     os._exit(_execute(words, variables))
 
 

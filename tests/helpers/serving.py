@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -9,7 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import uvicorn.server as uvicorn_server
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -19,6 +22,16 @@ from hiar_model.serve.app import Service, Settings, address, listen, server
 
 PROMPT = "a red circle moving right"
 PATIENCE = 60.0  # seconds, on a loaded machine
+
+
+class _Hurried:
+    """asyncio for an uvicorn that ends: ten times a second it looks whether its connections have gone."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds / 20)
 
 
 @contextmanager
@@ -37,7 +50,8 @@ def serving(
         yield service
     finally:
         uvicorn.should_exit = True
-        thread.join(PATIENCE)
+        with mock.patch.object(uvicorn_server, "asyncio", _Hurried()):
+            thread.join(PATIENCE)
         assert not thread.is_alive() and not service.scheduler.thread.is_alive()
 
 

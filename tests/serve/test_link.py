@@ -20,6 +20,12 @@ NOTICED = 8.0
 """Seconds on a loaded machine. What there was before noticed after 20."""
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """A quarter of the real ticks: silence is noticed within half a second."""
+    monkeypatch.setattr(link, "TICK", link.TICK / 4)
+
+
 def test_silence_is_noticed_within_two_seconds():
     """Counted in the server's own time, which is what a test can promise on any machine."""
     assert link.TICK * (link.SILENT_AFTER + 1) < 2
@@ -70,7 +76,7 @@ def test_silence_is_counted_in_ticks(monkeypatch):
     assert said == [True, False, True] and fake.aborted
 
 
-def test_a_client_that_only_listens_is_there(service, monkeypatch):
+def test_a_client_that_only_listens_is_there(quick, service, monkeypatch):
     """Its library answers for it."""
     pings, ping = [], link.ClientLink.ping
     monkeypatch.setattr(link.ClientLink, "ping", lambda self: (pings.append(self), ping(self)))
@@ -83,7 +89,7 @@ def test_a_client_that_only_listens_is_there(service, monkeypatch):
         assert session.detached is None
 
 
-def test_a_network_that_breaks_leaves_nothing(model, tmp_path, monkeypatch):
+def test_a_network_that_breaks_leaves_nothing(quick, model, tmp_path, monkeypatch):
     ended, lost = [], link.ClientLink.connection_lost
     monkeypatch.setattr(link.ClientLink, "connection_lost", lambda self, why: (ended.append(self), lost(self, why)))
     with serving(model, tmp_path, Settings(limits=Limits(keep=0))) as service, Relay(service.url) as relay:
@@ -98,7 +104,7 @@ def test_a_network_that_breaks_leaves_nothing(model, tmp_path, monkeypatch):
         assert time.monotonic() - cut < NOTICED
 
 
-def test_a_network_that_stalls_loses_nothing(service, model):
+def test_a_network_that_stalls_loses_nothing(quick, service):
     with Relay(service.url) as relay:
         viewer = Viewer(relay)
         session = service.scheduler.sessions[viewer.start()["session"]]
