@@ -4,6 +4,7 @@
     python -m bench.serve --aggregate 1 2 4 8      # viewers who take all they can get: frames per second of them all,
                                                    # sessions in turns of their own, then in common ones
     python -m bench.serve --drops 200
+    python -m bench.serve --model Wan2.1-T2V-1.3B --options "--vae taew2_1.pth --cuda-graph true"
 
 Each starts a server of its own (or give --url), and prints one table.
 """
@@ -14,6 +15,7 @@ import argparse
 import asyncio
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -172,9 +174,11 @@ def aggregate(url: str, process: int | None, viewers: int, seconds: float) -> tu
     return f"{sum(speeds):.1f}", f"{min(speeds):.1f}", f"{1000 * spent / frames:.1f}"
 
 
-def compare(url: str | None, model: str, counts: Sequence[int], seconds: float, most: int | None) -> list[str]:
+def compare(
+    url: str | None, model: str, counts: Sequence[int], seconds: float, most: int | None, further: Sequence[str] = ()
+) -> list[str]:
     """The table of --aggregate: two servers, measured in turn; with ``url`` the one that runs."""
-    options = ("--max-sessions", str(max(8, *counts)))
+    options = ("--max-sessions", str(max(8, *counts)), *further)
     common = () if most is None else ("--batch-sessions", str(most))
     with served(url, model, *options, "--batch-sessions", "1") as apart, served(url, model, *options, *common) as joint:
         rows = []
@@ -217,17 +221,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--url", help="of a server that runs; default: one is started")
     parser.add_argument("--model", default="toy")
+    parser.add_argument("--options", default="", help="further ones of hiar serve, in quotes")
     parser.add_argument("--viewers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--aggregate", type=int, nargs="+", help="numbers of viewers who take all they can get")
     parser.add_argument("--batch-sessions", type=int, help="of --aggregate's common turns; default: as many as pay")
     parser.add_argument("--drops", type=int, help="connections that drop")
     a = parser.parse_args()
+    further = shlex.split(a.options)
     if a.aggregate:
-        print("\n".join(compare(a.url, a.model, a.aggregate, a.seconds, a.batch_sessions)))
+        print("\n".join(compare(a.url, a.model, a.aggregate, a.seconds, a.batch_sessions, further)))
         return
     keep = ("--keep", "0") if a.drops else ()
-    with served(a.url, a.model, "--max-sessions", str(max(8, a.viewers)), *keep) as (url, process):
+    with served(a.url, a.model, "--max-sessions", str(max(8, a.viewers)), *keep, *further) as (url, process):
         if a.drops is not None:
             assert process is not None, "--drops needs a server of its own"
             asyncio.run(watch_all(url, 1, 3.0, True))  # so that all that is made once is there

@@ -5,11 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from .machine import imports, kv_argument, load_model, lora_argument, machine_arguments, stage_lines
+from .machine import (
+    imports,
+    kv_argument,
+    linear_argument,
+    load_model,
+    lora_argument,
+    machine_arguments,
+    stage_lines,
+)
 
 DATA = "hiar-data"
 STATE_DISK = 4.0  # GB
@@ -29,6 +36,9 @@ def serve_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--vae", type=str, help="of Wan, in place of the folder's: taew2_1.pth, or a full one")
     lora_argument(parser, "several times for several files")
+    parser.add_argument("--height", type=int, help="pixels, if a client does not say; default: the model's")
+    parser.add_argument("--width", type=int, help="pixels, if a client does not say; default: the model's")
+    parser.add_argument("--prompt-cache", type=str, help="folder that keeps prompts and their embeddings (Wan)")
     parser.add_argument(
         "--host", type=str, default="127.0.0.1", help="address; others than this machine's need a token"
     )
@@ -44,6 +54,7 @@ def serve_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--state-disk", type=float, help=STATE_HELP)
     parser.add_argument("--log-prompts", action="store_true", help="write prompts to the log, too")
     kv_argument(parser)
+    linear_argument(parser)
     parser.add_argument("--cuda-graph", type=bool, default=False, help="capture forwards as CUDA graphs")
     machine_arguments(parser)
 
@@ -68,6 +79,8 @@ def serve(a: Namespace) -> None:
         raise ValueError(f"--keep must be from 0 to 86400 seconds, got {a.keep:g}")
     with imports():
         from ..config import ExecutionConfig
+        from ..models.video_model import pick_device, pick_dtype
+        from ..planning.free_memory import require_memory
         from ..serve.app import Service, Settings, address, listen, run
         from ..serve.guard import read_tokens
         from ..serve.scheduler import Limits
@@ -81,9 +94,16 @@ def serve(a: Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("hiar.serve").setLevel(logging.INFO)
     listening = listen(a.host, a.port)  # before the model is loaded, which takes a while
-    options: dict[str, Any] = {"checkpoint": a.checkpoint, "vae": a.vae, "lora": a.lora, "on_stage": stage_lines()}
-    model = load_model(a, **options)
-    execution = ExecutionConfig(kv_dtype=a.kv_dtype, attention_dtype=a.attention_dtype, cuda_graph=a.cuda_graph)
+    dtypes = {"kv_dtype": a.kv_dtype, "attention_dtype": a.attention_dtype, "linear_dtype": a.linear_dtype}
+    execution = ExecutionConfig(**dtypes, cuda_graph=a.cuda_graph)
+    require_memory(
+        a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, vae=a.vae,
+        height=a.height, width=a.width, order="stream", **dtypes,
+    )  # fmt: skip
+    model = load_model(
+        a, checkpoint=a.checkpoint, vae=a.vae, lora=a.lora, prompt_cache=a.prompt_cache,
+        on_checkpoint=lambda line: print(line, file=sys.stderr), on_stage=stage_lines(),
+    ).sized(a.height, a.width)  # fmt: skip
     service = Service(model, execution, Path(a.data or DATA), settings)
     service.start()
     print(f"{model.name} is served at {address(listening)}", flush=True)

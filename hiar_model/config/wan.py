@@ -24,6 +24,7 @@ class WanVideo:
 
     Attributes:
         size, num_frames, fps: of a video: (height, width) in pixels, pixel frames, pixel frames per second.
+        sizes: all that the training had; the 1.3B network only those of 480 pixels.
         frames_per_block, window_frames: latent frames generated at once, and seen by a block, its own included.
         temporal_compression: pixel frames per latent frame, except the first latent frame, which is one pixel frame.
         spatial_compression: pixels per latent along height and width.
@@ -31,6 +32,7 @@ class WanVideo:
     """
 
     size: tuple[int, int] = (480, 832)
+    sizes: tuple[tuple[int, int], ...] = ((480, 832), (832, 480), (720, 1280), (1280, 720))
     num_frames: int = 81
     fps: int = 16
     frames_per_block: int = 3

@@ -79,18 +79,18 @@ class Subject:
 
 def with_vae(about: Subject, path: str | os.PathLike[str]) -> Subject:
     """The same with another VAE than the folder's; ValueError for a file that holds none."""
-    return replace(about, vae=_vae_config(Path(path)), missing=tuple(name for name in about.missing if name != "VAE"))
+    return replace(about, vae=vae_config(Path(path)), missing=tuple(name for name in about.missing if name != "VAE"))
 
 
-def _vae_config(path: Path) -> dict[str, Any]:
-    """The settings of the VAE that a path means."""
+def vae_config(path: Path) -> dict[str, Any]:
+    """The settings of the VAE that a file or folder means: diffusers' config, or :func:`.small_vae.vae_settings`."""
     from ..models.small_vae import vae_kind, vae_settings
 
     file, kind = vae_kind(path)
     if kind == "small":
         return vae_settings(file)
-    if (config := file.parent / "config.json").is_file():
-        return read_json(config)
+    if file.suffix == ".safetensors" and (config := file.parent / "config.json").is_file():
+        return read_json(config)  # beside the original layout it is the transformer's
     return {"base_dim": len(read_tensors(file)[0]["encoder.conv1.weight"])}
 
 

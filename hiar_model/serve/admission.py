@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from ..config import ExecutionConfig
 from ..models.video_model import VideoModel
 from ..pipelines.video_pipeline import VideoOptions, rollout_config
-from ..planning.fit import Subject, subject
+from ..planning.fit import vae_config
 from ..planning.memory import ComponentMemory, Request, predict, vae_memory
 from .protocol import Refusal, StartMessage
 
@@ -26,9 +28,6 @@ class Admission:
     model: VideoModel
     execution: ExecutionConfig
     free: Callable[[Any], int | None]
-
-    def __post_init__(self) -> None:
-        self._subject: Subject | None = None
 
     def predicted(self, start: StartMessage) -> tuple[int, int]:
         """(bytes that the session holds, bytes that its tasks need on top while they run).
@@ -55,16 +54,23 @@ class Admission:
             cuda_graph=bool(self.execution.cuda_graph),
         )  # fmt: skip
         memory = replace(predict(request), vae=self._vae(request))
-        return memory.own + (memory.activations if memory.captured else 0), memory.activations
+        pool, working = (memory.activations, 0) if memory.captured else (0, memory.activations)
+        peak = memory.vae.peak  # on a GPU a block is decoded while the next one is made
+        return memory.own + pool, working + peak if request.device == "cuda" else max(working, peak)
+
+    @cached_property
+    def _decoder(self) -> tuple[dict[str, Any], torch.dtype] | None:
+        """Settings and dtype of the model's VAE; None: a toy's codec, which holds nothing."""
+        if self.model.decoded_by is None:
+            return None
+        return vae_config(Path(self.model.options.get("vae", self.model.name))), self.model.decoder().dtype  # type: ignore[attr-defined]
 
     def _vae(self, request: Request) -> ComponentMemory:
-        if self.model.world is not None:
-            return ComponentMemory()  # a toy's codec holds nothing
-        self._subject = self._subject or subject(self.model.name)
-        if self._subject.vae is None:
+        if self._decoder is None:
             return ComponentMemory()
+        settings, dtype = self._decoder
         block = request.rollout.frames_per_block
-        return vae_memory(self._subject.vae, request.height, request.width, block, torch.bfloat16, request.device)
+        return vae_memory(settings, request.height, request.width, block, dtype, request.device)
 
     def admit(self, start: StartMessage, rewind_bytes: int, promised: int) -> int:
         """The bytes that a session may take, its states for rewinding among them.
@@ -77,6 +83,8 @@ class Admission:
         """
         resident, working = self.predicted(start)
         need = resident + min(rewind_bytes, 16 * resident)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()  # else the rings of sessions that ended would not count as free
         free = self.free(self.model.device)
         if free is not None and need + working + promised > free:
             raise Refusal(

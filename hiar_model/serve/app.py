@@ -9,7 +9,8 @@ import logging
 import socket as sockets
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,22 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from ..config import ExecutionConfig
+from ..config import WAN, ExecutionConfig
 from ..io.video import record_path
 from ..models.video_model import VideoModel
 from ..pipelines.video_pipeline import VideoOptions, rollout_config
 from ..toy.prompt import SLOTS
 from . import protocol
-from .connection import Realtime
+from .connection import ClientLink, Realtime
 from .encoding import Saving
 from .guard import Guard, is_loopback
 from .jobs import VIDEO, JobRequest, Jobs
 from .keeper import DiskKeeper, Keeper, forget
-from .link import ClientLink
 from .live import example
 from .metrics import Metrics
-from .openapi import openapi
 from .protocol import Refusal
 from .scheduler import Limits, Scheduler
-from .schema import schema
+from .schema import openapi, schema
 from .session import ViewerSession
 from .store import Store
 
@@ -47,9 +46,14 @@ PAGE = Path(__file__).parent / "page"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 MOST_CONNECTIONS = 32
 """Open WebSockets of one client."""
-STATUS = {"busy": 503, "shutting_down": 503, "too_many": 429, "too_large": 413, "bad_prompt": 422, "bad_video": 422}
+STATUS = {
+    "busy": 503, "shutting_down": 503, "too_many": 429, "too_large": 413, "bad_prompt": 422, "bad_video": 422,
+    "disk_full": 507,
+}  # fmt: skip
 """Code of a refusal -> status of HTTP, where it is not 400."""
 SHOWN = 100  # videos in a list
+PROMPTS = 32
+"""Prompts whose embeddings are kept: the next viewer who asks for one need not wait for the text encoder."""
 
 
 @dataclass
@@ -99,7 +103,8 @@ class Service:
         states: Mapping[str, Any] | None = None,
         **scheduler_options: Any,
     ) -> None:
-        self.model, self.settings = model, settings or Settings()
+        self.settings = settings or Settings()
+        self.model = model = replace(model, text_encoder=lru_cache(PROMPTS)(model.text_encoder))
         self.store = Store(data)
         limits, metrics, state_bytes = self.settings.limits, Metrics(), self.settings.state_bytes
         keeper: Keeper = Keeper()
@@ -111,13 +116,16 @@ class Service:
         self.scheduler = Scheduler(
             model, execution, data / "sessions", limits, metrics, keeper, new_saving=self._saving, **scheduler_options
         )
-        self.jobs = Jobs(self.store, model, execution, self.scheduler.admission, checkpoint_every, changed=self._wake)
-        self.scheduler.background = self.jobs
+        self.jobs = self.scheduler.jobs = Jobs(
+            self.store, model, execution, self.scheduler.admission, checkpoint_every, changed=self._wake
+        )
         self.clients: Counter[str] = Counter()
         self.ready = False
         self.files = frozenset(file.name for file in PAGE.iterdir() if file.suffix in KINDS)
         routes = [
             Route("/", self._page),
+            Route("/healthz", self._health),
+            Route("/metrics", self._metrics),
             Route("/{name}", self._page, name="file"),
             Route("/v1/videos", self._new_video, methods=["POST"]),
             Route("/v1/videos", self._list),
@@ -130,7 +138,6 @@ class Service:
             Route("/v1/openapi.json", self._openapi),
             WebSocketRoute("/v1/realtime/video", self._realtime),
         ]
-        routes[1:1] = [Route("/healthz", self._health), Route("/metrics", self._metrics)]
         inner = Starlette(routes=routes, exception_handlers={Refusal: _refused, Exception: _failed})
         self.app = Guard(inner, self.settings.tokens, self.settings.hosts, self.files)
 
@@ -152,13 +159,11 @@ class Service:
     def _saving(self, session: ViewerSession) -> Saving:
         name = self.store.add("saved", {"session": session.id}, None, status="running")
 
-        def finished(frames: int, seconds: float, error: str) -> None:
-            if error:
-                self.store.remove(name)
-            else:
-                self.store.update(name, status="finished", frames=frames, num_frames=frames, seconds=seconds)
+        def finished(frames: int, seconds: float) -> None:
+            self.store.update(name, status="finished", frames=frames, num_frames=frames, seconds=seconds)
 
-        return Saving(self.store.path(name) / VIDEO, f"/v1/videos/{name}/content", finished)
+        target = self.store.path(name) / VIDEO
+        return Saving(target, f"/v1/videos/{name}/content", finished, lambda: self.store.remove(name))
 
     # Routes
 
@@ -182,14 +187,15 @@ class Service:
         return Response(self.scheduler.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _info(self, request: Request) -> Response:
-        model = self.model
+        model, config = self.model, rollout_config(self.model, VideoOptions(None), True)
         words = None if model.world is None else {slot: list(words) for slot, words in SLOTS.items()}
         height, width = model.pixel_size
+        first, two = (model.pixel_frames(blocks * config.frames_per_block) for blocks in (1, 2))
         about = {
             "v": protocol.VERSION, "model": Path(model.name).name, "words": words,
-            "example": example(model),
-            "orders": protocol.LIVE_ORDERS, "order": rollout_config(model, VideoOptions(None), True).order,
+            "example": example(model), "orders": protocol.LIVE_ORDERS, "order": config.order,
             "fps": model.fps, "height": height, "width": width, "num_frames": model.num_frames,
+            "sizes": sizes(model), "size_step": model.size_step, "first_frames": first, "block_frames": two - first,
         }  # fmt: skip
         return JSONResponse(about)
 
@@ -266,6 +272,17 @@ class Service:
         if job is not None and job.name == name and row["status"] == "running":
             row["frames"] = job.frames
         return _shown(row)
+
+
+def sizes(model: VideoModel) -> list[tuple[int, int]]:
+    """Frame sizes for a viewer to choose from, (height, width) in pixels: the model's own, and those Wan was trained
+    for.
+    """
+    if model.size_step is None:
+        return [model.pixel_size]
+    rows, columns = model.size_step
+    fitting = [(height, width) for height, width in WAN.sizes if height % rows == 0 == width % columns]
+    return list(dict.fromkeys([model.pixel_size, *fitting]))
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:

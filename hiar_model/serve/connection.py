@@ -1,14 +1,22 @@
-"""One WebSocket of `/v1/realtime/video`: reads and checks messages, writes what the scheduler delivers."""
+"""One WebSocket of `/v1/realtime/video`: reads and checks messages, writes what the scheduler delivers, and notices a
+network that has gone.
+
+A network that breaks sends no end of connection. So a client that says nothing is pinged, and any byte from it is an
+answer; WebSocket libraries and browsers answer by themselves.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.protocol import State
 
-from . import link, protocol
+from . import protocol
 from .guard import Bucket
 from .protocol import Refusal
 from .session import Connection, ViewerSession
@@ -23,9 +31,17 @@ START_WITHIN = 10.0
 MOST_UNREAD = 1000
 """Messages that wait for a client that does not read."""
 RATE, BURST = 50.0, 100.0
-"""Messages of one connection, a second and at once."""
+"""Messages of one connection, a second and at once; the first ack of a chunk does not count."""
 MOST_REFUSED = 100
 """Messages of one connection that are refused before it is closed."""
+
+LINK = "hiar.link"
+"""Key of the :class:`ClientLink` in the extensions of an ASGI scope."""
+TICK = 0.2  # seconds
+PING_AFTER = 2
+"""Ticks without a byte from the client after which it is pinged, and as often again."""
+SILENT_AFTER = 7
+"""Ticks after which it counts as silent."""
 
 Item = str | bytes | tuple[int, str]
 
@@ -37,18 +53,11 @@ class Realtime:
         self.socket, self.scheduler, self.log_prompts = socket, scheduler, log_prompts
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[Item] = asyncio.Queue()
-        self.connection = Connection(self._deliver, self._close)
+        self.connection = Connection(self._put, lambda code, reason: self._put((code, reason)))
         self.session: ViewerSession | None = None
         self.client = socket.client.host if socket.client else ""
         self.closing = False
-        self.link: link.ClientLink | None = socket.scope.get("extensions", {}).get(link.NAME)
-
-    def _deliver(self, *items: str | bytes) -> None:
-        """From any thread."""
-        self._put(*items)
-
-    def _close(self, code: int, reason: str) -> None:
-        self._put((code, reason))
+        self.link: ClientLink | None = socket.scope.get("extensions", {}).get(LINK)
 
     def _silent(self, silent: bool) -> None:
         if self.session is not None:
@@ -75,7 +84,7 @@ class Realtime:
         await self.socket.accept()
         self.scheduler.metrics.connections.inc()
         writer, reader = asyncio.create_task(self._write()), asyncio.create_task(self._read())
-        others = [asyncio.create_task(link.watch(self.link, self._silent, lambda: self.closing))] if self.link else []
+        others = [asyncio.create_task(watch(self.link, self._silent, lambda: self.closing))] if self.link else []
         try:
             await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -121,7 +130,11 @@ class Realtime:
                 if not bucket.take():
                     raise Refusal("too_many", f"more than {RATE:g} messages a second", closes=True)
                 text = event.get("text")
-                self._message(protocol.parse(event.get("bytes") or b"" if text is None else text))
+                message = protocol.parse(event.get("bytes") or b"" if text is None else text)
+                acked = None if self.session is None else self.session.acked
+                self._message(message)
+                if isinstance(message, protocol.Ack) and self.session is not None and self.session.acked != acked:
+                    bucket.left += 1  # no more of these than chunks were sent
             except Refusal as refusal:
                 refused += 1
                 refusal.closes = refusal.closes or refused >= MOST_REFUSED
@@ -150,3 +163,53 @@ class Realtime:
             self.session = self.scheduler.open(message, self.connection, self.client)
             shown = f" {message.prompt!r}" if self.log_prompts else ""
             log.info("session %s of %s%s", self.session.id, self.client, shown)
+
+
+class ClientLink(WebSocketsSansIOProtocol):
+    """uvicorn's protocol, which counts what comes from the client; :func:`watch` says whether it is silent."""
+
+    received, silent = 0, False
+
+    def data_received(self, data: bytes) -> None:
+        self.received += 1
+        super().data_received(data)
+
+    def handle_connect(self, event: Any) -> None:
+        super().handle_connect(event)
+        if hasattr(self, "scope"):
+            extensions: Any = self.scope["extensions"]
+            extensions[LINK] = self
+
+    def ping(self) -> None:
+        """Ask the client for an answer."""
+        if self.conn.state is State.OPEN and not self.transport.is_closing():
+            self.conn.send_ping(b"")
+            self.transport.write(b"".join(self.conn.data_to_send()))
+
+    def abort(self) -> None:
+        """End the connection without the client's part in it."""
+        self.transport.abort()
+
+
+async def watch(link: ClientLink, report: Callable[[bool], None], closing: Callable[[], bool]) -> None:
+    """Report that the client is silent (True), or answers again (False). Once the connection is ``closing``, one with a
+    silent client ends. Counts its own ticks: those of a server that was held up itself do not count.
+    """
+    received, ticks = link.received, 0
+    while True:
+        await asyncio.sleep(TICK)
+        if link.received != received:
+            if ticks >= SILENT_AFTER:
+                link.silent = False
+                report(False)
+            received, ticks = link.received, 0
+            continue
+        ticks += 1
+        if ticks == SILENT_AFTER:
+            link.silent = True
+            report(True)
+        elif ticks > SILENT_AFTER and closing():
+            link.abort()
+            return
+        if ticks % PING_AFTER == 0:
+            link.ping()

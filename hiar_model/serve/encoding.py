@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from .live import Piece
 from .metrics import Metrics
@@ -18,29 +20,25 @@ from .session import ViewerSession
 
 log = logging.getLogger("hiar.serve")
 
+Fail = Callable[[ViewerSession, Refusal, bool], None]
+
 
 @dataclass
 class Saving:
-    """A video that is being saved: where its mp4 goes, where a client gets it, and whom to tell (frames, seconds, or
-    the error).
-    """
+    """A video that is being saved: where its mp4 goes, where a client gets it, and whom to tell (frames, seconds)."""
 
     target: Path
     url: str
-    finished: Callable[[int, float, str], None]
-
-
-class Fail(Protocol):
-    """Tells a client of a refusal, and may end its session."""
-
-    def __call__(self, session: ViewerSession, refusal: Refusal, close: bool = True) -> None: ...
+    finished: Callable[[int, float], None]
+    failed: Callable[[], None]
 
 
 class Encoding:
     """One thread, for all sessions; what is asked for is done in that order.
 
     Args:
-        lock: of the sessions. sessions: how many there are.
+        lock: of the sessions. sessions: how many there are. fail: tells a client of a refusal, and ends its session
+            unless the last argument is false.
     """
 
     def __init__(self, lock: threading.Condition, metrics: Metrics, sessions: Callable[[], int], fail: Fail) -> None:
@@ -80,7 +78,7 @@ class Encoding:
             payload = session.encode(piece)
         except Exception:
             log.exception("session %s: cannot encode", session.id)
-            self.fail(session, Refusal("failed", "the frames cannot be encoded", closes=True))
+            self.fail(session, Refusal("failed", "the frames cannot be encoded", closes=True), True)
             return
         with self.lock:
             if not session.awaits(piece):
@@ -108,11 +106,12 @@ class Encoding:
             if session.spool is None:
                 raise OSError("what was shown is not on the disk, which was full")
             count, fps = session.spool.write_mp4(saving.target, about), session.spool.fragments.fps
-        except (OSError, ValueError) as error:
+            saving.finished(count, count / fps)
+        except (OSError, ValueError, sqlite3.Error) as error:
             log.error("session %s: cannot save: %s", session.id, error)
-            saving.finished(0, 0.0, str(error))
-            self.fail(session, Refusal("disk_full", "the video cannot be written"), close=False)
+            with suppress(sqlite3.Error):  # the next start deletes what there is
+                saving.failed()
+            self.fail(session, Refusal("disk_full", "the video cannot be written"), False)
             return
-        saving.finished(count, count / fps, "")
         with self.lock:
             session.post(Saved(saving.url, count, count / fps))

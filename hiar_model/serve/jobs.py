@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import shlex
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -81,7 +82,8 @@ def _is_line(line: Any) -> bool:
 
 
 class Jobs:
-    """The videos of a store that are to be made; the methods of :class:`.scheduler.Background` make them.
+    """The videos of a store that are to be made. The scheduler calls :meth:`work` while it is :meth:`waiting`, and
+    :meth:`close` at its end.
 
     Args:
         changed: called when the list has changed.
@@ -147,7 +149,9 @@ class Jobs:
         with self.lock:
             if len(self.waiting_ids) >= MOST_WAITING:
                 raise Refusal("busy", f"{MOST_WAITING} videos are waiting", retry_after=60)
-            name = self.store.add("job", asdict(replace(request, num_frames=frames)), frames)
+            height, width = self.model.sized(request.height, request.width).pixel_size
+            whole = replace(request, num_frames=frames, height=height, width=width)  # the defaults may change
+            name = self.store.add("job", asdict(whole), frames)
             self.waiting_ids.append(name)
         self.changed()
         return name
@@ -182,7 +186,10 @@ class Jobs:
             if self.current is not None and self.current.advance():
                 self._done(name, status="finished", frames=self.current.frames, seconds=self.current.seconds)
         except Exception as error:
-            self._failed(name, error)
+            try:
+                self._failed(name, error)
+            except sqlite3.Error as full:
+                self._wait(name, full)
 
     def _open(self, name: str) -> None:
         row = self.store.get(name)
@@ -199,19 +206,23 @@ class Jobs:
             return  # it was deleted, and its folder with it
         message = " ".join(str(error).split())
         if isinstance(error, Refusal) and error.code == "busy":  # viewers have the memory now
-            self.store.update(name, status="queued", error=message)
             self.retry_at = time.monotonic() + RETRY_AFTER
+            self.store.update(name, status="queued", error=message)
             return
         full = {getattr(e, "errno", None) for e in (error, error.__cause__) if e is not None}
-        if full & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            log.error("video %s waits: %s", name, message)
-            self.store.update(name, error=message)  # its last checkpoint stands
-            self.retry_at = time.monotonic() + RETRY_AFTER
+        if full & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or isinstance(error, sqlite3.Error):
+            self._wait(name, error)
+            self.store.update(name, error=message)
             return
         if not isinstance(error, ValueError | FloatingPointError | OSError):
             log.exception("video %s failed", name)
             message = "the video failed; the server's log says why"
         self._done(name, status="failed", error=message)
+
+    def _wait(self, name: str, error: Exception) -> None:
+        """Nothing can be written now; the last checkpoint stands."""
+        log.error("video %s waits: %s", name, " ".join(str(error).split()))
+        self.current, self.retry_at = None, time.monotonic() + RETRY_AFTER
 
     def _done(self, name: str, **values: Any) -> None:
         self.store.update(name, **values)
@@ -228,7 +239,7 @@ class Jobs:
         if self.current is not None:
             try:
                 self.current.checkpoint()
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, sqlite3.Error) as error:
                 log.error("video %s goes on from its last checkpoint: %s", self.current.name, error)
             self.current = None
 

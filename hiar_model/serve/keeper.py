@@ -105,6 +105,7 @@ class DiskKeeper(Keeper):
         model = self.model
         loras = [[lora.sha256, lora.scale] for lora in model.loras]
         numbers = [str(model.dtype), self.execution.dtypes, model.device.type, NOISE]
+        numbers += [model.decoded_by["sha256"]] if model.decoded_by else []
         return json.dumps([model.weights_sha256, loras, *numbers])
 
     def restore(self, folder: Path) -> list[ViewerSession]:
@@ -135,7 +136,9 @@ class DiskKeeper(Keeper):
             return
         video = session.video
         assert video is not None
-        start = replace(session.start, order=video.run.config.order, resume=None, after=None)
+        height, width = video.run.model.pixel_size  # which the next server may have other defaults for
+        start = replace(session.start, order=video.run.config.order, height=height, width=width, resume=None,
+                        after=None)  # fmt: skip
         prompts = [[block, prompt] for block, prompt, _ in video.prompts.changes]
         values = (session.id, session.token_hash, self.made_by, json.dumps(asdict(start)), json.dumps(prompts),
                   json.dumps(session.jumps), session.acked, session.playing)  # fmt: skip

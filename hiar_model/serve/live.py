@@ -97,6 +97,8 @@ class LiveVideo:
         Position(block=1, frame=3, prompt_index=1, prompt='a blue square moving up')
     """
 
+    run: VideoRun
+
     def __init__(
         self,
         model: VideoModel,
@@ -125,12 +127,15 @@ class LiveVideo:
         self.num_blocks = self.run.rollout.num_blocks
 
     def _begin(self) -> None:
+        if "run" in vars(self):
+            del self.run  # first: memory has no room for two rings
         self.run = VideoRun(self.model, self.execution, self.options, blockwise=True)
+        self._sized, self._plan = self.run.model, self.run.rollout.plan  # the same whenever it begins anew
         self.block = self._target = 0
         self._open()
 
     def _open(self) -> None:
-        self._blocks: Iterator[Frames] = iter(self.run)
+        self._blocks = iter(self.run)
         self._groups = self.run.rollout.plan.groups(self.run.rollout.num_blocks)
         for _ in range(self.run.rollout.groups_done):
             next(self._groups)
@@ -148,7 +153,7 @@ class LiveVideo:
 
     def frame_of(self, block: int) -> int:
         """The first frame of a block."""
-        return self.run.model.pixel_frames(self.run.rollout.plan.block_frames(block)[0])
+        return self._sized.pixel_frames(self._plan.block_frames(block)[0])
 
     def make(self) -> Piece | None:
         """The next block; None: it was one on the way to where :meth:`seek` went, or the video is complete.
@@ -293,11 +298,8 @@ class LiveVideo:
             self.rewind_bytes, self.states = 0, []
         if not self.rewind_bytes:
             return
-        decoder = getattr(run.decoding.stateful, "state_dict", None)  # type: ignore[union-attr]
-        copied = (
-            None if decoder is None else {n: x.clone() if isinstance(x, Tensor) else x for n, x in decoder().items()}
-        )
-        state = RewindState(self.block, self.started, run.frames_done, run.rollout.state_dict(), copied)
+        decoder = getattr(run.decoding.stateful, "state_dict", lambda: None)()  # type: ignore[union-attr]
+        state = RewindState(self.block, self.started, run.frames_done, run.rollout.state_dict(), decoder)
         if state.nbytes > self.rewind_bytes:
             self.rewind_bytes, self.states = 0, []
             return
@@ -312,10 +314,10 @@ class LiveVideo:
 
     def plan(self, blocks: int) -> list[TaskList]:
         """The groups of tasks of the first blocks, for a drawing."""
-        plan, total = self.run.rollout.plan, self.run.rollout.num_blocks
-        few = blocks if total is None else min(blocks, total)
-        return [[[task.kind, task.step, task.block] for item in group for task in item] for group in plan.groups(few)]
+        few = blocks if self.num_blocks is None else min(blocks, self.num_blocks)
+        return [task_list(group) for group in self._plan.groups(few)]
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def task_list(group: Group) -> TaskList:
+    """A group of tasks as a message has it."""
+    return [[task.kind, task.step, task.block] for item in group for task in item]

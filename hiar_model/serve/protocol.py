@@ -70,14 +70,7 @@ class Refusal(ValueError):
 
 
 class Within(NamedTuple):
-    """Limits of a number."""
-
-    least: int
-    most: int
-
-
-class Longest(NamedTuple):
-    """Limits of a string, in characters."""
+    """Limits of a number, or of the characters of a string."""
 
     least: int
     most: int
@@ -89,12 +82,12 @@ class OneOf(NamedTuple):
     values: tuple[str, ...]
 
 
-Prompt = Annotated[str, Longest(1, LONGEST_PROMPT)]
+Prompt = Annotated[str, Within(1, LONGEST_PROMPT)]
 Seed = Annotated[int, Within(0, MOST_SEED)]
 Frames = Annotated[int, Within(1, MOST_FRAMES)]
 Pixels = Annotated[int, Within(1, 16384)]
 Number = Annotated[int, Within(0, MOST_SEED)]
-Token = Annotated[str, Longest(1, 200)]
+Token = Annotated[str, Within(1, 200)]
 TaskList = list[list[str | int]]
 """Tasks as [kind, step, block], such as ["denoise", 0, 7]."""
 
@@ -103,6 +96,9 @@ class ProtocolMessage:
     """A message; its ``type`` is the name in JSON."""
 
     type: ClassVar[str]
+
+    def __init_subclass__(cls, type: str) -> None:
+        cls.type = type
 
     def to_json(self) -> str:
         """The text that is sent."""
@@ -113,7 +109,7 @@ class ProtocolMessage:
 
 
 @dataclass(frozen=True)
-class StartMessage(ProtocolMessage):
+class StartMessage(ProtocolMessage, type="start"):
     """Start a video, or go on with one: the first message of a connection.
 
     v               version of the protocol
@@ -127,9 +123,8 @@ class StartMessage(ProtocolMessage):
     after           seq of the last chunk that arrived whole; those behind it are sent (again). null: the last one acked
     """
 
-    type: ClassVar[str] = "start"
     v: int
-    prompt: Annotated[str, Longest(0, LONGEST_PROMPT)] = ""
+    prompt: Annotated[str, Within(0, LONGEST_PROMPT)] = ""
     seed: Seed = 0
     order: Annotated[str, OneOf(LIVE_ORDERS)] | None = None
     num_frames: Frames | None = None
@@ -141,73 +136,61 @@ class StartMessage(ProtocolMessage):
 
 
 @dataclass(frozen=True)
-class ChangePrompt(ProtocolMessage):
+class ChangePrompt(ProtocolMessage, type="prompt"):
     """Another prompt, from the first block on that has not begun: :class:`PromptScheduled` says which."""
 
-    type: ClassVar[str] = "prompt"
     text: Prompt
 
 
 @dataclass(frozen=True)
-class Pause(ProtocolMessage):
+class Pause(ProtocolMessage, type="pause"):
     """Make no more blocks until :class:`Play`."""
 
-    type: ClassVar[str] = "pause"
-
 
 @dataclass(frozen=True)
-class Play(ProtocolMessage):
+class Play(ProtocolMessage, type="play"):
     """Go on after :class:`Pause`."""
 
-    type: ClassVar[str] = "play"
-
 
 @dataclass(frozen=True)
-class Seek(ProtocolMessage):
+class Seek(ProtocolMessage, type="seek"):
     """Go on from an earlier block; the same prompts give the same frames again."""
 
-    type: ClassVar[str] = "seek"
     block: Number
 
 
 @dataclass(frozen=True)
-class Fork(ProtocolMessage):
+class Fork(ProtocolMessage, type="fork"):
     """Go on from an earlier block with another prompt; later changes of the prompt are forgotten."""
 
-    type: ClassVar[str] = "fork"
     block: Number
     prompt: Prompt
 
 
 @dataclass(frozen=True)
-class Ack(ProtocolMessage):
+class Ack(ProtocolMessage, type="ack"):
     """The client has played the chunk ``seq`` and all before it, or wants more all the same. No more than ``window``
     chunks are made ahead of it.
     """
 
-    type: ClassVar[str] = "ack"
     seq: Number
 
 
 @dataclass(frozen=True)
-class Save(ProtocolMessage):
+class Save(ProtocolMessage, type="save"):
     """Write the video so far as an mp4, with its record; :class:`Saved` says where."""
-
-    type: ClassVar[str] = "save"
 
 
 @dataclass(frozen=True)
-class StopMessage(ProtocolMessage):
+class StopMessage(ProtocolMessage, type="stop"):
     """End the session: nothing of it is kept."""
-
-    type: ClassVar[str] = "stop"
 
 
 # Server to client
 
 
 @dataclass(frozen=True)
-class ReadyMessage(ProtocolMessage):
+class ReadyMessage(ProtocolMessage, type="ready"):
     """The session is there; :class:`BlockMessage` messages follow.
 
     session, token     its public name, and what resumes it: keep it secret
@@ -221,7 +204,6 @@ class ReadyMessage(ProtocolMessage):
     plan               groups of tasks from the start of the video, in order, for a drawing
     """
 
-    type: ClassVar[str] = "ready"
     v: int
     session: str
     token: str
@@ -270,14 +252,13 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class BlockMessage(ProtocolMessage):
+class BlockMessage(ProtocolMessage, type="block"):
     """A chunk: ``frames`` frames from ``first_frame`` on; one binary message follows at once.
 
     Its payload, behind the eight bytes of ``seq``: for "mp4" a fragment that begins with a key frame, whose time is
     first_frame / fps; else each frame as four bytes of length, big-endian, and the picture.
     """
 
-    type: ClassVar[str] = "block"
     seq: int
     block: int
     first_frame: int
@@ -288,10 +269,9 @@ class BlockMessage(ProtocolMessage):
 
 
 @dataclass(frozen=True)
-class PromptScheduled(ProtocolMessage):
+class PromptScheduled(ProtocolMessage, type="prompt_scheduled"):
     """A prompt takes effect at a block, which starts with this frame."""
 
-    type: ClassVar[str] = "prompt_scheduled"
     block: int
     frame: int
     prompt_index: int
@@ -299,22 +279,20 @@ class PromptScheduled(ProtocolMessage):
 
 
 @dataclass(frozen=True)
-class Progress(ProtocolMessage):
+class Progress(ProtocolMessage, type="progress"):
     """The group of tasks that ran last, the last block that has begun (-1: none), and how many are finished."""
 
-    type: ClassVar[str] = "progress"
     tasks: TaskList
     started: int
     finished: int
 
 
 @dataclass(frozen=True)
-class Moved(ProtocolMessage):
+class Moved(ProtocolMessage, type="moved"):
     """After :class:`Seek` or :class:`Fork`: the next chunk is this block; what the client has from ``frame`` on is of
     the past.
     """
 
-    type: ClassVar[str] = "moved"
     block: int
     frame: int
     prompt_index: int
@@ -322,41 +300,37 @@ class Moved(ProtocolMessage):
 
 
 @dataclass(frozen=True)
-class StateMessage(ProtocolMessage):
+class StateMessage(ProtocolMessage, type="state"):
     """Whether blocks are made: after :class:`Pause` and :class:`Play`."""
 
-    type: ClassVar[str] = "state"
     playing: bool
 
 
 @dataclass(frozen=True)
-class Saved(ProtocolMessage):
+class Saved(ProtocolMessage, type="saved"):
     """The video so far is at ``url``; its record is there too, with "record" in place of "content"."""
 
-    type: ClassVar[str] = "saved"
     url: str
     frames: int
     seconds: float
 
 
 @dataclass(frozen=True)
-class Ended(ProtocolMessage):
+class Ended(ProtocolMessage, type="ended"):
     """No more chunks come: the video has all its frames, the client stopped it, or the server ends.
 
     resume: the session goes on when the server was started again; ask for it as after a lost connection.
     """
 
-    type: ClassVar[str] = "ended"
     reason: Annotated[str, OneOf(("complete", "stopped", "drained"))]
     frames: int
     resume: bool = False
 
 
 @dataclass(frozen=True)
-class Refused(ProtocolMessage):
+class Refused(ProtocolMessage, type="refused"):
     """A message was refused: a code, one line, whether the connection ends, and when to try again, in seconds."""
 
-    type: ClassVar[str] = "refused"
     code: Annotated[str, OneOf(tuple(CODES))]
     message: str
     closes: bool = False
@@ -455,10 +429,9 @@ def _check(name: str, value: Any, hint: Any) -> None:
             except ValueError as error:
                 raise Refusal("bad_value", str(error)) from None
             continue
-        size, unit = (len(value), " characters") if isinstance(limit, Longest) else (value, "")
+        size, verb, unit = (len(value), "have", " characters") if base is str else (value, "be", "")
         if not limit.least <= size <= limit.most:
-            what = f"{name} must have" if unit else f"{name} must be"
-            raise Refusal("bad_value", f"{what} from {limit.least} to {limit.most}{unit}, got {size}")
+            raise Refusal("bad_value", f"{name} must {verb} from {limit.least} to {limit.most}{unit}, got {size}")
     if base is str:
         try:
             value.encode("utf-8")

@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hmac import compare_digest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+import torch
 
 from ..common.settings import own_settings
 from ..config import ExecutionConfig
@@ -26,8 +27,9 @@ from ..schedule.plan import Group
 from . import protocol
 from .admission import Admission
 from .encoding import Encoding, Saving
+from .jobs import Jobs
 from .keeper import Keeper, bring_back
-from .live import REWIND_BYTES, LiveVideo, Piece, example
+from .live import REWIND_BYTES, LiveVideo, Piece, example, task_list
 from .metrics import Metrics
 from .protocol import ProtocolMessage, Refusal, StartMessage
 from .session import HAS_X264, Connection, ViewerSession, hash_token, new_fragments
@@ -42,19 +44,6 @@ PROGRESS_EVERY = 0.1  # seconds
 LOOK_AGAIN = 5.0  # seconds
 JOB_PATIENCE = 5.0
 """Seconds after which a whole video has a turn even if viewers are waiting."""
-
-
-class Background(Protocol):
-    """Work for the time that sessions leave."""
-
-    def waiting(self) -> bool:
-        """Whether there is any."""
-
-    def work(self) -> None:
-        """Do a little of it: about a block."""
-
-    def close(self) -> None:
-        """Put it away until the next start."""
 
 
 @dataclass
@@ -77,7 +66,7 @@ class Scheduler:
     folder             for the spools of sessions; emptied at the start, but for those of kept ones
     keeper             what of sessions lies on disk
     new_saving         what :class:`.protocol.Save` writes to
-    background         whole videos, made meanwhile
+    jobs               whole videos, made in the time that sessions leave
     free               free bytes of the device, for tests
     """
 
@@ -88,7 +77,7 @@ class Scheduler:
     metrics: Metrics = field(default_factory=Metrics)
     keeper: Keeper = field(default_factory=Keeper)
     new_saving: Callable[[ViewerSession], Saving] | None = None
-    background: Background | None = None
+    jobs: Jobs | None = None
     free: Callable[[Any], int | None] = free_bytes
 
     def __post_init__(self) -> None:
@@ -111,15 +100,23 @@ class Scheduler:
         self.call(self._prepare).result()
 
     def _prepare(self) -> None:
-        """Make a block, so that the first viewer need not wait for what is done once."""
+        """Do what is done once, so that the first viewer need not wait for it: predict, load the text encoder, and make
+        a block, for which a GPU compiles kernels. With Wan on a CPU a block takes minutes, and nothing is compiled.
+        """
         start = StartMessage(protocol.VERSION, example(self.model))
-        with suppress(Refusal, FloatingPointError):
+        try:
             for order in protocol.LIVE_ORDERS:  # predictions are kept; a new one takes a second
                 self.admission.predicted(replace(start, order=order))
+            self.model.encode_text(start.prompt)
+            if self.model.world is None and self.model.device.type == "cpu":
+                return
+            self.admission.admit(start, 0, 0)
             video = LiveVideo(self.model, self.execution, start, rewind_bytes=0)
             piece = video.make()
             if piece is not None and HAS_X264:
                 new_fragments(video).fragment(piece.frames, 0)
+        except (ValueError, FloatingPointError) as error:
+            log.warning("no block was made yet: %s", error)
 
     # From the network
 
@@ -255,6 +252,8 @@ class Scheduler:
             self.lock.notify_all()
         if self.thread.is_alive():
             self.thread.join(timeout)
+            if self.thread.is_alive():
+                log.warning("the block in hand is left unfinished: it takes more than %g s", timeout)
         self.encoding.stop()
 
     # The generating thread
@@ -265,8 +264,8 @@ class Scheduler:
                 work()
                 del work  # it may hold a session that has gone
             self.keeper.close(list(self.sessions.values()))
-            if self.background is not None:
-                self.background.close()
+            if self.jobs is not None:
+                self.jobs.close()
 
     def _next(self) -> Callable[[], None] | None:
         """What to do next; waits for it. None: the end."""
@@ -283,10 +282,9 @@ class Scheduler:
                         message = session.commands.popleft()
                         return lambda: self._command(session, message)
                 hungry = [session for session in self.sessions.values() if session.hungry]
-                job = self.background is not None and self.background.waiting()
-                if job and (not hungry or now - self.job_turn > JOB_PATIENCE):
+                if self.jobs is not None and (not hungry or now - self.job_turn > JOB_PATIENCE) and self.jobs.waiting():
                     self.job_turn = now
-                    return self.background.work  # type: ignore[union-attr]
+                    return self.jobs.work
                 if hungry:
                     sessions = self.turns.choose(hungry, now)
                     return lambda: self._turn(sessions)
@@ -353,21 +351,17 @@ class Scheduler:
                 session.open_spool(self.folder / f"{session.id}{SUFFIX}", session.next_block(after))
             elif session.start.format == "mp4":
                 raise Refusal("bad_value", "format must be webp or jpeg: this server's FFmpeg has no x264")
-        except Refusal as refusal:
+        except Exception as error:
+            if isinstance(error, Refusal):
+                refusal = error
+            else:
+                log.exception("session %s: cannot start", session.id)
+                refusal = Refusal("failed", "the video cannot be made")
+                if session.stored is not None or isinstance(error, torch.OutOfMemoryError):
+                    refusal = Refusal("busy", "the video cannot be made now", retry_after=10)
             refusal.closes = True
-            if session.stored is not None and refusal.code == "busy":
-                self._put_back(session, refusal)
-            else:
-                self._fail(session, refusal)
-            return
-        except Exception:
-            log.exception("session %s: cannot start", session.id)
-            if session.stored is not None:
-                again = Refusal("busy", "the session cannot go on now", closes=True, retry_after=10)
-                self._put_back(session, again)
-            else:
-                self._fail(session, Refusal("failed", "the video cannot be made", closes=True))
-            return
+            put_back = session.stored is not None and refusal.code == "busy"
+            return self._put_back(session, refusal) if put_back else self._fail(session, refusal)
         with self.lock:
             if session.gone:
                 return self.keeper.ended(session)
@@ -396,9 +390,8 @@ class Scheduler:
             if video is None or now - last < PROGRESS_EVERY:
                 return
             last = now
-            tasks = [[task.kind, task.step, task.block] for item in group for task in item]
             with self.lock:
-                session.post(protocol.Progress(tasks, video.started, video.block))  # type: ignore[arg-type]
+                session.post(protocol.Progress(task_list(group), video.started, video.block))
 
         return report
 

@@ -35,15 +35,16 @@ HAS_X264 = "libx264" in av.codecs_available
 """Whether FFmpeg can make an mp4."""
 
 
+@dataclass
 class Connection:
-    """Where a session sends; of the network in the server, of lists in tests.
+    """Where a session sends.
 
     deliver: called from any thread with texts and bytes, in order; those of one call stay together.
     close: with a code of RFC 6455 and a reason, after what was delivered.
     """
 
-    def __init__(self, deliver: Callable[..., None], close: Callable[[int, str], None]) -> None:
-        self.deliver, self.close = deliver, close
+    deliver: Callable[..., None]
+    close: Callable[[int, str], None]
 
 
 @dataclass

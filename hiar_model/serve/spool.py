@@ -1,4 +1,4 @@
-"""The blocks of one video on disk, as fragments of an mp4 one behind the other: appended, cut off, made an mp4."""
+"""The blocks of one video on disk, as fragments of an mp4: appended, cut off, made an mp4 that players seek in."""
 
 from __future__ import annotations
 
@@ -21,19 +21,24 @@ LARGEST = 4 << 30
 
 
 class Spool:
-    """A file of fragments, one for each block.
+    """A file of the init segment and a fragment for each block: an mp4 already, but one without an index.
 
     Args:
-        path: of the file; one that is there is gone on with. fragments: the encoder of the blocks.
+        path: of the file; one that is there is gone on with, unless it has another init segment. fragments: the encoder
+            of the blocks.
 
     Raises:
         OSError: one line: it cannot be written.
     """
 
     def __init__(self, path: Path, fragments: FragmentEncoder) -> None:
-        self.path, self.fragments = path, fragments
+        self.path, self.fragments, init = path, fragments, fragments.init
         try:
-            path.touch()
+            with path.open("ab+") as file:
+                file.seek(0)
+                if file.read(len(init)) != init:
+                    file.truncate(0)
+                    file.write(init)
         except OSError as error:
             raise cannot_write(path, error) from error
         self.blocks = sum(1 for _ in self._ends())
@@ -63,7 +68,7 @@ class Spool:
         Raises:
             ValueError: there are not so many.
         """
-        ends = [0]
+        ends = [len(self.fragments.init)]
         for end in self._ends():
             if len(ends) > blocks:
                 break
@@ -109,56 +114,25 @@ class Spool:
         if not self.blocks:
             raise ValueError(f"{self.path} holds no block yet")
         with atomic(target) as partial:
-            frames = _remux(self.fragments.init, self.path, partial)
+            frames = _remux(self.path, partial)
         about = {"file": target.name, "frames": frames, "fps": self.fragments.fps, **metadata}
         atomic_write(record_path(target), json.dumps(about, indent=2, ensure_ascii=False) + "\n")
         return frames
 
 
-class _Joined:
-    """The init segment and the fragments of a file as one readable file."""
-
-    def __init__(self, init: bytes, path: Path) -> None:
-        self.init, self.file, self.at = init, path.open("rb"), 0
-        self.size = len(init) + path.stat().st_size
-
-    def read(self, count: int = -1) -> bytes:
-        count = self.size - self.at if count < 0 else count
-        if self.at < len(self.init):
-            data = self.init[self.at : self.at + count]
-        else:
-            self.file.seek(self.at - len(self.init))
-            data = self.file.read(count)
-        self.at += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = (0, self.at, self.size)[whence] + offset
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _remux(init: bytes, path: Path, target: Path) -> int:
-    source, frames = _Joined(init, path), 0
-    options = {"movflags": "+faststart"}
-    try:
-        with (
-            av.open(source, "r", format="mp4") as fragments,
-            av.open(str(target), "w", format="mp4", options=options) as out,
-        ):
-            stream = fragments.streams.video[0]
-            copy = out.add_stream_from_template(stream)
-            for packet in fragments.demux(stream):
-                if packet.dts is None:
-                    continue
-                packet.stream = copy
-                out.mux(packet)
-                frames += 1
-    finally:
-        source.close()
+def _remux(path: Path, target: Path) -> int:
+    """Returns how many frames there are."""
+    frames, options = 0, {"movflags": "+faststart"}
+    with (
+        av.open(str(path), "r", format="mp4") as fragments,
+        av.open(str(target), "w", format="mp4", options=options) as out,
+    ):
+        stream = fragments.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        for packet in fragments.demux(stream):
+            if packet.dts is None:
+                continue
+            packet.stream = copy
+            out.mux(packet)
+            frames += 1
     return frames

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .protocol import Refusal
+
 FILE = "videos.sqlite"
 STATUSES = ("queued", "running", "finished", "failed")
 COLUMNS = ("id", "kind", "status", "request", "created", "updated", "frames", "num_frames", "seconds", "error")
@@ -52,12 +54,16 @@ class Store:
                 self._lock_file.close()
 
     def add(self, kind: str, request: dict[str, Any], num_frames: int | None, status: str = "queued") -> str:
-        """A new video; returns its id."""
+        """A new video; returns its id. :class:`.protocol.Refusal` if the disk takes no more."""
         name, now = secrets.token_hex(16), time.time()
         values = (name, kind, status, json.dumps(request), now, now, 0, num_frames, None, None)
-        with self.lock:
-            self.database.execute(f"INSERT INTO videos VALUES ({', '.join('?' * len(values))})", values)
-        self.path(name).mkdir()
+        try:
+            self.path(name).mkdir()
+            with self.lock:
+                self.database.execute(f"INSERT INTO videos VALUES ({', '.join('?' * len(values))})", values)
+        except (OSError, sqlite3.Error) as error:
+            shutil.rmtree(self.path(name), ignore_errors=True)
+            raise Refusal("disk_full", f"the video cannot be written: {error}") from error
         return name
 
     def update(self, name: str, **values: Any) -> None:

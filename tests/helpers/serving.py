@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import av
+import numpy as np
 import uvicorn.server as uvicorn_server
+from PIL import Image
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from hiar_model.config import ExecutionConfig
+from hiar_model.io.fragments import split_pictures
 from hiar_model.models.video_model import VideoModel
 from hiar_model.serve.app import Service, Settings, address, listen, server
 
@@ -62,6 +69,30 @@ def until(condition: Callable[[], Any], what: str = "it", every: float = 0.005) 
         assert time.monotonic() < end, f"waited for {what} in vain"
         time.sleep(every)
     return value
+
+
+def ask(service: Any, path: str, method: str = "GET", body: Any = None, **headers: str) -> tuple[int, Any, bytes]:
+    """(status, headers, body) of a request to a :class:`Service` of :func:`serving`, or whatever has a ``url``."""
+    data = None if body is None else json.dumps(body).encode() if not isinstance(body, bytes) else body
+    request = urllib.request.Request(service.url + path, data, {"content-type": "application/json"} | headers)
+    request.method = method
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, answer.headers, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read()
+
+
+def pictures(chunks: Sequence[tuple[dict[str, Any], bytes]]) -> np.ndarray:
+    """Frames uint8 [F, H, W, 3] of chunks in WebP, which keeps small frames exactly."""
+    files = [file for _, payload in chunks for file in split_pictures(payload)]
+    return np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
+
+
+def frames_of(mp4: bytes) -> np.ndarray:
+    """Frames uint8 [F, H, W, 3] of a file."""
+    with av.open(io.BytesIO(mp4)) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 
 
 class Viewer:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from processes import Started
 from serving import serving
 from small_toy import write_model
 
@@ -26,3 +29,21 @@ def service(model, tmp_path_factory):
     settings = Settings(limits=Limits(64, keep=20))  # tests leave sessions behind
     with serving(model, tmp_path_factory.mktemp("data"), settings) as running:
         yield running
+
+
+@pytest.fixture
+def started(folder, tmp_path):
+    """Starts the whole command, to be killed; what still runs after the test is killed too."""
+    words = ["serve", "--model", folder, "--port", 0, "--device", "cpu", "--data", tmp_path / "data"]
+    running = []
+
+    def start():
+        running.append(Started(["-m", "hiar_model", *words], cwd=Path(__file__).parents[2]))
+        running[-1].url = next(running[-1].lines()).split()[-1]
+        return running[-1]
+
+    yield start
+    for server in running:
+        if server.poll() is None:
+            server.kill()
+            server.wait()

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
+import sqlite3
 import threading
-import urllib.error
-import urllib.request
-from pathlib import Path
 
-import av
 import numpy as np
 import pytest
-from processes import Started
-from serving import PROMPT, Viewer, serving, until
+from serving import PROMPT, Viewer, ask, frames_of, serving, until
 
 from hiar_model import VideoPipeline
 from hiar_model.config import ExecutionConfig
 from hiar_model.serve.jobs import JobRequest, Jobs
+from hiar_model.serve.protocol import Refusal
 from hiar_model.serve.scheduler import Scheduler
 from hiar_model.serve.store import Store
 
 pytestmark = pytest.mark.cpu
 
 BLUE = "a blue square moving up"
-
-
-def ask(service, path, method="GET", body=None, **headers):
-    """(status, headers, body) of a request."""
-    data = None if body is None else json.dumps(body).encode() if not isinstance(body, bytes) else body
-    request = urllib.request.Request(service.url + path, data, {"content-type": "application/json"} | headers)
-    request.method = method
-    try:
-        with urllib.request.urlopen(request) as answer:
-            return answer.status, answer.headers, answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers, error.read()
 
 
 def finished(service, name):
@@ -47,12 +33,7 @@ def finished(service, name):
     return until(done, "the video", every=0.05)
 
 
-def frames_of(path) -> np.ndarray:
-    with av.open(str(path)) as file:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
-
-
-def test_a_video_is_made_and_deleted(service, model, tmp_path):
+def test_a_video_is_made_and_deleted(service, model):
     status, headers, body = ask(service, "/v1/videos", "POST", {"prompt": PROMPT, "num_frames": 12, "seed": 5})
     about = json.loads(body)
     assert status == 202 and headers["location"] == f"/v1/videos/{about['id']}"
@@ -62,9 +43,8 @@ def test_a_video_is_made_and_deleted(service, model, tmp_path):
     assert (done["frames"], done["seconds"]) == (12, 1.0)
     status, headers, content = ask(service, done["url"])
     assert status == 200 and headers["content-type"] == "video/mp4" and headers["x-content-type-options"] == "nosniff"
-    (tmp_path / "a.mp4").write_bytes(content)
     exact = VideoPipeline(model)(PROMPT, num_frames=12, seed=5).frames.repeat(8, 1).repeat(8, 2)
-    assert np.abs(frames_of(tmp_path / "a.mp4").astype(int) - exact).mean() < 12  # H.264, and enlarged smoothly
+    assert np.abs(frames_of(content).astype(int) - exact).mean() < 12  # H.264, and enlarged smoothly
     assert ask(service, done["url"], range="bytes=4-7")[2] == content[4:8] == b"ftyp"
     record = json.loads(ask(service, f"/v1/videos/{about['id']}/record")[2])
     assert record["prompt"] == PROMPT and record["command"].startswith("hiar generate")
@@ -149,8 +129,6 @@ def test_a_job_goes_on_from_its_checkpoint(model, tmp_path, blocks):
 
 
 def test_a_full_disk_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch):
-    import errno
-
     jobs = new_jobs(tmp_path, model)
     name = jobs.add(JobRequest(PROMPT, num_frames=15), 15)
     jobs.work()
@@ -168,6 +146,29 @@ def test_a_full_disk_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch
     while jobs.waiting():
         jobs.work()
     assert jobs.store.get(name)["status"] == "finished" and jobs.store.get(name)["frames"] == 15
+    jobs.store.close()
+
+
+def test_a_full_disk_beneath_the_list_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch):
+    jobs = new_jobs(tmp_path, model)
+    name = jobs.add(JobRequest(PROMPT, num_frames=6), 6)
+
+    def full(*_, **__):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(jobs.store, "update", full)
+    jobs.work()  # in the thread that makes everybody's blocks
+    assert not jobs.waiting() and jobs.current is None
+    monkeypatch.undo()
+    monkeypatch.setattr(jobs.store, "database", type("Full", (), {"execute": full}))
+    with pytest.raises(Refusal, match="disk is full"):
+        jobs.add(JobRequest(PROMPT, num_frames=6), 6)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "videos").iterdir()] == [name]
+    jobs.retry_at = 0.0
+    while jobs.waiting():
+        jobs.work()
+    assert jobs.store.get(name)["status"] == "finished"
     jobs.store.close()
 
 
@@ -223,36 +224,6 @@ def test_jobs_get_on_while_viewers_watch(model, tmp_path):
         thread.join()
 
 
-@pytest.fixture
-def started(folder, tmp_path):
-    """Starts the whole command; what still runs after the test is killed."""
-    words = [
-        "-m",
-        "hiar_model",
-        "serve",
-        "--model",
-        folder,
-        "--port",
-        "0",
-        "--device",
-        "cpu",
-        "--data",
-        tmp_path / "data",
-    ]
-    running = []
-
-    def start():
-        running.append(Started(words, cwd=Path(__file__).parents[2]))
-        running[-1].url = next(running[-1].lines()).split()[-1]
-        return running[-1]
-
-    yield start
-    for server in running:
-        if server.poll() is None:
-            server.kill()
-            server.wait()
-
-
 def test_kill_9_and_start_again(started, model, tmp_path):
     """Killed in the middle of a video, started again, and ended by SIGTERM."""
     frames = 3 * 30
@@ -264,7 +235,7 @@ def test_kill_9_and_start_again(started, model, tmp_path):
     assert (tmp_path / "data" / "videos" / name / "session.safetensors").exists()
     server = started()
     about = finished(server, name)
-    (tmp_path / "a.mp4").write_bytes(ask(server, about["url"])[2])
+    content = ask(server, about["url"])[2]
     server.kill(signal.SIGTERM)
     ended = server.done()
     assert ended.returncode == 0 and ended.stdout.splitlines()[-1] == "stopped", ended
@@ -273,5 +244,5 @@ def test_kill_9_and_start_again(started, model, tmp_path):
     other = jobs.add(JobRequest(PROMPT, num_frames=frames), frames)
     while jobs.waiting():
         jobs.work()
-    assert np.array_equal(frames_of(tmp_path / "a.mp4"), frames_of(jobs.store.path(other) / "video.mp4"))
+    assert np.array_equal(frames_of(content), frames_of((jobs.store.path(other) / "video.mp4").read_bytes()))
     jobs.store.close()

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import signal
 import sqlite3
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from processes import Started
-from serving import PROMPT, Viewer, serving, until
+from serving import PROMPT, Viewer, ask, frames_of, serving, until
+from serving import pictures as all_pictures
 
 from hiar_model import ExecutionConfig, PromptSchedule, VideoPipeline
-from hiar_model.io.fragments import split_pictures
 from hiar_model.rollout import state_io
 from hiar_model.serve.app import Settings
 from hiar_model.serve.live import LiveVideo
@@ -34,9 +30,8 @@ OFTEN = {"every": 2, "rate": 1e12}  # states
 
 
 def pictures(chunks):
-    """The first frame of each chunk in WebP, which keeps small frames exactly."""
-    files = [next(split_pictures(payload)) for _, payload in chunks]
-    return np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
+    """The first frame of each chunk."""
+    return all_pictures(chunks)[::3]
 
 
 def made(model, blocks, *changes, **options):
@@ -219,6 +214,22 @@ def test_the_last_state_stays_until_the_next_is_written(model, disk, monkeypatch
     blocks(live, 2, disk)
     assert [file.path for file in live.disk.files] == list(live.disk.folder.iterdir())
     assert [file.block for file in live.disk.files] == [4]
+
+
+def test_room_is_made_before_a_state_is_written(model, disk, monkeypatch):
+    """While one is written, there are never more bytes than the limit on the disk."""
+    live = video(model, disk)
+    blocks(live, 2, disk)
+    disk.limit = int(2.5 * disk.total)
+    real, held = state_io.write, []
+
+    def write(path, tensors, metadata):
+        held.append([file.block for file in live.disk.files])  # with the new one
+        real(path, tensors, metadata)
+
+    monkeypatch.setattr(state_io, "write", write)
+    blocks(live, 6, disk)
+    assert [len(files) for files in held] == [2, 2, 2] and [files[-1] for files in held] == [4, 6, 8]
 
 
 def test_a_state_above_the_limit_is_said_once(model, disk, caplog):
@@ -434,35 +445,11 @@ def test_a_record_that_cannot_be_written_is_said_once(model, tmp_path, caplog):
         assert np.array_equal(pictures(viewer.chunks + back.blocks(1)), made(model, len(viewer.chunks) + 1))
 
 
-@pytest.fixture
-def started(folder, tmp_path):
-    """Starts the whole command; what still runs after the test is killed."""
-    words = ["serve", "--model", folder, "--port", 0, "--device", "cpu", "--data", tmp_path / "data"]
-    running = []
-
-    def start():
-        running.append(Started(["-m", "hiar_model", *words], cwd=Path(__file__).parents[2]))
-        running[-1].url = next(running[-1].lines()).split()[-1]
-        return running[-1]
-
-    yield start
-    for server in running:
-        if server.poll() is None:
-            server.kill()
-            server.wait()
-
-
 def test_kill_9_with_two_sessions_and_a_job(started, model, tmp_path):
     """Killed while all three are made, started again: the same pixels as without that."""
 
-    def ask(server, path, body=None):
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(server.url + path, data, {"content-type": "application/json"})
-        with urllib.request.urlopen(request) as answer:
-            return answer.read()
-
     server = started()
-    job = json.loads(ask(server, "/v1/videos", {"prompt": PROMPT, "num_frames": 60, "seed": 5}))["id"]
+    job = json.loads(ask(server, "/v1/videos", "POST", {"prompt": PROMPT, "num_frames": 60, "seed": 5})[2])["id"]
     viewers = [Viewer(server) for _ in range(2)]
     tokens = [viewer.start(seed=seed)["token"] for seed, viewer in enumerate(viewers)]
     for viewer in viewers:
@@ -488,12 +475,8 @@ def test_kill_9_with_two_sessions_and_a_job(started, model, tmp_path):
         assert np.array_equal(pictures(shown), made(model, len(shown), *changes, seed=seed))
     for viewer in back:
         viewer.send("stop")
-    until(lambda: json.loads(ask(server, f"/v1/videos/{job}"))["status"] == "finished", every=0.05)
-    import av
-
-    (tmp_path / "a.mp4").write_bytes(ask(server, f"/v1/videos/{job}/content"))
-    with av.open(str(tmp_path / "a.mp4")) as file:
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+    until(lambda: json.loads(ask(server, f"/v1/videos/{job}")[2])["status"] == "finished", every=0.05)
+    frames = frames_of(ask(server, f"/v1/videos/{job}/content")[2])
     exact = VideoPipeline(model)(PROMPT, num_frames=60, seed=5).frames.repeat(8, 1).repeat(8, 2)
     assert len(frames) == 60 and np.abs(frames.astype(int) - exact).mean() < 12  # H.264, and enlarged smoothly
     server.kill(signal.SIGTERM)

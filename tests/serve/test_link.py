@@ -9,7 +9,7 @@ import pytest
 from relay import Relay
 from serving import Viewer, serving, until
 
-from hiar_model.serve import link
+from hiar_model.serve import connection
 from hiar_model.serve.app import Settings
 from hiar_model.serve.scheduler import Limits
 from hiar_model.serve.session import WINDOW
@@ -23,12 +23,12 @@ NOTICED = 8.0
 @pytest.fixture
 def quick(monkeypatch):
     """A quarter of the real ticks: silence is noticed within half a second."""
-    monkeypatch.setattr(link, "TICK", link.TICK / 4)
+    monkeypatch.setattr(connection, "TICK", connection.TICK / 4)
 
 
 def test_silence_is_noticed_within_two_seconds():
     """Counted in the server's own time, which is what a test can promise on any machine."""
-    assert link.TICK * (link.SILENT_AFTER + 1) < 2
+    assert connection.TICK * (connection.SILENT_AFTER + 1) < 2
 
 
 class FakeLink:
@@ -45,12 +45,12 @@ class FakeLink:
 
 
 def test_silence_is_counted_in_ticks(monkeypatch):
-    monkeypatch.setattr(link, "TICK", 0.001)
+    monkeypatch.setattr(connection, "TICK", 0.001)
     fake, said = FakeLink(), []
 
     async def scene():
         closing = False
-        task = asyncio.create_task(link.watch(fake, said.append, lambda: closing))
+        task = asyncio.create_task(connection.watch(fake, said.append, lambda: closing))
 
         async def reach(condition):
             while not condition():
@@ -78,8 +78,8 @@ def test_silence_is_counted_in_ticks(monkeypatch):
 
 def test_a_client_that_only_listens_is_there(quick, service, monkeypatch):
     """Its library answers for it."""
-    pings, ping = [], link.ClientLink.ping
-    monkeypatch.setattr(link.ClientLink, "ping", lambda self: (pings.append(self), ping(self)))
+    pings, ping = [], connection.ClientLink.ping
+    monkeypatch.setattr(connection.ClientLink, "ping", lambda self: (pings.append(self), ping(self)))
     with Viewer(service) as viewer:
         session = service.scheduler.sessions[viewer.start()["session"]]
         while len(viewer.chunks) < WINDOW:
@@ -90,8 +90,9 @@ def test_a_client_that_only_listens_is_there(quick, service, monkeypatch):
 
 
 def test_a_network_that_breaks_leaves_nothing(quick, model, tmp_path, monkeypatch):
-    ended, lost = [], link.ClientLink.connection_lost
-    monkeypatch.setattr(link.ClientLink, "connection_lost", lambda self, why: (ended.append(self), lost(self, why)))
+    ended, lost = [], connection.ClientLink.connection_lost
+    client = connection.ClientLink
+    monkeypatch.setattr(client, "connection_lost", lambda self, why: (ended.append(self), lost(self, why)))
     with serving(model, tmp_path, Settings(limits=Limits(keep=0))) as service, Relay(service.url) as relay:
         viewer = Viewer(relay)
         viewer.start()

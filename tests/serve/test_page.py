@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import time
 import urllib.request
 from collections.abc import Iterator
 
@@ -13,12 +14,14 @@ import av
 import numpy as np
 import pytest
 import torch
+import wan_files
 from browser import Browser, Page, browser
 from serving import serving
 
 from hiar_model import PromptSchedule, VideoPipeline, load_video_model
 from hiar_model.io.video import upscale
 from hiar_model.serve.app import Service, Settings
+from hiar_model.serve.live import LiveVideo
 from hiar_model.toy.oracle import ToyOracle
 from hiar_model.toy.prompt import COLOURS
 
@@ -306,6 +309,38 @@ def test_a_prompt_that_the_model_cannot_show_is_refused_in_words(page, service):
     page.until("document.querySelector('#problem').textContent.includes('nonsense')")
     block = page.evaluate(BLOCK_SHOWN)
     page.until(f"{BLOCK_SHOWN} > {block}")
+
+
+def test_a_server_that_does_not_keep_up_says_so(page, service, monkeypatch):
+    make = LiveVideo.make
+    monkeypatch.setattr(LiveVideo, "make", lambda video: time.sleep(0.5) or make(video))  # 6 frames a second, not 12
+    start(page, service)
+    pace = r"makes [1-5]\.\d frames a second here and the video has 12"
+    page.until(f"/{pace}/.test(document.querySelector('#pace').textContent)")
+    page.write("#prompt", BLUE)
+    page.click("#change")
+    block, first = promised(page), page.evaluate(BLOCK_SHOWN)
+    assert block > first
+
+
+def test_a_wan_model_offers_sizes_and_lengths(chromium, tmp_path):
+    model = load_video_model(wan_files.write_original(tmp_path / "wan"), "cpu").sized(16, 32)
+    with serving(model, tmp_path / "data") as service:
+        page = chromium.page()
+        page.open(service.url)
+        page.until("!document.querySelector('#size-label').hidden")
+        sizes = page.evaluate("Array.from(document.querySelectorAll('#size option'), (o) => o.textContent)")
+        assert sizes == ["32 × 16", "832 × 480", "480 × 832", "1280 × 720", "720 × 1280"]
+        assert page.evaluate("document.querySelector('#words').hidden")
+        page.write("#frames", "20")
+        assert not page.evaluate("document.querySelector('#form').checkValidity()")
+        page.write("#frames", "21")
+        page.write("#prompt", wan_files.PROMPT)
+        page.click("#start")
+        page.until("document.querySelector('#status').textContent.includes('complete: 21 frames')")
+        assert page.text("#problem") == "" and not page.errors
+        page.click("#stop")
+        page.close()
 
 
 def test_every_control_has_a_name_and_the_words_make_the_prompt(page, service):

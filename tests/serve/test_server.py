@@ -14,11 +14,10 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from serving import PROMPT, Viewer, serving, until
+from serving import PROMPT, Viewer, frames_of, pictures, serving, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from hiar_model import PromptSchedule, VideoPipeline
-from hiar_model.io.fragments import split_pictures
 from hiar_model.serve.app import Settings
 from hiar_model.serve.protocol import FROM_SERVER, parse
 from hiar_model.serve.scheduler import Limits
@@ -27,17 +26,6 @@ from hiar_model.serve.session import WINDOW
 pytestmark = pytest.mark.cpu
 
 BLUE = "a blue square moving up"
-
-
-def pictures(chunks):
-    """Frames uint8 [F, H, W, 3] of chunks in WebP, which keeps small frames exactly."""
-    return np.stack(
-        [
-            np.asarray(Image.open(io.BytesIO(one)).convert("RGB"))
-            for _, payload in chunks
-            for one in split_pictures(payload)
-        ]
-    )
 
 
 def made(model, num_frames, *changes, **options):
@@ -144,8 +132,7 @@ def test_what_was_shown_is_saved(service, model):
         saved = viewer.wait("saved")
     with urllib.request.urlopen(service.url + saved["url"]) as answer:
         content, kind = answer.read(), answer.headers["content-type"]
-    with av.open(io.BytesIO(content)) as file:
-        shown = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+    shown = frames_of(content)
     assert kind == "video/mp4" and len(shown) == saved["frames"] >= 9
     expected = made(model, saved["frames"], (1, BLUE)).repeat(8, 1).repeat(8, 2)
     assert np.abs(shown.astype(int) - expected).mean() < 12  # H.264, and enlarged smoothly

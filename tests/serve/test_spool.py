@@ -41,7 +41,8 @@ def test_a_spool_becomes_an_mp4(tmp_path, fragments):
     assert spool.blocks == 3
     assert spool.write_mp4(tmp_path / "a.mp4", {"prompt": "grey"}) == 9
     numbers = [*range(6), 21, 22, 23]
-    assert decoded(tmp_path / "a.mp4") == [(round(i / 12, 4), n) for i, n in enumerate(numbers)]
+    for file in ("a.mp4", "a.spool"):
+        assert decoded(tmp_path / file) == [(round(i / 12, 4), n) for i, n in enumerate(numbers)]
     assert json.loads((tmp_path / "a.mp4.json").read_text()) == {
         "file": "a.mp4", "frames": 9, "fps": 12.0, "prompt": "grey",
     }  # fmt: skip
@@ -59,6 +60,14 @@ def test_what_a_killed_process_left_counts_for_nothing(tmp_path, fragments):
     assert spool.path.read_bytes() == whole
     with pytest.raises(ValueError, match="holds 2 blocks, not 3"):
         again.truncate(3)
+
+
+def test_a_file_of_other_frames_is_begun_anew(tmp_path, fragments):
+    spool = Spool(tmp_path / "a.spool", fragments)
+    spool.encode(block(0), 0)
+    assert Spool(spool.path, fragments).blocks == 1
+    assert Spool(spool.path, FragmentEncoder(12, 48, 32, least_side=1)).blocks == 0
+    assert Spool(spool.path, fragments).blocks == 0
 
 
 def test_an_empty_spool_is_no_video(tmp_path, fragments):

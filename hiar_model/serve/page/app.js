@@ -28,6 +28,7 @@ let forking = ""; // the prompt of a fork that was asked for
 let wanted = true; // whether the viewer wants it to play
 let tries = 0, retry = null, later = 0; // of the connection: later is what a busy server asked for, ms
 let touched = false; // the viewer holds the slider
+let latest = null; // the figures of the last chunk
 
 const grid = new Grid($("grid"), $("grid-text"), (block) => go(block));
 
@@ -116,10 +117,11 @@ function lost({ code, reason }) {
 }
 
 function start() {
-  const frames = $("frames").value;
+  const frames = $("frames").value, [height, width] = $("size").value ? JSON.parse($("size").value) : [null, null];
   leave();
   wanted = true;
   connect({
+    height, width,
     prompt: $("prompt").value, seed: Number($("seed").value), order: $("order").value || null,
     num_frames: frames ? Number(frames) : null, format,
   });
@@ -135,6 +137,7 @@ function leave() { // the session ends, the frames stay
 }
 
 function forget() { // the session cannot go on
+  if (session !== null && !chunks.length) $("hint").textContent = "Choose a prompt and start.";
   session = null;
   coming = null;
   sessionStorage.removeItem("hiar");
@@ -161,7 +164,8 @@ const listeners = {
   block(message) { announced = message; },
   prompt_scheduled(message) {
     schedule(message, message.prompt);
-    const wait = Math.max(0, (message.frame - player.position) / session.fps);
+    const made = (message.block - (chunks.at(-1)?.block ?? 0)) * (latest?.p50 ?? 0);
+    const wait = Math.max(0, (message.frame - player.position) / session.fps, made);
     say(`${quoted(message.prompt)} shows from block ${message.block}, ${seconds(wait)} from now.`);
   },
   progress(message) { grid.progress(message); },
@@ -236,7 +240,9 @@ function took(data) { // the bytes of the chunk that was announced
 function fresh(message) { // another video
   player?.close();
   chunks = [];
+  latest = null;
   acked = whole = -1;
+  $("hint").textContent = "The first block is being made.";
   prompts = message.resumed ? [] : [{ block: 0, index: 0, text: message.prompt }];
   const moving = message.mime !== null;
   $("video").hidden = !moving;
@@ -280,6 +286,10 @@ function acknowledge() {
 }
 
 function figures(stats) {
+  latest = stats;
+  const able = stats.p50 ? session.frames_per_block / stats.p50 : Infinity; // frames a second
+  $("pace").textContent = able > 0.95 * session.fps ? ""
+    : `The server makes ${able.toFixed(able < 1 ? 2 : 1)} frames a second here and the video has ${session.fps}: the picture waits for each block.`;
   const values = {
     fps: `${stats.fps.toFixed(1)} fps`, first: seconds(stats.first_chunk_s), misses: stats.misses,
     p50: stats.p50 === null ? "–" : seconds(stats.p50), p99: stats.p99 === null ? "–" : seconds(stats.p99),
@@ -367,6 +377,9 @@ async function begin() {
   $("model").textContent = info.model ?? "";
   $("prompt").value = info.example ?? "";
   for (const order of info.orders ?? []) $("order").append(new Option(order, order));
+  for (const size of info.sizes ?? []) $("size").append(new Option(`${size[1]} × ${size[0]}`, JSON.stringify(size)));
+  $("size-label").hidden = (info.sizes ?? []).length < 2;
+  [$("frames").min, $("frames").step] = [info.first_frames ?? 1, info.block_frames ?? 1];
   buildWords();
   enable();
   setInterval(show, 100);
