@@ -75,13 +75,15 @@ class DriftRun:
         return folder / f"{self.model}-{self.order}-{self.variant}-seed{self.seed}.json"
 
 
+EVERY = ("bfloat16", "all", "attention", "linear")
 PLAN = (
-    ("scenes", "stream", ("bfloat16", "all", "attention", "linear")),
-    ("scenes", "block_first", ("bfloat16", "all")),
-    ("toy", "stream", ("bfloat16", "all")),
-    ("scenes", "shared_kv", ("bfloat16", "all")),
-    ("scenes", "block_first", ("attention", "linear")),
-    ("scenes", "stream", ("keys_linear", "keys", "float32", "linear_inner")),
+    ("scenes", "stream", EVERY),
+    ("scenes", "block_first", EVERY),
+    ("toy", "stream", EVERY),
+    ("scenes", "shared_kv", EVERY),
+    ("toy", "block_first", EVERY),
+    ("toy", "shared_kv", EVERY),
+    ("scenes", "stream", ("keys_linear", "keys")),
 )
 """(model, order, variants), the most telling first."""
 
