@@ -82,7 +82,7 @@ def load_model(a: Namespace, **options: Any) -> VideoModel:
         if a.threads < 1:
             raise ValueError(f"threads must be at least 1, got {a.threads}")
         torch.set_num_threads(a.threads)
-    model = load_video_model(a.model, a.device, a.dtype, **options)
+    model = load_video_model(a.model, a.device, a.dtype, linear_dtype=a.get("linear_dtype"), **options)
     if a.threads is None and (model.device.type != "cpu" or is_small(model.transformer)):
         torch.set_num_threads(1)
     return model

@@ -9,7 +9,15 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from .machine import imports, kv_argument, load_model, lora_argument, machine_arguments, stage_lines
+from .machine import (
+    imports,
+    kv_argument,
+    linear_argument,
+    load_model,
+    lora_argument,
+    machine_arguments,
+    stage_lines,
+)
 
 DATA = "hiar-data"
 STATE_DISK = 4.0  # GB
@@ -44,6 +52,7 @@ def serve_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--state-disk", type=float, help=STATE_HELP)
     parser.add_argument("--log-prompts", action="store_true", help="write prompts to the log, too")
     kv_argument(parser)
+    linear_argument(parser)
     parser.add_argument("--cuda-graph", type=bool, default=False, help="capture forwards as CUDA graphs")
     machine_arguments(parser)
 
@@ -83,7 +92,9 @@ def serve(a: Namespace) -> None:
     listening = listen(a.host, a.port)  # before the model is loaded, which takes a while
     options: dict[str, Any] = {"checkpoint": a.checkpoint, "vae": a.vae, "lora": a.lora, "on_stage": stage_lines()}
     model = load_model(a, **options)
-    execution = ExecutionConfig(kv_dtype=a.kv_dtype, attention_dtype=a.attention_dtype, cuda_graph=a.cuda_graph)
+    execution = ExecutionConfig(
+        kv_dtype=a.kv_dtype, attention_dtype=a.attention_dtype, linear_dtype=a.linear_dtype, cuda_graph=a.cuda_graph
+    )  # fmt: skip
     service = Service(model, execution, Path(a.data or DATA), settings)
     service.start()
     print(f"{model.name} is served at {address(listening)}", flush=True)

@@ -10,7 +10,10 @@ exact.
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeGuard
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,9 +23,15 @@ from torch import Tensor, nn
 from hiar_kernels import quantize_rows
 from hiar_kernels.common.float8 import E4M3
 
+from ..config import WanConfig
+from ..io.packed import CHUNK
+from .threads import SMALL
 from .transformer import Float8Input, HiARTransformer
 
+Network = TypeVar("Network", bound=nn.Module)
 LINEAR_DTYPE = "float8_e4m3fn"
+_LAYER = re.compile(r"(^|\.)(self_attn|ffn)\.\w+$")
+_WEIGHT = re.compile(r"blocks\.\d+\.(self_attn\.[qkvo]|ffn\.[02])\.weight")
 
 
 class Float8Linear(nn.Module):
@@ -32,21 +41,23 @@ class Float8Linear(nn.Module):
         linear: the layer whose weights are quantised; it stays as it is, the bias is shared.
 
     Attributes:
-        weight: e4m3 [out, in]. weight_scale: float32 [out]. bias: [out], in the dtype of the results.
+        weight: e4m3 [out, in]. weight_scale: float32 [out]. Both keep their dtypes whatever the model is cast to.
+        bias: [out], in the dtype of the results.
     """
 
     float8 = True  # what the transformer looks for
     weight: Tensor
     weight_scale: Tensor
+    _wide: Tensor | None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = quantize_rows(linear.weight.detach())
+        weight, scale = quantize_weight(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
+        self.register_buffer("_wide", None, persistent=False)
         self.bias = linear.bias
-        self._wide: Tensor | None = None
         if (
             "low_rank" in linear._modules
         ):  # a LoRA branch: a hook that takes the input in full, with a scale that it follows
@@ -63,15 +74,42 @@ class Float8Linear(nn.Module):
                 out_dtype=self.bias.dtype, use_fast_accum=False,
             )  # fmt: skip
         else:
-            if self._wide is None:
-                self._wide = self.weight.float()
-            product = F.linear(widened(flat, torch.float32), self._wide)
+            product = F.linear(widened(flat, torch.float32), self.wide_weight())
             y = torch.addcmul(self.bias.float(), product * row_scale, self.weight_scale)
             y = y.to(self.bias.dtype)
         return y.unflatten(0, values.shape[:-1])
 
+    def wide_weight(self) -> Tensor:
+        """The weights in float32, which a CPU multiplies; a small layer keeps them."""
+        if self._wide is not None:
+            return self._wide
+        wide = widened(self.weight, torch.float32)
+        if self.weight.numel() <= SMALL:
+            self._wide = wide
+        return wide
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Float8Linear:
+        """Follow the model to another device, not to another dtype."""
+        weight, scale = self.weight, self.weight_scale
+        super()._apply(fn, recurse)
+        self.weight, self.weight_scale = weight.to(self.weight.device), scale.to(self.weight_scale.device)
+        self._wide = None
+        return self
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`hiar_kernels.quantize_rows` of a matrix [out, in], a few rows at a time: it works in float32."""
+    rows, columns = weight.shape
+    values = torch.empty(rows, columns, dtype=E4M3, device=weight.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=weight.device)
+    step = max(1, CHUNK // columns)
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        values[part], scales[part] = quantize_rows(weight[part])
+    return values, scales
 
 
 _twins: WeakKeyDictionary[HiARTransformer, tuple[Any, HiARTransformer]] = WeakKeyDictionary()
@@ -96,8 +134,11 @@ def quantized(model: HiARTransformer) -> HiARTransformer:
         Float8Linear(in_features=32, out_features=64)
     """
     if is_quantized(model):
+        for name, module in model.named_modules():
+            if isinstance(module, Float8Linear):
+                _check(name, module)
         return model
-    layers = {name: module for name, module in model.named_modules() if _takes_8_bits(module, name)}
+    layers = dict(large_layers(model))
     state = tuple((id(layer.weight), layer.weight._version) for layer in layers.values())
     if model in _twins and _twins[model][0] == state:
         return _twins[model][1]
@@ -110,36 +151,65 @@ def quantized(model: HiARTransformer) -> HiARTransformer:
     return twin
 
 
-def float8_bytes(model: HiARTransformer, wide: bool) -> int:
-    """Bytes of :func:`quantized`'s layers beside the model's: weights and scales. ``wide``: on a CPU also the weights
-    in float32, which it multiplies.
+def quantize_layers(model: Network, device: torch.device | None = None) -> Network:
+    """Quantise the large linear layers of a model or a block itself, one by one: of each, only the 8 bits stay.
+
+    Args:
+        device: where a model on the meta device will run.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: as :func:`quantized`, before anything is changed.
     """
-    layers = [module for name, module in model.named_modules() if _takes_8_bits(module, name)]
-    of_weight = E4M3.itemsize + (torch.float32.itemsize if wide else 0)
-    numbers = sum(layer.weight.numel() for layer in layers)
-    return numbers * of_weight + sum(len(layer.weight) for layer in layers) * torch.float32.itemsize
+    layers = dict(large_layers(model))
+    for name, layer in layers.items():
+        _check(name, layer, device)
+    for name in list(layers):
+        model.set_submodule(name, Float8Linear(layers.pop(name)))
+    return model
 
 
-def _takes_8_bits(module: nn.Module, name: str) -> TypeGuard[nn.Linear]:
-    return isinstance(module, nn.Linear) and name.startswith("blocks.") and (".self_attn." in name or ".ffn." in name)
+def large_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Name and layer of each linear layer that is quantised, those not in 8 bits yet."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and _LAYER.search(name):
+            yield name, module
 
 
-def _check(name: str, layer: nn.Linear) -> None:
+def in_8_bits(key: str) -> bool:
+    """Whether a native key of a transformer, q, k and v apart, is the weight of a layer that is quantised."""
+    return _WEIGHT.fullmatch(key) is not None
+
+
+def float8_bytes(config: WanConfig, on_cpu: bool) -> tuple[int, int]:
+    """Bytes of the large linear layers of a transformer in 8 bits: weights, scales, and on a CPU what small layers keep
+    in float32; and the count of their weights.
+    """
+    with torch.device("meta"):
+        layers = [layer for _, layer in large_layers(HiARTransformer(replace(config, num_layers=1)))]
+    sizes = [layer.weight.numel() for layer in layers]
+    wide = sum(size for size in sizes if size <= SMALL) if on_cpu else 0
+    scales = sum(layer.out_features for layer in layers)
+    nbytes = sum(sizes) * E4M3.itemsize + (wide + scales) * torch.float32.itemsize
+    return config.num_layers * nbytes, config.num_layers * sum(sizes)
+
+
+def _check(name: str, layer: nn.Linear | Float8Linear, device: torch.device | None = None) -> None:
     """Raise ValueError if the layer cannot be quantised, or CUDA's product cannot take it."""
+    device = device or layer.weight.device
     if hasattr(layer.weight, "rewritten"):
-        raise ValueError(
-            f"linear_dtype {LINEAR_DTYPE} cannot follow an adapter that changes all of {name}.weight: merge it "
-            "into the weights (hiar convert --lora)"
-        )
-    if not layer.weight.is_cuda:
+        raise ValueError(cannot_follow(name))
+    if device.type != "cuda":
         return
-    if layer.weight.dtype != torch.bfloat16:
+    if layer.bias.dtype != torch.bfloat16:
         raise ValueError(
-            f"linear_dtype {LINEAR_DTYPE} needs bfloat16 weights on CUDA, got {layer.weight.dtype}: pass dtype bfloat16"
+            f"linear_dtype {LINEAR_DTYPE} needs bfloat16 weights on CUDA, got {layer.bias.dtype}: pass dtype bfloat16"
         )
-    if torch.cuda.get_device_capability(layer.weight.device) < (8, 9):
-        device = torch.cuda.get_device_name(layer.weight.device)
-        raise ValueError(f"linear_dtype {LINEAR_DTYPE} needs a GPU of compute capability 8.9 or newer, got {device}")
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        gpu = torch.cuda.get_device_name(device)
+        raise ValueError(f"linear_dtype {LINEAR_DTYPE} needs a GPU of compute capability 8.9 or newer, got {gpu}")
     if layer.in_features % 16 or layer.out_features % 16:
         raise ValueError(
             f"linear_dtype {LINEAR_DTYPE} needs layers of multiples of 16, {name} has {layer.in_features} to "
@@ -147,9 +217,21 @@ def _check(name: str, layer: nn.Linear) -> None:
         )
 
 
+def cannot_follow(name: str) -> str:
+    """The error of an adapter that changes all of a layer in 8 bits."""
+    return (
+        f"linear_dtype {LINEAR_DTYPE} cannot follow an adapter that changes all of {name}.weight: merge it into the "
+        "weights (hiar convert --lora)"
+    )
+
+
 def widened(values: Tensor, dtype: torch.dtype) -> Tensor:
     """values e4m3 in a wider dtype: exact. On a CPU from a table of all 256, five times as fast as torch's cast."""
     if values.device.type != "cpu":
         return values.to(dtype)
-    index = values.view(torch.uint8).flatten().int()
-    return torch.arange(256, dtype=torch.uint8).view(E4M3).to(dtype).index_select(0, index).view(values.shape)
+    table = torch.arange(256, dtype=torch.uint8).view(E4M3).to(dtype)
+    index, result = values.view(torch.uint8).flatten(), torch.empty(values.numel(), dtype=dtype)
+    for first in range(0, len(index), CHUNK):  # indices take four bytes each
+        part = slice(first, first + CHUNK)
+        torch.index_select(table, 0, index[part].int(), out=result[part])
+    return result.view(values.shape)

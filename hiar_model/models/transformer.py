@@ -78,17 +78,20 @@ class SelfAttentionLayer(nn.Module):
         self.register_state_dict_post_hook(_split_qkv)
 
 
+_KINDS = "weight", "bias", "weight_scale"  # the last of a layer in 8 bits
+
+
 def _fuse_qkv(state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for kind in ("weight", "bias"):
+    for kind in _KINDS:
         keys = [f"{prefix}{part}.{kind}" for part in "qkv"]
         if all(key in state for key in keys):
             state[f"{prefix}qkv.{kind}"] = torch.cat([state.pop(key) for key in keys])
 
 
 def _split_qkv(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for kind in ("weight", "bias"):
-        for part, value in zip("qkv", state.pop(f"{prefix}qkv.{kind}").chunk(3), strict=True):
-            state[f"{prefix}{part}.{kind}"] = value
+    for kind in _KINDS:
+        if (fused := state.pop(f"{prefix}qkv.{kind}", None)) is not None:
+            state |= {f"{prefix}{part}.{kind}": value for part, value in zip("qkv", fused.chunk(3), strict=True)}
 
 
 class CrossAttention(nn.Module):
@@ -283,6 +286,9 @@ class HiARTransformer(nn.Module):
     State-dict keys are the published ones (``blocks.0.self_attn.q.weight``, ...); :func:`hiar_model.load_transformer`
     reads weights. Architecture: Wan Team 2025, arXiv:2503.20314.
 
+    Args:
+        each_block: what becomes of each block once it is made, before the next one is made.
+
     >>> config = WanConfig(dim=24, ffn_dim=48, num_layers=1, num_heads=2, in_channels=4, out_channels=4, text_dim=8)
     >>> model = HiARTransformer(config)
     >>> latents, prompt_embeds = torch.randn(1, 3, 4, 4, 6), torch.randn(1, 5, 8)
@@ -290,7 +296,7 @@ class HiARTransformer(nn.Module):
     torch.Size([1, 3, 4, 4, 6])
     """
 
-    def __init__(self, config: WanConfig) -> None:
+    def __init__(self, config: WanConfig, each_block: Callable[[Block], Block] = lambda block: block) -> None:
         super().__init__()
         self.config = config
         dim = config.dim
@@ -301,7 +307,7 @@ class HiARTransformer(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(each_block(Block(config)) for _ in range(config.num_layers))
         self.head = Head(config)
 
     def forward(

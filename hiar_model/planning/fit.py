@@ -61,6 +61,8 @@ class Subject:
     vae             diffusers' config, or :func:`.small_vae.vae_settings`; None: on the CPU, or missing
     missing         names of missing components
     quantised       whether the transformer's weights are dequantised when they are loaded
+    stored          of how many matrices of its large linear layers 8-bit layers take the bits of the file, and of how
+                    many there are
     """
 
     name: str
@@ -75,6 +77,7 @@ class Subject:
     vae: dict[str, Any] | None = None
     missing: tuple[str, ...] = ()
     quantised: bool = False
+    stored: tuple[int, int] = (0, 0)
 
 
 def with_vae(about: Subject, path: str | os.PathLike[str]) -> Subject:
@@ -140,7 +143,7 @@ def _on_disk(path: Path) -> Subject:
     return Subject(
         str(checkpoint), checkpoint.config, checkpoint.window.apply(_ROLLOUT), size=grid_size(checkpoint.config),
         text_encoder=text_encoder, vae=vae, missing=tuple(missing),
-        quantised=checkpoint.quantised is not None,
+        quantised=checkpoint.quantised is not None, stored=checkpoint.stored,
     )  # fmt: skip
 
 
@@ -264,6 +267,8 @@ def _dtype(option: str, name: str) -> torch.dtype:
 
 # The search for options that fit.
 
+_DTYPES_OF_REQUEST = ("kv_dtype", "linear_dtype")
+
 
 @dataclass(frozen=True)
 class Change:
@@ -271,7 +276,7 @@ class Change:
 
     cost: int = 0
     options: tuple[str, ...] = ()
-    fields: dict[str, Any] = field(default_factory=dict)  # of RolloutConfig, or kv_dtype
+    fields: dict[str, Any] = field(default_factory=dict)  # of RolloutConfig, or kv_dtype, linear_dtype
     offload: tuple[str, ...] = ()
 
     def __add__(self, other: Change) -> Change:
@@ -281,8 +286,7 @@ class Change:
     def apply(self, query: FitQuery) -> FitQuery:
         """The query with these options."""
         request, fields = query.request, dict(self.fields)
-        if "kv_dtype" in fields:
-            request = replace(request, kv_dtype=fields.pop("kv_dtype"))
+        request = replace(request, **{name: fields.pop(name) for name in _DTYPES_OF_REQUEST if name in fields})
         request = replace(request, rollout=replace(request.rollout, **fields))
         return replace(query, request=request, offload=query.offload + self.offload)
 
@@ -293,8 +297,8 @@ class Change:
 
 def changes(query: FitQuery) -> list[list[Change]]:
     """Lists of alternatives, to combine one of each: first those that keep the video unchanged (offload the text
-    encoder; order step_first, which finishes all blocks at the end; decode on the CPU), then e4m3 KV, whose error is
-    measured in docs/howto/quantise.md, and last narrower windows.
+    encoder; order step_first, which finishes all blocks at the end; decode on the CPU), then e4m3 KV and e4m3 linear
+    layers, whose errors are measured in docs/howto/run_in_8_bits.md, and last narrower windows.
     """
     r, rollout, none = query.request, query.request.rollout, Change()
     alternatives: list[list[Change]] = []
@@ -306,10 +310,12 @@ def changes(query: FitQuery) -> list[list[Change]]:
         alternatives.append([none, Change(4, ("--offload",), {}, ("vae",))])
     if r.kv_dtype is None:
         alternatives.append([none, Change(8, ("--kv-dtype float8_e4m3fn",), {"kv_dtype": E4M3})])
+    if r.linear_dtype is None and (r.device == "cpu" or r.dtype == torch.bfloat16):
+        alternatives.append([none, Change(16, ("--linear-dtype float8_e4m3fn",), {"linear_dtype": E4M3})])
     if not isinstance(window := rollout.window_frames, tuple):
         widest = min(window or r.num_frames or 0, r.num_frames or window or 0)
         narrow = [n for n in (12, 9, 6) if rollout.least_window <= n < widest]
-        alternatives.append([none, *(Change(16 << i, (f"--window-frames {n}",), {"window_frames": n})
+        alternatives.append([none, *(Change(32 << i, (f"--window-frames {n}",), {"window_frames": n})
                               for i, n in enumerate(narrow))])  # fmt: skip
     return alternatives
 
@@ -365,10 +371,16 @@ def lines(query: FitQuery, limits: Sequence[int] = ()) -> Iterator[str]:
 
 def _rows(query: FitQuery, memory: Memory) -> Iterator[tuple[str, int, str]]:
     r = query.request
-    beside = "" if r.linear_dtype is None else ", those of linear layers in 8 bits beside the full ones"
-    yield "transformer", memory.transformer, "weights" + (", dequantised" if query.subject.quantised else "") + beside
+    stored, large = query.subject.stored
+    weights = "weights" + (", dequantised" if query.subject.quantised else "")
+    loading = "temporary: q, k and v of a block apart, and what is being dequantised"
+    if r.linear_dtype is not None:
+        weights = f"weights, those of large linear layers in {_name(r.linear_dtype)}"
+        weights += f": {stored} of {large} matrices as they are in the file" if stored else ""
+        loading = "temporary: a matrix in full, and q, k and v of a block apart"
+    yield "transformer", memory.transformer, weights
     if memory.loading:
-        yield "loading it", memory.loading, "temporary: q, k and v of a block apart, and what is being dequantised"
+        yield "loading it", memory.loading, loading
     if query.subject.text_encoder:
         note = "weights; offloaded after the prompt is encoded" if "text" in query.offload else "weights"
         yield "text encoder", memory.text_encoder.weights, note

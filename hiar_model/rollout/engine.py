@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any, NamedTuple, cast
@@ -19,7 +20,7 @@ from ..config import ExecutionConfig, RolloutConfig
 from ..distributed.mesh import axis_size
 from ..distributed.pipeline import Pipeline
 from ..distributed.ulysses import HeadRanks, UlyssesAttention
-from ..models.fp8_linear import quantized
+from ..models.fp8_linear import LINEAR_DTYPE, is_quantized, quantized
 from ..models.kv_cache import CachedAttention, RingCache
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import Group, Plan, forwards
@@ -103,6 +104,8 @@ class Rollout:
     ) -> None:
         execution = execution or ExecutionConfig()
         models, network = _networks(model, len(config.steps))
+        if is_quantized(network):
+            execution = replace(execution, linear_dtype=LINEAR_DTYPE)  # as the model was loaded
         if execution.linear_dtype is not None:
             models = [None if one is None else quantized(one) for one in models]
         weight, wan = network.patch_embedding.weight, network.config
