@@ -2,9 +2,9 @@
 
 Of each block the projections of self-attention and the feed-forward; those of cross-attention, the embeddings and the
 head stay as they are. The norms and the GELU before a layer write 8 bits directly
-(:func:`hiar_kernels.ada_layer_norm_fp8`, :func:`hiar_kernels.quantize_rows`). On CUDA the product is torch's scaled
-matrix product on the tensor cores; elsewhere the same arithmetic in float32, where products of two 8-bit numbers are
-exact.
+(:func:`hiar_kernels.ada_layer_norm_quantized`, :func:`hiar_kernels.quantize_rows`). On CUDA the product is torch's
+scaled matrix product on the tensor cores; elsewhere the same arithmetic in float32, where products of two 8-bit numbers
+are exact.
 """
 
 from __future__ import annotations

@@ -18,11 +18,11 @@ from hiar_kernels import (
     BlockCausal,
     KVContext,
     ada_layer_norm,
-    ada_layer_norm_fp8,
+    ada_layer_norm_quantized,
     attention,
     attention_layout,
     gated_residual_ada_layer_norm,
-    gated_residual_ada_layer_norm_fp8,
+    gated_residual_ada_layer_norm_quantized,
     gated_residual_layer_norm,
     qk_norm_rope,
     quantize_rows,
@@ -139,8 +139,8 @@ def add_residual_and_norm(
     """x plus the deferred residual, and the modulated norm of the sum: a tensor, or ``float8``: :data:`Float8Input`."""
     if float8:
         if residual is None:
-            return x, ada_layer_norm_fp8(x, shift, scale, eps=eps)
-        x, *normed = gated_residual_ada_layer_norm_fp8(x, residual.y, residual.gate, shift, scale, eps=eps)
+            return x, ada_layer_norm_quantized(x, shift, scale, eps=eps)
+        x, *normed = gated_residual_ada_layer_norm_quantized(x, residual.y, residual.gate, shift, scale, eps=eps)
         return x, tuple(normed)
     if residual is None:
         return x, ada_layer_norm(x, shift, scale, eps=eps)

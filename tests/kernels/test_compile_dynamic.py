@@ -126,11 +126,11 @@ OPS: dict[str, tuple[Callable, Callable[[int], list]]] = {
     "gated_residual_layer_norm": (
         hk.gated_residual_layer_norm, lambda n: [randn(2, 2 * n, 8)] * 2 + [randn(1, n, 8), randn(8), randn(8)],
     ),
-    "ada_layer_norm_fp8": (
-        hk.ada_layer_norm_fp8, lambda n: [randn(2, 2 * n, 8), randn(2, n, 8), randn(2, n, 8)],
+    "ada_layer_norm_quantized": (
+        hk.ada_layer_norm_quantized, lambda n: [randn(2, 2 * n, 8), randn(2, n, 8), randn(2, n, 8)],
     ),
-    "gated_residual_ada_layer_norm_fp8": (
-        hk.gated_residual_ada_layer_norm_fp8, lambda n: [randn(2, 2 * n, 8)] * 2 + [randn(1, n, 8)] * 3,
+    "gated_residual_ada_layer_norm_quantized": (
+        hk.gated_residual_ada_layer_norm_quantized, lambda n: [randn(2, 2 * n, 8)] * 2 + [randn(1, n, 8)] * 3,
     ),
     "quantize_rows": (hk.quantize_rows, lambda n: [randn(2, n, 8)]),
     "flow_step": (

@@ -62,8 +62,8 @@ CALLS: dict[str, Callable[[str], object]] = {
         *[torch.ones(1, 1, 2)] * 3, *[torch.ones(2)] * 2, impl=impl
     ),
     "rms_norm": lambda impl: hk.rms_norm(torch.ones(1, 1, 2), torch.ones(2), impl=impl),
-    "ada_layer_norm_fp8": lambda impl: hk.ada_layer_norm_fp8(*[torch.ones(1, 1, 2)] * 3, impl=impl),
-    "gated_residual_ada_layer_norm_fp8": lambda impl: hk.gated_residual_ada_layer_norm_fp8(
+    "ada_layer_norm_quantized": lambda impl: hk.ada_layer_norm_quantized(*[torch.ones(1, 1, 2)] * 3, impl=impl),
+    "gated_residual_ada_layer_norm_quantized": lambda impl: hk.gated_residual_ada_layer_norm_quantized(
         *[torch.ones(1, 1, 2)] * 5, impl=impl
     ),
     "quantize_rows": lambda impl: hk.quantize_rows(torch.ones(1, 2), impl=impl),

@@ -143,8 +143,8 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "rms_silu_pad of channels last": (channels_last(normal(2, 6, 3, 2, 4)), normal(6), normal(2, 6, 1, 2, 4), 1e-12),
     "quantize_rows": (normal(2, 6, 8, grad=False), None),
     "quantize_rows of a GELU": (turned(normal(2, 6, 8)).detach(), "gelu_tanh"),
-    "ada_layer_norm_fp8": (normal(2, 6, 8, grad=False), *[normal(2, 3, 8, grad=False)] * 2, 1e-6),
-    "gated_residual_ada_layer_norm_fp8": (
+    "ada_layer_norm_quantized": (normal(2, 6, 8, grad=False), *[normal(2, 3, 8, grad=False)] * 2, 1e-6),
+    "gated_residual_ada_layer_norm_quantized": (
         *[normal(2, 6, 8, grad=False)] * 2, *[normal(2, 3, 8, grad=False)] * 3, 1e-6,
     ),
 }  # fmt: skip
@@ -159,8 +159,8 @@ NO_GRADIENT = (
     "append_fp8",
     "attention_fp8",
     "quantize_rows",
-    "ada_layer_norm_fp8",
-    "gated_residual_ada_layer_norm_fp8",
+    "ada_layer_norm_quantized",
+    "gated_residual_ada_layer_norm_quantized",
 )
 
 

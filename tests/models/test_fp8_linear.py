@@ -80,7 +80,10 @@ def test_norms_and_gelu_write_8_bits_directly():
         twin(latents, torch.tensor([500.0]), prompt)
     names = [name for name, _ in calls]
     layers = len(model.blocks)
-    assert names.count("ada_layer_norm_fp8") == 1 and names.count("gated_residual_ada_layer_norm_fp8") == 2 * layers - 1
+    assert (
+        names.count("ada_layer_norm_quantized") == 1
+        and names.count("gated_residual_ada_layer_norm_quantized") == 2 * layers - 1
+    )
     assert names.count("quantize_rows") == 2 * layers  # attention's output, and the hidden layer
 
 
