@@ -35,6 +35,7 @@ KERNELS = {
     "ring_advance": "ring_advance",
     "rms_silu_pad": "rms_silu_pad",
     "quantize_rows": "quantize_rows",
+    "int8_linear": "int8_linear",
 }
 """Folder of hiar_kernels -> its public functions, shown below its README."""
 

@@ -21,6 +21,7 @@ from .common.dispatch import prefer, taken
 from .common.float8 import pack_values, unpack_values
 from .common.version import __version__ as __version__
 from .flow_step import flow_step
+from .int8_linear import int8_linear
 from .merge_attention import merge_attention
 from .norm import (
     ada_layer_norm,
@@ -57,6 +58,7 @@ __all__ = [
     "gated_residual_ada_layer_norm",
     "gated_residual_ada_layer_norm_quantized",
     "gated_residual_layer_norm",
+    "int8_linear",
     "layer_norm",
     "layers",
     "merge_attention",

@@ -15,6 +15,7 @@ from .attention_fp8 import api as attention_fp8
 from .common import cuda_loader
 from .common.pointwise import WHY as POINTWISE
 from .flow_step import api as flow_step
+from .int8_linear import api as int8_linear
 from .merge_attention import api as merge_attention
 from .norm import api as norm
 from .norm.inputs import ARGUMENTS as NORMS
@@ -58,6 +59,11 @@ _OPS = {
     ),
     **dict.fromkeys((*NORMS, *QUANTIZED), (norm.IMPLS, "reference", POINTWISE)),
     "quantize_rows": (quantize_rows.IMPLS, "reference", POINTWISE),
+    "int8_linear": (
+        int8_linear.IMPLS,
+        "reference",
+        "triton, which was never timed, on CUDA where it is installed; reference elsewhere",
+    ),
     "flow_step": (flow_step.IMPLS, "reference", POINTWISE),
     "rms_silu_pad": (rms_silu_pad.IMPLS, "reference", POINTWISE),
 }

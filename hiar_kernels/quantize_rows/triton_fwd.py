@@ -12,12 +12,9 @@ from torch import Tensor
 
 from ..common.aot import Case
 from ..common.float8 import ROW_DTYPES
-from ..common.shapes import CHANNELS
+from ..common.shapes import CHANNELS, FEED_FORWARD
 from ..common.triton_float8 import HARDWARE_FROM, empty_rows, quantize_tile, stored_type
 from ..common.triton_loader import architecture, register
-
-FEED_FORWARD = {1536: 8960, 5120: 13824}
-"""Channels of the hidden layer of Wan's feed-forward by those of the model."""
 
 
 @triton.jit
