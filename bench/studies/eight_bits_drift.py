@@ -32,7 +32,7 @@ from bench.studies.eight_bits import E4M3, latents
 from bench.studies.eight_bits_table import RESULTS, table
 from hiar_model import ExecutionConfig, HiARTransformer
 from hiar_model.io.atomic import atomic_write
-from hiar_model.models.fp8_linear import quantized
+from hiar_model.models.quantized_linear import quantized
 from hiar_model.models.registry import VideoModel, load_video_model
 from hiar_model.toy.oracle import ToyOracle
 from hiar_model.toy.prompt import ToyPrompt, split_prompts

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..common.checks import DTYPE_NAMES, one_of, whole
 from ..common.settings import own_settings
 from ..config import SHIPPED, WAN, ExecutionConfig, RolloutConfig, WanConfig
-from ..models.fp8_linear import quantize_layers
+from ..models.quantized_linear import quantize_layers
 from ..models.threads import cpu_threads, fitting_threads
 from ..models.transformer import HiARTransformer
 from ..rollout import Rollout
@@ -218,7 +219,9 @@ def _random(setting: Setting, device: torch.device, dtype: torch.dtype | None) -
     try:
         with device:
             torch.manual_seed(0)
-            each = {} if execution.linear_dtype is None else {"each_block": quantize_layers}
+            each = {}
+            if execution.linear_dtype is not None:
+                each["each_block"] = partial(quantize_layers, dtype=getattr(torch, execution.linear_dtype))
             network = HiARTransformer(config, **each).eval().requires_grad_(False)
             prompt_embeds = torch.randn(1, config.text_len, config.text_dim)
     finally:

@@ -55,7 +55,8 @@ def kv_argument(parser: ArgumentParser) -> None:
 
 
 def linear_argument(parser: ArgumentParser) -> None:
-    parser.add_argument("--linear-dtype", type=str, help="of the large linear layers: float8_e4m3fn; default: dtype")
+    text = "of the large linear layers: int8 or float8_e4m3fn; default: dtype"
+    parser.add_argument("--linear-dtype", type=str, help=text)
 
 
 def unchanged(value: Any) -> Any:

@@ -73,13 +73,12 @@ class Scaled(Packed):
         """Bytes in the file, with scales."""
         return self.values.nbytes + self.scale.nbytes
 
-    @property
-    def e4m3_by_rows(self) -> tuple[Tensor, Tensor] | None:
-        """The stored numbers, e4m3 [out, in], and a scale for each row, float32 [out]; None: other numbers, or scales
-        of smaller blocks.
+    def by_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """The stored numbers, of that dtype, [out, in], and a scale for each row, float32 [out]; None: other numbers,
+        or scales of smaller blocks.
         """
         rows = self.shape[0] if len(self.shape) == 2 else 0
-        if self.values.dtype != torch.float8_e4m3fn or tuple(self.scale.shape) not in ((1, 1), (rows, 1)):
+        if self.values.dtype != dtype or tuple(self.scale.shape) not in ((1, 1), (rows, 1)):
             return None
         return self.values, self.scale.float().flatten().expand(rows).contiguous()
 

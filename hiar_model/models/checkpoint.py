@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..common.lora_file import LoraLike, lora_files
 from ..common.settings import own_settings
 from ..config import SHIPPED, ExecutionConfig, WanConfig
+from ..config.execution import LINEAR_DTYPES
 from ..config.rollout import UNKNOWN_WINDOW, TrainedWindow
 from ..io.atomic import atomic
 from ..io.files import check_output, save_tensors
@@ -36,9 +37,9 @@ from ..io.weight_files import (
 )
 from . import key_mapping
 from .foreign import foreign
-from .fp8_linear import in_8_bits, quantize_layers, quantize_weight
 from .lora import AppliedLora, Lora, merged, read_loras
 from .quantised import WORK, Quantisation, pack, unread
+from .quantized_linear import in_8_bits, quantize_layers, quantize_weight
 from .transformer import HiARTransformer
 from .weight_check import WeightCheck
 
@@ -62,8 +63,8 @@ class CheckpointInfo:
         files: the weight files.
         window: of a causal model's config.json.
         quantised: what is quantised, and in which dialect; None: nothing.
-        stored: of the matrices of the large linear layers, how many 8-bit layers take as they are in the file, and how
-            many there are.
+        large, as_they_are: matrices of the large linear layers, and by ``linear_dtype`` how many of them 8-bit layers
+            take as they are in the file.
     """
 
     layout: str
@@ -77,7 +78,8 @@ class CheckpointInfo:
     files: tuple[Path, ...]
     window: TrainedWindow = UNKNOWN_WINDOW
     quantised: Quantisation | None = None
-    stored: tuple[int, int] = (0, 0)
+    large: int = 0
+    as_they_are: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.describe()
@@ -102,10 +104,10 @@ class CheckpointInfo:
         )
 
     def _loading(self, linear_dtype: str | None) -> str:
-        as_they_are, large = self.stored
         if linear_dtype is not None:
-            source = f"{as_they_are} of {large} as they are in the file" if as_they_are else "quantised layer by layer"
-            rest = ", the others quantised layer by layer" if 0 < as_they_are < large else ""
+            stored, large = self.as_they_are.get(linear_dtype, 0), self.large
+            source = f"{stored} of {large} as they are in the file" if stored else "quantised layer by layer"
+            rest = ", the others quantised layer by layer" if 0 < stored < large else ""
             return f"; weights of large linear layers in {linear_dtype}: {source}{rest}"
         if self.quantised is None:
             return ""
@@ -145,9 +147,9 @@ def load_transformer(
             Quantised weights (:mod:`.quantised`) are dequantised block by block, on the device, and then they are
             plain weights.
         device: None: the CPU, where the file is memory-mapped. "meta": check the file without reading the weights.
-        linear_dtype: of :class:`hiar_model.ExecutionConfig`. "float8_e4m3fn": the large linear layers are made in 8
-            bits, one matrix at a time, and exist in no other form; those of the file that are e4m3 with one scale, or
-            one for each row, as they are. Rollouts of the model are in 8 bits then.
+        linear_dtype: of :class:`hiar_model.ExecutionConfig`: the large linear layers are made in 8 bits, one matrix
+            at a time, and exist in no other form; those of the file that are of this dtype with one scale, or one for
+            each row, as they are. Rollouts of the model are in 8 bits then.
         lora: LoRA files to merge into the weights (:data:`.LoraLike`), each sum rounded once.
             on_lora: called with a record of each, and a line about it.
         on_checkpoint: called with a description of the checkpoint before the weights are read.
@@ -172,8 +174,9 @@ def load_transformer(
     with torch.device("meta"):
         model = HiARTransformer(info.config)
     final = dtype or (WORK if info.quantised is not None else reduce(torch.promote_types, info.dtypes))
-    if linear_dtype is not None:
-        quantize_layers(model.to(final), torch.device(device or "cpu"))
+    eight = None if linear_dtype is None else getattr(torch, linear_dtype)
+    if eight is not None:
+        quantize_layers(model.to(final), eight, torch.device(device or "cpu"))
     if device is not None and torch.device(device).type == "meta":
         return model.to(dtype=final).eval()
     if info.quantised is None and linear_dtype is None:
@@ -187,7 +190,7 @@ def load_transformer(
             part: dict[str, Tensor] = {}
             for name in names:
                 value = state.pop(name)
-                part |= _loaded(name, value, check, loras, final, device or "cpu", linear_dtype is not None, see)
+                part |= _loaded(name, value, check, loras, final, device or "cpu", eight, see)
             model.load_state_dict(part, strict=False, assign=True)
         if check is not None:
             check.finish()
@@ -204,28 +207,30 @@ def _loaded(
     loras: Sequence[tuple[Lora, float]],
     dtype: torch.dtype,
     device: str | torch.device,
-    float8: bool,
+    linear_dtype: torch.dtype | None,
     on_tensor: Callable[[str, Tensor], None] | None,
 ) -> dict[str, Tensor]:
     """What a module takes for a tensor of a checkpoint: the tensor, or of a layer in 8 bits weights and scales."""
     result = unpacked({name: value}, check, loras, dtype, device)
     if on_tensor is not None:
         on_tensor(name, result[name])
-    if not float8 or not in_8_bits(name):
+    if linear_dtype is None or not in_8_bits(name):
         return result
-    weight, scale = as_8_bits(None if any(name in lora.deltas for lora, _ in loras) else value, result[name])
+    as_it_is = None if any(name in lora.deltas for lora, _ in loras) else value
+    weight, scale = as_8_bits(as_it_is, result[name], linear_dtype)
     return {name: weight, f"{name}_scale": scale}
 
 
-def as_8_bits(stored: Any, full: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights e4m3 [out, in] and scales [out] of a layer in 8 bits: those of the file if it has such, else of ``full``.
+def as_8_bits(stored: Any, full: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights [out, in] and scales [out] of a layer in 8 bits: those of the file if it has such, else of ``full``.
 
     Args:
         stored: of :func:`open_checkpoint`; None: not as it is. full: the tensor, dequantised, on the device.
+        dtype: float8_e4m3fn or int8.
     """
-    by_rows = stored.e4m3_by_rows if isinstance(stored, Scaled) else None
+    by_rows = stored.by_rows(dtype) if isinstance(stored, Scaled) else None
     if by_rows is None:
-        return quantize_weight(full)
+        return quantize_weight(full, dtype)
     weight, scale = by_rows
     return weight.to(full.device), scale.to(full.device)
 
@@ -238,12 +243,12 @@ def _parts(names: Iterable[str]) -> list[list[str]]:
     return list(parts.values())
 
 
-def loading_bytes(config: WanConfig, dtype: torch.dtype, float8: bool = False) -> int:
+def loading_bytes(config: WanConfig, dtype: torch.dtype, eight_bits: bool = False) -> int:
     """Bytes that a quantised checkpoint takes at most while it is loaded, beside its dequantised weights: q, k and v of
-    a block before they are fused, and what is being dequantised. ``float8``: that any checkpoint takes beside large
+    a block before they are fused, and what is being dequantised. ``eight_bits``: that any checkpoint takes beside large
     linear layers in 8 bits: q, k and v in 8 bits, the largest matrix in full, and what is being quantised.
     """
-    if float8:
+    if eight_bits:
         largest = config.dim * max(config.dim, config.ffn_dim)
         return 3 * config.dim**2 + largest * dtype.itemsize + temporary_bytes(largest)
     return 3 * config.dim**2 * dtype.itemsize + temporary_bytes()
@@ -314,7 +319,7 @@ def open_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
     check_keys(state, expected, source, spell)
     dtypes = [WORK if isinstance(value, Packed) else value.dtype for value in state.values()]
     large = [value for key, value in state.items() if in_8_bits(key)]
-    stored = [isinstance(value, Scaled) and value.e4m3_by_rows is not None for value in large]
+    scaled = [value for value in large if isinstance(value, Scaled)]
     info = CheckpointInfo(
         layout=key_mapping.TRAINING if networks else key_mapping.DIFFUSERS if diffusers else key_mapping.NATIVE,
         network=networks[0] if networks else None,
@@ -327,7 +332,10 @@ def open_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
         files=tuple(files),
         window=window,
         quantised=quantised,
-        stored=(sum(stored), len(large)),
+        large=len(large),
+        as_they_are={
+            name: sum(value.by_rows(getattr(torch, name)) is not None for value in scaled) for name in LINEAR_DTYPES
+        },
     )
     return state, info
 

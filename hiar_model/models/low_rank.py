@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fp8_linear import Float8Linear, cannot_follow
 from .lora import AppliedLora, Delta, Lora, applied_lora
+from .quantized_linear import QuantizedLinear, cannot_follow
 from .transformer import HiARTransformer
 
 _FUSED = re.compile(r"(.*\bself_attn)\.([qkv])\.(weight|bias)")
@@ -45,7 +45,7 @@ class LowRankBranch(nn.Module):
     up: Tensor
     scale: Tensor
 
-    def __init__(self, linear: nn.Linear | Float8Linear, parts: Sequence[tuple[Adapter, Delta, int]]) -> None:
+    def __init__(self, linear: nn.Linear | QuantizedLinear, parts: Sequence[tuple[Adapter, Delta, int]]) -> None:
         super().__init__()
         self.rows: list[tuple[Adapter, slice]] = []
         ranks, like = sum(delta.rank or 0 for _, delta, _ in parts), linear.bias  # of the dtype of the work
@@ -134,11 +134,11 @@ class Adapters:
         for adapter, key, delta in _parts(self.adapters):
             path, name, first = _place(key, model.config.dim)
             module = result.get_submodule(path)
-            layer = isinstance(module, nn.Linear | Float8Linear) and name == "weight"
+            layer = isinstance(module, nn.Linear | QuantizedLinear) and name == "weight"
             if layer and delta.rank is not None:
                 branches.setdefault(path, []).append((adapter, delta, first))
                 continue
-            if layer and isinstance(module, Float8Linear):
+            if layer and isinstance(module, QuantizedLinear):
                 raise ValueError(cannot_follow(path))
             if (path, name) not in rewritten:
                 rewritten[path, name] = _Rewritten(module, name)
@@ -146,7 +146,7 @@ class Adapters:
             rewritten[path, name].parts.append((adapter, delta, whole))
         for path, parts in branches.items():
             linear = result.get_submodule(path)
-            assert isinstance(linear, nn.Linear | Float8Linear)
+            assert isinstance(linear, nn.Linear | QuantizedLinear)
             linear.low_rank = branch = LowRankBranch(linear, parts)
             linear.register_forward_hook(_add_branch)
             self._writers.append(branch)

@@ -36,8 +36,8 @@ from ..toy.codec import ToyCodec
 from ..toy.text import ToyTextEncoder
 from ..toy.world import WorldConfig
 from .checkpoint import TOY_FORMAT, TOY_TRANSFORMER
-from .fp8_linear import quantize_layers
 from .lora import AppliedLora, merge_files
+from .quantized_linear import quantize_layers
 from .transformer import HiARTransformer
 from .video_model import VideoModel, pick_device, pick_dtype
 from .wan import Checkpoint, is_wan_folder, load_wan
@@ -99,8 +99,8 @@ def load_video_model(
     Args:
         device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of weights and computation; None: bfloat16 for Wan, float32
             for toy models.
-        linear_dtype: "float8_e4m3fn": load the large linear layers in 8 bits and in no other form, for rollouts with
-            this ``linear_dtype`` (:func:`.load_transformer`).
+        linear_dtype: "float8_e4m3fn" or "int8": load the large linear layers in 8 bits and in no other form, for
+            rollouts with this ``linear_dtype`` (:func:`.load_transformer`).
         lora: LoRA files to merge into the transformer: paths, "path:scale" or (path, scale).
         on_checkpoint: called with one line about each transformer (Wan) and each LoRA.
         checkpoint, steps, own_steps, vae, offload, prompt_cache, on_stage: for Wan folders, see
@@ -143,7 +143,7 @@ def load_video_model(
     except (ValueError, TypeError) as error:  # TypeError: a value in config.json of a wrong type
         raise ValueError(f"{folder}: {error}") from error
     if linear_dtype is not None:
-        quantize_layers(model.transformer)
+        quantize_layers(model.transformer, getattr(torch, linear_dtype))
     return dataclasses.replace(model, merged_loras=loras)
 
 

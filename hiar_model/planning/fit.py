@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -61,8 +61,8 @@ class Subject:
     vae             diffusers' config, or :func:`.small_vae.vae_settings`; None: on the CPU, or missing
     missing         names of missing components
     quantised       whether the transformer's weights are dequantised when they are loaded
-    stored          of how many matrices of its large linear layers 8-bit layers take the bits of the file, and of how
-                    many there are
+    large           how many matrices its large linear layers have
+    as_they_are     by linear_dtype, of how many of them 8-bit layers take the bits of the file
     """
 
     name: str
@@ -77,7 +77,8 @@ class Subject:
     vae: dict[str, Any] | None = None
     missing: tuple[str, ...] = ()
     quantised: bool = False
-    stored: tuple[int, int] = (0, 0)
+    large: int = 0
+    as_they_are: Mapping[str, int] = field(default_factory=dict)
 
 
 def with_vae(about: Subject, path: str | os.PathLike[str]) -> Subject:
@@ -143,7 +144,8 @@ def _on_disk(path: Path) -> Subject:
     return Subject(
         str(checkpoint), checkpoint.config, checkpoint.window.apply(_ROLLOUT), size=grid_size(checkpoint.config),
         text_encoder=text_encoder, vae=vae, missing=tuple(missing),
-        quantised=checkpoint.quantised is not None, stored=checkpoint.stored,
+        quantised=checkpoint.quantised is not None, large=checkpoint.large,
+        as_they_are=checkpoint.as_they_are,
     )  # fmt: skip
 
 
@@ -371,11 +373,11 @@ def lines(query: FitQuery, limits: Sequence[int] = ()) -> Iterator[str]:
 
 def _rows(query: FitQuery, memory: Memory) -> Iterator[tuple[str, int, str]]:
     r = query.request
-    stored, large = query.subject.stored
     weights = "weights" + (", dequantised" if query.subject.quantised else "")
     loading = "temporary: q, k and v of a block apart, and what is being dequantised"
     if r.linear_dtype is not None:
         weights = f"weights, those of large linear layers in {_name(r.linear_dtype)}"
+        stored, large = query.subject.as_they_are.get(_name(r.linear_dtype), 0), query.subject.large
         weights += f": {stored} of {large} matrices as they are in the file" if stored else ""
         loading = "temporary: a matrix in full, and q, k and v of a block apart"
     yield "transformer", memory.transformer, weights

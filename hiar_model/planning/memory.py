@@ -27,8 +27,8 @@ from hiar_kernels.common.triton_loader import shapes_only
 from ..common.checks import OFFLOAD, one_of
 from ..config import ExecutionConfig, RolloutConfig, WanConfig
 from ..models.checkpoint import loading_bytes
-from ..models.fp8_linear import Float8Linear, float8_bytes, quantize_layers
 from ..models.kv_cache import E4M3, RingCache
+from ..models.quantized_linear import QuantizedLinear, quantize_layers, quantized_bytes
 from ..models.transformer import HiARTransformer
 from ..rollout import Rollout
 from ..rollout.footprint import forwards, prompt_bytes
@@ -241,7 +241,7 @@ def predict(
     caches = RingCache.memory_bytes(config, *ring, request.dtype, kv_dtype=request.kv_dtype)
     narrow = request.kv_dtype not in (None, request.dtype, E4M3)
     scratch = 2 * math.prod(RingCache.shape(config, *ring)) * request.dtype.itemsize if narrow else 0
-    captured, float8 = request.cuda_graph, request.linear_dtype is not None
+    captured, eight_bits = request.cuda_graph, request.linear_dtype is not None
     streams = 1 + captured if request.device == "cuda" else 0  # graphs are captured on a second stream
     return Memory(
         transformer=weights_bytes(config, request.dtype, request.linear_dtype, request.device),
@@ -253,7 +253,7 @@ def predict(
         activations=counted.activations,
         captured=captured,
         workspaces=streams * WORKSPACE,
-        loading=loading_bytes(config, request.dtype, float8) if quantised or float8 else 0,
+        loading=loading_bytes(config, request.dtype, eight_bits) if quantised or eight_bits else 0,
         text_encoder=text_encoder or ComponentMemory(),
         vae=vae or ComponentMemory(),
         offload=tuple(offload),
@@ -271,7 +271,7 @@ def weights_bytes(
     config: WanConfig, dtype: torch.dtype, linear_dtype: torch.dtype | None = None, device: str = "cuda"
 ) -> int:
     """Bytes of the transformer's weights."""
-    nbytes, numbers = (0, 0) if linear_dtype is None else float8_bytes(config, device == "cpu")
+    nbytes, numbers = (0, 0) if linear_dtype is None else quantized_bytes(config, linear_dtype, device == "cpu")
     return (parameters(config) - numbers) * dtype.itemsize + nbytes
 
 
@@ -336,14 +336,14 @@ def _counted(request: Request) -> Counted:
     with torch.device("meta"):
         model = HiARTransformer(few).to(request.dtype).eval().requires_grad_(False)
     if request.linear_dtype is not None:  # on a GPU they take less than the full ones, which are counted there
-        quantize_layers(model)
+        quantize_layers(model, request.linear_dtype)
     kinds = {name: (x.shape, x.dtype) for name, x in model.state_dict().items()}
     with fake(request.device, request.dtype), LiveBytes() as live:
         weights = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
         model.load_state_dict(weights, assign=True)
         del weights
         for layer in model.modules():
-            if isinstance(layer, Float8Linear):
+            if isinstance(layer, QuantizedLinear) and request.linear_dtype == E4M3:
                 layer.wide_weight()  # which a small layer keeps
         tokens = few.text_len if request.text_tokens is None else request.text_tokens
         embeds = torch.empty(1, tokens, few.text_dim, dtype=request.dtype)

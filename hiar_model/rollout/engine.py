@@ -20,8 +20,8 @@ from ..config import ExecutionConfig, RolloutConfig
 from ..distributed.mesh import axis_size
 from ..distributed.pipeline import Pipeline
 from ..distributed.ulysses import HeadRanks, UlyssesAttention
-from ..models.fp8_linear import LINEAR_DTYPE, is_quantized, quantized
 from ..models.kv_cache import CachedAttention, RingCache
+from ..models.quantized_linear import linear_dtype_of, quantized
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import Group, Plan, forwards
 from ..version import NOISE, require_noise
@@ -104,10 +104,11 @@ class Rollout:
     ) -> None:
         execution = execution or ExecutionConfig()
         models, network = _networks(model, len(config.steps))
-        if is_quantized(network):
-            execution = replace(execution, linear_dtype=LINEAR_DTYPE)  # as the model was loaded
+        if execution.linear_dtype is None and (loaded := linear_dtype_of(network)) is not None:
+            execution = replace(execution, linear_dtype=str(loaded).removeprefix("torch."))
         if execution.linear_dtype is not None:
-            models = [None if one is None else quantized(one) for one in models]
+            linear_dtype = getattr(torch, execution.linear_dtype)
+            models = [None if one is None else quantized(one, linear_dtype) for one in models]
         weight, wan = network.patch_embedding.weight, network.config
         self.execution, self.seed = execution, whole("seed", seed)
         self.video_ids = [whole("video_ids", n) for n in video_ids]

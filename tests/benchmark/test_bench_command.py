@@ -29,7 +29,7 @@ from hiar_model.benchmark.setting import Setting
 from hiar_model.cli import build_parser, main
 from hiar_model.config import FlowSchedule, RolloutConfig
 from hiar_model.io import plot
-from hiar_model.models.fp8_linear import is_quantized
+from hiar_model.models.quantized_linear import is_quantized
 from hiar_model.models.registry import ToyDecoder, load_video_model
 from hiar_model.models.video_model import VideoModel
 from hiar_model.rollout import Rollout

@@ -9,8 +9,8 @@ import torch
 from made_runs import changed, make_request
 
 from hiar_model.config import WanConfig
-from hiar_model.models import fp8_linear
-from hiar_model.models.fp8_linear import quantize_layers
+from hiar_model.models import quantized_linear
+from hiar_model.models.quantized_linear import quantize_layers
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.planning.fit import fit_query
 from hiar_model.planning.memory import WORKSPACE, ComponentMemory, LiveBytes, Memory, Request, predict
@@ -69,7 +69,7 @@ def test_a_rollout_takes_what_was_predicted(options):
 
 
 def test_large_layers_in_8_bits_keep_nothing_in_float32(monkeypatch):
-    monkeypatch.setattr(fp8_linear, "SMALL", 0)
+    monkeypatch.setattr(quantized_linear, "SMALL", 0)
     request = changed(REQUEST, linear_dtype=E4M3, dtype=torch.bfloat16)
     memory, found = predict(request), taken(request)
     assert abs(memory.total / found - 1) < 0.1, (memory, found)

@@ -13,8 +13,8 @@ from torch import Tensor
 from ...config import WanConfig
 from ...io.weight_files import some
 from ...models.checkpoint import CheckpointInfo, as_8_bits, open_checkpoint, unpacked
-from ...models.fp8_linear import Float8Linear, in_8_bits, quantize_layers
 from ...models.key_mapping import diffusers_config, read_sizes, to_diffusers, to_native
+from ...models.quantized_linear import QuantizedLinear, in_8_bits, linear_dtype_of, quantize_layers
 from ...models.transformer import HiARTransformer
 from ...models.weight_check import WeightCheck
 
@@ -62,16 +62,11 @@ def _places(model: Any) -> tuple[Any, ...]:
     return (id(model), *places)
 
 
-def is_in_8_bits(model: torch.nn.Module) -> bool:
-    """Whether large linear layers of a transformer of diffusers are in 8 bits."""
-    return any(isinstance(module, Float8Linear) for module in model.modules())
-
-
 def _tensors(model: Any) -> dict[str, Tensor]:
     """The parameters, and weights and scales of layers in 8 bits."""
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     for name, module in model.named_modules():
-        if isinstance(module, Float8Linear):
+        if isinstance(module, QuantizedLinear):
             tensors |= {f"{name}.weight": module.weight, f"{name}.weight{_SCALE}": module.weight_scale}
     return tensors
 
@@ -91,8 +86,8 @@ def empty_network(transformer: Any) -> HiARTransformer:
     config = WanConfig.from_dict(read_sizes(dict(model.config), Path("transformer")))
     with torch.device("meta"):
         network = HiARTransformer(config)
-    if is_in_8_bits(model):
-        quantize_layers(network)
+    if (dtype := linear_dtype_of(model)) is not None:
+        quantize_layers(network, dtype)
     _check(_tensors(model), {_spelled(key) for key in network.state_dict()})
     return network
 
@@ -152,7 +147,7 @@ def load_wan_transformer(
 
     Args:
         dtype: of the weights, but those that diffusers keeps in float32. linear_dtype: of
-            :func:`hiar_model.load_transformer`: large linear layers are :class:`.Float8Linear` then.
+            :func:`hiar_model.load_transformer`: large linear layers are :class:`.QuantizedLinear` then.
 
     Raises:
         ValueError: one line: what ``load_transformer`` refuses, and sizes that diffusers has no name for.
@@ -168,17 +163,18 @@ def load_wan_transformer(
         exact = any(part in key.split(".") for part in model._keep_in_fp32_modules)
         return value.to(torch.float32 if exact else dtype)
 
-    if linear_dtype is not None:
+    eight = None if linear_dtype is None else getattr(torch, linear_dtype)
+    if eight is not None:
         for name, module in list(model.named_modules()):
             if in_8_bits(to_native(f"{name}.weight")):
-                model.set_submodule(name, Float8Linear(module))
+                model.set_submodule(name, QuantizedLinear(module, eight))
     check = WeightCheck(path) if info.quantised is not None else None
     tensors: dict[str, Tensor] = {}
     for key in list(state):
         stored, name = state.pop(key), to_diffusers(key)
         tensors[name] = full = cast(name, unpacked({key: stored}, check)[key])
-        if linear_dtype is not None and in_8_bits(key):
-            tensors[name], tensors[f"{name}{_SCALE}"] = as_8_bits(stored, full)
+        if eight is not None and in_8_bits(key):
+            tensors[name], tensors[f"{name}{_SCALE}"] = as_8_bits(stored, full, eight)
     if check is not None:
         check.finish()
     model.load_state_dict(tensors, assign=True)

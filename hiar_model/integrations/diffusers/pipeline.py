@@ -20,6 +20,7 @@ from ...common.settings import own_settings
 from ...config import WAN, ExecutionConfig, RolloutConfig
 from ...io.atomic import atomic
 from ...models.checkpoint import CheckpointInfo
+from ...models.quantized_linear import linear_dtype_of
 from ...models.text_encoder import clean_prompt
 from ...models.transformer import HiARTransformer
 from ...models.vae import StreamingDecoder, StreamingEncoder, to_pixels
@@ -27,7 +28,7 @@ from ...models.vae_fused import fuse
 from ...models.video_model import VideoModel
 from ...pipelines.video_pipeline import VideoOptions, rollout_config
 from ...rollout.shapes import check_prompt_embeds, require_shape
-from .network import SharedNetwork, empty_network, is_in_8_bits, load_wan_transformer
+from .network import SharedNetwork, empty_network, load_wan_transformer
 from .options import CALLBACK_INPUTS, CallOptions, as_output, joined, read_image
 from .run import PipelineRun, VideoRequest
 
@@ -146,7 +147,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Raises:
             ValueError: large linear layers in 8 bits, which diffusers does not read.
         """
-        if is_in_8_bits(self.transformer):
+        if linear_dtype_of(self.transformer) is not None:
             raise ValueError(
                 "transformer: its linear layers are in 8 bits, which diffusers does not read; to save it, load it "
                 "without linear_dtype"

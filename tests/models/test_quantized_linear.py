@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hiar_kernels import quantize_rows, taken
 from hiar_model import ExecutionConfig, Rollout, RolloutConfig
-from hiar_model.models.fp8_linear import Float8Linear, is_quantized, quantized, widened
+from hiar_model.models.quantized_linear import QuantizedLinear, linear_dtype_of, quantized, widened
 
 pytestmark = pytest.mark.cpu
 
@@ -27,7 +27,7 @@ def dequantized(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_product_is_that_of_the_quantised_numbers(dtype):
     linear, x = nn.Linear(48, 20).to(dtype), 3 * normal(2, 5, 48).to(dtype)
-    layer = Float8Linear(linear)
+    layer = QuantizedLinear(linear)
     exact = dequantized(x) @ dequantized(linear.weight.detach()).T + linear.bias.double()
     y = layer(x)
     assert y.dtype == dtype and layer.weight.dtype == torch.float8_e4m3fn
@@ -51,15 +51,16 @@ def test_outliers_of_one_channel_or_token_leave_the_others_alone():
         linear.weight[3] *= 1000
         x[0, 2] *= 1000
         expected = linear(x)
-        error = (Float8Linear(linear)(x) - expected).abs() / expected.abs().mean(-1, keepdim=True)
+        error = (QuantizedLinear(linear)(x) - expected).abs() / expected.abs().mean(-1, keepdim=True)
     assert float(error[0, [0, 1, 3], :3].max()) < 0.2 and float(error[0, 2, :3].max()) < 0.2
 
 
 def test_a_copy_that_shares_all_else():
     model = make_model()
     twin = quantized(model)
-    assert is_quantized(twin) and not is_quantized(model) and quantized(twin) is twin and quantized(model) is twin
-    changed = {name for name, module in twin.named_modules() if isinstance(module, Float8Linear)}
+    assert linear_dtype_of(twin) == torch.float8_e4m3fn and linear_dtype_of(model) is None
+    assert quantized(twin) is twin and quantized(model) is twin
+    changed = {name for name, module in twin.named_modules() if isinstance(module, QuantizedLinear)}
     layers = len(model.blocks)
     assert len(changed) == 4 * layers and not any("cross" in name for name in changed)
     ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())

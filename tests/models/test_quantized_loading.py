@@ -20,9 +20,9 @@ from hiar_model.config import SHIPPED
 from hiar_model.io import packed
 from hiar_model.models import checkpoint
 from hiar_model.models.checkpoint import load_transformer, loading_bytes, open_checkpoint, save_transformer
-from hiar_model.models.fp8_linear import float8_bytes, in_8_bits, is_quantized, quantize_layers, quantized
 from hiar_model.models.lora import read_lora
 from hiar_model.models.low_rank import Adapter, Adapters
+from hiar_model.models.quantized_linear import in_8_bits, linear_dtype_of, quantize_layers, quantized, quantized_bytes
 
 pytestmark = pytest.mark.cpu
 
@@ -64,7 +64,7 @@ def test_the_bits_of_a_file_stay(tmp_path, name):
     model, full = load_8_bits(path), load_transformer(path).state_dict()
     stored, _ = open_checkpoint(path)
     state = model.state_dict()
-    assert is_quantized(model) and model.blocks[0].ffn[0].bias.dtype == torch.bfloat16
+    assert linear_dtype_of(model) == torch.float8_e4m3fn and model.blocks[0].ffn[0].bias.dtype == torch.bfloat16
     for key, value in full.items():
         if not in_8_bits(key):
             assert torch.equal(state[key], value), key
@@ -163,7 +163,7 @@ def test_tensors_are_handed_over_as_they_were(tmp_path):
 def test_no_full_copy(tmp_path, monkeypatch):
     """The peak while loading is the 8-bit model and what is said for one matrix; before, all of the full weights."""
     monkeypatch.setattr(packed, "CHUNK", 1 << 12)
-    monkeypatch.setattr("hiar_model.models.fp8_linear.CHUNK", 1 << 12)
+    monkeypatch.setattr("hiar_model.models.quantized_linear.CHUNK", 1 << 12)
     config = wan_files.WAN
     for name in ("comfy scale_weight e4m3", "deepseek"):
         path = written(tmp_path, name)
@@ -176,9 +176,9 @@ def test_no_full_copy(tmp_path, monkeypatch):
             before = live.restart()
             model = load_8_bits(path, dtype=torch.bfloat16)
             peak, own = live.peak - before, sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-        said = loading_bytes(config, torch.bfloat16, float8=True)
+        said = loading_bytes(config, torch.bfloat16, eight_bits=True)
         assert seen and peak <= own + said, (name, peak, own, said)
-        assert said < 0.5 * 2 * float8_bytes(config, on_cpu=True)[1]  # far less than the full layers take
+        assert said < 0.5 * 2 * quantized_bytes(config, torch.float8_e4m3fn, True)[1]  # far less than the full layers
 
 
 def test_a_model_on_no_device_has_the_shapes(tmp_path):
@@ -200,7 +200,7 @@ def test_the_toy_in_8_bits_makes_the_video_that_its_full_weights_make():
     pipeline = VideoPipeline("toy", ExecutionConfig(linear_dtype=E4M3), device="cpu")
     video = pipeline("a red circle moving right", **options)
     assert (video.frames == expected.frames).all()
-    assert is_quantized(pipeline.model.transformer) and not is_quantized(toy().transformer)
+    assert linear_dtype_of(pipeline.model.transformer) is not None and linear_dtype_of(toy().transformer) is None
     assert pipeline.model.weights_sha256 == toy().weights_sha256
     loaded = load_video_model("toy", "cpu", linear_dtype=torch.float8_e4m3fn)
     video = VideoPipeline(loaded)("a red circle moving right", **options)  # which says nothing of 8 bits
@@ -211,6 +211,6 @@ def test_the_toy_in_8_bits_makes_the_video_that_its_full_weights_make():
 def test_refusals(tmp_path):
     for call in (load_video_model, partial(load_transformer, next(iter(SHIPPED)))):
         line = refusals.refusal(partial(call, linear_dtype="int4"))
-        assert "linear_dtype must be one of float8_e4m3fn, got 'int4'" in line
+        assert "linear_dtype must be one of float8_e4m3fn, int8, got 'int4'" in line
     model = quantize_layers(load_transformer(plain(tmp_path)))
     assert quantized(model) is model and quantize_layers(model) is model

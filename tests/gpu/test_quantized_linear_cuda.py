@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from hiar_kernels import quantize_rows
-from hiar_model.models.fp8_linear import Float8Linear
+from hiar_model.models.quantized_linear import QuantizedLinear
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def layers() -> tuple[Float8Linear, Float8Linear]:
+def layers() -> tuple[QuantizedLinear, QuantizedLinear]:
     """The same layer on the CPU and on the device."""
     torch.manual_seed(0)
     linear = nn.Linear(1536, 4608).to(torch.bfloat16)
-    return Float8Linear(linear), Float8Linear(copy.deepcopy(linear).to("cuda"))
+    return QuantizedLinear(linear), QuantizedLinear(copy.deepcopy(linear).to("cuda"))
 
 
 def test_the_device_computes_what_the_cpu_emulates(layers):
