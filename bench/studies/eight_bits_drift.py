@@ -46,6 +46,8 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "keys": ("bfloat16", {"kv_dtype": E4M3}),
     "linear": ("bfloat16", {"linear_dtype": E4M3}),
     "linear_inner": ("bfloat16", {}),
+    "int8": ("bfloat16", {"linear_dtype": "int8"}),
+    "all_int8": ("bfloat16", {"kv_dtype": E4M3, "attention_dtype": E4M3, "linear_dtype": "int8"}),
     "attention": ("bfloat16", {"kv_dtype": E4M3, "attention_dtype": E4M3}),
     "keys_linear": ("bfloat16", {"kv_dtype": E4M3, "linear_dtype": E4M3}),
     "all": ("bfloat16", {"kv_dtype": E4M3, "attention_dtype": E4M3, "linear_dtype": E4M3}),

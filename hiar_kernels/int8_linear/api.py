@@ -12,7 +12,7 @@ from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the op)
 
 IMPLS = ("reference", "triton")
-MOST_CHANNELS = 2**17  # 127^2 times as many still fit into int32
+MOST_CHANNELS = 2**16  # 128^2 times as many still fit into int32
 
 
 def int8_linear(
@@ -21,7 +21,7 @@ def int8_linear(
     """A linear layer in int8 (W8A8): ``x_scales weight_scales (x @ weight.T) + bias``.
 
     Args:
-        x: int8 [..., K], K <= 131072. x_scales: float32 [...], as :func:`quantize_rows` gives both.
+        x: int8 [..., K], K <= 65536. x_scales: float32 [...], as :func:`quantize_rows` gives both.
         weight: int8 [N, K], contiguous. weight_scales: float32 [N].
         bias: [N], bfloat16, float16 or float32; the result has its dtype.
         impl: "auto" | "reference" | "triton".

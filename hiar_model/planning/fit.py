@@ -17,6 +17,7 @@ import torch
 
 from ..common.checks import MOST_FRAMES, MOST_SIDE, whole
 from ..config import SHIPPED, WAN, RolloutConfig, WanConfig
+from ..config.execution import LINEAR_DTYPES
 from ..config.rollout import BLOCKWISE
 from ..io.files import refuse_stand_in
 from ..io.weight_files import read_json, read_tensors
@@ -261,7 +262,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def _dtype(option: str, name: str) -> torch.dtype:
     eight = {"float8_e4m3fn": E4M3}
-    legal = {"kv-dtype": _DTYPES | eight, "attention-dtype": eight, "linear-dtype": eight}.get(option, _DTYPES)
+    linear = {name: getattr(torch, name) for name in LINEAR_DTYPES}
+    legal = {"kv-dtype": _DTYPES | eight, "attention-dtype": eight, "linear-dtype": linear}.get(option, _DTYPES)
     if name not in legal:
         raise ValueError(f"{option} must be one of {', '.join(legal)}, got {name!r}")
     return legal[name]
@@ -299,7 +301,7 @@ class Change:
 
 def changes(query: FitQuery) -> list[list[Change]]:
     """Lists of alternatives, to combine one of each: first those that keep the video unchanged (offload the text
-    encoder; order step_first, which finishes all blocks at the end; decode on the CPU), then e4m3 KV and e4m3 linear
+    encoder; order step_first, which finishes all blocks at the end; decode on the CPU), then e4m3 KV and int8 linear
     layers, whose errors are measured in docs/howto/run_in_8_bits.md, and last narrower windows.
     """
     r, rollout, none = query.request, query.request.rollout, Change()
@@ -312,8 +314,8 @@ def changes(query: FitQuery) -> list[list[Change]]:
         alternatives.append([none, Change(4, ("--offload",), {}, ("vae",))])
     if r.kv_dtype is None:
         alternatives.append([none, Change(8, ("--kv-dtype float8_e4m3fn",), {"kv_dtype": E4M3})])
-    if r.linear_dtype is None and (r.device == "cpu" or r.dtype == torch.bfloat16):
-        alternatives.append([none, Change(16, ("--linear-dtype float8_e4m3fn",), {"linear_dtype": E4M3})])
+    if r.linear_dtype is None:
+        alternatives.append([none, Change(16, ("--linear-dtype int8",), {"linear_dtype": torch.int8})])
     if not isinstance(window := rollout.window_frames, tuple):
         widest = min(window or r.num_frames or 0, r.num_frames or window or 0)
         narrow = [n for n in (12, 9, 6) if rollout.least_window <= n < widest]

@@ -54,7 +54,7 @@ LEGAL = (draw(2, 3, 8), torch.ones(2, 3), draw(4, 8), torch.ones(4), torch.zeros
     ("at", "wrong", "line"),
     [
         (0, torch.zeros(2, 3, 8), "int8_linear: x must be int8, got torch.float32"),
-        (0, torch.tensor(1, dtype=torch.int8), "int8_linear: x must be [..., 1 <= K <= 131072], got []"),
+        (0, torch.tensor(1, dtype=torch.int8), "int8_linear: x must be [..., 1 <= K <= 65536], got []"),
         (1, torch.ones(3), "int8_linear: x_scales must be [2, 3], got [3]"),
         (1, torch.ones(2, 3, dtype=torch.float64), "int8_linear: x_scales must be float32, got torch.float64"),
         (2, draw(4, 9), "int8_linear: weight must be [4, 8], got [4, 9]"),

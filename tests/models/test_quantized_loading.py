@@ -31,6 +31,7 @@ AS_THEY_ARE = (
     "comfy scale_weight e4m3", "comfy_quant fp8", "lightx2v fp8", "rows without a dimension", "scale of one number",
     "cast", "diffusers",
 )  # fmt: skip
+INT8_AS_THEY_ARE = ("comfy_quant int8", "lightx2v int8")
 load_8_bits = partial(load_transformer, linear_dtype=E4M3)
 
 
@@ -58,21 +59,23 @@ def written(folder, name: str):
     )
 
 
-@pytest.mark.parametrize("name", AS_THEY_ARE)
-def test_the_bits_of_a_file_stay(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "to"), [*((name, E4M3) for name in AS_THEY_ARE), *((name, "int8") for name in INT8_AS_THEY_ARE)]
+)
+def test_the_bits_of_a_file_stay(tmp_path, name, to):
     path, meaning = written(tmp_path, name), files.FILES[name](files.native())[1]
-    model, full = load_8_bits(path), load_transformer(path).state_dict()
+    model, full = load_transformer(path, linear_dtype=to), load_transformer(path).state_dict()
     stored, _ = open_checkpoint(path)
     state = model.state_dict()
-    assert linear_dtype_of(model) == torch.float8_e4m3fn and model.blocks[0].ffn[0].bias.dtype == torch.bfloat16
+    assert linear_dtype_of(model) == getattr(torch, to) and model.blocks[0].ffn[0].bias.dtype == torch.bfloat16
     for key, value in full.items():
         if not in_8_bits(key):
             assert torch.equal(state[key], value), key
             continue
         assert torch.equal(state[key].view(torch.uint8), stored[key].values.view(torch.uint8)), key
         assert torch.equal(state[key].double() * state[f"{key}_scale"].double()[:, None], meaning[key]), key
-    line = open_checkpoint(path)[1].describe(E4M3)
-    assert "weights of large linear layers in float8_e4m3fn: 12 of 12 as they are in the file" in line
+    line = open_checkpoint(path)[1].describe(to)
+    assert f"weights of large linear layers in {to}: 12 of 12 as they are in the file" in line
     assert "dequantised" not in line
 
 

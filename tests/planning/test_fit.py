@@ -85,10 +85,9 @@ def test_what_is_no_change_is_not_proposed():
     shared = fit_query(WAN, **SMALL, order="stream")
     shared = replace(shared, request=changed(shared.request, kv_source="next_step"))
     assert not [change for group in fit.changes(shared) for change in group if "step_first" in str(change)]
-    keys, layers = "--kv-dtype float8", "--linear-dtype float8"
+    keys, layers = "--kv-dtype float8", "--linear-dtype int8"
     assert keys in proposed() and keys not in proposed(kv_dtype="bfloat16")
     assert layers in proposed() and layers not in proposed(linear_dtype="float8_e4m3fn")
-    assert layers not in proposed(dtype="float16")  # which a GPU cannot multiply so
     assert "text" in proposed() and "text" not in proposed(offload=("text",))
     assert "vae" in proposed(vae_dtype=None) and "vae" not in proposed()
     assert "--window-frames 12" in proposed() and "--window-frames 12" not in proposed(window_frames=12)
@@ -166,7 +165,7 @@ def test_a_vae():
             ["--model", WAN, "--attention-dtype", "float8_e4m3fn"],
             "--attention-dtype float8_e4m3fn needs --kv-dtype float8_e4m3fn, got --kv-dtype None",
         ),
-        (["--model", WAN, "--linear-dtype", "int8"], "--linear-dtype must be one of float8_e4m3fn, got 'int8'"),
+        (["--model", WAN, "--linear-dtype", "int4"], "--linear-dtype must be one of float8_e4m3fn, int8, got 'int4'"),
         (["--model", WAN, "--vae-dtype", "none", "--offload", "all"], "--offload must be one of text, vae, got 'all'"),
         (["--model", WAN, "--order", "sideways"], "order"),
         (["--model", WAN, "--window-frames", "2"], "--window-frames must be .* 3 .*got 2"),
