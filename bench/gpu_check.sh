@@ -59,7 +59,7 @@ step tests 170 "$python" -m pytest -p no:cacheprovider -q "${together[@]}" "${le
     tests/interpreter
 step ops 60 env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "$python" -m pytest -q -p bench.lib.resume --resume "$out/ops.jsonl" --budget 50 \
     -p pytest_benchmark.plugin bench/ops/bench_ops.py --benchmark-only --results "$out/ops" "${left_out[@]}" \
-    -k '(attention-visit or attention-pair or attention_fp8 or pointwise) and not flex and not flash and not efficient and not compiled and not GELU and not eager'
+    -k '(attention-visit or attention-pair or attention_fp8 or linear or pointwise) and not flex and not flash and not efficient and not compiled and not GELU and not eager'
 step rollouts 140 "$python" -m bench.rollout.ab --a-dir "$before" --b-dir . --order stream --order block_first \
     --order wavefront+fused --order stream+shared_keys --rounds 4 --budget 110 --results "$out/ab"
 exit $status

@@ -29,12 +29,13 @@ KERNELS = {
     "flow_step": "flow_step",
     "merge_attention": "merge_attention",
     "norm": "layer_norm rms_norm ada_layer_norm gated_residual gated_residual_layer_norm gated_residual_ada_layer_norm "
-    "ada_layer_norm_fp8 gated_residual_ada_layer_norm_fp8",
+    "ada_layer_norm_quantized gated_residual_ada_layer_norm_quantized",
     "qk_norm_rope": "qk_norm_rope qk_norm_rope_append",
     "append_fp8": "append_fp8 qk_norm_rope_append_fp8 pack_values unpack_values",
     "ring_advance": "ring_advance",
     "rms_silu_pad": "rms_silu_pad",
     "quantize_rows": "quantize_rows",
+    "int8_linear": "int8_linear",
 }
 """Folder of hiar_kernels -> its public functions, shown below its README."""
 

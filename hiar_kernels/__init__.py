@@ -21,13 +21,14 @@ from .common.dispatch import prefer, taken
 from .common.float8 import pack_values, unpack_values
 from .common.version import __version__ as __version__
 from .flow_step import flow_step
+from .int8_linear import int8_linear
 from .merge_attention import merge_attention
 from .norm import (
     ada_layer_norm,
-    ada_layer_norm_fp8,
+    ada_layer_norm_quantized,
     gated_residual,
     gated_residual_ada_layer_norm,
-    gated_residual_ada_layer_norm_fp8,
+    gated_residual_ada_layer_norm_quantized,
     gated_residual_layer_norm,
     layer_norm,
     rms_norm,
@@ -44,7 +45,7 @@ __all__ = [
     "BlockCausal",
     "KVContext",
     "ada_layer_norm",
-    "ada_layer_norm_fp8",
+    "ada_layer_norm_quantized",
     "append_fp8",
     "attention",
     "attention_fp8",
@@ -55,8 +56,9 @@ __all__ = [
     "flow_step",
     "gated_residual",
     "gated_residual_ada_layer_norm",
-    "gated_residual_ada_layer_norm_fp8",
+    "gated_residual_ada_layer_norm_quantized",
     "gated_residual_layer_norm",
+    "int8_linear",
     "layer_norm",
     "layers",
     "merge_attention",

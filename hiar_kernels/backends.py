@@ -15,10 +15,11 @@ from .attention_fp8 import api as attention_fp8
 from .common import cuda_loader
 from .common.pointwise import WHY as POINTWISE
 from .flow_step import api as flow_step
+from .int8_linear import api as int8_linear
 from .merge_attention import api as merge_attention
 from .norm import api as norm
 from .norm.inputs import ARGUMENTS as NORMS
-from .norm.inputs import FP8
+from .norm.inputs import QUANTIZED
 from .qk_norm_rope import api as qk_norm_rope
 from .quantize_rows import api as quantize_rows
 from .ring_advance import api as ring_advance
@@ -56,8 +57,13 @@ _OPS = {
         "for CUDA tensors in one launch: cuda where the CUDA extension is built, else triton where that is installed; "
         "reference elsewhere",
     ),
-    **dict.fromkeys((*NORMS, *FP8), (norm.IMPLS, "reference", POINTWISE)),
+    **dict.fromkeys((*NORMS, *QUANTIZED), (norm.IMPLS, "reference", POINTWISE)),
     "quantize_rows": (quantize_rows.IMPLS, "reference", POINTWISE),
+    "int8_linear": (
+        int8_linear.IMPLS,
+        "reference",
+        "triton, which was never timed, on CUDA where it is installed; reference elsewhere",
+    ),
     "flow_step": (flow_step.IMPLS, "reference", POINTWISE),
     "rms_silu_pad": (rms_silu_pad.IMPLS, "reference", POINTWISE),
 }

@@ -9,6 +9,7 @@ from .append_fp8 import qk_norm_rope_append_fp8 as _qk_norm_rope_append_fp8
 from .attention import api as _attention
 from .attention_fp8 import attention_fp8 as _attention_fp8
 from .flow_step import flow_step as _flow_step
+from .int8_linear import int8_linear as _int8_linear
 from .merge_attention import merge_attention as _merge_attention
 from .norm import api as _norm
 from .qk_norm_rope import qk_norm_rope as _qk_norm_rope
@@ -31,9 +32,10 @@ ada_layer_norm = partial(_norm.ada_layer_norm, impl="reference")
 gated_residual = partial(_norm.gated_residual, impl="reference")
 gated_residual_layer_norm = partial(_norm.gated_residual_layer_norm, impl="reference")
 gated_residual_ada_layer_norm = partial(_norm.gated_residual_ada_layer_norm, impl="reference")
-ada_layer_norm_fp8 = partial(_norm.ada_layer_norm_fp8, impl="reference")
-gated_residual_ada_layer_norm_fp8 = partial(_norm.gated_residual_ada_layer_norm_fp8, impl="reference")
+ada_layer_norm_quantized = partial(_norm.ada_layer_norm_quantized, impl="reference")
+gated_residual_ada_layer_norm_quantized = partial(_norm.gated_residual_ada_layer_norm_quantized, impl="reference")
 quantize_rows = partial(_quantize_rows, impl="reference")
+int8_linear = partial(_int8_linear, impl="reference")
 flow_step = partial(_flow_step, impl="reference")
 ring_advance = partial(_ring_advance, impl="reference")
 rms_silu_pad = partial(_rms_silu_pad, impl="reference")

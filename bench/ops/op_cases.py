@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hiar_kernels
 from bench.lib.measure import Bench
-from bench.ops import attention_cases, attention_fp8_cases
+from bench.ops import attention_cases, attention_fp8_cases, linear_cases
 from bench.ops.forward_cases import GOAL_MS, forward_pointwise
 from bench.ops.work import Op, Sizes, Work, ids
 from hiar_kernels.common import cuda_loader
@@ -147,4 +147,5 @@ def table(bench: Bench, absent: dict[str, str]) -> list[Op]:
     ops.append(Op(name, forward_pointwise, "bytes", False, variants, goal_ms=GOAL_MS))
     ops.append(Op(f"{name}, GELU too", functools.partial(forward_pointwise, gelu=True), "bytes", False, variants))
     ops += attention_cases.table(bench, absent, own("attention"))
+    ops += linear_cases.table(bench, own("int8_linear"))
     return ops + attention_fp8_cases.table(bench, absent, own("attention_fp8"))

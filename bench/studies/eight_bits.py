@@ -4,7 +4,7 @@
 
 Differences are to the latents with keys and layers in the dtype of the work; those of bfloat16 throughout, to float32
 throughout.
-It prints the table of docs/howto/quantise.md.
+It prints the table of docs/howto/run_in_8_bits.md.
 """
 
 from __future__ import annotations

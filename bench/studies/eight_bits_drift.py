@@ -32,7 +32,7 @@ from bench.studies.eight_bits import E4M3, latents
 from bench.studies.eight_bits_table import RESULTS, table
 from hiar_model import ExecutionConfig, HiARTransformer
 from hiar_model.io.atomic import atomic_write
-from hiar_model.models.fp8_linear import quantized
+from hiar_model.models.quantized_linear import quantized
 from hiar_model.models.registry import VideoModel, load_video_model
 from hiar_model.toy.oracle import ToyOracle
 from hiar_model.toy.prompt import ToyPrompt, split_prompts
@@ -46,6 +46,8 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "keys": ("bfloat16", {"kv_dtype": E4M3}),
     "linear": ("bfloat16", {"linear_dtype": E4M3}),
     "linear_inner": ("bfloat16", {}),
+    "int8": ("bfloat16", {"linear_dtype": "int8"}),
+    "all_int8": ("bfloat16", {"kv_dtype": E4M3, "attention_dtype": E4M3, "linear_dtype": "int8"}),
     "attention": ("bfloat16", {"kv_dtype": E4M3, "attention_dtype": E4M3}),
     "keys_linear": ("bfloat16", {"kv_dtype": E4M3, "linear_dtype": E4M3}),
     "all": ("bfloat16", {"kv_dtype": E4M3, "attention_dtype": E4M3, "linear_dtype": E4M3}),

@@ -1,6 +1,6 @@
 """What 8 bits cost a network of Wan's shape with random weights, plain and with outliers: errors of its outputs.
 
-    python -m bench.studies.eight_bits_errors      # prints the tables of docs/howto/quantise.md; a minute on one core
+    python -m bench.studies.eight_bits_errors      # prints the tables of docs/howto/run_in_8_bits.md; a minute
 
 Wan's widths in small: heads of 128, a feed-forward 6 times as wide, 4 layers. Matrices are drawn so that outputs are as
 large as inputs, and modulations are of order one, so that each layer counts (with Wan's own initialisation gates are

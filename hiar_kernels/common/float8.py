@@ -1,5 +1,5 @@
-"""Numbers in 8 bits, as the 8-bit ops and their references state it: e4m3 with one float32 scale for each row, or for
-each frame and head; and how a ring stores values."""
+"""Numbers in 8 bits, as the 8-bit ops and their references state it: e4m3 or int8 with one float32 scale for each row,
+e4m3 also for each frame and head; and how a ring stores values."""
 
 from __future__ import annotations
 
@@ -9,21 +9,35 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a row of zeros
+ROW_DTYPES = {E4M3: LARGEST, torch.int8: 127.0}
+"""What rows are quantised to -> its largest number."""
+
+
+def check_row_dtype(op: str, dtype: torch.dtype) -> None:
+    """Raise ValueError unless rows can be quantised to the dtype."""
+    if dtype not in ROW_DTYPES:
+        legal = " or ".join(str(one).removeprefix("torch.") for one in ROW_DTYPES)
+        raise ValueError(f"{op}: dtype must be {legal}, got {str(dtype).removeprefix('torch.')}")
+
+
 GROUP = 16  # keys that a ring of values stores in an order of its own
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a row of zeros
 
 
-def quantize_last(y: Tensor) -> tuple[Tensor, Tensor]:
-    """y [..., C] -> e4m3 [..., C] and the scale of each row, float32 [...]: y is nearly values * scale.
+def quantize_last(y: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
+    """y [..., C] -> e4m3 or int8 [..., C] and the scale of each row, float32 [...]: y is nearly values * scale.
 
-    In float32: scale = max|row| / 448, values = y / scale, to the nearest, ties to even. A row with a number that is
-    not finite is NaN, with scale 1.
+    In float32: scale = max|row| / 448 (int8: 127), values = y / scale, to the nearest, ties to even. A row with a
+    number that is not finite is NaN: with scale 1 in e4m3, by its scale in int8, which has no NaN.
     """
-    y = y.float().contiguous()
+    y, largest = y.float().contiguous(), ROW_DTYPES[dtype]
     amax = y.abs().amax(-1)
-    scale = torch.where(amax.isfinite(), (amax / LARGEST).clamp_min(SMALLEST_SCALE), torch.nan)
+    scale = torch.where(amax.isfinite(), (amax / largest).clamp_min(SMALLEST_SCALE), torch.nan)
     values = y / scale[..., None]  # at most 448 but for rounding of the scale, which may lift it to 448 (1 + 2^-23)
-    return values.clamp_(-LARGEST, LARGEST).to(E4M3), scale.nan_to_num(nan=1.0)
+    values = values.clamp_(-largest, largest)
+    if dtype == torch.int8:
+        return values.round_().nan_to_num_(nan=0.0).to(dtype), scale
+    return values.to(dtype), scale.nan_to_num(nan=1.0)
 
 
 def quantize_frames(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .float8 import E4M3
-
 HARDWARE_FROM = 89  # the first architecture that converts to e4m3
 
 
@@ -39,9 +37,9 @@ def largest_in(y):
 
 
 @triton.jit
-def scale_of(largest):
-    """The scale of numbers whose largest is this, inf or above 0."""
-    return tl.maximum(tl.div_rn(largest, 448.0), 1.1754943508222875e-38)
+def scale_of(largest, FULL: tl.constexpr = 448.0):
+    """The scale of numbers whose largest is this, inf or above 0; FULL: the largest of the format."""
+    return tl.maximum(tl.div_rn(largest, FULL), 1.1754943508222875e-38)
 
 
 @triton.jit
@@ -76,18 +74,34 @@ def round_to_e4m3(y):
 
 
 @triton.jit
-def quantize_tile(y, HARDWARE: tl.constexpr):
-    """Rows y [N, C], zero where nothing stands -> their e4m3 (its bits, if the hardware does not convert), scales [N].
+def quantize_tile(y, HARDWARE: tl.constexpr, INT8: tl.constexpr = False):
+    """Rows y [N, C], zero where nothing stands -> their e4m3 (its bits, if the hardware does not convert) or int8, and
+    scales [N].
 
     The caller's masked numbers are 0 and change nothing.
     """
-    scale = scale_of(largest_in(y))
-    return quantize_by(y, scale[:, None], HARDWARE), stored_scale(scale)
+    if INT8:
+        scale = scale_of(largest_in(y), 127.0)
+        values = tl.minimum(tl.maximum(tl.div_rn(y, scale[:, None]), -127.0), 127.0)
+        values = (values + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest whole number, ties to even
+        values = tl.where(scale[:, None] < float("inf"), values, 0.0).to(tl.int8)
+        row_scale = tl.where(scale < float("inf"), scale, float("nan"))
+    else:
+        scale = scale_of(largest_in(y))
+        values = quantize_by(y, scale[:, None], HARDWARE)
+        row_scale = stored_scale(scale)
+    return values, row_scale
 
 
-def empty_rows(x: Tensor, hardware: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """For rows like x [..., C]: e4m3 values, the same memory as the kernel stores it, and scales."""
-    values = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+def empty_rows(x: Tensor, dtype: torch.dtype, hardware: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """For rows like x [..., C]: values in 8 bits, the same memory as the kernel stores it, and scales."""
+    typed = torch.empty(x.shape, dtype=dtype, device=x.device)
     scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    typed = values.view(E4M3)
-    return typed, typed if hardware else values, scales
+    return typed, typed if hardware or dtype == torch.int8 else typed.view(torch.uint8), scales
+
+
+def stored_type(dtype: torch.dtype, arch: int) -> str:
+    """How a compiled kernel's pointer to such rows is typed."""
+    if dtype == torch.int8:
+        return "*i8"
+    return "*fp8e4nv" if arch >= HARDWARE_FROM else "*u8"

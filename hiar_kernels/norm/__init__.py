@@ -2,10 +2,10 @@
 
 from .api import (
     ada_layer_norm,
-    ada_layer_norm_fp8,
+    ada_layer_norm_quantized,
     gated_residual,
     gated_residual_ada_layer_norm,
-    gated_residual_ada_layer_norm_fp8,
+    gated_residual_ada_layer_norm_quantized,
     gated_residual_layer_norm,
     layer_norm,
     rms_norm,
@@ -13,10 +13,10 @@ from .api import (
 
 __all__ = [
     "ada_layer_norm",
-    "ada_layer_norm_fp8",
+    "ada_layer_norm_quantized",
     "gated_residual",
     "gated_residual_ada_layer_norm",
-    "gated_residual_ada_layer_norm_fp8",
+    "gated_residual_ada_layer_norm_quantized",
     "gated_residual_layer_norm",
     "layer_norm",
     "rms_norm",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..common.dispatch import choose
+from ..common.float8 import E4M3
 from ..common.pointwise import automatic, prepare
 from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the ops)
@@ -117,42 +119,52 @@ def gated_residual_ada_layer_norm(
     return _run("gated_residual_ada_layer_norm", impl, inputs)
 
 
-def ada_layer_norm_fp8(
-    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, impl: str = "auto"
+def ada_layer_norm_quantized(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, dtype: torch.dtype = E4M3, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """:func:`ada_layer_norm` in 8 bits, as a matrix product takes it; quantised without other rounding before.
 
     Returns:
-        values: float8_e4m3fn [B, T, C]; scales: float32 [B, T], as :func:`quantize_rows` gives them for the norm in
-        float32. No gradient. Arguments and errors as for :func:`ada_layer_norm`.
+        values: ``dtype`` (float8_e4m3fn or int8) [B, T, C]; scales: float32 [B, T], as :func:`quantize_rows` gives them
+        for the norm in float32. No gradient. Other arguments and errors as for :func:`ada_layer_norm`.
 
     Example:
         >>> x, zero = torch.tensor([[[3.0, 1.0]]]), torch.zeros(1, 1, 2)
-        >>> values, scales = ada_layer_norm_fp8(x, zero, zero)
+        >>> values, scales = ada_layer_norm_quantized(x, zero, zero)
         >>> values.float() * scales[..., None]
         tensor([[[ 1.0000, -1.0000]]])
     """
-    values, scales = _run("ada_layer_norm_fp8", impl, NormInputs(x, shift=shift, scale=scale, eps=eps))
+    values, scales = _run(
+        "ada_layer_norm_quantized", impl, NormInputs(x, shift=shift, scale=scale, eps=eps, dtype=dtype)
+    )
     return values, scales
 
 
-def gated_residual_ada_layer_norm_fp8(
-    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, impl: str = "auto"
+def gated_residual_ada_layer_norm_quantized(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    eps: float = 1e-6,
+    dtype: torch.dtype = E4M3,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`gated_residual_ada_layer_norm` with the norm in 8 bits.
 
     Returns:
-        h [B, T, C], dtype of x; values and scales of its norm, as :func:`ada_layer_norm_fp8` gives them. No gradient.
-        Arguments and errors as for :func:`gated_residual_ada_layer_norm`.
+        h [B, T, C], dtype of x; values and scales of its norm, as :func:`ada_layer_norm_quantized` gives them. No
+        gradient. Other arguments and errors as for :func:`gated_residual_ada_layer_norm`.
 
     Example:
         >>> x, zero = torch.tensor([[[3.0, 1.0]]]), torch.zeros(1, 1, 2)
-        >>> h, values, scales = gated_residual_ada_layer_norm_fp8(x, x, None, zero, zero)
+        >>> h, values, scales = gated_residual_ada_layer_norm_quantized(x, x, None, zero, zero)
         >>> h, values.float() * scales[..., None]
         (tensor([[[6., 2.]]]), tensor([[[ 1.0000, -1.0000]]]))
     """
-    inputs = NormInputs(x, y, gate, shift, scale, eps=eps)
-    h, values, scales = _run("gated_residual_ada_layer_norm_fp8", impl, inputs)
+    inputs = NormInputs(x, y, gate, shift, scale, eps=eps, dtype=dtype)
+    h, values, scales = _run("gated_residual_ada_layer_norm_quantized", impl, inputs)
     return h, values, scales
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..common.dispatch import check_eps, check_floats
+from ..common.float8 import check_row_dtype
 
 ARGUMENTS = {
     "layer_norm": ("x", "weight", "bias"),
@@ -19,20 +21,22 @@ ARGUMENTS = {
 }
 """Op -> its tensors, in the order of its schema; all are differentiable."""
 OPTIONAL_GATE = "gated_residual_ada_layer_norm"
-FP8 = {f"{op}_fp8": op for op in ("ada_layer_norm", OPTIONAL_GATE)}
-"""Op whose norm comes in 8 bits, with a scale for each row -> the op that it is otherwise; without gradients."""
+QUANTIZED = {f"{op}_quantized": op for op in ("ada_layer_norm", OPTIONAL_GATE)}
+"""Op whose norm comes in 8 bits, with a scale for each row -> the op that it is otherwise; without gradients. Its last
+argument is the dtype."""
 
 
 def names_of(op: str) -> tuple[str, ...]:
     """The tensors of an op, in the order of its schema."""
-    return ARGUMENTS[FP8.get(op, op)]
+    return ARGUMENTS[QUANTIZED.get(op, op)]
 
 
 @dataclass(frozen=True)
 class NormInputs:
     """h = x + gate y, and its norm: n (1 + scale) + shift of each frame, n weight + bias, or with RMS n weight.
 
-    x, y: [B, T, C]. gate, shift, scale: [B or 1, F, C]; F divides T. weight, bias: [C]. eps None: no norm.
+    x, y: [B, T, C]. gate, shift, scale: [B or 1, F, C]; F divides T. weight, bias: [C]. eps None: no norm. dtype: of a
+    norm in 8 bits.
     """
 
     x: Tensor
@@ -43,17 +47,18 @@ class NormInputs:
     weight: Tensor | None = None
     bias: Tensor | None = None
     eps: float | None = None
+    dtype: torch.dtype | None = None
 
     @classmethod
     def from_schema(cls, op: str, *arguments: Any) -> NormInputs:
         """The arguments of ``hiar::<op>``."""
-        tensors = dict(zip(names_of(op), arguments))
-        return cls(**tensors, eps=arguments[-1] if len(arguments) > len(tensors) else None)
+        names = (*names_of(op), "eps", "dtype")
+        return cls(**dict(zip(names, arguments)))
 
     def as_schema(self, op: str) -> tuple[Any, ...]:
         """The inverse of :meth:`from_schema`."""
         tensors = [getattr(self, name) for name in names_of(op)]
-        return (*tensors, *([] if self.eps is None else [self.eps]))
+        return (*tensors, *(option for option in (self.eps, self.dtype) if option is not None))
 
     @property
     def frames(self) -> int:
@@ -68,11 +73,13 @@ class NormInputs:
     def validate(self, op: str) -> None:
         """Raise ValueError, in one line, if shapes are wrong."""
         tensors = {name: getattr(self, name) for name in names_of(op)}
-        if FP8.get(op, op) == OPTIONAL_GATE and self.gate is None:
+        if QUANTIZED.get(op, op) == OPTIONAL_GATE and self.gate is None:
             del tensors["gate"]
         check_floats(op, **tensors)
         if op != "gated_residual":
             check_eps(op, self.eps)
+        if self.dtype is not None:
+            check_row_dtype(op, self.dtype)
         x, y, gate, shift = self.x, self.y, self.gate, self.shift
         if y is not None:
             if x.dim() != 3 or x.shape != y.shape:

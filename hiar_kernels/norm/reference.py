@@ -8,15 +8,16 @@ from torch import Tensor
 
 from ..common.float8 import quantize_last
 from ..common.torch_library import frames_of, wide_dtype
-from .inputs import FP8, NormInputs
+from .inputs import QUANTIZED, NormInputs
 
 
 def norm(op: str, inputs: NormInputs) -> Tensor | tuple[Tensor, ...]:
     """What an op returns: h, its norm, or both; the norm in 8 bits and its scales."""
-    if op in FP8:
+    if op in QUANTIZED:
         with torch.no_grad():
             first = () if inputs.y is None else (_residual(op, inputs, inputs.y),)
-            return (*first, *quantize_last(_normed(op, *first or (inputs.x,), inputs, rounded=False)))
+            assert inputs.dtype is not None
+            return (*first, *quantize_last(_normed(op, *first or (inputs.x,), inputs, rounded=False), inputs.dtype))
     if inputs.y is None:
         return _normed(op, inputs.x, inputs)
     h = _residual(op, inputs, inputs.y)

@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import Case
+from ..common.float8 import ROW_DTYPES
 from ..common.shapes import CHANNELS
 from ..common.torch_library import frames_of
-from ..common.triton_float8 import HARDWARE_FROM, empty_rows, quantize_tile
+from ..common.triton_float8 import HARDWARE_FROM, empty_rows, quantize_tile, stored_type
 from ..common.triton_loader import architecture, register
-from .inputs import ARGUMENTS, FP8, OPTIONAL_GATE, NormInputs, names_of
+from .inputs import ARGUMENTS, OPTIONAL_GATE, QUANTIZED, NormInputs, names_of
 from .tiles import (
     frame_strides,
     frame_vectors,
@@ -37,7 +38,7 @@ def _norm_fwd_kernel(
     stride_xb, stride_xt, stride_yb, stride_yt, stride_gateb, stride_gatef,
     stride_shiftb, stride_shiftf, stride_scaleb, stride_scalef, eps,
     C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PER_FRAME: tl.constexpr, RMS: tl.constexpr,
-    HARDWARE: tl.constexpr
+    HARDWARE: tl.constexpr, INT8: tl.constexpr
 ):  # fmt: skip
     b, f, tile = tile_of_program(F, tiles)
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -65,7 +66,7 @@ def _norm_fwd_kernel(
     if row_scale_ptr is None:
         tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=mask)
     else:
-        values, row_scale = quantize_tile(tl.where(mask, out, 0.0), HARDWARE)
+        values, row_scale = quantize_tile(tl.where(mask, out, 0.0), HARDWARE, INT8)
         tl.store(out_ptr + out_at, values, mask=mask)
         tl.store(row_scale_ptr + b * F * tokens + rows, row_scale, mask=t < tokens)
 
@@ -99,9 +100,9 @@ def launch(op: str, *arguments: Tensor | float | None) -> Tensor | tuple[Tensor,
     x, y = unit_stride(inputs.x), None if inputs.y is None else unit_stride(inputs.y)
     batch, _, channels = x.shape
     frames, tokens = inputs.frames, frames_of(x, inputs.frames, op)
-    hardware, row_scale = op in FP8 and architecture(x) >= HARDWARE_FROM, None
-    if op in FP8:
-        out, stored, row_scale = empty_rows(x, hardware)
+    hardware, row_scale = inputs.dtype is not None and architecture(x) >= HARDWARE_FROM, None
+    if inputs.dtype is not None:
+        out, stored, row_scale = empty_rows(x, inputs.dtype, hardware)
     else:
         out = stored = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     gate, shift, scale = frame_vectors(inputs)
@@ -120,20 +121,21 @@ def launch(op: str, *arguments: Tensor | float | None) -> Tensor | tuple[Tensor,
         tiles = triton.cdiv(tokens, tile["BLOCK_T"])
         _norm_fwd_kernel[(batch * frames * tiles,)](
             x, y, gate, shift, scale, h, stored, row_scale, frames, tokens, tiles, eps=inputs.eps, C=channels,
-            PER_FRAME=per_frame, RMS=inputs.rms, HARDWARE=hardware, **tile, **token_strides("x", x),
-            **token_strides("y", y), **frame_strides("gate", gate), **frame_strides("shift", shift),
-            **frame_strides("scale", scale),
+            PER_FRAME=per_frame, RMS=inputs.rms, HARDWARE=hardware, INT8=inputs.dtype == torch.int8, **tile,
+            **token_strides("x", x), **token_strides("y", y), **frame_strides("gate", gate),
+            **frame_strides("shift", shift), **frame_strides("scale", scale),
         )  # fmt: skip
     results = tuple(t for t in (h, out, row_scale) if t is not None)
     return results[0] if len(results) == 1 else results
 
 
-for _op in (*ARGUMENTS, *FP8):
+for _op in (*ARGUMENTS, *QUANTIZED):
     register(_op, partial(launch, _op))
 
 
-def _cases(op: str, arch: int, gated: bool = True) -> list[Case]:
-    names, label = names_of(op), f"{op}{'' if gated else ' without a gate'}, "
+def _cases(op: str, arch: int, gated: bool = True, dtype: torch.dtype | None = None) -> list[Case]:
+    int8 = dtype == torch.int8
+    names, label = names_of(op), f"{op}{'' if gated else ' without a gate'}{' to int8' if int8 else ''}, "
     if op == "gated_residual":
         return [
             production_case(label, _gated_residual_fwd_kernel, c, "x y out", "gate", plain_tile(c)) for c in CHANNELS
@@ -143,14 +145,14 @@ def _cases(op: str, arch: int, gated: bool = True) -> list[Case]:
     narrow = "x out" + (" y h" if residual else "") + ("" if per_frame else f" {vectors}")
     wide = ("gate " if "gate" in names and gated else "") + (vectors if per_frame else "")
     hardware, types = False, {}
-    if op in FP8:
+    if dtype is not None:
         hardware = arch >= HARDWARE_FROM
-        types, narrow = {"out": "*fp8e4nv" if hardware else "*u8"}, narrow.replace(" out", "")
+        types, narrow = {"out": stored_type(dtype, arch)}, narrow.replace(" out", "")
         wide += " row_scale"
     return [
         production_case(
             label, _norm_fwd_kernel, c, narrow, wide, _tile(c, per_frame, residual), eight_bits=types,
-            PER_FRAME=per_frame, RMS=rms, HARDWARE=hardware,
+            PER_FRAME=per_frame, RMS=rms, HARDWARE=hardware, INT8=int8,
         )
         for c in CHANNELS
     ]  # fmt: skip
@@ -158,5 +160,8 @@ def _cases(op: str, arch: int, gated: bool = True) -> list[Case]:
 
 def compile_cases(arch: int) -> list[Case]:
     """Every op in bfloat16, what belongs to frames in float32; the same tiles serve every architecture."""
-    ungated = [case for op in (OPTIONAL_GATE, f"{OPTIONAL_GATE}_fp8") for case in _cases(op, arch, gated=False)]
-    return [case for op in (*ARGUMENTS, *FP8) for case in _cases(op, arch)] + ungated
+    full = [case for op in ARGUMENTS for case in _cases(op, arch)] + _cases(OPTIONAL_GATE, arch, gated=False)
+    for dtype in ROW_DTYPES:
+        full += [case for op in QUANTIZED for case in _cases(op, arch, dtype=dtype)]
+        full += _cases(f"{OPTIONAL_GATE}_quantized", arch, gated=False, dtype=dtype)
+    return full

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..common.dispatch import check_floats, choose
+from ..common.float8 import E4M3, check_row_dtype
 from ..common.pointwise import automatic, prepare
 from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the op)
@@ -14,23 +16,27 @@ ACTIVATIONS = (None, "gelu_tanh")
 WIDEST = 16384  # channels: the kernel holds a row in registers
 
 
-def quantize_rows(x: Tensor, *, activation: str | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """Rows in 8 bits for a matrix product: e4m3 with one scale for each row (token).
+def quantize_rows(
+    x: Tensor, *, activation: str | None = None, dtype: torch.dtype = E4M3, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Rows in 8 bits for a matrix product, with one scale for each row (token).
 
     Args:
         x: [..., C], C >= 1, any floating dtype.
         activation: None, or "gelu_tanh": what is quantised is the GELU (tanh form) of x, in the same pass.
+        dtype: of the values, float8_e4m3fn or int8.
         impl: "auto" | "reference" | "triton".
 
     Returns:
-        values: float8_e4m3fn [..., C]; scales: float32 [...], > 0. x is nearly ``values * scales[..., None]``, off by
-        at most 1/16 of a number, or 1/1024 of its scale. In float32: scale = max|row| / 448, values = row / scale
-        rounded to the nearest, ties to even; a row does not depend on the others. A row with a number that is not
-        finite is NaN. No gradient.
+        values: ``dtype`` [..., C]; scales: float32 [...], > 0. x is nearly ``values * scales[..., None]``. In float32:
+        scale = max|row| / 448 (int8: 127), values = row / scale rounded to the nearest, ties to even; a row does not
+        depend on the others. So e4m3 is off by at most 1/16 of a number, or 1/1024 of its scale, int8 by half of its
+        scale. A row with a number that is not finite is NaN: its values, or in int8, which has no NaN, its scale. No
+        gradient.
 
     Raises:
-        ValueError: no channels, an unknown activation, or impl="triton" cannot take the device, the dtype or so many
-            channels.
+        ValueError: no channels, an unknown activation or dtype, or impl="triton" cannot take the device, the dtype of x
+            or so many channels.
 
     Example:
         >>> values, scales = quantize_rows(torch.tensor([[-7.0, 3.5, 0.0]]))
@@ -43,11 +49,12 @@ def quantize_rows(x: Tensor, *, activation: str | None = None, impl: str = "auto
     if activation not in ACTIVATIONS:
         legal = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"quantize_rows: activation must be one of {legal}, got {activation!r}")
+    check_row_dtype("quantize_rows", dtype)
     fits = x.shape[-1] <= WIDEST
     if choose("quantize_rows", impl, IMPLS, auto=automatic(x) if fits else "reference") == "triton":
         prepare("quantize_rows", x=x)
         if not fits:
             raise ValueError(f"quantize_rows: impl='triton' takes at most {WIDEST} channels, got {x.shape[-1]}")
-        values, scales = OPS.quantize_rows(x, activation)
+        values, scales = OPS.quantize_rows(x, activation, dtype)
         return values, scales
-    return reference.quantize_rows(x, activation)
+    return reference.quantize_rows(x, activation, dtype)

@@ -10,7 +10,7 @@ from ..common.float8 import quantize_last
 
 
 @torch.no_grad()
-def quantize_rows(x: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
-    """Values e4m3 [..., C] and scales float32 [...] of x, or of its GELU."""
+def quantize_rows(x: Tensor, activation: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values in 8 bits [..., C] and scales float32 [...] of x, or of its GELU."""
     y = x.float()
-    return quantize_last(y if activation is None else F.gelu(y, approximate="tanh"))
+    return quantize_last(y if activation is None else F.gelu(y, approximate="tanh"), dtype)

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..common.settings import own_settings
 from ..models.threads import cpu_threads, fitting_threads
 from ..pipelines.decode import Decoding
+from ..planning.memory import parameters
 from ..rollout import Rollout
 from ..rollout.engine import FinishedBlock
 from ..rollout.noise import KeyedNoise
@@ -284,16 +285,18 @@ def _steady(
 
 @own_settings()
 def _plain(subject: BenchModel, setting: Setting, latents: Sequence[Tensor], progress: _Counter) -> dict[str, Any]:
-    """The same blocks in plain PyTorch, and how far their latents are from the engine's."""
+    """The same blocks in plain PyTorch, with weights in full, and how far their latents are from the engine's."""
     device, network, config = subject.device, subject.network, subject.rollout
     per_block = config.frames_per_block
     shape = (network.config.in_channels, *subject.latent_size)
     noise = KeyedNoise(setting.seed, (0,), lambda block: (block * per_block, (block + 1) * per_block), shape)
-    blocks, difference, intervals = plain_blocks(subject.networks, subject.prompt_embeds, config, noise), 0.0, []
+    difference, intervals = 0.0, []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        next(plain_blocks(subject.networks, subject.prompt_embeds, config, noise))  # loads kernels, chooses algorithms
+        full = subject if setting.linear_dtype is None else load(dataclasses.replace(setting, linear_dtype=None))
+        next(plain_blocks(full.networks, subject.prompt_embeds, config, noise))  # loads kernels, chooses algorithms
+        blocks = plain_blocks(full.networks, subject.prompt_embeds, config, noise)
         for block, of_engine in enumerate(latents):
             begun = now(device)
             own = next(blocks)
@@ -350,7 +353,7 @@ def _model(subject: BenchModel, setting: Setting) -> dict[str, Any]:
         "name": setting.model,
         "weights": subject.weights,
         "prompt": subject.prompt,
-        "parameters": sum(parameter.numel() for parameter in subject.network.parameters()),
+        "parameters": parameters(config),
         "layers": config.num_layers,
         "dim": config.dim,
         "height": height,

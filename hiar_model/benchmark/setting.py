@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..common.checks import DTYPE_NAMES, one_of, whole
 from ..common.settings import own_settings
 from ..config import SHIPPED, WAN, ExecutionConfig, RolloutConfig, WanConfig
+from ..models.quantized_linear import quantize_layers
 from ..models.threads import cpu_threads, fitting_threads
 from ..models.transformer import HiARTransformer
 from ..rollout import Rollout
@@ -179,7 +181,7 @@ def _loaded(setting: Setting, device: torch.device, dtype: torch.dtype | None) -
         attention_dtype=setting.attention_dtype, linear_dtype=setting.linear_dtype,
         **{"order": "stream", **setting.rollout}, **offload,
     )  # fmt: skip
-    model = load_video_model(setting.model, device, dtype, **offload)
+    model = load_video_model(setting.model, device, dtype, linear_dtype=setting.linear_dtype, **offload)
     model = model.sized(setting.height, setting.width)
     config = rollout_of(model.rollout, setting.rollout)
     prompt = PROMPTS.get(setting.model, PROMPT if model.world is None else PROMPTS["toy"])
@@ -210,13 +212,17 @@ def _random(setting: Setting, device: torch.device, dtype: torch.dtype | None) -
     toy = config.position_grid is not None
     rollout = rollout_of(RolloutConfig(order="stream", window_frames=WAN.window_frames), setting.rollout)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    execution = _execution(setting, device)
     if not isinstance(setting.device, torch.device):
-        _require_room(setting.model, config, latent_size, rollout, device, dtype)
+        _require_room(setting.model, config, latent_size, rollout, device, dtype, execution.linear_dtype)
     torch.set_default_dtype(dtype)
     try:
         with device:
             torch.manual_seed(0)
-            network = HiARTransformer(config).eval().requires_grad_(False)
+            each = {}
+            if execution.linear_dtype is not None:
+                each["each_block"] = partial(quantize_layers, dtype=getattr(torch, execution.linear_dtype))
+            network = HiARTransformer(config, **each).eval().requires_grad_(False)
             prompt_embeds = torch.randn(1, config.text_len, config.text_dim)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -224,21 +230,21 @@ def _random(setting: Setting, device: torch.device, dtype: torch.dtype | None) -
     decoders: Any = dict.fromkeys(("small", "full"), none) if toy else _random_decoders(device, dtype)
     compression = 1 if toy else WAN.temporal_compression
     return BenchModel(
-        network, prompt_embeds, rollout, _execution(setting, device), latent_size, pixel_size, compression, RANDOM,
-        None, decoders,
+        network, prompt_embeds, rollout, execution, latent_size, pixel_size, compression, RANDOM, None, decoders,
     )  # fmt: skip
 
 
 def _require_room(
     model: str, config: WanConfig, latent_size: tuple[int, int], rollout: RolloutConfig, device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype, linear_dtype: str | None,
 ) -> None:  # fmt: skip
     from ..models.kv_cache import RingCache
     from ..planning.free_memory import require_free
     from ..planning.memory import weights_bytes
 
     tokens, sizes = math.prod(config.grid(*latent_size)), [max(window or 0 for window in rollout.windows)]
-    least = weights_bytes(config, dtype) + RingCache.memory_bytes(config, sizes, 1, tokens, dtype)
+    weights = weights_bytes(config, dtype, None if linear_dtype is None else getattr(torch, linear_dtype), device.type)
+    least = weights + RingCache.memory_bytes(config, sizes, 1, tokens, dtype)
     name = str(dtype).removeprefix("torch.")
     require_free(least, device, f"{model} in {name}, its weights and one window of keys and values,")
 

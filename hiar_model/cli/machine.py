@@ -55,7 +55,8 @@ def kv_argument(parser: ArgumentParser) -> None:
 
 
 def linear_argument(parser: ArgumentParser) -> None:
-    parser.add_argument("--linear-dtype", type=str, help="of the large linear layers: float8_e4m3fn; default: dtype")
+    text = "of the large linear layers: int8 or float8_e4m3fn; default: dtype"
+    parser.add_argument("--linear-dtype", type=str, help=text)
 
 
 def unchanged(value: Any) -> Any:
@@ -82,7 +83,7 @@ def load_model(a: Namespace, **options: Any) -> VideoModel:
         if a.threads < 1:
             raise ValueError(f"threads must be at least 1, got {a.threads}")
         torch.set_num_threads(a.threads)
-    model = load_video_model(a.model, a.device, a.dtype, **options)
+    model = load_video_model(a.model, a.device, a.dtype, linear_dtype=a.get("linear_dtype"), **options)
     if a.threads is None and (model.device.type != "cpu" or is_small(model.transformer)):
         torch.set_num_threads(1)
     return model

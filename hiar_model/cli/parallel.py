@@ -257,7 +257,7 @@ def verify_parity(a: Namespace) -> None:
         from ..pipelines.video_pipeline import VideoOptions, VideoPipeline
 
         torch.set_num_threads(a.threads)
-        model = load_video_model(a.model, a.device, a.dtype)
+        model = load_video_model(a.model, a.device, a.dtype, linear_dtype=a.linear_dtype)
         options = VideoOptions(a.prompt, num_frames=a.num_frames, seed=a.seed, order="stream", **rollout_options(a))
         execution, options = pipelined(a, model, here.execution(a), options)
 

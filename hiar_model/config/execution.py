@@ -14,7 +14,8 @@ ATTENTION_IMPLS = (
 )  # fmt: skip
 """Of :func:`hiar_kernels.attention`, whose module imports torch."""
 KV_DTYPES = (*DTYPE_NAMES, "float8_e4m3fn")
-LINEAR_DTYPES = ATTENTION_DTYPES = ("float8_e4m3fn",)
+ATTENTION_DTYPES = ("float8_e4m3fn",)
+LINEAR_DTYPES = ("float8_e4m3fn", "int8")
 FLOAT8_IMPLS = ("auto", "reference", "triton", "gluon")
 """Of :func:`hiar_kernels.attention_fp8`, which reads caches of float8_e4m3fn."""
 
@@ -39,9 +40,9 @@ class ExecutionConfig:
         attention_dtype: name of the dtype of self-attention's products; None: that of the model. "float8_e4m3fn" rounds
             queries (one scale per token and head) and probabilities too and changes the latents; it needs ``kv_dtype``
             "float8_e4m3fn".
-        linear_dtype: name of the dtype of the large linear layers; None: that of the model. "float8_e4m3fn" quantises
-            those of self-attention and feed-forward (one scale per output channel; activations: per token) and changes
-            the latents. On CUDA it needs a bfloat16 model and compute capability 8.9.
+        linear_dtype: name of the dtype of the large linear layers; None: that of the model. "int8" and "float8_e4m3fn"
+            quantise those of self-attention and feed-forward (one scale per output channel; activations: per token) and
+            change the latents, int8 less. On CUDA int8 needs compute capability 8.0, e4m3 a bfloat16 model and 8.9.
         attention_impl: implementation of self-attention, of :func:`hiar_kernels.attention`; equal up to rounding.
             "auto": the fastest that was measured. Any other never falls back: it raises where it cannot run. Over
             caches of float8_e4m3fn: "auto", "reference", "triton", or with ``attention_dtype`` "gluon".

@@ -20,9 +20,9 @@ CHUNK = 1 << 21
 _K = 256  # numbers in a block of GGUF's K types
 
 
-def temporary_bytes() -> int:
-    """Bytes that dequantising takes at most beside the tensors before and after it."""
-    return 24 * CHUNK
+def temporary_bytes(numbers: int = CHUNK) -> int:
+    """Bytes that dequantising takes at most beside the tensors before and after it. numbers: of the largest tensor."""
+    return 24 * min(numbers, CHUNK)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +72,15 @@ class Scaled(Packed):
     def nbytes(self) -> int:
         """Bytes in the file, with scales."""
         return self.values.nbytes + self.scale.nbytes
+
+    def by_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """The stored numbers, of that dtype, [out, in], and a scale for each row, float32 [out]; None: other numbers,
+        or scales of smaller blocks.
+        """
+        rows = self.shape[0] if len(self.shape) == 2 else 0
+        if self.values.dtype != dtype or tuple(self.scale.shape) not in ((1, 1), (rows, 1)):
+            return None
+        return self.values, self.scale.float().flatten().expand(rows).contiguous()
 
     def dequantise(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
         """See :meth:`Packed.dequantise`."""

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from importlib import resources
 from pathlib import Path
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..common.lora_file import LoraLike, lora_files
 from ..common.settings import own_settings
-from ..config import SHIPPED, WanConfig
+from ..config import SHIPPED, ExecutionConfig, WanConfig
+from ..config.execution import LINEAR_DTYPES
 from ..config.rollout import UNKNOWN_WINDOW, TrainedWindow
 from ..io.atomic import atomic
 from ..io.files import check_output, save_tensors
-from ..io.packed import Packed, temporary_bytes
+from ..io.packed import Packed, Scaled, temporary_bytes
 from ..io.weight_files import (
     add_tensors,
     check_keys,
@@ -38,6 +39,7 @@ from . import key_mapping
 from .foreign import foreign
 from .lora import AppliedLora, Lora, merged, read_loras
 from .quantised import WORK, Quantisation, pack, unread
+from .quantized_linear import in_8_bits, quantize_layers, quantize_weight
 from .transformer import HiARTransformer
 from .weight_check import WeightCheck
 
@@ -61,6 +63,8 @@ class CheckpointInfo:
         files: the weight files.
         window: of a causal model's config.json.
         quantised: what is quantised, and in which dialect; None: nothing.
+        large, as_they_are: matrices of the large linear layers, and by ``linear_dtype`` how many of them 8-bit layers
+            take as they are in the file.
     """
 
     layout: str
@@ -74,8 +78,14 @@ class CheckpointInfo:
     files: tuple[Path, ...]
     window: TrainedWindow = UNKNOWN_WINDOW
     quantised: Quantisation | None = None
+    large: int = 0
+    as_they_are: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, linear_dtype: str | None = None) -> str:
+        """One line; ``linear_dtype``: that it is loaded with."""
         c = self.config
         network = "" if self.network is None else f", network {self.network}"
         network += f" (left: {', '.join(self.others)})" if self.others else ""
@@ -89,16 +99,22 @@ class CheckpointInfo:
             f"{self.parameters:,} parameters in {self.tensors} tensors, {dtypes}, {self.nbytes / 1e9:.2f} GB in {first}"
             + (f" and {more} more" if more else "")
             + window
-            + self._quantised()
+            + ("" if self.quantised is None else f"; {self.quantised}")
+            + self._loading(linear_dtype)
         )
 
-    def _quantised(self) -> str:
+    def _loading(self, linear_dtype: str | None) -> str:
+        if linear_dtype is not None:
+            stored, large = self.as_they_are.get(linear_dtype, 0), self.large
+            source = f"{stored} of {large} as they are in the file" if stored else "quantised layer by layer"
+            rest = ", the others quantised layer by layer" if 0 < stored < large else ""
+            return f"; weights of large linear layers in {linear_dtype}: {source}{rest}"
         if self.quantised is None:
             return ""
         dtype, beside = str(WORK).removeprefix("torch."), loading_bytes(self.config, WORK)
         return (
-            f"; {self.quantised}; dequantised layer by layer to {dtype}: {self.parameters * WORK.itemsize / 1e9:.2f} GB"
-            f" and at most {beside / 1e9:.2f} GB beside them"
+            f"; dequantised layer by layer to {dtype}: {self.parameters * WORK.itemsize / 1e9:.2f} GB and at most "
+            f"{beside / 1e9:.2f} GB beside them"
         )
 
 
@@ -109,9 +125,11 @@ def load_transformer(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    linear_dtype: str | None = None,
     lora: LoraLike | Sequence[LoraLike] | None = None,
     on_lora: Callable[[AppliedLora, str], None] | None = None,
     on_checkpoint: Callable[[CheckpointInfo], None] | None = None,
+    on_tensor: Callable[[str, Tensor], None] | None = None,
 ) -> HiARTransformer:
     """Load a transformer from a checkpoint, in eval mode.
 
@@ -129,9 +147,13 @@ def load_transformer(
             Quantised weights (:mod:`.quantised`) are dequantised block by block, on the device, and then they are
             plain weights.
         device: None: the CPU, where the file is memory-mapped. "meta": check the file without reading the weights.
+        linear_dtype: of :class:`hiar_model.ExecutionConfig`: the large linear layers are made in 8 bits, one matrix
+            at a time, and exist in no other form; those of the file that are of this dtype with one scale, or one for
+            each row, as they are. Rollouts of the model are in 8 bits then.
         lora: LoRA files to merge into the weights (:data:`.LoraLike`), each sum rounded once.
             on_lora: called with a record of each, and a line about it.
         on_checkpoint: called with a description of the checkpoint before the weights are read.
+        on_tensor: called with each native key and tensor, by sorted keys; of layers in 8 bits, as it is before that.
 
     Raises:
         ValueError: one line: no such file, unreadable, another kind of model, missing or unexpected keys, a wrong shape
@@ -141,6 +163,7 @@ def load_transformer(
     >>> model = load_transformer("toy", on_checkpoint=lambda info: print(info.layout, info.config.num_layers, "layers"))
     native 6 layers
     """
+    linear_dtype = ExecutionConfig(linear_dtype=linear_dtype).linear_dtype  # checked, by name
     state, info = open_checkpoint(path, config)
     if on_checkpoint is not None:
         on_checkpoint(info)
@@ -150,19 +173,66 @@ def load_transformer(
             on_lora(one, note)
     with torch.device("meta"):
         model = HiARTransformer(info.config)
-    widest = WORK if info.quantised is not None else reduce(torch.promote_types, info.dtypes)
+    final = dtype or (WORK if info.quantised is not None else reduce(torch.promote_types, info.dtypes))
+    eight = None if linear_dtype is None else getattr(torch, linear_dtype)
+    if eight is not None:
+        quantize_layers(model.to(final), eight, torch.device(device or "cpu"))
     if device is not None and torch.device(device).type == "meta":
-        return model.to(dtype=dtype or widest).eval()
-    if info.quantised is None:
+        return model.to(dtype=final).eval()
+    if info.quantised is None and linear_dtype is None:
         model.load_state_dict(merged(state, loras, dtype), assign=True)
         del state  # so that tensors that are fused or cast are freed
+        model.to(device=device, dtype=final)
     else:
-        check = WeightCheck(path)
-        for names in _parts(state):  # so that only one part is there twice: q, k, v apart and fused
-            part = unpacked({name: state.pop(name) for name in names}, check, loras, dtype or WORK, device or "cpu")
+        check = WeightCheck(path) if info.quantised is not None else None
+        see, order = (None, list(state)) if linear_dtype is None else (on_tensor, sorted(state))
+        for names in _parts(order):  # so that only one part is there twice: q, k, v apart and fused
+            part: dict[str, Tensor] = {}
+            for name in names:
+                value = state.pop(name)
+                part |= _loaded(name, value, check, loras, final, device or "cpu", eight, see)
             model.load_state_dict(part, strict=False, assign=True)
-        check.finish()
-    return model.to(device=device, dtype=dtype or widest).eval()
+        if check is not None:
+            check.finish()
+    if on_tensor is not None and linear_dtype is None:
+        for name, tensor in sorted(model.state_dict().items()):
+            on_tensor(name, tensor)
+    return model.eval()
+
+
+def _loaded(
+    name: str,
+    value: Any,
+    check: WeightCheck | None,
+    loras: Sequence[tuple[Lora, float]],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    linear_dtype: torch.dtype | None,
+    on_tensor: Callable[[str, Tensor], None] | None,
+) -> dict[str, Tensor]:
+    """What a module takes for a tensor of a checkpoint: the tensor, or of a layer in 8 bits weights and scales."""
+    result = unpacked({name: value}, check, loras, dtype, device)
+    if on_tensor is not None:
+        on_tensor(name, result[name])
+    if linear_dtype is None or not in_8_bits(name):
+        return result
+    as_it_is = None if any(name in lora.deltas for lora, _ in loras) else value
+    weight, scale = as_8_bits(as_it_is, result[name], linear_dtype)
+    return {name: weight, f"{name}_scale": scale}
+
+
+def as_8_bits(stored: Any, full: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights [out, in] and scales [out] of a layer in 8 bits: those of the file if it has such, else of ``full``.
+
+    Args:
+        stored: of :func:`open_checkpoint`; None: not as it is. full: the tensor, dequantised, on the device.
+        dtype: float8_e4m3fn or int8.
+    """
+    by_rows = stored.by_rows(dtype) if isinstance(stored, Scaled) else None
+    if by_rows is None:
+        return quantize_weight(full, dtype)
+    weight, scale = by_rows
+    return weight.to(full.device), scale.to(full.device)
 
 
 def _parts(names: Iterable[str]) -> list[list[str]]:
@@ -173,10 +243,14 @@ def _parts(names: Iterable[str]) -> list[list[str]]:
     return list(parts.values())
 
 
-def loading_bytes(config: WanConfig, dtype: torch.dtype) -> int:
+def loading_bytes(config: WanConfig, dtype: torch.dtype, eight_bits: bool = False) -> int:
     """Bytes that a quantised checkpoint takes at most while it is loaded, beside its dequantised weights: q, k and v of
-    a block before they are fused, and what is being dequantised.
+    a block before they are fused, and what is being dequantised. ``eight_bits``: that any checkpoint takes beside large
+    linear layers in 8 bits: q, k and v in 8 bits, the largest matrix in full, and what is being quantised.
     """
+    if eight_bits:
+        largest = config.dim * max(config.dim, config.ffn_dim)
+        return 3 * config.dim**2 + largest * dtype.itemsize + temporary_bytes(largest)
     return 3 * config.dim**2 * dtype.itemsize + temporary_bytes()
 
 
@@ -244,6 +318,8 @@ def open_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
         expected = HiARTransformer(config).state_dict()
     check_keys(state, expected, source, spell)
     dtypes = [WORK if isinstance(value, Packed) else value.dtype for value in state.values()]
+    large = [value for key, value in state.items() if in_8_bits(key)]
+    scaled = [value for value in large if isinstance(value, Scaled)]
     info = CheckpointInfo(
         layout=key_mapping.TRAINING if networks else key_mapping.DIFFUSERS if diffusers else key_mapping.NATIVE,
         network=networks[0] if networks else None,
@@ -256,6 +332,10 @@ def open_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
         files=tuple(files),
         window=window,
         quantised=quantised,
+        large=len(large),
+        as_they_are={
+            name: sum(value.by_rows(getattr(torch, name)) is not None for value in scaled) for name in LINEAR_DTYPES
+        },
     )
     return state, info
 

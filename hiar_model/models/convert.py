@@ -41,12 +41,27 @@ def tensors_sha256(state: Mapping[str, Tensor]) -> str:
         state: native keys -> tensors (q, k, v apart), as :func:`.checkpoint.read_checkpoint` gives them. In
             the order of the sorted keys, each adds ``key dtype [shape]`` as a line of text and its bytes, row by row.
     """
-    digest = hashlib.sha256()
+    digest = TensorsDigest()
     for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
+        digest.add(key, state[key])
     return digest.hexdigest()
+
+
+class TensorsDigest:
+    """:func:`tensors_sha256` of tensors that come one by one, by sorted keys."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """The next tensor."""
+        value = tensor.detach().cpu().contiguous()
+        self._hash.update(f"{key} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}\n".encode())
+        self._hash.update(value.flatten().view(torch.uint8).numpy().data)
+
+    def hexdigest(self) -> str:
+        """Hexadecimal."""
+        return self._hash.hexdigest()
 
 
 def convert(

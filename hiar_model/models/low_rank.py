@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .lora import AppliedLora, Delta, Lora, applied_lora
+from .quantized_linear import QuantizedLinear, cannot_follow
 from .transformer import HiARTransformer
 
 _FUSED = re.compile(r"(.*\bself_attn)\.([qkv])\.(weight|bias)")
@@ -36,25 +37,26 @@ class LowRankBranch(nn.Module):
     """up (scale * (down x)) of all adapters of a linear layer.
 
     Args:
-        parts: (adapter, delta, first output row) of each adapter. linear: the layer, for shapes, dtype and device.
+        parts: (adapter, delta, first output row) of each adapter. linear: the layer, for shapes, dtype and device;
+            also one in 8 bits.
     """
 
     down: Tensor
     up: Tensor
     scale: Tensor
 
-    def __init__(self, linear: nn.Linear, parts: Sequence[tuple[Adapter, Delta, int]]) -> None:
+    def __init__(self, linear: nn.Linear | QuantizedLinear, parts: Sequence[tuple[Adapter, Delta, int]]) -> None:
         super().__init__()
         self.rows: list[tuple[Adapter, slice]] = []
-        ranks, weight = sum(delta.rank or 0 for _, delta, _ in parts), linear.weight
-        down, up, first = weight.new_zeros(ranks, weight.shape[1]), weight.new_zeros(weight.shape[0], ranks), 0
+        ranks, like = sum(delta.rank or 0 for _, delta, _ in parts), linear.bias  # of the dtype of the work
+        down, up, first = like.new_zeros(ranks, linear.in_features), like.new_zeros(linear.out_features, ranks), 0
         for adapter, delta, row in parts:
             assert delta.down is not None and delta.up is not None
             of = slice(first, first := first + delta.down.shape[0])
-            down[of] = delta.down.flatten(1).to(weight)
-            up[row : row + delta.up.shape[0], of] = (delta.up.flatten(1).double() * delta.factor).to(weight)
+            down[of] = delta.down.flatten(1).to(like)
+            up[row : row + delta.up.shape[0], of] = (delta.up.flatten(1).double() * delta.factor).to(like)
             self.rows.append((adapter, of))
-        for name, value in (("down", down), ("up", up), ("scale", weight.new_zeros(ranks))):
+        for name, value in (("down", down), ("up", up), ("scale", like.new_zeros(ranks))):
             self.register_buffer(name, value, persistent=False)  # state dicts keep the published keys
 
     def write(self) -> None:
@@ -132,16 +134,19 @@ class Adapters:
         for adapter, key, delta in _parts(self.adapters):
             path, name, first = _place(key, model.config.dim)
             module = result.get_submodule(path)
-            if delta.rank is not None and name == "weight" and isinstance(module, nn.Linear):
+            layer = isinstance(module, nn.Linear | QuantizedLinear) and name == "weight"
+            if layer and delta.rank is not None:
                 branches.setdefault(path, []).append((adapter, delta, first))
                 continue
+            if layer and isinstance(module, QuantizedLinear):
+                raise ValueError(cannot_follow(path))
             if (path, name) not in rewritten:
                 rewritten[path, name] = _Rewritten(module, name)
             whole = slice(None) if not _FUSED.fullmatch(key) else slice(first, first + model.config.dim)
             rewritten[path, name].parts.append((adapter, delta, whole))
         for path, parts in branches.items():
             linear = result.get_submodule(path)
-            assert isinstance(linear, nn.Linear)
+            assert isinstance(linear, nn.Linear | QuantizedLinear)
             linear.low_rank = branch = LowRankBranch(linear, parts)
             linear.register_forward_hook(_add_branch)
             self._writers.append(branch)

@@ -9,7 +9,8 @@
     GGUF              blocks with their own scales (:mod:`hiar_model.io.gguf_files`)
 
 In all of them the weight is the stored number times the scale: DeepSeek's "inverse" is the inverse of what the weight
-was multiplied with. A scale is one number, one for each row, or one for each block. docs/howto/quantised.md cites them.
+was multiplied with. A scale is one number, one for each row, or one for each block.
+docs/howto/quantised_files.md cites them.
 """
 
 from __future__ import annotations

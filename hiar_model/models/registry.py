@@ -28,7 +28,7 @@ from torch import Tensor
 from ..common.checks import path_like
 from ..common.lora_file import LoraLike, lora_files
 from ..common.settings import own_settings
-from ..config import SHIPPED, RolloutConfig, WanConfig
+from ..config import SHIPPED, ExecutionConfig, RolloutConfig, WanConfig
 from ..io.atomic import atomic, atomic_write
 from ..io.video import Frames
 from ..io.weight_files import check_keys, check_tensors, read_json, read_tensors
@@ -37,6 +37,7 @@ from ..toy.text import ToyTextEncoder
 from ..toy.world import WorldConfig
 from .checkpoint import TOY_FORMAT, TOY_TRANSFORMER
 from .lora import AppliedLora, merge_files
+from .quantized_linear import quantize_layers
 from .transformer import HiARTransformer
 from .video_model import VideoModel, pick_device, pick_dtype
 from .wan import Checkpoint, is_wan_folder, load_wan
@@ -82,6 +83,7 @@ def load_video_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     *,
+    linear_dtype: str | None = None,
     checkpoint: Checkpoint | None = None,
     steps: int | None = None,
     own_steps: Sequence[int] | None = None,
@@ -97,6 +99,8 @@ def load_video_model(
     Args:
         device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of weights and computation; None: bfloat16 for Wan, float32
             for toy models.
+        linear_dtype: "float8_e4m3fn" or "int8": load the large linear layers in 8 bits and in no other form, for
+            rollouts with this ``linear_dtype`` (:func:`.load_transformer`).
         lora: LoRA files to merge into the transformer: paths, "path:scale" or (path, scale).
         on_checkpoint: called with one line about each transformer (Wan) and each LoRA.
         checkpoint, steps, own_steps, vae, offload, prompt_cache, on_stage: for Wan folders, see
@@ -110,13 +114,14 @@ def load_video_model(
     ((32, 32), 48, torch.Size([1, 5, 32]))
     """
     device, dtype = pick_device(device), pick_dtype(dtype)
+    linear_dtype = ExecutionConfig(linear_dtype=linear_dtype).linear_dtype  # checked, by name
     folder = model_folder(name_or_path)
     name, files = os.fspath(name_or_path), lora_files(lora)
     if is_wan_folder(folder):
         return load_wan(
-            folder, name=name, device=device, dtype=dtype, checkpoint=checkpoint, steps=steps, own_steps=own_steps,
-            vae=vae, offload=offload, prompt_cache=prompt_cache, lora=files, on_checkpoint=on_checkpoint,
-            on_stage=on_stage,
+            folder, name=name, device=device, dtype=dtype, linear_dtype=linear_dtype, checkpoint=checkpoint,
+            steps=steps, own_steps=own_steps, vae=vae, offload=offload, prompt_cache=prompt_cache, lora=files,
+            on_checkpoint=on_checkpoint, on_stage=on_stage,
         )  # fmt: skip
     of_wan = {"checkpoint": checkpoint, "vae": vae, "offload": offload, "prompt_cache": prompt_cache}
     for option, value in of_wan.items():
@@ -137,6 +142,8 @@ def load_video_model(
         model = _build(name, settings, tensors, sha256, device, dtype or torch.float32)
     except (ValueError, TypeError) as error:  # TypeError: a value in config.json of a wrong type
         raise ValueError(f"{folder}: {error}") from error
+    if linear_dtype is not None:
+        quantize_layers(model.transformer, getattr(torch, linear_dtype))
     return dataclasses.replace(model, merged_loras=loras)
 
 

@@ -18,11 +18,11 @@ from hiar_kernels import (
     BlockCausal,
     KVContext,
     ada_layer_norm,
-    ada_layer_norm_fp8,
+    ada_layer_norm_quantized,
     attention,
     attention_layout,
     gated_residual_ada_layer_norm,
-    gated_residual_ada_layer_norm_fp8,
+    gated_residual_ada_layer_norm_quantized,
     gated_residual_layer_norm,
     qk_norm_rope,
     quantize_rows,
@@ -78,17 +78,20 @@ class SelfAttentionLayer(nn.Module):
         self.register_state_dict_post_hook(_split_qkv)
 
 
+_KINDS = "weight", "bias", "weight_scale"  # the last of a layer in 8 bits
+
+
 def _fuse_qkv(state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for kind in ("weight", "bias"):
+    for kind in _KINDS:
         keys = [f"{prefix}{part}.{kind}" for part in "qkv"]
         if all(key in state for key in keys):
             state[f"{prefix}qkv.{kind}"] = torch.cat([state.pop(key) for key in keys])
 
 
 def _split_qkv(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for kind in ("weight", "bias"):
-        for part, value in zip("qkv", state.pop(f"{prefix}qkv.{kind}").chunk(3), strict=True):
-            state[f"{prefix}{part}.{kind}"] = value
+    for kind in _KINDS:
+        if (fused := state.pop(f"{prefix}qkv.{kind}", None)) is not None:
+            state |= {f"{prefix}{part}.{kind}": value for part, value in zip("qkv", fused.chunk(3), strict=True)}
 
 
 class CrossAttention(nn.Module):
@@ -121,23 +124,32 @@ class DeferredResidual(NamedTuple):
     gate: Tensor | None
 
 
-Float8Input = tuple[Tensor, Tensor]
+QuantizedRows = tuple[Tensor, Tensor]
 """What a linear layer in 8 bits takes: e4m3 [..., C] and a scale for each row, float32 [...]."""
 
 
-def takes_8_bits(layer: nn.Module) -> bool:
-    """Whether a linear layer takes :data:`Float8Input`; a hook, such as a LoRA branch, needs its input in full."""
-    return getattr(layer, "float8", False) and not layer._forward_hooks
+def rows_dtype(layer: nn.Module) -> torch.dtype | None:
+    """The dtype of :data:`QuantizedRows` that a linear layer takes, None: it takes tensors in full, as a layer with a
+    hook does, such as a LoRA branch."""
+    return None if layer._forward_hooks else getattr(layer, "rows_dtype", None)
 
 
 def add_residual_and_norm(
-    x: Tensor, residual: DeferredResidual | None, shift: Tensor, scale: Tensor, eps: float, float8: bool = False
+    x: Tensor,
+    residual: DeferredResidual | None,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Any]:
-    """x plus the deferred residual, and the modulated norm of the sum: a tensor, or ``float8``: :data:`Float8Input`."""
-    if float8:
+    """x plus the deferred residual, and the modulated norm of the sum: a tensor, or with a dtype
+    :data:`QuantizedRows`."""
+    if dtype is not None:
         if residual is None:
-            return x, ada_layer_norm_fp8(x, shift, scale, eps=eps)
-        x, *normed = gated_residual_ada_layer_norm_fp8(x, residual.y, residual.gate, shift, scale, eps=eps)
+            return x, ada_layer_norm_quantized(x, shift, scale, eps=eps, dtype=dtype)
+        x, *normed = gated_residual_ada_layer_norm_quantized(
+            x, residual.y, residual.gate, shift, scale, eps=eps, dtype=dtype
+        )
         return x, tuple(normed)
     if residual is None:
         return x, ada_layer_norm(x, shift, scale, eps=eps)
@@ -174,7 +186,7 @@ class Block(nn.Module):
         own = self.self_attn
         with span("qkv"):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation.of_layer(layer, self.modulation)
-            x, normed = add_residual_and_norm(x, residual, shift1, scale1, self.eps, takes_8_bits(own.qkv))
+            x, normed = add_residual_and_norm(x, residual, shift1, scale1, self.eps, rows_dtype(own.qkv))
             qkv = own.qkv(normed)
         with span("self-attention"):
             attended = attend(layer, qkv, own.norm_q.weight, own.norm_k.weight, selection)
@@ -196,16 +208,16 @@ class Block(nn.Module):
         with span("cross-attention"):
             cross = self.cross_attn(normed, k, v, counts)
         with span("feed-forward"):
-            float8 = takes_8_bits(self.ffn[0])
-            x, normed = add_residual_and_norm(x, DeferredResidual(cross, None), shift2, scale2, self.eps, float8)
+            dtype = rows_dtype(self.ffn[0])
+            x, normed = add_residual_and_norm(x, DeferredResidual(cross, None), shift2, scale2, self.eps, dtype)
             return x, DeferredResidual(self._feed_forward(normed), gate2), modulation
 
     def _feed_forward(self, x: Any) -> Tensor:
-        """Of x [B, T, C], or of :data:`Float8Input` if the first layer takes it."""
+        """Of x [B, T, C], or of :data:`QuantizedRows` if the first layer takes it."""
         up, _, down = self.ffn
-        if takes_8_bits(down):
-            return down(quantize_rows(up(x), activation="gelu_tanh"))
-        if getattr(up, "float8", False):
+        if (dtype := rows_dtype(down)) is not None:
+            return down(quantize_rows(up(x), activation="gelu_tanh", dtype=dtype))
+        if hasattr(up, "rows_dtype"):
             return self.ffn[1:](up(x))
         assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
         half = x.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(x.device.type)
@@ -283,6 +295,9 @@ class HiARTransformer(nn.Module):
     State-dict keys are the published ones (``blocks.0.self_attn.q.weight``, ...); :func:`hiar_model.load_transformer`
     reads weights. Architecture: Wan Team 2025, arXiv:2503.20314.
 
+    Args:
+        each_block: what becomes of each block once it is made, before the next one is made.
+
     >>> config = WanConfig(dim=24, ffn_dim=48, num_layers=1, num_heads=2, in_channels=4, out_channels=4, text_dim=8)
     >>> model = HiARTransformer(config)
     >>> latents, prompt_embeds = torch.randn(1, 3, 4, 4, 6), torch.randn(1, 5, 8)
@@ -290,7 +305,7 @@ class HiARTransformer(nn.Module):
     torch.Size([1, 3, 4, 4, 6])
     """
 
-    def __init__(self, config: WanConfig) -> None:
+    def __init__(self, config: WanConfig, each_block: Callable[[Block], Block] = lambda block: block) -> None:
         super().__init__()
         self.config = config
         dim = config.dim
@@ -301,7 +316,7 @@ class HiARTransformer(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(each_block(Block(config)) for _ in range(config.num_layers))
         self.head = Head(config)
 
     def forward(

@@ -28,7 +28,7 @@ from ..config import WAN, FlowSchedule, RolloutConfig
 from ..config.rollout import TrainedWindow
 from ..io.files import file_sha256
 from .checkpoint import CheckpointInfo, load_transformer
-from .convert import tensors_sha256
+from .convert import TensorsDigest
 from .experts import load_experts, parse_experts
 from .lora import AppliedLora
 from .small_stream import SmallDecoder, SmallEncoder
@@ -55,6 +55,7 @@ def load_wan(
     device: torch.device,
     name: str | None = None,
     dtype: torch.dtype | None = None,
+    linear_dtype: str | None = None,
     checkpoint: Checkpoint | None = None,
     steps: int | None = None,
     own_steps: Iterable[int] | None = None,
@@ -71,6 +72,7 @@ def load_wan(
     Args:
         name: of the model; None: the folder. dtype: of weights and computation; None: bfloat16. The text encoder, and
             the VAE on CUDA, cannot run in float16 and use bfloat16 then; on the CPU the VAE runs in float32.
+        linear_dtype: of :func:`hiar_model.load_transformer`.
         checkpoint: the transformer's weights: whatever :func:`hiar_model.load_transformer` reads, or experts.
         steps: number of steps, spread evenly; None: 1000, 750, 500, 250.
         own_steps: the steps of this rank of a pipeline, which loads only their experts; None: all.
@@ -128,17 +130,20 @@ def load_wan(
                     f"{info.window.sink}, that of {other} {window} and {sink}; steps share one window"
                 )
             if on_checkpoint is not None:
-                on_checkpoint(str(info))
+                on_checkpoint(info.describe(linear_dtype))
             if on_stage is not None:
                 on_stage("reading the transformer", info.nbytes)
 
         return load_transformer(
-            Path(path), dtype=dtype, device=device, lora=lora, on_checkpoint=check, on_lora=merged
-        ).requires_grad_(False)
+            Path(path), dtype=dtype, device=device, linear_dtype=linear_dtype, lora=lora, on_checkpoint=check,
+            on_lora=merged, on_tensor=digest.add if files is None else None,
+        ).requires_grad_(False)  # fmt: skip
+
+    digest = TensorsDigest()
 
     if files is None:
         experts, transformer = None, load(folder if checkpoint is None else checkpoint)  # type: ignore[arg-type]
-        identity = tensors_sha256(transformer.state_dict())
+        identity = digest.hexdigest()
     else:
         experts = tuple(load_experts(files, load, own_steps))
         transformer = next(filter(None, experts))

@@ -21,7 +21,7 @@ def describe(run: Any, command: str = "generate", more: Mapping[str, Any] | None
     Args:
         command: of `hiar`. more: its options beside those of the run, or in place of them; None: left out.
     """
-    model, options, config, execution = run.model, run.options, run.config, run.execution
+    model, options, config, execution = run.model, run.options, run.config, run.rollout.execution
     device = model.device
     threads = torch.get_num_threads() if run.threads is None else run.threads
     dtype = str(model.dtype).removeprefix("torch.")

@@ -208,7 +208,7 @@ class VideoPipeline(LoraLoading):
         """The model; loaded on first use, after the memory check of the first video."""
         if isinstance(self._named, VideoModel):
             return self._named
-        return load_video_model(self._named, self.device, self.dtype)
+        return load_video_model(self._named, self.device, self.dtype, linear_dtype=self.execution.linear_dtype)
 
     @video_options("Video")
     def __call__(self, prompt: str | None, **options: Any) -> Video:
@@ -258,7 +258,7 @@ class VideoRun:
     def __init__(
         self, model: VideoModel, execution: ExecutionConfig, options: VideoOptions, blockwise: bool = False
     ) -> None:
-        self.options, self.execution = options, execution
+        self.options = options
         endless = blockwise and options.num_frames is None and not options.open_end and options.last_frame is None
         blockwise = blockwise or options.open_end
         self.model = model.sized(options.height, options.width)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 
 from ..common.checks import MOST_FRAMES, MOST_SIDE, whole
 from ..config import SHIPPED, WAN, RolloutConfig, WanConfig
+from ..config.execution import LINEAR_DTYPES
 from ..config.rollout import BLOCKWISE
 from ..io.files import refuse_stand_in
 from ..io.weight_files import read_json, read_tensors
@@ -61,6 +62,8 @@ class Subject:
     vae             diffusers' config, or :func:`.small_vae.vae_settings`; None: on the CPU, or missing
     missing         names of missing components
     quantised       whether the transformer's weights are dequantised when they are loaded
+    large           how many matrices its large linear layers have
+    as_they_are     by linear_dtype, of how many of them 8-bit layers take the bits of the file
     """
 
     name: str
@@ -75,6 +78,8 @@ class Subject:
     vae: dict[str, Any] | None = None
     missing: tuple[str, ...] = ()
     quantised: bool = False
+    large: int = 0
+    as_they_are: Mapping[str, int] = field(default_factory=dict)
 
 
 def with_vae(about: Subject, path: str | os.PathLike[str]) -> Subject:
@@ -140,7 +145,8 @@ def _on_disk(path: Path) -> Subject:
     return Subject(
         str(checkpoint), checkpoint.config, checkpoint.window.apply(_ROLLOUT), size=grid_size(checkpoint.config),
         text_encoder=text_encoder, vae=vae, missing=tuple(missing),
-        quantised=checkpoint.quantised is not None,
+        quantised=checkpoint.quantised is not None, large=checkpoint.large,
+        as_they_are=checkpoint.as_they_are,
     )  # fmt: skip
 
 
@@ -256,13 +262,16 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def _dtype(option: str, name: str) -> torch.dtype:
     eight = {"float8_e4m3fn": E4M3}
-    legal = {"kv-dtype": _DTYPES | eight, "attention-dtype": eight, "linear-dtype": eight}.get(option, _DTYPES)
+    linear = {name: getattr(torch, name) for name in LINEAR_DTYPES}
+    legal = {"kv-dtype": _DTYPES | eight, "attention-dtype": eight, "linear-dtype": linear}.get(option, _DTYPES)
     if name not in legal:
         raise ValueError(f"{option} must be one of {', '.join(legal)}, got {name!r}")
     return legal[name]
 
 
 # The search for options that fit.
+
+_DTYPES_OF_REQUEST = ("kv_dtype", "linear_dtype")
 
 
 @dataclass(frozen=True)
@@ -271,7 +280,7 @@ class Change:
 
     cost: int = 0
     options: tuple[str, ...] = ()
-    fields: dict[str, Any] = field(default_factory=dict)  # of RolloutConfig, or kv_dtype
+    fields: dict[str, Any] = field(default_factory=dict)  # of RolloutConfig, or kv_dtype, linear_dtype
     offload: tuple[str, ...] = ()
 
     def __add__(self, other: Change) -> Change:
@@ -281,8 +290,7 @@ class Change:
     def apply(self, query: FitQuery) -> FitQuery:
         """The query with these options."""
         request, fields = query.request, dict(self.fields)
-        if "kv_dtype" in fields:
-            request = replace(request, kv_dtype=fields.pop("kv_dtype"))
+        request = replace(request, **{name: fields.pop(name) for name in _DTYPES_OF_REQUEST if name in fields})
         request = replace(request, rollout=replace(request.rollout, **fields))
         return replace(query, request=request, offload=query.offload + self.offload)
 
@@ -293,8 +301,8 @@ class Change:
 
 def changes(query: FitQuery) -> list[list[Change]]:
     """Lists of alternatives, to combine one of each: first those that keep the video unchanged (offload the text
-    encoder; order step_first, which finishes all blocks at the end; decode on the CPU), then e4m3 KV, whose error is
-    measured in docs/howto/quantise.md, and last narrower windows.
+    encoder; order step_first, which finishes all blocks at the end; decode on the CPU), then e4m3 KV and int8 linear
+    layers, whose errors are measured in docs/howto/run_in_8_bits.md, and last narrower windows.
     """
     r, rollout, none = query.request, query.request.rollout, Change()
     alternatives: list[list[Change]] = []
@@ -306,10 +314,12 @@ def changes(query: FitQuery) -> list[list[Change]]:
         alternatives.append([none, Change(4, ("--offload",), {}, ("vae",))])
     if r.kv_dtype is None:
         alternatives.append([none, Change(8, ("--kv-dtype float8_e4m3fn",), {"kv_dtype": E4M3})])
+    if r.linear_dtype is None:
+        alternatives.append([none, Change(16, ("--linear-dtype int8",), {"linear_dtype": torch.int8})])
     if not isinstance(window := rollout.window_frames, tuple):
         widest = min(window or r.num_frames or 0, r.num_frames or window or 0)
         narrow = [n for n in (12, 9, 6) if rollout.least_window <= n < widest]
-        alternatives.append([none, *(Change(16 << i, (f"--window-frames {n}",), {"window_frames": n})
+        alternatives.append([none, *(Change(32 << i, (f"--window-frames {n}",), {"window_frames": n})
                               for i, n in enumerate(narrow))])  # fmt: skip
     return alternatives
 
@@ -365,10 +375,16 @@ def lines(query: FitQuery, limits: Sequence[int] = ()) -> Iterator[str]:
 
 def _rows(query: FitQuery, memory: Memory) -> Iterator[tuple[str, int, str]]:
     r = query.request
-    beside = "" if r.linear_dtype is None else ", those of linear layers in 8 bits beside the full ones"
-    yield "transformer", memory.transformer, "weights" + (", dequantised" if query.subject.quantised else "") + beside
+    weights = "weights" + (", dequantised" if query.subject.quantised else "")
+    loading = "temporary: q, k and v of a block apart, and what is being dequantised"
+    if r.linear_dtype is not None:
+        weights = f"weights, those of large linear layers in {_name(r.linear_dtype)}"
+        stored, large = query.subject.as_they_are.get(_name(r.linear_dtype), 0), query.subject.large
+        weights += f": {stored} of {large} matrices as they are in the file" if stored else ""
+        loading = "temporary: a matrix in full, and q, k and v of a block apart"
+    yield "transformer", memory.transformer, weights
     if memory.loading:
-        yield "loading it", memory.loading, "temporary: q, k and v of a block apart, and what is being dequantised"
+        yield "loading it", memory.loading, loading
     if query.subject.text_encoder:
         note = "weights; offloaded after the prompt is encoded" if "text" in query.offload else "weights"
         yield "text encoder", memory.text_encoder.weights, note

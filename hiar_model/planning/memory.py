@@ -27,8 +27,8 @@ from hiar_kernels.common.triton_loader import shapes_only
 from ..common.checks import OFFLOAD, one_of
 from ..config import ExecutionConfig, RolloutConfig, WanConfig
 from ..models.checkpoint import loading_bytes
-from ..models.fp8_linear import float8_bytes
 from ..models.kv_cache import E4M3, RingCache
+from ..models.quantized_linear import QuantizedLinear, quantize_layers, quantized_bytes
 from ..models.transformer import HiARTransformer
 from ..rollout import Rollout
 from ..rollout.footprint import forwards, prompt_bytes
@@ -135,7 +135,7 @@ class ComponentMemory:
 class Memory:
     """Predicted bytes of a video on the device.
 
-    transformer        weights, with those of linear layers in 8 bits, which are beside the full ones
+    transformer        weights; those of the large linear layers in 8 bits, if they are loaded so
     text_encoder, vae  weights, as `ComponentMemory`
     caches             keys, values, scales and frame ids of all ``rings``
     scratch            of keys and values that are stored in another dtype but e4m3, shared by all layers
@@ -145,7 +145,7 @@ class Memory:
     activations        peak of a task on top of all this
     captured           whether activations stay allocated, in the private pool of the CUDA graphs
     workspaces         of cuBLAS, one for each stream
-    loading            beside the weights, while the transformer of a quantised checkpoint is loaded
+    loading            beside the weights, while a transformer is loaded in 8 bits, or of a quantised checkpoint
     offload            components that leave the device, of `OFFLOAD`
     """
 
@@ -235,15 +235,16 @@ def predict(
     """
     for name in offload:
         one_of("offload", name, OFFLOAD)
-    config, counted = request.config, _counted(request)
+    on_cpu = request.device == "cpu"
+    config, counted = request.config, _counted(request if on_cpu else replace(request, linear_dtype=None))
     ring = (counted.capacities, request.batch, math.prod(config.grid(request.height, request.width)))
     caches = RingCache.memory_bytes(config, *ring, request.dtype, kv_dtype=request.kv_dtype)
     narrow = request.kv_dtype not in (None, request.dtype, E4M3)
     scratch = 2 * math.prod(RingCache.shape(config, *ring)) * request.dtype.itemsize if narrow else 0
-    captured = request.cuda_graph
+    captured, eight_bits = request.cuda_graph, request.linear_dtype is not None
     streams = 1 + captured if request.device == "cuda" else 0  # graphs are captured on a second stream
     return Memory(
-        transformer=weights_bytes(config, request.dtype) + _float8_layers(request),
+        transformer=weights_bytes(config, request.dtype, request.linear_dtype, request.device),
         caches=caches - scratch,
         rings=len(counted.capacities),
         scratch=scratch,
@@ -252,7 +253,7 @@ def predict(
         activations=counted.activations,
         captured=captured,
         workspaces=streams * WORKSPACE,
-        loading=loading_bytes(config, request.dtype) if quantised else 0,
+        loading=loading_bytes(config, request.dtype, eight_bits) if quantised or eight_bits else 0,
         text_encoder=text_encoder or ComponentMemory(),
         vae=vae or ComponentMemory(),
         offload=tuple(offload),
@@ -260,21 +261,18 @@ def predict(
 
 
 @lru_cache(maxsize=64)
-def weights_bytes(config: WanConfig, dtype: torch.dtype) -> int:
+def parameters(config: WanConfig) -> int:
+    """The count of the transformer's weights."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in HiARTransformer(config).parameters())
+
+
+def weights_bytes(
+    config: WanConfig, dtype: torch.dtype, linear_dtype: torch.dtype | None = None, device: str = "cuda"
+) -> int:
     """Bytes of the transformer's weights."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in HiARTransformer(config).parameters()) * dtype.itemsize
-
-
-def _float8_layers(request: Request) -> int:
-    """Bytes of the linear layers in 8 bits. Their activations are smaller than those of the full layers, which are
-    counted.
-    """
-    if request.linear_dtype is None:
-        return 0
-    with torch.device("meta"):
-        network = HiARTransformer(replace(request.config, num_layers=1))
-    return request.config.num_layers * float8_bytes(network, wide=request.device == "cpu")
+    nbytes, numbers = (0, 0) if linear_dtype is None else quantized_bytes(config, linear_dtype, device == "cpu")
+    return (parameters(config) - numbers) * dtype.itemsize + nbytes
 
 
 def _latents(request: Request) -> int:
@@ -336,12 +334,17 @@ def _counted(request: Request) -> Counted:
     """Run each kind of forward once on fake tensors."""
     few = replace(request.config, num_layers=min(_LAYERS, request.config.num_layers))
     with torch.device("meta"):
-        model = HiARTransformer(few).eval().requires_grad_(False)
-    shapes = {name: x.shape for name, x in model.state_dict().items()}
+        model = HiARTransformer(few).to(request.dtype).eval().requires_grad_(False)
+    if request.linear_dtype is not None:  # on a GPU they take less than the full ones, which are counted there
+        quantize_layers(model, request.linear_dtype)
+    kinds = {name: (x.shape, x.dtype) for name, x in model.state_dict().items()}
     with fake(request.device, request.dtype), LiveBytes() as live:
-        weights = {name: torch.empty(shape, dtype=request.dtype) for name, shape in shapes.items()}
+        weights = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
         model.load_state_dict(weights, assign=True)
         del weights
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLinear) and request.linear_dtype == E4M3:
+                layer.wide_weight()  # which a small layer keeps
         tokens = few.text_len if request.text_tokens is None else request.text_tokens
         embeds = torch.empty(1, tokens, few.text_dim, dtype=request.dtype)
         rollout = request.make(model, embeds)
@@ -352,7 +355,7 @@ def _counted(request: Request) -> Counted:
             before = live.restart()
             forward.body()
             activations = max(activations, live.peak - before)
-        others = live.now - prompt - sum(p.nbytes for p in model.parameters())
+        others = live.now - prompt - sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
         for x in (*cache.k, *cache.v, *cache.k_scales, *cache.v_scales, *cache.scratch, cache.frames):
             others -= x.nbytes
     return Counted(tuple(cache.capacities), prompt // few.num_layers, others, activations)

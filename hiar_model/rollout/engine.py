@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any, NamedTuple, cast
@@ -19,8 +20,8 @@ from ..config import ExecutionConfig, RolloutConfig
 from ..distributed.mesh import axis_size
 from ..distributed.pipeline import Pipeline
 from ..distributed.ulysses import HeadRanks, UlyssesAttention
-from ..models.fp8_linear import quantized
 from ..models.kv_cache import CachedAttention, RingCache
+from ..models.quantized_linear import linear_dtype_of, quantized
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import Group, Plan, forwards
 from ..version import NOISE, require_noise
@@ -103,8 +104,11 @@ class Rollout:
     ) -> None:
         execution = execution or ExecutionConfig()
         models, network = _networks(model, len(config.steps))
+        if execution.linear_dtype is None and (loaded := linear_dtype_of(network)) is not None:
+            execution = replace(execution, linear_dtype=str(loaded).removeprefix("torch."))
         if execution.linear_dtype is not None:
-            models = [None if one is None else quantized(one) for one in models]
+            linear_dtype = getattr(torch, execution.linear_dtype)
+            models = [None if one is None else quantized(one, linear_dtype) for one in models]
         weight, wan = network.patch_embedding.weight, network.config
         self.execution, self.seed = execution, whole("seed", seed)
         self.video_ids = [whole("video_ids", n) for n in video_ids]

@@ -14,7 +14,7 @@ from bench.studies import eight_bits_drift, eight_bits_errors
 from bench.studies.eight_bits_drift import DriftRun, inner_in_8_bits, make
 from bench.studies.eight_bits_table import by_eighth, main, read, rows, shape_rows
 from hiar_model import ExecutionConfig, WanConfig
-from hiar_model.models.fp8_linear import Float8Linear
+from hiar_model.models.quantized_linear import QuantizedLinear
 from hiar_model.toy.prompt import parse
 
 pytestmark = pytest.mark.cpu
@@ -109,7 +109,7 @@ def test_a_run_reads_every_stretch_of_every_video(model):
 
 def test_the_first_and_the_last_block_can_stay_as_they_are():
     model = eight_bits_errors.random_model(SMALL)
-    layers = [name for name, module in inner_in_8_bits(model).named_modules() if isinstance(module, Float8Linear)]
+    layers = [name for name, module in inner_in_8_bits(model).named_modules() if isinstance(module, QuantizedLinear)]
     assert len(layers) == 4 and {name.split(".")[1] for name in layers} == {"1"}
 
 

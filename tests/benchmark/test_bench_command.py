@@ -14,6 +14,7 @@ import itertools
 import json
 import shlex
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from hiar_model.benchmark.setting import Setting
 from hiar_model.cli import build_parser, main
 from hiar_model.config import FlowSchedule, RolloutConfig
 from hiar_model.io import plot
+from hiar_model.models.quantized_linear import is_quantized
 from hiar_model.models.registry import ToyDecoder, load_video_model
 from hiar_model.models.video_model import VideoModel
 from hiar_model.rollout import Rollout
@@ -142,6 +144,24 @@ def test_the_same_again_and_another_seed(done, folder):
         bench(Setting(**options, seed=seed), decode=False, plain=False)["latents"]["sha256"] for seed in (0, 1)
     )
     assert again == done.values["latents"]["sha256"] != other
+
+
+@pytest.mark.parametrize("layers", [None, 1], ids=["weights of a folder", "random weights"])
+def test_in_8_bits_only_the_baseline_has_full_weights(folder, layers):
+    """What is measured has none; latents are those of a model whose full weights a rollout quantises."""
+    one = Setting(
+        "toy" if layers else str(folder), device="cpu", blocks=1, repeats=1, layers=layers,
+        linear_dtype="float8_e4m3fn", rollout={"window_frames": 6},
+    )  # fmt: skip
+    subject, full = setting.load(one), setting.load(replace(one, linear_dtype=None))
+    assert is_quantized(subject.network) and not is_quantized(full.network)
+    full.execution = subject.execution
+    ours, theirs = (next(iter(each.new_rollout())).latents for each in (subject, full))
+    assert torch.equal(ours, theirs)
+    v = bench(one, decode=False)
+    assert v["precision"]["linear"] == "float8_e4m3fn"
+    assert v["model"]["parameters"] == sum(x.numel() for x in full.network.parameters())
+    assert 0 < v["plain"]["largest_difference"] < 5  # 8 bits against none: not the same weights
 
 
 def test_repeats_that_differ_are_told(folder, monkeypatch):

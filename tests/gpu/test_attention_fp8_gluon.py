@@ -8,7 +8,7 @@ from refusals import refused
 
 import hiar_kernels as hk
 from hiar_kernels.attention import gluon as hopper
-from hiar_kernels.attention_fp8.inputs import Float8Inputs
+from hiar_kernels.attention_fp8.inputs import QuantizedRowss
 from hiar_kernels.common.float8 import quantize_last
 
 pytestmark = pytest.mark.gpu
@@ -89,7 +89,7 @@ def test_variants_and_the_logsumexp(name, variant):
     q, q_scales, ring, options, _ = build(name)
     on = there(options)
     there_q, there_scales, arguments = q.cuda(), q_scales.cuda(), [x.cuda() for x in ring.arguments]
-    call = Float8Inputs(
+    call = QuantizedRowss(
         there_q, *arguments, there_scales, on["q_frames"], on["kv_frames"], on["mask"], None, torch.float32
     )
     shape = (*q.shape[:3], ring.k.shape[1])

@@ -12,6 +12,8 @@ import wan_files
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hiar_model.planning.memory import LiveBytes
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 Written = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Tensors of a file, and what its quantised ones mean, float64."""
@@ -173,3 +175,11 @@ def write_gguf(
 def native() -> dict[str, Tensor]:
     """The weights that all files are of."""
     return wan_files.native_state()
+
+
+class Allocated(LiveBytes):
+    """Without the shapes that a model is built of."""
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        if storage.device.type != "meta":
+            super()._see(storage)

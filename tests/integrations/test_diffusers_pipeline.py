@@ -279,6 +279,26 @@ def test_an_execution(files, pipe, latents):
     assert not torch.equal(found, latents) and float((found - latents).abs().max()) < 0.5
 
 
+def test_linear_layers_that_are_loaded_in_8_bits(files, latents, tmp_path):
+    """The same latents as with 8-bit layers beside full weights; those of diffusers' model are in 8 bits too."""
+    execution = ExecutionConfig(linear_dtype="float8_e4m3fn")
+    full = quiet(HiARPipeline.from_pretrained(files / "wan"))
+    full.execution = execution
+    narrow = quiet(HiARPipeline.from_pretrained(files / "wan", execution=execution))
+    found = make(narrow, output_type="latent")
+    assert torch.equal(found, make(full, output_type="latent")) and not torch.equal(found, latents)
+    attention, network = narrow.transformer.blocks[0].attn1, narrow.video_model.transformer
+    assert attention.to_v.weight.dtype == torch.float8_e4m3fn and attention.to_v.weight_scale.dtype == torch.float32
+    own = network.blocks[0].self_attn.qkv.weight
+    assert own.data_ptr() == attention.to_q.weight.data_ptr()  # one memory
+    x, t, text = torch.ones(1, 16, 1, 2, 4), torch.tensor([500.0]), torch.ones(1, 4, network.config.text_dim)
+    ours, theirs = (pipe.transformer(x, t, text).sample for pipe in (narrow, full))
+    assert 0 < float((ours - theirs).abs().max()) < 0.2 * float(theirs.abs().max())
+    with pytest.raises(ValueError, match="in 8 bits, which diffusers does not read"):
+        narrow.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 # Callbacks
 
 

@@ -8,7 +8,8 @@ from budget import assert_within_budget
 from torch import Tensor
 
 import hiar_kernels as hk
-from hiar_kernels.norm.inputs import FP8
+from hiar_kernels.common.float8 import ROW_DTYPES
+from hiar_kernels.norm.inputs import QUANTIZED
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned")]
 
@@ -25,13 +26,14 @@ def dequantize(values: Tensor, scales: Tensor) -> Tensor:
     return values.float() * scales[..., None]
 
 
+@pytest.mark.parametrize("to", ROW_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bits(shape, dtype, device):
+def test_bits(shape, dtype, to, device):
     x = (normal(*SHAPES[shape]) * normal(*SHAPES[shape][:-1], 1, seed=1).exp()).to(dtype)
-    values, scales = hk.quantize_rows(x.to(device), impl="triton")
-    eager = hk.quantize_rows(x, impl="reference")
-    assert torch.equal(scales.cpu(), eager[1])
+    values, scales = hk.quantize_rows(x.to(device), dtype=to, impl="triton")
+    eager = hk.quantize_rows(x, dtype=to, impl="reference")
+    assert torch.equal(scales.cpu(), eager[1]) and values.dtype == to
     assert torch.equal(values.cpu().view(torch.uint8), eager[0].view(torch.uint8))
 
 
@@ -47,6 +49,13 @@ def test_every_step_and_tie_of_the_format(device):
     assert torch.equal(values.cpu().view(torch.uint8), x.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
+def test_every_step_and_tie_of_int8(device):
+    x = torch.arange(-127, 127.5, 0.5)  # the largest is 127: the scale is 1
+    values, scale = hk.quantize_rows(x.to(device), dtype=torch.int8, impl="triton")
+    assert float(scale) == 1.0
+    assert torch.equal(values.cpu(), x.round().to(torch.int8))
+
+
 def test_rows_that_are_not_finite(device):
     x = normal(5, 12).float()
     x[0, 3], x[1, 0], x[2, 5], x[3] = torch.nan, torch.inf, -torch.inf, 0
@@ -54,6 +63,11 @@ def test_rows_that_are_not_finite(device):
         values, scales = (t.cpu() for t in hk.quantize_rows(x.to(device), activation=activation, impl="triton"))
         assert bool(scales[:3].eq(1).all()) and bool(values[:3].float().isnan().all())
         assert not values[3].float().any() and bool(scales[3] > 0) and bool(values[4].float().isfinite().all())
+        values, scales = (
+            t.cpu() for t in hk.quantize_rows(x.to(device), activation=activation, dtype=torch.int8, impl="triton")
+        )
+        assert bool(scales[:3].isnan().all()) and not values[:4].any()
+        assert bool(scales[3:].isfinite().all()) and bool(values[4].any())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,18 +93,19 @@ def test_views_are_read_where_they_lie(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("name", FP8)
-def test_norms(name, gated, dtype, device):
+@pytest.mark.parametrize("to", ROW_DTYPES, ids=str)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_norms(name, to, gated, dtype, device):
     """h to the bit as the op in full precision gives it; its norm as near to the exact one as the reference's."""
     x, y = (normal(2, 15, 40, seed=seed).to(dtype) for seed in (1, 2))
     gate, shift, scale = (normal(2, 3, 40, seed=seed).float() for seed in (3, 4, 5))
     first = (y, gate if gated else None) if "residual" in name else ()
     arguments = (x, *first, shift, scale)
     there = [t if t is None else t.to(device) for t in arguments]
-    *h, values, scales = (t.cpu() for t in getattr(hk, name)(*there, impl="triton"))
-    *_, eager_values, eager_scales = getattr(hk, name)(*arguments, impl="reference")
+    *h, values, scales = (t.cpu() for t in getattr(hk, name)(*there, dtype=to, impl="triton"))
+    *_, eager_values, eager_scales = getattr(hk, name)(*arguments, dtype=to, impl="reference")
     if first:
-        plain, _ = getattr(hk, FP8[name])(*there, impl="triton")
+        plain, _ = getattr(hk, QUANTIZED[name])(*there, impl="triton")
         assert torch.equal(h[0], plain.cpu())
         # The norm is that of h as it was stored.
         exact = hk.reference.ada_layer_norm(h[0].double(), shift.double(), scale.double())

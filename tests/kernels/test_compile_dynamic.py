@@ -126,13 +126,17 @@ OPS: dict[str, tuple[Callable, Callable[[int], list]]] = {
     "gated_residual_layer_norm": (
         hk.gated_residual_layer_norm, lambda n: [randn(2, 2 * n, 8)] * 2 + [randn(1, n, 8), randn(8), randn(8)],
     ),
-    "ada_layer_norm_fp8": (
-        hk.ada_layer_norm_fp8, lambda n: [randn(2, 2 * n, 8), randn(2, n, 8), randn(2, n, 8)],
+    "ada_layer_norm_quantized": (
+        hk.ada_layer_norm_quantized, lambda n: [randn(2, 2 * n, 8), randn(2, n, 8), randn(2, n, 8)],
     ),
-    "gated_residual_ada_layer_norm_fp8": (
-        hk.gated_residual_ada_layer_norm_fp8, lambda n: [randn(2, 2 * n, 8)] * 2 + [randn(1, n, 8)] * 3,
+    "gated_residual_ada_layer_norm_quantized": (
+        hk.gated_residual_ada_layer_norm_quantized, lambda n: [randn(2, 2 * n, 8)] * 2 + [randn(1, n, 8)] * 3,
     ),
     "quantize_rows": (hk.quantize_rows, lambda n: [randn(2, n, 8)]),
+    "int8_linear": (
+        lambda x, w, b: hk.int8_linear(*(t for y in (x, w) for t in hk.quantize_rows(y, dtype=torch.int8)), b),
+        lambda n: [randn(2, n, 8), randn(16, 8), randn(16)],
+    ),
     "flow_step": (
         hk.flow_step, lambda n: [randn(2, n, 2, 4, 4)] * 2 + [randn(2, n).sigmoid()] * 2 + [randn(2, n, 2, 4, 4)],
     ),

@@ -28,6 +28,7 @@ def e4m3(*shape: int) -> Tensor:
 
 
 FP8_RING = (e4m3(1, 12, 2, 4), e4m3(1, 4, 2, 4, 16), torch.ones(1, 4, 2), torch.ones(1, 4, 2))  # 4 slots of 3 tokens
+INT8_ROWS = (torch.ones(1, 2, dtype=torch.int8), torch.ones(1))
 CALLS: dict[str, Callable[[str], object]] = {
     "attention": lambda impl: hk.attention(*[torch.zeros(1, 2, 1, 2)] * 3, impl=impl),
     "merge_attention": lambda impl: hk.merge_attention([torch.zeros(1, 2, 1, 2)], [torch.zeros(1, 1, 2)], impl=impl),
@@ -62,11 +63,14 @@ CALLS: dict[str, Callable[[str], object]] = {
         *[torch.ones(1, 1, 2)] * 3, *[torch.ones(2)] * 2, impl=impl
     ),
     "rms_norm": lambda impl: hk.rms_norm(torch.ones(1, 1, 2), torch.ones(2), impl=impl),
-    "ada_layer_norm_fp8": lambda impl: hk.ada_layer_norm_fp8(*[torch.ones(1, 1, 2)] * 3, impl=impl),
-    "gated_residual_ada_layer_norm_fp8": lambda impl: hk.gated_residual_ada_layer_norm_fp8(
+    "ada_layer_norm_quantized": lambda impl: hk.ada_layer_norm_quantized(*[torch.ones(1, 1, 2)] * 3, impl=impl),
+    "gated_residual_ada_layer_norm_quantized": lambda impl: hk.gated_residual_ada_layer_norm_quantized(
         *[torch.ones(1, 1, 2)] * 5, impl=impl
     ),
     "quantize_rows": lambda impl: hk.quantize_rows(torch.ones(1, 2), impl=impl),
+    "int8_linear": lambda impl: hk.int8_linear(
+        *INT8_ROWS, *INT8_ROWS, torch.zeros(1), impl=impl
+    ),
     "flow_step": lambda impl: hk.flow_step(*[torch.ones(1, 1, 1, 1, 1)] * 2, *[torch.ones(1, 1)] * 2, impl=impl),
     "rms_silu_pad": lambda impl: hk.rms_silu_pad(torch.ones(1, 2, 1, 1, 1), torch.ones(2), impl=impl),
 }  # fmt: skip

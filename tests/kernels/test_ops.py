@@ -15,6 +15,7 @@ import hiar_kernels as hk
 from hiar_kernels import BlockCausal, KVContext
 from hiar_kernels.attention.inputs import AttentionInputs
 from hiar_kernels.common import pointwise, triton_loader
+from hiar_kernels.common.float8 import E4M3
 
 pytestmark = pytest.mark.cpu
 
@@ -35,6 +36,10 @@ def turned(x: Tensor) -> Tensor:
 def channels_last(x: Tensor) -> Tensor:
     """The same values with all channels of a pixel beside each other."""
     return x.detach().to(memory_format=torch.channels_last_3d).requires_grad_(x.requires_grad)
+
+
+def int8(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(0)).to(torch.int8)
 
 
 def fp8_rings(rows: int) -> tuple[Tensor, ...]:
@@ -141,11 +146,14 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "rms_silu_pad": (normal(2, 6, 3, 2, 4), normal(6), normal(2, 6, 2, 2, 4), 1e-12),
     "rms_silu_pad at the start": (normal(2, 6, 1, 2, 4), normal(6), None, 1e-12),
     "rms_silu_pad of channels last": (channels_last(normal(2, 6, 3, 2, 4)), normal(6), normal(2, 6, 1, 2, 4), 1e-12),
-    "quantize_rows": (normal(2, 6, 8, grad=False), None),
-    "quantize_rows of a GELU": (turned(normal(2, 6, 8)).detach(), "gelu_tanh"),
-    "ada_layer_norm_fp8": (normal(2, 6, 8, grad=False), *[normal(2, 3, 8, grad=False)] * 2, 1e-6),
-    "gated_residual_ada_layer_norm_fp8": (
-        *[normal(2, 6, 8, grad=False)] * 2, *[normal(2, 3, 8, grad=False)] * 3, 1e-6,
+    "quantize_rows": (normal(2, 6, 8, grad=False), None, E4M3),
+    "quantize_rows of a GELU": (turned(normal(2, 6, 8)).detach(), "gelu_tanh", torch.int8),
+    "int8_linear": (
+        int8(2, 3, 8), torch.rand(2, 3), int8(4, 8), torch.rand(4), torch.zeros(4, dtype=torch.bfloat16),
+    ),
+    "ada_layer_norm_quantized": (normal(2, 6, 8, grad=False), *[normal(2, 3, 8, grad=False)] * 2, 1e-6, E4M3),
+    "gated_residual_ada_layer_norm_quantized": (
+        *[normal(2, 6, 8, grad=False)] * 2, *[normal(2, 3, 8, grad=False)] * 3, 1e-6, torch.int8,
     ),
 }  # fmt: skip
 TWICE = {
@@ -159,8 +167,9 @@ NO_GRADIENT = (
     "append_fp8",
     "attention_fp8",
     "quantize_rows",
-    "ada_layer_norm_fp8",
-    "gated_residual_ada_layer_norm_fp8",
+    "int8_linear",
+    "ada_layer_norm_quantized",
+    "gated_residual_ada_layer_norm_quantized",
 )
 
 

@@ -12,9 +12,9 @@ from recorder import Recorder
 from tiny_model import MODEL, SIZE, TEXT, make_model
 
 from hiar_model.config import FlowSchedule
-from hiar_model.models.fp8_linear import quantized
 from hiar_model.models.lora import merged, read_lora
 from hiar_model.models.low_rank import Adapter, Adapters
+from hiar_model.models.quantized_linear import quantized
 
 pytestmark = pytest.mark.cpu
 

@@ -25,7 +25,6 @@ from hiar_model.io.weight_files import read_tensors
 from hiar_model.models import checkpoint
 from hiar_model.models.checkpoint import load_transformer, loading_bytes, open_checkpoint, read_checkpoint
 from hiar_model.models.convert import convert
-from hiar_model.planning.memory import LiveBytes
 
 pytestmark = pytest.mark.cpu
 
@@ -290,14 +289,6 @@ def test_lora_is_added_before_rounding(tmp_path, call):
             assert bool(((state[key].double() - want).abs() <= half_a_unit).all()), key
 
 
-class Allocated(LiveBytes):
-    """Without the shapes that a model is built of."""
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        if storage.device.type != "meta":
-            super()._see(storage)
-
-
 @pytest.mark.parametrize("name", ["comfy scale_weight e4m3", "deepseek", *BLOCKS])
 def test_no_more_memory_than_is_said(tmp_path, monkeypatch, name):
     monkeypatch.setattr(packed, "CHUNK", 1 << 14)  # smaller than a layer
@@ -308,7 +299,7 @@ def test_no_more_memory_than_is_said(tmp_path, monkeypatch, name):
     state, info = open_checkpoint(path)
     state = dict(sorted(state.items(), key=lambda item: item[0].startswith("blocks.")))  # the largest part last
     monkeypatch.setattr(checkpoint, "open_checkpoint", lambda *_: (dict(state), info))
-    with Allocated() as live:
+    with files.Allocated() as live:
         contents = (vars(x).values() if isinstance(x, Packed) else [x] for x in state.values())
         seen = [x[:0] for x in chain(*contents) if isinstance(x, torch.Tensor)]  # memory-mapped: not counted below
         before = live.restart()

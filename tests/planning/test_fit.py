@@ -70,9 +70,10 @@ def test_ways_to_fit_change_as_little_as_they_can():
         assert memory == change.apply(query).memory() and memory.total < whole
     # while the prompt is read both are there: only afterwards is there room for caches
     models = query.memory().encoding  # weights, and what torch gives cuBLAS
-    [(only, memory)] = options_that_fit(query, models)
-    assert str(only) == "--offload text" and memory.total == models and memory.when == "encoding the prompt"
-    assert options_that_fit(query, models - 1) == []
+    (first, memory), *others = options_that_fit(query, models)
+    assert str(first) == "--offload text" and memory.total == models and memory.when == "encoding the prompt"
+    smaller = options_that_fit(query, models - 1)
+    assert smaller and all("--linear-dtype" in str(change) for change, _ in (*others, *smaller))  # smaller weights
 
 
 def test_what_is_no_change_is_not_proposed():
@@ -84,7 +85,9 @@ def test_what_is_no_change_is_not_proposed():
     shared = fit_query(WAN, **SMALL, order="stream")
     shared = replace(shared, request=changed(shared.request, kv_source="next_step"))
     assert not [change for group in fit.changes(shared) for change in group if "step_first" in str(change)]
-    assert "float8" in proposed() and "float8" not in proposed(kv_dtype="bfloat16")
+    keys, layers = "--kv-dtype float8", "--linear-dtype int8"
+    assert keys in proposed() and keys not in proposed(kv_dtype="bfloat16")
+    assert layers in proposed() and layers not in proposed(linear_dtype="float8_e4m3fn")
     assert "text" in proposed() and "text" not in proposed(offload=("text",))
     assert "vae" in proposed(vae_dtype=None) and "vae" not in proposed()
     assert "--window-frames 12" in proposed() and "--window-frames 12" not in proposed(window_frames=12)
@@ -103,8 +106,8 @@ def test_a_table_adds_up():
     assert "No option makes it fit" in told and "keys of one layer" not in told
     eight = said(*words, "--vae-dtype", "none", "--attention-dtype", "float8_e4m3fn", "--linear-dtype", "float8_e4m3fn")
     assert "keys in float8_e4m3fn, products of attention in float8_e4m3fn, linear layers in float8_e4m3fn" in eight
-    # 30 layers of 4 x 1536 x 1536 and 2 x 1536 x 8960 numbers: 1.11 GB on top
-    assert "| transformer | 3.95 | weights, those of linear layers in 8 bits beside the full ones |" in eight
+    # 30 layers of 4 x 1536 x 1536 and 2 x 1536 x 8960 numbers: 1.11 GB in place of 2.22
+    assert "| transformer | 1.73 | weights, those of large linear layers in float8_e4m3fn |" in eight
 
 
 def test_the_toy():
@@ -162,7 +165,7 @@ def test_a_vae():
             ["--model", WAN, "--attention-dtype", "float8_e4m3fn"],
             "--attention-dtype float8_e4m3fn needs --kv-dtype float8_e4m3fn, got --kv-dtype None",
         ),
-        (["--model", WAN, "--linear-dtype", "int8"], "--linear-dtype must be one of float8_e4m3fn, got 'int8'"),
+        (["--model", WAN, "--linear-dtype", "int4"], "--linear-dtype must be one of float8_e4m3fn, int8, got 'int4'"),
         (["--model", WAN, "--vae-dtype", "none", "--offload", "all"], "--offload must be one of text, vae, got 'all'"),
         (["--model", WAN, "--order", "sideways"], "order"),
         (["--model", WAN, "--window-frames", "2"], "--window-frames must be .* 3 .*got 2"),
@@ -189,7 +192,8 @@ def test_an_offloaded_part_is_not_on_the_gpu():
 def test_a_quantised_file_is_named_and_its_loading_counted(tmp_path, monkeypatch):
     path = quantised_files.write(tmp_path / "w.safetensors", quantised_files.comfy(quantised_files.native()))
     monkeypatch.setattr(Scaled, "dequantise", lambda *_: pytest.fail("weights are read"))
-    told = said("--model", str(path), *(f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()))
+    small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    told = said("--model", str(path), *small)
     assert "quantised, scale_weight as ComfyUI writes it: 20 tensors of float8_e4m3fn" in told.splitlines()[0]
     assert "| transformer | 0.00 | weights, dequantised |" in told
     assert "| loading it | 0.05 | temporary" in told and "| **peak** | **0.05** | loading the transformer |" in told
@@ -197,6 +201,8 @@ def test_a_quantised_file_is_named_and_its_loading_counted(tmp_path, monkeypatch
     assert memory.loading == loading_bytes(wan_files.WAN, torch.bfloat16)
     assert memory.reading == memory.transformer + memory.loading == memory.total
     assert replace(memory, loading=0).total < memory.total
+    stays = "weights, those of large linear layers in float8_e4m3fn: 12 of 12 matrices as they are in the file"
+    assert stays in said("--model", str(path), "--linear-dtype=float8_e4m3fn", *small)
 
 
 def test_a_gguf_file_that_is_not_read(tmp_path, capsys, monkeypatch):

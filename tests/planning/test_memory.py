@@ -9,7 +9,8 @@ import torch
 from made_runs import changed, make_request
 
 from hiar_model.config import WanConfig
-from hiar_model.models.fp8_linear import quantized
+from hiar_model.models import quantized_linear
+from hiar_model.models.quantized_linear import quantize_layers
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.planning.fit import fit_query
 from hiar_model.planning.memory import WORKSPACE, ComponentMemory, LiveBytes, Memory, Request, predict
@@ -28,10 +29,10 @@ def taken(request: Request) -> int:
     """The most bytes of tensors that were alive while a video was made, its weights among them."""
     with LiveBytes() as live:
         model = HiARTransformer(request.config).to(request.dtype).eval().requires_grad_(False)
+        if request.linear_dtype is not None:
+            quantize_layers(model)
         live.restart()
         text = torch.randn(1, request.config.text_len, request.config.text_dim, dtype=request.dtype)
-        if request.linear_dtype is not None:
-            model = quantized(model)
         for _ in request.make(model, text):
             pass
     return live.peak
@@ -65,6 +66,15 @@ def test_a_rollout_takes_what_was_predicted(options):
         memory.activations
     )
     assert min(memory.caches, memory.activations) > 0.1 * abs(memory.total - found)
+
+
+def test_large_layers_in_8_bits_keep_nothing_in_float32(monkeypatch):
+    monkeypatch.setattr(quantized_linear, "SMALL", 0)
+    request = changed(REQUEST, linear_dtype=E4M3, dtype=torch.bfloat16)
+    memory, found = predict(request), taken(request)
+    assert abs(memory.total / found - 1) < 0.1, (memory, found)
+    full, numbers = predict(replace(request, linear_dtype=None)).transformer, 3 * 64 * (4 * 64 + 2 * 160)
+    assert full - memory.transformer > 0.9 * numbers  # one byte of two, but for scales
 
 
 @pytest.mark.parametrize("order", ["step_first", "stream", "wavefront"])

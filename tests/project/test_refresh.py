@@ -20,7 +20,7 @@ TABLES = {
     "docs/evidence/parallel.md": 10,
     "docs/evidence/runs.md": 5,
     "docs/howto/memory.md": 2,
-    "docs/howto/quantised.md": 1,
+    "docs/howto/quantised_files.md": 1,
 }
 SAYS = "<!-- python -m says {} -->\n\n{}\n\n<!-- end -->\n"
 

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ...config import WanConfig
 from ...io.weight_files import some
-from ...models.checkpoint import CheckpointInfo, read_checkpoint
-from ...models.key_mapping import diffusers_config, read_sizes, to_diffusers
+from ...models.checkpoint import CheckpointInfo, as_8_bits, open_checkpoint, unpacked
+from ...models.key_mapping import diffusers_config, read_sizes, to_diffusers, to_native
+from ...models.quantized_linear import QuantizedLinear, in_8_bits, linear_dtype_of, quantize_layers
 from ...models.transformer import HiARTransformer
+from ...models.weight_check import WeightCheck
 
-_QKV = ("to_q", "to_k", "to_v")
+_QKV, _SCALE = ("to_q", "to_k", "to_v"), "_scale"
 
 
 class SharedNetwork:
@@ -55,9 +57,23 @@ def _places(model: Any) -> tuple[Any, ...]:
     """Changes whenever a weight is replaced, moved, cast or written to by torch."""
     places = (
         (x.data_ptr(), x.dtype, x.device, 0 if x.is_inference() else x._version) if not x.is_meta else ()
-        for x in model.parameters()
+        for x in _tensors(model).values()
     )
     return (id(model), *places)
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    """The parameters, and weights and scales of layers in 8 bits."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            tensors |= {f"{name}.weight": module.weight, f"{name}.weight{_SCALE}": module.weight_scale}
+    return tensors
+
+
+def _spelled(key: str) -> str:
+    """diffusers' key for a native one, also for scales."""
+    return to_diffusers(key.removesuffix(_SCALE)) + (_SCALE if key.endswith(_SCALE) else "")
 
 
 def empty_network(transformer: Any) -> HiARTransformer:
@@ -70,22 +86,27 @@ def empty_network(transformer: Any) -> HiARTransformer:
     config = WanConfig.from_dict(read_sizes(dict(model.config), Path("transformer")))
     with torch.device("meta"):
         network = HiARTransformer(config)
-    _check(dict(model.named_parameters()), {to_diffusers(key) for key in network.state_dict()})
+    if (dtype := linear_dtype_of(model)) is not None:
+        quantize_layers(network, dtype)
+    _check(_tensors(model), {_spelled(key) for key in network.state_dict()})
     return network
 
 
 def share_weights(model: Any) -> HiARTransformer:
     """See :class:`SharedNetwork`."""
     network = empty_network(model)
-    theirs: dict[str, Tensor] = dict(model.named_parameters())
-    names = {to_diffusers(key): key for key in network.state_dict()}
-    dtype = model.patch_embedding.weight.dtype
+    theirs = _tensors(model)
+    names = {_spelled(key): key for key in network.state_dict()}
+    kinds = {key: value.dtype for key, value in theirs.items() if key.endswith(_SCALE) or f"{key}{_SCALE}" in theirs}
+    dtype = model.patch_embedding.weight.dtype  # of all but layers in 8 bits
     state: dict[str, Tensor] = {}
-    for i, block in enumerate(model.blocks):
-        for kind in ("weight", "bias"):
+    for i in range(len(model.blocks)):
+        for kind in ("weight", "bias", f"weight{_SCALE}"):
             keys = [f"blocks.{i}.attn1.{part}.{kind}" for part in _QKV]
-            state[f"blocks.{i}.self_attn.qkv.{kind}"] = _fused([theirs.pop(key) for key in keys], dtype)
-    state |= {names[key]: value.detach().to(dtype) for key, value in theirs.items()}
+            if keys[0] in theirs:
+                parts = [theirs.pop(key) for key in keys]
+                state[f"blocks.{i}.self_attn.qkv.{kind}"] = _fused(parts, kinds.get(keys[0], dtype))
+    state |= {names[key]: value.detach().to(kinds.get(key, dtype)) for key, value in theirs.items()}
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -115,22 +136,23 @@ def _check(theirs: dict[str, Tensor], names: set[str]) -> None:
                 f"transformer: {key} is not in memory: enable_model_cpu_offload() keeps whole models together, "
                 "sequential offload does not"
             )
-        if not value.is_floating_point() or value.dtype.itemsize < 2:
+        if f"{key}{_SCALE}" not in theirs and (not value.is_floating_point() or value.dtype.itemsize < 2):
             raise ValueError(f"transformer: {key} is {value.dtype}: quantised weights are not read here")
 
 
 def load_wan_transformer(
-    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, linear_dtype: str | None = None
 ) -> tuple[Any, CheckpointInfo]:
     """diffusers' WanTransformer3DModel from whatever :func:`hiar_model.load_transformer` reads, in eval mode.
 
     Args:
-        dtype: of the weights, but those that diffusers keeps in float32.
+        dtype: of the weights, but those that diffusers keeps in float32. linear_dtype: of
+            :func:`hiar_model.load_transformer`: large linear layers are :class:`.QuantizedLinear` then.
 
     Raises:
         ValueError: one line: what ``load_transformer`` refuses, and sizes that diffusers has no name for.
     """
-    state, info = read_checkpoint(Path(path))
+    state, info = open_checkpoint(Path(path))
     values = {key: value for key, value in diffusers_config(info.config).items() if not key.startswith("_")}
     with torch.device("meta"):
         model = WanTransformer3DModel(**values)
@@ -141,5 +163,19 @@ def load_wan_transformer(
         exact = any(part in key.split(".") for part in model._keep_in_fp32_modules)
         return value.to(torch.float32 if exact else dtype)
 
-    model.load_state_dict({(name := to_diffusers(key)): cast(name, value) for key, value in state.items()}, assign=True)
+    eight = None if linear_dtype is None else getattr(torch, linear_dtype)
+    if eight is not None:
+        for name, module in list(model.named_modules()):
+            if in_8_bits(to_native(f"{name}.weight")):
+                model.set_submodule(name, QuantizedLinear(module, eight))
+    check = WeightCheck(path) if info.quantised is not None else None
+    tensors: dict[str, Tensor] = {}
+    for key in list(state):
+        stored, name = state.pop(key), to_diffusers(key)
+        tensors[name] = full = cast(name, unpacked({key: stored}, check)[key])
+        if eight is not None and in_8_bits(key):
+            tensors[name], tensors[f"{name}{_SCALE}"] = as_8_bits(stored, full, eight)
+    if check is not None:
+        check.finish()
+    model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False), info

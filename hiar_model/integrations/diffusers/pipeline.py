@@ -20,6 +20,7 @@ from ...common.settings import own_settings
 from ...config import WAN, ExecutionConfig, RolloutConfig
 from ...io.atomic import atomic
 from ...models.checkpoint import CheckpointInfo
+from ...models.quantized_linear import linear_dtype_of
 from ...models.text_encoder import clean_prompt
 from ...models.transformer import HiARTransformer
 from ...models.vae import StreamingDecoder, StreamingEncoder, to_pixels
@@ -110,7 +111,9 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             on_checkpoint: called with a description of the transformer's weights.
             rollout: what the weights were trained for; None: the folder's, or, with a checkpoint, the default with the
                 window of its config.json.
-            kwargs: of ``DiffusionPipeline.from_pretrained``: torch_dtype, variant, transformer=..., vae=..., ...
+            kwargs: of ``DiffusionPipeline.from_pretrained``: torch_dtype, variant, transformer=..., vae=..., ...; and
+                ``execution``: with its ``linear_dtype`` the large linear layers are loaded in 8 bits and in no other
+                form.
         """
         absent = kwargs.get("transformer") is None
         if checkpoint is not None and not absent:
@@ -123,7 +126,8 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             if isinstance(dtype, Mapping):
                 dtype = dtype.get("transformer", dtype.get("default"))
             source = folder / "transformer" if checkpoint is None else checkpoint
-            kwargs["transformer"], info = load_wan_transformer(source, dtype or torch.float32)
+            linear = getattr(kwargs.get("execution"), "linear_dtype", None)
+            kwargs["transformer"], info = load_wan_transformer(source, dtype or torch.float32, linear)
             if checkpoint is not None and rollout is None:
                 rollout = info.window.apply(_rollout(None))
             if on_checkpoint is not None:
@@ -138,7 +142,16 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write a folder that this class and diffusers' WanPipeline read. A new folder is written atomically."""
+        """Write a folder that this class and diffusers' WanPipeline read. A new folder is written atomically.
+
+        Raises:
+            ValueError: large linear layers in 8 bits, which diffusers does not read.
+        """
+        if linear_dtype_of(self.transformer) is not None:
+            raise ValueError(
+                "transformer: its linear layers are in 8 bits, which diffusers does not read; to save it, load it "
+                "without linear_dtype"
+            )
         target = Path(save_directory)
         if target.exists() or kwargs.get("push_to_hub"):
             super().save_pretrained(save_directory, *args, **kwargs)

@@ -9,17 +9,18 @@ import torch
 from torch import nn
 
 from hiar_kernels import quantize_rows
-from hiar_model.models.fp8_linear import Float8Linear
+from hiar_kernels.common.float8 import ROW_DTYPES
+from hiar_model.models.quantized_linear import QuantizedLinear
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture
-def layers() -> tuple[Float8Linear, Float8Linear]:
+@pytest.fixture(params=ROW_DTYPES, ids=str)
+def layers(request) -> tuple[QuantizedLinear, QuantizedLinear]:
     """The same layer on the CPU and on the device."""
     torch.manual_seed(0)
     linear = nn.Linear(1536, 4608).to(torch.bfloat16)
-    return Float8Linear(linear), Float8Linear(copy.deepcopy(linear).to("cuda"))
+    return QuantizedLinear(linear, request.param), QuantizedLinear(copy.deepcopy(linear).to("cuda"), request.param)
 
 
 def test_the_device_computes_what_the_cpu_emulates(layers):
@@ -27,7 +28,7 @@ def test_the_device_computes_what_the_cpu_emulates(layers):
     assert torch.equal(here.weight.view(torch.uint8), there.weight.cpu().view(torch.uint8))
     assert torch.equal(here.weight_scale, there.weight_scale.cpu())
     x = torch.randn(2, 100, 1536, dtype=torch.bfloat16)
-    values, scales = quantize_rows(x.cuda())
+    values, scales = quantize_rows(x.cuda(), dtype=here.rows_dtype)
     exact = values.double().cpu() * scales.double().cpu()[..., None]
     exact = exact @ (here.weight.double() * here.weight_scale.double()[:, None]).T + here.bias.double()
     error = (there((values, scales)).cpu().double() - exact).abs().max()
