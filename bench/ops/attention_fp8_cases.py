@@ -12,7 +12,7 @@ from bench.lib.measure import Bench
 from bench.ops.work import Op, Sizes, Work, ids
 from hiar_kernels import BlockCausal
 from hiar_kernels.attention import gluon as hopper
-from hiar_kernels.attention_fp8.inputs import QuantizedRowss
+from hiar_kernels.attention_fp8.inputs import Float8Inputs
 from hiar_kernels.common.float8 import pack_values, quantize_frames, quantize_last
 
 
@@ -38,7 +38,7 @@ def attend(bench: Bench, z: Sizes, queries: list[int], ring: list[int]) -> Work:
         if "" not in schedules:
             shape = (*q8.shape[:3], arguments[1].shape[1])
             schedules[""] = hiar_kernels.attention_schedule(shape, mask, **frames, device=q8.device, one_slot=True)
-        return gluon_fwd.launch(QuantizedRowss(*arguments, q_scales, *frames.values(), mask), schedules[""], name)[0]
+        return gluon_fwd.launch(Float8Inputs(*arguments, q_scales, *frames.values(), mask), schedules[""], name)[0]
 
     return Work([], run, 4.0 * z.width * z.frame_tokens**2 * seen)
 

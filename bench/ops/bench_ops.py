@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.lib import report
 from bench.lib.machine import CUDA, ROOT, error_line, sources
-from bench.lib.measure import check_all, default_bench, percentiles
+from bench.lib.measure import Bench, check_all, default_bench, percentiles
 from bench.ops import op_cases
 from bench.ops.attention_cases import parsed
 from bench.ops.work import SMALL, Op, Sizes, Work, timed
@@ -31,13 +31,20 @@ ABSENT: dict[str, str] = {}  # what could not be measured here, and why
 TRAINED = ("block_causal", "constant_context", "bidirectional")  # shapes that win by forward and backward together
 ARCHITECTURE = int("".join(map(str, torch.cuda.get_device_capability()))) if CUDA else 0
 Row = dict[str, Any]
-CASES = [
-    pytest.param(op, direction, variant, id=f"{op.label}-{direction}-{variant}".replace(": ", "-").replace(" ", "_"))
-    for op in op_cases.table(BENCH, ABSENT)
-    for direction in (("forward", "backward") if op.trained else ("forward",))
-    for variant in op.variants
-    if (direction, variant) != ("backward", "gluon")  # which has none
-]
+
+
+def cases(bench: Bench, absent: dict[str, str]) -> dict[str, tuple[Op, str, str]]:
+    """Name of a test -> op, direction, variant: all that a device has."""
+    return {
+        f"{op.label}-{direction}-{variant}".replace(": ", "-").replace(" ", "_"): (op, direction, variant)
+        for op in op_cases.table(bench, absent)
+        for direction in (("forward", "backward") if op.trained else ("forward",))
+        for variant in op.variants
+        if (direction, variant) != ("backward", "gluon")  # which has none
+    }
+
+
+CASES = cases(BENCH, ABSENT)
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,7 +65,7 @@ def first_results(work: Work, variant: str, direction: str, peer: bool) -> tuple
         return list, [], error_line(error)
 
 
-@pytest.mark.parametrize(("op", "direction", "variant"), CASES)
+@pytest.mark.parametrize(("op", "direction", "variant"), CASES.values(), ids=CASES)
 def test_op(
     benchmark: Any, record_property: Any, limits: dict[str, float], op: Op, direction: str, variant: str
 ) -> None:

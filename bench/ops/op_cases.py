@@ -146,6 +146,6 @@ def table(bench: Bench, absent: dict[str, str]) -> list[Op]:
     variants, name = ("eager", "compiled", *own("qk_norm_rope_append")), "all pointwise of a forward"
     ops.append(Op(name, forward_pointwise, "bytes", False, variants, goal_ms=GOAL_MS))
     ops.append(Op(f"{name}, GELU too", functools.partial(forward_pointwise, gelu=True), "bytes", False, variants))
-    ops += attention_cases.table(bench, absent, own("attention"))
     ops += linear_cases.table(bench, own("int8_linear"))
-    return ops + attention_fp8_cases.table(bench, absent, own("attention_fp8"))
+    ops += attention_fp8_cases.table(bench, absent, own("attention_fp8"))
+    return ops + attention_cases.table(bench, absent, own("attention"))

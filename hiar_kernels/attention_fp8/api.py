@@ -12,7 +12,7 @@ from ..common.dispatch import choose, require
 from ..common.pointwise import TRITON_INSTALLED
 from ..common.torch_library import OPS
 from . import gluon, ops, reference  # noqa: F401  (registers the op)
-from .inputs import QuantizedRowss, triton_problem
+from .inputs import Float8Inputs, triton_problem
 
 IMPLS = ("reference", "triton", "gluon")
 
@@ -67,7 +67,7 @@ def attention_fp8(
         >>> attention_fp8(q, k, v, scales, scales, mask=mask, **ids).shape
         torch.Size([1, 16, 2, 16])
     """
-    inputs = QuantizedRowss(q, k, v, k_scales, v_scales, q_scales, q_frames, kv_frames, mask, scale, out_dtype)
+    inputs = Float8Inputs(q, k, v, k_scales, v_scales, q_scales, q_frames, kv_frames, mask, scale, out_dtype)
     inputs.validate()
     tensors = (q, k_scales, v_scales) if q_scales is None else (k_scales, v_scales, q_scales)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

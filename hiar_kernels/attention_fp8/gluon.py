@@ -7,15 +7,15 @@ from torch import Tensor
 from ..attention.gluon import HEAD_DIM, attention_schedule, unavailable
 from ..attention.schedule import AttentionSchedule
 from ..common import triton_loader
-from .inputs import QuantizedRowss
+from .inputs import Float8Inputs
 
 
-def problem(call: QuantizedRowss) -> str | None:
+def problem(call: Float8Inputs) -> str | None:
     """Why the kernel cannot run a valid call; None if it can."""
     return unavailable(call.q.device) or unfit(call)
 
 
-def unfit(call: QuantizedRowss) -> str | None:
+def unfit(call: Float8Inputs) -> str | None:
     """Why the kernel does not support a call on any device; None if it does."""
     q, k, v, tokens = call.q, call.k, call.v, call.mask.frame_tokens
     if not call.eight_bits or q.shape[3] != HEAD_DIM:
@@ -36,7 +36,7 @@ def unfit(call: QuantizedRowss) -> str | None:
     return None
 
 
-def attend(call: QuantizedRowss, schedule: AttentionSchedule | None) -> Tensor:
+def attend(call: Float8Inputs, schedule: AttentionSchedule | None) -> Tensor:
     """:func:`hiar_kernels.attention_fp8` of a call without a :func:`problem`."""
     q, k = call.q, call.k
     triton_loader.load("attention_fp8", q)

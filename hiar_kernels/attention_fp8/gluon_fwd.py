@@ -38,7 +38,7 @@ from ..attention.schedule import BLOCK_FIELDS, BLOCK_KEYS, SEGMENT_FIELDS, TILE_
 from ..attention.triton_schedule import merge_cuts
 from ..common.aot import Case
 from ..common.gluon_hopper import copy, exp2, exp2_partly_by_polynomial, rescaled, row_max, row_sum
-from .inputs import P_SCALE, QuantizedRowss
+from .inputs import P_SCALE, Float8Inputs
 
 HEAD_DIM = 128
 _ROWS = TILE_QUERIES // 2  # queries of a consumer
@@ -422,7 +422,7 @@ VARIANTS: dict[str, dict[str, int | bool]] = {
 a quarter of the exponentials on the FMA pipe."""
 
 
-def launch(call: QuantizedRowss, schedule: AttentionSchedule, variant: str = "") -> tuple[Tensor, Tensor]:
+def launch(call: Float8Inputs, schedule: AttentionSchedule, variant: str = "") -> tuple[Tensor, Tensor]:
     """attention_fp8 over the key blocks of a schedule; what :func:`gluon.unfit` has nothing to say about.
 
     Returns:

@@ -24,7 +24,7 @@ is free inside the exponential. README.md has what other scales do.
 
 
 @dataclass(frozen=True)
-class QuantizedRowss:
+class Float8Inputs:
     """Inputs of one call; the fields are the arguments of :func:`hiar_kernels.attention_fp8`."""
 
     q: Tensor
@@ -77,7 +77,7 @@ class QuantizedRowss:
         windows: Sequence[int],
         scale: float,
         out_dtype: torch.dtype,
-    ) -> QuantizedRowss:
+    ) -> Float8Inputs:
         """The inverse of :meth:`as_schema`."""
         q = q if q_scales is None else q.view(E4M3)
         rings = k.view(E4M3), v.view(E4M3), k_scales, v_scales
@@ -135,7 +135,7 @@ class QuantizedRowss:
                 raise ValueError(f"{op}: {name} must be torch.float32, got {named[name].dtype}")
 
 
-def triton_problem(call: QuantizedRowss) -> str:
+def triton_problem(call: Float8Inputs) -> str:
     """Why the Triton kernel cannot take a valid call, after "impl='triton'"; "" if it can."""
     q, d = call.q, call.q.shape[-1]
     if q.dtype not in (E4M3, torch.bfloat16, torch.float16, torch.float32):

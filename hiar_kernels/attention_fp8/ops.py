@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..common.torch_library import define
 from . import reference
-from .inputs import QuantizedRowss
+from .inputs import Float8Inputs
 
 
 def _eager(*arguments: Any) -> Tensor:
-    return reference.attention_fp8(QuantizedRowss.from_schema(*arguments))
+    return reference.attention_fp8(Float8Inputs.from_schema(*arguments))
 
 
 def _fake(q: Tensor, *others: Any) -> Tensor:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..common.float8 import E4M3, bits, nearest_, unpack_values, widened
 from ..common.torch_library import own_arithmetic
-from .inputs import BLOCK, P_SCALE, QuantizedRowss
+from .inputs import BLOCK, P_SCALE, Float8Inputs
 
 
 @own_arithmetic
-def attention_fp8(call: QuantizedRowss) -> Tensor:
+def attention_fp8(call: Float8Inputs) -> Tensor:
     """[B, Tq, H, D]. A query that sees no key gives 0; what no query sees may hold anything."""
     mask, q = call.mask, call.q
     wide = torch.promote_types(call.result, torch.float32)

@@ -23,7 +23,7 @@ from ..common.aot import Case
 from ..common.shapes import HEAD_DIM
 from ..common.triton_float8 import HARDWARE_FROM, e4m3_numbers, round_to_e4m3
 from ..common.triton_loader import architecture, register
-from .inputs import P_SCALE, QuantizedRowss
+from .inputs import P_SCALE, Float8Inputs
 
 _SHIFT = tl.constexpr(math.log2(P_SCALE))
 
@@ -133,7 +133,7 @@ _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 
 def launch(*arguments: Any) -> Tensor:
     """hiar::attention_fp8."""
-    call = QuantizedRowss.from_schema(*arguments)
+    call = Float8Inputs.from_schema(*arguments)
     q, mask, arch = call.q, call.mask, architecture(call.q)
     b, length, h, d = q.shape
     out = torch.empty(q.shape, dtype=call.result, device=q.device)

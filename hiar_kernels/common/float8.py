@@ -11,6 +11,9 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 ROW_DTYPES = {E4M3: LARGEST, torch.int8: 127.0}
 """What rows are quantised to -> its largest number."""
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a row of zeros
+GROUP = 16  # keys that a ring of values stores in an order of its own
+_AT_ONCE = 1 << 21  # numbers that a CPU widens: their indices take four bytes each
 
 
 def check_row_dtype(op: str, dtype: torch.dtype) -> None:
@@ -18,10 +21,6 @@ def check_row_dtype(op: str, dtype: torch.dtype) -> None:
     if dtype not in ROW_DTYPES:
         legal = " or ".join(str(one).removeprefix("torch.") for one in ROW_DTYPES)
         raise ValueError(f"{op}: dtype must be {legal}, got {str(dtype).removeprefix('torch.')}")
-
-
-GROUP = 16  # keys that a ring of values stores in an order of its own
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a row of zeros
 
 
 def quantize_last(y: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
@@ -58,7 +57,11 @@ def widened(values: Tensor, dtype: torch.dtype) -> Tensor:
     if values.dtype != E4M3 or values.device.type != "cpu":
         return values.to(dtype)
     table = torch.arange(256, dtype=torch.uint8).view(E4M3).to(dtype)
-    return table.index_select(0, bits(values).flatten().int()).view(values.shape)
+    index, result = bits(values).flatten(), torch.empty(values.numel(), dtype=dtype)
+    for first in range(0, len(index), _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        torch.index_select(table, 0, index[part].int(), out=result[part])
+    return result.view(values.shape)
 
 
 def nearest_(y: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class Setting:
         rollout: fields of :class:`RolloutConfig` in place of the model's own. Its order must have a steady state.
         cuda_graph: whether forwards are captured; None: on CUDA. kv_dtype: of keys and values; None: ``dtype``.
         attention_dtype: of self-attention's products. linear_dtype: of the large linear layers; None: ``dtype``.
+        attention_impl: implementation of self-attention.
         device: "auto", "cpu", "cuda", "cuda:1", ... dtype: of weights; None: bfloat16 on CUDA, float32 on a CPU.
         layers: so many layers of the network, with random weights; None: all.
         blocks: measured with a full window. repeats: rollouts, each from its first block. seed: of the noise.
@@ -62,6 +63,7 @@ class Setting:
     kv_dtype: str | None = None
     attention_dtype: str | None = None
     linear_dtype: str | None = None
+    attention_impl: str = "auto"
     device: str | torch.device = "auto"
     dtype: str | None = None
     layers: int | None = None
@@ -166,7 +168,7 @@ def _execution(setting: Setting, device: torch.device) -> ExecutionConfig:
     captured = device.type == "cuda" if setting.cuda_graph is None else setting.cuda_graph
     return ExecutionConfig(
         cuda_graph=captured, kv_dtype=setting.kv_dtype, attention_dtype=setting.attention_dtype,
-        linear_dtype=setting.linear_dtype,
+        linear_dtype=setting.linear_dtype, attention_impl=setting.attention_impl,
     )  # fmt: skip
 
 

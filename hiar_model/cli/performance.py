@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ..config import SHIPPED, WAN, RolloutConfig, WanConfig
+from ..config import SHIPPED, WAN, ExecutionConfig, RolloutConfig, WanConfig
 from ..io.atomic import atomic_write
 from ..io.files import check_output, check_picture, require_apart
 from .choices import option, rollout_options
@@ -34,6 +34,7 @@ def setting_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--sink-frames", type=int, help="first frames that always stay visible")
     kv_argument(parser)
     linear_argument(parser)
+    parser.add_argument("--attention-impl", type=str, default="auto", help="of self-attention; auto: by measurements")
     parser.add_argument("--cuda-graph", type=bool | None, help="capture forwards as CUDA graphs; default: on CUDA")
     parser.add_argument("--layers", type=int, help="of the network, with random weights; default: all")
     parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if there is any), cpu, cuda, cuda:1")
@@ -51,6 +52,10 @@ def _checked(a: Namespace) -> None:
     if config.order == "step_first":
         raise ValueError("order must have a steady state (stream, wavefront or block_first), got step_first")
     config.require_endless("a measurement with a full window")
+    ExecutionConfig(
+        kv_dtype=a.kv_dtype, attention_dtype=a.attention_dtype, linear_dtype=a.linear_dtype,
+        attention_impl=a.attention_impl,
+    )  # fmt: skip
     if a.layers is not None and a.model is not None and a.model not in WanConfig.names():
         names = ", ".join(WanConfig.names())
         raise ValueError(f"layers needs random weights, so one of the models {names}, got {a.model!r}")
@@ -66,8 +71,8 @@ def _setting(a: Namespace, **more: Any) -> Any:
     model = a.model or ("toy" if pick_device(a.device).type == "cpu" else "wan2.1-t2v-1.3b")
     return Setting(
         model=model, height=a.height, width=a.width, rollout=rollout_options(a), cuda_graph=a.cuda_graph,
-        kv_dtype=a.kv_dtype, attention_dtype=a.attention_dtype, linear_dtype=a.linear_dtype, device=a.device,
-        dtype=a.dtype, layers=a.layers, **more,
+        kv_dtype=a.kv_dtype, attention_dtype=a.attention_dtype, linear_dtype=a.linear_dtype,
+        attention_impl=a.attention_impl, device=a.device, dtype=a.dtype, layers=a.layers, **more,
     )  # fmt: skip
 
 

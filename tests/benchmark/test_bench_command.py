@@ -22,6 +22,7 @@ from jsonschema import Draft202012Validator
 from small_toy import small_folder  # noqa: F401
 from tiny_model import MODEL, SIZE, TEXT, difference, reference
 
+from hiar_kernels import taken
 from hiar_model.benchmark import plain, result, run, setting
 from hiar_model.benchmark.parts import KINDS
 from hiar_model.benchmark.run import bench
@@ -29,7 +30,7 @@ from hiar_model.benchmark.setting import Setting
 from hiar_model.cli import build_parser, main
 from hiar_model.config import FlowSchedule, RolloutConfig
 from hiar_model.io import plot
-from hiar_model.models.quantized_linear import is_quantized
+from hiar_model.models.quantized_linear import linear_dtype_of
 from hiar_model.models.registry import ToyDecoder, load_video_model
 from hiar_model.models.video_model import VideoModel
 from hiar_model.rollout import Rollout
@@ -154,7 +155,7 @@ def test_in_8_bits_only_the_baseline_has_full_weights(folder, layers):
         linear_dtype="float8_e4m3fn", rollout={"window_frames": 6},
     )  # fmt: skip
     subject, full = setting.load(one), setting.load(replace(one, linear_dtype=None))
-    assert is_quantized(subject.network) and not is_quantized(full.network)
+    assert linear_dtype_of(subject.network) is not None and linear_dtype_of(full.network) is None
     full.execution = subject.execution
     ours, theirs = (next(iter(each.new_rollout())).latents for each in (subject, full))
     assert torch.equal(ours, theirs)
@@ -174,11 +175,14 @@ def test_repeats_that_differ_are_told(folder, monkeypatch):
 
 
 def test_random_weights_and_what_is_left_out(here):
-    v = bench(
-        Setting(layers=1, device="cpu", blocks=1, repeats=1, rollout={"window_frames": 6, "order": "block_first"}),
-        decode=False, plain=False,
-    )  # fmt: skip
+    options = {"window_frames": 6, "order": "block_first"}
+    with taken() as ran:
+        v = bench(
+            Setting(layers=1, device="cpu", blocks=1, repeats=1, rollout=options, attention_impl="reference"),
+            decode=False, plain=False,
+        )  # fmt: skip
     VALID.validate(v)
+    assert v["execution"]["attention_impl"] == "reference" and ("attention", "reference") in ran
     assert v["model"]["weights"] == "random, seed 0" and v["model"]["prompt"] is None and v["model"]["layers"] == 1
     assert v["measured"]["forwards_per_block"] == 5 and v["plain"] == {"absent": "left out"}
     assert [s.get("absent") for s in v["speeds"]] == [None, "left out", "left out"] and "parts" not in v
@@ -446,6 +450,8 @@ def test_what_is_no_result_is_named(done, tmp_path, capsys, content, line):
         (["--compare", __file__, __file__, "--blocks", "3"], "--blocks has no effect beside --compare"),
         (["--layers", "2", "--model", "."], "--layers needs random weights, so one of the models wan2.1-t2v-1.3b, "),
         (["--device", "gpu"], "--device must be one of auto, cpu, cuda"),
+        (["--attention-impl", "sdp"], "--attention-impl must be one of auto, reference, "),
+        (["--kv-dtype", "float8_e4m3fn", "--attention-impl", "sdpa"], "--attention-impl must be one of auto, "),
     ],
     ids=str,
 )

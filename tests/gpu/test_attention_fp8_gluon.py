@@ -8,21 +8,21 @@ from refusals import refused
 
 import hiar_kernels as hk
 from hiar_kernels.attention import gluon as hopper
-from hiar_kernels.attention_fp8.inputs import QuantizedRowss
-from hiar_kernels.common.float8 import quantize_last
+from hiar_kernels.attention_fp8.inputs import Float8Inputs
+from hiar_kernels.common.float8 import bits, quantize_last
 
 pytestmark = pytest.mark.gpu
 
 E4M3 = "float8_e4m3fn"
 VARIANTS = ("", "3 stages", "wide tails", "polynomial", "polynomial 3 stages")
-# mask, frame ids of the queries, of the keys (-1 empty), heads
+# mask, frame ids of the queries, of the keys (-1 empty), heads; the smallest first, so that a hang names its cause
 CASES = {
-    "Wan's frames": (hk.BlockCausal(1560, 3, 6), [[9, 10, 11]], [[9, 10, 11, 6, 7, 8]], 2),
-    "half empty": (hk.BlockCausal(520, 3, 6), [[3, 4, 5]], [[3, 4, 5, -1, -1, -1, 0, 1, 2]], 12),
-    "window and sink": (hk.BlockCausal(70, 3, 5, 1), [[9, 10, 11]], [[0, 10, 11, 7, 8, 9, 4]], 2),
-    "less than a block": (hk.BlockCausal(50, 2, 6), [[6, 7]], [[2, 3, 4, 5, 6, 7, -1, 0]], 1),
     "less than a group": (hk.BlockCausal(5, 1, 3), [[4]], [[2, 3, 4, -1]], 3),
     "whole blocks only": (hk.BlockCausal(128, 1, 3), [[4]], [[2, 3, 4, -1]], 2),
+    "less than a block": (hk.BlockCausal(50, 2, 6), [[6, 7]], [[2, 3, 4, 5, 6, 7, -1, 0]], 1),
+    "window and sink": (hk.BlockCausal(70, 3, 5, 1), [[9, 10, 11]], [[0, 10, 11, 7, 8, 9, 4]], 2),
+    "half empty": (hk.BlockCausal(520, 3, 6), [[3, 4, 5]], [[3, 4, 5, -1, -1, -1, 0, 1, 2]], 12),
+    "Wan's frames": (hk.BlockCausal(1560, 1, 3), [[9]], [[9, 7, -1, 8]], 2),
     "two tasks in a row": (hk.BlockCausal(520, 3, 6), [[3, 4, 5, 6, 7, 8]], [[0, 1, 2, 3, 4, 5, 6, 7, 8]], 6),
     "items at different tasks": (
         hk.BlockCausal(300, 2, (2, 6, 4)),
@@ -47,26 +47,49 @@ def on_hopper():
 
 
 def build(name):
-    """(q, its scales, the ring, options) on the CPU, and the slots that nobody sees."""
+    """(q, its scales, the ring, options) on the device, and the slots that nobody sees.
+
+    All but the kernel is computed there too, in float64: on a CPU one of the larger cases takes minutes.
+    """
     mask, q_ids, k_ids, heads = CASES[name]
-    q_frames, kv_frames = (torch.tensor(x, dtype=torch.int32) for x in (q_ids, k_ids))
+    q_frames, kv_frames = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (q_ids, k_ids))
     batch, tokens = len(q_frames), mask.frame_tokens
-    ring = Ring.random(batch, kv_frames.shape[1], tokens, heads, 128)
+    ring = Ring.random(batch, kv_frames.shape[1], tokens, heads, 128).to(torch.device("cuda"))
     q, q_scales = quantize_last(queries(batch, q_frames.shape[1] * tokens, heads, 128) / 2)
     hidden = ~mask.visible(q_frames, kv_frames, batch).any(1)
-    return q, q_scales, ring, {"mask": mask, "q_frames": q_frames, "kv_frames": kv_frames}, hidden
-
-
-def there(options):
-    return {key: x if key == "mask" else x.cuda() for key, x in options.items()}
+    options = {"mask": mask, "q_frames": q_frames, "kv_frames": kv_frames}
+    return q.cuda(), q_scales.cuda(), ring, options, hidden
 
 
 def poisoned(ring, hidden, tokens):
     """NaN in slots that nobody sees, scales too."""
     k, v, k_scales, v_scales = (x.clone() for x in ring.arguments)
-    k[hidden.repeat_interleave(tokens, 1)], v[hidden] = torch.nan, torch.nan
+    for x, where in ((k, hidden.repeat_interleave(tokens, 1)), (v, hidden)):
+        x.view(torch.uint8)[where] = 0x7F  # NaN of e4m3
     k_scales[hidden], v_scales[hidden] = torch.nan, torch.nan
-    return [x.cuda() for x in (k, v, k_scales, v_scales)]
+    return [k, v, k_scales, v_scales]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda name: name or "pinned")
+@pytest.mark.parametrize("name", ["less than a group", "whole blocks only", "half empty", "two tasks in a row"])
+def test_variants_and_the_logsumexp(name, variant):
+    from hiar_kernels.attention_fp8 import gluon_fwd
+
+    assert set(gluon_fwd.VARIANTS) == set(VARIANTS)
+    q, q_scales, ring, options, _ = build(name)
+    ids = options["q_frames"], options["kv_frames"]
+    call = Float8Inputs(q, *ring.arguments, q_scales, *ids, options["mask"], None, torch.float32)
+    shape = (*q.shape[:3], ring.k.shape[1])
+    schedule = hk.attention_schedule(shape, **options, device="cuda", one_slot=True)
+    out, lse = gluon_fwd.launch(call, schedule, variant)
+    torch.cuda.synchronize()  # a fault is the kernel's, not that of what comes next
+    eager = hk.attention_fp8(
+        q, *ring.arguments, q_scales=q_scales, **options, out_dtype=torch.float32, impl="reference"
+    )  # fmt: skip
+    assert_within_budget(out, eager, exactly(q, ring, q_scales, **options), variant)
+    wide = q.double() * q_scales.double()[..., None]
+    _, exact = hk.reference.attention_with_lse(wide, *(x.cuda() for x in ring.exact), **options)
+    torch.testing.assert_close(lse.double(), exact, atol=2e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [None, -0.05, 0.0])
@@ -74,61 +97,35 @@ def poisoned(ring, hidden, tokens):
 def test_error_budget(name, scale):
     q, q_scales, ring, options, hidden = build(name)
     arguments = poisoned(ring, hidden, options["mask"].frame_tokens)
-    more = {"scale": scale, "out_dtype": torch.float32}
-    out = hk.attention_fp8(q.cuda(), *arguments, q_scales=q_scales.cuda(), **there(options), **more, impl="gluon")
-    eager = hk.attention_fp8(q, *ring.arguments, q_scales=q_scales, **options, **more, impl="reference")
-    assert_within_budget(out.cpu(), eager, exactly(q, ring, q_scales, scale=scale, **options), name)
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda name: name or "pinned")
-@pytest.mark.parametrize("name", ["half empty", "two tasks in a row"])
-def test_variants_and_the_logsumexp(name, variant):
-    from hiar_kernels.attention_fp8 import gluon_fwd
-
-    assert set(gluon_fwd.VARIANTS) == set(VARIANTS)
-    q, q_scales, ring, options, _ = build(name)
-    on = there(options)
-    there_q, there_scales, arguments = q.cuda(), q_scales.cuda(), [x.cuda() for x in ring.arguments]
-    call = QuantizedRowss(
-        there_q, *arguments, there_scales, on["q_frames"], on["kv_frames"], on["mask"], None, torch.float32
-    )
-    shape = (*q.shape[:3], ring.k.shape[1])
-    schedule = hk.attention_schedule(shape, **on, device="cuda", one_slot=True)
-    out, lse = gluon_fwd.launch(call, schedule, variant)
-    eager = hk.attention_fp8(q, *ring.arguments, q_scales=q_scales, **options, out_dtype=torch.float32)
-    assert_within_budget(out.cpu(), eager, exactly(q, ring, q_scales, **options), variant)
-    wide = q.double() * q_scales.double()[..., None]
-    _, exact = hk.reference.attention_with_lse(wide, *ring.exact, **options)
-    torch.testing.assert_close(lse.cpu().double(), exact, atol=2e-3, rtol=1e-4)
+    more = {"q_scales": q_scales, **options, "scale": scale, "out_dtype": torch.float32}
+    out = hk.attention_fp8(q, *arguments, **more, impl="gluon")
+    eager = hk.attention_fp8(q, *ring.arguments, **more, impl="reference")
+    assert_within_budget(out, eager, exactly(q, ring, q_scales, scale=scale, **options), name)
 
 
 def test_a_ring_with_room_and_the_same_bits_every_time():
     """Views of rings with more slots than are used, as a cache has them; one schedule for all layers."""
     q, q_scales, ring, options, _ = build("items at different tasks")
-    on, tokens = there(options), options["mask"].frame_tokens
-    more = {"q_scales": q_scales.cuda(), **on, "impl": "gluon"}
-    first = hk.attention_fp8(q.cuda(), *(x.cuda() for x in ring.arguments), **more)
+    more = {"q_scales": q_scales, **options, "impl": "gluon"}
+    first = hk.attention_fp8(q, *ring.arguments, **more)
     views = []
-    for x, unit in zip(ring.arguments, (tokens, 1, 1, 1), strict=True):
-        wide = torch.full((x.shape[0], x.shape[1] + 2 * unit, *x.shape[2:]), torch.nan).to(x.dtype).cuda()
-        wide[:, : x.shape[1]] = x.cuda()
-        views.append(wide[:, : x.shape[1]])
-    schedule = hk.attention_schedule((*q.shape[:3], ring.k.shape[1]), **on, device="cuda", one_slot=True)
+    for x, unit in zip(ring.arguments, (options["mask"].frame_tokens, 1, 1, 1), strict=True):
+        room = torch.full((x.shape[0], 2 * unit, *x.shape[2:]), torch.nan, device="cuda").to(x.dtype)
+        views.append(torch.cat([bits(x), bits(room)], 1).view(x.dtype)[:, : x.shape[1]])
+    schedule = hk.attention_schedule((*q.shape[:3], ring.k.shape[1]), **options, device="cuda", one_slot=True)
     for _ in range(50):
-        assert torch.equal(hk.attention_fp8(q.cuda(), *views, **more, schedule=schedule), first)
+        assert torch.equal(hk.attention_fp8(q, *views, **more, schedule=schedule), first)
 
 
 def test_one_graph_serves_every_block():
-    q, q_scales, ring, _, _ = build("half empty")
+    q, scales, ring, _, _ = build("half empty")
     mask, tokens = hk.BlockCausal(520, 3, 9), 520
-    arguments = [x.cuda() for x in (q, *ring.arguments)]
     q_frames, kv_frames = (torch.zeros(1, n, dtype=torch.int32, device="cuda") for n in (3, ring.k.shape[1] // tokens))
 
     def call():
         ids = {"mask": mask, "q_frames": q_frames, "kv_frames": kv_frames}
-        return hk.attention_fp8(*arguments, q_scales=scales, **ids, impl="gluon")
+        return hk.attention_fp8(q, *ring.arguments, q_scales=scales, **ids, impl="gluon")
 
-    scales = q_scales.cuda()
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -171,11 +168,8 @@ def test_a_rollout_makes_one_schedule_for_all_layers(monkeypatch):
 
 def test_refusals_are_one_line():
     q, q_scales, ring, options, _ = build("whole blocks only")
-    arguments = [x.cuda() for x in ring.arguments]
     with refused("takes q in 8 bits, beside q_scales, of head_dim 128"):
-        hk.attention_fp8(q.cuda().float(), *arguments, **there(options), impl="gluon")
-    schedule = hk.attention_schedule((*q.shape[:3], ring.k.shape[1]), **there(options), device="cuda")
+        hk.attention_fp8(q.float(), *ring.arguments, **options, impl="gluon")
+    schedule = hk.attention_schedule((*q.shape[:3], ring.k.shape[1]), **options, device="cuda")
     with refused("schedule must be made with one_slot=True"):
-        hk.attention_fp8(
-            q.cuda(), *arguments, q_scales=q_scales.cuda(), **there(options), schedule=schedule, impl="gluon"
-        )
+        hk.attention_fp8(q, *ring.arguments, q_scales=q_scales, **options, schedule=schedule, impl="gluon")

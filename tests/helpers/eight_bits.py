@@ -53,7 +53,7 @@ def queries(batch: int, length: int, heads: int, width: int, seed: int = 1) -> T
 
 
 def exactly(q: Tensor, ring: Ring, q_scales: Tensor | None = None, **ids) -> Tensor:
-    """In float64, of the numbers that the 8 bits stand for."""
+    """In float64, of the numbers that the 8 bits stand for; where q is."""
     wide = q.double() if q_scales is None else q.double() * q_scales.double()[..., None]
-    k, v = (torch.where(x.isfinite(), x, 0) for x in ring.exact)
+    k, v = (torch.where(x.isfinite(), x, 0).to(q.device) for x in ring.exact)
     return hk.reference.attention(wide, k, v, **ids)

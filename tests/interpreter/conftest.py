@@ -21,10 +21,14 @@ from hiar_kernels.common.triton_loader import interpreting
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts these tests into the gpu tier too, which needs torch and pytest alone: those of diffusers if it is there."""
-    here, alone = Path(__file__).parent, find_spec("diffusers") is None
+    """Puts these tests into the gpu tier too, which needs torch and pytest alone: those of diffusers if it is there,
+    none that needs csrc/ built for the host.
+    """
+    here, left_out = Path(__file__).parent, {"emulation"}
+    if find_spec("diffusers") is None:
+        left_out.add("diffusers")
     for item in [item for item in items if here in item.path.parents]:
-        if not alone or "diffusers" not in getattr(item, "fixturenames", ()):
+        if not left_out & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.gpu)
 
 

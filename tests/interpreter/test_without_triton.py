@@ -58,9 +58,7 @@ def advance(impl: str) -> list[Tensor]:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("built", [True, False])
-def test_auto_takes_the_extension(op, call, built, emulation, device, monkeypatch):
-    if device.type != "cpu":
-        pytest.skip("the emulation is for CPU tensors; tests/gpu has the extension itself")
+def test_auto_takes_the_extension(op, call, built, emulation, monkeypatch):
     use(emulation)
     if not built:
         monkeypatch.setattr("hiar_kernels.common.cuda_loader.missing", lambda: "not built")

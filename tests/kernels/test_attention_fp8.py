@@ -11,7 +11,7 @@ from refusals import refusal
 
 import hiar_kernels as hk
 from hiar_kernels.attention_fp8 import gluon
-from hiar_kernels.attention_fp8.inputs import QuantizedRowss
+from hiar_kernels.attention_fp8.inputs import Float8Inputs
 from hiar_kernels.common.float8 import E4M3, quantize_last, unpack_values
 
 pytestmark = pytest.mark.cpu
@@ -177,5 +177,5 @@ def test_what_the_hopper_kernel_takes(change, line):
     ring, (q, q_scales) = Ring.random(1, 2, 5, 2, 128), quantize_last(queries(1, 5, 2, 128))
     names = ("k", "v", "k_scales", "v_scales")
     given = {"q": q, "q_scales": q_scales, **dict(zip(names, ring.arguments, strict=True)), **IDS}
-    said = gluon.unfit(QuantizedRowss(**change(given)))
+    said = gluon.unfit(Float8Inputs(**change(given)))
     assert said is None if line is None else line in said
