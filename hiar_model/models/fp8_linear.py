@@ -10,6 +10,7 @@ exact.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,7 @@ from hiar_kernels.common.float8 import E4M3
 from .transformer import Float8Input, HiARTransformer
 
 LINEAR_DTYPE = "float8_e4m3fn"
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Float8Linear(nn.Module):
@@ -98,9 +100,10 @@ def quantized(model: HiARTransformer) -> HiARTransformer:
     if is_quantized(model):
         return model
     layers = {name: module for name, module in model.named_modules() if _takes_8_bits(module, name)}
-    state = tuple((id(layer.weight), layer.weight._version) for layer in layers.values())
+    state = _state(model, [layer.weight for layer in layers.values()])
     if model in _twins and _twins[model][0] == state:
         return _twins[model][1]
+    _twins.pop(model, None)  # its memory first
     for name, layer in layers.items():
         _check(name, layer)
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -108,6 +111,14 @@ def quantized(model: HiARTransformer) -> HiARTransformer:
     twin = copy.deepcopy(model, shared).eval()
     _twins[model] = state, twin
     return twin
+
+
+def _state(model: HiARTransformer, weights: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Changes when a parameter is replaced, or a number of these weights changes, whoever wrote it: PEFT merges LoRA
+    past torch's count of versions, and inference tensors have none. Reads the weights once, and waits for the device.
+    """
+    sums = [weight.detach().view(_BITS[weight.element_size()]).sum(dtype=torch.int64) for weight in weights]
+    return *map(id, model.parameters()), *(0 if one.is_meta else int(one) for one in sums)
 
 
 def float8_bytes(model: HiARTransformer, wide: bool) -> int:
