@@ -11,7 +11,7 @@ from ..common.torch_library import OPS
 from . import gluon, library, reference, selection
 from .inputs import AttentionInputs
 from .layout import AttentionLayout, attention_layout
-from .schedule import AttentionSchedule
+from .schedule import AttentionSchedule, check_schedule
 
 IMPLS = ("reference", *library.LIBRARIES, *selection.OWN)
 
@@ -28,6 +28,7 @@ def attend(
     call.validate()
     if layout is not None:
         call.validate_layout(layout)
+    check_schedule("attention", schedule)
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"attention: num_splits must be at least 1, got {num_splits}")
     if torch.compiler.is_compiling():

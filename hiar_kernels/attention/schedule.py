@@ -75,6 +75,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def check_schedule(op: str, schedule: object) -> None:
+    """Raise ValueError unless it is a schedule, or None: implementations that need none ignore it."""
+    if schedule is not None and not isinstance(schedule, AttentionSchedule):
+        raise ValueError(f"{op}: schedule must be an AttentionSchedule, or None, got {type(schedule).__name__}")
+
+
 def allocate(
     shape: tuple[int, int, int, int],
     frame_tokens: int,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..attention.mask import BlockCausal
-from ..attention.schedule import AttentionSchedule
+from ..attention.schedule import AttentionSchedule, check_schedule
 from ..common import triton_loader
 from ..common.dispatch import choose, require
 from ..common.pointwise import TRITON_INSTALLED
@@ -69,6 +69,7 @@ def attention_fp8(
     """
     inputs = Float8Inputs(q, k, v, k_scales, v_scales, q_scales, q_frames, kv_frames, mask, scale, out_dtype)
     inputs.validate()
+    check_schedule("attention_fp8", schedule)
     tensors = (q, k_scales, v_scales) if q_scales is None else (k_scales, v_scales, q_scales)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     require(not needs_grad, "attention_fp8: has no gradient; 8 bits are for inference: use torch.no_grad()")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 KNOWN_IMPLS = (
     "auto", "reference", "sdpa", "cudnn", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "triton", "gluon",
@@ -35,6 +36,14 @@ def check_tensor(op: str, name: str, x: object) -> None:
     """Raise ValueError unless it is a tensor: numpy's arrays, lists and None are not."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def check_integers(op: str, name: str, x: object) -> None:
+    """Raise ValueError unless it is a tensor of whole numbers; bools are none."""
+    check_tensor(op, name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype not in INTEGERS:
+        raise ValueError(f"{op}: {name} must be integers, got {x.dtype}")
 
 
 def check_eps(op: str, eps: float | None) -> None:

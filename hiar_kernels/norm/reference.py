@@ -49,5 +49,5 @@ def _normed(op: str, h: Tensor, inputs: NormInputs, rounded: bool = True) -> Ten
     assert shift is not None and scale is not None
     frames = shift.shape[1]
     n = F.layer_norm(h.to(wide), (c,), eps=eps).view(b, frames, frames_of(h, frames, op), c)
-    out = torch.addcmul(shift.to(wide).unsqueeze(2), n, 1 + scale.to(wide).unsqueeze(2)).view(b, t, c)
+    out = torch.addcmul(shift.to(wide).unsqueeze(2), n, 1 + scale.to(wide).unsqueeze(2)).reshape(b, t, c)
     return out.to(h.dtype) if rounded else out

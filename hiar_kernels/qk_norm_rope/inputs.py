@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.dispatch import check_eps, check_floats, check_tensor
+from ..common.dispatch import check_eps, check_floats, check_integers
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class RopeInputs:
     def validate(self, op: str) -> None:
         """Raise ValueError, in one line, if shapes or dtypes are wrong."""
         check_floats(op, qkv=self.qkv, q_weight=self.q_weight, k_weight=self.k_weight)
-        check_tensor(op, "frames", self.frames)
+        check_integers(op, "frames", self.frames)
         check_eps(op, self.eps)
         if self.theta is None or isinstance(self.theta, str) or not 0 < self.theta < math.inf:
             raise ValueError(f"{op}: theta must be a finite number above 0, got {self.theta!r}")
@@ -71,6 +71,8 @@ class RopeInputs:
         if self.qkv.dim() != 3:
             raise ValueError(f"{op}: qkv must be [B, T, 3 H D], got {list(self.qkv.shape)}")
         b, t, c = self.qkv.shape
+        if heads is None or isinstance(heads, str):
+            raise ValueError(f"{op}: num_heads must be a whole number of at least 1, got {heads!r}")
         if heads < 1 or c % (6 * heads):
             raise ValueError(f"{op}: width {c} of qkv is not 3 x {heads} heads of an even size")
         for name, w in (("q_weight", self.q_weight), ("k_weight", self.k_weight)):
@@ -81,8 +83,6 @@ class RopeInputs:
         frames, tokens = self.frames, self.frame_tokens
         if frames.dim() != 2 or frames.shape[0] not in (1, b) or frames.shape[1] * tokens != t:
             raise ValueError(f"{op}: frames must be [{b} or 1, {t} / {tokens}], got {list(frames.shape)}")
-        if frames.is_floating_point():
-            raise ValueError(f"{op}: frames must be integer ids, got {frames.dtype}")
 
     def on_device(self, op: str, **others: Tensor | None) -> RopeInputs:
         """Inputs for a kernel: dense channels of qkv; ids and ``others`` must be on its device."""
@@ -134,23 +134,20 @@ class Rings:
 
 def check_places(op: str, slots: Tensor, rows: Tensor | None, batch: int, count: int) -> None:
     """Raise ValueError unless slots, and rows if any, say where so many frames of a batch go in a ring."""
-    check_tensor(op, "slots", slots)
+    check_integers(op, "slots", slots)
     if rows is not None:
+        check_integers(op, "rows", rows)
         if rows.dim() != 2 or rows.shape[0] not in (1, 2) or rows.shape[1] != batch:
             raise ValueError(f"{op}: rows must be [1 or 2, {batch}], got {list(rows.shape)}")
-        if rows.is_floating_point():
-            raise ValueError(f"{op}: rows must be integers, got {rows.dtype}")
     fits = slots.dim() == 2 if rows is None else slots.dim() == 3 and slots.shape[0] == rows.shape[0]
     if not fits or slots.shape[-2] not in (1, batch) or slots.shape[-1] != count:
         copies = "" if rows is None else f"{rows.shape[0]}, "
         raise ValueError(f"{op}: slots must be [{copies}{batch} or 1, {count}], got {list(slots.shape)}")
-    if slots.is_floating_point():
-        raise ValueError(f"{op}: slots must be integers, got {slots.dtype}")
 
 
 def token_grid(op: str, grid: Sequence[int]) -> tuple[int, int]:
     """(rows, columns) of tokens of a frame; ValueError for what is none."""
-    if not isinstance(grid, Sequence) or len(grid) != 2 or min(grid) < 1:
+    if not isinstance(grid, Sequence) or len(grid) != 2 or any(isinstance(n, str) for n in grid) or min(grid) < 1:
         raise ValueError(f"{op}: grid must be (rows, columns) of at least 1, got {grid!r}")
     return grid[0], grid[1]
 

@@ -49,6 +49,14 @@ def read(path: str | Path) -> dict[str, Any]:
     for part in PARTS_OF:
         if part not in values:
             raise ValueError(f"{path} is damaged: {part} is missing")
+    try:
+        for name, value, unit in figures(values):
+            if not isinstance(value, int | float):
+                raise ValueError(f"{name} is {value!r}, expected a number of {unit}")
+        differences(values, values, {**SAME, **MAY_DIFFER})
+        dict(values["rollout"]), values["latents"]["sha256"][:1]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: not as hiar_model/benchmark/schema.json says: {error}") from None
     return values
 
 

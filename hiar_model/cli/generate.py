@@ -23,6 +23,7 @@ from .machine import (
     machine_arguments,
     memory_arguments,
     progress_bar,
+    size_arguments,
     unchanged,
 )
 from .parallel import RUN_FOLDER, job, pipeline_arguments, pipelined, resume_arguments, unfinished_blocks
@@ -50,8 +51,7 @@ def video_arguments(parser: ArgumentParser, model: str = "toy") -> None:
         "--vae", type=str, help="of Wan, in place of the folder's: the small one, taew2_1.pth; or a full one"
     )
     lora_argument(parser, "several times for several files")
-    parser.add_argument("--height", type=int, help="pixels; default: what the model says, 480 of Wan")
-    parser.add_argument("--width", type=int, help="pixels; default: what the model says, 832 of Wan")
+    size_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of all noise")
     memory_arguments(parser)
     parser.add_argument("--fps", type=float, help="of the video; default: the model's")

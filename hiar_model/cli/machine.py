@@ -27,6 +27,11 @@ def machine_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def size_arguments(parser: ArgumentParser) -> None:
+    for name, pixels in (("height", 480), ("width", 832)):
+        parser.add_argument(f"--{name}", type=int, help=f"pixels; default: what the model says, {pixels} of Wan")
+
+
 def window_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--window-frames",

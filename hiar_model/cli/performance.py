@@ -14,7 +14,7 @@ from ..config import SHIPPED, WAN, ExecutionConfig, RolloutConfig, WanConfig
 from ..io.atomic import atomic_write
 from ..io.files import check_output, check_picture, require_apart
 from .choices import option, rollout_options
-from .machine import imports, kv_argument, linear_argument, progress_bar, window_argument
+from .machine import imports, kv_argument, linear_argument, progress_bar, size_arguments, window_argument
 
 
 def setting_arguments(parser: ArgumentParser) -> None:
@@ -24,8 +24,7 @@ def setting_arguments(parser: ArgumentParser) -> None:
         help="a shipped model, a folder, such as of Wan, or wan2.1-t2v-1.3b or -14b with random weights; default: "
         "wan2.1-t2v-1.3b on CUDA, toy on a CPU",
     )  # fmt: skip
-    parser.add_argument("--height", type=int, help="pixels; default: what the model says, 480 of Wan")
-    parser.add_argument("--width", type=int, help="pixels; default: what the model says, 832 of Wan")
+    size_arguments(parser)
     parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
     parser.add_argument("--order", type=str, default="stream", help="stream, wavefront or block_first")
     parser.add_argument("--fuse-cache-denoise", type=bool, default=False, help="one forward for both kinds of tasks")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from .choices import rollout_options
-from .machine import linear_argument, lora_argument, memory_arguments
+from .machine import linear_argument, lora_argument, memory_arguments, size_arguments
 
 if TYPE_CHECKING:
     from ..models.checkpoint import CheckpointInfo
@@ -55,8 +55,7 @@ def doctor_arguments(parser: ArgumentParser) -> None:
         "quantised ones, and what it is; no weights are loaded",
     )  # fmt: skip
     parser.add_argument("--gpu-memory", type=str, help="does it fit? Such as 24GB (10^9 bytes), 24GiB, or 24,40,80,141")
-    parser.add_argument("--height", type=int, help="pixels; default: 480, or the one size that the model has")
-    parser.add_argument("--width", type=int, help="pixels; default: 832, likewise")
+    size_arguments(parser)
     parser.add_argument("--frames", type=int, help="pixel frames; default: 81, or the model's")
     parser.add_argument("--order", type=str, default="step_first", help="step_first, stream, wavefront or block_first")
     memory_arguments(parser)

@@ -114,7 +114,9 @@ def out_of_memory(error: BaseException) -> str | None:
 def path_like(name: str, value: Any) -> Path:
     """The value as a path; ValueError for what names no file, such as a number, bytes or an empty string."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        raise ValueError(f"{name} must be the path of a file or folder, got {value!r}")
+        shown = repr(value)
+        got = type(value).__name__ if "\n" in shown or len(shown) > 60 else shown  # an array, a picture
+        raise ValueError(f"{name} must be the path of a file or folder, got {got}")
     return Path(value)
 
 

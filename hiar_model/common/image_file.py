@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .checks import MOST_FRAMES, path_like, whole
+from .checks import MOST_FRAMES, whole
+from .file_option import listed, split_option
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,17 @@ class ImageFile:
         """From an :data:`ImageLike`; ValueError for a frame that is no whole number from 0."""
         if isinstance(value, ImageFile):
             return value
-        path, frame = value if isinstance(value, tuple) and len(value) == 2 else (value, 0)
-        path_like("image", path)
-        name = os.fspath(path)
-        head, at, tail = name.rpartition("@")
-        if not isinstance(value, tuple) and at and not os.path.exists(name):  # a file's name may hold an @
-            if tail.isdecimal():
-                name, frame = head, int(tail)
-            elif os.path.exists(head):
-                raise ValueError(f"image {name}: the frame must be a whole number from 0, got {tail!r}")
-        return cls(name, whole("image frame", frame, 0, most=MOST_FRAMES))
+        name, frame = split_option("image", value, "@", _frame, "the frame must be a whole number from 0")
+        return cls(name, 0 if frame is None else whole("image frame", frame, 0, most=MOST_FRAMES))
 
     def __str__(self) -> str:
         return f"{self.path}@{self.frame}" if self.frame or "@" in self.path else self.path
+
+
+def _frame(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError
+    return int(text)
 
 
 ImageLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], int] | ImageFile
@@ -53,12 +52,7 @@ def image_files(values: ImageLike | Iterable[ImageLike] | None) -> tuple[ImageFi
     Raises:
         ValueError: two images at one frame; a frame that is no whole number from 0.
     """
-    if values is None:
-        return ()
-    single = isinstance(values, str | os.PathLike | ImageFile)
-    pair = isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], int)
-    listed = [values] if single or pair or not isinstance(values, Iterable) else list(values)
-    files = sorted((ImageFile.of(value) for value in listed), key=lambda file: file.frame)
+    files = sorted((ImageFile.of(value) for value in listed(values, ImageFile)), key=lambda file: file.frame)
     for one, other in pairwise(files):
         if one.frame == other.frame:
             raise ValueError(f"image {one.path} and image {other.path} both stand at frame {one.frame}: give @FRAME")

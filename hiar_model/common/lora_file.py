@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import finite_number, number_within, path_like
+from .checks import finite_number, number_within
+from .file_option import listed, split_option
 
 LARGEST_SCALE = 3e38
 """What float32 can hold."""
@@ -34,17 +35,8 @@ class LoraFile:
         """From a :data:`LoraLike`; ValueError for a scale that is not a finite number."""
         if isinstance(value, LoraFile):
             return value
-        path, scale = value if isinstance(value, tuple) and len(value) == 2 else (value, 1.0)
-        path_like("lora", path)
-        name = os.fspath(path)
-        head, colon, tail = name.rpartition(":")
-        if not isinstance(value, tuple) and colon and not os.path.exists(name):
-            try:
-                name, scale = head, float(tail)
-            except ValueError:
-                if os.path.exists(head):
-                    raise ValueError(f"lora {name}: the scale must be a number, got {tail!r}") from None
-        return cls(name, lora_scale("lora scale", scale))
+        name, scale = split_option("lora", value, ":", float, "the scale must be a number")
+        return cls(name, 1.0 if scale is None else lora_scale("lora scale", scale))
 
     def __str__(self) -> str:
         return f"{self.path}:{self.scale!r}".removesuffix(".0")
@@ -56,9 +48,4 @@ LoraLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | LoraF
 
 def lora_files(values: LoraLike | Iterable[LoraLike] | None) -> tuple[LoraFile, ...]:
     """One or several :data:`LoraLike` as :class:`LoraFile`; None: none."""
-    if values is None:
-        return ()
-    single = isinstance(values, str | os.PathLike | LoraFile)
-    pair = isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], int | float)
-    listed: Iterable[Any] = [values] if single or pair else values  # type: ignore[assignment]
-    return tuple(LoraFile.of(value) for value in listed)
+    return tuple(LoraFile.of(value) for value in listed(values, LoraFile))

@@ -15,8 +15,8 @@ from torch import Tensor
 from .files import refuse_stand_in
 from .gguf_files import NotReadError, gguf_package, read_gguf
 
-PICKLES, GGUF = (".pth", ".pt"), ".gguf"
-INDEX = ".safetensors.index.json"
+PICKLES, BIN, GGUF = (".pth", ".pt"), ".bin", ".gguf"
+INDEX, BIN_INDEX = ".safetensors.index.json", ".bin.index.json"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OTHER_PARTS = ("Wan2.1_VAE", "Wan2.2_VAE", "models_t5", "models_clip", "taew2_1")
 """Beginnings of the names of what lies beside a transformer's weights."""
@@ -39,11 +39,11 @@ def _weight_files(source: Path) -> list[Path]:
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
     if source.is_file():
-        if source.name.endswith(INDEX):
+        if source.name.endswith((INDEX, BIN_INDEX)):
             return _shards(source)
-        if source.suffix not in (".safetensors", *PICKLES, GGUF):
+        if source.suffix not in (".safetensors", *PICKLES, BIN, GGUF):
             suffix = source.suffix or "no suffix"
-            raise ValueError(f"{source}: expected .safetensors, .pth, .pt, .gguf or a folder, got {suffix!r}")
+            raise ValueError(f"{source}: expected .safetensors, .pth, .pt, .bin, .gguf or a folder, got {suffix!r}")
         return [source]
     indexes = sorted(source.glob(f"*{INDEX}"))
     if len(indexes) > 1:
@@ -56,12 +56,18 @@ def _weight_files(source: Path) -> list[Path]:
     only_one([files[0] for files in of_kind], f"the weights of {source}")
     if of_kind:
         return of_kind[0]
-    if ggufs := [p for p in inside if p.suffix == GGUF]:
-        only_one(ggufs, f"the weights of {source}")
-        return ggufs
+    if indexes := [p for p in inside if p.name.endswith(BIN_INDEX)]:
+        only_one(indexes, f"the weights of {source}")
+        return _shards(indexes[0])
+    for suffix in (BIN, GGUF):  # of diffusers and PEFT where they write no .safetensors; not beside those
+        if files := [p for p in inside if p.suffix == suffix]:
+            only_one(files, f"the weights of {source}")
+            return files
     inner = sorted(p.name for p in source.iterdir() if p.is_dir() and any(p.glob("*.safetensors")))
     hint = f"; its folders have some: {some(inner)}" if inner else ""
-    raise ValueError(f"{source}: no weights found; expected *{INDEX}, *.safetensors, *.pth, *.pt or *.gguf{hint}")
+    raise ValueError(
+        f"{source}: no weights found; expected *{INDEX}, *.safetensors, *.pth, *.pt, *.bin or *.gguf{hint}"
+    )
 
 
 def _shards(index: Path) -> list[Path]:

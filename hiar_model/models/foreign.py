@@ -1,4 +1,6 @@
-"""Checkpoints of other kinds, known by their keys: adapters (LoRA, LoKr), image-to-video, VACE, fused projections."""
+"""Checkpoints of other kinds, known by their keys: adapters (LoRA, LoKr), image-to-video, VACE, fused projections,
+other parts of a model.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,14 @@ _FOREIGN = (  # part of a key -> what such a file is
     (
         r"^img_emb\.|image_embedder|\.(k_img|v_img|norm_k_img)\.|\.(add_k_proj|add_v_proj|norm_added_k)\.",
         "an image-to-video model; expected a text-to-video one, which takes a first image as a clean first frame",
+    ),
+    (
+        r"^(encoder|decoder)\.(conv1|conv_in|middle|mid_block|downsamples|down_blocks)\.",
+        "a VAE; expected a transformer",
+    ),
+    (
+        r"^(encoder\.block\.\d+\.layer\.|shared\.weight$|token_embedding\.)|^blocks\.\d+\.pos_embedding\.",
+        "a text encoder; expected a transformer",
     ),
     (r"\.to_qkv\.|\.to_kv\.", "diffusers' layout with fused projections; call unfuse_qkv_projections() before saving"),
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -30,6 +30,7 @@ from .threads import SMALL
 from .transformer import HiARTransformer, QuantizedRows
 
 Network = TypeVar("Network", bound=nn.Module)
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LAYER = re.compile(r"(^|\.)(self_attn|ffn)\.\w+$")
 _WEIGHT = re.compile(r"blocks\.\d+\.(self_attn\.[qkvo]|ffn\.[02])\.weight")
 
@@ -150,9 +151,10 @@ def quantized(model: HiARTransformer, dtype: torch.dtype = E4M3) -> HiARTransfor
                 _check(name, module, dtype)
         return model
     layers = dict(large_layers(model))
-    state = (dtype, *((id(layer.weight), layer.weight._version) for layer in layers.values()))
+    state = (dtype, *_state(model, [layer.weight for layer in layers.values()]))
     if model in _twins and _twins[model][0] == state:
         return _twins[model][1]
+    _twins.pop(model, None)  # its memory first
     for name, layer in layers.items():
         _check(name, layer, dtype)
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -160,6 +162,14 @@ def quantized(model: HiARTransformer, dtype: torch.dtype = E4M3) -> HiARTransfor
     twin = copy.deepcopy(model, shared).eval()
     _twins[model] = state, twin
     return twin
+
+
+def _state(model: HiARTransformer, weights: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Changes when a parameter is replaced, or a number of these weights changes, whoever wrote it: PEFT merges LoRA
+    past torch's count of versions, and inference tensors have none. Reads the weights once, and waits for the device.
+    """
+    sums = [weight.detach().view(_BITS[weight.element_size()]).sum(dtype=torch.int64) for weight in weights]
+    return *map(id, model.parameters()), *(0 if one.is_meta else int(one) for one in sums)
 
 
 def quantize_layers(model: Network, dtype: torch.dtype = E4M3, device: torch.device | None = None) -> Network:

@@ -39,12 +39,16 @@ class LoraLoading:
             ValueError: missing.safetensors: no such file or folder
         """
         of = LoraFile.of(file if scale == 1.0 else (file, scale))
+        if name is not None and (not isinstance(name, str) or not name):
+            raise ValueError(f"name must be a string that is not empty, got {name!r}")
         model: VideoModel = self.model
         lora = read_lora(of.path, model.transformer.state_dict())
         name = lora.name if name is None else name
         old = () if model.adapters is None else model.adapters.adapters
-        if name in [adapter.name for adapter in old]:
-            raise ValueError(f"name {name!r} is taken by {lora.path}: give name= another, or set_lora_scale of it")
+        for other in old:
+            if name == other.name:
+                taken = f"name {name!r} is taken by {other.lora.path}"
+                raise ValueError(f"{taken}: give name= another, or set_lora_scale of it")
         self._named = model.with_adapters([*old, Adapter(lora, name, of.scale)])
         del self.model  # cached
         return name

@@ -111,8 +111,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def trim_padding(prompt: Tensor) -> Tensor:
-    """Drop the trailing tokens of [B, L, D] that are zero for all B: padding, which the model counts instead."""
-    used = prompt.abs().amax(dim=(0, 2)) > 0
+    """Drop the trailing tokens of [B, L, D] that are zero for all B: padding, which the model counts instead. NaN is no
+    padding: a text encoder that failed would become a video without a prompt.
+    """
+    used = prompt.abs().amax(dim=(0, 2)) != 0
     return prompt[:, : int(used.nonzero()[-1]) + 1] if bool(used.any()) else prompt[:, :0]
 
 

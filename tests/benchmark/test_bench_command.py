@@ -428,6 +428,20 @@ def test_what_is_no_result_is_named(done, tmp_path, capsys, content, line):
     assert f"{tmp_path / 'b.json'} {line}" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v.update(model=None), lambda v: v.update(latents={}), lambda v: v.update(speeds=[{"fps": 1}]),
+        lambda v: v.update(rollout=3), lambda v: speeds(v)["none"].update(fps="fast"),
+    ],
+    ids=["model", "latents", "speeds", "rollout", "fps"],
+)  # fmt: skip
+def test_what_is_damaged_inside_is_named(done, tmp_path, capsys, change):
+    assert main(["bench", "--compare", changed(done, tmp_path, change), str(done.json)]) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path / 'b.json'} is damaged: not as" in err and err.count("\n") == 1
+
+
 # Input that is refused
 
 

@@ -6,6 +6,7 @@ import copy
 from functools import partial
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,10 +153,84 @@ def test_refusals():
     attn, x = model.blocks[0].attn1, torch.randn(1, 6, 24)
     with pytest.raises(ValueError, match="attention_mask must be None"):
         attn(x, None, torch.ones(1, 6))
-    with pytest.raises(ValueError, match="attention: knows no impl 'warp'"):
-        model = other()
-        apply_hiar_kernels(model, attention_impl="warp")
-        run(model, torch.randn(1, 4, 1, 4, 6), torch.tensor([1.0]), torch.randn(1, 512, 16))
+    model.blocks[0].attn1.processor._parallel_config = object()  # as enable_parallelism sets it
+    with pytest.raises(ValueError, match="in context parallel keeps its own kernels: remove"):
+        attn(x)
+    with pytest.raises(ValueError, match="attention_impl must be one of auto, reference, .* got 'warp'"):
+        apply_hiar_kernels(other(), attention_impl="warp")
+
+
+# Beside what else replaces a module's forward
+
+
+def small_inputs() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(4)
+    return (
+        torch.randn(1, 4, 2, 4, 6, generator=generator),
+        torch.tensor([700.0]),
+        torch.randn(1, 512, 16, generator=generator),
+    )
+
+
+def test_removed_below_offloading():
+    """Offloading takes the place of our forward: it has to stay when the kernels go."""
+    model, args = other(), small_inputs()
+    expected = run(model, *args)
+    applied = apply_hiar_kernels(model)
+    model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    with hiar_kernels.taken() as taken:
+        assert float((run(model, *args) - expected).abs().max()) < 1e-5
+    assert len([op for op, _ in taken if op == "attention"]) == 4
+    hooked = [block.forward for block in model.blocks]
+    applied.remove()
+    assert [block.forward for block in model.blocks] == hooked
+    with hiar_kernels.taken() as taken:
+        assert torch.equal(run(model, *args), expected) and not taken
+
+
+def test_not_on_top_of_offloading():
+    """There our forward would be called without the weights that the hook brings."""
+    model = other()
+    model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    with pytest.raises(ValueError, match="WanTransformerBlock has a forward of its own.*apply_hiar_kernels first"):
+        apply_hiar_kernels(model)
+
+
+@pytest.mark.parametrize("kind", ["group", "sequential"])
+def test_layers_that_are_moved_one_by_one(kind):
+    model = other()
+    apply_hiar_kernels(model)
+    if kind == "group":
+        model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    else:
+        accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    with pytest.raises(ValueError, match="layers are moved one by one .*: offload the model, or groups of block_level"):
+        run(model, *small_inputs())
+
+
+def test_a_copy_is_on_its_own():
+    model, args = other(), small_inputs()
+    expected = run(model, *args)
+    apply_hiar_kernels(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.blocks[0].scale_shift_table.mul_(3)
+    assert float((run(twin, *args) - expected).abs().max()) > 1e-3
+    apply_hiar_kernels(twin).remove()
+    for one, attentions in ((twin, 0), (model, 4)):
+        with hiar_kernels.taken() as taken:
+            run(one, *args)
+        assert len([op for op, _ in taken if op == "attention"]) == attentions
+    assert float((run(model, *args) - expected).abs().max()) < 1e-5
+
+
+def test_a_second_call_sets_the_implementation():
+    model = other()
+    applied = apply_hiar_kernels(model)
+    assert apply_hiar_kernels(model, attention_impl="reference") is applied
+    with hiar_kernels.taken() as taken:
+        run(model, *small_inputs())
+    assert {impl for op, impl in taken if op == "attention"} == {"reference"}
 
 
 # The attention backend

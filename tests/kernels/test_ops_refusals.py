@@ -129,8 +129,20 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "no heads": (lambda: rope(heads=0), "is not 3 x 0 heads"),
     "a short weight": (lambda: rope(weight=torch.ones(4)), "q_weight must be [8], got [4]"),
     "frames that do not fill": (lambda: rope(frames=ids([0])), "frames must be [2 or 1, 6 / 3], got [1, 1]"),
-    "frames as floats": (lambda: rope(frames=torch.zeros(1, 2)), "frames must be integer ids, got torch.float32"),
-    "frames to append as floats": (lambda: append(frames=torch.zeros(1, 2)), "frames must be integer ids"),
+    "frames as floats": (lambda: rope(frames=torch.zeros(1, 2)), "frames must be integers, got torch.float32"),
+    "frames to append as floats": (lambda: append(frames=torch.zeros(1, 2)), "frames must be integers, got"),
+    "frames as answers": (lambda: rope(frames=TWO.bool()), "frames must be integers, got torch.bool"),
+    "slots as answers": (lambda: append(TWO.bool()), "slots must be integers, got torch.bool"),
+    "complex slots": (lambda: append(TWO + 0j), "slots must be integers, got torch.complex64"),
+    "rows as a number": (lambda: append(rows=3), "rows must be a torch.Tensor, got int"),
+    "no number of heads": (lambda: rope(heads=None), "num_heads must be a whole number of at least 1, got None"),
+    "heads in words": (lambda: rope(heads="2"), "num_heads must be a whole number of at least 1, got '2'"),
+    "a grid in words": (
+        lambda: hk.qk_norm_rope(QKV, WEIGHT, WEIGHT, TWO, num_heads=2, grid="13"), "grid must be (rows, columns)"
+    ),
+    "a schedule in words": (
+        lambda: hk.attention(Q, Q, Q, schedule="fast"), "schedule must be an AttentionSchedule, or None, got str"
+    ),
     "slots of a wrong shape": (lambda: append(ids([0])), "slots must be [2 or 1, 2], got [1, 1]"),
     "rows of another batch": (
         lambda: append(ids([0, 1])[None], rows=ids([0])), "rows must be [1 or 2, 2], got [1, 1]"

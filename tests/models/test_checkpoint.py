@@ -203,9 +203,9 @@ def test_nothing_there(tmp_path, weights):
     assert refusal(missing, CONFIG) == f"{missing}: no such file or folder"
     assert "no weights found; expected *.safetensors.index.json, *.safetensors" in refusal(tmp_path, CONFIG)
     assert "no weights found: it has no tensor" in refusal(write(tmp_path / "empty.pth", {}), CONFIG)
-    path = tmp_path / "weights.bin"
+    path = tmp_path / "weights.txt"
     path.write_bytes(b"?")
-    assert refusal(path).endswith("expected .safetensors, .pth, .pt, .gguf or a folder, got '.bin'")
+    assert refusal(path).endswith("expected .safetensors, .pth, .pt, .bin, .gguf or a folder, got '.txt'")
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.pt"])

@@ -277,8 +277,13 @@ def test_a_state_goes_on_bit_for_bit():
     again.load_state_dict(state)
     result += [block.latents for block in again]
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
-    with pytest.raises(ValueError, match="a different rollout"):
-        fresh(kv_dtype=None).load_state_dict(state)
+    for other, name in (
+        ({"kv_dtype": None}, "expected .*latents"),
+        ({"attention_dtype": E4M3}, "expected .*, products of attention of float8_e4m3fn"),
+        ({"linear_dtype": E4M3}, "expected .*, linear layers of float8_e4m3fn"),
+    ):
+        with pytest.raises(ValueError, match=f"a different rollout: {name}"):
+            fresh(**other).load_state_dict(state)
     with pytest.raises(ValueError, match=r"k\.0 must be torch.float32 .* got torch.float8_e4m3fn"):
         fresh(kv_dtype=None)._executor.cache.load_state_dict(state["cache"])
     frames = {name: x for name, x in state["cache"].items() if name.startswith("v.")}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,9 @@ from hiar_kernels import (
     rms_norm,
 )
 
+from ...common.checks import one_of
+from ...config.execution import ATTENTION_IMPLS
+
 _TEXT_TOKENS = 512  # diffusers' code has this number too: image tokens stand before so many of the text
 _APPLIED = "_hiar_kernels"  # attribute of a transformer
 
@@ -31,30 +33,33 @@ class AppliedKernels:
     """What :func:`apply_hiar_kernels` changed in a transformer; :meth:`remove` puts it back.
 
     Attributes:
-        transformer: the model. frames, grid: frame ids [1, F] and (rows, columns) of tokens of the current forward.
+        transformer: the model. attention_impl: of :func:`hiar_kernels.attention`. active: False once removed.
+        frames, grid: frame ids [1, F] and (rows, columns) of tokens of the current forward.
     """
 
     transformer: Any
     attention_impl: str = "auto"
+    active: bool = True
     frames: Tensor | None = None
     grid: tuple[int, int] = (1, 1)
-    _undo: list[Callable[[], Any]] = field(default_factory=list, repr=False)
 
     def remove(self) -> None:
         """Give the transformer its own code again; a second call changes nothing."""
-        while self._undo:
-            self._undo.pop()()
+        self.active = False
+        hooks = self.transformer._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+            del hooks[key]
+            self.transformer._forward_pre_hooks_with_kwargs.pop(key, None)
+        for module in self.transformer.modules():
+            forward, processor = module.__dict__.get("forward"), getattr(module, "processor", None)
+            if isinstance(forward, _Forward) and forward.applied is self:
+                del module.forward  # hooks that took its place since then lead to it, and it to the class's
+            if isinstance(processor, HiARWanAttnProcessor) and processor.applied is self:
+                module.set_processor(processor.replaced)
         self.transformer.__dict__.pop(_APPLIED, None)
 
-    def _replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        module.forward = forward  # of this instance; its class keeps its own
-        self._undo.append(partial(module.__dict__.pop, "forward"))
-
-    def _replace_processor(self, layer: Any) -> None:
-        self._undo.append(partial(layer.set_processor, layer.processor))
-        layer.set_processor(HiARWanAttnProcessor(self))
-
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _refuse_single_layers(self.transformer)
         latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         frames, rows, columns = (n // p for n, p in zip(latents.shape[2:], self.transformer.config.patch_size))
         self.frames, self.grid = torch.arange(frames, device=latents.device)[None], (rows, columns)
@@ -71,10 +76,11 @@ def apply_hiar_kernels(transformer: Any, *, attention_impl: str = "auto") -> App
         attention_impl: of :func:`hiar_kernels.attention`.
 
     Returns:
-        What was changed, with a method ``remove()``. A second call returns the same.
+        What was changed, with a method ``remove()``. A second call returns the same, with this ``attention_impl``.
 
     Raises:
-        ValueError: another kind of model, one that runs in context parallel, or one with processors of its own.
+        ValueError: another kind of model, one that runs in context parallel, or one with processors of its own; one
+            whose blocks are moved or cached by hooks already: those come after this call.
 
     Example:
         >>> from diffusers import WanTransformer3DModel
@@ -85,23 +91,61 @@ def apply_hiar_kernels(transformer: Any, *, attention_impl: str = "auto") -> App
     model = getattr(transformer, "_orig_mod", transformer)  # of torch.compile
     if not isinstance(model, WanTransformer3DModel):
         raise ValueError(f"transformer must be diffusers' WanTransformer3DModel, got {type(model).__name__}")
+    one_of("attention_impl", attention_impl, ATTENTION_IMPLS)
     if _APPLIED in model.__dict__:
+        model.__dict__[_APPLIED].attention_impl = attention_impl
         return model.__dict__[_APPLIED]
     for name, processor in model.attn_processors.items():
         if type(processor) is not transformer_wan.WanAttnProcessor:
             raise ValueError(f"{name} is a {type(processor).__name__}: expected diffusers' WanAttnProcessor")
         if getattr(processor, "_parallel_config", None) is not None:
             raise ValueError("a transformer in context parallel keeps its own kernels: apply them without it")
+    _refuse_single_layers(model)
+    places = [(block, _block_forward) for block in model.blocks] + [(model.norm_out, _plain_norm)]
+    for module, _ in places:
+        if "forward" in module.__dict__:
+            raise ValueError(
+                f"the transformer's {type(module).__name__} has a forward of its own, as offloading and caching set: "
+                "apply_hiar_kernels first, enable those afterwards"
+            )
     applied = AppliedKernels(model, attention_impl)
-    hook = model.register_forward_pre_hook(applied._before_forward, with_kwargs=True)
-    applied._undo.append(hook.remove)
+    model.register_forward_pre_hook(applied._before_forward, with_kwargs=True)
+    for module, ours in places:
+        module.forward = _Forward(applied, module, ours)  # of this instance; its class keeps its own
     for block in model.blocks:
-        applied._replace_forward(block, partial(_block_forward, block))
-        applied._replace_processor(block.attn1)
-        applied._replace_processor(block.attn2)
-    applied._replace_forward(model.norm_out, partial(_plain_norm, model.norm_out))
+        for layer in (block.attn1, block.attn2):
+            layer.set_processor(HiARWanAttnProcessor(applied, layer.processor))
     model.__dict__[_APPLIED] = applied
     return applied
+
+
+def _refuse_single_layers(model: Any) -> None:
+    """Refuse hooks that bring each layer to the device when it is called: the kernels read the weights of norms without
+    calling them.
+    """
+    norm = model.blocks[0].attn1.norm_q
+    hooks = getattr(norm, "_diffusers_hook", None)
+    if norm.weight.is_meta or (hooks is not None and hooks.get_hook("group_offloading") is not None):
+        raise ValueError(
+            "hiar_kernels in a transformer whose layers are moved one by one (sequential offload, or group offload of "
+            "leaf_level): offload the model, or groups of block_level"
+        )
+
+
+@dataclass(eq=False)
+class _Forward:
+    """The forward of one module: ours, or that of its class once the kernels are removed. A copy of the model has its
+    own.
+    """
+
+    applied: AppliedKernels
+    module: Any
+    ours: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.applied.active:
+            return self.ours(self.module, *args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 class HiARWanAttnProcessor:
@@ -110,8 +154,8 @@ class HiARWanAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, applied: AppliedKernels) -> None:
-        self.applied = applied
+    def __init__(self, applied: AppliedKernels, replaced: Any) -> None:
+        self.applied, self.replaced = applied, replaced
 
     def __call__(
         self,
@@ -122,6 +166,8 @@ class HiARWanAttnProcessor:
         rotary_emb: Any = None,
     ) -> Tensor:
         """hidden_states [B, T, C]; encoder_hidden_states [B, L, C], image tokens first; None: self-attention."""
+        if self._parallel_config is not None:
+            raise ValueError("a transformer in context parallel keeps its own kernels: remove() them first")
         if attention_mask is not None:
             raise ValueError("attention_mask must be None with hiar_kernels: Wan's transformer has none")
         if encoder_hidden_states is None:

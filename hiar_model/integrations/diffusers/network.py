@@ -25,12 +25,13 @@ class SharedNetwork:
     """A :class:`hiar_model.HiARTransformer` on the weights of a WanTransformer3DModel, renewed when those have moved.
 
     Both use the same memory: the projections to q, k and v become views of one tensor. Only the few tensors that
-    diffusers keeps in float32 beside weights of a smaller dtype are copied, in that dtype.
+    diffusers keeps in float32 beside weights of a smaller dtype are copied, in that dtype, each time.
     """
 
     def __init__(self) -> None:
         self._network: HiARTransformer | None = None
         self._seen: tuple[Any, ...] = ()
+        self._copies: list[tuple[Tensor, Tensor]] = []  # copy, weight
 
     def of(self, transformer: Any) -> HiARTransformer:
         """The network of a transformer, in eval mode, without gradients.
@@ -41,8 +42,13 @@ class SharedNetwork:
         model = _model(transformer)
         if self._network is None or self._seen != _places(model):
             self._network = None  # its memory first
+            self._copies = []
             self._network = share_weights(model)
+            self._copies = _copies(self._network, model)
             self._seen = _places(model)
+        with torch.no_grad():
+            for copy, weight in self._copies:  # written to past torch's count of versions, as PEFT does
+                copy.copy_(weight)
         return self._network
 
 
@@ -111,6 +117,13 @@ def share_weights(model: Any) -> HiARTransformer:
     return network.eval().requires_grad_(False)
 
 
+def _copies(network: HiARTransformer, model: Any) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of a network that are not in the memory of the transformer's weights, each beside its weight."""
+    theirs = dict(model.named_parameters())
+    pairs = ((value, theirs.get(to_diffusers(key))) for key, value in network.state_dict().items())
+    return [(own, weight) for own, weight in pairs if weight is not None and own.data_ptr() != weight.data_ptr()]
+
+
 def _fused(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     """One tensor of three, which become views of it if they have its dtype."""
     fused = torch.cat([part.detach().to(dtype) for part in parts])
@@ -146,8 +159,9 @@ def load_wan_transformer(
     """diffusers' WanTransformer3DModel from whatever :func:`hiar_model.load_transformer` reads, in eval mode.
 
     Args:
-        dtype: of the weights, but those that diffusers keeps in float32. linear_dtype: of
-            :func:`hiar_model.load_transformer`: large linear layers are :class:`.QuantizedLinear` then.
+        dtype: of the weights, but those that diffusers keeps in float32; of what it reads, a quantised file is
+            dequantised. linear_dtype: of :func:`hiar_model.load_transformer`: large linear layers are
+            :class:`.QuantizedLinear` then.
 
     Raises:
         ValueError: one line: what ``load_transformer`` refuses, and sizes that diffusers has no name for.

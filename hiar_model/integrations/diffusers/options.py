@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from ...common.checks import MOST_STEPS, one_of, whole
+from ...common.checks import MOST_STEPS, as_number, one_of, whole
 from ...config import RolloutConfig
 from ...io.video import Frames
 from ...pipelines.conditioning import ConditioningFrames, read_conditioning
@@ -46,9 +46,10 @@ class CallOptions:
             of each block (``pipe.current_block``), with the latents [B, C, f, h, w] of that block. What it returns
             under "latents" and "prompt_embeds" counts from then on. ``pipe._interrupt = True`` ends the video behind
             the last finished block.
-        callback_on_step_end_tensor_inputs: what it is handed, of "latents" and "prompt_embeds".
-        max_sequence_length: tokens of a prompt; more are cut.
-        rollout: a :class:`hiar_model.RolloutConfig` in place of ``pipe.rollout``, for this call. order: of its tasks.
+        callback_on_step_end_tensor_inputs: what it is handed, of "latents" and "prompt_embeds"; None: nothing.
+        max_sequence_length: tokens of a prompt; more are cut. At most as many as the network takes.
+        rollout: a :class:`hiar_model.RolloutConfig`, or its plain mapping, in place of ``pipe.rollout`` for this call.
+        order: of its tasks.
 
     Raises:
         ValueError: one line with the illegal argument, its value and the legal ones.
@@ -69,9 +70,9 @@ class CallOptions:
     output_type: str = "np"
     return_dict: bool = True
     callback_on_step_end: Callable[..., Any] | None = None
-    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+    callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",)
     max_sequence_length: int = 512
-    rollout: RolloutConfig | None = None
+    rollout: RolloutConfig | Mapping[str, Any] | None = None
     order: str | None = None
 
     def __post_init__(self) -> None:
@@ -84,10 +85,16 @@ class CallOptions:
         whole("num_videos_per_prompt", self.num_videos_per_prompt, 1)
         if self.num_inference_steps is not None:
             whole("num_inference_steps", self.num_inference_steps, 1, most=MOST_STEPS)
-        if self.guidance_scale > 1:
-            raise ValueError(f"guidance_scale must be at most 1 (a distilled network), got {self.guidance_scale}")
+        if not as_number(self.guidance_scale) <= 1:
+            raise ValueError(f"guidance_scale must be at most 1 (a distilled network), got {self.guidance_scale!r}")
         if self.negative_prompt is not None:
             raise ValueError(f"negative_prompt must be None (a distilled network), got {self.negative_prompt!r}")
+        whole("max_sequence_length", self.max_sequence_length, 1)
+        if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
+            raise ValueError(f"callback_on_step_end must be callable, got {self.callback_on_step_end!r}")
+        for generator in self.generators:
+            if not isinstance(generator, torch.Generator):
+                raise ValueError(f"generator must be a torch.Generator, or a list of them, got {generator!r}")
         for name in self.tensor_inputs:
             one_of("callback_on_step_end_tensor_inputs", name, CALLBACK_INPUTS)
 
@@ -96,21 +103,27 @@ class CallOptions:
         """What the callback is handed."""
         if isinstance(self.callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             return self.callback_on_step_end.tensor_inputs
-        return self.callback_on_step_end_tensor_inputs
+        names = self.callback_on_step_end_tensor_inputs
+        return (names,) if isinstance(names, str) else names or ()
 
     @property
     def prompts(self) -> list[str]:
         """All prompts."""
         return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt or ())
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """All generators; none: torch's global one."""
+        several = isinstance(self.generator, list | tuple)
+        return [] if self.generator is None else list(self.generator) if several else [self.generator]  # type: ignore
+
     def seeds(self, batch: int) -> list[int]:
         """One for all videos of a batch, or one for each; generators move on."""
         if self.generator is None or isinstance(self.generator, torch.Generator):
             return [seed_of(self.generator)]
-        generators = list(self.generator)
-        if len(generators) != batch:
-            raise ValueError(f"generator must be one, or one for each of {batch} videos, got {len(generators)}")
-        return [seed_of(generator) for generator in generators]
+        if len(self.generators) != batch:
+            raise ValueError(f"generator must be one, or one for each of {batch} videos, got {len(self.generators)}")
+        return [seed_of(generator) for generator in self.generators]
 
 
 def seed_of(generator: torch.Generator | None) -> int:
@@ -134,6 +147,8 @@ def read_image(image: Any, size: tuple[int, int]) -> ConditioningFrames | None:
         if image is not None and not isinstance(image, str | Path):
             raise ValueError(f"image must be a PIL image, uint8 [H, W, 3] or a path, got {type(image).__name__}")
         return read_conditioning(image, None, size)
+    if 0 in image.size:
+        raise ValueError(f"image must have pixels, got {image.size[0]}x{image.size[1]}")
     with tempfile.TemporaryDirectory() as folder:  # as a file, which is read with all that a viewer heeds
         file = Path(folder, "image.png")
         storable = image if image.mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16") else image.convert("RGB")

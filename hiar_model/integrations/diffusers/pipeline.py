@@ -16,6 +16,7 @@ from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 
+from ...common.checks import path_like, whole
 from ...common.settings import own_settings
 from ...config import WAN, ExecutionConfig, RolloutConfig
 from ...io.atomic import atomic
@@ -88,6 +89,8 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             scheduler=scheduler if keep else _scheduler(config),
         )
         self.register_to_config(rollout=_without_shift(config))
+        if not isinstance(execution, ExecutionConfig | None):
+            raise ValueError(f"execution must be an ExecutionConfig, got {execution!r}")
         self.execution: ExecutionConfig | None = execution
         self._shared = SharedNetwork()
         self._interrupt, self._current_timestep, self._current_block = False, None, None
@@ -115,11 +118,23 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 ``execution``: with its ``linear_dtype`` the large linear layers are loaded in 8 bits and in no other
                 form.
         """
+        name = pretrained_model_name_or_path
+        folder = Path(path_like("pretrained_model_name_or_path", name))
+        if folder.is_dir() and not (folder / cls.config_name).is_file():
+            raise ValueError(
+                f"{folder}: no {cls.config_name}: expected a pipeline folder in diffusers' layout; "
+                "hiar_model.load_video_model reads Wan's own"
+            )
+        if not folder.is_dir() and (folder.exists() or not isinstance(name, str) or folder.is_absolute()):
+            raise ValueError(f"{folder}: no such folder")  # any other string may be a name on the hub
+        if checkpoint is not None:
+            path_like("checkpoint", checkpoint)
+        for key in ("torch_dtype", "dtype"):
+            _require_dtype(key, kwargs.get(key))
         absent = kwargs.get("transformer") is None
         if checkpoint is not None and not absent:
             raise ValueError(f"checkpoint {os.fspath(checkpoint)} and transformer exclude each other: give one")
         # Without accelerate, diffusers does not load this transformer at all; options of its loader are left to it.
-        folder = Path(pretrained_model_name_or_path)
         ours = absent and folder.is_dir() and not any(kwargs.get(name) for name in _OF_LOADER)
         if checkpoint is not None or ours:
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
@@ -136,7 +151,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             config = _rollout(rollout)
             kwargs |= {"rollout": config, "scheduler": _scheduler(config)}
         own_vae = kwargs.get("vae") is None
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe = super().from_pretrained(os.fspath(name), **kwargs)
         if own_vae:
             fuse(pipe.vae)
         return pipe
@@ -152,7 +167,9 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 "transformer: its linear layers are in 8 bits, which diffusers does not read; to save it, load it "
                 "without linear_dtype"
             )
-        target = Path(save_directory)
+        target = path_like("save_directory", save_directory)
+        if target.is_file():
+            raise ValueError(f"save_directory {target} is a file, expected a folder")
         if target.exists() or kwargs.get("push_to_hub"):
             super().save_pretrained(save_directory, *args, **kwargs)
             return
@@ -171,7 +188,8 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return _rollout(self.config.rollout, self.scheduler.config.shift)
 
     @rollout.setter
-    def rollout(self, config: RolloutConfig) -> None:
+    def rollout(self, value: RolloutConfig | Mapping[str, Any] | None) -> None:
+        config = _rollout(value)
         self.scheduler = _scheduler(config)
         self.register_to_config(rollout=_without_shift(config))
 
@@ -213,6 +231,9 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         L is the longest prompt's: the network counts the missing tokens itself.
         """
+        for name in ("text_encoder", "tokenizer"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is None: without it, give prompt_embeds in place of prompt")
         clean = [clean_prompt(one) for one in ([prompt] if isinstance(prompt, str) else prompt)]
         for text in clean:
             if len(self.tokenizer(text).input_ids) > max_sequence_length:
@@ -262,7 +283,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if self._maybe_raise_error_if_group_offload_active(module=self.transformer):
             raise ValueError("transformer: with group offload its weights come layer by layer, not for a whole rollout")
         # With a network without weights, as those may have to be moved first.
-        rollout = options.rollout or self.rollout
+        rollout = self.rollout if options.rollout is None else _rollout(options.rollout)
         model = self._video_model(empty_network(self.transformer), rollout).sized(options.height, options.width)
         of_video = VideoOptions(None, steps=options.num_inference_steps, order=options.order)
         config = rollout_config(model, of_video, blockwise)
@@ -274,6 +295,8 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             config.require_endless("a video without num_frames")
         per_prompt = options.num_videos_per_prompt
         embeds = options.prompt_embeds
+        if embeds is not None:
+            require_shape("prompt_embeds", embeds, (None, None, model.transformer.config.text_dim))
         count = len(options.prompts) if embeds is None else len(embeds)
         batch, noise = count * per_prompt, options.latents
         if noise is not None:
@@ -282,6 +305,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             require_shape("latents", noise, (batch, channels, new, height, width))
             noise = noise.transpose(1, 2)
         seeds = options.seeds(batch)
+        whole("max_sequence_length", options.max_sequence_length, 1, most=model.transformer.config.text_len)
         if embeds is None:
             embeds, _ = self.encode_prompt(options.prompts, max_sequence_length=options.max_sequence_length)
         check_prompt_embeds(embeds, count, model.transformer.config)
@@ -394,6 +418,8 @@ def _rollout(rollout: RolloutConfig | Mapping[str, Any] | None, shift: float | N
     if rollout is None:
         config = RolloutConfig(frames_per_block=WAN.frames_per_block, window_frames=WAN.window_frames)
     else:
+        if not isinstance(rollout, RolloutConfig | Mapping):
+            raise ValueError(f"rollout must be a RolloutConfig, or a mapping of its fields, got {rollout!r}")
         config = rollout if isinstance(rollout, RolloutConfig) else RolloutConfig.from_dict(rollout)
     return config if shift is None else replace(config, shift=shift)
 
@@ -401,6 +427,13 @@ def _rollout(rollout: RolloutConfig | Mapping[str, Any] | None, shift: float | N
 def _without_shift(config: RolloutConfig) -> dict[str, Any]:
     """For model_index.json; the scheduler has the shift."""
     return {name: value for name, value in config.to_dict().items() if name != "shift"}
+
+
+def _require_dtype(name: str, value: Any) -> None:
+    """ValueError unless it is None, a dtype, or dtypes by component."""
+    for dtype in value.values() if isinstance(value, Mapping) else [value]:
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{name} must be a torch.dtype, such as torch.bfloat16, got {dtype!r}")
 
 
 def _scheduler(config: RolloutConfig) -> FlowMatchEulerDiscreteScheduler:

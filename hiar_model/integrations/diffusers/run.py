@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ from ...models.video_model import VideoModel
 from ...pipelines.decode import Decoding
 from ...rollout import Rollout
 from ...rollout.noise import INITIAL, KeyedNoise, TensorNoise
-from ...rollout.shapes import check_prompt_embeds
+from ...rollout.shapes import check_prompt_embeds, require_shape
 from ...schedule.plan import Plan, Task
+from .options import CALLBACK_INPUTS
 
 
 @dataclass
@@ -140,15 +141,23 @@ class PipelineRun:
         self.progress.update()
         if self.callback is None:
             return
-        values = {"latents": x.transpose(1, 2).clone(), "prompt_embeds": self.prompt_embeds}
-        handed = {name: values[name] for name in self.tensor_inputs}
-        returned = self.callback(self.pipeline, task.step, self.pipeline._current_timestep, handed) or {}
+        values = {"latents": x.transpose(1, 2), "prompt_embeds": self.prompt_embeds}
+        handed = {name: values[name].clone() for name in self.tensor_inputs}
+        returned = self.callback(self.pipeline, task.step, self.pipeline._current_timestep, handed)
+        if returned is None:
+            return
+        if not isinstance(returned, Mapping):
+            kind = type(returned).__name__
+            raise ValueError(f"callback_on_step_end must return a mapping of {', '.join(CALLBACK_INPUTS)}, got {kind}")
         if "latents" in returned:
+            require_shape("latents from callback_on_step_end", returned["latents"], tuple(values["latents"].shape))
             x.copy_(returned["latents"].transpose(1, 2))
-        new = returned.get("prompt_embeds", self.prompt_embeds)
-        if new is not self.prompt_embeds:
-            check_prompt_embeds(new, self.request.batch, self.model.transformer.config)
-            self.prompt_embeds = new.to(x.device, self.model.dtype)
+        if "prompt_embeds" in returned:
+            new, name = returned["prompt_embeds"], "prompt_embeds from callback_on_step_end"
+            check_prompt_embeds(new, self.request.batch, self.model.transformer.config, name)
+            new = new.to(x.device, self.model.dtype)
+            if not torch.equal(new, self.prompt_embeds):
+                self.prompt_embeds = new
 
     def _after_tasks(self) -> None:
         if self.pipeline.interrupt:

@@ -1,0 +1,47 @@
+"""Options that name a file and a value behind it, as FILE:SCALE and FILE@FRAME; imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from .checks import path_like
+
+T = TypeVar("T")
+
+
+def split_option(option: str, value: Any, mark: str, read: Callable[[str], Any], what: str) -> tuple[str, Any]:
+    """The path of a file and the value behind it, None if there is none.
+
+    Args:
+        option: named in errors. value: a path, "path<mark>value", or (path, value). A file whose own name has the mark
+            is found by that name.
+        read: the text behind the mark -> value; ValueError for what is none. what: a legal value, for the error.
+
+    Raises:
+        ValueError: no path; a file that is there, with something else than a value behind the mark.
+    """
+    path, given = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    path_like(option, path)
+    name = os.fspath(path)
+    head, found, tail = name.rpartition(mark)
+    if isinstance(value, tuple) or not found or os.path.exists(name):
+        return name, given
+    try:
+        return head, read(tail)
+    except ValueError:
+        if os.path.exists(head):
+            raise ValueError(f"{option} {name}: {what}, got {tail!r}") from None
+        return name, given
+
+
+def listed(values: T | Iterable[T], kind: type) -> list[Any]:
+    """One or several paths, pairs (path, number) or objects of ``kind``, as a list; None: none."""
+    if values is None:
+        return []
+    single = isinstance(values, str | os.PathLike | kind) or not isinstance(values, Iterable)
+    pair = (
+        isinstance(values, tuple) and len(values) == 2 and not isinstance(values[1], str | os.PathLike | tuple | kind)
+    )
+    return [values] if single or pair else list(values)  # type: ignore[arg-type]
