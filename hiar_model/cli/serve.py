@@ -68,6 +68,7 @@ def serve(a: Namespace) -> None:
         raise ValueError(f"--keep must be from 0 to 86400 seconds, got {a.keep:g}")
     with imports():
         from ..config import ExecutionConfig
+        from ..models.video_model import pick_device
         from ..serve.app import Service, Settings, address, listen, run
         from ..serve.guard import read_tokens
         from ..serve.scheduler import Limits
@@ -80,6 +81,8 @@ def serve(a: Namespace) -> None:
     )  # fmt: skip
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("hiar.serve").setLevel(logging.INFO)
+    if a.cuda_graph and pick_device(a.device).type != "cuda":
+        raise ValueError(f"--cuda-graph needs a CUDA device, --device {a.device} is {pick_device(a.device)}")
     listening = listen(a.host, a.port)  # before the model is loaded, which takes a while
     options: dict[str, Any] = {"checkpoint": a.checkpoint, "vae": a.vae, "lora": a.lora, "on_stage": stage_lines()}
     model = load_model(a, **options)

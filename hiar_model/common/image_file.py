@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 from .checks import MOST_FRAMES, path_like, whole
@@ -37,6 +38,8 @@ class ImageFile:
                 name, frame = head, int(tail)
             elif os.path.exists(head):
                 raise ValueError(f"image {name}: the frame must be a whole number from 0, got {tail!r}")
+        if not name:
+            raise ValueError(f"image {value}: no file before the frame; expected FILE or FILE@FRAME")
         return cls(name, whole("image frame", frame, 0, most=MOST_FRAMES))
 
     def __str__(self) -> str:
@@ -56,10 +59,12 @@ def image_files(values: ImageLike | Iterable[ImageLike] | None) -> tuple[ImageFi
     if values is None:
         return ()
     single = isinstance(values, str | os.PathLike | ImageFile)
-    pair = isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], int)
-    listed = [values] if single or pair or not isinstance(values, Iterable) else list(values)
+    pair = isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], Integral)
+    if not (single or pair) and (isinstance(values, bytes | Mapping) or not isinstance(values, Iterable)):
+        raise ValueError(f"image must be a file, FILE@FRAME, (file, frame), or a list of these, got {values!r}")
+    listed: Iterable[Any] = [values] if single or pair else values  # type: ignore[assignment]
     files = sorted((ImageFile.of(value) for value in listed), key=lambda file: file.frame)
     for one, other in pairwise(files):
         if one.frame == other.frame:
-            raise ValueError(f"image {one.path} and image {other.path} both stand at frame {one.frame}: give @FRAME")
+            raise ValueError(f"image {one.path} and {other.path} both stand at frame {one.frame}: give @FRAME")
     return tuple(files)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from .checks import finite_number, number_within, path_like
@@ -44,6 +45,8 @@ class LoraFile:
             except ValueError:
                 if os.path.exists(head):
                     raise ValueError(f"lora {name}: the scale must be a number, got {tail!r}") from None
+        if not name:
+            raise ValueError(f"lora {value}: no file before the scale; expected FILE or FILE:SCALE")
         return cls(name, lora_scale("lora scale", scale))
 
     def __str__(self) -> str:
@@ -59,6 +62,8 @@ def lora_files(values: LoraLike | Iterable[LoraLike] | None) -> tuple[LoraFile, 
     if values is None:
         return ()
     single = isinstance(values, str | os.PathLike | LoraFile)
-    pair = isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], int | float)
+    pair = isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], Real)
+    if not (single or pair) and (isinstance(values, bytes | Mapping) or not isinstance(values, Iterable)):
+        raise ValueError(f"lora must be a file, FILE:SCALE, (file, scale), or a list of these, got {values!r}")
     listed: Iterable[Any] = [values] if single or pair else values  # type: ignore[assignment]
     return tuple(LoraFile.of(value) for value in listed)
