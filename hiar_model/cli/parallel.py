@@ -276,7 +276,8 @@ def verify_parity(a: Namespace) -> None:
             cuda_graph=execution.cuda_graph, attention_impl=execution.attention_impl, **execution.dtypes
         )
         expected = blocks(alone)[1]
-        difference = max(float((x.double() - y.double()).abs().max()) for x, y in zip(actual, expected, strict=True))
+        apart = [(x.double() - y.double()).abs().max() for x, y in zip(actual, expected, strict=True)]
+        difference = float(torch.stack(apart).max())  # NaN if any is, which Python's max() may pass over
         same = all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
         result = "the same bits" if same else f"largest difference {difference:.3g}"
         where = f"{model.device}, {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"

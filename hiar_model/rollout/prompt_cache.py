@@ -112,7 +112,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def trim_padding(prompt: Tensor) -> Tensor:
     """Drop the trailing tokens of [B, L, D] that are zero for all B: padding, which the model counts instead."""
-    used = prompt.abs().amax(dim=(0, 2)) > 0
+    used = prompt.abs().amax(dim=(0, 2)) != 0  # NaN stays: it is no padding, and the NaN guard names it
     return prompt[:, : int(used.nonzero()[-1]) + 1] if bool(used.any()) else prompt[:, :0]
 
 

@@ -13,7 +13,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from ...common.checks import MOST_STEPS, one_of, whole
+from ...common.checks import MOST_STEPS, finite_number, one_of, whole
 from ...config import RolloutConfig
 from ...io.video import Frames
 from ...pipelines.conditioning import ConditioningFrames, read_conditioning
@@ -84,10 +84,17 @@ class CallOptions:
         whole("num_videos_per_prompt", self.num_videos_per_prompt, 1)
         if self.num_inference_steps is not None:
             whole("num_inference_steps", self.num_inference_steps, 1, most=MOST_STEPS)
-        if self.guidance_scale > 1:
+        whole("max_sequence_length", self.max_sequence_length, 1)
+        if finite_number("guidance_scale", self.guidance_scale) > 1:
             raise ValueError(f"guidance_scale must be at most 1 (a distilled network), got {self.guidance_scale}")
         if self.negative_prompt is not None:
             raise ValueError(f"negative_prompt must be None (a distilled network), got {self.negative_prompt!r}")
+        for generator in self.generator if isinstance(self.generator, list | tuple) else [self.generator]:
+            if generator is not None and not isinstance(generator, torch.Generator):
+                legal = "a torch.Generator, such as torch.Generator().manual_seed(7), or a list of them"
+                raise ValueError(f"generator must be {legal}, got {generator!r}")
+        if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
+            raise ValueError(f"callback_on_step_end must be callable, got {self.callback_on_step_end!r}")
         for name in self.tensor_inputs:
             one_of("callback_on_step_end_tensor_inputs", name, CALLBACK_INPUTS)
 

@@ -261,7 +261,9 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             config.require_endless("a video without num_frames")
         per_prompt = options.num_videos_per_prompt
         embeds = options.prompt_embeds
-        count = len(options.prompts) if embeds is None else len(embeds)
+        count = len(options.prompts)
+        if embeds is not None:
+            count = len(embeds) if isinstance(embeds, Tensor) and embeds.dim() == 3 else 1
         batch, noise = count * per_prompt, options.latents
         if noise is not None:
             new = None if latent_frames is None else latent_frames - prefix_frames
