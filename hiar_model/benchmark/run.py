@@ -305,6 +305,8 @@ def _plain(subject: BenchModel, setting: Setting, latents: Sequence[Tensor], pro
                 first = seconds
             if block >= subject.blocks_before:
                 intervals.append(seconds)
+            if not own.isfinite().all():  # max() would pass over a NaN
+                return {"absent": f"latents of block {block} are not finite"}
             difference = max(difference, (own.double() - of_engine.double()).abs().max().item())
             progress("plain PyTorch")
     except torch.OutOfMemoryError as error:

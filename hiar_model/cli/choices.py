@@ -14,8 +14,8 @@ from ..common import checks, environment
 from ..common.image_file import image_files
 from ..common.lora_file import lora_files
 from ..config import SHIPPED, RolloutConfig, WanConfig
-from ..config.execution import ATTENTION_DTYPES, ATTENTION_IMPLS, KV_DTYPES, LINEAR_DTYPES, ON_NAN
-from ..config.rollout import KV_SOURCES, ON_PROMPT_CHANGE, ORDERS
+from ..config.execution import ATTENTION_DTYPES, ATTENTION_IMPLS, KV_DTYPES, LINEAR_DTYPES, ON_NAN, ExecutionConfig
+from ..config.rollout import KV_SOURCES, ON_PROMPT_CHANGE, ORDERS, several_orders
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "order": ORDERS, "dtype": checks.DTYPE_NAMES, "kv_dtype": KV_DTYPES, "vae_dtype": (*checks.DTYPE_NAMES, "none"),
@@ -37,6 +37,8 @@ MOST = {
     "steps": checks.MOST_STEPS, "threads": checks.MOST_THREADS, "nproc": checks.MOST_THREADS,
 }  # fmt: skip
 ABOVE_0 = ("timeout",)
+TOGETHER = ("kv_dtype", "attention_dtype", "attention_impl")
+"""Options that :class:`.ExecutionConfig` compares with each other."""
 INPUT_FILES = {
     "generate": ("extend", "last_frame", "prompts", "vae", "from_session"), "compare": ("extend", "prompts", "vae"),
     "doctor": ("vae",), "serve": ("vae", "token_file"),
@@ -58,7 +60,7 @@ def check_choices(command: str, a: Namespace) -> None:
         if name in CHOICES:
             words = [word for word in several if isinstance(word, str)]
             for word in ",".join(words).split(",") if words else ():
-                checks.one_of(option(name), word.strip(), CHOICES[name])
+                _check_word(a, name, word.strip())
         for one in several if value is not None else ():
             if name in MINIMUM:
                 checks.whole(option(name), one, MINIMUM[name], most=MOST.get(name))
@@ -82,6 +84,9 @@ def check_choices(command: str, a: Namespace) -> None:
     if a.get("device") and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", a.device):
         near = checks.nearest(a.device, ("auto", "cpu", "cuda"))
         raise ValueError(f"--device must be one of auto, cpu, cuda, cuda:1, ..., got {a.device!r}{near}")
+    ExecutionConfig(**{name: a[name] for name in TOGETHER if a.get(name) is not None})
+    if command == "compare" and a.order is not None:
+        several_orders("order", a.order)
     if command == "train" and a.out == "":
         raise ValueError("--out must be the name of a folder, got ''")
     if command == "train" and not Path(a.recipe).is_file() and a.recipe not in (known := _recipes()):
@@ -89,6 +94,14 @@ def check_choices(command: str, a: Namespace) -> None:
         raise ValueError(f"no recipe {a.recipe!r}: neither a file nor one of {', '.join(known)}{near}")
     if a.get("model") is not None:
         _check_model(command, a.model)
+
+
+def _check_word(a: Namespace, name: str, word: str) -> None:
+    narrow = [option(other) for other in ("kv_dtype", "attention_dtype", "linear_dtype") if other in a]
+    if name == "dtype" and word.startswith("float8") and narrow:
+        legal = ", ".join(CHOICES[name])
+        raise ValueError(f"--dtype must be one of {legal}, got {word!r}; 8 bits are for {', '.join(narrow)}")
+    checks.one_of(option(name), word, CHOICES[name])
 
 
 def check_processes(command: str) -> None:
@@ -112,12 +125,16 @@ def rollout_options(a: Namespace) -> dict[str, Any]:
 
 
 def check_effects(command: str, a: Namespace, defaults: Mapping[str, Any]) -> None:
-    """Refuse options that would have no effect beside the others, before any work. ``defaults``: of the command.
+    """Refuse options that would have no effect beside the others, or with an empty value, as of a shell's variable that
+    is not set, before any work. ``defaults``: of the command.
 
     Raises:
         ValueError: one line: the option, and what it needs.
     """
     typed = {name: value for name, value in vars(a).items() if value != defaults.get(name)}
+    for name in defaults:
+        if a.get(name) == "" and name != "out":
+            raise ValueError(f"{option(name)} must hold something, got ''")
     for name, needed in _needed(command, a).items():
         if name in typed:
             got = "" if typed[name] is True else f", got {typed[name]}"
@@ -176,6 +193,8 @@ def as_typed(message: str, dests: Iterable[str]) -> str:
         # Only at the start, as names may be English words; those with _ anywhere but in a path, a name or an option.
         before = r"(?<![\w./'\"-])" if "_" in dest else r"^"
         message = re.sub(rf"{before}{dest}(?=[ =]|$)(?! [^ ]*[/'\"])", option(dest), message)
+        said = rf"((?<= and )|(?<= takes no )|(?<= use )){dest}(?=,|$|( \S+)? exclude each other)"
+        message = re.sub(said, option(dest), message)
     return message
 
 

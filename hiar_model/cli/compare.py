@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..config.rollout import several_orders
 from .choices import rollout_options
-from .generate import existing_inputs, new_video, prompt_schedule, read_files, video_arguments
+from .generate import new_video, prompt_schedule, read_files, video_arguments
 from .machine import imports, linear_argument, load_for_video, progress_bar
 
 if TYPE_CHECKING:
@@ -41,12 +42,11 @@ def compare(a: Namespace) -> None:
     from ..io.video import is_folder_target, record_path
 
     target, folder = new_video(a), is_folder_target(a.out)
-    existing_inputs(a, ("extend", "vae"))
     prompts = prompt_schedule(a)
     with imports():
         from ..config import ExecutionConfig
-        from ..pipelines.compare import checked_orders, plot_path
         from ..pipelines.compare import compare as make
+        from ..pipelines.compare import plot_path
 
     plot = plot_path(target, folder)
     if plot.is_file() and not a.overwrite:
@@ -55,7 +55,7 @@ def compare(a: Namespace) -> None:
         {"-o": target, "the metadata of -o": record_path(target, folder), "the plot of -o": plot},
         read_files(a),
     )
-    orders = None if a.order is None else checked_orders(a.order)
+    orders = None if a.order is None else several_orders("order", a.order)
     first, *others = orders or ("stream", "block_first")
     model = load_for_video(a, order=first, beside=others, on_checkpoint=lambda line: print(line, file=sys.stderr))
     of_rollout = {name: value for name, value in rollout_options(a).items() if name != "order"}

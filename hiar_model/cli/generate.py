@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,6 @@ from .machine import (
     memory_arguments,
     progress_bar,
     size_arguments,
-    unchanged,
 )
 from .parallel import RUN_FOLDER, job, pipeline_arguments, pipelined, resume_arguments, unfinished_blocks
 from .signals import handled
@@ -56,7 +55,7 @@ def video_arguments(parser: ArgumentParser, model: str = "toy") -> None:
     memory_arguments(parser)
     parser.add_argument("--fps", type=float, help="of the video; default: the model's")
     parser.add_argument(
-        "--image", type=unchanged, action=Repeated, metavar="FILE[@FRAME]",
+        "--image", action=Repeated, metavar="FILE[@FRAME]",
         help="first frame: a picture, scaled and cropped to the size of the video; with @FRAME, several times for a "
         "storyboard: a picture at a frame at which a block begins",
     )  # fmt: skip
@@ -106,14 +105,18 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
 
     # Validate arguments before loading the model.
     target = new_video(a)
-    existing_inputs(a, ("extend", "last_frame", "vae", "from_session"))
     session = None if a.session is None else check_output(in_folder(a.session, SESSION))
     require_apart(
         {"-o": target, "the metadata of -o": record_path(target, is_folder_target(a.out)), "--session": session},
         read_files(a),
     )
-    if a.from_session is not None:  # that may be replaced by --session
-        require_apart({"-o": target}, {"--from-session": in_folder(a.from_session, SESSION)})
+    resumed = None if a.from_session is None else in_folder(a.from_session, SESSION)
+    if resumed is not None:  # that may be replaced by --session
+        require_apart({"-o": target}, {"--from-session": resumed})
+    if session is not None and session.is_file() and not a.overwrite and not (resumed and session.samefile(resumed)):
+        raise ValueError(
+            f"--session {session} exists: give another name, --from-session to go on from it, or --overwrite"
+        )
     prompts = prompt_schedule(a)
     with imports():
         from hiar_kernels.nvtx import span
@@ -210,13 +213,6 @@ def read_files(a: Namespace) -> dict[str, str | Path | None]:
     of_options = {option(name): a.get(name) for name in names}
     of_options |= {f"--image {x.path}": x.path for x in image_files(a.image)}
     return of_options | {f"--lora {x.path}": x.path for x in lora_files(a.lora)}
-
-
-def existing_inputs(a: Namespace, names: Sequence[str]) -> None:
-    """ValueError if one of these options names a file that is not there."""
-    for name in names:
-        if a[name] is not None and not Path(a[name]).exists():
-            raise ValueError(f"{name.replace('_', '-')} {a[name]}: no such file")
 
 
 def prompt_schedule(a: Namespace) -> Any:

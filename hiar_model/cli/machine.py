@@ -64,15 +64,10 @@ def linear_argument(parser: ArgumentParser) -> None:
     parser.add_argument("--linear-dtype", type=str, help=text)
 
 
-def unchanged(value: Any) -> Any:
-    """The type of an option whose value in a file is a list, and whose words are strings."""
-    return value
-
-
 def lora_argument(parser: ArgumentParser, more: str) -> None:
     """The option --lora."""
     parser.add_argument(
-        "--lora", type=unchanged, action=Repeated, metavar="FILE[:SCALE]",
+        "--lora", action=Repeated, metavar="FILE[:SCALE]",
         help=f"LoRA to merge into the transformer, such as style.safetensors:0.8; {more}",
     )  # fmt: skip
 

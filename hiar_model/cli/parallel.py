@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..common import environment
 from .choices import as_typed, rollout_options
-from .machine import linear_argument
+from .machine import kv_argument, linear_argument
 from .streams import status
 
 if TYPE_CHECKING:
@@ -222,6 +222,7 @@ def parity_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all noise")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the model's own")
     parser.add_argument("--tolerance", type=float, default=0.0, help="difference that is still accepted")
+    kv_argument(parser)
     pipeline_arguments(parser, nproc=2)
     parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if there is any), cpu, cuda")
     parser.add_argument("--dtype", type=str, help="float32, bfloat16, float16 or float64")
@@ -272,12 +273,11 @@ def verify_parity(a: Namespace) -> None:
         shared = "+".join(map(str, pipeline.stage.split)) + " steps" if pipeline else f"parallel={a.parallel}"
         del run
         alone = ExecutionConfig(
-            cuda_graph=execution.cuda_graph,
-            linear_dtype=execution.linear_dtype,
-            attention_impl=execution.attention_impl,
+            cuda_graph=execution.cuda_graph, attention_impl=execution.attention_impl, **execution.dtypes
         )
         expected = blocks(alone)[1]
-        difference = max(float((x.double() - y.double()).abs().max()) for x, y in zip(actual, expected, strict=True))
+        apart = [(x.double() - y.double()).abs().max() for x, y in zip(actual, expected, strict=True)]
+        difference = float(torch.stack(apart).max())  # NaN if any is, which Python's max() may pass over
         same = all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
         result = "the same bits" if same else f"largest difference {difference:.3g}"
         where = f"{model.device}, {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"

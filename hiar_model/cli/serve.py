@@ -93,6 +93,8 @@ def serve(a: Namespace) -> None:
     )  # fmt: skip
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("hiar.serve").setLevel(logging.INFO)
+    if a.cuda_graph and pick_device(a.device).type != "cuda":
+        raise ValueError(f"--cuda-graph needs a CUDA device, --device {a.device} is {pick_device(a.device)}")
     listening = listen(a.host, a.port)  # before the model is loaded, which takes a while
     dtypes = {"kv_dtype": a.kv_dtype, "attention_dtype": a.attention_dtype, "linear_dtype": a.linear_dtype}
     execution = ExecutionConfig(**dtypes, cuda_graph=a.cuda_graph)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from .checks import path_like
@@ -26,20 +26,27 @@ def split_option(option: str, value: Any, mark: str, read: Callable[[str], Any],
     path_like(option, path)
     name = os.fspath(path)
     head, found, tail = name.rpartition(mark)
-    if isinstance(value, tuple) or not found or os.path.exists(name):
-        return name, given
-    try:
-        return head, read(tail)
-    except ValueError:
-        if os.path.exists(head):
-            raise ValueError(f"{option} {name}: {what}, got {tail!r}") from None
-        return name, given
+    if not isinstance(value, tuple) and found and not os.path.exists(name):
+        try:
+            name, given = head, read(tail)
+        except ValueError:
+            if os.path.exists(head):
+                raise ValueError(f"{option} {name}: {what}, got {tail!r}") from None
+    if not name:
+        raise ValueError(f"{option} {value}: no file before the {mark!r}")
+    return name, given
 
 
-def listed(values: T | Iterable[T], kind: type) -> list[Any]:
-    """One or several paths, pairs (path, number) or objects of ``kind``, as a list; None: none."""
+def listed(option: str, values: T | Iterable[T], kind: type) -> list[Any]:
+    """One or several paths, pairs (path, number) or objects of ``kind``, as a list; None: none.
+
+    Raises:
+        ValueError: bytes or a mapping.
+    """
     if values is None:
         return []
+    if isinstance(values, bytes | Mapping):
+        raise ValueError(f"{option} must be a file, (file, number), or a list of these, got {values!r}")
     single = isinstance(values, str | os.PathLike | kind) or not isinstance(values, Iterable)
     pair = (
         isinstance(values, tuple) and len(values) == 2 and not isinstance(values[1], str | os.PathLike | tuple | kind)

@@ -52,8 +52,8 @@ def image_files(values: ImageLike | Iterable[ImageLike] | None) -> tuple[ImageFi
     Raises:
         ValueError: two images at one frame; a frame that is no whole number from 0.
     """
-    files = sorted((ImageFile.of(value) for value in listed(values, ImageFile)), key=lambda file: file.frame)
+    files = sorted((ImageFile.of(value) for value in listed("image", values, ImageFile)), key=lambda file: file.frame)
     for one, other in pairwise(files):
         if one.frame == other.frame:
-            raise ValueError(f"image {one.path} and image {other.path} both stand at frame {one.frame}: give @FRAME")
+            raise ValueError(f"image {one.path} and {other.path} both stand at frame {one.frame}: give @FRAME")
     return tuple(files)

@@ -48,4 +48,4 @@ LoraLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | LoraF
 
 def lora_files(values: LoraLike | Iterable[LoraLike] | None) -> tuple[LoraFile, ...]:
     """One or several :data:`LoraLike` as :class:`LoraFile`; None: none."""
-    return tuple(LoraFile.of(value) for value in listed(values, LoraFile))
+    return tuple(LoraFile.of(value) for value in listed("lora", values, LoraFile))

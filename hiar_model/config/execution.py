@@ -91,7 +91,8 @@ class ExecutionConfig:
         products = _dtype_name("attention_dtype", self.attention_dtype, ATTENTION_DTYPES)
         object.__setattr__(self, "attention_dtype", products)
         if products is not None and self.kv_dtype != products:
-            raise ValueError(f"attention_dtype {products} needs kv_dtype {products}, got kv_dtype {self.kv_dtype}")
+            got = "it is not set" if self.kv_dtype is None else f"got {self.kv_dtype}"
+            raise ValueError(f"attention_dtype {products} needs kv_dtype {products}: {got}")
         if self.kv_dtype == "float8_e4m3fn" and self.attention_impl not in FLOAT8_IMPLS:
             legal = ", ".join(FLOAT8_IMPLS)
             raise ValueError(

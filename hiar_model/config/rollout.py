@@ -19,6 +19,16 @@ Windows = int | None | tuple[int | None, ...]
 """Latent frames that a block sees, its own included: one number for all steps or one for each; None: all."""
 
 
+def several_orders(name: str, orders: str | Sequence[str]) -> tuple[str, ...]:
+    """The orders as a tuple; ValueError unless there are two or more different legal ones."""
+    listed = (orders,) if isinstance(orders, str) else tuple(orders)
+    for order in listed:
+        one_of(name, order, ORDERS)
+    if len(listed) < 2 or len(set(listed)) < len(listed):
+        raise ValueError(f"{name} must be two or more different ones of {', '.join(ORDERS)}, got {', '.join(listed)}")
+    return listed
+
+
 @dataclass(frozen=True)
 class RolloutConfig:
     """What a rollout computes (arXiv 2603.08703, section 3): equal config, weights and noise give an equal video.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,26 @@ def _reading(file: Path) -> Iterator[None]:
         reason = (str(error).splitlines() or [""])[0].partition(". ")[0][:150]
         kinds = {".safetensors": "safetensors", GGUF: "GGUF"}
         kind = kinds.get(file.suffix, "a plain PyTorch state dict (weights_only)")
-        raise ValueError(f"{file}: corrupt, or not {kind}: {type(error).__name__}: {reason}") from error
+        what = _mistaken(file) or f"{type(error).__name__}: {reason}"
+        raise ValueError(f"{file}: corrupt, or not {kind}: {what}") from error
+
+
+def _mistaken(file: Path) -> str | None:
+    """What an empty file, or one whose first bytes do not belong to its suffix, is."""
+    with suppress(OSError), file.open("rb") as opened:
+        head = opened.read(9)
+        size = file.stat().st_size
+        if not size:
+            return "it is empty"
+        formats = {
+            (GGUF,): head.startswith(b"GGUF"),
+            PICKLES: head.startswith(b"PK\3\4"),
+            (".safetensors",): head[8:] == b"{" and int.from_bytes(head[:8], "little") < size,
+        }
+        for suffixes, here in formats.items():
+            if here and file.suffix not in suffixes:
+                return f"it begins as {suffixes[0]} files do: rename it, if it is one"
+    return None
 
 
 def add_tensors(state: dict[str, Any], more: Mapping[str, Any], file: Path, origin: dict[str, Path]) -> None:

@@ -275,7 +275,10 @@ def unpacked(
         final = dtype or (WORK if quantised else value.dtype)
         changed = any(name in lora.deltas for lora, _ in loras)
         if quantised:
-            tensor = value.dequantise(torch.float32 if changed else final, device)
+            try:
+                tensor = value.dequantise(torch.float32 if changed else final, device)
+            except ValueError as error:
+                raise ValueError(f"{check.source}: {error}" if check is not None else str(error)) from error
         else:
             tensor = value.to(device, value.dtype if changed else final)
         if check is not None:

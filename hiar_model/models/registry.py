@@ -117,13 +117,15 @@ def load_video_model(
     linear_dtype = ExecutionConfig(linear_dtype=linear_dtype).linear_dtype  # checked, by name
     folder = model_folder(name_or_path)
     name, files = os.fspath(name_or_path), lora_files(lora)
+    of_wan = {"checkpoint": checkpoint, "vae": vae, "offload": offload, "prompt_cache": prompt_cache}
+    for option in (option for option, value in of_wan.items() if value == ""):
+        raise ValueError(f"{option} must hold something, got ''; None: without it")
     if is_wan_folder(folder):
         return load_wan(
             folder, name=name, device=device, dtype=dtype, linear_dtype=linear_dtype, checkpoint=checkpoint,
             steps=steps, own_steps=own_steps, vae=vae, offload=offload, prompt_cache=prompt_cache, lora=files,
             on_checkpoint=on_checkpoint, on_stage=on_stage,
         )  # fmt: skip
-    of_wan = {"checkpoint": checkpoint, "vae": vae, "offload": offload, "prompt_cache": prompt_cache}
     for option, value in of_wan.items():
         if value:
             raise ValueError(f"model {name} is no Wan folder: it takes no {option}, got {value!r}")

@@ -15,10 +15,10 @@ import torch
 
 from hiar_kernels.nvtx import span
 
-from ..common.checks import one_of, whole
+from ..common.checks import whole
 from ..common.settings import own_settings
 from ..config import ExecutionConfig, RolloutConfig
-from ..config.rollout import ORDERS
+from ..config.rollout import several_orders
 from ..evaluation.evaluate import steady_cost
 from ..evaluation.quality import LABELS, ORDER_COLOURS, PARTS, QualityMeter, ordinal
 from ..io.captions import MISSING, CaptionedGrid
@@ -139,7 +139,7 @@ def compare(
     target = check_target(out)
     plot = check_output(plot_path(target)) if not is_folder_target(out) else plot_path(target, folder=True)
     checked = VideoOptions(prompt, **options)
-    orders = None if orders is None else checked_orders(orders)
+    orders = None if orders is None else several_orders("orders", orders)
     pipeline = _pipeline(model, execution, device, dtype, checked, orders)
     orders = default_orders(pipeline.model) if orders is None else orders
     num_frames = checked.num_frames or default_frames(pipeline.model)
@@ -150,16 +150,6 @@ def compare(
     ]
     with span("compare"), own_settings(), cpu_threads(runs[0].threads):
         return _write(runs, out, plot, speed)
-
-
-def checked_orders(orders: Sequence[str]) -> tuple[str, ...]:
-    """The orders as a tuple; ValueError unless there are two or more different legal ones."""
-    listed = (orders,) if isinstance(orders, str) else tuple(orders)
-    for order in listed:
-        one_of("orders", order, ORDERS)
-    if len(listed) < 2 or len(set(listed)) < len(listed):
-        raise ValueError(f"orders must be two or more different ones of {', '.join(ORDERS)}, got {', '.join(listed)}")
-    return listed
 
 
 def default_orders(model: VideoModel) -> tuple[str, str]:

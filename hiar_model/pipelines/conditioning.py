@@ -23,7 +23,7 @@ from ..io.video import Frames, source_matrix
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
-_CHUNK = 8  # frames resized together
+_CHUNK, _CHUNK_BYTES = 8, 1 << 26  # frames scaled together, and their bytes
 _REPAIR = "get it again, or write what is whole of it anew (ffmpeg -i IN OUT)"
 _ORIENTATION = 0x0112  # of EXIF
 _BACKGROUND = 255  # grey level behind transparent pixels
@@ -271,8 +271,9 @@ class _Resizer:
     def __call__(self, frames: Iterable[Frames]) -> Frames:
         """uint8 [F, high, wide, 3]."""
         chunks, source = [], iter(frames)
-        while chunk := list(islice(source, _CHUNK)):
-            chunks.append(self._resize(np.stack(chunk)))
+        for first in source:
+            at_once = max(1, min(_CHUNK, _CHUNK_BYTES // (4 * first.size)))  # float32 while they are scaled
+            chunks.append(self._resize(np.stack([first, *islice(source, at_once - 1)])))
         return np.concatenate(chunks)
 
     def _resize(self, frames: Frames) -> Frames:

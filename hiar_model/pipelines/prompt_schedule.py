@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
+from ..common.checks import number_at_least_0
 from ..io.files import read_text, refuse_stand_in
 from ..schedule.plan import Plan
 from ..schedule.simulator import simulate
@@ -115,7 +116,7 @@ class PromptSchedule:
     @classmethod
     def of(cls, prompts: Iterable[tuple[float, str]], name: str = "prompts") -> PromptSchedule:
         """From tuples (seconds, prompt)."""
-        return cls(tuple(Line(float(t), p.strip(), f"{name} entry {i}") for i, (t, p) in enumerate(prompts, 1)), name)
+        return cls(tuple(_entry(f"{name} entry {i}", pair) for i, pair in enumerate(prompts, 1)), name)
 
     def at(self, seconds: float) -> int:
         """Index of the line whose prompt is in effect at a time."""
@@ -124,6 +125,13 @@ class PromptSchedule:
     @cached_property
     def _times(self) -> list[float]:
         return [line.seconds for line in self.lines]
+
+
+def _entry(where: str, pair: object) -> Line:
+    """A tuple (seconds, prompt) as a line."""
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[1], str):
+        raise ValueError(f"{where} must be (seconds, prompt), got {pair!r}")
+    return Line(number_at_least_0(f"{where}: time", pair[0]), pair[1].strip(), where)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from .noise import EXTERNAL, KeyedNoise, TensorNoise
 from .prompt_cache import PromptSource, ResumedPrompts
 from .receiver import Receiver
 from .shapes import CheckedNoise, CheckedPrompts, check_prompt_embeds, require_shape
+from .state_io import key_difference
 
 
 class FinishedBlock(NamedTuple):
@@ -409,7 +410,7 @@ class Rollout:
         if "kv_source=" not in state["key"]:  # the options had other names until 2026-11-28
             raise ValueError("a state of an older version, which this one cannot resume: make the video anew")
         if state["key"] != self._key():
-            raise ValueError(f"state of a different rollout: expected {self._key()}, got {state['key']}")
+            raise ValueError(f"state of a different rollout: {key_difference(state['key'], self._key())}")
         if EXTERNAL not in (self.noise, state["noise"]):
             require_noise("state", state["noise"])
         for name, x in state["latents"].items():

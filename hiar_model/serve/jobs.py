@@ -66,7 +66,7 @@ class JobRequest:
         if self.prompts is not None:
             if not 1 <= len(self.prompts) <= 1000 or not all(_is_line(line) for line in self.prompts):
                 raise ValueError('prompts must be 1 to 1000 lists of seconds and prompt, such as [[0, "a red circle"]]')
-            prompts = PromptSchedule.of([(float(t), str(p)) for t, p in self.prompts])
+            prompts = PromptSchedule.of(self.prompts)  # type: ignore[arg-type]
         return VideoOptions(
             self.prompt, prompts=prompts, num_frames=self.num_frames, seed=self.seed, order=self.order,
             height=self.height, width=self.width, session=session,

@@ -312,6 +312,14 @@ def test_the_baseline_of_a_command_is_the_same_video(done):
     assert 0 <= done.values["plain"]["largest_difference"] < 1e-3
 
 
+def test_a_baseline_that_is_not_finite_is_told(folder, monkeypatch):
+    real = run.plain_blocks
+    monkeypatch.setattr(run, "plain_blocks", lambda *args: (block * torch.nan for block in real(*args)))
+    v = bench(Setting(str(folder), device="cpu", blocks=1, repeats=1), decode=False)
+    assert v["plain"] == {"absent": "latents of block 0 are not finite"}
+    VALID.validate(v)
+
+
 def test_a_baseline_without_room_is_told(folder, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.\nand more lines")

@@ -369,6 +369,13 @@ LIGHT = {
     "image": (["generate", PROMPT, "-o", "a.mp4", "--image", "i.png"], "--image i.png: no such file"),
     "fps": (["generate", PROMPT, "-o", "a.mp4", "--fps", "-1"], "--fps must be a number from 0.01 to 1000, got -1"),
     "on nan": (["generate", PROMPT, "-o", "a.mp4", "--on-nan", "go"], "--on-nan must be one of stop, retry, got 'go'"),
+    "8 bits": (["serve", "--dtype", "float8_e4m3fn"], "8_e4m3fn'; 8 bits are for --kv-dtype, --attention-dtype$"),
+    "products": (["generate", PROMPT, "-o", "a.mp4", "--attention-dtype", "float8_e4m3fn"],
+                 "--attention-dtype float8_e4m3fn needs --kv-dtype float8_e4m3fn: it is not set"),
+    "implementation": (["generate", PROMPT, "-o", "a.mp4", "--attention-impl", "sdpa", "--kv-dtype", "float8_e4m3fn"],
+                       "--attention-impl must be one of .* with --kv-dtype float8_e4m3fn, got 'sdpa'"),
+    "one order": (["compare", PROMPT, "-o", "a.mp4", "--order", "stream"], "--order must be two or more different o"),
+    "an order twice": (["compare", PROMPT, "-o", "a.mp4", "--order", "[stream,stream]"], "--order must be .* stream$"),
     "device": (["generate", PROMPT, "-o", "a.mp4", "--device", "gpu"], "--device must be one of auto, cpu, cuda"),
     "orders": (["evaluate", "toy", "--order", "[stream,steam]"], "--order must be .* got 'steam'; did you mean stream"),
     "ranks": (["verify-parity", "--nproc", "0"], "--nproc must be a whole number from 1 to"),
@@ -390,6 +397,11 @@ LIGHT = {
         (["verify-parity", "--nproc", "1", "--steps-per-rank", "measured"], "--steps-per-rank .* got measured"),
         (["doctor", "--model", "toy", "--vae-dtype", "float32"], "--vae-dtype has no effect on toy, which has no"),
         (["bench", "--compare", __file__, __file__, "--plot", "a.png"], "--plot has no effect beside --compare"),
+    ]},
+    **{f"empty {words[-1]}": ([*words, ""], f"^hiar: {words[-1]} must hold something, got ''") for words in [
+        *(["generate", PROMPT, "-o", "a.mp4", name] for name in (
+            "--checkpoint", "--vae", "--session", "--from-session", "--extend", "--prompts", "--prompt-cache")),
+        ["bench", "--json"], ["bench", "--plot"], ["serve", "--data"], ["serve", "--token-file"],
     ]},
     "recipe": (["train", "toy/teachr"], "no recipe 'toy/teachr': .*; did you mean toy/teacher?"),
 }  # fmt: skip
@@ -420,9 +432,12 @@ def test_mistakes_and_help_do_not_wait_for_torch():
     ("the seed is wrong", "the seed is wrong"),
     ("cannot read runs/num_frames of: no", "cannot read runs/num_frames of: no"),
     ("model 'seed' is no folder", "model 'seed' is no folder"),
+    ("image a.png and extend b.mp4 exclude each other", "--image a.png and --extend b.mp4 exclude each other"),
+    ("a.gif: cannot read '.gif'; for a clip use extend", "a.gif: cannot read '.gif'; for a clip use --extend"),
+    ("model toy takes no vae, got 'seed'", "--model toy takes no --vae, got 'seed'"),
 ])  # fmt: skip
 def test_names_as_they_are_typed(message, typed):
-    assert as_typed(message, ["num_frames", "window_frames", "seed", "model"]) == typed
+    assert as_typed(message, ["num_frames", "window_frames", "seed", "model", "image", "extend", "vae"]) == typed
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -432,4 +447,5 @@ def test_a_parser_of_one_command_is_that_command_s(command):
     assert of_one.format_help() == of_all.format_help()
     ours, theirs = (parsers._subcommands_action._name_parser_map for parsers in (of_one, of_all))
     assert ours[command].format_help() == theirs[command].format_help()
+    assert " at 0x" not in ours[command].format_help()  # of a Python object
     assert all(len(parser._actions) == 1 for name, parser in ours.items() if name != command)  # --help

@@ -23,6 +23,7 @@ from hiar_model.toy.world import WORLDS, ToyWorld
 from hiar_model.train.engine.networks import make_network
 
 pytestmark = pytest.mark.cpu
+E4M3 = "float8_e4m3fn"
 
 
 @contextmanager
@@ -89,6 +90,16 @@ def fill() -> list[Tensor]:
 MADE: dict[str, Callable[[], list[Tensor]]] = {
     "generate": video,
     "rollout": lambda: [run(order=order, window_frames=6, seed=3) for order in ("stream", "block_first")],
+    "8 bits": lambda: [
+        run(
+            order="stream",
+            window_frames=6,
+            seed=3,
+            cache_dtype=torch.float8_e4m3fn,
+            attention_dtype=E4M3,
+            linear_dtype=E4M3,
+        )
+    ],
     "infill": fill,
     "toy world": world,
     "weights": lambda: list(make_network("toy", seed=3).state_dict().values()),

@@ -214,6 +214,9 @@ def test_parity_is_verified_and_can_fail(model, capsys, monkeypatch):
     assert re.search(
         r"4 blocks of .* on 1 processes \(2 steps\) and on one \(cpu, float32, 1 threads\): the same bits", out
     )
+    narrow = [f"--{name}-dtype=float8_e4m3fn" for name in ("kv", "attention", "linear")]
+    assert main(["verify-parity", "--nproc", "1", "--model", model, *narrow]) == 0
+    assert "the same bits" in capsys.readouterr().out
     keyed, calls = KeyedNoise.__call__, []
     monkeypatch.setattr(KeyedNoise, "__call__", lambda *key: keyed(*key) + 1e-4 * len(calls.append(0) or calls))
     assert main(["verify-parity", "--nproc", "1", "--model", model]) == 1

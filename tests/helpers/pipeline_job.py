@@ -39,6 +39,16 @@ PARITY = [
     (1, {"num_frames": 9}),
     (2, {"num_frames": 12, "window_frames": 5}),
     (2, {"num_frames": 12, "window_frames": 6, "sink_frames": 1, "pairs": True}),
+    (
+        2,
+        {
+            "num_frames": 12,
+            "window_frames": 5,
+            "cache_dtype": torch.float8_e4m3fn,
+            "attention_dtype": "float8_e4m3fn",
+            "linear_dtype": "float8_e4m3fn",
+        },
+    ),
     (4, {"num_frames": 15}),
     (4, {"num_frames": 18, "window_frames": 8, "sink_frames": 2}),
     (4, {"num_frames": 16, "window_frames": 7, "sink_frames": 1, "prefix": PREFIX}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -215,6 +216,20 @@ def test_torn_files(tmp_path, weights, name, keep):
     path.write_bytes(path.read_bytes()[:keep])
     line = refusal(path, CONFIG)
     assert line.startswith(f"{path}: corrupt, or not ") and len(line) < len(str(path)) + 250
+
+
+def test_a_file_under_the_suffix_of_another_format(tmp_path, weights):
+    plain, pickled = write(tmp_path / "w.safetensors", weights), write(tmp_path / "v.pth", weights)
+    for file, name, words in (
+        (plain, "a.pth", r"it begins as \.safetensors files do: rename it"),
+        (plain, "a.gguf", r"corrupt, or not GGUF: it begins as \.safetensors files do"),
+        (pickled, "b.safetensors", r"corrupt, or not safetensors: it begins as \.pth files do"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(file.read_bytes())
+        assert re.search(words, refusal(path, CONFIG))
+    (tmp_path / "e.safetensors").touch()
+    assert refusal(tmp_path / "e.safetensors", CONFIG).endswith("corrupt, or not safetensors: it is empty")
 
 
 def test_pickles_that_are_no_state_dict(tmp_path):

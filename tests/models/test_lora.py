@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tiny_model import make_model
 
 from hiar_model.cli import main
+from hiar_model.common import lora_file
 from hiar_model.common.lora_file import LoraFile
 from hiar_model.models.checkpoint import load_transformer, read_checkpoint, save_transformer
 from hiar_model.models.lora import merged, read_lora
@@ -219,6 +220,7 @@ def test_file_and_scale(tmp_path, monkeypatch, given, path, scale):
     Path("there:2").touch()
     assert LoraFile.of(given) == LoraFile(path, scale)
     assert LoraFile.of(str(LoraFile(path, scale))) == LoraFile(path, scale)
+    assert lora_file.lora_files((path, np.float32(2))) == lora_file.lora_files((path, 2))
 
 
 @pytest.mark.parametrize(
@@ -231,6 +233,11 @@ def test_a_wrong_scale(tmp_path, monkeypatch, given, message):
     monkeypatch.chdir(tmp_path)
     Path("there").touch()
     assert message in refusals.refusal(LoraFile.of, given)
+
+
+@pytest.mark.parametrize("given", [{"a.safetensors": 0.5}, 5, b"a.safetensors"])
+def test_what_is_neither_a_file_nor_a_list_of_them(given):
+    assert "lora must be a file, FILE:SCALE, (file, scale), or a list" in refusals.refusal(lora_file.lora_files, given)
 
 
 @pytest.mark.parametrize("to", ["native", "pt"])

@@ -250,7 +250,8 @@ def test_a_scale_of_zero(tmp_path):
     tensors[SCALE] = tensors[SCALE].clone()
     tensors[SCALE][7] = 0
     path = file(tmp_path, tensors)
-    assert refusals.refusal(load_transformer, path) == f"{LAYER}.weight: a scale is 0 where the numbers are not"
+    line = refusals.refusal(load_transformer, path)
+    assert line == f"{path}: {LAYER}.weight: a scale is 0 where the numbers are not"
     tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"].clone()
     tensors[f"{LAYER}.weight"][7] = 0  # as amax / 127 of a row of zeros
     assert not load_transformer(file(tmp_path, tensors)).blocks[1].ffn[0].weight[7].any()

@@ -149,7 +149,7 @@ def test_options_are_those_of_the_function():
 
 
 REFUSED = {
-    "one order": (["--order", "stream"], "orders must be two or more different ones of step_first, .*, got stream"),
+    "one order": (["--order", "stream"], "--order must be two or more different ones of step_first, .*, got stream"),
     "the same twice": (["--order", "[stream,stream]"], "two or more different ones of .*, got stream, stream"),
     "no such order": (["--order", "[stream,diagonal]"], "--order must be one of step_first, .*, got 'diagonal'"),
     "no speed": (["--speed", "0"], "--speed must be a whole number of at least 1, got 0"),

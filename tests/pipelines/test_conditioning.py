@@ -240,8 +240,10 @@ def test_an_mp4_says_its_colours(tmp_path, height, tag, matrix):
     assert np.abs(given.frames[0, 9, 9].astype(int) - colour).max() <= 3
 
 
-def test_a_large_clip_takes_the_memory_of_its_small_frames(tmp_path, monkeypatch):
-    """Of the file's size a few frames are there at a time."""
+@pytest.mark.parametrize(("limit", "at_once"), [(1 << 26, 17), (1, 3)], ids=["small frames", "large frames"])
+def test_a_large_clip_takes_the_memory_of_its_small_frames(tmp_path, monkeypatch, limit, at_once):
+    """Of the file's size a few frames are there at a time: two handfuls of small ones, of large ones fewer."""
+    monkeypatch.setattr(module, "_CHUNK_BYTES", limit)
     clip(tmp_path / "c.mp4", np.stack([np.kron(picture(), np.ones((4, 4, 1), np.uint8))] * 40))
     alive, most = [], 0
     upright = module._Clip._upright
@@ -257,7 +259,7 @@ def test_a_large_clip_takes_the_memory_of_its_small_frames(tmp_path, monkeypatch
     found = read_conditioning(None, tmp_path / "c.mp4", SIZE, step=4)
     assert found is not None
     assert found.frames.shape == (37, *SIZE, 3)
-    assert 1 < most <= 17  # two handfuls
+    assert 1 < most <= at_once
 
 
 CONTAINERS = {"mkv": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4"}

@@ -139,7 +139,8 @@ def test_compare_takes_it(folder, style):
 
 @pytest.mark.parametrize(
     ("lora", "line"),
-    [("missing.safetensors:2", "--lora missing.safetensors: no such file; expected FILE or FILE:SCALE"),
+    [(":0.5", "--lora :0.5: no file before the scale; expected FILE or FILE:SCALE"),
+     ("missing.safetensors:2", "--lora missing.safetensors: no such file; expected FILE or FILE:SCALE"),
      ("x.safetensors:big", "--lora x.safetensors:big: the scale must be a number, got 'big'")],
 )  # fmt: skip
 def test_a_typed_mistake_is_one_line(folder, capsys, lora, line):

@@ -296,9 +296,14 @@ def test_no_output_replaces_another_or_what_is_read(run, capsys, monkeypatch, ou
     assert Path("real.mp4").read_text() == Path("a.mp4.json").read_text() == "kept"
 
 
-def test_a_session_may_take_the_place_of_the_one_it_goes_on_from(run):
+def test_a_session_may_take_the_place_of_the_one_it_goes_on_from(run, capsys):
     assert run("a.mp4", "--num-frames", "3", "--order", "stream", "--session", "s") == 0
     assert run("b.mp4", "--num-frames", "6", "--order", "stream", "--from-session", "s", "--session", "s") == 0
+    capsys.readouterr()
+    before = Path("s").read_bytes()
+    assert run("c.mp4", "--num-frames", "3", "--order", "stream", "--session", "s") == 2
+    assert "--session s exists: give another name, --from-session to go on" in capsys.readouterr().err
+    assert Path("s").read_bytes() == before and not Path("c.mp4").exists()
 
 
 def test_closed_streams(small, tmp_path):

@@ -78,6 +78,21 @@ def test_a_wrong_script_is_refused_in_one_line(text, message):
         show(PromptSchedule.parse(text), num_blocks=10)
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ((10**400, "x"), "prompts entry 2: time must be a number of at least 0, got 1000"),
+        (("soon", "x"), "prompts entry 2: time must be a number of at least 0, got 'soon'"),
+        ((1, None), r"prompts entry 2 must be \(seconds, prompt\), got \(1, None\)"),
+        ("x", r"prompts entry 2 must be \(seconds, prompt\), got 'x'"),
+        (7, r"prompts entry 2 must be \(seconds, prompt\), got 7"),
+    ],
+)
+def test_a_wrong_entry_is_refused_in_one_line(entry, message):
+    with refused(message):
+        PromptSchedule.of([(0, PROMPT), entry])
+
+
 def test_times_are_checked_before_a_prompt_is_encoded():
     """A file of a million prompts was encoded whole before one was found to be too late."""
     schedule = PromptSchedule.of([(second, f"prompt {second}") for second in range(20_000)])

@@ -118,9 +118,13 @@ REFUSED = {
         r"image blue\.png@3: no block of the video begins at frame 3, nearest 1 or 4",
     ),
     "behind the end": ({"image": "red.png@12"}, r"image red\.png@12: .* frame 12, nearest 9$"),
-    "twice": ({"image": ["red.png@3", ("blue.png", 3)]}, r"image red\.png and image blue\.png both stand at frame 3"),
+    "twice": ({"image": ["red.png@3", ("blue.png", 3)]}, r"image red\.png and blue\.png both stand at frame 3"),
     "no frame": ({"image": "red.png@x"}, r"image red\.png@x: the frame must be a whole number from 0, got 'x'"),
     "below 0": ({"image": ("red.png", -3)}, "image frame must be a whole number of at least 0, got -3"),
+    "a dict": (
+        {"image": {"red.png": 3}},
+        r"image must be a file, FILE@FRAME, \(file, frame\), or a list of these, got",
+    ),
     "no file": ({"image": "no.png@3"}, r"image no\.png: no such file"),
     "no last": ({"last_frame": "no.png"}, r"last_frame no\.png: no such file"),
     "a clip": ({"last_frame": "a.mp4"}, r"last_frame a\.mp4: cannot read '\.mp4'; legal: \.png"),
@@ -140,6 +144,7 @@ def test_what_cannot_stand_is_refused_in_one_line(pipeline, case):
     ("words", "message"),
     [
         (["--image", "no.png@3"], "--image no.png: no such file; expected FILE or FILE@FRAME"),
+        (["--image", "@3"], "--image @3: no file before the frame; expected FILE or FILE@FRAME"),
         (["--image", "red.png@4"], "--image red.png@4: no block of the video begins at frame 4, nearest 3 or 6"),
         (["--last-frame", "no.png"], "--last-frame no.png: no such file"),
         (["--last-frame", "red.png", "--session", "s"], "--last-frame and --session exclude each other: give one"),
@@ -160,6 +165,7 @@ def test_names_of_files_and_frames(tmp_path, monkeypatch):
     assert ImageFile.of("a@3") == ImageFile("a@3", 0)  # there is such a file
     assert ImageFile.of(str(ImageFile("a@3", 0))) == ImageFile("a@3", 0)
     assert image_files(["b.png@6", "c.png"]) == (ImageFile("c.png"), ImageFile("b.png", 6))
+    assert image_files(("b.png", np.int64(6))) == (ImageFile("b.png", 6),)
     assert image_files(None) == () and image_files(("b.png", 6)) == image_files(Path("b.png@6"))
 
 

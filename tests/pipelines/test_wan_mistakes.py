@@ -293,7 +293,7 @@ WRONG = {
     "image and clip": (
         both(image(), clip(9)),
         ["--image", "i.png", "--extend", "c.mp4"],
-        r"image i\.png and extend c\.mp4 exclude each other",
+        r"--image i\.png and --extend c\.mp4 exclude each other",
     ),
     "no such clip": (None, ["--extend", "no.mp4"], r"extend no\.mp4: no such file"),
     "a torn clip": (both(clip(9), torn("c.mp4", "c.mp4")), ["--extend", "c.mp4"], r"extend c\.mp4: corrupt"),
@@ -353,9 +353,9 @@ WRONG = {
     "a checkpoint of the toy": (
         None,
         [*TOY, "--checkpoint", "w.pt"],
-        "model toy is no Wan folder: it takes no checkpoint",
+        "model toy is no Wan folder: it takes no --checkpoint",
     ),
-    "offload of the toy": (None, [*TOY, "--offload", "vae"], "model toy is no Wan folder: it takes no offload"),
+    "offload of the toy": (None, [*TOY, "--offload", "vae"], "model toy is no Wan folder: it takes no --offload"),
 }
 
 

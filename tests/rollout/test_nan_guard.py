@@ -158,6 +158,14 @@ def made_with(on_nan: str, order: str = "stream", **options) -> tuple[torch.Tens
     return found, made, [str(w.message) for w in told if w.category is RuntimeWarning]
 
 
+def test_an_embedding_that_ends_in_nan_is_no_padding():
+    """As of a text encoder that overflows in float16: it gave the video of the shorter prompt."""
+    prompt = TEXT.clone()
+    prompt[:, -1] = NAN
+    with pytest.raises(FloatingPointError, match="not finite from step 0 of block 0 on: the prompt's keys for layer 0"):
+        next(iter(make_rollout(MODEL, prompt, FlowSchedule.uniform(2), num_frames=6, **SIZE)))
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("options", [{}, {"pairs": True}, {"batch": 2}, {"executor": "recorded"}], ids=str)
 def test_a_visit_that_went_wrong_is_repeated_with_the_reference_ops(order, options, monkeypatch):

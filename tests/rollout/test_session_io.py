@@ -256,13 +256,18 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_frames": 18}, "state of a different rollout: .* 6 blocks"),
+        ({"num_frames": 18}, "state of a different rollout: it has 5 blocks, this one 6 blocks$"),
         ({"window_frames": 6}, "state of a different rollout"),
         ({"order": "block_first"}, "state of a different rollout"),
-        ({"trajectory": "ode"}, "state of a different rollout: .*, ode"),
+        ({"trajectory": "ode"}, "state of a different rollout: it has sde, this one ode$"),
         ({"context_noise": 10.0}, "context at 10"),
         ({"on_new_text": "recache"}, "recache"),
-        ({"cache_dtype": torch.float8_e4m3fn}, "state of a different rollout: .*float8"),
+        ({"cache_dtype": torch.float8_e4m3fn}, "rollout: this one has kv_dtype=float8_e4m3fn, it has not$"),
+        ({"linear_dtype": "float8_e4m3fn"}, "rollout: this one has linear_dtype=float8_e4m3fn, it has not$"),
+        (
+            {"cache_dtype": torch.float8_e4m3fn, "attention_dtype": "float8_e4m3fn"},
+            "this one has kv_dtype=float8_e4m3fn, attention_dtype=float8_e4m3fn, it has not$",
+        ),
         ({"model": make_model().double()}, "float64"),
     ],
     ids=str,

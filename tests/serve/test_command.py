@@ -26,6 +26,8 @@ def refused(capsys, *words):
         (("--max-sessions", 0), "--max-sessions must be at least 1, got 0"),
         (("--batch-sessions", 0), "--batch-sessions must be at least 1, got 0"),
         (("--batch-sessions", 2, "--cuda-graph", "true"), "--batch-sessions must be 1 with --cuda-graph"),
+        (("--cuda-graph", "true", "--device", "cpu"), "--cuda-graph needs a CUDA device, --device cpu is cpu"),
+        (("--data", ""), "--data must hold something, got ''"),
         (("--keep", -1), "--keep must be from 0 to 86400 seconds, got -1"),
         (("--state-disk", 1), "--state-disk needs --data"),
         (("--state-disk", -1, "--data", "d"), "--state-disk must be from 0 to 1000000 GB, got -1"),

@@ -66,6 +66,7 @@ def test_a_video_is_made_and_deleted(service, model):
         ({}, 422, "one of the two"),
         ({"prompt": PROMPT, "prompts": [[0, PROMPT]]}, 422, "one of the two"),
         ({"prompts": [[0, PROMPT], ["a", "b"]]}, 422, "lists of seconds and prompt"),
+        ({"prompts": [[0, PROMPT], [10**400, PROMPT]]}, 422, "entry 2: time must be"),
         ({"prompts": [[1, PROMPT]]}, 422, "first prompt must be at 0"),
         ({"prompts": [[0, PROMPT], [99, PROMPT]], "num_frames": 6}, 422, "too late"),
         ({"prompts": [[0, "seven kittens"]]}, 422, "entry 1: "),

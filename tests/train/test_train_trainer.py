@@ -84,6 +84,19 @@ def test_the_gradient_is_that_of_the_mean_over_the_batch(tmp_path):
     assert metrics["samples"] == pytest.approx((3 * 3 + 1 * 1) / 4), "metrics are means over samples too"
 
 
+def test_a_small_network_trains_in_one_thread(tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        trainer, inside = make(tmp_path, updates=1, scale={"threads": 0}), []
+        loss = trainer.stage.loss
+        trainer.stage.loss = lambda *samples: (inside.append(torch.get_num_threads()), loss(*samples))[1]
+        trainer.run()
+        assert set(inside) == {1} and torch.get_num_threads() == 2, "the caller's setting is put back"
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_recomputed_blocks_change_no_number(tmp_path):
     for name, recompute in (("kept", False), ("again", True)):
         train(tmp_path / name, recipe(updates=3, scale={"activation_checkpointing": recompute}))
