@@ -84,6 +84,15 @@ def test_the_gradient_is_that_of_the_mean_over_the_batch(tmp_path):
     assert metrics["samples"] == pytest.approx((3 * 3 + 1 * 1) / 4), "metrics are means over samples too"
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_run_inside_autocast_learns_as_outside(tmp_path, enabled):
+    """Until the outermost block of autocast ends, torch keeps 16-bit copies of weights, whatever is written since."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        train(tmp_path / "inside", recipe(updates=2, precision="bfloat16"))
+    train(tmp_path / "outside", recipe(updates=2, precision="bfloat16"))
+    assert losses(tmp_path / "inside") == losses(tmp_path / "outside")
+
+
 def test_recomputed_blocks_change_no_number(tmp_path):
     for name, recompute in (("kept", False), ("again", True)):
         train(tmp_path / name, recipe(updates=3, scale={"activation_checkpointing": recompute}))
