@@ -405,7 +405,7 @@ def variants(
 
 def students() -> str:
     shown = [("hiar", "stream", "HiAR"), ("no_forward_kl", "stream", "without forward KL"),
-             ("self_forcing", "block_first", "Self-Forcing"), ("lent_keys", "stream", "shared KV"),
+             ("self_forcing", "block_first", "Self-Forcing"), ("shared_kv", "stream", "shared KV"),
              ("windows", "stream", "windows per step"), ("ode_init", "stream", "start, matched"),
              ("ode_init", "block_first", "start, clean")]  # fmt: skip
     title = "Students of one start that hardly drifts, 384 frames"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from .checks import path_like
-
-T = TypeVar("T")
 
 
 def split_option(option: str, value: Any, mark: str, read: Callable[[str], Any], what: str) -> tuple[str, Any]:
@@ -37,7 +35,7 @@ def split_option(option: str, value: Any, mark: str, read: Callable[[str], Any],
     return name, given
 
 
-def listed(option: str, values: T | Iterable[T], kind: type) -> list[Any]:
+def listed(option: str, values: Any, kind: type) -> list[Any]:
     """One or several paths, pairs (path, number) or objects of ``kind``, as a list; None: none.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hiar_kernels import (
     ada_layer_norm,
-    ada_layer_norm_fp8,
+    ada_layer_norm_quantized,
     flow_step,
     gated_residual,
     gated_residual_ada_layer_norm,
@@ -380,7 +380,7 @@ def test_qkv_may_lie_by_columns():
     torch.testing.assert_close(qk_norm_rope(columns, weight, weight, ids([[0, 1]]), **options), expected)
 
 
-@pytest.mark.parametrize("op", [ada_layer_norm, ada_layer_norm_fp8])
+@pytest.mark.parametrize("op", [ada_layer_norm, ada_layer_norm_quantized])
 def test_shifts_of_any_strides(op):
     """As a slice of a table [frames, B, C]: it was refused by torch, in words about views."""
     x, table = torch.randn(2, 6, 8), torch.randn(3, 2, 8)

@@ -113,7 +113,7 @@ def test_walks_agree_and_every_step_has_its_own():
         assert difference(run(model=other, **OPTIONS), expected) > 1e-2
 
 
-def test_the_baseline_and_lent_keys_take_them_too():
+def test_the_baseline_and_shared_kv_take_them_too():
     """A visit's weights are its step's: a cache task of the clean cache is that of the last step."""
     for options in ({"order": "block_first"}, {"order": "stream", "cache_source": "next_step"}):
         actual = run(model=EXPERTS, **options, **OPTIONS)

@@ -138,7 +138,7 @@ def test_walks_agree(options):
 
 
 @pytest.mark.parametrize("order", ["stream", "wavefront"])
-def test_lent_keys_bring_their_scales(order):
+def test_shared_kv_brings_its_scales(order):
     options = {"num_frames": 12, "window_frames": 6, "cache_source": "next_step"}
     whole = run(order="stream", **options)
     narrow = run(order="stream", kv_dtype=E4M3, **options)
@@ -148,7 +148,7 @@ def test_lent_keys_bring_their_scales(order):
     assert torch.equal(run(order="stream", executor="recorded", kv_dtype=E4M3, **options), narrow)
 
 
-def test_lent_keys_are_the_very_same():
+def test_shared_kv_is_the_very_same():
     """The last block's keys at step 1 stand in both rings: nothing has overwritten them."""
     options = {"num_frames": 9, "order": "stream", "window_frames": 6, "cache_source": "next_step", **SIZE}
     rollout = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), kv_dtype=E4M3, **options)

@@ -139,7 +139,7 @@ def test_compare_takes_it(folder, style):
 
 @pytest.mark.parametrize(
     ("lora", "line"),
-    [(":0.5", "--lora :0.5: no file before the scale; expected FILE or FILE:SCALE"),
+    [(":0.5", "--lora :0.5: no file before the ':'"),
      ("missing.safetensors:2", "--lora missing.safetensors: no such file; expected FILE or FILE:SCALE"),
      ("x.safetensors:big", "--lora x.safetensors:big: the scale must be a number, got 'big'")],
 )  # fmt: skip

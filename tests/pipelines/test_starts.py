@@ -123,7 +123,7 @@ REFUSED = {
     "below 0": ({"image": ("red.png", -3)}, "image frame must be a whole number of at least 0, got -3"),
     "a dict": (
         {"image": {"red.png": 3}},
-        r"image must be a file, FILE@FRAME, \(file, frame\), or a list of these, got",
+        r"image must be a file, \(file, number\), or a list of these, got",
     ),
     "no file": ({"image": "no.png@3"}, r"image no\.png: no such file"),
     "no last": ({"last_frame": "no.png"}, r"last_frame no\.png: no such file"),
@@ -144,7 +144,7 @@ def test_what_cannot_stand_is_refused_in_one_line(pipeline, case):
     ("words", "message"),
     [
         (["--image", "no.png@3"], "--image no.png: no such file; expected FILE or FILE@FRAME"),
-        (["--image", "@3"], "--image @3: no file before the frame; expected FILE or FILE@FRAME"),
+        (["--image", "@3"], "--image @3: no file before the '@'"),
         (["--image", "red.png@4"], "--image red.png@4: no block of the video begins at frame 4, nearest 3 or 6"),
         (["--last-frame", "no.png"], "--last-frame no.png: no such file"),
         (["--last-frame", "red.png", "--session", "s"], "--last-frame and --session exclude each other: give one"),

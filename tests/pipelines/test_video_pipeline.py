@@ -373,7 +373,7 @@ def test_a_model_is_rolled_out_as_it_was_trained(model, form, order, source):
     assert (other.frames == video.frames).all() == (order != "block_first"), "an order that is asked for is taken"
 
 
-def test_lent_keys_refuse_an_order_that_has_none(model):
+def test_shared_kv_refuses_an_order_that_has_none(model):
     lent = dataclasses.replace(model, rollout=dataclasses.replace(model.rollout, order="stream", kv_source="next_step"))
     with pytest.raises(ValueError, match="'next_step' is impossible with order='step_first'"):
         hiar_model.generate(PROMPT, model=lent, order="step_first")

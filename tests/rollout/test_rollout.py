@@ -121,7 +121,7 @@ def test_a_model_for_each_step():
     assert difference(run(model=experts), run()) > 0.1
 
 
-def test_block_first_is_another_result_and_lent_keys_too():
+def test_block_first_is_another_result_and_shared_kv_too():
     matched = run()
     for options in ({"order": "block_first"}, {"order": "stream", "cache_source": "next_step"}):
         other = run(**options)
@@ -137,7 +137,7 @@ OTHER_CONTEXTS = [
 
 
 @pytest.mark.parametrize("options", OTHER_CONTEXTS, ids=str)
-def test_lent_keys_in_both_orders(options):
+def test_shared_kv_in_both_orders(options):
     options = with_prefix({**options, "cache_source": "next_step"})
     expected = reference(**options)
     for order in ("stream", "wavefront"):
@@ -150,7 +150,7 @@ def test_block_first(options):
     assert difference(run(**options), reference(**options)) < TOLERANCE
 
 
-def test_lent_keys_are_those_of_the_next_steps_visit():
+def test_shared_kv_is_that_of_the_next_steps_task():
     """With one step there is nothing to lend: both sources agree."""
     assert difference(run(steps=1, order="stream", cache_source="next_step"), run(steps=1)) < TOLERANCE
 

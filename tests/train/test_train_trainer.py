@@ -97,6 +97,15 @@ def test_a_small_network_trains_in_one_thread(tmp_path):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_run_inside_autocast_learns_as_outside(tmp_path, enabled):
+    """Until the outermost block of autocast ends, torch keeps 16-bit copies of weights, whatever is written since."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        train(tmp_path / "inside", recipe(updates=2, precision="bfloat16"))
+    train(tmp_path / "outside", recipe(updates=2, precision="bfloat16"))
+    assert losses(tmp_path / "inside") == losses(tmp_path / "outside")
+
+
 def test_recomputed_blocks_change_no_number(tmp_path):
     for name, recompute in (("kept", False), ("again", True)):
         train(tmp_path / name, recipe(updates=3, scale={"activation_checkpointing": recompute}))

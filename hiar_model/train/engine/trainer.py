@@ -187,6 +187,7 @@ class Trainer:
 
     def _precision(self) -> AbstractContextManager[object]:
         half = self.recipe.precision == "bfloat16"
+        torch.clear_autocast_cache()  # in a block of the caller's torch would keep the weights of the first forward
         return torch.autocast(self.dist_context.device.type, torch.bfloat16, enabled=half)
 
     def _raise_not_finite(
