@@ -49,4 +49,4 @@ def listed(option: str, values: Any, kind: type) -> list[Any]:
     pair = (
         isinstance(values, tuple) and len(values) == 2 and not isinstance(values[1], str | os.PathLike | tuple | kind)
     )
-    return [values] if single or pair else list(values)  # type: ignore[arg-type]
+    return [values] if single or pair else list(values)
