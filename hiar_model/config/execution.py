@@ -41,7 +41,8 @@ class ExecutionConfig:
             "float8_e4m3fn".
         linear_dtype: name of the dtype of the large linear layers; None: that of the model. "float8_e4m3fn" quantises
             those of self-attention and feed-forward (one scale per output channel; activations: per token) and changes
-            the latents. On CUDA it needs a bfloat16 model and compute capability 8.9.
+            the latents. On CUDA it needs a bfloat16 model and compute capability 8.9. A model that is loaded with it
+            has no full weights of these layers; of any other the rollout makes a copy.
         attention_impl: implementation of self-attention, of :func:`hiar_kernels.attention`; equal up to rounding.
             "auto": the fastest that was measured. Any other never falls back: it raises where it cannot run. Over
             caches of float8_e4m3fn: "auto", "reference", "triton", or with ``attention_dtype`` "gluon".
