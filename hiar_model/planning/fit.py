@@ -310,7 +310,7 @@ def changes(query: FitQuery) -> list[list[Change]]:
         alternatives.append([none, Change(4, ("--offload",), {}, ("vae",))])
     if r.kv_dtype is None:
         alternatives.append([none, Change(8, ("--kv-dtype float8_e4m3fn",), {"kv_dtype": E4M3})])
-    if r.linear_dtype is None and (r.device == "cpu" or r.dtype == torch.bfloat16):
+    if r.linear_dtype is None and r.device == "cuda" and r.dtype == torch.bfloat16:
         alternatives.append([none, Change(16, ("--linear-dtype float8_e4m3fn",), {"linear_dtype": E4M3})])
     if not isinstance(window := rollout.window_frames, tuple):
         widest = min(window or r.num_frames or 0, r.num_frames or window or 0)
