@@ -43,6 +43,7 @@ class ExecutionConfig:
         linear_dtype: name of the dtype of the large linear layers; None: that of the model. "int8" and "float8_e4m3fn"
             quantise those of self-attention and feed-forward (one scale per output channel; activations: per token) and
             change the latents, int8 less. On CUDA int8 needs compute capability 8.0, e4m3 a bfloat16 model and 8.9.
+            A model that is loaded with it has no full weights of these layers; of any other the rollout makes a copy.
         attention_impl: implementation of self-attention, of :func:`hiar_kernels.attention`; equal up to rounding.
             "auto": the fastest that was measured. Any other never falls back: it raises where it cannot run. Over
             caches of float8_e4m3fn: "auto", "reference", "triton", or with ``attention_dtype`` "gluon".

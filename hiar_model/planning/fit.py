@@ -314,7 +314,7 @@ def changes(query: FitQuery) -> list[list[Change]]:
         alternatives.append([none, Change(4, ("--offload",), {}, ("vae",))])
     if r.kv_dtype is None:
         alternatives.append([none, Change(8, ("--kv-dtype float8_e4m3fn",), {"kv_dtype": E4M3})])
-    if r.linear_dtype is None:
+    if r.linear_dtype is None and r.device == "cuda":
         alternatives.append([none, Change(16, ("--linear-dtype int8",), {"linear_dtype": torch.int8})])
     if not isinstance(window := rollout.window_frames, tuple):
         widest = min(window or r.num_frames or 0, r.num_frames or window or 0)

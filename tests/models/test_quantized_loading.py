@@ -211,6 +211,21 @@ def test_the_toy_in_8_bits_makes_the_video_that_its_full_weights_make():
     assert video.metadata["linear_dtype"] == E4M3 and "--linear-dtype" in video.metadata["command"]
 
 
+def test_a_wan_folder_and_the_experts_of_its_steps(tmp_path):
+    """The identity of a checkpoint, by which sessions are resumed, does not depend on how it is loaded."""
+    folder, fp8 = wan_files.write_original(tmp_path / "wan"), written(tmp_path, "lightx2v fp8")
+    full, said = load_video_model(folder, "cpu"), []
+    model = load_video_model(folder, "cpu", linear_dtype=E4M3, on_checkpoint=said.append)
+    assert model.weights_sha256 == full.weights_sha256 and linear_dtype_of(model.transformer) is not None
+    same(model.transformer, quantized(full.transformer))
+    assert "in float8_e4m3fn: quantised layer by layer" in said[0]
+    model = load_video_model(folder, "cpu", linear_dtype=E4M3, checkpoint={"0": str(fp8), "1-3": str(folder)})
+    assert all(linear_dtype_of(one) is not None for one in model.networks(4))
+    same(model.networks(4)[0], load_8_bits(fp8))
+    with torch.no_grad():
+        assert forward(model.networks(4)[0]).isfinite().all()
+
+
 def test_refusals(tmp_path):
     for call in (load_video_model, partial(load_transformer, next(iter(SHIPPED)))):
         line = refusals.refusal(partial(call, linear_dtype="int4"))
