@@ -220,8 +220,8 @@ class Block(nn.Module):
         if hasattr(up, "rows_dtype"):
             return self.ffn[1:](up(x))
         assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
-        half = x.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(x.device.type)
-        if x.is_cuda and half and not torch.is_grad_enabled() and not up._forward_hooks:  # a LoRA branch is one
+        half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled("cuda")
+        if half and not torch.is_grad_enabled() and not up._forward_hooks:  # a LoRA branch is one
             # Bias and tanh-GELU in the matmul's epilogue (cuBLASLt). On a CPU this function computes the erf GELU.
             hidden = torch._addmm_activation(up.bias, x.flatten(0, 1), up.weight.t(), use_gelu=True)
             return down(hidden.unflatten(0, x.shape[:2]))

@@ -1,6 +1,6 @@
 """Predicts the device memory of a video before anything is loaded: `hiar doctor --model ...`.
 
-Weights, caches and latents follow from the sizes. Activations are counted by running the rollout's own code on fake
+Weights, caches and latents follow from the sizes. Activations are counted by running the rollout's own code on meta
 tensors, which have shapes but no memory, with few layers (the peak does not depend on their number). Units: bytes; GB
 is 10^9, GiB 2^30.
 """
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,7 +36,7 @@ from ..rollout import Rollout
 from ..rollout.footprint import forwards, prompt_bytes
 from ..schedule.plan import Plan
 
-_LAYERS = 2  # of the network run on fake tensors: a first and a last one
+_LAYERS = 2  # of the network run on meta tensors: a first and a last one
 WORKSPACE = 32 << 20
 """Bytes of the cuBLAS workspace that torch keeps for each stream, on sm_90 (8 MiB on most others)."""
 
@@ -301,7 +303,7 @@ def _latents(request: Request) -> int:
     return (most + 2) * request.batch * block * frame * request.dtype.itemsize
 
 
-# Counted on fake tensors.
+# Counted on meta tensors. torch's fake ones, which say that they are on a CPU, take several times as long.
 
 
 class Counted(NamedTuple):
@@ -313,15 +315,23 @@ class Counted(NamedTuple):
     activations: int
 
 
+class _FusedAttention(TorchFunctionMode):
+    """On the meta device PyTorch's attention computes its scores; this one has their result alone, as fused kernels."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention:
+            return _attention_output(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention_output(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
 @contextmanager
-def fake(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Tensors created here have no memory. "cuda": allocations are those of the GPU kernels.
-
-    All tensors claim to be on the CPU: torch without CUDA cannot index fake CUDA tensors.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # imports much
-
-    with FakeTensorMode(), torch.no_grad():
+def shapes_of(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Meta tensors stand for those of a device. "cuda": allocations are those of the GPU kernels."""
+    with _FusedAttention(), torch.no_grad():
         if device == "cpu" or dtype == torch.float64:
             yield
             return
@@ -331,22 +341,22 @@ def fake(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 @lru_cache(maxsize=256)
 def _counted(request: Request) -> Counted:
-    """Run each kind of forward once on fake tensors."""
+    """Run each kind of forward once on meta tensors."""
     few = replace(request.config, num_layers=min(_LAYERS, request.config.num_layers))
     with torch.device("meta"):
         model = HiARTransformer(few).to(request.dtype).eval().requires_grad_(False)
     if request.linear_dtype is not None:  # on a GPU they take less than the full ones, which are counted there
         quantize_layers(model, request.linear_dtype)
     kinds = {name: (x.shape, x.dtype) for name, x in model.state_dict().items()}
-    with fake(request.device, request.dtype), LiveBytes() as live:
-        weights = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
+    with shapes_of(request.device, request.dtype), LiveBytes() as live:
+        weights = {name: torch.empty(x, dtype=dtype, device="meta") for name, (x, dtype) in kinds.items()}
         model.load_state_dict(weights, assign=True)
         del weights
         for layer in model.modules():
             if isinstance(layer, QuantizedLinear) and request.linear_dtype == E4M3:
                 layer.wide_weight()  # which a small layer keeps
         tokens = few.text_len if request.text_tokens is None else request.text_tokens
-        embeds = torch.empty(1, tokens, few.text_dim, dtype=request.dtype)
+        embeds = torch.empty(1, tokens, few.text_dim, dtype=request.dtype, device="meta")
         rollout = request.make(model, embeds)
         cache = rollout.cache
         prompt = (1 + request.cuda_graph) * prompt_bytes(rollout, model, embeds)  # and in graphs' buffers
@@ -385,17 +395,18 @@ def _vae(settings: str, height: int, width: int, frames: int, dtype: torch.dtype
         vae: Any = SmallVAE(**config) if wan is None else fuse(wan.AutoencoderKLWan(**config))
     vae.eval().requires_grad_(False)
     shapes = {name: x.shape for name, x in vae.state_dict().items()}
-    with fake(device, dtype), LiveBytes() as live:
-        vae.load_state_dict({name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}, assign=True)
+    options: Any = {"dtype": dtype, "device": "meta"}
+    with shapes_of(device, dtype), LiveBytes() as live:
+        vae.load_state_dict({name: torch.empty(shape, **options) for name, shape in shapes.items()}, assign=True)
         weights = sum(x.nbytes for x in vae.state_dict().values())
         decoder = SmallDecoder(vae) if small else StreamingDecoder(vae)
         for count in (1, frames):  # the first latent frame has no past
             live.restart()
-            decoder.submit(torch.empty(1, count, vae.config.z_dim, height, width, dtype=dtype))
+            decoder.submit(torch.empty(1, count, vae.config.z_dim, height, width, **options))
         resident, peak = live.now - weights, live.peak - live.now
         if small and device == "cuda":  # the features of a captured call stay in the graph's pool, and its output
             before = live.restart()
-            decoder.submit(torch.empty(1, 1, vae.config.z_dim, height, width, dtype=dtype))
+            decoder.submit(torch.empty(1, 1, vae.config.z_dim, height, width, **options))
             resident += live.peak - before
         return ComponentMemory(weights, resident, peak)
 

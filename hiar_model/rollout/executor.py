@@ -37,7 +37,9 @@ Ready = tuple[list[BatchItem], BatchedForward]  # batch items, and their forward
 def working_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of attention: that of autocast where it is on, else that of the weights."""
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if weight.is_meta or not torch.is_autocast_enabled(device):  # which meta tensors cannot be asked for
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
 
 
 @dataclass

@@ -1,29 +1,16 @@
-"""Memory use of a rollout, counted on fake tensors; :mod:`hiar_model.planning.memory` adds it up."""
+"""Memory use of a rollout, counted on meta tensors; :mod:`hiar_model.planning.memory` adds it up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from hiar_kernels import AttentionLayout
-
-from ..models.kv_cache import CachedAttention
 from ..models.transformer import HiARTransformer
 from .batched_forward import BatchedForward
 from .engine import Rollout
-
-
-class _HostAttention(CachedAttention):
-    """Computes what is visible on the host, with real numbers."""
-
-    def prepare_host(self, starts: Sequence[int], layout: bool = True) -> AttentionLayout | None:
-        from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-        with unset_fake_temporarily():
-            return super().prepare_host(starts, layout)
 
 
 def prompt_bytes(rollout: Rollout, model: HiARTransformer, prompt_embeds: Tensor) -> int:
@@ -34,14 +21,13 @@ def prompt_bytes(rollout: Rollout, model: HiARTransformer, prompt_embeds: Tensor
 
 
 def forwards(rollout: Rollout, captured: bool) -> Iterator[BatchedForward]:
-    """One forward of each kind in the rollout, prepared for fake tensors, not run: of the many that differ only in how
+    """One forward of each kind in the rollout, prepared for meta tensors, not run: of the many that differ only in how
     much of the past they see, the one that sees the most.
 
     Args:
         captured: prepare as for CUDA graphs, which read the prompt from fixed buffers; nothing is captured.
     """
     executor = rollout._executor
-    executor.attend = _HostAttention
     if captured:
         executor.capture = lambda run: run()
     largest: dict[Any, tuple[tuple[int, int], int]] = {}

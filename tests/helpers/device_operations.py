@@ -6,7 +6,7 @@ over a ring counts twice: its kernel and the merge of its parts. What a library 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,22 +15,31 @@ import torch
 from made_runs import make_request
 from on_cuda import OnCuda
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hiar_kernels import AttentionLayout
 from hiar_kernels.common import cuda_loader
 from hiar_kernels.common.triton_loader import shapes_only
 from hiar_model.config import WanConfig
+from hiar_model.models.kv_cache import CachedAttention
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.planning.memory import Request
 from hiar_model.rollout.batched_forward import BatchedForward
-from hiar_model.rollout.footprint import _HostAttention
 
 NO_LAUNCH = {
     "empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "lift_fresh", "device", "promote_types",
     "_unsafe_view", "_reshape_alias",
 }  # fmt: skip
 RULE = 9  # of hiar::attention's arguments: empty where every query sees every key
+
+
+class HostAttention(CachedAttention):
+    """Computes what is visible on the host, with real numbers."""
+
+    def prepare_host(self, starts: Sequence[int], layout: bool = True) -> AttentionLayout | None:
+        with unset_fake_temporarily():
+            return super().prepare_host(starts, layout)
 
 
 class Operations(TorchDispatchMode):
@@ -81,7 +90,7 @@ def launches(request: Request) -> Iterator[tuple[str, BatchedForward]]:
     text = torch.empty(1, request.text_tokens or 1, request.config.text_dim, dtype=request.dtype)
     rollout = request.make(model, text)
     executor = rollout._executor
-    executor.attend = _HostAttention
+    executor.attend = HostAttention
     executor.by_layout = False  # one graph for all blocks: visibility by frame ids on the device
     executor.prompt_cache.add(model, text, text)
     seen = set()

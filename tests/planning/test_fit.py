@@ -163,7 +163,7 @@ def test_a_vae():
         (["--model", WAN, "--kv-dtype", "fp8"], "kv-dtype must be one of .*float8_e4m3fn, got 'fp8'"),
         (
             ["--model", WAN, "--attention-dtype", "float8_e4m3fn"],
-            "--attention-dtype float8_e4m3fn needs --kv-dtype float8_e4m3fn, got --kv-dtype None",
+            "--attention-dtype float8_e4m3fn needs --kv-dtype float8_e4m3fn: it is not set",
         ),
         (["--model", WAN, "--linear-dtype", "int4"], "--linear-dtype must be one of float8_e4m3fn, int8, got 'int4'"),
         (["--model", WAN, "--vae-dtype", "none", "--offload", "all"], "--offload must be one of text, vae, got 'all'"),

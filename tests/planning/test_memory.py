@@ -112,7 +112,7 @@ def test_what_captured_visits_take_beside_eager_ones(order):
     assert other.decoding - one.decoding == other.prompt - one.prompt + WORKSPACE + one.activations
 
 
-def test_nothing_is_kept_of_fake_tensors():
+def test_nothing_is_kept_of_meta_tensors():
     """A real rollout of the same shapes, after the prediction, works and gives the same as before it."""
 
     def made() -> torch.Tensor:
