@@ -15,6 +15,7 @@ from ..models.video_model import VideoModel
 from ..pipelines.video_pipeline import VideoOptions, rollout_config
 from ..planning.fit import vae_config
 from ..planning.memory import ComponentMemory, Request, predict, vae_memory
+from ..schedule.plan import Plan
 from .protocol import Refusal, StartMessage
 
 RETRY_AFTER = 10
@@ -43,6 +44,10 @@ class Admission:
             frames = None if start.num_frames is None else model.latent_frames(start.num_frames)
             if frames is None:
                 config.require_endless("a video without num_frames")
+            elif None not in (windows := Plan.of(config).window_frames):
+                block, steps = config.frames_per_block, len(config.steps)
+                if frames > max(windows) + block * (steps + 2):  # type: ignore[type-var,operator]
+                    frames = None  # as much as an endless one, whose prediction is known; a new one takes a second
         except ValueError as error:
             raise Refusal("bad_video", str(error)) from error
         kv, products = self.execution.kv_dtype, self.execution.attention_dtype

@@ -132,6 +132,10 @@ class Scheduler:
         waits = [self.limits.keep - (now - s.detached) for s in self.sessions.values() if s.detached is not None]
         return max(1, round(min(waits, default=10.0)))
 
+    def _require_running(self) -> None:
+        if self.draining:
+            raise Refusal("shutting_down", "the server is being stopped", closes=True, retry_after=10)
+
     def open(self, start: StartMessage, connection: Connection, client: str) -> ViewerSession:
         """A new session; :class:`.protocol.ReadyMessage` follows, or :class:`.protocol.Refused`.
 
@@ -141,8 +145,7 @@ class Scheduler:
         if not start.prompt:
             raise Refusal("bad_prompt", "prompt is missing: say what to show")
         with self.lock:
-            if self.draining:
-                raise Refusal("shutting_down", "the server is being stopped", closes=True, retry_after=10)
+            self._require_running()
             if len(self.sessions) >= self.limits.max_sessions:
                 most = f"all {self.limits.max_sessions} places are taken"
                 raise Refusal("busy", most, closes=True, retry_after=self._retry_after())
@@ -160,8 +163,7 @@ class Scheduler:
             Refusal: there is none.
         """
         with self.lock:
-            if self.draining:
-                raise Refusal("shutting_down", "the server is being stopped", closes=True, retry_after=10)
+            self._require_running()
             digest = hash_token(token)
             session = next((s for s in self.sessions.values() if compare_digest(s.token_hash, digest)), None)
             if session is None or (session.ready is None and session.stored is None):
@@ -169,8 +171,7 @@ class Scheduler:
                               closes=True)  # fmt: skip
             if after is not None:
                 session.require_sent("after", after)
-            if session.connection is not None:
-                session.connection.close(1008, "the session goes on in another connection")
+            session.hang_up(1008, "the session goes on in another connection")
             session.connection, session.detached = connection, None
             if session.stored is not None:
                 session.token, session.after = token, after
@@ -220,8 +221,7 @@ class Scheduler:
                 session.post(protocol.StateMessage(playing))
             elif isinstance(message, protocol.StopMessage):
                 session.post(protocol.Ended("stopped", session.frames))
-                if session.connection is not None:
-                    session.connection.close(1000, "stopped")
+                session.hang_up(1000, "stopped")
                 self._remove(session)
             elif isinstance(message, protocol.StartMessage):
                 raise Refusal("already_started", "the session has started: stop it, or connect anew")
@@ -238,8 +238,7 @@ class Scheduler:
             for session in list(self.sessions.values()):
                 outlives = self.keeper.outlives(session)
                 session.post(protocol.Ended("drained", session.frames, outlives))
-                if session.connection is not None:
-                    session.connection.close(1012, "the server is being stopped")
+                session.hang_up(1012, "the server is being stopped")
                 session.connection = None
                 if not outlives:
                     self._remove(session)
@@ -298,8 +297,7 @@ class Scheduler:
     def _expire(self, now: float) -> None:
         for session in list(self.sessions.values()):
             if session.detached is not None and now - session.detached >= self.limits.keep and not self.draining:
-                if session.connection is not None:
-                    session.connection.close(1008, "no answer for too long")
+                session.hang_up(1008, "no answer for too long")
                 self._remove(session)
 
     def _remove(self, session: ViewerSession) -> None:
@@ -327,8 +325,7 @@ class Scheduler:
         with self.lock:
             session.post(refusal.message)
             if close:
-                if session.connection is not None:
-                    session.connection.close(1013 if refusal.code == "busy" else 1011, refusal.code)
+                session.hang_up(1013 if refusal.code == "busy" else 1011, refusal.code)
                 self._remove(session)
 
     def _begin(self, session: ViewerSession) -> None:
@@ -376,8 +373,7 @@ class Scheduler:
         """A stored session cannot go on now."""
         with self.lock:
             session.post(refusal.message)
-            if session.connection is not None:
-                session.connection.close(1013, refusal.code)
+            session.hang_up(1013, refusal.code)
             session.connection, session.detached, session.reserved = None, time.monotonic(), 0
 
     def _reporter(self, session: ViewerSession) -> Callable[[Group], None]:
@@ -467,8 +463,7 @@ class Scheduler:
                 future.set_exception(error)
 
         with self.lock:
-            if self.stopping:
-                raise Refusal("shutting_down", "the server is being stopped", retry_after=10)
+            self._require_running()
             self.tasks.append(run)
             self.lock.notify_all()
         return future

@@ -162,6 +162,11 @@ class ViewerSession:
         if self.connection is not None:
             self.connection.deliver(message.to_json())
 
+    def hang_up(self, code: int, reason: str) -> None:
+        """Close the connection, if there is one."""
+        if self.connection is not None:
+            self.connection.close(code, reason)
+
     def encode(self, piece: Piece) -> bytes:
         """The payload of a block. An mp4 of the video is kept in the spool; a full disk ends that, not the video."""
         fragment = None

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import wan_files
+from beside import Beside
 from made_runs import prepare
 from refusals import refused
 
@@ -325,16 +326,6 @@ def test_ctrl_c_keeps_a_session(files, here, capsys, monkeypatch):
     assert len(decoded("a.mp4")) == 9
     assert command("-o", "b.mp4", *arguments, "--from-session", "s.safetensors", frames=33) == 0
     assert len(decoded("b.mp4")) == 24
-
-
-class Beside:
-    """Says that it has a stream of its own, as on CUDA."""
-
-    stream = object()
-
-    def __init__(self, decoder: StreamingDecoder) -> None:
-        self.submit, self.state_dict = decoder.submit, decoder.state_dict
-        self.load_state_dict = decoder.load_state_dict
 
 
 def test_one_block_behind(model, here):

@@ -34,6 +34,8 @@ def refused(capsys, *words):
         (("--host", "0.0.0.0"), "--host 0.0.0.0 can be reached from other machines: give --token-file"),
         (("--token-file", "missing"), "--token-file missing: no such file"),
         (("--model", "tyo"), "did you mean toy?"),
+        (("--height", 64, "--port", 0), "model toy makes frames of 32x32 pixels only, got 64x32"),
+        (("--linear-dtype", "float7", "--port", 0), "float8_e4m3fn"),
         (("--host", "no.such.name.invalid", "--token-file", "tokens"), "cannot listen at --host no.such.name.invalid"),
     ],
 )

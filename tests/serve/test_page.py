@@ -313,8 +313,12 @@ def test_a_prompt_that_the_model_cannot_show_is_refused_in_words(page, service):
 
 def test_a_server_that_does_not_keep_up_says_so(page, service, monkeypatch):
     make = LiveVideo.make
-    monkeypatch.setattr(LiveVideo, "make", lambda video: time.sleep(0.5) or make(video))  # 6 frames a second, not 12
-    start(page, service)
+    monkeypatch.setattr(LiveVideo, "make", lambda video: time.sleep(0.7) or make(video))  # 4 frames a second, not 12
+    page.open(service.url)
+    page.until("document.querySelector('#prompt').value !== ''")
+    page.click("#start")
+    page.until("document.querySelector('#grid-text').textContent.startsWith('No block on the screen')")
+    page.until(f"{BLOCK_SHOWN} >= 0")
     pace = r"makes [1-5]\.\d frames a second here and the video has 12"
     page.until(f"/{pace}/.test(document.querySelector('#pace').textContent)")
     page.write("#prompt", BLUE)

@@ -17,9 +17,11 @@ from PIL import Image
 from serving import PROMPT, Viewer, frames_of, pictures, serving, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from hiar_model import PromptSchedule, VideoPipeline
+from hiar_model import ExecutionConfig, PromptSchedule, VideoPipeline
+from hiar_model.planning import memory
+from hiar_model.serve.admission import Admission
 from hiar_model.serve.app import Settings
-from hiar_model.serve.protocol import FROM_SERVER, parse
+from hiar_model.serve.protocol import FROM_SERVER, StartMessage, parse
 from hiar_model.serve.scheduler import Limits
 from hiar_model.serve.session import WINDOW
 
@@ -226,6 +228,16 @@ def test_memory_that_is_not_free_is_refused(model, tmp_path):
             message = other.wait("refused")
         assert message["code"] == "busy" and "MB" in message["message"] and message["retry_after"] > 0
         viewer.blocks(1)
+
+
+def test_a_new_length_needs_no_new_prediction(model):
+    """Which takes a second of the thread that makes everybody's blocks."""
+    admission = Admission(model, ExecutionConfig(), lambda _: None)
+    endless, short = (admission.predicted(StartMessage(1, PROMPT, num_frames=n)) for n in (None, 6))
+    before = memory._counted.cache_info().misses
+    assert admission.predicted(StartMessage(1, PROMPT, num_frames=300)) == endless
+    assert admission.predicted(StartMessage(1, PROMPT, num_frames=303)) == endless > short
+    assert memory._counted.cache_info().misses == before
 
 
 def test_the_neediest_viewer_is_next(model, tmp_path):

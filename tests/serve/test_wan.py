@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import wan_files
+from beside import Beside
 from safetensors.torch import save_file
 from serving import Viewer, pictures, serving, until
 from taehv_weights import taehv_state
@@ -140,16 +141,6 @@ def test_a_prompt_is_encoded_once(model, tmp_path):
                 viewer.send("prompt", text=NEXT)
                 viewer.wait("prompt_scheduled")
     assert sorted(asked) == sorted({*asked}) and {PROMPT, NEXT} < {*asked}
-
-
-class Beside:
-    """A decoder that says it has a stream of its own, as on CUDA: frames come one block late."""
-
-    stream = object()
-
-    def __init__(self, decoder):
-        self.submit, self.state_dict = decoder.submit, decoder.state_dict
-        self.load_state_dict = decoder.load_state_dict
 
 
 @pytest.mark.parametrize("kept", ["in memory", "on disk", "nothing"])

@@ -312,8 +312,8 @@ function enable() {
 function show() { // ten times a second: what has changed on the screen
   if (player === null) return;
   if (session !== null) acknowledge();
-  const chunk = onScreen();
-  if (chunk === undefined) return;
+  const chunk = onScreen(), total = session?.num_frames ? newestBlock(session) : null;
+  if (chunk === undefined) return grid.draw({ shown: null, prompts, coming: coming?.block ?? null, total });
   const position = Math.min(player.position, player.held.end - 1), newest = chunks.at(-1);
   const fps = player.fps;
   if (coming !== null && chunk.block >= coming.block && chunk.prompt === coming.text) {
@@ -335,7 +335,6 @@ function show() { // ten times a second: what has changed on the screen
   slider.setAttribute("aria-valuetext", `block ${slider.value}`);
   figure("blocks", newest.block + 1);
   figure("ahead", seconds(Math.max(0, player.held.end - 1 - position) / fps));
-  const total = session?.num_frames ? newestBlock(session) : null;
   grid.draw({ shown: chunk.block, prompts, coming: coming?.block ?? null, total });
 }
 

@@ -65,13 +65,13 @@ export class Grid {
     return this.cached[step] >= block ? "stored" : "wait";
   }
 
-  // shown: block on the screen; prompts: [{block, index}] rising; coming: block of a prompt that is not on the screen
+  // shown: block on the screen, or null; prompts: [{block, index}] rising; coming: block of a prompt that is not on the screen
   // yet, or null; total: blocks of the video, or null.
   draw({ shown, prompts, coming, total }) {
     if (this.steps === undefined) return;
     const columns = this.svg.clientWidth && this.svg.clientWidth < 420 ? 9 : 14;
-    const newest = Math.max(this.started, coming ?? 0, shown);
-    const from = Math.max(0, Math.min(shown - 1, newest + 3 - columns));
+    const newest = Math.max(this.started, coming ?? 0, shown ?? 0);
+    const from = Math.max(0, Math.min((shown ?? newest) - 1, newest + 3 - columns));
     const blocks = Array.from({ length: columns }, (_, i) => from + i).filter((n) => total === null || n < total);
     const height = TOP + this.steps * ROW, parts = [];
     for (let s = 0; s < this.steps; s++) {
@@ -93,13 +93,15 @@ export class Grid {
       if (n === coming) parts.push(shape("line", { class: "coming", x1: x - 1, x2: x - 1, y1: 0, y2: height }));
       parts.push(shape("rect", { x, y: 0, width: CELL, height, fill: "transparent", "data-block": n }));
     }
-    const x = LEFT + (shown - from) * CELL - 2;
-    parts.push(shape("rect", { class: "head", x, y: TOP - 4, width: CELL + 2, height: height - TOP + 2, rx: 3 }));
+    if (shown !== null) {
+      const x = LEFT + (shown - from) * CELL - 2;
+      parts.push(shape("rect", { class: "head", x, y: TOP - 4, width: CELL + 2, height: height - TOP + 2, rx: 3 }));
+    }
     this.svg.setAttribute("viewBox", `0 0 ${LEFT + columns * CELL} ${height + 2}`);
     this.svg.replaceChildren(...parts);
     const flight = this.started > this.finished ? `, blocks ${this.finished + 1} to ${this.started} in flight` : "";
     const next = coming === null ? "" : `; a new prompt begins at block ${coming}`;
-    const text = `Block ${shown} on the screen, ${this.finished + 1} blocks finished${flight}, ${this.steps} steps${next}.`;
+    const text = `${shown === null ? "No block" : `Block ${shown}`} on the screen, ${this.finished + 1} blocks finished${flight}, ${this.steps} steps${next}.`;
     if (this.text.textContent !== text) this.text.textContent = text;
   }
 }
