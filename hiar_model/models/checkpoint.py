@@ -134,10 +134,10 @@ def load_transformer(
     """Load a transformer from a checkpoint, in eval mode.
 
     Args:
-        path: name of a shipped model ("toy", "scenes"), or a toy model's folder; a .safetensors, .pth, .pt or .gguf
-            file; an index of shards (``*.safetensors.index.json``); or a folder with an index, .safetensors shards,
-            .pth / .pt files, or a .gguf file, in this order of preference. Of a diffusers pipeline folder
-            (``model_index.json``) its ``transformer/`` is read.
+        path: name of a shipped model ("toy", "scenes"), or a toy model's folder; a .safetensors, .pth, .pt, .bin or
+            .gguf file; an index of shards (``*.safetensors.index.json``, ``*.bin.index.json``); or a folder with an
+            index, .safetensors shards, .pth / .pt files, shards or a file of .bin, or a .gguf file, in this order of
+            preference. Of a diffusers pipeline folder (``model_index.json``) its ``transformer/`` is read.
             Keys are the published Wan ones or diffusers', with any of the prefixes :data:`.key_mapping.WRAPPERS`. Of a
             training checkpoint with several networks, ``generator_ema`` is loaded, else ``generator``.
         config: sizes. None: from the header of a file that this package wrote, else from ``config.json`` beside the

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..common.image_file import ImageFile, ImageLike, image_files
 from ..config import ExecutionConfig
+from ..models.quantized_linear import quantized
 from ..models.vae import to_pixels
 from ..models.video_model import VideoModel
 from ..rollout import FinishedBlock, Rollout
@@ -195,6 +196,10 @@ class Ending:
             if frame >= start:
                 latents[:, frame - start + short], known[:, frame - start + short] = x, True
         networks: Any = model.networks(len(config.steps))
+        if (name := rollout.execution.linear_dtype) is not None:
+            several, dtype = networks if isinstance(networks, list) else [networks], getattr(torch, name)
+            eight_bits = [quantized(one, dtype) for one in several]
+            networks = eight_bits if isinstance(networks, list) else eight_bits[0]
         infilled = infill(
             networks, latents, known, rollout.prompt_embeds(self.block), config.schedule, frames_per_block=size,
             sampler=config.sampler, seed=rollout.seed, first_frame=config.first_frame + start - short,

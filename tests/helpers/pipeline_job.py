@@ -34,6 +34,7 @@ from hiar_model.schedule.costs import unit_costs
 RANKS = 4
 PREFIX = torch.randn(1, 4, TINY.in_channels, *SIZE.values(), generator=torch.Generator().manual_seed(2))
 OTHER = torch.randn(1, 4, TINY.text_dim, generator=torch.Generator().manual_seed(3))
+EIGHT_BITS = dict.fromkeys(("kv_dtype", "attention_dtype", "linear_dtype"), "float8_e4m3fn")
 # steps, options; each runs on 2 to 4 ranks (of one, test_pipeline.py makes sure), at most one per step
 PARITY = [
     (1, {"num_frames": 9}),
@@ -57,6 +58,7 @@ PARITY = [
     (4, {"num_frames": 3, "trajectory": "ode"}),
     (4, {"num_frames": 9, "batch": 2, "video_ids": [5, 9], "first_frame": 1000}),
     (8, {"num_frames": 6, "window_frames": 4}),
+    (2, {"num_frames": 12, "window_frames": 5, **EIGHT_BITS}),
     (8, {"num_frames": 12, "frames_per_block": 2, "window_frames": 5, "pairs": True}),
 ]
 

@@ -13,7 +13,7 @@ from refusals import refused
 from small_toy import BLOCK, FRAMES, PROMPT, TRAIN_FRAMES, small_folder, small_model  # noqa: F401
 
 import hiar_model
-from hiar_model import VideoPipeline
+from hiar_model import ExecutionConfig, VideoPipeline
 from hiar_model.cli import main
 from hiar_model.common.image_file import ImageFile, image_files
 from hiar_model.io.video import save_png
@@ -64,6 +64,13 @@ def test_a_last_frame(pipeline, model, num_frames):
     infilled = num_frames - (TRAIN_FRAMES - BLOCK)
     assert (other[:infilled] == video.frames[:infilled]).all()  # made by the rollout, which does not see it
     assert all((a != b).any() for a, b in zip(other[infilled:], video.frames[infilled:], strict=True))
+
+
+def test_infilled_blocks_have_the_layers_of_the_others(pipeline, model):
+    """8-bit layers: a video that is all infilled had none."""
+    eight = VideoPipeline(model, ExecutionConfig(linear_dtype="float8_e4m3fn"))
+    plain, found = (one(PROMPT, last_frame="blue.png", num_frames=BLOCK).frames for one in (pipeline, eight))
+    assert 0 < np.abs(plain.astype(int) - found).mean() < 20
 
 
 def test_a_first_and_a_last_frame_and_one_between(pipeline, model):
