@@ -77,7 +77,7 @@ class DriftRun:
         return folder / f"{self.model}-{self.order}-{self.variant}-seed{self.seed}.json"
 
 
-EVERY = ("bfloat16", "all", "attention", "linear")
+EVERY = ("bfloat16", "all", "attention", "linear", "int8")
 PLAN = (
     ("scenes", "stream", EVERY),
     ("scenes", "block_first", EVERY),
@@ -85,7 +85,7 @@ PLAN = (
     ("scenes", "shared_kv", EVERY),
     ("toy", "block_first", EVERY),
     ("toy", "shared_kv", EVERY),
-    ("scenes", "stream", ("keys_linear", "keys")),
+    ("scenes", "stream", ("all_int8", "keys_linear", "keys")),
 )
 """(model, order, variants), the most telling first."""
 
