@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 def layers() -> tuple[Float8Linear, Float8Linear]:
     """The same layer on the CPU and on the device."""
     torch.manual_seed(0)
-    linear = nn.Linear(1536, 4608).to(torch.bfloat16)
+    linear = nn.Linear(1536, 4608).to(torch.bfloat16).requires_grad_(False)
     return Float8Linear(linear), Float8Linear(copy.deepcopy(linear).to("cuda"))
 
 
