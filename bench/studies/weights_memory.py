@@ -28,7 +28,7 @@ from hiar_model.models.checkpoint import load_transformer, save_transformer
 from hiar_model.models.quantized_linear import quantize_layers, quantized
 from hiar_model.models.transformer import HiARTransformer
 
-WAYS = ("full", "beside", "alone")
+LAYERS = ("full", "beside", "alone")
 HEADINGS = ("file", "linear layers", "loading, in memory", "with the file", "after a forward", "with the file")
 
 
@@ -38,7 +38,7 @@ def resident() -> dict[str, int]:
     return {name: 1024 * int(lines[name].split()[0]) for name in ("RssAnon", "VmRSS")}
 
 
-def child(file: str, way: str) -> dict[str, int]:
+def child(file: str, layers: str) -> dict[str, int]:
     """Peaks, in bytes above those before: while loading, and after a forward of 64 tokens."""
     before, done = resident(), threading.Event()
     peak = dict(before)
@@ -50,8 +50,8 @@ def child(file: str, way: str) -> dict[str, int]:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    model = load_transformer(file, **({"linear_dtype": "float8_e4m3fn"} if way == "alone" else {}))
-    used = quantized(model) if way == "beside" else model
+    model = load_transformer(file, **({"linear_dtype": "float8_e4m3fn"} if layers == "alone" else {}))
+    used = quantized(model) if layers == "beside" else model
     done.set()
     thread.join()
     with torch.no_grad():
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--child", nargs=2, metavar=("FILE", "WAY"), help="one row, as JSON")
+    parser.add_argument("--child", nargs=2, metavar=("FILE", "LAYERS"), help="one row, as JSON")
     a = parser.parse_args(argv)
     if a.child is not None:
         print(json.dumps(child(*a.child)))
@@ -83,11 +83,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for file in write(Path(folder), a.layers):
-            for way in WAYS:
-                words = [sys.executable, "-m", "bench.studies.weights_memory", "--child", str(file), way]
-                found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-                rows.append([f"{file.stem}, {file.stat().st_size / 1e9:.2f} GB", way,
-                             *(f"{value / 1e9:.2f}" for value in found.values())])  # fmt: skip
+            for layers in LAYERS:
+                words = [sys.executable, "-m", "bench.studies.weights_memory", "--child", str(file), layers]
+                bytes_of = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+                rows.append([f"{file.stem}, {file.stat().st_size / 1e9:.2f} GB", layers,
+                             *(f"{value / 1e9:.2f}" for value in bytes_of.values())])  # fmt: skip
     print("\n".join(report.table(HEADINGS, rows, 2)))
 
 

@@ -20,19 +20,19 @@ def split_option(option: str, value: Any, mark: str, read: Callable[[str], Any],
     Raises:
         ValueError: no path; a file that is there, with something else than a value behind the mark.
     """
-    path, given = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    path, number = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
     path_like(option, path)
     name = os.fspath(path)
-    head, found, tail = name.rpartition(mark)
-    if not isinstance(value, tuple) and found and not os.path.exists(name):
+    head, separator, tail = name.rpartition(mark)
+    if not isinstance(value, tuple) and separator and not os.path.exists(name):
         try:
-            name, given = head, read(tail)
+            name, number = head, read(tail)
         except ValueError:
             if os.path.exists(head):
                 raise ValueError(f"{option} {name}: {what}, got {tail!r}") from None
     if not name:
         raise ValueError(f"{option} {value}: no file before the {mark!r}")
-    return name, given
+    return name, number
 
 
 def listed(option: str, values: Any, kind: type) -> list[Any]:

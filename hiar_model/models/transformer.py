@@ -125,7 +125,7 @@ class DeferredResidual(NamedTuple):
 
 
 QuantizedRows = tuple[Tensor, Tensor]
-"""What a linear layer in 8 bits takes: e4m3 [..., C] and a scale for each row, float32 [...]."""
+"""What a linear layer in 8 bits takes: e4m3 or int8 [..., C] and a scale for each row, float32 [...]."""
 
 
 def rows_dtype(layer: nn.Module) -> torch.dtype | None:
@@ -140,16 +140,15 @@ def add_residual_and_norm(
     shift: Tensor,
     scale: Tensor,
     eps: float,
-    dtype: torch.dtype | None = None,
+    to: torch.dtype | None = None,
 ) -> tuple[Tensor, Any]:
-    """x plus the deferred residual, and the modulated norm of the sum: a tensor, or with a dtype
-    :data:`QuantizedRows`."""
-    if dtype is not None:
+    """x plus the deferred residual, and the modulated norm of the sum: a tensor, or with ``to``
+    :data:`QuantizedRows` of that dtype."""
+    if to is not None:
         if residual is None:
-            return x, ada_layer_norm_quantized(x, shift, scale, eps=eps, dtype=dtype)
-        x, *normed = gated_residual_ada_layer_norm_quantized(
-            x, residual.y, residual.gate, shift, scale, eps=eps, dtype=dtype
-        )
+            return x, ada_layer_norm_quantized(x, shift, scale, eps=eps, dtype=to)
+        y, gate = residual
+        x, *normed = gated_residual_ada_layer_norm_quantized(x, y, gate, shift, scale, eps=eps, dtype=to)
         return x, tuple(normed)
     if residual is None:
         return x, ada_layer_norm(x, shift, scale, eps=eps)

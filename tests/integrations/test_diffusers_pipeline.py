@@ -472,34 +472,3 @@ def test_refused_components(files, pipe, monkeypatch):
     own.scheduler = UniPCMultistepScheduler()
     with pytest.raises(ValueError, match="scheduler must be a FlowMatchEulerDiscreteScheduler, got UniPC"):
         make(own)
-
-
-def test_refused_weights(files, monkeypatch):
-    monkeypatch.setattr(HiARPipeline, "encode_prompt", None)  # refused before work starts
-    pipe = quiet(HiARPipeline.from_pretrained(files / "wan"))
-    attn = pipe.transformer.blocks[1].attn1
-    linear = attn.to_q
-    attn.to_q = torch.nn.ModuleDict({"base_layer": linear, "lora_A": torch.nn.Linear(2, 2)})  # as PEFT names them
-    with pytest.raises(
-        ValueError, match=r"blocks\.1\.attn1\.to_q\.base_layer\.\w+: a LoRA beside .* fuse_lora\(\), then"
-    ):
-        make(pipe)
-    attn.to_q = linear.to("meta")
-    with pytest.raises(ValueError, match=r"attn1\.to_q\.weight is not in memory: enable_model_cpu_offload\(\) keeps"):
-        make(pipe)
-    attn.to_q = torch.nn.Linear(256, 256).to(torch.float8_e4m3fn)
-    with pytest.raises(
-        ValueError, match=r"attn1\.to_q\.weight is torch\.float8_e4m3fn: quantised weights are not read"
-    ):
-        make(pipe)
-    attn.to_q = linear.to_empty(device="cpu")
-    pipe.transformer.blocks.append(copy.deepcopy(pipe.transformer.blocks[0]))
-    with pytest.raises(ValueError, match=r"transformer: unexpected blocks\.2\.attn1\.norm_k\.weight, blocks\.2\.\S+, "):
-        make(pipe)
-    del pipe.transformer.blocks[2]
-    pipe.transformer.fuse_qkv_projections()
-    with pytest.raises(ValueError, match=r"projections are fused; call transformer\.unfuse_qkv_projections\(\)"):
-        make(pipe)
-    pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    with pytest.raises(ValueError, match="with group offload its weights come layer by layer"):
-        make(pipe)
