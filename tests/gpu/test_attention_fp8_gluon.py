@@ -3,6 +3,7 @@
 import pytest
 import torch
 from budget import assert_within_budget
+from eight_bits import ON_HOPPER as CASES
 from eight_bits import Ring, exactly, queries
 from refusals import refused
 
@@ -15,24 +16,6 @@ pytestmark = pytest.mark.gpu
 
 E4M3 = "float8_e4m3fn"
 VARIANTS = ("", "3 stages", "wide tails", "polynomial", "polynomial 3 stages")
-# mask, frame ids of the queries, of the keys (-1 empty), heads; the smallest first, so that a hang names its cause
-CASES = {
-    "less than a group": (hk.BlockCausal(5, 1, 3), [[4]], [[2, 3, 4, -1]], 3),
-    "whole blocks only": (hk.BlockCausal(128, 1, 3), [[4]], [[2, 3, 4, -1]], 2),
-    "less than a block": (hk.BlockCausal(50, 2, 6), [[6, 7]], [[2, 3, 4, 5, 6, 7, -1, 0]], 1),
-    "window and sink": (hk.BlockCausal(70, 3, 5, 1), [[9, 10, 11]], [[0, 10, 11, 7, 8, 9, 4]], 2),
-    "half empty": (hk.BlockCausal(520, 3, 6), [[3, 4, 5]], [[3, 4, 5, -1, -1, -1, 0, 1, 2]], 12),
-    "Wan's frames": (hk.BlockCausal(1560, 1, 3), [[9]], [[9, 7, -1, 8]], 2),
-    "two tasks in a row": (hk.BlockCausal(520, 3, 6), [[3, 4, 5, 6, 7, 8]], [[0, 1, 2, 3, 4, 5, 6, 7, 8]], 6),
-    "items at different tasks": (
-        hk.BlockCausal(300, 2, (2, 6, 4)),
-        [[0, 1], [6, 7], [2, 3]],
-        [[0, 1, -1, -1, -1, -1], [6, 7, 2, 3, 4, 5], [0, 1, 2, 3, -1, -1]],
-        12,
-    ),
-    "a query that sees nothing": (hk.BlockCausal(64, 1, 2), [[0, 9]], [[0, -1, 4]], 2),
-    "nothing visible at all": (hk.BlockCausal(64, 1, 2), [[9]], [[0, -1]], 2),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +129,8 @@ def test_a_rollout_makes_one_schedule_for_all_layers(monkeypatch):
     from hiar_model.models import kv_cache
 
     torch.manual_seed(0)
-    wan = WanConfig(256, 512, 3, 2, in_channels=4, out_channels=4, text_dim=8, text_len=4)
+    sizes = {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 3, "text_dim": 8, "text_len": 4}
+    wan = WanConfig(**sizes, in_channels=4, out_channels=4)
     model, text = HiARTransformer(wan).to("cuda", torch.bfloat16), torch.randn(1, 4, 8).to("cuda", torch.bfloat16)
     made, make = [], kv_cache.attention_schedule
     monkeypatch.setattr(kv_cache, "attention_schedule", lambda *args, **more: made.append(1) or make(*args, **more))

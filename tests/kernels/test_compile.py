@@ -64,60 +64,6 @@ def test_logsumexps_are_compiled_as_they_are_launched():
     assert types == {"*fp32"}
 
 
-def test_hopper_attention_looks_at_every_factor_before_it_skips():
-    """The rescale is left out where the factors looked at are 1: all that would multiply must be among them."""
-    (case,) = importlib.import_module("hiar_kernels.attention.gluon_fwd").compile_cases(90)
-    blocks = re.findall(r"\{ \.reg \.pred p; mov(.*?)DONE: \}", aot.build(case, 90).asm["ptx"], re.DOTALL)
-    assert len(blocks) >= 4  # two consumers, two halves of 64 numbers a thread
-    for block in blocks:
-        looked_at = set(re.findall(r"setp\.eq\S* p, (%r\d+),", block))
-        factors = set(re.findall(r"mul\.f32 %r\d+, %r\d+, (%r\d+);", block))
-        assert factors == looked_at and 0 < len(factors) <= 2
-
-
-def in_flight(sass: str) -> tuple[int, int, list[str]]:
-    """Warpgroup products, groups of them, and lines that touch a register of one before the wait that covers it."""
-    products, flight, open_group, touched = 0, [], set(), []
-    for line in sass.splitlines():
-        text = re.sub(r"/\*[0-9a-fx]{4,}\*/", "", line).strip()
-        product = re.search(r"GMMA\.64x(\d+)x\d+\S*\s+R(\d+),\s*(?:R(\d+),)?", text)
-        if product:
-            products += 1
-            out, a = int(product[2]), product[3]
-            open_group |= set(range(out, out + int(product[1]) // 2)) | set(range(int(a), int(a) + 4) if a else ())
-            if "gsb0" in text:
-                flight, open_group = [*flight, open_group], set()
-        elif wait := re.search(r"DEPBAR\.LE gsb0, 0x(\d)", text):
-            flight = flight[len(flight) - int(wait[1]) :] if int(wait[1]) else []
-        elif re.search(r"\b(EXIT|BRX|RET)\b", text):
-            flight, open_group = [], set()
-        else:
-            used = set()
-            for register, width in re.findall(r"\bR(\d+)(\.64|\.128)?", text):
-                used |= set(range(int(register), int(register) + {"": 1, ".64": 2, ".128": 4}[width]))
-            touched += [text] * bool(used & open_group.union(*flight))
-    return products, len(re.findall(r"GMMA.*gsb0", sass)), touched
-
-
-def test_products_of_8_bits_stay_in_flight():
-    """Both products are of 8 bits, not serialised by the compiler, and nothing touches their registers on the way."""
-    for case in importlib.import_module("hiar_kernels.attention_fp8.gluon_fwd").compile_cases(90):
-        _, sass = aot._dump(aot.build(case, 90).asm["cubin"])
-        products, groups, touched = in_flight(sass)
-        assert not touched, f"{case.name}: {touched[:3]}"
-        assert len(re.findall(r"QGMMA\S*E4M3", sass)) == products > 3 * groups
-        assert "HGMMA" not in sass
-
-
-def test_the_scan_notices_a_register_in_flight():
-    loop = (
-        "QGMMA.64x32x32.F32 R24, R88, gdesc[UR8], RZ, gsb0 ;\n{} ;\nWARPGROUP.DEPBAR.LE gsb0, 0x0 ;\nFADD R24, R24, R1"
-    )
-    assert in_flight(loop.format("FADD R2, R3, R4")) == (1, 1, [])
-    for early in ("FADD R2, R24, R4", "F2FP R91, R3, R4"):
-        assert in_flight(loop.format(early))[2] == [f"{early} ;"]
-
-
 @pytest.mark.parametrize("arch", [80, 100, 120])
 def test_attention_candidates_compile_and_fit(arch):
     """The configurations that wait to be measured."""

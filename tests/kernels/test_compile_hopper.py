@@ -1,0 +1,250 @@
+"""The Hopper attention kernels as they are compiled, without a GPU: registers, operands, and what a launch hands over.
+
+What is expected of a wgmma comes from the PTX ISA ("Register Fragments and Shared Memory Matrix Layouts"), not from
+Triton's layouts.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+import sys
+from collections import defaultdict
+
+import pytest
+import torch
+from eight_bits import ON_HOPPER
+
+from hiar_kernels.attention.schedule import allocate
+from hiar_kernels.attention_fp8 import gluon
+from hiar_kernels.attention_fp8.inputs import Float8Inputs
+from hiar_kernels.common import aot
+from hiar_kernels.common.float8 import E4M3, pack_values, padded
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(sys.platform != "linux", reason="triton is built for Linux; there its absence is a failure"),
+]
+KERNELS = ("attention", "attention_fp8")
+
+
+@functools.cache
+def module(op: str):
+    return importlib.import_module(f"hiar_kernels.{op}.gluon_fwd")
+
+
+@functools.cache
+def compiled(op: str, number: int = 0) -> tuple[str, str]:
+    """PTX and machine code of a compile case, the one in use by default."""
+    asm = aot.build(module(op).compile_cases(90)[number], 90).asm
+    return asm["ptx"], aot._dump(asm["cubin"])[1]
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_the_rescale_looks_at_every_factor_before_it_skips(op):
+    """The rescale is left out where the factors looked at are 1: all that would multiply must be among them."""
+    blocks = re.findall(r"\{ \.reg \.pred p; mov(.*?)DONE: \}", compiled(op)[0], re.DOTALL)
+    assert len(blocks) >= 4  # two consumers, two halves of 64 numbers a thread
+    for block in blocks:
+        looked_at = set(re.findall(r"setp\.eq\S* p, (%r\d+),", block))
+        factors = set(re.findall(r"mul\.f32 %r\d+, %r\d+, (%r\d+);", block))
+        assert factors == looked_at and 0 < len(factors) <= 2
+
+
+def in_flight(sass: str) -> tuple[int, int, list[str]]:
+    """Warpgroup products, groups of them, and lines that touch a register of one before the wait that covers it."""
+    products, flight, open_group, touched = 0, [], set(), []
+    for line in sass.splitlines():
+        text = re.sub(r"/\*[0-9a-fx]{4,}\*/", "", line).strip()
+        product = re.search(r"GMMA\.64x(\d+)x\d+\S*\s+R(\d+),\s*(?:R(\d+),)?", text)
+        if product:
+            products += 1
+            out, a = int(product[2]), product[3]
+            open_group |= set(range(out, out + int(product[1]) // 2)) | set(range(int(a), int(a) + 4) if a else ())
+            if "gsb0" in text:
+                flight, open_group = [*flight, open_group], set()
+        elif wait := re.search(r"DEPBAR\.LE gsb0, 0x(\d)", text):
+            flight = flight[len(flight) - int(wait[1]) :] if int(wait[1]) else []
+        elif re.search(r"\b(EXIT|BRX|RET)\b", text):
+            flight, open_group = [], set()
+        else:
+            used = set()
+            for register, width in re.findall(r"\bR(\d+)(\.64|\.128)?", text):
+                used |= set(range(int(register), int(register) + {"": 1, ".64": 2, ".128": 4}[width]))
+            touched += [text] * bool(used & open_group.union(*flight))
+    return products, len(re.findall(r"GMMA.*gsb0", sass)), touched
+
+
+def test_products_of_8_bits_stay_in_flight():
+    """Both products are of 8 bits, not serialised by the compiler, and nothing touches their registers on the way."""
+    for number, case in enumerate(module("attention_fp8").compile_cases(90)):
+        _, sass = compiled("attention_fp8", number)
+        products, groups, touched = in_flight(sass)
+        assert not touched, f"{case.name}: {touched[:3]}"
+        assert len(re.findall(r"QGMMA\S*E4M3", sass)) == products > 3 * groups
+        assert "HGMMA" not in sass
+
+
+def test_the_scan_notices_a_register_in_flight():
+    loop = (
+        "QGMMA.64x32x32.F32 R24, R88, gdesc[UR8], RZ, gsb0 ;\n{} ;\nWARPGROUP.DEPBAR.LE gsb0, 0x0 ;\nFADD R24, R24, R1"
+    )
+    assert in_flight(loop.format("FADD R2, R3, R4")) == (1, 1, [])
+    for early in ("FADD R2, R24, R4", "F2FP R91, R3, R4"):
+        assert in_flight(loop.format(early))[2] == [f"{early} ;"]
+
+
+def registers_by_role(sass: str) -> list[tuple[int, int]]:
+    """(registers that a role has taken, the highest that it names) of each stretch of code after a USETMAXREG."""
+    roles: list[tuple[int, int]] = []
+    for line in sass.splitlines():
+        if taken := re.search(r"USETMAXREG\S*\s+(?:UP\d+,\s*)?(0x[0-9a-f]+)", line):
+            roles.append((int(taken[1], 16), 0))
+        elif roles:
+            named = [
+                int(register) + {"": 0, ".64": 1, ".128": 3}[width]
+                for register, width in re.findall(r"\bR(\d+)(\.64|\.128)?\b", line)
+            ]
+            roles[-1] = (roles[-1][0], max(roles[-1][1], *named, 0))
+    return roles
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_no_role_names_a_register_that_it_gave_away(op):
+    for number in {0, len(module(op).compile_cases(90)) - 1}:
+        roles = registers_by_role(compiled(op, number)[1])
+        assert {24, 240} < {size for size, _ in roles}
+        assert all(highest < size for size, highest in roles), roles
+        assert max(highest for size, highest in roles if size == 240) > 168, "consumers that need no more registers"
+
+
+def test_a_register_too_many_is_noticed():
+    code = "USETMAXREG.DEALLOC.CTAPOOL 0x18 ;\nIADD3 R23, R2, R3, RZ ;\nLDG.E.64 R22.64, [R4.64] ;\n{}"
+    assert registers_by_role(code.format("EXIT")) == [(24, 23)]
+    assert registers_by_role(code.format("MOV R24, R2 ;")) == [(24, 24)]
+
+
+class Trace:
+    """Where the numbers of a PTX program come from, followed back through all definitions of a register."""
+
+    def __init__(self, ptx: str) -> None:
+        self.defined: dict[str, list[tuple[str, list[str]]]] = defaultdict(list)
+        self.scores: dict[str, int] = {}  # accumulator of Q K^T -> its number in the fragment
+        self.operands: list[tuple[int, list[str]]] = []  # of P V: (which 32 of its keys, the four registers)
+        part = 0
+        for line in map(str.strip, ptx.splitlines()):
+            if product := re.match(r"wgmma\.mma_async\S*\s+\{(.*?)\},\s*(\{.*?\}|%rd\d+),", line):
+                out, first = (re.findall(r"%\w+", words) for words in product.groups())
+                if product[2][0] == "{":
+                    self.operands.append((part, first))
+                    part += 1
+                else:
+                    self.scores |= {register: number for number, register in enumerate(out)}
+            elif line.startswith("wgmma.commit_group"):
+                part = 0
+            elif move := re.match(r"([a-z][\w.:]*)\s+(%\w+)\s*,\s*(.*);", line):
+                words = re.findall(r"[%\w.]+", move[3])
+                self.defined[move[2]].append((move[1], words))
+
+    def byte(self, register: str, number: int) -> set[str]:
+        """Registers of the float32 that a byte was rounded from."""
+        found: set[str] = set()
+        for name, words in self.defined[register]:
+            if name == "mov.b32" and len(words) == 2:  # two halves
+                found |= self.byte(words[number // 2], number % 2)
+            elif name.startswith("cvt.rn.satfinite.e4m3x2.f32"):  # the high one first
+                found.add(words[1 - number])
+            elif name == "prmt.b32":
+                chosen = int(words[2].rstrip("U"), 16) >> 4 * number & 7
+                found |= self.byte(words[chosen // 4], chosen % 4)
+            elif name == "shr.s16" and words[1] == "8" and number == 0:
+                found |= self.byte(words[0], 1)
+            elif name in ("cvt.u32.u16", "mov.b32", "mov.b16", "mov.u16") and number < 2:
+                found |= self.byte(words[0], number)
+            else:
+                raise AssertionError(f"byte {number} of {register}: {name} {words}")
+        return found
+
+    def scores_of(self, register: str) -> set[int]:
+        """Numbers of the accumulators of Q K^T that a probability is computed from, beside its row's maximum."""
+        found, seen, waiting = set(), set(), [register]
+        while waiting:
+            register = waiting.pop()
+            if register in seen:
+                continue
+            seen.add(register)
+            if register in self.scores:
+                found.add(self.scores[register])
+                continue
+            for name, words in self.defined[register]:
+                kept = {"sub": 1, "fma": 2}.get(name.partition(".")[0], len(words))  # not what is subtracted
+                waiting += [word for word in words[:kept] if word.startswith("%r")]
+        return found
+
+
+def test_probabilities_lie_as_values_are_stored():
+    """Of m64nNk32: accumulator i of thread t of four has row 8 (i // 2 % 2) and column 8 (i // 4) + 2 t + i % 2; byte j
+    of register r of the first operand has row 8 (r % 2) and column 16 (r // 2) + 4 t + j. pack_values says which key a
+    place holds.
+    """
+    trace = Trace(compiled("attention_fp8")[0])
+    key_at = pack_values(torch.arange(128)[:, None, None]).flatten().tolist()
+    assert len(trace.operands) == 2 * (4 + 1 + 4 + 4)  # two consumers: masked, the end of a slot, the loop, the last
+    for part, registers in trace.operands:
+        for r, register in enumerate(registers):
+            for j in range(4):
+                sources = trace.byte(register, j)
+                scores = set().union(*map(trace.scores_of, sources))
+                assert sources and len(scores) == 1, f"{register}, byte {j}: {scores}"
+                (i,) = scores
+                assert i // 2 % 2 == r % 2, "another row"
+                for t in range(4):
+                    assert 8 * (i // 4) + 2 * t + i % 2 == key_at[32 * part + 16 * (r // 2) + 4 * t + j]
+
+
+class Recorded:
+    """A kernel in place of the real one, which keeps what it is launched with."""
+
+    def __init__(self, kernel) -> None:
+        self.parameters, self.launches = inspect.signature(kernel.fn), []
+
+    def __getitem__(self, grid):
+        return lambda *words, num_warps, maxnreg, **more: self.launches.append(
+            (grid, self.parameters.bind(*words, **more).arguments)
+        )
+
+
+@pytest.mark.parametrize("name", ON_HOPPER)
+def test_what_a_launch_hands_over(name, monkeypatch):
+    """Arguments, and descriptors as cuTensorMapEncodeTiled takes them: addresses and strides of whole 16 bytes, boxes
+    as wide as the swizzle.
+    """
+    forward = module("attention_fp8")
+    mask, q_ids, k_ids, heads = ON_HOPPER[name]
+    ids = [torch.tensor(x, dtype=torch.int32) for x in (q_ids, k_ids)]
+    tokens, (batch, slots) = mask.frame_tokens, ids[1].shape
+    room = slots + 2  # of which the call uses fewer, as a cache does
+    sizes = (room * tokens, heads, 128), (room, heads, 128, padded(tokens)), (len(q_ids[0]) * tokens, heads, 128)
+    k, v, q = (torch.zeros(batch, *size, dtype=torch.uint8).view(E4M3) for size in sizes)
+    scales = torch.ones(2, batch, room, heads)[:, :, :slots]
+    views, q_scales = (k[:, : slots * tokens], v[:, :slots], *scales), torch.ones(q.shape[:3])
+    call = Float8Inputs(q, *views, q_scales, *ids, mask)
+    assert gluon.unfit(call) is None
+    schedule = allocate((*q.shape[:3], slots * tokens), tokens, 0, q.device, 132, one_slot=True)
+    kernel = Recorded(forward._attention_fp8_hopper_kernel)
+    monkeypatch.setattr(forward, "_attention_fp8_hopper_kernel", kernel)
+    monkeypatch.setattr(forward, "merge_cuts", lambda *_: None)
+    out, lse = forward.launch(call, schedule)
+    assert out.shape == q.shape and out.dtype == torch.bfloat16 and lse.shape == (batch, heads, q.shape[1])
+    ((grid, given),) = kernel.launches
+    assert grid == (schedule.ctas,) and given["slot_stride"] == (slots if batch == 1 else room)
+    for descriptor, rows in ((given["q_desc"], 64), (given["k_desc"], 128), (given["v_desc"], 128)):
+        assert descriptor.block_shape == [1, rows, 128] and descriptor.layout.swizzle_byte_width == 128
+        assert descriptor.base.element_size() == 1 and descriptor.base.data_ptr() % 16 == 0
+        assert all(1 <= size <= 2**32 for size in descriptor.shape)
+        *strides, last = descriptor.strides
+        assert last == 1 and all(0 < stride < 2**40 and stride % 16 == 0 for stride in strides)
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(descriptor.shape, descriptor.strides, strict=True))
+        assert reach <= descriptor.base.untyped_storage().nbytes() - descriptor.base.storage_offset()
