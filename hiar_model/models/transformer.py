@@ -124,23 +124,19 @@ class DeferredResidual(NamedTuple):
     gate: Tensor | None
 
 
+RowsDtype = torch.dtype | None
 QuantizedRows = tuple[Tensor, Tensor]
 """What a linear layer in 8 bits takes: e4m3 or int8 [..., C] and a scale for each row, float32 [...]."""
 
 
-def rows_dtype(layer: nn.Module) -> torch.dtype | None:
+def rows_dtype(layer: nn.Module) -> RowsDtype:
     """The dtype of :data:`QuantizedRows` that a linear layer takes, None: it takes tensors in full, as a layer with a
     hook does, such as a LoRA branch."""
     return None if layer._forward_hooks else getattr(layer, "rows_dtype", None)
 
 
 def add_residual_and_norm(
-    x: Tensor,
-    residual: DeferredResidual | None,
-    shift: Tensor,
-    scale: Tensor,
-    eps: float,
-    to: torch.dtype | None = None,
+    x: Tensor, residual: DeferredResidual | None, shift: Tensor, scale: Tensor, eps: float, to: RowsDtype = None
 ) -> tuple[Tensor, Any]:
     """x plus the deferred residual, and the modulated norm of the sum: a tensor, or with ``to``
     :data:`QuantizedRows` of that dtype."""

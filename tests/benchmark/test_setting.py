@@ -6,6 +6,7 @@ import pytest
 
 from hiar_model.benchmark import setting
 from hiar_model.benchmark.setting import Setting
+from hiar_model.cli import main
 
 pytestmark = pytest.mark.cpu
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 def layers(request) -> tuple[QuantizedLinear, QuantizedLinear]:
     """The same layer on the CPU and on the device."""
     torch.manual_seed(0)
-    linear = nn.Linear(1536, 4608).to(torch.bfloat16)
+    linear = nn.Linear(1536, 4608).to(torch.bfloat16).requires_grad_(False)
     return QuantizedLinear(linear, request.param), QuantizedLinear(copy.deepcopy(linear).to("cuda"), request.param)
 
 
