@@ -22,7 +22,7 @@ from torch import Tensor
 import hiar_kernels as hk
 from bench.lib import report
 from hiar_kernels.common.float8 import E4M3, pack_values, quantize_frames, quantize_last
-from hiar_model.models import kv_cache
+from hiar_model.models import cached_attention
 from hiar_model.models.registry import load_video_model
 from hiar_model.rollout import Rollout
 from hiar_model.toy.prompt import split_prompts
@@ -165,7 +165,7 @@ def of_model(name: str, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """q, k, v of ``count`` layers and heads of a shipped model's tasks with a full window, evenly over a rollout."""
     model = load_video_model(name, "cpu")
     prompt = model.encode_text(split_prompts()[1][0].text())
-    tensors, attention = [], kv_cache.attention
+    tensors, attention = [], cached_attention.attention
 
     def seen(q: Tensor, k: Tensor, v: Tensor, **options: Tensor) -> Tensor:
         if bool((options["kv_frames"] >= 0).all()):
@@ -177,11 +177,11 @@ def of_model(name: str, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         model.transformer, prompt, model.rollout.with_order("step_first"), num_latent_frames=24,
         latent_size=(height, width),
     )  # fmt: skip
-    kv_cache.attention = seen  # type: ignore[assignment]
+    cached_attention.attention = seen  # type: ignore[assignment]
     try:
         list(rollout)
     finally:
-        kv_cache.attention = attention
+        cached_attention.attention = attention
     tokens = rollout.cache.frame_tokens
     heads = [
         (q[:, h], k[:, h].unflatten(0, (-1, tokens)), v[:, h].unflatten(0, (-1, tokens)))

@@ -25,10 +25,11 @@ def append_fp8(k: Tensor, v: Tensor, rings: Fp8Rings) -> None:
     count = slots.shape[-1]
     k_values, k_scale = quantize_frames(k.unflatten(1, (count, -1)))
     v_values, v_scale = quantize_frames(v.unflatten(1, (count, -1)))
+    v_values = pack_values(v_values)
     k_cache = bits(rings.k_cache).unflatten(1, (-1, k.shape[1] // count))
     for place in places:
         k_cache[place] = bits(k_values)
-        bits(rings.v_cache)[place] = bits(pack_values(v_values))
+        bits(rings.v_cache)[place] = bits(v_values)
         rings.k_scales[place] = k_scale
         rings.v_scales[place] = v_scale
 

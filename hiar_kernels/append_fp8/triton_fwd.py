@@ -112,7 +112,7 @@ def _write_kernel(
     HARDWARE: tl.constexpr
 ):  # fmt: skip
     """A tile of a frame and head: keys as they come, values transposed, into COPIES rings."""
-    block, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, head, item = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     batch, frame = (item // frames).to(tl.int64), item % frames
     all_parts = (tl.num_programs(1) * tl.num_programs(2)).to(tl.int64) * parts
     part_ptr = parts_ptr + (item.to(tl.int64) * tl.num_programs(1) + head) * parts

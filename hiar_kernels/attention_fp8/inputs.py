@@ -149,8 +149,11 @@ def triton_problem(call: Float8Inputs) -> str:
     for name, x in (("q", q), ("k", call.k), ("v", call.v)):
         if x.stride(-1) != 1 and x.numel():
             return f"needs {name} with a last stride of 1, got {x.stride(-1)}"
-        if x.stride(1) >= 2**31 or x.stride(2) >= 2**31:
-            return f"needs {name} with strides below {2**31}, got {list(x.stride())}"
+    # from the start of a slot the kernel counts in 32 bits: to the last key of k, to the last channel of v
+    reaches = ("k", call.k, call.mask.frame_tokens * call.k.stride(1)), ("v", call.v, d * call.v.stride(3))
+    for name, x, reach in reaches:
+        if x.numel() and reach >= 2**31:
+            return f"needs a slot of {name} within {2**31} numbers, got strides {list(x.stride())}"
     if abs(call.mask.first_frame) >= LARGEST_FRAME:
         return f"takes frame ids below {LARGEST_FRAME}, got mask.first_frame {call.mask.first_frame}"
     return ""

@@ -26,8 +26,8 @@ from hiar_kernels import qk_norm_rope_append
 from hiar_kernels.nvtx import span
 
 from ..config import WanConfig
+from ..models.cached_attention import CachedAttention
 from ..models.conditions import OutputSelection
-from ..models.kv_cache import CachedAttention
 from .mesh import axis, make_mesh
 
 # A custom op, so that CUDA graph capture and torch.compile see one operation, complete when it returns.

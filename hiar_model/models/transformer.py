@@ -39,8 +39,8 @@ ATTENTION_MODES = ("bidirectional", "block_causal")
 class SelfAttention(Protocol):
     """What the transformer calls for self-attention: normalise and rotate q and k, store or collect k and v, attend.
 
-    :class:`DenseAttention` attends over the whole sequence, :class:`hiar_model.models.kv_cache.CachedAttention` over a
-    KV cache. Where several processes share a forward (Ulysses), each holds part of every frame's tokens outside of it.
+    :class:`DenseAttention` attends over the whole sequence, :class:`.cached_attention.CachedAttention` over a KV cache.
+    Where several processes share a forward (Ulysses), each holds part of every frame's tokens outside of it.
     """
 
     def __call__(

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hiar_kernels import AttentionLayout, flow_step
 
+from ..models.cached_attention import CachedAttention
 from ..models.conditions import CrossAttentionKV, ModulationTable, OutputSelection
-from ..models.kv_cache import CachedAttention
 from ..models.transformer import HiARTransformer
 
 

@@ -20,7 +20,8 @@ from ..config import ExecutionConfig, RolloutConfig
 from ..distributed.mesh import axis_size
 from ..distributed.pipeline import Pipeline
 from ..distributed.ulysses import HeadRanks, UlyssesAttention
-from ..models.kv_cache import CachedAttention, RingCache
+from ..models.cached_attention import CachedAttention
+from ..models.kv_cache import RingCache
 from ..models.quantized_linear import linear_dtype_of, quantized
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import Group, Plan, forwards

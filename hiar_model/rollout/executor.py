@@ -15,8 +15,9 @@ from hiar_kernels.nvtx import span
 
 from ..common.cuda_graph import CudaGraphs
 from ..config import TRAIN_TIMESTEPS, ExecutionConfig, RolloutConfig
+from ..models.cached_attention import CachedAttention
 from ..models.conditions import CrossAttentionKV
-from ..models.kv_cache import CachedAttention, RingCache
+from ..models.kv_cache import RingCache
 from ..models.transformer import HiARTransformer
 from ..schedule.plan import BatchItem, Group, Plan, Task
 from .batched_forward import BatchedForward, Capture, GraphKey, pinned

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from hiar_kernels import EMPTY, prefer, taken
 
+from ..models.cached_attention import CachedAttention
 from ..models.conditions import OutputSelection
-from ..models.kv_cache import CachedAttention
 from ..models.transformer import SelfAttention
 from ..schedule.plan import BatchItem, Task
 from .batched_forward import BatchedForward

@@ -18,8 +18,8 @@ from hiar_kernels import qk_norm_rope
 from hiar_kernels.nvtx import span
 
 from ..common.settings import own_settings
+from ..models.cached_attention import CachedAttention
 from ..models.conditions import ModulationTable, OutputSelection
-from ..models.kv_cache import CachedAttention
 from ..models.transformer import SelfAttention
 from .batched_forward import BatchedForward
 from .engine import FinishedBlock, Rollout

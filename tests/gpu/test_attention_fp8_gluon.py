@@ -126,14 +126,16 @@ def test_one_graph_serves_every_block():
 def test_a_rollout_makes_one_schedule_for_all_layers(monkeypatch):
     """The kernel over the ring of a rollout, beside Triton's over the same."""
     from hiar_model import ExecutionConfig, HiARTransformer, Rollout, RolloutConfig, WanConfig
-    from hiar_model.models import kv_cache
+    from hiar_model.models import cached_attention
 
     torch.manual_seed(0)
     sizes = {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 3, "text_dim": 8, "text_len": 4}
     wan = WanConfig(**sizes, in_channels=4, out_channels=4)
     model, text = HiARTransformer(wan).to("cuda", torch.bfloat16), torch.randn(1, 4, 8).to("cuda", torch.bfloat16)
-    made, make = [], kv_cache.attention_schedule
-    monkeypatch.setattr(kv_cache, "attention_schedule", lambda *args, **more: made.append(1) or make(*args, **more))
+    made, make = [], cached_attention.attention_schedule
+    monkeypatch.setattr(
+        cached_attention, "attention_schedule", lambda *args, **more: made.append(1) or make(*args, **more)
+    )
 
     def latents(impl):
         execution = ExecutionConfig(kv_dtype=E4M3, attention_dtype=E4M3, attention_impl=impl)

@@ -22,7 +22,7 @@ from hiar_kernels import AttentionLayout
 from hiar_kernels.common import cuda_loader
 from hiar_kernels.common.triton_loader import shapes_only
 from hiar_model.config import WanConfig
-from hiar_model.models.kv_cache import CachedAttention
+from hiar_model.models.cached_attention import CachedAttention
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.planning.memory import Request
 from hiar_model.rollout.batched_forward import BatchedForward

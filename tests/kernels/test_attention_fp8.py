@@ -11,7 +11,7 @@ from refusals import refusal
 
 import hiar_kernels as hk
 from hiar_kernels.attention_fp8 import gluon
-from hiar_kernels.attention_fp8.inputs import Float8Inputs
+from hiar_kernels.attention_fp8.inputs import Float8Inputs, triton_problem
 from hiar_kernels.common.float8 import E4M3, quantize_last, unpack_values
 
 pytestmark = pytest.mark.cpu
@@ -139,6 +139,19 @@ WRONG = {
     "gradient": ({"q": Q.clone().requires_grad_()}, "has no gradient"),
     "impl": ({"impl": "cudnn"}, "has no implementation 'cudnn'; legal: auto, reference, triton"),
 }
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_a_slot_that_32_bits_cannot_count_is_not_for_the_triton_kernel(name):
+    def problem(stride):
+        strides = {"k": (0, stride, D, 1), "v": (0, 16 * H * D, 16 * D, stride, 1)}[name]
+        shape = {"k": RING.k, "v": RING.v}[name].shape
+        ring = {"k": RING.k, "v": RING.v, name: torch.empty_strided(shape, strides, dtype=E4M3, device="meta")}
+        scales = RING.k_scales, RING.v_scales, None
+        return triton_problem(Float8Inputs(Q, ring["k"], ring["v"], *scales, **IDS))
+
+    most = 2**31 // {"k": 5, "v": D}[name]
+    assert problem(most - 1) == "" and f"a slot of {name} within 2147483648 numbers" in problem(most + 1)
 
 
 @pytest.mark.parametrize("what", WRONG)

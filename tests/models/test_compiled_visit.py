@@ -14,8 +14,9 @@ import hiar_kernels
 from hiar_kernels import BlockCausal
 from hiar_kernels.common import triton_loader
 from hiar_model.config import WanConfig
+from hiar_model.models.cached_attention import CachedAttention
 from hiar_model.models.conditions import OutputSelection
-from hiar_model.models.kv_cache import CachedAttention, RingCache
+from hiar_model.models.kv_cache import RingCache
 
 pytestmark = pytest.mark.cpu
 

@@ -17,7 +17,7 @@ import hiar_kernels
 from hiar_kernels.common.float8 import E4M3, LARGEST, bits, unpack_values
 from hiar_kernels.common.float8 import quantize_frames as quantize
 from hiar_model.config import ExecutionConfig, FlowSchedule
-from hiar_model.models import kv_cache
+from hiar_model.models import cached_attention
 from hiar_model.models.kv_cache import RingCache
 from hiar_model.rollout import Rollout
 
@@ -179,7 +179,7 @@ def test_it_is_near_the_rollout_with_whole_keys(options):
 @pytest.mark.parametrize("products", [None, "float8_e4m3fn"])
 def test_attention_reads_the_ring_itself(products, monkeypatch):
     """No copy of keys or values; what a task sees, its own keys among them, is what is stored."""
-    calls, attend = [], kv_cache.attention_fp8
+    calls, attend = [], cached_attention.attention_fp8
 
     def seen(q, k, v, k_scales, v_scales, **options):
         out = attend(q, k, v, k_scales, v_scales, **options)
@@ -191,7 +191,7 @@ def test_attention_reads_the_ring_itself(products, monkeypatch):
         calls.append((k.data_ptr(), v.data_ptr(), q.dtype, difference(out, plain)))
         return out
 
-    monkeypatch.setattr(kv_cache, "attention_fp8", seen)
+    monkeypatch.setattr(cached_attention, "attention_fp8", seen)
     options = {"num_frames": 9, "order": "stream", "window_frames": 6, "attention_dtype": products, **SIZE}
     rollout = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), kv_dtype=E4M3, **options)
     list(rollout)

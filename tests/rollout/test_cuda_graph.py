@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 import hiar_kernels
 from hiar_kernels.qk_norm_rope.inputs import turns_of
 from hiar_model.config import FlowSchedule
-from hiar_model.models.kv_cache import CachedAttention
+from hiar_model.models.cached_attention import CachedAttention
 from hiar_model.rollout import Rollout
 from hiar_model.rollout.noise import KeyedNoise
 from hiar_model.rollout.readback import Readback
