@@ -130,8 +130,7 @@ QuantizedRows = tuple[Tensor, Tensor]
 
 
 def rows_dtype(layer: nn.Module) -> RowsDtype:
-    """The dtype of :data:`QuantizedRows` that a linear layer takes, None: it takes tensors in full, as a layer with a
-    hook does, such as a LoRA branch."""
+    """The dtype of :data:`QuantizedRows` that a linear layer takes; None: a tensor in full, as beside a LoRA branch."""
     return None if layer._forward_hooks else getattr(layer, "rows_dtype", None)
 
 
