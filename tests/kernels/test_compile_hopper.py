@@ -204,7 +204,7 @@ def test_probabilities_lie_as_values_are_stored():
                     assert 8 * (i // 4) + 2 * t + i % 2 == key_at[32 * part + 16 * (r // 2) + 4 * t + j]
 
 
-class Recorded:
+class LaunchRecorder:
     """A kernel in place of the real one, which keeps what it is launched with."""
 
     def __init__(self, kernel) -> None:
@@ -233,7 +233,7 @@ def test_what_a_launch_hands_over(name, monkeypatch):
     call = Float8Inputs(q, *views, q_scales, *ids, mask)
     assert gluon.unfit(call) is None
     schedule = allocate((*q.shape[:3], slots * tokens), tokens, 0, q.device, 132, one_slot=True)
-    kernel = Recorded(forward._attention_fp8_hopper_kernel)
+    kernel = LaunchRecorder(forward._attention_fp8_hopper_kernel)
     monkeypatch.setattr(forward, "_attention_fp8_hopper_kernel", kernel)
     monkeypatch.setattr(forward, "merge_cuts", lambda *_: None)
     out, lse = forward.launch(call, schedule)
