@@ -6,9 +6,10 @@
     python -m bench.gpu_check BEFORE OUT --rehearse [--part ...]     without a GPU: the same at small sizes
 
 BEFORE is a folder with another revision, OUT gets logs and results. Needs torch, triton, pytest, pytest-benchmark; with
-pytest-xdist the tests share the GPU. hiar_kernels/_cuda_ops.* are built if they are not there: carry them along to save
-the time. Every part has its limit, and what it printed so far is kept. A rehearsal collects the tests of a GPU without
-running them, and runs all else on the CPU.
+pytest-xdist the tests share the GPU; tests/gpu/test_serve_cuda.py needs av, as a wheel where it is missing.
+hiar_kernels/_cuda_ops.* are built if they are not there: carry them along to save the time. Every part has its limit,
+and what it printed so far is kept. A rehearsal collects the tests of a GPU without running them, and runs all else on
+the CPU.
 """
 
 from __future__ import annotations
