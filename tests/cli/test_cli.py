@@ -369,7 +369,7 @@ LIGHT = {
     "image": (["generate", PROMPT, "-o", "a.mp4", "--image", "i.png"], "--image i.png: no such file"),
     "fps": (["generate", PROMPT, "-o", "a.mp4", "--fps", "-1"], "--fps must be a number from 0.01 to 1000, got -1"),
     "on nan": (["generate", PROMPT, "-o", "a.mp4", "--on-nan", "go"], "--on-nan must be one of stop, retry, got 'go'"),
-    "8 bits": (["serve", "--dtype", "float8_e4m3fn"], "8_e4m3fn'; 8 bits are for --kv-dtype, --attention-dtype, --linear"),
+    "8 bits": (["serve", "--dtype", "float8_e4m3fn"], "8 bits are for --kv-dtype, --attention-dtype, --linear"),
     "products": (["generate", PROMPT, "-o", "a.mp4", "--attention-dtype", "float8_e4m3fn"],
                  "--attention-dtype float8_e4m3fn needs --kv-dtype float8_e4m3fn: it is not set"),
     "implementation": (["generate", PROMPT, "-o", "a.mp4", "--attention-impl", "sdpa", "--kv-dtype", "float8_e4m3fn"],
