@@ -84,7 +84,10 @@ def _facts(key: str) -> list[str]:
     """The parts of a key: between commas that are not inside brackets nor between the numbers of a list."""
     plain = re.sub(r"^Plan\((.*?)\)(?=, \w+ blocks)", r"\1", key)
     parts = re.split(r", (?![^(\[]*[)\]])(?![\d.]+(?:,|$))", plain)
-    return [part.replace("caches of ", "kv_dtype=") for part in parts]
+    names = {"caches": "kv_dtype", "products of attention": "attention_dtype", "linear layers": "linear_dtype"}
+    for words, name in names.items():
+        parts = [part.replace(f"{words} of ", f"{name}=") for part in parts]
+    return parts
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
