@@ -84,13 +84,9 @@ def _facts(key: str) -> list[str]:
     """The parts of a key: between commas that are not inside brackets nor between the numbers of a list."""
     plain = re.sub(r"^Plan\((.*?)\)(?=, \w+ blocks)", r"\1", key)
     parts = re.split(r", (?![^(\[]*[)\]])(?![\d.]+(?:,|$))", plain)
-    names = {
-        "caches of ": "kv_dtype=",
-        "products of attention of ": "attention_dtype=",
-        "linear layers of ": "linear_dtype=",
-    }
+    names = {"caches": "kv_dtype", "products of attention": "attention_dtype", "linear layers": "linear_dtype"}
     for words, name in names.items():
-        parts = [part.replace(words, name) for part in parts]
+        parts = [part.replace(f"{words} of ", f"{name}=") for part in parts]
     return parts
 
 
