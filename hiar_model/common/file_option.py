@@ -39,13 +39,13 @@ def listed(option: str, values: Any, kind: type) -> list[Any]:
     """One or several paths, pairs (path, number) or objects of ``kind``, as a list; None: none.
 
     Raises:
-        ValueError: bytes or a mapping.
+        ValueError: anything else.
     """
     if values is None:
         return []
-    if isinstance(values, bytes | Mapping):
+    single = isinstance(values, str | os.PathLike | kind)
+    if not single and (isinstance(values, bytes | Mapping) or not isinstance(values, Iterable)):
         raise ValueError(f"{option} must be a file, (file, number), or a list of these, got {values!r}")
-    single = isinstance(values, str | os.PathLike | kind) or not isinstance(values, Iterable)
     pair = (
         isinstance(values, tuple) and len(values) == 2 and not isinstance(values[1], str | os.PathLike | tuple | kind)
     )

@@ -29,7 +29,6 @@ from hiar_kernels import (
     qk_norm_rope_append,
     qk_norm_rope_append_fp8,
     quantize_rows,
-    ring_advance,
     takes_schedule,
 )
 from hiar_kernels.nvtx import span
@@ -124,12 +123,12 @@ class CachedAttention(SelfAttention):
         """
         cache, shared = self.cache, self._shared
         positions = cache.positions[self.ring_slice].view(-1)
-        options: dict[str, Any] = {"first_frame": self.first_frame, "sink_frames": cache.sink_frames}
+        options: dict[str, Any] = {"first_frame": self.first_frame}
         if shared is not None:  # only the slots: the ring before has these frames' ids and does not advance
             before = {"advance": shared.zeros, "capacities": shared.capacities, **options}
-            ring_advance(positions, self.frames, self._targets[1], shared.unused_ids, **before)
+            cache.advance(positions, self.frames, self._targets[1], shared.unused_ids, **before)
         own = {"advance": self._advance, "capacities": cache.sizes[self.ring_slice].view(-1), **options}
-        ring_advance(positions, self.frames, self.slots, self.kv_frames, **own)
+        cache.advance(positions, self.frames, self.slots, self.kv_frames, **own)
         if separately or self.writes_separately:
             targets = self._targets[: len(self._slots)]
             self._slots.copy_(targets if shared is None else targets.where(shared.shares, targets[0]))

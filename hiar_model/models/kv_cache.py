@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hiar_kernels import EMPTY
+from hiar_kernels import EMPTY, ring_advance
 from hiar_kernels.common.float8 import E4M3, pack_values, padded
 
 from ..config import RolloutConfig, WanConfig
@@ -154,6 +154,10 @@ class RingCache:
         """The slot of each frame in a ring; frames are counted from the video's first."""
         sink, size = self.sink_frames, self.capacities[ring]
         return [f if f < size and f < sink else sink + (f - sink) % (size - sink) for f in frames]
+
+    def advance(self, *ids: Tensor, **options: Any) -> None:
+        """:func:`hiar_kernels.ring_advance` with the sink of these rings."""
+        ring_advance(*ids, sink_frames=self.sink_frames, **options)
 
     def reset(self) -> None:
         """Mark every slot empty."""

@@ -32,7 +32,7 @@ from .noise import EXTERNAL, KeyedNoise, TensorNoise
 from .prompt_cache import PromptSource, ResumedPrompts
 from .receiver import Receiver
 from .shapes import CheckedNoise, CheckedPrompts, check_prompt_embeds, require_shape
-from .state_io import key_difference
+from .state_key import key_difference
 
 
 class FinishedBlock(NamedTuple):

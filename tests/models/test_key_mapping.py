@@ -285,8 +285,9 @@ def test_bad_pipeline_folders(tmp_path, index, message):
 def test_folders_without_a_transformer(tmp_path):
     (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"")  # published beside it, but no transformer
     (tmp_path / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"")
-    assert ": no weights found; expected *.safetensors.index.json, *.safetensors, *.pth, *.pt or *.gguf" in refusal(
-        tmp_path
+    assert (
+        ": no weights found; expected *.safetensors.index.json, *.safetensors, *.pth, *.pt, *.bin or *.gguf"
+        in refusal(tmp_path)
     )
     wan_files.write_original(tmp_path / "high_noise_model", parts=False)
     assert refusal(tmp_path).endswith("; its folders have some: high_noise_model")

@@ -237,7 +237,7 @@ def test_a_wrong_scale(tmp_path, monkeypatch, given, message):
 
 @pytest.mark.parametrize("given", [{"a.safetensors": 0.5}, 5, b"a.safetensors"])
 def test_what_is_neither_a_file_nor_a_list_of_them(given):
-    assert "lora must be a file, FILE:SCALE, (file, scale), or a list" in refusals.refusal(lora_file.lora_files, given)
+    assert "lora must be a file, (file, number), or a list" in refusals.refusal(lora_file.lora_files, given)
 
 
 @pytest.mark.parametrize("to", ["native", "pt"])
