@@ -2,7 +2,7 @@
 
     python -m bench.gpu_check BEFORE OUT                             the parts of DEFAULT, at most 415 s
     python -m bench.gpu_check BEFORE OUT --part tests ops rollouts   without the 8-bit kernel's own, at most 360 s
-    python -m bench.gpu_check BEFORE OUT --part precisions decoder   rollouts in 8 bits; the small decoder: 220 s
+    python -m bench.gpu_check BEFORE OUT --part precisions decoder   rollouts in 8 bits; the small decoder: 265 s
     python -m bench.gpu_check BEFORE OUT --rehearse [--part ...]     without a GPU: the same at small sizes
 
 BEFORE is a folder with another revision, OUT gets logs and results. Needs torch, triton, pytest, pytest-benchmark; with
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = {"build": 20, "variants": 55, "tests": 165, "ops": 60, "rollouts": 115, "precisions": 180, "decoder": 40}
+SECONDS = {"build": 20, "variants": 55, "tests": 165, "ops": 60, "rollouts": 115, "precisions": 225, "decoder": 40}
 DEFAULT = ("variants", "tests", "ops", "rollouts")
 BEFORE_KERNELS = ("variants", "tests")  # parts that need the CUDA extension
 WORKERS = 14
@@ -47,7 +47,7 @@ ORDERS = ("stream", "block_first", "wavefront+fused", "stream+shared_keys")
 E4M3 = "float8_e4m3fn"
 ATTENTION, LINEAR = {"kv_dtype": E4M3, "attention_dtype": E4M3, "attention_impl": "gluon"}, {"linear_dtype": E4M3}
 PRECISIONS: dict[str, dict[str, Any]] = {
-    "bfloat16": {}, "attention": ATTENTION, "linear": LINEAR, "all": ATTENTION | LINEAR,
+    "bfloat16": {}, "attention": ATTENTION, "linear": LINEAR, "all": ATTENTION | LINEAR, "int8": {"linear_dtype": "int8"},
 }  # fmt: skip
 """What is in 8 bits -> fields of :class:`hiar_model.benchmark.setting.Setting`."""
 SUMMARY = re.compile(r"^(\||FAILED|ERROR|E  |- |=+ .* in [0-9]|Timeout)")

@@ -371,7 +371,10 @@ def two_orders(title: str, folder: str, variant: str, matched: str = "stream") -
 def eight_bits() -> str:
     from bench.studies.eight_bits_table import by_eighth
 
-    shown = [("bfloat16", "bfloat16", BLUE), ("keys_linear", "8-bit keys and linear layers", ORANGE)]
+    shown = [
+        ("bfloat16", "bfloat16", BLUE), ("all", "keys, attention, linear layers in e4m3", ORANGE),
+        ("all_int8", "the same, linear layers in int8", GREEN),
+    ]  # fmt: skip
     series = [(name, colour, by_eighth("scenes", "stream", variant)) for variant, name, colour in shown]
     return lines("Valid frames, %: bfloat16 and 8 bits", "eighth of a video of 384 frames", series)
 
