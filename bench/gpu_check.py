@@ -47,7 +47,8 @@ ORDERS = ("stream", "block_first", "wavefront+fused", "stream+shared_keys")
 E4M3 = "float8_e4m3fn"
 ATTENTION, LINEAR = {"kv_dtype": E4M3, "attention_dtype": E4M3, "attention_impl": "gluon"}, {"linear_dtype": E4M3}
 PRECISIONS: dict[str, dict[str, Any]] = {
-    "bfloat16": {}, "attention": ATTENTION, "linear": LINEAR, "all": ATTENTION | LINEAR, "int8": {"linear_dtype": "int8"},
+    "bfloat16": {}, "attention": ATTENTION, "linear": LINEAR, "all": ATTENTION | LINEAR,
+    "int8": {"linear_dtype": "int8"},
 }  # fmt: skip
 """What is in 8 bits -> fields of :class:`hiar_model.benchmark.setting.Setting`."""
 SUMMARY = re.compile(r"^(\||FAILED|ERROR|E  |- |=+ .* in [0-9]|Timeout)")
