@@ -59,9 +59,8 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight_scale", scale)
         self.register_buffer("_wide", None, persistent=False)
         self.bias = linear.bias
-        if (
-            "low_rank" in linear._modules
-        ):  # a LoRA branch: a hook that takes the input in full, with a scale that it follows
+        # A LoRA branch: a hook that takes the input in full, with a scale that it follows.
+        if "low_rank" in linear._modules:
             self.low_rank = linear.low_rank
             self._forward_hooks.update(linear._forward_hooks)
 

@@ -30,7 +30,7 @@ def taken(request: Request) -> int:
     with LiveBytes() as live:
         model = HiARTransformer(request.config).to(request.dtype).eval().requires_grad_(False)
         if request.linear_dtype is not None:
-            quantize_layers(model)
+            quantize_layers(model, request.linear_dtype)
         live.restart()
         text = torch.randn(1, request.config.text_len, request.config.text_dim, dtype=request.dtype)
         for _ in request.make(model, text):
@@ -49,6 +49,7 @@ def taken(request: Request) -> int:
         {"order": "stream", "kv_dtype": E4M3},
         {"order": "stream", "kv_dtype": E4M3, "attention_dtype": E4M3},
         {"order": "stream", "kv_dtype": E4M3, "linear_dtype": E4M3},
+        {"order": "stream", "linear_dtype": torch.int8},
         {"order": "wavefront", "kv_dtype": torch.bfloat16, "batch": 2},
         {"window_frames": None, "batch": 3, "kv_dtype": E4M3},
         {"num_frames": 30, "window_frames": 3, "steps": 1, "dtype": torch.float64},
