@@ -262,8 +262,9 @@ def lines(title: str, x_title: str, series: Iterable[tuple[str, str, Sequence[Se
         for x, value in points:
             picture.dot(x, y_of(value), colour, 3)
         x, value = points[-1]
-        y = y_of(value) + (22 if value > 50 else 30)
-        written.append(y_of(value) - 10 if any(abs(y - other) < 14 for other in written) else y)
+        below, above = y_of(value) + (22 if value > 50 else 30), y_of(value) - 10
+        places = (below, above, *(below + 16 * i for i in range(1, len(COLOURS))))
+        written.append(next(y for y in places if all(abs(y - other) >= 14 for other in written)))
         picture.text(x + 8, written[-1], f"{name}: {value:.0f}", "end", colour, 12, True)
     for i in range(len(points)):
         picture.text(left + w * (i + 0.5) / len(points), top + h + 16, str(i + 1), "middle", "#555", 11)
@@ -372,8 +373,8 @@ def eight_bits() -> str:
     from bench.studies.eight_bits_table import by_eighth
 
     shown = [
-        ("bfloat16", "bfloat16", BLUE), ("all", "keys, attention, linear layers in e4m3", ORANGE),
-        ("all_int8", "the same, linear layers in int8", GREEN),
+        ("bfloat16", "bfloat16", BLUE), ("all_int8", "8 bits, layers in int8", GREEN),
+        ("all", "8 bits, layers in e4m3", ORANGE),
     ]  # fmt: skip
     series = [(name, colour, by_eighth("scenes", "stream", variant)) for variant, name, colour in shown]
     return lines("Valid frames, %: bfloat16 and 8 bits", "eighth of a video of 384 frames", series)
