@@ -262,8 +262,7 @@ def lines(title: str, x_title: str, series: Iterable[tuple[str, str, Sequence[Se
         for x, value in points:
             picture.dot(x, y_of(value), colour, 3)
         x, value = points[-1]
-        below, above = y_of(value) + (22 if value > 50 else 30), y_of(value) - 10
-        places = (below, above, *(below + 16 * i for i in range(1, len(COLOURS))))
+        places = [y_of(value) + distance for distance in (22 if value > 50 else 30, -10, 38, 54)]
         written.append(next(y for y in places if all(abs(y - other) >= 14 for other in written)))
         picture.text(x + 8, written[-1], f"{name}: {value:.0f}", "end", colour, 12, True)
     for i in range(len(points)):
@@ -372,10 +371,8 @@ def two_orders(title: str, folder: str, variant: str, matched: str = "stream") -
 def eight_bits() -> str:
     from bench.studies.eight_bits_table import by_eighth
 
-    shown = [
-        ("bfloat16", "bfloat16", BLUE), ("all_int8", "8 bits, layers in int8", GREEN),
-        ("all", "8 bits, layers in e4m3", ORANGE),
-    ]  # fmt: skip
+    shown = [("bfloat16", "bfloat16", BLUE), ("all_int8", "8 bits, layers in int8", GREEN)]
+    shown.append(("all", "8 bits, layers in e4m3", ORANGE))
     series = [(name, colour, by_eighth("scenes", "stream", variant)) for variant, name, colour in shown]
     return lines("Valid frames, %: bfloat16 and 8 bits", "eighth of a video of 384 frames", series)
 

@@ -224,7 +224,7 @@ ILLEGAL = {
     "a true window": ({"window_frames": True}, "window_frames must be None, one number .*got True"),
     "an array of windows": ({"window_frames": np.array([6, 6, 6])}, "window_frames must .* per step .2., got array"),
     "no model": ({"model": None}, "model must be the path of a file or folder, got None"),
-    "image": ({"image": 3}, "image must be the path of a file or folder, got 3"),
+    "image": ({"image": 3}, r"image must be a file, \(file, number\), or a list of these, got 3"),
     "clip": ({"extend": b"x.mp4"}, "extend must be the path of a file or folder, got b'x.mp4'"),
     "session": ({"session": 3}, "session must be the path of a file or folder, got 3"),
     "prompts": ({"prompts": "a.txt"}, "prompts must be a PromptSchedule .* got 'a.txt'"),
