@@ -288,8 +288,11 @@ def test_a_state_goes_on_bit_for_bit():
     lying = {name: unpack_values(x, 2).flatten(2, 3) for name, x in frames.items()}  # as earlier builds wrote them
     assert all(x.shape == state["cache"]["k.0"].shape for x in lying.values())
     again._executor.cache.load_state_dict({**state["cache"], **lying})
-    for i, ring in enumerate(again._executor.cache.v):
-        assert torch.equal(bits(ring), bits(frames[f"v.{i}"]))
+    for i, ring in enumerate(
+        again._executor.cache.v
+    ):  # of a slot that was never written only the keys' places are kept
+        ours, theirs = (bits(unpack_values(x, 2)) for x in (ring, frames[f"v.{i}"]))
+        assert torch.equal(ours, theirs)
     del state["cache"]["k_scale.1"]
     with pytest.raises(ValueError, match=r"k_scale\.1 must be torch.float32 \[3, 1, 6, 2\], got nothing"):
         again._executor.cache.load_state_dict(state["cache"])
