@@ -107,8 +107,8 @@ class CheckpointInfo:
         if linear_dtype is not None:
             stored, large = self.as_they_are.get(linear_dtype, 0), self.large
             source = f"{stored} of {large} as they are in the file" if stored else "quantised layer by layer"
-            rest = ", the others quantised layer by layer" if 0 < stored < large else ""
-            return f"; weights of large linear layers in {linear_dtype}: {source}{rest}"
+            rounded = ", the others quantised layer by layer" if 0 < stored < large else ""
+            return f"; weights of large linear layers in {linear_dtype}: {source}{rounded}"
         if self.quantised is None:
             return ""
         dtype, beside = str(WORK).removeprefix("torch."), loading_bytes(self.config, WORK)

@@ -150,8 +150,8 @@ class Jobs:
             if len(self.waiting_ids) >= MOST_WAITING:
                 raise Refusal("busy", f"{MOST_WAITING} videos are waiting", retry_after=60)
             height, width = self.model.sized(request.height, request.width).pixel_size
-            whole = replace(request, num_frames=frames, height=height, width=width)  # the defaults may change
-            name = self.store.add("job", asdict(whole), frames)
+            explicit = replace(request, num_frames=frames, height=height, width=width)  # the defaults may change
+            name = self.store.add("job", asdict(explicit), frames)
             self.waiting_ids.append(name)
         self.changed()
         return name
