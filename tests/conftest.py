@@ -49,6 +49,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if long := [item.nodeid for item in items if len(item.nodeid) > 300]:
+        raise pytest.UsageError(f"{long[0][:200]}... has {len(long[0])} characters: ids=brief, of tests/helpers/ids.py")
     items.sort(key=lambda item: (item.path.name not in PREPARED, item.path.name not in LONG))
     if no_nvcc() is None:
         return

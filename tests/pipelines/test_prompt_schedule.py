@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from ids import brief
 from made_runs import make_rollout, prepare
 from refusals import refused
 from small_toy import BLOCK, PROMPT, small_folder, small_model  # noqa: F401 (fixtures)
@@ -175,7 +176,7 @@ def run(order="stream", switch=2, on_prompt_change="keep", steps=3, **options) -
         {"batch": 2},
         {"executor": "recorded"},
     ],
-    ids=str,
+    ids=brief,
 )
 def test_walks_agree_on_a_recached_context(options):
     """A property of the text at each block, not of a walk."""

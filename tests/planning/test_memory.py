@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ids import brief
 from made_runs import changed, make_request
 
 from hiar_model.config import WanConfig
@@ -56,7 +57,7 @@ def taken(request: Request) -> int:
         {"num_frames": 60, "window_frames": 3, "config": NARROW},
         {"config": replace(CONFIG, num_layers=9), "fuse_cache_denoise": True},
     ],
-    ids=str,
+    ids=brief,
 )
 def test_a_rollout_takes_what_was_predicted(options):
     request = changed(REQUEST, **options)
@@ -197,7 +198,7 @@ def test_phases():
         ({"kv_dtype": torch.int8}, "kv_dtype must be one of .*float8_e4m3fn"),
         ({"height": 9}, "multiples of the patch 2x2, got 9x12"),
     ],
-    ids=str,
+    ids=brief,
 )
 def test_what_a_rollout_refuses_is_refused(options, said):
     with pytest.raises(ValueError, match=said):

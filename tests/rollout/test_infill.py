@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ids import brief
 from tiny_model import MODEL, SIZE, TEXT, TINY, difference, make_model
 
 from hiar_model.config import FlowSchedule
@@ -155,7 +156,7 @@ def test_not_finite_is_told():
         ({"model": [MODEL]}, "one for each of the 3 steps, got 1"),
         ({"video_ids": [1]}, "one for each of 2 videos, got 1"),
     ],
-    ids=str,
+    ids=brief,
 )
 def test_bad_requests_are_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message):

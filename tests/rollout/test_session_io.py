@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from ids import brief
 from made_runs import make_rollout
 from refusals import refused
 from safetensors import safe_open
@@ -89,7 +90,7 @@ CASES = [
 FORKS = [case for case in CASES if not case.get("pairs") and case.get("order") != "step_first"]
 
 
-@pytest.mark.parametrize("options", CASES, ids=str)
+@pytest.mark.parametrize("options", CASES, ids=brief)
 def test_what_goes_on_is_what_was_never_interrupted(tmp_path, options):
     whole = latents(start(**options))
     for after in (1, 3):
@@ -108,7 +109,7 @@ def test_what_goes_on_is_what_was_never_interrupted(tmp_path, options):
         assert second.forwards_done == second.forwards_total and not second._executor.latents
 
 
-@pytest.mark.parametrize("options", FORKS, ids=str)
+@pytest.mark.parametrize("options", FORKS, ids=brief)
 def test_a_fork_is_the_run_whose_text_changes_there(tmp_path, options):
     options = {"model": SHALLOW, **options}
     first = start(**options)
@@ -270,7 +271,7 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, change, message):
         ),
         ({"model": make_model().double()}, "float64"),
     ],
-    ids=str,
+    ids=brief,
 )
 def test_another_rollout_is_refused(tmp_path, options, message):
     first = start()

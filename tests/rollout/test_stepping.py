@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ids import brief
 from refusals import refused
 from tiny_model import MODEL, TEXT
 
@@ -100,7 +101,7 @@ def test_making_a_rollout_runs_nothing(monkeypatch):
         ({"prefix": torch.zeros(2, 3, 2, 2, 4)}, r"prefix must be \[1, any, 2, 2, 4\], got \[2, 3, 2, 2, 4\]"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
     ],
-    ids=str,
+    ids=brief,
 )
 def test_refusals(changes, said):
     options = {"config": CONFIGS[1], "execution": None, **SIZES, **changes}
