@@ -1,9 +1,12 @@
-"""The fixtures of this folder do what they promise."""
+"""The fixtures of this folder, and the repairs of the interpreter, do what they promise."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+from hiar_kernels import rms_norm
+from hiar_kernels.common.triton_loader import interpreting
 
 pytestmark = pytest.mark.interpreter
 
@@ -21,3 +24,17 @@ def test_fresh_memory_is_poisoned(device, dtype):
 
 def test_poison_ends_with_its_test():
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_language_is_patched_once_in_a_launch(device, monkeypatch):
+    """Not for each device function that the kernel calls, and not for longer than that."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    x = torch.ones(1, 2, 8, device=device)
+    rms_norm(x, x[0, 0], impl="triton")  # loads the kernels, and with them the repairs
+    patched, patch = [], interpreter._patch_lang_core
+    monkeypatch.setattr(interpreter, "_patch_lang_core", lambda *language: [patched.append(language), patch(*language)])
+    rms_norm(x, x[0, 0], impl="triton")
+    assert len(patched) == (2 if interpreting() else 0)  # triton.language and its core
+    assert tl.core.is_builtin(tl.load)
