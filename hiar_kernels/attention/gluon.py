@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..common import triton_loader
 from ..common.dispatch import require
+from ..common.shapes import HEAD_DIM
 from .inputs import AttentionInputs
 from .mask import BlockCausal
 from .schedule import AttentionSchedule
 
-HEAD_DIM = 128
 _MODULE = "triton.experimental.gluon.language.nvidia.hopper"
 
 

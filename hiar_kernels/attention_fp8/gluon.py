@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..attention.gluon import HEAD_DIM, attention_schedule, unavailable
+from ..attention.gluon import attention_schedule, unavailable
 from ..attention.schedule import AttentionSchedule
 from ..common import triton_loader
+from ..common.shapes import HEAD_DIM
 from .inputs import Float8Inputs
 
 
