@@ -52,7 +52,7 @@ from ..common.gluon_hopper import (
     row_sum,
     slot_stride,
 )
-from ..common.shapes import HEAD_DIM
+from ..common.shapes import HEAD_DIM, steps
 from .inputs import P_SCALE, Float8Inputs
 
 _ROWS = TILE_QUERIES // 2  # queries of a consumer
@@ -445,7 +445,7 @@ def launch(call: Float8Inputs, schedule: AttentionSchedule, variant: str = "") -
         q, scale = (q.view(torch.uint8) ^ 0x80).view(q.dtype), -scale
     outputs = schedule.outputs(HEAD_DIM, call.result)
     tokens, (b, slots, h, d, width) = schedule.frame_tokens, v.shape
-    values = descriptor(v, [b, slots * h * d, width], [v.stride(0), width, 1], HEAD_DIM)
+    values = descriptor(v, [b, slots * h * d, width], [steps(v)[0], width, 1], HEAD_DIM)
     with torch.cuda.device_of(q):
         _attention_fp8_hopper_kernel[(schedule.ctas,)](
             by_token(q, _ROWS), by_slot(k, tokens, BLOCK_KEYS), values, *outputs, call.q_scales.contiguous(),

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .shapes import HEAD_DIM
+from .shapes import HEAD_DIM, steps
 
 # Registers of a thread: at launch, then of the consumers and of the producer (3 warpgroups share 65536).
 LAUNCH_REGISTERS = 168
@@ -50,12 +50,12 @@ def descriptor(x: Tensor, shape: list[int], strides: list[int], rows: int) -> Te
 def by_token(x: Tensor, rows: int) -> TensorDescriptor:
     """x [B, T, H, 128] as [B, T, H * 128], in boxes of ``rows`` tokens of one head."""
     b, t, h, d = x.shape
-    return descriptor(x, [b, t, h * d], [x.stride(0), x.stride(1), 1], rows)
+    return descriptor(x, [b, t, h * d], [*steps(x)[:2], 1], rows)
 
 
 def slot_stride(x: Tensor, tokens: int) -> int:
     """Frame slots of x [B, slots * tokens, H, 128] from one item to the next."""
-    return x.stride(0) // (tokens * x.stride(1)) if x.shape[0] > 1 else x.shape[1] // tokens
+    return steps(x)[0] // (tokens * steps(x)[1])
 
 
 def by_slot(x: Tensor, tokens: int, rows: int) -> TensorDescriptor:
@@ -64,7 +64,7 @@ def by_slot(x: Tensor, tokens: int, rows: int) -> TensorDescriptor:
     """
     b, t, h, d = x.shape
     shape = [(b - 1) * slot_stride(x, tokens) + t // tokens, tokens, h * d]
-    return descriptor(x, shape, [tokens * x.stride(1), x.stride(1), 1], rows)
+    return descriptor(x, shape, [tokens * steps(x)[1], steps(x)[1], 1], rows)
 
 
 def descriptor_type(dtype: str, rows: int) -> str:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from on_hopper import CASES, IN_8_BITS
 
-from hiar_kernels.attention import gluon
+from hiar_kernels.attention import BlockCausal, gluon
 from hiar_kernels.attention.inputs import AttentionInputs
 from hiar_kernels.attention.schedule import allocate
 from hiar_kernels.attention_fp8 import gluon as gluon_fp8
@@ -260,6 +260,29 @@ def test_what_a_launch_in_8_bits_hands_over(name, monkeypatch):
     for kind, rows in (("q", 64), ("k", 128), ("v", 128)):
         assert_encodable(by_name[f"{kind}_desc"], rows)
     assert by_name["k_desc"].shape == [(batch - 1) * room + slots, tokens, heads * 128]
+
+
+def odd_strides(x):
+    """x with strides of 3 along dimensions of size 1: nothing steps along them."""
+    return x.as_strided(x.shape, [3 if n == 1 else step for n, step in zip(x.shape, x.stride(), strict=True)])
+
+
+def test_strides_along_which_nothing_steps_do_not_matter(monkeypatch):
+    """A ring of one slot, one head, one video and one token a frame, as a slice of something else has them."""
+    mask, ids, scales = BlockCausal(1, 1, 1), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1, 1)
+    row, ring = torch.zeros(1, 1, 1, 128, dtype=torch.uint8).view(E4M3), torch.zeros(1, 1, 1, 128, 16).to(E4M3)
+    call = Float8Inputs(*map(odd_strides, (row, row, ring, scales, scales, scales)), ids, ids, mask)
+    assert call.v.stride() == (3, 3, 3, 16, 1) and call.k_scales.stride() == (3, 3, 3)
+    assert gluon_fp8.unfit(call) is None
+    schedule = allocate((1, 1, 1, 1), 1, 0, ids.device, 132, one_slot=True)
+    *_, by_name = launched(module("attention_fp8"), monkeypatch, call, schedule)
+    for kind, rows in (("q", 64), ("k", 128), ("v", 128)):
+        assert_encodable(by_name[f"{kind}_desc"], rows)
+    q = odd_strides(torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16))
+    assert gluon.unfit(AttentionInputs(q, q, q)) is None
+    *_, by_name = launched(module("attention"), monkeypatch, q, q, q, allocate((1, 1, 1, 1), 1, 0, q.device, 132), 0.1)
+    for kind, rows in (("q", 64), ("k", 128), ("v_slot", 128)):
+        assert_encodable(by_name[f"{kind}_desc"], rows)
 
 
 @pytest.mark.parametrize("name", CASES)
