@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.checks import dtype_name
 from ..common.lora_file import LoraLike, lora_files
 from ..common.settings import own_settings
 from ..config import SHIPPED, ExecutionConfig, WanConfig
@@ -89,7 +90,7 @@ class CheckpointInfo:
         c = self.config
         network = "" if self.network is None else f", network {self.network}"
         network += f" (left: {', '.join(self.others)})" if self.others else ""
-        dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        dtypes = " and ".join(map(dtype_name, self.dtypes))
         first, more = self.files[0], len(self.files) - 1
         sizes = self.window._asdict().items()
         window = ", ".join(f"{name} {frames}" for name, frames in sizes if frames is not None)
@@ -111,7 +112,7 @@ class CheckpointInfo:
             return f"; weights of large linear layers in {linear_dtype}: {source}{rounded}"
         if self.quantised is None:
             return ""
-        dtype, beside = str(WORK).removeprefix("torch."), loading_bytes(self.config, WORK)
+        dtype, beside = dtype_name(WORK), loading_bytes(self.config, WORK)
         return (
             f"; dequantised layer by layer to {dtype}: {self.parameters * WORK.itemsize / 1e9:.2f} GB and at most "
             f"{beside / 1e9:.2f} GB beside them"
