@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench.lib import report
 from hiar_model import ExecutionConfig
+from hiar_model.common.checks import dtype_name
 from hiar_model.models.registry import VideoModel, load_video_model
 from hiar_model.rollout import Rollout
 from hiar_model.toy.oracle import ToyOracle
@@ -81,7 +82,7 @@ def table(model: VideoModel, prompts: Sequence[ToyPrompt], frames: int, seed: in
         own.setdefault(dtype, result)
         off = (result - expected).abs()
         s = read(model, prompts, result)
-        names = [str(x).removeprefix("torch.") for x in (dtype, kv_dtype or dtype, linear_dtype or dtype)]
+        names = [dtype_name(x) for x in (dtype, kv_dtype or dtype, linear_dtype or dtype)]
         differences = [f"{off.max():.3f}", f"{off.mean():.4f}"] if not first else ["", ""]
         shares = [f"{100 * share:.1f}" for share in (s.colour, s.valid, s.direction)]
         cells.append([*names, *differences, f"{result.square().mean().sqrt():.3f}", *shares, f"{s.speed_ratio:.3f}"])

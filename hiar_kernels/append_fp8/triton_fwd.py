@@ -177,7 +177,8 @@ def _write(k: Tensor, v: Tensor, parts: Tensor, rings: Fp8Rings, hardware: bool)
 
 
 def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Keys or values [B, T, H, D] with channels side by side, and heads where _largest_kernel finds them by 32 bits."""
+    return x if x.stride(3) == 1 and (x.shape[2] - 1) * x.stride(2) < 2**31 else x.contiguous()
 
 
 def launch(k: Tensor, v: Tensor, *arguments: Any) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..common import triton_loader
 from ..common.dispatch import require
+from ..common.shapes import HEAD_DIM, steps
 from .inputs import AttentionInputs
 from .mask import BlockCausal
 from .schedule import AttentionSchedule
 
-HEAD_DIM = 128
 _MODULE = "triton.experimental.gluon.language.nvidia.hopper"
 
 
@@ -47,14 +47,15 @@ def unfit(call: AttentionInputs) -> str | None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.numel() == 0:
             return f"it takes at least one token, got {name} {list(x.shape)}"
-        if x.stride(3) != 1 or x.stride(2) != HEAD_DIM or x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:2]):
+        item, token, *inner = steps(x)
+        if inner != [HEAD_DIM, 1] or x.data_ptr() % 16 or item % 8 or token % 8 or not token:
             return f"it takes heads side by side, at whole 16 bytes, got {name} with strides {x.stride()}"
-        in_slots = x.shape[0] == 1 or x.shape[1] == slot or x.stride(0) % (slot * x.stride(1)) == 0
+        in_slots = x.shape[0] == 1 or x.shape[1] == slot or item % (slot * token) == 0
         if name != "q" and not in_slots:
             return f"it takes batch items whole frame slots apart, got {name} with strides {x.stride()}"
-        if x.shape[0] > 1 and not x.stride(0):
+        if not item:
             return f"it takes batch items of their own, got {name} shared by a stride of 0"
-    if k.shape[0] > 1 and k.stride() != v.stride():
+    if k.shape[0] > 1 and steps(k) != steps(v):
         return f"it takes k and v laid out alike, got strides {k.stride()} and {v.stride()}"
     return None
 

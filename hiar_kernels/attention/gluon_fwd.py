@@ -23,14 +23,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..common.aot import Case
-from ..common.gluon_hopper import copy, exp2, rescaled, row_max, row_sum
+from ..common.gluon_hopper import (
+    CONSUMER_REGISTERS,
+    LAUNCH_REGISTERS,
+    PRODUCER_REGISTERS,
+    by_slot,
+    by_token,
+    copy,
+    descriptor_type,
+    exp2,
+    rescaled,
+    row_max,
+    row_sum,
+    slot_stride,
+)
+from ..common.shapes import HEAD_DIM
 from .schedule import BLOCK_FIELDS, BLOCK_KEYS, SEGMENT_FIELDS, TILE_QUERIES, AttentionSchedule
 from .triton_schedule import merge_cuts
 
-HEAD_DIM = 128
 STAGES = 2
 _ROWS = TILE_QUERIES // 2  # queries of a consumer
 _D = gl.constexpr(HEAD_DIM)
@@ -42,10 +54,6 @@ _BLOCK_FIELDS = gl.constexpr(BLOCK_FIELDS)
 _SEGMENT_FIELDS = gl.constexpr(SEGMENT_FIELDS)
 _LN2 = gl.constexpr(0.6931471805599453)
 _LOG2E = 1.4426950408889634
-# Registers of a thread: at launch, then of the consumers and of the producer (3 warpgroups share 65536).
-_LAUNCH_REGISTERS = 168
-_CONSUMER_REGISTERS = gl.constexpr(240)
-_PRODUCER_REGISTERS = gl.constexpr(24)
 
 
 @gluon.jit
@@ -310,24 +318,8 @@ def _attention_hopper_kernel(
             ))
         ],
         [4, 1],
-        [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
-
-
-_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-
-
-def _by_token(x: Tensor, rows: int) -> TensorDescriptor:
-    """x [B, T, H, 128] as [B, T, H * 128], in boxes of ``rows`` tokens of one head."""
-    b, t, h, d = x.shape
-    return TensorDescriptor(x, [b, t, h * d], [x.stride(0), x.stride(1), 1], [1, rows, d], _LAYOUT)
-
-
-def _by_slot(x: Tensor, slots: int, stride: int, tokens: int) -> TensorDescriptor:
-    """x [B, T, H, 128] as [frame slots of all items, tokens, H * 128]; ``stride`` slots from item to item."""
-    b, _, h, d = x.shape
-    shape = [(b - 1) * stride + slots, tokens, h * d]
-    return TensorDescriptor(x, shape, [tokens * x.stride(1), x.stride(1), 1], [1, BLOCK_KEYS, d], _LAYOUT)
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, schedule: AttentionSchedule, scale: float) -> tuple[Tensor, Tensor]:
@@ -341,27 +333,21 @@ def launch(q: Tensor, k: Tensor, v: Tensor, schedule: AttentionSchedule, scale: 
         out [B, Tq, H, 128] contiguous, dtype of q; natural logsumexp [B, H, Tq] float32.
     """
     schedule.require_fits(q, k)
-    b, queries, h, d = q.shape
     if scale < 0:  # the kernel takes the maximum before it scales
         q, scale = -q, -scale
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((b, h, queries), dtype=torch.float32, device=q.device)
-    partial_out = torch.empty((2 * schedule.ctas, TILE_QUERIES, d), dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty((2 * schedule.ctas, TILE_QUERIES), dtype=torch.float32, device=q.device)
-    tokens, slots = schedule.frame_tokens, k.shape[1] // schedule.frame_tokens
-    by_token = [_by_token(q, _ROWS), *(_by_token(x, BLOCK_KEYS) for x in (k, v))]
-    stride, by_slot = 1, by_token[1:]  # one slot: its end is that of the tensor
-    if slots > 1:
-        stride = k.stride(0) // (tokens * k.stride(1)) if b > 1 else slots
-        by_slot = [_by_slot(x, slots, stride, tokens) for x in (k, v)]
+    outputs = schedule.outputs(HEAD_DIM, q.dtype)
+    tokens = schedule.frame_tokens
+    whole = slots = [by_token(x, BLOCK_KEYS) for x in (k, v)]
+    stride = 1
+    if k.shape[1] > tokens:  # else the end of the slot is that of the tensor
+        slots, stride = [by_slot(x, tokens, BLOCK_KEYS) for x in (k, v)], slot_stride(k, tokens)
     with torch.cuda.device_of(q):
         _attention_hopper_kernel[(schedule.ctas,)](
-            *by_token, *by_slot, out, lse, partial_out, partial_lse, schedule.segments, schedule.segment_counts,
-            schedule.blocks, schedule.limits, schedule.segments.shape[1], schedule.blocks.shape[2], schedule.q_tiles, h,
-            queries, stride, tokens, schedule.sink_end, scale * _LOG2E, num_warps=4, maxnreg=_LAUNCH_REGISTERS,
+            by_token(q, _ROWS), *whole, *slots, *outputs, *schedule.tables, stride, tokens,
+            schedule.sink_end, scale * _LOG2E, num_warps=4, maxnreg=LAUNCH_REGISTERS,
         )  # fmt: skip
-        merge_cuts(schedule, partial_out, partial_lse, out, lse)
-    return out, lse
+        merge_cuts(schedule, *outputs)
+    return outputs[:2]
 
 
 def compile_cases(arch: int) -> list[Case]:
@@ -372,6 +358,6 @@ def compile_cases(arch: int) -> list[Case]:
     types |= {"out_ptr": "*bf16", "qk_scale": "fp32"}
     for name in ("q_desc", "k_desc", "v_desc", "k_slot_desc", "v_slot_desc"):
         rows = _ROWS if name == "q_desc" else BLOCK_KEYS
-        types[name] = f"tensordesc<bf16[1, {rows}, {HEAD_DIM}],{_LAYOUT!r}>"
-    options = {"tensor_cores": True, "max_registers": _LAUNCH_REGISTERS}
+        types[name] = descriptor_type("bf16", rows)
+    options = {"tensor_cores": True, "max_registers": LAUNCH_REGISTERS}
     return [Case.of("ring of 21 frames", _attention_hopper_kernel, types, {}, (), **options)]

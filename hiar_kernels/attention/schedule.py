@@ -60,6 +60,34 @@ class AttentionSchedule:
         """Programs of the persistent grid."""
         return self.segments.shape[0]
 
+    def outputs(self, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Memory for what a kernel writes, all of it contiguous and but for the first float32.
+
+        Returns:
+            out [B, Tq, H, head_dim] in dtype; logsumexp [B, H, Tq]; by slot the partial results [2 CTAs, 128, head_dim]
+            and their logsumexp [2 CTAs, 128].
+        """
+        b, queries, h, _ = self.shape
+
+        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(sizes, dtype=dtype, device=self.blocks.device)
+
+        return (
+            empty(b, queries, h, head_dim, dtype=dtype),
+            empty(b, h, queries),
+            empty(2 * self.ctas, TILE_QUERIES, head_dim),
+            empty(2 * self.ctas, TILE_QUERIES),
+        )
+
+    @property
+    def tables(self) -> tuple[Tensor | int, ...]:
+        """Arguments of a kernel, segments_ptr to q_tokens."""
+        _, queries, h, _ = self.shape
+        return (
+            self.segments, self.segment_counts, self.blocks, self.limits, self.segments.shape[1], self.blocks.shape[2],
+            self.q_tiles, h, queries,
+        )  # fmt: skip
+
     def require_fits(self, q: Tensor, k: Tensor, one_slot: bool = False) -> None:
         """Raise ValueError in one line for tensors of other sizes, or for the other kernel."""
         op, sizes = "attention_fp8" if one_slot else "attention", (*q.shape[:3], k.shape[1])

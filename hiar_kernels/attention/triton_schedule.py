@@ -255,11 +255,9 @@ def make(
     return tables
 
 
-def merge_cuts(tables: AttentionSchedule, partial_out: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Write the tiles that several CTAs shared into out [B, Tq, H, D] and lse [B, H, Tq].
-
-    Args:
-        part_out: float32 [2 CTAs, 128, D] partial results by slot. part_lse: float32 [2 CTAs, 128], to base 2.
+def merge_cuts(tables: AttentionSchedule, out: Tensor, lse: Tensor, partial_out: Tensor, partial_lse: Tensor) -> None:
+    """Write the tiles that several CTAs shared into out and lse, of :meth:`.AttentionSchedule.outputs`; partial_lse is
+    to base 2.
     """
     rest = tables.cuts.shape[0]
     if not rest:

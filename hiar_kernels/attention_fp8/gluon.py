@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..attention.gluon import HEAD_DIM, attention_schedule, unavailable
+from ..attention.gluon import attention_schedule, unavailable
 from ..attention.schedule import AttentionSchedule
 from ..common import triton_loader
+from ..common.shapes import HEAD_DIM, steps
 from .inputs import Float8Inputs
 
 
@@ -23,15 +24,17 @@ def unfit(call: Float8Inputs) -> str | None:
     for name, x in (("q", q), ("k", k)):
         if x.numel() == 0:
             return f"it takes at least one token, got {name} {list(x.shape)}"
-        if x.stride(3) != 1 or x.stride(2) != HEAD_DIM or x.data_ptr() % 16 or any(s % 16 for s in x.stride()[:2]):
+        item, token, *inner = steps(x)
+        if inner != [HEAD_DIM, 1] or x.data_ptr() % 16 or item % 16 or token % 16 or not token:
             return f"it takes heads side by side, at whole 16 bytes, got {name} with strides {x.stride()}"
-    b, (_, slots, h, d, width) = q.shape[0], v.shape
-    if v.stride()[1:] != (h * d * width, d * width, width, 1) or v.data_ptr() % 16 or v.stride(0) % 16:
+    _, _, h, d, width = v.shape
+    if steps(v)[1:] != (h * d * width, d * width, width, 1) or v.data_ptr() % 16 or steps(v)[0] % 16:
         return f"it takes v with dense slots, at whole 16 bytes, got strides {v.stride()}"
-    if b > 1 and (k.stride(0) % (tokens * k.stride(1)) or not (q.stride(0) and k.stride(0) and v.stride(0))):
+    item, token, *_ = steps(k)
+    if item % (tokens * token) or not (steps(q)[0] and item and steps(v)[0]):
         return f"it takes batch items of their own, whole frame slots apart, got k with strides {k.stride()}"
     for name, scales in (("k_scales", call.k_scales), ("v_scales", call.v_scales)):
-        if scales.stride()[1:] != (h, 1) and slots * h > 1:
+        if steps(scales)[1:] != (h, 1):
             return f"it takes {name} with dense slots, got strides {scales.stride()}"
     return None
 

@@ -32,15 +32,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..attention.schedule import BLOCK_FIELDS, BLOCK_KEYS, SEGMENT_FIELDS, TILE_QUERIES, AttentionSchedule
 from ..attention.triton_schedule import merge_cuts
 from ..common.aot import Case
-from ..common.gluon_hopper import copy, exp2, exp2_partly_by_polynomial, rescaled, row_max, row_sum
+from ..common.gluon_hopper import (
+    CONSUMER_REGISTERS,
+    LAUNCH_REGISTERS,
+    PRODUCER_REGISTERS,
+    by_slot,
+    by_token,
+    copy,
+    descriptor,
+    descriptor_type,
+    exp2,
+    exp2_partly_by_polynomial,
+    rescaled,
+    row_max,
+    row_sum,
+    slot_stride,
+)
+from ..common.shapes import HEAD_DIM, steps
 from .inputs import P_SCALE, Float8Inputs
 
-HEAD_DIM = 128
 _ROWS = TILE_QUERIES // 2  # queries of a consumer
 _D = gl.constexpr(HEAD_DIM)
 _N = gl.constexpr(BLOCK_KEYS)
@@ -52,9 +66,6 @@ _SEGMENT_FIELDS = gl.constexpr(SEGMENT_FIELDS)
 _LN2 = gl.constexpr(0.6931471805599453)
 _SHIFT = gl.constexpr(math.log2(P_SCALE))
 _LOG2E = 1.4426950408889634
-_LAUNCH_REGISTERS = 168
-_CONSUMER_REGISTERS = gl.constexpr(240)
-_PRODUCER_REGISTERS = gl.constexpr(24)
 
 
 @gluon.jit
@@ -405,11 +416,10 @@ def _attention_fp8_hopper_kernel(
             ))
         ],
         [4, 1],
-        [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
 
 
-_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=3)
 PRODUCTION = {"STAGES": 2, "NARROW": 32, "POLYNOMIAL": False}
 VARIANTS: dict[str, dict[str, int | bool]] = {
     "": {},
@@ -431,34 +441,20 @@ def launch(call: Float8Inputs, schedule: AttentionSchedule, variant: str = "") -
     q, k, v, scale = call.q, call.k, call.v, call.softmax_scale
     assert call.q_scales is not None
     schedule.require_fits(q, k, one_slot=True)
-    b, queries, h, d = q.shape
     if scale < 0:  # the kernel takes the maximum before it scales
         q, scale = (q.view(torch.uint8) ^ 0x80).view(q.dtype), -scale
-    device, tokens = q.device, schedule.frame_tokens
-    out = torch.empty(q.shape, dtype=call.result, device=device)
-    lse = torch.empty((b, h, queries), dtype=torch.float32, device=device)
-    partial_out = torch.empty((2 * schedule.ctas, TILE_QUERIES, d), dtype=torch.float32, device=device)
-    partial_lse = torch.empty((2 * schedule.ctas, TILE_QUERIES), dtype=torch.float32, device=device)
-    slots, width = v.shape[1], v.shape[4]
-    stride = k.stride(0) // (tokens * k.stride(1)) if b > 1 else slots
-    descriptors = (
-        TensorDescriptor(q, [b, queries, h * d], [q.stride(0), q.stride(1), 1], [1, _ROWS, d], _LAYOUT),
-        TensorDescriptor(
-            k, [(b - 1) * stride + slots, tokens, h * d], [tokens * k.stride(1), k.stride(1), 1], [1, BLOCK_KEYS, d],
-            _LAYOUT,
-        ),
-        TensorDescriptor(v, [b, slots * h * d, width], [v.stride(0), width, 1], [1, d, BLOCK_KEYS], _LAYOUT),
-    )  # fmt: skip
+    outputs = schedule.outputs(HEAD_DIM, call.result)
+    tokens, (b, slots, h, d, width) = schedule.frame_tokens, v.shape
+    values = descriptor(v, [b, slots * h * d, width], [steps(v)[0], width, 1], HEAD_DIM)
     with torch.cuda.device_of(q):
         _attention_fp8_hopper_kernel[(schedule.ctas,)](
-            *descriptors, out, lse, partial_out, partial_lse, call.q_scales.contiguous(), call.k_scales, call.v_scales,
-            schedule.segments, schedule.segment_counts, schedule.blocks, schedule.limits, schedule.segments.shape[1],
-            schedule.blocks.shape[2], schedule.q_tiles, h, queries, stride, tokens, call.k_scales.stride(0),
+            by_token(q, _ROWS), by_slot(k, tokens, BLOCK_KEYS), values, *outputs, call.q_scales.contiguous(),
+            call.k_scales, call.v_scales, *schedule.tables, slot_stride(k, tokens), tokens, call.k_scales.stride(0),
             call.v_scales.stride(0), schedule.sink_end, scale * _LOG2E, **{**PRODUCTION, **VARIANTS[variant]},
-            num_warps=4, maxnreg=_LAUNCH_REGISTERS,
+            num_warps=4, maxnreg=LAUNCH_REGISTERS,
         )  # fmt: skip
-        merge_cuts(schedule, partial_out, partial_lse, out, lse)
-    return out, lse
+        merge_cuts(schedule, *outputs)
+    return outputs[:2]
 
 
 def compile_cases(arch: int) -> list[Case]:
@@ -468,8 +464,8 @@ def compile_cases(arch: int) -> list[Case]:
     names = ("lse_ptr", "partial_out_ptr", "partial_lse_ptr", "q_scales_ptr", "k_scales_ptr", "v_scales_ptr")
     types = dict.fromkeys(names, "*fp32") | {"out_ptr": "*bf16", "qk_scale": "fp32"}
     for name, rows in (("q_desc", _ROWS), ("k_desc", BLOCK_KEYS), ("v_desc", HEAD_DIM)):
-        types[name] = f"tensordesc<fp8e4nv[1, {rows}, {HEAD_DIM}],{_LAYOUT!r}>"
-    options = {"tensor_cores": True, "max_registers": _LAUNCH_REGISTERS}
+        types[name] = descriptor_type("fp8e4nv", rows)
+    options = {"tensor_cores": True, "max_registers": LAUNCH_REGISTERS}
     return [
         Case.of(
             f"ring of 21 frames{variant and f', {variant}'}", _attention_fp8_hopper_kernel, types,

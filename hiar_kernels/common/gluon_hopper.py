@@ -1,11 +1,24 @@
 # mypy: allow-incomplete-defs
-"""What the attention kernels for Hopper share, in Gluon: copies, reductions of a row, the exponential, the rescale."""
+"""What the attention kernels for Hopper share, in Gluon: descriptors of tensors, copies, reductions of a row, the
+exponential, the rescale.
+"""
 
 from __future__ import annotations
 
+import functools
+
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .shapes import HEAD_DIM, steps
+
+# Registers of a thread: at launch, then of the consumers and of the producer (3 warpgroups share 65536).
+LAUNCH_REGISTERS = 168
+CONSUMER_REGISTERS = gl.constexpr(240)
+PRODUCER_REGISTERS = gl.constexpr(24)
 
 _PACK = 32  # numbers of a thread, of two rows
 _RESCALE = gl.constexpr(
@@ -21,6 +34,42 @@ _RESCALE_OPERANDS = gl.constexpr(",".join(["=r"] * _PACK + ["r"] * (2 * _PACK)))
 _RESCALE_PACK = gl.constexpr(_PACK)
 # Triton 3.9 has it under a new name only, 3.7 and older under the old one only.
 copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+@functools.cache
+def layout(bits: int) -> gl.NVMMASharedLayout:
+    """Of a tile of numbers of so many bits in shared memory, as a product reads it."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=3)
+
+
+def descriptor(x: Tensor, shape: list[int], strides: list[int], rows: int) -> TensorDescriptor:
+    """The numbers of x as a tensor of that shape and those strides, in boxes of [1, rows, 128]."""
+    return TensorDescriptor(x, shape, strides, [1, rows, HEAD_DIM], layout(8 * x.element_size()))
+
+
+def by_token(x: Tensor, rows: int) -> TensorDescriptor:
+    """x [B, T, H, 128] as [B, T, H * 128], in boxes of ``rows`` tokens of one head."""
+    b, t, h, d = x.shape
+    return descriptor(x, [b, t, h * d], [*steps(x)[:2], 1], rows)
+
+
+def slot_stride(x: Tensor, tokens: int) -> int:
+    """Frame slots of x [B, slots * tokens, H, 128] from one item to the next."""
+    return steps(x)[0] // (tokens * steps(x)[1])
+
+
+def by_slot(x: Tensor, tokens: int, rows: int) -> TensorDescriptor:
+    """x [B, slots * tokens, H, 128] as [frame slots of all items, tokens, H * 128], in boxes of ``rows`` tokens of one
+    head, of which none leaves its slot.
+    """
+    b, t, h, d = x.shape
+    shape = [(b - 1) * slot_stride(x, tokens) + t // tokens, tokens, h * d]
+    return descriptor(x, shape, [tokens * steps(x)[1], steps(x)[1], 1], rows)
+
+
+def descriptor_type(dtype: str, rows: int) -> str:
+    """Of a descriptor of such boxes of "bf16" or "fp8e4nv", where a kernel is compiled ahead of time."""
+    return f"tensordesc<{dtype}[1, {rows}, {HEAD_DIM}],{layout(16 if dtype == 'bf16' else 8)!r}>"
 
 
 @gluon.jit

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.checks import dtype_name
 from ..common.settings import own_settings
 from ..models.threads import cpu_threads, fitting_threads
 from ..pipelines.decode import Decoding
@@ -366,7 +367,7 @@ def _model(subject: BenchModel, setting: Setting) -> dict[str, Any]:
 
 
 def _precision(subject: BenchModel) -> dict[str, str]:
-    weights = str(subject.network.patch_embedding.weight.dtype).removeprefix("torch.")
+    weights = dtype_name(subject.network.patch_embedding.weight.dtype)
     execution = subject.execution
     return {
         "weights": weights,
@@ -384,5 +385,5 @@ def _latents(measured: RolloutTimes) -> dict[str, Any]:
         "same_in_all_repeats": len(set(measured.sha256)) == 1,
         "blocks": len(measured.latents),
         "shape": list(first.shape),
-        "dtype": str(first.dtype).removeprefix("torch."),
+        "dtype": dtype_name(first.dtype),
     }

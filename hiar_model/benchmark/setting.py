@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..common.checks import DTYPE_NAMES, one_of, whole
+from ..common.checks import DTYPE_NAMES, dtype_name, one_of, whole
 from ..common.settings import own_settings
 from ..config import SHIPPED, WAN, ExecutionConfig, RolloutConfig, WanConfig
 from ..models.quantized_linear import quantize_layers
@@ -247,7 +247,7 @@ def _require_room(
     tokens, sizes = math.prod(config.grid(*latent_size)), [max(window or 0 for window in rollout.windows)]
     weights = weights_bytes(config, dtype, None if linear_dtype is None else getattr(torch, linear_dtype), device.type)
     least = weights + RingCache.memory_bytes(config, sizes, 1, tokens, dtype)
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     require_free(least, device, f"{model} in {name}, its weights and one window of keys and values,")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..common.checks import dtype_name
 from ..io.atomic import atomic_write
 from ..io.files import check_output, check_picture, require_apart
 from .machine import kv_argument, linear_argument, load_model, machine_arguments, progress_bar, window_argument
@@ -77,7 +78,7 @@ def evaluate(a: Namespace) -> None:
             "prompts": len(prompts),
             "seeds": a.seeds,
             "device": str(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model.dtype),
             "kv_dtype": a.kv_dtype,
             "attention_dtype": a.attention_dtype,
             "linear_dtype": a.linear_dtype,

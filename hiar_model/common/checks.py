@@ -31,6 +31,11 @@ SLOWEST, FASTEST = 0.01, 1000.0
 """Frames per second that every format can store."""
 
 
+def dtype_name(dtype: object) -> str:
+    """A torch.dtype, or its name, as it is written in options and results: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def as_whole(value: object) -> int | None:
     """A whole number (of Python, of numpy, a tensor of one element) as an int; None for anything else, bools too."""
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..common.checks import DTYPE_NAMES, number_above_0, one_of, whole
+from ..common.checks import DTYPE_NAMES, dtype_name, number_above_0, one_of, whole
 
 ON_NAN = ("stop", "retry")
 ATTENTION_IMPLS = (
@@ -87,9 +87,9 @@ class ExecutionConfig:
         one_of("attention_impl", self.attention_impl, ATTENTION_IMPLS)
         one_of("on_nan", self.on_nan, ON_NAN)
         object.__setattr__(self, "timeout", number_above_0("timeout", self.timeout))
-        object.__setattr__(self, "kv_dtype", _dtype_name("kv_dtype", self.kv_dtype, KV_DTYPES))
-        object.__setattr__(self, "linear_dtype", _dtype_name("linear_dtype", self.linear_dtype, LINEAR_DTYPES))
-        products = _dtype_name("attention_dtype", self.attention_dtype, ATTENTION_DTYPES)
+        object.__setattr__(self, "kv_dtype", _checked_dtype("kv_dtype", self.kv_dtype, KV_DTYPES))
+        object.__setattr__(self, "linear_dtype", _checked_dtype("linear_dtype", self.linear_dtype, LINEAR_DTYPES))
+        products = _checked_dtype("attention_dtype", self.attention_dtype, ATTENTION_DTYPES)
         object.__setattr__(self, "attention_dtype", products)
         if products is not None and self.kv_dtype != products:
             got = "it is not set" if self.kv_dtype is None else f"got {self.kv_dtype}"
@@ -115,10 +115,10 @@ class ExecutionConfig:
         return {name: getattr(self, name) for name in ("kv_dtype", "attention_dtype", "linear_dtype")}
 
 
-def _dtype_name(name: str, dtype: Any, legal: Sequence[str]) -> str | None:
+def _checked_dtype(name: str, dtype: Any, legal: Sequence[str]) -> str | None:
     """The name of a dtype, given as dtype or name."""
     if dtype is None:
         return None
-    value = str(dtype).removeprefix("torch.")
+    value = dtype_name(dtype)
     one_of(name, value, legal)
     return value

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.checks import dtype_name
 from ..common.lora_file import LoraLike, lora_files
 from ..common.settings import own_settings
 from ..config import SHIPPED, ExecutionConfig, WanConfig
@@ -37,7 +38,7 @@ from ..io.weight_files import (
 )
 from . import key_mapping
 from .foreign import foreign
-from .lora import AppliedLora, Lora, merged, read_loras
+from .lora import AppliedLora, Lora, changed_by, merged, read_loras
 from .quantised import WORK, Quantisation, pack, unread
 from .quantized_linear import in_8_bits, quantize_layers, quantize_weight
 from .transformer import HiARTransformer
@@ -89,7 +90,7 @@ class CheckpointInfo:
         c = self.config
         network = "" if self.network is None else f", network {self.network}"
         network += f" (left: {', '.join(self.others)})" if self.others else ""
-        dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        dtypes = " and ".join(map(dtype_name, self.dtypes))
         first, more = self.files[0], len(self.files) - 1
         sizes = self.window._asdict().items()
         window = ", ".join(f"{name} {frames}" for name, frames in sizes if frames is not None)
@@ -111,7 +112,7 @@ class CheckpointInfo:
             return f"; weights of large linear layers in {linear_dtype}: {source}{rounded}"
         if self.quantised is None:
             return ""
-        dtype, beside = str(WORK).removeprefix("torch."), loading_bytes(self.config, WORK)
+        dtype, beside = dtype_name(WORK), loading_bytes(self.config, WORK)
         return (
             f"; dequantised layer by layer to {dtype}: {self.parameters * WORK.itemsize / 1e9:.2f} GB and at most "
             f"{beside / 1e9:.2f} GB beside them"
@@ -179,46 +180,21 @@ def load_transformer(
         quantize_layers(model.to(final), eight, torch.device(device or "cpu"))
     if device is not None and torch.device(device).type == "meta":
         return model.to(dtype=final).eval()
-    if info.quantised is None and linear_dtype is None:
-        model.load_state_dict(merged(state, loras, dtype), assign=True)
-        del state  # so that tensors that are fused or cast are freed
-        model.to(device=device, dtype=final)
-    else:
-        check = WeightCheck(path) if info.quantised is not None else None
-        see, order = (None, list(state)) if linear_dtype is None else (on_tensor, sorted(state))
-        for names in _parts(order):  # so that only one part is there twice: q, k, v apart and fused
-            part: dict[str, Tensor] = {}
-            for name in names:
-                value = state.pop(name)
-                part |= _loaded(name, value, check, loras, final, device or "cpu", eight, see)
-            model.load_state_dict(part, strict=False, assign=True)
-        if check is not None:
-            check.finish()
-    if on_tensor is not None and linear_dtype is None:
-        for name, tensor in sorted(model.state_dict().items()):
-            on_tensor(name, tensor)
+    check = WeightCheck(path) if info.quantised is not None else None
+    for place, names in _parts(sorted(state)).items():  # so that only one part is there twice: q, k, v apart and fused
+        part: dict[str, Tensor] = {}
+        for name in names:
+            stored, key = state.pop(name), name.removeprefix(f"{place}.")
+            part[key] = full = full_tensor(name, stored, check, loras, final, device or "cpu")
+            if on_tensor is not None:
+                on_tensor(name, full)
+            if eight is not None and in_8_bits(name):
+                as_it_is = None if changed_by(loras, name) else stored
+                part[key], part[f"{key}_scale"] = as_8_bits(as_it_is, full, eight)
+        model.get_submodule(place).load_state_dict(part, strict=False, assign=True)
+    if check is not None:
+        check.finish()
     return model.eval()
-
-
-def _loaded(
-    name: str,
-    value: Any,
-    check: WeightCheck | None,
-    loras: Sequence[tuple[Lora, float]],
-    dtype: torch.dtype,
-    device: str | torch.device,
-    linear_dtype: torch.dtype | None,
-    on_tensor: Callable[[str, Tensor], None] | None,
-) -> dict[str, Tensor]:
-    """What a module takes for a tensor of a checkpoint: the tensor, or of a layer in 8 bits weights and scales."""
-    result = unpacked({name: value}, check, loras, dtype, device)
-    if on_tensor is not None:
-        on_tensor(name, result[name])
-    if linear_dtype is None or not in_8_bits(name):
-        return result
-    as_it_is = None if any(name in lora.deltas for lora, _ in loras) else value
-    weight, scale = as_8_bits(as_it_is, result[name], linear_dtype)
-    return {name: weight, f"{name}_scale": scale}
 
 
 def as_8_bits(stored: Any, full: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -235,12 +211,13 @@ def as_8_bits(stored: Any, full: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return weight.to(full.device), scale.to(full.device)
 
 
-def _parts(names: Iterable[str]) -> list[list[str]]:
-    """The keys of each block, and of each other layer."""
+def _parts(names: Iterable[str]) -> dict[str, list[str]]:
+    """The keys of each block, and under "" all others."""
     parts: dict[str, list[str]] = {}
     for name in names:
-        parts.setdefault(".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1]), []).append(name)
-    return list(parts.values())
+        block = re.match(r"blocks\.\d+", name)
+        parts.setdefault(block[0] if block else "", []).append(name)
+    return parts
 
 
 def loading_bytes(config: WanConfig, dtype: torch.dtype, eight_bits: bool = False) -> int:
@@ -254,37 +231,34 @@ def loading_bytes(config: WanConfig, dtype: torch.dtype, eight_bits: bool = Fals
     return 3 * config.dim**2 * dtype.itemsize + temporary_bytes()
 
 
-def unpacked(
-    state: Mapping[str, Any],
+def full_tensor(
+    name: str,
+    stored: Any,
     check: WeightCheck | None,
     loras: Sequence[tuple[Lora, float]] = (),
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-) -> dict[str, Tensor]:
-    """Some tensors of :func:`open_checkpoint`, dequantised, with LoRA merged, each sum rounded once.
+) -> Tensor:
+    """A tensor of :func:`open_checkpoint`, dequantised, with LoRA merged, each sum rounded once.
 
     Args:
-        check: sees each tensor, if there is one. dtype: None: bfloat16 for what was quantised, all else as it is.
+        check: sees the tensor, if there is one. dtype: None: bfloat16 for what was quantised, all else as it is.
 
     Raises:
         ValueError: one line that names a layer whose scales are wrong, or that is not finite with LoRA.
     """
-    result = {}
-    for name, value in state.items():
-        quantised = isinstance(value, Packed)
-        final = dtype or (WORK if quantised else value.dtype)
-        changed = any(name in lora.deltas for lora, _ in loras)
-        if quantised:
-            try:
-                tensor = value.dequantise(torch.float32 if changed else final, device)
-            except ValueError as error:
-                raise ValueError(f"{check.source}: {error}" if check is not None else str(error)) from error
-        else:
-            tensor = value.to(device, value.dtype if changed else final)
-        if check is not None:
-            check.see(name, tensor, quantised)
-        result[name] = merged({name: tensor}, loras, final)[name] if changed else tensor
-    return result
+    quantised, changed = isinstance(stored, Packed), changed_by(loras, name)
+    final = dtype or (WORK if quantised else stored.dtype)
+    if quantised:
+        try:
+            tensor = stored.dequantise(torch.float32 if changed else final, device)
+        except ValueError as error:
+            raise ValueError(f"{check.source}: {error}" if check is not None else str(error)) from error
+    else:
+        tensor = stored if changed else stored.to(device, final)
+    if check is not None:
+        check.see(name, tensor, quantised)
+    return merged({name: tensor}, loras, final)[name].to(device) if changed else tensor
 
 
 def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[dict[str, Tensor], CheckpointInfo]:
@@ -297,7 +271,7 @@ def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[
     if info.quantised is None:
         return state, info
     check = WeightCheck(path)
-    tensors = unpacked(state, check)
+    tensors = {name: full_tensor(name, stored, check) for name, stored in state.items()}
     check.finish()
     return tensors, info
 

@@ -17,7 +17,15 @@ from ..config import SHIPPED, WanConfig
 from ..io.atomic import atomic
 from ..io.files import check_output, in_folder, save_tensors
 from . import key_mapping
-from .checkpoint import CONFIG_KEY, CheckpointInfo, file_header, open_checkpoint, read_checkpoint, toy_sizes, unpacked
+from .checkpoint import (
+    CONFIG_KEY,
+    CheckpointInfo,
+    file_header,
+    full_tensor,
+    open_checkpoint,
+    read_checkpoint,
+    toy_sizes,
+)
 from .lora import read_loras
 from .weight_check import WeightCheck
 
@@ -113,7 +121,7 @@ def convert(
         if on_lora is not None:
             on_lora(note)
     check = WeightCheck(source) if info.quantised is not None else None
-    state = unpacked(state, check, loras)
+    state = {name: full_tensor(name, stored, check, loras) for name, stored in state.items()}
     if check is not None:
         check.finish()
     before = tensors_sha256(state)

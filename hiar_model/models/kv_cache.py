@@ -27,6 +27,7 @@ from torch import Tensor
 from hiar_kernels import EMPTY, ring_advance
 from hiar_kernels.common.float8 import E4M3, pack_values, padded
 
+from ..common.checks import dtype_name
 from ..config import RolloutConfig, WanConfig
 from ..config.rollout import BLOCKWISE
 
@@ -223,7 +224,7 @@ class RingCache:
 def kv_dtype_of(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of stored keys and values: ``kv_dtype``, or if None the model's; ValueError for an unknown one."""
     if kv_dtype is not None and kv_dtype not in CACHE_DTYPES:
-        legal = ", ".join(str(x).removeprefix("torch.") for x in CACHE_DTYPES)
-        actual = str(kv_dtype).removeprefix("torch.")
+        legal = ", ".join(map(dtype_name, CACHE_DTYPES))
+        actual = dtype_name(kv_dtype)
         raise ValueError(f"kv_dtype must be one of {legal}, or None for that of the weights; got {actual}")
     return dtype if kv_dtype is None else kv_dtype

@@ -51,7 +51,7 @@ class Delta:
         if self.difference is not None:
             return self.difference.to(like) * self.factor
         assert self.down is not None and self.up is not None
-        return ((self.up.to(like).flatten(1) @ self.down.to(like).flatten(1)) * self.factor).view(like.shape)
+        return (self.up.to(like).flatten(1) @ self.down.to(like).flatten(1)).mul_(self.factor).view(like.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,6 +272,11 @@ def _check_shape(key: str, delta: Delta, tensors: Mapping[str, Any], file: Path)
         raise ValueError(f"{file}: wrong shape: its {key} is {got}, that of this transformer {shape}")
 
 
+def changed_by(loras: Iterable[tuple[Lora, float]], key: str) -> bool:
+    """Whether one of the adapters changes the tensor of this native key."""
+    return any(key in lora.deltas for lora, _ in loras)
+
+
 def merged(
     state: Mapping[str, Tensor], loras: Sequence[tuple[Lora, float]], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
@@ -292,10 +297,10 @@ def merged(
         total = old.detach().to(torch.promote_types(torch.promote_types(old.dtype, final), torch.float32), copy=True)
         if not total.is_meta:
             add_deltas(total, key, loras)
-            if not bool(total.to(final).isfinite().all()):
-                names = " and ".join(f"{lora.path} at scale {scale:g}" for lora, scale in loras if key in lora.deltas)
-                raise ValueError(f"{key} is not finite in {final} with {names}")
-        result[key] = total.to(final)
+        result[key] = rounded = total.to(final)
+        if not rounded.is_meta and not bool(rounded.isfinite().all()):
+            names = " and ".join(f"{lora.path} at scale {scale:g}" for lora, scale in loras if key in lora.deltas)
+            raise ValueError(f"{key} is not finite in {final} with {names}")
     return result
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hiar_kernels import int8_linear, quantize_rows
 from hiar_kernels.common.float8 import E4M3, widened
 
+from ..common.checks import dtype_name
 from ..config import WanConfig
 from ..io.packed import CHUNK
 from .threads import SMALL
@@ -104,7 +105,7 @@ class QuantizedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        dtype = str(self.rows_dtype).removeprefix("torch.")
+        dtype = dtype_name(self.rows_dtype)
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={dtype}"
 
 
@@ -144,7 +145,7 @@ def quantized(model: HiARTransformer, dtype: torch.dtype = E4M3) -> HiARTransfor
     """
     if (loaded := linear_dtype_of(model)) is not None:
         if loaded != dtype:
-            raise ValueError(f"linear_dtype: the model was loaded in {_name(loaded)}, got {_name(dtype)}")
+            raise ValueError(f"linear_dtype: the model was loaded in {dtype_name(loaded)}, got {dtype_name(dtype)}")
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLinear):
                 _check(name, module, dtype)
@@ -225,25 +226,18 @@ def _check(
         raise ValueError(cannot_follow(name))
     if device.type != "cuda":
         return
-    needed = (8, 9) if dtype == E4M3 else (8, 0)
+    option, needed = f"linear_dtype {dtype_name(dtype)}", (8, 9) if dtype == E4M3 else (8, 0)
     if torch.cuda.get_device_capability(device) < needed:
         gpu, least = torch.cuda.get_device_name(device), ".".join(map(str, needed))
-        raise ValueError(f"linear_dtype {_name(dtype)} needs a GPU of compute capability {least} or newer, got {gpu}")
+        raise ValueError(f"{option} needs a GPU of compute capability {least} or newer, got {gpu}")
     if dtype != E4M3:
         return
     if layer.bias.dtype != torch.bfloat16:
-        raise ValueError(
-            f"linear_dtype {_name(dtype)} needs bfloat16 weights on CUDA, got {layer.bias.dtype}: pass dtype bfloat16"
-        )
+        raise ValueError(f"{option} needs bfloat16 weights on CUDA, got {layer.bias.dtype}: pass dtype bfloat16")
     if layer.in_features % 16 or layer.out_features % 16:
         raise ValueError(
-            f"linear_dtype {_name(dtype)} needs layers of multiples of 16, {name} has {layer.in_features} to "
-            f"{layer.out_features}"
+            f"{option} needs layers of multiples of 16, {name} has {layer.in_features} to {layer.out_features}"
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def cannot_follow(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..common.checks import dtype_name
 from ..common.image_file import image_files
 from ..config import SHIPPED
 from ..version import NOISE, versions
@@ -24,7 +25,7 @@ def describe(run: Any, command: str = "generate", more: Mapping[str, Any] | None
     model, options, config, execution = run.model, run.options, run.config, run.rollout.execution
     device = model.device
     threads = torch.get_num_threads() if run.threads is None else run.threads
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     window = list(config.window_frames) if isinstance(config.window_frames, tuple) else config.window_frames
     height, width = model.pixel_size
     words: dict[str, Any] = {

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..common.checks import MOST_FRAMES, MOST_SIDE, whole
+from ..common.checks import MOST_FRAMES, MOST_SIDE, dtype_name, whole
 from ..config import SHIPPED, WAN, RolloutConfig, WanConfig
 from ..config.execution import LINEAR_DTYPES
 from ..config.rollout import BLOCKWISE
@@ -349,15 +349,15 @@ def _atoms(change: Change) -> set[str]:
 def lines(query: FitQuery, limits: Sequence[int] = ()) -> Iterator[str]:
     """Markdown: memory by component, the total, and for each GPU size whether it fits or what makes it fit."""
     about, r, memory = query.subject, query.request, query.memory()
-    rollout, kv = r.rollout, "" if r.kv_dtype is None else f", keys in {_name(r.kv_dtype)}"
-    kv += "" if r.attention_dtype is None else f", products of attention in {_name(r.attention_dtype)}"
-    kv += "" if r.linear_dtype is None else f", linear layers in {_name(r.linear_dtype)}"
+    rollout, kv = r.rollout, "" if r.kv_dtype is None else f", keys in {dtype_name(r.kv_dtype)}"
+    kv += "" if r.attention_dtype is None else f", products of attention in {dtype_name(r.attention_dtype)}"
+    kv += "" if r.linear_dtype is None else f", linear layers in {dtype_name(r.linear_dtype)}"
     window = "all" if rollout.window_frames is None else rollout.window_frames
     batch = f", {r.batch} videos at once" if r.batch > 1 else ""
     yield (
         f"{about.name}: latents {r.num_frames} x {r.height}x{r.width}, {len(rollout.steps)} steps, "
         f"order {rollout.order}"
-        f"{', fused' if rollout.fuse_cache_denoise else ''}, window {window}, {_name(r.dtype)}{kv}{batch}"
+        f"{', fused' if rollout.fuse_cache_denoise else ''}, window {window}, {dtype_name(r.dtype)}{kv}{batch}"
     )
     yield ""
     yield "| part | GB (10^9 bytes) | |"
@@ -378,8 +378,8 @@ def _rows(query: FitQuery, memory: Memory) -> Iterator[tuple[str, int, str]]:
     weights = "weights" + (", dequantised" if query.subject.quantised else "")
     loading = "temporary: q, k and v of a block apart, and what is being dequantised"
     if r.linear_dtype is not None:
-        weights = f"weights, those of large linear layers in {_name(r.linear_dtype)}"
-        stored, large = query.subject.as_they_are.get(_name(r.linear_dtype), 0), query.subject.large
+        weights = f"weights, those of large linear layers in {dtype_name(r.linear_dtype)}"
+        stored, large = query.subject.as_they_are.get(dtype_name(r.linear_dtype), 0), query.subject.large
         weights += f": {stored} of {large} matrices as they are in the file" if stored else ""
         loading = "temporary: a matrix in full, and q, k and v of a block apart"
     yield "transformer", memory.transformer, weights
@@ -392,13 +392,13 @@ def _rows(query: FitQuery, memory: Memory) -> Iterator[tuple[str, int, str]]:
         yield "VAE", 0, "on the CPU"
     elif memory.vae.weights:
         small = is_small(query.subject.vae)
-        yield "VAE", memory.vae.weights, f"weights, {_name(query.vae_dtype)}{', the small one' if small else ''}"
+        yield "VAE", memory.vae.weights, f"weights, {dtype_name(query.vae_dtype)}{', the small one' if small else ''}"
         note = "stay from block to block" + (", with the captured call's" if small else "")
         yield "VAE features", memory.vae.resident, note
     rings = f"{memory.rings} x {_gb(memory.caches // memory.rings)}" if memory.rings > 1 else "1 for all steps in turn"
     yield "caches", memory.caches, f"keys and values, {rings}"
     if memory.scratch:
-        yield "keys of one layer", memory.scratch, f"converted to {_name(r.dtype)}"
+        yield "keys of one layer", memory.scratch, f"converted to {dtype_name(r.dtype)}"
     if memory.workspaces:
         yield "workspaces", memory.workspaces, "of cuBLAS, 32 MiB per stream"
     yield "prompt", memory.prompt, "its KV in every layer, modulation, buffers"
@@ -424,7 +424,3 @@ def _verdict(query: FitQuery, memory: Memory, limit: int) -> Iterator[str]:
 
 def _gb(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f}"
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")

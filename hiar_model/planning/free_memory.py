@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from ..common.checks import dtype_name
 from ..config import SHIPPED, WAN
 from ..io.weight_files import read_json
 from ..models.checkpoint import CheckpointInfo, loading_bytes
@@ -157,7 +158,7 @@ def require_memory(
             break
     fits = "; ".join(f"{words} ({nbytes / 1e9:.1f} GB)" for words, nbytes in fitting.items())
     r, where = need.query.request, "memory" if device.type == "cpu" else f"{device}'s memory"
-    name = str(r.dtype).removeprefix("torch.")
+    name = dtype_name(r.dtype)
     needs = "these videos need" if beside else "this video needs"
     raise ValueError(
         f"{model}: {needs} about {total / 1e9:.1f} GB in {name}, {free / 1e9:.1f} GB of {where} are free; "
@@ -176,8 +177,8 @@ def require_memory_to_convert(info: CheckpointInfo) -> None:
     needed = info.parameters * WORK.itemsize + loading_bytes(info.config, WORK)
     if info.quantised is not None and free is not None and needed >= SMALL and free < needed:
         raise ValueError(
-            f"{info.files[0]}: dequantised to {_name(WORK)} it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB of "
-            "memory are free"
+            f"{info.files[0]}: dequantised to {dtype_name(WORK)} it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB "
+            "of memory are free"
         )
 
 
@@ -201,7 +202,7 @@ def _need(
     work = dtype or torch.bfloat16
     if isinstance(options.get("window_frames"), list):
         options["window_frames"] = tuple(options["window_frames"])
-    options |= {"dtype": _name(work), "kv_dtype": kv_dtype,
+    options |= {"dtype": dtype_name(work), "kv_dtype": kv_dtype,
                 "order": order or "step_first"}  # fmt: skip
     if device.type == "cuda":
         return Need(fit_query(about, offload=offload, **options))
@@ -223,7 +224,3 @@ def _components(folder: Path) -> tuple[int, dict[str, Any] | None]:
     """Bytes of a folder's text encoder, and the config of its VAE; its transformer may be missing."""
     config = folder / "vae" / "config.json"
     return find_text_encoder(folder).nbytes, read_json(config) if config.is_file() else {}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..common.checks import whole
+from ..common.checks import dtype_name, whole
 from ..common.settings import own_settings
 from ..config import ExecutionConfig, RolloutConfig
 from ..distributed.mesh import axis_size
@@ -107,7 +107,7 @@ class Rollout:
         execution = execution or ExecutionConfig()
         models, network = _networks(model, len(config.steps))
         if execution.linear_dtype is None and (loaded := linear_dtype_of(network)) is not None:
-            execution = replace(execution, linear_dtype=str(loaded).removeprefix("torch."))
+            execution = replace(execution, linear_dtype=dtype_name(loaded))
         if execution.linear_dtype is not None:
             linear_dtype = getattr(torch, execution.linear_dtype)
             models = [None if one is None else quantized(one, linear_dtype) for one in models]

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from budget import assert_within_budget
-from eight_bits import ON_HOPPER as CASES
 from eight_bits import Ring, exactly, queries
+from on_hopper import IN_8_BITS as CASES
+from on_hopper import assert_one_graph_serves_every_block, frames, hopper  # noqa: F401
 from refusals import refused
 
 import hiar_kernels as hk
-from hiar_kernels.attention import gluon as hopper
 from hiar_kernels.attention_fp8.inputs import Float8Inputs
 from hiar_kernels.common.float8 import bits, quantize_last
 
@@ -18,24 +18,13 @@ E4M3 = "float8_e4m3fn"
 VARIANTS = ("", "3 stages", "wide tails", "polynomial", "polynomial 3 stages")
 
 
-@pytest.fixture(autouse=True)
-def on_hopper():
-    if not torch.cuda.is_available():
-        pytest.fail("pytest -m gpu needs a CUDA device, torch finds none", pytrace=False)
-    lacking = hopper.unavailable(torch.device("cuda"))
-    if lacking is not None and torch.cuda.get_device_capability() == (9, 0):
-        pytest.fail(lacking, pytrace=False)  # a Hopper GPU whose kernel cannot run hides nothing
-    if lacking is not None:
-        pytest.skip(lacking)
-
-
 def build(name):
     """(q, its scales, the ring, options) on the device, and the slots that nobody sees.
 
     All but the kernel is computed there too, in float64: on a CPU one of the larger cases takes minutes.
     """
     mask, q_ids, k_ids, heads = CASES[name]
-    q_frames, kv_frames = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (q_ids, k_ids))
+    q_frames, kv_frames = frames(q_ids, k_ids)
     batch, tokens = len(q_frames), mask.frame_tokens
     ring = Ring.random(batch, kv_frames.shape[1], tokens, heads, 128).to(torch.device("cuda"))
     q, q_scales = quantize_last(queries(batch, q_frames.shape[1] * tokens, heads, 128) / 2)
@@ -102,25 +91,12 @@ def test_a_ring_with_room_and_the_same_bits_every_time():
 
 def test_one_graph_serves_every_block():
     q, scales, ring, _, _ = build("half empty")
-    mask, tokens = hk.BlockCausal(520, 3, 9), 520
-    q_frames, kv_frames = (torch.zeros(1, n, dtype=torch.int32, device="cuda") for n in (3, ring.k.shape[1] // tokens))
 
-    def call():
-        ids = {"mask": mask, "q_frames": q_frames, "kv_frames": kv_frames}
+    def call(q_frames, kv_frames):
+        ids = {"mask": hk.BlockCausal(520, 3, 9), "q_frames": q_frames, "kv_frames": kv_frames}
         return hk.attention_fp8(q, *ring.arguments, q_scales=scales, **ids, impl="gluon")
 
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    for block in range(2):
-        q_frames.copy_(torch.arange(3 * block, 3 * block + 3)[None])
-        slots = torch.arange(kv_frames.shape[1], dtype=torch.int32)[None]
-        kv_frames.copy_(torch.where(slots < 3 * block + 3, slots, -1))
-        graph.replay()
-        again = call()
-        torch.cuda.synchronize()
-        assert torch.equal(out, again)
+    assert_one_graph_serves_every_block(call, ring.k.shape[1] // 520)
 
 
 def test_a_rollout_makes_one_schedule_for_all_layers(monkeypatch):

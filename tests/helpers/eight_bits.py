@@ -10,25 +10,6 @@ from torch import Tensor
 import hiar_kernels as hk
 from hiar_kernels.common.float8 import pack_values, quantize_frames
 
-# mask, frame ids of the queries, of the keys (-1 empty), heads; the smallest first, so that a hang names its cause
-ON_HOPPER = {
-    "less than a group": (hk.BlockCausal(5, 1, 3), [[4]], [[2, 3, 4, -1]], 3),
-    "whole blocks only": (hk.BlockCausal(128, 1, 3), [[4]], [[2, 3, 4, -1]], 2),
-    "less than a block": (hk.BlockCausal(50, 2, 6), [[6, 7]], [[2, 3, 4, 5, 6, 7, -1, 0]], 1),
-    "window and sink": (hk.BlockCausal(70, 3, 5, 1), [[9, 10, 11]], [[0, 10, 11, 7, 8, 9, 4]], 2),
-    "half empty": (hk.BlockCausal(520, 3, 6), [[3, 4, 5]], [[3, 4, 5, -1, -1, -1, 0, 1, 2]], 12),
-    "Wan's frames": (hk.BlockCausal(1560, 1, 3), [[9]], [[9, 7, -1, 8]], 2),
-    "two tasks in a row": (hk.BlockCausal(520, 3, 6), [[3, 4, 5, 6, 7, 8]], [[0, 1, 2, 3, 4, 5, 6, 7, 8]], 6),
-    "items at different tasks": (
-        hk.BlockCausal(300, 2, (2, 6, 4)),
-        [[0, 1], [6, 7], [2, 3]],
-        [[0, 1, -1, -1, -1, -1], [6, 7, 2, 3, 4, 5], [0, 1, 2, 3, -1, -1]],
-        12,
-    ),
-    "a query that sees nothing": (hk.BlockCausal(64, 1, 2), [[0, 9]], [[0, -1, 4]], 2),
-    "nothing visible at all": (hk.BlockCausal(64, 1, 2), [[9]], [[0, -1]], 2),
-}
-
 
 @dataclass(frozen=True)
 class Ring:

@@ -269,6 +269,18 @@ def test_ids_and_slots_are_read_on_the_device(kernel, device):
                 assert torch.equal(a, b)
 
 
+def test_heads_farther_apart_than_32_bits_can_count(device):
+    """The third head's keys begin at number 2^31; of the memory between, a CPU gives none that nobody touches."""
+    shape = Shape(1, [[0]], (1, 5), 3, 16)
+    dense = torch.randn(1, 5, 3, 16, generator=torch.Generator().manual_seed(0)).half().to(device)
+    memory = torch.zeros(2**31 + dense.numel(), dtype=torch.float16, device=device)
+    far = memory.as_strided(dense.shape, (0, 16, 2**30, 1)).copy_(dense)
+    near_ring, far_ring = rings(shape, device), rings(shape, device)
+    for k, ring in ((dense, near_ring), (far, far_ring)):
+        append_fp8(k, k, ids([1]).to(device), *ring, impl="triton")
+    assert_same(far_ring, near_ring)
+
+
 # As torch sees them
 
 

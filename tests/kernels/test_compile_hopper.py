@@ -15,10 +15,12 @@ from collections import defaultdict
 
 import pytest
 import torch
-from eight_bits import ON_HOPPER
+from on_hopper import CASES, IN_8_BITS
 
+from hiar_kernels.attention import BlockCausal, gluon
+from hiar_kernels.attention.inputs import AttentionInputs
 from hiar_kernels.attention.schedule import allocate
-from hiar_kernels.attention_fp8 import gluon
+from hiar_kernels.attention_fp8 import gluon as gluon_fp8
 from hiar_kernels.attention_fp8.inputs import Float8Inputs
 from hiar_kernels.common import aot
 from hiar_kernels.common.float8 import E4M3, pack_values, padded
@@ -216,13 +218,32 @@ class LaunchRecorder:
         )
 
 
-@pytest.mark.parametrize("name", ON_HOPPER)
-def test_what_a_launch_hands_over(name, monkeypatch):
-    """Arguments, and descriptors as cuTensorMapEncodeTiled takes them: addresses and strides of whole 16 bytes, boxes
-    as wide as the swizzle.
-    """
-    forward = module("attention_fp8")
-    mask, q_ids, k_ids, heads = ON_HOPPER[name]
+def launched(forward, monkeypatch, *arguments):
+    """(out, logsumexp, grid, arguments by name) of a launch that a recorder takes in the kernel's place."""
+    (name,) = (name for name in vars(forward) if name.endswith("_hopper_kernel"))
+    kernel = LaunchRecorder(getattr(forward, name))
+    monkeypatch.setattr(forward, name, kernel)
+    monkeypatch.setattr(forward, "merge_cuts", lambda *_: None)
+    out, lse = forward.launch(*arguments)
+    ((grid, by_name),) = kernel.launches
+    return out, lse, grid, by_name
+
+
+def assert_encodable(descriptor, rows):
+    """As cuTensorMapEncodeTiled takes it: addresses and strides of whole 16 bytes, boxes as wide as the swizzle."""
+    assert descriptor.block_shape == [1, rows, 128] and descriptor.layout.swizzle_byte_width == 128
+    size = descriptor.base.element_size()
+    assert descriptor.layout.element_bitwidth == 8 * size and descriptor.base.data_ptr() % 16 == 0
+    assert all(1 <= extent <= 2**32 for extent in descriptor.shape)
+    *strides, last = descriptor.strides
+    assert last == 1 and all(0 < stride * size < 2**40 and stride * size % 16 == 0 for stride in strides)
+    reach = 1 + sum((n - 1) * stride for n, stride in zip(descriptor.shape, descriptor.strides, strict=True))
+    assert reach * size <= descriptor.base.untyped_storage().nbytes() - descriptor.base.storage_offset() * size
+
+
+@pytest.mark.parametrize("name", IN_8_BITS)
+def test_what_a_launch_in_8_bits_hands_over(name, monkeypatch):
+    mask, q_ids, k_ids, heads = IN_8_BITS[name]
     ids = [torch.tensor(x, dtype=torch.int32) for x in (q_ids, k_ids)]
     tokens, (batch, slots) = mask.frame_tokens, ids[1].shape
     room = slots + 2  # of which the call uses fewer, as a cache does
@@ -231,20 +252,56 @@ def test_what_a_launch_hands_over(name, monkeypatch):
     scales = torch.ones(2, batch, room, heads)[:, :, :slots]
     views, q_scales = (k[:, : slots * tokens], v[:, :slots], *scales), torch.ones(q.shape[:3])
     call = Float8Inputs(q, *views, q_scales, *ids, mask)
-    assert gluon.unfit(call) is None
+    assert gluon_fp8.unfit(call) is None
     schedule = allocate((*q.shape[:3], slots * tokens), tokens, 0, q.device, 132, one_slot=True)
-    kernel = LaunchRecorder(forward._attention_fp8_hopper_kernel)
-    monkeypatch.setattr(forward, "_attention_fp8_hopper_kernel", kernel)
-    monkeypatch.setattr(forward, "merge_cuts", lambda *_: None)
-    out, lse = forward.launch(call, schedule)
+    out, lse, grid, by_name = launched(module("attention_fp8"), monkeypatch, call, schedule)
     assert out.shape == q.shape and out.dtype == torch.bfloat16 and lse.shape == (batch, heads, q.shape[1])
-    ((grid, given),) = kernel.launches
-    assert grid == (schedule.ctas,) and given["slot_stride"] == (slots if batch == 1 else room)
-    for descriptor, rows in ((given["q_desc"], 64), (given["k_desc"], 128), (given["v_desc"], 128)):
-        assert descriptor.block_shape == [1, rows, 128] and descriptor.layout.swizzle_byte_width == 128
-        assert descriptor.base.element_size() == 1 and descriptor.base.data_ptr() % 16 == 0
-        assert all(1 <= size <= 2**32 for size in descriptor.shape)
-        *strides, last = descriptor.strides
-        assert last == 1 and all(0 < stride < 2**40 and stride % 16 == 0 for stride in strides)
-        reach = 1 + sum((size - 1) * stride for size, stride in zip(descriptor.shape, descriptor.strides, strict=True))
-        assert reach <= descriptor.base.untyped_storage().nbytes() - descriptor.base.storage_offset()
+    assert grid == (schedule.ctas,) and by_name["slot_stride"] == (slots if batch == 1 else room)
+    for kind, rows in (("q", 64), ("k", 128), ("v", 128)):
+        assert_encodable(by_name[f"{kind}_desc"], rows)
+    assert by_name["k_desc"].shape == [(batch - 1) * room + slots, tokens, heads * 128]
+
+
+def odd_strides(x):
+    """x with strides of 3 along dimensions of size 1: nothing steps along them."""
+    return x.as_strided(x.shape, [3 if n == 1 else step for n, step in zip(x.shape, x.stride(), strict=True)])
+
+
+def test_strides_along_which_nothing_steps_do_not_matter(monkeypatch):
+    """A ring of one slot, one head, one video and one token a frame, as a slice of something else has them."""
+    mask, ids, scales = BlockCausal(1, 1, 1), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1, 1)
+    row, ring = torch.zeros(1, 1, 1, 128, dtype=torch.uint8).view(E4M3), torch.zeros(1, 1, 1, 128, 16).to(E4M3)
+    call = Float8Inputs(*map(odd_strides, (row, row, ring, scales, scales, scales)), ids, ids, mask)
+    assert call.v.stride() == (3, 3, 3, 16, 1) and call.k_scales.stride() == (3, 3, 3)
+    assert gluon_fp8.unfit(call) is None
+    schedule = allocate((1, 1, 1, 1), 1, 0, ids.device, 132, one_slot=True)
+    *_, by_name = launched(module("attention_fp8"), monkeypatch, call, schedule)
+    for kind, rows in (("q", 64), ("k", 128), ("v", 128)):
+        assert_encodable(by_name[f"{kind}_desc"], rows)
+    q = odd_strides(torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16))
+    assert gluon.unfit(AttentionInputs(q, q, q)) is None
+    *_, by_name = launched(module("attention"), monkeypatch, q, q, q, allocate((1, 1, 1, 1), 1, 0, q.device, 132), 0.1)
+    for kind, rows in (("q", 64), ("k", 128), ("v_slot", 128)):
+        assert_encodable(by_name[f"{kind}_desc"], rows)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_launch_hands_over(name, monkeypatch):
+    mask, q_ids, k_ids, heads = CASES[name]
+    tokens, batch, slots = mask.frame_tokens, len(k_ids), len(k_ids[0])
+    q = torch.zeros(batch, len(q_ids[0]) * tokens, heads, 128, dtype=torch.bfloat16)
+    rings = torch.zeros(2, batch, (slots + 2) * tokens, heads, 128, dtype=torch.bfloat16)
+    k, v = rings[:, :, : slots * tokens]
+    ids = [torch.tensor(x, dtype=torch.int32) for x in (q_ids, k_ids)]
+    call = AttentionInputs(q, k, v, mask=mask, q_frames=ids[0], kv_frames=ids[1])
+    assert gluon.unfit(call) is None
+    schedule = allocate((*q.shape[:3], slots * tokens), tokens, 0, q.device, 132)
+    out, lse, grid, by_name = launched(module("attention"), monkeypatch, q, k, v, schedule, 0.1)
+    assert out.shape == q.shape and out.dtype == q.dtype and lse.shape == (batch, heads, q.shape[1])
+    stride = slots + 2 if batch > 1 else slots
+    assert grid == (schedule.ctas,) and by_name["slot_stride"] == stride and by_name["slot_tokens"] == tokens
+    assert_encodable(by_name["q_desc"], 64)
+    for kind in "kv":
+        assert_encodable(by_name[f"{kind}_desc"], 128)
+        assert_encodable(by_name[f"{kind}_slot_desc"], 128)
+        assert by_name[f"{kind}_slot_desc"].shape == [(batch - 1) * stride + slots, tokens, heads * 128]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...config import WanConfig
 from ...io.weight_files import some
-from ...models.checkpoint import CheckpointInfo, as_8_bits, open_checkpoint, unpacked
+from ...models.checkpoint import CheckpointInfo, as_8_bits, full_tensor, open_checkpoint
 from ...models.key_mapping import diffusers_config, read_sizes, to_diffusers, to_native
 from ...models.quantized_linear import QuantizedLinear, in_8_bits, linear_dtype_of, quantize_layers
 from ...models.transformer import HiARTransformer
@@ -186,7 +186,7 @@ def load_wan_transformer(
     tensors: dict[str, Tensor] = {}
     for key in list(state):
         stored, name = state.pop(key), to_diffusers(key)
-        tensors[name] = full = cast(name, unpacked({key: stored}, check)[key])
+        tensors[name] = full = cast(name, full_tensor(key, stored, check))
         if eight is not None and in_8_bits(key):
             tensors[name], tensors[f"{name}{_SCALE}"] = as_8_bits(stored, full, eight)
     if check is not None:

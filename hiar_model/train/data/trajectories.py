@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save as pack_tensors
 from torch import Tensor, nn
 
+from ...common.checks import dtype_name
 from ...common.keyed import keyed_generator
 from ...common.settings import own_settings
 from ...io.weight_files import read_json
@@ -245,7 +246,7 @@ def weights_sha256(model: nn.Module) -> str:
 def _autocast(device_type: str) -> str | None:
     if not torch.is_autocast_enabled(device_type):
         return None
-    return str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
+    return dtype_name(torch.get_autocast_dtype(device_type))
 
 
 def _noise(seed: int, sample: int, shape: Sequence[int]) -> Tensor:
