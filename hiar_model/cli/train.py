@@ -47,13 +47,14 @@ def train(a: Namespace) -> None:
     from ..train.config.reading import load_recipe, shipped_recipes
     from ..train.config.recipe import TrainingRecipe
     from ..train.engine.distributed import init_training, launched_context
-    from ..train.engine.trainer import check_run_folder
+    from ..train.engine.trainer import check_kind_of_folder, check_run_folder
 
     recipe = load_recipe(a.recipe, overrides)
     own = Path("runs", a.recipe if a.recipe in shipped_recipes() else Path(a.recipe).stem)
     folder = own if a.out is None else Path(a.out)
     with _among_others():
         trains = isinstance(recipe, TrainingRecipe)
+        check_kind_of_folder(folder, trains=trains)
         if environment.rank() == 0:  # before weights are read
             (check_run_folder if trains else check_folder)(folder)
         context = init_training(recipe.scale, a.device) if trains else launched_context(a.device)
