@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from ..common import environment
+from ..common.checks import out_of_memory
 from .machine import progress_bar
 from .parallel import FAILED, INTERRUPTED, WRONG_INPUT
 from .signals import handled
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from ..train.config.recipe import Recipe, TrainingRecipe
     from ..train.engine.distributed import DistContext
     from ..train.engine.trainer import Trainer
+
+
+LESS_MEMORY = "scale.micro_batch=1, scale.activation_checkpointing=true and more processes (scale.shard) need less"
 
 
 def train_arguments(parser: ArgumentParser) -> None:
@@ -60,10 +64,11 @@ def train(a: Namespace) -> None:
         context = init_training(recipe.scale, a.device) if trains else launched_context(a.device)
         if a.nproc not in (1, context.world_size):
             raise ValueError(f"nproc is {a.nproc}, but torchrun started {context.world_size} processes: give one")
-        if isinstance(recipe, TrainingRecipe):
-            _run(recipe, folder, context)
-        else:
-            _produce(recipe, folder, context)
+        with _memory_errors():
+            if isinstance(recipe, TrainingRecipe):
+                _run(recipe, folder, context)
+            else:
+                _produce(recipe, folder, context)
 
 
 def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
@@ -183,6 +188,17 @@ def _report(error: Exception) -> None:
             print("hiar:", " ".join(str(error).split()), file=sys.stderr)
     else:
         print(f"hiar: rank {environment.rank()}:", " ".join(str(error).split()), file=sys.stderr)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Missing memory is an error of one line, which names the keys that need less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if (line := out_of_memory(error, LESS_MEMORY)) is None:
+            raise
+        raise ValueError(f"training is {line}") from error
 
 
 def _override(argument: str) -> tuple[str, Any]:
