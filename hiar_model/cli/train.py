@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from ..common import environment
+from ..common.checks import out_of_memory
 from .machine import progress_bar
 from .parallel import FAILED, INTERRUPTED, WRONG_INPUT
 from .signals import handled
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from ..train.config.recipe import Recipe, TrainingRecipe
     from ..train.engine.distributed import DistContext
     from ..train.engine.trainer import Trainer
+
+
+LESS_MEMORY = "scale.micro_batch=1, scale.activation_checkpointing=true and more processes (scale.shard) need less"
 
 
 def train_arguments(parser: ArgumentParser) -> None:
@@ -47,22 +51,24 @@ def train(a: Namespace) -> None:
     from ..train.config.reading import load_recipe, shipped_recipes
     from ..train.config.recipe import TrainingRecipe
     from ..train.engine.distributed import init_training, launched_context
-    from ..train.engine.trainer import check_run_folder
+    from ..train.engine.trainer import check_kind_of_folder, check_run_folder
 
     recipe = load_recipe(a.recipe, overrides)
     own = Path("runs", a.recipe if a.recipe in shipped_recipes() else Path(a.recipe).stem)
     folder = own if a.out is None else Path(a.out)
     with _among_others():
         trains = isinstance(recipe, TrainingRecipe)
+        check_kind_of_folder(folder, trains=trains)
         if environment.rank() == 0:  # before weights are read
             (check_run_folder if trains else check_folder)(folder)
         context = init_training(recipe.scale, a.device) if trains else launched_context(a.device)
         if a.nproc not in (1, context.world_size):
             raise ValueError(f"nproc is {a.nproc}, but torchrun started {context.world_size} processes: give one")
-        if isinstance(recipe, TrainingRecipe):
-            _run(recipe, folder, context)
-        else:
-            _produce(recipe, folder, context)
+        with _memory_errors():
+            if isinstance(recipe, TrainingRecipe):
+                _run(recipe, folder, context)
+            else:
+                _produce(recipe, folder, context)
 
 
 def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
@@ -182,6 +188,17 @@ def _report(error: Exception) -> None:
             print("hiar:", " ".join(str(error).split()), file=sys.stderr)
     else:
         print(f"hiar: rank {environment.rank()}:", " ".join(str(error).split()), file=sys.stderr)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Missing memory is an error of one line, which names the keys that need less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if (line := out_of_memory(error, LESS_MEMORY)) is None:
+            raise
+        raise ValueError(f"training is {line}") from error
 
 
 def _override(argument: str) -> tuple[str, Any]:

@@ -106,14 +106,17 @@ def number_within(name: str, value: Any, least: float, most: float) -> float:
     return number
 
 
-def out_of_memory(error: BaseException) -> str | None:
+LESS_MEMORY = "a smaller size, window, batch or number of frames needs less"
+
+
+def out_of_memory(error: BaseException, advice: str = LESS_MEMORY) -> str | None:
     """One line about an error of numpy, torch or CUDA that stands for missing memory; None for any other error."""
     words = str(error)
     if not isinstance(error, MemoryError) and not re.search(r"can't allocate memory|out of memory|bad_alloc", words):
         return None
     size = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)|[Uu]nable to allocate ([\d.]+ ?\w+)", words)
     at_once = "" if size is None else f": {size[1] or size[2]} at once"
-    return f"out of memory{at_once}; a smaller size, window, batch or number of frames needs less"
+    return f"out of memory{at_once}; {advice}"
 
 
 def path_like(name: str, value: Any) -> Path:

@@ -281,6 +281,16 @@ def test_ctrl_c_in_training_writes_a_state(here, capsys, monkeypatch, number):
     assert len((here / "run/loss.csv").read_text().splitlines()) == 5
 
 
+def test_training_out_of_memory_names_the_keys_that_need_less(here, capsys, monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(Trainer, "_update", full)
+    assert run("train", TOY, *TINY, "--out", "run") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hiar: training is out of memory: 2.50 GiB at once; scale.micro_batch=1, scale.activation_")
+
+
 @pytest.mark.parametrize("recipe, key, made_by", [
     ("toy/ode_pairs", "teacher", "toy/teacher"), ("toy/ode_init", "init", "toy/teacher"),
     ("toy/hiar", "init", "toy/ode_init"), ("wan-1.3b/hiar", "init", "wan-1.3b/ode_init"),

@@ -20,6 +20,7 @@ from refusals import refused
 from torch.distributed.checkpoint import FileSystemWriter, save
 from train_job import command, losses, recipe, start, stop_after, train
 
+from hiar_model.cli.main import main
 from hiar_model.train.engine.snapshots import ABOUT, CONTENTS, Snapshots
 
 pytestmark = pytest.mark.cpu
@@ -174,10 +175,52 @@ def test_a_file_that_may_not_grow(tmp_path):
 
 def test_another_recipe_may_not_use_the_folder(tmp_path):
     train(tmp_path, recipe(updates=2))
-    with refused("a run with another seed, updates, optimizer.lr; choose another --out"):
+    changes = r"seed \(0, now 1\), updates \(2, now 6\), optimizer.lr \(0.003, now 0.001\)"
+    with refused(f"a run with another {changes}; choose another --out"):
         train(tmp_path, recipe(seed=1, optimizer={"kind": "adamw", "lr": 1e-3, "warmup": 0.0}))
     scale = {"checkpoint_every": 1, "threads": 1, "micro_batch": 1, "activation_checkpointing": True}
     assert train(tmp_path, recipe(updates=2, scale=scale)).update == 2
+
+
+def test_what_is_reported_may_change(tmp_path, ended, whole):
+    """Fewer rows, of the same numbers."""
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, recipe(), stop_after(3))
+    train(tmp_path, recipe(log_every=6, sample_prompts=1))
+    assert [row["update"] for row in losses(tmp_path)] == ["1", "2", "6"]
+    assert losses(tmp_path)[:2] == whole[0][:2]
+
+
+CONSTANT = {"kind": "adamw", "lr": 3e-3, "warmup": 0.0, "cooldown": 0.0}
+
+
+def test_a_finished_run_goes_on_for_more_updates(tmp_path):
+    """With constant rates, to the bit as a run that was as long from the start; with others it is refused."""
+
+    def constant(**values):
+        return recipe(optimizer=CONSTANT, critic_optimizer=CONSTANT, **values)
+
+    at_once, twice = train(tmp_path / "once", constant(updates=4)), tmp_path / "twice"
+    train(twice, constant(updates=2))
+    longer = train(twice, constant(updates=4))
+    assert losses(twice) == losses(tmp_path / "once")
+    for name, value in everything(at_once).items():
+        assert torch.equal(everything(longer)[name], value), name
+    with refused(r"another updates \(4, now 3\)"):
+        train(twice, constant(updates=3))
+    with refused(r"updates \(4, now 5\), critic_optimizer.cooldown \(0.0, now 0.4\)"):
+        train(twice, recipe(optimizer=CONSTANT, updates=5))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [("toy/ode_pairs", "loss.csv", "holds a run"), ("toy/teacher_forcing", "settings.json", "holds shards of prompts")],
+)
+def test_a_folder_of_the_other_kind_is_refused(tmp_path, capsys, name, file, message):
+    """Shards among the files of a run, or a run among shards, would mix two outputs."""
+    (tmp_path / file).touch()
+    assert main(["train", name, "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path} {message}" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == [file]
 
 
 def test_a_state_of_an_older_version_is_refused(tmp_path):
@@ -215,7 +258,7 @@ def test_a_damaged_state_is_named(tmp_path, damage):
 @pytest.mark.parametrize("change, message", [
     ([], "it holds no recipe"), ({"recipe": 3}, "it holds no recipe"), ({"pending": [3]}, "pending is no list of metr"),
     ({"update": "2"}, "update is '2', the folder's name says 2"), ({"update": 1}, "update is 1, the folder's name say"),
-    ({"recipe": {"stage": "ode_init"}}, "holds a run with another stage; choose another --out"),
+    ({"recipe": {"stage": "ode_init"}}, "holds a run of the stage ode_init; choose another --out"),
 ])  # fmt: skip
 def test_facts_that_are_none_of_a_state(tmp_path, ended, change, message):
     shutil.copytree(ended, tmp_path / "run")

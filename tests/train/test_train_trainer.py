@@ -358,6 +358,38 @@ def test_a_gradient_that_is_not_finite(tmp_path):
         Trainer(parsed, InfiniteSlope(parsed, CPU), tmp_path, say=lambda line: None).run()
 
 
+class Diverged(Pull):
+    """As a rollout does whose latents are not finite."""
+
+    def loss(self, step, update, samples):
+        if self.recipe.sample_every == 0 and (update, step.network) == (3, "student"):
+            raise FloatingPointError("latents are not finite from step 0 of block 1 on")
+        return super().loss(step, update, samples)
+
+    def sample(self, update):
+        raise FloatingPointError("latents are not finite from step 0 of block 1 on")
+
+
+@pytest.mark.parametrize(
+    ("sample_every", "where"), [(0, "update 3, step student 0"), (3, "samples after update 3")], ids=["loss", "samples"]
+)
+def test_a_rollout_that_is_not_finite(tmp_path, sample_every, where):
+    parsed = make_recipe(recipe(sample_every=sample_every))
+    with pytest.raises(FloatingPointError) as error:
+        Trainer(parsed, Diverged(parsed, CPU), tmp_path, say=lambda line: None).run()
+    good = tmp_path / "states" / "update_00000002"
+    assert str(error.value) == (f"{where}: latents are not finite from step 0 of block 1 on; last good state: {good}")
+
+
+def test_a_full_disk_under_the_losses_is_named(tmp_path):
+    logger = MetricsLogger(tmp_path, 0, {}, lambda text: None)
+    (tmp_path / "loss.csv").symlink_to("/dev/full")
+    logger.columns = ["update"]  # a file that is there is read first, and this one has no end
+    with pytest.raises(OSError, match="No space left on device") as error:
+        logger._write_row({"update": "1"})
+    assert error.value.filename == str(tmp_path / "loss.csv")
+
+
 # Threads
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import processes
@@ -315,6 +316,35 @@ def test_a_quick_check_trusts_the_bytes(store):
     truncate(store)
     with pytest.raises(ValueError, match="expected"):
         TrajectoryStore(store, check="size")
+
+
+def test_processes_share_the_check(store, monkeypatch):
+    """Three of them hash each file once in all; what one finds every one says."""
+    flip(store)
+    hashed, said = Counter(), []
+    check = trajectories._fault
+
+    def counted(folder, shard, settings, hash_content=True):
+        hashed[shard["file"]] += hash_content
+        return check(folder, shard, settings, hash_content)
+
+    def as_rank(rank: int, all_gather_object) -> None:
+        for name, value in (("is_initialized", True), ("get_rank", rank), ("get_world_size", 3)):
+            monkeypatch.setattr(trajectories.dist, name, lambda value=value: value)
+        monkeypatch.setattr(trajectories.dist, "all_gather_object", all_gather_object)
+
+    def keep(of_all, faults):
+        said.append(faults)
+        of_all[:] = [[None] * len(faults)] * 3
+
+    monkeypatch.setattr(trajectories, "_fault", counted)
+    for rank in range(3):
+        as_rank(rank, keep)
+        TrajectoryStore(store, together=True)
+    assert set(hashed.values()) == {1} and len(hashed) == 4
+    as_rank(0, lambda of_all, faults: of_all.__setitem__(slice(None), said))
+    with refused(r"shard-00001\.safetensors: its sha256 is"):
+        TrajectoryStore(store, together=True)
 
 
 def test_a_shard_that_goes_bad_later_is_named(store):

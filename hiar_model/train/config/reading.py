@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 
 from ...common.checks import nearest, one_of
 from ...io.files import load_yaml, read_text
-from .recipe import RECIPES, Recipe
+from .recipe import RECIPES, REPORTS, Recipe
 
 
 def shipped_recipes() -> list[str]:
@@ -92,11 +92,13 @@ def _parser(stage: str) -> ArgumentParser:
     return parser
 
 
-def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Dotted keys in which two recipes, as plain mappings, differ; the section ``scale`` is left out."""
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(dotted key, our value, theirs) where two recipes, as plain mappings, would learn something else; None where one
+    lacks the key. The section ``scale`` and :data:`.recipe.REPORTS` are left out.
+    """
     a, b = _flat(ours), _flat(theirs)
-    keys = [*a, *(key for key in b if key not in a)]
-    return [key for key in keys if not key.startswith("scale.") and a.get(key, ...) != b.get(key, ...)]
+    keys = [key for key in {**a, **b} if not key.startswith("scale.") and key not in REPORTS]
+    return [(key, a.get(key), b.get(key)) for key in keys if a.get(key, ...) != b.get(key, ...)]
 
 
 def field_types(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -195,7 +196,8 @@ class TrainingRecipe(NetworkRecipe):
 
     Args:
         init: initial weights, the folder of a model or a checkpoint; null: random.
-        updates: of the run. batch_size: samples in each optimiser step, over all processes.
+        updates: of the run; a finished run goes on where more are asked for, if no rate has a warmup or cooldown, which
+            are shares of them. batch_size: samples in each optimiser step, over all processes.
         log_every, sample_every: updates between two rows of loss.csv, two sheets of samples; 0: no samples.
         sample_prompts: videos on a sheet.
     """
@@ -219,6 +221,10 @@ class TrainingRecipe(NetworkRecipe):
     def optimizer_of(self, network: str) -> OptimizerRecipe:
         """The optimiser of a network, by its name in the stage."""
         return self.optimizer
+
+    def has_constant_rates(self, networks: Iterable[str]) -> bool:
+        """Whether no optimiser of these networks has a learning rate that depends on ``updates``."""
+        return not any(o.warmup or o.cooldown for o in map(self.optimizer_of, networks))
 
 
 @dataclass(frozen=True)
@@ -423,6 +429,9 @@ class HiARRecipe(CausalRecipe):
     def optimizer_of(self, network: str) -> OptimizerRecipe:
         return self.critic_optimizer if network == "critic" else self.optimizer
 
+
+REPORTS = ("log_every", "sample_every", "sample_prompts")
+"""Keys that decide what is reported and not what is learnt: a resumed run may have others."""
 
 RECIPES: dict[str, type[Recipe]] = {
     kind.stage: kind

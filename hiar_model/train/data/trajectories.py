@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save as pack_tensors
 from torch import Tensor, nn
 
@@ -166,12 +167,21 @@ class TrajectoryStore:
         skip_corrupt: leave out damaged shards, with a warning that names each; the store is then shorter. False: the
             first of them is an error.
         check: "sha256" reads every file once; "size" trusts the bytes if their number and the header are right.
+        together: all processes of torch's default group open it at once, each reads its share of the files, and what
+            one of them finds all say.
 
     Raises:
         ValueError: the folder is empty, unfinished or has a damaged shard, by name; ``skip_corrupt``: all are damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, skip_corrupt: bool = False, check: str = "sha256") -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        skip_corrupt: bool = False,
+        check: str = "sha256",
+        together: bool = False,
+    ) -> None:
         if check not in CHECKS:
             raise ValueError(f"check must be one of {', '.join(CHECKS)}, got {check!r}")
         self.folder = Path(folder)
@@ -186,8 +196,8 @@ class TrajectoryStore:
                 raise ValueError(f"{self.folder / MANIFEST}: key {key} is missing")
         self._files: list[Path] = []
         self._index: list[tuple[int, int]] = []  # (file, row in it) of every sample
-        for shard in self.manifest["shards"]:
-            fault = _fault(self.folder, shard, self.manifest, hash_content=check == "sha256")
+        faults = self._faults(hash_content=check == "sha256", together=together)
+        for shard, fault in zip(self.manifest["shards"], faults, strict=True):
             if fault is None:
                 self._index += [(len(self._files), row) for row in range(shard["samples"])]
                 self._files.append(self.folder / shard["file"])
@@ -197,6 +207,19 @@ class TrajectoryStore:
                 raise ValueError(f"{fault}; make it again, or leave it out with skip_corrupt")
         if not self._index:
             raise ValueError(f"{self.folder}: every shard is corrupt")
+
+    def _faults(self, *, hash_content: bool, together: bool) -> list[str | None]:
+        """What is wrong with each shard, or None."""
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if together and dist.is_initialized() else (0, 1)
+        faults = [
+            _fault(self.folder, shard, self.manifest, hash_content and n % ranks == rank)
+            for n, shard in enumerate(self.manifest["shards"])
+        ]
+        if ranks == 1:
+            return faults
+        of_all: list[list[str | None]] = [[]] * ranks
+        dist.all_gather_object(of_all, faults)
+        return [next(filter(None, one), None) for one in zip(*of_all, strict=True)]
 
     def __len__(self) -> int:
         return len(self._index)

@@ -130,8 +130,11 @@ class MetricsLogger:
         if fresh:  # a metric that earlier rows lack: add a column
             self.columns = self.columns + fresh
             _rewrite(path, self.columns, _read(path)[1])
-        with path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        try:
+            with path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+        except OSError as error:  # a full disk is noticed where the file is closed, and then has no name
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
     def _drop_rows_after(self, update: int) -> list[str]:
         """Drop the rows that a killed run logged after its last state, since they come again; returns the columns."""

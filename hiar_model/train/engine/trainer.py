@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +19,9 @@ from ...io.files import check_folder, check_output
 from ...models.threads import cpu_threads, fitting_threads
 from ...models.transformer import HiARTransformer
 from ...version import NOISE, require_noise
-from ..config.reading import differing_keys
+from ..config.reading import differences
 from ..config.recipe import TrainingRecipe
+from ..data.shards import SETTINGS
 from ..stages.base import Stage, UpdateStep
 from .distributed import DistContext, reshard, set_requires_gradient_sync, shard
 from .ema import Ema
@@ -33,8 +34,17 @@ from .snapshots import Snapshots
 STATES, MODEL = "states", "model"
 
 
+def check_kind_of_folder(folder: Path, *, trains: bool) -> None:
+    """ValueError of one line if the folder holds the output of the other kind of stage: a run, or shards of data."""
+    if trains and (folder / SETTINGS).exists():
+        raise ValueError(f"{folder} holds shards of prompts or trajectories; choose another --out for a run")
+    if not trains and any((folder / name).exists() for name in (STATES, LOSSES)):
+        raise ValueError(f"{folder} holds a run; choose another --out for shards of prompts or trajectories")
+
+
 def check_run_folder(folder: Path) -> None:
     """ValueError of one line if something of a run cannot be written there; call it before any work starts."""
+    check_kind_of_folder(folder, trains=True)
     check_folder(folder)
     for name in (STATES, MODEL, SAMPLES, EVENTS):
         check_folder(folder / name)
@@ -164,7 +174,7 @@ class Trainer:
         for i, samples in enumerate(self.micro_batches):
             set_requires_gradient_sync(network, i == len(self.micro_batches) - 1)
             share = len(samples) / recipe.batch_size
-            with self._precision():
+            with self._located(f"update {self.update}, step {step}"), self._precision():
                 loss, scalars = self.stage.loss(step, self.update, samples)
             # FSDP averages gradients over all processes.
             (loss * (share * dist_context.world_size)).backward()
@@ -204,11 +214,19 @@ class Trainer:
         where = [sample for sample, is_bad in enumerate(self.dist_context.all_reduce_max(bad)) if is_bad]
         what = f"{name.replace('_', ' ')} is {metrics[name]}"
         what += f" in samples {where} of the batch" if where else f", loss {metrics['loss']}"
-        good = self.state or "none"
-        raise FloatingPointError(f"{what}, update {self.update}, step {step}; last good state: {good}")
+        raise FloatingPointError(f"{what}, update {self.update}, step {step}; last good state: {self.state or 'none'}")
+
+    @contextmanager
+    def _located(self, where: str) -> Iterator[None]:
+        """A rollout that is not finite says where in its video; add where in the run, and the last good state."""
+        try:
+            yield
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{where}: {error}; last good state: {self.state or 'none'}") from error
 
     def _sample(self, logger: MetricsLogger | None) -> dict[str, float]:
-        with self.ema.applied(), torch.no_grad(), self._precision():
+        where = f"samples after update {self.update}"
+        with self._located(where), self.ema.applied(), torch.no_grad(), self._precision():
             frames = self.stage.sample(self.update)
             self._reshard()  # what is unsharded here are averages
         if frames is None:
@@ -253,20 +271,28 @@ class Trainer:
         self.state = self.snapshots.save(self.update, self._state_dict(), about)
 
     def _load(self, path: Path) -> None:
-        about, recipe = self.snapshots.about(path), self.recipe.to_dict()
-        keys = recipe.keys() ^ about["recipe"].keys()
-        same_stage = about["recipe"].get("stage") == recipe["stage"]
-        if keys and same_stage:
-            other = f"another version, with other recipe keys ({', '.join(sorted(keys))})"
-            raise ValueError(f"{path} was saved by {other}; choose another --out")
-        differ = differing_keys(recipe, about["recipe"]) if same_stage else ["stage"]
-        if differ:
-            raise ValueError(
-                f"{self.folder} holds a run with another {', '.join(differ)}; choose another --out or delete the folder"
-            )
+        about = self.snapshots.about(path)
+        self._require_same_run(path, about["recipe"], about["update"])
         require_noise(str(path), about.get("noise"))
         state = self._state_dict()
         self.snapshots.load(path, state)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name]["optimizer"])
         self.update, self.pending = about["update"], about["pending"]
+
+    def _require_same_run(self, path: Path, stored: Mapping[str, Any], update: int) -> None:
+        """ValueError if a state of the recipe ``stored``, after ``update`` updates, is not one of this run."""
+        recipe = self.recipe.to_dict()
+        if stored.get("stage") != recipe["stage"]:
+            raise ValueError(f"{self.folder} holds a run of the stage {stored.get('stage')}; choose another --out")
+        if keys := recipe.keys() ^ stored.keys():
+            other = f"another version, with other recipe keys ({', '.join(sorted(keys))})"
+            raise ValueError(f"{path} was saved by {other}; choose another --out")
+        differ = differences(recipe, stored)
+        if self.recipe.updates >= update and self.recipe.has_constant_rates(self.stage.trained):
+            differ = [one for one in differ if one[0] != "updates"]  # nothing before this update depends on them
+        if differ:
+            values = ", ".join(f"{key} ({before}, now {now})" for key, now, before in differ)
+            raise ValueError(
+                f"{self.folder} holds a run with another {values}; choose another --out or delete the folder"
+            )

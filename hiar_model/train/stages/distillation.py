@@ -175,11 +175,6 @@ class HiAR(StudentStage[HiARRecipe]):
         self.recipe, self.device = recipe, device
         self.sources = Sources(recipe, device)
         teacher = _required(recipe.teacher, "teacher")
-        student = make_network(recipe.model, seed=recipe.seed, weights=recipe.init)
-        critic_model = recipe.critic_model or recipe.teacher_model
-        critic = make_network(critic_model, seed=0, weights=recipe.critic_init or teacher)
-        self.trained = {"critic": critic, "student": student}
-        self.frozen = {"teacher": frozen(make_network(recipe.teacher_model, seed=0, weights=teacher))}
         self.store: TrajectoryStore | None = None
         if recipe.forward_kl.weight:
             folder, frame = recipe.forward_kl.trajectories, self.sources.data.latent_shape[1:]
@@ -189,6 +184,11 @@ class HiAR(StudentStage[HiARRecipe]):
                 raise ValueError(
                     f"recipe: forward_kl.first_k must be below the {points} points of {folder}, got {first_k}"
                 )
+        student = make_network(recipe.model, seed=recipe.seed, weights=recipe.init)
+        critic_model = recipe.critic_model or recipe.teacher_model
+        critic = make_network(critic_model, seed=0, weights=recipe.critic_init or teacher)
+        self.trained = {"critic": critic, "student": student}
+        self.frozen = {"teacher": frozen(make_network(recipe.teacher_model, seed=0, weights=teacher))}
         self.rollout = SelfRollout(student, recipe.rollout)
         self._update = -1
         self._batches: dict[tuple[int, ...], tuple[ExitStepBatch, Tensor]] = {}  # by samples; with prompt_embeds
@@ -303,7 +303,7 @@ def _required(path: str | None, key: str) -> str:
 
 def _open_store(path: str | None, key: str, shape: Sequence[int], skip_corrupt: bool) -> TrajectoryStore:
     """The trajectories of a folder; the shape of their points must end in ``shape``, that of the recipe's latents."""
-    store = TrajectoryStore(_required(path, key), skip_corrupt=skip_corrupt)
+    store = TrajectoryStore(_required(path, key), skip_corrupt=skip_corrupt, together=True)
     if store.latent_shape[-len(shape) :] != tuple(shape):
         raise ValueError(f"{path}: its latents are {list(store.latent_shape)}, the recipe's must end in {list(shape)}")
     return store
