@@ -111,7 +111,7 @@ def test_the_gate_sees_spills(nvcc, tmp_path):
 def test_packs_move_whole(file, nvcc, tmp_path):
     """The machine code of the wide kernels loads and stores 16 bytes at a time."""
     compile_one(nvcc, file, "90a", tmp_path)
-    _, code = _dump((tmp_path / "x.cubin").read_bytes())
+    code = _dump((tmp_path / "x.cubin").read_bytes())
     parts = code.split("Function : ")[1:]
     assert len(parts) == KERNELS[file.stem]
     for part in parts:
