@@ -41,7 +41,7 @@ def module(op: str):
 def compiled(op: str, number: int = 0) -> tuple[str, str]:
     """PTX and machine code of a compile case, the one in use by default."""
     asm = aot.build(module(op).compile_cases(90)[number], 90).asm
-    return asm["ptx"], aot._dump(asm["cubin"])[1]
+    return asm["ptx"], aot._dump(asm["cubin"])
 
 
 @pytest.mark.parametrize("op", KERNELS)

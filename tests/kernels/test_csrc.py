@@ -5,11 +5,13 @@ What the kernels compute is tested beside their Triton twins (tests/interpreter)
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,14 @@ def compile_one(nvcc: Path, file: Path, arch: str, folder: Path, *options: str) 
     return done.stderr
 
 
+@functools.cache  # a build for two tests
+def cubin(nvcc: Path, file: Path, arch: str) -> tuple[bytes, str]:
+    """The device code of a file of ours, and what ptxas said of its kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = compile_one(nvcc, file, arch, Path(folder))
+        return Path(folder, "x.cubin").read_bytes(), said
+
+
 def most_registers(name: str) -> int:
     """What leaves room for a chip's worth of threads: of qk_norm_rope_append by the packs that a thread holds.
 
@@ -79,8 +89,8 @@ def too_much(kernels: dict[str, tuple[int, int, int]]) -> list[str]:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_file_compiles_for_every_gpu(file, arch, nvcc, tmp_path):
-    kernels = functions(compile_one(nvcc, file, arch, tmp_path))
+def test_every_file_compiles_for_every_gpu(file, arch, nvcc):
+    kernels = functions(cubin(nvcc, file, arch)[1])
     assert len(kernels) == KERNELS[file.stem]
     assert all(f"{file.stem}_kernel" in name for name in kernels)
     problems = too_much(kernels)
@@ -108,10 +118,9 @@ def test_the_gate_sees_spills(nvcc, tmp_path):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_packs_move_whole(file, nvcc, tmp_path):
+def test_packs_move_whole(file, nvcc):
     """The machine code of the wide kernels loads and stores 16 bytes at a time."""
-    compile_one(nvcc, file, "90a", tmp_path)
-    _, code = _dump((tmp_path / "x.cubin").read_bytes())
+    code = _dump(cubin(nvcc, file, "90a")[0])
     parts = code.split("Function : ")[1:]
     assert len(parts) == KERNELS[file.stem]
     for part in parts:
