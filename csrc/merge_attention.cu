@@ -38,9 +38,7 @@ void launch_type(const MergeArgs& a, cudaStream_t stream) {
 }  // namespace
 
 void launch(const MergeArgs& a, cudaStream_t stream) {
-  if (a.dtype == Dtype::Float) launch_type<float>(a, stream);
-  else if (a.dtype == Dtype::Half) launch_type<__half>(a, stream);
-  else launch_type<__nv_bfloat16>(a, stream);
+  with_type(a.dtype, [&](auto number) { launch_type<decltype(number)>(a, stream); });
 }
 
 }  // namespace hiar

@@ -150,6 +150,14 @@ HIAR_HD void store_floats(void* base, Dtype dtype, int64_t at, const float (&fro
   else store_floats<WIDE>(static_cast<float*>(base) + at, from);
 }
 
+// launch(T()) with the type that is known at run time only.
+template <typename Launch>
+void with_type(Dtype dtype, Launch launch) {
+  if (dtype == Dtype::Float) launch(float());
+  else if (dtype == Dtype::Half) launch(__half());
+  else launch(__nv_bfloat16());
+}
+
 // Whether packs of n numbers at these multiples of strides may move WIDE.
 template <typename... Strides>
 bool aligned(const void* base, Dtype dtype, int n, Strides... strides) {

@@ -1,15 +1,8 @@
 // qk_norm_rope_append: q and k normed over the full width and turned, k and v into the ring; a block for a token.
 #include "qk_norm_rope_append.h"
 
-#ifdef HIAR_EMULATE
-#include <vector>
-#endif
-
 namespace hiar {
 namespace {
-
-template <int N, int PER>
-constexpr int kMostThreads = PER == 1 ? 320 : kMostWidth / N / PER;
 
 #ifdef HIAR_EMULATE
 
@@ -17,21 +10,10 @@ template <typename T, int N, bool WIDE, int PER>
 void launch_one(const AppendArgs& a, const AppendPlan& plan, cudaStream_t) {
   if (plan.threads > kMostThreads<N, PER>) throw std::runtime_error("more threads than the kernel may have");
   std::vector<AppendThread<T, N, WIDE, PER>> block(plan.threads);
-  std::vector<float2> turned(a.head_dim / 2), share(plan.threads);
+  std::vector<float2> turned(a.head_dim / 2);
   for (int32_t b = 0; b < a.blocks; ++b) {
     const Token token(a, b);
-    for (int pair = 0; pair < a.head_dim / 2; ++pair) turned[pair] = turn_of(a, token, pair);
-    for (int i = 0; i < plan.threads; ++i) {
-      block[i].load(a, token, i, plan.threads);
-      share[i] = block[i].squares(a, i, plan.threads);
-    }
-    float2 sum = make_float2(0, 0);
-    for (int warp = 0; warp < plan.threads; warp += 32) {
-      for (int lanes = 16; lanes > 0; lanes /= 2)
-        for (int i = warp; i < warp + lanes; ++i) share[i].x += share[i + lanes].x, share[i].y += share[i + lanes].y;
-      sum.x += share[warp].x, sum.y += share[warp].y;
-    }
-    const float2 inverse = make_float2(inverse_rms(sum.x, a), inverse_rms(sum.y, a));
+    const float2 inverse = begin_block(block, a, token, turned);
     Place places[kMostPlaces];
     for (int n = 0; n < a.places; ++n) places[n] = Place::of(a, token, n);
     for (int i = 0; i < plan.threads; ++i) block[i].finish(a, token, i, plan.threads, inverse, turned.data(), places);
@@ -85,9 +67,7 @@ void launch_type(const AppendArgs& a, cudaStream_t stream) {
 }  // namespace
 
 void launch(const AppendArgs& a, cudaStream_t stream) {
-  if (a.dtype == Dtype::Float) launch_type<float>(a, stream);
-  else if (a.dtype == Dtype::Half) launch_type<__half>(a, stream);
-  else launch_type<__nv_bfloat16>(a, stream);
+  with_type(a.dtype, [&](auto number) { launch_type<decltype(number)>(a, stream); });
 }
 
 }  // namespace hiar

@@ -5,6 +5,10 @@
 
 #include "portable.h"
 
+#ifdef HIAR_EMULATE
+#include <vector>
+#endif
+
 namespace hiar {
 
 struct Ids {  // [B or 1, F] or [N, B or 1, F] on the device, int32 or int64
@@ -198,6 +202,32 @@ struct AppendThread {
     }
   }
 };
+
+template <int N, int PER>
+constexpr int kMostThreads = PER == 1 ? 320 : kMostWidth / N / PER;
+
+#ifdef HIAR_EMULATE
+
+// What the threads of a block have in common before they write: 1 / rms of q and of k, and turned.
+template <typename Thread>
+float2 begin_block(std::vector<Thread>& block, const AppendArgs& a, const Token& token, std::vector<float2>& turned) {
+  const int threads = static_cast<int>(block.size());
+  for (int pair = 0; pair < a.head_dim / 2; ++pair) turned[pair] = turn_of(a, token, pair);
+  std::vector<float2> share(threads);
+  for (int i = 0; i < threads; ++i) {
+    block[i].load(a, token, i, threads);
+    share[i] = block[i].squares(a, i, threads);
+  }
+  float2 sum = make_float2(0, 0);
+  for (int warp = 0; warp < threads; warp += 32) {
+    for (int lanes = 16; lanes > 0; lanes /= 2)
+      for (int i = warp; i < warp + lanes; ++i) share[i].x += share[i + lanes].x, share[i].y += share[i + lanes].y;
+    sum.x += share[warp].x, sum.y += share[warp].y;
+  }
+  return make_float2(inverse_rms(sum.x, a), inverse_rms(sum.y, a));
+}
+
+#endif
 
 void launch(const AppendArgs& a, cudaStream_t stream);
 

@@ -2,15 +2,8 @@
 // ring in 8 bits, values transposed, a block for a tile of a frame and head.
 #include "qk_norm_rope_append_fp8.h"
 
-#ifdef HIAR_EMULATE
-#include <vector>
-#endif
-
 namespace hiar {
 namespace {
-
-template <int N, int PER>
-constexpr int kMostThreads = PER == 1 ? 320 : kMostWidth / N / PER;
 
 #ifdef HIAR_EMULATE
 
@@ -19,22 +12,11 @@ void launch_tokens(const AppendFp8Args& f, const AppendPlan& plan, cudaStream_t)
   const AppendArgs& a = f.in;
   if (plan.threads > kMostThreads<N, PER>) throw std::runtime_error("more threads than the kernel may have");
   std::vector<AppendFp8Thread<T, N, WIDE, PER>> block(plan.threads);
-  std::vector<float2> turned(a.head_dim / 2), share(plan.threads);
+  std::vector<float2> turned(a.head_dim / 2);
   for (int32_t b = 0; b < a.blocks; ++b) {
     const Token token(a, b);
     std::vector<uint32_t> largest(3 * f.heads);
-    for (int pair = 0; pair < a.head_dim / 2; ++pair) turned[pair] = turn_of(a, token, pair);
-    for (int i = 0; i < plan.threads; ++i) {
-      block[i].load(a, token, i, plan.threads);
-      share[i] = block[i].squares(a, i, plan.threads);
-    }
-    float2 sum = make_float2(0, 0);
-    for (int warp = 0; warp < plan.threads; warp += 32) {
-      for (int lanes = 16; lanes > 0; lanes /= 2)
-        for (int i = warp; i < warp + lanes; ++i) share[i].x += share[i + lanes].x, share[i].y += share[i + lanes].y;
-      sum.x += share[warp].x, sum.y += share[warp].y;
-    }
-    const float2 inverse = make_float2(inverse_rms(sum.x, a), inverse_rms(sum.y, a));
+    const float2 inverse = begin_block(block, a, token, turned);
     for (int i = 0; i < plan.threads; ++i) block[i].turn(f, token, i, plan.threads, inverse, turned.data(), largest.data());
     for (int i = 0; i < plan.threads; ++i) block[i].finish(f, token, i, plan.threads, largest.data());
   }
@@ -152,9 +134,7 @@ void launch_type(const AppendFp8Args& f, cudaStream_t stream) {
 }  // namespace
 
 void launch(const AppendFp8Args& f, cudaStream_t stream) {
-  if (f.in.dtype == Dtype::Float) launch_type<float>(f, stream);
-  else if (f.in.dtype == Dtype::Half) launch_type<__half>(f, stream);
-  else launch_type<__nv_bfloat16>(f, stream);
+  with_type(f.in.dtype, [&](auto number) { launch_type<decltype(number)>(f, stream); });
 }
 
 }  // namespace hiar

@@ -19,7 +19,8 @@ from hiar_kernels import qk_norm_rope_append, rms_norm
 from hiar_model.config import WanConfig
 from hiar_model.models import transformer
 from hiar_model.models.conditions import CrossAttentionKV, ModulationTable, OutputSelection
-from hiar_model.models.transformer import Block, Head, SelfAttention
+from hiar_model.models.self_attention import SelfAttention
+from hiar_model.models.transformer import Block, Head
 
 GOAL_MS = 2.5  # of a forward of Wan 1.3B on an H200, inside the graph
 

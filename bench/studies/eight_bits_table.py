@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from bench.lib.report import table as markdown
+
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "eight-bits"
 BASELINE = "bfloat16"
 EIGHTHS = 8
@@ -192,13 +194,8 @@ def shape_rows(folder: Path = RESULTS) -> Iterator[list[str]]:
 def table(folder: Path = RESULTS) -> str:
     """Both tables, Markdown."""
     shapes = ["model", "order", "variant", *SHAPES]
-    lines = _markdown(HEADINGS, 4, rows(folder)) + ["", LEGEND, ""]
-    return "\n".join(lines + _markdown(shapes, 3, shape_rows(folder)) + ["", SHAPE_LEGEND])
-
-
-def _markdown(headings: Sequence[str], text_columns: int, rows: Iterator[list[str]]) -> list[str]:
-    rule = ["---"] * text_columns + ["---:"] * (len(headings) - text_columns)
-    return ["| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)]
+    lines = markdown(HEADINGS, rows(folder), 4) + ["", LEGEND, ""]
+    return "\n".join(lines + markdown(shapes, shape_rows(folder), 3) + ["", SHAPE_LEGEND])
 
 
 def main() -> None:

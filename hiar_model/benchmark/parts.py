@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -14,6 +13,7 @@ from torch.profiler import ProfilerActivity
 
 from ..config import WanConfig
 from ..models.transformer import HiARTransformer
+from ..planning.measure_costs import now
 from ..rollout import Rollout
 from ..schedule.costs import task_flop
 
@@ -168,10 +168,3 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
             seconds.append(now(device) - start)
         rates[name] = work / median(seconds)
     return rates
-
-
-def now(device: torch.device) -> float:
-    """time.perf_counter() after a device synchronisation."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -24,12 +24,13 @@ from ..common.checks import dtype_name
 from ..common.settings import own_settings
 from ..models.threads import cpu_threads, fitting_threads
 from ..pipelines.decode import Decoding
+from ..planning.measure_costs import now
 from ..planning.memory import parameters
 from ..rollout import Rollout
 from ..rollout.engine import FinishedBlock
 from ..rollout.noise import KeyedNoise
 from .machine import Clocks, describe, describe_versions, host_peak_bytes
-from .parts import now, trace
+from .parts import trace
 from .plain import plain_blocks
 from .result import FORMAT, VERSION
 from .setting import BenchModel, Setting, load

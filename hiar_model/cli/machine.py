@@ -115,7 +115,7 @@ def load_for_video(
         require_memory(
             a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, vae=a.vae, offload=offload,
             height=a.height, width=a.width, num_frames=a.num_frames, kv_dtype=a.kv_dtype,
-            attention_dtype=a.attention_dtype, linear_dtype=a.linear_dtype, beside=beside,
+            attention_dtype=a.attention_dtype, linear_dtype=a.linear_dtype, lora=bool(a.lora), beside=beside,
             **{**rollout_options(a), "order": order},
         )  # fmt: skip
     model = load_model(

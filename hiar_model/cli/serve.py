@@ -100,7 +100,7 @@ def serve(a: Namespace) -> None:
     execution = ExecutionConfig(**dtypes, cuda_graph=a.cuda_graph)
     require_memory(
         a.model, pick_device(a.device), pick_dtype(a.dtype), checkpoint=a.checkpoint, vae=a.vae,
-        height=a.height, width=a.width, order="stream", **dtypes,
+        height=a.height, width=a.width, order="stream", lora=bool(a.lora), **dtypes,
     )  # fmt: skip
     model = load_model(
         a, checkpoint=a.checkpoint, vae=a.vae, lora=a.lora, prompt_cache=a.prompt_cache,

@@ -39,8 +39,9 @@ def convert(a: Namespace) -> None:
         print(f"in:  {info}\n     tensors sha256 {sha256}", flush=True)
 
     done = convert_files(
-        a.source, a.target, a.to, on_checkpoint=show, lora=a.lora, on_lora=print, on_open=require_memory_to_convert
-    )
+        a.source, a.target, a.to, on_checkpoint=show, lora=a.lora, on_lora=print,
+        on_open=lambda info: require_memory_to_convert(info, bool(a.lora)),
+    )  # fmt: skip
     print(f"out: {done.target}\n     tensors sha256 {done.sha256}: read again, the same")
 
 

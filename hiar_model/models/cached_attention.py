@@ -35,7 +35,7 @@ from hiar_kernels.nvtx import span
 
 from .conditions import OutputSelection
 from .kv_cache import RingCache
-from .transformer import SelfAttention
+from .self_attention import SelfAttention
 
 
 class CachedAttention(SelfAttention):

@@ -49,6 +49,7 @@ CONFIG_KEY = "hiar_config"  # WanConfig as JSON in the header of the files we wr
 _PIPELINE, _EXPERT = "model_index.json", "transformer_2"  # of a diffusers folder
 _NETWORKS = ("generator_ema", "generator", "critic")  # of a training checkpoint; the last one is never taken
 _HEAD_DIM = 128  # of every published Wan model
+_LARGEST_RANK = 512  # of LoRA whose memory is predicted
 
 
 @dataclass(frozen=True)
@@ -220,15 +221,22 @@ def _parts(names: Iterable[str]) -> dict[str, list[str]]:
     return parts
 
 
-def loading_bytes(config: WanConfig, dtype: torch.dtype, eight_bits: bool = False) -> int:
+def loading_bytes(config: WanConfig, dtype: torch.dtype, eight_bits: bool = False, lora: bool = False) -> int:
     """Bytes that a quantised checkpoint takes at most while it is loaded, beside its dequantised weights: q, k and v of
-    a block before they are fused, and what is being dequantised. ``eight_bits``: that any checkpoint takes beside large
-    linear layers in 8 bits: q, k and v in 8 bits, the largest matrix in full, and what is being quantised.
+    a block before they are fused, and what is being dequantised or merged.
+
+    Args:
+        eight_bits: what any checkpoint takes beside large linear layers in 8 bits: q, k and v in 8 bits, the largest
+            of them in full, and what is being quantised.
+        lora: adapters of rank 512 and below are merged: of the largest matrix what is dequantised, the sum, and what an
+            adapter adds to it.
     """
+    rows = max(6 * config.dim, config.ffn_dim)  # of the largest matrix: time_projection's, or a feed-forward's
+    merging = (3 * rows * config.dim + _LARGEST_RANK * (rows + config.dim)) * max(4, dtype.itemsize) if lora else 0
     if eight_bits:
         largest = config.dim * max(config.dim, config.ffn_dim)
-        return 3 * config.dim**2 + largest * dtype.itemsize + temporary_bytes(largest)
-    return 3 * config.dim**2 * dtype.itemsize + temporary_bytes()
+        return 3 * config.dim**2 + max(largest * dtype.itemsize + temporary_bytes(largest), merging)
+    return 3 * config.dim**2 * dtype.itemsize + max(temporary_bytes(), merging)
 
 
 def full_tensor(

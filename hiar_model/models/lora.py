@@ -49,7 +49,7 @@ class Delta:
     def dense(self, like: Tensor) -> Tensor:
         """The whole difference, in the shape, dtype and on the device of ``like``."""
         if self.difference is not None:
-            return self.difference.to(like) * self.factor
+            return self.difference.to(like, copy=True).mul_(self.factor)
         assert self.down is not None and self.up is not None
         return (self.up.to(like).flatten(1) @ self.down.to(like).flatten(1)).mul_(self.factor).view(like.shape)
 

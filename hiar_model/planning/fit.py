@@ -158,6 +158,7 @@ class FitQuery:
     request: Request
     vae_dtype: torch.dtype | None  # None: no VAE on the device
     offload: tuple[str, ...] = ()
+    lora: bool = False
 
     def memory(self) -> Memory:
         """The predicted memory."""
@@ -166,7 +167,8 @@ class FitQuery:
             size = (r.height, r.width, r.rollout.frames_per_block)
             vae = vae_memory(self.subject.vae, *size, self.vae_dtype, r.device)
         text_encoder = ComponentMemory(self.subject.text_encoder)
-        return predict(r, text_encoder=text_encoder, vae=vae, offload=self.offload, quantised=self.subject.quantised)
+        quantised = self.subject.quantised
+        return predict(r, text_encoder=text_encoder, vae=vae, offload=self.offload, quantised=quantised, lora=self.lora)
 
 
 def fit_query(
@@ -182,6 +184,7 @@ def fit_query(
     vae: str | os.PathLike[str] | None = None,
     vae_dtype: str | None = None,
     offload: Sequence[str] = (),
+    lora: bool = False,
     device: str = "cuda",
     **options: Any,
 ) -> FitQuery:
@@ -189,6 +192,7 @@ def fit_query(
 
     Args:
         vae: file or folder of another VAE than the model's. vae_dtype: None: bfloat16, of the small VAE float16.
+        lora: whether adapters are merged into the weights.
         options: of :class:`Request`, and of :meth:`hiar_model.RolloutConfig.with_options`; ``order`` None: step_first.
 
     Raises:
@@ -219,7 +223,7 @@ def fit_query(
     )  # fmt: skip
     own = "float16" if is_small(about.vae) else "bfloat16"
     on_gpu = None if vae_dtype == "none" else _dtype("vae-dtype", vae_dtype or own)
-    return FitQuery(about, request, on_gpu, tuple(offload))
+    return FitQuery(about, request, on_gpu, tuple(offload), lora)
 
 
 def grid_size(config: WanConfig) -> tuple[int, int] | None:

@@ -126,7 +126,7 @@ def require_memory(
 
     Args:
         model: a Wan folder; anything else, and small models, are not checked. options: of :func:`.fit.fit_query`, such
-            as ``attention_dtype`` and ``linear_dtype``.
+            as ``attention_dtype``, ``linear_dtype`` and ``lora``.
         beside: the orders of further videos that are made of the same weights at the same time.
 
     Raises:
@@ -166,15 +166,15 @@ def require_memory(
     )
 
 
-def require_memory_to_convert(info: CheckpointInfo) -> None:
+def require_memory_to_convert(info: CheckpointInfo, lora: bool = False) -> None:
     """Refuse to convert a large quantised checkpoint that does not fit the free memory once it is dequantised; others
-    are memory-mapped.
+    are memory-mapped. lora: whether adapters are merged.
 
     Raises:
         ValueError: one line: the bytes needed and those free.
     """
     free = free_bytes(torch.device("cpu"))
-    needed = info.parameters * WORK.itemsize + loading_bytes(info.config, WORK)
+    needed = info.parameters * WORK.itemsize + loading_bytes(info.config, WORK, lora=lora)
     if info.quantised is not None and free is not None and needed >= SMALL and free < needed:
         raise ValueError(
             f"{info.files[0]}: dequantised to {dtype_name(WORK)} it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB "

@@ -60,10 +60,10 @@ def measure_costs(
         )  # fmt: skip
         seconds: dict[str, list[float]] = {}
         for group in rollout.groups():
-            task, start = group[0][-1], _now(device)
+            task, start = group[0][-1], now(device)
             rollout.step()
             if task.block > growth:  # earlier forwards compile or capture
-                seconds.setdefault("fused" if len(group[0]) == 2 else task.kind, []).append(_now(device) - start)
+                seconds.setdefault("fused" if len(group[0]) == 2 else task.kind, []).append(now(device) - start)
         return {kind: fmean(each) for kind, each in seconds.items()}  # the mean, as a video takes their sum
 
     device = model.patch_embedding.weight.device
@@ -82,7 +82,7 @@ def measure_costs(
     return Costs(curve("denoise"), curve("cache"), fused=factor, source=source)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """time.perf_counter() after a device synchronisation."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -147,7 +147,8 @@ class Memory:
     activations        peak of a task on top of all this
     captured           whether activations stay allocated, in the private pool of the CUDA graphs
     workspaces         of cuBLAS, one for each stream
-    loading            beside the weights, while a transformer is loaded in 8 bits, or of a quantised checkpoint
+    loading            beside the weights, while a transformer is loaded in 8 bits, with LoRA, or from a quantised
+                       checkpoint
     offload            components that leave the device, of `OFFLOAD`
     """
 
@@ -225,11 +226,13 @@ def predict(
     vae: ComponentMemory | None = None,
     offload: Sequence[str] = (),
     quantised: bool = False,
+    lora: bool = False,
 ) -> Memory:
     """Predict the memory of a rollout; nothing is allocated.
 
     Args:
-        quantised: whether the transformer is loaded from a quantised checkpoint.
+        quantised: whether the transformer is loaded from a quantised checkpoint. lora: whether LoRA is merged into it,
+            on the device where quantised weights are dequantised, else on the CPU.
         text_encoder, vae: components on the same device; None: absent. offload: components to leave it, of `OFFLOAD`.
 
     Raises:
@@ -243,7 +246,7 @@ def predict(
     caches = RingCache.memory_bytes(config, *ring, request.dtype, kv_dtype=request.kv_dtype)
     narrow = request.kv_dtype not in (None, request.dtype, E4M3)
     scratch = 2 * math.prod(RingCache.shape(config, *ring)) * request.dtype.itemsize if narrow else 0
-    captured, eight_bits = request.cuda_graph, request.linear_dtype is not None
+    captured, eight_bits, merged = request.cuda_graph, request.linear_dtype is not None, lora and (quantised or on_cpu)
     streams = 1 + captured if request.device == "cuda" else 0  # graphs are captured on a second stream
     return Memory(
         transformer=weights_bytes(config, request.dtype, request.linear_dtype, request.device),
@@ -255,7 +258,7 @@ def predict(
         activations=counted.activations,
         captured=captured,
         workspaces=streams * WORKSPACE,
-        loading=loading_bytes(config, request.dtype, eight_bits) if quantised or eight_bits else 0,
+        loading=loading_bytes(config, request.dtype, eight_bits, merged) if quantised or eight_bits or merged else 0,
         text_encoder=text_encoder or ComponentMemory(),
         vae=vae or ComponentMemory(),
         offload=tuple(offload),

@@ -28,6 +28,7 @@ from ..schedule.plan import Group, Plan, forwards
 from ..version import NOISE, require_noise
 from .executor import Executor, NoiseSource, Ready, working_dtype
 from .fixed_frames import FixedFrames
+from .networks import models_of, networks_of
 from .noise import EXTERNAL, KeyedNoise, TensorNoise
 from .prompt_cache import PromptSource, ResumedPrompts
 from .receiver import Receiver
@@ -105,7 +106,7 @@ class Rollout:
         noise: Tensor | NoiseSource | None = None,
     ) -> None:
         execution = execution or ExecutionConfig()
-        models, network = _networks(model, len(config.steps))
+        models, network = networks_of(model, len(config.steps))
         if execution.linear_dtype is None and (loaded := linear_dtype_of(network)) is not None:
             execution = replace(execution, linear_dtype=dtype_name(loaded))
         if execution.linear_dtype is not None:
@@ -191,7 +192,7 @@ class Rollout:
         fixed = FixedFrames(conditioning_frames or {}, self.plan, num_latent_frames, (batch, *self.shape), weight)
         with own_settings(execution.autocast):
             self._executor = Executor(
-                _models_of(steps, models),
+                models_of(steps, models),
                 self.plan,
                 self.num_blocks,
                 config,
@@ -474,26 +475,3 @@ class _Cursor:
             self.group = next(islice(self.iterator, number - self.number - 1, None), None)
             self.number = number
         return self.group
-
-
-def _networks(
-    model: HiARTransformer | Sequence[HiARTransformer | None], steps: int
-) -> tuple[list[HiARTransformer | None], HiARTransformer]:
-    """The network of each step, and one that is not None."""
-    models: list[HiARTransformer | None] = [model] * steps if isinstance(model, HiARTransformer) else list(model)
-    some = next(filter(None, models), None)
-    if len(models) != steps or some is None:
-        raise ValueError(f"model must be one network, or one for each of the {steps} steps, got {len(models)}")
-    for step, one in enumerate(models):
-        if one is not None and one.config != some.config:
-            raise ValueError(f"model: step {step} has {one.config}, others have {some.config}, expected one for all")
-    return models, some
-
-
-def _models_of(steps: range, models: Sequence[HiARTransformer | None]) -> list[HiARTransformer]:
-    """A model for each step; steps of other ranks get one of this rank's models, which is never run."""
-    own = [models[step] for step in steps]
-    missing = [step for step, model in zip(steps, own, strict=True) if model is None]
-    if missing:
-        raise ValueError(f"model: step {missing[0]} is None, expected weights of all steps of this rank, {list(steps)}")
-    return [(models[step] if step in steps else own[0]) or own[0] for step in range(len(models))]  # type: ignore[misc]

@@ -25,7 +25,7 @@ from hiar_kernels import EMPTY, prefer, taken
 
 from ..models.cached_attention import CachedAttention
 from ..models.conditions import OutputSelection
-from ..models.transformer import SelfAttention
+from ..models.self_attention import SelfAttention
 from ..schedule.plan import BatchItem, Task
 from .batched_forward import BatchedForward
 from .readback import Readback

@@ -20,7 +20,7 @@ from hiar_kernels.nvtx import span
 from ..common.settings import own_settings
 from ..models.cached_attention import CachedAttention
 from ..models.conditions import ModulationTable, OutputSelection
-from ..models.transformer import SelfAttention
+from ..models.self_attention import SelfAttention
 from .batched_forward import BatchedForward
 from .engine import FinishedBlock, Rollout
 from .executor import Ready

@@ -1,9 +1,14 @@
-"""The error budget of an implementation: what plain arithmetic in the same dtype would lose, twice."""
+"""The error budget of an implementation, what plain arithmetic in the same dtype would lose, twice; and numbers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, finfo
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """The same float64 every time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def assert_within_budget(

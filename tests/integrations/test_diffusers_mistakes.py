@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from pathlib import Path
 from typing import Any
 
 import lora_files
@@ -15,6 +14,7 @@ import pytest
 import torch
 import wan_files
 from diffusers import DiffusionPipeline
+from hiar_pipelines import hiar_pipe, load, quiet, seeded, wan_folder  # noqa: F401
 from PIL import Image
 
 from hiar_model import ExecutionConfig, RolloutConfig
@@ -28,24 +28,8 @@ SMALL = {"height": 16, "width": 16, "num_frames": 9, "num_inference_steps": 1, "
 EIGHT_BITS = ExecutionConfig(linear_dtype="float8_e4m3fn")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return wan_files.write_diffusers(tmp_path_factory.mktemp("mistakes") / "wan")
-
-
-@pytest.fixture(scope="module")
-def pipe(folder) -> HiARPipeline:
-    return load(folder)
-
-
-def load(folder: Path, **options: Any) -> HiARPipeline:
-    found = HiARPipeline.from_pretrained(folder, **options)
-    found.set_progress_bar_config(disable=True)
-    return found
-
-
 def make(pipe: HiARPipeline, prompt: Any = PROMPT, **options: Any) -> torch.Tensor:
-    return pipe(prompt, **{**SMALL, "generator": torch.Generator().manual_seed(0), **options}).frames
+    return pipe(prompt, **{**SMALL, "generator": seeded(), **options}).frames
 
 
 @pytest.mark.parametrize(
@@ -178,8 +162,7 @@ def test_saved_without_safetensors(pipe, tmp_path):
 def test_loaded_by_its_class_name(pipe, tmp_path):
     """Once hiar_model.integrations.diffusers is imported."""
     pipe.save_pretrained(tmp_path / "new")
-    found = DiffusionPipeline.from_pretrained(tmp_path / "new")
-    found.set_progress_bar_config(disable=True)
+    found = quiet(DiffusionPipeline.from_pretrained(tmp_path / "new"))
     assert type(found) is HiARPipeline and torch.equal(make(found), make(pipe))
 
 
@@ -196,8 +179,8 @@ def test_fused_lora_counts(folder, tmp_path, execution):
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     fused = make(pipe)
-    fresh = HiARPipeline(**{**pipe.components, "transformer": copy.deepcopy(pipe.transformer)}, execution=execution)
-    fresh.set_progress_bar_config(disable=True)
+    parts = {**pipe.components, "transformer": copy.deepcopy(pipe.transformer)}
+    fresh = quiet(HiARPipeline(**parts, execution=execution))
     assert torch.equal(fused, make(fresh)) and float((fused - before).abs().max()) > 0.1
 
 

@@ -20,6 +20,7 @@ import wan_files
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 from diffusers.callbacks import PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from hiar_pipelines import hiar_pipe, load, quiet, seeded, wan_folder  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -38,9 +39,8 @@ FRAMES = 21  # 6 latent frames, two blocks
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("diffusers")
-    wan_files.write_diffusers(root / "wan")
+def checkpoints(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("checkpoints")
     wan_files.write_training(root / "hiar.pt", {"generator": 1, "generator_ema": 0})
     wan_files.write_training(root / "self_forcing.pt", {"generator": 1}, "model._fsdp_wrapped_module.{}".format)
     return root
@@ -49,23 +49,7 @@ def files(tmp_path_factory) -> Path:
 def wan_pipeline(folder: Path, **parts: Any) -> WanPipeline:
     """diffusers' pipeline of a folder. Its own loader reads a transformer only where accelerate is installed."""
     transformer = copy.deepcopy(wan_files.diffusers_transformer())
-    pipe = WanPipeline.from_pretrained(folder, transformer=transformer, **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def quiet(pipe: HiARPipeline) -> HiARPipeline:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def pipe(files) -> HiARPipeline:
-    return quiet(HiARPipeline.from_pretrained(files / "wan"))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return quiet(WanPipeline.from_pretrained(folder, transformer=transformer, **parts))
 
 
 def make(pipe: HiARPipeline, prompt: Any = PROMPT, **options: Any) -> Any:
@@ -89,8 +73,8 @@ def rollout_latents(model: Any, seed: int = 0, **options: Any) -> torch.Tensor:
 # The same numbers
 
 
-def test_equals_video_pipeline(files, pipe, latents):
-    model = load_video_model(files / "wan", "cpu", "float32")
+def test_equals_video_pipeline(folder, pipe, latents):
+    model = load_video_model(folder, "cpu", "float32")
     assert latents.shape == (1, 16, 6, 2, 4) and torch.equal(latents, rollout_latents(model))
     frames = make(pipe)
     assert frames.shape == (1, FRAMES, 16, 32, 3) and frames.dtype == np.float32
@@ -103,16 +87,12 @@ def test_equals_video_pipeline(files, pipe, latents):
 
 
 @pytest.mark.parametrize("checkpoint", ["hiar.pt", "self_forcing.pt"])
-def test_with_a_checkpoint(files, pipe, latents, checkpoint):
+def test_with_a_checkpoint(folder, checkpoints, pipe, latents, checkpoint):
     told = []
-    found = quiet(
-        HiARPipeline.from_pretrained(
-            files / "wan", checkpoint=files / checkpoint, on_checkpoint=told.append, torch_dtype=torch.bfloat16
-        )
-    )
+    found = load(folder, checkpoint=checkpoints / checkpoint, on_checkpoint=told.append, torch_dtype=torch.bfloat16)
     assert [info.layout for info in told] == ["training"]
     assert found.transformer.dtype == torch.bfloat16 and found.transformer.blocks[0].norm2.weight.dtype == torch.float32
-    model = load_video_model(files / "wan", "cpu", "bfloat16", checkpoint=files / checkpoint)
+    model = load_video_model(folder, "cpu", "bfloat16", checkpoint=checkpoints / checkpoint)
     made = make(found, output_type="latent")
     expected = rollout_latents(model)
     assert made.dtype == torch.bfloat16 and torch.equal(made, expected)
@@ -120,11 +100,11 @@ def test_with_a_checkpoint(files, pipe, latents, checkpoint):
     assert alike == (checkpoint == "hiar.pt")
 
 
-def test_equals_wan_pipeline_in_one_step_of_one_block(files, pipe):
+def test_equals_wan_pipeline_in_one_step_of_one_block(folder, pipe):
     """Text, network, scheduler and VAE at once. 1e-3: the sinusoid of timestep 1000 is float32 there (1e-4 in the
     velocity), and the VAE multiplies it.
     """
-    theirs = wan_pipeline(files / "wan", scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0))
+    theirs = wan_pipeline(folder, scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0))
     noise = torch.randn(2, 16, 3, 2, 4, generator=seeded(7))
     options = {"latents": noise, "num_frames": 9, "num_inference_steps": 1, **SIZE}
     for output, bound in (("latent", 1e-3), ("np", 1e-3 + 0.5 / 255)):
@@ -135,9 +115,9 @@ def test_equals_wan_pipeline_in_one_step_of_one_block(files, pipe):
         assert float((want[0] - want[1]).abs().max()) > 0.05
 
 
-def test_the_weights_are_shared(files):
+def test_the_weights_are_shared(folder):
     """The network of the rollout uses the memory of the transformer, and follows it when it moves."""
-    pipe = quiet(HiARPipeline.from_pretrained(files / "wan"))
+    pipe = load(folder)
     network = pipe.video_model.transformer
     assert isinstance(network, HiARTransformer) and pipe.video_model.transformer is network
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
@@ -157,7 +137,7 @@ def test_the_weights_are_shared(files):
 # As a DiffusionPipeline
 
 
-def test_saved_and_loaded(files, pipe, latents, tmp_path):
+def test_saved_and_loaded(folder, pipe, latents, tmp_path):
     config = RolloutConfig(steps=(1000, 500), shift=3.0, window_frames=6, sink_frames=1, frames_per_block=2)
     changed = quiet(HiARPipeline(**pipe.components, rollout=config))
     assert changed.scheduler.config.shift == 3.0 and changed.rollout == config and changed.num_timesteps == 2
@@ -166,7 +146,7 @@ def test_saved_and_loaded(files, pipe, latents, tmp_path):
     assert index["_class_name"] == "HiARPipeline" and index["transformer"] == ["diffusers", "WanTransformer3DModel"]
     assert index["rollout"]["steps"] == [1000, 500] and "shift" not in index["rollout"]
     assert not [p for p in tmp_path.iterdir() if p.name != "new"], "a partial folder was left"
-    again = quiet(HiARPipeline.from_pretrained(tmp_path / "new"))
+    again = load(tmp_path / "new")
     assert again.rollout == config
     options = {"num_frames": 29, "output_type": "latent"}  # 8 latent frames, four blocks
     assert torch.equal(make(again, **options), make(changed, **options))
@@ -180,8 +160,8 @@ def test_saved_and_loaded(files, pipe, latents, tmp_path):
         assert torch.equal(written[key], value), key
 
 
-def test_from_another_pipeline(files, latents):
-    theirs = wan_pipeline(files / "wan")
+def test_from_another_pipeline(folder, latents):
+    theirs = wan_pipeline(folder)
     parts = {name: theirs.components[name] for name in ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")}
     for pipe in (HiARPipeline.from_pipe(theirs), HiARPipeline(**parts)):
         assert pipe.transformer is theirs.transformer and pipe.rollout.shift == 5.0
@@ -273,18 +253,18 @@ def test_an_image_first(pipe):
         make(pipe, image=3)
 
 
-def test_an_execution(files, pipe, latents):
+def test_an_execution(pipe, latents):
     other = quiet(HiARPipeline(**pipe.components, execution=ExecutionConfig(kv_dtype="float8_e4m3fn")))
     found = make(other, output_type="latent")
     assert not torch.equal(found, latents) and float((found - latents).abs().max()) < 0.5
 
 
-def test_linear_layers_that_are_loaded_in_8_bits(files, latents, tmp_path):
+def test_linear_layers_that_are_loaded_in_8_bits(folder, latents, tmp_path):
     """The same latents as with 8-bit layers beside full weights; those of diffusers' model are in 8 bits too."""
     execution = ExecutionConfig(linear_dtype="float8_e4m3fn")
-    full = quiet(HiARPipeline.from_pretrained(files / "wan"))
+    full = load(folder)
     full.execution = execution
-    narrow = quiet(HiARPipeline.from_pretrained(files / "wan", execution=execution))
+    narrow = load(folder, execution=execution)
     found = make(narrow, output_type="latent")
     assert torch.equal(found, make(full, output_type="latent")) and not torch.equal(found, latents)
     attention, network = narrow.transformer.blocks[0].attn1, narrow.video_model.transformer
@@ -356,8 +336,8 @@ def test_an_interrupt(pipe, latents):
         make(pipe, callback_on_step_end=Stop(None, 1), order="step_first")
 
 
-def test_the_progress_bar(files, capsys):
-    pipe = HiARPipeline.from_pretrained(files / "wan")
+def test_the_progress_bar(folder, capsys):
+    pipe = HiARPipeline.from_pretrained(folder)
     capsys.readouterr()
     make(pipe, num_inference_steps=2)
     assert "4/4" in capsys.readouterr().err  # two steps of two blocks
@@ -379,7 +359,7 @@ class Hook:
         self.log.append(f"{self.name} for {self.before}")
 
 
-def test_offload(files, pipe, latents, monkeypatch):
+def test_offload(pipe, latents, monkeypatch):
     """The order in which models come, as enable_model_cpu_offload prepares it; that itself needs a GPU."""
     own = quiet(HiARPipeline(**pipe.components))
     log: list[str] = []
@@ -405,9 +385,9 @@ def test_offload(files, pipe, latents, monkeypatch):
     assert log == [*once[:2], "free"]
 
 
-def test_offload_by_accelerate(files, latents):
+def test_offload_by_accelerate(folder, latents):
     """Its own hooks, with a CPU in the place of the GPU."""
-    own = quiet(HiARPipeline.from_pretrained(files / "wan"))
+    own = load(folder)
     own.enable_model_cpu_offload(device="cpu")
     assert own._all_hooks and torch.equal(make(own, output_type="latent"), latents)
     assert torch.equal(make(own, output_type="latent"), latents)  # hooks are there for the next call too
@@ -457,14 +437,14 @@ def test_refused_before_work_starts(pipe, monkeypatch, options, message):
         make(pipe, options.pop("prompt", PROMPT), **options)
 
 
-def test_refused_components(files, pipe, monkeypatch):
+def test_refused_components(folder, checkpoints, pipe, monkeypatch):
     parts = pipe.components
     with pytest.raises(ValueError, match="vae must be an AutoencoderKLWan, got AutoencoderTiny"):
         HiARPipeline(**{**parts, "vae": AutoencoderTiny()})
     with pytest.raises(ValueError, match="checkpoint .*hiar.pt and transformer exclude each other"):
-        HiARPipeline.from_pretrained(files / "wan", checkpoint=files / "hiar.pt", transformer=pipe.transformer)
+        HiARPipeline.from_pretrained(folder, checkpoint=checkpoints / "hiar.pt", transformer=pipe.transformer)
     with pytest.raises(ValueError, match=r"no\.pt: no such file"):
-        HiARPipeline.from_pretrained(files / "wan", checkpoint=files / "no.pt")
+        HiARPipeline.from_pretrained(folder, checkpoint=checkpoints / "no.pt")
     with pytest.raises(TypeError, match="unexpected keyword argument 'frames'"):
         pipe(PROMPT, frames=3)
     own = HiARPipeline(**parts)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from budget import normal
 from refusals import refused
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from hiar_kernels import (
     unpack_values,
 )
 
-from .test_qk_norm_rope_triton import DTYPES, MILLION, Shape, ids, normal
+from .test_qk_norm_rope_triton import DTYPES, MILLION, Shape, ids
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned")]
 

@@ -12,9 +12,9 @@ import pytest
 import test_attention as plain
 import torch
 from any_rule import any_ring, any_rule
-from budget import assert_within_budget
+from budget import assert_within_budget, normal
 from refusals import refused
-from test_attention import AttentionCase, gradient, ids, make, normal
+from test_attention import AttentionCase, gradient, ids, make
 from torch import Tensor
 
 from hiar_kernels import EMPTY, BlockCausal, KVContext, attention, attention_with_lse

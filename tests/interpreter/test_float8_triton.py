@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from budget import assert_within_budget
+from budget import assert_within_budget, normal
 from torch import Tensor
 
 import hiar_kernels as hk
@@ -15,10 +15,6 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned")]
 
 SHAPES = {"rows": (2, 5, 40), "one row": (33,), "one number": (3, 1), "wide": (2, 2100), "many rows": (37, 24)}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def dequantize(values: Tensor, scales: Tensor) -> Tensor:

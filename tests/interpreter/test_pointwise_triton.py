@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from budget import assert_within_budget
+from budget import assert_within_budget, normal
 from torch import Tensor
 
 import hiar_kernels as hk
@@ -15,10 +15,6 @@ from hiar_kernels.common import triton_loader
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned")]
 
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def tokens(batch: int, count: int, channels: int, per_video: bool = True, frames: int = 1) -> dict[str, Tensor]:

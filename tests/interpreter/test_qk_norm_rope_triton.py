@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from budget import assert_within_budget
+from budget import assert_within_budget, normal
 from torch import Tensor
 
 from hiar_kernels import backends, qk_norm_rope
@@ -18,10 +18,6 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MILLION = 1_000_000
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def ids(*rows: list[int], dtype: torch.dtype = torch.int32) -> Tensor:

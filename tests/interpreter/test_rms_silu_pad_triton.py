@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from budget import assert_within_budget
+from budget import assert_within_budget, normal
 from torch import Tensor
 
 from hiar_kernels import rms_silu_pad
@@ -23,10 +23,6 @@ SHAPES = {  # x, frames of the cache
     "wide": ((1, 1030, 1, 3, 11), 1),
     "without a past": ((2, 33, 4, 3, 3), 0),
 }
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def arguments(shape: str) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import naive
 import pytest
 import torch
-from budget import assert_within_budget
+from budget import assert_within_budget, normal
 from torch import Tensor
 
 from hiar_kernels import EMPTY, BlockCausal, KVContext, attention, attention_with_lse, merge_attention, reference
@@ -21,10 +21,6 @@ NAN = float("nan")
 
 def ids(*rows: list[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @dataclass

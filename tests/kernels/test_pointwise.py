@@ -9,7 +9,7 @@ from fractions import Fraction
 import naive
 import pytest
 import torch
-from budget import assert_within_budget
+from budget import assert_within_budget, normal
 from torch import Tensor
 
 from hiar_kernels import (
@@ -31,10 +31,6 @@ NARROW = [torch.float32, torch.bfloat16, torch.float16]
 FRAMES = [[3, 4, 1_000_000], [0, 7, 2]]
 GRID = (2, 3)
 HEADS, WIDTH = 2, 10  # 5 pairs: 3 turn with the frame, 1 with the row, 1 with the column
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def ids(rows: list[list[int]]) -> Tensor:

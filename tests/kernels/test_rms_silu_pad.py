@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from budget import assert_within_budget
+from budget import assert_within_budget, normal
 from torch import Tensor
 
 from hiar_kernels import rms_silu_pad
@@ -12,10 +12,6 @@ from hiar_kernels import rms_silu_pad
 pytestmark = pytest.mark.cpu
 
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def chain(x: Tensor, weight: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -290,22 +290,27 @@ def test_lora_is_added_before_rounding(tmp_path, call):
             assert bool(((state[key].double() - want).abs() <= half_a_unit).all()), key
 
 
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", ["comfy scale_weight e4m3", "deepseek", *BLOCKS])
-def test_no_more_memory_than_is_said(tmp_path, monkeypatch, name):
+def test_no_more_memory_than_is_said(tmp_path, monkeypatch, name, lora):
     monkeypatch.setattr(packed, "CHUNK", 1 << 14)  # smaller than a layer
+    monkeypatch.setattr(checkpoint, "_LARGEST_RANK", 4)
+    adapters = [write_lora(tmp_path / "lora", "native", files.native())] if lora else []
+    mapped = sum(x.nbytes for file in adapters for x in load_file(file).values())
     if name in BLOCKS:
         files.write_gguf(path := tmp_path / "w.gguf", files.native(), (name,))
     else:
         path = files.write(tmp_path / "w.safetensors", written(name))
     state, info = open_checkpoint(path)
-    parts = checkpoint._parts  # here the largest one last
-    monkeypatch.setattr(checkpoint, "_parts", lambda names: dict(sorted(parts(names).items())))
+    if not lora:  # the largest part last: blocks; of what is merged that is time_projection, which comes last
+        parts = checkpoint._parts
+        monkeypatch.setattr(checkpoint, "_parts", lambda names: dict(sorted(parts(names).items())))
     monkeypatch.setattr(checkpoint, "open_checkpoint", lambda *_: (dict(state), info))
     with files.Allocated() as live:
         contents = (vars(x).values() if isinstance(x, Packed) else [x] for x in state.values())
         seen = [x[:0] for x in chain(*contents) if isinstance(x, torch.Tensor)]  # memory-mapped: not counted below
         before = live.restart()
-        model = load_transformer(path, dtype=torch.bfloat16)
-        beside = live.peak - before - sum(p.nbytes for p in model.parameters())
-    said = loading_bytes(info.config, torch.bfloat16)
+        model = load_transformer(path, dtype=torch.bfloat16, lora=adapters)
+        beside = live.peak - before - mapped - sum(p.nbytes for p in model.parameters())
+    said = loading_bytes(info.config, torch.bfloat16, lora=lora)
     assert seen and 0.4 * said < beside <= said, (beside, said)

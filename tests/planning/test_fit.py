@@ -16,6 +16,7 @@ from made_runs import changed
 
 from hiar_model import config
 from hiar_model.cli import main
+from hiar_model.io import packed
 from hiar_model.io.packed import Scaled
 from hiar_model.models.checkpoint import loading_bytes
 from hiar_model.planning import fit
@@ -200,6 +201,9 @@ def test_a_quantised_file_is_named_and_its_loading_counted(tmp_path, monkeypatch
     memory = fit_query(str(path), **SMALL).memory()
     assert memory.loading == loading_bytes(wan_files.WAN, torch.bfloat16)
     assert memory.reading == memory.transformer + memory.loading == memory.total
+    monkeypatch.setattr(packed, "CHUNK", 1 << 14)  # dequantised at a time: less than is merged
+    merging = fit_query(str(path), **SMALL, lora=True).memory().loading
+    assert merging == loading_bytes(wan_files.WAN, torch.bfloat16, lora=True) > 3 * 4 * 6 * wan_files.WAN.dim**2
     assert replace(memory, loading=0).total < memory.total
     stays = "weights, those of large linear layers in float8_e4m3fn: 12 of 12 matrices as they are in the file"
     assert stays in said("--model", str(path), "--linear-dtype=float8_e4m3fn", *small)

@@ -13,7 +13,9 @@ from hiar_model import generate, load_video_model
 from hiar_model.cli import main
 from hiar_model.io.packed import Scaled
 from hiar_model.models import wan
+from hiar_model.models.checkpoint import loading_bytes
 from hiar_model.planning import free_memory
+from hiar_model.planning.fit import fit_query, subject
 from hiar_model.planning.free_memory import free_bytes, require_memory
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
@@ -154,6 +156,20 @@ def test_a_quantised_checkpoint_needs_what_it_becomes(folder, little, tmp_path):
     little(need.total() - 1)
     with pytest.raises(ValueError, match="this video needs about"):
         require_memory(folder, CPU, None, checkpoint=fp8, **sizes)
+
+
+def test_merging_lora_takes_memory_where_it_is_merged(folder, little, capsys):
+    """Of plain weights on the CPU, of quantised ones on the device."""
+    about = subject(folder)
+    loading = [
+        fit_query(about, height=64, width=64, frames=33, device=device, lora=lora).memory().loading
+        for device, lora in (("cpu", False), ("cpu", True), ("cuda", True))
+    ]
+    assert loading == [0, loading_bytes(wan_files.WAN, torch.bfloat16, lora=True), 0]
+    little(need(folder, height=64, width=64, frames=33, lora=True) - 1)
+    words = ["generate", wan_files.PROMPT, "-o", "a.mp4", "--model", folder, *SIZE, "--device", "cpu"]
+    assert main([*words, "--lora", __file__]) == 2  # before the file is read
+    assert "this video needs about" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_not_converted(little, tmp_path, capsys, monkeypatch):

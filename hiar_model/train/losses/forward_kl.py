@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...common.keyed import Generator, draw_whole
 from ...config import TRAIN_TIMESTEPS
-from ...models.transformer import ATTENTION_MODES, HiARTransformer
+from ...models.self_attention import ATTENTION_MODES
+from ...models.transformer import HiARTransformer
 
 
 def trajectory_x0(point: Tensor, next_point: Tensor, sigma: float | Tensor, next_sigma: float | Tensor) -> Tensor:
