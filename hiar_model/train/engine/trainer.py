@@ -28,7 +28,7 @@ from .ema import Ema
 from .loss_plot import PICTURE
 from .metrics import EVENTS, LOSSES, SAMPLES, MetricsLogger, sample_scalars
 from .networks import gather
-from .optimizers import Optimizers, rate_factor
+from .optimizers import Optimizers
 from .snapshots import Snapshots
 
 STATES, MODEL = "states", "model"
@@ -236,14 +236,16 @@ class Trainer:
         return sample_scalars(frames)
 
     def _log(self, logger: MetricsLogger | None) -> None:
-        """Means over the updates since the last row; a metric that not all of them have, over those that have it."""
+        """Means over the updates since the last row; a metric that not all of them have, over those that have it. The
+        learning rates are those of the last update.
+        """
         if logger is not None:
             names = dict.fromkeys(name for metrics in self.pending for name in metrics)
             columns = {name: [metrics[name] for metrics in self.pending if name in metrics] for name in names}
-            schedule = self.recipe.optimizer
-            rate = rate_factor((self.update - 1) / self.recipe.updates, schedule.warmup, schedule.cooldown)
             means = {name: sum(values) / len(values) for name, values in columns.items()}
-            logger.scalars(self.update, {**means, "rate": rate})
+            progress = (self.update - 1) / self.recipe.updates
+            rates = {f"{name}_learning_rate": each.rate(progress) for name, each in self.optimizers.items()}
+            logger.scalars(self.update, {**means, **rates})
         self.pending.clear()
 
     def _time_is_over(self, start: float) -> bool:
