@@ -157,8 +157,16 @@ class OdeInit(StudentStage[OdeInitRecipe]):
     def _regress(
         self, x: Tensor, before: Tensor, end: Tensor, prompt_embeds: Tensor, sigma: Tensor, lower: Tensor
     ) -> Tensor:
+        rollout = self.recipe.rollout
         velocity = velocity_over_context(
-            self.trained["student"], x, before, prompt_embeds, sigma, lower, **self.recipe.rollout.block_causal()
+            self.trained["student"],
+            x,
+            before,
+            prompt_embeds,
+            sigma,
+            lower,
+            rollout.context_noise,
+            **rollout.block_causal(),
         )
         x0 = x - sigma.float().view(-1, 1, 1, 1, 1) * velocity.float()
         return (x0 - end).square().mean()
