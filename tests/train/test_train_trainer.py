@@ -213,6 +213,21 @@ def test_muon_has_the_matrices_of_the_blocks():
     assert rates == pytest.approx([0.5 * 0.505, 0.5, 0.25])
 
 
+def test_models_on_the_way(tmp_path):
+    """Each is the average after so many updates, as a run that is resumed there has it."""
+    scale = {"checkpoint_every": 2, "threads": 1}
+    make(tmp_path / "run", updates=5, scale={**scale, "model_every": 2}).run()
+    models = sorted((tmp_path / "run" / "models").iterdir())
+    assert [model.name for model in models] == ["update_00000002", "update_00000004"]
+    for model, stop in zip(models, (2, 4), strict=True):
+        trainer = make(tmp_path / f"until {stop}", updates=5, scale=scale)
+        trainer.run(lambda done, _, trainer=trainer, stop=stop: trainer.stop() if done == stop - 1 else None)
+        expected = trainer.averaged_model().state_dict()
+        written = torch.load(model / "weights.pt")
+        assert written.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in written.items())
+
+
 # Metrics
 
 
