@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
+import types
 
 import av
 import numpy as np
@@ -366,6 +368,19 @@ def test_too_little_memory_is_said_before_weights_are_read(monkeypatch):
     with refused(r"averages of a process need 51\.1 GB, 40\.0 GB of memory are free"):
         require_memory_to_train(hiar, DistContext(0, 1, CPU))
     assert require_memory_to_train(hiar, DistContext(0, 8, CPU)) == pytest.approx(51.1e9 / 8, rel=1e-3)
+
+
+def test_a_resumed_run_goes_on_in_its_run_at_wandb(tmp_path, monkeypatch):
+    started: list[dict] = []
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.init = lambda **options: (started.append(options), types.SimpleNamespace(finish=lambda: None))[1]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_PROJECT", "films")
+    for update in (0, 5, 0):
+        MetricsLogger(tmp_path, update, {}, lambda text: None).close()
+    first, resumed, new = (options["id"] for options in started)
+    assert first == resumed != new and {options["resume"] for options in started} == {"allow"}
 
 
 # What stops it
