@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from refusals import refused
+from safetensors.torch import save_file
 from tiny_model import make_model
 from tiny_stages import FRAMES, ROLLOUT, VARIANTS, make, values, write_files
 from train_job import losses, train
@@ -159,6 +160,26 @@ def test_a_corrupt_shard_is_left_out_only_on_request(files, tmp_path, stage):
     with pytest.warns(UserWarning, match=r"shard-00001\.safetensors: .*: left out with its 2 samples"):
         left = open_stage(skip_corrupt=True)
     assert len(left.store) == 2
+
+
+@pytest.mark.parametrize("stage", ["ode_init", "hiar"])
+def test_trajectories_of_other_data_are_said(files, tmp_path, stage, recwarn):
+    """Other prompts may be meant, and another number of frames is; prompts of another width cannot be read."""
+    make(files, stage)
+    if stage == "hiar":
+        make(files, stage, num_latent_frames=4)
+    assert not [w for w in recwarn if "other data" in str(w.message)]
+
+    def prompts(name: str, width: int) -> dict:
+        (tmp_path / name).mkdir()
+        text = torch.ones(2, 3, width)
+        save_file({"text": text, "unconditional": text[:1].clone()}, tmp_path / name / "a.safetensors")
+        return {"folder": str(tmp_path / name), "latent_size": [4, 4]}
+
+    with pytest.warns(UserWarning, match="pairs has been made with other data than this recipe's"):
+        make(files, stage, data=prompts("other", 32))
+    with refused(r"pairs: its prompts are \[3, 32\], the recipe's \[3, 8\]"):
+        make(files, stage, data=prompts("narrow", 8))
 
 
 @pytest.mark.parametrize(
