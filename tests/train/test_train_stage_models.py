@@ -42,17 +42,35 @@ def assert_equal_states(a, b) -> None:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("more", [{}, {"shared_rollout": True, "forward_kl": {"first_k": 2}}], ids=["", "shared"])
-def test_resume(files, tmp_path, more):
-    """Four updates, or two, a new process' worth of objects, and two: the same losses, to the last digit."""
-    recipe = values(files, "hiar", critic_updates=2, scale={"threads": 1, "checkpoint_every": 2}, **more)
+MUON = {"kind": "muon_adamw", "lr": 1e-3, "warmup": 0.5, "cooldown": 0.5}
+HALF = {"precision": "bfloat16", "optimizer": MUON, "ema": {"decay": 0.9, "start": 1}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("hiar", {"critic_updates": 2}),
+        ("hiar", {"critic_updates": 2, "shared_rollout": True, "forward_kl": {"first_k": 2}}),
+        ("hiar", {"critic_updates": 1, **HALF}),
+        ("teacher", HALF),
+        ("ode_init", HALF),
+        ("teacher_forcing", HALF),
+    ],
+    ids=["hiar", "shared rollout", "hiar in bfloat16", "teacher", "ode_init", "teacher_forcing"],
+)
+def test_resume(files, tmp_path, stage, more):
+    """Four updates, or two, a new process' worth of objects, and two: the same losses, to the last digit. Every stage,
+    both precisions, both kinds of optimisers, rates and averages that change on the way.
+    """
+    recipe = values(files, stage, scale={"threads": 1, "checkpoint_every": 2}, **more)
     whole = train(tmp_path / "whole", recipe)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", recipe, interrupt)
     parts = train(tmp_path / "parts", recipe)
     rows = losses(tmp_path / "whole")
     assert [row["update"] for row in rows] == ["1", "2", "3", "4"] and losses(tmp_path / "parts") == rows
-    assert len({row["student_loss"] for row in rows}) == len({row["critic_loss"] for row in rows}) == 4
+    for name in whole.stage.trained:
+        assert len({row[f"{name}_loss"] for row in rows}) == 4
     for name, network in whole.stage.trained.items():
         for key, p in network.named_parameters():
             assert torch.equal(dict(parts.stage.trained[name].named_parameters())[key], p), key

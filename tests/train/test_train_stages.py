@@ -192,12 +192,16 @@ def test_samples_are_independent(files, name, network, more):
 # Who learns.
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "autocast"])
 @pytest.mark.parametrize("step", [UpdateStep("critic"), STUDENT], ids=str)
 def test_who_gets_gradient(files, step, variant):
-    """Every weight of the network of the step; none of another."""
-    stage = make(files, "hiar", **VARIANTS[variant])
-    stage.loss(step, 0, SAMPLES)[0].backward()
+    """Every weight of the network of the step; none of another. Under autocast too, whose cache of narrow weights was
+    filled without gradient by the rollout.
+    """
+    stage = make(files, "hiar", **VARIANTS.get(variant, {}))
+    with torch.autocast("cpu", torch.bfloat16, enabled=variant == "autocast"):
+        loss = stage.loss(step, 0, SAMPLES)[0]
+    loss.backward()
     for name, network in {**stage.trained, **stage.frozen}.items():
         missing = [p for p, value in network.named_parameters() if value.grad is None or not value.grad.any()]
         some = [p for p, value in network.named_parameters() if value.grad is not None]
