@@ -73,15 +73,18 @@ def train(a: Namespace) -> None:
 
 def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
     from ..train.engine.loss_plot import PICTURE
+    from ..train.engine.memory import require_memory_to_train
     from ..train.engine.metrics import LOSSES
     from ..train.engine.trainer import Trainer
     from ..train.stages.base import make_stage
 
+    memory = require_memory_to_train(recipe, context) / 1e9
     trainer = Trainer(recipe, make_stage(recipe, context.device), folder, context)
     say, first, begun = trainer.say, trainer.update, time.perf_counter()
     if first < recipe.updates:
-        where = folder / LOSSES
-        say(f"{recipe.updates} updates, batches of {recipe.batch_size}; losses every {recipe.log_every} to {where}")
+        updates = "1 update" if recipe.updates == 1 else f"{recipe.updates} updates"
+        say(f"memory: {memory:.2f} GB per process for weights and optimisers, activations on top")
+        say(f"{updates}, batches of {recipe.batch_size}; losses every {recipe.log_every} to {folder / LOSSES}")
     if first:
         say(f"resuming from update {first} of {trainer.state}")
     means: dict[str, float] = {}
@@ -95,7 +98,8 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
                 means[name] = mean + (numbers[name] - mean) / min(seen, 100)
             losses = ", ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in means.items())
             rate = seen / (time.perf_counter() - begun)
-            bar.update(task, completed=update, losses=f"{losses}, {rate:.2f} updates/s")
+            speed = f"{rate:.2f} updates/s" if rate >= 0.1 else f"{1 / rate:.0f} s an update"
+            bar.update(task, completed=update, losses=f"{losses}, {speed}")
 
         try:
             with _interrupts(trainer, context):
@@ -113,8 +117,9 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
         return
     if (folder / PICTURE).exists():
         say(f"loss plot: {folder / PICTURE}")
-    hint = f'; try: hiar generate "a red circle moving right" -o out.mp4 --model {model}' if model.is_dir() else ""
-    say(f"model: {model}{hint}")
+    say(f"model: {model}")
+    if model.is_dir():
+        say(f'try: hiar generate "a red circle moving right" -o out.mp4 --model {model}')
 
 
 def _interrupts(trainer: Trainer, context: DistContext) -> AbstractContextManager[None]:

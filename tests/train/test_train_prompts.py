@@ -181,7 +181,7 @@ def test_the_wan_recipes_one_after_another(wan, here, monkeypatch, capsys):
     student = load_transformer(folder / "model" / "student.safetensors")
     before = load_transformer("runs/wan-1.3b/ode_init/model/student.safetensors")
     assert student.config == before.config == wan_files.WAN
-    # a rate of 2e-6 moves float32 weights, if barely; the average begins at update 200 and is the weights until then
+    # a rate of 2e-6 moves float32 weights, if barely; the average begins at update 40 and is the weights until then
     assert any(not torch.equal(p, q) for p, q in zip(student.parameters(), before.parameters(), strict=True))
     manifest = json.loads((Path("runs/wan-1.3b/ode_pairs") / "manifest.json").read_text())
     assert manifest["steps"] == 48 and manifest["sigmas"] == pytest.approx([1, 0.96, 8 / 9, 8 / 11, 0])

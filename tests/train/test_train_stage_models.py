@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from refusals import refused
+from safetensors.torch import save_file
 from tiny_model import make_model
 from tiny_stages import FRAMES, ROLLOUT, VARIANTS, make, values, write_files
 from train_job import losses, train
@@ -41,17 +42,35 @@ def assert_equal_states(a, b) -> None:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("more", [{}, {"shared_rollout": True, "forward_kl": {"first_k": 2}}], ids=["", "shared"])
-def test_resume(files, tmp_path, more):
-    """Four updates, or two, a new process' worth of objects, and two: the same losses, to the last digit."""
-    recipe = values(files, "hiar", critic_updates=2, scale={"threads": 1, "checkpoint_every": 2}, **more)
+MUON = {"kind": "muon_adamw", "lr": 1e-3, "warmup": 0.5, "cooldown": 0.5}
+HALF = {"precision": "bfloat16", "optimizer": MUON, "ema": {"decay": 0.9, "start": 1}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("hiar", {"critic_updates": 2}),
+        ("hiar", {"critic_updates": 2, "shared_rollout": True, "forward_kl": {"first_k": 2}}),
+        ("hiar", {"critic_updates": 1, **HALF}),
+        ("teacher", HALF),
+        ("ode_init", HALF),
+        ("teacher_forcing", HALF),
+    ],
+    ids=["hiar", "shared rollout", "hiar in bfloat16", "teacher", "ode_init", "teacher_forcing"],
+)
+def test_resume(files, tmp_path, stage, more):
+    """Four updates, or two, a new process' worth of objects, and two: the same losses, to the last digit. Every stage,
+    both precisions, both kinds of optimisers, rates and averages that change on the way.
+    """
+    recipe = values(files, stage, scale={"threads": 1, "checkpoint_every": 2}, **more)
     whole = train(tmp_path / "whole", recipe)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", recipe, interrupt)
     parts = train(tmp_path / "parts", recipe)
     rows = losses(tmp_path / "whole")
     assert [row["update"] for row in rows] == ["1", "2", "3", "4"] and losses(tmp_path / "parts") == rows
-    assert len({row["student_loss"] for row in rows}) == len({row["critic_loss"] for row in rows}) == 4
+    for name in whole.stage.trained:
+        assert len({row[f"{name}_loss"] for row in rows}) == 4
     for name, network in whole.stage.trained.items():
         for key, p in network.named_parameters():
             assert torch.equal(dict(parts.stage.trained[name].named_parameters())[key], p), key
@@ -159,6 +178,26 @@ def test_a_corrupt_shard_is_left_out_only_on_request(files, tmp_path, stage):
     with pytest.warns(UserWarning, match=r"shard-00001\.safetensors: .*: left out with its 2 samples"):
         left = open_stage(skip_corrupt=True)
     assert len(left.store) == 2
+
+
+@pytest.mark.parametrize("stage", ["ode_init", "hiar"])
+def test_trajectories_of_other_data_are_said(files, tmp_path, stage, recwarn):
+    """Other prompts may be meant, and another number of frames is; prompts of another width cannot be read."""
+    make(files, stage)
+    if stage == "hiar":
+        make(files, stage, num_latent_frames=4)
+    assert not [w for w in recwarn if "other data" in str(w.message)]
+
+    def prompts(name: str, width: int) -> dict:
+        (tmp_path / name).mkdir()
+        text = torch.ones(2, 3, width)
+        save_file({"text": text, "unconditional": text[:1].clone()}, tmp_path / name / "a.safetensors")
+        return {"folder": str(tmp_path / name), "latent_size": [4, 4]}
+
+    with pytest.warns(UserWarning, match="pairs has been made with other data than this recipe's"):
+        make(files, stage, data=prompts("other", 32))
+    with refused(r"pairs: its prompts are \[3, 32\], the recipe's \[3, 8\]"):
+        make(files, stage, data=prompts("narrow", 8))
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,12 @@ def test_teacher(files, dropout):
     assert any(dropped) == (dropout > 0) and all(dropped) == (dropout == 1)
 
 
-@pytest.mark.parametrize("clean", [0.0, 0.5, 1.0])
-def test_ode_init(files, clean):
-    """Each block beside the blocks before it at the level of the next point, or at 0, all in one sequence."""
-    stage = double(make(files, "ode_init", clean=clean))
+@pytest.mark.parametrize(("clean", "context_noise"), [(0.0, 0.0), (0.5, 0.0), (0.5, 60.0), (1.0, 0.0)])
+def test_ode_init(files, clean, context_noise):
+    """Each block beside the blocks before it at the level of the next point, or at 0, all in one sequence; clean ones
+    have the timestep at which a rollout caches finished blocks.
+    """
+    stage = double(make(files, "ode_init", clean=clean, rollout={"context_noise": context_noise}))
     student, sigmas = stage.trained["student"], stage.recipe.rollout.schedule.sigmas
     block, seen, expected = 2, set(), []
     for sample in range(6):
@@ -89,7 +91,8 @@ def test_ode_init(files, clean):
         seen.add(below - step)
         for first in range(0, FRAMES, block):
             latents = torch.cat([points[below][:first], points[step][first : first + block]])[None]
-            times = torch.tensor([[1000 * sigmas[below]] * first + [1000 * sigmas[step]] * block], dtype=torch.float64)
+            before = context_noise if below == STEPS else 1000 * sigmas[below]
+            times = torch.tensor([[before] * first + [1000 * sigmas[step]] * block], dtype=torch.float64)
             velocity = student(latents, times, text, "block_causal", **MASK)[:, first:]
             x0 = points[step][None, first : first + block] - sigmas[step] * velocity
             expected.append((x0 - points[-1][None, first : first + block]).square().mean())
@@ -189,12 +192,16 @@ def test_samples_are_independent(files, name, network, more):
 # Who learns.
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "autocast"])
 @pytest.mark.parametrize("step", [UpdateStep("critic"), STUDENT], ids=str)
 def test_who_gets_gradient(files, step, variant):
-    """Every weight of the network of the step; none of another."""
-    stage = make(files, "hiar", **VARIANTS[variant])
-    stage.loss(step, 0, SAMPLES)[0].backward()
+    """Every weight of the network of the step; none of another. Under autocast too, whose cache of narrow weights was
+    filled without gradient by the rollout.
+    """
+    stage = make(files, "hiar", **VARIANTS.get(variant, {}))
+    with torch.autocast("cpu", torch.bfloat16, enabled=variant == "autocast"):
+        loss = stage.loss(step, 0, SAMPLES)[0]
+    loss.backward()
     for name, network in {**stage.trained, **stage.frozen}.items():
         missing = [p for p, value in network.named_parameters() if value.grad is None or not value.grad.any()]
         some = [p for p, value in network.named_parameters() if value.grad is not None]

@@ -70,14 +70,17 @@ def test_errors_of_the_true_velocity_are_zero():
             velocity[:, :3] += self.wrong_first_block
             return velocity
 
-    def errors(model):
-        return teacher_forcing_errors(model, x0, None, sigma, context_sigma, noise, other, frames_per_block=3)
+    def errors(model, **options):
+        options |= {"frames_per_block": 3}
+        return teacher_forcing_errors(model, x0, None, sigma, context_sigma, noise, other, **options)
 
     model = Oracle()
     assert float(errors(model).max()) < 1e-10
     assert torch.equal(model.context[1], x0[1]), "clean context is not noised"
     torch.testing.assert_close(model.context[0], (x0[0] + other[0]) / 2)
     assert torch.equal(model.context_times, 1000 * context_sigma[:, None].expand(-1, 6))
+    errors(model, context_timestep=60.0)
+    assert model.context_times[:, 0].tolist() == [500, 60], "of clean context, as a rollout with context_noise has it"
     model.wrong_first_block = 2.0
     torch.testing.assert_close(errors(model), torch.tensor([[4.0] * 3 + [0.0] * 3] * 2))
 
@@ -106,8 +109,8 @@ def test_the_loss_is_a_weighted_mean_of_rows(stage, monkeypatch):
     errors = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
     chosen = []
 
-    def known(model, x0, *tensors, **rule):
-        assert rule == {"frames_per_block": 3, "window_frames": 6, "sink_frames": 0}
+    def known(model, x0, *tensors, context_timestep, **rule):
+        assert context_timestep == 0 and rule == {"frames_per_block": 3, "window_frames": 6, "sink_frames": 0}
         return errors[chosen]
 
     monkeypatch.setattr("hiar_model.train.stages.teacher_forcing.teacher_forcing_errors", known)

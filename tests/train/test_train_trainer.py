@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
+import types
 
 import av
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from train_job import Pull, losses, recipe, train
 
 from hiar_model.io.video import Frames
-from hiar_model.train.config.reading import make_recipe
+from hiar_model.planning import free_memory
+from hiar_model.train.config.reading import load_recipe, make_recipe
 from hiar_model.train.config.recipe import EmaRecipe, OptimizerRecipe
 from hiar_model.train.engine import metrics
 from hiar_model.train.engine.distributed import DistContext
 from hiar_model.train.engine.ema import Ema
+from hiar_model.train.engine.memory import require_memory_to_train, resident_bytes
 from hiar_model.train.engine.metrics import MetricsLogger, sample_scalars
 from hiar_model.train.engine.networks import make_network
 from hiar_model.train.engine.optimizers import Optimizers, rate_factor
@@ -210,6 +215,21 @@ def test_muon_has_the_matrices_of_the_blocks():
     assert rates == pytest.approx([0.5 * 0.505, 0.5, 0.25])
 
 
+def test_models_on_the_way(tmp_path):
+    """Each is the average after so many updates, as a run that is resumed there has it."""
+    scale = {"checkpoint_every": 2, "threads": 1}
+    make(tmp_path / "run", updates=5, scale={**scale, "model_every": 2}).run()
+    models = sorted((tmp_path / "run" / "models").iterdir())
+    assert [model.name for model in models] == ["update_00000002", "update_00000004"]
+    for model, stop in zip(models, (2, 4), strict=True):
+        trainer = make(tmp_path / f"until {stop}", updates=5, scale=scale)
+        trainer.run(lambda done, _, trainer=trainer, stop=stop: trainer.stop() if done == stop - 1 else None)
+        expected = trainer.averaged_model().state_dict()
+        written = torch.load(model / "weights.pt")
+        assert written.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in written.items())
+
+
 # Metrics
 
 
@@ -220,7 +240,8 @@ def test_the_table(tmp_path):
         def sample(self, update) -> Frames:
             return np.full((2, 3, 8, 8, 3), 10 * update, np.uint8)
 
-    parsed = make_recipe(recipe(updates=5, log_every=2, sample_every=4))
+    critic = {"kind": "adamw", "lr": 1e-3, "warmup": 0.0, "cooldown": 0.0}
+    parsed = make_recipe(recipe(updates=5, log_every=2, sample_every=4, critic_optimizer=critic))
     trainer, seen = Trainer(parsed, Growing(parsed, CPU), tmp_path, say=lambda line: None), []
     trainer.run(lambda update, numbers: seen.append(numbers["student_loss"]))
     rows = losses(tmp_path)
@@ -229,8 +250,9 @@ def test_the_table(tmp_path):
         [(seen[0] + seen[1]) / 2, (seen[2] + seen[3]) / 2, seen[4]], rel=1e-6
     )
     assert [row["sample_motion"] for row in rows] == ["", "0", "0"]
-    assert [row["rate"] for row in rows] == ["1", "1", "0.5"], "of the last update in each: cooldown is 0.4 of 5"
-    assert {"critic_loss", "critic_gradient_norm", "critic_largest", "student_gradient_norm", "rate"} <= rows[0].keys()
+    rates = [(row["student_learning_rate"], row["critic_learning_rate"]) for row in rows]
+    assert rates == [("0.003", "0.001")] * 2 + [("0.0015", "0.001")], "of the last update in each: cooldown 0.4 of 5, 0"
+    assert {"critic_loss", "critic_gradient_norm", "critic_largest", "student_gradient_norm"} <= rows[0].keys()
     sheets = sorted(p.name for p in (tmp_path / "samples").iterdir())
     assert sheets == ["update_00000004.png", "update_00000005.png"]
     assert (tmp_path / "samples" / sheets[0]).read_bytes().startswith(b"\x89PNG")
@@ -322,6 +344,43 @@ def test_wandb_only_where_its_variable_is_set(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="WANDB_PROJECT is set to 'films', but wandb is not installed"):
         MetricsLogger(tmp_path / "none", 0, {}, lambda text: None)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon_adamw"])
+def test_memory_is_that_of_the_tensors(tmp_path, kind):
+    """Weights, optimiser states and average after an update, and gradients; but for AdamW's counts of steps."""
+    optimizer = {"kind": kind, "lr": 1e-3}
+    sizes = {"model": "least", "teacher_model": "least", "updates": 1}
+    trainer = make(tmp_path, optimizer=optimizer, critic_optimizer=optimizer, **sizes)
+    trainer.run()
+    networks = [*trainer.stage.trained.values(), *trainer.stage.frozen.values()]
+    tensors = [p for network in networks for p in network.parameters()]
+    tensors += [*trainer.ema.weights.values(), *trainer.stage.trained["critic"].parameters()]  # as many gradients
+    for optimizers in trainer.optimizers.values():
+        tensors += [value for part in optimizers.parts for state in part.state.values() for value in state.values()]
+    expected = sum(t.nbytes for t in tensors if t.dim())
+    assert resident_bytes(trainer.recipe) == expected and resident_bytes(trainer.recipe, 4) == expected // 4
+
+
+def test_too_little_memory_is_said_before_weights_are_read(monkeypatch):
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: 40 * 10**9)
+    hiar = load_recipe("wan-1.3b/hiar")
+    with refused(r"averages of a process need 51\.1 GB, 40\.0 GB of memory are free"):
+        require_memory_to_train(hiar, DistContext(0, 1, CPU))
+    assert require_memory_to_train(hiar, DistContext(0, 8, CPU)) == pytest.approx(51.1e9 / 8, rel=1e-3)
+
+
+def test_a_resumed_run_goes_on_in_its_run_at_wandb(tmp_path, monkeypatch):
+    started: list[dict] = []
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.init = lambda **options: (started.append(options), types.SimpleNamespace(finish=lambda: None))[1]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_PROJECT", "films")
+    for update in (0, 5, 0):
+        MetricsLogger(tmp_path, update, {}, lambda text: None).close()
+    first, resumed, new = (options["id"] for options in started)
+    assert first == resumed != new and {options["resume"] for options in started} == {"allow"}
 
 
 # What stops it

@@ -115,7 +115,8 @@ class ScaleRecipe:
         activation_checkpointing: recompute each block in the backward pass from its saved input.
         threads: of torch on the CPU; 0: one for small networks such as the toy's, else torch's default.
         max_minutes: save a state and stop after so many minutes; null: never.
-        checkpoint_every: updates between two saved states.
+        checkpoint_every: updates between two saved states, of which the last one stays.
+        model_every: updates between two averaged models in models/update_N, all of which stay; 0: the last one alone.
     """
 
     micro_batch: int | None = None
@@ -124,9 +125,10 @@ class ScaleRecipe:
     threads: int = 0
     max_minutes: float | None = None
     checkpoint_every: int = 250
+    model_every: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "shard")
+        _at_least(self, 0, "shard", "model_every")
         _at_least(self, 0, "threads", most=MOST_THREADS)
         _at_least(self, 1, "checkpoint_every", "micro_batch")
         if self.max_minutes is not None:

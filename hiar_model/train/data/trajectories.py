@@ -12,6 +12,7 @@ which multiplies their error by up to 25.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import warnings
@@ -233,6 +234,12 @@ class TrajectoryStore:
     def latent_shape(self) -> tuple[int, ...]:
         """(F, C, H, W) of a point."""
         return tuple(self.manifest["latent_shape"])
+
+    def is_of(self, data: Prompts) -> bool:
+        """Whether the trajectories have been made with this data, whatever the number of its frames."""
+        alike = copy.copy(data)
+        alike.latent_shape = self.latent_shape  # type: ignore[misc,assignment]
+        return alike.fingerprint == self.manifest.get("data")
 
     @own_settings(autocast=True)
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:

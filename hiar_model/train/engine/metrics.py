@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import math
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ...common import environment
-from ...io.atomic import atomic
+from ...io.atomic import atomic, atomic_write
 from ...io.video import Frames, contact_sheet, save_png
 from .loss_plot import PICTURE, draw_losses
 
-LOSSES, SAMPLES, EVENTS = "loss.csv", "samples", "tensorboard"
+LOSSES, SAMPLES, EVENTS, WANDB_ID = "loss.csv", "samples", "tensorboard", "wandb_id.txt"
 UPDATE = "update"  # first column of the losses
 SATURATED = 4  # of 255: how near to black or full a channel counts as saturated
 PLOT_EVERY = 60.0  # seconds, at least, between two drawings of the losses; and once more at the end
@@ -45,6 +46,7 @@ class MetricsLogger:
     loss.png       the losses in it, drawn while the run goes on
     tensorboard/   the same, and the sheets, where tensorboard is installed
     samples/       sheets as .png, one video a row
+    wandb_id.txt   of the run at W&B, where its variable is set: a resumed run goes on in the same curves
 
     Args:
         update: number of finished updates; rows of later ones, from a killed run, are dropped.
@@ -75,7 +77,12 @@ class MetricsLogger:
             import wandb
 
             self.wandb = wandb.init(
-                project=project, name=folder.name, dir=str(folder), config=dict(recipe), resume="allow"
+                project=project,
+                name=folder.name,
+                dir=str(folder),
+                config=dict(recipe),
+                id=_wandb_id(folder / WANDB_ID, new=update == 0),
+                resume="allow",
             )
 
     def scalars(self, update: int, numbers: Mapping[str, float]) -> None:
@@ -143,6 +150,13 @@ class MetricsLogger:
         if columns and len(valid) < len(rows):
             _rewrite(self.folder / LOSSES, columns, valid)
         return columns
+
+
+def _wandb_id(path: Path, *, new: bool) -> str:
+    """The id of this run at W&B, from its file."""
+    if new or not path.exists():
+        atomic_write(path, uuid.uuid4().hex)
+    return path.read_text(encoding="utf-8")
 
 
 def _smaller(frames: Frames, side: int) -> Frames:

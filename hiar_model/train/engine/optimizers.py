@@ -17,15 +17,15 @@ from ..config.recipe import OptimizerRecipe
 class Optimizers:
     """AdamW, or Muon and AdamW, for one network.
 
-    Muon (arXiv 2502.16982) is for the matrices inside the blocks; embeddings, head, norms and biases are AdamW's. Of
-    sharded matrices it multiplies the shards: the same up to the rounding of its bfloat16, a percent or two of a step.
+    Muon (arXiv 2502.16982) is for :func:`muon_matrices`; embeddings, head, norms and biases are AdamW's. Of sharded
+    matrices it multiplies the shards: the same up to the rounding of its bfloat16, a percent or two of a step.
     """
 
     def __init__(self, network: HiARTransformer, recipe: OptimizerRecipe) -> None:
         self.network, self.recipe, self.parameters = network, recipe, list(network.parameters())
         matrices: list[Tensor] = []
         if recipe.kind == "muon_adamw":
-            matrices = [p for n, p in network.named_parameters() if n.startswith("blocks.") and p.dim() == 2]
+            matrices = muon_matrices(network)
         chosen = {id(p) for p in matrices}
         others = [p for p in self.parameters if id(p) not in chosen]
         decay = 0.0 if matrices else recipe.weight_decay
@@ -44,9 +44,13 @@ class Optimizers:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+    def rate(self, progress: float) -> float:
+        """The learning rate. ``progress``: share of the run before the step."""
+        return self.recipe.lr * rate_factor(progress, self.recipe.warmup, self.recipe.cooldown)
+
     def step(self, progress: float) -> None:
         """One step with the current gradients, then drop them. ``progress``: share of the run before it."""
-        rate = self.recipe.lr * rate_factor(progress, self.recipe.warmup, self.recipe.cooldown)
+        rate = self.rate(progress)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate
@@ -62,6 +66,11 @@ class Optimizers:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a state of :meth:`state_dict`, of any number of ranks."""
         set_optimizer_state_dict(self.network, self.parts, dict(state))
+
+
+def muon_matrices(network: HiARTransformer) -> list[Tensor]:
+    """The weights that are Muon's where it is used: the matrices inside the blocks."""
+    return [p for name, p in network.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
 
 
 def rate_factor(progress: float, warmup: float, cooldown: float) -> float:

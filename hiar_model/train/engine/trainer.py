@@ -28,10 +28,10 @@ from .ema import Ema
 from .loss_plot import PICTURE
 from .metrics import EVENTS, LOSSES, SAMPLES, MetricsLogger, sample_scalars
 from .networks import gather
-from .optimizers import Optimizers, rate_factor
+from .optimizers import Optimizers
 from .snapshots import Snapshots
 
-STATES, MODEL = "states", "model"
+STATES, MODEL, MODELS = "states", "model", "models"
 
 
 def check_kind_of_folder(folder: Path, *, trains: bool) -> None:
@@ -46,7 +46,7 @@ def check_run_folder(folder: Path) -> None:
     """ValueError of one line if something of a run cannot be written there; call it before any work starts."""
     check_kind_of_folder(folder, trains=True)
     check_folder(folder)
-    for name in (STATES, MODEL, SAMPLES, EVENTS):
+    for name in (STATES, MODEL, MODELS, SAMPLES, EVENTS):
         check_folder(folder / name)
     for name in (LOSSES, PICTURE) if folder.is_dir() else ():
         check_output(folder / name)
@@ -128,6 +128,8 @@ class Trainer:
                 stopping = self._time_is_over(start) or self.stopping
                 if stopping or done % recipe.scale.checkpoint_every == 0 or done == recipe.updates:
                     self._save()
+                if recipe.scale.model_every and done % recipe.scale.model_every == 0 and done < recipe.updates:
+                    self._export(self.folder / MODELS / f"update_{done:08d}")
                 if on_update is not None:
                     on_update(done, metrics)
                 if stopping:
@@ -147,8 +149,11 @@ class Trainer:
     @own_settings()
     def export(self) -> Path | None:
         """Write the averaged network as the stage does; returns the path, on rank 0. Every rank must call it."""
+        return self._export(self.folder / MODEL)
+
+    def _export(self, folder: Path) -> Path | None:
         model = self.averaged_model()
-        return None if model is None else self.stage.export(model, self.folder / MODEL)
+        return None if model is None else self.stage.export(model, folder)
 
     def _update(self) -> dict[str, float]:
         """All optimiser steps of one update; returns the means of their metrics."""
@@ -236,14 +241,16 @@ class Trainer:
         return sample_scalars(frames)
 
     def _log(self, logger: MetricsLogger | None) -> None:
-        """Means over the updates since the last row; a metric that not all of them have, over those that have it."""
+        """Means over the updates since the last row; a metric that not all of them have, over those that have it. The
+        learning rates are those of the last update.
+        """
         if logger is not None:
             names = dict.fromkeys(name for metrics in self.pending for name in metrics)
             columns = {name: [metrics[name] for metrics in self.pending if name in metrics] for name in names}
-            schedule = self.recipe.optimizer
-            rate = rate_factor((self.update - 1) / self.recipe.updates, schedule.warmup, schedule.cooldown)
             means = {name: sum(values) / len(values) for name, values in columns.items()}
-            logger.scalars(self.update, {**means, "rate": rate})
+            progress = (self.update - 1) / self.recipe.updates
+            rates = {f"{name}_learning_rate": each.rate(progress) for name, each in self.optimizers.items()}
+            logger.scalars(self.update, {**means, **rates})
         self.pending.clear()
 
     def _time_is_over(self, start: float) -> bool:

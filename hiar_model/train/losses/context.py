@@ -17,6 +17,7 @@ def velocity_over_context(
     prompt_embeds: Tensor,
     sigma: Tensor,
     context_sigma: Tensor,
+    context_noise: float = 0.0,
     **mask: Any,
 ) -> Tensor:
     """Velocity of every block, which sees itself in ``latents`` and earlier blocks in ``context``.
@@ -25,15 +26,14 @@ def velocity_over_context(
 
     Args:
         latents, context: [B, F, C, H, W] at the noise levels sigma, context_sigma [B].
-        prompt_embeds: [B, L, text_dim]. mask: :meth:`hiar_model.RolloutConfig.block_causal`.
+        prompt_embeds: [B, L, text_dim]. context_noise: of :class:`hiar_model.RolloutConfig`, the timestep of clean
+            context. mask: :meth:`hiar_model.RolloutConfig.block_causal`.
 
     Returns:
         [B, F, C, H, W].
     """
     frames = latents.shape[1]
-    keys = model.kv(context, _timesteps(context_sigma, frames), prompt_embeds, "block_causal", **mask)
-    return model(latents, _timesteps(sigma, frames), prompt_embeds, "block_causal", context=keys, **mask)
-
-
-def _timesteps(sigma: Tensor, frames: int) -> Tensor:
-    return (TRAIN_TIMESTEPS * sigma)[:, None].expand(-1, frames)
+    t, context_t = ((TRAIN_TIMESTEPS * s)[:, None].expand(-1, frames) for s in (sigma, context_sigma))
+    context_t = context_t.masked_fill(context_t == 0, context_noise)
+    keys = model.kv(context, context_t, prompt_embeds, "block_causal", **mask)
+    return model(latents, t, prompt_embeds, "block_causal", context=keys, **mask)

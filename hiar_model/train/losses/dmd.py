@@ -122,11 +122,10 @@ def dmd_loss(x0: Tensor, gradient: Tensor, mask: Tensor | None = None) -> Tensor
 
 
 class DMDResult(NamedTuple):
-    """The loss of a generator update (scalar, with gradient), and metrics, each [B]."""
+    """The loss of a generator update (scalar, with gradient), and the normaliser of each video [B]."""
 
     loss: Tensor
     normaliser: Tensor
-    gradient_norm: Tensor
 
 
 def distribution_matching(
@@ -157,7 +156,7 @@ def distribution_matching(
         cond = predict_x0(teacher, noised, sigma, prompt_embeds)
         uncond = predict_x0(teacher, noised, sigma, unconditional.expand(len(x), -1, -1))
         gradient, normaliser = _normalised(x, fake, cond, uncond, guidance)
-    return DMDResult(dmd_loss(x0, gradient, mask), normaliser, gradient.flatten(1).norm(dim=1))
+    return DMDResult(dmd_loss(x0, gradient, mask), normaliser)
 
 
 def critic_loss(model: HiARTransformer, x0: Tensor, prompt_embeds: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Each is built from a recipe and defines random draws and losses; the trainer doe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,10 @@ from ...models.checkpoint import save_transformer
 from ...models.threads import cpu_threads, fitting_threads
 from ...models.transformer import HiARTransformer
 from ..config.recipe import HiARRecipe, OdeInitRecipe, OdePairsRecipe, TeacherRecipe
+from ..data.datasets import Prompts
 from ..data.shards import progress_report
 from ..data.trajectories import TrajectoryStore, generate_trajectories, weights_sha256
-from ..engine.distributed import unsharded
+from ..engine.distributed import is_first, unsharded
 from ..engine.networks import frozen, make_network
 from ..engine.self_rollout import ExitStepBatch, SelfRollout, draw_exit_step
 from ..losses.context import velocity_over_context
@@ -132,7 +134,7 @@ class OdeInit(StudentStage[OdeInitRecipe]):
         self.recipe, self.device = recipe, device
         self.sources = Sources(recipe, device)
         shape = self.sources.data.latent_shape
-        self.store = _open_store(recipe.trajectories, "trajectories", shape, recipe.skip_corrupt)
+        self.store = _open_store(recipe.trajectories, "trajectories", shape, self.sources.data, recipe.skip_corrupt)
         _require_same_levels(self.store.sigmas, recipe.rollout.schedule.sigmas, recipe.trajectories)
         self.trained = {"student": make_network(recipe.model, seed=recipe.seed, weights=recipe.init)}
         self.frozen: dict[str, HiARTransformer] = {}
@@ -157,8 +159,16 @@ class OdeInit(StudentStage[OdeInitRecipe]):
     def _regress(
         self, x: Tensor, before: Tensor, end: Tensor, prompt_embeds: Tensor, sigma: Tensor, lower: Tensor
     ) -> Tensor:
+        rollout = self.recipe.rollout
         velocity = velocity_over_context(
-            self.trained["student"], x, before, prompt_embeds, sigma, lower, **self.recipe.rollout.block_causal()
+            self.trained["student"],
+            x,
+            before,
+            prompt_embeds,
+            sigma,
+            lower,
+            rollout.context_noise,
+            **rollout.block_causal(),
         )
         x0 = x - sigma.float().view(-1, 1, 1, 1, 1) * velocity.float()
         return (x0 - end).square().mean()
@@ -177,8 +187,9 @@ class HiAR(StudentStage[HiARRecipe]):
         teacher = _required(recipe.teacher, "teacher")
         self.store: TrajectoryStore | None = None
         if recipe.forward_kl.weight:
-            folder, frame = recipe.forward_kl.trajectories, self.sources.data.latent_shape[1:]
-            self.store = _open_store(folder, "forward_kl.trajectories", frame, recipe.forward_kl.skip_corrupt)
+            folder, data = recipe.forward_kl.trajectories, self.sources.data
+            key, frame = "forward_kl.trajectories", data.latent_shape[1:]
+            self.store = _open_store(folder, key, frame, data, recipe.forward_kl.skip_corrupt)
             points, first_k = len(self.store.sigmas), recipe.forward_kl.first_k
             if first_k >= points:
                 raise ValueError(
@@ -301,11 +312,18 @@ def _required(path: str | None, key: str) -> str:
     return path
 
 
-def _open_store(path: str | None, key: str, shape: Sequence[int], skip_corrupt: bool) -> TrajectoryStore:
-    """The trajectories of a folder; the shape of their points must end in ``shape``, that of the recipe's latents."""
+def _open_store(path: str | None, key: str, shape: Sequence[int], data: Prompts, skip_corrupt: bool) -> TrajectoryStore:
+    """The trajectories of a folder; the shape of their points must end in ``shape``, that of the recipe's latents, and
+    their prompts must be as wide as those of ``data``. A warning says where they have been made with other data.
+    """
     store = TrajectoryStore(_required(path, key), skip_corrupt=skip_corrupt, together=True)
     if store.latent_shape[-len(shape) :] != tuple(shape):
         raise ValueError(f"{path}: its latents are {list(store.latent_shape)}, the recipe's must end in {list(shape)}")
+    ours, theirs = list(data.unconditional().shape[1:]), store.manifest["text_shape"]
+    if ours[-1] != theirs[-1]:
+        raise ValueError(f"{path}: its prompts are {theirs}, the recipe's {ours}: their widths must be equal")
+    if is_first() and not store.is_of(data):
+        warnings.warn(f"{path} has been made with other data than this recipe's: other prompts or world", stacklevel=2)
     return store
 
 

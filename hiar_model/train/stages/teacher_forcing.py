@@ -48,7 +48,10 @@ class TeacherForcing(StudentStage[TeacherForcingRecipe]):
         noise, other = torch.stack([g.normals(2, *batch.latents.shape[1:]) for g in generators], 1)
         tensors = (batch.latents, batch.prompt_embeds, target, context, noise, other)
         errors = teacher_forcing_errors(
-            self.trained["student"], *(x.to(self.device) for x in tensors), **r.rollout.block_causal()
+            self.trained["student"],
+            *(x.to(self.device) for x in tensors),
+            context_timestep=r.rollout.context_noise,
+            **r.rollout.block_causal(),
         )
         weights = self._weights(batch.from_start.tolist()).to(self.device)
         return (errors * weights).sum(1).mean() / self.mean_weight, {}
@@ -82,6 +85,8 @@ def teacher_forcing_errors(
     context_sigma: Tensor,
     noise: Tensor,
     context_noise: Tensor,
+    *,
+    context_timestep: float = 0.0,
     **mask: Any,
 ) -> Tensor:
     """Mean squared error of the velocity eps - x0 of every frame, float32 [B, F]; all blocks at once.
@@ -89,6 +94,7 @@ def teacher_forcing_errors(
     Args:
         x0, noise, context_noise: clean latents, and the noise of the two copies, [B, F, C, H, W].
         prompt_embeds: [B, L, text_dim]. target_sigma, context_sigma: [B].
+        context_timestep: of clean context, ``context_noise`` of :class:`hiar_model.RolloutConfig`.
         mask: :meth:`hiar_model.RolloutConfig.block_causal`.
     """
     velocity = velocity_over_context(
@@ -98,6 +104,7 @@ def teacher_forcing_errors(
         prompt_embeds,
         target_sigma,
         context_sigma,
+        context_timestep,
         **mask,
     )
     return (velocity.float() - (noise - x0)).square().mean(dim=(2, 3, 4))
