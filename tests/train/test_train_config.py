@@ -11,7 +11,7 @@ from refusals import refused
 
 from hiar_model import HiARTransformer, WanConfig
 from hiar_model.config import RolloutConfig, sigma_table
-from hiar_model.train.config.reading import differing_keys, field_types, load_recipe, make_recipe, shipped_recipes
+from hiar_model.train.config.reading import differences, field_types, load_recipe, make_recipe, shipped_recipes
 from hiar_model.train.config.recipe import (
     RECIPES,
     CausalRecipe,
@@ -198,8 +198,9 @@ def test_an_unknown_recipe_names_the_known_ones():
 def test_scale_decides_nothing_that_is_learnt():
     ours = load_recipe("toy/hiar").to_dict()
     theirs = load_recipe("toy/hiar", {"scale.micro_batch": 2, "scale.checkpoint_every": 3, "seed": 1}).to_dict()
-    assert differing_keys(ours, theirs) == ["seed"]
-    assert differing_keys(ours, {**ours, "ema": {**ours["ema"], "decay": 0.5}, "more": 1}) == ["ema.decay", "more"]
+    assert list(differences(ours, theirs)) == ["seed"]
+    other = {**ours, "ema": {**ours["ema"], "decay": 0.5}, "more": 1}
+    assert differences(ours, other) == {"ema.decay": (ours["ema"]["decay"], 0.5), "more": (None, 1)}
 
 
 def test_every_key_is_a_field():

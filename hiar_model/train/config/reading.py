@@ -92,11 +92,14 @@ def _parser(stage: str) -> ArgumentParser:
     return parser
 
 
-def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Dotted keys in which two recipes, as plain mappings, differ; the section ``scale`` is left out."""
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two recipes, as plain mappings, differ, with both values (None where one lacks the key);
+    the section ``scale`` is left out.
+    """
     a, b = _flat(ours), _flat(theirs)
     keys = [*a, *(key for key in b if key not in a)]
-    return [key for key in keys if not key.startswith("scale.") and a.get(key, ...) != b.get(key, ...)]
+    differ = [key for key in keys if not key.startswith("scale.") and a.get(key, ...) != b.get(key, ...)]
+    return {key: (a.get(key), b.get(key)) for key in differ}
 
 
 def field_types(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

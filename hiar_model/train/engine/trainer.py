@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ...common.settings import own_settings
-from ...io.files import check_folder, check_output
+from ...io.files import check_folder, check_output, lock
 from ...models.threads import cpu_threads, fitting_threads
 from ...models.transformer import HiARTransformer
 from ...version import NOISE, require_noise
-from ..config.reading import differing_keys
+from ..config.reading import differences
 from ..config.recipe import TrainingRecipe
 from ..stages.base import Stage, UpdateStep
 from .distributed import DistContext, reshard, set_requires_gradient_sync, shard
@@ -40,6 +40,28 @@ def check_run_folder(folder: Path) -> None:
         check_folder(folder / name)
     for name in (LOSSES, PICTURE) if folder.is_dir() else ():
         check_output(folder / name)
+
+
+@contextmanager
+def run_folder_held(folder: Path) -> Iterator[None]:
+    """Makes the folder for the block; what it leaves empty is removed.
+
+    Raises:
+        ValueError: another process trains there, whose losses and states would mix with those of this one.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = lock(folder)
+    except BlockingIOError:
+        raise ValueError(f"another process trains in {folder}: wait for it, or choose another --out") from None
+    try:
+        with handle:
+            yield
+    finally:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 class Trainer:
@@ -259,10 +281,12 @@ class Trainer:
         if keys and same_stage:
             other = f"another version, with other recipe keys ({', '.join(sorted(keys))})"
             raise ValueError(f"{path} was saved by {other}; choose another --out")
-        differ = differing_keys(recipe, about["recipe"]) if same_stage else ["stage"]
+        stages = {"stage": (recipe["stage"], about["recipe"].get("stage"))}
+        differ = differences(recipe, about["recipe"]) if same_stage else stages
         if differ:
+            another = ", ".join(f"{key} ({theirs} there, {ours} here)" for key, (ours, theirs) in differ.items())
             raise ValueError(
-                f"{self.folder} holds a run with another {', '.join(differ)}; choose another --out or delete the folder"
+                f"{self.folder} holds a run with another {another}; choose another --out or delete the folder"
             )
         require_noise(str(path), about.get("noise"))
         state = self._state_dict()
