@@ -19,7 +19,14 @@ TIERS = {"cpu", "interpreter", "compile", "browser"}  # not gpu, which a folder 
 NEEDS_NVCC = {"nvcc", "emulation"}  # fixtures
 # Files that prepare something for many seconds. They run first: a worker that has done takes half of what another has
 # left, and where that cuts such a file in two, both prepare it.
-PREPARED = {"test_ab.py", "test_bench.py", "test_csrc.py", "test_pipeline.py", "test_train_distributed.py", "test_ulysses.py"}
+PREPARED = {
+    "test_ab.py",
+    "test_bench.py",
+    "test_csrc.py",
+    "test_pipeline.py",
+    "test_train_distributed.py",
+    "test_ulysses.py",
+}
 # Files with a test of several seconds. They come next: at the end, such a test would run while the other workers have
 # nothing left.
 LONG = {

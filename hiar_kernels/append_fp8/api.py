@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..common.dispatch import check_floats, check_tensor, choose
+from ..common.dispatch import check_floats, check_tensor, choose, require_no_gradient
+from ..common.float8 import NO_GRADIENT
 from ..common.pointwise import automatic, prepare
 from ..common.torch_library import OPS
 from ..qk_norm_rope.inputs import RopeInputs, token_grid
@@ -68,7 +68,7 @@ def append_fp8(
     rings = Fp8Rings(slots, k_cache, v_cache, k_scales, v_scales, rows)
     check_tensor(op, "slots", slots)
     rings.validate(op, k.device, k.shape, slots.shape[-1] if slots.dim() else 0)
-    _no_gradient(op, k, v)
+    require_no_gradient(op, NO_GRADIENT, k, v)
     impl = choose(op, impl, IMPLS, auto=_automatic(rings, k, v))
     if impl == "reference":
         reference.append_fp8(k, v, rings)
@@ -117,7 +117,7 @@ def qk_norm_rope_append_fp8(
     inputs.validate(op)
     rings = Fp8Rings(slots, k_cache, v_cache, k_scales, v_scales, rows)
     rings.validate(op, qkv.device, inputs.split_heads, inputs.frames.shape[1])
-    _no_gradient(op, qkv, q_weight, k_weight)
+    require_no_gradient(op, NO_GRADIENT, qkv, q_weight, k_weight)
     impl = choose(op, impl, ROPE_IMPLS, auto=_automatic(rings, q_weight, k_weight, qkv, norm=True, cuda=True))
     if impl == "reference":
         q, q_scales = reference.qk_norm_rope_append_fp8(inputs, rings, quantize_q)
@@ -126,11 +126,6 @@ def qk_norm_rope_append_fp8(
         kernel = OPS.qk_norm_rope_append_fp8_cuda if impl == "cuda" else OPS.qk_norm_rope_append_fp8
         q, q_scales = kernel(*inputs.as_schema()[:4], *rings.as_schema(), *inputs.as_schema()[4:9], quantize_q, rows)
     return (q, q_scales) if quantize_q else q
-
-
-def _no_gradient(op: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise ValueError(f"{op}: has no gradient; 8 bits are for inference: use torch.no_grad()")
 
 
 def _automatic(rings: Fp8Rings, *floats: Tensor, norm: bool = False, cuda: bool = False) -> str:

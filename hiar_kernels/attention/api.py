@@ -43,7 +43,7 @@ def attention(
         context: keys and values of earlier blocks (:class:`KVContext`). k, v then count only inside the query's block:
             teacher forcing, or training over constant caches.
         kv_counts: [B or 1, Tk], how often each key occurs: adds its logarithm to the key's score; 0 hides it. Without a
-            mask only. n equal padding keys are one key with count n.
+            mask only, and without a gradient. n equal padding keys are one key with count n.
         layout: what :func:`attention_layout` made of the same mask and ids. The libraries below then read nothing from
             the device; without it (and under torch.compile) they read the frame ids, and wait for the device.
         schedule: what :func:`attention_schedule` made of the same sizes, mask and ids, for ``impl="gluon"``, which

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common import triton_loader
-from ..common.dispatch import choose, require, resolve
+from ..common.dispatch import choose, require, require_autograd, resolve
 from ..common.torch_library import OPS
 from . import gluon, library, reference, selection
 from .inputs import AttentionInputs
@@ -56,6 +56,7 @@ def run(
         return gluon.attend(call, schedule)
     if impl == "triton":
         triton_loader.load("attention", q)
+        require_autograd("attention", impl, *call.differentiable)
         return OPS.attention(*call.as_schema())
     if impl == "reference":
         if automatic and q.is_cuda and choice.impl == "reference":

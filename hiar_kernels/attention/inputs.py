@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.dispatch import check_floats, check_tensor, require
+from ..common.dispatch import check_floats, check_tensor, differentiated, require, require_no_gradient
 from .layout import AttentionLayout
 from .mask import BlockCausal, KVContext
 
@@ -39,8 +39,12 @@ class AttentionInputs:
 
     @property
     def needs_grad(self) -> bool:
-        tensors = (self.q, self.k, self.v) if self.context is None else (self.q, self.k, self.v, *self.context.kv)
-        return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        return differentiated(*self.differentiable)
+
+    @property
+    def differentiable(self) -> tuple[Tensor, ...]:
+        """The tensors that may receive a gradient."""
+        return (self.q, self.k, self.v) if self.context is None else (self.q, self.k, self.v, *self.context.kv)
 
     def as_schema(self) -> tuple[Any, ...]:
         """The arguments of ``hiar::attention``. A mask is five integers and the window of each batch item."""
@@ -116,6 +120,7 @@ class AttentionInputs:
                 kv_counts.dim() != 2 or kv_counts.shape[0] not in (1, b) or kv_counts.shape[1] != k.shape[1]
             ):
                 raise ValueError(f"attention: kv_counts must be [{b} or 1, {k.shape[1]}], got {list(kv_counts.shape)}")
+            require_no_gradient("attention", "kv_counts have no gradient; detach them", kv_counts)
             return
         require(kv_counts is None, "attention: kv_counts needs mask=None")
         mask.windows(b)

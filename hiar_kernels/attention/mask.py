@@ -91,7 +91,7 @@ class BlockCausal:
         return visible_keys.expand(rows, q_frames.shape[1], kv_frames.shape[1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KVContext:
     """Keys and values of earlier blocks beside a query's own. Gradients flow into k and v where they require them.
 

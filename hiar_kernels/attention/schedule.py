@@ -18,7 +18,7 @@ BLOCK_FIELDS = 4  # start, stop, frame, partial
 SEGMENT_FIELDS = 8  # tile, first block, last block + 1, slot for a partial result or -1, masked blocks of the tile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionSchedule:
     """The work of ``impl="gluon"``, made by :func:`hiar_kernels.attention_schedule`; all tensors int32 on the device.
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..attention.mask import BlockCausal
 from ..attention.schedule import AttentionSchedule, check_schedule
 from ..common import triton_loader
-from ..common.dispatch import choose, require
+from ..common.dispatch import choose, require, require_no_gradient
+from ..common.float8 import NO_GRADIENT
 from ..common.pointwise import TRITON_INSTALLED
 from ..common.torch_library import OPS
 from . import gluon, ops, reference  # noqa: F401  (registers the op)
@@ -71,8 +72,7 @@ def attention_fp8(
     inputs.validate()
     check_schedule("attention_fp8", schedule)
     tensors = (q, k_scales, v_scales) if q_scales is None else (k_scales, v_scales, q_scales)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    require(not needs_grad, "attention_fp8: has no gradient; 8 bits are for inference: use torch.no_grad()")
+    require_no_gradient("attention_fp8", NO_GRADIENT, *tensors)
     automatic = "triton" if q.is_cuda and TRITON_INSTALLED and not triton_problem(inputs) else "reference"
     impl = choose("attention_fp8", impl, IMPLS, auto=automatic)
     if impl == "reference":

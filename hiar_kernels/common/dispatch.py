@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -56,6 +57,46 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Does torch follow the gradient of one of them, backward or in forward mode?"""
+    present = [x for x in tensors if x is not None]
+    return (torch.is_grad_enabled() and any(x.requires_grad for x in present)) or _in_forward_mode(present)
+
+
+def require_no_gradient(op: str, reason: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError where an op without a gradient would lose that of a tensor without a word."""
+    if differentiated(*tensors):
+        raise ValueError(f"{op}: {reason}")
+
+
+def require_autograd(op: str, impl: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError if torch.func or forward mode differentiates one of them: kernels have backward formulas for
+    torch.autograd alone, and torch drops the tangents of an op without a word.
+    """
+    present = [x for x in tensors if x is not None]
+    if _in_forward_mode(present) or _in_func_grad(present):
+        reason = "is differentiated by torch.autograd's backward alone, not by torch.func or in forward mode"
+        raise ValueError(f"{op}: impl={impl!r} {reason}; use impl='reference' there")
+
+
+def _in_forward_mode(tensors: list[Tensor]) -> bool:
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _in_func_grad(tensors: list[Tensor]) -> bool:
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    functorch = torch._C._functorch
+    for x in tensors:
+        while functorch.is_functorch_wrapped_tensor(x):
+            if functorch.is_gradtrackingtensor(x):
+                return True
+            x = functorch.get_unwrapped(x)
+    return False
 
 
 _preferred: str | None = None

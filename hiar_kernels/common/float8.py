@@ -13,6 +13,7 @@ ROW_DTYPES = {E4M3: LARGEST, torch.int8: 127.0}
 """What rows are quantised to -> its largest number."""
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a row of zeros
 GROUP = 16  # keys that a ring of values stores in an order of its own
+NO_GRADIENT = "has no gradient; 8 bits are for inference: use torch.no_grad()"
 _AT_ONCE = 1 << 21  # numbers that a CPU widens: their indices take four bytes each
 
 

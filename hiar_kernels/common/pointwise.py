@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_loader, triton_loader
+from .dispatch import require_autograd
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST_NORM = 8192  # channels: a norm kernel holds whole rows in registers
@@ -31,6 +32,7 @@ def prepare(op: str, *, impl: str = "triton", norm: bool = False, **tensors: Ten
     """Load an op's Triton or CUDA kernels for the first tensor's device; raise ValueError for unsupported tensors."""
     first, x = next((name, t) for name, t in tensors.items() if t is not None)
     (cuda_loader if impl == "cuda" else triton_loader).load(op, x)
+    require_autograd(op, impl, *tensors.values())
     for name, t in tensors.items():
         if t is not None and t.dtype not in DTYPES:
             raise ValueError(f"{op}: impl={impl!r} takes {name} as bfloat16, float16 or float32, got {t.dtype}")

@@ -64,6 +64,21 @@ def _autograd() -> Iterator[None]:
         yield
 
 
+class _OnlyOnce(torch.autograd.Function):
+    """Gradients as they are, which refuse to be differentiated: the backward op has no formula of its own, and without
+    one torch warns and takes them for constants.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> _Outputs:
+        ctx.name = name
+        return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise ValueError(f"{ctx.name}: kernels have no second gradient; use impl='reference' there")
+
+
 PACKAGES: dict[str, str] = {}
 """Op -> the package of its folder, in which its kernels stand."""
 
@@ -154,6 +169,8 @@ def define(
         extra = [saved_outputs] if saves_outputs else []
         op = getattr(OPS, f"{name}_backward")
         gradients = op([g.contiguous() for g in grads], needed, *extra, *args)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _OnlyOnce.apply(name, len(gradients), *gradients, *grads, *saved)
         result: list[Tensor | None] = [None] * len(args)
         for i, gradient in zip(needed_positions(needed, args), gradients, strict=True):
             result[i] = gradient

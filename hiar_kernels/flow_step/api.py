@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..common.dispatch import check_floats, choose
+from ..common.dispatch import check_floats, choose, require_no_gradient
 from ..common.pointwise import automatic, prepare
 from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the op)
@@ -19,7 +19,7 @@ def flow_step(
 
     Args:
         x: noisy latents [B, F, C, H, W]. velocity: the network's v = eps - x0, same shape.
-        sigma, sigma_next: noise levels [B or 1, F or 1] in 0..1.
+        sigma, sigma_next: noise levels [B or 1, F or 1] in 0..1; without a gradient.
         noise: standard normal, shape of x: "sde", next = (1 - sigma_next) x0 + sigma_next noise.
             None: "ode", next = x + (sigma_next - sigma) v.
         impl: "auto" | "reference" | "triton".
@@ -29,7 +29,8 @@ def flow_step(
         float64) and rounded once.
 
     Raises:
-        ValueError: shapes do not fit, or impl="triton" cannot take the device or a dtype.
+        ValueError: shapes do not fit, a noise level requires a gradient, or impl="triton" cannot take the device or a
+            dtype.
     """
     check_floats("flow_step", x=x, velocity=velocity, sigma=sigma, sigma_next=sigma_next)
     if noise is not None:
@@ -48,6 +49,7 @@ def flow_step(
             raise ValueError(
                 f"flow_step: {name} must be [{x.shape[0]} or 1, {x.shape[1]} or 1], got {list(level.shape)}"
             )
+    require_no_gradient("flow_step", "noise levels have no gradient; detach them", sigma, sigma_next)
     if choose("flow_step", impl, IMPLS, auto=automatic(x, velocity, noise)) == "triton":
         sigma, sigma_next = sigma.float(), sigma_next.float()
         prepare("flow_step", x=x, velocity=velocity, noise=noise, sigma=sigma, sigma_next=sigma_next)

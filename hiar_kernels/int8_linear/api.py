@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..common import triton_loader
-from ..common.dispatch import check_tensor, choose
+from ..common.dispatch import check_tensor, choose, require_no_gradient
+from ..common.float8 import NO_GRADIENT
 from ..common.pointwise import DTYPES, TRITON_INSTALLED
 from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the op)
@@ -31,7 +32,7 @@ def int8_linear(
         NaN is NaN. No gradient.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or impl="triton" cannot take the device.
+        ValueError: shapes or dtypes do not fit, a gradient is asked for, or impl="triton" cannot take the device.
 
     Example:
         >>> x, w = quantize_rows(torch.tensor([[2.0, 1.0]]), dtype=torch.int8), torch.eye(2)
@@ -39,6 +40,7 @@ def int8_linear(
         tensor([[2.0000, 1.0079]])
     """
     _check(x, x_scales, weight, weight_scales, bias)
+    require_no_gradient("int8_linear", NO_GRADIENT, x_scales, weight_scales, bias)
     auto = "triton" if x.is_cuda and TRITON_INSTALLED else "reference"
     if choose("int8_linear", impl, IMPLS, auto=auto) == "triton":
         triton_loader.load("int8_linear", x)

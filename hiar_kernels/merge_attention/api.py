@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..common import cuda_loader, pointwise, triton_loader
-from ..common.dispatch import check_floats, choose
+from ..common.dispatch import check_floats, choose, differentiated
 from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the op)
 
@@ -54,7 +53,7 @@ def merge_attention(
             raise ValueError(f"merge_attention: every out must be {want}, got {list(out.shape)} {out.dtype}")
         if tuple(lse.shape) != (b, h, t):
             raise ValueError(f"merge_attention: every lse must be {[b, h, t]}, got {list(lse.shape)}")
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, *lses))
+    needs_grad = differentiated(*outs, *lses)
     kernel = "reference" if needs_grad else pointwise.automatic(outs[0], cuda=True)
     impl = choose("merge_attention", impl, IMPLS, auto=kernel)
     if impl == "reference":

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.dispatch import choose
-from ..common.float8 import E4M3
+from ..common.dispatch import choose, require_no_gradient
+from ..common.float8 import E4M3, NO_GRADIENT
 from ..common.pointwise import automatic, prepare
 from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the ops)
@@ -172,6 +172,8 @@ def _run(op: str, impl: str, inputs: NormInputs) -> Any:
     inputs.validate(op)
     normed = inputs.eps is not None
     tensors = {name: getattr(inputs, name) for name in names_of(op)}
+    if inputs.dtype is not None:
+        require_no_gradient(op, NO_GRADIENT, *tensors.values())
     if choose(op, impl, IMPLS, auto=automatic(*tensors.values(), norm=normed)) == "triton":
         prepare(op, norm=normed, **tensors)
         return getattr(OPS, op)(*inputs.as_schema(op))

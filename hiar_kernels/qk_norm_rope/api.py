@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..common.dispatch import choose, require
+from ..common.dispatch import choose, require_no_gradient
 from ..common.pointwise import automatic, prepare
 from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the ops)
@@ -94,8 +93,8 @@ def qk_norm_rope_append(
     op = "qk_norm_rope_append"
     inputs = RopeInputs(qkv, q_weight, k_weight, frames, num_heads, *token_grid(op, grid), eps, theta, cells)
     inputs.validate(op)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, q_weight, k_weight))
-    require(not needs_grad, "qk_norm_rope_append: has no gradient; use qk_norm_rope, or torch.no_grad()")
+    reason = "has no gradient; use qk_norm_rope, or torch.no_grad()"
+    require_no_gradient(op, reason, qkv, q_weight, k_weight, k_cache, v_cache)
     rings = Rings(slots, k_cache, v_cache, rows)
     rings.validate(op, inputs)
     floats = {"q_weight": q_weight, "k_weight": k_weight, "qkv": qkv, "k_cache": k_cache, "v_cache": v_cache}

@@ -117,9 +117,13 @@ class Rings:
             if not fits or (rows is None and cache.shape[0] != batch):
                 legal = f"[{batch if rows is None else 'any'}, n * {tokens}, {heads}, {head_dim}]"
                 raise ValueError(f"{op}: {name} must be {legal}, got {list(cache.shape)}")
+        k, v = self.k_cache, self.v_cache
+        one = not torch.compiler.is_compiling() and torch._C._is_alias_of(k, v)  # type: ignore[attr-defined]
+        if one and k.storage_offset() == v.storage_offset() and k.numel() > 0:
+            raise ValueError(f"{op}: k_cache and v_cache must be apart, got the same memory")
 
     def validate_layout(self, op: str) -> None:
-        """Reject caches that a kernel cannot write: strided channels, overlapping rows, unequal sizes, one memory."""
+        """Reject caches that a kernel cannot write: strided channels, overlapping rows, unequal sizes."""
         k, v = self.k_cache, self.v_cache
         for name, cache in (("k_cache", k), ("v_cache", v)):
             if cache.stride(3) != 1:
@@ -128,8 +132,6 @@ class Rings:
                 raise ValueError(f"{op}: {name} must not overlap itself, got strides {list(cache.stride())}")
         if k.shape != v.shape:
             raise ValueError(f"{op}: v_cache must be {list(k.shape)} like k_cache, got {list(v.shape)}")
-        if k.numel() > 0 and k.data_ptr() == v.data_ptr():
-            raise ValueError(f"{op}: k_cache and v_cache must be apart, got the same memory")
 
 
 def check_places(op: str, slots: Tensor, rows: Tensor | None, batch: int, count: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.dispatch import check_floats, choose
-from ..common.float8 import E4M3, check_row_dtype
+from ..common.dispatch import check_floats, choose, require_no_gradient
+from ..common.float8 import E4M3, NO_GRADIENT, check_row_dtype
 from ..common.pointwise import automatic, prepare
 from ..common.torch_library import OPS
 from . import ops, reference  # noqa: F401  (registers the op)
@@ -35,8 +35,8 @@ def quantize_rows(
         gradient.
 
     Raises:
-        ValueError: no channels, an unknown activation or dtype, or impl="triton" cannot take the device, the dtype of x
-            or so many channels.
+        ValueError: no channels, an unknown activation or dtype, a gradient is asked for, or impl="triton" cannot take
+            the device, the dtype of x or so many channels.
 
     Example:
         >>> values, scales = quantize_rows(torch.tensor([[-7.0, 3.5, 0.0]]))
@@ -50,6 +50,7 @@ def quantize_rows(
         legal = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"quantize_rows: activation must be one of {legal}, got {activation!r}")
     check_row_dtype("quantize_rows", dtype)
+    require_no_gradient("quantize_rows", NO_GRADIENT, x)
     fits = x.shape[-1] <= WIDEST
     if choose("quantize_rows", impl, IMPLS, auto=automatic(x) if fits else "reference") == "triton":
         prepare("quantize_rows", x=x)

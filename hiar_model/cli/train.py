@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,16 +51,18 @@ def train(a: Namespace) -> None:
     from ..train.config.reading import load_recipe, shipped_recipes
     from ..train.config.recipe import TrainingRecipe
     from ..train.engine.distributed import init_training, launched_context
-    from ..train.engine.trainer import check_kind_of_folder, check_run_folder
+    from ..train.engine.trainer import check_kind_of_folder, check_run_folder, run_folder_held
 
     recipe = load_recipe(a.recipe, overrides)
     own = Path("runs", a.recipe if a.recipe in shipped_recipes() else Path(a.recipe).stem)
     folder = own if a.out is None else Path(a.out)
-    with _among_others():
+    with _among_others(), ExitStack() as closing:
         trains = isinstance(recipe, TrainingRecipe)
         check_kind_of_folder(folder, trains=trains)
         if environment.rank() == 0:  # before weights are read
             (check_run_folder if trains else check_folder)(folder)
+            if trains:
+                closing.enter_context(run_folder_held(folder))
         context = init_training(recipe.scale, a.device) if trains else launched_context(a.device)
         if a.nproc not in (1, context.world_size):
             raise ValueError(f"nproc is {a.nproc}, but torchrun started {context.world_size} processes: give one")

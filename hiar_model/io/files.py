@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,26 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise ValueError(f"cannot write into {target}: {error.strerror or error}") from error
     return target
+
+
+def lock(path: Path) -> ExitStack:
+    """Hold the file or folder until what is returned is closed. BlockingIOError if another holds it; where the system
+    has no such locks (Windows, some network file systems) nothing is held.
+    """
+    held = ExitStack()
+    try:
+        import fcntl
+    except ImportError:
+        return held
+    descriptor = os.open(path, os.O_RDONLY)
+    held.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        held.close()
+        if isinstance(error, BlockingIOError):
+            raise
+    return held
 
 
 def check_picture(path: str | os.PathLike[str] | None) -> Path | None:

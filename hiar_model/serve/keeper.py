@@ -46,6 +46,10 @@ class Keeper:
         clear(folder, ())
         return []
 
+    def lost(self, token_hash: str) -> str | None:
+        """Why the session of this token, which an earlier server had, does not go on here; None: there was none."""
+        return None
+
     def states(self, session: ViewerSession) -> SessionStates | None:
         """Where a session keeps states on disk."""
         return None
@@ -87,6 +91,7 @@ class DiskKeeper(Keeper):
     ) -> None:
         self.metrics, self.records, self.lock = metrics, records, threading.Lock()
         self.model, self.execution, self.warned, self.closed = model, execution, False, False
+        self.reasons: dict[str, str] = {}  # of what did not come back, by the hash of its token
         self.unwritten: set[str] = set()  # ids whose record is older than what the client knows
         self.folder = store.folder / "sessions"
         self.disk = StateDisk(self.folder, limit, metrics, **states)
@@ -118,12 +123,16 @@ class DiskKeeper(Keeper):
                     raise ValueError("sessions are not kept (--keep 0)")
                 sessions.append(_session(values, self.made_by))
             except (ValueError, TypeError, KeyError, protocol.Refusal) as error:
-                log.error("session %s does not go on: %s", values["id"], " ".join(str(error).split()))
+                self.reasons[str(values["token_hash"])] = reason = " ".join(str(error).split())
+                log.error("session %s does not go on: %s", values["id"], reason)
                 self.database.execute("DELETE FROM sessions WHERE id = ?", (values["id"],))
         clear(folder, [session.id for session in sessions])
         for session in sessions:
             self.disk.of(session.id)
         return sessions
+
+    def lost(self, token_hash: str) -> str | None:
+        return self.reasons.get(token_hash)
 
     def states(self, session: ViewerSession) -> SessionStates | None:
         return self.disk.of(session.id)
@@ -224,7 +233,7 @@ def clear(folder: Path, names: Iterable[str]) -> None:
 def _session(values: dict[str, Any], made_by: str) -> ViewerSession:
     """A session without a client from its record; ValueError, TypeError or KeyError for a damaged one."""
     if values["made_by"] != made_by:
-        raise ValueError("it is of other weights, another dtype or device")
+        raise ValueError(_difference(values["made_by"], made_by))
     start = protocol.build(StartMessage, json.loads(values["start"]))
     prompts = [(int(block), str(prompt)) for block, prompt in json.loads(values["prompts"])]
     jumps = [(int(seq), int(block)) for seq, block in json.loads(values["jumps"])]
@@ -235,3 +244,29 @@ def _session(values: dict[str, Any], made_by: str) -> ViewerSession:
     session.acked, session.playing = int(values["acked"]), bool(values["playing"])
     session.detached = time.monotonic()
     return session
+
+
+def _difference(theirs: str, ours: str) -> str:
+    """In what a session's ``made_by`` differs from this server's, for its viewer and the log."""
+    try:
+        before, now = (
+            {
+                "weights": weights,
+                "LoRA files": loras,
+                "decoder": more,
+                "dtype": dtype,
+                **dtypes,
+                "device": device,
+                "noise": noise,
+            }
+            for weights, loras, dtype, dtypes, device, noise, *more in map(json.loads, (theirs, ours))
+        )
+    except (ValueError, TypeError):
+        return "it is of another version"
+    hashed = ("weights", "LoRA files", "decoder")
+    words = [
+        f"other {name}" if name in hashed else f"{name} {before.get(name)}, here {now[name]}"
+        for name in now
+        if before.get(name) != now[name]
+    ]
+    return f"it was made with {'; '.join(words) or 'another version'}"

@@ -39,7 +39,7 @@ CODES = {
     "bad_video": "a size, length or order that the model cannot make",
     "not_started": "a message before start",
     "already_started": "a second start",
-    "unknown_session": "no session has this token: it never had, or was not kept so long",
+    "unknown_session": "no session has this token: it never had, was not kept so long, or fits no longer",
     "no_such_block": "a block before the first, or one that has not been made yet",
     "nothing_yet": "nothing to save: no block has been made",
     "busy": "all places are taken, or memory would not suffice: try again after retry_after seconds",

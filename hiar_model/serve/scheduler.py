@@ -167,8 +167,9 @@ class Scheduler:
             digest = hash_token(token)
             session = next((s for s in self.sessions.values() if compare_digest(s.token_hash, digest)), None)
             if session is None or (session.ready is None and session.stored is None):
-                raise Refusal("unknown_session", "no session has this token: it never had, or was not kept so long",
-                              closes=True)  # fmt: skip
+                why, line = self.keeper.lost(digest), "no session has this token: it never had, or was not kept so long"
+                line = line if why is None else f"the session does not go on after the server's restart: {why}"
+                raise Refusal("unknown_session", line, closes=True)
             if after is not None:
                 session.require_sent("after", after)
             session.hang_up(1008, "the session goes on in another connection")

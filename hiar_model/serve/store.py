@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..io.files import lock
 from .protocol import Refusal
 
 FILE = "videos.sqlite"
@@ -31,7 +32,8 @@ class Store:
         self.folder, self.lock = folder, threading.Lock()
         try:
             (folder / "videos").mkdir(parents=True, exist_ok=True)
-            self._lock_file = _hold(folder / "server.lock")
+            (folder / "server.lock").touch()
+            self._lock = lock(folder / "server.lock")
             self.database = sqlite3.connect(folder / FILE, check_same_thread=False, isolation_level=None)
             self.database.execute("PRAGMA journal_mode=WAL")
             self.database.execute(
@@ -50,8 +52,7 @@ class Store:
         """Let another server use the folder."""
         with self.lock:
             self.database.close()
-            if self._lock_file is not None:
-                self._lock_file.close()
+            self._lock.close()
 
     def add(self, kind: str, request: dict[str, Any], num_frames: int | None, status: str = "queued") -> str:
         """A new video; returns its id. :class:`.protocol.Refusal` if the disk takes no more."""
@@ -110,18 +111,3 @@ class Store:
             rows = self.database.execute(f"SELECT {', '.join(COLUMNS)} FROM videos {rest}", values).fetchall()
         videos = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
         return [{**video, "request": json.loads(video["request"])} for video in videos]
-
-
-def _hold(path: Path) -> Any:
-    """An open file that is locked until it is closed; BlockingIOError if it is held."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise
-    return file

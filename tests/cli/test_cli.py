@@ -22,7 +22,7 @@ from hiar_model.cli.choices import as_typed, check_choices
 from hiar_model.config import ExecutionConfig
 from hiar_model.models import registry
 from hiar_model.models.registry import ToyDecoder, load_video_model
-from hiar_model.train.engine.trainer import Trainer
+from hiar_model.train.engine.trainer import Trainer, run_folder_held
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
@@ -300,6 +300,18 @@ def test_training_out_of_memory_names_the_keys_that_need_less(here, capsys, monk
 def test_a_missing_stage_names_the_command_that_makes_it(capsys, recipe, key, made_by):
     line = refused(capsys, 2, "train", recipe)
     assert line.startswith(f"hiar: {key} runs/{made_by}") and f"hiar train {made_by} makes it" in line
+
+
+def test_two_trainings_of_one_folder(here, capsys):
+    """The second would write into the losses and states of the first."""
+    folder = here / "run"
+    with run_folder_held(folder):
+        line = refused(capsys, 2, "train", "toy/teacher", "updates=1", "--out", folder)
+    assert line == f"hiar: another process trains in {folder}: wait for it, or choose another --out"
+    assert not folder.exists()  # nothing was put there
+    with run_folder_held(folder):
+        (folder / "loss.csv").touch()
+    assert folder.exists()
 
 
 def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):

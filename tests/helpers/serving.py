@@ -43,10 +43,15 @@ class _Hurried:
 
 @contextmanager
 def serving(
-    model: VideoModel, data: Path, settings: Settings | None = None, port: int = 0, **options: Any
+    model: VideoModel,
+    data: Path,
+    settings: Settings | None = None,
+    port: int = 0,
+    execution: ExecutionConfig | None = None,
+    **options: Any,
 ) -> Iterator[Service]:
     """A server on a free port; ``service.url`` is its address. Ended as by SIGTERM."""
-    service = Service(model, ExecutionConfig(), data, settings, **options)
+    service = Service(model, execution or ExecutionConfig(), data, settings, **options)
     listening = listen("127.0.0.1", port)
     uvicorn = server(service)
     thread = threading.Thread(target=lambda: uvicorn.run(sockets=[listening]), daemon=True)

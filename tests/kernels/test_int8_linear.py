@@ -29,6 +29,7 @@ def test_whole_numbers_are_added_exactly(shape, dtype):
     assert y.dtype == dtype and torch.equal(y, expected)
 
 
+@torch.no_grad()
 def test_near_the_layer_in_full():
     torch.manual_seed(0)
     layer, x = nn.Linear(256, 64), torch.randn(3, 9, 256)

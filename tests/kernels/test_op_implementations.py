@@ -36,7 +36,7 @@ CALLS: dict[str, Callable[[str], object]] = {
         torch.ones(1, 1, 6), *[torch.ones(2)] * 2, ids([0]), num_heads=1, grid=(1, 1), impl=impl
     ),
     "qk_norm_rope_append": lambda impl: hk.qk_norm_rope_append(
-        torch.ones(1, 1, 6), *[torch.ones(2)] * 2, ids([0]), ids([0]), *[torch.ones(1, 1, 1, 2)] * 2,
+        torch.ones(1, 1, 6), *[torch.ones(2)] * 2, ids([0]), ids([0]), torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2),
         num_heads=1, grid=(1, 1), impl=impl,
     ),
     "attention_fp8": lambda impl: hk.attention_fp8(

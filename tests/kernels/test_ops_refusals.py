@@ -31,6 +31,10 @@ FLOATS = "bfloat16, float16, float32 or float64"
 QKV, WEIGHT, TWO, CACHE = torch.zeros(2, 6, 24), torch.ones(8), ids([0, 1]), torch.zeros(2, 6, 2, 4)
 
 
+INFERENCE = "has no gradient; 8 bits are for inference: use torch.no_grad()"
+LEARNED, INT8 = torch.ones(2, 6, 8, requires_grad=True), torch.ones(4, 4, dtype=torch.int8)
+
+
 def rope(qkv=QKV, weight=WEIGHT, frames=TWO, heads=2):
     return hk.qk_norm_rope(qkv, weight, WEIGHT, frames, num_heads=heads, grid=(1, 3))
 
@@ -114,6 +118,23 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "one window below the block": (lambda: BlockCausal(2, 3, [None, 2]), "frames_per_block = 3, got 2"),
     "a long first block": (lambda: BlockCausal(2, 3, first_block_frames=4), "first_block_frames must be 1 to 3, got 4"),
     "an empty first block": (lambda: BlockCausal(2, 3, first_block_frames=0), "must be 1 to 3, got 0"),
+    "counts that are learned": (
+        lambda: hk.attention(Q, Q, Q, kv_counts=LEARNED[0, 0, :4][None]), "kv_counts have no gradient; detach them"
+    ),
+    "levels that are learned": (
+        lambda: hk.flow_step(LATENT, LATENT, LEARNED[0, :1, :1], LEVEL), "noise levels have no gradient; detach them"
+    ),
+    "8 bits that are learned": (lambda: hk.quantize_rows(LEARNED), f"quantize_rows: {INFERENCE}"),
+    "a norm in 8 bits that is learned": (
+        lambda: hk.ada_layer_norm_quantized(X, LEARNED[:1], LEARNED[:1]), f"ada_layer_norm_quantized: {INFERENCE}"
+    ),
+    "an integer layer that is learned": (
+        lambda: hk.int8_linear(INT8, torch.ones(4), INT8, torch.ones(4), LEARNED[0, 0, :4]), f"int8_linear: {INFERENCE}"
+    ),
+    "one ring for keys and values": (lambda: append(), "k_cache and v_cache must be apart, got the same memory"),
+    "a ring that is learned": (
+        lambda: append(k=CACHE.clone().requires_grad_()), "has no gradient; use qk_norm_rope, or torch.no_grad()"
+    ),
     "nothing to merge": (lambda: hk.merge_attention([], []), "got 0 outs and 0 lses; expected n and n >= 1"),
     "outs without lses": (lambda: hk.merge_attention([Q], []), "got 1 outs and 0 lses"),
     "parts of two dtypes": (
@@ -244,7 +265,8 @@ def test_bad_input_is_one_line(what):
     assert message in line
     names = (
         "attention|merge_attention|BlockCausal|qk_norm_rope|qk_norm_rope_append|ada_layer_norm|layer_norm|"
-        "gated_residual|gated_residual_ada_layer_norm|gated_residual_layer_norm|flow_step|rms_norm|rms_silu_pad|ring_advance"
+        "gated_residual|gated_residual_ada_layer_norm|gated_residual_layer_norm|flow_step|rms_norm|rms_silu_pad|ring_advance|"
+        "quantize_rows|int8_linear|ada_layer_norm_quantized"
     )
     assert re.match(f"({names}): ", line)
 

@@ -27,6 +27,7 @@ def dequantized(x: Tensor, to: torch.dtype = E4M3) -> Tensor:
 
 @pytest.mark.parametrize("to", ROW_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
 def test_the_product_is_that_of_the_quantised_numbers(dtype, to):
     linear, x = nn.Linear(48, 20).to(dtype), 3 * normal(2, 5, 48).to(dtype)
     layer = QuantizedLinear(linear, to)

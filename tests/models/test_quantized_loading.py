@@ -101,6 +101,7 @@ def test_lora_is_merged_and_then_quantised(tmp_path):
         assert torch.equal(ours[key].float(), alone[key].float()) != changed, key
 
 
+@torch.no_grad()
 def forward(model) -> Tensor:
     dtype = model.head.modulation.dtype
     x = torch.randn(1, 3, 16, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)

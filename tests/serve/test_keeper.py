@@ -378,6 +378,22 @@ def test_nothing_of_a_session_stays_where_none_is_kept(model, tmp_path, settings
         assert PROMPT.encode() not in path.read_bytes()
 
 
+def test_another_dtype_is_named_to_the_viewer(model, tmp_path, caplog):
+    """Not: no session has this token, it never had."""
+    with kept(model, tmp_path) as service:
+        viewer = Viewer(service)
+        ready = viewer.start()
+        viewer.blocks(1)
+    line = "it was made with kv_dtype None, here float8_e4m3fn"
+    caplog.clear()
+    with kept(model, tmp_path, execution=ExecutionConfig(kv_dtype="float8_e4m3fn")) as service:
+        assert [record.message for record in caplog.records] == [f"session {ready['session']} does not go on: {line}"]
+        with Viewer(service) as viewer:
+            viewer.send("start", v=1, resume=ready["token"])
+            refused = viewer.wait("refused")
+    assert refused["code"] == "unknown_session" and refused["message"].endswith(f"after the server's restart: {line}")
+
+
 def test_damage_ends_one_session_and_not_the_others(model, tmp_path, caplog):
     with kept(model, tmp_path) as service:
         viewers = [Viewer(service) for _ in range(4)]
@@ -393,7 +409,7 @@ def test_damage_ends_one_session_and_not_the_others(model, tmp_path, caplog):
     caplog.clear()
     with kept(model, tmp_path) as service:
         said = [record.message for record in caplog.records]
-        assert len(said) == 2 and ready[1]["session"] in said[0] and "of other weights" in said[1], said
+        assert len(said) == 2 and ready[1]["session"] in said[0] and "of another version" in said[1], said
         for number, code in enumerate(("failed", "unknown_session", "unknown_session")):
             with Viewer(service) as viewer:
                 viewer.send("start", v=1, resume=ready[number]["token"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...common.settings import own_settings
-from ...io.files import check_folder, check_output
+from ...io.files import check_folder, check_output, lock
 from ...models.threads import cpu_threads, fitting_threads
 from ...models.transformer import HiARTransformer
 from ...version import NOISE, require_noise
@@ -50,6 +50,28 @@ def check_run_folder(folder: Path) -> None:
         check_folder(folder / name)
     for name in (LOSSES, PICTURE) if folder.is_dir() else ():
         check_output(folder / name)
+
+
+@contextmanager
+def run_folder_held(folder: Path) -> Iterator[None]:
+    """Makes the folder for the block; what it leaves empty is removed.
+
+    Raises:
+        ValueError: another process trains there, whose losses and states would mix with those of this one.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = lock(folder)
+    except BlockingIOError:
+        raise ValueError(f"another process trains in {folder}: wait for it, or choose another --out") from None
+    try:
+        with handle:
+            yield
+    finally:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 class Trainer:
