@@ -78,8 +78,9 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
     from ..train.engine.memory import require_memory_to_train
     from ..train.engine.metrics import LOSSES
     from ..train.engine.trainer import Trainer
-    from ..train.stages.base import make_stage
+    from ..train.stages.base import check_inputs, make_stage
 
+    check_inputs(recipe)
     memory = require_memory_to_train(recipe, context) / 1e9
     trainer = Trainer(recipe, make_stage(recipe, context.device), folder, context)
     say, first, begun = trainer.say, trainer.update, time.perf_counter()

@@ -85,7 +85,7 @@ STAGES = {
 """Name in a recipe -> (module of hiar_model.train, class); the class takes (recipe, device)."""
 
 
-def _check_inputs(recipe: Any) -> None:
+def check_inputs(recipe: Any) -> None:
     """ValueError if the output of an earlier stage is missing: names the command that makes it."""
     kl = getattr(recipe, "forward_kl", None)
     inputs = {key: getattr(recipe, key, None) for key in ("init", "teacher", "trajectories")}
@@ -100,6 +100,6 @@ def _check_inputs(recipe: Any) -> None:
 @own_settings()
 def make_stage(recipe: Any, device: torch.device) -> Any:
     """The :class:`Stage` or :class:`Production` of a recipe, its networks on ``device``."""
-    _check_inputs(recipe)
+    check_inputs(recipe)
     module, name = STAGES[recipe.stage]
     return getattr(import_module(f"hiar_model.train.{module}"), name)(recipe, device)
