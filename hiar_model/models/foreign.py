@@ -40,9 +40,13 @@ _FOREIGN = (  # part of a key -> what such a file is
 
 def foreign(keys: Iterable[str]) -> str | None:
     """If a key belongs to another kind of model: that key and what the file is, for an error; else None."""
+    return kind_of_file(keys, _FOREIGN)
+
+
+def kind_of_file(keys: Iterable[str], kinds: Iterable[tuple[str, str]]) -> str | None:
+    """ "KEY makes it KIND" for the first of ``kinds``, pairs of a pattern and what a file with such a key is, that fits
+    one of the keys; None: none does.
+    """
     listed = list(keys)
-    for pattern, what in _FOREIGN:
-        for key in listed:
-            if re.search(pattern, key):
-                return f"{key} makes it {what}"
-    return None
+    fitting = (f"{key} makes it {kind}" for pattern, kind in kinds for key in listed if re.search(pattern, key))
+    return next(fitting, None)
