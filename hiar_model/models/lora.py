@@ -312,14 +312,6 @@ def add_deltas(total: Tensor, key: str, loras: Iterable[tuple[Lora, float]]) -> 
     return total
 
 
-def merge_files(
-    state: Mapping[str, Tensor], files: Sequence[LoraFile], dtype: torch.dtype | None = None
-) -> tuple[dict[str, Tensor], tuple[AppliedLora, ...], list[str]]:
-    """Read and merge adapters; the new state dict (:func:`merged`), a record and a line of each."""
-    loras, applied, notes = read_loras(files, state)
-    return merged(state, loras, dtype), applied, notes
-
-
 def read_loras(
     files: Sequence[LoraFile], tensors: Mapping[str, Any]
 ) -> tuple[list[tuple[Lora, float]], tuple[AppliedLora, ...], list[str]]:
