@@ -43,10 +43,12 @@ def foreign(keys: Iterable[str]) -> str | None:
     return kind_of_file(keys, _FOREIGN)
 
 
-def kind_of_file(keys: Iterable[str], kinds: Iterable[tuple[str, str]]) -> str | None:
-    """ "KEY makes it KIND" for the first of ``kinds``, pairs of a pattern and what a file with such a key is, that fits
-    one of the keys; None: none does.
+def kind_of_file(keys: Iterable[str], kinds: Iterable[tuple[str, str]], read: str | None = None) -> str | None:
+    """What a key says about its file, as "KEY makes it KIND"; None: no key fits any of the kinds.
+
+    Args:
+        kinds: pairs of a pattern and what a file with such a key is, in order. read: what is read, for an error.
     """
-    listed = list(keys)
-    fitting = (f"{key} makes it {kind}" for pattern, kind in kinds for key in listed if re.search(pattern, key))
+    listed, legal = list(keys), "" if read is None else f", which is not read; legal: {read}"
+    fitting = (f"{key} makes it {kind}{legal}" for pattern, kind in kinds for key in listed if re.search(pattern, key))
     return next(fitting, None)

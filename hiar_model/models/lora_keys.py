@@ -63,8 +63,7 @@ def of_text_encoder(key: str) -> bool:
 
 def refused(keys: Iterable[str]) -> str | None:
     """If a key belongs to an adapter of a kind that is not read: that key and the kind, for an error; else None."""
-    refusal = kind_of_file(keys, _REFUSED)
-    return refusal and f"{refusal}, which is not read; legal: {READ}"
+    return kind_of_file(keys, _REFUSED, READ)
 
 
 def parse(key: str) -> LoraKey | None:

@@ -79,8 +79,7 @@ class Quantisation:
 
 def unread(keys: Iterable[str]) -> str | None:
     """If a key belongs to a quantised checkpoint that is not read: that key and what the file is; else None."""
-    refusal = kind_of_file(keys, _REFUSED)
-    return refusal and f"{refusal}, which is not read; legal: {READ}"
+    return kind_of_file(keys, _REFUSED, READ)
 
 
 def pack(
