@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from ..common import environment
+from ..common.checks import dtype_name
 from .choices import as_typed, rollout_options
 from .machine import kv_argument, linear_argument
 from .streams import status
@@ -280,7 +281,7 @@ def verify_parity(a: Namespace) -> None:
         difference = float(torch.stack(apart).max())  # NaN if any is, which Python's max() may pass over
         same = all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
         result = "the same bits" if same else f"largest difference {difference:.3g}"
-        where = f"{model.device}, {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+        where = f"{model.device}, {dtype_name(model.dtype)}, {torch.get_num_threads()} threads"
         print(
             f"{len(actual)} blocks of {model.name} ({model.weights_sha256[:12]}) on {here.ranks} processes "
             f"({shared}) and on one ({where}): {result}"

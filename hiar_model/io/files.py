@@ -152,20 +152,20 @@ def lock(path: Path) -> ExitStack:
     """Hold the file or folder until what is returned is closed. BlockingIOError if another holds it; where the system
     has no such locks (Windows, some network file systems) nothing is held.
     """
-    closing = ExitStack()
+    until_closed = ExitStack()
     try:
         import fcntl
     except ImportError:
-        return closing
+        return until_closed
     descriptor = os.open(path, os.O_RDONLY)
-    closing.callback(os.close, descriptor)
+    until_closed.callback(os.close, descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        closing.close()
+        until_closed.close()
         if isinstance(error, BlockingIOError):
             raise
-    return closing
+    return until_closed
 
 
 def check_picture(path: str | os.PathLike[str] | None) -> Path | None:

@@ -171,7 +171,7 @@ class CachedAttention(SelfAttention):
     def _read(
         self, layer: int, q: tuple[Tensor, ...], dtype: torch.dtype, selection: OutputSelection | None
     ) -> Tensor | None:
-        if selection is not None and not selection.rows:
+        if selection is not None and not selection.items:
             return None
         kv = self._rings[layer]
         if self._scratch:

@@ -269,19 +269,25 @@ def full_tensor(
     return merged({name: tensor}, loras, final)[name].to(device) if changed else tensor
 
 
-def read_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[dict[str, Tensor], CheckpointInfo]:
+def full_tensors(
+    state: Mapping[str, Any], info: CheckpointInfo, source: str | Path, loras: Sequence[tuple[Lora, float]] = ()
+) -> dict[str, Tensor]:
+    """:func:`full_tensor` of all that :func:`open_checkpoint` gives for ``source``, checked if they were quantised."""
+    check = WeightCheck(source) if info.quantised is not None else None
+    tensors = {name: full_tensor(name, stored, check, loras) for name, stored in state.items()}
+    if check is not None:
+        check.finish()
+    return tensors
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], CheckpointInfo]:
     """The state dict of a checkpoint under native keys, memory-mapped where the format allows, and its description.
 
-    Arguments and errors are :func:`load_transformer`'s. The keys are exactly those of a HiARTransformer. Quantised
+    ``path`` and errors are :func:`load_transformer`'s. The keys are exactly those of a HiARTransformer. Quantised
     tensors are dequantised, to bfloat16.
     """
-    state, info = open_checkpoint(path, config)
-    if info.quantised is None:
-        return state, info
-    check = WeightCheck(path)
-    tensors = {name: full_tensor(name, stored, check) for name, stored in state.items()}
-    check.finish()
-    return tensors, info
+    state, info = open_checkpoint(path)
+    return full_tensors(state, info, path), info
 
 
 def open_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[dict[str, Any], CheckpointInfo]:

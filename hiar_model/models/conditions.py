@@ -111,21 +111,21 @@ class OutputSelection:
     [(0, 2), (3, 4)]
     """
 
-    rows: tuple[int, ...]
+    items: tuple[int, ...]
     """Selected batch items, ascending."""
     first: int = 0
     """The first selected frame; all later ones are selected too."""
     _indices: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """``rows`` on each device. Kept here because a captured graph reads the tensor as long as it is replayed."""
+    """``items`` on each device. Kept here because a captured graph reads the tensor as long as it is replayed."""
 
     def runs(self) -> list[tuple[int, int]]:
         """Ranges [start, stop) of consecutive batch items."""
         runs: list[tuple[int, int]] = []
-        for row in self.rows:
-            if runs and runs[-1][1] == row:
-                runs[-1] = (runs[-1][0], row + 1)
+        for item in self.items:
+            if runs and runs[-1][1] == item:
+                runs[-1] = (runs[-1][0], item + 1)
             else:
-                runs.append((row, row + 1))
+                runs.append((item, item + 1))
         return runs
 
     def of_batch(self, x: Tensor) -> Tensor:
@@ -136,11 +136,11 @@ class OutputSelection:
         return x[slice(*runs[0])] if len(runs) == 1 else x[self._index(x)]
 
     def _index(self, x: Tensor) -> Tensor:
-        """``rows`` as a tensor; created once, because nothing may come from the host inside a captured graph."""
+        """``items`` as a tensor; created once, because nothing may come from the host inside a captured graph."""
         if type(x) is not Tensor:  # a fake tensor: must not be kept for real ones
-            return torch.tensor(self.rows, device=x.device)
+            return torch.tensor(self.items, device=x.device)
         if x.device not in self._indices:
-            self._indices[x.device] = torch.tensor(self.rows, device=x.device)
+            self._indices[x.device] = torch.tensor(self.items, device=x.device)
         return self._indices[x.device]
 
     def select(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.checks import dtype_name
 from ..common.lora_file import LoraLike, lora_files
 from ..config import SHIPPED, WanConfig
 from ..io.atomic import atomic
@@ -21,13 +22,12 @@ from .checkpoint import (
     CONFIG_KEY,
     CheckpointInfo,
     file_header,
-    full_tensor,
+    full_tensors,
     open_checkpoint,
     read_checkpoint,
     toy_sizes,
 )
 from .lora import read_loras
-from .weight_check import WeightCheck
 
 TARGETS = ("native", "diffusers", "pt")
 _WEIGHTS, _SIZES = "diffusion_pytorch_model.safetensors", "config.json"
@@ -64,7 +64,7 @@ class TensorsDigest:
     def add(self, key: str, tensor: Tensor) -> None:
         """The next tensor."""
         value = tensor.detach().cpu().contiguous()
-        self._hash.update(f"{key} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}\n".encode())
+        self._hash.update(f"{key} {dtype_name(value.dtype)} {list(value.shape)}\n".encode())
         self._hash.update(value.flatten().view(torch.uint8).numpy().data)
 
     def hexdigest(self) -> str:
@@ -120,10 +120,7 @@ def convert(
     for note in notes:
         if on_lora is not None:
             on_lora(note)
-    check = WeightCheck(source) if info.quantised is not None else None
-    state = {name: full_tensor(name, stored, check, loras) for name, stored in state.items()}
-    if check is not None:
-        check.finish()
+    state = full_tensors(state, info, source, loras)
     before = tensors_sha256(state)
     if on_checkpoint is not None:
         on_checkpoint(info, before)

@@ -40,9 +40,15 @@ _FOREIGN = (  # part of a key -> what such a file is
 
 def foreign(keys: Iterable[str]) -> str | None:
     """If a key belongs to another kind of model: that key and what the file is, for an error; else None."""
-    listed = list(keys)
-    for pattern, what in _FOREIGN:
-        for key in listed:
-            if re.search(pattern, key):
-                return f"{key} makes it {what}"
-    return None
+    return kind_of_file(keys, _FOREIGN)
+
+
+def kind_of_file(keys: Iterable[str], kinds: Iterable[tuple[str, str]], read: str | None = None) -> str | None:
+    """What a key says about its file, as "KEY makes it KIND"; None: no key fits any of the kinds.
+
+    Args:
+        kinds: pairs of a pattern and what a file with such a key is, in order. read: what is read, for an error.
+    """
+    listed, legal = list(keys), "" if read is None else f", which is not read; legal: {read}"
+    fitting = (f"{key} makes it {kind}{legal}" for pattern, kind in kinds for key in listed if re.search(pattern, key))
+    return next(fitting, None)

@@ -296,28 +296,14 @@ def merged(
         final = dtype or old.dtype
         total = old.detach().to(torch.promote_types(torch.promote_types(old.dtype, final), torch.float32), copy=True)
         if not total.is_meta:
-            add_deltas(total, key, loras)
+            for lora, scale in loras:
+                for delta in lora.deltas.get(key, ()):
+                    total.add_(delta.dense(total), alpha=scale)
         result[key] = rounded = total.to(final)
         if not rounded.is_meta and not bool(rounded.isfinite().all()):
             names = " and ".join(f"{lora.path} at scale {scale:g}" for lora, scale in loras if key in lora.deltas)
             raise ValueError(f"{key} is not finite in {final} with {names}")
     return result
-
-
-def add_deltas(total: Tensor, key: str, loras: Iterable[tuple[Lora, float]]) -> Tensor:
-    """Add what the adapters say of ``key`` to ``total``, in place."""
-    for lora, scale in loras:
-        for delta in lora.deltas.get(key, ()):
-            total.add_(delta.dense(total), alpha=scale)
-    return total
-
-
-def merge_files(
-    state: Mapping[str, Tensor], files: Sequence[LoraFile], dtype: torch.dtype | None = None
-) -> tuple[dict[str, Tensor], tuple[AppliedLora, ...], list[str]]:
-    """Read and merge adapters; the new state dict (:func:`merged`), a record and a line of each."""
-    loras, applied, notes = read_loras(files, state)
-    return merged(state, loras, dtype), applied, notes
 
 
 def read_loras(

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from . import key_mapping
+from .foreign import kind_of_file
 
 TRAINING_GROUPS = ("generator_lora", "lora")
 """Groups of a training file that hold adapters of the generator; the critic's is not taken."""
@@ -62,12 +63,7 @@ def of_text_encoder(key: str) -> bool:
 
 def refused(keys: Iterable[str]) -> str | None:
     """If a key belongs to an adapter of a kind that is not read: that key and the kind, for an error; else None."""
-    listed = list(keys)
-    for pattern, kind in _REFUSED:
-        for key in listed:
-            if re.search(pattern, key):
-                return f"{key} makes it {kind}, which is not read; legal: {READ}"
-    return None
+    return kind_of_file(keys, _REFUSED, READ)
 
 
 def parse(key: str) -> LoraKey | None:

@@ -47,7 +47,7 @@ class LowRankBranch(nn.Module):
 
     def __init__(self, linear: nn.Linear | QuantizedLinear, parts: Sequence[tuple[Adapter, Delta, int]]) -> None:
         super().__init__()
-        self.rows: list[tuple[Adapter, slice]] = []
+        self.ranks: list[tuple[Adapter, slice]] = []  # of ``down`` and ``up``
         ranks, like = sum(delta.rank or 0 for _, delta, _ in parts), linear.bias  # of the dtype of the work
         down, up, first = like.new_zeros(ranks, linear.in_features), like.new_zeros(linear.out_features, ranks), 0
         for adapter, delta, row in parts:
@@ -55,13 +55,13 @@ class LowRankBranch(nn.Module):
             of = slice(first, first := first + delta.down.shape[0])
             down[of] = delta.down.flatten(1).to(like)
             up[row : row + delta.up.shape[0], of] = (delta.up.flatten(1).double() * delta.factor).to(like)
-            self.rows.append((adapter, of))
+            self.ranks.append((adapter, of))
         for name, value in (("down", down), ("up", up), ("scale", like.new_zeros(ranks))):
             self.register_buffer(name, value, persistent=False)  # state dicts keep the published keys
 
     def write(self) -> None:
         """Bring the scales on the device up to date."""
-        for adapter, of in self.rows:
+        for adapter, of in self.ranks:
             self.scale[of].fill_(adapter.scale)
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
@@ -142,8 +142,8 @@ class Adapters:
                 raise ValueError(cannot_follow(path))
             if (path, name) not in rewritten:
                 rewritten[path, name] = _Rewritten(module, name)
-            whole = slice(None) if not _FUSED.fullmatch(key) else slice(first, first + model.config.dim)
-            rewritten[path, name].parts.append((adapter, delta, whole))
+            rows = slice(first, first + model.config.dim) if _FUSED.fullmatch(key) else slice(None)
+            rewritten[path, name].parts.append((adapter, delta, rows))
         for path, parts in branches.items():
             linear = result.get_submodule(path)
             assert isinstance(linear, nn.Linear | QuantizedLinear)

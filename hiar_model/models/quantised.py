@@ -15,7 +15,6 @@ docs/howto/quantised_files.md cites them.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor
 from ..io.gguf_files import ARCHITECTURE
 from ..io.packed import Blocks, Packed, Scaled
 from ..io.weight_files import parse_json, some
+from .foreign import kind_of_file
 from .key_mapping import plain
 
 WORK = torch.bfloat16  # dtype of dequantised weights, unless another one is asked for
@@ -79,12 +79,7 @@ class Quantisation:
 
 def unread(keys: Iterable[str]) -> str | None:
     """If a key belongs to a quantised checkpoint that is not read: that key and what the file is; else None."""
-    listed = list(keys)
-    for pattern, what in _REFUSED:
-        for key in listed:
-            if re.search(pattern, key):
-                return f"{key} makes it {what}, which is not read; legal: {READ}"
-    return None
+    return kind_of_file(keys, _REFUSED, READ)
 
 
 def pack(

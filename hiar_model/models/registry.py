@@ -36,7 +36,7 @@ from ..toy.codec import ToyCodec
 from ..toy.text import ToyTextEncoder
 from ..toy.world import WorldConfig
 from .checkpoint import TOY_FORMAT, TOY_TRANSFORMER
-from .lora import AppliedLora, merge_files
+from .lora import AppliedLora, merged, read_loras
 from .quantized_linear import quantize_layers
 from .transformer import HiARTransformer
 from .video_model import VideoModel, pick_device, pick_dtype
@@ -136,7 +136,8 @@ def load_video_model(
     loras: tuple[AppliedLora, ...] = ()
     if files:
         own = {key.removeprefix(TRANSFORMER): x for key, x in tensors.items() if key.startswith(TRANSFORMER)}
-        state, loras, notes = merge_files(own, files, dtype or torch.float32)
+        adapters, loras, notes = read_loras(files, own)
+        state = merged(own, adapters, dtype or torch.float32)
         tensors = {**tensors, **{TRANSFORMER + key: x for key, x in state.items()}}
         for note in notes if on_checkpoint is not None else ():
             on_checkpoint(note)  # type: ignore[misc]

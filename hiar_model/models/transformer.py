@@ -279,7 +279,7 @@ class HiARTransformer(nn.Module):
             video_start = first_frame if context is None else 0
         self._check_shapes(latents, timesteps, prompt_embeds)
         rule = (frames_per_block, window_frames, sink_frames, video_start)
-        attend = self._full(latents, attention, *rule, first_frame, context)
+        attend = self._dense_attention(latents, attention, *rule, first_frame, context)
         out = self.run(latents, self.modulation(timesteps, latents.shape[1]), self.embed_prompt(prompt_embeds), attend)
         assert out is not None
         return out
@@ -301,7 +301,7 @@ class HiARTransformer(nn.Module):
         """
         self._check_shapes(latents, timesteps, prompt_embeds)
         rule = (frames_per_block, window_frames, sink_frames, first_frame)
-        attend = self._full(latents, attention, *rule, first_frame, None, True)
+        attend = self._dense_attention(latents, attention, *rule, first_frame, None, True)
         modulation, prompt = self.modulation(timesteps, latents.shape[1]), self.embed_prompt(prompt_embeds)
         self.run(latents, modulation, prompt, attend, OutputSelection(()))
         assert attend.collected is not None
@@ -318,7 +318,7 @@ class HiARTransformer(nn.Module):
             legal, shape = f"[1 or {batch}, L, {self.config.text_dim}]", list(prompt_embeds.shape)
             raise ValueError(f"prompt_embeds must be {legal}, got {shape}")
 
-    def _full(
+    def _dense_attention(
         self,
         latents: Tensor,
         mode: str,

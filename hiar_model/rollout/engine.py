@@ -450,13 +450,13 @@ class Rollout:
 
     def _video(self) -> str:
         """What all ranks of the mesh axis "head" have in common."""
-        what = f"{self.plan}, {self.num_blocks} blocks, batch {self.batch}, latents {list(self.shape)}"
+        text = f"{self.plan}, {self.num_blocks} blocks, batch {self.batch}, latents {list(self.shape)}"
         dtypes = self.execution.dtypes.values()
         for name, dtype in zip(("caches", "products of attention", "linear layers"), dtypes, strict=True):
-            what += f", {name} of {dtype}" if dtype is not None else ""
+            text += f", {name} of {dtype}" if dtype is not None else ""
         if self.pipeline is not None:
-            what += f", {self.pipeline.stage.name} of {list(self.pipeline.stage.split)}"
-        return what
+            text += f", {self.pipeline.stage.name} of {list(self.pipeline.stage.split)}"
+        return text
 
 
 class _Cursor:

@@ -357,13 +357,13 @@ class Executor:
         block = task.block
         if task.kind == "cache" or not block or self.prompt_embeds(block) is self.prompt_embeds(block - 1):
             return
-        again = self.history.tasks(task)
-        if again:
-            empty(self.cache, self.plan.cache_index(again[0].step) - self.plan.cache_index(self.steps.start))
-        for one in again:
-            x = self.history.latents(one)
-            inputs = [[self._input(one) if x is None else x]]
-            yield from self._forward([(one,)], inputs, self.prompt_embeds(block))
+        cache_tasks = self.history.tasks(task)
+        if cache_tasks:
+            empty(self.cache, self.plan.cache_index(cache_tasks[0].step) - self.plan.cache_index(self.steps.start))
+        for cache_task in cache_tasks:
+            x = self.history.latents(cache_task)
+            inputs = [[self._input(cache_task) if x is None else x]]
+            yield from self._forward([(cache_task,)], inputs, self.prompt_embeds(block))
 
     def _prepared(self, items: list[BatchItem], prompt_kv: CrossAttentionKV) -> BatchedForward:
         """The forward of batch items with caches and prompt in place."""

@@ -12,13 +12,13 @@ def networks_of(
 ) -> tuple[list[HiARTransformer | None], HiARTransformer]:
     """The network of each step, and one that is not None."""
     models: list[HiARTransformer | None] = [model] * steps if isinstance(model, HiARTransformer) else list(model)
-    some = next(filter(None, models), None)
-    if len(models) != steps or some is None:
+    network = next(filter(None, models), None)
+    if len(models) != steps or network is None:
         raise ValueError(f"model must be one network, or one for each of the {steps} steps, got {len(models)}")
     for step, one in enumerate(models):
-        if one is not None and one.config != some.config:
-            raise ValueError(f"model: step {step} has {one.config}, others have {some.config}, expected one for all")
-    return models, some
+        if one is not None and one.config != network.config:
+            raise ValueError(f"model: step {step} has {one.config}, others have {network.config}, expected one for all")
+    return models, network
 
 
 def models_of(steps: range, models: Sequence[HiARTransformer | None]) -> list[HiARTransformer]:

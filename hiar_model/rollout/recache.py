@@ -62,7 +62,8 @@ class History:
 
     def load_state_dict(self, state: Mapping[str, Tensor], like: Tensor) -> None:
         """Restore a saved state, on the device and in the dtype of ``like``."""
-        self.stored = {(int(level), int(block)): x.to(like) for (level, block), x in _keys(state)}
+        named = [(name.split("/"), x) for name, x in state.items()]
+        self.stored = {(int(level), int(block)): x.to(like) for (level, block), x in named}
 
     def _cached(self, step: int) -> bool:
         return self.plan.graph == "matched" or step == self.plan.steps - 1
@@ -71,10 +72,6 @@ class History:
         """The earlier blocks that a block sees in the cache of this step."""
         readers = range(self.plan.steps) if self.plan.graph == "clean" else (step,)
         return sorted({seen for s in readers for seen in self.plan.seen(s, block)})
-
-
-def _keys(state: Mapping[str, Tensor]) -> list[tuple[list[str], Tensor]]:
-    return [(name.split("/"), x) for name, x in state.items()]
 
 
 def empty(cache: RingCache, index: int) -> None:

@@ -133,8 +133,8 @@ def run_together(forwards: Sequence[BatchedForward]) -> None:
     starts = [0, *accumulate(samples)]
     selection = None
     if any(one.selection is not None for one in forwards):
-        rows = (start + row for start, rows in zip(starts, selected, strict=False) for row in rows)
-        selection = OutputSelection(tuple(rows), max(one.selection.first for one in forwards if one.selection))
+        items = (start + item for start, items in zip(starts, selected, strict=False) for item in items)
+        selection = OutputSelection(tuple(items), max(one.selection.first for one in forwards if one.selection))
     velocity = model.run(
         torch.cat([one.x for one in forwards]),
         ModulationTable(torch.cat([one.table.at(one.levels).vectors for one in forwards])),
@@ -144,13 +144,13 @@ def run_together(forwards: Sequence[BatchedForward]) -> None:
     )
     if velocity is None:
         return
-    for one, part in zip(forwards, velocity.split([len(rows) for rows in selected]), strict=True):
+    for one, part in zip(forwards, velocity.split([len(items) for items in selected]), strict=True):
         if len(part):
             one.denoise(part)
 
 
 def _selected(forward: BatchedForward) -> Sequence[int]:
-    return range(len(forward.x)) if forward.selection is None else forward.selection.rows
+    return range(len(forward.x)) if forward.selection is None else forward.selection.items
 
 
 class JointAttention(SelfAttention):

@@ -113,7 +113,7 @@ def test_the_walk_is_attention(name, ctas, device):
     tables = {key: x.cpu() if isinstance(x, torch.Tensor) else x for key, x in vars(s).items()}
     parts = walk(type(s)(**tables), q, q_scales, ring.without(2, tokens), WIDTH**-0.5)
     out, lse, part_out, part_lse = (x.to(device) for x in parts)
-    merge_cuts(s, part_out, part_lse, out, lse)
+    merge_cuts(s, out, lse, part_out, part_lse)
     on_cpu = {key: x if key == "mask" else x.cpu() for key, x in ids.items()}
     eager = hk.attention_fp8(q, *ring.arguments, q_scales=q_scales, out_dtype=torch.float32, **on_cpu)
     assert_within_budget(out.cpu(), eager, exactly(q, ring, q_scales, **on_cpu), name)

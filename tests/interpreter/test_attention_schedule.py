@@ -112,7 +112,7 @@ def test_every_visible_key_once(name, ctas, device):
         empty = (options["kv_frames"] < 0).repeat_interleave(options["mask"].frame_tokens, 1)
         k[empty], v[empty] = float("nan"), float("nan")
     out, lse, part_out, part_lse, shares = walk(s, q, k, v, 0.25)
-    merge_cuts(s, part_out, part_lse, out, lse)
+    merge_cuts(s, out, lse, part_out, part_lse)
     want, want_lse = reference.attention_with_lse(
         q.double(), k.double().nan_to_num(0), v.double().nan_to_num(0), **options, scale=0.25
     )

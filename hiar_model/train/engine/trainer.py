@@ -59,7 +59,7 @@ def run_folder_held(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process trains there, whose losses and states would mix with those of this one.
     """
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         handle = lock(folder)
@@ -70,7 +70,7 @@ def run_folder_held(folder: Path) -> Iterator[None]:
             yield
     finally:
         with suppress(OSError):
-            for path in new:
+            for path in new_folders:
                 path.rmdir()
 
 
