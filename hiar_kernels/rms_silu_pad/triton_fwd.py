@@ -66,7 +66,8 @@ def _rms_silu_pad_fwd_kernel(
         from_x = x_ptr + b * stride_xb + (t - PAST) * stride_xf + _inside(c, p, step_x, LAST)
         x = tl.load(from_x, mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + channels, mask=channels < C, other=0.0).to(tl.float32)
-        norm = tl.maximum(tl.sqrt(tl.sum(x * x, AXIS)), eps)
+        norm = tl.sqrt(tl.sum(x * x, AXIS))
+        norm = tl.maximum(norm, eps, propagate_nan=tl.PropagateNan.ALL)  # by default GPUs would take eps for NaN
         y = x * tl.expand_dims(tl.sqrt(C * 1.0) / norm, AXIS) * tl.expand_dims(weight, 1 - AXIS)
         y = y / (1 + tl.exp(-y))
     y = y.to(out_ptr.dtype.element_ty)

@@ -46,6 +46,9 @@ GIF_FASTEST = 50.0  # viewers slow down anything faster
 HD_LINES = 720
 """From so many lines on video is BT.709, below BT.601: written so, and taken so where a file does not say."""
 CHUNK = 16  # frames enlarged at once
+ROUNDED = 4 | 1 << 13 | 1 << 14 | 1 << 18
+"""How pictures are converted to and from YUV: swscale's BICUBIC, FULL_CHR_H_INT, FULL_CHR_H_INP and ACCURATE_RND. With
+its defaults each trip is one level darker (findings/pyav-darkens-yuv420p.sh). PyAV 17 has no names for them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,7 +330,7 @@ class Mp4Encoder:
     def add(self, image: Frames) -> None:
         if any(self.odd):  # yuv420p has even sizes only: repeat the last row or column
             image = np.pad(image, ((0, self.odd[0]), (0, self.odd[1]), (0, 0)), mode="edge")
-        frame = _av_frame(image).reformat(format="yuv420p", dst_colorspace=self.matrix)
+        frame = _av_frame(image).reformat(format="yuv420p", dst_colorspace=self.matrix, interpolation=ROUNDED)
         frame.pts, frame.time_base, self.next = self.next, self.tick, self.next + 1
         self.container.mux(self.stream.encode(frame))
 

@@ -53,6 +53,8 @@ class Pull:
         self.recipe = recipe
         self.trained = {name: make_network("least", seed=i) for i, name in enumerate(("critic", "student"))}
         self.frozen = {"teacher": make_network("least", seed=2).requires_grad_(False)}
+        patches = self.frozen["teacher"].patch_embedding.weight  # as a file may have them
+        patches.data = patches.data.to(memory_format=torch.channels_last_3d)
         self.calls: list[tuple[str, int, list[int]]] = []
 
     def update_steps(self, update: int) -> Sequence[UpdateStep]:

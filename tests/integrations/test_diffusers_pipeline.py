@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from hiar_model import ExecutionConfig, RolloutConfig, VideoPipeline, load_video_model
 from hiar_model.integrations.diffusers import HiARPipeline
-from hiar_model.integrations.diffusers.options import seed_of
+from hiar_model.integrations.diffusers.options import as_output, seed_of
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.pipelines.video_pipeline import VideoOptions
 
@@ -178,6 +178,12 @@ def test_forms_of_output(pipe):
     both = pipe(PROMPT, num_frames=FRAMES, **SIZE, generator=seeded(), return_dict=False)
     assert isinstance(both, tuple) and np.array_equal(both[0], frames)
     assert isinstance(pipe(PROMPT, num_frames=9, **SIZE, num_inference_steps=1), WanPipelineOutput)
+
+
+def test_all_levels_survive_an_export():
+    """diffusers' export_to_video multiplies by 255 and cuts off."""
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16, 1).repeat(3, -1)
+    assert np.array_equal((as_output(levels, "np") * 255).astype(np.uint8), levels)
 
 
 def test_the_signature_is_that_of_wan_pipeline():

@@ -145,3 +145,12 @@ def test_refusals_in_one_line(what, device):
     with pytest.raises(ValueError) as refused:
         call(x, weight)
     assert str(refused.value) == line.format(device=x.device)
+
+
+def test_a_nan_takes_its_pixel_with_it(device):
+    """As in the reference. A maximum that drops NaN, as GPUs have it, would leave the other channels x / eps."""
+    x = torch.ones(1, 20, 1, 3, 3, device=device)
+    x[0, 7, 0, 1, 1] = torch.nan
+    out, _ = rms_silu_pad(x, torch.ones(20, device=device), impl="triton")
+    lost = out[0, :, 2].isnan()
+    assert bool(lost[:, 1, 1].all()) and int(lost.sum()) == 20

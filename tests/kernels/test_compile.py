@@ -57,6 +57,12 @@ def test_gradients_of_norms_cancel_exactly():
     assert compile_case(dataclasses.replace(backward[0], fp_fusion=True), 90).fma > 0
 
 
+def test_a_nan_outlives_the_maximum_of_rms_silu_pad():
+    """Triton's interpreter keeps a NaN in a plain tl.maximum too; GPUs drop it."""
+    ptx = aot.build(cases("rms_silu_pad", 90)[0], 90).asm["ptx"]
+    assert set(re.findall(r"\bmax\.[\w.]*f32", ptx)) == {"max.NaN.f32"}
+
+
 def test_logsumexps_are_compiled_as_they_are_launched():
     """In float32: with another type fewer registers are needed, and spills stay unseen."""
     backward = importlib.import_module("hiar_kernels.attention.triton_bwd").compile_cases(90)

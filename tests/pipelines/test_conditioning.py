@@ -240,6 +240,19 @@ def test_an_mp4_says_its_colours(tmp_path, height, tag, matrix):
     assert np.abs(given.frames[0, 9, 9].astype(int) - colour).max() <= 3
 
 
+@pytest.mark.parametrize("lines", [720, 48], ids=["BT.709", "BT.601"])
+def test_a_clip_that_goes_on_from_a_clip_is_no_darker(tmp_path, lines):
+    """Colours after six files, each of the frames of the one before: PyAV's defaults take 6 of 255."""
+    colours = np.random.default_rng(0).integers(0, 256, (5, 3), dtype=np.uint8)
+    frames = np.broadcast_to(colours[:, None, None], (5, lines, 32, 3))
+    for _ in range(6):
+        given = read_conditioning(None, Video(frames, 16.0).save(tmp_path / "v.mp4", least_side=1), (lines, 32))
+        assert given is not None
+        frames = given.frames
+    drift = frames[:, lines // 2, 16].astype(int) - colours
+    assert np.abs(drift.mean(0)).max() < 1 and np.abs(drift).max() <= 2
+
+
 @pytest.mark.parametrize(("limit", "at_once"), [(1 << 26, 17), (1, 3)], ids=["small frames", "large frames"])
 def test_a_large_clip_takes_the_memory_of_its_small_frames(tmp_path, monkeypatch, limit, at_once):
     """Of the file's size a few frames are there at a time: two handfuls of small ones, of large ones fewer."""

@@ -141,6 +141,8 @@ def shard(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # no in-place ops
     mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
     compute, reduce = (torch.bfloat16, torch.float32) if precision == "bfloat16" else (None, None)
+    for parameter in network.parameters():  # FSDP2 refuses other strides, and gloo's broadcast ignores them
+        parameter.data = parameter.data.contiguous()
     weights = {name: p.detach() for name, p in network.named_parameters()}
     # Inputs keep their dtypes: a timestep in bfloat16 would be another one.
     narrow = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False)
