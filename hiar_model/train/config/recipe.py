@@ -396,7 +396,8 @@ class HiARRecipe(CausalRecipe):
         critic_init, critic_model: initial weights of the critic, and its size; null: the teacher's.
         guidance: of the teacher in DMD. dmd_shift: of the noise levels in DMD; null: rollout.shift.
         critic_updates: optimiser steps of the critic for each step of the student. critic_optimizer: of the critic.
-        shared_rollout: all steps of an update share its videos, each with its own noise; false: new videos for each.
+        shared_rollout: all steps of an update share its videos, each with its own noise, and their keys stay in memory;
+            false: new videos for each.
     """
 
     stage: ClassVar[str] = "hiar"
