@@ -85,6 +85,8 @@ class OptimizerRecipe:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in 0..1 without 1, got {list(self.betas)}")
         _share(self, "warmup", "cooldown")
+        if self.warmup + self.cooldown > 1:
+            raise ValueError(f"warmup and cooldown must sum to at most 1, got {self.warmup} and {self.cooldown}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class EmaRecipe:
     ramp: bool = True
 
     def __post_init__(self) -> None:
-        _share(self, "decay")
+        if not 0 <= self.decay < 1:  # at 1 the first weights would stay
+            raise ValueError(f"decay must be in 0..1 without 1, got {self.decay}")
         _at_least(self, 0, "start")
 
 
