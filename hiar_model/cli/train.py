@@ -87,7 +87,8 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
     if first < recipe.updates:
         updates = "1 update" if recipe.updates == 1 else f"{recipe.updates} updates"
         say(f"memory: {memory:.2f} GB per process for weights and optimisers, activations on top")
-        say(f"{updates}, batches of {recipe.batch_size}; losses every {recipe.log_every} to {folder / LOSSES}")
+        every = "every update" if recipe.log_every == 1 else f"every {recipe.log_every} updates"
+        say(f"{updates}, batches of {recipe.batch_size}; losses of {every}: {folder / LOSSES}")
     if first:
         say(f"resuming from update {first} of {trainer.state}")
     means: dict[str, float] = {}

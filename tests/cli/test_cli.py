@@ -277,7 +277,7 @@ def test_ctrl_c_in_training_writes_a_state(here, capsys, monkeypatch, number):
         "stopping after this update, with a saved state; Ctrl-C again: at once",
         "hiar: interrupted; after 2 of 4 updates; the same command resumes from run/states/update_00000002",
     ]
-    assert "4 updates, batches of 1; losses every 1 to run/loss.csv" in told.out
+    assert "4 updates, batches of 1; losses of every update: run/loss.csv" in told.out
     assert signal.getsignal(number) is before
     assert run(*words) == 0 and seen == [0, 1, 2, 3]
     assert len((here / "run/loss.csv").read_text().splitlines()) == 5

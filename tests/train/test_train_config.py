@@ -149,7 +149,12 @@ REFUSED = {
     "none": ("toy/hiar", {"updates": 0}, "updates must be a whole number from 1 to 99999999, got 0"),
     "rate": ("toy/hiar", {"optimizer.lr": 0.0}, "optimizer.lr must be a number above 0, got 0.0"),
     "betas": ("toy/hiar", {"optimizer.betas": [0.9, 1.0]}, "optimizer.betas must be in 0..1 without 1"),
-    "share": ("toy/hiar", {"ema.decay": 1.5}, "ema.decay must be in 0..1, got 1.5"),
+    "share": ("toy/hiar", {"data.from_start": 1.5}, "data.from_start must be in 0..1, got 1.5"),
+    "an average that stays": ("toy/hiar", {"ema.decay": 1.0}, "ema.decay must be in 0..1 without 1, got 1.0"),
+    "a rate without a peak": (
+        "toy/hiar", {"optimizer.warmup": 0.7, "optimizer.cooldown": 0.4},
+        "optimizer.warmup and cooldown must sum to at most 1, got 0.7 and 0.4",
+    ),
     "levels": ("toy/teacher_forcing", {"levels.clean": 0.5}, "levels.matched, clean and continuous must .* sum to 1"),
     "minutes": ("toy/hiar", {"scale.max_minutes": 0}, "scale.max_minutes must be a number above 0, got 0.0"),
     "weight": ("toy/hiar", {"forward_kl.weight": -1}, "forward_kl.weight must be a number of at least 0, got -1"),

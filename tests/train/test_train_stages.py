@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -332,3 +333,27 @@ def test_noise_of_the_steps(files, monkeypatch, shared):
     samples = len(calls) * len(SAMPLES)
     assert len(sigma.unique()) == len(noise.flatten(1).unique(dim=0)) == samples
     assert len(x0.flatten(1).unique(dim=0)) == (len(SAMPLES) if shared else samples)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_keys_of_a_rollout_are_freed_before_the_critic_runs(files, monkeypatch, shared):
+    """They take the most memory of all, and only steps that share the rollout need them again."""
+    keys, alive, run, loss = [], [], SelfRollout.run, distillation.critic_loss
+
+    def run_and_watch(self, *arguments, **options):
+        batch = run(self, *arguments, **options)
+        keys.extend(weakref.ref(context.k) for context in batch.contexts)
+        return batch
+
+    def count(*arguments):
+        alive.append(sum(key() is not None for key in keys))
+        return loss(*arguments)
+
+    monkeypatch.setattr(SelfRollout, "run", run_and_watch)
+    monkeypatch.setattr(distillation, "critic_loss", count)
+    stage = make(files, "hiar", shared_rollout=shared)
+    for step in stage.update_steps(0)[:2]:
+        stage.loss(step, 0, SAMPLES)
+    assert alive == ([1, 1] if shared else [0, 0]) and len(keys) == (1 if shared else 2)
+    stage.loss(STUDENT, 0, SAMPLES)[0].backward()
+    assert not any(key() is not None for key in keys), "nothing stays after an update"

@@ -85,6 +85,8 @@ class OptimizerRecipe:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in 0..1 without 1, got {list(self.betas)}")
         _share(self, "warmup", "cooldown")
+        if self.warmup + self.cooldown > 1:
+            raise ValueError(f"warmup and cooldown must sum to at most 1, got {self.warmup} and {self.cooldown}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class EmaRecipe:
     ramp: bool = True
 
     def __post_init__(self) -> None:
-        _share(self, "decay")
+        if not 0 <= self.decay < 1:  # at 1 the first weights would stay
+            raise ValueError(f"decay must be in 0..1 without 1, got {self.decay}")
         _at_least(self, 0, "start")
 
 
@@ -396,7 +399,8 @@ class HiARRecipe(CausalRecipe):
         critic_init, critic_model: initial weights of the critic, and its size; null: the teacher's.
         guidance: of the teacher in DMD. dmd_shift: of the noise levels in DMD; null: rollout.shift.
         critic_updates: optimiser steps of the critic for each step of the student. critic_optimizer: of the critic.
-        shared_rollout: all steps of an update share its videos, each with its own noise; false: new videos for each.
+        shared_rollout: all steps of an update share its videos, each with its own noise, and their keys stay in memory;
+            false: new videos for each.
     """
 
     stage: ClassVar[str] = "hiar"

@@ -210,9 +210,8 @@ class HiAR(StudentStage[HiARRecipe]):
         return (*critic, UpdateStep("student"))
 
     def loss(self, step: UpdateStep, update: int, samples: Sequence[int]) -> tuple[Tensor, Scalars]:
-        batch, prompt_embeds = self._roll_out(step, update, samples)
         loss = self._critic_loss if step.network == "critic" else self._student_loss
-        return loss(batch, prompt_embeds, step, update, samples)
+        return loss(step, update, samples)
 
     def _roll_out(self, step: UpdateStep, update: int, samples: Sequence[int]) -> tuple[ExitStepBatch, Tensor]:
         """A rollout of the student for these samples; with ``shared_rollout`` one for all steps of an update."""
@@ -233,21 +232,29 @@ class HiAR(StudentStage[HiARRecipe]):
             self._batches[key] = batch, prompt_embeds
         return self._batches[key]
 
-    def _critic_loss(
-        self, batch: ExitStepBatch, prompt_embeds: Tensor, step: UpdateStep, update: int, samples: Sequence[int]
-    ) -> tuple[Tensor, Scalars]:
-        if tuple(samples) not in self._videos:
+    def _video(self, step: UpdateStep, update: int, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(x0 of a rollout without gradient, prompt_embeds). Its keys are freed unless later steps share it: of a video
+        of Wan 1.3B they take gigabytes.
+        """
+        batch, prompt_embeds = self._roll_out(step, update, samples)
+        key = tuple(samples)
+        if key not in self._videos:
             with torch.no_grad():
-                self._videos[tuple(samples)] = self.rollout.predict(batch, prompt_embeds)
-        x0 = self._videos[tuple(samples)]
+                self._videos[key] = self.rollout.predict(batch, prompt_embeds)
+        if not self.recipe.shared_rollout:
+            self._batches.clear()
+        return self._videos[key], prompt_embeds
+
+    def _critic_loss(self, step: UpdateStep, update: int, samples: Sequence[int]) -> tuple[Tensor, Scalars]:
+        x0, prompt_embeds = self._video(step, update, samples)
         sigma, noise = self._draw_noise(step, update, samples, x0)
         return critic_loss(self.trained["critic"], x0, prompt_embeds, sigma, noise), {}
 
-    def _student_loss(
-        self, batch: ExitStepBatch, prompt_embeds: Tensor, step: UpdateStep, update: int, samples: Sequence[int]
-    ) -> tuple[Tensor, Scalars]:
+    def _student_loss(self, step: UpdateStep, update: int, samples: Sequence[int]) -> tuple[Tensor, Scalars]:
         r = self.recipe
+        batch, prompt_embeds = self._roll_out(step, update, samples)
         x0 = self.rollout.predict(batch, prompt_embeds)
+        del self._batches[tuple(samples)]  # the student's step is the last one; after it videos are sampled
         sigma, noise = self._draw_noise(step, update, samples, x0)
         dmd = distribution_matching(
             x0,
