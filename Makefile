@@ -95,7 +95,7 @@ tier = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:
 
 # What the three take on two cores that are otherwise idle. A tier that fails does not keep the next one from running.
 test: setup-dev
-	@failed=; for tier in "cpu 4" "interpreter 3" "compile 2"; do \
+	@failed=; for tier in "cpu 4" "interpreter 2" "compile 2"; do \
 		set -- $$tier; echo "tests: $$1 (about $$2 minutes on two cores)"; \
 		$(MAKE) --no-print-directory test-$$1 || failed="$$failed $$1"; \
 	done; \

@@ -5,7 +5,8 @@ they were numbers, and truncates float32 to bfloat16 instead of rounding to near
 in float32 and rounds once. Still wrong upstream, so kernels avoid it: tl.sum over bfloat16 (cast first), atomics on it.
 
 It is also made several times faster, with the same results: upstream patches the language anew at every call of a
-device function (tl.zeros is one), and computes overflow checks of which it then says nothing.
+device function (tl.zeros is one), computes overflow checks of which it then says nothing, and describes the type and
+shape of every intermediate result from scratch.
 """
 
 from __future__ import annotations
@@ -136,6 +137,25 @@ def _quicken() -> None:
             dtypes[name] = get_np_dtype(dtype)
         return dtypes[name]
 
+    block_type, tensor = tl.core.block_type.__init__, tl.core.tensor.__init__
+    block_types, tensors = {}, {}
+
+    def block_type_once(self: Any, element: Any, shape: Any) -> None:
+        """Types are equal by their names, and never change."""
+        key = element.name, *(getattr(size, "value", size) for size in shape)
+        if key not in block_types:
+            block_type(self, element, shape)
+            block_types[key] = dict(vars(self))
+        vars(self).update(block_types[key])
+
+    def tensor_once(self: Any, handle: Any, type: Any) -> None:
+        """All but the numbers follows from the type."""
+        if type.name not in tensors:
+            tensor(self, None, type)
+            tensors[type.name] = dict(vars(self))
+        vars(self).update(tensors[type.name], handle=handle)
+
+    tl.core.block_type.__init__, tl.core.tensor.__init__ = block_type_once, tensor_once
     interpreter._patch_lang = patch_lang_once
     interpreter._patch_builtin = patch_builtin
     interpreter._get_np_dtype = get_np_dtype_once

@@ -40,6 +40,7 @@ def build(nvcc: Path) -> Path:
         new = library.with_suffix(f".{os.getpid()}")
         options = ["-x", "c++", "-cudart", "none", "-DHIAR_EMULATE", "-Xcompiler", f"-fno-strict-aliasing,{WARNINGS}"]
         command = extension.command(nvcc, extension.find_torch(), new, options)
+        command[command.index("-O3")] = "-O1"  # nine seconds of a processor in place of sixteen
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         new.replace(library)
