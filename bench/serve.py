@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.lib import report
+from bench.lib.script import script
 
 PROMPT = "a red circle moving right"
 HEADINGS = ("viewers", "fps of each", "first chunk s", "P50 s", "P99 s", "late", "MB at first", "MB at last")
@@ -228,6 +230,11 @@ def main() -> None:
     parser.add_argument("--batch-sessions", type=int, help="of --aggregate's common turns; default: as many as pay")
     parser.add_argument("--drops", type=int, help="connections that drop")
     a = parser.parse_args()
+    for name, count in (("--viewers", a.viewers), *(("--aggregate", count) for count in a.aggregate or ())):
+        if count < 1:
+            parser.error(f"{name} must be at least 1, got {count}")
+    if not 0 < a.seconds < math.inf:
+        parser.error(f"--seconds must be a number above 0, got {a.seconds}")
     further = shlex.split(a.options)
     if a.aggregate:
         print("\n".join(compare(a.url, a.model, a.aggregate, a.seconds, a.batch_sessions, further)))
@@ -258,4 +265,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

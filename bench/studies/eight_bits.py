@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.lib import report
+from bench.lib.script import script
 from hiar_model import ExecutionConfig
 from hiar_model.common.checks import dtype_name
 from hiar_model.models.registry import VideoModel, load_video_model
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

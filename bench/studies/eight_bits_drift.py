@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from bench.lib.script import script
 from bench.studies.eight_bits import E4M3, latents
 from bench.studies.eight_bits_table import RESULTS, table
 from hiar_model import ExecutionConfig, HiARTransformer
@@ -179,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

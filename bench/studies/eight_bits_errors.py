@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.lib import report
+from bench.lib.script import script
 from bench.studies.eight_bits_drift import VARIANTS, inner_in_8_bits
 from hiar_kernels import quantize_rows
 from hiar_model import ExecutionConfig, HiARTransformer, RolloutConfig, WanConfig
@@ -216,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

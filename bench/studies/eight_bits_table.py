@@ -18,6 +18,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from bench.lib.report import table as markdown
+from bench.lib.script import script
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "eight-bits"
 BASELINE = "bfloat16"
@@ -209,4 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

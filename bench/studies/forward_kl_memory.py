@@ -21,6 +21,7 @@ import torch
 import hiar_kernels
 from bench.lib import report
 from bench.lib.machine import environment, result_folder
+from bench.lib.script import script
 from hiar_model.config import WanConfig
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.train.losses.forward_kl import forward_kl_loss
@@ -116,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.lib import report
+from bench.lib.script import script
 from hiar_model import load_transformer, load_video_model
 from hiar_model.common.keyed import keyed_generator
 from hiar_model.common.settings import own_settings
@@ -182,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

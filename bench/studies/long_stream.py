@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from bench.lib import report
+from bench.lib.script import script
 from hiar_model.io.video import VideoWriter
 from hiar_model.pipelines.video_pipeline import VideoOptions, VideoPipeline, VideoRun
 
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.lib import gpu_tables
+from bench.lib.script import script
 from bench.lib.strategies import MODELS, TFLOPS, VAE_MS, WINDOW, Machine, machines, plan_of, strategies
 from bench.lib.timeline import draw
 from hiar_model.config import WAN, WanConfig
@@ -379,4 +380,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

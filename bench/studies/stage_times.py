@@ -15,8 +15,11 @@ from typing import Any
 import torch
 
 from bench.lib.machine import CUDA, revision
+from bench.lib.script import script
 from hiar_model.benchmark.parts import now
 from hiar_model.benchmark.setting import Setting, load
+from hiar_model.io.atomic import atomic_write
+from hiar_model.io.files import check_output
 from hiar_model.rollout import Rollout
 
 
@@ -57,11 +60,12 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--window-frames", type=int, default=21)
     parser.add_argument("--layers", type=int, help="default: all")
     a = parser.parse_args(words)
+    check_output(a.out)
     device = torch.device("cuda" if CUDA else "cpu")
     setting = Setting(a.model, rollout={"window_frames": a.window_frames}, layers=a.layers, device=device)
-    a.out.write_text(json.dumps(stage_times(setting), indent=1) + "\n", encoding="utf-8")
+    atomic_write(a.out, json.dumps(stage_times(setting), indent=1) + "\n")
     print(f"stage times: {a.out}")
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

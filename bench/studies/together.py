@@ -14,6 +14,7 @@ import time
 import torch
 
 from bench.lib import report
+from bench.lib.script import script
 from hiar_model import HiARTransformer, Rollout, RolloutConfig, WanConfig, step_together
 from hiar_model.config.rollout import ORDERS
 
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

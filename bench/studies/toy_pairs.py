@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.lib import report
+from bench.lib.script import script
 from hiar_model.common.checks import one_of
 from hiar_model.toy.codec import ToyCodec
 from hiar_model.toy.oracle import ToyOracle
@@ -85,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.lib.script import script
+
 NAME = re.compile(r"(?P<variant>.+)-seed(?P<seed>\d+)\.json")
 Row = Mapping[str, Any]
 
@@ -192,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from bench.lib import report
+from bench.lib.script import script
 from hiar_model.models.checkpoint import read_checkpoint
 from hiar_model.models.weight_check import LARGEST, ROWS, SIBLINGS, WeightCheck, role
 
@@ -42,4 +43,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

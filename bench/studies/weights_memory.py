@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from bench.lib import report
+from bench.lib.script import script
 from hiar_model.config import WanConfig
 from hiar_model.models.checkpoint import load_transformer, save_transformer
 from hiar_model.models.quantized_linear import quantize_layers, quantized
@@ -92,4 +93,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.checks import whole
 from ..common.settings import own_settings
 from ..config import ExecutionConfig, RolloutConfig
 from ..io.plot import Lines, Series, save_plot
@@ -94,12 +95,13 @@ def evaluate_toy(
         raise ValueError(f"need at least one prompt and a batch of at least 1, got {len(prompts)} and {batch}")
     if seeds == 1 or seeds < 0:
         raise ValueError(f"seeds must be 0 (no diversity) or at least 2, got {seeds}")
-    if not num_frames or parts < 1:
-        raise ValueError(f"need at least one length and one part, got {list(num_frames)} and {parts}")
+    if not num_frames:
+        raise ValueError("num_frames must hold at least one length, got none")
+    whole("parts", parts, least=1)
     for frames in num_frames:
         model.latent_frames(frames)
         if frames < parts:
-            raise ValueError(f"a video is judged in {parts} stretches: at least {parts} frames, got {frames}")
+            raise ValueError(f"parts must be at most the frames of a video, {frames}, got {parts}")
     rollouts = default_rollouts(model.rollout) if rollouts is None else rollouts
     oracle = ToyOracle(model.world)
     total, done = len(rollouts) * len(prompts) * (1 + seeds), 0

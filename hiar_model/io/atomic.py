@@ -110,11 +110,22 @@ def discard(partial: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
+def _is_full(folder: Path) -> bool:
+    """Whether its disk has less than 64 KiB left."""
+    try:
+        return shutil.disk_usage(folder).free < 1 << 16
+    except OSError:
+        return False
+
+
 def cannot_write(target: str | os.PathLike[str], error: BaseException) -> OSError:
     """The error of one line for a target that could not be written, with the ``errno`` of the original."""
-    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+    if reason is None and _is_full(Path(target).parent):  # torch.save: "unexpected pos 2091200 vs 2091088"
+        number, reason = errno.ENOSPC, os.strerror(errno.ENOSPC)
+    reason = reason or (str(error).splitlines() or [type(error).__name__])[0]
     wrapped = OSError(f"cannot write {os.fspath(target)}: {reason}")
-    wrapped.errno = getattr(error, "errno", None)
+    wrapped.errno = number
     return wrapped
 
 

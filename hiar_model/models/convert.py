@@ -141,7 +141,8 @@ def _check_target(target: Path, to: str) -> Path:
     if to not in TARGETS:
         raise ValueError(f"unknown layout {to!r}; legal: {', '.join(TARGETS)}")
     legal = {"native": ("", ".safetensors"), "diffusers": ("",), "pt": (".pt", ".pth")}[to]
-    files = (".safetensors", ".pt", ".pth", ".gguf")  # any other suffix belongs to the name of a folder, such as Wan2.1
+    files = (".safetensors", ".pt", ".pth", ".gguf", ".bin", ".ckpt")
+    # Any other suffix belongs to the name of a folder, such as Wan2.1.
     suffix = target.suffix if target.suffix in files else ""
     if suffix not in legal:
         names = " or ".join(f"name{ending}" if ending else "a folder" for ending in legal)

@@ -150,6 +150,8 @@ WRONG = {
     "no trajectories": (["train", "toy/ode_init", "init=toy", "trajectories=no"], "no: no trajectories; expected"),
     "no such world": (["evaluate", "wan"], "invalid choice: 'wan'"),
     "prompts": (["evaluate", "toy", "--prompts", "65"], r"prompts must be in 1\.\.64.* got 65"),
+    "parts": (["evaluate", "toy", "--parts", "0"], "--parts must be a whole number of at least 1, got 0"),
+    "many parts": (["evaluate", "toy", "--num-frames", "12", "--parts", "13"], "--parts must be at most the frames of"),
     "json": (["evaluate", "toy", "--json", "no/a.json"], "cannot write no/a.json"),
 }  # fmt: skip
 

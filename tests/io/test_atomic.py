@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
@@ -97,6 +98,17 @@ ERRORS = {
     "another error": (ZeroDivisionError("1 / 0"), None),
     "Ctrl-C": (KeyboardInterrupt(), None),
 }
+
+
+def test_a_full_disk_that_a_library_calls_something_else(tmp_path, monkeypatch):
+    """torch.save on a disk of 2 MB says: unexpected pos 2091200 vs 2091088."""
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    with (
+        pytest.raises(OSError, match=r"cannot write .*a\.pt: No space left on device") as refused,
+        atomic(tmp_path / "a.pt"),
+    ):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2091200 vs 2091088")
+    assert refused.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a"])

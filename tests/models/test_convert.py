@@ -189,6 +189,7 @@ def test_bad_targets(published, tmp_path):
     source = published["original"]
     assert refusal(source, tmp_path / "x", "gguf") == "unknown layout 'gguf'; legal: native, diffusers, pt"
     assert refusal(source, tmp_path / "x.pt", "native").endswith("--to native writes a folder or name.safetensors")
+    assert refusal(source, tmp_path / "x.bin", "native").endswith("--to native writes a folder or name.safetensors")
     assert refusal(source, tmp_path / "x.safetensors", "diffusers").endswith("--to diffusers writes a folder")
     assert refusal(source, tmp_path / "x", "pt").endswith("--to pt writes name.pt or name.pth")
     assert refusal(source, tmp_path / "no" / "x", "native").endswith(f"{tmp_path / 'no'} is no folder; make it first")

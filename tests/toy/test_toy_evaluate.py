@@ -270,11 +270,11 @@ def test_illegal_evaluations(model):
     for wrong, message in (
         ({"prompts": []}, "at least one prompt"),
         ({"batch": 0}, "at least one prompt"),
-        ({"num_frames": [3]}, "at least 6 frames, got 3"),
-        ({"num_frames": [6], "parts": 7}, "at least 7 frames, got 6"),
+        ({"num_frames": [3]}, "parts must be at most the frames of a video, 3, got 6"),
+        ({"num_frames": [6], "parts": 7}, "parts must be at most the frames of a video, 6, got 7"),
         ({"num_frames": [7]}, "nearest 6 or 9"),
         ({"num_frames": []}, "at least one length"),
-        ({"parts": 0}, "one part"),
+        ({"parts": 0}, "parts must be a whole number of at least 1, got 0"),
         ({"seeds": 1}, "seeds must be 0 .* got 1"),
         ({"model": dataclasses.replace(model, world=None)}, "shows no toy world"),
     ):
