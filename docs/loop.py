@@ -28,10 +28,12 @@ def loop(video: Path, most: int) -> bytes:
     import av
     from PIL import Image
 
+    from hiar_model.io.video import decoded_rgb
+
     with av.open(str(video)) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 12)
-        frames = [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+        frames = [Image.fromarray(decoded_rgb(frame)) for frame in container.decode(stream)]
     durations = [round(1000 / rate)] * (len(frames) - 1) + [LAST]
     for quality in QUALITIES:
         file = io.BytesIO()

@@ -46,7 +46,7 @@ GIF_FASTEST = 50.0  # viewers slow down anything faster
 HD_LINES = 720
 """From so many lines on video is BT.709, below BT.601: written so, and taken so where a file does not say."""
 CHUNK = 16  # frames enlarged at once
-ROUNDED = 4 | 1 << 13 | 1 << 14 | 1 << 18
+_ROUNDED = 4 | 1 << 13 | 1 << 14 | 1 << 18
 """How pictures are converted to and from YUV: swscale's BICUBIC, FULL_CHR_H_INT, FULL_CHR_H_INP and ACCURATE_RND. With
 its defaults each trip is one level darker (findings/pyav-darkens-yuv420p.sh). PyAV 17 has no names for them."""
 
@@ -330,7 +330,7 @@ class Mp4Encoder:
     def add(self, image: Frames) -> None:
         if any(self.odd):  # yuv420p has even sizes only: repeat the last row or column
             image = np.pad(image, ((0, self.odd[0]), (0, self.odd[1]), (0, 0)), mode="edge")
-        frame = _av_frame(image).reformat(format="yuv420p", dst_colorspace=self.matrix, interpolation=ROUNDED)
+        frame = _av_frame(image).reformat(format="yuv420p", dst_colorspace=self.matrix, interpolation=_ROUNDED)
         frame.pts, frame.time_base, self.next = self.next, self.tick, self.next + 1
         self.container.mux(self.stream.encode(frame))
 
@@ -403,7 +403,12 @@ def _as_json(value: Any) -> Any:
     return plain(value)
 
 
-def source_matrix(frame: Any) -> str | None:
+def decoded_rgb(frame: Any) -> Frames:
+    """The picture uint8 [H, W, 3] of a decoded ``av.VideoFrame``, before any rotation that its file asks for."""
+    return frame.to_ndarray(format="rgb24", src_colorspace=_source_matrix(frame), interpolation=_ROUNDED)
+
+
+def _source_matrix(frame: Any) -> str | None:
     """The colour matrix of a decoded frame that names none itself; None: use the frame's."""
     unspecified = frame.colorspace in (0, 2) and not frame.format.is_rgb  # 0 means RGB, but some YUV files have it
     if not unspecified or len(frame.planes) < 3:

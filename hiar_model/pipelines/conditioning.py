@@ -19,7 +19,7 @@ import numpy as np
 
 from ..common.checks import path_like
 from ..io.files import refuse_stand_in
-from ..io.video import ROUNDED, Frames, source_matrix
+from ..io.video import Frames, decoded_rgb
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -226,7 +226,7 @@ class _Clip:
             raise ValueError(f"extend {path}: corrupt: no frame can be read")
 
     def _upright(self, frame: Any, stream: Any) -> Frames:
-        image = frame.to_ndarray(format="rgb24", src_colorspace=source_matrix(frame), interpolation=ROUNDED)
+        image = decoded_rgb(frame)
         turns, flip = _orientation(frame)
         if not self.notes and (turns or flip):
             self.notes.append(f"{self.path}: rotated as the file says")
