@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import types as type_kinds
 import typing
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
@@ -143,5 +144,16 @@ def _suggestion(key: str, legal: Mapping[str, Any]) -> str:
     return nearest(key, legal) or f"; legal: {', '.join(legal)}"
 
 
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+
+
 def _described(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    """The values of a type as a person writes them: "a whole number", "[a number, ...]", "a number or null"."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint in _WORDS:
+        return _WORDS[hint]
+    if origin is tuple:
+        return f"[{', '.join('...' if part is ... else _described(part) for part in parts)}]"
+    if origin in (typing.Union, type_kinds.UnionType):
+        return " or ".join(map(_described, parts))
+    return str(hint).replace("typing.", "")
