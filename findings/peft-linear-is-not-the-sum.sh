@@ -46,8 +46,8 @@ for kind, weights, least, most in (
 ):
     name = f"{kind}_{weights[0]:g}".replace(".", "_")
     model.add_weighted_adapter(["one", "two"], list(weights), name, combination_type=kind)
-    wanted = weights[0] * one + weights[1] * two
-    off = ((added(name) - wanted).norm() / wanted.norm()).item()
+    expected = weights[0] * one + weights[1] * two
+    off = ((added(name) - expected).norm() / expected.norm()).item()
     print(f"{kind} {weights}: off by {off:.1%} of the weighted sum")
     if not least <= off <= most:
         sys.exit(f"changed: described as {least} to {most}")

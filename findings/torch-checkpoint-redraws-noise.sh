@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 def gradients(own: bool, reentrant: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of sum(sin(w * noise)) at w = 1, without and with a checkpoint."""
-    found = []
+    results = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(0) if own else None
@@ -33,8 +33,8 @@ def gradients(own: bool, reentrant: bool) -> tuple[torch.Tensor, torch.Tensor]:
         w = torch.ones(1000, requires_grad=True)
         out = checkpoint(loss, w, use_reentrant=reentrant) if checkpointed else loss(w)
         out.sum().backward()
-        found.append(w.grad)
-    return found[0], found[1]
+        results.append(w.grad)
+    return results[0], results[1]
 
 
 for reentrant in (False, True):

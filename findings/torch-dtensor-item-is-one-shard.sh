@@ -44,10 +44,10 @@ def run(rank: int, folder: str) -> None:
     both = [None, None]
     dist.all_gather_object(both, own)
     if rank == 0:
-        found = {name: [one[name] for one in both] for name in READ}
-        for name, values in found.items():
+        results = {name: [one[name] for one in both] for name in READ}
+        for name, values in results.items():
             print(f"{name:28}", *values)
-        if found != {name: expected for name, (_, expected) in READ.items()}:
+        if results != {name: expected for name, (_, expected) in READ.items()}:
             sys.exit("changed: other numbers than described")
     dist.destroy_process_group()
 

@@ -60,9 +60,9 @@ for name, model, expected in (
     ("a forward before, reshard()", network(True, reshard=True), kept),
     ("a forward before, reshard_after_forward=True", network(True, reshard_after_forward=True), kept),
 ):
-    found = seen(model)
-    print(f"{name}: output {found[0]:g}, saved {found[1:3]}, then output {found[3]:g}")
-    if found != expected:
+    results = seen(model)
+    print(f"{name}: output {results[0]:g}, saved {results[1:3]}, then output {results[3]:g}")
+    if results != expected:
         sys.exit(f"changed: described as {expected}")
 dist.destroy_process_group()
 PY

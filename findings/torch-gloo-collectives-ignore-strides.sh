@@ -51,10 +51,10 @@ def run(rank: int, folder: str) -> None:
     both = [None, None]
     dist.all_gather_object(both, right)
     if rank == 0:
-        found = {name: [one[name] for one in both] for name in right}
-        for name, values in found.items():
+        results = {name: [one[name] for one in both] for name in right}
+        for name, values in results.items():
             print(f"{name}: right on rank 0: {values[0]}, on rank 1: {values[1]}")
-        if found != EXPECTED:
+        if results != EXPECTED:
             sys.exit("changed: other results than described")
     dist.destroy_process_group()
 

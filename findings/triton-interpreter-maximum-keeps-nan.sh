@@ -49,12 +49,12 @@ def keeping(x_ptr, out_ptr):
 
 KERNELS = {"maximum": maximum, "clamp": clamp, "max": largest, "maximum, ALL": keeping}
 if os.environ.get("TRITON_INTERPRET") == "1":
-    x, found = torch.arange(128.0), {}
+    x, results = torch.arange(128.0), {}
     x[5] = float("nan")
     for name, kernel in KERNELS.items():
         out = torch.zeros(128)
         kernel[(1,)](x, out)
-        found[name] = "NaN" if out[5].isnan() else f"{out[5]:g}"
+        results[name] = "NaN" if out[5].isnan() else f"{out[5]:g}"
     expected = {"maximum": "NaN", "clamp": "NaN", "max": "127", "maximum, ALL": "NaN"}
     if triton.__version__ != "3.7.1":
         expected |= {"maximum": "1", "clamp": "-1"}
@@ -62,15 +62,15 @@ else:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    found = {}
+    results = {}
     for name, kernel in KERNELS.items():
         source = ASTSource(kernel, {"x_ptr": "*fp32", "out_ptr": "*fp32"})
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-        found[name] = " ".join(sorted(set(re.findall(r"\b(?:max|min)\.[\w.]*f32", ptx))))
+        results[name] = " ".join(sorted(set(re.findall(r"\b(?:max|min)\.[\w.]*f32", ptx))))
     expected = {"maximum": "max.f32", "clamp": "min.xorsign.abs.f32", "max": "max.f32", "maximum, ALL": "max.NaN.f32"}
-for name, value in found.items():
+for name, value in results.items():
     print(f"  {name}: {value}")
-if found != expected:
+if results != expected:
     sys.exit(f"changed: described as {expected}")
 PY
 

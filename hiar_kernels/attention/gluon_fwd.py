@@ -337,13 +337,13 @@ def launch(q: Tensor, k: Tensor, v: Tensor, schedule: AttentionSchedule, scale: 
         q, scale = -q, -scale
     outputs = schedule.outputs(HEAD_DIM, q.dtype)
     tokens = schedule.frame_tokens
-    whole = slots = [by_token(x, BLOCK_KEYS) for x in (k, v)]
+    kv = slots = [by_token(x, BLOCK_KEYS) for x in (k, v)]
     stride = 1
     if k.shape[1] > tokens:  # else the end of the slot is that of the tensor
         slots, stride = [by_slot(x, tokens, BLOCK_KEYS) for x in (k, v)], slot_stride(k, tokens)
     with torch.cuda.device_of(q):
         _attention_hopper_kernel[(schedule.ctas,)](
-            by_token(q, _ROWS), *whole, *slots, *outputs, *schedule.tables, stride, tokens,
+            by_token(q, _ROWS), *kv, *slots, *outputs, *schedule.tables, stride, tokens,
             schedule.sink_end, scale * _LOG2E, num_warps=4, maxnreg=LAUNCH_REGISTERS,
         )  # fmt: skip
         merge_cuts(schedule, *outputs)
