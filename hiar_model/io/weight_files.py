@@ -48,8 +48,11 @@ def _weight_files(source: Path) -> list[Path]:
     indexes = sorted(source.glob(f"*{INDEX}"))
     if len(indexes) > 1:
         raise ValueError(f"{source}: several indexes ({some(p.name for p in indexes)}); give the path of one")
-    if indexes:
-        return _shards(indexes[0])
+    for index in indexes:
+        one_file = index.with_name(index.name.removesuffix(".index.json"))
+        if one_file.is_file() and one_file not in _named_shards(index):  # diffusers leaves an earlier save's index
+            only_one([index, one_file], f"the weights of {source}")
+        return _shards(index)
     kinds = ((".safetensors",), PICKLES)
     inside = [p for p in sorted(source.iterdir()) if not p.name.startswith((".", *_OTHER_PARTS))]
     of_kind = [files for kind in kinds if (files := [p for p in inside if p.suffix in kind])]
@@ -70,15 +73,20 @@ def _weight_files(source: Path) -> list[Path]:
     )
 
 
-def _shards(index: Path) -> list[Path]:
+def _named_shards(index: Path) -> list[Path]:
+    """The files that an index names, whether they are there or not."""
     mapping = read_json(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise ValueError(f"{index}: no weights found: expected a weight_map from keys to files")
-    names = sorted({str(name) for name in mapping.values()})
-    for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise ValueError(f"{index}: names the shard {name}, which is not beside it")
-    return [index.parent / name for name in names]
+    return [index.parent / name for name in sorted({str(name) for name in mapping.values()})]
+
+
+def _shards(index: Path) -> list[Path]:
+    shards = _named_shards(index)
+    for shard in shards:
+        if shard.parent != index.parent or not shard.is_file():
+            raise ValueError(f"{index}: names the shard {shard.relative_to(index.parent)}, which is not beside it")
+    return shards
 
 
 def read_tensors(file: Path) -> tuple[Any, dict[str, str]]:

@@ -295,6 +295,19 @@ def test_bad_indexes(tmp_path, weights, text, message):
     assert f"{folder / 'x.safetensors.index.json'}: {message}" in refusal(folder, CONFIG)
 
 
+@pytest.mark.parametrize("shard_is_there", [True, False])
+def test_one_file_beside_an_index(tmp_path, weights, shard_is_there):
+    """Which of the two saves is the newer one nobody can know; the shards were taken without a word."""
+    write(tmp_path / "x.safetensors", weights)
+    if shard_is_there:
+        write(tmp_path / "x-00001-of-00001.safetensors", weights)
+    index = tmp_path / "x.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "x-00001-of-00001.safetensors")}))
+    line = refusal(tmp_path, CONFIG)
+    assert line.endswith(f"{index} and {tmp_path / 'x.safetensors'}; keep one, or give the path of one"), line
+    load_transformer(tmp_path / "x.safetensors", config=CONFIG)
+
+
 def test_several_indexes(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.safetensors.index.json").write_text("{}")
