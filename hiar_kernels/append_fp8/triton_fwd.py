@@ -152,9 +152,11 @@ def _write_kernel(
             tl.store(v_scale_to, stored_scale(v_scale), mask=there)
 
 
-def write_tile(tokens: int, head_dim: int, parts: int) -> dict[str, int]:
-    """Tokens of a tile, blocks of the others, and warps: 32 numbers of k, and of v, in a thread of a full tile."""
-    block_t = max(GROUP, min(64, triton.next_power_of_2(tokens)))
+def write_tile(tokens: int, head_dim: int, parts: int, hardware: bool) -> dict[str, int]:
+    """Tokens of a tile, blocks of the others, and warps: 32 numbers of k, and of v, in a thread of a full tile; half as
+    many where the conversion to 8 bits takes registers too, which spill with Triton 3.6.0.
+    """
+    block_t = max(GROUP, min(64 if hardware else 32, triton.next_power_of_2(tokens)))
     return {
         "BLOCK_T": block_t, "BLOCK_D": triton.next_power_of_2(head_dim),
         "BLOCK_N": min(1024, triton.next_power_of_2(parts)), "num_warps": 8,
@@ -165,7 +167,7 @@ def _write(k: Tensor, v: Tensor, parts: Tensor, rings: Fp8Rings, hardware: bool)
     """The second launch: k and v [B, T, H, D], parts [2, B, F, H, N] -> the rings."""
     (batch, tokens, heads, head_dim), frames = k.shape, parts.shape[2]
     tokens //= frames
-    config, slots, rows = write_tile(tokens, head_dim, parts.shape[4]), rings.slots, rings.rows
+    config, slots, rows = write_tile(tokens, head_dim, parts.shape[4], hardware), rings.slots, rings.rows
     k_cache, v_cache = (x if hardware else bits(x) for x in (rings.k_cache, rings.v_cache))
     _write_kernel[(triton.cdiv(padded(tokens), config["BLOCK_T"]), heads, batch * frames)](
         k, v, parts, slots, rows, k_cache, v_cache, rings.k_scales, rings.v_scales, *k.stride()[:3], *v.stride()[:3],
@@ -190,7 +192,8 @@ def launch(k: Tensor, v: Tensor, *arguments: Any) -> None:
     k, v = _dense(k), _dense(v)
     (batch, tokens, heads, head_dim), frames = k.shape, rings.slots.shape[-1]
     tokens //= frames
-    config = write_tile(tokens, head_dim, 1)
+    hardware = architecture(k) >= HARDWARE_FROM
+    config = write_tile(tokens, head_dim, 1, hardware)
     del config["BLOCK_N"]
     blocks = triton.cdiv(tokens, config["BLOCK_T"])
     parts = empty_parts(k, frames, blocks)
@@ -198,7 +201,7 @@ def launch(k: Tensor, v: Tensor, *arguments: Any) -> None:
         _largest_kernel[(blocks, heads, batch * frames)](
             k, v, parts, *k.stride()[:3], *v.stride()[:3], tokens, frames, HEAD_DIM=head_dim, **config
         )
-        _write(k, v, parts, rings, architecture(k) >= HARDWARE_FROM)
+        _write(k, v, parts, rings, hardware)
 
 
 def rope_tile(heads: int, head_dim: int) -> dict[str, int]:
@@ -249,7 +252,7 @@ def compile_cases(arch: int) -> list[Case]:
             fixed["HARDWARE"] = hardware
             kinds = types | {"q_ptr": e4m3 if quantize_q else "*bf16"}
             cases.append(Case.of(f"{name}, {heads} heads", _rope_kernel, kinds, fixed, aligned, num_warps=warps))
-    config = write_tile(1560, HEAD_DIM, 1560)
+    config = write_tile(1560, HEAD_DIM, 1560, hardware)
     warps = config.pop("num_warps")
     for name, copies in (("one ring", 1), ("two rings", 2)):
         fixed = {"HEAD_DIM": HEAD_DIM, "COPIES": copies, "HARDWARE": hardware, **config}

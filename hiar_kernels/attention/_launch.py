@@ -74,7 +74,7 @@ FLOAT32 = {0: Tile(32, 32, 4, 1, 16), 80: Tile(32, 32, 8, 1, 32)}
 # ``dq_config`` and ``dkdv_config``.
 CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {
-        80: (Tile(128, 64, 8, 2, 16), Tile(64, 64, 4, 2, 16), *(replace(FORWARD[80], num_splits=n) for n in (1, 2, 3))),
+        80: (Tile(128, 64, 8, 2, 16), Tile(64, 64, 4, 2, 64), *(replace(FORWARD[80], num_splits=n) for n in (1, 2, 3))),
         90: (),
         100: tuple(replace(FORWARD[100], num_splits=n) for n in (1, 2, 3)),
         120: (Tile(64, 64, 4, 2, 32), *(replace(FORWARD[120], num_splits=n) for n in (1, 2, 3))),
