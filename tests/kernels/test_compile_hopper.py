@@ -99,17 +99,29 @@ def test_the_scan_notices_a_register_in_flight():
 
 
 def registers_by_role(sass: str) -> list[tuple[int, int]]:
-    """(registers that a role has taken, the highest that it names) of each stretch of code after a USETMAXREG."""
-    roles: list[tuple[int, int]] = []
-    for line in sass.splitlines():
-        if taken := re.search(r"USETMAXREG\S*\s+(?:UP\d+,\s*)?(0x[0-9a-f]+)", line):
-            roles.append((int(taken[1], 16), 0))
-        elif roles:
-            named = [
-                int(register) + {"": 0, ".64": 1, ".128": 3}[width]
-                for register, width in re.findall(r"\bR(\d+)(\.64|\.128)?\b", line)
-            ]
-            roles[-1] = (roles[-1][0], max(roles[-1][1], *named, 0))
+    """(registers that a role has taken, the highest that it names) of what each USETMAXREG leads to, up to another one,
+    wherever the compiler put it.
+    """
+    code = re.findall(r"^\s*(?:/\*([0-9a-f]{4,})\*/)?\s*([^;/]+;)", sass, re.MULTILINE)
+    place = {int(address, 16): i for i, (address, _) in enumerate(code) if address}
+    roles = []
+    for start, (_, text) in enumerate(code):
+        if not (taken := re.search(r"USETMAXREG\S*\s+(?:UP\d+,\s*)?(0x[0-9a-f]+)", text)):
+            continue
+        ahead, reached, highest = [start + 1], set(), 0
+        while ahead:
+            i = ahead.pop()
+            if i in reached or i >= len(code) or "USETMAXREG" in code[i][1]:
+                continue
+            reached.add(i)
+            text = code[i][1]
+            for register, width in re.findall(r"\bR(\d+)(\.64|\.128)?\b", text):
+                highest = max(highest, int(register) + {"": 0, ".64": 1, ".128": 3}[width])
+            if branch := re.search(r"\b(?:BRA|BSSY)\b.*\b(0x[0-9a-f]+)", text):
+                ahead.append(place[int(branch[1], 16)])
+            if not re.match(r"(BRA 0x|EXIT|BRX|RET)", text):
+                ahead.append(i + 1)
+        roles.append((int(taken[1], 16), highest))
     return roles
 
 
@@ -126,6 +138,15 @@ def test_a_register_too_many_is_noticed():
     code = "USETMAXREG.DEALLOC.CTAPOOL 0x18 ;\nIADD3 R23, R2, R3, RZ ;\nLDG.E.64 R22.64, [R4.64] ;\n{}"
     assert registers_by_role(code.format("EXIT")) == [(24, 23)]
     assert registers_by_role(code.format("MOV R24, R2 ;")) == [(24, 24)]
+    apart = """
+        /*0010*/ USETMAXREG.DEALLOC.CTAPOOL 0x18 ;
+        /*0020*/ @P0 BRA 0x60 ;
+        /*0030*/ EXIT ;
+        /*0040*/ USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ;
+        /*0050*/ EXIT ;
+        /*0060*/ MOV R24, R2 ;
+    """
+    assert registers_by_role(apart) == [(24, 24), (240, 0)]
 
 
 class Trace:
@@ -163,7 +184,7 @@ class Trace:
                 found |= self.byte(words[chosen // 4], chosen % 4)
             elif name == "shr.s16" and words[1] == "8" and number == 0:
                 found |= self.byte(words[0], 1)
-            elif name in ("cvt.u32.u16", "mov.b32", "mov.b16", "mov.u16") and number < 2:
+            elif name == "mov.b32" or (name in ("cvt.u32.u16", "mov.b16", "mov.u16") and number < 2):
                 found |= self.byte(words[0], number)
             else:
                 raise AssertionError(f"byte {number} of {register}: {name} {words}")
