@@ -229,5 +229,5 @@ def main(target: Path, name: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or "RANK" not in os.environ:
-        raise SystemExit((__doc__ or "").split("\n\n")[0] + "\n\n" + (__doc__ or "").split("\n\n")[1])
+        raise SystemExit("\n\n".join((__doc__ or "").split("\n\n")[:2]))
     main(Path(sys.argv[1]), sys.argv[2])
