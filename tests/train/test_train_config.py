@@ -71,8 +71,7 @@ def test_the_published_hyperparameters():
         assert (optimizer.warmup, optimizer.cooldown) == (0, 0)
     kl = hiar.forward_kl
     assert (kl.weight, kl.first_k, kl.attention) == (0.1, 1, "bidirectional")
-    assert (hiar.ema.decay, hiar.ema.ramp) == (0.99, False)
-    assert hiar.ema.start * hiar.critic_updates == 200, "published in steps of the critic"
+    assert (hiar.ema.decay, hiar.ema.start, hiar.ema.ramp) == (0.99, 200, False)
     assert (pairs.steps, pairs.shift, pairs.guidance, pairs.points) == (48, 8.0, 6.0, (0, 12, 24, 36, -1))
     # the student's initial stage has its levels where the trajectories have their points
     assert init.rollout.schedule.sigmas[:-1] == pytest.approx([sigma_table(48, 8.0)[i] for i in (0, 12, 24, 36)])
