@@ -162,8 +162,8 @@ def test_saved_without_safetensors(pipe, tmp_path):
 def test_loaded_by_its_class_name(pipe, tmp_path):
     """Once hiar_model.integrations.diffusers is imported."""
     pipe.save_pretrained(tmp_path / "new")
-    found = quiet(DiffusionPipeline.from_pretrained(tmp_path / "new"))
-    assert type(found) is HiARPipeline and torch.equal(make(found), make(pipe))
+    reloaded = quiet(DiffusionPipeline.from_pretrained(tmp_path / "new"))
+    assert type(reloaded) is HiARPipeline and torch.equal(make(reloaded), make(pipe))
 
 
 # Weights that PEFT writes to past torch's count of versions

@@ -89,14 +89,16 @@ def test_equals_video_pipeline(folder, pipe, latents):
 @pytest.mark.parametrize("checkpoint", ["hiar.pt", "self_forcing.pt"])
 def test_with_a_checkpoint(folder, checkpoints, pipe, latents, checkpoint):
     told = []
-    found = load(folder, checkpoint=checkpoints / checkpoint, on_checkpoint=told.append, torch_dtype=torch.bfloat16)
+    loaded = load(folder, checkpoint=checkpoints / checkpoint, on_checkpoint=told.append, torch_dtype=torch.bfloat16)
     assert [info.layout for info in told] == ["training"]
-    assert found.transformer.dtype == torch.bfloat16 and found.transformer.blocks[0].norm2.weight.dtype == torch.float32
+    assert (
+        loaded.transformer.dtype == torch.bfloat16 and loaded.transformer.blocks[0].norm2.weight.dtype == torch.float32
+    )
     model = load_video_model(folder, "cpu", "bfloat16", checkpoint=checkpoints / checkpoint)
-    made = make(found, output_type="latent")
+    video = make(loaded, output_type="latent")
     expected = rollout_latents(model)
-    assert made.dtype == torch.bfloat16 and torch.equal(made, expected)
-    alike = float((made.float() - latents).abs().max()) < 0.2  # bfloat16 of the same weights, or other weights
+    assert video.dtype == torch.bfloat16 and torch.equal(video, expected)
+    alike = float((video.float() - latents).abs().max()) < 0.2  # bfloat16 of the same weights, or other weights
     assert alike == (checkpoint == "hiar.pt")
 
 

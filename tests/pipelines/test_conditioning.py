@@ -246,9 +246,9 @@ def test_a_clip_that_goes_on_from_a_clip_is_no_darker(tmp_path, lines):
     colours = np.random.default_rng(0).integers(0, 256, (5, 3), dtype=np.uint8)
     frames = np.broadcast_to(colours[:, None, None], (5, lines, 32, 3))
     for _ in range(6):
-        given = read_conditioning(None, Video(frames, 16.0).save(tmp_path / "v.mp4", least_side=1), (lines, 32))
-        assert given is not None
-        frames = given.frames
+        conditioning = read_conditioning(None, Video(frames, 16.0).save(tmp_path / "v.mp4", least_side=1), (lines, 32))
+        assert conditioning is not None
+        frames = conditioning.frames
     drift = frames[:, lines // 2, 16].astype(int) - colours
     assert np.abs(drift.mean(0)).max() < 1 and np.abs(drift).max() <= 2
 

@@ -41,7 +41,7 @@ def made(model, blocks, *changes, **options):
     return frames[::3]
 
 
-def kept(model, data, keep=60.0, **options):
+def running(model, data, keep=60.0, **options):
     return serving(model, data, Settings(limits=Limits(8, keep), state_bytes=10**8), states=OFTEN, **options)
 
 
@@ -281,7 +281,7 @@ def test_sessions_go_on_after_a_restart(model, tmp_path):
     """One that changed its prompt and jumped; one that tells the last chunk that it has; one that is paused, and does
     not tell.
     """
-    with kept(model, tmp_path) as service:
+    with running(model, tmp_path) as service:
         first, second, third = (Viewer(service) for _ in range(3))
         tokens = [viewer.start(seed=seed)["token"] for seed, viewer in enumerate((first, second, third))]
         first.blocks(4)
@@ -299,7 +299,7 @@ def test_sessions_go_on_after_a_restart(model, tmp_path):
     ended = first.wait("ended")
     assert (ended["reason"], ended["resume"]) == ("drained", True)
     assert not any(token.encode() in path.read_bytes() for token in tokens for path in tmp_path.rglob("*.sqlite*"))
-    with kept(model, tmp_path) as service:
+    with running(model, tmp_path) as service:
         assert len(service.scheduler.sessions) == metric(service, "hiar_sessions") == 3
         back = [Viewer(service) for _ in range(3)]
         after = [first.chunks[-1][0]["seq"], second.chunks[-1][0]["seq"], None]
@@ -331,19 +331,19 @@ def test_sessions_go_on_after_a_restart(model, tmp_path):
             viewer.send("stop")
             viewer.wait("ended")
         until(lambda: not list((tmp_path / "sessions").iterdir()), "the files to go")
-    with kept(model, tmp_path) as service:
+    with running(model, tmp_path) as service:
         assert not service.scheduler.sessions
     for path in tmp_path.rglob("*.sqlite*"):
         assert PROMPT.encode() not in path.read_bytes()
 
 
 def test_a_finished_video_is_finished_after_a_restart(model, tmp_path):
-    with kept(model, tmp_path) as service:
+    with running(model, tmp_path) as service:
         viewer = Viewer(service)
         token = viewer.start(num_frames=9)["token"]
         viewer.blocks(3)
         viewer.wait("ended")
-    with kept(model, tmp_path) as service, Viewer(service) as back:
+    with running(model, tmp_path) as service, Viewer(service) as back:
         back.start(resume=token, after=2)
         assert back.wait("ended") == {"type": "ended", "reason": "complete", "frames": 9, "resume": False}
         back.send("seek", block=1)
@@ -351,13 +351,13 @@ def test_a_finished_video_is_finished_after_a_restart(model, tmp_path):
 
 
 def test_what_expires_is_deleted(model, tmp_path):
-    with kept(model, tmp_path) as service:
+    with running(model, tmp_path) as service:
         viewer = Viewer(service)
         token = viewer.start(format="mp4")["token"]
         viewer.blocks(3)
     left = sorted(path.name for path in (tmp_path / "sessions").iterdir())
     assert len(left) == 2 and left[1] == f"{left[0]}.spool"
-    with kept(model, tmp_path, keep=0.2) as service:
+    with running(model, tmp_path, keep=0.2) as service:
         until(lambda: not service.scheduler.sessions and not list((tmp_path / "sessions").iterdir()))
         with Viewer(service) as late:
             late.send("start", v=1, resume=token)
@@ -380,13 +380,13 @@ def test_nothing_of_a_session_stays_where_none_is_kept(model, tmp_path, settings
 
 def test_another_dtype_is_named_to_the_viewer(model, tmp_path, caplog):
     """Not: no session has this token, it never had."""
-    with kept(model, tmp_path) as service:
+    with running(model, tmp_path) as service:
         viewer = Viewer(service)
         ready = viewer.start()
         viewer.blocks(1)
     line = "it was made with kv_dtype None, here float8_e4m3fn"
     caplog.clear()
-    with kept(model, tmp_path, execution=ExecutionConfig(kv_dtype="float8_e4m3fn")) as service:
+    with running(model, tmp_path, execution=ExecutionConfig(kv_dtype="float8_e4m3fn")) as service:
         assert [record.message for record in caplog.records] == [f"session {ready['session']} does not go on: {line}"]
         with Viewer(service) as viewer:
             viewer.send("start", v=1, resume=ready["token"])
@@ -395,7 +395,7 @@ def test_another_dtype_is_named_to_the_viewer(model, tmp_path, caplog):
 
 
 def test_damage_ends_one_session_and_not_the_others(model, tmp_path, caplog):
-    with kept(model, tmp_path) as service:
+    with running(model, tmp_path) as service:
         viewers = [Viewer(service) for _ in range(4)]
         ready = [viewer.start(seed=seed) for seed, viewer in enumerate(viewers)]
         for viewer in viewers:
@@ -407,7 +407,7 @@ def test_damage_ends_one_session_and_not_the_others(model, tmp_path, caplog):
         database.execute("UPDATE sessions SET made_by = '{}' WHERE id = ?", (ready[2]["session"],))
     database.close()
     caplog.clear()
-    with kept(model, tmp_path) as service:
+    with running(model, tmp_path) as service:
         said = [record.message for record in caplog.records]
         assert len(said) == 2 and ready[1]["session"] in said[0] and "of another version" in said[1], said
         for number, code in enumerate(("failed", "unknown_session", "unknown_session")):
@@ -423,12 +423,12 @@ def test_damage_ends_one_session_and_not_the_others(model, tmp_path, caplog):
 
 
 def test_a_session_that_has_no_memory_to_go_on_waits(model, tmp_path):
-    with kept(model, tmp_path) as service:
+    with running(model, tmp_path) as service:
         viewer = Viewer(service)
         token = viewer.start()["token"]
         viewer.blocks(2)
     free = [0]
-    with kept(model, tmp_path, free=lambda _: free[0]) as service:
+    with running(model, tmp_path, free=lambda _: free[0]) as service:
         with Viewer(service) as early:
             early.send("start", v=1, resume=token)
             refused = early.wait("refused")
@@ -440,7 +440,7 @@ def test_a_session_that_has_no_memory_to_go_on_waits(model, tmp_path):
 
 
 def test_a_record_that_cannot_be_written_is_said_once(model, tmp_path, caplog):
-    with kept(model, tmp_path) as service, Viewer(service) as viewer:
+    with running(model, tmp_path) as service, Viewer(service) as viewer:
         keeper = service.scheduler.keeper
 
         class FullDatabase:
@@ -456,7 +456,7 @@ def test_a_record_that_cannot_be_written_is_said_once(model, tmp_path, caplog):
         assert metric(service, "hiar_state_errors_total") >= 1
         viewer.blocks(1)  # the record is whole again
         until(lambda: not keeper.unwritten)
-    with kept(model, tmp_path) as service, Viewer(service) as back:
+    with running(model, tmp_path) as service, Viewer(service) as back:
         back.start(resume=ready["token"], after=viewer.chunks[-1][0]["seq"])
         assert np.array_equal(pictures(viewer.chunks + back.blocks(1)), made(model, len(viewer.chunks) + 1))
 
