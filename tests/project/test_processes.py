@@ -69,8 +69,8 @@ def test_exit_status(code, status):
 
 
 def test_lines_as_they_come_and_signals():
-    code = "import time; print('ready'); print('ha', end='')\n"
-    code += "try: time.sleep(100)\nexcept KeyboardInterrupt: print('lf')"
+    code = "import time\ntry: print('ready\\nha', end='', flush=True); time.sleep(100)\n"
+    code += "except KeyboardInterrupt: print('lf')"
     process = processes.Started(["-c", code])
     lines = process.lines()
     assert next(lines) == "ready\n" and process.poll() is None
