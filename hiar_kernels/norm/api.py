@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -177,6 +176,4 @@ def _run(op: str, impl: str, inputs: NormInputs) -> Any:
     if choose(op, impl, IMPLS, auto=automatic(*tensors.values(), norm=normed)) == "triton":
         prepare(op, norm=normed, **tensors)
         return getattr(OPS, op)(*inputs.as_schema(op))
-    if inputs.y is not None:
-        inputs = replace(inputs, y=inputs.y.contiguous())
     return reference.norm(op, inputs)

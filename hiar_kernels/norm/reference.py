@@ -26,7 +26,7 @@ def norm(op: str, inputs: NormInputs) -> Tensor | tuple[Tensor, ...]:
 
 def _residual(op: str, inputs: NormInputs, y: Tensor) -> Tensor:
     """x + gate y with one gate for each frame; without a gate x + y."""
-    x, gate = inputs.x, inputs.gate
+    x, y, gate = inputs.x, y.contiguous(), inputs.gate
     wide = wide_dtype(x)
     if gate is None:
         return (x.to(wide) + y.to(wide)).to(x.dtype).contiguous()
