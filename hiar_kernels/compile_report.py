@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .common.aot import ARCHITECTURES, CHIPS, Case, Report, _tool, cases, compile_case, problems, triton_modules
+from .common.aot import ARCHITECTURES, CHIPS, Case, Report, cases, compile_case, problems, triton_modules
 from .common.triton_loader import interpreting
 
 COLUMNS = (
@@ -76,14 +75,17 @@ def text_table(rows: Iterable[Row]) -> str:
 def markdown(rows: Sequence[Row], command: str) -> str:
     """The committed page: command and versions, then a table for each architecture."""
     import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    ptxas = subprocess.run([_tool("ptxas"), "--version"], capture_output=True, text=True, check=True).stdout
-    release = next((w for line in ptxas.splitlines() for w in line.split() if w.startswith("V")), "unknown")
+    releases: dict[str, list[str]] = {}
+    for arch in sorted({row.arch for row in rows}):
+        releases.setdefault(get_ptxas(arch).version, []).append(f"sm_{arch}")
+    assemblers = " and ".join(f"ptxas {release} ({', '.join(of)})" for release, of in releases.items())
     failed = [f"- {row.name}: {line}" for row in rows for line in row.failed]
     lines = [
         "# What the compiler makes of the Triton kernels",
         "",
-        f"`{command}`, {datetime.date.today().isoformat()}, Triton {triton.__version__}, ptxas {release}, "
+        f"`{command}`, {datetime.date.today().isoformat()}, Triton {triton.__version__}, {assemblers}, "
         f"torch {torch.__version__}.",
         "",
         "Compiled ahead of time; nothing here was run or timed. Shapes: hiar_kernels/common/shapes.py, in bfloat16,",

@@ -1,7 +1,7 @@
 """Compile Triton kernels ahead of time, for GPUs that need not be present, and inspect the result.
 
 A Triton module of an op describes its production launches in ``compile_cases(arch) -> list[Case]``;
-:func:`compile_case` compiles one, and :func:`problems` checks the result. Works in Triton 3.6 and 3.7,
+:func:`compile_case` compiles one, and :func:`problems` checks the result. Works in Triton 3.6 to 3.9,
 in a process without TRITON_INTERPRET.
 """
 
@@ -290,7 +290,9 @@ def _dump(cubin: bytes, option: str = "--dump-sass") -> str:
 
 def _spills(ptx: str, arch: int) -> int:
     """Bytes of spill stores and loads reported by ptxas; a kernel's own stack is not a spill."""
-    ptxas = _tool("ptxas-blackwell" if arch >= 100 else "ptxas")
+    from triton.backends.nvidia.compiler import get_ptxas  # one of two, by a rule that Triton 3.9 changed
+
+    ptxas = get_ptxas(arch).path
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx)
