@@ -1,8 +1,9 @@
-"""Repairs of Triton's interpreter (3.6 and 3.7), in one place. Nothing here runs on a GPU.
+"""Repairs of Triton's interpreter (3.6 to 3.9), in one place. Nothing here runs on a GPU.
 
 The interpreter keeps bfloat16 as raw 16-bit integers. Upstream multiplies, adds, compares and converts those bits as if
 they were numbers, and truncates float32 to bfloat16 instead of rounding to nearest. The repair computes such operations
 in float32 and rounds once. Still wrong upstream, so kernels avoid it: tl.sum over bfloat16 (cast first), atomics on it.
+A comparison of scalars is a number of their type to it, and as a mask 3.9 refuses that.
 
 It is also made several times faster, with the same results: upstream patches the language anew at every call of a
 device function (tl.zeros is one), computes overflow checks of which it then says nothing, and describes the type and
@@ -64,7 +65,10 @@ def repair() -> None:
 
     def binary_op(self: Any, left: Any, right: Any, op: Any) -> Any:
         if not (is_bf16(left) and left.data.dtype == np.uint16):
-            return original["binary_op"](self, left, right, op)
+            result = original["binary_op"](self, left, right, op)
+            if result.data.dtype == np.bool_:  # of a comparison: else it goes on as the numbers that were compared
+                result.dtype = tl.int1
+            return result
         out = op(widen(left.data), widen(right.data))
         return handle(out, tl.bfloat16) if out.dtype == np.bool_ else down(out)
 
