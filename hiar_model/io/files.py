@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from .atomic import SPECIAL, behind_links, is_special, temporary
+from .atomic import SPECIAL, behind_links, is_special
 
 SESSION = "session.safetensors"  # its name in a folder
 FILE_OPTIONS = (
@@ -115,9 +116,7 @@ def check_output(path: str | os.PathLike[str], beside: Sequence[Path] = ()) -> P
                 pass
             except OSError as error:
                 raise ValueError(f"cannot write {file}: {error.strerror or error}") from error
-        probe = temporary(target)
-        probe.touch()
-        probe.unlink()
+        _write_nothing(parent)
     except OSError as error:
         raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
     return target
@@ -140,12 +139,18 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
             raise ValueError(
                 f"cannot write into {target}: {'it' if above == target.absolute() else above} is no folder"
             )
-        probe = temporary(above / target.name)
-        probe.touch()
-        probe.unlink()
+        _write_nothing(above)
     except OSError as error:
         raise ValueError(f"cannot write into {target}: {error.strerror or error}") from error
     return target
+
+
+def _write_nothing(folder: Path) -> None:
+    """OSError if no file can be made there. This one has no name, where the system can do that: whenever the process is
+    ended, nothing stays.
+    """
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def lock(path: Path) -> ExitStack:

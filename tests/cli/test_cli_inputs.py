@@ -116,10 +116,10 @@ def test_a_folder_in_place_of_a_file_of_a_run(here, capsys, name):
 
 
 def test_a_folder_that_is_not_writable(here, capsys, monkeypatch):
-    def refuse(*_: object) -> None:  # root may write everywhere, so no mode bits
+    def refuse(**_: object) -> None:  # root may write everywhere, so no mode bits
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.touch", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     assert "cannot write into runs/toy/teacher_forcing: Permission denied" in refused(capsys, "train", RECIPE)
 
 

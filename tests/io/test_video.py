@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import av
@@ -15,6 +16,7 @@ import pytest
 import torch
 from refusals import refused
 
+from hiar_model.io.files import check_folder
 from hiar_model.io.video import (
     Video,
     VideoWriter,
@@ -191,9 +193,24 @@ def test_unwritable_folder(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.touch", refuse)  # root may write everywhere, so no mode bits
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root may write everywhere, so no mode bits
     with pytest.raises(ValueError, match=r"cannot write .*a\.mp4: Permission denied$"):
         check_target(tmp_path / "a.mp4")
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files without a name are Linux's")
+def test_a_process_that_ends_while_it_looks_leaves_nothing(tmp_path, monkeypatch):
+    real, names = tempfile.TemporaryFile, []
+
+    def look(**options):
+        file = real(**options)
+        names.append(list(tmp_path.iterdir()))
+        return file
+
+    monkeypatch.setattr("tempfile.TemporaryFile", look)
+    check_target(tmp_path / "a.mp4")
+    check_folder(tmp_path / "new" / "run")
+    assert names == [[], []]
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a"])
