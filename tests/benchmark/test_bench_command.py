@@ -50,6 +50,8 @@ def measured_once(folder, tmp_path_factory):
     where = tmp_path_factory.mktemp("bench")
     target, picture = where / "a.json", where / "a.png"
     words = ["bench", "--model", str(folder), "--device", "cpu", "--blocks", str(BLOCKS), "--repeats", str(REPEATS)]
+    words.append("--overwrite")
+    target.touch()
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main([*words, "--parts", "true", "--json", str(target), "--plot", str(picture)]) == 0
     return types.SimpleNamespace(
@@ -487,6 +489,15 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(here, capsys, monk
     told = capsys.readouterr()
     assert line in told.err and told.err.count("\n") == 1 and not told.out
     assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_an_earlier_result_is_replaced_only_on_request(here, capsys, monkeypatch, option):
+    monkeypatch.setattr(run, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    (here / "old.png").write_text("result")
+    assert main(["bench", option, "old.png"]) == 2
+    assert capsys.readouterr().err == f"hiar: {option} old.png exists: give another name, or --overwrite\n"
+    assert (here / "old.png").read_text() == "result"
 
 
 def test_a_graph_needs_a_gpu(folder):

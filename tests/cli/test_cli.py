@@ -348,7 +348,8 @@ def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):
 
 
 def test_evaluate(folder, here, capsys):
-    options = ["--prompts", 2, "--num-frames", "[6]", "--json", "e.json"]
+    options = ["--prompts", 2, "--num-frames", "[6]", "--json", "e.json", "--overwrite"]
+    (here / "e.json").touch()
     assert run("evaluate", "toy", "--model", folder, *options) == 0
     table = capsys.readouterr().out
     assert "| step_first  |      6 |" in table and "| block_first |      6 |" in table
