@@ -491,15 +491,6 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(here, capsys, monk
     assert not list(here.iterdir())
 
 
-@pytest.mark.parametrize("option", ["--json", "--plot"])
-def test_an_earlier_result_is_replaced_only_on_request(here, capsys, monkeypatch, option):
-    monkeypatch.setattr(run, "load", lambda *_, **__: pytest.fail("it was loaded"))
-    (here / "old.png").write_text("result")
-    assert main(["bench", option, "old.png"]) == 2
-    assert capsys.readouterr().err == f"hiar: {option} old.png exists: give another name, or --overwrite\n"
-    assert (here / "old.png").read_text() == "result"
-
-
 def test_a_graph_needs_a_gpu(folder):
     with pytest.raises(ValueError, match="needs a CUDA device"):
         bench(Setting(str(folder), device="cpu", cuda_graph=True))
