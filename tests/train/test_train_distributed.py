@@ -103,6 +103,7 @@ def test_copies_accumulation_and_recomputation_change_no_loss(runs, scale):
     assert [rank[f"teacher forcing {scale}"]["error"] for rank in results] == ["", ""]
     names = ("student_loss", "student_gradient_norm")
     close(losses(folder / f"teacher forcing {scale}"), losses(folder / "teacher forcing one"), names)
+    assert train(folder / f"teacher forcing {scale}", forcing()).update == 2  # its sums are those of whole tensors
 
 
 def test_a_state_of_one_process_is_read_by_two(runs):
