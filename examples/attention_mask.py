@@ -5,6 +5,8 @@ frames: a block sees six frames at most, its own among them, and always the firs
 them to import torch.
 """
 
+import argparse
+
 import torch
 
 from hiar_kernels import BlockCausal, attention
@@ -26,4 +28,5 @@ def main(frames: int = 12) -> torch.Tensor:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

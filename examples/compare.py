@@ -6,6 +6,8 @@ noise level (HiAR). The table says how good each eighth of both is; 1 is best in
 CPU core.
 """
 
+import argparse
+
 from hiar_model import compare
 
 
@@ -20,4 +22,5 @@ def main(num_frames: int = 384, speed: int = 8):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

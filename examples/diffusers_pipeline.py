@@ -5,7 +5,7 @@ changed; what stood there is behind them. You see cat.gif grow block by block, w
 Takes a GPU and published weights.
 """
 
-import sys
+import argparse
 
 import torch
 from diffusers.utils import export_to_gif
@@ -22,4 +22,7 @@ def main(folder: str, prompt: str, device: str = "cuda", num_frames: int = 81, *
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("prompt")
+    main(**vars(parser.parse_args()))

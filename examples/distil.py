@@ -6,6 +6,7 @@ samples and a model, and in student.mp4, a video by it, the ground is no longer 
 one CPU core (2 min 33 s of processor time, 2026-11-28, torch 2.13).
 """
 
+import argparse
 import sys
 
 from hiar_model.cli import main as hiar
@@ -38,4 +39,5 @@ def main(
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     sys.exit(main())

@@ -4,6 +4,7 @@ You see same.mp4 and fork.mp4. They begin alike: a red circle moving right; in f
 up. Takes a few seconds on one CPU core.
 """
 
+import argparse
 import itertools
 
 import numpy as np
@@ -28,4 +29,5 @@ def main(num_frames: int = 72, blocks: int = 8) -> dict[str, Video]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

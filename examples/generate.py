@@ -3,6 +3,7 @@
 You see circle.mp4: a red circle that moves to the right for four seconds. Takes a few seconds on one CPU core.
 """
 
+import argparse
 from pathlib import Path
 
 from hiar_model import VideoPipeline
@@ -17,4 +18,5 @@ def main(num_frames: int = 48) -> Path:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

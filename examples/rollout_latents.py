@@ -4,6 +4,7 @@ You see one line for each finished block, then how far the latents of two orders
 Takes a few seconds on one CPU core.
 """
 
+import argparse
 from dataclasses import replace
 
 import torch
@@ -31,4 +32,5 @@ def main(num_latent_frames: int = 24) -> float:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

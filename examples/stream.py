@@ -4,8 +4,8 @@ You see a window in which a green plus moves down, until you close it. `python e
 screen and writes the first 16 blocks (48 frames). Takes a few seconds on one CPU core.
 """
 
+import argparse
 import itertools
-import sys
 import time
 
 from hiar_model import VideoPipeline
@@ -42,4 +42,7 @@ def show(stream, fps: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], blocks=16) if sys.argv[1:] else main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", nargs="?", help="of a video; default: a window")
+    path = parser.parse_args().path
+    main(path, blocks=16) if path else main()

@@ -6,7 +6,7 @@ You see the blocks as the last process finishes them, and whether they equal, bi
 some ten seconds on two CPU cores, most of them to start; `hiar generate --nproc 2` does the same with a video.
 """
 
-import sys
+import argparse
 from dataclasses import replace
 
 import torch
@@ -33,4 +33,6 @@ def main(num_latent_frames: int = 48) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("num_latent_frames", type=int, nargs="?", default=48)
+    main(**vars(parser.parse_args()))

@@ -7,6 +7,7 @@ Microseconds of one call in a captured graph; inputs, rings and outputs rotate, 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from unittest.mock import patch
 
@@ -30,8 +31,10 @@ def microseconds(works: list[Work]) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit(f"sweep_pointwise.py needs a CUDA device, torch {torch.__version__} finds none")
+        parser.error(f"a sweep measures kernels on a CUDA device, torch {torch.__version__} finds none")
     from hiar_kernels.norm import triton_fwd as norm
     from hiar_kernels.qk_norm_rope import triton_fwd
 

@@ -16,6 +16,7 @@ A row of the result (bench.studies.parallel reads it; seconds, null where the vi
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -228,6 +229,10 @@ def main(target: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or "RANK" not in os.environ:
-        raise SystemExit("\n\n".join((__doc__ or "").split("\n\n")[:2]))
-    main(Path(sys.argv[1]), sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path, help="JSON of the result")
+    parser.add_argument("setting", choices=SETTINGS)
+    arguments = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error("torchrun starts it, see --help")
+    main(arguments.target, arguments.setting)

@@ -81,6 +81,10 @@ def check_choices(command: str, a: Namespace) -> None:
         for file in several if name in INPUT_FILES.get(command, ()) and value is not None else ():
             if not Path(file).exists():
                 raise ValueError(f"{option(name)} {file}: no such file")
+    for name in ("order", "num_frames") if command == "evaluate" else ():
+        values = a[name] if isinstance(a[name], list) else []
+        if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+            raise ValueError(f"{option(name)} must hold each once, got {twice[0]} {values.count(twice[0])} times")
     if a.get("device") and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", a.device):
         near = checks.nearest(a.device, ("auto", "cpu", "cuda"))
         raise ValueError(f"--device must be one of auto, cpu, cuda, cuda:1, ..., got {a.device!r}{near}")
@@ -115,6 +119,16 @@ def check_processes(command: str) -> None:
             f"{command} is for one process, torchrun started {processes} (WORLD_SIZE): start it without; "
             f"these share their work: {', '.join(SHARED)}"
         )
+
+
+def overwrite_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist; else they are refused")
+
+
+def refuse_existing(name: str, path: Path | None, overwrite: bool) -> None:
+    """ValueError of one line for an output that would replace a file. ``name``: how messages call it."""
+    if path is not None and path.is_file() and not overwrite:
+        raise ValueError(f"{name} {path} exists: give another name, or --overwrite".lstrip())
 
 
 def rollout_options(a: Namespace) -> dict[str, Any]:

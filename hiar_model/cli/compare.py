@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from ..config.rollout import several_orders
-from .choices import rollout_options
+from .choices import refuse_existing, rollout_options
 from .generate import new_video, prompt_schedule, read_files, video_arguments
 from .machine import imports, linear_argument, load_for_video, progress_bar
 
@@ -49,8 +49,7 @@ def compare(a: Namespace) -> None:
         from ..pipelines.compare import plot_path
 
     plot = plot_path(target, folder)
-    if plot.is_file() and not a.overwrite:
-        raise ValueError(f"{plot} exists: give another name, or --overwrite")
+    refuse_existing("", plot, a.overwrite)
     require_apart(
         {"-o": target, "the metadata of -o": record_path(target, folder), "the plot of -o": plot},
         read_files(a),

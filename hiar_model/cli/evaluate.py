@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from ..common.checks import dtype_name
 from ..io.atomic import atomic_write
 from ..io.files import check_output, check_picture, require_apart
+from .choices import overwrite_argument, refuse_existing
 from .machine import kv_argument, linear_argument, load_model, machine_arguments, progress_bar, window_argument
 
 
@@ -36,6 +37,7 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=16, help="videos made at once; does not change the result")
     parser.add_argument("--json", type=str, help="write the figures there as well")
     parser.add_argument("--plot", type=str, help="draw valid frames and colour by stretches into this .png too")
+    overwrite_argument(parser)
     machine_arguments(parser)
 
 
@@ -43,6 +45,8 @@ def evaluate(a: Namespace) -> None:
     target = None if a.json is None else check_output(a.json)  # before any work
     picture = check_picture(a.plot)
     require_apart({"--json": target, "--plot": picture}, {"--model": a.model})
+    refuse_existing("--json", target, a.overwrite)
+    refuse_existing("--plot", picture, a.overwrite)
     from ..config import ExecutionConfig
     from ..evaluation.evaluate import PARTS, default_rollouts, draw_rows, evaluate_toy
     from ..toy.prompt import split_prompts

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from ..common.image_file import image_files
 from ..common.lora_file import lora_files
 from ..io.files import check_text
-from .choices import option, rollout_options
+from .choices import option, overwrite_argument, refuse_existing, rollout_options
 from .config_file import OptionalPositional, Repeated
 from .machine import (
     imports,
@@ -40,7 +40,7 @@ def video_arguments(parser: ArgumentParser, model: str = "toy") -> None:
         help='such as "a red circle moving right"; or give --prompts',
     )  # fmt: skip
     parser.add_argument("-o", "--out", type=str, required=True, help="name.mp4, name.gif, or name/ for PNG files")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file of this name; else it is refused")
+    overwrite_argument(parser)
     parser.add_argument("--model", type=str, default=model, help="name of a shipped model, or a folder, such as of Wan")
     parser.add_argument(
         "--checkpoint", type=str,
@@ -202,8 +202,7 @@ def new_video(a: Namespace) -> Path:
     from ..io.video import check_target
 
     target = check_target(a.out)
-    if target.is_file() and not a.overwrite:
-        raise ValueError(f"{target} exists: give another name, or --overwrite")
+    refuse_existing("", target, a.overwrite)
     return target
 
 

@@ -25,7 +25,7 @@ from .generate import generate, generate_arguments
 from .parallel import launch, parity_arguments, verify_parity
 from .performance import bench, bench_arguments, warmup, warmup_arguments
 from .serve import serve, serve_arguments
-from .signals import as_interrupts
+from .signals import as_interrupts, interrupted
 from .streams import kept_streams, status
 from .train import train, train_arguments
 from .weights import convert, convert_arguments, doctor, doctor_arguments
@@ -93,7 +93,7 @@ def _run(words: list[str]) -> int:
             COMMANDS[arguments.subcommand][1](chosen)
         return 0
     except KeyboardInterrupt as error:
-        return _fail("interrupted" + "".join(f"; {detail}" for detail in error.args), INTERRUPTED, debug)
+        return _fail(interrupted(error), INTERRUPTED, debug)
     except FloatingPointError as error:
         return _fail(error, FAILED, debug)
     except (MemoryError, RuntimeError) as error:

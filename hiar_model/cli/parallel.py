@@ -81,20 +81,20 @@ def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
     logging.disable()  # the processes report a failure in one line, the launcher in many
     with tempfile.TemporaryDirectory() as folder:
         reported = Path(folder) / "reported"
         try:
             with environment.for_children(reported):
+                config = LaunchConfig(
+                    min_nodes=1,
+                    max_nodes=1,
+                    nproc_per_node=nproc,
+                    run_id=uuid.uuid4().hex,
+                    rdzv_backend="c10d",
+                    rdzv_endpoint="localhost:0",
+                    max_restarts=0,
+                )
                 elastic_launch(config, sys.executable)("-u", "-m", "hiar_model", *argv)
             return 0
         except ChildFailedError as error:
@@ -104,7 +104,8 @@ def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
             return failure.exitcode if failure.exitcode > 0 else FAILED
         except (SignalException, KeyboardInterrupt):
             left = "" if out is None else unfinished_blocks(out)
-            print("; ".join(["hiar: interrupted", *filter(None, [left])]), file=sys.stderr)
+            if left or not reported.exists():
+                print("; ".join(["hiar: interrupted", *filter(None, [left])]), file=sys.stderr)
             return INTERRUPTED
         finally:
             logging.disable(logging.NOTSET)

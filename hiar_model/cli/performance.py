@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from ..config import SHIPPED, WAN, ExecutionConfig, RolloutConfig, WanConfig
 from ..io.atomic import atomic_write
 from ..io.files import check_output, check_picture, require_apart
-from .choices import option, rollout_options
+from .choices import option, overwrite_argument, refuse_existing, rollout_options
 from .machine import imports, kv_argument, linear_argument, progress_bar, size_arguments, window_argument
 
 
@@ -116,6 +116,7 @@ def bench_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--parts", type=bool, default=False, help="where the time of a task goes, beside the limits")
     parser.add_argument("--json", type=str, help="write the result; schema: hiar_model/benchmark/schema.json")
     parser.add_argument("--plot", type=str, help="draw it into a .png")
+    overwrite_argument(parser)
     parser.add_argument(
         "--compare", type=str, nargs=2, metavar=("A.json", "B.json"), help="instead: the ratios of two results"
     )
@@ -128,6 +129,8 @@ def bench(a: Namespace) -> None:
     _checked(a)
     target, picture = None if a.json is None else check_output(a.json), check_picture(a.plot)
     require_apart({"--json": target, "--plot": picture}, {})
+    refuse_existing("--json", target, a.overwrite)
+    refuse_existing("--plot", picture, a.overwrite)
     with imports():
         from ..benchmark.result import draw, notes, tables
         from ..benchmark.run import bench as measure
@@ -139,7 +142,8 @@ def bench(a: Namespace) -> None:
 
         result = measure(
             _setting(a, blocks=a.blocks, repeats=a.repeats, seed=a.seed), decode=a.decode, plain=a.plain,
-            parts=a.parts, command=shlex.join(["hiar", "bench", *_words(a, "json", "plot")]), on_progress=show,
+            parts=a.parts, on_progress=show,
+            command=shlex.join(["hiar", "bench", *_words(a, "json", "plot", "overwrite")]),
         )  # fmt: skip
     if target is not None:
         atomic_write(target, json.dumps(result, indent=1) + "\n")

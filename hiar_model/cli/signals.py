@@ -9,6 +9,9 @@ from contextlib import AbstractContextManager, contextmanager
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Termination, and a closed terminal."""
 
+AHEAD = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+"""What schedulers send some time before the end of a job, where they are asked to."""
+
 
 def listens(number: int) -> bool:
     """Whether a signal is not ignored by the parent process, such as nohup."""
@@ -24,6 +27,11 @@ def handled(handler: Callable[[], None], numbers: Sequence[int] = (signal.SIGINT
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def interrupted(error: KeyboardInterrupt) -> str:
+    """The line of a command that was ended."""
+    return "; ".join(["interrupted", *map(str, error.args)])
 
 
 def as_interrupts() -> AbstractContextManager[None]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from ..common import environment
 from ..common.checks import out_of_memory
 from .machine import progress_bar
 from .parallel import FAILED, INTERRUPTED, WRONG_INPUT
-from .signals import handled
+from .signals import AHEAD, ENDING, handled, interrupted
 from .streams import status
 
 if TYPE_CHECKING:
@@ -27,7 +29,14 @@ if TYPE_CHECKING:
     from ..train.engine.trainer import Trainer
 
 
+ONE_SIGNAL = 2.0
+"""Seconds in which signals count as one: schedulers send it to all processes, of which launchers pass it on."""
+
 LESS_MEMORY = "scale.micro_batch=1, scale.activation_checkpointing=true and more processes (scale.shard) need less"
+
+
+class _Stopped(KeyboardInterrupt):
+    """All processes stopped after the same update."""
 
 
 def train_arguments(parser: ArgumentParser) -> None:
@@ -106,13 +115,13 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
             bar.update(task, completed=update, losses=f"{losses}, {speed}")
 
         try:
-            with _interrupts(trainer, context):
+            with ends_training(trainer):
                 done = trainer.run(show)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(f"the same command resumes from {trainer.state or 'the start'}") from error
-    if trainer.stopping and not done:
+    if trainer.stopped and not done:
         count = f"{trainer.update} of {recipe.updates} updates"
-        raise KeyboardInterrupt(f"after {count}; the same command resumes from {trainer.state}")
+        raise _Stopped(f"after {count}; the same command resumes from {trainer.state}")
     if not done:
         say(f"max_minutes reached after {trainer.update} of {recipe.updates} updates; the same command resumes")
         return
@@ -126,19 +135,31 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
         say(f'try: hiar generate "a red circle moving right" -o out.mp4 --model {model}')
 
 
-def _interrupts(trainer: Trainer, context: DistContext) -> AbstractContextManager[None]:
+@contextmanager
+def ends_training(trainer: Trainer) -> Iterator[None]:
     """The first Ctrl-C (or the end of a terminal or a job) saves a state and stops after the current update; a second
-    one stops at once. Several processes stop at once.
+    one stops at once. A warning ahead of time only saves and stops.
     """
+    first = math.inf
+
+    def stop() -> None:
+        if trainer.first and not trainer.stopping:
+            line = "stopping after this update, with a saved state; Ctrl-C again: at once"
+            print(line, file=sys.stderr, flush=True)
+        trainer.stop()
 
     def interrupt() -> None:
-        if trainer.stopping:
+        nonlocal first
+        stop()
+        first = min(first, time.monotonic())
+        if time.monotonic() > first + ONE_SIGNAL:
             raise KeyboardInterrupt
-        trainer.stop()
-        print("stopping after this update, with a saved state; Ctrl-C again: at once", file=sys.stderr, flush=True)
 
-    alone = context.world_size == 1 and threading.current_thread() is threading.main_thread()
-    return handled(interrupt) if alone else nullcontext()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with handled(interrupt, (signal.SIGINT, *ENDING)), handled(stop, AHEAD):
+        yield
 
 
 def _produce(recipe: Recipe, folder: Path, context: DistContext) -> None:
@@ -166,19 +187,20 @@ def _bar(context: DistContext, *columns: str) -> Any:
 
 @contextmanager
 def _among_others() -> Iterator[None]:
-    """With several processes: print an error of one of them, or the same error of all, once."""
+    """With several processes: print an error of one of them, or the same one of all, once."""
     if environment.world_size() == 1:
         yield
         return
     code = 0
     try:
         yield
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.barrier()  # no process exits while another still communicates
-    except KeyboardInterrupt:
+        _await_others()
+    except KeyboardInterrupt as error:
         code = INTERRUPTED
+        if environment.rank() == 0:
+            _print_error(interrupted(error))
+        if isinstance(error, _Stopped):
+            _await_others()  # the launcher ends the others when one is gone
     except (ValueError, OSError) as error:
         code = WRONG_INPUT
         _report(error)
@@ -190,13 +212,24 @@ def _among_others() -> Iterator[None]:
     os._exit(code)  # a normal exit may abort while torch tears down its process groups
 
 
+def _await_others() -> None:
+    """No process exits while another still communicates."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def _report(error: Exception) -> None:
-    if (file := environment.error_file()) is not None:
-        with suppress(FileExistsError):
+    _print_error(str(error), "" if environment.error_file() else f"rank {environment.rank()}: ")
+
+
+def _print_error(message: str, prefix: str = "") -> None:
+    """Unless a process of the same launcher of ours has printed one."""
+    with suppress(FileExistsError):
+        if (file := environment.error_file()) is not None:
             file.touch(exist_ok=False)
-            print("hiar:", " ".join(str(error).split()), file=sys.stderr)
-    else:
-        print(f"hiar: rank {environment.rank()}:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"hiar: {prefix}{' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -50,6 +50,8 @@ def measured_once(folder, tmp_path_factory):
     where = tmp_path_factory.mktemp("bench")
     target, picture = where / "a.json", where / "a.png"
     words = ["bench", "--model", str(folder), "--device", "cpu", "--blocks", str(BLOCKS), "--repeats", str(REPEATS)]
+    words.append("--overwrite")
+    target.touch()
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main([*words, "--parts", "true", "--json", str(target), "--plot", str(picture)]) == 0
     return types.SimpleNamespace(

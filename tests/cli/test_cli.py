@@ -17,7 +17,7 @@ from small_toy import BLOCK, FRAMES, PROMPT, small_folder  # noqa: F401 (fixture
 from toy_codec import codec_once  # noqa: F401 (fixture)
 
 from hiar_model import generate
-from hiar_model.cli import COMMANDS, build_parser, machine, main
+from hiar_model.cli import COMMANDS, build_parser, machine, main, train
 from hiar_model.cli.choices import as_typed, check_choices
 from hiar_model.config import ExecutionConfig
 from hiar_model.models import registry
@@ -260,7 +260,7 @@ def test_train_resume_generate(here, capsys):
     assert (model.train_frames, model.num_frames) == (6, 24)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_ctrl_c_in_training_writes_a_state(here, capsys, monkeypatch, number):
     update, seen = Trainer._update, []
 
@@ -283,6 +283,27 @@ def test_ctrl_c_in_training_writes_a_state(here, capsys, monkeypatch, number):
     assert signal.getsignal(number) is before
     assert run(*words) == 0 and seen == [0, 1, 2, 3]
     assert len((here / "run/loss.csv").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("window, rows, ended", [
+    (100, 2, "after 2 of 4 updates; the same command resumes from run/states/update_00000002"),
+    (-1, 1, "the same command resumes from the start"),
+])  # fmt: skip
+def test_a_second_signal_in_training(here, capsys, monkeypatch, window, rows, ended):
+    """One that follows closely is the first once more, as a scheduler and a launcher send it; else it ends at once."""
+    update = Trainer._update
+
+    def interrupted(self):
+        for _ in range(2 if self.update == 1 else 0):
+            signal.raise_signal(signal.SIGUSR1)  # the warning ahead does not count
+            signal.raise_signal(signal.SIGTERM)
+        return update(self)
+
+    monkeypatch.setattr(Trainer, "_update", interrupted)
+    monkeypatch.setattr(train, "ONE_SIGNAL", window)
+    assert run("train", TOY, *TINY, "updates=4", "--out", "run") == 130
+    assert capsys.readouterr().err.splitlines()[1:] == [f"hiar: interrupted; {ended}"]
+    assert len((here / "run/loss.csv").read_text().splitlines()) == rows + 1
 
 
 def test_training_out_of_memory_names_the_keys_that_need_less(here, capsys, monkeypatch):
@@ -327,7 +348,8 @@ def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):
 
 
 def test_evaluate(folder, here, capsys):
-    options = ["--prompts", 2, "--num-frames", "[6]", "--json", "e.json"]
+    options = ["--prompts", 2, "--num-frames", "[6]", "--json", "e.json", "--overwrite"]
+    (here / "e.json").touch()
     assert run("evaluate", "toy", "--model", folder, *options) == 0
     table = capsys.readouterr().out
     assert "| step_first  |      6 |" in table and "| block_first |      6 |" in table

@@ -85,6 +85,14 @@ def test_outputs_that_would_replace_a_model(folder, here, capsys):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before and not list(here.iterdir())
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_an_earlier_result_is_replaced_only_on_request(here, capsys, option):
+    (here / "old.png").write_text("result")
+    line = refused(capsys, "bench", "--model", "toy", option, "old.png")
+    assert line == f"hiar: {option} old.png exists: give another name, or --overwrite"
+    assert (here / "old.png").read_text() == "result"
+
+
 BROKEN = {
     "a file": (".", "cannot write into run: it is no folder"),
     "on the way": ("run", "cannot write into run/run: .*run is no folder"),

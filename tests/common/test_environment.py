@@ -36,7 +36,7 @@ def test_they_are_read_nowhere_else():
 def test_each_is_in_the_table():
     source = Path(environment.__file__).read_text(encoding="utf-8")
     used = set(re.findall(r'"([A-Z]+_[A-Z_]+|RANK)"', source))
-    assert used == set(re.findall(r"^\| ([A-Z_]+) \|", environment.__doc__, re.M)) and len(used) == 6
+    assert used == set(re.findall(r"^\| ([A-Z_]+) \|", environment.__doc__, re.M)) and len(used) == 7
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -78,12 +78,15 @@ def test_names(monkeypatch):
 
 def test_what_children_find(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     with environment.for_children(tmp_path / "error"):
         assert environment.error_file() == tmp_path / "error" and os.environ["OMP_NUM_THREADS"] == "3"
     assert environment.error_file() is None
     monkeypatch.delenv("OMP_NUM_THREADS")
+    assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
     with pytest.raises(KeyError), environment.for_children(tmp_path / "error"):
         assert os.environ["OMP_NUM_THREADS"] == "1"
         raise KeyError
     assert environment.error_file() is None
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    for name in ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name)

@@ -3,8 +3,8 @@
 python tests/helpers/train_job.py FOLDER RECIPE.json [SYNC]
     trains; a line "update N" for each; kill -9 of itself in the SYNC-th of the syncs to disk
 torchrun --nproc-per-node 2 tests/helpers/train_job.py FOLDER CASES.json
-    trains each {"name", "recipe", "stop"} in FOLDER/name, up to update "stop" if there is one; results.json has the
-    error of each rank
+    trains each {"name", "recipe", "stop", "signal"} in FOLDER/name, up to update "stop" if there is one; "signal" is
+    [rank, update]: that rank alone gets a signal after that update. results.json has how it ended on each rank
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import processes
 import torch
 import torch.distributed as dist
 
+from hiar_model.cli.train import ends_training
 from hiar_model.common.keyed import keyed_generator
 from hiar_model.config import wan
 from hiar_model.toy.codec import ToyCodec
@@ -118,12 +119,16 @@ def start(folder: Path, values: Any, *words: object, ranks: int = 1) -> subproce
 
 def train(folder: Path, values: dict[str, Any], on_update: Any = None) -> Trainer:
     """In this process, to its end."""
+    trainer = make_trainer(folder, values)
+    trainer.run(on_update)
+    return trainer
+
+
+def make_trainer(folder: Path, values: dict[str, Any]) -> Trainer:
     parsed = make_recipe(values)
     context = init_training(parsed.scale, "cpu")
     stage = Pull(parsed, context.device) if values.get("teacher") == PULL else make_stage(parsed, context.device)
-    trainer = Trainer(parsed, stage, folder, context, say=lambda line: None)
-    trainer.run(on_update)
-    return trainer
+    return Trainer(parsed, stage, folder, context, say=lambda line: None)
 
 
 def _die_in_sync(number: int) -> None:
@@ -149,18 +154,31 @@ def stop_after(update: int | None) -> Any:
     return on_update
 
 
+def _signal_after(case: dict[str, Any]) -> Any:
+    """For Trainer.run: the end of the terminal there, for one of the ranks."""
+
+    def on_update(done: int, numbers: Any) -> None:
+        if [dist.get_rank(), done] == case["signal"]:
+            signal.raise_signal(signal.SIGHUP)
+
+    return on_update
+
+
 def _case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """How it ended on this rank."""
     trainer = None
     try:
-        trainer = train(folder / case["name"], case["recipe"], stop_after(case.get("stop")))
-        error = ""
+        on_update = _signal_after(case) if "signal" in case else stop_after(case.get("stop"))
+        trainer = make_trainer(folder / case["name"], case["recipe"])
+        with ends_training(trainer):
+            trainer.run(on_update)
+        error = "ended" if trainer.stopped else ""
     except KeyboardInterrupt:
         error = "stopped"
     except (ValueError, FloatingPointError, OSError) as caught:
         error = f"{type(caught).__name__}: {caught}"
-    exported = None if trainer is None else trainer.export()
-    return {"error": error, "exported": None if exported is None else str(exported)}
+    exported = trainer.export() if trainer is not None and trainer.update == trainer.recipe.updates else None
+    return {"error": error, "exported": exported and str(exported), "update": trainer and trainer.update}
 
 
 def _main() -> None:

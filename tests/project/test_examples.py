@@ -131,7 +131,7 @@ def test_in_diffusers_place(here, monkeypatch):
             indented, is_loop, _ = code.partition(" in ")
             before = before.replace(line, f"{indented}{is_loop}{was}:" if is_loop else was)
     changes = zip(source.splitlines(), before.splitlines(), strict=True)
-    assert sum(one != two for one, two in changes) == 2 and "hiar_model" not in before.partition("import sys")[2]
+    assert sum(one != two for one, two in changes) == 2 and "hiar_model" not in before.partition("import argparse")[2]
     Path("before.py").write_text(before, encoding="utf-8")
     written = []
     monkeypatch.setattr("diffusers.utils.export_to_gif", lambda images, path, fps: written.append((len(images), fps)))

@@ -328,12 +328,17 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
         assert line.label == "stream" and list(line.x) == [1, 2, 3]
         assert line.y == [100 * part["valid"] for part in row["parts"]]
     assert rows[0]["rollout"] == form("stream", kv_source="next_step", window_frames=6).to_dict()
+    (tmp_path / "old.png").touch()
     for words, message in (
         (["--order", "step_first", "--kv-source", "next_step"], "kv_source='next_step' is impossible with order="),
         (["--order", "stream", "--window-frames", "[6,6,6]"], "one per step (2)"),
         (["--window-frames", "2"], "window_frames must be a whole number of at least 3"),
         (["--json", "no/a.json"], "cannot write no/a.json"),
         (["--plot", "a.jpg"], "cannot write a.jpg: a plot is a PNG, legal: name.png"),
+        (["--json", "a.json"], "--json a.json exists: give another name, or --overwrite"),
+        (["--plot", "old.png"], "--plot old.png exists: give another name, or --overwrite"),
+        (["--num-frames", "[6,12,6]"], "--num-frames must hold each once, got 6 2 times"),
+        (["--order", "[stream,stream]"], "--order must hold each once, got stream 2 times"),
     ):
         assert main(["evaluate", "toy", "--model", str(folder), *words]) == 2
         assert message.replace("_", "-") in capsys.readouterr().err.replace("_", "-")

@@ -6,6 +6,7 @@ All cases of two processes run in one start of torchrun: train_job.py.
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import processes
@@ -26,6 +27,7 @@ MUON = {"kind": "muon_adamw", "lr": 0.01, "warmup": 0.0, "cooldown": 0.0}
 SHARED = {
     "model": "tiny", "num_latent_frames": 6, "rollout": {"window_frames": 6}, "precision": "float32", "log_every": 1,
 }  # fmt: skip
+TINY = ["batch_size=2", "num_latent_frames=6", "rollout.window_frames=6", "precision=float32", "scale.threads=1"]
 METRICS = ("critic_loss", "student_loss", "critic_gradient_norm", "student_gradient_norm")
 
 
@@ -64,6 +66,7 @@ def runs(tmp_path_factory):
         {"name": "hiar two", "recipe": hiar(folder)},
         {"name": "one to two", "recipe": recipe(), "stop": 4},
         {"name": "pull two", "recipe": recipe(scale={"checkpoint_every": 2}), "stop": 3},
+        {"name": "ended two", "recipe": recipe(), "signal": [1, 2]},
         {"name": "muon two", "recipe": recipe(optimizer=MUON), "stop": 3},
         *({"name": f"teacher forcing {i}", "recipe": forcing(scale=scale)} for i, scale in enumerate(scales)),
         *({"name": f"wrong {key}", "recipe": recipe(**{key: value})} for key, value in wrong),
@@ -100,6 +103,7 @@ def test_copies_accumulation_and_recomputation_change_no_loss(runs, scale):
     assert [rank[f"teacher forcing {scale}"]["error"] for rank in results] == ["", ""]
     names = ("student_loss", "student_gradient_norm")
     close(losses(folder / f"teacher forcing {scale}"), losses(folder / "teacher forcing one"), names)
+    assert train(folder / f"teacher forcing {scale}", forcing()).update == 2  # its sums are those of whole tensors
 
 
 def test_a_state_of_one_process_is_read_by_two(runs):
@@ -120,6 +124,15 @@ def test_a_state_of_two_processes_is_read_by_one(runs):
     close(losses(folder / "one to two"), losses(folder / "pull one")[:4])
     assert train(folder / "one to two", recipe()).update == 6
     close(losses(folder / "one to two"), losses(folder / "pull one"))
+
+
+def test_a_signal_to_one_of_two_ends_both_after_the_same_update(runs):
+    """The second alone got it, after update 2: a state of the third, from which the run goes on as ever."""
+    folder, results, _ = runs
+    assert [(rank["ended two"]["error"], rank["ended two"]["update"]) for rank in results] == [("ended", 3)] * 2
+    assert [state.name for state in (folder / "ended two/states").iterdir()] == ["update_00000003"]
+    train(folder / "ended two", recipe())
+    close(losses(folder / "ended two"), losses(folder / "pull one"))
 
 
 def test_the_model_is_written_whole_by_the_first_rank(runs):
@@ -163,6 +176,24 @@ def test_the_command_on_two_processes_tells_a_mistake_once(tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("hiar: ")]
     assert done.returncode == 2 and len(lines) == 1, done.stderr[-2000:]
     assert "batch_size must be a multiple of the 2 processes" in lines[0]
+
+
+def test_a_signal_to_the_launcher_ends_its_processes_with_a_state(tmp_path):
+    """Torch's launcher passes on what it gets, and waits."""
+    words = ["train", "toy/teacher_forcing", "updates=1000000", "log_every=1", "sample_every=0", *TINY]
+    process = processes.Started(["-m", "hiar_model", *words, "--nproc", "2", "--device", "cpu"], cwd=tmp_path)
+    run = tmp_path / "runs/toy/teacher_forcing"
+    while not (run / "loss.csv").exists():
+        assert process.poll() is None, process.said()
+        signal.sigtimedwait([], 0.02)
+    process.kill(signal.SIGTERM)
+    done = process.done()
+    (state,) = (run / "states").iterdir()
+    update = len(losses(run))
+    assert state.name == f"update_{update:08d}" and done.returncode == 130
+    ended = f"after {update} of 1000000 updates; the same command resumes from {state.relative_to(tmp_path)}"
+    assert done.stderr.count("stopping after this update, with a saved state") == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("hiar:")] == [f"hiar: interrupted; {ended}"]
 
 
 def test_micro_batches_of_every_rank():

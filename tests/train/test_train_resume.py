@@ -255,6 +255,22 @@ def test_a_damaged_state_is_named(tmp_path, damage):
         train(tmp_path, recipe(updates=2))
 
 
+def test_a_changed_bit_among_the_tensors_of_a_state_is_noticed(tmp_path, ended):
+    """torch reads each of them without a look at its zip's own sums."""
+    shutil.copytree(ended, tmp_path / "run")
+    state = tmp_path / "run/states/update_00000002"
+    about, file = json.loads((state / ABOUT).read_text()), state / "__0_0.distcp"
+    weights = train(ended, recipe(updates=2)).ema.weights["head.head.weight"]
+    whole = file.read_bytes()
+    place = whole.index(weights.numpy().tobytes()) + 5
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+    with refused("update_00000002 cannot be read: it is damaged: average.head.head.weight is not what was written"):
+        train(tmp_path / "run", recipe(updates=2))
+    del about["sums"]  # as in older states
+    (state / ABOUT).write_text(json.dumps(about))
+    train(tmp_path / "run", recipe(updates=2))
+
+
 @pytest.mark.parametrize("change, message", [
     ([], "it holds no recipe"), ({"recipe": 3}, "it holds no recipe"), ({"pending": [3]}, "pending is no list of metr"),
     ({"update": "2"}, "update is '2', the folder's name says 2"), ({"update": 1}, "update is 1, the folder's name say"),

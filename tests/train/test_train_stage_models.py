@@ -11,7 +11,7 @@ import torch
 from refusals import refused
 from safetensors.torch import save_file
 from tiny_model import make_model
-from tiny_stages import FRAMES, ROLLOUT, VARIANTS, make, values, write_files
+from tiny_stages import FRAMES, ROLLOUT, VARIANTS, make, values, weights, write_files
 from train_job import losses, train
 
 from hiar_model.cli import main
@@ -198,6 +198,14 @@ def test_trajectories_of_other_data_are_said(files, tmp_path, stage, recwarn):
         make(files, stage, data=prompts("other", 32))
     with refused(r"pairs: its prompts are \[3, 32\], the recipe's \[3, 8\]"):
         make(files, stage, data=prompts("narrow", 8))
+
+
+def test_trajectories_of_another_teacher_are_said(files, tmp_path, recwarn):
+    make(files, "hiar")
+    assert not [w for w in recwarn if "teacher" in str(w.message)]
+    ours = rf"[0-9a-f]{{12}}, that of {weights(files, 'critic')} [0-9a-f]{{12}}$"
+    with pytest.warns(UserWarning, match=f"pairs has been made by another teacher than this recipe's: .* is {ours}"):
+        make(files, "hiar", teacher=weights(files, "critic"))
 
 
 @pytest.mark.parametrize(

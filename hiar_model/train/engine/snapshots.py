@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from .checksums import checksums
 from .distributed import is_first
 
 ABOUT, CONTENTS = "about.json", ".metadata"  # ours, and torch's
@@ -34,7 +35,7 @@ _NAME = re.compile(r"update_(\d{8})")
 class Snapshots:
     """The states of one run, in ``folder``; every rank must make each call.
 
-    about.json of a state holds its recipe, counters and pending metrics.
+    about.json of a state holds its recipe, counters and pending metrics, and the :func:`.checksums` of its tensors.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,13 +67,17 @@ class Snapshots:
         """Read a state into the tensors of ``state_dict``, in place.
 
         Raises:
-            ValueError: a tensor is missing, of another shape, or not readable.
+            ValueError: a tensor is missing, of another shape, not readable, or not what was written.
         """
         try:
             _check_contents(state / CONTENTS)
             with _quietly():
                 alone = not dist.is_initialized()
                 load(state_dict, storage_reader=FileSystemReader(state), planner=_PlainPlanner(), no_dist=alone)
+            stored = self.about(state).get("sums", {})  # states of before 2026-11-28 have none
+            sums = checksums(state_dict)
+            if changed := [name for name, value in stored.items() if sums.get(name) != value]:
+                raise ValueError(f"it is damaged: {changed[0]} is not what was written")
         except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"{state} cannot be read: {_reason(error)}; delete it to go on without it") from error
 
@@ -88,6 +93,7 @@ class Snapshots:
         if self.first:
             shutil.rmtree(partial, ignore_errors=True)
         self._wait()
+        about = {**about, "sums": checksums(state_dict)}
         try:
             partial.mkdir(parents=True, exist_ok=True)
             # Files are synced by the writer.

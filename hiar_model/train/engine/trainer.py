@@ -83,6 +83,7 @@ class Trainer:
 
     Attributes:
         update: number of finished updates.
+        stopped: whether :meth:`stop`, in any of the processes, ended :meth:`run`; the same in all of them.
 
     Raises:
         ValueError: the folder holds a run of another recipe, or a state that cannot be read.
@@ -114,7 +115,9 @@ class Trainer:
             name: Optimizers(network, recipe.optimizer_of(name)) for name, network in stage.trained.items()
         }
         self.ema = Ema(stage.trained[stage.averaged], recipe.ema)
-        self.update, self.stopping = 0, False
+        self.update, self.stopping, self.stopped = 0, False, False
+        self._deadline = math.inf
+        self._agreed = [False, False]  # :meth:`_ends` of any process, when the last optimiser step was made
         self.pending: list[dict[str, float]] = []
         self.snapshots = Snapshots(self.folder / STATES)
         self.state = self.snapshots.newest()
@@ -132,7 +135,9 @@ class Trainer:
             FloatingPointError: a loss or gradient that is not finite, with update, step, samples and last good state.
             OSError: a state cannot be written; the last good one is named.
         """
-        recipe, start = self.recipe, time.monotonic()
+        recipe = self.recipe
+        if recipe.scale.max_minutes is not None:
+            self._deadline = time.monotonic() + 60 * recipe.scale.max_minutes
         logger = MetricsLogger(self.folder, self.update, recipe.to_dict(), self.say) if self.first else None
         networks = [*self.stage.trained.values(), *self.stage.frozen.values()]
         with ExitStack() as closing:
@@ -147,20 +152,22 @@ class Trainer:
                 self.pending.append(metrics)
                 if done % recipe.log_every == 0 or done == recipe.updates:
                     self._log(logger)
-                stopping = self._time_is_over(start) or self.stopping
-                if stopping or done % recipe.scale.checkpoint_every == 0 or done == recipe.updates:
+                # One process looks again: samples take their time.
+                self.stopped, time_is_over = self._ends() if self.dist_context.world_size == 1 else self._agreed
+                last = self.stopped or time_is_over or done == recipe.updates
+                if last or done % recipe.scale.checkpoint_every == 0:
                     self._save()
                 if recipe.scale.model_every and done % recipe.scale.model_every == 0 and done < recipe.updates:
                     self._export(self.folder / MODELS / f"update_{done:08d}")
                 if on_update is not None:
                     on_update(done, metrics)
-                if stopping:
+                if last:
                     break
         return self.update == recipe.updates
 
     def stop(self) -> None:
-        """Make :meth:`run` save a state and return after the current update; may be called from a signal handler. For
-        a run on one process: several would have to agree.
+        """Make :meth:`run` save a state and return after the current update; may be called from a signal handler. Of
+        several processes one call is enough: all see it in their next optimiser step and return after its update.
         """
         self.stopping = True
 
@@ -210,9 +217,11 @@ class Trainer:
             tensors = [torch.as_tensor(v, dtype=torch.float64).to(dist_context.device) for v in values]
             parts.append(share * torch.stack(tensors))
         self._reshard()
-        means = dist_context.all_reduce_sum(torch.stack(parts).sum(0))
+        ends = torch.tensor(self._ends(), dtype=torch.float64, device=dist_context.device)
+        sums = dist_context.all_reduce_sum(torch.cat([ends, torch.stack(parts).sum(0)]))
         norm = optimizer.clip().detach().double().reshape(1)
-        numbers = torch.cat([means, norm]).tolist()  # the step's one wait for the device
+        stopped, time_is_over, *numbers = torch.cat([sums, norm]).tolist()  # the step's one wait for the device
+        self._agreed = [stopped > 0, time_is_over > 0]
         if not all(map(math.isfinite, numbers)):
             self._raise_not_finite(step, dict(zip([*names, "gradient_norm"], numbers, strict=True)), names, parts)
         optimizer.step(self.update / recipe.updates)
@@ -275,11 +284,9 @@ class Trainer:
             logger.scalars(self.update, {**means, **rates})
         self.pending.clear()
 
-    def _time_is_over(self, start: float) -> bool:
-        limit = self.recipe.scale.max_minutes
-        if limit is None:
-            return False
-        return bool(self.dist_context.all_reduce_max([float(time.monotonic() - start > 60 * limit)])[0])
+    def _ends(self) -> list[bool]:
+        """Why this process would end the run after this update: it was asked to stop, its time is over."""
+        return [self.stopping, time.monotonic() > self._deadline]
 
     def _state_dict(self) -> dict[str, Any]:
         """Weights, optimiser states and averages, for torch.distributed.checkpoint to save or load in place."""

@@ -200,6 +200,8 @@ class HiAR(StudentStage[HiARRecipe]):
         critic = make_network(critic_model, seed=0, weights=recipe.critic_init or teacher)
         self.trained = {"critic": critic, "student": student}
         self.frozen = {"teacher": frozen(make_network(recipe.teacher_model, seed=0, weights=teacher))}
+        if self.store is not None:
+            _warn_of_another_teacher(self.store, self.frozen["teacher"], teacher)
         self.rollout = SelfRollout(student, recipe.rollout)
         self._update = -1
         self._batches: dict[tuple[int, ...], tuple[ExitStepBatch, Tensor]] = {}  # by samples; with prompt_embeds
@@ -332,6 +334,14 @@ def _open_store(path: str | None, key: str, shape: Sequence[int], data: Prompts,
     if is_first() and not store.is_of(data):
         warnings.warn(f"{path} has been made with other data than this recipe's: other prompts or world", stacklevel=2)
     return store
+
+
+def _warn_of_another_teacher(store: TrajectoryStore, network: HiARTransformer, teacher: str) -> None:
+    """It may be meant (a larger one for the trajectories), or not. The hash reads all weights: 5.7 GB of Wan 1.3B."""
+    theirs = store.manifest.get("teacher")
+    if is_first() and theirs is not None and (ours := weights_sha256(network)) != theirs:
+        hashes = f"the sha256 of its weights is {theirs[:12]}, that of {teacher} {ours[:12]}"
+        warnings.warn(f"{store.folder} has been made by another teacher than this recipe's: {hashes}", stacklevel=3)
 
 
 def _require_same_levels(stored: Sequence[float], student: Sequence[float], folder: str) -> None:
