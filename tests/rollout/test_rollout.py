@@ -17,7 +17,8 @@ from tiny_model import MODEL, SHALLOW, SIZE, TEXT, TINY, difference, make_model,
 from hiar_model.config import FlowSchedule, WanConfig
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.rollout import rollout
-from hiar_model.rollout.noise import keyed_noise
+from hiar_model.rollout.noise import EXTERNAL, keyed_noise
+from hiar_model.version import NOISE
 
 pytestmark = pytest.mark.cpu
 
@@ -199,6 +200,18 @@ def test_noise_belongs_to_the_video_not_to_the_batch():
     assert torch.equal(keyed_noise(3, 1, 2, 0, (2, 2)), keyed_noise(3, 1, 2, 0, (2, 2)))
     keys = itertools.product((0, 1), (0, 1), (-1, 0), (0, 1))
     assert len({float(keyed_noise(*key, (1,))) for key in keys}) == 16
+
+
+@pytest.mark.parametrize("trajectory", ["sde", "ode"])
+def test_noise_as_a_tensor_is_of_the_frames_behind_the_prefix(trajectory):
+    options = {"prefix": torch.ones(1, 4, TINY.in_channels, *SIZE.values()), "trajectory": trajectory}
+    noise = torch.cat([keyed_noise(0, 0, -1, n, (3, 2, 2, 4)) for n in (2, 3)])[None]
+    made = make_rollout(SHALLOW, TEXT, FlowSchedule.uniform(2), num_frames=10, noise=noise, **SIZE, **options)
+    assert made.blocks_done == 2, "before the first block, those of the prefix"
+    latents = torch.cat([block.latents for block in made], 1)
+    assert torch.equal(latents, run(num_frames=10, steps=2, model=SHALLOW, **options))
+    # where no noise of this version is in it, any version goes on with its state
+    assert made.state_dict()["noise"] == {"sde": NOISE, "ode": EXTERNAL}[trajectory]
 
 
 def test_text_of_each_block():

@@ -154,6 +154,13 @@ def test_one_that_is_not_finite_ends_alone():
     assert same(made[0], expected[0]) and same(made[2], expected[1])
 
 
+def test_on_an_accelerator_too_a_block_is_not_handed_over_before_it_is_known_to_be_finite():
+    bad = rollout(frames=3, noise=lambda step, block: torch.full((1, 3, 2, *LATENT), math.nan if step == 1 else 1.0))
+    bad._executor.nan_guard.device = torch.device("cuda")  # which it asks for its type alone
+    made = finish([bad, rollout(frames=3)])
+    assert isinstance(made[0], FloatingPointError) and len(made[1]) == 1
+
+
 def test_a_forward_that_fails_ends_those_in_it(monkeypatch):
     class Broken(HiARTransformer):
         def run(self, *_):
