@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import warnings
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -51,6 +52,9 @@ def test_a_layout_is_runs_of_slots():
     ring = [0, 12, 13, 14, 8, 9, 10, 11]  # slot 4, frame 8: only the first block's window of 6 and the sink reaches it
     found = attention_layout(mask, [[9, 10, 11, 12, 13, 14]], [ring])
     assert found.rows == ((Group((0, 3), (), ((0, 1), (4, 8))), Group((3, 6), (), ((0, 4), (5, 8)))),)
+    later = found.rows[0][1]
+    assert found.select(0, 1, 3).rows == ((replace(later, queries=(0, 3)),),)
+    assert found.select(0, 1, 4).rows == ((replace(later, queries=(0, 2)),),)
     by_rule = mask.visible(torch.tensor([[9, 12]]), torch.tensor([ring]), 1)[0]
     for group, seen in zip(found.rows[0], by_rule.tolist(), strict=True):
         assert [slot for start, stop in group.own for slot in range(start, stop)] == [

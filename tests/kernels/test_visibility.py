@@ -66,3 +66,6 @@ def test_the_rule_by_hand():
     seen = rule.visible(ids([0, 1, 2, 7]), ids(list(range(9))), 1)[0]
     wanted = [[0, 1], [0, 1], [0, 1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7]]
     assert [row.nonzero().flatten().tolist() for row in seen] == wanted
+    # the first block is frame 0 alone: an empty slot is no frame before it
+    rule = BlockCausal(1, 3, first_block_frames=1)
+    assert visible_with_context(rule, ids([0]), ids([0, EMPTY]), ids([EMPTY]), 1).tolist() == [[[False, True, False]]]
