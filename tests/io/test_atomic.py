@@ -32,6 +32,7 @@ def write(target: Path, text: str) -> None:
         assert (
             partial.parent == target.parent
             and partial.name.startswith(".")
+            and f".{os.getpid()}." in partial.name
             and partial.suffix == (target.suffix or ".partial")
         )
         if target.suffix:
@@ -49,6 +50,7 @@ def test_a_new_target(tmp_path, name):
 
 def test_an_existing_target(tmp_path):
     atomic_write(tmp_path / "a.txt", "ä")
+    assert contents(tmp_path) == {"a.txt": b"\xc3\xa4"}
     atomic_write(str(tmp_path / "a.txt"), b"new")
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty", "new")
@@ -109,6 +111,8 @@ def test_a_full_disk_that_a_library_calls_something_else(tmp_path, monkeypatch):
     ):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2091200 vs 2091088")
     assert refused.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match=r"a\.pt: Permission denied$"), atomic(tmp_path / "a.pt"):  # which says what it is
+        raise PermissionError(errno.EACCES, "Permission denied")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a"])
@@ -183,9 +187,11 @@ def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.os, "fsync", synced)
     monkeypatch.setattr(module.os, "replace", renamed)
+    opened = os.listdir("/proc/self/fd") if sys.platform == "linux" else []
     write(tmp_path / "a", "new")
     partial = str(temporary(tmp_path / "a"))
     if sys.platform == "linux":
+        assert os.listdir("/proc/self/fd") == opened, "none stays open"
         assert calls == [f"{partial}/inner", f"{partial}/inner/a.txt", partial, "rename", str(tmp_path)]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import hiar_kernels as hk
 from hiar_kernels import append_fp8, pack_values, qk_norm_rope, qk_norm_rope_append_fp8, unpack_values
+from hiar_kernels.common import float8
 from hiar_kernels.common.float8 import nearest_, widened
 
 pytestmark = pytest.mark.cpu
@@ -79,7 +80,8 @@ def test_numbers_and_places(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_widened_is_exact(dtype):
+def test_widened_is_exact(dtype, monkeypatch):
+    monkeypatch.setattr(float8, "_AT_ONCE", 100)  # in two parts
     values = torch.arange(256, dtype=torch.uint8).view(E4M3).view(2, 128)[:, 1::2]  # with a NaN, strided
     expected = values.to(dtype)
     assert torch.equal(widened(values, dtype).nan_to_num(999), expected.nan_to_num(999)) and expected.isnan().any()

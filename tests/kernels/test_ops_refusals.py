@@ -12,6 +12,7 @@ from torch import Tensor
 
 import hiar_kernels as hk
 from hiar_kernels import BlockCausal, KVContext
+from hiar_kernels.attention.schedule import allocate
 
 pytestmark = pytest.mark.cpu
 
@@ -25,6 +26,7 @@ X = torch.zeros(2, 6, 8)
 LATENT = CLIP = torch.zeros(2, 3, 1, 4, 4)
 RULE = BlockCausal(2, 2)
 LEVEL = torch.zeros(1, 1)
+ONE_SLOT = allocate((2, 4, 2, 4), 2, 0, torch.device("cpu"), 4, one_slot=True)
 
 
 FLOATS = "bfloat16, float16, float32 or float64"
@@ -163,6 +165,12 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a schedule in words": (
         lambda: hk.attention(Q, Q, Q, schedule="fast"), "schedule must be an AttentionSchedule, or None, got str"
+    ),
+    "a schedule of other keys": (
+        lambda: ONE_SLOT.require_fits(Q, Q[:, :2]), "schedule is of (B, Tq, H, Tk) (2, 4, 2, 4), q and k have (2, 4, 2, 2)"
+    ),
+    "a schedule of the other kernel": (
+        lambda: ONE_SLOT.require_fits(Q, Q), "schedule must be made with one_slot=False, got True"
     ),
     "slots of a wrong shape": (lambda: append(ids([0])), "slots must be [2 or 1, 2], got [1, 1]"),
     "rows of another batch": (
