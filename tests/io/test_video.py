@@ -102,6 +102,7 @@ def test_mp4_is_what_browsers_play(tmp_path):
         assert (context.name, context.pix_fmt, context.height, context.width) == ("h264", "yuv420p", 34, 48)
     data = path.read_bytes()
     assert data.index(b"moov") < data.index(b"mdat"), "a browser would wait for the whole file"
+    assert b" subme=7 " in data, "x264 takes its time for frames that were not enlarged"
 
 
 def test_gif_loops(tmp_path):

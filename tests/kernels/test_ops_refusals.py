@@ -26,7 +26,7 @@ X = torch.zeros(2, 6, 8)
 LATENT = CLIP = torch.zeros(2, 3, 1, 4, 4)
 RULE = BlockCausal(2, 2)
 LEVEL = torch.zeros(1, 1)
-ONE_SLOT = allocate((2, 4, 2, 4), 2, 0, torch.device("cpu"), 4, one_slot=True)
+FITTED = allocate((2, 4, 2, 4), 2, 0, torch.device("cpu"), 4, one_slot=True)
 
 
 FLOATS = "bfloat16, float16, float32 or float64"
@@ -167,10 +167,10 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         lambda: hk.attention(Q, Q, Q, schedule="fast"), "schedule must be an AttentionSchedule, or None, got str"
     ),
     "a schedule of other keys": (
-        lambda: ONE_SLOT.require_fits(Q, Q[:, :2]), "schedule is of (B, Tq, H, Tk) (2, 4, 2, 4), q and k have (2, 4, 2, 2)"
+        lambda: FITTED.require_fits(Q, Q[:, :2]), "is of (B, Tq, H, Tk) (2, 4, 2, 4), q and k have (2, 4, 2, 2)"
     ),
     "a schedule of the other kernel": (
-        lambda: ONE_SLOT.require_fits(Q, Q), "schedule must be made with one_slot=False, got True"
+        lambda: FITTED.require_fits(Q, Q), "schedule must be made with one_slot=False, got True"
     ),
     "slots of a wrong shape": (lambda: append(ids([0])), "slots must be [2 or 1, 2], got [1, 1]"),
     "rows of another batch": (
