@@ -9,6 +9,7 @@ from refusals import refused
 from tiny_model import MODEL, TEXT
 
 from hiar_model import ExecutionConfig, Rollout, RolloutConfig
+from hiar_model.rollout.engine import _Cursor
 
 pytestmark = pytest.mark.cpu
 
@@ -38,6 +39,11 @@ def test_stepping_and_iterating_take_turns():
     first = next(iter(made)).latents
     rest = [block.latents for blocks in iter(made.step, None) for block in blocks]
     assert all(torch.equal(a, b) for a, b in zip([first, *rest], expected, strict=True))
+
+
+def test_groups_are_found_by_number_back_and_forth():
+    cursor = _Cursor(lambda: iter("abcd"))
+    assert [cursor.at(number) for number in (0, 2, 1, 1, 3, 4, 3, 9, 0)] == ["a", "c", "b", "b", "d", None, "d", None, "a"]
 
 
 def test_run_until_a_group():

@@ -130,7 +130,10 @@ def test_other_executions(options, batches):
 def test_bfloat16_stays_in_its_budget():
     exact = [alone(rollout(seed=seed, model=make_model().double())) for seed in (0, 1)]
     half = make_model().bfloat16()
-    apart = [alone(rollout(seed=seed, model=half)) for seed in (0, 1)]
+    rollouts = [rollout(seed=seed, model=half) for seed in (0, 1)]
+    apart = [alone(each) for each in rollouts]
+    levels = {forward.sigmas.dtype for each in rollouts for forward in each._executor.batched_forwards.values()}
+    assert levels == {torch.float32}, "noise levels are not rounded"
     made = finish([rollout(seed=seed, model=half) for seed in (0, 1)])
 
     def error(of):
