@@ -10,6 +10,7 @@ from small_toy import PROMPT, small_folder  # noqa: F401 (fixtures)
 
 from hiar_model.cli import build_parser, main
 from hiar_model.cli.config_file import config_first
+from hiar_model.io.files import read_text
 from hiar_model.pipelines.prompt_schedule import PromptSchedule
 from hiar_model.train.data.prompts import _read as read_prompts
 from hiar_model.version import NOISE
@@ -121,6 +122,8 @@ def test_a_file_that_says_too_much_or_something_else(capsys, text, message):
 def test_text_files_as_editors_write_them(here, encoding, end):
     """A byte order mark became part of the first prompt to train on."""
     lines = f"0 {PROMPT}{end}1 a blue circle moving up{end}"
+    Path("p.txt").write_bytes(b"\xfe\xff" + f"{lines}old\rMac".encode("utf-16-be"))
+    assert read_text("p.txt") == f"0 {PROMPT}\n1 a blue circle moving up\nold\nMac"
     Path("p.txt").write_bytes(lines.encode(encoding))
     assert [line.prompt for line in PromptSchedule.read("p.txt").lines] == [PROMPT, "a blue circle moving up"]
     assert read_prompts("p.txt")[0] == f"0 {PROMPT}"

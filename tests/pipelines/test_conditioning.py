@@ -13,7 +13,7 @@ import pytest
 from av.sidedata.sidedata import Type
 from PIL import Image, ImageCms, ImageOps
 
-from hiar_model.io.video import Video
+from hiar_model.io.video import Video, _source_matrix
 from hiar_model.pipelines import conditioning as module
 from hiar_model.pipelines.conditioning import _orientation, read_conditioning
 
@@ -223,6 +223,9 @@ def test_a_clip_that_does_not_say_its_matrix_is_read_by_its_size(tmp_path, lines
     given = read_conditioning(None, tmp_path / "c.mp4", (lines, 64))
     assert given is not None
     assert np.abs(given.frames[1, 9, 9].astype(int) - colour).max() <= 3
+    for unsaid in (0, 2):  # 0 is that of RGB, but stands in some files of YUV
+        frame = SimpleNamespace(colorspace=unsaid, format=SimpleNamespace(is_rgb=False), planes="yuv", height=lines)
+        assert _source_matrix(frame) == matrix
 
 
 @pytest.mark.parametrize(("height", "tag", "matrix"), [(720, 1, "ITU709"), (480, 6, "ITU601")])
