@@ -132,15 +132,17 @@ def test_the_scale_is_read_by_the_recording_itself(loras):
 def test_what_was_computed_ahead_follows_the_scale(loras, executor):
     """Modulation, and keys and values of the prompt: a change before the first block is as if it had always been so."""
     adapters = beside(loras[:1], 1.0)
-    options = {"num_frames": 9, "order": "stream", "window_frames": 6, **SIZE}
-    schedule = FlowSchedule.uniform(2)
-    made = make_rollout(adapters.transformers[0], TEXT, schedule, executor=executor, **options)
+    options = {"num_frames": 12, "order": "wavefront", "window_frames": 6, **SIZE}
+    schedule, texts = FlowSchedule.uniform(4), (TEXT, TEXT + 1)
+    made = make_rollout(adapters.transformers[0], lambda n: texts[n % 2], schedule, executor=executor, **options)
     made.warm_up()
+    assert made._executor.prompt_cache.stacked, "prompts that one forward reads side by side"
     adapters.adapters[0].scale = -0.5
     adapters.write()
     made.weights_changed()
+    assert not made._executor.prompt_cache.stacked
     latents = torch.cat([block.latents for block in made], 1)
-    fresh = make_rollout(by_hand(loras[:1], -0.5), TEXT, schedule, executor="eager", **options)
+    fresh = make_rollout(by_hand(loras[:1], -0.5), lambda n: texts[n % 2], schedule, executor="eager", **options)
     assert (latents - torch.cat([block.latents for block in fresh], 1)).abs().max() < 1e-4
 
 

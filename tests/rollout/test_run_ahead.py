@@ -77,10 +77,13 @@ def test_a_prompt_given_between_blocks_is_not_missed(order, accelerator, monkeyp
     assert all(torch.equal(a, b) for a, b in zip(ahead, made({}), strict=True))
 
 
-def test_not_on_a_cpu_nor_where_every_visit_is_looked_at(accelerator):
+def test_not_on_a_cpu_nor_where_every_visit_is_looked_at_nor_in_a_pipeline(accelerator):
     assert accelerator == []
     list(rollout(on_nan="retry", order="stream"))
     retried = [[row[-1].kind for row in group] for group in accelerator]
     made = rollout(order="stream", on_nan="retry")
     next(iter(made))
     assert made.groups_done == 4 and retried[4] == ["cache"] * 4
+    made = rollout(order="stream", executor="pipeline")  # which tells the other ranks of every block
+    next(iter(made))
+    assert made.groups_done == 4
