@@ -208,7 +208,9 @@ def test_noise_as_a_tensor_is_of_the_frames_behind_the_prefix(trajectory):
     noise = torch.cat([keyed_noise(0, 0, -1, n, (3, 2, 2, 4)) for n in (2, 3)])[None]
     made = make_rollout(SHALLOW, TEXT, FlowSchedule.uniform(2), num_frames=10, noise=noise, **SIZE, **options)
     assert made.blocks_done == 2, "before the first block, those of the prefix"
+    before = noise.clone()
     latents = torch.cat([block.latents for block in made], 1)
+    assert torch.equal(noise, before), "it is the caller's"
     assert torch.equal(latents, run(num_frames=10, steps=2, model=SHALLOW, **options))
     # where no noise of this version is in it, any version goes on with its state
     assert made.state_dict()["noise"] == {"sde": NOISE, "ode": EXTERNAL}[trajectory]
