@@ -224,6 +224,8 @@ def test_text_of_each_block():
     assert difference(expected[:, 6:], run()[:, 6:]) > 1e-2
     for order in ("step_first", "wavefront"):
         assert difference(run(text=text, order=order), expected) < TOLERANCE
+    both = run(text=text, order="wavefront", batch=2)  # prompts of several blocks in one forward, each for two videos
+    assert difference(both[:1], expected) < TOLERANCE
     with pytest.raises(ValueError, match="one prompt for all blocks"):
         run(text=text, pairs=True)
 

@@ -75,6 +75,8 @@ def test_what_a_denoise_task_gave(config):
 def test_every_frame_is_kept_where_that_is_asked_for():
     made = Rollout(MODEL, TEXT, CONFIGS[1], ExecutionConfig(keep_all_frames=True), **SIZES)
     assert list(made.cache.capacities) == [12] * 4
+    wide = Rollout(MODEL, TEXT, RolloutConfig(order="stream", window_frames=(21, 6, None, 9)), **SIZES)
+    assert list(wide.cache.capacities) == [12, 6, 12, 9], "no more than the video has"
     plain = torch.cat([block.latents for block in Rollout(MODEL, TEXT, CONFIGS[1], **SIZES)], 1)
     torch.testing.assert_close(torch.cat([block.latents for block in made], 1), plain)  # rings turn elsewhere
 
