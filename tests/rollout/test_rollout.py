@@ -122,6 +122,13 @@ def test_a_model_for_each_step():
     assert difference(run(model=experts), run()) > 0.1
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_windows_of_a_batch_where_attention_reads_frame_ids(pairs):
+    options = {"num_frames": 12, "window_frames": (3, 4, 7, 6), "batch": 2, "model": SHALLOW}
+    made = run(order="wavefront", pairs=pairs, attention_impl="reference", **options)
+    assert difference(made, reference(**options)) < TOLERANCE
+
+
 def test_block_first_is_another_result_and_shared_kv_too():
     matched = run()
     for options in ({"order": "block_first"}, {"order": "stream", "cache_source": "next_step"}):
@@ -241,10 +248,12 @@ def test_save_load_go_on_equals_one_run_bit_for_bit(order, after):
     blocks = list(itertools.islice(first, after))
     state = first.state_dict()
     list(first)  # going on must not touch the saved state
+    saved = {name: x.clone() for name, x in state["latents"].items()}
     second = start()
     second.load_state_dict(state)
     resumed = torch.cat([b.latents for b in [*blocks, *second]], 1)
     assert torch.equal(resumed, whole)
+    assert all(torch.equal(state["latents"][name], x) for name, x in saved.items()), "others may go on from there too"
     assert not second._executor.latents
     with pytest.raises(ValueError, match="state of a different rollout"):
         make_rollout(MODEL, TEXT, FlowSchedule.uniform(3), num_frames=9, order=order, **SIZE).load_state_dict(state)
