@@ -161,6 +161,11 @@ def test_distribution_matching_by_hand():
     calls = [*critic.calls, *teacher.calls]
     assert all(float(a[0]) == 0 and float(a[1]) == 500 and a[3] == "bidirectional" for a in calls)
     assert [float(a[2].sum()) for a in calls] == [18, 18, 0]
+    options = {"teacher": teacher, "critic": critic, "guidance": 1.0}
+    result = distribution_matching(x0, text, empty, sigma, noise, **options)  # real = 2 + 1 (2 - 1)
+    assert result.normaliser.tolist() == [2.0]
+    with pytest.raises(ValueError, match="the mask leaves no frame"):
+        distribution_matching(x0, text, empty, sigma, noise, **options, mask=torch.zeros(1, 1))
 
 
 def test_descent_on_the_loss_leads_to_the_teacher():
