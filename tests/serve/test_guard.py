@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import urllib.parse
@@ -13,7 +14,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from hiar_model.serve import connection, guard
 from hiar_model.serve.app import Settings
-from hiar_model.serve.guard import Bucket, read_tokens
+from hiar_model.serve.guard import Bucket, Guard, read_tokens
 
 pytestmark = pytest.mark.cpu
 
@@ -129,6 +130,31 @@ def test_a_bucket_fills_again(monkeypatch):
     assert [bucket.take() for _ in range(3)] == [True, True, False]
     now[0] = 0.5
     assert [bucket.take() for _ in range(2)] == [True, False]
+    now[0] = 100.0
+    assert [bucket.take() for _ in range(3)] == [True, True, False], "no more than the burst, however long it waited"
+
+
+def test_addresses_of_those_who_came_once_are_not_kept_for_ever():
+    app = Guard(None)
+    for number in range(10_003):
+        app._bucket({"client": (str(number), 1)})
+    assert len(app.buckets) < 10
+
+
+def test_a_header_of_the_app_stays_and_names_of_hosts_have_no_case():
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"Cache-Control", b"max-age=9")]})
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", b"LocalHost:80"), (b"origin", b"http://localhost:80")]
+    scope = {"type": "http", "headers": headers, "path": "/", "query_string": b""}
+    asyncio.run(Guard(app)(scope, None, send))
+    names = [name.lower() for name, _ in sent[0]["headers"]]
+    assert sent[0]["status"] == 200 and names.count(b"cache-control") == 1 and b"x-frame-options" in names
 
 
 def test_malformed_messages_leave_the_session_alone(service):

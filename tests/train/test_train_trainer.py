@@ -206,6 +206,7 @@ def test_muon_has_the_matrices_of_the_blocks():
     assert all(n.startswith("blocks.") and n.endswith("weight") and "norm" not in n for n in names)
     assert sum(len(g["params"]) for part in optimizers.parts for g in part.param_groups) == len(optimizers.parameters)
     assert adamw.param_groups[0]["betas"] == (0.0, 0.9)
+    assert group["adjust_lr_fn"] == "match_rms_adamw", "one rate fits both"
     assert adamw.param_groups[0]["weight_decay"] == 0 and muon.param_groups[0]["weight_decay"] == 0.01
     (alone,) = Optimizers(make_network("tiny", seed=0), OptimizerRecipe("adamw", weight_decay=0.3)).parts
     assert alone.param_groups[0]["weight_decay"] == 0.3
