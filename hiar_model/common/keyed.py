@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,16 @@ from .checks import as_whole
 _CHUNK = 1 << 14  # numbers per array operation, so that results stay in the processor's cache
 
 
+class _Key(np.random.bit_generator.ISeedSequence):
+    """A key as the seed of a bit generator. `Philox(key=...)` would ask the system for entropy first, and drop it."""
+
+    def __init__(self, key: bytes) -> None:
+        self._words = np.frombuffer(key, "<u8")
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> NDArray[Any]:
+        return self._words
+
+
 class KeyedGenerator:
     """Random numbers from a key, as torch tensors on the CPU; successive calls continue the sequence.
 
@@ -34,7 +45,7 @@ class KeyedGenerator:
     """
 
     def __init__(self, key: bytes) -> None:
-        self._bits = np.random.Philox(key=int.from_bytes(key, "little"))
+        self._bits = np.random.Philox(_Key(key))  # type: ignore[arg-type]
 
     def normals(self, *shape: int) -> Tensor:
         """Standard normals, float32, within 2e-6 of the exact quantile up to 6.7 standard deviations."""
