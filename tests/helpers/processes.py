@@ -20,7 +20,8 @@ import tempfile
 import time
 import traceback
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,10 +40,8 @@ class Started:
         self._said = Path(tempfile.mkdtemp())
         told = [*map(str, words)], str(cwd or Path.cwd()), dict(os.environ if env is None else env)
         self._process = _CONTEXT.Process(target=_begin, args=(*told, self._said), daemon=False)
-        paths = filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
-        of_the_server = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        with mock.patch.dict(os.environ, of_the_server):  # if this is the first
-            self._process.start()
+        _start_server()
+        self._process.start()
         self.pid: int = self._process.pid  # type: ignore[assignment]
 
     def poll(self) -> int | None:
@@ -101,6 +100,21 @@ def start_torchrun(processes: int, *words: object, **place: Any) -> Started:
 def torchrun(processes: int, *words: object, **place: Any) -> subprocess.CompletedProcess[str]:
     """The same, at its end."""
     return start_torchrun(processes, *words, **place).done()
+
+
+def on_ranks(count: int, function: Callable[..., None], *arguments: object) -> None:
+    """function(rank, *arguments) on so many processes, to their end."""
+    import torch.multiprocessing as torch_processes
+
+    _start_server()
+    torch_processes.start_processes(function, arguments, nprocs=count, start_method="forkserver")
+
+
+def _start_server() -> None:
+    """Unless it runs. It says nothing of a module that it does not find."""
+    paths = filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}):
+        forkserver.ensure_running()
 
 
 def _begin(words: list[str], cwd: str, variables: dict[str, str], said: Path) -> None:
