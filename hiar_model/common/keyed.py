@@ -131,7 +131,7 @@ def _normals(raw: NDArray[np.uint64]) -> NDArray[np.float32]:
         x = _polynomial(_UPPER, r)
         x *= q
         x /= _polynomial(_LOWER, r)
-        tail = np.flatnonzero(np.abs(q) > _MIDDLE)
+        (tail,) = (np.abs(q) > _MIDDLE).nonzero()
         ends = q[tail]
         r = np.sqrt(-_log(0.5 - np.abs(ends))) - 1.6
         x[tail] = np.copysign(_polynomial(_TAIL_UPPER, r) / _polynomial(_TAIL_LOWER, r), ends)
@@ -150,8 +150,9 @@ def _log(p: Doubles) -> Doubles:
 
 def _polynomial(coefficients: tuple[float, ...], x: Doubles) -> Doubles:
     """Coefficients in ascending order of powers."""
-    value: Doubles = np.full_like(x, coefficients[-1])
-    for coefficient in coefficients[-2::-1]:
-        value *= x
+    value: Doubles = x * coefficients[-1]
+    for coefficient in coefficients[-2:0:-1]:
         value += coefficient
+        value *= x
+    value += coefficients[0]
     return value
