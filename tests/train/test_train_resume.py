@@ -136,7 +136,7 @@ def test_killed_before_the_first_state(tmp_path, whole):
 def test_rows_that_wait_for_the_log_are_kept(tmp_path):
     """States fall between rows of the log: the row's mean is over what was before and after."""
     every = recipe(log_every=3, updates=7)
-    train(tmp_path / "whole", every)
+    train(tmp_path / "whole", {**every, "scale": {"threads": 1}})
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", every, stop_after(5))
     assert [row["update"] for row in losses(tmp_path / "parts")] == ["3"]
