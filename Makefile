@@ -90,8 +90,9 @@ demo: setup
 # One thread for each of JOBS workers: torch would otherwise start a thread per core in every one of them. Each begins
 # with a run of files, and takes from another when it has done: what a file prepares is prepared once.
 # Byte code is kept even where the environment says no (images of Python do): the processes that tests start need it too.
+# Plugins that no test uses are off: every one hears of every test.
 # ARGS may choose tests of one tier alone: that the others then have none (exit status 5) is no failure.
-tier = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(JOBS) --dist worksteal -m $(1) $(ARGS) $(if $(strip $(ARGS)),|| [ $$? -eq 5 ])
+tier = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -p no:anyio -p no:subtests -n $(JOBS) --dist worksteal -m $(1) $(ARGS) $(if $(strip $(ARGS)),|| [ $$? -eq 5 ])
 
 # What the three take on two cores that are otherwise idle. A tier that fails does not keep the next one from running.
 test: setup-dev

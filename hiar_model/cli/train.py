@@ -89,6 +89,7 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
     from ..train.engine.trainer import Trainer
     from ..train.stages.base import check_inputs, make_stage
 
+    context.micro_batches(recipe.batch_size, recipe.scale.micro_batch)  # refused before anything is loaded
     check_inputs(recipe)
     memory = require_memory_to_train(recipe, context) / 1e9
     trainer = Trainer(recipe, make_stage(recipe, context.device), folder, context)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,16 @@ from .checks import as_whole
 _CHUNK = 1 << 14  # numbers per array operation, so that results stay in the processor's cache
 
 
+class _Key(np.random.bit_generator.ISeedSequence):
+    """A key as the seed of a bit generator. `Philox(key=...)` would ask the system for entropy first, and drop it."""
+
+    def __init__(self, key: bytes) -> None:
+        self._words = np.frombuffer(key, "<u8")
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> NDArray[Any]:
+        return self._words
+
+
 class KeyedGenerator:
     """Random numbers from a key, as torch tensors on the CPU; successive calls continue the sequence.
 
@@ -34,7 +45,7 @@ class KeyedGenerator:
     """
 
     def __init__(self, key: bytes) -> None:
-        self._bits = np.random.Philox(key=int.from_bytes(key, "little"))
+        self._bits = np.random.Philox(_Key(key))  # type: ignore[arg-type]
 
     def normals(self, *shape: int) -> Tensor:
         """Standard normals, float32, within 2e-6 of the exact quantile up to 6.7 standard deviations."""
@@ -120,7 +131,7 @@ def _normals(raw: NDArray[np.uint64]) -> NDArray[np.float32]:
         x = _polynomial(_UPPER, r)
         x *= q
         x /= _polynomial(_LOWER, r)
-        tail = np.flatnonzero(np.abs(q) > _MIDDLE)
+        (tail,) = (np.abs(q) > _MIDDLE).nonzero()
         ends = q[tail]
         r = np.sqrt(-_log(0.5 - np.abs(ends))) - 1.6
         x[tail] = np.copysign(_polynomial(_TAIL_UPPER, r) / _polynomial(_TAIL_LOWER, r), ends)
@@ -139,8 +150,9 @@ def _log(p: Doubles) -> Doubles:
 
 def _polynomial(coefficients: tuple[float, ...], x: Doubles) -> Doubles:
     """Coefficients in ascending order of powers."""
-    value: Doubles = np.full_like(x, coefficients[-1])
-    for coefficient in coefficients[-2::-1]:
-        value *= x
+    value: Doubles = x * coefficients[-1]
+    for coefficient in coefficients[-2:0:-1]:
         value += coefficient
+        value *= x
+    value += coefficients[0]
     return value

@@ -51,11 +51,14 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 """
 
 
-# Runs of pytest, one after another: one interpreter with one torch is enough for all of them.
+# Runs of pytest, one after another: one interpreter with one torch is enough for all of them. At the end of a run
+# pytest looks for garbage five times, among what there was before too.
 IN_TURN = """
-import json, sys
+import gc, json, sys
 import pytest
+import torch._dynamo
 
+gc.freeze()
 for words in json.loads(sys.argv[1]):
     print(f"exit status {int(pytest.main(words))}", flush=True)
 """

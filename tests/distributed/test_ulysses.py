@@ -5,16 +5,17 @@ Four processes make all videos of this file in one job, as four ranks of the axi
 
 from __future__ import annotations
 
+import copy
 import os
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import processes  # noqa: F401 - the server of its processes has torch
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from made_runs import make_rollout
 from refusals import refused
 from tiny_model import TEXT, TINY, difference, make_model
@@ -32,11 +33,12 @@ CONFIG = WanConfig(
 )
 SIZE = {"height": 6, "width": 8}  # 3 x 4 tokens: a rank's 3 or 6 tokens end inside a line of the grid
 PREFIX = torch.randn(1, 4, 2, *SIZE.values(), generator=torch.Generator().manual_seed(2))
-MODEL, OTHER = make_model(0, CONFIG), make_model(1, CONFIG)
+MODEL, OTHER = (make_model(seed, replace(CONFIG, num_layers=1)) for seed in range(2))
+DEEP = make_model(0, CONFIG)
 VIDEOS: dict[str, dict[str, Any]] = {
     "step_first": {},
     "stream": {"order": "stream", "window_frames": 5},
-    "wavefront": {"order": "wavefront", "window_frames": 7, "sink_frames": 2},
+    "wavefront": {"order": "wavefront", "window_frames": 7, "sink_frames": 2, "model": DEEP},
     "pairs": {"order": "wavefront", "pairs": True, "window_frames": (3, 4, 7, None)},
     "block_first": {"order": "block_first", "window_frames": 6},
     "shared KV": {"order": "wavefront", "cache_source": "next_step", "window_frames": (4, 7, 5, 6)},
@@ -71,9 +73,9 @@ def on_a_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=120), world_size=RANKS, rank=rank)
     four = make_mesh(head=4)
     results: dict[str, Any] = {name: run(parallel="ulysses", mesh=four, **options) for name, options in VIDEOS.items()}
-    wide = make_model(0, CONFIG).double()
+    wide = copy.deepcopy(DEEP).double()
     results["float64"] = run(model=wide, text=TEXT.double(), parallel="ulysses", **VIDEOS["two videos"])
-    results["bfloat16"] = run(model=make_model(0, CONFIG).bfloat16(), parallel="ulysses")
+    results["bfloat16"] = run(model=copy.deepcopy(DEEP).bfloat16(), parallel="ulysses")
 
     both = make_mesh(step=2, head=2)
     results["pipeline"] = [
@@ -118,7 +120,7 @@ def on_a_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.start_processes(on_a_rank, (str(folder),), nprocs=RANKS, start_method="forkserver")
+    processes.on_ranks(RANKS, on_a_rank, str(folder))
     return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
 
 
@@ -141,11 +143,11 @@ def test_saved_and_resumed_equals_one_run_bit_for_bit(results):
 
 def test_the_difference_is_rounding(results):
     """In float64 the difference shrinks with the rounding; in bfloat16 ranks still agree to the bit."""
-    wide = make_model(0, CONFIG).double()
+    wide = copy.deepcopy(DEEP).double()
     expected = run(model=wide, text=TEXT.double(), **VIDEOS["two videos"])
     assert difference(of_all_ranks(results, "float64"), expected) < 1e-12
     narrow = of_all_ranks(results, "bfloat16")
-    assert narrow.dtype == torch.bfloat16 and difference(narrow.float(), run()) < 0.5
+    assert narrow.dtype == torch.bfloat16 and difference(narrow.float(), run(model=DEEP)) < 0.5
 
 
 def test_replicas_make_other_videos(results):
@@ -168,10 +170,10 @@ def test_two_axes_at_once(results):
 def test_a_rank_holds_its_heads_of_the_rings(results):
     cache = start(order="stream", window_frames=5)._executor.cache
     tokens, of_ids = cache.frame_tokens, cache.frames.numel() * cache.frames.element_size()
-    whole = cache.memory_bytes(CONFIG, cache.capacities, 1, tokens)
+    whole = cache.memory_bytes(MODEL.config, cache.capacities, 1, tokens)
     for of_rank in results:
         assert of_rank["ring"] == (whole - of_ids) // RANKS + of_ids
-        assert of_rank["ring"] == cache.memory_bytes(CONFIG, cache.capacities, 1, tokens, heads=1)
+        assert of_rank["ring"] == cache.memory_bytes(MODEL.config, cache.capacities, 1, tokens, heads=1)
 
 
 @pytest.mark.parametrize(

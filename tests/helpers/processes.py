@@ -20,7 +20,8 @@ import tempfile
 import time
 import traceback
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,10 +40,8 @@ class Started:
         self._said = Path(tempfile.mkdtemp())
         told = [*map(str, words)], str(cwd or Path.cwd()), dict(os.environ if env is None else env)
         self._process = _CONTEXT.Process(target=_begin, args=(*told, self._said), daemon=False)
-        paths = filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
-        of_the_server = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        with mock.patch.dict(os.environ, of_the_server):  # if this is the first
-            self._process.start()
+        _start_server()
+        self._process.start()
         self.pid: int = self._process.pid  # type: ignore[assignment]
 
     def poll(self) -> int | None:
@@ -103,6 +102,21 @@ def torchrun(processes: int, *words: object, **place: Any) -> subprocess.Complet
     return start_torchrun(processes, *words, **place).done()
 
 
+def on_ranks(count: int, function: Callable[..., None], *arguments: object) -> None:
+    """function(rank, *arguments) on so many processes, to their end."""
+    import torch.multiprocessing as torch_processes
+
+    _start_server()
+    torch_processes.start_processes(function, arguments, nprocs=count, start_method="forkserver")
+
+
+def _start_server() -> None:
+    """Unless it runs. It says nothing of a module that it does not find."""
+    paths = filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}):
+        forkserver.ensure_running()
+
+
 def _begin(words: list[str], cwd: str, variables: dict[str, str], said: Path) -> None:
     """In the new process."""
     os.setsid()
@@ -114,6 +128,7 @@ def _begin(words: list[str], cwd: str, variables: dict[str, str], said: Path) ->
 
     SubprocessHandler._popen = lambda handler, words, env: _Rank(words[1:], env)  # type: ignore
     dynamic_rendezvous._delay = lambda seconds: time.sleep(0.01)  # not up to 0.3 s, as one of many nodes
+    dynamic_rendezvous.get_method_name = lambda depth=2: ""  # of its log: two walks through the sources of the stack
     os._exit(_execute(words, variables))
 
 

@@ -34,16 +34,16 @@ class Recording:
 
     def __init__(self, calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]]) -> None:
         self.calls = calls
-        self.work = [call for call in calls if not call[0].is_view]
+        self.work = [(*call[:3], _leaves(call[3])) for call in calls if not call[0].is_view]
 
     def replay(self) -> None:
         """Run them again; results are written to where they were the first time, as a graph's addresses are fixed: a
         view of them is the same view.
         """
         with torch.no_grad():
-            for function, args, kwargs, result in self.work:
+            for function, args, kwargs, results in self.work:
                 again = function(*args, **kwargs)
-                for old, new in zip(_leaves(result), _leaves(again), strict=True):
+                for old, new in zip(results, _leaves(again), strict=True):
                     if isinstance(old, Tensor) and old is not new and not _same_memory(old, new):
                         old.copy_(new)
 
@@ -99,4 +99,4 @@ def _leaves(result: Any) -> list[Any]:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

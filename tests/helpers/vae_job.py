@@ -1,6 +1,6 @@
 """What test_vae.py runs under torchrun: two steps on the first rank, on the last one nothing but the VAE.
 
-torchrun --nproc-per-node 2 tests/helpers/vae_job.py FOLDER      Wan2.1_VAE.pth in it -> frames.npy, split.json
+torchrun --nproc-per-node 2 tests/helpers/vae_job.py FOLDER      of a VAE -> frames.npy, split.json in it
 """
 
 from __future__ import annotations

@@ -300,16 +300,20 @@ def test_an_original_folder_holds_a_transformer_too(tmp_path, own):
 
 
 def test_a_rank_that_only_decodes(folder, vae):
-    """Two processes: the first makes the blocks, the last one, without steps, turns them into pixels."""
+    """Two processes: the first makes the blocks, the last one, without steps, turns them into pixels.
+
+    With diffusers' files: for the others the process would import all of its loaders.
+    """
     from vae_job import video
 
-    done = torchrun(2, Path(__file__).parents[1] / "helpers" / "vae_job.py", folder)
-    assert (folder / "split.json").exists(), done.stderr[-3000:]
-    assert json.loads((folder / "split.json").read_text()) == [1, 2, 0]
+    place = folder / "pipeline"
+    done = torchrun(2, Path(__file__).parents[1] / "helpers" / "vae_job.py", place)
+    assert (place / "split.json").exists(), done.stderr[-3000:]
+    assert json.loads((place / "split.json").read_text()) == [1, 2, 0]
     blocks = [block.latents for block in video("eager")]
     expected = np.concatenate(list(decode_behind(StreamingDecoder(vae), blocks)))
     assert expected.shape == (21, 16, 32, 3) and expected.std() > 5
-    assert np.array_equal(np.load(folder / "frames.npy"), expected)
+    assert np.array_equal(np.load(place / "frames.npy"), expected)
 
 
 # Refusals

@@ -32,11 +32,11 @@ METRICS = ("critic_loss", "student_loss", "critic_gradient_norm", "student_gradi
 
 
 def hiar(folder: Path, **values) -> dict:
-    """A recipe of the real stage, for 3 updates, with a teacher and trajectories in the folder."""
+    """A recipe of the real stage, for 2 updates, with a teacher and trajectories in the folder."""
     kl = {"trajectories": str(folder / "pairs")}
     return {
         **SHARED, "stage": "hiar", "teacher": str(folder / "teacher.safetensors"), "teacher_model": "tiny",
-        "updates": 3, "batch_size": 4, "critic_updates": 2, "optimizer": ADAMW, "critic_optimizer": ADAMW,
+        "updates": 2, "batch_size": 4, "critic_updates": 2, "optimizer": ADAMW, "critic_optimizer": ADAMW,
         "forward_kl": kl, "ema": {"decay": 0.9, "start": 1}, "sample_every": 2, "sample_prompts": 2, **values,
     }  # fmt: skip
 
@@ -91,7 +91,7 @@ def test_hiar_has_the_losses_of_one_process(runs):
     folder, results, _ = runs
     assert [rank["hiar two"]["error"] for rank in results] == ["", ""]
     ours = losses(folder / "hiar two")
-    assert len(ours) == 3
+    assert len(ours) == 2
     close(ours, losses(folder / "hiar one"), (*METRICS, "student_dmd_normaliser", "student_forward_kl"))
     close(ours[1:], losses(folder / "hiar one")[1:], ("sample_motion", "sample_saturation"))
 

@@ -36,10 +36,16 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """A run of two updates, for tests that copy it."""
+    """A run of two updates, which no test changes."""
     folder = tmp_path_factory.mktemp("ended") / "run"
     train(folder, recipe(updates=2))
     return folder
+
+
+@pytest.fixture
+def run(ended, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(ended, tmp_path / "run")
 
 
 def everything(trainer) -> dict[str, torch.Tensor]:
@@ -130,7 +136,7 @@ def test_killed_before_the_first_state(tmp_path, whole):
 def test_rows_that_wait_for_the_log_are_kept(tmp_path):
     """States fall between rows of the log: the row's mean is over what was before and after."""
     every = recipe(log_every=3, updates=7)
-    train(tmp_path / "whole", every)
+    train(tmp_path / "whole", {**every, "scale": {"threads": 1}})
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", every, stop_after(5))
     assert [row["update"] for row in losses(tmp_path / "parts")] == ["3"]
@@ -173,16 +179,15 @@ def test_a_file_that_may_not_grow(tmp_path):
     assert states(tmp_path / "run") == ["update_00000002"]
 
 
-def test_another_recipe_may_not_use_the_folder(tmp_path):
-    train(tmp_path, recipe(updates=2))
+def test_another_recipe_may_not_use_the_folder(run):
     changes = r"seed \(0, now 1\), updates \(2, now 6\), optimizer.lr \(0.003, now 0.001\)"
     with refused(f"a run with another {changes}; choose another --out"):
-        train(tmp_path, recipe(seed=1, optimizer={"kind": "adamw", "lr": 1e-3, "warmup": 0.0}))
+        train(run, recipe(seed=1, optimizer={"kind": "adamw", "lr": 1e-3, "warmup": 0.0}))
     scale = {"checkpoint_every": 1, "threads": 1, "micro_batch": 1, "activation_checkpointing": True}
-    assert train(tmp_path, recipe(updates=2, scale=scale)).update == 2
+    assert train(run, recipe(updates=2, scale=scale)).update == 2
 
 
-def test_what_is_reported_may_change(tmp_path, ended, whole):
+def test_what_is_reported_may_change(tmp_path, whole):
     """Fewer rows, of the same numbers."""
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, recipe(), stop_after(3))
@@ -223,36 +228,33 @@ def test_a_folder_of_the_other_kind_is_refused(tmp_path, capsys, name, file, mes
     assert f"{tmp_path} {message}" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == [file]
 
 
-def test_a_state_of_an_older_version_is_refused(tmp_path):
+def test_a_state_of_an_older_version_is_refused(run):
     """Its recipe spelled the options of the rollout one by one."""
-    train(tmp_path, recipe(updates=2))
-    file = tmp_path / "states" / "update_00000002" / ABOUT
+    file = run / "states" / "update_00000002" / ABOUT
     about = json.loads(file.read_text())
     about["recipe"] |= about["recipe"].pop("rollout")
     file.write_text(json.dumps(about))
     with refused("update_00000002 .* another version, .* order, .*rollout"):
-        train(tmp_path, recipe(updates=2))
+        train(run, recipe(updates=2))
 
 
-def test_a_state_of_other_noise_is_refused(tmp_path):
+def test_a_state_of_other_noise_is_refused(run):
     """A state of before the scheme was named: going on would draw other batches than it began with."""
-    train(tmp_path, recipe(updates=2))
-    file = tmp_path / "states" / "update_00000002" / ABOUT
+    file = run / "states" / "update_00000002" / ABOUT
     about = json.loads(file.read_text())
     assert about.pop("noise") == "philox-128"
     file.write_text(json.dumps(about))
     with pytest.raises(ValueError, match="update_00000002: its noise is 'torch-32', this version draws 'philox-128'"):
-        train(tmp_path, recipe(updates=2))
+        train(run, recipe(updates=2))
 
 
 @pytest.mark.parametrize("damage", ["about", "tensors", "list"])
-def test_a_damaged_state_is_named(tmp_path, damage):
-    train(tmp_path, recipe(updates=2))
-    state = tmp_path / "states" / "update_00000002"
+def test_a_damaged_state_is_named(run, damage):
+    state = run / "states" / "update_00000002"
     file = {"about": state / ABOUT, "tensors": state / "__0_0.distcp", "list": state / ".metadata"}[damage]
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with refused("update_00000002.* cannot be read: .*; delete .* to go on without it"):
-        train(tmp_path, recipe(updates=2))
+        train(run, recipe(updates=2))
 
 
 def test_a_changed_bit_among_the_tensors_of_a_state_is_noticed(tmp_path, ended):
@@ -276,12 +278,11 @@ def test_a_changed_bit_among_the_tensors_of_a_state_is_noticed(tmp_path, ended):
     ({"update": "2"}, "update is '2', the folder's name says 2"), ({"update": 1}, "update is 1, the folder's name say"),
     ({"recipe": {"stage": "ode_init"}}, "holds a run of the stage ode_init; choose another --out"),
 ])  # fmt: skip
-def test_facts_that_are_none_of_a_state(tmp_path, ended, change, message):
-    shutil.copytree(ended, tmp_path / "run")
-    file = tmp_path / "run/states/update_00000002" / ABOUT
+def test_facts_that_are_none_of_a_state(run, change, message):
+    file = run / "states/update_00000002" / ABOUT
     file.write_text(json.dumps({**json.loads(file.read_text()), **change} if change else change))
     with refused(message):
-        train(tmp_path / "run", recipe(updates=2))
+        train(run, recipe(updates=2))
 
 
 class Call:
@@ -318,13 +319,12 @@ def test_a_file_that_is_no_table_of_losses(tmp_path, content, message):
     assert (tmp_path / "loss.csv").read_bytes() == content
 
 
-def test_a_row_without_an_update_is_dropped(tmp_path, ended):
-    shutil.copytree(ended, tmp_path / "run")
-    with (tmp_path / "run/loss.csv").open("a") as file:
+def test_a_row_without_an_update_is_dropped(run, ended):
+    with (run / "loss.csv").open("a") as file:
         file.write(",1,2\n")
     rows = len(losses(ended))
-    train(tmp_path / "run", recipe(updates=2))
-    assert len(losses(tmp_path / "run")) == rows
+    train(run, recipe(updates=2))
+    assert len(losses(run)) == rows
 
 
 def test_time_over(tmp_path, whole):

@@ -63,7 +63,7 @@ def test_resume(files, tmp_path, stage, more):
     both precisions, both kinds of optimisers, rates and averages that change on the way.
     """
     recipe = values(files, stage, scale={"threads": 1, "checkpoint_every": 2}, **more)
-    whole = train(tmp_path / "whole", recipe)
+    whole = train(tmp_path / "whole", {**recipe, "scale": {"threads": 1}})
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", recipe, interrupt)
     parts = train(tmp_path / "parts", recipe)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from train_job import losses, train
 
-from hiar_model.config import FlowSchedule, RolloutConfig
+from hiar_model.config import FlowSchedule, RolloutConfig, wan
 from hiar_model.models.registry import load_video_model
 from hiar_model.toy.prompt import split_prompts, token_table
 from hiar_model.train.config.reading import make_recipe
@@ -131,11 +131,12 @@ def test_samples_are_drawn_by_key(stage):
     assert not torch.isclose(whole, stage.loss(step, 1, [0, 1, 2, 3])[0], rtol=1e-3)
 
 
-def test_training_lowers_the_loss(tmp_path):
-    train(tmp_path, {**SMALL, "updates": 24, "log_every": 6})
+def test_training_lowers_the_loss(tmp_path, monkeypatch):
+    monkeypatch.setitem(wan._PRESETS, "short", {**wan._PRESETS["toy"], "num_layers": 2})  # learns this as fast
+    train(tmp_path, {**SMALL, "model": "short", "updates": 24, "log_every": 6})
     rows = [float(row["student_loss"]) for row in losses(tmp_path)]
     assert len(rows) == 4
-    assert rows[-1] < 0.85 * rows[0], rows  # 0.76; of the same clips, without learning, 0.94
+    assert rows[-1] < 0.85 * rows[0], rows  # 0.77; of the same clips, without learning, 0.94
 
 
 def test_samples_and_the_model(stage, tmp_path):

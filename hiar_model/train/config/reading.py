@@ -76,14 +76,14 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         if value is None and type(None) not in typing.get_args(types[key]):  # which jsonargparse lets pass
             raise ValueError(f"recipe: {key} must be {_described(types[key])}, got None")
     try:
-        parsed = _parser(stage).parse_object(flat)
+        parsed = _parser(stage).parse_object(flat, defaults=False)  # which are the dataclasses' own
     except ArgumentError as error:
         match = re.search(r'key "([\w.]+)"', str(error))
         if match is None:
             raise ValueError(f"recipe: {' '.join(str(error).split())}") from error
         key = match[1]
         raise ValueError(f"recipe: {key} must be {_described(types[key])}, got {flat[key]!r}") from error
-    return _built(kind, parsed.as_dict())
+    return _built(kind(), parsed.as_dict())
 
 
 @functools.cache
@@ -113,15 +113,14 @@ def field_types(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + field.name, hint
 
 
-def _built(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """The dataclass of parsed values; what its validation says gets the name of the section in front."""
-    hints = typing.get_type_hints(kind)
-    fields = {
-        name: _built(hints[name], value, f"{prefix}{name}.") if dataclasses.is_dataclass(hints[name]) else value
+def _built(default: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """A dataclass with parsed values; what its validation says gets the name of the section in front."""
+    values = {
+        name: _built(getattr(default, name), value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
         for name, value in values.items()
     }
     try:
-        return kind(**fields)
+        return dataclasses.replace(default, **values)
     except ValueError as error:
         raise ValueError(f"recipe: {prefix}{error}") from error
 
