@@ -38,8 +38,8 @@ help:
 # A .venv that works is kept, whoever made it; one that does not run is made anew.
 define environment
 if ! $(BIN)/python -c '' 2>/dev/null; then \
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
-		{ echo "hiar needs Python 3.10 to 3.13, and '$(PYTHON)' is not one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }; \
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null || \
+		{ echo "hiar needs Python 3.10 to 3.14, and '$(PYTHON)' is not one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }; \
 	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "'$(PYTHON)' lacks the venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }; \
 	echo "Creating .venv with $$($(PYTHON) --version)"; \
@@ -129,13 +129,13 @@ test-browser: setup-dev
 	fi
 
 # The supported range, ends included: torch-triton. docs/contributing/compatibility.md has what they gave, with the date.
-VERSIONS := 2.11.0-3.6.0 2.14.1-3.8.0
+VERSIONS := 2.11.0-3.6.0 2.15.0-3.9.0
 
 # Every tier of every pair runs, whatever failed before it; a pair's environment stays, in .venv-TORCH-TRITON.
 test-versions:
 	@status=0; for pair in $(VERSIONS); do \
 		torch=$${pair%-*} triton=$${pair#*-}; \
-		$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || exit 1; \
+		$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' || exit 1; \
 		echo "torch $$torch, Triton $$triton: .venv-$$pair (torch is a large download: minutes)"; \
 		test -x .venv-$$pair/bin/python || $(PYTHON) -m venv .venv-$$pair || exit 1; \
 		sed "s/^torch==.*/torch==$$torch/; s/^triton==.*/triton==$$triton/; /^setuptools==/d" constraints.txt > .venv-$$pair/constraints.txt; \

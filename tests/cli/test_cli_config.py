@@ -98,7 +98,7 @@ def test_a_file_that_is_none_is_one_line(capsys, text, message):
     ("overwrite: maybe", "overwrite must be true or false, got 'maybe'"),
     ('overwrite: "false"', "overwrite must be true or false, got 'false'"),
     ("seed: 2020-01-01", "seed must be a whole number, got '2020-01-01'"),
-    ("[1, 2]: 3", "c.yaml is neither YAML nor JSON: unhashable type: 'list'"),
+    ("[1, 2]: 3", "c.yaml is neither YAML nor JSON: "),
     ("[" * 5000, "c.yaml is neither YAML nor JSON: nested too deep"),
     *[(json.dumps({"weights_sha256": "", "noise": NOISE, "command": command}), message) for command, message in [
         (5, "c.yaml is the metadata of a video, for hiar generate only"),
