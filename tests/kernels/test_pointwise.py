@@ -176,6 +176,19 @@ def test_wide_modulation_of_narrow_activations(name):
     assert ((out.double() - exact).abs() <= half_ulp).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_weights_are_summed_in_float32(dtype):
+    """1,000 rows of bfloat16 with a gradient of 1 each; on a CPU the sums of torch's own layer_norm stop at 256
+    (findings/torch-cpu-layer-norm-gradient-stops-at-256.sh).
+    """
+    x, ones = normal(1, 1000, 8, seed=1).bfloat16(), torch.ones(8, dtype=dtype)
+    bias, shift = torch.zeros(8, dtype=dtype, requires_grad=True), torch.zeros(1, 1, 8, dtype=dtype, requires_grad=True)
+    outs = layer_norm(x, ones, bias), ada_layer_norm(x, shift, torch.zeros_like(shift))
+    torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
+    assert bias.grad.tolist() == [1000] * 8
+    assert shift.grad.flatten().tolist() == [1000] * 8
+
+
 @pytest.mark.parametrize("name", [name for name in OPS if name != "qk_norm_rope"])
 def test_memory_order_of_the_input_is_free(name):
     op, formula, tensors = OPS[name]

@@ -95,7 +95,9 @@ class EmaRecipe:
 
     Args:
         decay: per update. start: first update that is averaged; before, the average is a copy of the weights.
-        ramp: raise the decay from small values to ``decay``, so that a short run forgets its first weights.
+        ramp: raise the decay from small values to ``decay``, so that a short run forgets its first weights: n / (n + 9)
+            in the n-th averaged update until that is more, so ``decay`` has no effect in the first
+            9 / (1 - decay), 4,500 for 0.998.
     """
 
     decay: float = 0.998
