@@ -68,3 +68,7 @@ class GatedResidual(nn.Module):
 def _tokens(x: Tensor) -> Tensor:
     """[..., C] as [1, T, C]."""
     return x.reshape(1, -1, x.shape[-1])
+
+
+for _layer in (AdaLayerNorm, GatedResidual, LayerNorm, RMSNorm):
+    del _layer.__annotations__  # on Python 3.14 a member of the class, and `kernels` refuses what nn.Module has not

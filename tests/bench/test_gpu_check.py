@@ -29,6 +29,7 @@ def on_hopper(monkeypatch) -> list[str]:
     """Names of the tests of bench/ops on a Hopper GPU with all kernels."""
     for owner, name in ((gluon, "unavailable"), (attention_cases, "unavailable"), (cuda_loader, "missing")):
         monkeypatch.setattr(owner, name, lambda *_: None)
+    monkeypatch.setattr(cuda_loader, "status", lambda: "built")
     libraries = dict.fromkeys(("sdpa-flash", "sdpa-efficient", "flex"))
     monkeypatch.setattr(attention_cases, "available", lambda *_, **__: libraries)
     return list(bench_ops.cases(types.SimpleNamespace(cuda=True, device="cuda"), {}))  # type: ignore[arg-type]
