@@ -7,7 +7,7 @@
 | LOCAL_RANK | this process on its machine, which picks the GPU; set by torchrun | 0 | whole numbers from 0 |
 | WANDB_PROJECT | Weights & Biases project that `hiar train` logs to | unset: none | any name |
 | OMP_NUM_THREADS | CPU threads of torch, which reads it; `--nproc` makes it 1 if unset | unset | whole numbers from 1 |
-| TORCH_ELASTIC_SHUTDOWN_TIMEOUT | seconds for processes to end in; `--nproc` makes it 600 | 30 | whole numbers from 0 |
+| TORCH_ELASTIC_SHUTDOWN_TIMEOUT | seconds for processes to end in; `--nproc` makes it 120 | 30 | whole numbers from 0 |
 | HIAR_ERROR_FILE | set by `--nproc`: exists once one of its processes has printed an error | unset | a path |
 
 An empty value counts as unset. hiar_kernels reads HIAR_NVTX, HIAR_BUILD_CUDA and HIAR_CUDA_ARCHS.
@@ -61,7 +61,7 @@ def for_children(error_file: Path) -> Iterator[None]:
     The launcher leaves them time to finish an update of training.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
     os.environ["HIAR_ERROR_FILE"] = str(error_file)
     try:
         yield
