@@ -83,7 +83,7 @@ def test_what_children_find(monkeypatch, tmp_path):
         assert environment.error_file() == tmp_path / "error" and os.environ["OMP_NUM_THREADS"] == "3"
     assert environment.error_file() is None
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
+    assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "120"
     with pytest.raises(KeyError), environment.for_children(tmp_path / "error"):
         assert os.environ["OMP_NUM_THREADS"] == "1"
         raise KeyError
