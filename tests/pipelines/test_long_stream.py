@@ -28,8 +28,9 @@ def test_1000_frames_in_flat_memory(model, tmp_path):
                 break
     assert writer.frames_written >= 1000 and len(rows) == 10
     assert {(row.tensors, row.tensor_bytes) for row in rows} == {(rows[0].tensors, rows[0].tensor_bytes)}
-    most = max(row.blocks for row in rows[2:]) - rows[1].blocks
-    assert most < 250, [row.blocks for row in rows]  # there are 267 blocks of video between the two
+    # Python's own caches fill at first: 80 to 108 blocks of memory between frames 200 and 400, 40 to 67 from there on
+    most = max(row.blocks for row in rows[4:]) - rows[3].blocks
+    assert most < 190, [row.blocks for row in rows]  # there are 200 blocks of video between the two
 
 
 def test_the_count_tells_growth():
