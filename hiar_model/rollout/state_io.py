@@ -118,9 +118,9 @@ def checksum(tensor: Tensor) -> int:
     data = tensor.detach().contiguous().flatten().view(torch.uint8)
     if data.storage_offset() % 8:  # of a slice
         data = data.clone()
-    whole = data.numel() // 8 * 8
-    words, rest = data[:whole].view(torch.int64), data[whole:]
-    return (int(words.sum()) + int(rest.sum())) % 2**64
+    in_words = data.numel() // 8 * 8
+    words, last_bytes = data[:in_words].view(torch.int64), data[in_words:]
+    return (int(words.sum()) + int(last_bytes.sum())) % 2**64
 
 
 def _sums(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:

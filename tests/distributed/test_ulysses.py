@@ -170,9 +170,9 @@ def test_two_axes_at_once(results):
 def test_a_rank_holds_its_heads_of_the_rings(results):
     cache = start(order="stream", window_frames=5)._executor.cache
     tokens, of_ids = cache.frame_tokens, cache.frames.numel() * cache.frames.element_size()
-    whole = cache.memory_bytes(MODEL.config, cache.capacities, 1, tokens)
+    ring_bytes = cache.memory_bytes(MODEL.config, cache.capacities, 1, tokens)
     for of_rank in results:
-        assert of_rank["ring"] == (whole - of_ids) // RANKS + of_ids
+        assert of_rank["ring"] == (ring_bytes - of_ids) // RANKS + of_ids
         assert of_rank["ring"] == cache.memory_bytes(MODEL.config, cache.capacities, 1, tokens, heads=1)
 
 

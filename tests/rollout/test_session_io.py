@@ -260,12 +260,12 @@ def test_a_byte_that_has_changed_is_noticed(tmp_path):
     """Wherever it lies, among the tensors or in the header: the file cannot be read, or it says the same."""
     first, path = start(), tmp_path / "s.safetensors"
     next(iter(first))
-    whole = save_session(path, first).read_bytes()
+    content = save_session(path, first).read_bytes()
     tensors, metadata = state_io.read(path)
-    of_tensors = len(whole) - sum(x.nbytes for x in tensors.values())
+    of_tensors = len(content) - sum(x.nbytes for x in tensors.values())
     chosen = random.Random(0)
-    for place in (*chosen.sample(range(of_tensors), 60), *chosen.sample(range(of_tensors, len(whole)), 60)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << chosen.randrange(8)]) + whole[place + 1 :])
+    for place in (*chosen.sample(range(of_tensors), 60), *chosen.sample(range(of_tensors, len(content)), 60)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << chosen.randrange(8)]) + content[place + 1 :])
         try:
             again, said = state_io.read(path)
         except ValueError as error:

@@ -263,9 +263,9 @@ def test_a_changed_bit_among_the_tensors_of_a_state_is_noticed(tmp_path, ended):
     state = tmp_path / "run/states/update_00000002"
     about, file = json.loads((state / ABOUT).read_text()), state / "__0_0.distcp"
     weights = train(ended, recipe(updates=2)).ema.weights["head.head.weight"]
-    whole = file.read_bytes()
-    place = whole.index(weights.numpy().tobytes()) + 5
-    file.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+    content = file.read_bytes()
+    place = content.index(weights.numpy().tobytes()) + 5
+    file.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
     with refused("update_00000002 cannot be read: it is damaged: average.head.head.weight is not what was written"):
         train(tmp_path / "run", recipe(updates=2))
     del about["sums"]  # as in older states

@@ -63,19 +63,19 @@ def test_resume(files, tmp_path, stage, more):
     both precisions, both kinds of optimisers, rates and averages that change on the way.
     """
     recipe = values(files, stage, scale={"threads": 1, "checkpoint_every": 2}, **more)
-    whole = train(tmp_path / "whole", {**recipe, "scale": {"threads": 1}})
+    uninterrupted = train(tmp_path / "whole", {**recipe, "scale": {"threads": 1}})
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", recipe, interrupt)
     parts = train(tmp_path / "parts", recipe)
     rows = losses(tmp_path / "whole")
     assert [row["update"] for row in rows] == ["1", "2", "3", "4"] and losses(tmp_path / "parts") == rows
-    for name in whole.stage.trained:
+    for name in uninterrupted.stage.trained:
         assert len({row[f"{name}_loss"] for row in rows}) == 4
-    for name, network in whole.stage.trained.items():
+    for name, network in uninterrupted.stage.trained.items():
         for key, p in network.named_parameters():
             assert torch.equal(dict(parts.stage.trained[name].named_parameters())[key], p), key
-        assert_equal_states(parts.optimizers[name].state_dict(), whole.optimizers[name].state_dict())
-    assert_equal_states(parts.ema.weights, whole.ema.weights)
+        assert_equal_states(parts.optimizers[name].state_dict(), uninterrupted.optimizers[name].state_dict())
+    assert_equal_states(parts.ema.weights, uninterrupted.ema.weights)
 
 
 def same_weights(network, other, dtype=torch.float32) -> bool:
