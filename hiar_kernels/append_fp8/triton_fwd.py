@@ -19,7 +19,7 @@ from ..common.aot import Case
 from ..common.float8 import GROUP, bits, padded
 from ..common.shapes import HEAD_DIM, HEADS
 from ..common.triton_float8 import HARDWARE_FROM, largest_in, quantize_by, quantize_tile, scale_of, stored_scale
-from ..common.triton_loader import architecture, register
+from ..common.triton_loader import FUSED, architecture, register
 from ..qk_norm_rope.inputs import empty_like_q, turns_of
 from ..qk_norm_rope.triton_fwd import cos_sin, inverse_rms, row_strides, tile, turn
 from .inputs import Fp8Rings, empty_parts, rope_from_schema
@@ -174,7 +174,7 @@ def _write(k: Tensor, v: Tensor, parts: Tensor, rings: Fp8Rings, hardware: bool)
         slots.stride(0) if slots.dim() == 3 else 0, *row_strides(slots if slots.dim() == 2 else slots[0]),
         *((0, 0) if rows is None else rows.stride()), *k_cache.stride()[:3], *v_cache.stride()[:4],
         *rings.k_scales.stride(), *rings.v_scales.stride(), tokens, frames, padded(tokens), parts.shape[4],
-        rings.num_slots, len(k_cache), HEAD_DIM=head_dim, COPIES=rings.copies, HARDWARE=hardware, **config,
+        rings.num_slots, len(k_cache), HEAD_DIM=head_dim, COPIES=rings.copies, HARDWARE=hardware, **config, **FUSED,
     )  # fmt: skip
 
 
@@ -199,8 +199,8 @@ def launch(k: Tensor, v: Tensor, *arguments: Any) -> None:
     parts = empty_parts(k, frames, blocks)
     with torch.cuda.device_of(k):
         _largest_kernel[(blocks, heads, batch * frames)](
-            k, v, parts, *k.stride()[:3], *v.stride()[:3], tokens, frames, HEAD_DIM=head_dim, **config
-        )
+            k, v, parts, *k.stride()[:3], *v.stride()[:3], tokens, frames, HEAD_DIM=head_dim, **config, **FUSED,
+        )  # fmt: skip
         _write(k, v, parts, rings, hardware)
 
 
@@ -226,7 +226,7 @@ def launch_rope(*arguments: Any) -> tuple[Tensor, Tensor]:
             qkv, inputs.q_weight.contiguous(), inputs.k_weight.contiguous(), frames,
             turns_of(head_dim, inputs.theta, qkv.device), q if hardware else bits(q), q_scales, k, parts,
             *qkv.stride()[:2], *row_strides(frames), tokens, frames.shape[1], inputs.width, inputs.eps, HEADS=heads,
-            HEAD_DIM=head_dim, QUANTIZE_Q=quantize_q, HARDWARE=hardware, **rope_tile(heads, head_dim),
+            HEAD_DIM=head_dim, QUANTIZE_Q=quantize_q, HARDWARE=hardware, **rope_tile(heads, head_dim), **FUSED,
         )  # fmt: skip
         _write(k, v, parts, rings, hardware)
     return q, q_scales

@@ -40,6 +40,7 @@ from ..common.gluon_hopper import (
     slot_stride,
 )
 from ..common.shapes import HEAD_DIM
+from ..common.triton_loader import FUSED
 from .schedule import BLOCK_FIELDS, BLOCK_KEYS, SEGMENT_FIELDS, TILE_QUERIES, AttentionSchedule
 from .triton_schedule import merge_cuts
 
@@ -344,7 +345,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, schedule: AttentionSchedule, scale: 
     with torch.cuda.device_of(q):
         _attention_hopper_kernel[(schedule.ctas,)](
             by_token(q, _ROWS), *kv, *slots, *outputs, *schedule.tables, stride, tokens,
-            schedule.sink_end, scale * _LOG2E, num_warps=4, maxnreg=LAUNCH_REGISTERS,
+            schedule.sink_end, scale * _LOG2E, num_warps=4, maxnreg=LAUNCH_REGISTERS, **FUSED,
         )  # fmt: skip
         merge_cuts(schedule, *outputs)
     return outputs[:2]

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import Case
-from ..common.triton_loader import register
+from ..common.triton_loader import FUSED, register
 from . import _launch
 from ._runs import dkdv_rest, dkdv_whole, dq_rest, dq_whole
 from ._visible import (
@@ -288,15 +288,15 @@ def launch(
             q, keys, values, ids.q_frames, frames, ids.windows, kv_counts, dout, lse2, delta, dk, dv,
             **_launch.strides("k", keys), **_launch.strides("v", values), stride_kfb=_launch.row_stride(frames),
             kv_tokens=keys.shape[1], kv_tiles=tiles, dk_scale=scale, KEYS=kind, NEED_DK=dk is not None,
-            NEED_DV=dv is not None, **_launch.rule_arguments(mask, length), **shared, **tile.options(),
+            NEED_DV=dv is not None, **_launch.rule_arguments(mask, length), **shared, **tile.options(), **FUSED,
         )  # fmt: skip
 
     with torch.cuda.device_of(q):
         if out.numel():
             tiles = triton.cdiv(length, 32)
             _attention_bwd_delta_kernel[(tiles * b * h,)](
-                dout, out, lse, dlse, delta, lse2, length, tiles, h, HEAD_DIM=d, BLOCK_Q=32, num_warps=4
-            )
+                dout, out, lse, dlse, delta, lse2, length, tiles, h, HEAD_DIM=d, BLOCK_Q=32, num_warps=4, **FUSED,
+            )  # fmt: skip
         dq, dk, dv, context_dk, context_dv = gradients
         if dq is not None and dq.numel():
             tile = dq_config or _launch.tile_for(q, _launch.DQ)
@@ -306,7 +306,7 @@ def launch(
                 **_launch.key_strides(call), **{**ids.strides, **shared}, kv_tokens=k.shape[1],
                 context_tokens=0 if context_k is None else context_k.shape[1], q_tiles=tiles, dq_scale=sign * scale,
                 MASKED=mask is not None, CONTEXT=context is not None, **_launch.rule_arguments(mask, k.shape[1]),
-                **tile.options(),
+                **tile.options(), **FUSED,
             )  # fmt: skip
         own = EVERY if mask is None else SEEN if context is None else OWN
         key_gradients(k, v, dk, dv, ids.kv_frames, own.value)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import Case
-from ..common.triton_loader import register
+from ..common.triton_loader import FUSED, register
 from ..merge_attention.triton_fwd import merge
 from . import _launch
 from ._runs import attend_rest, attend_whole
@@ -179,7 +179,7 @@ def launch(*arguments: Any, config: _launch.Tile | None = None) -> tuple[Tensor,
             context_tokens=context_tokens, q_tiles=tiles, rows=b, H=h,
             qk_scale=scale * _LOG2E, **_launch.rule_arguments(mask, k.shape[1]), MASKED=mask is not None,
             CONTEXT=context is not None, NUM_SPLITS=num_splits, HEAD_DIM=d,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **tile.options(),
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **tile.options(), **FUSED,
         )  # fmt: skip
     return (out, lse) if num_splits == 1 else merge(out, lse, q.dtype)
 

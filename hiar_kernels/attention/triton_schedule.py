@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..common.aot import Case
 from ..common.shapes import HEAD_DIM
+from ..common.triton_loader import FUSED
 from ._launch import RULE, dense_rows, row_stride, rule_arguments, windows_on
 from ._visible import FULL, NONE, PARTIAL, SEEN, frame_at, key_run, limits, query_ends
 from .mask import BlockCausal
@@ -245,12 +246,13 @@ def make(
             None if mask is None else windows_on(device, mask, batch), row_stride(q_frames), row_stride(kv_frames),
             queries, keys,
             tables.q_tiles, tables.blocks.shape[2], **arguments, MASKED=mask is not None, TILE=TILE_QUERIES,
-            BLOCK=BLOCK_KEYS, CHUNK=128, ONE_SLOT=one_slot, num_warps=4,
+            BLOCK=BLOCK_KEYS, CHUNK=128, ONE_SLOT=one_slot, num_warps=4, **FUSED,
         )  # fmt: skip
         rounds, rest = divmod(batch * heads * tables.q_tiles, tables.ctas)
         _segments_kernel[(tables.ctas,)](
             tables.counts, tables.segments, tables.segment_counts, tables.cuts, rounds, rest, tables.q_tiles, heads,
             tables.segments.shape[1], CTAS=tables.ctas, REST=max(16, triton.next_power_of_2(rest)), num_warps=4,
+            **FUSED,
         )  # fmt: skip
     return tables
 
@@ -267,7 +269,7 @@ def merge_cuts(tables: AttentionSchedule, out: Tensor, lse: Tensor, partial_out:
     with torch.cuda.device_of(out):
         _merge_cuts_kernel[(rest, TILE_QUERIES // _MERGED_ROWS)](
             partial_out, partial_lse, tables.cuts, out, lse, rounds, rest, tables.q_tiles, heads, queries,
-            CTAS=tables.ctas, TILE=TILE_QUERIES, ROWS=_MERGED_ROWS, HEAD_DIM=dim, num_warps=4,
+            CTAS=tables.ctas, TILE=TILE_QUERIES, ROWS=_MERGED_ROWS, HEAD_DIM=dim, num_warps=4, **FUSED,
         )  # fmt: skip
 
 

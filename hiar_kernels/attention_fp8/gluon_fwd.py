@@ -53,6 +53,7 @@ from ..common.gluon_hopper import (
     slot_stride,
 )
 from ..common.shapes import HEAD_DIM, steps
+from ..common.triton_loader import FUSED
 from .inputs import P_SCALE, Float8Inputs
 
 _ROWS = TILE_QUERIES // 2  # queries of a consumer
@@ -451,7 +452,7 @@ def launch(call: Float8Inputs, schedule: AttentionSchedule, variant: str = "") -
             by_token(q, _ROWS), by_slot(k, tokens, BLOCK_KEYS), values, *outputs, call.q_scales.contiguous(),
             call.k_scales, call.v_scales, *schedule.tables, slot_stride(k, tokens), tokens, call.k_scales.stride(0),
             call.v_scales.stride(0), schedule.sink_end, scale * _LOG2E, **{**PRODUCTION, **VARIANTS[variant]},
-            num_warps=4, maxnreg=LAUNCH_REGISTERS,
+            num_warps=4, maxnreg=LAUNCH_REGISTERS, **FUSED,
         )  # fmt: skip
         merge_cuts(schedule, *outputs)
     return outputs[:2]

@@ -22,7 +22,7 @@ from ..attention._visible import NONE, SEEN, frame_at, kind_of_keys, limits, que
 from ..common.aot import Case
 from ..common.shapes import HEAD_DIM
 from ..common.triton_float8 import HARDWARE_FROM, e4m3_numbers, round_to_e4m3
-from ..common.triton_loader import architecture, register
+from ..common.triton_loader import FUSED, architecture, register
 from .inputs import P_SCALE, Float8Inputs
 
 _SHIFT = tl.constexpr(math.log2(P_SCALE))
@@ -159,7 +159,7 @@ def launch(*arguments: Any) -> Tensor:
             *((0, 0, 0) if call.q_scales is None else call.q_scales.stride()),
             _launch.row_stride(q_frames), _launch.row_stride(kv_frames), length, tiles, b, slots, h,
             call.softmax_scale * math.log2(math.e), **_launch.rule_arguments(mask, 0), WORK=work, HARDWARE=hardware,
-            HEAD_DIM=d, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **tile.options(),
+            HEAD_DIM=d, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **tile.options(), **FUSED,
         )  # fmt: skip
     return out
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .torch_library import LIBRARY, PACKAGES
 
+# Every launch says whether products and sums may be contracted: Triton's default is yes up to 3.9 and no from 3.10 on.
+FUSED, UNFUSED = {"enable_fp_fusion": True}, {"enable_fp_fusion": False}
 INTERPRETED = 0  # "architecture" of the interpreter: small tiles, so that small tests have many
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import Case
-from ..common.triton_loader import register
+from ..common.triton_loader import FUSED, register
 from ._launch import TILE, dense_frames, piece, strides
 
 
@@ -59,6 +59,7 @@ def launch(
         _flow_step_bwd_kernel[(batch * frames * tiles,)](
             dx0, dnext, sigma, sigma_next, dx, dvelocity, dnoise, frames, n, tiles, NOISY=noise is not None, **TILE,
             **strides("dx0", dx0), **strides("dnext", dnext), **strides("sigma", sigma), **strides("next", sigma_next),
+            **FUSED,
         )  # fmt: skip
     return [g for g in gradients if g is not None]
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import Case
-from ..common.triton_loader import register
+from ..common.triton_loader import FUSED, register
 from ._launch import TILE, dense_frames, piece, strides
 
 
@@ -50,7 +50,7 @@ def launch(
         _flow_step_fwd_kernel[(batch * frames * tiles,)](
             x, velocity, sigma, sigma_next, noise, x0, out, frames, n, tiles, **TILE,
             **strides("x", x), **strides("velocity", velocity), **strides("noise", noise),
-            **strides("sigma", sigma), **strides("next", sigma_next),
+            **strides("sigma", sigma), **strides("next", sigma_next), **FUSED,
         )  # fmt: skip
     return x0, out
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common.aot import Case
 from ..common.shapes import CHANNELS, FEED_FORWARD
-from ..common.triton_loader import INTERPRETED, architecture, register
+from ..common.triton_loader import FUSED, INTERPRETED, architecture, register
 
 GROUP = 8  # rows of tiles whose columns are walked together, so that both operands stay in the L2 cache
 
@@ -67,7 +67,7 @@ def launch(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, b
         with torch.cuda.device_of(x):
             _int8_linear_kernel[grid](
                 flat, x_scales.reshape(-1).contiguous(), weight.contiguous(), weight_scales.contiguous(),
-                bias.contiguous(), out, len(flat), outputs, flat.stride(0), K=channels, GROUP_M=GROUP, **tile,
+                bias.contiguous(), out, len(flat), outputs, flat.stride(0), K=channels, GROUP_M=GROUP, **tile, **FUSED,
             )  # fmt: skip
     return out
 

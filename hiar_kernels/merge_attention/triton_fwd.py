@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common.aot import Case
 from ..common.shapes import HEAD_DIM
-from ..common.triton_loader import register
+from ..common.triton_loader import FUSED, register
 
 _BLOCK_T = 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -103,7 +103,7 @@ def merge(outs: Tensor, lses: Tensor, dtype: torch.dtype, more: _Stack | None = 
             _merge_attention_fwd_kernel[(b * h * tiles,)](
                 outs, lses, others, other_lses, out, lse, *outs.stride()[:4], *lses.stride(), *more_strides, t, h,
                 tiles, COUNT=n, MORE=0 if others is None else len(others), HEAD_DIM=d, BLOCK_T=_BLOCK_T,
-                BLOCK_D=max(16, triton.next_power_of_2(d)), num_warps=4,
+                BLOCK_D=max(16, triton.next_power_of_2(d)), num_warps=4, **FUSED,
             )  # fmt: skip
     return out, lse
 

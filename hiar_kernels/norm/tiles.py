@@ -20,10 +20,6 @@ from ..common.aot import Case
 from ..common.torch_library import frames_of
 from .inputs import NormInputs
 
-# Of the norms' backward. A product that is summed rounded and subtracted from unrounded (a contracted a * b - sum)
-# leaves its rounding error times 1 / standard deviation: 1e-5 where all terms cancel, in rows of one channel. It
-# costs 7 to 14% more instructions on sm_90, in kernels that wait for memory.
-UNFUSED = {"enable_fp_fusion": False}
 FULL_GROUP = 64  # tokens that one program of a backward adds up where there are many
 MANY = 16384
 

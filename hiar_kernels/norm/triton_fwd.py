@@ -17,7 +17,7 @@ from ..common.float8 import ROW_DTYPES
 from ..common.shapes import CHANNELS
 from ..common.torch_library import frames_of
 from ..common.triton_float8 import HARDWARE_FROM, empty_rows, quantize_tile, stored_type
-from ..common.triton_loader import architecture, register
+from ..common.triton_loader import FUSED, architecture, register
 from .inputs import ARGUMENTS, OPTIONAL_GATE, QUANTIZED, NormInputs, names_of
 from .tiles import (
     frame_strides,
@@ -112,7 +112,7 @@ def launch(op: str, *arguments: Tensor | float | None) -> Tensor | tuple[Tensor,
             tiles = triton.cdiv(tokens, tile["BLOCK_T"])
             _gated_residual_fwd_kernel[(batch * frames * tiles, triton.cdiv(channels, tile["BLOCK_C"]))](
                 x, y, gate, out, frames, tokens, tiles, C=channels, **tile, **token_strides("x", x),
-                **token_strides("y", y), **frame_strides("gate", gate),
+                **token_strides("y", y), **frame_strides("gate", gate), **FUSED,
             )  # fmt: skip
             return out
         h = None if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -123,7 +123,7 @@ def launch(op: str, *arguments: Tensor | float | None) -> Tensor | tuple[Tensor,
             x, y, gate, shift, scale, h, stored, row_scale, frames, tokens, tiles, eps=inputs.eps, C=channels,
             PER_FRAME=per_frame, RMS=inputs.rms, HARDWARE=hardware, INT8=inputs.dtype == torch.int8, **tile,
             **token_strides("x", x), **token_strides("y", y), **frame_strides("gate", gate),
-            **frame_strides("shift", shift), **frame_strides("scale", scale),
+            **frame_strides("shift", shift), **frame_strides("scale", scale), **FUSED,
         )  # fmt: skip
     results = tuple(t for t in (h, out, row_scale) if t is not None)
     return results[0] if len(results) == 1 else results

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import triton_loader
 from ..common.aot import Case
 from ..common.shapes import HEAD_DIM, HEADS
+from ..common.triton_loader import FUSED, register
 from .inputs import RopeInputs, turns_of
 from .triton_fwd import cos_sin, inverse_rms, row_strides, tile, turn
 
@@ -140,15 +140,15 @@ def launch(grads: list[Tensor], needed: list[bool], *arguments: Any) -> list[Ten
                 frames, turns_of(inputs.head_dim, inputs.theta, qkv.device), *qkv.stride()[:2], *row_strides(frames),
                 b * t, t, inputs.frame_tokens, inputs.first_cell, inputs.width, rows, inputs.eps,
                 HEADS=inputs.num_heads, HEAD_DIM=inputs.head_dim, NEED_X=need_x, NEED_WEIGHT=need_weight,
-                **tile(inputs.num_heads, inputs.head_dim, 16),
+                **tile(inputs.num_heads, inputs.head_dim, 16), **FUSED,
             )  # fmt: skip
         if need_weight:
             grid = (triton.cdiv(c // 3, SUM_TILE["BLOCK_C"]), 2)
-            _qk_norm_rope_bwd_weight_kernel[grid](partial, *dweights, shares, WIDTH=c // 3, **SUM_TILE)
+            _qk_norm_rope_bwd_weight_kernel[grid](partial, *dweights, shares, WIDTH=c // 3, **SUM_TILE, **FUSED)
     return [g for g, need in zip((dqkv, *dweights), needed, strict=True) if need]
 
 
-triton_loader.register("qk_norm_rope_backward", launch)
+register("qk_norm_rope_backward", launch)
 
 
 def compile_cases(arch: int) -> list[Case]:

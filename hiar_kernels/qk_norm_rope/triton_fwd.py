@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import triton_loader
 from ..common.aot import Case
 from ..common.shapes import HEAD_DIM, HEADS
+from ..common.triton_loader import FUSED, register
 from .inputs import RopeInputs, append_from_schema, empty_like_q, turns_of
 
 
@@ -135,7 +135,7 @@ def _launch(inputs: RopeInputs, slots: Tensor, k: Tensor, v: Tensor, rows: Tenso
             *row_strides(slots if slots.dim() == 2 else slots[0]), *((0, 0) if rows is None else rows.stride()),
             *k.stride()[:3], *v.stride()[:3], frame_tokens, inputs.first_cell, inputs.width,
             k.shape[1] // frame_tokens, k.shape[0], inputs.eps, HEADS=inputs.num_heads, HEAD_DIM=inputs.head_dim,
-            COPIES=copies, **tile(inputs.num_heads, inputs.head_dim),
+            COPIES=copies, **tile(inputs.num_heads, inputs.head_dim), **FUSED,
         )  # fmt: skip
     return q
 
@@ -156,8 +156,8 @@ def launch_append(*arguments: Any) -> Tensor:
     return _launch(inputs, rings.slots, rings.k_cache, rings.v_cache, rings.rows, rings.copies)
 
 
-triton_loader.register("qk_norm_rope", launch)
-triton_loader.register("qk_norm_rope_append", launch_append)
+register("qk_norm_rope", launch)
+register("qk_norm_rope_append", launch_append)
 
 
 def compile_cases(arch: int) -> list[Case]:

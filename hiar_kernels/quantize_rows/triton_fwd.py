@@ -14,7 +14,7 @@ from ..common.aot import Case
 from ..common.float8 import ROW_DTYPES
 from ..common.shapes import CHANNELS, FEED_FORWARD
 from ..common.triton_float8 import HARDWARE_FROM, empty_rows, quantize_tile, stored_type
-from ..common.triton_loader import architecture, register
+from ..common.triton_loader import FUSED, architecture, register
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def launch(x: Tensor, activation: str | None, dtype: torch.dtype) -> tuple[Tenso
         with torch.cuda.device_of(x):
             _quantize_rows_kernel[(triton.cdiv(len(flat), tile["BLOCK_R"]),)](
                 flat, stored, scales, len(flat), flat.stride(0), C=channels, GELU=activation is not None,
-                HARDWARE=hardware, INT8=dtype == torch.int8, **tile,
+                HARDWARE=hardware, INT8=dtype == torch.int8, **tile, **FUSED,
             )  # fmt: skip
     return values, scales
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..common.aot import Case
-from ..common.triton_loader import register
+from ..common.triton_loader import FUSED, register
 from .inputs import RingState
 
 
@@ -46,6 +46,7 @@ def launch(*arguments: Any) -> None:
             _ring_advance_fwd_kernel[(rows,)](
                 *tensors, *(x.stride(0) for x in tensors), count, state.ring_frames.shape[1], state.first_frame,
                 state.sink_frames, BLOCK_F=triton.next_power_of_2(max(count, 1)),
+                **FUSED,
                 num_warps=1,  # all of a row's lanes read the position before one of them moves it
             )  # fmt: skip
 

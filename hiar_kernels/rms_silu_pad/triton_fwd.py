@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import Case
-from ..common.triton_loader import register
+from ..common.triton_loader import FUSED, register
 from .layout import CACHE_FRAMES, format_of
 
 _LAST = torch.channels_last_3d
@@ -108,7 +108,7 @@ def launch(x: Tensor, weight: Tensor, cache: Tensor | None, eps: float) -> tuple
             _rms_silu_pad_fwd_kernel[(batch * (frames + CACHE_FRAMES) * tiles,)](
                 x, weight, cache, out, after, frames, pixels, tiles, 0 if cache is None else cache.shape[2], eps=eps,
                 C=channels, PAST=CACHE_FRAMES, LAST=memory == _LAST, **tile,
-                **_strides("x", x, memory), **_strides("cache", cache, memory),
+                **_strides("x", x, memory), **_strides("cache", cache, memory), **FUSED,
             )  # fmt: skip
     return out, after
 

@@ -5,11 +5,14 @@ Nothing of Triton is imported while tests are collected: other tiers collect thi
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
+import itertools
 import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +34,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton is built for Linux; there its absence is a failure"),
 ]
 
+PACKAGE = Path(aot.__file__).parent.parent
 FINE = Report(
     registers=128, spills_bytes=0, shared_bytes=65536, wgmma=8, mma=8, cp_async=0, tma=0, tcgen05=0, warps=4,
     occupancy=3, seconds=0.1,
@@ -55,6 +59,24 @@ def test_gradients_of_norms_cancel_exactly():
     assert len({case.name.split(",")[0] for case in backward}) == 6  # five ops, one with and without a gate
     assert not any(compile_case(case, 90).fma for case in backward)
     assert compile_case(dataclasses.replace(backward[0], fp_fusion=True), 90).fma > 0
+
+
+def test_launches_say_whether_products_and_sums_are_contracted():
+    """As their compile cases do: Triton's default changes with 3.10."""
+    fused: dict[str, set[bool]] = {}
+    for path in sorted(PACKAGE.glob("*/*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript):
+                kernel = ast.unparse(call.func.value)
+                if kernel.endswith("_kernel"):
+                    unpacked = {ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg is None}
+                    assert len(unpacked & {"FUSED", "UNFUSED"}) == 1, f"{path.name}: {kernel} leaves it to Triton"
+                    fused.setdefault(kernel, set()).add("FUSED" in unpacked)
+    compiled: dict[str, set[bool]] = {}
+    for op, arch in itertools.product(triton_modules(), ARCHITECTURES):
+        for case in cases(op, arch):
+            compiled.setdefault(case.kernel.__name__, set()).add(case.fp_fusion)
+    assert compiled == fused
 
 
 def test_a_nan_outlives_the_maximum_of_rms_silu_pad():
