@@ -403,9 +403,11 @@ def _as_json(value: Any) -> Any:
     return plain(value)
 
 
-def decoded_rgb(frame: Any) -> Frames:
-    """The picture uint8 [H, W, 3] of a decoded ``av.VideoFrame``, before any rotation that its file asks for."""
-    return frame.to_ndarray(format="rgb24", src_colorspace=_source_matrix(frame), interpolation=_ROUNDED)
+def decoded_rgb(frame: Any, format: str = "rgb24") -> Frames:
+    """The picture uint8 [H, W, 3] of a decoded ``av.VideoFrame``, before any rotation that its file asks for; as "rgba"
+    [H, W, 4].
+    """
+    return frame.to_ndarray(format=format, src_colorspace=_source_matrix(frame), interpolation=_ROUNDED)
 
 
 def _source_matrix(frame: Any) -> str | None:

@@ -27,6 +27,8 @@ _CHUNK, _CHUNK_BYTES = 8, 1 << 26  # frames scaled together, and their bytes
 _REPAIR = "get it again, or write what is whole of it anew (ffmpeg -i IN OUT)"
 _ORIENTATION = 0x0112  # of EXIF
 _BACKGROUND = 255  # grey level behind transparent pixels
+_TRANSPARENT = "transparent parts are put on white"
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders that read transparency
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +164,7 @@ def _to_srgb(picture: Any, path: Path, notes: list[str]) -> Frames:
         notes += [f"{path}: {note}"] if note else []
     picture = picture.convert("RGB")
     if alpha is not None and np.asarray(alpha).min() < 255:
-        notes.append(f"{path}: transparent parts are put on white")
+        notes.append(f"{path}: {_TRANSPARENT}")
         picture = Image.composite(picture, Image.new("RGB", picture.size, (_BACKGROUND,) * 3), alpha)
     return np.array(picture)
 
@@ -205,7 +207,7 @@ class _Clip:
                     raise ValueError(f"extend {path}: has no video stream")
                 stream: Any = container.streams.video[0]
                 self.rate = float(stream.average_rate or 0)
-                for frame in container.decode(video=0):
+                for frame in self._decoded(container, stream):
                     image = self._upright(frame, stream)
                     if size not in (None, image.shape):
                         raise ValueError(f"extend {path}: frames differ in size")
@@ -225,15 +227,44 @@ class _Clip:
         if not count:
             raise ValueError(f"extend {path}: corrupt: no frame can be read")
 
+    def _note(self, change: str) -> None:
+        if (line := f"{self.path}: {change}") not in self.notes:
+            self.notes.append(line)
+
+    def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
+        """Its frames; of VP8 and VP9 with their transparency, which FFmpeg's own decoders leave out."""
+        decoder = _WITH_ALPHA.get(stream.codec.name) if stream.metadata.get("alpha_mode") == "1" else None
+        if decoder in av.codecs_available:
+            context: Any = av.CodecContext.create(decoder, "r")
+            for packet in container.demux(stream):
+                yield from context.decode(packet)
+            return
+        if decoder:
+            self._note(f"transparent parts are not read as such: this libav has no {decoder}")
+        yield from container.decode(stream)
+
     def _upright(self, frame: Any, stream: Any) -> Frames:
-        image = decoded_rgb(frame)
+        image, transparent = _on_white(frame)
+        if transparent:
+            self._note(_TRANSPARENT)
         turns, flip = _orientation(frame)
-        if not self.notes and (turns or flip):
-            self.notes.append(f"{self.path}: rotated as the file says")
+        if turns or flip:
+            self._note("rotated as the file says")
         aspect = float(stream.sample_aspect_ratio or 0) or 1.0
         self.aspect = 1 / aspect if turns % 2 else aspect
         image = np.rot90(image, turns)
         return np.ascontiguousarray(image[:, ::-1] if flip else image)
+
+
+def _on_white(frame: Any) -> tuple[Frames, bool]:
+    """The picture of a decoded frame, transparent parts on white, and whether there are any."""
+    if not (frame.format.has_palette or any(component.is_alpha for component in frame.format.components)):
+        return decoded_rgb(frame), False
+    image = decoded_rgb(frame, "rgba")
+    colours, alpha = image[..., :3], image[..., 3:].astype(np.uint16)
+    if alpha.min() == 255:
+        return np.ascontiguousarray(colours), False
+    return ((colours * alpha + _BACKGROUND * (255 - alpha) + 127) // 255).astype(np.uint8), True
 
 
 def _seconds(container: Any, stream: Any) -> float:

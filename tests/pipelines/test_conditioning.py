@@ -216,6 +216,44 @@ def test_pixels_that_are_not_square(tmp_path):
     assert "2 times as wide as high" in given.notes[-1]
 
 
+TRANSPARENT = {
+    "c.mov": ("qtrle", "argb"), "c.mkv": ("ffv1", "yuva420p"), "c.webm": ("libvpx-vp9", "yuva420p"),
+    "c8.webm": ("libvpx", "yuva420p"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*TRANSPARENT, "c.gif"])
+def test_what_is_transparent_in_a_clip_is_white(tmp_path, monkeypatch, name):
+    """As in a picture: a loud green lies under alpha 0."""
+    cut_out = np.zeros((*SIZE, 4), np.uint8)
+    cut_out[..., 1], cut_out[:, 32:] = 255, (200, 100, 50, 255)
+    if name == "c.gif":
+        images = [Image.new("P", SIZE[::-1], 1 + i % 2) for i in range(5)]
+        for image in images:
+            image.putpalette([0, 255, 0, 200, 100, 50, 200, 100, 54])
+            image.paste(0, (0, 0, 32, 48))
+        images[0].save(tmp_path / name, save_all=True, append_images=images[1:], transparency=0, disposal=2)
+    else:
+        with av.open(str(tmp_path / name), "w") as container:
+            codec, pixels = TRANSPARENT[name]
+            options = {"auto-alt-ref": "0"} if codec == "libvpx" else {}  # it cannot have both
+            stream = container.add_stream(codec, rate=16, options=options)
+            stream.height, stream.width, stream.pix_fmt = *SIZE, pixels
+            frame = av.VideoFrame.from_ndarray(cut_out, format="rgba")
+            for _ in range(5):
+                container.mux(stream.encode(frame.reformat(format=pixels)))
+            container.mux(stream.encode())
+    given = read_conditioning(None, tmp_path / name, SIZE)
+    assert given is not None and given.frames.shape == (5, *SIZE, 3)
+    assert given.notes == (f"{tmp_path / name}: transparent parts are put on white",)
+    assert given.frames[4, 9, 9].tolist() == [255] * 3
+    assert np.abs(given.frames[4, 40, 60].astype(int) - (200, 100, 50)).max() <= 4
+    if name.endswith(".webm"):
+        monkeypatch.setattr(av, "codecs_available", set())
+        given = read_conditioning(None, tmp_path / name, SIZE)
+        assert given is not None and "transparent parts are not read as such" in given.notes[0]
+
+
 @pytest.mark.parametrize(("lines", "matrix"), [(720, "ITU709"), (480, "ITU601")])
 def test_a_clip_that_does_not_say_its_matrix_is_read_by_its_size(tmp_path, lines, matrix):
     colour = np.array([200, 40, 40], np.uint8)
