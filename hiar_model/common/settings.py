@@ -23,12 +23,12 @@ _UNSET = {"none": "ieee"}  # what an unset value means
 
 
 @contextmanager
-def own_settings(autocast: bool = False) -> Iterator[None]:
+def own_settings(autocast: bool = False, gradients: bool = False) -> Iterator[None]:
     """Run with torch's defaults: float32, the CPU, no autocast, no inference mode, no deterministic algorithms, float32
     matrix products in float32. Works as a decorator too.
 
     Args:
-        autocast: leave autocast as the caller has it.
+        autocast: leave autocast as the caller has it. gradients: record them, even inside the caller's ``no_grad``.
     """
     with ExitStack() as restore:
         if torch.get_default_dtype() != torch.float32:
@@ -37,6 +37,8 @@ def own_settings(autocast: bool = False) -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             restore.enter_context(torch.inference_mode(False))
             restore.enter_context(torch.no_grad())
+        if gradients:
+            restore.enter_context(torch.enable_grad())
         if torch.get_default_device().type != "cpu":
             restore.enter_context(torch.device("cpu"))
         if torch.are_deterministic_algorithms_enabled():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.cuda_graph import CudaGraphs
+from ..common.settings import own_settings
 from .small_vae import CELL, CHANNELS, STEP, SmallVAE, memory_sizes, through
 from .vae import StreamingDecoder
 
@@ -114,6 +115,7 @@ class SmallEncoder:
         self._memory: list[Tensor] = []
         self._waiting: Tensor | None = None  # frames that fill no latent frame yet
 
+    @own_settings()
     def encode(self, pixels: Tensor, *, more: bool = False) -> Tensor:
         """Pixels [B, F, 3, H, W] in [-1, 1] (see :func:`.vae.to_pixels`) -> latents [B, f, 16, h, w], float32.
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.settings import own_settings
 from ..io.atomic import atomic
 from ..io.files import refuse_stand_in, save_tensors
 from ..io.weight_files import (
@@ -161,6 +162,7 @@ class WanTextEncoder:
             except OSError as error:
                 raise ValueError(f"{self._cache}: no folder for prompt embeddings: {error.strerror}") from error
 
+    @own_settings()
     def __call__(self, prompt: str) -> Tensor:
         """The embedding of one prompt, [1, L, text_dim] on the device; more than 512 tokens are cut, with a warning."""
         clean = clean_prompt(prompt)
@@ -171,6 +173,7 @@ class WanTextEncoder:
             self._write_cache(name, clean, embedding)
         return embedding.to(self.device)
 
+    @own_settings()
     def length(self, prompt: str) -> int:
         """The number of tokens of a prompt; loads no weights."""
         return self._tokens(clean_prompt(prompt)).shape[1]

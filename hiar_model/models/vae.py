@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import whole
+from ..common.settings import own_settings
 from .vae_fused import Cache
 from .vae_weights import library, load_vae
 
@@ -147,6 +148,7 @@ class StreamingDecoder(_Stream):
         """
         return self.submit(latents).result()
 
+    @own_settings()
     def submit(self, latents: Tensor) -> PendingFrames:
         """:meth:`decode` without waiting: on CUDA the work is queued and the host continues."""
         if latents.dim() != 5 or latents.shape[0] != 1:
@@ -162,6 +164,7 @@ class StreamingDecoder(_Stream):
             done.record()
         return PendingFrames(host, done)
 
+    @own_settings()
     def decode_float(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, f, C, h, w] -> pixels [B, F, 3, H, W] in [-1, 1], dtype and device of the VAE."""
         x = self._features(latents)
@@ -231,6 +234,7 @@ class StreamingEncoder(_Stream):
     def __init__(self, vae: Any) -> None:
         super().__init__(vae, "encoder")
 
+    @own_settings()
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, F, 3, H, W] in [-1, 1] (see :func:`to_pixels`) -> latents [B, f, C, h, w], float32.
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import wan_files
+from taehv_weights import taehv_state
 from test_ops import SAMPLES, op
 from tiny_model import MODEL, TEXT, run
 from torch import Tensor
@@ -15,11 +19,16 @@ import hiar_model
 from hiar_kernels import attention
 from hiar_model.common.settings import PINNED, own_settings
 from hiar_model.config import FlowSchedule
+from hiar_model.models.small_stream import SmallDecoder, SmallEncoder
+from hiar_model.models.small_vae import SmallVAE
+from hiar_model.models.text_encoder import WanTextEncoder
+from hiar_model.models.vae import StreamingDecoder, StreamingEncoder, load_vae
 from hiar_model.rollout.infill import infill
 from hiar_model.toy.codec import ToyCodec
 from hiar_model.toy.oracle import ToyOracle
 from hiar_model.toy.prompt import all_prompts, split_prompts
 from hiar_model.toy.world import WORLDS, ToyWorld
+from hiar_model.train import trajectory_x0
 from hiar_model.train.engine.networks import make_network
 
 pytestmark = pytest.mark.cpu
@@ -124,6 +133,34 @@ def test_what_we_make(name, kind):
         actual = MADE[kind]()
         assert standing() == before
     require_same(actual, EXPECTED[kind])
+
+
+def parts(folder: Path) -> list[Tensor]:
+    """What a program may use of Wan by itself: text encoder, VAEs, targets of the forward KL."""
+    vae, small = load_vae(folder), SmallVAE()
+    small.load_state_dict(taehv_state(), assign=True)
+    words = WanTextEncoder(folder)
+    pixels = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (1, 5, 3, 16, 32)).astype(np.float32))
+    latents = StreamingEncoder(vae).encode(pixels)
+    level, following = (torch.tensor([sigma], dtype=torch.float64, device="cpu") for sigma in (0.9, 0.8))
+    return [
+        words("a red circle"), latents, torch.from_numpy(StreamingDecoder(vae).decode(latents)),
+        StreamingDecoder(vae).decode_float(latents), SmallEncoder(small).encode(pixels),
+        SmallDecoder(small).decode_float(latents), trajectory_x0(latents, 2 * latents, 0.9, 0.8),
+        trajectory_x0(latents, 2 * latents, level, following),
+    ]  # fmt: skip
+
+
+def test_parts_by_themselves_under_all_settings_at_once(tmp_path):
+    folder = wan_files.write_diffusers(tmp_path / "wan")
+    expected = parts(folder)
+    with ExitStack() as stack:
+        for setting in SETTINGS.values():
+            stack.enter_context(setting())
+        before = standing()
+        actual = parts(folder)
+        assert standing() == before
+    require_same(actual, expected)
 
 
 def flat(x: object) -> list[Tensor]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lora_files
@@ -54,6 +56,38 @@ def make(pipe: HiARPipeline, prompt: Any = PROMPT, **options: Any) -> torch.Tens
 def test_wrong_arguments(pipe, options, message):
     with pytest.raises(ValueError, match=message):
         make(pipe, options.pop("prompt", PROMPT), **options)
+
+
+@contextmanager
+def default(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: default(torch.float64),
+        lambda: default(torch.bfloat16),
+        lambda: torch.device("meta"),  # stands for a GPU
+        torch.inference_mode,
+    ],
+    ids=["float64", "bfloat16", "device", "inference_mode"],
+)
+def test_what_the_program_has_set_changes_nothing_that_is_loaded(pipe, folder, setting):
+    """diffusers' own loader follows torch's defaults: the VAE came in bfloat16."""
+    with setting():
+        again = load(folder)
+    for part in ("text_encoder", "vae", "transformer"):
+        plain, loaded = (getattr(one, part).state_dict() for one in (pipe, again))
+        assert plain.keys() == loaded.keys()
+        for name, value in plain.items():
+            assert (value.dtype, value.device) == (loaded[name].dtype, loaded[name].device), (part, name)
+            assert torch.equal(value, loaded[name]), (part, name)
+    assert torch.equal(make(pipe), make(again))
 
 
 def test_odd_but_legal(pipe):

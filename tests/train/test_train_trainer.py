@@ -111,6 +111,15 @@ def test_a_run_inside_autocast_learns_as_outside(tmp_path, enabled):
     assert losses(tmp_path / "inside") == losses(tmp_path / "outside")
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_run_where_gradients_are_off_learns_as_elsewhere(tmp_path, mode):
+    with mode():
+        train(tmp_path / "inside", recipe(updates=2))
+        assert not torch.is_grad_enabled()
+    train(tmp_path / "outside", recipe(updates=2))
+    assert losses(tmp_path / "inside") == losses(tmp_path / "outside")
+
+
 def test_recomputed_blocks_change_no_number(tmp_path):
     for name, recompute in (("kept", False), ("again", True)):
         train(tmp_path / name, recipe(updates=3, scale={"activation_checkpointing": recompute}))

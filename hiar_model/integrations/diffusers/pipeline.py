@@ -97,6 +97,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self._num_timesteps = len(config.steps)
 
     @classmethod
+    @own_settings()
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],

@@ -124,7 +124,7 @@ class Trainer:
         if self.state is not None:
             self._load(self.state)
 
-    @own_settings()
+    @own_settings(gradients=True)
     def run(self, on_update: Callable[[int, Mapping[str, float]], None] | None = None) -> bool:
         """Train up to ``recipe.updates``; returns whether it got there: False after :meth:`stop` or ``max_minutes``.
 

@@ -39,7 +39,7 @@ def trajectory_x0(point: Tensor, next_point: Tensor, sigma: float | Tensor, next
         raise ValueError(
             f"trajectory_x0: next_point must be {list(point.shape)} like point, got {list(next_point.shape)}"
         )
-    here, there = (torch.as_tensor(s, dtype=torch.float64).cpu().reshape(-1) for s in (sigma, next_sigma))
+    here, there = (torch.as_tensor(s, dtype=torch.float64, device="cpu").reshape(-1) for s in (sigma, next_sigma))
     batch = len(point)
     if len(here) not in (1, batch) or here.shape != there.shape or bool((here == there).any()):
         raise ValueError(
@@ -85,7 +85,7 @@ def forward_kl_loss(
     if trajectory.dim() != 6 or trajectory.shape[1] < 2:
         raise ValueError(f"forward_kl_loss: trajectory must be [B, P >= 2, F, C, H, W], got {list(trajectory.shape)}")
     batch, points = trajectory.shape[:2]
-    levels = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
     if levels.shape != (points,) or not bool((levels.diff() < 0).all()):
         raise ValueError(f"forward_kl_loss: sigmas must be {points} falling numbers, got {levels.tolist()}")
     if not 1 <= first_k < points:
