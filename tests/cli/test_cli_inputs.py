@@ -10,6 +10,7 @@ from small_toy import small_folder  # noqa: F401 (fixture)
 
 from hiar_model.cli import COMMANDS, main
 from hiar_model.cli.choices import SHARED
+from hiar_model.cli.machine import ProgressLines
 from hiar_model.common.checks import out_of_memory
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
@@ -147,6 +148,23 @@ def test_what_one_process_does_is_not_done_by_several(here, capsys, monkeypatch,
     line = refused(capsys, command, *REQUIRED.get(command, []))
     assert f"hiar: {command} is for one process, torchrun started 2 (WORLD_SIZE)" in line
     assert "generate, train, verify-parity" in line and not list(here.iterdir())
+
+
+# Progress
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate"])
+def test_progress_is_shown_without_a_terminal(folder, capsys, monkeypatch, command):
+    """In a log or a job: not a word for minutes."""
+    monkeypatch.setattr(ProgressLines, "EVERY", 0.0)
+    tiny = "updates=2 batch_size=1 num_latent_frames=6 scale.threads=1 sample_every=0".split()
+    words, line = {
+        "train": ([RECIPE, *tiny, "--out", "run"], r"1/2, .*loss \d"),
+        "generate": (["a red circle moving right", "-o", "a.gif", "--num-frames", 6, "--model", folder], "frames 3/6"),
+        "evaluate": (["toy", "--model", folder, "--prompts", 1, "--num-frames", "[6]"], "videos 1/2"),
+    }[command]
+    assert run(command, *words) == 0
+    assert re.search(line, capsys.readouterr().err)
 
 
 # Memory

@@ -38,6 +38,7 @@ def test_every_shipped_recipe_loads(name):
     assert isinstance(recipe, Recipe) and type(recipe) is RECIPES[recipe.stage]
     assert recipe.stage in name.rpartition("/")[2]
     assert make_recipe(recipe.to_dict()) == recipe, "what a checkpoint keeps is the whole recipe"
+    assert getattr(recipe, "log_every", 1) == 1, "an update takes seconds or minutes: losses come with each"
     if isinstance(recipe, NetworkRecipe):
         assert recipe.model.startswith("wan2.1-t2v-1.3b" if name.startswith("wan") else "toy")
 
