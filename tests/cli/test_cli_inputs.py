@@ -157,7 +157,7 @@ def test_what_one_process_does_is_not_done_by_several(here, capsys, monkeypatch,
 def test_progress_is_shown_without_a_terminal(folder, capsys, monkeypatch, command):
     """In a log or a job: not a word for minutes."""
     monkeypatch.setattr(ProgressLines, "EVERY", 0.0)
-    tiny = "updates=2 batch_size=1 num_latent_frames=6 scale.threads=1 sample_every=0".split()
+    tiny = ["updates=2", "batch_size=1", "num_latent_frames=6", "scale.threads=1", "sample_every=0"]
     words, line = {
         "train": ([RECIPE, *tiny, "--out", "run"], r"1/2, .*loss \d"),
         "generate": (["a red circle moving right", "-o", "a.gif", "--num-frames", 6, "--model", folder], "frames 3/6"),

@@ -205,6 +205,20 @@ def clip(path, frames: np.ndarray, aspect: Fraction | None = None, **options) ->
         container.mux(stream.encode())
 
 
+@pytest.mark.parametrize(("a", "b"), [(0, 1), (-1, 0), (0, -1)], ids=["90", "180", "270"])
+def test_a_clip_stands_as_its_file_says(tmp_path, a, b):
+    """A phone held upright writes frames that lie, and a matrix in the track's header."""
+    clip(tmp_path / "c.mp4", np.stack([picture()] * 5))
+    data = bytearray((tmp_path / "c.mp4").read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40
+    data[matrix : matrix + 36] = struct.pack(">9i", a << 16, b << 16, 0, -b << 16, a << 16, 0, 0, 0, 1 << 30)
+    (tmp_path / "c.mp4").write_bytes(data)
+    shown = np.rot90(picture(), {(0, 1): -1, (-1, 0): 2, (0, -1): 1}[a, b])
+    given = read_conditioning(None, tmp_path / "c.mp4", shown.shape[:2])
+    assert given is not None and given.notes == (f"{tmp_path / 'c.mp4'}: rotated as the file says",)
+    assert off(given.frames[2], shown) < 4
+
+
 def test_pixels_that_are_not_square(tmp_path):
     """32 columns of pixels twice as wide as high look like 64."""
     narrow = np.stack([picture()[:, ::2]] * 5)

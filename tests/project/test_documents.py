@@ -249,6 +249,22 @@ def test_links_lead_somewhere(page):
     assert not broken_links(page, (ROOT / page).read_text(encoding="utf-8"))
 
 
+# What others' libraries do
+
+
+def test_behaviours_say_their_version_and_what_depends_on_them():
+    """Of each row the behaviour or the source names a version; scripts that show one are there."""
+    page = TEXTS["docs/contributing/behaviour.md"]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"\| (?!behaviour)", line)]
+    assert len(rows) > 40
+    for behaviour, *more in rows:
+        assert len(more) == 2 and all(more), f"three columns: {behaviour}"
+        assert re.search(r"\d\.\d+", behaviour + more[0]), f"no version: {behaviour}"
+    for page, text in TEXTS.items():
+        for script in re.findall(r"findings/[\w.-]+", text):
+            assert (ROOT / script).is_file(), f"{page}: {script} is no file"
+
+
 # The checks themselves: each must be able to fail.
 
 

@@ -29,6 +29,13 @@ def test_one_version():
         assert hiar_kernels.__version__ == "unknown"
 
 
+def test_the_extra_of_wan_brings_what_its_files_need():
+    """spiece.model, as published, is read by sentencepiece and protobuf; without ftfy prompts stay uncleaned."""
+    extra = re.search(r"^wan = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    needed = {"diffusers", "transformers", "ftfy", "sentencepiece", "protobuf"}
+    assert extra and needed <= set(re.findall(r'"([\w-]+)', extra[1]))
+
+
 WITH_EXAMPLES = [
     ".".join(file.relative_to(ROOT).with_suffix("").parts)
     for file in sorted((ROOT / "hiar_model").rglob("*.py"))
