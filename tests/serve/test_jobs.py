@@ -208,6 +208,23 @@ def test_a_folder_has_one_server(tmp_path, model):
     again.close()
 
 
+def test_the_list_of_videos(tmp_path, monkeypatch):
+    clock = iter(range(100, 200))
+    monkeypatch.setattr("hiar_model.serve.store.time.time", lambda: float(next(clock)))
+    store = Store(tmp_path)
+    names = [store.add("job", {"seed": seed}, 6) for seed in range(3)]
+    store.update(names[1], status="running", frames=3)
+    assert [row["id"] for row in store.newest(2)] == names[:0:-1]
+    assert [row["id"] for row in store.having(status="queued")] == [names[0], names[2]]
+    row = store.get(names[1])
+    assert (row["created"], row["updated"], row["frames"], row["request"]) == (101.0, 103.0, 3, {"seed": 1})
+    assert store.counts() == {"queued": 2, "running": 1, "finished": 0, "failed": 0}
+    store.close()
+    again = new_jobs(tmp_path, None)
+    assert again.waiting_ids == [names[1], names[0], names[2]], "what was begun is first"
+    again.store.close()
+
+
 def test_jobs_get_on_while_viewers_watch(model, tmp_path):
     with serving(model, tmp_path) as service, Viewer(service) as viewer:
         viewer.start()
