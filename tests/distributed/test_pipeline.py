@@ -393,6 +393,21 @@ def fresh() -> Rollout:
     return make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=9, executor="pipeline", **SIZE)
 
 
+def test_states_stay_until_every_rank_has_newer_ones(tmp_path):
+    folder, rollout = RunFolder(tmp_path / "run", {}, every=2), fresh()
+    folder.ranks = 2
+    for block in range(1, 9):
+        folder.boundary(rollout, block)
+    assert folder.states() == [2, 4, 6, 8]
+    for of_the_other, states in ((4, [2, 4, 6, 8, 10]), (8, [6, 8, 10])):
+        (folder.folder / f"state_{of_the_other:06d}_rank_1.safetensors").touch()
+        folder.boundary(rollout, 10)
+        assert folder.states() == states
+    none = RunFolder(tmp_path / "none", {}, every=0)
+    none.boundary(rollout, 1)
+    assert none.states() == []
+
+
 def test_one_process_resumes_too(tmp_path):
     whole = [block.latents for block in fresh()]
     first, folder = fresh(), RunFolder(tmp_path / "run", {}, every=1)
