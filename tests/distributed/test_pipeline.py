@@ -379,6 +379,8 @@ def test_a_run_folder_saves_and_refuses(tmp_path):
         RunFolder(tmp_path / "run", about)
     with pytest.raises(ValueError, match="of another run: seed was 1, now it is 2"):
         RunFolder(tmp_path / "run", {**about, "seed": 2}, resume=True)
+    with pytest.raises(ValueError, match=r"of another run: windows was \[3, 4\], now it is None"):
+        RunFolder(tmp_path / "run", {"seed": 1}, resume=True)
     with pytest.raises(ValueError, match="run: its noise is 'torch-32', this version draws 'philox-128'"):
         RunFolder(tmp_path / "run", {**about, "noise": "philox-128"}, resume=True)
     with pytest.raises(ValueError, match="checkpoint_every must be a whole number"):
