@@ -129,6 +129,20 @@ def test_a_job_goes_on_from_its_checkpoint(model, tmp_path, blocks):
     assert count == 6 - 2 * (min(blocks, 4) // 2)
 
 
+def test_blocks_are_on_the_disk_before_the_state_behind_them(model, tmp_path, monkeypatch):
+    """And the state before the list says how far the video is: after a power cut nothing is missing."""
+    jobs = new_jobs(tmp_path, model)
+    name = jobs.add(JobRequest(PROMPT, num_frames=15), 15)
+    jobs.work()
+    done, job = [], jobs.current
+    for owner, call in ((job.spool, "sync"), (job.run, "save_session"), (jobs.store, "update")):
+        real = getattr(owner, call)
+        monkeypatch.setattr(owner, call, lambda *a, n=call, r=real, **o: (done.append(n), r(*a, **o)))
+    jobs.work()
+    assert done == ["sync", "save_session", "update"] and jobs.store.get(name)["frames"] == 6
+    jobs.store.close()
+
+
 def test_a_full_disk_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch):
     jobs = new_jobs(tmp_path, model)
     name = jobs.add(JobRequest(PROMPT, num_frames=15), 15)
@@ -181,6 +195,26 @@ def test_a_job_that_cannot_be_made_fails_alone(model, tmp_path):
     while jobs.waiting():
         jobs.work()
     assert jobs.store.get(bad)["status"] == "failed" and "seven" in jobs.store.get(bad)["error"]
+    assert jobs.store.get(good)["status"] == "finished"
+    jobs.store.close()
+
+
+def test_a_job_that_is_too_large_lets_the_next_one_be_made(model, tmp_path, monkeypatch):
+    """No waiting makes it smaller. What was made of it is of use to nobody, and goes."""
+    jobs = new_jobs(tmp_path, model)
+    large, good = (jobs.add(JobRequest(PROMPT, num_frames=frames), frames) for frames in (15, 6))
+    for _ in range(3):
+        jobs.work()
+    assert len(list(jobs.store.path(large).iterdir())) == 2
+    monkeypatch.setattr("hiar_model.serve.spool.LARGEST", jobs.current.spool.path.stat().st_size + 1)
+    jobs.work()
+    monkeypatch.undo()
+    about = jobs.store.get(large)
+    assert about["status"] == "failed" and "it would be larger than" in about["error"]
+    assert not list(jobs.store.path(large).iterdir())
+    assert jobs.waiting()
+    while jobs.waiting():
+        jobs.work()
     assert jobs.store.get(good)["status"] == "finished"
     jobs.store.close()
 
