@@ -10,7 +10,9 @@ from bench.studies import long_stream
 from hiar_model import ExecutionConfig, PromptSchedule, RolloutConfig, VideoPipeline
 from hiar_model.models.registry import load_video_model
 from hiar_model.serve.live import LiveVideo
+from hiar_model.serve.metrics import Metrics
 from hiar_model.serve.protocol import Refusal, StartMessage
+from hiar_model.serve.states import StateDisk
 
 pytestmark = pytest.mark.cpu
 
@@ -85,6 +87,19 @@ def test_going_back_to_a_block_that_later_ones_began_beside(tmp_path):
     assert [(state.block, state.started) for state in live.states][2] == (3, 3)
     live.fork(3, GREEN)
     assert same(first[:3] + blocks(live, 2), scheduled(deep, "wavefront", 15, (0, RED), (3, GREEN)))
+
+
+def test_the_nearest_state_is_taken_in_memory_or_on_disk(model, tmp_path):
+    disk = StateDisk(tmp_path, 10**8, Metrics(), every=4, rate=1e12)
+    live = video(model, disk=disk.of("a"))
+    blocks(live, 5)
+    disk.close()  # when the state before block 4 is written
+    assert [file.block for file in live.disk.files] == [4]
+    for stored, block in ((live.states[:5], 5), (live.states[:2], 4)):
+        live.states = stored
+        live._go_back(5)
+        assert live.block == block
+    assert same(blocks(live, 1), scheduled(model, "stream", 18, (0, RED)))
 
 
 def test_a_prompt_changes_on_the_way_back(model):
