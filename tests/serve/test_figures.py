@@ -64,6 +64,14 @@ def test_frames_per_second_and_the_queue():
     assert (stats.fps, stats.queue, stats.sessions) == (3.0, 2, 2)
 
 
+def test_what_is_promised_is_what_is_not_taken_yet():
+    one = session()
+    one.video.rewind_bytes, one.video.states = 1000, [SimpleNamespace(nbytes=300), SimpleNamespace(nbytes=50)]
+    assert one.promised == 650
+    one.video, one.reserved = None, 1200
+    assert one.promised == 1200
+
+
 def test_blocks_are_made_a_window_ahead():
     one = session()
     one.pending.append(piece(WINDOW - 1))

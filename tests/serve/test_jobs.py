@@ -14,7 +14,7 @@ from serving import PROMPT, Viewer, ask, frames_of, serving, until
 
 from hiar_model import VideoPipeline
 from hiar_model.config import ExecutionConfig
-from hiar_model.serve.jobs import JobRequest, Jobs
+from hiar_model.serve.jobs import JobRequest, Jobs, _without_session
 from hiar_model.serve.protocol import Refusal
 from hiar_model.serve.scheduler import Scheduler
 from hiar_model.serve.store import Store
@@ -104,7 +104,7 @@ def new_jobs(folder, model):
 
 @pytest.mark.parametrize("blocks", [0, 1, 3, 4, 5])
 def test_a_job_goes_on_from_its_checkpoint(model, tmp_path, blocks):
-    """Stopped after some blocks of five (checkpoints are every two): the same file, byte for byte, as in one go."""
+    """Stopped after some blocks of five (checkpoints are every two): the same files, byte for byte, as in one go."""
     request = JobRequest(prompts=[[0, PROMPT], [0.5, BLUE]], num_frames=15, seed=2)
 
     def whole(folder, stop_after):
@@ -120,7 +120,8 @@ def test_a_job_goes_on_from_its_checkpoint(model, tmp_path, blocks):
             count += 1
         assert jobs.store.get(name)["status"] == "finished"
         jobs.store.close()
-        return (jobs.store.path(name) / "video.mp4").read_bytes(), count
+        folder = jobs.store.path(name)
+        return [(folder / f"video.mp4{more}").read_bytes() for more in ("", ".json")], count
 
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -139,8 +140,18 @@ def test_blocks_are_on_the_disk_before_the_state_behind_them(model, tmp_path, mo
         real = getattr(owner, call)
         monkeypatch.setattr(owner, call, lambda *a, n=call, r=real, **o: (done.append(n), r(*a, **o)))
     jobs.work()
-    assert done == ["sync", "save_session", "update"] and jobs.store.get(name)["frames"] == 6
+    about = jobs.store.get(name)
+    assert done == ["sync", "save_session", "update"] and about["frames"] == 6
+    stored = [about["request"][key] for key in ("num_frames", "height", "width")]
+    assert stored == [15, 32, 32], "whatever the next server's defaults are"
     jobs.store.close()
+
+
+def test_a_command_makes_the_whole_video():
+    """Not what followed the last start of the server."""
+    words = ["hiar", "generate", PROMPT, "--from-session", "session.safetensors", "--seed", "5"]
+    assert _without_session(words) == ["hiar", "generate", PROMPT, "--seed", "5"]
+    assert _without_session(words[:3]) == words[:3]
 
 
 def test_a_full_disk_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch):
@@ -196,6 +207,21 @@ def test_a_job_that_cannot_be_made_fails_alone(model, tmp_path):
         jobs.work()
     assert jobs.store.get(bad)["status"] == "failed" and "seven" in jobs.store.get(bad)["error"]
     assert jobs.store.get(good)["status"] == "finished"
+    jobs.store.close()
+
+
+def test_a_job_waits_while_viewers_have_the_memory(model, tmp_path):
+    jobs = new_jobs(tmp_path, model)
+    name = jobs.add(JobRequest(PROMPT, num_frames=6), 6)
+    jobs.store.update(name, status="running")  # by the server before this one
+    jobs.admission.free = lambda device: 0
+    jobs.work()
+    about = jobs.store.get(name)
+    assert about["status"] == "queued" and "are free for it" in about["error"] and not jobs.waiting()
+    jobs.admission.free, jobs.retry_at = (lambda device: None), 0.0
+    while jobs.waiting():
+        jobs.work()
+    assert (jobs.store.get(name)["status"], jobs.store.get(name)["error"]) == ("finished", None)
     jobs.store.close()
 
 
