@@ -18,6 +18,7 @@ from torch import Tensor
 from wan_files import WAN
 
 from hiar_model.config import WanConfig
+from hiar_model.config.rollout import TrainedWindow
 from hiar_model.models import key_mapping
 from hiar_model.models.checkpoint import CheckpointInfo, load_transformer, read_checkpoint
 
@@ -87,6 +88,13 @@ def test_sizes_survive_both_config_files(changes):
         one = dataclasses.replace(config, **{name: getattr(odd, name)})
         with pytest.raises(ValueError, match=f"diffusers' layout has no {name}: it means .*, the model has "):
             key_mapping.diffusers_config(one)
+
+
+@pytest.mark.parametrize("window", [TrainedWindow(), TrainedWindow(12, 3), TrainedWindow(None, 3), TrainedWindow(9, 0)])
+def test_a_window_survives_the_config_file(window):
+    here, written = Path("config.json"), json.loads(json.dumps(key_mapping.native_config(WAN, window)))
+    assert key_mapping.read_window(written, here) == window
+    assert WanConfig.from_dict(key_mapping.read_sizes(written, here)) == WAN
 
 
 # Loading
@@ -241,6 +249,7 @@ def test_other_models_are_named(tmp_path, key, what):
         ({"_class_name": "WanVACETransformer3DModel"}, "describes a WanVACETransformer3DModel, expected a WanTransf"),
         ({"image_dim": 1280}, "image_dim 1280 makes it an image-to-video model; expected null"),
         ({"added_kv_proj_dim": 256}, "added_kv_proj_dim 256 makes it an image-to-video model; expected null"),
+        ({"pos_embed_seq_len": 514}, "pos_embed_seq_len 514 makes it an image-to-video model; expected null"),
         ({"num_attention_heads": "2"}, "sizes must be numbers: num_attention_heads is '2'"),
         (
             {"attention_head_dim": None, "num_attention_heads": 3},
