@@ -129,6 +129,9 @@ def test_what_was_found_counts_mixed_dtypes(tmp_path):
     assert info.dtypes == (torch.bfloat16, torch.float32) and "bfloat16 and float32" in str(info)
     assert saved["head.modulation"].dtype == torch.float32 and saved["head.head.weight"].dtype == torch.bfloat16
     assert info.nbytes == sum(value.nbytes for value in saved.values())
+    wide = {key: value.float() for key, value in state.items()}
+    save_file({**wide, "head.modulation": state["head.modulation"]}, file)
+    assert read_checkpoint(folder)[1].dtypes == (torch.float32, torch.bfloat16), "the most frequent first"
 
 
 def test_inner_folders_and_single_files_of_a_pipeline(published):
@@ -289,6 +292,15 @@ def test_a_config_of_other_heads_is_used_as_told(published, tmp_path):
 def test_bad_pipeline_folders(tmp_path, index, message):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     assert message in refusal(tmp_path)
+
+
+def test_weights_beside_those_of_a_pipeline(tmp_path):
+    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "diffusion_pytorch_model.safetensors").touch()
+    line = refusal(tmp_path)
+    assert f"the transformer of {tmp_path}" in line and "diffusion_pytorch_model.safetensors" in line
 
 
 def test_folders_without_a_transformer(tmp_path):
