@@ -266,8 +266,9 @@ def _check_shape(key: str, delta: Delta, tensors: Mapping[str, Any], file: Path)
     else:
         assert delta.down is not None and delta.up is not None
         got = [delta.up.shape[0], *delta.down.shape[1:]]
-        pointwise = all(n == 1 for n in delta.up.shape[2:])
-        fits = pointwise and (got == shape or (len(got) == 2 and got[0] == shape[0] and got[1] == math.prod(shape[1:])))
+        if any(n != 1 for n in delta.up.shape[2:]):
+            raise ValueError(f"{file}: {key}: up is {list(delta.up.shape)}, expected [out, rank] and sizes of 1")
+        fits = got == shape or (len(got) == 2 and got[0] == shape[0] and got[1] == math.prod(shape[1:]))
     if not fits:
         raise ValueError(f"{file}: wrong shape: its {key} is {got}, that of this transformer {shape}")
 

@@ -90,7 +90,7 @@ def infill(
         drawn = [[keyed_noise(seed, video, step, n, shape) for n, shape in shapes] for video in videos]
         return torch.stack([torch.cat(blocks) for blocks in drawn]).to(weight.device, weight.dtype)
 
-    clean = latents.to(weight.device, weight.dtype).where(mask, 0.0)  # unknown frames may even hold NaN
+    clean = latents.to(weight.device, weight.dtype)
     own = initial = noise(INITIAL)
     x, wide = initial, torch.promote_types(weight.dtype, torch.float32)
     with cpu_threads(fitting_threads(*models)):

@@ -78,4 +78,3 @@ def empty(cache: RingCache, index: int) -> None:
     """Empty one ring: none of its frames is visible any more."""
     cache.frames[index].fill_(EMPTY)
     cache.slot_frames[index] = [EMPTY] * len(cache.slot_frames[index])
-    cache.write_position[index] = None

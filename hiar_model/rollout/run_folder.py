@@ -56,7 +56,6 @@ class RunFolder:
         every = whole("checkpoint_every", every, 0, " (blocks; 0: none)")
         self.folder, self.every, self.group = Path(folder), every, group
         self.rank, self.ranks = _rank_and_size(group)
-        self.last_state = 0  # the block of the newest states
         self._check(json.loads(json.dumps(about)), resume)
         if self.group is not None:
             self._gather(None)  # every rank has checked before one writes
@@ -117,7 +116,6 @@ class RunFolder:
         if not self.every or block % self.every:
             return
         state_io.write(self.folder / self._state(block), *state_io.pack(rollout.state_dict()))
-        self.last_state = block
         self._prune()
 
     def resume(self, rollout: Rollout) -> int:
@@ -125,15 +123,14 @@ class RunFolder:
         first, stored = rollout.plan.prefix_blocks, set(self.blocks())
         mine = [n for n in self.states() if self.rank < self.ranks - 1 or stored.issuperset(range(first, n))]
         common = set.intersection(*map(set, self._gather(mine)))
-        self.last_state = max(common, default=0)
-        if self.last_state:
-            path = self.folder / self._state(self.last_state)
+        if newest := max(common, default=0):
+            path = self.folder / self._state(newest)
             tensors, metadata = state_io.read(path)
             try:
                 rollout.load_state_dict(state_io.unpack(tensors, metadata))
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
-        return self.last_state
+        return newest
 
     def _prune(self) -> None:
         """Remove old states: keep the newest that every rank has, the one before it, and later ones."""

@@ -201,7 +201,7 @@ class Jobs:
         self.current = VideoJob(name, self.store, self.model, self.execution, request, self.checkpoint_every)
 
     def _failed(self, name: str, error: Exception) -> None:
-        self.current = None
+        job, self.current = self.current, None
         if self.store.get(name) is None:
             return  # it was deleted, and its folder with it
         message = " ".join(str(error).split())
@@ -210,7 +210,7 @@ class Jobs:
             self.store.update(name, status="queued", error=message)
             return
         full = {getattr(e, "errno", None) for e in (error, error.__cause__) if e is not None}
-        if full & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or isinstance(error, sqlite3.Error):
+        if full & {errno.ENOSPC, errno.EDQUOT} or isinstance(error, sqlite3.Error):
             self._wait(name, error)
             self.store.update(name, error=message)
             return
@@ -218,6 +218,8 @@ class Jobs:
             log.exception("video %s failed", name)
             message = "the video failed; the server's log says why"
         self._done(name, status="failed", error=message)
+        if job is not None:
+            job.clean()
 
     def _wait(self, name: str, error: Exception) -> None:
         """Nothing can be written now; the last checkpoint stands."""

@@ -194,8 +194,6 @@ class SessionStates:
                 self.thin()
             if file not in self.files:  # it was dropped meanwhile
                 discard(file.path)
-            if self.disk.sessions.get(self.folder.name) is not self:
-                shutil.rmtree(self.folder, ignore_errors=True)
 
     def before(self, block: int, below: int | None = None) -> list[StateFile]:
         """States at or before a block, in which no block from ``below`` on has begun, the newest first."""

@@ -379,6 +379,8 @@ def test_a_run_folder_saves_and_refuses(tmp_path):
         RunFolder(tmp_path / "run", about)
     with pytest.raises(ValueError, match="of another run: seed was 1, now it is 2"):
         RunFolder(tmp_path / "run", {**about, "seed": 2}, resume=True)
+    with pytest.raises(ValueError, match=r"of another run: windows was \[3, 4\], now it is None"):
+        RunFolder(tmp_path / "run", {"seed": 1}, resume=True)
     with pytest.raises(ValueError, match="run: its noise is 'torch-32', this version draws 'philox-128'"):
         RunFolder(tmp_path / "run", {**about, "noise": "philox-128"}, resume=True)
     with pytest.raises(ValueError, match="checkpoint_every must be a whole number"):
@@ -391,6 +393,21 @@ def test_a_run_folder_saves_and_refuses(tmp_path):
 
 def fresh() -> Rollout:
     return make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=9, executor="pipeline", **SIZE)
+
+
+def test_states_stay_until_every_rank_has_newer_ones(tmp_path):
+    folder, rollout = RunFolder(tmp_path / "run", {}, every=2), fresh()
+    folder.ranks = 2
+    for block in range(1, 9):
+        folder.boundary(rollout, block)
+    assert folder.states() == [2, 4, 6, 8]
+    for of_the_other, states in ((4, [2, 4, 6, 8, 10]), (8, [6, 8, 10])):
+        (folder.folder / f"state_{of_the_other:06d}_rank_1.safetensors").touch()
+        folder.boundary(rollout, 10)
+        assert folder.states() == states
+    none = RunFolder(tmp_path / "none", {}, every=0)
+    none.boundary(rollout, 1)
+    assert none.states() == []
 
 
 def test_one_process_resumes_too(tmp_path):

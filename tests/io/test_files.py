@@ -257,6 +257,7 @@ def test_a_converted_causal_model_keeps_its_window(here):
     ("values", "line"),
     [
         ({"local_attn_size": 0}, "local_attn_size must be a whole number of at least 1, or -1, got 0"),
+        ({"local_attn_size": True}, "local_attn_size must be a whole number of at least 1, or -1, got True"),
         ({"local_attn_size": [12, 9]}, "local_attn_size must be a whole number of at least 1, or -1, got [12, 9]"),
         ({"sink_size": -1}, "sink_size must be a whole number of at least 0, got -1"),
         ({"_class_name": "WanModel", "sink_size": 3}, "unknown sink_size; known: dim, "),

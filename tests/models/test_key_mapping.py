@@ -18,6 +18,7 @@ from torch import Tensor
 from wan_files import WAN
 
 from hiar_model.config import WanConfig
+from hiar_model.config.rollout import TrainedWindow
 from hiar_model.models import key_mapping
 from hiar_model.models.checkpoint import CheckpointInfo, load_transformer, read_checkpoint
 
@@ -89,6 +90,13 @@ def test_sizes_survive_both_config_files(changes):
             key_mapping.diffusers_config(one)
 
 
+@pytest.mark.parametrize("window", [TrainedWindow(), TrainedWindow(12, 3), TrainedWindow(None, 3), TrainedWindow(9, 0)])
+def test_a_window_survives_the_config_file(window):
+    here, written = Path("config.json"), json.loads(json.dumps(key_mapping.native_config(WAN, window)))
+    assert key_mapping.read_window(written, here) == window
+    assert WanConfig.from_dict(key_mapping.read_sizes(written, here)) == WAN
+
+
 # Loading
 
 
@@ -121,6 +129,9 @@ def test_what_was_found_counts_mixed_dtypes(tmp_path):
     assert info.dtypes == (torch.bfloat16, torch.float32) and "bfloat16 and float32" in str(info)
     assert saved["head.modulation"].dtype == torch.float32 and saved["head.head.weight"].dtype == torch.bfloat16
     assert info.nbytes == sum(value.nbytes for value in saved.values())
+    wide = {key: value.float() for key, value in state.items()}
+    save_file({**wide, "head.modulation": state["head.modulation"]}, file)
+    assert read_checkpoint(folder)[1].dtypes == (torch.float32, torch.bfloat16), "the most frequent first"
 
 
 def test_inner_folders_and_single_files_of_a_pipeline(published):
@@ -241,6 +252,7 @@ def test_other_models_are_named(tmp_path, key, what):
         ({"_class_name": "WanVACETransformer3DModel"}, "describes a WanVACETransformer3DModel, expected a WanTransf"),
         ({"image_dim": 1280}, "image_dim 1280 makes it an image-to-video model; expected null"),
         ({"added_kv_proj_dim": 256}, "added_kv_proj_dim 256 makes it an image-to-video model; expected null"),
+        ({"pos_embed_seq_len": 514}, "pos_embed_seq_len 514 makes it an image-to-video model; expected null"),
         ({"num_attention_heads": "2"}, "sizes must be numbers: num_attention_heads is '2'"),
         (
             {"attention_head_dim": None, "num_attention_heads": 3},
@@ -280,6 +292,15 @@ def test_a_config_of_other_heads_is_used_as_told(published, tmp_path):
 def test_bad_pipeline_folders(tmp_path, index, message):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     assert message in refusal(tmp_path)
+
+
+def test_weights_beside_those_of_a_pipeline(tmp_path):
+    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "diffusion_pytorch_model.safetensors").touch()
+    line = refusal(tmp_path)
+    assert f"the transformer of {tmp_path}" in line and "diffusion_pytorch_model.safetensors" in line
 
 
 def test_folders_without_a_transformer(tmp_path):

@@ -85,6 +85,10 @@ def test_several_files_add_up_and_are_rounded_once(base, tmp_path):
     equals(model.state_dict(), want)
     half = load_transformer(base, lora=[f"{first}:0.5", (second, -2.0)], dtype=torch.bfloat16)
     assert torch.equal(half.state_dict()[f"{Q}.weight"], torch.from_numpy(want[f"{Q}.weight"]).to(torch.bfloat16))
+    narrow = {key: value.bfloat16() for key, value in STATE.items()}
+    got = merged(narrow, [(read_lora(first, STATE), 0.5), (read_lora(second, STATE), -2.0)])[f"{Q}.weight"]
+    added = want[f"{Q}.weight"] - STATE[f"{Q}.weight"].double().numpy()
+    assert torch.equal(got, (narrow[f"{Q}.weight"].double() + torch.from_numpy(added)).to(torch.bfloat16))
 
 
 def test_plain_differences_and_biases(base, tmp_path):
@@ -109,6 +113,9 @@ def test_a_bias_of_peft_counts_with_alpha(base, tmp_path):
     want = lora_files.expected(STATE, SCALE, {Q: (2, 4.0)})
     want[f"{Q}.bias"] += 0.25 * SCALE * 4 / 2
     equals(load_transformer(base, lora=(file, SCALE)).state_dict(), want)
+    lora = read_lora(file, STATE)
+    for _ in range(2):  # the adapter itself stays as it is
+        equals(merged(STATE, [(lora, SCALE)]), want)
 
 
 def test_rank_stabilised(base, tmp_path):
@@ -117,6 +124,21 @@ def test_rank_stabilised(base, tmp_path):
     (file / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
     want = lora_files.expected(STATE, 1.0, {Q: (4, 4.0 * 2)})  # / sqrt(4) in place of / 4
     equals(load_transformer(base, lora=file).state_dict(), want)
+
+
+def test_a_configuration_beside_another_file_is_not_of_it(base, tmp_path):
+    folder = lora_files.write(tmp_path, "PEFT", STATE, {Q: (4, 4.0)})
+    file = lora_files.write(folder, "native", STATE, {Q: (2, 6.0)})
+    equals(load_transformer(base, lora=file).state_dict(), lora_files.expected(STATE, 1.0, {Q: (2, 6.0)}))
+
+
+def test_of_several_patterns_the_first_counts(base, tmp_path):
+    """As PEFT has it."""
+    file = lora_files.write(tmp_path, "PEFT", STATE, {Q: (4, 4.0)})
+    config = json.loads((file / "adapter_config.json").read_text())
+    patterns = {"attn1.to_k": 1.0, "to_q": 8.0, "blocks.0.attn1.to_q": 2.0}
+    (file / "adapter_config.json").write_text(json.dumps({**config, "alpha_pattern": patterns}))
+    equals(load_transformer(base, lora=file).state_dict(), lora_files.expected(STATE, 1.0, {Q: (4, 8.0)}))
 
 
 def test_the_patch_embedding(base, tmp_path):
@@ -145,6 +167,7 @@ def test_keys_of_a_text_encoder_are_named_and_left_out(base, tmp_path):
 
 refusal = partial(refusals.refusal, lambda path, state=STATE: read_lora(path, state))
 A, B = torch.ones(2, 16), torch.ones(16, 2)
+PATCH = "patch_embedding"
 PAIR = {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}
 
 
@@ -165,6 +188,11 @@ PAIR = {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}
         ({**PAIR, f"{Q}.lora_A.weight": torch.ones(2, 5)}, f"its {Q}.weight is [16, 5], that of this trans"),
         ({**PAIR, "blocks.7.ffn.0.lora_A.weight": A}, "1 keys are of no layer of this transformer: blocks.7"),
         ({**PAIR, f"{Q}.lora_A.weight": A * torch.nan}, f"{Q}, down: numbers that are not finite"),
+        ({**PAIR, f"{Q}.lora_B.weight": B / torch.tensor([0.0, 1.0])}, f"{Q}, up: numbers that are not finite"),
+        (
+            {f"{PATCH}.lora_A.weight": torch.ones(2, 2, 1, 2, 2), f"{PATCH}.lora_B.weight": torch.ones(16, 2, 1, 2, 2)},
+            f"{PATCH}.weight: up is [16, 2, 1, 2, 2], expected [out, rank] and sizes of 1",
+        ),
         ({**PAIR, f"{Q}.alpha": torch.tensor(torch.inf)}, f"alpha of {Q} must be a finite number, got inf"),
         ({**PAIR, "blocks.0.attn1.to_q.lora_A.weight": A}, f"is there twice (as {Q}, down)"),
         ({**PAIR, "transformer_2.blocks.0.attn1.to_k.lora_A.weight": A}, "adapters of two experts"),
@@ -184,6 +212,7 @@ def test_what_is_not_read(tmp_path, tensors, message):
     [
         ({"use_dora": True}, "use_dora makes it a DoRA adapter"),
         ({"peft_type": "LOHA"}, "describes an adapter of kind LOHA, expected LORA"),
+        ({"init_lora_weights": "PiSSA"}, "init_lora_weights 'PiSSA' changes the base weights"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' changes the base weights"),
         ({"alpha_pattern": {"attn1.to_q": "x"}}, "alpha of blocks.0.attn1.to_q must be a finite number, got 'x'"),
     ],

@@ -196,20 +196,23 @@ def test_recaching_concerns_what_comes_behind_the_change(order):
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])  # by what the host knows of the rings, and by frame ids
-def test_recaching_is_the_video_that_began_with_the_window_under_the_new_text(impl):
+@pytest.mark.parametrize("window_frames", [7, (7, 6, 3)])
+def test_recaching_is_the_video_that_began_with_the_window_under_the_new_text(window_frames, impl):
     """In the clean graph literally: given the frames of the blocks in the window, a rollout makes the same block."""
     with hiar_kernels.prefer(impl):
-        again = run("block_first", switch=3, on_prompt_change="recache")
+        again = run("block_first", switch=3, on_prompt_change="recache", window_frames=window_frames)
 
         def renoise(step: int, block: int) -> torch.Tensor:
             return keyed_noise(0, 0, step, block + 1, (3, *PREFIX.shape[2:]))[None]
 
-        options = {"num_frames": 9, "window_frames": 7, "prefix": again[:, 3:9], "first_frame": 3, **SIZE}
+        options = {
+            "num_frames": 9, "window_frames": window_frames, "prefix": again[:, 3:9], "first_frame": 3, **SIZE,
+        }  # fmt: skip
         made = make_rollout(
             MODEL, OTHER, FlowSchedule.uniform(3), order="block_first", noise=renoise(-1, 2), renoise=renoise, **options
         )
         assert difference(next(iter(made)).latents, again[:, 9:12]) < 1e-5
-    assert difference(again[:, 9:12], run("block_first", switch=3)[:, 9:12]) > 1e-3
+    assert difference(again[:, 9:12], run("block_first", switch=3, window_frames=window_frames)[:, 9:12]) > 1e-3
 
 
 def test_all_context_under_the_new_text_is_the_new_text_alone():

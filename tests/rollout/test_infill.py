@@ -132,9 +132,24 @@ def test_positions_are_those_of_the_video():
     assert difference(run(first_frame=999_999), run()) < 1e-5
 
 
+def test_levels_are_rounded_once_in_16_bits():
+    """Where the velocity is 0, each step is a sum of two: written out in float32."""
+    still = make_model().bfloat16()
+    still.head.head.weight.data.zero_(), still.head.head.bias.data.zero_()
+    seen = []
+    run(model=still, on_level=lambda step, x: seen.append(x.clone()))
+    known, x = ENDS[:, :, None, None, None], noise(INITIAL).bfloat16()
+    for step, found in enumerate(seen):
+        sigma, eps = SCHEDULE.sigmas[step], noise(step - 1).bfloat16()
+        base = torch.where(known, CLEAN.bfloat16(), x if step else eps)
+        x = ((1 - sigma) * base.float() + sigma * eps.float()).bfloat16()
+        assert torch.equal(found, x), step
+
+
 def test_not_finite_is_told():
+    """Also of one channel."""
     broken = make_model()
-    broken.head.head.bias.data.fill_(float("nan"))
+    broken.head.head.bias.data[0] = float("nan")
     with pytest.raises(FloatingPointError, match="not finite from step 0 on"):
         run(model=broken)
 

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tiny_model import MODEL, SHALLOW, SIZE, TEXT, TINY, make_model
 
 from hiar_model.config import FlowSchedule
 from hiar_model.rollout import Rollout, state_io
-from hiar_model.rollout.session_io import FILE, load_session, save_session
+from hiar_model.rollout.session_io import FILE, load_session, save_session, session_tensors
 
 pytestmark = pytest.mark.cpu
 
@@ -140,6 +141,22 @@ def test_a_fork_of_a_fork(tmp_path):
     assert torch.equal(latents([*made, *run]), latents(expected))
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_prompts_that_share_memory_go_on(tmp_path, contiguous):
+    """Two of one shape, and one that lies inside another."""
+    both = torch.cat([TEXT, -TEXT])
+    both = both if contiguous else both.mT.contiguous().mT
+    prompts = [both[:1], both[1:], both[1:, :2]]
+    options = {"text": lambda block: prompts[block % 3], "order": "step_first"}
+    first = start(**options)
+    made = [next(iter(first))]
+    path = save_session(tmp_path / "s.safetensors", first)
+    second = start(**options)
+    load_session(path, second)
+    assert len([name for name in load_file(path) if name.startswith("text.")]) == 3
+    assert torch.equal(latents([*made, *second]), latents(start(**options)))
+
+
 def test_noise_of_a_fork_may_differ_too(tmp_path):
     first = start()
     made = list(itertools.islice(first, 2))
@@ -155,11 +172,14 @@ def test_the_file_keeps_no_more_than_it_must(tmp_path):
     """One text for many blocks is there once; tensors only, no pickle; nothing temporary stays."""
     first = start(order="wavefront", num_frames=30)
     next(iter(first))
-    path = save_session(tmp_path / "s.safetensors", first, about={"frames": 3})
+    about = {"frames": 3, "size": (2, 4)}
+    path = save_session(tmp_path / "s.safetensors", first, about=about)
     with safe_open(path, "pt") as file:
         told, names = file.metadata(), list(file.keys())
     assert [name for name in names if name.startswith("text.")] == ["text.0"]
-    assert json.loads(told["about"]) == {"frames": 3} and told["format"] == "hiar-session"
+    assert json.loads(told["about"]) == {"frames": 3, "size": [2, 4]} and told["format"] == "hiar-session"
+    second = start(order="wavefront", num_frames=30)
+    assert load_session(path, second, about=about).about == {"frames": 3, "size": [2, 4]}
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
 
 
@@ -236,6 +256,7 @@ OF_3E7E919 = {
         (lambda path: damaged(path, about=None), "about is missing"),
         (lambda path: damaged(path, about="{}", groups_done="null"), "groups_done must be a whole .*, got 'null'"),
         (lambda path: damaged(path, about="{}", groups_done="-1"), "groups_done must be a whole number of at least 0"),
+        (lambda path: damaged(path, texts='{"x": 0}', about="{}"), "texts names prompt 0 for block 'x'"),
         (lambda path: damaged(path, lambda t: t.pop("text.0"), about="{}"), "texts names prompt 0 for block '0'"),
         (lambda path: damaged(path, lambda t: t.pop("cache.k.0"), about="{}"), "k.0 must be .*, got nothing"),
         (in_flight(lambda x: None), r"damaged: latents \d/\d are missing"),
@@ -263,16 +284,31 @@ def test_a_byte_that_has_changed_is_noticed(tmp_path):
     content = save_session(path, first).read_bytes()
     tensors, metadata = state_io.read(path)
     of_tensors = len(content) - sum(x.nbytes for x in tensors.values())
-    chosen = random.Random(0)
+    chosen, changed = random.Random(0), set()
     for place in (*chosen.sample(range(of_tensors), 60), *chosen.sample(range(of_tensors, len(content)), 60)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1 << chosen.randrange(8)]) + content[place + 1 :])
         try:
             again, said = state_io.read(path)
         except ValueError as error:
             assert str(error).startswith(f"cannot read {path}: ")
+            changed |= set(re.findall("it is damaged: (.+) is not what was written", str(error)))
             continue
         assert place < of_tensors and metadata.items() <= said.items() and again.keys() == tensors.keys()
         assert all(torch.equal(x, again[name]) for name, x in tensors.items())
+    assert "its metadata" in changed and tensors.keys() & changed
+
+
+@pytest.mark.parametrize("nbytes", [1, 8, 19])
+def test_every_bit_counts_in_a_checksum(nbytes):
+    """Also those behind the last eight bytes, and of a slice that begins anywhere."""
+    data = torch.arange(1, 33, dtype=torch.uint8)
+    sums = {state_io.checksum(data[3 : 3 + nbytes])}
+    assert sums == {state_io.checksum(data[3 : 3 + nbytes].clone())}
+    for bit in range(8 * nbytes):
+        data[3 + bit // 8] ^= 1 << bit % 8
+        sums.add(state_io.checksum(data[3 : 3 + nbytes]))
+        data[3 + bit // 8] ^= 1 << bit % 8
+    assert len(sums) > 1 and state_io.checksum(data[3 : 3 + nbytes]) in sums
 
 
 @pytest.mark.parametrize(
@@ -353,6 +389,26 @@ def test_a_refusal_of_either_leaves_rollout_and_decoder_as_they_were(tmp_path):
     with pytest.raises(ValueError, match="state of a different rollout"):
         load_session(path, start(num_frames=18), other)
     assert other.count == 0 and float(other.sum) == 0
+
+
+def test_what_another_thread_writes_is_a_copy():
+    """On the device where both are already: the rollout and the decoder go on meanwhile."""
+    first, decoder = start(on_new_text="recache"), Carrying()
+    decoder.decode(next(iter(first)).latents)
+    tensors, _ = session_tensors(first, decoder, device=torch.device("cpu"))
+    before = {name: state_io.checksum(x) for name, x in tensors.items()}
+    decoder.sum.zero_()
+    next(iter(first))
+    assert before.keys() >= {"decoder.sum", "cache.k.0"} and any(name.startswith("history.") for name in before)
+    assert before == {name: state_io.checksum(x) for name, x in tensors.items()}
+
+
+def test_a_pipeline_of_several_is_no_session(tmp_path):
+    first = start(executor="pipeline")
+    first.pipeline.group = object()
+    with refused("a session is one file of one process, this rollout is a pipeline of several: use RunFolder"):
+        save_session(tmp_path, first)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_pipeline_alone_is_one_process(tmp_path):

@@ -14,7 +14,7 @@ from serving import PROMPT, Viewer, ask, frames_of, serving, until
 
 from hiar_model import VideoPipeline
 from hiar_model.config import ExecutionConfig
-from hiar_model.serve.jobs import JobRequest, Jobs
+from hiar_model.serve.jobs import JobRequest, Jobs, _without_session
 from hiar_model.serve.protocol import Refusal
 from hiar_model.serve.scheduler import Scheduler
 from hiar_model.serve.store import Store
@@ -104,7 +104,7 @@ def new_jobs(folder, model):
 
 @pytest.mark.parametrize("blocks", [0, 1, 3, 4, 5])
 def test_a_job_goes_on_from_its_checkpoint(model, tmp_path, blocks):
-    """Stopped after some blocks of five (checkpoints are every two): the same file, byte for byte, as in one go."""
+    """Stopped after some blocks of five (checkpoints are every two): the same files, byte for byte, as in one go."""
     request = JobRequest(prompts=[[0, PROMPT], [0.5, BLUE]], num_frames=15, seed=2)
 
     def whole(folder, stop_after):
@@ -120,13 +120,38 @@ def test_a_job_goes_on_from_its_checkpoint(model, tmp_path, blocks):
             count += 1
         assert jobs.store.get(name)["status"] == "finished"
         jobs.store.close()
-        return (jobs.store.path(name) / "video.mp4").read_bytes(), count
+        folder = jobs.store.path(name)
+        return [(folder / f"video.mp4{more}").read_bytes() for more in ("", ".json")], count
 
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     content, count = whole(tmp_path / "a", blocks)
     assert content == whole(tmp_path / "b", 0)[0]
     assert count == 6 - 2 * (min(blocks, 4) // 2)
+
+
+def test_blocks_are_on_the_disk_before_the_state_behind_them(model, tmp_path, monkeypatch):
+    """And the state before the list says how far the video is: after a power cut nothing is missing."""
+    jobs = new_jobs(tmp_path, model)
+    name = jobs.add(JobRequest(PROMPT, num_frames=15), 15)
+    jobs.work()
+    done, job = [], jobs.current
+    for owner, call in ((job.spool, "sync"), (job.run, "save_session"), (jobs.store, "update")):
+        real = getattr(owner, call)
+        monkeypatch.setattr(owner, call, lambda *a, n=call, r=real, **o: (done.append(n), r(*a, **o)))
+    jobs.work()
+    about = jobs.store.get(name)
+    assert done == ["sync", "save_session", "update"] and about["frames"] == 6
+    stored = [about["request"][key] for key in ("num_frames", "height", "width")]
+    assert stored == [15, 32, 32], "whatever the next server's defaults are"
+    jobs.store.close()
+
+
+def test_a_command_makes_the_whole_video():
+    """Not what followed the last start of the server."""
+    words = ["hiar", "generate", PROMPT, "--from-session", "session.safetensors", "--seed", "5"]
+    assert _without_session(words) == ["hiar", "generate", PROMPT, "--seed", "5"]
+    assert _without_session(words[:3]) == words[:3]
 
 
 def test_a_full_disk_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch):
@@ -185,6 +210,41 @@ def test_a_job_that_cannot_be_made_fails_alone(model, tmp_path):
     jobs.store.close()
 
 
+def test_a_job_waits_while_viewers_have_the_memory(model, tmp_path):
+    jobs = new_jobs(tmp_path, model)
+    name = jobs.add(JobRequest(PROMPT, num_frames=6), 6)
+    jobs.store.update(name, status="running")  # by the server before this one
+    jobs.admission.free = lambda device: 0
+    jobs.work()
+    about = jobs.store.get(name)
+    assert about["status"] == "queued" and "are free for it" in about["error"] and not jobs.waiting()
+    jobs.admission.free, jobs.retry_at = (lambda device: None), 0.0
+    while jobs.waiting():
+        jobs.work()
+    assert (jobs.store.get(name)["status"], jobs.store.get(name)["error"]) == ("finished", None)
+    jobs.store.close()
+
+
+def test_a_job_that_is_too_large_lets_the_next_one_be_made(model, tmp_path, monkeypatch):
+    """No waiting makes it smaller. What was made of it is of use to nobody, and goes."""
+    jobs = new_jobs(tmp_path, model)
+    large, good = (jobs.add(JobRequest(PROMPT, num_frames=frames), frames) for frames in (15, 6))
+    for _ in range(3):
+        jobs.work()
+    assert len(list(jobs.store.path(large).iterdir())) == 2
+    monkeypatch.setattr("hiar_model.serve.spool.LARGEST", jobs.current.spool.path.stat().st_size + 1)
+    jobs.work()
+    monkeypatch.undo()
+    about = jobs.store.get(large)
+    assert about["status"] == "failed" and "it would be larger than" in about["error"]
+    assert not list(jobs.store.path(large).iterdir())
+    assert jobs.waiting()
+    while jobs.waiting():
+        jobs.work()
+    assert jobs.store.get(good)["status"] == "finished"
+    jobs.store.close()
+
+
 def test_a_deleted_job_stops(model, tmp_path):
     jobs = new_jobs(tmp_path, model)
     first, second = (jobs.add(JobRequest(PROMPT, num_frames=6), 6) for _ in range(2))
@@ -206,6 +266,23 @@ def test_a_folder_has_one_server(tmp_path, model):
     again = Store(tmp_path)
     assert again.get(half) is None and not again.path(half).exists()
     again.close()
+
+
+def test_the_list_of_videos(tmp_path, monkeypatch):
+    clock = iter(range(100, 200))
+    monkeypatch.setattr("hiar_model.serve.store.time.time", lambda: float(next(clock)))
+    store = Store(tmp_path)
+    names = [store.add("job", {"seed": seed}, 6) for seed in range(3)]
+    store.update(names[1], status="running", frames=3)
+    assert [row["id"] for row in store.newest(2)] == names[:0:-1]
+    assert [row["id"] for row in store.having(status="queued")] == [names[0], names[2]]
+    row = store.get(names[1])
+    assert (row["created"], row["updated"], row["frames"], row["request"]) == (101.0, 103.0, 3, {"seed": 1})
+    assert store.counts() == {"queued": 2, "running": 1, "finished": 0, "failed": 0}
+    store.close()
+    again = new_jobs(tmp_path, None)
+    assert again.waiting_ids == [names[1], names[0], names[2]], "what was begun is first"
+    again.store.close()
 
 
 def test_jobs_get_on_while_viewers_watch(model, tmp_path):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from small_toy import write_model
 
 from bench.studies import long_stream
-from hiar_model import ExecutionConfig, PromptSchedule, VideoPipeline
+from hiar_model import ExecutionConfig, PromptSchedule, RolloutConfig, VideoPipeline
+from hiar_model.models.registry import load_video_model
 from hiar_model.serve.live import LiveVideo
+from hiar_model.serve.metrics import Metrics
 from hiar_model.serve.protocol import Refusal, StartMessage
+from hiar_model.serve.states import StateDisk
 
 pytestmark = pytest.mark.cpu
 
@@ -64,6 +68,7 @@ def test_going_back(model, order, states):
     again = blocks(live, 3)
     assert [one.block for one in again] == [2, 3, 4]
     assert all(np.array_equal(a.frames, b.frames) for a, b in zip(first[2:5], again, strict=True))
+    assert live.run.frames_done == live.frame_of(5), "of which a message about black frames tells"
     live.fork(3, GREEN)
     forked = blocks(live, 2)
     assert same(forked, scheduled(model, order, 15, (0, RED), (3, GREEN)))
@@ -71,6 +76,51 @@ def test_going_back(model, order, states):
     live.fork(0, BLUE)
     assert same(blocks(live, 1), scheduled(model, order, 3, (0, BLUE)))
     assert live.lines() == [[0.0, BLUE]]
+
+
+def test_going_back_to_a_block_that_later_ones_began_beside(tmp_path):
+    """With four steps in flight the state before a block has begun that block, with the prompt of then."""
+    config = RolloutConfig((1000, 750, 500, 250), 2.0, frames_per_block=3, window_frames=9)
+    deep = load_video_model(write_model(tmp_path / "deep", config), "cpu")
+    live = video(deep, "wavefront")
+    first = blocks(live, 5)
+    assert [(state.block, state.started) for state in live.states][2] == (3, 3)
+    live.fork(3, GREEN)
+    assert same(first[:3] + blocks(live, 2), scheduled(deep, "wavefront", 15, (0, RED), (3, GREEN)))
+
+
+def test_the_nearest_state_is_taken_in_memory_or_on_disk(model, tmp_path):
+    disk = StateDisk(tmp_path, 10**8, Metrics(), every=4, rate=1e12)
+    live = video(model, disk=disk.of("a"))
+    blocks(live, 5)
+    disk.close()  # when the state before block 4 is written
+    assert [file.block for file in live.disk.files] == [4]
+    for stored, block in ((live.states[:5], 5), (live.states[:2], 4)):
+        live.states = stored
+        live._go_back(5)
+        assert live.block == block
+    assert same(blocks(live, 1), scheduled(model, "stream", 18, (0, RED)))
+
+
+def test_a_prompt_changes_on_the_way_back(model):
+    """Where the viewer goes to, not at the blocks that are made again on the way there."""
+    live = video(model, rewind_bytes=0)
+    first = blocks(live, 5)
+    live.seek(4)
+    assert live.change_prompt(BLUE).block == 4
+    assert same(first[:4] + blocks(live, 2), scheduled(model, "stream", 18, (0, RED), (4, BLUE)))
+
+
+def test_a_video_has_at_most_so_many_prompts(model, monkeypatch):
+    monkeypatch.setattr("hiar_model.serve.live.MOST_CHANGES", 2)
+    live = video(model)
+    blocks(live, 1)
+    live.change_prompt(BLUE)
+    with pytest.raises(Refusal, match="a video has at most 2 prompts") as refused:
+        live.fork(0, GREEN)
+    assert refused.value.code == "too_many" and live.lines() == [[0.0, RED]]
+    blocks(live, 1)
+    assert live.lines() == [[0.0, RED], [0.25, BLUE]]
 
 
 def test_states_thin_out_with_age(model):

@@ -66,6 +66,9 @@ MALFORMED = [
     ('{"type": "pause", "now": true}', "unknown_field", "it has none"),
     ('{"type": "seek", "blocks": 1}', "unknown_field", "did you mean block?"),
     (f'{START}, "\\u0000": 1}}', "unknown_field", "\\u0000"),
+    (f'{START}, "\\ud800": 1}}', "unknown_field", "\\ud800"),
+    ('{"type": "\\ud800"}', "unknown_type", "\\ud800"),
+    (f'{START}, "order": "\\ud800"}}', "bad_value", "order must be one of"),
     (f'{START}, "prompt": 7}}', "bad_value", "prompt must be a string, got 7"),
     (f'{START}, "prompt": null}}', "bad_value", "prompt must be a string, got null"),
     (f'{START}, "prompt": ["a"]}}', "bad_value", "prompt must be a string"),
@@ -109,6 +112,7 @@ def test_malformed_messages(text, code, words):
     assert refused.value.code == code and words in str(refused.value)
     assert len(str(refused.value)) < 400 and "\n" not in str(refused.value)
     assert parse(refused.value.message.to_json(), FROM_SERVER) == refused.value.message
+    assert refused.value.message.to_json().encode()  # which half a surrogate pair has not
 
 
 def problems(value: object, spec: dict, root: dict) -> list[str]:

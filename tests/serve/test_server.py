@@ -141,6 +141,7 @@ def test_what_was_shown_is_saved(service, model):
     with urllib.request.urlopen(f"{service.url}{saved['url'].replace('content', 'record')}") as answer:
         record = json.load(answer)
     assert record["prompts"] == [[0.0, PROMPT], [0.25, BLUE]] and record["frames"] == saved["frames"]
+    assert "command" not in record, "none makes this video"
 
 
 def test_generation_waits_for_the_viewer(service):
@@ -172,6 +173,17 @@ def test_a_lost_viewer_resumes_without_a_frame_lost_or_doubled(service, model):
     shown = viewer.chunks + other.chunks + third.chunks
     assert [b["seq"] for b, _ in shown] == list(range(8))
     assert np.array_equal(pictures(shown), made(model, 24))
+
+
+def test_who_comes_back_to_a_finished_video_hears_its_end(service):
+    viewer = Viewer(service)
+    token = viewer.start(num_frames=6)["token"]
+    viewer.blocks(2)
+    viewer.wait("ended")
+    viewer.socket.socket.close()
+    with Viewer(service) as other:
+        other.start(resume=token, after=1)
+        assert other.wait("ended") == {"type": "ended", "reason": "complete", "frames": 6, "resume": False}
 
 
 @pytest.mark.parametrize(("keep", "limit"), [(0.0, 2.0), (0.3, 2.5)])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import av
 import numpy as np
 import pytest
 
 from hiar_model.io.fragments import FragmentEncoder
+from hiar_model.serve.live import Piece
+from hiar_model.serve.protocol import StartMessage
+from hiar_model.serve.session import ViewerSession
 from hiar_model.serve.spool import Spool
 
 pytestmark = pytest.mark.cpu
@@ -43,6 +48,8 @@ def test_a_spool_becomes_an_mp4(tmp_path, fragments):
     numbers = [*range(6), 21, 22, 23]
     for file in ("a.mp4", "a.spool"):
         assert decoded(tmp_path / file) == [(round(i / 12, 4), n) for i, n in enumerate(numbers)]
+    content = (tmp_path / "a.mp4").read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat"), "a browser seeks in it before all has come"
     assert json.loads((tmp_path / "a.mp4.json").read_text()) == {
         "file": "a.mp4", "frames": 9, "fps": 12.0, "prompt": "grey",
     }  # fmt: skip
@@ -53,11 +60,12 @@ def test_what_a_killed_process_left_counts_for_nothing(tmp_path, fragments):
     for number in range(2):
         spool.encode(block(number), BLOCK * number)
     whole = spool.path.read_bytes()
-    spool.path.write_bytes(whole + fragments.fragment(block(2), 6)[:-5])
-    again = Spool(spool.path, fragments)
-    assert again.blocks == 2
-    again.truncate(2)
-    assert spool.path.read_bytes() == whole
+    for half in (fragments.fragment(block(2), 6)[:-5], bytes(100)):  # zeros: of a file system whose power was cut
+        spool.path.write_bytes(whole + half)
+        again = Spool(spool.path, fragments)
+        assert again.blocks == 2
+        again.truncate(2)
+        assert spool.path.read_bytes() == whole
     with pytest.raises(ValueError, match="holds 2 blocks, not 3"):
         again.truncate(3)
 
@@ -74,6 +82,27 @@ def test_an_empty_spool_is_no_video(tmp_path, fragments):
     with pytest.raises(ValueError, match="no block"):
         Spool(tmp_path / "a.spool", fragments).write_mp4(tmp_path / "a.mp4", {})
     assert [path.name for path in tmp_path.iterdir()] == ["a.spool"]
+
+
+def test_an_endless_video_does_not_fill_the_disk(tmp_path, fragments, monkeypatch):
+    spool = Spool(tmp_path / "a.spool", fragments)
+    spool.encode(block(0), 0)
+    whole, fragment = spool.path.read_bytes(), fragments.fragment(block(1), 3)
+    monkeypatch.setattr("hiar_model.serve.spool.LARGEST", len(whole) + len(fragment) - 1)
+    with pytest.raises(OSError, match="cannot write .*a.spool: it would be larger than") as refused:
+        spool.append(fragment)
+    assert refused.value.errno == errno.EFBIG, "not that of a full disk, which a job waits for"
+    assert spool.path.read_bytes() == whole and spool.blocks == 1
+    monkeypatch.setattr("hiar_model.serve.spool.LARGEST", len(whole) + len(fragment))
+    spool.append(fragment)
+    assert spool.blocks == 2
+
+
+def test_sync_has_the_file_on_the_disk(tmp_path, fragments, monkeypatch):
+    spool, synced = Spool(tmp_path / "a.spool", fragments), []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    spool.sync()
+    assert synced == [spool.path.stat().st_ino]
 
 
 def test_a_full_disk_leaves_whole_blocks(tmp_path, fragments, monkeypatch):
@@ -93,3 +122,19 @@ def test_a_full_disk_leaves_whole_blocks(tmp_path, fragments, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
     assert spool.path.read_bytes() == whole and spool.blocks == 1
+
+
+def test_a_session_goes_on_without_what_the_disk_has_no_room_for(tmp_path, fragments, monkeypatch):
+    def full(self, fragment):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    session = ViewerSession(StartMessage(1, "grey"), None, "")
+    session.fragments = fragments
+    session.open_spool(tmp_path / "a.spool", 0)
+    piece = [Piece(number, BLOCK * number, block(number), 0, "grey") for number in range(2)]
+    shown = fragments.init + session.encode(piece[0])
+    monkeypatch.setattr(Spool, "append", full)
+    shown += session.encode(piece[1])
+    assert session.spool is None and not list(tmp_path.iterdir()), "its bytes are free for others"
+    (tmp_path / "shown.mp4").write_bytes(shown)
+    assert [number for _, number in decoded(tmp_path / "shown.mp4")] == list(range(6))

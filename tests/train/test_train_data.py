@@ -147,15 +147,23 @@ def test_prompts_of_a_folder(tmp_path):
     for other in (tensors(3, first=4), tensors(2, first=5)):
         save_file(other, tmp_path / "b.safetensors")
         assert PromptData(tmp_path, SHAPE).fingerprint != before
+    save_file(tensors(2, first=4), tmp_path / "b.safetensors")
+    assert PromptData(tmp_path, SHAPE).fingerprint == before
+    save_file(tensors(unconditional=EMPTY - 1), tmp_path / "a.safetensors")
+    assert PromptData(tmp_path, SHAPE).fingerprint != before
 
 
 def test_clips_of_a_folder_belong_to_their_prompts(tmp_path):
     save_file(tensors(unconditional=EMPTY, latents=latents()), tmp_path / "a.safetensors")
     save_file(tensors(2, first=4, latents=latents(2, 4)), tmp_path / "b.safetensors")
-    batch = LatentData(tmp_path, SHAPE).clips(0, "teacher", 0, range(30))
+    data = LatentData(tmp_path, SHAPE)
+    batch = data.clips(0, "teacher", 0, range(30))
     assert batch.latents.shape == (30, *SHAPE) and batch.latents.dtype == torch.float32
     assert torch.equal(batch.latents.flatten(1)[:, 0], batch.prompt_embeds.flatten(1)[:, 0].float())
     assert len(set(batch.prompt_embeds.flatten(1)[:, 0].tolist())) == 6 and bool(batch.from_start.all())
+    assert torch.equal(data.clips(0, "teacher", 0, [9, 3]).latents, batch.latents[[9, 3]])
+    for seed, stage, update in ((1, "teacher", 0), (0, "teacher_forcing", 0), (0, "teacher", 1)):
+        assert not torch.equal(data.clips(seed, stage, update, range(30)).latents, batch.latents)
 
 
 @pytest.mark.parametrize(

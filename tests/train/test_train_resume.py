@@ -22,6 +22,7 @@ from train_job import command, losses, recipe, start, stop_after, train
 
 from hiar_model.cli.main import main
 from hiar_model.train.engine.snapshots import ABOUT, CONTENTS, Snapshots
+from hiar_model.train.engine.trainer import run_folder_held
 
 pytestmark = pytest.mark.cpu
 
@@ -325,6 +326,12 @@ def test_a_row_without_an_update_is_dropped(run, ended):
     rows = len(losses(ended))
     train(run, recipe(updates=2))
     assert len(losses(run)) == rows
+
+
+def test_folders_that_stay_empty_are_removed(tmp_path):
+    with run_folder_held(tmp_path / "new" / "deep" / "run"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_time_over(tmp_path, whole):

@@ -74,6 +74,8 @@ def test_teacher(files, dropout):
     loss, _ = stage.loss(UpdateStep("teacher"), 3, range(8))
     assert loss.item() == pytest.approx(sum(expected).item() / 8, rel=1e-5)
     assert any(dropped) == (dropout > 0) and all(dropped) == (dropout == 1)
+    noise = keyed_generator(SEED, "sample", 1).normals(*data.latent_shape)
+    assert torch.equal(stage._noise(1), noise), "of a sampled video"
 
 
 @pytest.mark.parametrize(("clean", "context_noise"), [(0.0, 0.0), (0.5, 0.0), (0.5, 60.0), (1.0, 0.0)])
@@ -347,6 +349,7 @@ def test_keys_of_a_rollout_are_freed_before_the_critic_runs(files, monkeypatch, 
 
     def count(*arguments):
         alive.append(sum(key() is not None for key in keys))
+        assert not arguments[1].requires_grad, "a graph would hold them too"
         return loss(*arguments)
 
     monkeypatch.setattr(SelfRollout, "run", run_and_watch)

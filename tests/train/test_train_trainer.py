@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+import time
 import types
 
 import av
@@ -159,6 +160,10 @@ def test_average_by_hand():
         assert torch.allclose(first, torch.full_like(first, expected[-1])) and not network.training
         raise FloatingPointError("of the samples")
     assert torch.equal(first, torch.full_like(first, -1.0)) and network.training
+    network.eval()
+    with ema.applied():
+        pass
+    assert not network.training
 
 
 def test_the_average_of_narrow_weights_arrives():
@@ -184,11 +189,12 @@ def test_decay_rises_where_it_is_asked_to():
 
 
 def test_average_follows_the_student_alone(tmp_path):
-    trainer = make(tmp_path, ema={"decay": 0.5, "ramp": False}, updates=1)
-    start = {n: p.detach().clone() for n, p in trainer.stage.trained["student"].named_parameters()}
-    trainer.run()
-    for name, p in trainer.stage.trained["student"].named_parameters():
-        torch.testing.assert_close(trainer.ema.weights[name], (start[name] + p.detach()) / 2)
+    """From update 1 on: those of update 0 are copied."""
+    trainer, steps = make(tmp_path, ema={"decay": 0.5, "ramp": False, "start": 1}, updates=2), []
+    student = trainer.stage.trained["student"]
+    trainer.run(lambda *_: steps.append({n: p.detach().clone() for n, p in student.named_parameters()}))
+    for name, last in steps[1].items():
+        torch.testing.assert_close(trainer.ema.weights[name], (steps[0][name] + last) / 2)
     exported = torch.load(trainer.export())
     for name, value in make_network("least", seed=0).state_dict().items():
         assert exported[name].shape == value.shape
@@ -201,6 +207,7 @@ def test_rate_rises_stays_and_falls():
     assert rate_factor(0.3, 0.1, 0.5) == 1
     assert rate_factor(0.75, 0.1, 0.5) == 0.5
     assert rate_factor(1.0, 0.1, 0.5) == 0
+    assert rate_factor(0.5, 1.0, 1.0) == pytest.approx(0.5, abs=0.01), "the lower of the two"
     assert rate_factor(0.0, 0.0, 0.0) == rate_factor(1.0, 0.0, 0.0) == 1
 
 
@@ -230,11 +237,11 @@ def test_muon_has_the_matrices_of_the_blocks():
 def test_models_on_the_way(tmp_path):
     """Each is the average after so many updates, as a run that is resumed there has it."""
     scale = {"checkpoint_every": 2, "threads": 1}
-    make(tmp_path / "run", updates=5, scale={**scale, "model_every": 2}).run()
+    make(tmp_path / "run", updates=6, scale={**scale, "model_every": 2}).run()  # the last one is the run's own model
     models = sorted((tmp_path / "run" / "models").iterdir())
     assert [model.name for model in models] == ["update_00000002", "update_00000004"]
     for model, stop in zip(models, (2, 4), strict=True):
-        trainer = make(tmp_path / f"until {stop}", updates=5, scale=scale)
+        trainer = make(tmp_path / f"until {stop}", updates=6, scale=scale)
         trainer.run(lambda done, _, trainer=trainer, stop=stop: trainer.stop() if done == stop - 1 else None)
         expected = trainer.averaged_model().state_dict()
         written = torch.load(model / "weights.pt")
@@ -264,10 +271,23 @@ def test_the_table(tmp_path):
     assert [row["sample_motion"] for row in rows] == ["", "0", "0"]
     rates = [(row["student_learning_rate"], row["critic_learning_rate"]) for row in rows]
     assert rates == [("0.003", "0.001")] * 2 + [("0.0015", "0.001")], "of the last update in each: cooldown 0.4 of 5, 0"
+    (adamw,) = trainer.optimizers["student"].parts
+    assert adamw.param_groups[0]["lr"] == pytest.approx(0.0015), "which it had"
     assert {"critic_loss", "critic_gradient_norm", "critic_largest", "student_gradient_norm"} <= rows[0].keys()
     sheets = sorted(p.name for p in (tmp_path / "samples").iterdir())
     assert sheets == ["update_00000004.png", "update_00000005.png"]
     assert (tmp_path / "samples" / sheets[0]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_of_an_update_are_means_over_its_steps(tmp_path):
+    trainer, numbers = make(tmp_path), iter([1.0, 4.0, 7.0])
+    trainer._step = lambda step: {"loss": next(numbers)}
+    assert trainer._update() == {"critic_loss": 2.5, "student_loss": 7.0}
+
+
+def test_the_time_of_a_run_is_in_minutes(tmp_path):
+    trainer, begun = make(tmp_path, updates=1, scale={"max_minutes": 10, "threads": 1}), time.monotonic()
+    assert trainer.run() and begun + 600 <= trainer._deadline <= time.monotonic() + 600
 
 
 def test_samples_are_of_the_averaged_weights(tmp_path):

@@ -103,6 +103,9 @@ def test_any_ranks_make_the_same_files(whole, data, tmp_path):
         )
     assert contents(tmp_path) == contents(whole)
     assert progress == [(2, 2), (2, 3), (3, 3), (2, 2)]
+    progress.clear()
+    generate_trajectories(MODEL, data, tmp_path, **SMALL, on_progress=lambda *p: progress.append(p))
+    assert progress == [(2, 7), (4, 7), (6, 7), (7, 7)], "what is there counts as done"
 
 
 def test_the_seed_decides(whole, data, tmp_path):
@@ -193,6 +196,12 @@ def test_another_request_is_refused_and_changes_nothing(whole, data, change, mes
     with refused(message):
         generate_trajectories(MODEL, data, whole, **{**SMALL, **change})
     assert contents(whole) == before
+
+
+def test_a_setting_that_this_version_has_not_is_refused(store, data):
+    edit(store / "settings.json", solver="heun")
+    with refused("made with other settings: solver was 'heun', now it is None"):
+        generate_trajectories(MODEL, data, store, **SMALL)
 
 
 def test_other_data_is_refused(whole, data, tmp_path):

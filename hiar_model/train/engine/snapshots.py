@@ -142,7 +142,7 @@ def _wrong(about: Any, update: int) -> str:
     """What is not as :meth:`Snapshots.save` writes it, or ""."""
     if not isinstance(about, dict) or not isinstance(about.get("recipe"), dict):
         return "it holds no recipe"
-    if (written := about.get("update")) != update or isinstance(written, bool):
+    if (written := about.get("update")) != update:
         return f"update is {written!r}, the folder's name says {update}"
     pending = about.get("pending")
     if not isinstance(pending, list) or not all(isinstance(metrics, dict) for metrics in pending):
