@@ -131,17 +131,15 @@ class RolloutCase:
 
     def trace(self) -> dict[str, Any]:
         """One block under torch's profiler: what ran on the device and when, and what the host called."""
-        from torch.profiler import ProfilerActivity, profile
-
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
-        with profile(activities=activities) as profiler:
+        # torch.profiler.profile is this one, and imports torch's compiler first: a second of a CPU.
+        with torch.autograd.profiler.profile(use_device="cuda" if CUDA else None) as profiler:
             work = self.run(1)
             now()
         seconds: Counter[str] = Counter()
         counts: Counter[str] = Counter()
         host: Counter[str] = Counter()
         spans = []
-        for event in profiler.events():
+        for event in profiler.function_events or []:
             if event.device_type == torch.autograd.DeviceType.CUDA:
                 if getattr(event, "is_user_annotation", False):
                     continue

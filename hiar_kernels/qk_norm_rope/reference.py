@@ -21,20 +21,17 @@ def rope_angles(
     are the cells [start, stop) of every frame, all height * width of them by default.
     """
     pairs = head_dim // 2
-    split = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+    side = pairs // 3
 
     def count(n: int) -> Tensor:
         return torch.arange(n, device=frames.device, dtype=torch.float64)
 
-    positions = (frames.to(torch.float64), count(height), count(width))
-    angles = [p[..., None] * theta ** (-count(n) / max(n, 1)) for p, n in zip(positions, split, strict=True)]
-    b, f = frames.shape
-    grid = (b, f, height, width)
-    t = angles[0][:, :, None, None].expand(*grid, split[0])
-    y = angles[1][None, None, :, None].expand(*grid, split[1])
-    x = angles[2][None, None, None].expand(*grid, split[2])
+    along, across = (theta ** (count(n) / -max(n, 1)) for n in (pairs - 2 * side, side))
+    t = frames.to(torch.float64)[:, :, None, None, None] * along
+    y, x = (count(n)[:, None] * across for n in (height, width))
+    of_tokens = torch.cat([axis.expand(*frames.shape, height, width, -1) for axis in (t, y[:, None], x)], -1)
     start, stop = cells or (0, height * width)
-    return torch.cat([t, y, x], dim=-1).flatten(2, 3)[:, :, start:stop].flatten(1, 2)
+    return of_tokens.flatten(2, 3)[:, :, start:stop].flatten(1, 2)
 
 
 def rope_turns(inputs: RopeInputs, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity
 
 from ..config import WanConfig
 from ..models.transformer import HiARTransformer
@@ -62,9 +61,9 @@ def trace(rollout: Rollout, blocks: Iterator[Any], count: int, seconds: float, n
         seconds: of a task without the profiler, whose overhead must not be in the timing.
     """
     device, cuda = rollout.device, rollout.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     before = rollout.forwards_done
-    with torch.profiler.profile(activities=activities) as profiler:
+    # torch.profiler.profile is this one, and imports torch's compiler first: a second of a CPU.
+    with torch.autograd.profiler.profile(use_device="cuda" if cuda else None) as profiler:
         with torch.profiler.record_function(_PROFILED):
             for _ in range(count):
                 next(blocks)
@@ -82,10 +81,11 @@ def trace(rollout: Rollout, blocks: Iterator[Any], count: int, seconds: float, n
         "matmul": (matmul / limits["flop"], f"{matmul / 1e12:.4g} TFLOP"),
         "pointwise": (moved / limits["bytes"], f"{moved / 1e9:.4g} GB"),
     }
-    spent, kernels, busy = _spent(profiler, cuda)
+    events = profiler.function_events or []
+    spent, kernels, busy = _spent(events, cuda)
     parts = [KindTime(k, spent[k] / tasks, kernels[k] / tasks, *why.get(k, (0.0, ""))) for k in KINDS]
     parts.append(KindTime("idle", max(0.0, seconds - busy / tasks), 0))
-    names = calls_within(profiler.events(), _PROFILED) if cuda else []
+    names = calls_within(events, _PROFILED) if cuda else []
     return Parts(
         seconds,
         parts,
@@ -113,11 +113,11 @@ def kind_of(name: str) -> str:
     return "pointwise"
 
 
-def _spent(profiler: Any, cuda: bool) -> tuple[dict[str, float], dict[str, int], float]:
+def _spent(events: Sequence[Any], cuda: bool) -> tuple[dict[str, float], dict[str, int], float]:
     """Seconds and kernels by kind, and the seconds that the device was busy."""
     seconds, kernels = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0)
     spans: list[tuple[float, float]] = []
-    for event in profiler.events():
+    for event in events:
         if cuda:
             if event.device_type != torch.autograd.DeviceType.CUDA or getattr(event, "is_user_annotation", False):
                 continue

@@ -257,19 +257,21 @@ class Watchdog:
         """After SIGTERM: if the launcher ends the job because a process died, that process does not answer."""
         self.store.set(f"alive/{self.rank}", "1")
         until = time.monotonic() + max(4 * self.beat, 0.4)
-        missing: list[int] = []
-        while time.monotonic() < until and self.fault is None:
+        self._read()
+        while (missing := self._missing()) and time.monotonic() < until and self.fault is None:
             time.sleep(0.05)
             self._read()
-            missing = [rank for rank in range(self.ranks) if not self._answered(rank)]
+        time.sleep(0.1)  # for the others to learn it too: this process may hold the store
         if missing and self.fault is None:
             self.report(f"{self._name_of(missing[0])} died at {self._statuses[missing[0]]['at']}", missing[0])
             self._await_fault()
         self.terminated = True
         self._end(128 + signal.SIGTERM)
 
-    def _answered(self, rank: int) -> bool:
-        return self._statuses[rank].get("state") == "end" or self.store.check([f"alive/{rank}"])
+    def _missing(self) -> list[int]:
+        """The ranks that have neither come to their end nor answered."""
+        working = (rank for rank, status in enumerate(self._statuses) if status.get("state") != "end")
+        return [rank for rank in working if not self.store.check([f"alive/{rank}"])]
 
     def _await_fault(self) -> None:
         """Wait for the message of the process that reported the fault."""

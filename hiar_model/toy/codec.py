@@ -77,7 +77,8 @@ class ToyCodec:
         if components > rows.shape[1]:
             raise ValueError(f"{channels} channels are more than a patch of {patch} pixels has numbers")
         mean = rows.mean(0)
-        covariance = (rows - mean).T @ (rows - mean) / len(rows)
+        rows -= mean
+        covariance = rows.T @ rows / len(rows)
         values, vectors = torch.linalg.eigh(covariance)
         basis = vectors.flip(1)[:, :components].T
         # An eigenvector has no sign of its own: make its largest entry positive.

@@ -193,7 +193,7 @@ def test_a_full_disk_is_said_of_the_video(run, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("out", ["v.mp4", "v.gif", "v/"])
 def test_a_video_stays_where_its_record_fails(tmp_path, small, monkeypatch, out):
-    video = generate(PROMPT, model=small)
+    video = generate(PROMPT, model=small, num_frames=small_toy.BLOCK)
     if out != "v/":
         (tmp_path / f"{out}.json").write_text('"of an older video"')
     writer = VideoWriter(tmp_path / out, video.fps)

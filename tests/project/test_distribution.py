@@ -142,8 +142,9 @@ rms_norm(video, factor=None)
 def test_types_reach_a_foreign_project(installed, tmp_path):
     """mypy sees the types of both installed packages: right use passes, a wrong type and a wrong name are found."""
     (tmp_path / "foreign.py").write_text(FOREIGN)
-    (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = true\n[mypy-torch.*,numpy.*]\nfollow_imports = skip\n")
-    options = ("--python-executable", python(installed), "--config-file", "mypy.ini", "--cache-dir", "cache")
+    others = "[mypy-torch.*,numpy.*,av.*,PIL.*]\nfollow_imports = skip\nfollow_imports_for_stubs = true\n"
+    (tmp_path / "mypy.ini").write_text(f"[mypy]\nstrict = true\n{others}")
+    options = ("--python-executable", python(installed), "--config-file", "mypy.ini", "--cache-dir", os.devnull)
     done = subprocess.run(
         [sys.executable, "-m", "mypy", *map(str, options), "foreign.py"], cwd=tmp_path, capture_output=True, text=True
     )

@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,22 @@ CASES = [
 ]
 # where a pair spans two blocks, or every block has begun, another text cannot show
 FORKS = [case for case in CASES if not case.get("pairs") and case.get("order") != "step_first"]
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory) -> bytes:
+    """A session after the first block."""
+    first = start()
+    next(iter(first))
+    return save_session(tmp_path_factory.mktemp("session") / "s.safetensors", first).read_bytes()
+
+
+@pytest.fixture
+def saved(content, tmp_path) -> Path:
+    """It in a file."""
+    path = tmp_path / "s.safetensors"
+    path.write_bytes(content)
+    return path
 
 
 @pytest.mark.parametrize("options", CASES, ids=brief)
@@ -266,31 +283,25 @@ OF_3E7E919 = {
         (lambda path: damaged(path, about='{"weights": "abc"}'), "weights was 'abc', now it is 'def'"),
     ],
 )
-def test_a_wrong_file_is_refused_in_one_line(tmp_path, change, message):
-    first = start()
-    next(iter(first))
-    path = save_session(tmp_path / "s.safetensors", first)
-    change(path)
+def test_a_wrong_file_is_refused_in_one_line(saved, change, message):
+    change(saved)
     fresh = start()
     with refused(message):
-        load_session(path, fresh, about={"weights": "def"})
+        load_session(saved, fresh, about={"weights": "def"})
     assert torch.equal(latents(fresh), uninterrupted()), "the rollout must be untouched"
 
 
-def test_a_byte_that_has_changed_is_noticed(tmp_path):
+def test_a_byte_that_has_changed_is_noticed(saved, content):
     """Wherever it lies, among the tensors or in the header: the file cannot be read, or it says the same."""
-    first, path = start(), tmp_path / "s.safetensors"
-    next(iter(first))
-    content = save_session(path, first).read_bytes()
-    tensors, metadata = state_io.read(path)
+    tensors, metadata = state_io.read(saved)
     of_tensors = len(content) - sum(x.nbytes for x in tensors.values())
     chosen, changed = random.Random(0), set()
     for place in (*chosen.sample(range(of_tensors), 60), *chosen.sample(range(of_tensors, len(content)), 60)):
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << chosen.randrange(8)]) + content[place + 1 :])
+        saved.write_bytes(content[:place] + bytes([content[place] ^ 1 << chosen.randrange(8)]) + content[place + 1 :])
         try:
-            again, said = state_io.read(path)
+            again, said = state_io.read(saved)
         except ValueError as error:
-            assert str(error).startswith(f"cannot read {path}: ")
+            assert str(error).startswith(f"cannot read {saved}: ")
             changed |= set(re.findall("it is damaged: (.+) is not what was written", str(error)))
             continue
         assert place < of_tensors and metadata.items() <= said.items() and again.keys() == tensors.keys()
@@ -330,21 +341,15 @@ def test_every_bit_counts_in_a_checksum(nbytes):
     ],
     ids=brief,
 )
-def test_another_rollout_is_refused(tmp_path, options, message):
-    first = start()
-    next(iter(first))
-    path = save_session(tmp_path / "s.safetensors", first)
+def test_another_rollout_is_refused(saved, options, message):
     with pytest.raises(ValueError, match=message):
-        load_session(path, start(**options))
+        load_session(saved, start(**options))
 
 
-def test_another_schedule_is_refused(tmp_path):
-    first = start()
-    next(iter(first))
-    path = save_session(tmp_path / "s.safetensors", first)
+def test_another_schedule_is_refused(saved):
     options = {"num_frames": 15, "window_frames": 7, "order": "stream", **SIZE}
     with pytest.raises(ValueError, match="noise levels 1, 0.9"):
-        load_session(path, make_rollout(MODEL, TEXT, FlowSchedule((1000, 600, 300)), **options))
+        load_session(saved, make_rollout(MODEL, TEXT, FlowSchedule((1000, 600, 300)), **options))
 
 
 @pytest.mark.parametrize(
@@ -362,13 +367,13 @@ def test_a_fork_that_could_not_show_is_refused(tmp_path, options, message):
         load_session(path, start(OTHER, **options))
 
 
-@pytest.mark.parametrize(("saved", "given"), [(Carrying(), None), (None, Carrying())])
-def test_a_decoder_of_another_kind_is_refused(tmp_path, saved, given):
+@pytest.mark.parametrize(("before", "after"), [(Carrying(), None), (None, Carrying())])
+def test_a_decoder_of_another_kind_is_refused(tmp_path, before, after):
     first = start()
     next(iter(first))
-    path = save_session(tmp_path / "s.safetensors", first, saved)
+    path = save_session(tmp_path / "s.safetensors", first, before)
     with pytest.raises(ValueError, match="decoder state, this decoder takes"):
-        load_session(path, start(), given)
+        load_session(path, start(), after)
 
 
 def test_a_refusal_of_either_leaves_rollout_and_decoder_as_they_were(tmp_path):

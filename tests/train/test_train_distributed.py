@@ -181,6 +181,7 @@ def test_the_command_on_two_processes_tells_a_mistake_once(tmp_path):
 def test_a_signal_to_the_launcher_ends_its_processes_with_a_state(tmp_path):
     """Torch's launcher passes on what it gets, and waits."""
     words = ["train", "toy/teacher_forcing", "updates=1000000", "log_every=1", "sample_every=0", *TINY]
+    words.append("optimizer.kind=adamw")  # torch's Muon takes a second for its first step over shards
     process = processes.Started(["-m", "hiar_model", *words, "--nproc", "2", "--device", "cpu"], cwd=tmp_path)
     run = tmp_path / "runs/toy/teacher_forcing"
     while not (run / "loss.csv").exists():

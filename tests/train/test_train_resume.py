@@ -210,8 +210,9 @@ def test_a_finished_run_goes_on_for_more_updates(tmp_path):
     train(twice, constant(updates=2))
     longer = train(twice, constant(updates=4))
     assert losses(twice) == losses(tmp_path / "once")
-    for name, value in everything(at_once).items():
-        assert torch.equal(everything(longer)[name], value), name
+    expected, tensors = everything(at_once), everything(longer)
+    for name, value in expected.items():
+        assert torch.equal(tensors[name], value), name
     with refused(r"another updates \(4, now 3\)"):
         train(twice, constant(updates=3))
     with refused(r"updates \(4, now 5\), critic_optimizer.cooldown \(0.0, now 0.4\)"):
