@@ -388,6 +388,19 @@ def test_merging_with_parts_that_saw_nothing():
     assert out.abs().max() == 0 and (found == -torch.inf).all()
 
 
+def test_gradients_of_merging_with_parts_that_saw_nothing():
+    q, (k, v) = normal(1, 5, 2, 8, seed=1), normal(2, 1, 7, 2, 8, seed=2)
+    out, lse = (x.requires_grad_() for x in reference.attention_with_lse(q, k, v))
+    nothing, never = torch.full_like(out, NAN, requires_grad=True), torch.full_like(lse, -torch.inf, requires_grad=True)
+    for outs, lses, expected in (([out, nothing], [lse, never], 1.0), ([nothing, nothing], [never, never], 0.0)):
+        merged, merged_lse = merge_attention(outs, lses)
+        gradients = torch.autograd.grad(
+            (merged.sum(), merged_lse.nan_to_num(neginf=0).sum()), (outs[0], lses[0], nothing, never)
+        )
+        for gradient, number in zip(gradients, (expected, expected, 0.0, 0.0)):
+            torch.testing.assert_close(gradient, torch.full_like(gradient, number))
+
+
 def test_merging_parts_of_a_ring():
     """The ring cut in two, as a kernel splits it: some queries see one half only, some none."""
     case = make([[6, 7, 8], [0, 1, 2]], [RING, [EMPTY] * 9], {"block": 3, "sink": 1}, [5, 4])

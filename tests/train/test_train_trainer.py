@@ -234,6 +234,19 @@ def test_muon_has_the_matrices_of_the_blocks():
     assert rates == pytest.approx([0.5 * 0.505, 0.5, 0.25])
 
 
+@pytest.mark.parametrize(("weight_decay", "decays"), [(0.01, False), (0.1, True)])
+def test_weight_decay_below_rounding_has_no_effect(weight_decay, decays):
+    networks = [make_network("tiny", seed=0) for _ in range(2)]
+    for network, decay in zip(networks, (0.0, weight_decay), strict=True):
+        optimizers = Optimizers(network, OptimizerRecipe("adamw", lr=2e-6, weight_decay=decay, warmup=0, cooldown=0))
+        for step in range(3):
+            for p in optimizers.parameters:
+                p.grad = torch.full_like(p, 1.0 - step)
+            optimizers.step(0.5)
+    pairs = list(zip(*(network.parameters() for network in networks), strict=True))
+    assert any(not torch.equal(a, b) for a, b in pairs) == decays
+
+
 def test_models_on_the_way(tmp_path):
     """Each is the average after so many updates, as a run that is resumed there has it."""
     scale = {"checkpoint_every": 2, "threads": 1}

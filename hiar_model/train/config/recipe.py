@@ -66,6 +66,7 @@ class OptimizerRecipe:
     Args:
         kind: "adamw", or "muon_adamw": Muon for the matrices of the blocks, AdamW without decay for everything else.
         lr: peak learning rate. betas: of AdamW. weight_decay: of all (adamw), of the matrices (muon_adamw).
+            1 - lr * weight_decay is rounded to float32, so a product below 3e-8 decays nothing: 0.01 at a rate of 2e-6.
         warmup, cooldown: shares of the run that the rate rises from 0, and falls to 0 at the end.
         clip_norm: largest gradient norm.
     """
