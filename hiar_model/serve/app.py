@@ -31,7 +31,7 @@ from .connection import ClientLink, Realtime
 from .encoding import Saving
 from .guard import Guard, is_loopback
 from .jobs import VIDEO, JobRequest, Jobs
-from .keeper import DiskKeeper, Keeper, forget
+from .keeper import DiskKeeper, Keeper
 from .live import example
 from .metrics import Metrics
 from .protocol import Refusal
@@ -48,7 +48,7 @@ MOST_CONNECTIONS = 32
 """Open WebSockets of one client."""
 STATUS = {
     "busy": 503, "shutting_down": 503, "too_many": 429, "too_large": 413, "bad_prompt": 422, "bad_video": 422,
-    "disk_full": 507,
+    "disk_full": 507, "cannot_resume": 503,
 }  # fmt: skip
 """Code of a refusal -> status of HTTP, where it is not 400."""
 SHOWN = 100  # videos in a list
@@ -107,12 +107,10 @@ class Service:
         self.model = model = replace(model, text_encoder=lru_cache(PROMPTS)(model.text_encoder))
         self.store = Store(data)
         limits, metrics, state_bytes = self.settings.limits, Metrics(), self.settings.state_bytes
-        keeper: Keeper = Keeper()
         if state_bytes is None:
-            forget(self.store)
+            keeper = Keeper(self.store, limits.keep)
         else:
-            records = limits.keep > 0
-            keeper = DiskKeeper(self.store, model, execution, metrics, state_bytes, records, **(states or {}))
+            keeper = DiskKeeper(self.store, model, execution, metrics, state_bytes, limits.keep, **(states or {}))
         self.scheduler = Scheduler(
             model, execution, data / "sessions", limits, metrics, keeper, new_saving=self._saving, **scheduler_options
         )
@@ -208,7 +206,8 @@ class Service:
     async def _realtime(self, socket: WebSocket) -> None:
         client = socket.client.host if socket.client else ""
         wait = self.scheduler.full()
-        awaited = any(session.detached is not None for session in list(self.scheduler.sessions.values()))
+        awaited = len(self.scheduler.keeper.dormant) > 0
+        awaited |= any(session.detached is not None for session in list(self.scheduler.sessions.values()))
         if self.clients[client] >= MOST_CONNECTIONS:
             refusal = Refusal("too_many", f"more than {MOST_CONNECTIONS} connections", retry_after=10)
         elif wait is not None and not awaited:  # a kept session may be resumed

@@ -23,10 +23,11 @@ from ..io.video import Frames as FrameArray
 from ..models.video_model import VideoModel
 from ..pipelines.prompt_schedule import EncodedPromptSchedule, PromptSchedule
 from ..pipelines.video_pipeline import VideoOptions, VideoRun, rollout_config
+from ..rollout.state_io import DamagedFile
 from ..schedule.plan import Plan
 from .admission import Admission
 from .protocol import LIVE_ORDERS, Frames, OneOf, Pixels, Prompt, Refusal, Seed, StartMessage
-from .spool import Spool
+from .spool import ShortSpool, Spool
 from .store import Store
 
 log = logging.getLogger("hiar.serve")
@@ -195,10 +196,30 @@ class Jobs:
         row = self.store.get(name)
         if row is None:
             return
-        request = JobRequest(**row["request"])
-        self._admit(request, request.num_frames)
-        self.store.update(name, status="running", error=None)
-        self.current = VideoJob(name, self.store, self.model, self.execution, request, self.checkpoint_every)
+        try:
+            request = JobRequest(**row["request"])
+            self._admit(request, request.num_frames)
+            self.store.update(name, status="running", error=None)
+            self.current = VideoJob(name, self.store, self.model, self.execution, request, self.checkpoint_every)
+        except Refusal as refusal:
+            if refusal.code == "busy":
+                raise
+            self._put_off(name, refusal)
+        except OSError as error:
+            if _is_full(error):
+                raise
+            self._put_off(name, error)
+        except (ValueError, TypeError) as error:
+            self._put_off(name, error)
+
+    def _put_off(self, name: str, error: Exception) -> None:
+        """It could be made where it was asked for: this server has other weights, or is of another version. It waits
+        for the next start.
+        """
+        log.error("video %s waits for the next start: this server cannot make it, its status says why", name)
+        message = " ".join(str(error).split())  # may name the prompt, which the log has not
+        self.store.update(name, status="queued", error=f"this server cannot make it: {message}")
+        self._leave(name)
 
     def _failed(self, name: str, error: Exception) -> None:
         self.current = None
@@ -209,8 +230,7 @@ class Jobs:
             self.retry_at = time.monotonic() + RETRY_AFTER
             self.store.update(name, status="queued", error=message)
             return
-        full = {getattr(e, "errno", None) for e in (error, error.__cause__) if e is not None}
-        if full & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or isinstance(error, sqlite3.Error):
+        if _is_full(error) or isinstance(error, sqlite3.Error):
             self._wait(name, error)
             self.store.update(name, error=message)
             return
@@ -229,6 +249,9 @@ class Jobs:
         if self.current is not None:
             self.current.clean()
         self.current = None
+        self._leave(name)
+
+    def _leave(self, name: str) -> None:
         with self.lock:
             if name in self.waiting_ids:
                 self.waiting_ids.remove(name)
@@ -244,6 +267,12 @@ class Jobs:
             self.current = None
 
 
+def _is_full(error: Exception) -> bool:
+    """Whether it says that the disk is full."""
+    numbers = {getattr(e, "errno", None) for e in (error, error.__cause__) if e is not None}
+    return bool(numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
 class VideoJob:
     """A video that is being made.
 
@@ -256,15 +285,24 @@ class VideoJob:
         self.name, self.store, self.every = name, store, every
         self.folder = store.path(name)
         self.session = self.folder / SESSION
-        resumed = self.session if self.session.exists() else None
-        self.run = VideoRun(model, execution, request.options(resumed), blockwise=True)
+        self.options = model, execution, request
+        try:
+            self._begin(self.session if self.session.exists() else None)
+        except (DamagedFile, ShortSpool) as error:
+            log.error("video %s is made from its start again: %s", name, " ".join(str(error).split()))
+            self._begin(None)
+        self.coming: Iterator[FrameArray] = iter(self.run)
+        self.saved = self.blocks
+
+    def _begin(self, session: Path | None) -> None:
+        """Make the rollout, where the session is, and cut off what was made since."""
+        model, execution, request = self.options
+        self.run = VideoRun(model, execution, request.options(session), blockwise=True)
         self.spool = Spool(self.folder / SPOOL, FragmentEncoder(self.run.fps, *self.run.model.pixel_size))
         self.blocks, plan = 0, self.run.rollout.plan
         while self.run.model.pixel_frames(plan.block_frames(self.blocks)[0]) < self.run.frames_done:
             self.blocks += 1
         self.spool.truncate(self.blocks)
-        self.coming: Iterator[FrameArray] = iter(self.run)
-        self.saved = self.blocks
 
     @property
     def frames(self) -> int:

@@ -97,6 +97,7 @@ class ViewerSession:
     detached   since when no client answers; the connection may still be there
     jumps      (seq, block) of the first chunk, and of the first after each jump that the client may not know of
     stored     (block, prompt): the prompts of a session of the server before this one, until it goes on in this one
+    keep       seconds that its client was told it is kept without a connection
     """
 
     start: StartMessage
@@ -119,6 +120,7 @@ class ViewerSession:
     acked: int = -1  # the last one that the client has acknowledged
     jumps: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
     stored: list[tuple[int, str]] | None = None
+    keep: float = 0.0
     after: int | None = None  # that of the client which asks for the stored session
     block: int = 0  # the next one that is sent
     playing: bool = True
@@ -250,7 +252,7 @@ class ViewerSession:
             self.seq = self.acked = max(self.acked, -1 if self.after is None else self.after)
             self.jumps, self.stored = [(self.seq + 1, self.block)], None
             self.opened = self.possible = time.monotonic()
-        self.clock, self.video = Clock(video.run.fps), video
+        self.clock, self.video, self.keep = Clock(video.run.fps), video, keep
         config, mime, init = video.run.config, None, None
         height, width = video.run.model.pixel_size
         if self.start.format == "mp4":

@@ -20,6 +20,10 @@ LARGEST = 4 << 30
 """Bytes of one video: an endless one must not fill the disk."""
 
 
+class ShortSpool(ValueError):
+    """It holds fewer blocks than it should."""
+
+
 class Spool:
     """A file of the init segment and a fragment for each block: an mp4 already, but one without an index.
 
@@ -66,7 +70,7 @@ class Spool:
         """Keep the first blocks only.
 
         Raises:
-            ValueError: there are not so many.
+            ShortSpool: there are not so many.
         """
         ends = [len(self.fragments.init)]
         for end in self._ends():
@@ -74,7 +78,7 @@ class Spool:
                 break
             ends.append(end)
         if len(ends) <= blocks:
-            raise ValueError(f"{self.path} holds {len(ends) - 1} blocks, not {blocks}")
+            raise ShortSpool(f"{self.path} holds {len(ends) - 1} blocks, not {blocks}")
         os.truncate(self.path, ends[blocks])
         self.blocks = blocks
 

@@ -7,6 +7,7 @@ import json
 import signal
 import sqlite3
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -173,15 +174,56 @@ def test_a_full_disk_beneath_the_list_stops_a_job_and_not_the_server(model, tmp_
     jobs.store.close()
 
 
-def test_a_job_that_cannot_be_made_fails_alone(model, tmp_path):
+def test_a_job_that_cannot_be_made_here_waits_for_the_next_start(model, tmp_path, caplog):
+    """A server with other weights, or of another model: nothing of a video is lost, and the others go on."""
+    request = JobRequest(PROMPT, num_frames=15)
     jobs = new_jobs(tmp_path, model)
-    bad = jobs.store.add("job", {"prompt": "seven kittens", "num_frames": 6}, 6)  # of a model with other words
+    name = jobs.add(request, 15)
+    for _ in range(3):
+        jobs.work()
+    jobs.close()
+    strange = jobs.store.add("job", {"prompt": "seven kittens", "num_frames": 6}, 6)  # of a model with other words
+    jobs.store.close()
+    files = {path: path.read_bytes() for path in (tmp_path / "videos" / name).iterdir()}
+    jobs = new_jobs(tmp_path, replace(model, weights_sha256="0" * 64))
     good = jobs.add(JobRequest(PROMPT, num_frames=6), 6)
-    jobs.waiting_ids.insert(0, bad)
     while jobs.waiting():
         jobs.work()
-    assert jobs.store.get(bad)["status"] == "failed" and "seven" in jobs.store.get(bad)["error"]
     assert jobs.store.get(good)["status"] == "finished"
+    for one, word in ((name, "weights_sha256 was"), (strange, "seven")):
+        row = jobs.store.get(one)
+        assert row["status"] == "queued" and row["error"].startswith("this server cannot make it: "), row
+        assert word in row["error"]
+    assert "seven" not in caplog.text and f"video {strange} waits for the next start" in caplog.text
+    assert {path: path.read_bytes() for path in (tmp_path / "videos" / name).iterdir()} == files
+    jobs.store.close()
+    jobs = new_jobs(tmp_path, model)
+    jobs.remove(strange)
+    count = 0
+    while jobs.waiting():
+        jobs.work()
+        count += 1
+    row = jobs.store.get(name)
+    assert (row["status"], row["error"], count) == ("finished", None, 3)
+    jobs.store.close()
+
+
+@pytest.mark.parametrize("damaged", ["session.safetensors", "blocks.spool"])
+def test_a_job_whose_checkpoint_is_damaged_begins_anew(model, tmp_path, damaged):
+    jobs = new_jobs(tmp_path, model)
+    name = jobs.add(JobRequest(PROMPT, num_frames=15), 15)
+    for _ in range(3):
+        jobs.work()
+    jobs.close()
+    jobs.store.close()
+    path = tmp_path / "videos" / name / damaged
+    path.write_bytes(path.read_bytes()[:-100])
+    jobs = new_jobs(tmp_path, model)
+    count = 0
+    while jobs.waiting():
+        jobs.work()
+        count += 1
+    assert (jobs.store.get(name)["status"], count) == ("finished", 6)
     jobs.store.close()
 
 

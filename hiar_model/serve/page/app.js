@@ -204,7 +204,7 @@ const listeners = {
   },
   refused({ code, message, closes, retry_after: wait }) {
     complain(wait === null ? message : `${message} (try again in ${wait} s)`);
-    if (code === "busy" || code === "shutting_down") later = 1000 * (wait ?? 1); // a session that is there waits
+    if (["busy", "cannot_resume", "shutting_down"].includes(code)) later = 1000 * (wait ?? 1); // a session that is there waits
     else if (code === "unknown_session" || closes) forget();
   },
 };
