@@ -330,7 +330,10 @@ class Mp4Encoder:
     def add(self, image: Frames) -> None:
         if any(self.odd):  # yuv420p has even sizes only: repeat the last row or column
             image = np.pad(image, ((0, self.odd[0]), (0, self.odd[1]), (0, 0)), mode="edge")
-        frame = _av_frame(image).reformat(format="yuv420p", dst_colorspace=self.matrix, interpolation=_ROUNDED)
+        self.add_yuv(_av_frame(image).reformat(format="yuv420p", dst_colorspace=self.matrix, interpolation=_ROUNDED))
+
+    def add_yuv(self, frame: Any) -> None:
+        """The next frame, an ``av.VideoFrame`` in yuv420p of the video's size, made even."""
         frame.pts, frame.time_base, self.next = self.next, self.tick, self.next + 1
         self.container.mux(self.stream.encode(frame))
 

@@ -1,6 +1,7 @@
 """Whole videos as jobs: made a block at a time when no viewer waits, and gone on with after a crash.
 
-Each has a folder: its blocks as fragments, every few blocks a session file, at the end an mp4 and its record.
+Each has a folder: its blocks as lossless fragments, every few blocks a session file, at the end an mp4, byte for byte the
+one that `hiar generate` writes here, and its record.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..config import ExecutionConfig
+from ..io.atomic import discard
 from ..io.files import SESSION
 from ..io.fragments import FragmentEncoder
 from ..io.video import Frames as FrameArray
@@ -27,7 +29,7 @@ from ..rollout.state_io import DamagedFile
 from ..schedule.plan import Plan
 from .admission import Admission
 from .protocol import LIVE_ORDERS, Frames, OneOf, Pixels, Prompt, Refusal, Seed, StartMessage
-from .spool import ShortSpool, Spool
+from .spool import ShortSpool, Spool, Transcoding, write_record
 from .store import Store
 
 log = logging.getLogger("hiar.serve")
@@ -38,6 +40,10 @@ CHECKPOINT_EVERY = 10
 """Blocks between session files."""
 RETRY_AFTER = 20.0
 """Seconds until a video that met a full disk, or too little memory, is tried again."""
+LARGEST_SPOOL = 64 << 30
+"""Bytes of the lossless fragments of one video."""
+FRAMES_AT_ONCE = 24
+"""Frames of a complete video that are encoded before a viewer has a turn again."""
 VIDEO, SPOOL = "video.mp4", "blocks.spool"
 
 
@@ -264,6 +270,7 @@ class Jobs:
                 self.current.checkpoint()
             except (OSError, ValueError, sqlite3.Error) as error:
                 log.error("video %s goes on from its last checkpoint: %s", self.current.name, error)
+            self.current.give_up()
             self.current = None
 
 
@@ -286,6 +293,9 @@ class VideoJob:
         self.folder = store.path(name)
         self.session = self.folder / SESSION
         self.options = model, execution, request
+        self.transcoding: Transcoding | None = None
+        for path in self.folder.glob(".*.partial*"):
+            discard(path)  # of a process that was killed
         try:
             self._begin(self.session if self.session.exists() else None)
         except (DamagedFile, ShortSpool) as error:
@@ -298,7 +308,8 @@ class VideoJob:
         """Make the rollout, where the session is, and cut off what was made since."""
         model, execution, request = self.options
         self.run = VideoRun(model, execution, request.options(session), blockwise=True)
-        self.spool = Spool(self.folder / SPOOL, FragmentEncoder(self.run.fps, *self.run.model.pixel_size))
+        fragments = FragmentEncoder(self.run.fps, *self.run.model.pixel_size, lossless=True)
+        self.spool = Spool(self.folder / SPOOL, fragments, LARGEST_SPOOL)
         self.blocks, plan = 0, self.run.rollout.plan
         while self.run.model.pixel_frames(plan.block_frames(self.blocks)[0]) < self.run.frames_done:
             self.blocks += 1
@@ -313,19 +324,23 @@ class VideoJob:
         return self.frames / self.run.fps
 
     def advance(self) -> bool:
-        """Make a block; returns whether the video is complete and written."""
+        """Make a block, or encode a part of the complete video; returns whether it is written."""
         first = self.frames
-        frames = next(self.coming, None)
+        frames = None if self.transcoding is not None else next(self.coming, None)
         if frames is not None:
             self.spool.encode(frames, first)
             self.blocks += 1
             if self.blocks - self.saved >= self.every and self.blocks != self.run.rollout.num_blocks:
                 self.checkpoint()
             return False
+        if self.transcoding is None:
+            self.transcoding = Transcoding(self.spool, self.folder / VIDEO)
+        if not self.transcoding.advance(FRAMES_AT_ONCE):
+            return False
         metadata = dict(self.run.metadata)
         if "command" in metadata:
             metadata["command"] = shlex.join([*_without_session(metadata["command"]), "--out", VIDEO, "--overwrite"])
-        self.spool.write_mp4(self.folder / VIDEO, metadata)
+        write_record(self.folder / VIDEO, self.transcoding.frames, self.run.fps, metadata)
         return True
 
     def checkpoint(self) -> None:
@@ -336,6 +351,12 @@ class VideoJob:
         self.run.save_session(self.session)
         self.saved = self.blocks
         self.store.update(self.name, frames=self.frames)
+
+    def give_up(self) -> None:
+        """Delete the half of an mp4, if there is one."""
+        if self.transcoding is not None:
+            self.transcoding.discard()
+            self.transcoding = None
 
     def clean(self) -> None:
         """Delete what only an unfinished video needs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import signal
 import sqlite3
 import threading
@@ -14,7 +15,9 @@ import pytest
 from serving import PROMPT, Viewer, ask, frames_of, serving, until
 
 from hiar_model import VideoPipeline
+from hiar_model.cli.main import main
 from hiar_model.config import ExecutionConfig
+from hiar_model.serve import jobs as jobs_module
 from hiar_model.serve.jobs import JobRequest, Jobs
 from hiar_model.serve.protocol import Refusal
 from hiar_model.serve.scheduler import Scheduler
@@ -128,6 +131,31 @@ def test_a_job_goes_on_from_its_checkpoint(model, tmp_path, blocks):
     content, count = whole(tmp_path / "a", blocks)
     assert content == whole(tmp_path / "b", 0)[0]
     assert count == 6 - 2 * (min(blocks, 4) // 2)
+
+
+def test_the_file_of_a_job_is_that_of_generate(model, folder, tmp_path, monkeypatch):
+    """Byte for byte, in a server that is stopped while it encodes the complete video; the record has the command."""
+    monkeypatch.setattr(jobs_module, "FRAMES_AT_ONCE", 4)
+    jobs = new_jobs(tmp_path, model)
+    name = jobs.add(JobRequest(PROMPT, num_frames=15, seed=3), 15)
+    for _ in range(7):
+        jobs.work()
+    assert jobs.current.transcoding.frames == 8
+    jobs.close()
+    jobs.store.close()
+    (tmp_path / "videos" / name / ".0123456789ab.99.partial.mp4").touch()  # as kill -9 leaves
+    jobs = new_jobs(tmp_path, model)
+    while jobs.waiting():
+        jobs.work()
+    made = tmp_path / "videos" / name
+    assert sorted(path.name for path in made.iterdir()) == ["video.mp4", "video.mp4.json"]
+    jobs.store.close()
+    command = shlex.split(json.loads((made / "video.mp4.json").read_text())["command"])
+    out = tmp_path / "again.mp4"
+    assert main([*command[1 : command.index("--out")], "--out", str(out), "--device", "cpu"]) == 0
+    assert out.read_bytes() == (made / "video.mp4").read_bytes()
+    about, other = (json.loads(path.with_name(f"{path.name}.json").read_text()) for path in (made / "video.mp4", out))
+    assert about["frames"] == other["frames"] == 15
 
 
 def test_a_full_disk_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch):
