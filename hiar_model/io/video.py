@@ -250,12 +250,12 @@ class VideoWriter:
         encoder, self._encoder = self._encoder, None
         with self._named():
             encoder.close()
-        text = json.dumps(self._metadata(), indent=2, ensure_ascii=False, default=_as_json) + "\n"
+        text = self.record_text()
         with self._named():
             publish(self._partial, self.path)
         beside = record_path(self.path, self.folder)
         try:
-            atomic_write(beside, as_text(text).encode("utf-8", "backslashreplace"))  # surrogates, as JSON escapes them
+            atomic_write(beside, text)
         except OSError as error:
             beside.unlink(missing_ok=True)  # of the video that was replaced
             raise OSError(f"{self.path} is complete, but without its record: {error}") from error
@@ -267,6 +267,11 @@ class VideoWriter:
             yield
         except OSError as error:
             raise cannot_write(self.path, error) from error
+
+    def record_text(self) -> bytes:
+        """What is written beside the video, so far: JSON."""
+        text = json.dumps(self._metadata(), indent=2, ensure_ascii=False, default=_as_json) + "\n"
+        return as_text(text).encode("utf-8", "backslashreplace")  # surrogates, as JSON escapes them
 
     def _metadata(self) -> dict[str, Any]:
         import shlex
