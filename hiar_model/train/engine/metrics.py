@@ -128,7 +128,7 @@ class MetricsLogger:
 
     @contextmanager
     def _without_events(self) -> Iterator[EventFile | None]:
-        """Where TensorBoard's files cannot be written, that is said once, and the run goes on: loss.csv is there too."""
+        """Where TensorBoard's files cannot be written, that is said once; the run goes on, with loss.csv."""
         try:
             yield self.events
         except OSError as error:
