@@ -133,25 +133,25 @@ def refuse_existing(name: str, path: Path | None, overwrite: bool) -> None:
         raise ValueError(f"{name} {path} exists: give another name, or --overwrite".lstrip())
 
 
-def refuse_other_record(record: Path, video: str, values: Mapping[str, Any], overwrite: bool) -> None:
+def refuse_other_metadata(path: Path, video: str, values: Mapping[str, Any], overwrite: bool) -> None:
     """ValueError of one line for metadata beside a video that is to come, unless it is of a video of that name and says
     what the new one will say: ``values``, as far as they are known. How many frames there are is known at the end.
     """
-    if overwrite or not record.is_file():
+    if overwrite or not path.is_file():
         return
     advice = "give another name, or --overwrite"
     try:
-        before = json.loads(read_text(record))
+        before = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         before = None
     if not isinstance(before, dict) or before.get("file") != video or "frames" not in before:
-        raise ValueError(f"{record} exists and is no metadata of {video}: {advice}")
+        raise ValueError(f"{path} exists and is no metadata of {video}: {advice}")
     missing = object()
     for name, value in values.items():
         if name != "frames" and (was := before.get(name, missing)) != value:
             said = "is not there" if was is missing else f"was {_short(was)}"
             raise ValueError(
-                f"{record} exists and is of another video: {name} {said}, now it is {_short(value)}: {advice}"
+                f"{path} exists and is of another video: {name} {said}, now it is {_short(value)}: {advice}"
             )
 
 

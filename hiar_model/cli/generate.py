@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from ..common.image_file import image_files
 from ..common.lora_file import lora_files
 from ..io.files import as_text, check_text
-from .choices import option, overwrite_argument, refuse_existing, refuse_other_record, rollout_options
+from .choices import option, overwrite_argument, refuse_existing, refuse_other_metadata, rollout_options
 from .config_file import OptionalPositional, Repeated
 from .machine import (
     imports,
@@ -107,7 +107,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
     # Validate arguments before loading the model.
     target = new_video(a)
     typed = {} if a.prompt is None or a.prompts is not None else {"prompt": a.prompt}
-    _refuse_other_record(a, target, {**typed, "seed": a.seed})
+    _refuse_other_metadata(a, target, {**typed, "seed": a.seed})
     session = None if a.session is None else check_output(in_folder(a.session, SESSION))
     require_apart(
         {"-o": target, "the metadata of -o": record_path(target, is_folder_target(a.out)), "--session": session},
@@ -167,7 +167,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
         for line in [*notes, *(() if a.from_session else run.starts.notes), *run.notes()]:
             print(line, file=sys.stderr)
         writer = VideoWriter(a.out, run.fps, run.metadata, size=run.model.pixel_size)
-        _refuse_other_record(a, target, json.loads(writer.record_text()))  # the model is known now
+        _refuse_other_metadata(a, target, json.loads(writer.metadata_text()))  # the model is known now
         with (
             span("generate"),
             writer,
@@ -210,12 +210,12 @@ def new_video(a: Namespace) -> Path:
     return target
 
 
-def _refuse_other_record(a: Namespace, target: Path, values: dict[str, Any]) -> None:
+def _refuse_other_metadata(a: Namespace, target: Path, values: dict[str, Any]) -> None:
     """ValueError for metadata of another video beside -o; in a folder of PNGs there is none."""
     from ..io.video import is_folder_target, record_path
 
     if not is_folder_target(a.out):
-        refuse_other_record(record_path(target), as_text(target.name), values, a.overwrite)
+        refuse_other_metadata(record_path(target), as_text(target.name), values, a.overwrite)
 
 
 def read_files(a: Namespace) -> dict[str, str | Path | None]:

@@ -250,10 +250,9 @@ class VideoWriter:
         encoder, self._encoder = self._encoder, None
         with self._named():
             encoder.close()
-        text = self.record_text()
+        text, beside = self.metadata_text(), record_path(self.path, self.folder)
         with self._named():
             publish(self._partial, self.path)
-        beside = record_path(self.path, self.folder)
         try:
             atomic_write(beside, text)
         except OSError as error:
@@ -268,12 +267,8 @@ class VideoWriter:
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def record_text(self) -> bytes:
-        """What is written beside the video, so far: JSON."""
-        text = json.dumps(self._metadata(), indent=2, ensure_ascii=False, default=_as_json) + "\n"
-        return as_text(text).encode("utf-8", "backslashreplace")  # surrogates, as JSON escapes them
-
-    def _metadata(self) -> dict[str, Any]:
+    def metadata_text(self) -> bytes:
+        """The JSON that is written beside the video, as far as it is known."""
         import shlex
 
         metadata = {"file": self.path.name, "frames": self.frames_written, "fps": self.fps, **self.metadata}
@@ -282,7 +277,8 @@ class VideoWriter:
             words = seen_from(self.path.parent, metadata["command"])
             words += ["--out", os.path.join(os.curdir, name) if name[0] == "-" else name]
             metadata["command"] = shlex.join(words if self.folder else [*words, "--overwrite"])
-        return metadata
+        text = as_text(json.dumps(metadata, indent=2, ensure_ascii=False, default=_as_json))
+        return f"{text}\n".encode("utf-8", "backslashreplace")  # surrogates, as JSON escapes them
 
     def _discard(self) -> None:
         """Close the encoder and remove the temporary file or folder, if there still is one."""

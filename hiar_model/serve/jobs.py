@@ -29,7 +29,7 @@ from ..rollout.state_io import DamagedFile
 from ..schedule.plan import Plan
 from .admission import Admission
 from .protocol import LIVE_ORDERS, Frames, OneOf, Pixels, Prompt, Refusal, Seed, StartMessage
-from .spool import ShortSpool, Spool, Transcoding, write_record
+from .spool import ShortSpool, Spool, Transcoding, write_metadata
 from .store import Store
 
 log = logging.getLogger("hiar.serve")
@@ -340,7 +340,7 @@ class VideoJob:
         metadata = dict(self.run.metadata)
         if "command" in metadata:
             metadata["command"] = shlex.join([*_without_session(metadata["command"]), "--out", VIDEO, "--overwrite"])
-        write_record(self.folder / VIDEO, self.transcoding.frames, self.run.fps, metadata)
+        write_metadata(self.folder / VIDEO, self.transcoding.frames, self.run.fps, metadata)
         return True
 
     def checkpoint(self) -> None:

@@ -121,11 +121,11 @@ class Spool:
             raise ValueError(f"{self.path} holds no block yet")
         with atomic(target) as partial:
             frames = _remux(self.path, partial)
-        write_record(target, frames, self.fragments.fps, metadata)
+        write_metadata(target, frames, self.fragments.fps, metadata)
         return frames
 
 
-def write_record(target: Path, frames: int, fps: float, metadata: Mapping[str, Any]) -> None:
+def write_metadata(target: Path, frames: int, fps: float, metadata: Mapping[str, Any]) -> None:
     """Write the record of a video beside it."""
     about = {"file": target.name, "frames": frames, "fps": fps, **metadata}
     atomic_write(record_path(target), json.dumps(about, indent=2, ensure_ascii=False) + "\n")

@@ -216,30 +216,6 @@ def test_a_video_is_not_overwritten(folder, here, capsys):
     assert Path("a.mp4").read_bytes() != b"mine"
 
 
-def test_the_metadata_of_another_video_is_not_replaced(folder, here, capsys):
-    """Left without its video: replaced if it says what the new one says, else refused before any work."""
-    words = ["generate", PROMPT, "-o", "a.mp4", "--model", folder]
-    record, advice = Path("a.mp4.json"), "give another name, or --overwrite"
-    assert run(*words) == 0
-    written = record.read_bytes()
-    Path("a.mp4").unlink()
-    assert run(*words) == 0 and record.read_bytes() == written
-    Path("a.mp4").unlink()
-    capsys.readouterr()
-    for more, line in (
-        (["--seed", 7], "seed was 0, now it is 7"),
-        (["--num-frames", 6], "--num-frames was 12, now it is 6"),  # what is known with the model
-    ):
-        assert refused(capsys, 2, *words, *more) == (
-            f"hiar: a.mp4.json exists and is of another video: {line}: {advice}"
-        )
-    for mine in (b"mine", b"[1]", b'{"file": "b.mp4", "frames": 3}', b'{"file": "a.mp4"}', b"\xff\xfe\xff"):
-        record.write_bytes(mine)
-        assert refused(capsys, 2, *words) == f"hiar: a.mp4.json exists and is no metadata of a.mp4: {advice}"
-        assert record.read_bytes() == mine and [*here.iterdir()] == [here / "a.mp4.json"]
-    assert run(*words, "--overwrite") == 0 and json.loads(record.read_text())["frames"] == 12
-
-
 @pytest.mark.parametrize("blocks", [0, 2])
 def test_ctrl_c_among_processes_says_what_is_kept(here, capsys, monkeypatch, blocks):
     from torch.distributed.launcher import api
