@@ -252,6 +252,8 @@ def _among_others(debug: bool | None = False) -> Iterator[_Others]:
             raise
         if debug:
             traceback.print_exc()
+    if others.peers is not None:
+        others.peers.leave()
     code = status(code)
     sys.stderr.flush()
     os._exit(code)  # a normal exit may abort while torch tears down its process groups

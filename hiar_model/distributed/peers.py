@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +49,31 @@ class Peers:
     """The processes of the default group of torch.distributed. Every one of them makes such an object, at once."""
 
     def __init__(self) -> None:
-        store = dist.PrefixStore("hiar/peers", distributed_c10d._get_default_store())
+        self.store = dist.PrefixStore("hiar/peers", distributed_c10d._get_default_store())
         self.rank = dist.get_rank()
-        store.set(str(self.rank), json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        self.store.set(str(self.rank), json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         self.processes: dict[int, dict[str, Any]] = {
-            rank: json.loads(store.get(str(rank))) for rank in range(dist.get_world_size())
+            rank: json.loads(self.store.get(str(rank))) for rank in range(dist.get_world_size())
         }
 
+    def leave(self) -> None:
+        """This process ends by itself, and is not to be blamed."""
+        with suppress(RuntimeError):
+            self.store.set(f"left/{self.rank}", "1")
+
+    def _left(self, rank: int) -> bool:
+        try:
+            return self.store.check([f"left/{rank}"])
+        except RuntimeError:  # the store has gone, with the launcher
+            return False
+
     def dead(self, patience: float = 0.0) -> int | None:
-        """The first rank that has ended, of those on this machine; waits so many seconds for one. None: none has."""
+        """The first rank that has died, of those on this machine; waits so many seconds for one. None: none has."""
         until = time.monotonic() + patience
         while True:
             for rank, process in self.processes.items():
-                if rank != self.rank and has_ended(process["host"], process["pid"]):
+                ended = rank != self.rank and has_ended(process["host"], process["pid"])
+                if ended and not self._left(rank):
                     return rank
             if time.monotonic() >= until:
                 return None

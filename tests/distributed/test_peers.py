@@ -37,14 +37,16 @@ def killed():
 def test_a_process_that_was_killed_has_ended(killed):
     assert has_ended(socket.gethostname(), killed)
     assert not has_ended("elsewhere", killed) and not has_ended(socket.gethostname(), None)
-    peers = Peers.__new__(Peers)
-    peers.rank = 0
+    peers, left = Peers.__new__(Peers), []
+    peers.rank, peers.store = 0, SimpleNamespace(check=lambda names: names[0] in left)
     peers.processes = {
         rank: {"host": socket.gethostname(), "pid": pid} for rank, pid in enumerate((killed, os.getpid()))
     }
     assert peers.dead() is None  # it is this process
     peers.rank = 1
     assert peers.dead() == 0
+    left.append("left/0")  # it said that it ends by itself
+    assert peers.dead() is None
 
 
 def test_errors_of_links():
@@ -72,7 +74,7 @@ def test_training_names_who_died(monkeypatch, capsys, dead, state, line, debug):
 
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit) as ended, train._among_others(debug) as others:
-        others.peers = SimpleNamespace(dead=lambda patience=0.0: dead)
+        others.peers = SimpleNamespace(dead=lambda patience=0.0: dead, leave=lambda: None)
         others.trainer = SimpleNamespace(update=6, state=state)
         raise ValueError("states cannot be written") from RuntimeError(GLOO)
     said = capsys.readouterr().err
