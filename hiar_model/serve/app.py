@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import logging
 import socket as sockets
@@ -16,6 +17,7 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
@@ -63,19 +65,21 @@ class Settings:
     host, port     where it listens; any host but this machine's own needs ``tokens``
     tokens         one of which a client must have
     hosts          names by which clients may call it, beside addresses and localhost
+    proxies        addresses of proxies in front of it, whose X-Forwarded-For names the client
     limits         of sessions
     log_prompts    write prompts to the log
     state_bytes    on disk for the states of live sessions, which then outlive the server; None: nothing of them is
                    written but what they have shown
 
     Raises:
-        ValueError: a host that others reach, without tokens.
+        ValueError: a host that others reach, without tokens; a proxy that is no address.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     tokens: tuple[bytes, ...] = ()
     hosts: tuple[str, ...] = ()
+    proxies: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     log_prompts: bool = False
     state_bytes: int | None = None
@@ -83,6 +87,12 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.tokens and not is_loopback(self.host):
             raise ValueError(f"--host {self.host} can be reached from other machines: give --token-file")
+        for proxy in self.proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError:
+                legal = "legal: addresses such as 127.0.0.1, networks such as 10.0.0.0/8"
+                raise ValueError(f"--proxy {proxy} is no address, {legal}") from None
 
 
 class Service:
@@ -136,7 +146,7 @@ class Service:
             Route("/v1/openapi.json", self._openapi),
             WebSocketRoute("/v1/realtime/video", self._realtime),
         ]
-        inner = Starlette(routes=routes, exception_handlers={Refusal: _refused, Exception: _failed})
+        inner = Starlette(routes=routes, exception_handlers=HANDLERS)
         self.app = Guard(inner, self.settings.tokens, self.settings.hosts, self.files)
 
     def start(self) -> None:
@@ -309,6 +319,16 @@ async def _failed(request: Request, error: Exception) -> Response:
     return _error(500, "failed", "the server's log says why")
 
 
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        return _error(405, "not_allowed", f"{request.method} is not for this path", dict(error.headers or {}))
+    return _error(error.status_code, "not_found", "nothing is here")
+
+
+HANDLERS = {Refusal: _refused, HTTPException: _no_route, Exception: _failed}
+
+
 class _Uvicorn(uvicorn.Server):
     """Puts videos away and tells viewers before connections are closed."""
 
@@ -346,7 +366,8 @@ def server(service: Service) -> uvicorn.Server:
     config = uvicorn.Config(
         service.app, log_config=None, access_log=False, lifespan="off", server_header=False, date_header=True,
         ws=ClientLink, ws_max_size=1 << 20, ws_ping_interval=5.0, ws_ping_timeout=15.0,
-        ws_per_message_deflate=False, timeout_graceful_shutdown=5, timeout_keep_alive=15, proxy_headers=False,
+        ws_per_message_deflate=False, timeout_graceful_shutdown=5, timeout_keep_alive=15,
+        proxy_headers=bool(service.settings.proxies), forwarded_allow_ips=list(service.settings.proxies),
     )  # fmt: skip
     return _Uvicorn(config, service)
 

@@ -267,7 +267,8 @@ class Jobs:
         """Put the video in hand away, to go on with at the next start."""
         if self.current is not None:
             try:
-                self.current.checkpoint()
+                if self.current.name in self.waiting_ids:  # else it was deleted
+                    self.current.checkpoint()
             except (OSError, ValueError, sqlite3.Error) as error:
                 log.error("video %s goes on from its last checkpoint: %s", self.current.name, error)
             self.current.give_up()

@@ -97,6 +97,7 @@ class Scheduler:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.sessions = {session.id: session for session in self.keeper.restore(self.folder)}
         self.metrics.sessions.set(len(self.sessions))
+        self.metrics.dormant.set_function(lambda: len(self.keeper.dormant))
         self.thread.start()
         self.call(self._prepare).result()
 

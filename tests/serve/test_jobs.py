@@ -267,6 +267,17 @@ def test_a_deleted_job_stops(model, tmp_path):
     jobs.store.close()
 
 
+def test_a_deleted_job_is_not_put_away(model, tmp_path, caplog):
+    """By a server that ends just then."""
+    jobs = new_jobs(tmp_path, model)
+    name = jobs.add(JobRequest(PROMPT, num_frames=6), 6)
+    jobs.work()
+    jobs.remove(name)
+    jobs.close()
+    assert not caplog.records and jobs.current is None
+    jobs.store.close()
+
+
 def test_a_folder_has_one_server(tmp_path, model):
     store = Store(tmp_path)
     with pytest.raises(ValueError, match="another server uses it"):
