@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import secrets
 import time
 from collections import deque
@@ -24,6 +25,8 @@ from .live import LiveVideo, Piece
 from .metrics import resident_bytes
 from .protocol import VERSION, BlockMessage, Ended, ProtocolMessage, ReadyMessage, Refusal, StartMessage, Stats
 from .spool import Spool
+
+log = logging.getLogger("hiar.serve")
 
 WINDOW = 4
 """Chunks that are made ahead of the viewer's last ack."""
@@ -175,7 +178,8 @@ class ViewerSession:
         if self.spool is not None:
             try:
                 fragment = self.spool.encode(piece.frames, piece.first_frame)
-            except OSError:
+            except OSError as error:
+                log.warning("session %s goes on, but can be saved no more: %s", self.id, error)
                 self.spool.remove()
                 self.spool = None
         if self.start.format != "mp4":

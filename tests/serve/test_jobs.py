@@ -12,11 +12,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from serving import PROMPT, Viewer, ask, frames_of, serving, until
 
 from hiar_model import VideoPipeline
 from hiar_model.cli.main import main
 from hiar_model.config import ExecutionConfig
+from hiar_model.rollout import state_io
 from hiar_model.serve import jobs as jobs_module
 from hiar_model.serve.jobs import JobRequest, Jobs
 from hiar_model.serve.protocol import Refusal
@@ -176,6 +178,27 @@ def test_a_full_disk_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch
     while jobs.waiting():
         jobs.work()
     assert jobs.store.get(name)["status"] == "finished" and jobs.store.get(name)["frames"] == 15
+    jobs.store.close()
+
+
+def test_a_full_disk_under_a_checkpoint_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch):
+    """As safetensors calls it."""
+    jobs = new_jobs(tmp_path, model)
+    name = jobs.add(JobRequest(PROMPT, num_frames=15), 15)
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(state_io, "save_tensors", full)
+    for _ in range(2):
+        jobs.work()
+    about = jobs.store.get(name)
+    assert about["status"] == "running" and "No space left" in about["error"] and not jobs.waiting()
+    monkeypatch.undo()
+    jobs.retry_at = 0.0
+    while jobs.waiting():
+        jobs.work()
+    assert jobs.store.get(name)["status"] == "finished"
     jobs.store.close()
 
 
