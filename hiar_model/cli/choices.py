@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -16,6 +17,7 @@ from ..common.lora_file import lora_files
 from ..config import SHIPPED, RolloutConfig, WanConfig
 from ..config.execution import ATTENTION_DTYPES, ATTENTION_IMPLS, KV_DTYPES, LINEAR_DTYPES, ON_NAN, ExecutionConfig
 from ..config.rollout import KV_SOURCES, ON_PROMPT_CHANGE, ORDERS, several_orders
+from ..io.files import read_text
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "order": ORDERS, "dtype": checks.DTYPE_NAMES, "kv_dtype": KV_DTYPES, "vae_dtype": (*checks.DTYPE_NAMES, "none"),
@@ -129,6 +131,33 @@ def refuse_existing(name: str, path: Path | None, overwrite: bool) -> None:
     """ValueError of one line for an output that would replace a file. ``name``: how messages call it."""
     if path is not None and path.is_file() and not overwrite:
         raise ValueError(f"{name} {path} exists: give another name, or --overwrite".lstrip())
+
+
+def refuse_other_metadata(path: Path, video: str, values: Mapping[str, Any], overwrite: bool) -> None:
+    """ValueError of one line for metadata beside a video that is to come, unless it is of a video of that name and says
+    what the new one will say: ``values``, as far as they are known. How many frames there are is known at the end.
+    """
+    if overwrite or not path.is_file():
+        return
+    advice = "give another name, or --overwrite"
+    try:
+        before = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
+        before = None
+    if not isinstance(before, dict) or before.get("file") != video or "frames" not in before:
+        raise ValueError(f"{path} exists and is no metadata of {video}: {advice}")
+    missing = object()
+    for name, value in values.items():
+        if name != "frames" and (was := before.get(name, missing)) != value:
+            said = "is not there" if was is missing else f"was {_short(was)}"
+            raise ValueError(
+                f"{path} exists and is of another video: {name} {said}, now it is {_short(value)}: {advice}"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def rollout_options(a: Namespace) -> dict[str, Any]:

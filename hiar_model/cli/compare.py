@@ -48,10 +48,11 @@ def compare(a: Namespace) -> None:
         from ..pipelines.compare import compare as make
         from ..pipelines.compare import plot_path
 
-    plot = plot_path(target, folder)
-    refuse_existing("", plot, a.overwrite)
+    plot, metadata = plot_path(target, folder), record_path(target, folder)
+    for file in (plot, metadata):
+        refuse_existing("", file, a.overwrite)
     require_apart(
-        {"-o": target, "the metadata of -o": record_path(target, folder), "the plot of -o": plot},
+        {"-o": target, "the metadata of -o": metadata, "the plot of -o": plot},
         read_files(a),
     )
     orders = None if a.order is None else several_orders("order", a.order)

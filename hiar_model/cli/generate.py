@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..common.image_file import image_files
 from ..common.lora_file import lora_files
-from ..io.files import check_text
-from .choices import option, overwrite_argument, refuse_existing, rollout_options
+from ..io.files import as_text, check_text
+from .choices import option, overwrite_argument, refuse_existing, refuse_other_metadata, rollout_options
 from .config_file import OptionalPositional, Repeated
 from .machine import (
     imports,
@@ -105,6 +106,8 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
 
     # Validate arguments before loading the model.
     target = new_video(a)
+    typed = {} if a.prompt is None or a.prompts is not None else {"prompt": a.prompt}
+    _refuse_other_metadata(a, target, {**typed, "seed": a.seed})
     session = None if a.session is None else check_output(in_folder(a.session, SESSION))
     require_apart(
         {"-o": target, "the metadata of -o": record_path(target, is_folder_target(a.out)), "--session": session},
@@ -164,6 +167,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
         for line in [*notes, *(() if a.from_session else run.starts.notes), *run.notes()]:
             print(line, file=sys.stderr)
         writer = VideoWriter(a.out, run.fps, run.metadata, size=run.model.pixel_size)
+        _refuse_other_metadata(a, target, json.loads(writer.metadata_text()))  # the model is known now
         with (
             span("generate"),
             writer,
@@ -204,6 +208,14 @@ def new_video(a: Namespace) -> Path:
     target = check_target(a.out)
     refuse_existing("", target, a.overwrite)
     return target
+
+
+def _refuse_other_metadata(a: Namespace, target: Path, values: dict[str, Any]) -> None:
+    """ValueError for metadata of another video beside -o; in a folder of PNGs there is none."""
+    from ..io.video import is_folder_target, record_path
+
+    if not is_folder_target(a.out):
+        refuse_other_metadata(record_path(target), as_text(target.name), values, a.overwrite)
 
 
 def read_files(a: Namespace) -> dict[str, str | Path | None]:

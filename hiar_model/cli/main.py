@@ -17,17 +17,17 @@ from ..common import environment
 from ..common.checks import out_of_memory
 from ..io.files import as_name, as_text
 from ..version import package_version
-from .choices import as_typed, check_choices, check_effects, check_processes, explained, options_of
+from .choices import SHARED, as_typed, check_choices, check_effects, check_processes, explained, options_of
 from .compare import compare, compare_arguments
 from .config_file import ConfigFile, config_first
 from .evaluate import evaluate, evaluate_arguments
 from .generate import generate, generate_arguments
-from .parallel import launch, parity_arguments, verify_parity
+from .parallel import AGAIN, launch, parity_arguments, verify_parity
 from .performance import bench, bench_arguments, warmup, warmup_arguments
 from .serve import serve, serve_arguments
 from .signals import as_interrupts, interrupted
 from .streams import kept_streams, status
-from .train import train, train_arguments
+from .train import RESUMES, train, train_arguments
 from .weights import convert, convert_arguments, doctor, doctor_arguments
 
 CONFIG_HELP = "file with options of this command: YAML, or the .json beside a video; options typed here take precedence"
@@ -87,8 +87,11 @@ def _run(words: list[str]) -> int:
         check_choices(arguments.subcommand, chosen)
         check_effects(arguments.subcommand, chosen, dests)
         check_processes(arguments.subcommand)
+        if arguments.subcommand in SHARED:
+            chosen.debug = debug  # an error of one of several processes is not printed here
         if chosen.get("nproc", 1) > 1 and not environment.under_torchrun():
-            return launch(words, chosen.nproc, chosen.get("out") if arguments.subcommand == "generate" else None)
+            out = chosen.get("out") if arguments.subcommand == "generate" else None
+            return launch(words, chosen.nproc, out, RESUMES if arguments.subcommand == "train" else AGAIN)
         with _interruptible():
             COMMANDS[arguments.subcommand][1](chosen)
         return 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ..pipelines.video_pipeline import VideoOptions
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+AGAIN = "run the command again"
 RUN_FOLDER = ".blocks"  # suffix of the output's name: the folder of an unfinished run
 
 
@@ -72,8 +75,10 @@ def unfinished_blocks(out: str) -> str:
     return f"{blocks} finished blocks are in {folder}, continue with --resume" if blocks else ""
 
 
-def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
-    """Run this command in ``nproc`` processes, as torchrun would; returns the exit code. ``out``: of a video."""
+def launch(argv: Sequence[str], nproc: int, out: str | None = None, advice: str = AGAIN) -> int:
+    """Run this command in ``nproc`` processes, as torchrun would; returns the exit code. ``out``: of a video. advice:
+    what to do after a process was killed, if there is nothing to say of ``out``.
+    """
     import logging
     import uuid
 
@@ -100,7 +105,8 @@ def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if not reported.exists():
-                print(f"hiar: rank {rank} ended with code {failure.exitcode} without a message", file=sys.stderr)
+                left = "" if out is None else unfinished_blocks(out)
+                print(f"hiar: rank {rank} {_end(failure.exitcode)}; {left or advice}", file=sys.stderr)
             return failure.exitcode if failure.exitcode > 0 else FAILED
         except (SignalException, KeyboardInterrupt):
             left = "" if out is None else unfinished_blocks(out)
@@ -109,6 +115,14 @@ def launch(argv: Sequence[str], nproc: int, out: str | None = None) -> int:
             return INTERRUPTED
         finally:
             logging.disable(logging.NOTSET)
+
+
+def _end(code: int) -> str:
+    """How a process without a message has ended."""
+    with suppress(ValueError):
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with code {code} without a message"
 
 
 @dataclass
@@ -185,17 +199,17 @@ def job(a: Namespace, folder: str | None = None) -> Iterator[Job]:
             code = INTERRUPTED
         except PipelineFault:
             code = FAILED
-        except (ValueError, OSError) as error:
-            code = WRONG_INPUT
-            watchdog.report(as_typed(str(error), vars(a)))
-        except FloatingPointError as error:
-            code = FAILED
-            watchdog.report(str(error))
         except BaseException as error:
             if a.get("debug"):
-                raise
+                traceback.print_exc()
             code = FAILED
-            watchdog.report_error(error)
+            if isinstance(error, ValueError | OSError):
+                code = WRONG_INPUT
+                watchdog.report(as_typed(str(error), vars(a)))
+            elif isinstance(error, FloatingPointError):
+                watchdog.report(str(error))
+            else:
+                watchdog.report_error(error)
     code = status(code)
     sys.stderr.flush()
     os._exit(code)  # a normal exit may abort while torch tears down its process groups

@@ -24,6 +24,7 @@ DATA_HELP = (
     "folder for videos and for live sessions, which then outlive the server and have their prompts there; "
     f"default: {DATA}, and live sessions end with the server"
 )
+PROXY_HELP = "addresses of proxies in front, with commas between: their X-Forwarded-For says who the client is"
 STATE_HELP = f"GB in --data for states of live sessions, {STATE_DISK:g}; 0: they end with the server"
 EXTRA = ("starlette", "uvicorn", "websockets", "prometheus_client")
 
@@ -50,6 +51,7 @@ def serve_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--keep", type=float, default=60.0, help="seconds that a session without a viewer is kept")
     parser.add_argument("--token-file", type=str, help="tokens, one a line: a client must have one of them")
     parser.add_argument("--allow-host", type=str, help="names of this server, with commas between, beside its address")
+    parser.add_argument("--proxy", type=str, help=PROXY_HELP)
     parser.add_argument("--data", type=str, help=DATA_HELP)
     parser.add_argument("--state-disk", type=float, help=STATE_HELP)
     parser.add_argument("--log-prompts", action="store_true", help="write prompts to the log, too")
@@ -86,10 +88,11 @@ def serve(a: Namespace) -> None:
         from ..serve.scheduler import Limits
 
     tokens = () if a.token_file is None else read_tokens(Path(a.token_file))
-    names = [name.strip() for name in (a.allow_host or "").split(",") if name.strip()]
+    names, proxies = (_words(words) for words in (a.allow_host, a.proxy))
     settings = Settings(
-        a.host, a.port, tokens, (*names, a.host), Limits(a.max_sessions, a.keep, batch_sessions=a.batch_sessions),
-        log_prompts=a.log_prompts, state_bytes=int(state_disk * 1e9) if a.data and state_disk else None,
+        a.host, a.port, tokens, (*names, a.host), proxies,
+        Limits(a.max_sessions, a.keep, batch_sessions=a.batch_sessions), log_prompts=a.log_prompts,
+        state_bytes=int(state_disk * 1e9) if a.data and state_disk else None,
     )  # fmt: skip
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("hiar.serve").setLevel(logging.INFO)
@@ -111,6 +114,11 @@ def serve(a: Namespace) -> None:
     print(f"{model.name} is served at {address(listening)}", flush=True)
     run(service, [listening])
     print("stopped", flush=True)
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    """What commas divide."""
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
 
 def _require_extra() -> None:

@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from .signals import AHEAD, ENDING, handled, interrupted
 from .streams import status
 
 if TYPE_CHECKING:
+    from ..distributed.peers import Peers
     from ..train.config.recipe import Recipe, TrainingRecipe
     from ..train.engine.distributed import DistContext
     from ..train.engine.trainer import Trainer
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 ONE_SIGNAL = 2.0
 """Seconds in which signals count as one: schedulers send it to all processes, of which launchers pass it on."""
 
+RESUMES = "the same command resumes from the last state"
 LESS_MEMORY = "scale.micro_batch=1, scale.activation_checkpointing=true and more processes (scale.shard) need less"
 
 
@@ -55,17 +58,16 @@ def train_arguments(parser: ArgumentParser) -> None:
 
 
 def train(a: Namespace) -> None:
-    overrides = dict(_override(argument) for argument in a.overrides)
     from ..io.files import check_folder
     from ..train.config.reading import load_recipe, shipped_recipes
     from ..train.config.recipe import TrainingRecipe
     from ..train.engine.distributed import init_training, launched_context
     from ..train.engine.trainer import check_kind_of_folder, check_run_folder, run_folder_held
 
-    recipe = load_recipe(a.recipe, overrides)
     own = Path("runs", a.recipe if a.recipe in shipped_recipes() else Path(a.recipe).stem)
     folder = own if a.out is None else Path(a.out)
-    with _among_others(), ExitStack() as closing:
+    with _among_others(a.get("debug")) as others, ExitStack() as closing:
+        recipe = load_recipe(a.recipe, dict(_override(argument) for argument in a.overrides))
         trains = isinstance(recipe, TrainingRecipe)
         check_kind_of_folder(folder, trains=trains)
         if environment.rank() == 0:  # before weights are read
@@ -73,16 +75,17 @@ def train(a: Namespace) -> None:
             if trains:
                 closing.enter_context(run_folder_held(folder))
         context = init_training(recipe.scale, a.device) if trains else launched_context(a.device)
+        others.join()
         if a.nproc not in (1, context.world_size):
             raise ValueError(f"nproc is {a.nproc}, but torchrun started {context.world_size} processes: give one")
         with _memory_errors():
             if isinstance(recipe, TrainingRecipe):
-                _run(recipe, folder, context)
+                _run(recipe, folder, context, others)
             else:
                 _produce(recipe, folder, context)
 
 
-def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
+def _run(recipe: TrainingRecipe, folder: Path, context: DistContext, others: _Others) -> None:
     from ..train.engine.loss_plot import PICTURE
     from ..train.engine.memory import require_memory_to_train
     from ..train.engine.metrics import LOSSES
@@ -94,6 +97,7 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
     memory = require_memory_to_train(recipe, context) / 1e9
     trainer = Trainer(recipe, make_stage(recipe, context.device), folder, context)
     say, first, begun = trainer.say, trainer.update, time.perf_counter()
+    others.trainer = trainer
     if first < recipe.updates:
         updates = "1 update" if recipe.updates == 1 else f"{recipe.updates} updates"
         say(f"memory: {memory:.2f} GB per process for weights and optimisers, activations on top")
@@ -116,7 +120,7 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
             bar.update(task, completed=update, losses=f"{losses}, {speed}")
 
         try:
-            with ends_training(trainer):
+            with ends_training(trainer, others.dead):
                 done = trainer.run(show)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(f"the same command resumes from {trainer.state or 'the start'}") from error
@@ -137,14 +141,14 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext) -> None:
 
 
 @contextmanager
-def ends_training(trainer: Trainer) -> Iterator[None]:
+def ends_training(trainer: Trainer, dead: Callable[[], int | None] = lambda: None) -> Iterator[None]:
     """The first Ctrl-C (or the end of a terminal or a job) saves a state and stops after the current update; a second
-    one stops at once. A warning ahead of time only saves and stops.
+    one stops at once. A warning ahead of time only saves and stops. dead: a process without which none can be saved.
     """
     first = math.inf
 
     def stop() -> None:
-        if trainer.first and not trainer.stopping:
+        if trainer.first and not trainer.stopping and dead() is None:
             line = "stopping after this update, with a saved state; Ctrl-C again: at once"
             print(line, file=sys.stderr, flush=True)
         trainer.stop()
@@ -186,15 +190,50 @@ def _bar(context: DistContext, *columns: str) -> Any:
     return bar
 
 
+class _Others:
+    """The other processes of a run. trainer: of this one, once it is there."""
+
+    def __init__(self) -> None:
+        self.peers: Peers | None = None
+        self.trainer: Trainer | None = None
+
+    def join(self) -> None:
+        """Learn where they run, if they communicate."""
+        import torch.distributed as dist
+
+        from ..distributed.peers import Peers
+
+        if dist.is_initialized():
+            self.peers = Peers()
+
+    def dead(self, patience: float = 0.0) -> int | None:
+        """The first that has died; None: none has, or nobody knows."""
+        return None if self.peers is None else self.peers.dead(patience)
+
+    def loss(self, error: BaseException) -> str | None:
+        """What to say of an error that the end of another process has caused; None: it has another cause."""
+        from ..distributed.peers import PATIENCE, link_error
+
+        if self.peers is None or (line := link_error(error)) is None:
+            return None
+        dead, at = self.dead(PATIENCE), "" if self.trainer is None else f" in update {self.trainer.update + 1}"
+        what = f"lost the others{at}: {line}" if dead is None else f"rank {dead} died{at}"
+        advice = RESUMES
+        if self.trainer is not None:
+            advice = f"the same command resumes from {self.trainer.state or 'the start'}"
+        return f"{what}; {advice}"
+
+
 @contextmanager
-def _among_others() -> Iterator[None]:
+def _among_others(debug: bool | None = False) -> Iterator[_Others]:
     """With several processes: print an error of one of them, or the same one of all, once."""
+    others = _Others()
     if environment.world_size() == 1:
-        yield
+        yield others
         return
     code = 0
     try:
-        yield
+        yield others
         _await_others()
     except KeyboardInterrupt as error:
         code = INTERRUPTED
@@ -202,12 +241,19 @@ def _among_others() -> Iterator[None]:
             _print_error(interrupted(error))
         if isinstance(error, _Stopped):
             _await_others()  # the launcher ends the others when one is gone
-    except (ValueError, OSError) as error:
-        code = WRONG_INPUT
-        _report(error)
-    except FloatingPointError as error:
-        code = FAILED
-        _report(error)
+    except Exception as error:
+        code = WRONG_INPUT if isinstance(error, ValueError | OSError) else FAILED
+        if (line := others.loss(error)) is not None:
+            code = FAILED
+            _print_error(line)
+        elif isinstance(error, ValueError | OSError | FloatingPointError):
+            _report(error)
+        else:
+            raise
+        if debug:
+            traceback.print_exc()
+    if others.peers is not None:
+        others.peers.leave()
     code = status(code)
     sys.stderr.flush()
     os._exit(code)  # a normal exit may abort while torch tears down its process groups

@@ -31,6 +31,8 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from .peers import PATIENCE, has_ended, link_error
+
 TIMEOUT = 60.0
 _DETECTION = 0.8  # share of the time limit; the rest is for reporting and ending
 _FIRST_BLOCK = 10  # times the limit
@@ -150,7 +152,8 @@ class Watchdog:
             if self.fault is not None or self.store.add("faults", 1) > 1:
                 return
         finished = max([self.finished, *(status.get("finished", 0) for status in self._statuses)])
-        line = " ".join(f"{message}{self.advice(finished)}".split())
+        advice = self.advice(finished) or ("" if culprit is None else "; run the command again")
+        line = " ".join(f"{message}{advice}".split())
         with suppress(OSError):  # stderr is closed
             print(f"hiar: {line}", file=sys.stderr, flush=True)
         status = self._statuses[self.rank if culprit is None else culprit]
@@ -159,7 +162,11 @@ class Watchdog:
         self.fault = line
 
     def report_error(self, error: BaseException) -> None:
-        """Report an exception of this process at its position."""
+        """Report an exception of this process at its position; of one that another process has caused by its death,
+        that.
+        """
+        if link_error(error) is not None and (dead := self._dead()) is not None:
+            return self.report(f"{self._name_of(dead)} died{self._where(dead)}", dead)
         what = "is out of memory" if _out_of_memory(error) else "failed"
         self.report(f"{self.name} {what} at {self.position}: {_line(error)}")
 
@@ -170,10 +177,30 @@ class Watchdog:
             time.sleep(self.beat / 10)
         self._read()
         self.check()
-        self.report(f"{self._name_of(peer)} died at {self._statuses[peer]['at']}", peer)
+        self.report(f"{self._name_of(peer)} died{self._where(peer)}", peer)
         self._await_fault()
         self.check()
         raise PipelineFault(f"the link to {self._name_of(peer)} broke")
+
+    def _dead(self) -> int | None:
+        """A rank on this machine that has ended without a word; waits for it a moment. None: none has, or another
+        process has reported a fault.
+        """
+        until = time.monotonic() + PATIENCE
+        while self.fault is None and time.monotonic() < until:
+            with suppress(RuntimeError):
+                self._read()
+            for rank, status in enumerate(self._statuses):
+                ended = rank != self.rank and has_ended(status.get("host"), status.get("pid"))
+                if ended and status.get("state") != "end":
+                    return rank
+            time.sleep(0.02)
+        return None
+
+    def _where(self, rank: int) -> str:
+        """Where a rank was; "" for one that never said it."""
+        position = self._statuses[rank]["at"]
+        return "" if position == "start" else f" at {position}"
 
     # The thread.
 
@@ -263,7 +290,7 @@ class Watchdog:
             self._read()
         time.sleep(0.1)  # for the others to learn it too: this process may hold the store
         if missing and self.fault is None:
-            self.report(f"{self._name_of(missing[0])} died at {self._statuses[missing[0]]['at']}", missing[0])
+            self.report(f"{self._name_of(missing[0])} died{self._where(missing[0])}", missing[0])
             self._await_fault()
         self.terminated = True
         self._end(128 + signal.SIGTERM)

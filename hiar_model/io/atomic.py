@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
 import sys
@@ -16,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust, such as safetensors, name the system's error."""
 SPECIAL = "a device, a pipe or a socket, no file"
 
 
@@ -123,6 +126,8 @@ def cannot_write(target: str | os.PathLike[str], error: BaseException) -> OSErro
     number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
     if reason is None and _is_full(Path(target).parent):  # torch.save: "unexpected pos 2091200 vs 2091088"
         number, reason = errno.ENOSPC, os.strerror(errno.ENOSPC)
+    if number is None and (named := _OS_ERROR.search(str(error))) and os.name != "nt":
+        number = int(named[1])
     reason = reason or (str(error).splitlines() or [type(error).__name__])[0]
     wrapped = OSError(f"cannot write {os.fspath(target)}: {reason}")
     wrapped.errno = number

@@ -24,6 +24,8 @@ MUXER = {
 }
 X264 = {"crf": "18", "preset": "superfast", "bf": "0", "threads": "1"}
 """Frames in the order in which they are shown, and no more cores than one: the others make the next block."""
+LOSSLESS = {**X264, "crf": "0", "qp": "0", "preset": "ultrafast"}
+"""What is decoded is what went in, in yuv420p."""
 PICTURE_FORMATS = ("webp", "jpeg")
 
 
@@ -33,10 +35,11 @@ class FragmentEncoder:
     Args:
         fps: frames per second. height, width: pixels of the frames that come in.
         least_side: frames with a shorter side are enlarged, see :func:`hiar_model.io.video.upscale`; 1: never.
+        lossless: for another encoder, not for viewers: what is decoded is what went in, in yuv420p.
 
     Attributes:
         init: the init segment, the same for every block. mime: what MediaSource calls the format (RFC 6381).
-        size: (height, width) in pixels of the frames that a viewer gets, which are even.
+        size: (height, width) in pixels of the frames that a viewer gets, which are even. enlarged_size: before that.
 
     Raises:
         ValueError: an illegal size or rate; FFmpeg was built without x264.
@@ -48,12 +51,16 @@ class FragmentEncoder:
     (0.5, (256, 256), 'video/mp4; codecs="avc1.64000C"')
     """
 
-    def __init__(self, fps: float, height: int, width: int, least_side: int = LEAST_SIDE) -> None:
+    def __init__(
+        self, fps: float, height: int, width: int, least_side: int = LEAST_SIDE, lossless: bool = False
+    ) -> None:
         if "libx264" not in av.codecs_available:
             raise ValueError(f"format 'mp4' needs FFmpeg with libx264; legal here: {', '.join(PICTURE_FORMATS)}")
         self.fps, self.least_side = check_fps(fps), whole("least_side", least_side, 1)
         self.frame_size = whole("height", height, 1), whole("width", width, 1)
+        self.x264 = LOSSLESS if lossless else X264
         black = upscale(np.zeros((1, *self.frame_size, 3), np.uint8), self.least_side)
+        self.enlarged_size = black.shape[1:3]
         self.size = black.shape[1] + black.shape[1] % 2, black.shape[2] + black.shape[2] % 2
         self.init, _ = self._encode(black, 0)
         self.mime = f'video/mp4; codecs="avc1.{_profile(self.init)}"'
@@ -68,7 +75,7 @@ class FragmentEncoder:
     def _encode(self, frames: Frames, first: int) -> tuple[bytes, bytes]:
         """(init segment, fragment)."""
         file = io.BytesIO()
-        encoder = Mp4Encoder(file, self.fps, *frames.shape[1:3], options=MUXER, x264=X264, first=first)
+        encoder = Mp4Encoder(file, self.fps, *frames.shape[1:3], options=MUXER, x264=self.x264, first=first)
         try:
             for image in frames:
                 encoder.add(image)

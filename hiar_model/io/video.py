@@ -250,12 +250,11 @@ class VideoWriter:
         encoder, self._encoder = self._encoder, None
         with self._named():
             encoder.close()
-        text = json.dumps(self._metadata(), indent=2, ensure_ascii=False, default=_as_json) + "\n"
+        text, beside = self.metadata_text(), record_path(self.path, self.folder)
         with self._named():
             publish(self._partial, self.path)
-        beside = record_path(self.path, self.folder)
         try:
-            atomic_write(beside, as_text(text).encode("utf-8", "backslashreplace"))  # surrogates, as JSON escapes them
+            atomic_write(beside, text)
         except OSError as error:
             beside.unlink(missing_ok=True)  # of the video that was replaced
             raise OSError(f"{self.path} is complete, but without its record: {error}") from error
@@ -268,7 +267,8 @@ class VideoWriter:
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def _metadata(self) -> dict[str, Any]:
+    def metadata_text(self) -> bytes:
+        """The JSON that is written beside the video, as far as it is known."""
         import shlex
 
         metadata = {"file": self.path.name, "frames": self.frames_written, "fps": self.fps, **self.metadata}
@@ -277,7 +277,8 @@ class VideoWriter:
             words = seen_from(self.path.parent, metadata["command"])
             words += ["--out", os.path.join(os.curdir, name) if name[0] == "-" else name]
             metadata["command"] = shlex.join(words if self.folder else [*words, "--overwrite"])
-        return metadata
+        text = as_text(json.dumps(metadata, indent=2, ensure_ascii=False, default=_as_json))
+        return f"{text}\n".encode("utf-8", "backslashreplace")  # surrogates, as JSON escapes them
 
     def _discard(self) -> None:
         """Close the encoder and remove the temporary file or folder, if there still is one."""
@@ -330,7 +331,10 @@ class Mp4Encoder:
     def add(self, image: Frames) -> None:
         if any(self.odd):  # yuv420p has even sizes only: repeat the last row or column
             image = np.pad(image, ((0, self.odd[0]), (0, self.odd[1]), (0, 0)), mode="edge")
-        frame = _av_frame(image).reformat(format="yuv420p", dst_colorspace=self.matrix, interpolation=_ROUNDED)
+        self.add_yuv(_av_frame(image).reformat(format="yuv420p", dst_colorspace=self.matrix, interpolation=_ROUNDED))
+
+    def add_yuv(self, frame: Any) -> None:
+        """The next frame, an ``av.VideoFrame`` in yuv420p of the video's size, made even."""
         frame.pts, frame.time_base, self.next = self.next, self.tick, self.next + 1
         self.container.mux(self.stream.encode(frame))
 

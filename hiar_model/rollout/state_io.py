@@ -28,6 +28,10 @@ TENSORS = ("cache", "latents", "history")
 NUMBERS = ("key", "groups_done", "step")
 
 
+class DamagedFile(ValueError):
+    """A file whose bytes are not those that were written."""
+
+
 def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of :meth:`Rollout.state_dict`; a prompt of several blocks is stored once."""
     tensors = {f"{kind}.{name}": x for kind in TENSORS for name, x in state[kind].items()}
@@ -91,7 +95,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) on the CPU.
 
     Raises:
-        ValueError: the file is missing or corrupt.
+        ValueError: the file is missing or cannot be read; :class:`DamagedFile`: it is corrupt.
     """
     refuse_stand_in(path)
     if path.is_dir() or is_special(path):
@@ -100,11 +104,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         tensors = load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
+    except safetensors.SafetensorError as error:
+        raise DamagedFile(f"cannot read {path}: {error}") from error
     if (stored := metadata.pop("sums", None)) is not None and stored != (now := json.dumps(_sums(tensors, metadata))):
         changed = _first_difference(stored, now)
-        raise ValueError(f"cannot read {path}: it is damaged: {changed} is not what was written")
+        raise DamagedFile(f"cannot read {path}: it is damaged: {changed} is not what was written")
     return tensors, metadata
 
 

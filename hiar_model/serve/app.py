@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import logging
 import socket as sockets
@@ -16,6 +17,7 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
@@ -31,7 +33,7 @@ from .connection import ClientLink, Realtime
 from .encoding import Saving
 from .guard import Guard, is_loopback
 from .jobs import VIDEO, JobRequest, Jobs
-from .keeper import DiskKeeper, Keeper, forget
+from .keeper import DiskKeeper, Keeper
 from .live import example
 from .metrics import Metrics
 from .protocol import Refusal
@@ -48,7 +50,7 @@ MOST_CONNECTIONS = 32
 """Open WebSockets of one client."""
 STATUS = {
     "busy": 503, "shutting_down": 503, "too_many": 429, "too_large": 413, "bad_prompt": 422, "bad_video": 422,
-    "disk_full": 507,
+    "disk_full": 507, "cannot_resume": 503,
 }  # fmt: skip
 """Code of a refusal -> status of HTTP, where it is not 400."""
 SHOWN = 100  # videos in a list
@@ -63,19 +65,21 @@ class Settings:
     host, port     where it listens; any host but this machine's own needs ``tokens``
     tokens         one of which a client must have
     hosts          names by which clients may call it, beside addresses and localhost
+    proxies        addresses of proxies in front of it, whose X-Forwarded-For names the client
     limits         of sessions
     log_prompts    write prompts to the log
     state_bytes    on disk for the states of live sessions, which then outlive the server; None: nothing of them is
                    written but what they have shown
 
     Raises:
-        ValueError: a host that others reach, without tokens.
+        ValueError: a host that others reach, without tokens; a proxy that is no address.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     tokens: tuple[bytes, ...] = ()
     hosts: tuple[str, ...] = ()
+    proxies: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     log_prompts: bool = False
     state_bytes: int | None = None
@@ -83,6 +87,12 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.tokens and not is_loopback(self.host):
             raise ValueError(f"--host {self.host} can be reached from other machines: give --token-file")
+        for proxy in self.proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError:
+                legal = "legal: addresses such as 127.0.0.1, networks such as 10.0.0.0/8"
+                raise ValueError(f"--proxy {proxy} is no address, {legal}") from None
 
 
 class Service:
@@ -107,12 +117,10 @@ class Service:
         self.model = model = replace(model, text_encoder=lru_cache(PROMPTS)(model.text_encoder))
         self.store = Store(data)
         limits, metrics, state_bytes = self.settings.limits, Metrics(), self.settings.state_bytes
-        keeper: Keeper = Keeper()
         if state_bytes is None:
-            forget(self.store)
+            keeper = Keeper(self.store, limits.keep)
         else:
-            records = limits.keep > 0
-            keeper = DiskKeeper(self.store, model, execution, metrics, state_bytes, records, **(states or {}))
+            keeper = DiskKeeper(self.store, model, execution, metrics, state_bytes, limits.keep, **(states or {}))
         self.scheduler = Scheduler(
             model, execution, data / "sessions", limits, metrics, keeper, new_saving=self._saving, **scheduler_options
         )
@@ -138,7 +146,7 @@ class Service:
             Route("/v1/openapi.json", self._openapi),
             WebSocketRoute("/v1/realtime/video", self._realtime),
         ]
-        inner = Starlette(routes=routes, exception_handlers={Refusal: _refused, Exception: _failed})
+        inner = Starlette(routes=routes, exception_handlers=HANDLERS)
         self.app = Guard(inner, self.settings.tokens, self.settings.hosts, self.files)
 
     def start(self) -> None:
@@ -208,7 +216,8 @@ class Service:
     async def _realtime(self, socket: WebSocket) -> None:
         client = socket.client.host if socket.client else ""
         wait = self.scheduler.full()
-        awaited = any(session.detached is not None for session in list(self.scheduler.sessions.values()))
+        awaited = len(self.scheduler.keeper.dormant) > 0
+        awaited |= any(session.detached is not None for session in list(self.scheduler.sessions.values()))
         if self.clients[client] >= MOST_CONNECTIONS:
             refusal = Refusal("too_many", f"more than {MOST_CONNECTIONS} connections", retry_after=10)
         elif wait is not None and not awaited:  # a kept session may be resumed
@@ -310,6 +319,16 @@ async def _failed(request: Request, error: Exception) -> Response:
     return _error(500, "failed", "the server's log says why")
 
 
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        return _error(405, "not_allowed", f"{request.method} is not for this path", dict(error.headers or {}))
+    return _error(error.status_code, "not_found", "nothing is here")
+
+
+HANDLERS = {Refusal: _refused, HTTPException: _no_route, Exception: _failed}
+
+
 class _Uvicorn(uvicorn.Server):
     """Puts videos away and tells viewers before connections are closed."""
 
@@ -347,7 +366,8 @@ def server(service: Service) -> uvicorn.Server:
     config = uvicorn.Config(
         service.app, log_config=None, access_log=False, lifespan="off", server_header=False, date_header=True,
         ws=ClientLink, ws_max_size=1 << 20, ws_ping_interval=5.0, ws_ping_timeout=15.0,
-        ws_per_message_deflate=False, timeout_graceful_shutdown=5, timeout_keep_alive=15, proxy_headers=False,
+        ws_per_message_deflate=False, timeout_graceful_shutdown=5, timeout_keep_alive=15,
+        proxy_headers=bool(service.settings.proxies), forwarded_allow_ips=list(service.settings.proxies),
     )  # fmt: skip
     return _Uvicorn(config, service)
 

@@ -32,6 +32,8 @@ MOST_UNREAD = 1000
 """Messages that wait for a client that does not read."""
 RATE, BURST = 50.0, 100.0
 """Messages of one connection, a second and at once; the first ack of a chunk does not count."""
+LATER = ("busy", "cannot_resume", "shutting_down")
+"""Refusals after which a client may try again."""
 MOST_REFUSED = 100
 """Messages of one connection that are refused before it is closed."""
 
@@ -148,7 +150,7 @@ class Realtime:
         self.scheduler.metrics.refusals.labels(refusal.code).inc()
         self._put(refusal.message.to_json())
         if refusal.closes:
-            self._put((1013 if refusal.code in ("busy", "shutting_down") else 1008, refusal.code))
+            self._put((1013 if refusal.code in LATER else 1008, refusal.code))
 
     def _message(self, message: protocol.ProtocolMessage) -> None:
         if self.session is not None:

@@ -137,7 +137,11 @@ class Guard:
             return 403, "wrong_host", f"{host[:100]!r} is no name of this server: see --allow-host"
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            return 403, "wrong_origin", f"a page of {origin[:100]!r} may not use this server"
+            return (
+                403,
+                "wrong_origin",
+                f"a page of {origin[:100]!r} may not use this server, which was called as {host[:100]!r}",
+            )
         if not self._bucket(scope).take():
             return 429, "too_many", f"more than {RATE:g} requests a second"
         length = headers.get("content-length", "0")

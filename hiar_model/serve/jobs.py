@@ -1,6 +1,7 @@
 """Whole videos as jobs: made a block at a time when no viewer waits, and gone on with after a crash.
 
-Each has a folder: its blocks as fragments, every few blocks a session file, at the end an mp4 and its record.
+Each has a folder: its blocks as lossless fragments, every few blocks a session file, at the end its record and an mp4,
+byte for byte the one that `hiar generate` writes here.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..config import ExecutionConfig
+from ..io.atomic import discard
 from ..io.files import SESSION
 from ..io.fragments import FragmentEncoder
 from ..io.video import Frames as FrameArray
 from ..models.video_model import VideoModel
 from ..pipelines.prompt_schedule import EncodedPromptSchedule, PromptSchedule
 from ..pipelines.video_pipeline import VideoOptions, VideoRun, rollout_config
+from ..rollout.state_io import DamagedFile
 from ..schedule.plan import Plan
 from .admission import Admission
 from .protocol import LIVE_ORDERS, Frames, OneOf, Pixels, Prompt, Refusal, Seed, StartMessage
-from .spool import Spool
+from .spool import ShortSpool, Spool, Transcoding, write_metadata
 from .store import Store
 
 log = logging.getLogger("hiar.serve")
@@ -37,6 +40,10 @@ CHECKPOINT_EVERY = 10
 """Blocks between session files."""
 RETRY_AFTER = 20.0
 """Seconds until a video that met a full disk, or too little memory, is tried again."""
+LARGEST_SPOOL = 64 << 30
+"""Bytes of the lossless fragments of one video."""
+FRAMES_AT_ONCE = 24
+"""Frames of a complete video that are encoded before a viewer has a turn again."""
 VIDEO, SPOOL = "video.mp4", "blocks.spool"
 
 
@@ -195,10 +202,30 @@ class Jobs:
         row = self.store.get(name)
         if row is None:
             return
-        request = JobRequest(**row["request"])
-        self._admit(request, request.num_frames)
-        self.store.update(name, status="running", error=None)
-        self.current = VideoJob(name, self.store, self.model, self.execution, request, self.checkpoint_every)
+        try:
+            request = JobRequest(**row["request"])
+            self._admit(request, request.num_frames)
+            self.store.update(name, status="running", error=None)
+            self.current = VideoJob(name, self.store, self.model, self.execution, request, self.checkpoint_every)
+        except Refusal as refusal:
+            if refusal.code == "busy":
+                raise
+            self._put_off(name, refusal)
+        except OSError as error:
+            if _is_full(error):
+                raise
+            self._put_off(name, error)
+        except (ValueError, TypeError) as error:
+            self._put_off(name, error)
+
+    def _put_off(self, name: str, error: Exception) -> None:
+        """It could be made where it was asked for: this server has other weights, or is of another version. It waits
+        for the next start.
+        """
+        log.error("video %s waits for the next start: this server cannot make it, its status says why", name)
+        message = " ".join(str(error).split())  # may name the prompt, which the log has not
+        self.store.update(name, status="queued", error=f"this server cannot make it: {message}")
+        self._leave(name)
 
     def _failed(self, name: str, error: Exception) -> None:
         job, self.current = self.current, None
@@ -209,8 +236,7 @@ class Jobs:
             self.retry_at = time.monotonic() + RETRY_AFTER
             self.store.update(name, status="queued", error=message)
             return
-        full = {getattr(e, "errno", None) for e in (error, error.__cause__) if e is not None}
-        if full & {errno.ENOSPC, errno.EDQUOT} or isinstance(error, sqlite3.Error):
+        if _is_full(error) or isinstance(error, sqlite3.Error):
             self._wait(name, error)
             self.store.update(name, error=message)
             return
@@ -231,6 +257,9 @@ class Jobs:
         if self.current is not None:
             self.current.clean()
         self.current = None
+        self._leave(name)
+
+    def _leave(self, name: str) -> None:
         with self.lock:
             if name in self.waiting_ids:
                 self.waiting_ids.remove(name)
@@ -240,10 +269,18 @@ class Jobs:
         """Put the video in hand away, to go on with at the next start."""
         if self.current is not None:
             try:
-                self.current.checkpoint()
+                if self.current.name in self.waiting_ids:  # else it was deleted
+                    self.current.checkpoint()
             except (OSError, ValueError, sqlite3.Error) as error:
                 log.error("video %s goes on from its last checkpoint: %s", self.current.name, error)
+            self.current.give_up()
             self.current = None
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether it says that the disk is full."""
+    numbers = {getattr(e, "errno", None) for e in (error, error.__cause__) if e is not None}
+    return bool(numbers & {errno.ENOSPC, errno.EDQUOT})
 
 
 class VideoJob:
@@ -258,15 +295,28 @@ class VideoJob:
         self.name, self.store, self.every = name, store, every
         self.folder = store.path(name)
         self.session = self.folder / SESSION
-        resumed = self.session if self.session.exists() else None
-        self.run = VideoRun(model, execution, request.options(resumed), blockwise=True)
-        self.spool = Spool(self.folder / SPOOL, FragmentEncoder(self.run.fps, *self.run.model.pixel_size))
+        self.options = model, execution, request
+        self.transcoding: Transcoding | None = None
+        for path in self.folder.glob(".*.partial*"):
+            discard(path)  # of a process that was killed
+        try:
+            self._begin(self.session if self.session.exists() else None)
+        except (DamagedFile, ShortSpool) as error:
+            log.error("video %s is made from its start again: %s", name, " ".join(str(error).split()))
+            self._begin(None)
+        self.coming: Iterator[FrameArray] = iter(self.run)
+        self.saved = self.blocks
+
+    def _begin(self, session: Path | None) -> None:
+        """Make the rollout, where the session is, and cut off what was made since."""
+        model, execution, request = self.options
+        self.run = VideoRun(model, execution, request.options(session), blockwise=True)
+        fragments = FragmentEncoder(self.run.fps, *self.run.model.pixel_size, lossless=True)
+        self.spool = Spool(self.folder / SPOOL, fragments, LARGEST_SPOOL)
         self.blocks, plan = 0, self.run.rollout.plan
         while self.run.model.pixel_frames(plan.block_frames(self.blocks)[0]) < self.run.frames_done:
             self.blocks += 1
         self.spool.truncate(self.blocks)
-        self.coming: Iterator[FrameArray] = iter(self.run)
-        self.saved = self.blocks
 
     @property
     def frames(self) -> int:
@@ -277,19 +327,23 @@ class VideoJob:
         return self.frames / self.run.fps
 
     def advance(self) -> bool:
-        """Make a block; returns whether the video is complete and written."""
+        """Make a block, or encode a part of the complete video; returns whether it is written."""
         first = self.frames
-        frames = next(self.coming, None)
+        frames = None if self.transcoding is not None else next(self.coming, None)
         if frames is not None:
             self.spool.encode(frames, first)
             self.blocks += 1
             if self.blocks - self.saved >= self.every and self.blocks != self.run.rollout.num_blocks:
                 self.checkpoint()
             return False
+        if self.transcoding is None:
+            self.transcoding = Transcoding(self.spool, self.folder / VIDEO)
+        if not self.transcoding.advance(FRAMES_AT_ONCE):
+            return False
         metadata = dict(self.run.metadata)
         if "command" in metadata:
             metadata["command"] = shlex.join([*_without_session(metadata["command"]), "--out", VIDEO, "--overwrite"])
-        self.spool.write_mp4(self.folder / VIDEO, metadata)
+        write_metadata(self.folder / VIDEO, self.transcoding.frames, self.run.fps, metadata)
         return True
 
     def checkpoint(self) -> None:
@@ -300,6 +354,12 @@ class VideoJob:
         self.run.save_session(self.session)
         self.saved = self.blocks
         self.store.update(self.name, frames=self.frames)
+
+    def give_up(self) -> None:
+        """Delete the half of an mp4, if there is one."""
+        if self.transcoding is not None:
+            self.transcoding.discard()
+            self.transcoding = None
 
     def clean(self) -> None:
         """Delete what only an unfinished video needs."""

@@ -20,6 +20,7 @@ from ..pipelines.decode import Decoding
 from ..pipelines.prompt_schedule import LivePrompts
 from ..pipelines.video_pipeline import VideoOptions, VideoRun
 from ..rollout.session_io import load_session, session_tensors
+from ..rollout.state_io import DamagedFile
 from ..schedule.plan import Group
 from .protocol import Refusal, StartMessage, TaskList
 from .states import SessionStates, StateFile, least_useful, prompts_key
@@ -225,31 +226,37 @@ class LiveVideo:
         (first block, prompt).
 
         Raises:
-            Refusal: its states are damaged.
+            Refusal: its states are damaged, or cannot be read here.
             ValueError: the model does not know the prompts.
         """
         for first, prompt in changes:
             self.prompts.change(prompt, first)
-        if self._go_back(block) and not self.block:
-            raise Refusal("failed", "the session cannot go on: its state on the disk is damaged", closes=True)
+        lost = self._go_back(block)
+        if lost is not None and not self.block:
+            line = "the session cannot go on: its state on the disk"
+            if isinstance(lost, DamagedFile):
+                raise Refusal("failed", f"{line} is damaged", closes=True)
+            raise Refusal("cannot_resume", f"{line} cannot be used by this server, whose log says why", closes=True)
 
-    def _go_back(self, block: int, below: int | None = None) -> bool:
+    def _go_back(self, block: int, below: int | None = None) -> ValueError | None:
         """To the last state at or before ``block`` in which no block from ``below`` on has begun.
 
         Returns:
-            Whether one on the disk was damaged.
+            Why one on the disk was of no use; :class:`DamagedFile` only if all of those were damaged.
         """
         self._blocks.close()  # type: ignore[attr-defined]
         self.states = [s for s in self.states if s.block <= block and (below is None or s.started < below)]
-        damaged = False
+        lost: ValueError | None = None
         for file in self._on_disk(block, below):
             try:
                 self._load(file)
                 break
             except ValueError as error:
-                log.error("a state is lost: %s", " ".join(str(error).split()))
-                self.disk.drop([file])  # type: ignore[union-attr]
-                damaged = True
+                log.error("a state is of no use: %s", " ".join(str(error).split()))
+                if isinstance(error, DamagedFile):  # else a later start may be able to read it
+                    self.disk.drop([file])  # type: ignore[union-attr]
+                if lost is None or isinstance(lost, DamagedFile):
+                    lost = error
         else:
             if not self.states:
                 self._begin()
@@ -261,7 +268,7 @@ class LiveVideo:
                 self.run.frames_done, self.block = state.frames, state.block
                 self._open()
         self._target = block
-        return damaged
+        return lost
 
     def _key(self, started: int) -> str:
         return prompts_key(((first, prompt) for first, prompt, _ in self.prompts.changes), started)

@@ -15,6 +15,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
         self.sessions = Gauge("hiar_sessions", "sessions, kept ones among them", registry=r)
+        self.dormant = Gauge("hiar_dormant_sessions", "sessions that this server cannot go on with", registry=r)
         self.connections = Gauge("hiar_connections", "open WebSockets", registry=r)
         self.blocks = Counter("hiar_blocks", "blocks sent to viewers", registry=r)
         self.frames = Counter("hiar_frames", "frames sent to viewers", registry=r)

@@ -26,6 +26,7 @@ from ..planning.free_memory import free_bytes
 from ..schedule.plan import Group
 from . import protocol
 from .admission import Admission
+from .dormant import RETRY_AFTER
 from .encoding import Encoding, Saving
 from .jobs import Jobs
 from .keeper import Keeper, bring_back
@@ -63,7 +64,7 @@ class Scheduler:
     """Start it with :meth:`start`, end it with :meth:`stop`; all other methods may be called from any thread.
 
     model, execution   as :class:`hiar_model.VideoPipeline` takes them
-    folder             for the spools of sessions; emptied at the start, but for those of kept ones
+    folder             for the spools of sessions; those of no session are deleted at the start
     keeper             what of sessions lies on disk
     new_saving         what :class:`.protocol.Save` writes to
     jobs               whole videos, made in the time that sessions leave
@@ -96,6 +97,7 @@ class Scheduler:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.sessions = {session.id: session for session in self.keeper.restore(self.folder)}
         self.metrics.sessions.set(len(self.sessions))
+        self.metrics.dormant.set_function(lambda: len(self.keeper.dormant))
         self.thread.start()
         self.call(self._prepare).result()
 
@@ -129,7 +131,7 @@ class Scheduler:
 
     def _retry_after(self) -> int:
         now = time.monotonic()
-        waits = [self.limits.keep - (now - s.detached) for s in self.sessions.values() if s.detached is not None]
+        waits = [self._keep(s) - (now - s.detached) for s in self.sessions.values() if s.detached is not None]
         return max(1, round(min(waits, default=10.0)))
 
     def _require_running(self) -> None:
@@ -167,8 +169,8 @@ class Scheduler:
             digest = hash_token(token)
             session = next((s for s in self.sessions.values() if compare_digest(s.token_hash, digest)), None)
             if session is None or (session.ready is None and session.stored is None):
-                why, line = self.keeper.lost(digest), "no session has this token: it never had, or was not kept so long"
-                line = line if why is None else f"the session does not go on after the server's restart: {why}"
+                self.keeper.dormant.require_awake(digest)
+                line = "no session has this token: it never had, or was not kept so long"
                 raise Refusal("unknown_session", line, closes=True)
             if after is not None:
                 session.require_sent("after", after)
@@ -292,14 +294,20 @@ class Scheduler:
 
     def _next_expiry(self, now: float) -> float:
         """Seconds after which to look again, for what no message tells."""
-        left = [s.detached + self.limits.keep - now for s in self.sessions.values() if s.detached is not None]
-        return max(0.01, min([*left, LOOK_AGAIN]))
+        left = [s.detached + self._keep(s) - now for s in self.sessions.values() if s.detached is not None]
+        return max(0.01, min([*left, self.keeper.dormant.next_expiry(now), LOOK_AGAIN]))
+
+    def _keep(self, session: ViewerSession) -> float:
+        """Seconds that it waits for its viewer: what an earlier server said holds, if that was longer."""
+        return max(self.limits.keep, session.keep)
 
     def _expire(self, now: float) -> None:
         for session in list(self.sessions.values()):
-            if session.detached is not None and now - session.detached >= self.limits.keep and not self.draining:
+            if session.detached is not None and now - session.detached >= self._keep(session) and not self.draining:
                 session.hang_up(1008, "no answer for too long")
                 self._remove(session)
+        if not self.draining:
+            self.keeper.expire(now)
 
     def _remove(self, session: ViewerSession) -> None:
         """Forget a session; its rings go in the generating thread, its file in the encoding one."""
@@ -357,8 +365,10 @@ class Scheduler:
                 refusal = Refusal("failed", "the video cannot be made")
                 if session.stored is not None or isinstance(error, torch.OutOfMemoryError):
                     refusal = Refusal("busy", "the video cannot be made now", retry_after=10)
+            if session.stored is not None and refusal.code not in ("busy", "failed"):  # what another server could do
+                refusal = Refusal("cannot_resume", str(refusal), retry_after=RETRY_AFTER)
             refusal.closes = True
-            put_back = session.stored is not None and refusal.code == "busy"
+            put_back = session.stored is not None and refusal.code != "failed"
             return self._put_back(session, refusal) if put_back else self._fail(session, refusal)
         with self.lock:
             if session.gone:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import secrets
 import time
 from collections import deque
@@ -24,6 +25,8 @@ from .live import LiveVideo, Piece
 from .metrics import resident_bytes
 from .protocol import VERSION, BlockMessage, Ended, ProtocolMessage, ReadyMessage, Refusal, StartMessage, Stats
 from .spool import Spool
+
+log = logging.getLogger("hiar.serve")
 
 WINDOW = 4
 """Chunks that are made ahead of the viewer's last ack."""
@@ -97,6 +100,7 @@ class ViewerSession:
     detached   since when no client answers; the connection may still be there
     jumps      (seq, block) of the first chunk, and of the first after each jump that the client may not know of
     stored     (block, prompt): the prompts of a session of the server before this one, until it goes on in this one
+    keep       seconds that its client was told it is kept without a connection
     """
 
     start: StartMessage
@@ -119,6 +123,7 @@ class ViewerSession:
     acked: int = -1  # the last one that the client has acknowledged
     jumps: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
     stored: list[tuple[int, str]] | None = None
+    keep: float = 0.0
     after: int | None = None  # that of the client which asks for the stored session
     block: int = 0  # the next one that is sent
     playing: bool = True
@@ -173,7 +178,8 @@ class ViewerSession:
         if self.spool is not None:
             try:
                 fragment = self.spool.encode(piece.frames, piece.first_frame)
-            except OSError:
+            except OSError as error:
+                log.warning("session %s goes on, but can be saved no more: %s", self.id, error)
                 self.spool.remove()
                 self.spool = None
         if self.start.format != "mp4":
@@ -250,7 +256,7 @@ class ViewerSession:
             self.seq = self.acked = max(self.acked, -1 if self.after is None else self.after)
             self.jumps, self.stored = [(self.seq + 1, self.block)], None
             self.opened = self.possible = time.monotonic()
-        self.clock, self.video = Clock(video.run.fps), video
+        self.clock, self.video, self.keep = Clock(video.run.fps), video, keep
         config, mime, init = video.run.config, None, None
         height, width = video.run.model.pixel_size
         if self.start.format == "mp4":

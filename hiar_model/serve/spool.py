@@ -6,18 +6,23 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import av
 
-from ..io.atomic import atomic, atomic_write, cannot_write, discard
+from ..io.atomic import atomic, atomic_write, cannot_write, discard, publish, temporary
 from ..io.fragments import FragmentEncoder
-from ..io.video import Frames, record_path
+from ..io.video import Frames, Mp4Encoder, record_path
 
 SUFFIX = ".spool"
 LARGEST = 4 << 30
-"""Bytes of one video: an endless one must not fill the disk."""
+"""Bytes of one live video: an endless one must not fill the disk."""
+
+
+class ShortSpool(ValueError):
+    """It holds fewer blocks than it should."""
 
 
 class Spool:
@@ -25,14 +30,14 @@ class Spool:
 
     Args:
         path: of the file; one that is there is gone on with, unless it has another init segment. fragments: the encoder
-            of the blocks.
+            of the blocks. largest: bytes that it may have.
 
     Raises:
         OSError: one line: it cannot be written.
     """
 
-    def __init__(self, path: Path, fragments: FragmentEncoder) -> None:
-        self.path, self.fragments, init = path, fragments, fragments.init
+    def __init__(self, path: Path, fragments: FragmentEncoder, largest: int = LARGEST) -> None:
+        self.path, self.fragments, self.largest, init = path, fragments, largest, fragments.init
         try:
             with path.open("ab+") as file:
                 file.seek(0)
@@ -46,8 +51,8 @@ class Spool:
     def append(self, fragment: bytes) -> None:
         """Add the next block; a part of one, where the disk is full, is removed again."""
         before = self.path.stat().st_size
-        if before + len(fragment) > LARGEST:
-            raise cannot_write(self.path, OSError(errno.EFBIG, f"it would be larger than {LARGEST >> 30} GiB"))
+        if before + len(fragment) > self.largest:
+            raise cannot_write(self.path, OSError(errno.EFBIG, f"it would be larger than {self.largest >> 30} GiB"))
         try:
             with self.path.open("ab") as file:
                 file.write(fragment)
@@ -66,7 +71,7 @@ class Spool:
         """Keep the first blocks only.
 
         Raises:
-            ValueError: there are not so many.
+            ShortSpool: there are not so many.
         """
         ends = [len(self.fragments.init)]
         for end in self._ends():
@@ -74,7 +79,7 @@ class Spool:
                 break
             ends.append(end)
         if len(ends) <= blocks:
-            raise ValueError(f"{self.path} holds {len(ends) - 1} blocks, not {blocks}")
+            raise ShortSpool(f"{self.path} holds {len(ends) - 1} blocks, not {blocks}")
         os.truncate(self.path, ends[blocks])
         self.blocks = blocks
 
@@ -102,7 +107,8 @@ class Spool:
                     yield at
 
     def write_mp4(self, target: Path, metadata: Mapping[str, Any]) -> int:
-        """Write the video as an mp4 that any player can seek in, with its record beside it; no frame is encoded again.
+        """Write the video as an mp4 that any player can seek in, with its record beside it; no frame is encoded again:
+        it is what the viewer has seen.
 
         Returns:
             How many frames it has.
@@ -115,9 +121,56 @@ class Spool:
             raise ValueError(f"{self.path} holds no block yet")
         with atomic(target) as partial:
             frames = _remux(self.path, partial)
-        about = {"file": target.name, "frames": frames, "fps": self.fragments.fps, **metadata}
-        atomic_write(record_path(target), json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        write_metadata(target, frames, self.fragments.fps, metadata)
         return frames
+
+
+def write_metadata(target: Path, frames: int, fps: float, metadata: Mapping[str, Any]) -> None:
+    """Write the record of a video beside it."""
+    about = {"file": target.name, "frames": frames, "fps": fps, **metadata}
+    atomic_write(record_path(target), json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+
+
+class Transcoding:
+    """Encodes the frames of a lossless spool into the bytes that :class:`.VideoWriter` would have written, a few at a
+    time, since it may take minutes: :meth:`advance`.
+    """
+
+    def __init__(self, spool: Spool, target: Path) -> None:
+        self.target, self.partial, self.frames, fragments = target, temporary(target), 0, spool.fragments
+        enlarged = fragments.enlarged_size != fragments.frame_size
+        try:
+            self.encoder = Mp4Encoder(self.partial, fragments.fps, *fragments.enlarged_size, quick=enlarged)
+        except OSError as error:
+            raise cannot_write(target, error) from error
+        self.decoded = _decoded(spool.path)
+
+    def advance(self, count: int) -> bool:
+        """Encode the next frames; returns whether that was all and the file is there. OSError: it cannot be written."""
+        try:
+            for _ in range(count):
+                if (frame := next(self.decoded, None)) is None:
+                    self.encoder.close()
+                    publish(self.partial, self.target)
+                    return True
+                frame.pict_type = 0  # else x264 would make a keyframe wherever the spool has one
+                self.encoder.add_yuv(frame)
+                self.frames += 1
+        except OSError as error:
+            self.discard()
+            raise cannot_write(self.target, error) from error
+        return False
+
+    def discard(self) -> None:
+        """Give up: nothing is left."""
+        with suppress(Exception):
+            self.encoder.close()
+        discard(self.partial)
+
+
+def _decoded(path: Path) -> Iterator[Any]:
+    with av.open(str(path), "r", format="mp4") as file:
+        yield from file.decode(file.streams.video[0])
 
 
 def _remux(path: Path, target: Path) -> int:

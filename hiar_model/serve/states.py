@@ -138,7 +138,7 @@ class SessionStates:
                 if match := NAME.fullmatch(path.name):
                     block, started, key = match.groups()
                     self.files.append(StateFile(path, int(block), int(started), key, path.stat().st_size))
-                else:
+                elif ".partial" in path.name:
                     discard(path)  # half of one
             self.files.sort(key=lambda file: file.block)
 

@@ -174,7 +174,7 @@ def test_refusals(case, folder, here, capsys):
     assert {path.name for path in here.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.drift.png"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.drift.png", "a.mp4.json"])
 def test_files_that_exist_are_kept(name, folder, here, capsys):
     (here / name).write_text("mine")
     words = ["compare", PROMPT, "-o", "a.mp4", "--model", str(folder), "--num-frames", "6"]

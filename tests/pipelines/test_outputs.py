@@ -382,3 +382,27 @@ def test_an_error_of_the_system_is_told_without_its_number(run, capsys, monkeypa
     monkeypatch.setattr("hiar_model.pipelines.video_pipeline.VideoRun", refuse)
     assert run("a.mp4") == 2
     assert capsys.readouterr().err == "hiar: a place: File exists\n"
+
+
+def test_the_metadata_of_another_video_is_not_replaced(small, here, capsys):
+    """Left without its video: replaced if it says what the new one says, else refused before any work."""
+    words = ["generate", PROMPT, "-o", "a.mp4", "--model", str(small), "--num-frames", "6"]
+    record, advice = Path("a.mp4.json"), "give another name, or --overwrite\n"
+    assert main(words) == 0
+    written = record.read_bytes()
+    Path("a.mp4").unlink()
+    assert main(words) == 0 and record.read_bytes() == written
+    Path("a.mp4").unlink()
+    capsys.readouterr()
+    for more, line in (
+        (["--seed", "7"], "seed was 0, now it is 7"),
+        (["--num-frames", "9"], "--num-frames was 6, now it is 9"),  # what is known with the model
+    ):
+        assert main([*words, *more]) == 2
+        assert capsys.readouterr().err == f"hiar: a.mp4.json exists and is of another video: {line}: {advice}"
+    for mine in (b"mine", b"[1]", b'{"file": "b.mp4", "frames": 3}', b'{"file": "a.mp4"}', b"\xff\xfe\xff"):
+        record.write_bytes(mine)
+        assert main(words) == 2
+        assert capsys.readouterr().err == f"hiar: a.mp4.json exists and is no metadata of a.mp4: {advice}"
+        assert record.read_bytes() == mine and [*here.iterdir()] == [here / "a.mp4.json"]
+    assert main([*words, "--overwrite"]) == 0 and json.loads(record.read_text())["frames"] == 6

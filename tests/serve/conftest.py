@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from live_sessions import OFTEN
 from processes import Started
 from serving import serving
 from small_toy import write_model
 
 from hiar_model.models.registry import load_video_model
 from hiar_model.serve.app import Settings
+from hiar_model.serve.metrics import Metrics
 from hiar_model.serve.scheduler import Limits
+from hiar_model.serve.states import StateDisk
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +32,13 @@ def service(model, tmp_path_factory):
     settings = Settings(limits=Limits(64, keep=20))  # tests leave sessions behind
     with serving(model, tmp_path_factory.mktemp("data"), settings) as running:
         yield running
+
+
+@pytest.fixture
+def disk(tmp_path):
+    disk = StateDisk(tmp_path / "states", 10**8, Metrics(), **OFTEN)
+    yield disk
+    disk.close()
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def refused(capsys, *words):
         (("--state-disk", -1, "--data", "d"), "--state-disk must be from 0 to 1000000 GB, got -1"),
         (("--host", "0.0.0.0"), "--host 0.0.0.0 can be reached from other machines: give --token-file"),
         (("--token-file", "missing"), "--token-file missing: no such file"),
+        (("--proxy", "127.0.0.1,my.proxy"), "--proxy my.proxy is no address, legal: addresses such as 127.0.0.1"),
         (("--model", "tyo"), "did you mean toy?"),
         (("--height", 64, "--port", 0), "model toy makes frames of 32x32 pixels only, got 64x32"),
         (("--linear-dtype", "float7", "--port", 0), "float8_e4m3fn"),

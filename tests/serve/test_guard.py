@@ -23,7 +23,7 @@ TOKEN, OTHER = "a-token-of-more-than-16-characters", "another-token-of-this-serv
 
 @pytest.fixture(scope="module")
 def guarded(model, tmp_path_factory):
-    settings = Settings(tokens=(TOKEN.encode(), OTHER.encode()), hosts=("films.example",))
+    settings = Settings(tokens=(TOKEN.encode(), OTHER.encode()), hosts=("films.example",), proxies=("127.0.0.1",))
     with serving(model, tmp_path_factory.mktemp("data"), settings) as running:
         yield running
 
@@ -121,6 +121,25 @@ def test_too_much(service, monkeypatch):
     statuses = [get(service, "/healthz")[0] for _ in range(5)]
     service.app.buckets.clear()
     assert statuses == [200, 200, 200, 429, 429]
+
+
+def test_clients_behind_a_proxy(service, guarded):
+    """Each has limits of its own, where the proxy is one that --proxy names; anybody can send such a header."""
+    assert get(guarded, "/healthz", x_forwarded_for="203.0.113.7")[0] == 200 and "203.0.113.7" in guarded.app.buckets
+    headers = {"X-Forwarded-For": "203.0.113.8", "Authorization": f"Bearer {TOKEN}"}
+    with Viewer(guarded, additional_headers=headers) as viewer:
+        viewer.start()
+        assert "203.0.113.8" in {session.client for session in guarded.scheduler.sessions.values()}
+        assert "203.0.113.8" in guarded.clients
+    assert get(service, "/healthz", x_forwarded_for="203.0.113.9")[0] == 200
+    assert "203.0.113.9" not in service.app.buckets
+
+
+def test_what_is_no_path_or_method_is_told_as_json(service):
+    status, headers, body = get(service, "/v1/videos", "PUT")
+    assert (status, json.loads(body)["code"]) == (405, "not_allowed") and "POST" in headers["allow"]
+    status, _, body = get(service, "/v1/nothing/here")
+    assert (status, json.loads(body)["code"]) == (404, "not_found")
 
 
 def test_a_bucket_fills_again(monkeypatch):

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import signal
 import sqlite3
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from serving import PROMPT, Viewer, ask, frames_of, serving, until
 
 from hiar_model import VideoPipeline
+from hiar_model.cli.main import main
 from hiar_model.config import ExecutionConfig
+from hiar_model.rollout import state_io
+from hiar_model.serve import jobs as jobs_module
 from hiar_model.serve.jobs import JobRequest, Jobs, _without_session
 from hiar_model.serve.protocol import Refusal
 from hiar_model.serve.scheduler import Scheduler
@@ -154,6 +160,31 @@ def test_a_command_makes_the_whole_video():
     assert _without_session(words[:3]) == words[:3]
 
 
+def test_the_file_of_a_job_is_that_of_generate(model, folder, tmp_path, monkeypatch):
+    """Byte for byte, in a server that is stopped while it encodes the complete video; the record has the command."""
+    monkeypatch.setattr(jobs_module, "FRAMES_AT_ONCE", 4)
+    jobs = new_jobs(tmp_path, model)
+    name = jobs.add(JobRequest(PROMPT, num_frames=15, seed=3), 15)
+    for _ in range(7):
+        jobs.work()
+    assert jobs.current.transcoding.frames == 8
+    jobs.close()
+    jobs.store.close()
+    (tmp_path / "videos" / name / ".0123456789ab.99.partial.mp4").touch()  # as kill -9 leaves
+    jobs = new_jobs(tmp_path, model)
+    while jobs.waiting():
+        jobs.work()
+    made = tmp_path / "videos" / name
+    assert sorted(path.name for path in made.iterdir()) == ["video.mp4", "video.mp4.json"]
+    jobs.store.close()
+    command = shlex.split(json.loads((made / "video.mp4.json").read_text())["command"])
+    out = tmp_path / "again.mp4"
+    assert main([*command[1 : command.index("--out")], "--out", str(out), "--device", "cpu"]) == 0
+    assert out.read_bytes() == (made / "video.mp4").read_bytes()
+    about, other = (json.loads(path.with_name(f"{path.name}.json").read_text()) for path in (made / "video.mp4", out))
+    assert about["frames"] == other["frames"] == 15
+
+
 def test_a_full_disk_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch):
     jobs = new_jobs(tmp_path, model)
     name = jobs.add(JobRequest(PROMPT, num_frames=15), 15)
@@ -172,6 +203,27 @@ def test_a_full_disk_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch
     while jobs.waiting():
         jobs.work()
     assert jobs.store.get(name)["status"] == "finished" and jobs.store.get(name)["frames"] == 15
+    jobs.store.close()
+
+
+def test_a_full_disk_under_a_checkpoint_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch):
+    """As safetensors calls it."""
+    jobs = new_jobs(tmp_path, model)
+    name = jobs.add(JobRequest(PROMPT, num_frames=15), 15)
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(state_io, "save_tensors", full)
+    for _ in range(2):
+        jobs.work()
+    about = jobs.store.get(name)
+    assert about["status"] == "running" and "No space left" in about["error"] and not jobs.waiting()
+    monkeypatch.undo()
+    jobs.retry_at = 0.0
+    while jobs.waiting():
+        jobs.work()
+    assert jobs.store.get(name)["status"] == "finished"
     jobs.store.close()
 
 
@@ -198,15 +250,56 @@ def test_a_full_disk_beneath_the_list_stops_a_job_and_not_the_server(model, tmp_
     jobs.store.close()
 
 
-def test_a_job_that_cannot_be_made_fails_alone(model, tmp_path):
+def test_a_job_that_cannot_be_made_here_waits_for_the_next_start(model, tmp_path, caplog):
+    """A server with other weights, or of another model: nothing of a video is lost, and the others go on."""
+    request = JobRequest(PROMPT, num_frames=15)
     jobs = new_jobs(tmp_path, model)
-    bad = jobs.store.add("job", {"prompt": "seven kittens", "num_frames": 6}, 6)  # of a model with other words
+    name = jobs.add(request, 15)
+    for _ in range(3):
+        jobs.work()
+    jobs.close()
+    strange = jobs.store.add("job", {"prompt": "seven kittens", "num_frames": 6}, 6)  # of a model with other words
+    jobs.store.close()
+    files = {path: path.read_bytes() for path in (tmp_path / "videos" / name).iterdir()}
+    jobs = new_jobs(tmp_path, replace(model, weights_sha256="0" * 64))
     good = jobs.add(JobRequest(PROMPT, num_frames=6), 6)
-    jobs.waiting_ids.insert(0, bad)
     while jobs.waiting():
         jobs.work()
-    assert jobs.store.get(bad)["status"] == "failed" and "seven" in jobs.store.get(bad)["error"]
     assert jobs.store.get(good)["status"] == "finished"
+    for one, word in ((name, "weights_sha256 was"), (strange, "seven")):
+        row = jobs.store.get(one)
+        assert row["status"] == "queued" and row["error"].startswith("this server cannot make it: "), row
+        assert word in row["error"]
+    assert "seven" not in caplog.text and f"video {strange} waits for the next start" in caplog.text
+    assert {path: path.read_bytes() for path in (tmp_path / "videos" / name).iterdir()} == files
+    jobs.store.close()
+    jobs = new_jobs(tmp_path, model)
+    jobs.remove(strange)
+    count = 0
+    while jobs.waiting():
+        jobs.work()
+        count += 1
+    row = jobs.store.get(name)
+    assert (row["status"], row["error"], count) == ("finished", None, 3)
+    jobs.store.close()
+
+
+@pytest.mark.parametrize("damaged", ["session.safetensors", "blocks.spool"])
+def test_a_job_whose_checkpoint_is_damaged_begins_anew(model, tmp_path, damaged):
+    jobs = new_jobs(tmp_path, model)
+    name = jobs.add(JobRequest(PROMPT, num_frames=15), 15)
+    for _ in range(3):
+        jobs.work()
+    jobs.close()
+    jobs.store.close()
+    path = tmp_path / "videos" / name / damaged
+    path.write_bytes(path.read_bytes()[:-100])
+    jobs = new_jobs(tmp_path, model)
+    count = 0
+    while jobs.waiting():
+        jobs.work()
+        count += 1
+    assert (jobs.store.get(name)["status"], count) == ("finished", 6)
     jobs.store.close()
 
 
@@ -254,6 +347,17 @@ def test_a_deleted_job_stops(model, tmp_path):
         jobs.work()
     assert jobs.store.get(first) is None and not jobs.store.path(first).exists()
     assert jobs.store.get(second)["status"] == "finished"
+    jobs.store.close()
+
+
+def test_a_deleted_job_is_not_put_away(model, tmp_path, caplog):
+    """By a server that ends just then."""
+    jobs = new_jobs(tmp_path, model)
+    name = jobs.add(JobRequest(PROMPT, num_frames=6), 6)
+    jobs.work()
+    jobs.remove(name)
+    jobs.close()
+    assert not caplog.records and jobs.current is None
     jobs.store.close()
 
 

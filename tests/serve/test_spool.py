@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from hiar_model.io.fragments import FragmentEncoder
+from hiar_model.io.video import VideoWriter
 from hiar_model.serve.live import Piece
 from hiar_model.serve.protocol import StartMessage
 from hiar_model.serve.session import ViewerSession
-from hiar_model.serve.spool import Spool
+from hiar_model.serve.spool import Spool, Transcoding
 
 pytestmark = pytest.mark.cpu
 
@@ -138,3 +139,32 @@ def test_a_session_goes_on_without_what_the_disk_has_no_room_for(tmp_path, fragm
     assert session.spool is None and not list(tmp_path.iterdir()), "its bytes are free for others"
     (tmp_path / "shown.mp4").write_bytes(shown)
     assert [number for _, number in decoded(tmp_path / "shown.mp4")] == list(range(6))
+
+
+@pytest.mark.parametrize(("height", "width", "least_side"), [(32, 32, 64), (32, 47, 1), (719, 32, 1)])
+def test_a_lossless_spool_becomes_the_file_that_is_written_without_one(tmp_path, height, width, least_side):
+    """Byte for byte: enlarged, of an odd size, and just below HD, where the even size is above."""
+    frames = np.random.default_rng(0).integers(0, 255, (7, height, width, 3), np.uint8)
+    with VideoWriter(tmp_path / "direct.mp4", 12, least_side=least_side) as writer:
+        writer.write(frames)
+    encoder = FragmentEncoder(12, height, width, least_side=least_side, lossless=True)
+    spool = Spool(tmp_path / "a.spool", encoder)
+    for first in (0, 3, 6):
+        spool.encode(frames[first : first + 3], first)
+    transcoding = Transcoding(spool, tmp_path / "a.mp4")
+    assert [transcoding.advance(3) for _ in range(3)] == [False, False, True] and transcoding.frames == 7
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "direct.mp4").read_bytes()
+
+
+def test_a_transcoding_that_fails_leaves_nothing(tmp_path):
+    spool = Spool(tmp_path / "a.spool", FragmentEncoder(12, 32, 32, least_side=1, lossless=True))
+    spool.encode(block(0), 0)
+    transcoding = Transcoding(spool, tmp_path / "a.mp4")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    transcoding.encoder.add_yuv = full
+    with pytest.raises(OSError, match=r"cannot write .*a\.mp4: No space left on device") as error:
+        transcoding.advance(24)
+    assert error.value.errno == errno.ENOSPC and [path.name for path in tmp_path.iterdir()] == ["a.spool"]

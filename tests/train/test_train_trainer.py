@@ -354,23 +354,6 @@ def test_losses_are_drawn_while_the_run_goes_on(tmp_path, monkeypatch):
     assert len(losses(tmp_path / "again")) == 2 and lines[-1].startswith("no loss plot: cannot write ")
 
 
-def test_tensorboard_has_scalars_and_sheets(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logger = MetricsLogger(tmp_path, 0, {})
-    logger.scalars(3, {"student_loss": 0.5, "student_dmd_normaliser": 2.0})
-    logger.sheet(3, np.zeros((2, 3, 8, 8, 3), np.uint8))
-    logger.close()
-    MetricsLogger(tmp_path, 2, {}).close()  # a run that goes on behind update 2: what came later does not count
-    logger = MetricsLogger(tmp_path, 2, {})
-    logger.scalars(4, {"student_loss": 0.25})
-    logger.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert {"student/loss", "student/dmd_normaliser"} <= set(events.Tags()["scalars"]) and events.Tags()["images"]
-    assert [(e.step, e.value) for e in events.Scalars("student/loss")] == [(4, 0.25)]
-
-
 def test_without_tensorboard_it_is_said_once(tmp_path, monkeypatch):
     find, lines = importlib.util.find_spec, []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))

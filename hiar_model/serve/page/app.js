@@ -10,7 +10,11 @@ const VERSION = 1;
 const $ = (id) => document.getElementById(id);
 const address = new URLSearchParams(`${location.search.slice(1)}&${location.hash.slice(1)}`);
 const secret = address.get("token");
-const withToken = (path) => (secret === null ? path : `${path}?token=${encodeURIComponent(secret)}`);
+const withToken = (path) => { // an address of this server, which a proxy may have beneath a path of its own
+  const url = new URL(path.replace(/^\//, ""), document.baseURI);
+  if (secret !== null) url.searchParams.set("token", secret);
+  return url;
+};
 
 const canPlayVideo = "MediaSource" in window && MediaSource.isTypeSupported(MIME);
 let format = address.get("format") ?? (canPlayVideo ? "mp4" : "webp");
@@ -80,7 +84,9 @@ function send(type, fields = {}) {
 function connect(first) {
   clearTimeout(retry);
   hangUp();
-  const mine = new WebSocket(withToken(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/realtime/video`));
+  const url = withToken("/v1/realtime/video");
+  url.protocol = url.protocol.replace("http", "ws");
+  const mine = new WebSocket(url);
   mine.binaryType = "arraybuffer";
   mine.onopen = () => send("start", { v: VERSION, ...first });
   mine.onmessage = ({ data }) => (typeof data === "string" ? heard(JSON.parse(data)) : took(data));
@@ -204,7 +210,7 @@ const listeners = {
   },
   refused({ code, message, closes, retry_after: wait }) {
     complain(wait === null ? message : `${message} (try again in ${wait} s)`);
-    if (code === "busy" || code === "shutting_down") later = 1000 * (wait ?? 1); // a session that is there waits
+    if (["busy", "cannot_resume", "shutting_down"].includes(code)) later = 1000 * (wait ?? 1); // a session that is there waits
     else if (code === "unknown_session" || closes) forget();
   },
 };

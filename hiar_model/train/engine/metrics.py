@@ -7,7 +7,8 @@ import importlib.util
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from ...common import environment
 from ...io.atomic import atomic, atomic_write
 from ...io.video import Frames, contact_sheet, save_png
+from .events import EventFile
 from .loss_plot import PICTURE, draw_losses
 
 LOSSES, SAMPLES, EVENTS, WANDB_ID = "loss.csv", "samples", "tensorboard", "wandb_id.txt"
@@ -50,7 +52,8 @@ class MetricsLogger:
 
     Args:
         update: number of finished updates; rows of later ones, from a killed run, are dropped.
-        recipe: of the run, for W&B. say: called with one line where TensorBoard is missing.
+        recipe: of the run, for W&B. say: called with one line where TensorBoard is missing, or its files or the plot
+            cannot be written: that ends no run.
 
     Raises:
         ValueError: the variable of W&B is set, and wandb is not installed.
@@ -65,11 +68,10 @@ class MetricsLogger:
         self.folder = folder
         self.columns = self._drop_rows_after(update)
         self._drawn, self._stale, self._say = time.monotonic(), False, say
-        self.events: Any = None
+        self.events: EventFile | None = None
         if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.events = SummaryWriter(str(folder / EVENTS), purge_step=update + 1)
+            with self._without_events():
+                self.events = EventFile(folder / EVENTS, update + 1)
         else:
             say("no TensorBoard scalars: tensorboard is not installed (pip install 'hiar-kernels[train]')")
         self.wandb: Any = None
@@ -91,9 +93,10 @@ class MetricsLogger:
         self._stale = True
         if time.monotonic() - self._drawn >= PLOT_EVERY:
             self._draw()
-        if self.events is not None:
-            for name, value in numbers.items():
-                self.events.add_scalar(name.replace("_", "/", 1), value, update)
+        with self._without_events() as events:
+            if events is not None:
+                for name, value in numbers.items():
+                    events.scalar(name.replace("_", "/", 1), value, update)
         if self.wandb is not None:
             self.wandb.log(dict(numbers), step=update)
 
@@ -106,8 +109,9 @@ class MetricsLogger:
         (self.folder / SAMPLES).mkdir(exist_ok=True)
         path = self.folder / SAMPLES / f"update_{update:08d}.png"
         save_png(image, path)
-        if self.events is not None:
-            self.events.add_image("samples", image, update, dataformats="HWC")
+        with self._without_events() as events:
+            if events is not None:
+                events.image("samples", image, update)
         if self.wandb is not None:
             import wandb
 
@@ -121,6 +125,15 @@ class MetricsLogger:
             self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+    @contextmanager
+    def _without_events(self) -> Iterator[EventFile | None]:
+        """Where TensorBoard's files cannot be written, that is said once; the run goes on, with loss.csv."""
+        try:
+            yield self.events
+        except OSError as error:
+            self._say(f"no more TensorBoard scalars: {error}")
+            self.events = None
 
     def _draw(self) -> None:
         if not self._stale or not any(name.endswith("_loss") for name in self.columns):
