@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..common.lora_file import lora_files
 from ..config import SHIPPED, RolloutConfig, WanConfig
 from ..config.execution import ATTENTION_DTYPES, ATTENTION_IMPLS, KV_DTYPES, LINEAR_DTYPES, ON_NAN, ExecutionConfig
 from ..config.rollout import KV_SOURCES, ON_PROMPT_CHANGE, ORDERS, several_orders
+from ..io.atomic import unused
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "order": ORDERS, "dtype": checks.DTYPE_NAMES, "kv_dtype": KV_DTYPES, "vae_dtype": (*checks.DTYPE_NAMES, "none"),
@@ -129,6 +131,18 @@ def refuse_existing(name: str, path: Path | None, overwrite: bool) -> None:
     """ValueError of one line for an output that would replace a file. ``name``: how messages call it."""
     if path is not None and path.is_file() and not overwrite:
         raise ValueError(f"{name} {path} exists: give another name, or --overwrite".lstrip())
+
+
+def unused_now(path: Path, overwrite: bool) -> Path:
+    """Where to write a result that is finished: :func:`.unused`, with a line on stderr if that is another name."""
+    free = unused(path, overwrite=overwrite)
+    if free != path:
+        print(moved(path, free), file=sys.stderr)
+    return free
+
+
+def moved(path: Path, free: Path) -> str:
+    return f"{path} was written by another process meanwhile: this result is {free}"
 
 
 def rollout_options(a: Namespace) -> dict[str, Any]:

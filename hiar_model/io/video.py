@@ -28,7 +28,7 @@ import numpy.typing as npt
 from av.filter import Graph
 
 from ..common.checks import FASTEST, SLOWEST, number_within, plain, whole
-from .atomic import atomic_write, cannot_write, discard, publish, temporary
+from .atomic import atomic_write, cannot_write, discard, publish, temporary, unused
 from .files import as_text, check_output, seen_from
 
 Frames = npt.NDArray[np.uint8]
@@ -171,6 +171,8 @@ class VideoWriter:
         size: (height, width) of the frames, where it is known: what the format cannot hold is refused at once.
         least_side: frames with a shorter side are enlarged, see :func:`upscale`; 1: never.
         smooth: the frames were enlarged already: encoded as quickly as those that are enlarged here.
+        overwrite: an existing file is replaced. Else, and where a folder was filled since the check, the video is put
+            beside it as name-2 (``path`` says where).
 
     Raises:
         ValueError: what :func:`check_target` refuses, an illegal rate, frames of different sizes, no frames at all.
@@ -185,10 +187,11 @@ class VideoWriter:
         least_side: int = LEAST_SIDE,
         size: tuple[int, int] | None = None,
         smooth: bool = False,
+        overwrite: bool = True,
     ) -> None:
         fps, least_side = check_fps(fps), whole("least_side", least_side, 1, most=LARGEST_ENLARGED)
         self.path, self.fps, self.least_side = check_target(path), float(fps), least_side
-        self.metadata, self.smooth = dict(metadata or {}), smooth
+        self.metadata, self.smooth, self.overwrite = dict(metadata or {}), smooth, overwrite
         self.folder = is_folder_target(path)
         if not self.folder and self.path.suffix.lower() == ".gif" and fps > GIF_FASTEST:
             raise ValueError(f"a .gif has at most {GIF_FASTEST:g} fps, got {fps:g}; use .mp4 or a folder of PNG files")
@@ -250,6 +253,7 @@ class VideoWriter:
         encoder, self._encoder = self._encoder, None
         with self._named():
             encoder.close()
+            self.path = unused(self.path, overwrite=self.overwrite, beside=None if self.folder else record_path)
         text = json.dumps(self._metadata(), indent=2, ensure_ascii=False, default=_as_json) + "\n"
         with self._named():
             publish(self._partial, self.path)
