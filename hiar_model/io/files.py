@@ -232,7 +232,7 @@ def load_yaml(text: str, typed: bool = True) -> Any:
 
     base: Any = yaml.SafeLoader if typed else yaml.BaseLoader
 
-    class Loader(base):  # type: ignore[misc]
+    class Loader(base):
         def construct_number(self, node: Any) -> Any:
             if is_time(node.value) or re.match(r"[-+]?0[0-7_]", node.value):
                 return node.value
