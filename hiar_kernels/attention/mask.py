@@ -37,6 +37,8 @@ class BlockCausal:
     first_block_frames: int | None = None
 
     def __post_init__(self) -> None:
+        if as_numbers := getattr(self.window_frames, "tolist", None):  # of numpy, a tensor: which cannot be hashed
+            object.__setattr__(self, "window_frames", as_numbers())
         windows = self.window_frames if isinstance(self.window_frames, Sequence) else (self.window_frames,)
         numbers = [("frame_tokens", self.frame_tokens), ("frames_per_block", self.frames_per_block)]
         numbers += [("sink_frames", self.sink_frames), ("first_frame", self.first_frame)]
@@ -44,8 +46,10 @@ class BlockCausal:
         if self.first_block_frames is not None:
             numbers.append(("first_block_frames", self.first_block_frames))
         for name, number in numbers:
-            if number is None or isinstance(number, bool | float | str):
+            if isinstance(number, bool | float) or not hasattr(number, "__index__"):
                 raise ValueError(f"BlockCausal: {name} must be a whole number, got {number!r}")
+            if name != "window_frames" and hasattr(number, "item"):
+                object.__setattr__(self, name, int(number))
         for name in ("frame_tokens", "frames_per_block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"BlockCausal: {name} must be at least 1, got {getattr(self, name)}")
