@@ -106,8 +106,8 @@ class AttentionInputs:
         tensors = [("k", k, k), ("v", self.v, k)]
         if context is not None:
             require(mask is not None, "attention: context needs a BlockCausal mask, got mask=None")
-            for name in ("k", "v", "frames"):
-                check_tensor("attention", f"context.{name}", getattr(context, name))
+            for name, part in (("k", context.k), ("v", context.v), ("frames", context.frames)):
+                check_tensor("attention: context", name, part)
             tensors += [("context.k", context.k, context.k), ("context.v", context.v, context.k)]
         for name, x, like in tensors:
             length = like.shape[1] if like.dim() == 4 else "Tk"

@@ -51,12 +51,16 @@ def check_integers(op: str, name: str, x: object) -> None:
 
 def is_number(value: object) -> bool:
     """Whether it is a real number, of Python, of numpy or in a tensor; bools are none."""
-    return hasattr(value, "__float__") and not isinstance(value, bool)
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int | float) or hasattr(value, "__float__")  # dynamo knows the symbols by their types only
 
 
 def is_whole(value: object) -> bool:
     """Whether it is a whole number; bools are none."""
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    if isinstance(value, bool | float):
+        return False
+    return isinstance(value, int) or hasattr(value, "__index__")
 
 
 def check_eps(op: str, eps: float | None) -> None:

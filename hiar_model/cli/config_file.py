@@ -117,14 +117,14 @@ def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:
         return _from_metadata(parser, values, path)
     options: dict[str, Any] = {}
     as_written = load_yaml(read_text(path), typed=False)
-    texts = {action.dest for action in parser._actions if str in (action.type, getattr(action, "_typehint", None))}
+    textual = {action.dest for action in parser._actions if str in (action.type, getattr(action, "_typehint", None))}
     for key, value in values.items():
         if (name := str(key).replace("-", "_")) in options:
             raise TypeError(f"{path}: {name} and {key} are one option")
-        if name in texts and isinstance(value, (list, dict)):
+        if name in textual and isinstance(value, (list, dict)):
             raise TypeError(f"{path}: {name} must be one text, got {value!r}")
         options[name] = (
-            as_written[key] if name in texts and value is not None else value
+            as_written[key] if name in textual and value is not None else value
         )  # a prompt may be "no", "1:30"
     if (more := options.pop("config", None)) is not None:
         raise TypeError(f"{path}: config must not stand in a file of options, got {more!r}")

@@ -65,7 +65,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a context of arrays": (
         lambda: hk.attention(Q, Q, Q, mask=RULE, context=KVContext(Q, Q.numpy(), TWO)),
-        "context.v must be a torch.Tensor, got ndarray",
+        "attention: context: v must be a torch.Tensor, got ndarray",
     ),
     "a nested q": (
         lambda: hk.attention(torch.nested.nested_tensor([Q[0], Q[1]], layout=torch.jagged), Q, Q),
