@@ -28,7 +28,7 @@ def loop(video: Path, most: int) -> bytes:
     import av
     from PIL import Image
 
-    from hiar_model.io.video import decoded_rgb
+    from hiar_model.io.encoders import decoded_rgb
 
     with av.open(str(video)) as container:
         stream = container.streams.video[0]

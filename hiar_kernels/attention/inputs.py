@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.dispatch import check_floats, check_tensor, differentiated, require, require_no_gradient
+from ..common.dispatch import check_floats, check_tensor, differentiated, is_number, require, require_no_gradient
 from .layout import AttentionLayout
 from .mask import BlockCausal, KVContext
 
@@ -92,8 +92,10 @@ class AttentionInputs:
             actual = f"a tensor {list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else repr(mask)
             legal = "None or BlockCausal(frame_tokens, frames_per_block, ...): who sees whom goes by frame ids"
             raise ValueError(f"attention: mask must be {legal}; got {actual}")
-        if self.scale is not None and (isinstance(self.scale, str) or not -math.inf < self.scale < math.inf):
+        if self.scale is not None and (not is_number(self.scale) or not -math.inf < self.scale < math.inf):
             raise ValueError(f"attention: scale must be a finite number, or None for 1 / sqrt(D), got {self.scale!r}")
+        if context is not None and not isinstance(context, KVContext):
+            raise ValueError(f"attention: context must be None or a KVContext, got {type(context).__name__}")
         check_floats("attention", q=q)
         for name in ("k", "v", "q_frames", "kv_frames", "kv_counts"):
             if name in "kv" or getattr(self, name) is not None:
@@ -104,6 +106,8 @@ class AttentionInputs:
         tensors = [("k", k, k), ("v", self.v, k)]
         if context is not None:
             require(mask is not None, "attention: context needs a BlockCausal mask, got mask=None")
+            for name, part in (("k", context.k), ("v", context.v), ("frames", context.frames)):
+                check_tensor("attention: context", name, part)
             tensors += [("context.k", context.k, context.k), ("context.v", context.v, context.k)]
         for name, x, like in tensors:
             length = like.shape[1] if like.dim() == 4 else "Tk"

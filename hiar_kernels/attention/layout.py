@@ -64,6 +64,8 @@ def attention_layout(
             the host: a device waits for that.
         rows: B; default: the most that the ids and the mask's windows have.
     """
+    if not isinstance(mask, BlockCausal):
+        raise ValueError(f"attention_layout: mask must be a BlockCausal, got {type(mask).__name__}")
     with _disable_current_modes():  # real values, even under FakeTensorMode or a counting mode
         q, kv = _tensor(q_frames), _tensor(kv_frames)
         context = None if context_frames is None else _tensor(context_frames)
@@ -80,7 +82,10 @@ def attention_layout(
 
 
 def _tensor(ids: Ids) -> Tensor:
-    return ids.cpu() if isinstance(ids, Tensor) else torch.tensor(ids, dtype=torch.int64)
+    try:
+        return ids.cpu() if isinstance(ids, Tensor) else torch.tensor(ids, dtype=torch.int64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"attention_layout: frame ids must be [[number, ...], ...], got {ids!r}") from error
 
 
 def _alike(rows: tuple[tuple[Group, ...], ...]) -> tuple[tuple[Group, ...], ...]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..common.dispatch import is_whole
+
 EMPTY = -1  # frame id of an empty cache slot
 _UNBOUNDED = 2**62
 
@@ -37,6 +39,9 @@ class BlockCausal:
     first_block_frames: int | None = None
 
     def __post_init__(self) -> None:
+        windows = self.window_frames
+        if windows is not None and not isinstance(windows, int | Sequence) and hasattr(windows, "tolist"):
+            object.__setattr__(self, "window_frames", windows.tolist())  # of numpy, a tensor: which cannot be hashed
         windows = self.window_frames if isinstance(self.window_frames, Sequence) else (self.window_frames,)
         numbers = [("frame_tokens", self.frame_tokens), ("frames_per_block", self.frames_per_block)]
         numbers += [("sink_frames", self.sink_frames), ("first_frame", self.first_frame)]
@@ -44,8 +49,10 @@ class BlockCausal:
         if self.first_block_frames is not None:
             numbers.append(("first_block_frames", self.first_block_frames))
         for name, number in numbers:
-            if number is None or isinstance(number, bool | float | str):
+            if not is_whole(number):
                 raise ValueError(f"BlockCausal: {name} must be a whole number, got {number!r}")
+            if name != "window_frames" and not isinstance(number, int):
+                object.__setattr__(self, name, int(number))
         for name in ("frame_tokens", "frames_per_block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"BlockCausal: {name} must be at least 1, got {getattr(self, name)}")

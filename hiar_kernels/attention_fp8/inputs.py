@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..attention.inputs import LARGEST_FRAME, TRITON_HEAD_DIMS, mask_of, rule_of, window_list
 from ..attention.mask import BlockCausal
-from ..common.dispatch import FLOATS, check_tensor
+from ..common.dispatch import FLOATS, check_tensor, is_number
 from ..common.float8 import E4M3, bits, padded
 
 BLOCK = 128
@@ -88,7 +88,7 @@ class Float8Inputs:
         op, q, mask = "attention_fp8", self.q, self.mask
         if not isinstance(mask, BlockCausal):
             raise ValueError(f"{op}: mask must be a BlockCausal, got {type(mask).__name__}")
-        if self.scale is not None and (isinstance(self.scale, str) or not -math.inf < self.scale < math.inf):
+        if self.scale is not None and (not is_number(self.scale) or not -math.inf < self.scale < math.inf):
             raise ValueError(f"{op}: scale must be a finite number, or None for 1 / sqrt(D), got {self.scale!r}")
         named = {"q": q, "k": self.k, "v": self.v, "k_scales": self.k_scales, "v_scales": self.v_scales}
         named |= {"q_frames": self.q_frames, "kv_frames": self.kv_frames}

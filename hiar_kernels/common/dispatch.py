@@ -34,9 +34,11 @@ def check_floats(op: str, **tensors: object) -> None:
 
 
 def check_tensor(op: str, name: str, x: object) -> None:
-    """Raise ValueError unless it is a tensor: numpy's arrays, lists and None are not."""
+    """Raise ValueError unless it is a dense tensor: numpy's arrays, lists, None, sparse and nested tensors are not."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
 
 
 def check_integers(op: str, name: str, x: object) -> None:
@@ -47,9 +49,23 @@ def check_integers(op: str, name: str, x: object) -> None:
         raise ValueError(f"{op}: {name} must be integers, got {x.dtype}")
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a real number, of Python, of numpy or in a tensor; bools are none."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int | float) or hasattr(value, "__float__")  # dynamo knows the symbols by their types only
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number; bools are none."""
+    if isinstance(value, bool | float):
+        return False
+    return isinstance(value, int) or hasattr(value, "__index__")
+
+
 def check_eps(op: str, eps: float | None) -> None:
     """Raise ValueError unless it is a finite number of at least 0."""
-    if eps is None or isinstance(eps, str) or not 0 <= eps < math.inf:
+    if eps is None or not is_number(eps) or not 0 <= eps < math.inf:
         raise ValueError(f"{op}: eps must be a finite number of at least 0, got {eps!r}")
 
 

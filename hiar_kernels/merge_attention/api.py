@@ -46,6 +46,8 @@ def merge_attention(
         raise ValueError(f"merge_attention: got {len(outs)} outs and {len(lses)} lses; expected n and n >= 1")
     for out, lse in zip(outs, lses, strict=True):
         check_floats("merge_attention", **{"every out": out, "every lse": lse})
+    if outs[0].dim() != 4:
+        raise ValueError(f"merge_attention: every out must be [B, T, H, D], got {list(outs[0].shape)}")
     b, t, h, _ = outs[0].shape
     for out, lse in zip(outs, lses, strict=True):
         if out.shape != outs[0].shape or out.dtype != outs[0].dtype:

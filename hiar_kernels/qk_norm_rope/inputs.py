@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.dispatch import check_eps, check_floats, check_integers
+from ..common.dispatch import check_eps, check_floats, check_integers, is_number, is_whole
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ class RopeInputs:
         check_floats(op, qkv=self.qkv, q_weight=self.q_weight, k_weight=self.k_weight)
         check_integers(op, "frames", self.frames)
         check_eps(op, self.eps)
-        if self.theta is None or isinstance(self.theta, str) or not 0 < self.theta < math.inf:
+        if not is_number(self.theta) or not 0 < self.theta < math.inf:
             raise ValueError(f"{op}: theta must be a finite number above 0, got {self.theta!r}")
         cells, whole, heads = self.cells, self.height * self.width, self.num_heads
-        if cells is not None and not (len(cells) == 2 and 0 <= cells[0] < cells[1] <= whole):
+        if cells is not None and not (_are_whole(cells, 2) and 0 <= cells[0] < cells[1] <= whole):
             raise ValueError(f"{op}: cells must be (start, stop) with 0 <= start < stop <= {whole}, got {cells}")
         if self.qkv.dim() != 3:
             raise ValueError(f"{op}: qkv must be [B, T, 3 H D], got {list(self.qkv.shape)}")
         b, t, c = self.qkv.shape
-        if heads is None or isinstance(heads, str):
+        if not is_whole(heads):
             raise ValueError(f"{op}: num_heads must be a whole number of at least 1, got {heads!r}")
         if heads < 1 or c % (6 * heads):
             raise ValueError(f"{op}: width {c} of qkv is not 3 x {heads} heads of an even size")
@@ -147,9 +147,14 @@ def check_places(op: str, slots: Tensor, rows: Tensor | None, batch: int, count:
         raise ValueError(f"{op}: slots must be [{copies}{batch} or 1, {count}], got {list(slots.shape)}")
 
 
+def _are_whole(numbers: object, count: int) -> bool:
+    """Whether it is a sequence of so many whole numbers."""
+    return isinstance(numbers, Sequence) and len(numbers) == count and all(is_whole(number) for number in numbers)
+
+
 def token_grid(op: str, grid: Sequence[int]) -> tuple[int, int]:
     """(rows, columns) of tokens of a frame; ValueError for what is none."""
-    if not isinstance(grid, Sequence) or len(grid) != 2 or any(isinstance(n, str) for n in grid) or min(grid) < 1:
+    if not _are_whole(grid, 2) or min(grid) < 1:
         raise ValueError(f"{op}: grid must be (rows, columns) of at least 1, got {grid!r}")
     return grid[0], grid[1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..common.lora_file import lora_files
 from ..config import SHIPPED, RolloutConfig, WanConfig
 from ..config.execution import ATTENTION_DTYPES, ATTENTION_IMPLS, KV_DTYPES, LINEAR_DTYPES, ON_NAN, ExecutionConfig
 from ..config.rollout import KV_SOURCES, ON_PROMPT_CHANGE, ORDERS, several_orders
+from ..io.atomic import unused
 from ..io.files import read_text
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -158,6 +160,18 @@ def refuse_other_metadata(path: Path, video: str, values: Mapping[str, Any], ove
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def unused_now(path: Path, overwrite: bool) -> Path:
+    """Where to write a result that is finished: :func:`.unused`, with a line on stderr if that is another name."""
+    free = unused(path, overwrite=overwrite)
+    if free != path:
+        print(moved(path, free), file=sys.stderr)
+    return free
+
+
+def moved(path: Path, free: Path) -> str:
+    return f"{path} was written by another process meanwhile: this result is {free}"
 
 
 def rollout_options(a: Namespace) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from ..config.rollout import several_orders
-from .choices import refuse_existing, rollout_options
+from .choices import moved, refuse_existing, rollout_options
 from .generate import new_video, prompt_schedule, read_files, video_arguments
 from .machine import imports, linear_argument, load_for_video, progress_bar
 
@@ -74,9 +74,9 @@ def compare(a: Namespace) -> None:
                 kv_dtype=a.kv_dtype, attention_dtype=a.attention_dtype, linear_dtype=a.linear_dtype, on_nan=a.on_nan
             ),
             height=a.height, width=a.width, seed=a.seed, fps=a.fps, image=a.image, extend=a.extend, prompts=prompts,
-            threads=a.threads, on_progress=show, **of_rollout,
+            threads=a.threads, on_progress=show, overwrite=a.overwrite, **of_rollout,
         )  # fmt: skip
-    for note in result.notes:
+    for note in [*result.notes, *([moved(target, result.path)] if result.path != target else [])]:
         print(note, file=sys.stderr)
     _print(result, time.perf_counter() - start)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from ..common.checks import nearest
-from ..io.files import load_yaml, read_text
+from ..io.files import is_time, load_yaml, read_text
 from ..version import require_noise
 
 if TYPE_CHECKING:
@@ -38,6 +38,18 @@ class ConfigFile(ActionConfigFile):
                 raise TypeError(f"{value}: {key} must be true or false, got {chosen!r}")
         ActionConfigFile.apply_config(parser, cfg, dest, json.dumps(values, default=str))
         cfg[dest][-1] = value
+        for key, chosen in values.items():
+            if is_time(chosen) and not isinstance(cfg.get(key), str):
+                raise TypeError(f"{value}: {key} must be a number, got {chosen!r}")
+
+
+def refuse_times(words: Sequence[str], options: Mapping[str, Any]) -> None:
+    """ValueError of one line for a typed 1:30 of which a number was made."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        chosen = options.get(name.lstrip("-").replace("-", "_"), "")
+        if is_time(typed := value if equals else following) and not isinstance(chosen, str):
+            raise ValueError(f"{name} must be a number, got {typed!r}")
 
 
 def config_first(words: Sequence[str]) -> list[str]:
@@ -104,11 +116,19 @@ def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:
     if "command" in values and "weights_sha256" in values:
         return _from_metadata(parser, values, path)
     options: dict[str, Any] = {}
+    as_written = load_yaml(read_text(path), typed=False)
+    textual = {action.dest for action in parser._actions if str in (action.type, getattr(action, "_typehint", None))}
     for key, value in values.items():
         if (name := str(key).replace("-", "_")) in options:
             raise TypeError(f"{path}: {name} and {key} are one option")
-        options[name] = value
-    return {name: value for name, value in options.items() if name != "config"}
+        if name in textual and isinstance(value, (list, dict)):
+            raise TypeError(f"{path}: {name} must be one text, got {value!r}")
+        options[name] = (
+            as_written[key] if name in textual and value is not None else value
+        )  # a prompt may be "no", "1:30"
+    if (more := options.pop("config", None)) is not None:
+        raise TypeError(f"{path}: config must not stand in a file of options, got {more!r}")
+    return options
 
 
 def _from_metadata(parser: ArgumentParser, metadata: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from ..common.checks import dtype_name
 from ..io.atomic import atomic_write
 from ..io.files import check_output, check_picture, require_apart
-from .choices import overwrite_argument, refuse_existing
+from .choices import overwrite_argument, refuse_existing, unused_now
 from .machine import kv_argument, linear_argument, load_model, machine_arguments, progress_bar, window_argument
 
 
@@ -88,8 +88,12 @@ def evaluate(a: Namespace) -> None:
             "linear_dtype": a.linear_dtype,
             "versions": versions("torch"),
         }
-        atomic_write(target, json.dumps({**about, "rows": [row.to_dict() for row in rows]}, indent=2) + "\n")
+        atomic_write(
+            unused_now(target, a.overwrite),
+            json.dumps({**about, "rows": [row.to_dict() for row in rows]}, indent=2) + "\n",
+        )
     if picture is not None:
+        picture = unused_now(picture, a.overwrite)
         draw_rows(rows, picture)
         print(f"plot: {picture}")
 

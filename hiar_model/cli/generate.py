@@ -15,7 +15,15 @@ from jsonargparse import ArgumentParser, Namespace
 from ..common.image_file import image_files
 from ..common.lora_file import lora_files
 from ..io.files import as_text, check_text
-from .choices import option, overwrite_argument, refuse_existing, refuse_other_metadata, rollout_options
+from .choices import (
+    moved,
+    option,
+    overwrite_argument,
+    refuse_existing,
+    refuse_other_metadata,
+    rollout_options,
+    unused_now,
+)
 from .config_file import OptionalPositional, Repeated
 from .machine import (
     imports,
@@ -166,7 +174,7 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
             return
         for line in [*notes, *(() if a.from_session else run.starts.notes), *run.notes()]:
             print(line, file=sys.stderr)
-        writer = VideoWriter(a.out, run.fps, run.metadata, size=run.model.pixel_size)
+        writer = VideoWriter(a.out, run.fps, run.metadata, size=run.model.pixel_size, overwrite=a.overwrite)
         _refuse_other_metadata(a, target, json.loads(writer.metadata_text()))  # the model is known now
         with (
             span("generate"),
@@ -178,13 +186,19 @@ def _generate_here(a: Namespace, here: Job, folder: str) -> None:
     if run.run_folder is not None:
         run.run_folder.remove()
     seconds, written = time.perf_counter() - start, writer.frames_written
+    if writer.path != target:
+        print(moved(target, writer.path), file=sys.stderr)
     if a.session is not None:
+        assert session is not None
+        goes_on = resumed is not None and session.is_file() and session.samefile(resumed)
+        saved = unused_now(session, a.overwrite or goes_on)
         try:
-            run.save_session(a.session)
+            run.save_session(saved)
         except ValueError as error:
             raise ValueError(f"{error}; {writer.path} is complete, {written} frames") from error
     if interrupted():
-        raise KeyboardInterrupt(f"{written} frames are in {writer.path}, resume with --from-session {a.session}")
+        resume = a.session if saved == session else saved
+        raise KeyboardInterrupt(f"{written} frames are in {writer.path}, resume with --from-session {resume}")
     print(f"{writer.path}: {_summary(run, written, seconds)}")
 
 

@@ -19,7 +19,7 @@ from ..io.files import as_name, as_text
 from ..version import package_version
 from .choices import SHARED, as_typed, check_choices, check_effects, check_processes, explained, options_of
 from .compare import compare, compare_arguments
-from .config_file import ConfigFile, config_first
+from .config_file import ConfigFile, config_first, refuse_times
 from .evaluate import evaluate, evaluate_arguments
 from .generate import generate, generate_arguments
 from .parallel import AGAIN, launch, parity_arguments, verify_parity
@@ -79,6 +79,7 @@ def _run(words: list[str]) -> int:
         debug = arguments.debug
         chosen = arguments[arguments.subcommand]
         dests = options_of(parser, arguments.subcommand)
+        refuse_times(words, chosen)
         for name, value in vars(chosen).items():
             if isinstance(value, str):
                 chosen[name] = as_text(value) if name == "prompt" else as_name(value)

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from ..config import SHIPPED, WAN, ExecutionConfig, RolloutConfig, WanConfig
 from ..io.atomic import atomic_write
 from ..io.files import check_output, check_picture, require_apart
-from .choices import option, overwrite_argument, refuse_existing, rollout_options
+from .choices import option, overwrite_argument, refuse_existing, rollout_options, unused_now
 from .machine import imports, kv_argument, linear_argument, progress_bar, size_arguments, window_argument
 
 
@@ -146,8 +146,10 @@ def bench(a: Namespace) -> None:
             command=shlex.join(["hiar", "bench", *_words(a, "json", "plot", "overwrite")]),
         )  # fmt: skip
     if target is not None:
+        target = unused_now(target, a.overwrite)
         atomic_write(target, json.dumps(result, indent=1) + "\n")
     if picture is not None:
+        picture = unused_now(picture, a.overwrite)
         draw(result, picture)
     _print(*tables(result), *notes(result))
     for name, path in (("result", target), ("plot", picture)):

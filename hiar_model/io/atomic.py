@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import re
+import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How libraries in Rust, such as safetensors, name the system's error."""
+_LONGEST_STEM = 200  # bytes of a name, so that it stays legal with what is added to it
 SPECIAL = "a device, a pipe or a socket, no file"
 
 
@@ -62,13 +65,14 @@ def atomic_write(target: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def temporary(target: Path) -> Path:
-    """The temporary name of a target: hidden, in the same folder so that it can be renamed, short however long the
-    target's own name is, and of this process alone. Of a link: in the folder of what it names.
+    """A temporary name for a target: hidden, in the same folder so that it can be renamed, short however long the
+    target's own name is. Of a link: in the folder of what it names. Every call has another name: in containers every
+    process may be number 1, and threads share theirs.
     """
     file = behind_links(target)
-    name = hashlib.blake2b(os.fsencode(file.name), digest_size=6).hexdigest()
+    name = hashlib.blake2b(os.fsencode(file.name), digest_size=4).hexdigest()
     suffix = target.suffix if len(target.suffix) < 20 else ""
-    return file.with_name(f".{name}.{os.getpid()}.partial{suffix}")
+    return file.with_name(f".{name}.{os.getpid()}.{secrets.token_hex(4)}.partial{suffix}")
 
 
 def publish(partial: Path, target: Path) -> None:
@@ -88,6 +92,27 @@ def publish(partial: Path, target: Path) -> None:
     _sync(partial)
     os.replace(partial, target)
     _sync(target.parent)
+
+
+def unused(target: Path, *, overwrite: bool, beside: Callable[[Path], Path] | None = None) -> Path:
+    """Where to write what is finished: ``target``, or name-2, name-3, ... where another process has written one since
+    it was checked, so that neither is lost.
+
+    Args:
+        overwrite: files may be replaced; a folder never is, unless it is empty.
+        beside: names the file that goes with a target, which must be unused too.
+    """
+
+    def is_free(path: Path) -> bool:
+        if path.is_dir():
+            return not any(path.iterdir())
+        return not os.path.exists(path)
+
+    if is_free(target) or (overwrite and target.is_file()):
+        return target
+    stem = os.fsdecode(os.fsencode(target.stem)[:_LONGEST_STEM]).encode(errors="ignore").decode()
+    names = (target.with_name(f"{stem}-{number}{target.suffix}") for number in itertools.count(2))
+    return next(path for path in names if is_free(path) and (beside is None or is_free(beside(path))))
 
 
 def behind_links(target: Path) -> Path:

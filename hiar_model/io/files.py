@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -212,15 +213,31 @@ def save_tensors(tensors: dict[str, Any], path: str | os.PathLike[str], header: 
     os.chmod(path, 0o666 & ~_UMASK)
 
 
-def load_yaml(text: str) -> Any:
-    """What a YAML or JSON text says; a key that stands twice in one mapping is an error, not the last one's.
+def is_time(value: object) -> bool:
+    """Whether it is text such as 1:30, of which YAML 1.1, and so jsonargparse, makes the number 90."""
+    return isinstance(value, str) and re.fullmatch(r"[-+]?\d[\d_]*(:\d+)+(\.[\d_]*)?", value.strip()) is not None
+
+
+def load_yaml(text: str, typed: bool = True) -> Any:
+    """What a YAML or JSON text says; a key that stands twice in one mapping is an error, not the last one's. What only
+    YAML 1.1 takes for a number stays text: 010 is not 8, and 1:30 not 90.
+
+    Args:
+        typed: False: each value is the text that stands there: "yes", not True.
 
     Raises:
         yaml.YAMLError: it is neither, or lists and mappings stand in each other thousands of times.
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    base: Any = yaml.SafeLoader if typed else yaml.BaseLoader
+
+    class Loader(base):
+        def construct_number(self, node: Any) -> Any:
+            if is_time(node.value) or re.match(r"[-+]?0[0-7_]", node.value):
+                return node.value
+            return self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
+
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen = set()
             for key, _ in node.value:
@@ -229,6 +246,8 @@ def load_yaml(text: str) -> Any:
                 seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
             return super().construct_mapping(node, deep)
 
+    for kind in ("int", "float") if typed else ():
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.construct_number)
     try:
         return yaml.load(text, Loader)
     except RecursionError:

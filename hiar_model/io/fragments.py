@@ -14,7 +14,8 @@ import av
 import numpy as np
 
 from ..common.checks import one_of, whole
-from .video import LEAST_SIDE, Frames, Mp4Encoder, check_fps, upscale
+from .encoders import Mp4Encoder
+from .video import LEAST_SIDE, Frames, check_fps, upscale
 
 MUXER = {
     # No index in front, positions counted from the fragment itself, and the times that the frames have: a viewer may

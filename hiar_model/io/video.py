@@ -17,18 +17,16 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import Any
 
-import av
 import numpy as np
 import numpy.typing as npt
-from av.filter import Graph
 
 from ..common.checks import FASTEST, SLOWEST, number_within, plain, whole
-from .atomic import atomic_write, cannot_write, discard, publish, temporary
+from .atomic import atomic_write, cannot_write, discard, publish, temporary, unused
+from .encoders import FrameEncoder, GifEncoder, Mp4Encoder, PngEncoder, encode_png
 from .files import as_text, check_output, seen_from
 
 Frames = npt.NDArray[np.uint8]
@@ -41,14 +39,8 @@ LEAST_SIDE = 256
 LARGEST_ENLARGED = 4096
 """Pixels on the long side that enlarged frames have at most."""
 LARGEST_SIDE = {".mp4": 16384, ".gif": 65535}  # x264's limit; two bytes in the format
-GIF_TICKS = 100  # per second: the format counts time in hundredths
 GIF_FASTEST = 50.0  # viewers slow down anything faster
-HD_LINES = 720
-"""From so many lines on video is BT.709, below BT.601: written so, and taken so where a file does not say."""
 CHUNK = 16  # frames enlarged at once
-_ROUNDED = 4 | 1 << 13 | 1 << 14 | 1 << 18
-"""How pictures are converted to and from YUV: swscale's BICUBIC, FULL_CHR_H_INT, FULL_CHR_H_INP and ACCURATE_RND. With
-its defaults each trip is one level darker (findings/pyav-darkens-yuv420p.sh). PyAV 17 has no names for them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,16 +141,6 @@ def record_path(target: Path, folder: bool = False) -> Path:
     return target / FOLDER_RECORD if folder else target.with_name(target.name + ".json")
 
 
-class FrameEncoder(Protocol):
-    """Encodes the frames of one video, uint8 [H, W, 3] each, all of one size."""
-
-    def add(self, image: Frames) -> None:
-        """The next frame."""
-
-    def close(self) -> None:
-        """Flush and close; called once, also to give up."""
-
-
 class VideoWriter:
     """Context manager that writes a video frame by frame; only .gif keeps the frames in memory until the end.
 
@@ -171,6 +153,8 @@ class VideoWriter:
         size: (height, width) of the frames, where it is known: what the format cannot hold is refused at once.
         least_side: frames with a shorter side are enlarged, see :func:`upscale`; 1: never.
         smooth: the frames were enlarged already: encoded as quickly as those that are enlarged here.
+        overwrite: an existing file is replaced. Else, and where a folder was filled since the check, the video is put
+            beside it as name-2 (``path`` says where).
 
     Raises:
         ValueError: what :func:`check_target` refuses, an illegal rate, frames of different sizes, no frames at all.
@@ -185,10 +169,11 @@ class VideoWriter:
         least_side: int = LEAST_SIDE,
         size: tuple[int, int] | None = None,
         smooth: bool = False,
+        overwrite: bool = True,
     ) -> None:
         fps, least_side = check_fps(fps), whole("least_side", least_side, 1, most=LARGEST_ENLARGED)
         self.path, self.fps, self.least_side = check_target(path), float(fps), least_side
-        self.metadata, self.smooth = dict(metadata or {}), smooth
+        self.metadata, self.smooth, self.overwrite = dict(metadata or {}), smooth, overwrite
         self.folder = is_folder_target(path)
         if not self.folder and self.path.suffix.lower() == ".gif" and fps > GIF_FASTEST:
             raise ValueError(f"a .gif has at most {GIF_FASTEST:g} fps, got {fps:g}; use .mp4 or a folder of PNG files")
@@ -230,9 +215,9 @@ class VideoWriter:
     def _open(self, height: int, width: int, enlarged: bool) -> FrameEncoder:
         self._check_size((height, width))
         if self.folder:
-            return _PngEncoder(self._partial)
+            return PngEncoder(self._partial)
         if self.path.suffix.lower() == ".gif":
-            return _GifEncoder(self._partial, self.fps, height, width)
+            return GifEncoder(self._partial, self.fps, height, width)
         return Mp4Encoder(self._partial, self.fps, height, width, quick=enlarged)
 
     def __exit__(
@@ -250,6 +235,7 @@ class VideoWriter:
         encoder, self._encoder = self._encoder, None
         with self._named():
             encoder.close()
+            self.path = unused(self.path, overwrite=self.overwrite, beside=None if self.folder else record_path)
         text, beside = self.metadata_text(), record_path(self.path, self.folder)
         with self._named():
             publish(self._partial, self.path)
@@ -289,115 +275,6 @@ class VideoWriter:
         discard(self._partial)
 
 
-class Mp4Encoder:
-    """H.264 (MPEG-4 part 2 if FFmpeg was built without x264) in yuv420p, which every player and browser shows.
-
-    Args:
-        file: a path, or an open binary file. fps, height, width: of the frames.
-        options: of FFmpeg's mp4 muxer. x264: of its encoder, in place of ours.
-        quick: for enlarged frames, which are smooth: half of x264's time for a file of the same size, 0.3 dB worse.
-        first: number of the first frame, which is then shown at first / fps seconds.
-    """
-
-    def __init__(
-        self,
-        file: Path | IO[bytes],
-        fps: float,
-        height: int,
-        width: int,
-        *,
-        options: Mapping[str, str] | None = None,
-        x264: Mapping[str, str] | None = None,
-        quick: bool = False,
-        first: int = 0,
-    ) -> None:
-        target = str(file) if isinstance(file, Path) else file
-        self.container = av.open(target, "w", format="mp4", options=dict(options or {"movflags": "+faststart"}))
-        rate = Fraction(fps).limit_denominator(1001)
-        self.odd, self.next, self.tick = (height % 2, width % 2), first, 1 / rate
-        if "libx264" in av.codecs_available:
-            coding = dict(x264 or {"crf": "16", "preset": "veryfast" if quick else "medium"})
-            stream = self.container.add_stream("libx264", rate=rate, options=coding)
-        else:
-            stream = self.container.add_stream("mpeg4", rate=rate, options={"qscale": "2", "flags": "+qscale"})
-        self.stream: Any = stream
-        self.stream.height, self.stream.width = height + self.odd[0], width + self.odd[1]
-        self.stream.pix_fmt = "yuv420p"
-        self.matrix, tag = _matrix(height), 1 if height >= HD_LINES else 6  # ITU-T H.273: BT.709, SMPTE 170M
-        context = self.stream.codec_context
-        context.color_primaries = context.color_trc = context.colorspace = tag
-        context.color_range = 1  # "tv"
-
-    def add(self, image: Frames) -> None:
-        if any(self.odd):  # yuv420p has even sizes only: repeat the last row or column
-            image = np.pad(image, ((0, self.odd[0]), (0, self.odd[1]), (0, 0)), mode="edge")
-        self.add_yuv(_av_frame(image).reformat(format="yuv420p", dst_colorspace=self.matrix, interpolation=_ROUNDED))
-
-    def add_yuv(self, frame: Any) -> None:
-        """The next frame, an ``av.VideoFrame`` in yuv420p of the video's size, made even."""
-        frame.pts, frame.time_base, self.next = self.next, self.tick, self.next + 1
-        self.container.mux(self.stream.encode(frame))
-
-    def close(self) -> None:
-        try:
-            self.container.mux(self.stream.encode())
-        finally:
-            self.container.close()
-
-
-class _GifEncoder:
-    """One palette for the whole animation, so that nothing flickers. FFmpeg keeps all frames until the end for that."""
-
-    def __init__(self, path: Path, fps: float, height: int, width: int) -> None:
-        self.tick, self.fps, self.count = Fraction(1, GIF_TICKS), fps, 0
-        self.graph = Graph()
-        rgb = av.VideoFormat("rgb24", width, height)
-        self.source = self.graph.add_buffer(width=width, height=height, format=rgb, time_base=self.tick)
-        split, make = self.graph.add("split"), self.graph.add("palettegen", "reserve_transparent=0")
-        use, self.sink = self.graph.add("paletteuse", "dither=none"), self.graph.add("buffersink")
-        self.source.link_to(split)
-        split.link_to(use, 0, 0)
-        split.link_to(make, 1, 0)
-        make.link_to(use, 0, 1)
-        use.link_to(self.sink)
-        self.graph.configure()
-        last = str(round(GIF_TICKS / fps))  # no frame behind it says how long the last one stays
-        self.container = av.open(str(path), "w", format="gif", options={"final_delay": last})
-        self.stream: Any = self.container.add_stream("gif", rate=GIF_TICKS)
-        self.stream.height, self.stream.width, self.stream.pix_fmt = height, width, "pal8"
-
-    def add(self, image: Frames) -> None:
-        frame = _av_frame(image)
-        frame.pts, frame.time_base = round(self.count * GIF_TICKS / self.fps), self.tick
-        self.count += 1
-        self.source.push(frame)
-
-    def close(self) -> None:
-        try:
-            self.source.push(None)
-            with suppress(av.error.EOFError):
-                while True:
-                    self.container.mux(self.stream.encode(self.sink.pull()))
-            self.container.mux(self.stream.encode())
-        finally:
-            self.container.close()
-
-
-class _PngEncoder:
-    """frame_00000.png, frame_00001.png, ... in a folder."""
-
-    def __init__(self, path: Path) -> None:
-        path.mkdir()
-        self.path, self.count = path, 0
-
-    def add(self, image: Frames) -> None:
-        (self.path / f"frame_{self.count:05d}.png").write_bytes(encode_png(image, _QUICK))
-        self.count += 1
-
-    def close(self) -> None:
-        pass
-
-
 def _as_json(value: Any) -> Any:
     """What JSON knows by another name: numpy's numbers, paths."""
     if isinstance(value, os.PathLike):
@@ -405,41 +282,6 @@ def _as_json(value: Any) -> Any:
     if plain(value) is value:
         raise TypeError(f"{value!r} of {type(value).__name__} is no JSON")
     return plain(value)
-
-
-def decoded_rgb(frame: Any, format: str = "rgb24") -> Frames:
-    """The picture uint8 [H, W, 3] of a decoded ``av.VideoFrame``, before any rotation that its file asks for; as "rgba"
-    [H, W, 4].
-    """
-    return frame.to_ndarray(format=format, src_colorspace=_source_matrix(frame), interpolation=_ROUNDED)
-
-
-def _source_matrix(frame: Any) -> str | None:
-    """The colour matrix of a decoded frame that names none itself; None: use the frame's."""
-    unspecified = frame.colorspace in (0, 2) and not frame.format.is_rgb  # 0 means RGB, but some YUV files have it
-    if not unspecified or len(frame.planes) < 3:
-        return None
-    return _matrix(frame.height)
-
-
-def _matrix(height: int) -> str:
-    return "ITU709" if height >= HD_LINES else "ITU601"
-
-
-def _av_frame(image: Frames) -> Any:
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-
-
-_QUICK = {"compression_level": "1", "pred": "up"}
-"""For the many frames of a video: much quicker, for files that are a little larger."""
-
-
-def encode_png(image: Frames, options: Mapping[str, str] | None = None) -> bytes:
-    """A PNG file of an image uint8 [H, W, 3], with options of FFmpeg's encoder."""
-    codec: Any = av.CodecContext.create("png", "w")
-    codec.options = dict(options or {})
-    codec.height, codec.width, codec.pix_fmt, codec.time_base = *image.shape[:2], "rgb24", Fraction(1)
-    return b"".join(bytes(packet) for packet in [*codec.encode(_av_frame(image)), *codec.encode(None)])
 
 
 def save_png(image: Frames, path: str | os.PathLike[str]) -> None:

@@ -99,6 +99,7 @@ def compare(
     execution: ExecutionConfig | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
+    overwrite: bool = True,
     **options: Any,
 ) -> Comparison:
     """Make a prompt's video in several orders and write them side by side, with captions and a frame counter.
@@ -117,6 +118,7 @@ def compare(
         speed: only every so many-th frame is shown; None: 8, or less where fewer than 48 frames would be left.
         model, execution, device, dtype: of :class:`hiar_model.VideoPipeline`. "scenes", the default, is the shipped
             model whose world lets errors pile up; with "toy" no order drifts much.
+        overwrite: False: what another process writes to ``out`` meanwhile stays, and this comparison is beside it.
         num_frames: pixel frames of each; None: 32 times the training length of a toy, 8 times that of other models.
         options: the others are those of :func:`hiar_model.generate`.
 
@@ -137,7 +139,8 @@ def compare(
         if name in options:
             raise ValueError(f"{name} is no option of compare{': give orders' * (name == 'order')}")
     target = check_target(out)
-    plot = check_output(plot_path(target)) if not is_folder_target(out) else plot_path(target, folder=True)
+    if not is_folder_target(out):
+        check_output(plot_path(target))
     checked = VideoOptions(prompt, **options)
     orders = None if orders is None else several_orders("orders", orders)
     pipeline = _pipeline(model, execution, device, dtype, checked, orders)
@@ -149,7 +152,7 @@ def compare(
         for i, order in enumerate(orders)
     ]
     with span("compare"), own_settings(), cpu_threads(runs[0].threads):
-        return _write(runs, out, plot, speed)
+        return _write(runs, out, speed, overwrite)
 
 
 def default_orders(model: VideoModel) -> tuple[str, str]:
@@ -241,7 +244,7 @@ class _Progress:
         return report
 
 
-def _write(runs: Sequence[VideoRun], out: str | os.PathLike[str], plot: Path, speed: int | None) -> Comparison:
+def _write(runs: Sequence[VideoRun], out: str | os.PathLike[str], speed: int | None, overwrite: bool) -> Comparison:
     first = runs[0]
     model, num_frames = first.model, first.num_frames
     assert num_frames is not None
@@ -265,7 +268,8 @@ def _write(runs: Sequence[VideoRun], out: str | os.PathLike[str], plot: Path, sp
     del metadata["rollout"]  # of each order below
     height, width = grid.canvas.height, grid.canvas.width
     smooth = size != model.pixel_size
-    with VideoWriter(out, first.fps, metadata, least_side=1, size=(height, width), smooth=smooth) as writer:
+    options: dict[str, Any] = {"least_side": 1, "size": (height, width), "smooth": smooth, "overwrite": overwrite}
+    with VideoWriter(out, first.fps, metadata, **options) as writer:
         for number, images in enumerate(zip(*watched, strict=True)):
             if number % speed == 0:
                 large = [upscale(image[None], PANEL_SIDE)[0] for image in images]
@@ -274,6 +278,7 @@ def _write(runs: Sequence[VideoRun], out: str | os.PathLike[str], plot: Path, sp
         results = tuple(each.result() for each in watched)
         writer.metadata["orders"] = [result.to_dict() for result in results]
     try:
+        plot = plot_path(writer.path, writer.folder)
         panels = drift_panels(results, title)
         save_plot(panels, plot, columns=2 if len(panels) < 5 else 3)
     except OSError as error:

@@ -16,13 +16,19 @@ from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 from ..common.checks import path_like
+from ..io.atomic import SPECIAL, is_special
+from ..io.encoders import decoded_rgb
 from ..io.files import refuse_stand_in
-from ..io.video import Frames, decoded_rgb
+from ..io.video import Frames
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+ANIMATED = "for a clip write it as .mp4 and use extend"  # of .webp and .png
+HDR = {16: "PQ", 18: "HLG"}
+"""Transfer curves of high dynamic range, by their numbers in H.273."""
 _CHUNK, _CHUNK_BYTES = 8, 1 << 26  # frames scaled together, and their bytes
 _REPAIR = "get it again, or write what is whole of it anew (ffmpeg -i IN OUT)"
 _ORIENTATION = 0x0112  # of EXIF
@@ -68,9 +74,8 @@ def read_conditioning(
     frames = resizer(clip.frames())
     if len(frames) < 1 + step:
         legal = f"at least {1 + step} (1 + {step}n)" if step > 1 else "at least 2"
-        raise ValueError(
-            f"extend {path}: a clip of {len(frames)} frames is too short, expected {legal}; for one use image"
-        )
+        length = f"{len(frames)} frame{'s' * (len(frames) != 1)}"
+        raise ValueError(f"extend {path}: a clip of {length} is too short, expected {legal}; for one use image")
     count = 1 + (len(frames) - 1) // step * step
     notes = list(clip.notes)
     if count < len(frames):
@@ -95,6 +100,8 @@ def _check(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
         other = "; for a clip use extend" if option != "extend" and path.suffix.lower() in CLIPS else ""
         legal = f"legal: {', '.join(suffixes)}{other}"
         raise ValueError(f"{option} {path}: cannot read {path.suffix or 'no suffix'!r}; {legal}")
+    if is_special(path):
+        raise ValueError(f"{option} {path}: {SPECIAL}")
     if not path.is_file():
         raise ValueError(f"{option} {path}: no such file")
     refuse_stand_in(path)
@@ -116,7 +123,7 @@ def _read_image(path: Path, option: str) -> tuple[Frames, list[str]]:
         with opened as picture:
             frames = getattr(picture, "n_frames", 1)
             if frames != 1 and picture.format != "MPO":  # a photo, and its preview or depth map behind it
-                raise ValueError(f"{option} {path} holds {frames} frames, expected one; for a clip use extend")
+                raise ValueError(f"{option} {path} holds {frames} frames, expected one; {ANIMATED}")
             upright: Any = ImageOps.exif_transpose(picture)
             upright.load()
             if picture.getexif().get(_ORIENTATION, 1) in range(2, 9):
@@ -203,9 +210,10 @@ class _Clip:
         path, size, count, end = self.path, None, 0, 0.0
         try:
             with av.open(str(path)) as container:
-                if not container.streams.video:
+                streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+                if not streams:
                     raise ValueError(f"extend {path}: has no video stream")
-                stream: Any = container.streams.video[0]
+                stream: Any = streams[0]
                 self.rate = float(stream.average_rate or 0)
                 for frame in self._decoded(container, stream):
                     image = self._upright(frame, stream)
@@ -228,6 +236,7 @@ class _Clip:
             raise ValueError(f"extend {path}: corrupt: no frame can be read")
 
     def _note(self, change: str) -> None:
+        """Once for the clip."""
         if (line := f"{self.path}: {change}") not in self.notes:
             self.notes.append(line)
 
@@ -250,6 +259,8 @@ class _Clip:
         turns, flip = _orientation(frame)
         if turns or flip:
             self._note("rotated as the file says")
+        if curve := HDR.get(int(frame.color_trc or 0)):
+            self._note(f"in high dynamic range ({curve}), taken as it is: paler than in a player")
         aspect = float(stream.sample_aspect_ratio or 0) or 1.0
         self.aspect = 1 / aspect if turns % 2 else aspect
         image = np.rot90(image, turns)

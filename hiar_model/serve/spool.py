@@ -13,8 +13,9 @@ from typing import Any
 import av
 
 from ..io.atomic import atomic, atomic_write, cannot_write, discard, publish, temporary
+from ..io.encoders import Mp4Encoder
 from ..io.fragments import FragmentEncoder
-from ..io.video import Frames, Mp4Encoder, record_path
+from ..io.video import Frames, record_path
 
 SUFFIX = ".spool"
 LARGEST = 4 << 30

@@ -10,7 +10,7 @@ from small_toy import PROMPT, small_folder  # noqa: F401 (fixtures)
 
 from hiar_model.cli import build_parser, main
 from hiar_model.cli.config_file import config_first
-from hiar_model.io.files import read_text
+from hiar_model.io.files import load_yaml, read_text
 from hiar_model.pipelines.prompt_schedule import PromptSchedule
 from hiar_model.train.data.prompts import _read as read_prompts
 from hiar_model.version import NOISE
@@ -98,6 +98,10 @@ def test_a_file_that_is_none_is_one_line(capsys, text, message):
     ("overwrite: maybe", "overwrite must be true or false, got 'maybe'"),
     ('overwrite: "false"', "overwrite must be true or false, got 'false'"),
     ("seed: 2020-01-01", "seed must be a whole number, got '2020-01-01'"),
+    ("seed: 1:30", "c.yaml: seed must be a number, got '1:30'"),
+    ("fps: 1:30.5", "c.yaml: fps must be a number, got '1:30.5'"),
+    ("num_frames: 3\nprompt: [a, b]", "c.yaml: prompt must be one text, got ['a', 'b']"),
+    ("num_frames: 3\nconfig: other.yaml", "c.yaml: config must not stand in a file of options, got 'other.yaml'"),
     ("[1, 2]: 3", "c.yaml is neither YAML nor JSON: "),
     ("[" * 5000, "c.yaml is neither YAML nor JSON: nested too deep"),
     *[(json.dumps({"weights_sha256": "", "noise": NOISE, "command": command}), message) for command, message in [
@@ -115,6 +119,28 @@ def test_a_file_that_says_too_much_or_something_else(capsys, text, message):
     assert run("generate", PROMPT, "-o", "a.mp4", "--config", "c.yaml") == 2
     line = capsys.readouterr().err
     assert message in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("written", ["no", "1:30", "1_000", "2024-05-06", "0x10", "010", "1e3", "~x"])
+def test_a_prompt_is_the_text_that_stands_there(capsys, written):
+    write("c.yaml", f"prompt: {written}\nmodel: toy")
+    assert run("generate", "-o", "a.mp4", "--config", "c.yaml") == 2
+    assert capsys.readouterr().err.startswith(f"hiar: prompt {written!r}: ")
+
+
+@pytest.mark.parametrize("typed", [["--seed", "1:30"], ["--seed=1:30"], ["--fps", "1:30.5"]])
+def test_a_time_is_no_number(capsys, typed):
+    assert run("generate", PROMPT, "-o", "a.mp4", *typed) == 2
+    name, value = typed if len(typed) == 2 else typed[0].split("=")
+    assert capsys.readouterr().err == f"hiar: {name} must be a number, got {value!r}\n"
+
+
+def test_a_number_that_begins_with_0_is_decimal():
+    assert load_yaml("a: 010\nb: [07, -010]\nc: 0x10\nd: 1_0\ne: 0\nf: 0.5") == {
+        "a": "010", "b": ["07", "-010"], "c": 16, "d": 10, "e": 0, "f": 0.5,
+    }  # fmt: skip
+    write("c.yaml", "seed: 010")
+    assert build_parser().parse_args(["generate", PROMPT, "-o", "a.mp4", "--config", "c.yaml"]).generate.seed == 10
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

@@ -14,7 +14,7 @@ import pytest
 from safetensors import SafetensorError
 
 from hiar_model.io import atomic as module
-from hiar_model.io.atomic import atomic, atomic_write, temporary
+from hiar_model.io.atomic import atomic, atomic_write, temporary, unused
 
 pytestmark = pytest.mark.cpu
 
@@ -149,6 +149,47 @@ def test_a_failure_leaves_the_target_as_it_was(tmp_path, monkeypatch, name, erro
         assert caught.value.errno == (errno.ENOSPC if "No space" in str(raised) else None)
 
 
+def test_what_a_killed_process_of_the_same_number_left_is_not_in_the_way(tmp_path):
+    """In a container every process may be number 1; its folder of frames was refused ever after."""
+    partial = temporary(tmp_path / "a")
+    partial.mkdir()
+    (partial / "old.txt").write_text("old")
+    with atomic(tmp_path / "a") as fresh:
+        fresh.mkdir()
+        (fresh / "new.txt").write_text("new")
+    assert contents(tmp_path / "a") == {"new.txt": b"new"}
+    assert contents(partial) == {"old.txt": b"old"}, "another process may be at work there"
+
+
+def test_threads_that_write_one_target(tmp_path):
+    with atomic(tmp_path / "a.txt") as first, atomic(tmp_path / "a.txt") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert contents(tmp_path) == {"a.txt": b"first"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["a.txt", "a", "猫" * 80 + ".mp4"], ids=["file", "folder", "long"])
+def test_a_name_that_was_taken_meanwhile(tmp_path, name, overwrite):
+    target, beside = tmp_path / name, lambda path: path.with_name(path.name + ".json")
+    assert unused(target, overwrite=overwrite) == target
+    if name != "a":
+        target.write_text("old")
+    else:
+        target.mkdir()
+        assert unused(target, overwrite=overwrite) == target
+        (target / "frame.png").touch()
+    if overwrite and name != "a":
+        assert unused(target, overwrite=True) == target
+        return
+    second = unused(target, overwrite=overwrite)
+    assert second.name.endswith("-2" + target.suffix) and second.name[0] == name[0]
+    beside(second).touch()
+    third = unused(target, overwrite=overwrite, beside=beside)
+    assert third.name.endswith("-3" + target.suffix)
+    beside(third).touch()  # the name is not too long
+
+
 @pytest.mark.parametrize("folder", ["missing", "file.txt"])
 def test_a_target_that_cannot_be_written_is_one_line(tmp_path, folder):
     (tmp_path / "file.txt").write_text("old")
@@ -196,7 +237,8 @@ def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
     monkeypatch.setattr(module.os, "replace", renamed)
     opened = os.listdir("/proc/self/fd") if sys.platform == "linux" else []
     write(tmp_path / "a", "new")
-    partial = str(temporary(tmp_path / "a"))
+    partial = calls[-3]
+    assert ".partial" in partial
     if sys.platform == "linux":
         assert os.listdir("/proc/self/fd") == opened, "none stays open"
         assert calls == [f"{partial}/inner", f"{partial}/inner/a.txt", partial, "rename", str(tmp_path)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from refusals import refusal
@@ -57,6 +58,50 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "ids in a list": (
         lambda: hk.attention(Q, Q, Q, mask=RULE, q_frames=[[0, 1]]), "q_frames must be a torch.Tensor, got list"
     ),
+    "a bool for a scale": (lambda: hk.attention(Q, Q, Q, scale=True), "scale must be a finite number"),
+    "a complex scale": (lambda: hk.attention(Q, Q, Q, scale=1j), "scale must be a finite number"),
+    "a context in a tuple": (
+        lambda: hk.attention(Q, Q, Q, mask=RULE, context=(Q, Q, TWO)), "context must be None or a KVContext, got tuple"
+    ),
+    "a context of arrays": (
+        lambda: hk.attention(Q, Q, Q, mask=RULE, context=KVContext(Q, Q.numpy(), TWO)),
+        "attention: context: v must be a torch.Tensor, got ndarray",
+    ),
+    "a nested q": (
+        lambda: hk.attention(torch.nested.nested_tensor([Q[0], Q[1]], layout=torch.jagged), Q, Q),
+        "q must be a dense tensor, got a nested one",
+    ),
+    "a layout without a mask": (lambda: hk.attention_layout(None, TWO, TWO), "mask must be a BlockCausal, got None"),
+    "a layout without ids": (lambda: hk.attention_layout(RULE, None, TWO), "frame ids must be [[number, ...], ...]"),
+    "a merge without a batch": (
+        lambda: hk.merge_attention([Q[0]], [Q[0]]), "every out must be [B, T, H, D], got [4, 2, 8]"
+    ),
+    "a merge with a batch too many": (
+        lambda: hk.merge_attention([Q[None]], [Q]), "every out must be [B, T, H, D], got [1, 2, 4, 2, 8]"
+    ),
+    "heads of a float": (lambda: rope(heads=2.0), "num_heads must be a whole number of at least 1, got 2.0"),
+    "a bool of heads": (lambda: rope(heads=True), "num_heads must be a whole number of at least 1, got True"),
+    "a list of heads": (lambda: rope(heads=[2]), "num_heads must be a whole number of at least 1, got [2]"),
+    **{
+        f"a grid {grid!r}": (
+            lambda grid=grid: hk.qk_norm_rope(QKV, WEIGHT, WEIGHT, TWO, num_heads=2, grid=grid),
+            f"grid must be (rows, columns) of at least 1, got {grid!r}",
+        )
+        for grid in ((1.0, 3), (True, 3), (None, 3), ((1,), 3))
+    },
+    **{
+        f"cells {cells!r}": (
+            lambda cells=cells: hk.qk_norm_rope(QKV, WEIGHT, WEIGHT, TWO, num_heads=2, grid=(1, 3), cells=cells),
+            f"cells must be (start, stop) with 0 <= start < stop <= 3, got {cells}",
+        )
+        for cells in (3, "03", (None, 3), (0.0, 3), slice(0, 3))
+    },
+    "a complex theta": (
+        lambda: hk.qk_norm_rope(QKV, WEIGHT, WEIGHT, TWO, num_heads=2, grid=(1, 3), theta=1j),
+        "theta must be a finite number above 0, got 1j",
+    ),
+    "a mask of a list": (lambda: BlockCausal([2], 2), "frame_tokens must be a whole number, got [2]"),
+    "a mask of complex numbers": (lambda: BlockCausal(2, 2, 4j), "window_frames must be a whole number, got 4j"),
     "a scale that is no number": (lambda: hk.attention(Q, Q, Q, scale=float("nan")), "scale must be a finite number"),
     "a scale in words": (lambda: hk.attention(Q, Q, Q, scale="1"), "scale must be a finite number, or None for 1 /"),
     "half a frame of window": (lambda: BlockCausal(2, 2, 2.5), "window_frames must be a whole number, got 2.5"),
@@ -272,7 +317,7 @@ def test_bad_input_is_one_line(what):
     line = refusal(call)
     assert message in line
     names = (
-        "attention|merge_attention|BlockCausal|qk_norm_rope|qk_norm_rope_append|ada_layer_norm|layer_norm|"
+        "attention|attention_layout|merge_attention|BlockCausal|qk_norm_rope|qk_norm_rope_append|ada_layer_norm|layer_norm|"
         "gated_residual|gated_residual_ada_layer_norm|gated_residual_layer_norm|flow_step|rms_norm|rms_silu_pad|ring_advance|"
         "quantize_rows|int8_linear|ada_layer_norm_quantized"
     )
@@ -302,6 +347,7 @@ def test_what_is_no_float_is_refused_everywhere(op):
     first = call.__defaults__[0]
     for wrong in (first.int(), first.to(torch.complex64), first.to(torch.float8_e4m3fn)):
         assert refusal(lambda wrong=wrong: call(wrong)).endswith(f"must be {FLOATS}, got {wrong.dtype}")
+    assert "must be a dense tensor, got torch.sparse_coo" in refusal(lambda: call(first.to_sparse()))
     for wrong in (first.numpy(), None, first.tolist()):
         assert refusal(lambda wrong=wrong: call(wrong)).endswith(f"must be a torch.Tensor, got {type(wrong).__name__}")
     last = call.__defaults__[1]
@@ -310,8 +356,18 @@ def test_what_is_no_float_is_refused_everywhere(op):
     call()
 
 
+def test_a_mask_of_numpy_s_numbers_or_tensors_is_the_same_mask():
+    """One of tensors was equal to none, not even to itself after a copy, and could not be looked up."""
+    plain = BlockCausal(4, 3, (6, 9), 1)
+    for whole in (np.int64, torch.tensor):
+        for windows in (np.array([6, 9]), torch.tensor([6, 9]), [6, 9]):
+            mask = BlockCausal(whole(4), whole(3), windows, whole(1))
+            assert mask == plain and hash(mask) == hash(plain) and repr(mask) == repr(plain)
+        assert BlockCausal(4, 3, whole(6)) == BlockCausal(4, 3, 6)
+
+
 @pytest.mark.parametrize("op", [op for op, call in POINTWISE.items() if len(call.__defaults__) == 3])
-@pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf"), "1e-6", None])
+@pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf"), "1e-6", None, True, 1j, [1e-6]])
 def test_eps_is_a_number(op, eps):
     """Below 0 it made NaN in silence."""
     call = POINTWISE[op]

@@ -142,7 +142,7 @@ def test_options_are_those_of_the_function():
     options = build_parser().parse_args(["compare", PROMPT, "-o", "x"])["compare"]
     names = {"orders": "order"}
     for name, parameter in inspect.signature(compare).parameters.items():
-        if name not in ("prompt", "out", "on_progress", "execution"):
+        if name not in ("prompt", "out", "on_progress", "execution", "overwrite"):  # the command line asks first
             assert options[names.get(name, name)] == parameter.default, name
     own = inspect.signature(generate).parameters.keys() - inspect.signature(compare).parameters.keys()
     assert own == {*NOT_COMPARED}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import weakref
 from fractions import Fraction
@@ -11,9 +12,11 @@ import av
 import numpy as np
 import pytest
 from av.sidedata.sidedata import Type
+from av.stream import Disposition
 from PIL import Image, ImageCms, ImageOps
 
-from hiar_model.io.video import Video, _source_matrix
+from hiar_model.io.encoders import source_matrix
+from hiar_model.io.video import Video
 from hiar_model.pipelines import conditioning as module
 from hiar_model.pipelines.conditioning import _orientation, read_conditioning
 
@@ -163,7 +166,9 @@ def test_a_photo_with_its_preview_in_one_file(tmp_path):
     assert given is not None and off(given.frames[0], picture()) < 4
     for name in ("a.webp", "a.png"):
         photo.save(tmp_path / name, save_all=True, append_images=[Image.new("RGB", photo.size)])
-        with pytest.raises(ValueError, match=rf"{name} holds 2 frames, expected one; for a clip use extend$"):
+        with pytest.raises(
+            ValueError, match=rf"{name} holds 2 frames, expected one; for a clip write it as .mp4 and use extend$"
+        ):
             read_conditioning(tmp_path / name, None, SIZE)
     photo.save(tmp_path / "a.gif")
     (tmp_path / "folder.png").mkdir()
@@ -193,14 +198,19 @@ def test_the_display_matrix_of_a_clip(turns, mirrored):
     assert _orientation(SimpleNamespace(side_data={})) == (0, False)
 
 
-def clip(path, frames: np.ndarray, aspect: Fraction | None = None, **options) -> None:
+def clip(
+    path, frames: np.ndarray, aspect: Fraction | None = None, codec="libx264", pixels="yuv420p", tags=None, **options
+) -> None:
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=16, options={"crf": "4"})
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream = container.add_stream(codec, rate=16, options={"crf": "4"} if codec == "libx264" else {})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
+        for name, value in (tags or {}).items():
+            setattr(stream.codec_context, name, value)
         for image in frames:
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p", **options)
+            form = "rgba" if image.shape[-1] == 4 else "rgb24"
+            frame = av.VideoFrame.from_ndarray(image, format=form).reformat(format=pixels, **options)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -268,6 +278,35 @@ def test_what_is_transparent_in_a_clip_is_white(tmp_path, monkeypatch, name):
         assert given is not None and "transparent parts are not read as such" in given.notes[0]
 
 
+@pytest.mark.parametrize(("curve", "name"), [(16, "PQ"), (18, "HLG"), (1, None)])
+def test_a_clip_of_high_dynamic_range_is_said_to_be_paler(tmp_path, curve, name):
+    clip(tmp_path / "c.mp4", np.stack([picture()] * 3), tags={"color_trc": curve, "color_primaries": 9})
+    conditioning = read_conditioning(None, tmp_path / "c.mp4", SIZE)
+    assert conditioning is not None
+    assert [f"dynamic range ({name})" in note for note in conditioning.notes] == ([True] if name else [])
+
+
+def test_the_cover_of_a_song_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "c.mp4"), "w") as container:
+        cover, sound = container.add_stream("mjpeg", rate=16), container.add_stream("aac", rate=44100)
+        cover.disposition = Disposition.attached_pic
+        cover.height, cover.width, cover.pix_fmt = *SIZE, "yuvj420p"
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 44100
+        container.mux([*cover.encode(av.VideoFrame.from_ndarray(picture(), format="rgb24")), *cover.encode()])
+        container.mux([*sound.encode(frame), *sound.encode()])
+    with av.open(str(tmp_path / "c.mp4")) as container:
+        assert len(container.streams.video) == 1
+    with pytest.raises(ValueError, match=r"c\.mp4: has no video stream$"):
+        read_conditioning(None, tmp_path / "c.mp4", SIZE)
+
+
+def test_a_pipe_is_no_clip(tmp_path):
+    os.mkfifo(tmp_path / "c.mp4")
+    with pytest.raises(ValueError, match=r"^extend .*c\.mp4: a device, a pipe or a socket, no file$"):
+        read_conditioning(None, tmp_path / "c.mp4", SIZE)
+
+
 @pytest.mark.parametrize(("lines", "matrix"), [(720, "ITU709"), (480, "ITU601")])
 def test_a_clip_that_does_not_say_its_matrix_is_read_by_its_size(tmp_path, lines, matrix):
     colour = np.array([200, 40, 40], np.uint8)
@@ -277,7 +316,7 @@ def test_a_clip_that_does_not_say_its_matrix_is_read_by_its_size(tmp_path, lines
     assert np.abs(given.frames[1, 9, 9].astype(int) - colour).max() <= 3
     for unsaid in (0, 2):  # 0 is that of RGB, but stands in some files of YUV
         frame = SimpleNamespace(colorspace=unsaid, format=SimpleNamespace(is_rgb=False), planes="yuv", height=lines)
-        assert _source_matrix(frame) == matrix
+        assert source_matrix(frame) == matrix
 
 
 @pytest.mark.parametrize(("height", "tag", "matrix"), [(720, 1, "ITU709"), (480, 6, "ITU601")])

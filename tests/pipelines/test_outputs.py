@@ -24,6 +24,7 @@ from hiar_model.io.atomic import temporary
 from hiar_model.io.files import as_name, as_text, check_output
 from hiar_model.io.video import VideoWriter
 from hiar_model.models.checkpoint import save_transformer
+from hiar_model.models.registry import ToyDecoder
 from hiar_model.rollout import state_io
 
 pytestmark = pytest.mark.cpu
@@ -214,6 +215,34 @@ def test_a_video_stays_where_its_session_fails(run, tmp_path, monkeypatch, capsy
     assert line.startswith("hiar: cannot write s.safetensors: ") and "No space left on device" in line
     assert line.endswith("v.mp4 is complete, 12 frames\n") and line.count("\n") == 1
     assert {p.name for p in tmp_path.iterdir()} == {"v.mp4", "v.mp4.json"}
+
+
+@pytest.mark.parametrize("out", ["v.mp4", "v.gif", "v/"])
+def test_what_another_process_writes_meanwhile_stays(run, tmp_path, monkeypatch, capsys, out):
+    """Two runs of one command: the second video replaced the first, or a folder was lost when all was made."""
+    decode, name = ToyDecoder.decode, out.rstrip("/")
+
+    def meanwhile(self, latents):
+        target = tmp_path / name
+        if out == "v/":
+            target.mkdir(exist_ok=True)
+            target = target / "frame.png"
+        target.write_text("theirs")
+        (tmp_path / "s").write_text("theirs")
+        return decode(self, latents)
+
+    monkeypatch.setattr(ToyDecoder, "decode", meanwhile)
+    assert run(out, "--session", "s", "--order", "stream") == 0
+    printed = capsys.readouterr()
+    mine = "v-2" if out == "v/" else out.replace("v", "v-2")
+    assert f"{name} was written by another process meanwhile: this result is {mine}" in printed.err
+    assert "s was written by another process meanwhile: this result is s-2" in printed.err
+    assert printed.out.startswith(f"{mine}: 12 frames")
+    record = tmp_path / mine / "video.json" if out == "v/" else tmp_path / f"{mine}.json"
+    assert json.loads(record.read_text())["file"] == mine
+    theirs = tmp_path / "v" / "frame.png" if out == "v/" else tmp_path / name
+    assert theirs.read_text() == (tmp_path / "s").read_text() == "theirs"
+    assert len({p.name for p in tmp_path.iterdir()}) == (4 if out == "v/" else 5)
 
 
 # Signals

@@ -318,16 +318,15 @@ def test_a_job_waits_while_viewers_have_the_memory(model, tmp_path):
     jobs.store.close()
 
 
-def test_a_job_that_is_too_large_lets_the_next_one_be_made(model, tmp_path, monkeypatch):
+def test_a_job_that_is_too_large_lets_the_next_one_be_made(model, tmp_path):
     """No waiting makes it smaller. What was made of it is of use to nobody, and goes."""
     jobs = new_jobs(tmp_path, model)
     large, good = (jobs.add(JobRequest(PROMPT, num_frames=frames), frames) for frames in (15, 6))
     for _ in range(3):
         jobs.work()
     assert len(list(jobs.store.path(large).iterdir())) == 2
-    monkeypatch.setattr("hiar_model.serve.spool.LARGEST", jobs.current.spool.path.stat().st_size + 1)
+    jobs.current.spool.largest = jobs.current.spool.path.stat().st_size + 1
     jobs.work()
-    monkeypatch.undo()
     about = jobs.store.get(large)
     assert about["status"] == "failed" and "it would be larger than" in about["error"]
     assert not list(jobs.store.path(large).iterdir())

@@ -85,16 +85,16 @@ def test_an_empty_spool_is_no_video(tmp_path, fragments):
     assert [path.name for path in tmp_path.iterdir()] == ["a.spool"]
 
 
-def test_an_endless_video_does_not_fill_the_disk(tmp_path, fragments, monkeypatch):
+def test_an_endless_video_does_not_fill_the_disk(tmp_path, fragments):
     spool = Spool(tmp_path / "a.spool", fragments)
     spool.encode(block(0), 0)
     whole, fragment = spool.path.read_bytes(), fragments.fragment(block(1), 3)
-    monkeypatch.setattr("hiar_model.serve.spool.LARGEST", len(whole) + len(fragment) - 1)
+    spool.largest = len(whole) + len(fragment) - 1
     with pytest.raises(OSError, match="cannot write .*a.spool: it would be larger than") as refused:
         spool.append(fragment)
     assert refused.value.errno == errno.EFBIG, "not that of a full disk, which a job waits for"
     assert spool.path.read_bytes() == whole and spool.blocks == 1
-    monkeypatch.setattr("hiar_model.serve.spool.LARGEST", len(whole) + len(fragment))
+    spool.largest = len(whole) + len(fragment)
     spool.append(fragment)
     assert spool.blocks == 2
 

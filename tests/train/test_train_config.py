@@ -121,6 +121,8 @@ REFUSED = {
     "a truth": ("toy/hiar", {"updates": True}, "updates must be a whole number, got True"),
     "null": ("toy/hiar", {"updates": None}, "updates must be a whole number, got None"),
     "number": ("toy/hiar", {"optimizer.lr": "few"}, "optimizer.lr must be a number, got 'few'"),
+    "time": ("toy/hiar", {"optimizer.lr": "1:30"}, "optimizer.lr must be a number, got '1:30'"),
+    "time of updates": ("toy/hiar", {"updates": "1:30"}, "updates must be a whole number, got '1:30'"),
     "word": ("toy/hiar", {"rollout.order": "stepfirst"}, "rollout.order .* one of .*, got 'stepfirst'; .* step_first?"),
     "list": ("toy/hiar", {"rollout.steps": 1000}, r"rollout.steps must be \[a number, ...\], got 1000"),
     "two": ("toy/hiar", {"optimizer.betas": [0.9]}, r"optimizer.betas must be \[a number, a number\], got \[0.9\]"),

@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from ...common.checks import nearest, one_of
-from ...io.files import load_yaml, read_text
+from ...io.files import is_time, load_yaml, read_text
 from .recipe import RECIPES, REPORTS, Recipe
 
 
@@ -73,6 +73,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
             raise ValueError(f"recipe: {key} must be a section with keys, got {value!r}")
         if key not in types:
             raise ValueError(f"recipe: unknown key {key}{_suggestion(key, types)}")
+        if is_time(value) and not {str} & {types[key], *typing.get_args(types[key])}:
+            raise ValueError(f"recipe: {key} must be {_described(types[key])}, got {value!r}")
         if value is None and type(None) not in typing.get_args(types[key]):  # which jsonargparse lets pass
             raise ValueError(f"recipe: {key} must be {_described(types[key])}, got None")
     try:
