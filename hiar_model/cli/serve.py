@@ -110,9 +110,13 @@ def serve(a: Namespace) -> None:
         on_checkpoint=lambda line: print(line, file=sys.stderr), on_stage=stage_lines(),
     ).sized(a.height, a.width)  # fmt: skip
     service = Service(model, execution, Path(a.data or DATA), settings)
-    service.start()
-    print(f"{model.name} is served at {address(listening)}", flush=True)
-    run(service, [listening])
+    try:
+        service.start()
+        print(f"{model.name} is served at {address(listening)}", flush=True)
+        run(service, [listening])
+    except BaseException:  # Ctrl-C while the first block is made: Python must not end beneath the thread that makes it
+        service.stop()
+        raise
     print("stopped", flush=True)
 
 

@@ -57,6 +57,9 @@ def test_a_video_is_made_and_deleted(service, model):
     folder = service.store.path(about["id"])
     assert sorted(path.name for path in folder.iterdir()) == ["video.mp4", "video.mp4.json"]
     assert about["id"] in [row["id"] for row in json.loads(ask(service, "/v1/videos")[2])["videos"]]
+    (folder / "video.mp4").unlink()  # by somebody who made room
+    status, _, body = ask(service, done["url"])
+    assert (status, json.loads(body)["code"]) == (410, "gone")
     assert ask(service, f"/v1/videos/{about['id']}", "DELETE")[0] == 204
     assert ask(service, f"/v1/videos/{about['id']}")[0] == 404 and not folder.exists()
 
