@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shlex
 import sqlite3
 import threading
@@ -223,7 +224,7 @@ class Jobs:
         for the next start.
         """
         log.error("video %s waits for the next start: this server cannot make it, its status says why", name)
-        message = " ".join(str(error).split())  # may name the prompt, which the log has not
+        message = self._line(name, error)  # may name the prompt, which the log has not
         self.store.update(name, status="queued", error=f"this server cannot make it: {message}")
         self._leave(name)
 
@@ -231,7 +232,7 @@ class Jobs:
         self.current = None
         if self.store.get(name) is None:
             return  # it was deleted, and its folder with it
-        message = " ".join(str(error).split())
+        message = self._line(name, error)
         if isinstance(error, Refusal) and error.code == "busy":  # viewers have the memory now
             self.retry_at = time.monotonic() + RETRY_AFTER
             self.store.update(name, status="queued", error=message)
@@ -244,6 +245,10 @@ class Jobs:
             log.exception("video %s failed", name)
             message = "the video failed; the server's log says why"
         self._done(name, status="failed", error=message)
+
+    def _line(self, name: str, error: Exception) -> str:
+        """An error in one line for clients, whom the server's folders do not concern."""
+        return " ".join(str(error).replace(f"{self.store.path(name)}{os.sep}", "").split())
 
     def _wait(self, name: str, error: Exception) -> None:
         """Nothing can be written now; the last checkpoint stands."""
