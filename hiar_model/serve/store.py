@@ -64,7 +64,8 @@ class Store:
                 self.database.execute(f"INSERT INTO videos VALUES ({', '.join('?' * len(values))})", values)
         except (OSError, sqlite3.Error) as error:
             shutil.rmtree(self.path(name), ignore_errors=True)
-            raise Refusal("disk_full", f"the video cannot be written: {error}") from error
+            reason = getattr(error, "strerror", None) or error  # without the server's folder
+            raise Refusal("disk_full", f"the video cannot be written: {reason}") from error
         return name
 
     def update(self, name: str, **values: Any) -> None:
