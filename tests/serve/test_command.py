@@ -9,6 +9,7 @@ import pytest
 from hiar_model.cli import main
 from hiar_model.cli import serve as command
 from hiar_model.serve.scheduler import Scheduler
+from hiar_model.serve.store import Store
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
@@ -55,6 +56,15 @@ def test_a_port_that_is_taken(capsys):
         assert f"cannot listen at --host 127.0.0.1 --port {port}: Address already in use" in refused(
             capsys, "--port", port
         )
+
+
+def test_a_folder_of_another_server_is_told_before_the_model_is_loaded(here, capsys, monkeypatch):
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    store = Store(here / "data")
+    assert refused(capsys, "--port", 0, "--data", "data") == "hiar: --data data: another server uses it"
+    store.close()
+    (here / "file").touch()
+    assert refused(capsys, "--port", 0, "--data", "file/d").startswith("hiar: --data: cannot write into file/d: ")
 
 
 def test_without_the_extra(capsys, monkeypatch):
