@@ -184,6 +184,19 @@ def test_a_full_disk_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch
     jobs.store.close()
 
 
+def test_a_video_that_is_too_large_lets_the_others_go_on(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs_module, "LARGEST_SPOOL", 1 << 19)
+    jobs = new_jobs(tmp_path, model)
+    large, small = (jobs.add(JobRequest(PROMPT, num_frames=frames), frames) for frames in (60, 3))
+    while jobs.waiting():
+        jobs.work()
+    row = jobs.store.get(large)
+    assert row["status"] == "failed" and row["error"].startswith("cannot write blocks.spool: it would be larger than ")
+    assert not list((tmp_path / "videos" / large).iterdir())
+    assert jobs.store.get(small)["status"] == "finished"
+    jobs.store.close()
+
+
 def test_a_full_disk_under_a_checkpoint_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch):
     """As safetensors calls it."""
     jobs = new_jobs(tmp_path, model)
