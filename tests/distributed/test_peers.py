@@ -130,8 +130,8 @@ def test_a_wrong_recipe_is_told_by_one_of_several_processes(tmp_path, monkeypatc
         raise SystemExit(code)
 
     monkeypatch.setattr(os, "_exit", leave)
-    words = Namespace(recipe="toy/teacher", overrides=["updtes=3"], out=None, device="cpu", nproc=2)
+    words = Namespace(recipe="toy/teacher", overrides=["colour=3"], out=None, device="cpu", nproc=2)
     for said in (1, 0):
         with pytest.raises(SystemExit) as ended:
             train.train(words)
-        assert ended.value.code == 2 and capsys.readouterr().err.count("hiar: recipe: unknown key updtes") == said
+        assert ended.value.code == 2 and capsys.readouterr().err.count("hiar: recipe: unknown key colour") == said
