@@ -86,6 +86,7 @@ def serve(a: Namespace) -> None:
         from ..serve.app import Service, Settings, address, listen, run
         from ..serve.guard import read_tokens
         from ..serve.scheduler import Limits
+        from ..serve.store import check_data
 
     tokens = () if a.token_file is None else read_tokens(Path(a.token_file))
     names, proxies = (_words(words) for words in (a.allow_host, a.proxy))
@@ -98,6 +99,7 @@ def serve(a: Namespace) -> None:
     logging.getLogger("hiar.serve").setLevel(logging.INFO)
     if a.cuda_graph and pick_device(a.device).type != "cuda":
         raise ValueError(f"--cuda-graph needs a CUDA device, --device {a.device} is {pick_device(a.device)}")
+    check_data(Path(a.data or DATA))
     listening = listen(a.host, a.port)  # before the model is loaded, which takes a while
     dtypes = {"kv_dtype": a.kv_dtype, "attention_dtype": a.attention_dtype, "linear_dtype": a.linear_dtype}
     execution = ExecutionConfig(**dtypes, cuda_graph=a.cuda_graph)
@@ -110,9 +112,13 @@ def serve(a: Namespace) -> None:
         on_checkpoint=lambda line: print(line, file=sys.stderr), on_stage=stage_lines(),
     ).sized(a.height, a.width)  # fmt: skip
     service = Service(model, execution, Path(a.data or DATA), settings)
-    service.start()
-    print(f"{model.name} is served at {address(listening)}", flush=True)
-    run(service, [listening])
+    try:
+        service.start()
+        print(f"{model.name} is served at {address(listening)}", flush=True)
+        run(service, [listening])
+    except BaseException:  # Ctrl-C while the first block is made: Python must not end beneath the thread that makes it
+        service.stop()
+        raise
     print("stopped", flush=True)
 
 

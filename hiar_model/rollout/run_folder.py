@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.checks import whole
-from ..io.atomic import atomic_write
+from ..io.atomic import atomic_write, discard
 from ..version import require_noise
 from . import state_io
 
@@ -144,8 +144,12 @@ class RunFolder:
             (self.folder / self._state(block)).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Delete the folder once the video is written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the files of the run once the video is written, and the folder if nothing else is in it."""
+        for name in self._names():
+            if name == ABOUT or _STATE.fullmatch(name) or _BLOCK.fullmatch(name) or ".partial" in name:
+                discard(self.folder / name)
+        with suppress(OSError):
+            self.folder.rmdir()
 
     # Files.
 

@@ -144,6 +144,7 @@ class Service:
             Route("/v1/info", self._info),
             Route("/v1/schema.json", self._schema),
             Route("/v1/openapi.json", self._openapi),
+            Route("/v1/realtime/video", _no_socket),
             WebSocketRoute("/v1/realtime/video", self._realtime),
         ]
         inner = Starlette(routes=routes, exception_handlers=HANDLERS)
@@ -267,8 +268,12 @@ class Service:
         path = self.store.path(about["id"]) / VIDEO
         if about["status"] != "finished":
             return _error(409, "not_finished", f"the video is {about['status']}")
-        if request.url.path.endswith("/record"):
-            return FileResponse(record_path(path), media_type="application/json")
+        is_metadata = request.url.path.endswith("/record")
+        path = record_path(path) if is_metadata else path
+        if not path.is_file():
+            return _error(410, "gone", "the file of the video is not there any more")
+        if is_metadata:
+            return FileResponse(path, media_type="application/json")
         return FileResponse(
             path, media_type="video/mp4", filename=f"{about['id']}.mp4", content_disposition_type="inline"
         )
@@ -324,6 +329,11 @@ async def _no_route(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         return _error(405, "not_allowed", f"{request.method} is not for this path", dict(error.headers or {}))
     return _error(error.status_code, "not_found", "nothing is here")
+
+
+async def _no_socket(request: Request) -> Response:
+    line = "a WebSocket is here, and the request asks for none: a proxy must pass on Upgrade and Connection"
+    return _error(426, "not_allowed", line, {"upgrade": "websocket"})
 
 
 HANDLERS = {Refusal: _refused, HTTPException: _no_route, Exception: _failed}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shlex
 import sqlite3
 import threading
@@ -29,7 +30,7 @@ from ..rollout.state_io import DamagedFile
 from ..schedule.plan import Plan
 from .admission import Admission
 from .protocol import LIVE_ORDERS, Frames, OneOf, Pixels, Prompt, Refusal, Seed, StartMessage
-from .spool import ShortSpool, Spool, Transcoding, write_metadata
+from .spool import ShortSpool, Spool, TooLarge, Transcoding, write_metadata
 from .store import Store
 
 log = logging.getLogger("hiar.serve")
@@ -223,7 +224,7 @@ class Jobs:
         for the next start.
         """
         log.error("video %s waits for the next start: this server cannot make it, its status says why", name)
-        message = " ".join(str(error).split())  # may name the prompt, which the log has not
+        message = self._line(name, error)  # may name the prompt, which the log has not
         self.store.update(name, status="queued", error=f"this server cannot make it: {message}")
         self._leave(name)
 
@@ -231,12 +232,15 @@ class Jobs:
         job, self.current = self.current, None
         if self.store.get(name) is None:
             return  # it was deleted, and its folder with it
-        message = " ".join(str(error).split())
+        message = self._line(name, error)
         if isinstance(error, Refusal) and error.code == "busy":  # viewers have the memory now
             self.retry_at = time.monotonic() + RETRY_AFTER
             self.store.update(name, status="queued", error=message)
             return
-        if _is_full(error) or isinstance(error, sqlite3.Error):
+        if isinstance(error, TooLarge):  # whenever it is tried; and the others wait behind it
+            (self.store.path(name) / SPOOL).unlink(missing_ok=True)
+            (self.store.path(name) / SESSION).unlink(missing_ok=True)
+        elif _is_full(error) or isinstance(error, sqlite3.Error):
             self._wait(name, error)
             self.store.update(name, error=message)
             return
@@ -246,6 +250,10 @@ class Jobs:
         self._done(name, status="failed", error=message)
         if job is not None:
             job.clean()
+
+    def _line(self, name: str, error: Exception) -> str:
+        """An error in one line for clients, whom the server's folders do not concern."""
+        return " ".join(str(error).replace(f"{self.store.path(name)}{os.sep}", "").split())
 
     def _wait(self, name: str, error: Exception) -> None:
         """Nothing can be written now; the last checkpoint stands."""

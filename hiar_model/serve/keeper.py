@@ -72,7 +72,7 @@ class Keeper:
             there = [row[1] for row in self.database.execute("PRAGMA table_info(sessions)")]
             if "keep" not in there:  # of a version before 2026-11-29
                 self.database.execute("ALTER TABLE sessions ADD COLUMN keep REAL")
-            self._records()
+            self._records()  # refuses what cannot be read
         except sqlite3.Error as error:
             raise ValueError(f"--data {store.folder}: its live sessions cannot be read: {error}") from error
 

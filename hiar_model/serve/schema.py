@@ -125,7 +125,7 @@ def openapi() -> dict[str, Any]:
                 "get": get(
                     "The frames; ranges are served",
                     {"200": {"description": "an mp4", "content": {"video/mp4": {}}}, **missing,
-                     "409": _error("it is not finished")},
+                     "409": _error("it is not finished"), "410": _error("its file is not there any more")},
                     one,
                 ),
             },

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,10 @@ from ..io.video import Frames, record_path
 SUFFIX = ".spool"
 LARGEST = 4 << 30
 """Bytes of one live video: an endless one must not fill the disk."""
+
+
+class TooLarge(OSError):
+    """A video that takes more than the room that there is for one."""
 
 
 class ShortSpool(ValueError):
@@ -53,7 +56,7 @@ class Spool:
         """Add the next block; a part of one, where the disk is full, is removed again."""
         before = self.path.stat().st_size
         if before + len(fragment) > self.largest:
-            raise cannot_write(self.path, OSError(errno.EFBIG, f"it would be larger than {self.largest >> 30} GiB"))
+            raise TooLarge(f"cannot write {self.path}: it would be larger than {self.largest / (1 << 30):g} GiB")
         try:
             with self.path.open("ab") as file:
                 file.write(fragment)

@@ -11,12 +11,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..io.files import lock
+from ..io.files import check_folder, lock
 from .protocol import Refusal
 
-FILE = "videos.sqlite"
+FILE, LOCK = "videos.sqlite", "server.lock"
 STATUSES = ("queued", "running", "finished", "failed")
 COLUMNS = ("id", "kind", "status", "request", "created", "updated", "frames", "num_frames", "seconds", "error")
+
+
+def check_data(folder: Path) -> None:
+    """ValueError of one line if another server uses the folder, or nothing can be written there: what a :class:`Store`
+    would say after the model was loaded.
+    """
+    file = folder / LOCK
+    try:
+        check_folder(folder)
+        if file.exists():
+            lock(file).close()
+    except BlockingIOError:
+        raise ValueError(f"--data {folder}: another server uses it") from None
+    except ValueError as error:
+        raise ValueError(f"--data: {error}") from error
 
 
 class Store:
@@ -32,8 +47,8 @@ class Store:
         self.folder, self.lock = folder, threading.Lock()
         try:
             (folder / "videos").mkdir(parents=True, exist_ok=True)
-            (folder / "server.lock").touch()
-            self._lock = lock(folder / "server.lock")
+            (folder / LOCK).touch()
+            self._lock = lock(folder / LOCK)
             self.database = sqlite3.connect(folder / FILE, check_same_thread=False, isolation_level=None)
             self.database.execute("PRAGMA journal_mode=WAL")
             self.database.execute(
@@ -64,7 +79,8 @@ class Store:
                 self.database.execute(f"INSERT INTO videos VALUES ({', '.join('?' * len(values))})", values)
         except (OSError, sqlite3.Error) as error:
             shutil.rmtree(self.path(name), ignore_errors=True)
-            raise Refusal("disk_full", f"the video cannot be written: {error}") from error
+            reason = getattr(error, "strerror", None) or error  # without the server's folder
+            raise Refusal("disk_full", f"the video cannot be written: {reason}") from error
         return name
 
     def update(self, name: str, **values: Any) -> None:

@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from jsonargparse import Namespace
 
 from hiar_model.cli import parallel, train
 from hiar_model.common import environment
@@ -119,3 +120,18 @@ def test_the_watchdog_waits_no_longer_than_it_must(capsys, monkeypatch):
 def test_the_launcher_names_the_signal():
     assert parallel._end(-9) == "was killed by SIGKILL" and parallel._end(3) == "ended with code 3 without a message"
     assert parallel._end(-99) == "ended with code -99 without a message"
+
+
+def test_a_wrong_recipe_is_told_by_one_of_several_processes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(environment, "world_size", lambda: 2)
+    monkeypatch.setattr(environment, "error_file", lambda: tmp_path / "reported")
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    words = Namespace(recipe="toy/teacher", overrides=["colour=3"], out=None, device="cpu", nproc=2)
+    for said in (1, 0):
+        with pytest.raises(SystemExit) as ended:
+            train.train(words)
+        assert ended.value.code == 2 and capsys.readouterr().err.count("hiar: recipe: unknown key colour") == said

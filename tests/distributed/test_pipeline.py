@@ -421,5 +421,9 @@ def test_one_process_resumes_too(tmp_path):
     assert folder.resume(again) == 2
     rest = [block.latents for block in again]
     assert len(rest) == 1 and np.array_equal(rest[0].numpy(), whole[2].numpy())
+    (tmp_path / "run" / "notes.txt").write_text("a person's own")
+    folder.remove()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    (tmp_path / "run" / "notes.txt").unlink()
     folder.remove()
     assert not (tmp_path / "run").exists()

@@ -8,6 +8,8 @@ import pytest
 
 from hiar_model.cli import main
 from hiar_model.cli import serve as command
+from hiar_model.serve.scheduler import Scheduler
+from hiar_model.serve.store import Store
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
@@ -56,6 +58,29 @@ def test_a_port_that_is_taken(capsys):
         )
 
 
+def test_a_folder_of_another_server_is_told_before_the_model_is_loaded(here, capsys, monkeypatch):
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    store = Store(here / "data")
+    assert refused(capsys, "--port", 0, "--data", "data") == "hiar: --data data: another server uses it"
+    store.close()
+    (here / "file").touch()
+    assert refused(capsys, "--port", 0, "--data", "file/d").startswith("hiar: --data: cannot write into file/d: ")
+
+
 def test_without_the_extra(capsys, monkeypatch):
     monkeypatch.setattr(command, "EXTRA", ("starlette", "no_such_package"))
     assert "needs no_such_package: pip install 'hiar-kernels[serve]'" in refused(capsys)
+
+
+def test_a_signal_while_the_first_block_is_made_ends_the_thread_that_makes_it(folder, monkeypatch, capsys):
+    """Python would crash if it ended beneath that thread."""
+    threads = []
+
+    def interrupted(scheduler):
+        scheduler.thread.start()
+        threads.append(scheduler.thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Scheduler, "start", interrupted)
+    assert main(["serve", "--model", str(folder), "--port", "0", "--device", "cpu"]) == 130
+    assert capsys.readouterr().err.endswith("hiar: interrupted\n") and not threads[0].is_alive()

@@ -138,6 +138,8 @@ def test_clients_behind_a_proxy(service, guarded):
 def test_what_is_no_path_or_method_is_told_as_json(service):
     status, headers, body = get(service, "/v1/videos", "PUT")
     assert (status, json.loads(body)["code"]) == (405, "not_allowed") and "POST" in headers["allow"]
+    status, headers, body = get(service, "/v1/realtime/video")
+    assert (status, headers["upgrade"]) == (426, "websocket") and "proxy" in json.loads(body)["message"]
     status, _, body = get(service, "/v1/nothing/here")
     assert (status, json.loads(body)["code"]) == (404, "not_found")
 

@@ -57,6 +57,9 @@ def test_a_video_is_made_and_deleted(service, model):
     folder = service.store.path(about["id"])
     assert sorted(path.name for path in folder.iterdir()) == ["video.mp4", "video.mp4.json"]
     assert about["id"] in [row["id"] for row in json.loads(ask(service, "/v1/videos")[2])["videos"]]
+    (folder / "video.mp4").unlink()  # by somebody who made room
+    status, _, body = ask(service, done["url"])
+    assert (status, json.loads(body)["code"]) == (410, "gone")
     assert ask(service, f"/v1/videos/{about['id']}", "DELETE")[0] == 204
     assert ask(service, f"/v1/videos/{about['id']}")[0] == 404 and not folder.exists()
 
@@ -206,6 +209,19 @@ def test_a_full_disk_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch
     jobs.store.close()
 
 
+def test_a_video_that_is_too_large_lets_the_others_go_on(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs_module, "LARGEST_SPOOL", 1 << 19)
+    jobs = new_jobs(tmp_path, model)
+    large, small = (jobs.add(JobRequest(PROMPT, num_frames=frames), frames) for frames in (60, 3))
+    while jobs.waiting():
+        jobs.work()
+    row = jobs.store.get(large)
+    assert row["status"] == "failed" and row["error"].startswith("cannot write blocks.spool: it would be larger than ")
+    assert not list((tmp_path / "videos" / large).iterdir())
+    assert jobs.store.get(small)["status"] == "finished"
+    jobs.store.close()
+
+
 def test_a_full_disk_under_a_checkpoint_stops_a_job_and_not_the_server(model, tmp_path, monkeypatch):
     """As safetensors calls it."""
     jobs = new_jobs(tmp_path, model)
@@ -269,7 +285,7 @@ def test_a_job_that_cannot_be_made_here_waits_for_the_next_start(model, tmp_path
     for one, word in ((name, "weights_sha256 was"), (strange, "seven")):
         row = jobs.store.get(one)
         assert row["status"] == "queued" and row["error"].startswith("this server cannot make it: "), row
-        assert word in row["error"]
+        assert word in row["error"] and str(tmp_path) not in row["error"]
     assert "seven" not in caplog.text and f"video {strange} waits for the next start" in caplog.text
     assert {path: path.read_bytes() for path in (tmp_path / "videos" / name).iterdir()} == files
     jobs.store.close()

@@ -9,6 +9,7 @@ import re
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -20,6 +21,7 @@ from serving import serving
 
 from hiar_model import PromptSchedule, VideoPipeline, load_video_model
 from hiar_model.io.video import upscale
+from hiar_model.serve import dormant
 from hiar_model.serve.app import Service, Settings
 from hiar_model.serve.live import LiveVideo
 from hiar_model.toy.oracle import ToyOracle
@@ -201,7 +203,8 @@ def require_no_gap(page: Page, service: Service, block: int) -> None:
     assert error.max() < 4, error
 
 
-def test_the_page_goes_on_when_the_server_was_started_again(chromium, service, tmp_path):
+def test_the_page_goes_on_when_the_server_was_started_again(chromium, service, tmp_path, monkeypatch):
+    """At first with wrong weights, which the page says, and tries again."""
     settings = Settings(state_bytes=10**9)
     page = chromium.page()
     with serving(service.model, tmp_path, settings) as first:
@@ -210,6 +213,10 @@ def test_the_page_goes_on_when_the_server_was_started_again(chromium, service, t
         (session,) = first.scheduler.sessions
     port = int(first.url.rpartition(":")[2])
     page.until("document.querySelector('#link').textContent === 'reconnecting'")
+    monkeypatch.setattr(dormant, "RETRY_AFTER", 1)
+    with serving(replace(service.model, weights_sha256="0" * 64), tmp_path, settings, port=port):
+        page.until("document.querySelector('#problem').textContent.includes('it was made with other weights')")
+        page.until("document.querySelector('#link').textContent === 'reconnecting'")
     with serving(service.model, tmp_path, settings, port=port) as second:
         page.until("document.querySelector('#status').textContent === 'Connected again.'")
         assert list(second.scheduler.sessions) == [session]

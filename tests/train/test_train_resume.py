@@ -344,3 +344,14 @@ def test_time_over(tmp_path, whole):
     assert not trainer.run() and trainer.update == 2
     train(folder, recipe())
     same(folder, whole)
+
+
+def test_what_a_person_put_among_the_states_stays(tmp_path):
+    """A copy of a state, say, to go back to."""
+    snapshots = Snapshots(tmp_path)
+    for update in (1, 2):
+        snapshots.save(update, {"x": torch.ones(2)}, {})
+        (tmp_path / f"my copy of {update}").mkdir()
+        (tmp_path / f".update_{update:08d}.partial").mkdir()
+    state = snapshots.save(3, {"x": torch.ones(2)}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my copy of 1", "my copy of 2", state.name]

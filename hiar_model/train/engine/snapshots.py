@@ -30,6 +30,7 @@ from .distributed import is_first
 
 ABOUT, CONTENTS = "about.json", ".metadata"  # ours, and torch's
 _NAME = re.compile(r"update_(\d{8})")
+_OURS = re.compile(r"\.?update_\d{8}(\.partial)?")
 
 
 class Snapshots:
@@ -106,7 +107,7 @@ class Snapshots:
             raise OSError(f"{state} cannot be written: {_reason(error)}; {good}") from error
         if self.first:
             for other in self.folder.iterdir():
-                if other != state:
+                if other != state and _OURS.fullmatch(other.name):  # what a person put there stays
                     shutil.rmtree(other, ignore_errors=True)
         return state
 
