@@ -123,6 +123,8 @@ def cannot_write(target: str | os.PathLike[str], error: BaseException) -> OSErro
     number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
     if reason is None and _is_full(Path(target).parent):  # torch.save: "unexpected pos 2091200 vs 2091088"
         number, reason = errno.ENOSPC, os.strerror(errno.ENOSPC)
+    elif reason is None and "inline_container" in str(error):
+        reason = "torch could not write it to its end: a full disk, a quota or a limit of file sizes"
     reason = reason or (str(error).splitlines() or [type(error).__name__])[0]
     wrapped = OSError(f"cannot write {os.fspath(target)}: {reason}")
     wrapped.errno = number
