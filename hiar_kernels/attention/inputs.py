@@ -90,6 +90,7 @@ class AttentionInputs:
         q, k, mask, context, kv_counts = self.q, self.k, self.mask, self.context, self.kv_counts
         if mask is not None and not isinstance(mask, BlockCausal):
             actual = f"a tensor {list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else repr(mask)
+            actual = actual if "\n" not in actual and len(actual) <= 60 else type(mask).__name__
             legal = "None or BlockCausal(frame_tokens, frames_per_block, ...): who sees whom goes by frame ids"
             raise ValueError(f"attention: mask must be {legal}; got {actual}")
         if self.scale is not None and (not is_number(self.scale) or not -math.inf < self.scale < math.inf):

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..io.files import refuse_stand_in
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -38,6 +40,7 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: one line: no JSON, no result, or one of another version.
     """
+    refuse_stand_in(Path(path))
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:

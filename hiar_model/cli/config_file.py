@@ -111,6 +111,8 @@ def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:
         raise TypeError(f"cannot read {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TypeError(f"{path} is neither YAML nor JSON: {error}") from error
+    except ValueError as error:  # no file of options, but what stands in for one
+        raise TypeError(error) from error
     if not isinstance(values, dict):
         raise TypeError(f"{path} must hold key: value lines, got {type(values).__name__}")
     if "command" in values and "weights_sha256" in values:

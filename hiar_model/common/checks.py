@@ -36,6 +36,12 @@ def dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def one_line(value: object) -> str:
+    """A value as Python writes it, for a message of one line; an array, a picture or a network by its type."""
+    shown = repr(value)
+    return shown if isinstance(value, str | int) or ("\n" not in shown and len(shown) <= 60) else type(value).__name__
+
+
 def as_whole(value: object) -> int | None:
     """A whole number (of Python, of numpy, a tensor of one element) as an int; None for anything else, bools too."""
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
@@ -57,7 +63,7 @@ def whole(name: str, value: Any, least: int | None = None, why: str = "", most: 
         if most == MOST_FRAMES and (number is None or number <= most):
             most = None  # not what is wrong here
         legal = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number{legal}{why}, got {value!r}")
+        raise ValueError(f"{name} must be a whole number{legal}{why}, got {one_line(value)}")
     return number
 
 
@@ -78,7 +84,7 @@ def finite_number(name: str, value: Any) -> float:
     """The value as a float; ValueError unless it is a finite number."""
     number = as_number(value)
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+        raise ValueError(f"{name} must be a finite number, got {one_line(value)}")
     return number
 
 
@@ -86,7 +92,7 @@ def number_above_0(name: str, value: Any) -> float:
     """The value as a float; ValueError unless it is a finite number above 0."""
     number = as_number(value)
     if not math.isfinite(number) or number <= 0:
-        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        raise ValueError(f"{name} must be a number above 0, got {one_line(value)}")
     return number
 
 
@@ -94,7 +100,7 @@ def number_at_least_0(name: str, value: Any) -> float:
     """The value as a float; ValueError unless it is a finite number of at least 0."""
     number = as_number(value)
     if not math.isfinite(number) or number < 0:
-        raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        raise ValueError(f"{name} must be a number of at least 0, got {one_line(value)}")
     return number
 
 
@@ -102,7 +108,7 @@ def number_within(name: str, value: Any, least: float, most: float) -> float:
     """The value as a float; ValueError unless it is a number from ``least`` to ``most``."""
     number = as_number(value)
     if not least <= number <= most:
-        raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {value!r}")
+        raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {one_line(value)}")
     return number
 
 
@@ -122,17 +128,15 @@ def out_of_memory(error: BaseException, advice: str = LESS_MEMORY) -> str | None
 def path_like(name: str, value: Any) -> Path:
     """The value as a path; ValueError for what names no file, such as a number, bytes or an empty string."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        shown = repr(value)
-        got = type(value).__name__ if "\n" in shown or len(shown) > 60 else shown  # an array, a picture
-        raise ValueError(f"{name} must be the path of a file or folder, got {got}")
+        raise ValueError(f"{name} must be the path of a file or folder, got {one_line(value)}")
     return Path(value)
 
 
 def one_of(name: str, value: object, legal: Iterable[str]) -> None:
     """ValueError unless the value is a legal one; suggests the nearest."""
     legal = tuple(legal)
-    if value not in legal:
-        raise ValueError(f"{name} must be one of {', '.join(legal)}, got {value!r}{nearest(str(value), legal)}")
+    if not isinstance(value, str) or value not in legal:
+        raise ValueError(f"{name} must be one of {', '.join(legal)}, got {one_line(value)}{nearest(str(value), legal)}")
 
 
 def nearest(word: str, legal: Iterable[str]) -> str:

@@ -151,6 +151,8 @@ def cannot_write(target: str | os.PathLike[str], error: BaseException) -> OSErro
     number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
     if reason is None and _is_full(Path(target).parent):  # torch.save: "unexpected pos 2091200 vs 2091088"
         number, reason = errno.ENOSPC, os.strerror(errno.ENOSPC)
+    elif reason is None and "inline_container" in str(error):
+        reason = "torch could not write it to its end: a full disk, a quota or a limit of file sizes"
     if number is None and (named := _OS_ERROR.search(str(error))) and os.name != "nt":
         number = int(named[1])
     reason = reason or (str(error).splitlines() or [type(error).__name__])[0]

@@ -77,8 +77,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
     shells of Windows write it.
 
     Raises:
-        OSError: it cannot be read. UnicodeDecodeError: it is neither.
+        OSError: it cannot be read. UnicodeDecodeError: it is neither. ValueError: as of :func:`refuse_stand_in`.
     """
+    refuse_stand_in(Path(path))
     data = Path(path).read_bytes()
     text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import dtype_name
+from ..common.checks import dtype_name, path_like
 from ..common.lora_file import LoraLike, lora_files
 from ..common.settings import own_settings
 from ..config import SHIPPED, ExecutionConfig, WanConfig
@@ -292,7 +292,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], CheckpointInfo
 
 def open_checkpoint(path: str | Path, config: WanConfig | None = None) -> tuple[dict[str, Any], CheckpointInfo]:
     """As :func:`read_checkpoint`, with quantised tensors as they are, :class:`.Packed`. Reads scales, no weights."""
-    source = _transformer_path(Path(path))
+    source = _transformer_path(path_like("path", path))
     state, sizes, headers, files, networks = _read_all(source)
     if (what := foreign(state) or unread(state)) is not None:
         raise ValueError(f"{source}: {what}")

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..common.checks import MOST_SIDE, whole
+from ..common.checks import MOST_SIDE, dtype_name, whole
 from ..common.settings import own_settings
 from ..config import RolloutConfig
 from ..io.files import check_text
@@ -91,6 +91,11 @@ class VideoModel:
         object.__setattr__(self, "fps", check_fps(self.fps))
         self.latent_frames(self.num_frames)
         self.latent_frames(self.train_frames)
+
+    def __repr__(self) -> str:
+        height, width = self.pixel_size
+        numbers = f"{dtype_name(self.dtype)} on {self.device}"
+        return f"VideoModel({self.name!r}, frames of {width}x{height} pixels, {numbers})"
 
     @property
     def device(self) -> torch.device:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,12 +35,12 @@ from .decode import Decoding
 from .lora import LoraLoading, ScaleFollower
 from .metadata import describe
 from .prompt_schedule import EncodedPromptSchedule, LivePrompts, PromptSchedule, prompt_delay
+from .signature import Function, with_options
 from .starts import Ending, Starts
 
 Window = int | Sequence[int | None] | None | Literal["model"]
 Progress = Callable[[int, int | None, int, int | None], None]
 """Called with (pixel frames done, total, forwards done, total); the totals are None for an endless video."""
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -139,29 +138,7 @@ class VideoOptions:
 
 def video_options(returns: Any, without: Sequence[str] = ()) -> Callable[[Function], Function]:
     """Append the fields of :class:`VideoOptions` to a function's signature and, unless some are left out, docstring."""
-
-    def decorate(function: Function) -> Function:
-        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        prompt, *options = (
-            inspect.Parameter(
-                f.name,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD if f.name == "prompt" else inspect.Parameter.KEYWORD_ONLY,
-                default=f.default if f.name != "prompt" else inspect.Parameter.empty,
-                annotation=f.type,
-            )
-            for f in fields(VideoOptions)
-            if f.name not in without
-        )
-        first = [p for p in own if p.name == "self"]
-        rest = [p for p in own if p.name not in ("self", "prompt")]
-        function.__signature__ = inspect.Signature([*first, prompt, *rest, *options], return_annotation=returns)  # type: ignore[attr-defined]
-        function.__doc__ = inspect.cleandoc(function.__doc__ or "") + ("" if without else f"\n\n{_OPTIONS}")
-        return function
-
-    return decorate
-
-
-_OPTIONS = inspect.cleandoc(VideoOptions.__doc__ or "").partition("\n\n")[2]
+    return with_options(VideoOptions, returns, without)
 
 
 class VideoPipeline(LoraLoading):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..common.checks import dtype_name, whole
+from ..common.checks import dtype_name, one_line, whole
 from ..common.settings import own_settings
 from ..config import ExecutionConfig, RolloutConfig
 from ..distributed.mesh import axis_size
@@ -116,6 +116,8 @@ class Rollout:
         self.execution, self.seed = execution, whole("seed", seed)
         self.video_ids = [whole("video_ids", n) for n in video_ids]
         self.batch = batch = len(self.video_ids)
+        if not hasattr(latent_size, "__len__") or len(latent_size) != 2:
+            raise ValueError(f"latent_size must be (height, width) of a latent frame, got {one_line(latent_size)}")
         height, width = (whole("latent_size", n, 1) for n in latent_size)
         self.shape = (wan.in_channels, height, width)
         grid = wan.grid(height, width)

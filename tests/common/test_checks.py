@@ -42,6 +42,13 @@ def test_too_small():
         whole("steps", np.int64(0), 1)
 
 
+@pytest.mark.parametrize("value", [np.ones((9, 9)), torch.ones(9, 9), torch.nn.Sequential(torch.nn.SiLU())])
+def test_what_takes_many_lines_is_named_by_its_type(value):
+    for check in (whole, number_above_0, path_like, lambda name, value: one_of(name, value, ("stream",))):
+        with pytest.raises(ValueError, match=rf"^order must be .*, got {type(value).__name__}$"):
+            check("order", value)
+
+
 def test_rates_of_every_kind():
     for kind in (int, float, np.float32, np.int64, torch.tensor):
         assert number_above_0("fps", kind(12)) == 12.0

@@ -22,6 +22,7 @@ from PIL import Image
 from hiar_model import ExecutionConfig, RolloutConfig
 from hiar_model.integrations.diffusers import HiARPipeline
 from hiar_model.integrations.diffusers.network import SharedNetwork
+from hiar_model.integrations.diffusers.options import read_image
 
 pytestmark = pytest.mark.cpu
 
@@ -56,6 +57,24 @@ def make(pipe: HiARPipeline, prompt: Any = PROMPT, **options: Any) -> torch.Tens
 def test_wrong_arguments(pipe, options, message):
     with pytest.raises(ValueError, match=message):
         make(pipe, options.pop("prompt", PROMPT), **options)
+
+
+def alike(mode: str) -> Image.Image:
+    """Green under alpha 0 on the left, (200, 100, 50) or 100 on the right."""
+    cut_out = np.zeros((16, 16, 4), np.uint8)
+    cut_out[..., 1], cut_out[:, 8:] = 255, (200, 100, 50, 255)
+    if mode.startswith("I"):
+        grey = np.full((16, 16), 100 * 257, ">u2" if mode == "I;16B" else np.uint16)
+        return Image.frombytes(mode, (16, 16), grey.astype(np.int32 if mode == "I" else grey.dtype).tobytes())
+    image = Image.fromarray(cut_out)
+    return image.convert("LA").convert("La") if mode == "La" else image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "PA", "RGBa", "La", "I", "I;16", "I;16B"])
+def test_pictures_of_every_mode_are_taken_as_they_look(mode):
+    (frame,) = read_image(alike(mode), (16, 16)).frames
+    assert frame[2, 2].tolist() == [100 if mode.startswith("I") else 255] * 3
+    assert abs(frame[2, 12, 1] - (124 if mode == "La" else 100)) < 3
 
 
 @contextmanager

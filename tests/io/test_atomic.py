@@ -111,6 +111,10 @@ def test_a_full_disk_that_a_library_calls_something_else(tmp_path, monkeypatch):
     ):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2091200 vs 2091088")
     assert refused.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+    monkeypatch.undo()  # a quota, or `ulimit -f`: the disk itself has room
+    with pytest.raises(OSError, match=r"a\.pt: torch could not write it to its end: a full disk, a quota or"):
+        with atomic(tmp_path / "a.pt"):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0")
     with pytest.raises(OSError, match=r"a\.pt: Permission denied$"), atomic(tmp_path / "a.pt"):  # which says what it is
         raise PermissionError(errno.EACCES, "Permission denied")
 

@@ -94,6 +94,22 @@ def test_a_pointer_beside_the_model(here, capsys, option, name):
     assert f"{name}: a git-lfs pointer" in capsys.readouterr().err
 
 
+POINTED = {
+    "--config": ["generate", "-o", "v.mp4", "--config", "file"], "a recipe": ["train", "file"],
+    "a result": ["bench", "--compare", "file", "file"],
+    "prompts": ["generate", "-o", "v.mp4", "--prompts", "file", "--order", "stream"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", POINTED)
+def test_a_pointer_in_place_of_text(tmp_path, monkeypatch, capsys, what):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text(LFS)
+    assert main(POINTED[what]) == 2
+    told = capsys.readouterr().err
+    assert told == "hiar: file: a git-lfs pointer, not the file itself; run `git lfs pull` there\n"
+
+
 @pytest.mark.parametrize("read", [open_tensors, read_json, read_prompts])
 def test_a_pointer_to_train_from(tmp_path, read):
     file = tmp_path / "file"

@@ -16,6 +16,7 @@ import pytest
 import torch
 from refusals import refused
 
+from hiar_model import load_video_model
 from hiar_model.io.files import check_folder
 from hiar_model.io.video import (
     Video,
@@ -66,6 +67,11 @@ def test_a_video_in_a_notebook(tmp_path):
     file.write_bytes(base64.b64decode(page.partition("base64,")[2].partition('"')[0]))
     assert len(read(file)) == 18
     assert "&lt;b&gt;disc" in page and "<b>" not in page
+
+
+def test_a_model_is_shown_in_one_line():
+    shown = repr(load_video_model("toy", "cpu"))
+    assert shown == "VideoModel('toy', frames of 32x32 pixels, float32 on cpu)"
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,12 @@ def test_bad_targets_are_refused(tmp_path, name, message):
 # What is refused
 
 
+@pytest.mark.parametrize("path", [None, 3, b"w.safetensors", ""])
+def test_what_is_no_path(path):
+    with pytest.raises(ValueError, match="^path must be the path of a file or folder, got"):
+        load_transformer(path)
+
+
 def test_nothing_there(tmp_path, weights):
     missing = tmp_path / "no" / "w.pth"
     assert refusal(missing, CONFIG) == f"{missing}: no such file or folder"

@@ -137,6 +137,17 @@ def test_a_damaged_model_is_refused(copy, damage):
     assert str(copy) in str(caught.value)
 
 
+def test_a_misspelt_option_is_named_with_the_nearest():
+    """Not "VideoOptions.__init__() got an unexpected keyword argument"."""
+    pipeline = hiar_model.VideoPipeline("toy")
+    for call, name in {
+        hiar_model.generate: "generate", hiar_model.stream: "stream", pipeline: "VideoPipeline",
+        pipeline.stream: "VideoPipeline.stream",
+    }.items():  # fmt: skip
+        with pytest.raises(TypeError, match=rf"^{name}\(\) takes no argument 'num_frame'; did you mean num_frames\?$"):
+            call("a red circle moving right", num_frame=9)
+
+
 @pytest.mark.parametrize("name", ["toys", "", "/nowhere/model"])
 def test_no_such_model(name):
     with pytest.raises(ValueError, match=r"is neither a folder nor a shipped model; shipped: toy, scenes$"):

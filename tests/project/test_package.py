@@ -54,10 +54,11 @@ def test_examples_in_docstrings(module):
     ("mask", "found"),
     [
         (torch.ones(4, 4, dtype=torch.bool), "a tensor [4, 4] of torch.bool"),
+        (torch.ones(4, 4).numpy(), "ndarray"),
         ("causal", "'causal'"),
         (True, "True"),
     ],
-    ids=["tensor", "name", "flag"],
+    ids=["tensor", "array", "name", "flag"],
 )
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_a_mask_of_another_library(mask, found, impl):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from made_runs import make_rollout
 
-from hiar_model import FlowSchedule, HiARTransformer, WanConfig, rollout
+from hiar_model import FlowSchedule, HiARTransformer, Rollout, RolloutConfig, WanConfig, rollout
 from hiar_model.models.transformer import Block
 from hiar_model.rollout.infill import infill
 
@@ -73,6 +73,13 @@ def test_a_text_of_a_block_is_refused_before_its_forward(model):
 def test_noises_and_prefixes(model, options, says):
     with pytest.raises(ValueError, match=f"^{says}$"):
         make_rollout(model, TEXT, SCHEDULE, **{"num_frames": 6, "height": 2, "width": 4, "batch": 2, **options})
+
+
+@pytest.mark.parametrize("size", [(2,), (2, 4, 4), 4, None])
+def test_sizes_of_a_latent(model, size):
+    config, says = RolloutConfig((1000, 500)), r"latent_size must be \(height, width\) of a latent frame, got .+"
+    with pytest.raises(ValueError, match=f"^{says}$"):
+        Rollout(model, TEXT[:1], config, num_latent_frames=6, latent_size=size)
 
 
 @pytest.mark.parametrize(("name", "given"), [("noise", NOISE[0]), ("prefix", PREFIX[0])])

@@ -151,9 +151,21 @@ def read_image(image: Any, size: tuple[int, int]) -> ConditioningFrames | None:
         raise ValueError(f"image must have pixels, got {image.size[0]}x{image.size[1]}")
     with tempfile.TemporaryDirectory() as folder:  # as a file, which is read with all that a viewer heeds
         file = Path(folder, "image.png")
-        storable = image if image.mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16") else image.convert("RGB")
-        storable.save(file, exif=image.getexif(), icc_profile=image.info.get("icc_profile"))
+        _storable(image).save(file, exif=image.getexif(), icc_profile=image.info.get("icc_profile"))
         return read_conditioning(file, None, size)
+
+
+def _storable(image: Any) -> Any:
+    """A PIL image in a mode that PNG has, with its transparency and all 16 bits; of other modes Pillow writes another
+    picture.
+    """
+    from PIL import Image
+
+    if image.mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"):
+        return image
+    if image.mode.startswith("I"):
+        return Image.fromarray(np.asarray(image).clip(0, 65535).astype(np.uint16))
+    return image.convert({"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}.get(image.mode, "RGB"))
 
 
 def as_output(frames: Frames, output_type: str) -> Any:
