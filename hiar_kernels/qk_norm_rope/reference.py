@@ -77,7 +77,7 @@ def qk_norm_rope_append(inputs: RopeInputs, rings: Rings) -> Tensor:
             for row, slot in zip(rows[1:], slots[1:], strict=True):  # -1: once more into the first
                 framed[torch.where(row >= 0, row, rows[0]), torch.where(row >= 0, slot, slots[0])] = new
         elif batch == 1:
-            framed[0].index_copy_(0, slots[0], new[0])
+            framed.index_copy_(1, slots[0], new)
         else:
             framed[torch.arange(batch, device=qkv.device)[:, None], slots.expand(batch, -1)] = new
     return q

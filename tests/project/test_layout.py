@@ -57,6 +57,7 @@ def modules(root: Path) -> dict[str, Path]:
     return found
 
 
+@lru_cache(maxsize=2000)
 def imports(root: Path, module: str) -> set[str]:
     """What a module imports, as dotted names: ours as they stand in `modules`, others by their first part."""
     ours = modules(root)
@@ -242,6 +243,7 @@ def tree(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
         modules.cache_clear()
+        imports.cache_clear()
         return tmp_path
 
     folders = ("hiar_kernels/norm", "hiar_kernels/attention", "hiar_model/rollout", "hiar_model/schedule")

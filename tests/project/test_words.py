@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,12 +116,15 @@ def problems(root: Path, to_do: dict[str, int]) -> list[str]:
 
 def repeated_classes(root: Path) -> list[str]:
     """A line for every class name that stands in two places, test doubles included."""
+    files = [file for package in (*PACKAGES, "tests") for file in sorted((root / package).rglob("*.py"))]
+    texts = {file: file.read_text(encoding="utf-8") for file in files}
+    named = {file: re.findall(r"\bclass\s+(\w+)\s*[(:\[]", text) for file, text in texts.items()}
+    count = Counter(name for classes in named.values() for name in classes)  # of those in strings too
     where: dict[str, list[str]] = defaultdict(list)
-    for package in (*PACKAGES, "tests"):
-        for file in sorted((root / package).rglob("*.py")):
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.ClassDef):
-                    where[node.name].append(f"{file.relative_to(root).as_posix()}:{node.lineno}")
+    for file in (file for file in files if any(count[name] > 1 for name in named[file])):
+        for node in ast.walk(ast.parse(texts[file])):
+            if isinstance(node, ast.ClassDef):
+                where[node.name].append(f"{file.relative_to(root).as_posix()}:{node.lineno}")
     return [f"class {name}: {', '.join(places)}" for name, places in sorted(where.items()) if len(places) > 1]
 
 

@@ -4,6 +4,7 @@ makes, whatever the VAE, its stream, the dtypes and the way there.
 
 from __future__ import annotations
 
+import functools
 import json
 import urllib.request
 from dataclasses import replace
@@ -60,6 +61,7 @@ def frame_of(block: int) -> int:
     return FIRST + BLOCK * (block - 1) if block else 0
 
 
+@functools.cache
 def made(model, blocks, *changes, execution=None, **options):
     """The same video made at once; changes: (block, prompt)."""
     schedule = PromptSchedule.of([(0, PROMPT), *((frame_of(block) / WAN.fps, prompt) for block, prompt in changes)])

@@ -1,8 +1,9 @@
-"""The plain toy world and its codec, which takes a second to fit."""
+"""The plain toy world and its codec."""
 
 from __future__ import annotations
 
 import pytest
+from toy_codec import fit_once
 
 from hiar_model.toy.codec import ToyCodec
 from hiar_model.toy.world import WORLDS, ToyWorld
@@ -15,7 +16,7 @@ def world() -> ToyWorld:
 
 @pytest.fixture(scope="session")
 def codec() -> ToyCodec:
-    return ToyCodec.fit()
+    return fit_once()
 
 
 @pytest.fixture(scope="session")

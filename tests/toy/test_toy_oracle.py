@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from calls import count_calls
+from toy_codec import fit_once
 
 from hiar_model.toy import prompt as grammar
 from hiar_model.toy.codec import ToyCodec
@@ -198,7 +199,7 @@ def test_varied_world_is_read_right(varied: ToyOracle, treatment: str) -> None:
     assert every_word(sample.prompts)
     videos = sample.videos
     if treatment == "codec":
-        codec = ToyCodec.fit(VARIED)
+        codec = fit_once(VARIED)
         videos = ToyCodec.to_uint8(codec.decode(codec.encode(videos)))
     if treatment == "noise":
         videos = videos + 0.06 * torch.randn(videos.shape, generator=generator(4))
@@ -265,12 +266,13 @@ def test_a_video_without_texture_cannot_lose_it(varied: ToyOracle, oracle: ToyOr
     assert math.isnan(Summary.of([plain]).texture_kept) and Summary.of([plain]).background_change < 0.001
 
 
-def test_light_is_read_apart_from_the_texture() -> None:
-    """Through the codec, in every scene of its world; and a light that turns or fades, below a texture that stays."""
+def test_light_is_read_apart_from_the_texture(codec: ToyCodec) -> None:
+    """Through the plain world's codec, as in training, in every scene of its world; and a light that turns or fades,
+    below a texture that stays.
+    """
     world = ToyWorld(WORLDS["scenes"])
     lit = ToyOracle(world.config)
     sample = world.sample_batch(100, 4, generator(3), start="anywhere")
-    codec = ToyCodec.fit(channels=16)  # that of the plain world, as in training
     readings = read(lit, ToyCodec.to_uint8(codec.decode(codec.encode(sample.videos))), sample.prompts)
     summary = Summary.of(readings)
     assert min(summary.colour, summary.shape, summary.valid, summary.direction) >= 0.995
