@@ -103,10 +103,12 @@ def test_free_memory_is_what_the_system_says(tmp_path, monkeypatch):
     monkeypatch.setattr(free_memory, "MEMINFO", str(meminfo))
     monkeypatch.setattr(free_memory, "CGROUPS", ((str(limit), str(used), str(stat)),))
     assert free_bytes(CPU) == 75 * 1024
-    limit.write_text("max\n"), used.write_text("9000\n"), stat.write_text("inactive_file 1000\nactive_file 0\n")
+    limit.write_text("max\n"), used.write_text("9000\n"), stat.write_text("inactive_file 700\nactive_file 300\n")
     assert free_bytes(CPU) == 75 * 1024
     limit.write_text("20000\n")
     assert free_bytes(CPU) == 20000 - 9000 + 1000
+    used.write_text("21500\n")
+    assert free_bytes(CPU) == 0, "above the limit, which was lowered since"
     monkeypatch.setattr(free_memory, "MEMINFO", str(tmp_path / "none"))
     assert free_bytes(CPU) is None
 
