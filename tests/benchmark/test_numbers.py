@@ -38,7 +38,7 @@ def test_clocks_and_memory_of_the_machine():
 def test_frames_of_the_last_block_count_too(beside):
     """Where decoding runs beside the network, they come when it is waited for."""
 
-    class Decoding:
+    class DecoderBeside:
         def __init__(self):
             self.waiting = []
 
@@ -62,7 +62,7 @@ def test_frames_of_the_last_block_count_too(beside):
 
     coming = blocks()
     setting = SimpleNamespace(blocks=3)
-    done = run._steady(subject, setting, rollout, coming, speed, Decoding(), lambda: shown.append(1))
+    done = run._steady(subject, setting, rollout, coming, speed, DecoderBeside(), lambda: shown.append(1))
     assert (speed.frames, speed.forwards, len(speed.intervals), len(shown)) == (12, 15, 3, 3)
     assert [int(x) for x in done] == [0, 1, 2] and speed.seconds >= sum(speed.intervals)
     without = run.Speed(run.NO_DECODER, "")

@@ -159,6 +159,7 @@ def test_a_vae():
         (["--model", WAN, "--gpu-memory", "much"], "size such as 24GB"),
         (["--model", WAN, "--height", "470"], "height must be a multiple of 16 and width of 16 pixels, got 470x832"),
         (["--model", WAN, "--frames", "80"], "whole blocks of 3 latent frames: got 80, nearest 69 or 81"),
+        (["--model", WAN, "--frames", "10"], "whole blocks of 3 latent frames: got 10, nearest 9 or 21"),
         (["--model", WAN, "--frames", "0"], "--frames must be a whole number of at least 1, got 0"),
         (["--model", WAN, "--dtype", "int8"], "dtype must be one of float32, .*, got 'int8'"),
         (["--model", WAN, "--kv-dtype", "fp8"], "kv-dtype must be one of .*float8_e4m3fn, got 'fp8'"),

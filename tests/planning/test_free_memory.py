@@ -64,13 +64,15 @@ def test_refused_in_one_line_with_what_fits(folder, little, capsys):
 
 
 def test_several_orders_at_once_need_their_caches_too(folder, little, capsys, monkeypatch):
-    monkeypatch.setattr(free_memory.Need, "options", lambda *_: iter(()))  # slow, and tested below
+    limits = []  # of the options that are proposed, which is slow, and tested below
+    monkeypatch.setattr(free_memory.Need, "options", lambda self, limit: limits.append(limit) or iter(()))
     about = free_memory.Path(folder), None, CPU, None, (), None
     one = free_memory._need(*about, order="stream", height=64, width=64, frames=33).total()
     little(one)  # enough for the larger of the two
     words = ["compare", wan_files.PROMPT, "-o", "a.mp4", "--model", folder, *SIZE, "--device", "cpu"]
     assert main(words) == 2
     assert "these videos need about" in capsys.readouterr().err
+    assert len(limits) == 1 and 0 < limits[0] < one, "what the other orders take is not free for them"
 
 
 def test_what_is_said_to_fit_is_accepted(folder, little):
