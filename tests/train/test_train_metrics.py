@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hiar_model.train.engine import metrics
+from hiar_model.train.engine import loss_plot, metrics
 from hiar_model.train.engine.metrics import MetricsLogger
 
 pytestmark = pytest.mark.cpu
@@ -40,3 +40,17 @@ def test_pictures_are_averaged_until_they_fit():
     frames[:, ::2] = 7
     small = metrics._smaller(frames, 208)
     assert small.shape == (1, 150, 3, 3) and set(small.flat) == {4}, "3.5, rounded"
+
+
+def test_losses_are_averaged_over_the_updates_before(tmp_path, monkeypatch):
+    """Over a fortieth of the run."""
+    panels = []
+    monkeypatch.setattr(loss_plot, "save_plot", lambda drawn, picture: panels.extend(drawn))
+    rows = "".join(f"{2 * n},{n},\n" for n in range(1, 81))
+    (tmp_path / "loss.csv").write_text(f"update,student_loss,critic_loss\n{rows}162,81,5\n")
+    loss_plot.draw_losses(tmp_path / "loss.csv", tmp_path / "loss.png")
+    student, critic = panels
+    logged, means = student.series
+    assert list(logged.y) == list(range(1, 82)) and list(means.x) == list(range(2, 164, 2))
+    assert (means.y[0], means.y[1], means.y[2], means.y[80]) == (1, 1.5, 2, 80) and means.label == "mean of the last 3"
+    assert [list(one.x) for one in critic.series] == [[162], [162]], "a row without it is no point"
