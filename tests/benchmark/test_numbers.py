@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -11,10 +12,10 @@ from made_runs import make_rollout
 from small_toy import small_folder  # noqa: F401
 from tiny_model import MODEL, SIZE, TEXT, TINY
 
-from hiar_model.benchmark import parts, run
+from hiar_model.benchmark import parts, plain, run
 from hiar_model.benchmark.machine import Clocks, host_peak_bytes
-from hiar_model.benchmark.setting import Setting, load
-from hiar_model.config import FlowSchedule
+from hiar_model.benchmark.setting import Setting, load, rollout_of
+from hiar_model.config import WAN, FlowSchedule, RolloutConfig
 from hiar_model.rollout.engine import FinishedBlock
 from hiar_model.schedule.costs import task_flop
 
@@ -74,12 +75,31 @@ def test_the_baseline_has_the_noise_of_the_seed_and_tells_the_largest_difference
     setting = Setting(str(folder), device="cpu", blocks=2, repeats=1, seed=3)
     subject = load(setting)
     latents = [block.latents for block in islice(subject.new_rollout(3), subject.blocks_before + 2)]
-    plain = run._plain(subject, setting, latents, run._Counter(0, None))
-    assert plain["largest_difference"] < 1e-3
-    assert plain["fps"] == pytest.approx(1e3 * 3 / plain["interval_ms"]["p50"]), "of two intervals the mean"
+    baseline = run._plain(subject, setting, latents, run._Counter(0, None))
+    assert baseline["largest_difference"] < 1e-3
+    assert baseline["fps"] == pytest.approx(1e3 * 3 / baseline["interval_ms"]["p50"]), "of two intervals the mean"
     latents[1] = latents[1] + 0.5
-    plain = run._plain(subject, setting, latents, run._Counter(0, None))
-    assert plain["largest_difference"] == pytest.approx(0.5, abs=1e-3)
+    baseline = run._plain(subject, setting, latents, run._Counter(0, None))
+    assert baseline["largest_difference"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_model_without_a_steady_state_is_given_one():
+    """And as many blocks come before it as fill the widest window."""
+    config = rollout_of(RolloutConfig(), {})
+    assert (config.order, config.window_frames) == ("stream", WAN.window_frames)
+    for window_frames, blocks in ((21, 7), (7, 3), ((3, 6, 9, 10), 4)):
+        config = rollout_of(RolloutConfig(order="wavefront"), {"window_frames": window_frames})
+        model = replace(load(Setting(layers=1, device="cpu")), rollout=config)
+        assert config.order == "wavefront" and model.blocks_before == blocks
+
+
+def test_the_baseline_forgets_what_no_block_sees(monkeypatch):
+    seen, forward_block = [], plain.forward_block
+    monkeypatch.setattr(plain, "forward_block", lambda *a, **o: (seen.append(len(a[5])), forward_block(*a, **o))[1])
+    config = RolloutConfig(steps=(1000, 500), order="stream", window_frames=6)
+    noise = torch.zeros(1, 3, TINY.in_channels, *SIZE.values())
+    list(islice(plain.plain_blocks(MODEL, TEXT, config, lambda step, block: noise), 5))
+    assert seen == [0] * 4 + [1] * 16, "one block before the own one"
 
 
 def test_what_a_task_needs_at_least(monkeypatch):

@@ -146,6 +146,8 @@ def test_a_vae():
     long = vae_memory({"base_dim": 8}, 4, 4, 6, torch.float32)
     assert wide.resident - numbers == 2 * (small.resident - numbers) and long.resident == small.resident
     assert wide.peak > small.peak and long.peak > small.peak
+    one = vae_memory({"base_dim": 8}, 4, 4, 1, torch.float32)
+    assert one.peak < small.peak < 2 * one.peak, "a later latent frame is four frames, only the first is one"
     half = vae_memory({"base_dim": 8}, 4, 4, 3, torch.bfloat16)
     assert half.resident - numbers == (small.resident - numbers) // 2
 
