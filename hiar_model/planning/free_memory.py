@@ -75,8 +75,7 @@ class Need:
             vae = vae_memory(settings, r.height, r.width, r.rollout.frames_per_block, torch.float32, "cpu")
             decoder = vae.weights + max(vae.resident, vae.peak)
         numbers, size = self.text_encoder
-        work = torch.bfloat16 if r.dtype == torch.float16 else r.dtype
-        return decoder + (0 if work.itemsize == size else numbers * work.itemsize)
+        return decoder + (0 if r.dtype.itemsize == size else numbers * r.dtype.itemsize)
 
     def options(self, limit: int) -> Iterator[tuple[str, int]]:
         """Options that fit and their bytes, smallest change of the video first."""

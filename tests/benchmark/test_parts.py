@@ -43,6 +43,7 @@ def test_kinds_of_kernels(name, kind):
 def test_time_that_is_covered():
     assert parts.covered([]) == 0
     assert parts.covered([(5, 6), (0, 2), (1, 3), (1.5, 2)]) == 4
+    assert parts.covered([(0, 10), (1, 2), (3, 4), (9, 11)]) == 11
 
 
 def test_calls_within_a_range():

@@ -13,6 +13,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -393,6 +394,15 @@ def test_a_run_folder_saves_and_refuses(tmp_path):
 
 def fresh() -> Rollout:
     return make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), num_frames=9, executor="pipeline", **SIZE)
+
+
+def test_a_prefix_is_no_finished_block():
+    """Of which the message about a fault tells."""
+    options = {"num_frames": 9, "prefix": torch.zeros(1, 6, 2, 2, 4), "executor": "pipeline", **SIZE}
+    rollout = make_rollout(MODEL, TEXT, FlowSchedule.uniform(2), **options)
+    rollout.pipeline.watchdog = watchdog = SimpleNamespace(warmed_up=False, finished=0)
+    rollout.pipeline.done(2)
+    assert (watchdog.warmed_up, watchdog.finished) == (True, 1)
 
 
 def test_states_stay_until_every_rank_has_newer_ones(tmp_path):

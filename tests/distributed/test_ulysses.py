@@ -21,7 +21,7 @@ from refusals import refused
 from tiny_model import TEXT, TINY, difference, make_model
 
 from hiar_model.config import FlowSchedule, WanConfig
-from hiar_model.distributed import axis, make_mesh
+from hiar_model.distributed import axis, make_mesh, ulysses
 from hiar_model.rollout import Rollout
 
 pytestmark = pytest.mark.cpu
@@ -204,3 +204,15 @@ def test_refusals_are_one_line_on_every_rank(what, message, results):
 def test_refused_without_a_job(options, message):
     with refused(message):
         start(**options)
+
+
+def test_the_legal_numbers_of_ranks_are_those_that_divide_both(monkeypatch):
+    class Group:
+        group_name = "of five"
+
+    monkeypatch.setattr(ulysses, "axis", lambda mesh, name: Group())
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 5)
+    config = replace(CONFIG, dim=72, num_heads=12)
+    with refused("divides 12 heads and 18 tokens per frame evenly: the head axis must have 1, 2, 3, 6 ranks, got 5"):
+        ulysses.HeadRanks(config, (3, 6), object())

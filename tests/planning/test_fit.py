@@ -146,6 +146,8 @@ def test_a_vae():
     long = vae_memory({"base_dim": 8}, 4, 4, 6, torch.float32)
     assert wide.resident - numbers == 2 * (small.resident - numbers) and long.resident == small.resident
     assert wide.peak > small.peak and long.peak > small.peak
+    one = vae_memory({"base_dim": 8}, 4, 4, 1, torch.float32)
+    assert one.peak < small.peak < 2 * one.peak, "a later latent frame is four frames, only the first is one"
     half = vae_memory({"base_dim": 8}, 4, 4, 3, torch.bfloat16)
     assert half.resident - numbers == (small.resident - numbers) // 2
 
@@ -159,6 +161,7 @@ def test_a_vae():
         (["--model", WAN, "--gpu-memory", "much"], "size such as 24GB"),
         (["--model", WAN, "--height", "470"], "height must be a multiple of 16 and width of 16 pixels, got 470x832"),
         (["--model", WAN, "--frames", "80"], "whole blocks of 3 latent frames: got 80, nearest 69 or 81"),
+        (["--model", WAN, "--frames", "10"], "whole blocks of 3 latent frames: got 10, nearest 9 or 21"),
         (["--model", WAN, "--frames", "0"], "--frames must be a whole number of at least 1, got 0"),
         (["--model", WAN, "--dtype", "int8"], "dtype must be one of float32, .*, got 'int8'"),
         (["--model", WAN, "--kv-dtype", "fp8"], "kv-dtype must be one of .*float8_e4m3fn, got 'fp8'"),

@@ -64,13 +64,15 @@ def test_refused_in_one_line_with_what_fits(folder, little, capsys):
 
 
 def test_several_orders_at_once_need_their_caches_too(folder, little, capsys, monkeypatch):
-    monkeypatch.setattr(free_memory.Need, "options", lambda *_: iter(()))  # slow, and tested below
+    limits = []  # of the options that are proposed, which is slow, and tested below
+    monkeypatch.setattr(free_memory.Need, "options", lambda self, limit: limits.append(limit) or iter(()))
     about = free_memory.Path(folder), None, CPU, None, (), None
     one = free_memory._need(*about, order="stream", height=64, width=64, frames=33).total()
     little(one)  # enough for the larger of the two
     words = ["compare", wan_files.PROMPT, "-o", "a.mp4", "--model", folder, *SIZE, "--device", "cpu"]
     assert main(words) == 2
     assert "these videos need about" in capsys.readouterr().err
+    assert len(limits) == 1 and 0 < limits[0] < one, "what the other orders take is not free for them"
 
 
 def test_what_is_said_to_fit_is_accepted(folder, little):
@@ -103,10 +105,12 @@ def test_free_memory_is_what_the_system_says(tmp_path, monkeypatch):
     monkeypatch.setattr(free_memory, "MEMINFO", str(meminfo))
     monkeypatch.setattr(free_memory, "CGROUPS", ((str(limit), str(used), str(stat)),))
     assert free_bytes(CPU) == 75 * 1024
-    limit.write_text("max\n"), used.write_text("9000\n"), stat.write_text("inactive_file 1000\nactive_file 0\n")
+    limit.write_text("max\n"), used.write_text("9000\n"), stat.write_text("inactive_file 700\nactive_file 300\n")
     assert free_bytes(CPU) == 75 * 1024
     limit.write_text("20000\n")
     assert free_bytes(CPU) == 20000 - 9000 + 1000
+    used.write_text("21500\n")
+    assert free_bytes(CPU) == 0, "above the limit, which was lowered since"
     monkeypatch.setattr(free_memory, "MEMINFO", str(tmp_path / "none"))
     assert free_bytes(CPU) is None
 

@@ -175,16 +175,33 @@ def test_streaming_with_four_rings_in_8_bits_fits_24_gb():
     assert narrow.total < 24e9 < whole.total
 
 
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        ({"steps": 1, "order": "stream"}, 2 + 2),  # what the task reads and makes, which its cache task reads
+        ({"steps": 3, "order": "stream"}, 3 + 2),  # those of three levels wait for their cache tasks
+        ({"steps": 3, "order": "stream", "batch": 2}, 2 * (3 + 2)),
+        ({"steps": 1, "order": "stream", "num_frames": 3}, 2 + 2),
+        ({"steps": 2, "order": "step_first"}, 5 + 1 + 2),  # all blocks wait for the second step
+    ],
+    ids=brief,
+)
+def test_latents_in_flight(options, blocks):
+    """And the block that was handed over, and the one that is being drawn; of a video of five blocks."""
+    request = changed(REQUEST, **options)
+    assert predict(request).latents == blocks * 3 * CONFIG.in_channels * 8 * 12 * 4
+
+
 def test_phases():
     memory = Memory(
         transformer=10, caches=30, rings=2, scratch=3, prompt=4, latents=5, activations=7,
-        text_encoder=ComponentMemory(20), vae=ComponentMemory(2, 6, 9),
+        text_encoder=ComponentMemory(20, 0, 3), vae=ComponentMemory(2, 6, 9), workspaces=1,
     )  # fmt: skip
-    resident = 10 + 30 + 3 + 4 + 5 + 20 + 2 + 6
+    resident = 10 + 30 + 3 + 4 + 5 + 20 + 2 + 6 + 1
     assert (memory.resident, memory.task, memory.decoding) == (resident, resident + 7, resident + 9)
-    assert (memory.encoding, memory.total, memory.when) == (32, resident + 9, "decoding")
+    assert (memory.encoding, memory.total, memory.when) == (36, resident + 9, "decoding")
     light = replace(memory, offload=("text", "vae"))
-    assert (light.encoding, light.total, light.when) == (30, 59, "a task")
+    assert (light.encoding, light.total, light.when) == (34, 60, "a task")
     assert replace(light, caches=0).when == "encoding the prompt"
 
 

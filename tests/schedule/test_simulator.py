@@ -176,7 +176,29 @@ def test_flow_control() -> None:
     assert limited.prompt_delay == (3 + 1) * 4 < free.prompt_delay  # at worst behind a start, so one more
     for block, started in limited.started.items():
         assert block < 3 or started >= limited.finished[block - 3]
-    assert simulate(windowed(4), 40, 4, in_flight=1).steady_interval == 4  # one block at a time: no pipeline left
+    alone = simulate(windowed(4), 40, 4, in_flight=1)
+    assert alone.steady_interval == 4  # one block at a time: no pipeline left
+    assert all(alone.started[block] >= alone.finished[block - 1] for block in range(1, 40))
+
+
+def test_a_prefix_is_no_part_of_the_steady_state() -> None:
+    plan = Plan(2, "stream", 3, prefix_frames=9)
+    assert simulate(plan, 12).steady_interval == 4
+    nothing = simulate(plan, plan.prefix_blocks)
+    assert nothing.time == 0 and nothing.utilisation == (0.0,) and nothing.steady_interval is None
+
+
+def test_a_search_that_is_cut_short_proves_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says is a bound of every split, and the split is one that was simulated."""
+    costs = Costs(
+        tuple(CostCurve(((0, t),)) for t in (5, 2, 2, 6, 5)), CostCurve(((0, 4),)), latents=Message(1, 0, 0)
+    )
+    plan = Plan(5, "stream", 3, kv_source="next_step")
+    best = simulate(plan, 5, 3, costs)
+    assert best.time == best.lower_bound == 64
+    monkeypatch.setattr("hiar_model.schedule.simulator.MOST_TRIALS", 0)
+    short = simulate(plan, 5, 3, costs)
+    assert (short.time, short.lower_bound) == (64, 56)
 
 
 # What holds of every simulation.

@@ -318,9 +318,9 @@ def test_samples_are_of_the_averaged_weights(tmp_path):
 def test_motion_and_saturation():
     frames = np.full((1, 3, 2, 2, 3), 100, np.uint8)
     frames[0, 1], frames[0, 2] = 151, 49  # differences 51 and 102: on average 0.3 of 255
-    frames[0, 0, 0, 0], frames[0, 0, 1, 1] = 0, 252  # 6 of 36 channels, in one frame
+    frames[0, 0, 0, 0], frames[0, 0, 1, 1] = 4, 251  # 6 of 36 channels, in one frame
     scalars = sample_scalars(frames)
-    changed = (151 - 0 + abs(151 - 252) - 2 * 51) * 3 / 12
+    changed = (151 - 4 + abs(151 - 251) - 2 * 51) * 3 / 12
     assert scalars["sample_motion"] == pytest.approx(((51 + changed) + 102) / 2 / 255)
     assert scalars["sample_saturation"] == pytest.approx(6 / 36)
     assert sample_scalars(frames[:, :1])["sample_motion"] == 0
