@@ -32,7 +32,7 @@ from .networks import models_of, networks_of
 from .noise import EXTERNAL, KeyedNoise, TensorNoise
 from .prompt_cache import PromptSource, ResumedPrompts
 from .receiver import Receiver
-from .shapes import CheckedNoise, CheckedPrompts, check_prompt_embeds, require_shape
+from .shapes import CheckedNoise, CheckedPrompts, check_prompt_embeds, pair, require_kind, require_shape
 from .state_key import key_difference
 
 
@@ -105,7 +105,9 @@ class Rollout:
         video_ids: Sequence[int] = (0,),
         noise: Tensor | NoiseSource | None = None,
     ) -> None:
-        execution = execution or ExecutionConfig()
+        require_kind("config", config, RolloutConfig)
+        execution = ExecutionConfig() if execution is None else execution
+        require_kind("execution", execution, ExecutionConfig)
         models, network = networks_of(model, len(config.steps))
         if execution.linear_dtype is None and (loaded := linear_dtype_of(network)) is not None:
             execution = replace(execution, linear_dtype=dtype_name(loaded))
@@ -116,7 +118,7 @@ class Rollout:
         self.execution, self.seed = execution, whole("seed", seed)
         self.video_ids = [whole("video_ids", n) for n in video_ids]
         self.batch = batch = len(self.video_ids)
-        height, width = (whole("latent_size", n, 1) for n in latent_size)
+        height, width = pair("latent_size", latent_size)
         self.shape = (wan.in_channels, height, width)
         grid = wan.grid(height, width)
         if num_latent_frames is not None:
