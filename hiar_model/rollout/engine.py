@@ -9,7 +9,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from threading import Lock
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -115,6 +116,7 @@ class Rollout:
             linear_dtype = getattr(torch, execution.linear_dtype)
             models = [None if one is None else quantized(one, linear_dtype) for one in models]
         weight, wan = network.patch_embedding.weight, network.config
+        self._runs = Lock()
         self.execution, self.seed = execution, whole("seed", seed)
         self.video_ids = [whole("video_ids", n) for n in video_ids]
         self.batch = batch = len(self.video_ids)
@@ -365,10 +367,18 @@ class Rollout:
         return FinishedBlock(block, self.plan.block_frames(block)[0], latents)
 
     def _run(self, group: Group) -> list[tuple[int, Tensor]]:
-        with own_settings(self.execution.autocast):
-            finished = self._executor.run(group)
-        self._after(group)
+        if not self._runs.acquire(blocking=False):
+            raise RuntimeError("this Rollout is in use by another thread: give each thread its own, or a lock")
+        try:
+            with own_settings(self.execution.autocast):
+                finished = self._executor.run(group)
+            self._after(group)
+        finally:
+            self._runs.release()
         return finished
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Rollout cannot be copied or pickled: load its state_dict() into a new one")
 
     def _after(self, group: Group) -> None:
         """Count a group that has run."""
@@ -411,6 +421,8 @@ class Rollout:
         Raises:
             ValueError: the state belongs to another plan or noise scheme, or no block is left for a different prompt.
         """
+        if not isinstance(state, dict) or "key" not in state:
+            raise ValueError(f"a state is a mapping that state_dict() made, got {type(state).__name__}")
         if "kv_source=" not in state["key"]:  # the options had other names until 2026-11-28
             raise ValueError("a state of an older version, which this one cannot resume: make the video anew")
         if state["key"] != self._key():

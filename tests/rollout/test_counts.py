@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -144,6 +145,19 @@ def test_objects_of_another_kind(model, wrong, says):
     right = {"model": model, "config": RolloutConfig(), "execution": None, "latent_size": (2, 4)}
     with pytest.raises(ValueError, match=f"^{says}"):
         Rollout(prompt_embeds=TEXT[:1], num_latent_frames=6, **{**right, **wrong})
+
+
+def test_one_rollout_in_two_threads():
+    """Both took the next tasks, of blocks that the other had begun: a KeyError, or a wrong video."""
+    run = Rollout(HiARTransformer(CONFIG).eval(), TEXT[:1], RolloutConfig(), num_latent_frames=6, latent_size=(2, 4))
+    with run._runs, pytest.raises(RuntimeError, match="^this Rollout is in use by another thread"):
+        run.step()
+    assert len(list(run)) == 2
+    with run._runs, pytest.raises(TypeError, match=r"^a Rollout cannot be copied or pickled: load its state_dict\(\)"):
+        copy.deepcopy(run)
+    for state in ({}, None, {"cache": {}}):
+        with pytest.raises(ValueError, match=r"^a state is a mapping that state_dict\(\) made, got "):
+            run.load_state_dict(state)
 
 
 def test_a_mesh_is_one():
