@@ -17,7 +17,6 @@ from small_toy import BLOCK, FRAMES, PROMPT, small_folder  # noqa: F401 (fixture
 from toy_codec import codec_once  # noqa: F401 (fixture)
 
 from hiar_model import generate
-from hiar_model.__main__ import run as run_command
 from hiar_model.cli import COMMANDS, build_parser, machine, main, train
 from hiar_model.cli.choices import as_typed, check_choices
 from hiar_model.config import ExecutionConfig
@@ -391,19 +390,6 @@ def test_the_module_is_the_command():
     right, wrong = process("--version"), process("x")
     assert right.returncode == 0 and right.stdout.startswith("hiar ")
     assert wrong.returncode == 2 and wrong.stderr.startswith("hiar: ") and wrong.stderr.count("\n") == 1
-
-
-def test_ctrl_c_while_the_command_is_imported_is_one_line(capsys, monkeypatch):
-    """For the first third of a second it was a traceback."""
-
-    class Imported:
-        @property
-        def main(self):
-            raise KeyboardInterrupt
-
-    monkeypatch.setitem(sys.modules, "hiar_model.cli", Imported())
-    assert run_command() == 130
-    assert capsys.readouterr().err == "hiar: interrupted\n"
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["train"], ["evaluate"], ["doctor"]])
