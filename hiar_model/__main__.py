@@ -2,7 +2,19 @@
 
 import sys
 
-from .cli import main
+INTERRUPTED = 130
+
+
+def run() -> int:
+    """Run the command line and return its exit code; Ctrl-C is one line while the command is imported, too."""
+    try:
+        from .cli import main
+
+        return main()
+    except KeyboardInterrupt:
+        print("hiar: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -72,7 +72,7 @@ def other_weights(a: Namespace, model: VideoModel) -> Iterator[str]:
     """
     sha256, loras = model.weights_sha256, {lora.name: lora.sha256 for lora in model.loras}
     for path in filter(None, a.get("config") or []):
-        values = load_yaml(read_text(Path(path)))
+        values = load_yaml(read_text(Path(path))) or {}  # a pipe has been read to its end
         if (before := values.get("weights_sha256", sha256)) != sha256:
             yield f"{path}: made by weights {str(before)[:12]}, now {sha256[:12]}: this will be another video"
         for lora in values.get("lora") or [] if "weights_sha256" in values else []:
@@ -106,7 +106,8 @@ class Repeated(argparse.Action):
 def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:
     """The options in a file, by their names with underscores."""
     try:
-        values = load_yaml(read_text(path))
+        text = read_text(path)
+        values = load_yaml(text)
     except OSError as error:
         raise TypeError(f"cannot read {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -118,7 +119,7 @@ def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:
     if "command" in values and "weights_sha256" in values:
         return _from_metadata(parser, values, path)
     options: dict[str, Any] = {}
-    as_written = load_yaml(read_text(path), typed=False)
+    as_written = load_yaml(text, typed=False)
     textual = {action.dest for action in parser._actions if str in (action.type, getattr(action, "_typehint", None))}
     for key, value in values.items():
         if (name := str(key).replace("-", "_")) in options:

@@ -84,6 +84,8 @@ class ExecutionConfig:
         for name in ("cuda_graph", "dedicated_decoder_rank", "keep_all_frames", "autocast"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.mesh is not None and not hasattr(self.mesh, "mesh_dim_names"):
+            raise ValueError(f"mesh must be None or a torch DeviceMesh, got {self.mesh!r}")
         one_of("attention_impl", self.attention_impl, ATTENTION_IMPLS)
         one_of("on_nan", self.on_nan, ON_NAN)
         object.__setattr__(self, "timeout", number_above_0("timeout", self.timeout))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..common.checks import whole
+from ..common.checks import number_above_0, whole
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "wan2.1-t2v-1.3b": {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30},
@@ -88,7 +88,9 @@ class WanConfig:
             value = getattr(self, f.name)
             if isinstance(value, (list, tuple)) or getattr(value, "ndim", False):
                 value = tuple(whole(f"WanConfig: {f.name}", n) for n in value)
-            elif value is not None and f.name not in ("eps", "rope_theta"):
+            elif f.name in ("eps", "rope_theta"):
+                value = number_above_0(f"WanConfig: {f.name}", value)
+            elif value is not None:
                 value = whole(f"WanConfig: {f.name}", value)
             object.__setattr__(self, f.name, value)
             if value is not None and (min(value) if isinstance(value, tuple) else value) <= 0:
@@ -97,6 +99,9 @@ class WanConfig:
             raise ValueError(
                 f"WanConfig: dim must be num_heads ({self.num_heads}) times an even number, got {self.dim}"
             )
+        for name, count in (("patch_size", 3), ("position_grid", 2)):
+            if (value := getattr(self, name)) is not None and not (isinstance(value, tuple) and len(value) == count):
+                raise ValueError(f"WanConfig: {name} must be {count} whole numbers, got {value}")
         if self.patch_size[0] != 1:
             raise ValueError(f"WanConfig: patch_size[0] must be 1, got {self.patch_size[0]}: a token lies in one frame")
 

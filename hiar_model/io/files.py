@@ -42,8 +42,10 @@ def file_sha256(file: Path) -> str:
 def refuse_stand_in(file: Path) -> None:
     """ValueError of one line for a git-lfs or git-annex pointer or a web page in place of the file itself.
 
-    A file that cannot be read is left to the caller, who will report it.
+    A file that cannot be read is left to the caller, who will report it, and so is a pipe, which can be read once.
     """
+    if is_special(file):
+        return
     try:
         with file.open("rb") as opened:
             head = opened.read(64).lstrip().lower()

@@ -179,8 +179,8 @@ class VideoWriter:
             raise ValueError(f"a .gif has at most {GIF_FASTEST:g} fps, got {fps:g}; use .mp4 or a folder of PNG files")
         self._check_size(size)
         try:
-            json.dumps(self.metadata, default=_as_json)
-        except (TypeError, ValueError) as error:
+            json.dumps(self.metadata, default=_as_json, allow_nan=False)  # NaN is no JSON: others cannot read it
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"metadata of {self.path} cannot be written as JSON: {error}") from error
         self.frames_written = 0
         self._size: tuple[int, ...] | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .atomic import SPECIAL, is_special
 from .files import refuse_stand_in
 from .gguf_files import NotReadError, gguf_package, read_gguf
 
@@ -38,6 +39,8 @@ def weight_files(source: Path) -> list[Path]:
 def _weight_files(source: Path) -> list[Path]:
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
+    if is_special(source):
+        raise ValueError(f"{source}: it is {SPECIAL}")
     if source.is_file():
         if source.name.endswith((INDEX, BIN_INDEX)):
             return _shards(source)

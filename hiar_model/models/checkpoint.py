@@ -166,6 +166,12 @@ def load_transformer(
     native 6 layers
     """
     linear_dtype = ExecutionConfig(linear_dtype=linear_dtype).linear_dtype  # checked, by name
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be None or a floating torch.dtype, such as torch.bfloat16, got {dtype!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
     state, info = open_checkpoint(path, config)
     if on_checkpoint is not None:
         on_checkpoint(info)

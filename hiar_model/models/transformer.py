@@ -308,9 +308,14 @@ class HiARTransformer(nn.Module):
         return attend.collected
 
     def _check_shapes(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> None:
+        for name, tensor in (("latents", latents), ("timesteps", timesteps), ("prompt_embeds", prompt_embeds)):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if latents.dim() != 5 or latents.shape[2] != self.config.in_channels:
             raise ValueError(f"latents must be [B, F, {self.config.in_channels}, H, W], got {list(latents.shape)}")
         batch, frames = latents.shape[:2]
+        if batch < 1 or frames < 1:
+            raise ValueError(f"latents must hold at least one video of one frame, got {list(latents.shape)}")
         per_frame = timesteps.dim() == 2 and timesteps.shape[1] == frames
         if not (per_frame or timesteps.dim() == 1) or timesteps.shape[0] != batch:
             raise ValueError(f"timesteps must be [{batch}, {frames}] or [{batch}], got {list(timesteps.shape)}")
@@ -332,6 +337,9 @@ class HiARTransformer(nn.Module):
     ) -> DenseAttention:
         if mode not in ATTENTION_MODES:
             raise ValueError(f"attention must be one of {', '.join(ATTENTION_MODES)}, got {mode!r}")
+        if context is not None and (isinstance(context, str) or len(context) != len(self.blocks)):
+            got = repr(context) if isinstance(context, str) else len(context)
+            raise ValueError(f"context must hold a KVContext for each of {len(self.blocks)} layers, got {got}")
         grid = self.config.grid(*latents.shape[3:])
         last = first + latents.shape[1]
         frames = torch.arange(first, last, device=latents.device)[None]

@@ -29,7 +29,7 @@ from ..models.video_model import VideoModel, pick_device, pick_dtype
 from ..planning.free_memory import require_memory
 from ..rollout import FinishedBlock, Rollout
 from ..rollout.run_folder import RunFolder
-from ..rollout.session_io import load_session, save_session
+from ..rollout.session_io import PICTURES, load_session, require_same_run, save_session
 from ..schedule.plan import Plan
 from .decode import Decoding
 from .lora import LoraLoading, ScaleFollower
@@ -247,6 +247,8 @@ class VideoRun:
         networks = self.model.networks(len(self.config.steps))
         self.starts = Starts.read(self.model, self.fps, options.image, options.extend, options.last_frame)
         self.conditioning = self.starts.first
+        if options.session is not None:  # before numbers of frames are told that do not fit other pictures
+            require_same_run(options.session, self.facts())
         plan = Plan.of(self.config, self.starts.prefix_frames(self.model))
         latent_frames = self._latent_frames(options.num_frames, endless, plan.prefix_frames)
         self.num_frames = None if latent_frames is None else self.model.pixel_frames(latent_frames)
@@ -273,9 +275,8 @@ class VideoRun:
         if options.on_progress is not None or self.model.adapters is not None:
             self.rollout.on_task = lambda done, _: me._after_tasks(done)
         self.rollout.on_boundary = lambda block: me._boundary(block)
-        self.on_progress, self.frames_done = options.on_progress, 0
+        self.on_progress, self.frames_done, self.session, self._ends = options.on_progress, 0, options.session, False
         self.decoding: Decoding | None = None
-        self.session, self._ends = options.session, False
         if options.session is not None:
             self.decoding = Decoding(self.model.decoder())
             session = load_session(options.session, self.rollout, self.decoding.stateful, self.facts())
@@ -340,10 +341,9 @@ class VideoRun:
 
     def facts(self) -> dict[str, Any]:
         """JSON facts that a session and the run that resumes it must share."""
-        facts: dict[str, Any] = {"weights_sha256": self.model.weights_sha256, "seed": self.options.seed}
-        facts["lora"] = [[lora.sha256, lora.scale] for lora in self.model.loras]
-        facts["given_sha256"] = self.starts.sha256
-        return facts
+        loras = [[lora.sha256, lora.scale] for lora in self.model.loras]
+        same = {"weights_sha256": self.model.weights_sha256, "seed": self.options.seed}
+        return {**same, "lora": loras, PICTURES: self.starts.sha256}
 
     def notes(self) -> list[str]:
         """Lines of output: when changing prompts take effect, and the delay of a live change; what is infilled."""

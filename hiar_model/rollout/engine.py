@@ -9,12 +9,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from threading import Lock
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from ..common.checks import dtype_name, one_line, whole
+from ..common.checks import dtype_name, whole
 from ..common.settings import own_settings
 from ..config import ExecutionConfig, RolloutConfig
 from ..distributed.mesh import axis_size
@@ -32,7 +33,7 @@ from .networks import models_of, networks_of
 from .noise import EXTERNAL, KeyedNoise, TensorNoise
 from .prompt_cache import PromptSource, ResumedPrompts
 from .receiver import Receiver
-from .shapes import CheckedNoise, CheckedPrompts, check_prompt_embeds, require_shape
+from .shapes import CheckedNoise, CheckedPrompts, check_prompt_embeds, pair, require_kind, require_shape
 from .state_key import key_difference
 
 
@@ -105,7 +106,9 @@ class Rollout:
         video_ids: Sequence[int] = (0,),
         noise: Tensor | NoiseSource | None = None,
     ) -> None:
-        execution = execution or ExecutionConfig()
+        require_kind("config", config, RolloutConfig)
+        execution = ExecutionConfig() if execution is None else execution
+        require_kind("execution", execution, ExecutionConfig)
         models, network = networks_of(model, len(config.steps))
         if execution.linear_dtype is None and (loaded := linear_dtype_of(network)) is not None:
             execution = replace(execution, linear_dtype=dtype_name(loaded))
@@ -113,12 +116,11 @@ class Rollout:
             linear_dtype = getattr(torch, execution.linear_dtype)
             models = [None if one is None else quantized(one, linear_dtype) for one in models]
         weight, wan = network.patch_embedding.weight, network.config
+        self._runs = Lock()
         self.execution, self.seed = execution, whole("seed", seed)
         self.video_ids = [whole("video_ids", n) for n in video_ids]
         self.batch = batch = len(self.video_ids)
-        if not hasattr(latent_size, "__len__") or len(latent_size) != 2:
-            raise ValueError(f"latent_size must be (height, width) of a latent frame, got {one_line(latent_size)}")
-        height, width = (whole("latent_size", n, 1) for n in latent_size)
+        height, width = pair("latent_size", latent_size)
         self.shape = (wan.in_channels, height, width)
         grid = wan.grid(height, width)
         if num_latent_frames is not None:
@@ -365,10 +367,18 @@ class Rollout:
         return FinishedBlock(block, self.plan.block_frames(block)[0], latents)
 
     def _run(self, group: Group) -> list[tuple[int, Tensor]]:
-        with own_settings(self.execution.autocast):
-            finished = self._executor.run(group)
-        self._after(group)
+        if not self._runs.acquire(blocking=False):
+            raise RuntimeError("this Rollout is in use by another thread: give each thread its own, or a lock")
+        try:
+            with own_settings(self.execution.autocast):
+                finished = self._executor.run(group)
+            self._after(group)
+        finally:
+            self._runs.release()
         return finished
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Rollout cannot be copied or pickled: load its state_dict() into a new one")
 
     def _after(self, group: Group) -> None:
         """Count a group that has run."""
@@ -411,6 +421,8 @@ class Rollout:
         Raises:
             ValueError: the state belongs to another plan or noise scheme, or no block is left for a different prompt.
         """
+        if not isinstance(state, dict) or "key" not in state:
+            raise ValueError(f"a state is a mapping that state_dict() made, got {type(state).__name__}")
         if "kv_source=" not in state["key"]:  # the options had other names until 2026-11-28
             raise ValueError("a state of an older version, which this one cannot resume: make the video anew")
         if state["key"] != self._key():

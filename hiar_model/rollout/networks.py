@@ -11,6 +11,9 @@ def networks_of(
     model: HiARTransformer | Sequence[HiARTransformer | None], steps: int
 ) -> tuple[list[HiARTransformer | None], HiARTransformer]:
     """The network of each step, and one that is not None."""
+    if isinstance(model, str) or not isinstance(model, HiARTransformer | Sequence):
+        legal = f"a HiARTransformer, or one for each of the {steps} steps"
+        raise ValueError(f"model must be {legal}, got {type(model).__name__}; hiar_model.load_transformer reads one")
     models: list[HiARTransformer | None] = [model] * steps if isinstance(model, HiARTransformer) else list(model)
     network = next(filter(None, models), None)
     if len(models) != steps or network is None:

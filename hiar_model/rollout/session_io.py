@@ -21,6 +21,8 @@ from . import Rollout, state_io
 
 FORMAT, VERSION = "hiar-session", 1
 FILE = SESSION
+PICTURES = "given_sha256"
+"""The fact that is a hash of the pictures or the clip that a video starts from."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,35 @@ def session_tensors(
     return tensors, metadata
 
 
+def require_same_run(path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
+    """ValueError of one line unless a file is a session with these facts; reads its header only."""
+    source = _file(path)
+    _checked_facts(source, state_io.read_metadata(source), about)
+
+
+def _checked_facts(source: Path, metadata: Mapping[str, str], about: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The facts in the metadata of a session; ValueError if it is none, or others than ``about`` has."""
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{source} is no session: format must be {FORMAT!r}, got {metadata.get('format')!r}")
+    if metadata.get("version") != str(VERSION):
+        raise ValueError(f"{source} is a session of version {metadata.get('version')}, this is version {VERSION}")
+    try:
+        was: dict[str, Any] = state_io.field(metadata, "about", dict)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    for name, now in json.loads(json.dumps(dict(about or {}))).items():
+        if name in was and was[name] != now:
+            difference = f"{name} was {was[name]!r}, now it is {now!r}"
+            if name == PICTURES:
+                begins = (
+                    "no picture" if was[name] is None else "pictures or a clip" if now is None else "other pictures"
+                )
+                legal = "leave these out" if was[name] is None else "give the same"
+                difference = f"it starts from {begins}: {legal}"
+            raise ValueError(f"{source} is of another run: {difference}")
+    return was
+
+
 def load_session(
     path: str | os.PathLike[str], rollout: Rollout, decoder: object = None, about: Mapping[str, Any] | None = None
 ) -> Session:
@@ -123,18 +154,12 @@ def load_session(
     """
     source = _file(path)
     tensors, metadata = state_io.read(source)
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{source} is no session: format must be {FORMAT!r}, got {metadata.get('format')!r}")
-    if metadata.get("version") != str(VERSION):
-        raise ValueError(f"{source} is a session of version {metadata.get('version')}, this is version {VERSION}")
+    was = _checked_facts(source, metadata, about)
     try:
-        was, blocks = state_io.field(metadata, "about", dict), state_io.field(metadata, "blocks", int)
+        blocks = state_io.field(metadata, "blocks", int)
         others = None if metadata.get("decoder") == "null" else state_io.field(metadata, "decoder", dict)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    for name, now in json.loads(json.dumps(dict(about or {}))).items():
-        if name in was and was[name] != now:
-            raise ValueError(f"{source} is of another run: {name} was {was[name]!r}, now it is {now!r}")
     decoder_tensors = state_io.under(tensors, "decoder")
     saved, takes = others is not None, hasattr(decoder, "load_state_dict")
     if saved != takes:

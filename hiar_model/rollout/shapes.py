@@ -8,7 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
+from ..common.checks import one_line, whole
 from ..config import WanConfig
+
+
+def require_kind(name: str, value: object, kind: type) -> None:
+    """ValueError unless it is an object of this class."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a hiar_model.{kind.__name__}, got {type(value).__name__}")
+
+
+def pair(name: str, value: Any) -> tuple[int, int]:
+    """(height, width) of at least 1; ValueError for what is none."""
+    if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != 2:
+        raise ValueError(f"{name} must be (height, width) of a latent frame, got {one_line(value)}")
+    return whole(name, value[0], 1), whole(name, value[1], 1)
 
 
 def require_shape(name: str, actual: Any, expected: tuple[int | None, ...]) -> None:

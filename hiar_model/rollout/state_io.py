@@ -97,12 +97,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: the file is missing or cannot be read; :class:`DamagedFile`: it is corrupt.
     """
-    refuse_stand_in(path)
-    if path.is_dir() or is_special(path):
-        raise ValueError(f"cannot read {path}: it is {'a folder' if path.is_dir() else SPECIAL}")
+    metadata = read_metadata(path)
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
         tensors = load_file(path)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
@@ -112,6 +108,18 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         changed = _first_difference(stored, now)
         raise DamagedFile(f"cannot read {path}: it is damaged: {changed} is not what was written")
     return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Only the metadata; ValueError as :func:`read`."""
+    refuse_stand_in(path)
+    if path.is_dir() or is_special(path):
+        raise ValueError(f"cannot read {path}: it is {'a folder' if path.is_dir() else SPECIAL}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
 
 
 def checksum(tensor: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,20 @@ def test_a_prompt_is_the_text_that_stands_there(capsys, written):
     write("c.yaml", f"prompt: {written}\nmodel: toy")
     assert run("generate", "-o", "a.mp4", "--config", "c.yaml") == 2
     assert capsys.readouterr().err.startswith(f"hiar: prompt {written!r}: ")
+
+
+def test_a_pipe_is_read_once(capsys):
+    """As the shell's --prompts <(command) makes one: its beginning was lost to a look at it."""
+    texts = {"--config": f"prompt: {PROMPT}\nmodel: toy\nnum_frames: 3", "--prompts": f"0 {PROMPT}"}
+    for option, text in texts.items():
+        reads, writes = os.pipe()
+        os.write(writes, text.encode())
+        os.close(writes)
+        more = [] if option == "--config" else ["--num-frames", 3]
+        assert run("generate", "-o", "a.mp4", "--overwrite", option, f"/dev/fd/{reads}", *more) == 0
+        os.close(reads)
+        assert record("a.mp4")["frames"] == 3
+        assert ("shows from 0 s" in capsys.readouterr().err) == (option == "--prompts")
 
 
 @pytest.mark.parametrize("typed", [["--seed", "1:30"], ["--seed=1:30"], ["--fps", "1:30.5"]])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 import torch
 from small_toy import small_folder  # noqa: F401 (fixture)
 
+from hiar_model.__main__ import run as run_command
 from hiar_model.cli import COMMANDS, main
 from hiar_model.cli.choices import SHARED
 from hiar_model.cli.machine import ProgressLines
@@ -197,3 +199,16 @@ def test_other_errors_are_no_lack_of_memory(monkeypatch):
     monkeypatch.setitem(COMMANDS, "bench", (arguments, work, summary))
     with pytest.raises(RuntimeError, match="a fault of ours"):
         run("bench")
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line(capsys, monkeypatch):
+    """For the first third of a second it was a traceback."""
+
+    class Imported:
+        @property
+        def main(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "hiar_model.cli", Imported())
+    assert run_command() == 130
+    assert capsys.readouterr().err == "hiar: interrupted\n"

@@ -346,6 +346,14 @@ def test_metadata_of_numpy_and_paths(tmp_path):
     assert (record["rate"], record["count"], record["file"]) == (0.5, 3, str(tmp_path))
 
 
+@pytest.mark.parametrize("value", [float("nan"), np.float32("inf"), np.ones(3), torch.ones(3), object()], ids=type)
+def test_metadata_that_no_json_can_hold(tmp_path, value):
+    """NaN made a record that browsers and jq refuse, a tensor an error from inside."""
+    with pytest.raises(ValueError, match=r"^metadata of .*v\.mp4 cannot be written as JSON: "):
+        Video(clip(2), 12, {"score": value}).save(tmp_path / "v.mp4")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_narrow_band_is_enlarged_within_bounds():
     assert upscale(np.zeros((1, 2, 5000, 3), np.uint8)).shape == (1, 2, 5000, 3)
     assert upscale(np.zeros((1, 2, 1000, 3), np.uint8)).shape == (1, 8, 4000, 3)

@@ -15,6 +15,7 @@ from torch import Tensor
 from hiar_kernels import qk_norm_rope
 from hiar_kernels.attention import selection
 from hiar_kernels.common.dispatch import prefer, taken
+from hiar_model import load_transformer
 from hiar_model.config import FlowSchedule, WanConfig, sigma_table
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.rollout.reference import forward_block
@@ -142,6 +143,15 @@ def test_uniform_schedules(steps):
         (lambda: FlowSchedule.uniform(0), "a whole number from 1 to 1000, got 0"),
         (lambda: WanConfig(24, 40, 5, 1), "dim must be num_heads (5) times an even number, got 24"),
         (lambda: WanConfig(24, 40, 2, 0), "num_layers must be positive, got 0"),
+        (lambda: WanConfig(24, 40, 2, 1, eps="x"), "WanConfig: eps must be a number above 0, got 'x'"),
+        (lambda: WanConfig(24, 40, 2, 1, eps=float("nan")), "WanConfig: eps must be a number above 0, got nan"),
+        (lambda: WanConfig(24, 40, 2, 1, rope_theta=None), "WanConfig: rope_theta must be a number above 0, got None"),
+        (lambda: WanConfig(24, 40, 2, 1, patch_size=(1, 2)), "patch_size must be 3 whole numbers, got (1, 2)"),
+        (lambda: load_transformer("toy", dtype=torch.int8), "dtype must be None or a floating torch.dtype, such"),
+        (lambda: load_transformer("toy", dtype="bf16"), "such as torch.bfloat16, got 'bf16'"),
+        (lambda: load_transformer("toy", device="cuda:77"), "device 'cuda:77' cannot be used: "),
+        (lambda: load_transformer("toy", device="gpu"), "device 'gpu' cannot be used: "),
+        (lambda: load_transformer("/dev/null"), "/dev/null: it is a device, a pipe or a socket, no file"),
         (lambda: WanConfig(24, 40, 2, 1, patch_size=(2, 2, 2)), "patch_size[0] must be 1, got 2"),
         (lambda: WanConfig.from_name("wan"), "model must be one of wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy"),
         (lambda: WanConfig.from_dict({"dim": 4, "heads": 2}), "unknown heads; known: dim, eps"),

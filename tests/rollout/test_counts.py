@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
 import torch
 from made_runs import make_rollout
 
-from hiar_model import FlowSchedule, HiARTransformer, Rollout, RolloutConfig, WanConfig, rollout
+from hiar_model import ExecutionConfig, FlowSchedule, HiARTransformer, Rollout, RolloutConfig, WanConfig, rollout
 from hiar_model.models.transformer import Block
 from hiar_model.rollout.infill import infill
 
@@ -110,12 +111,65 @@ def test_renoise():
         (NOISE, torch.ones(2, 6), torch.ones(3, 4, 6), r"prompt_embeds must be \[1 or 2, L, 6\], got \[3, 4, 6\]"),
         (NOISE, torch.ones(2, 6), torch.ones(4, 6), r"prompt_embeds must be \[1 or 2, L, 6\], got \[4, 6\]"),
         (NOISE[0], torch.ones(2, 6), TEXT, r"latents must be \[B, F, 2, H, W\], got \[6, 2, 2, 4\]"),
+        (NOISE, 500, TEXT, "timesteps must be a tensor, got int"),
+        (NOISE.numpy(), torch.ones(2, 6), TEXT, "latents must be a tensor, got ndarray"),
+        (NOISE, torch.ones(2, 6), None, "prompt_embeds must be a tensor, got NoneType"),
+        (NOISE[:, :0], torch.ones(2, 0), TEXT, r"latents must hold at least one video of one frame, got \[2, 0, .*\]"),
+        (NOISE[:0], torch.ones(0, 6), TEXT, r"latents must hold at least one video of one frame, got \[0, 6, .*\]"),
     ],
 )
 @pytest.mark.parametrize("call", ["__call__", "kv"])
 def test_one_forward(model, latents, timesteps, text, says, call):
     with pytest.raises(ValueError, match=f"^{says}$"):
         getattr(model, call)(latents, timesteps, text)
+
+
+@pytest.mark.parametrize(("context", "got"), [([], "0"), ("x", "'x'"), ([None] * 3, "3")])
+def test_a_context_for_each_layer(model, context, got):
+    with pytest.raises(ValueError, match=f"^context must hold a KVContext for each of 1 layers, got {got}$"):
+        model(NOISE, torch.ones(2, 6), TEXT, context=context)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (
+            {"model": "toy"},
+            "model must be a HiARTransformer, or one for each of the 4 steps, got str; .*load_transformer",
+        ),
+        ({"model": None}, "model must be a HiARTransformer, or one for each of the 4 steps, got NoneType; "),
+        ({"config": {"order": "stream"}}, r"config must be a hiar_model\.RolloutConfig, got dict$"),
+        ({"config": None}, r"config must be a hiar_model\.RolloutConfig, got NoneType$"),
+        ({"execution": {}}, r"execution must be a hiar_model\.ExecutionConfig, got dict$"),
+        ({"latent_size": 8}, r"latent_size must be \(height, width\) of a latent frame, got 8$"),
+        ({"latent_size": (8,)}, r"latent_size must be \(height, width\) of a latent frame, got \(8,\)$"),
+        ({"latent_size": "88"}, r"latent_size must be \(height, width\) of a latent frame, got '88'$"),
+        ({"latent_size": (8.0, 8)}, "latent_size must be a whole number of at least 1, got 8.0$"),
+    ],
+)
+def test_objects_of_another_kind(model, wrong, says):
+    """Tracebacks from inside, or of the name of a model that it is 3 networks."""
+    right = {"model": model, "config": RolloutConfig(), "execution": None, "latent_size": (2, 4)}
+    with pytest.raises(ValueError, match=f"^{says}"):
+        Rollout(prompt_embeds=TEXT[:1], num_latent_frames=6, **{**right, **wrong})
+
+
+def test_one_rollout_in_two_threads():
+    """Both took the next tasks, of blocks that the other had begun: a KeyError, or a wrong video."""
+    run = Rollout(HiARTransformer(CONFIG).eval(), TEXT[:1], RolloutConfig(), num_latent_frames=6, latent_size=(2, 4))
+    with run._runs, pytest.raises(RuntimeError, match="^this Rollout is in use by another thread"):
+        run.step()
+    assert len(list(run)) == 2
+    with run._runs, pytest.raises(TypeError, match=r"^a Rollout cannot be copied or pickled: load its state_dict\(\)"):
+        copy.deepcopy(run)
+    for state in ({}, None, {"cache": {}}):
+        with pytest.raises(ValueError, match=r"^a state is a mapping that state_dict\(\) made, got "):
+            run.load_state_dict(state)
+
+
+def test_a_mesh_is_one():
+    with pytest.raises(ValueError, match="^mesh must be None or a torch DeviceMesh, got 'step=2'$"):
+        ExecutionConfig(mesh="step=2")
 
 
 def test_infill(model):
