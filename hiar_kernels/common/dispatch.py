@@ -57,8 +57,8 @@ def is_number(value: object) -> bool:
 
 
 def is_whole(value: object) -> bool:
-    """Whether it is a whole number; bools are none."""
-    if isinstance(value, bool | float):
+    """Whether it is a whole number, of Python, of numpy or in a tensor; bools are none."""
+    if isinstance(value, bool | float) or getattr(getattr(value, "dtype", None), "is_floating_point", False):
         return False
     return isinstance(value, int) or hasattr(value, "__index__")
 

@@ -126,9 +126,8 @@ def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:
             raise TypeError(f"{path}: {name} and {key} are one option")
         if name in textual and isinstance(value, (list, dict)):
             raise TypeError(f"{path}: {name} must be one text, got {value!r}")
-        options[name] = (
-            as_written[key] if name in textual and value is not None else value
-        )  # a prompt may be "no", "1:30"
+        is_text = name in textual and value is not None  # a prompt may be "no", "1:30"
+        options[name] = as_written[key] if is_text else value
     if (more := options.pop("config", None)) is not None:
         raise TypeError(f"{path}: config must not stand in a file of options, got {more!r}")
     return options

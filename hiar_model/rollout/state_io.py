@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import textwrap
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: the file is missing or cannot be read; :class:`DamagedFile`: it is corrupt.
     """
     metadata = read_metadata(path)
-    try:
+    with _named(path):
         tensors = load_file(path)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    except safetensors.SafetensorError as error:
-        raise DamagedFile(f"cannot read {path}: {error}") from error
     if (stored := metadata.pop("sums", None)) is not None and stored != (now := json.dumps(_sums(tensors, metadata))):
         changed = _first_difference(stored, now)
         raise DamagedFile(f"cannot read {path}: it is damaged: {changed} is not what was written")
@@ -115,11 +112,19 @@ def read_metadata(path: Path) -> dict[str, str]:
     refuse_stand_in(path)
     if path.is_dir() or is_special(path):
         raise ValueError(f"cannot read {path}: it is {'a folder' if path.is_dir() else SPECIAL}")
+    with _named(path), safetensors.safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of reading name the file."""
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
+        yield
+    except OSError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
+    except safetensors.SafetensorError as error:
+        raise DamagedFile(f"cannot read {path}: {error}") from error
 
 
 def checksum(tensor: Tensor) -> int:

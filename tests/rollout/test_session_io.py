@@ -301,7 +301,7 @@ def test_a_byte_that_has_changed_is_noticed(saved, content):
         try:
             again, said = state_io.read(saved)
         except ValueError as error:
-            assert str(error).startswith(f"cannot read {saved}: ")
+            assert isinstance(error, state_io.DamagedFile) and str(error).startswith(f"cannot read {saved}: ")
             changed |= set(re.findall("it is damaged: (.+) is not what was written", str(error)))
             continue
         assert place < of_tensors and metadata.items() <= said.items() and again.keys() == tensors.keys()
