@@ -26,9 +26,13 @@ def pair(name: str, value: Any) -> tuple[int, int]:
 
 
 def require_shape(name: str, actual: Any, expected: tuple[int | None, ...]) -> None:
-    """ValueError unless ``actual``, a tensor or a shape, has the ``expected`` shape; None matches any size."""
+    """ValueError unless ``actual``, a tensor of real numbers or a shape, has the ``expected`` shape; None matches any
+    size.
+    """
     if not isinstance(actual, Tensor | tuple):
         raise ValueError(f"{name} must be a tensor {_shown(expected)}, got {type(actual).__name__}")
+    if isinstance(actual, Tensor) and not actual.is_floating_point():
+        raise ValueError(f"{name} must be of a floating dtype, got {actual.dtype}")
     shape = tuple(actual.shape) if isinstance(actual, Tensor) else actual
     if len(shape) != len(expected) or any(e not in (None, a) for a, e in zip(shape, expected, strict=True)):
         raise ValueError(f"{name} must be {_shown(expected)}, got {list(shape)}")
@@ -43,6 +47,8 @@ def check_prompt_embeds(prompt_embeds: Any, batch: int, config: WanConfig, name:
     legal = f"[{f'1 or {batch}' if batch > 1 else '1'}, at most {config.text_len}, {config.text_dim}]"
     if not isinstance(prompt_embeds, Tensor):
         raise ValueError(f"{name} must be a tensor {legal}, got {type(prompt_embeds).__name__}")
+    if not prompt_embeds.is_floating_point():
+        raise ValueError(f"{name} must be of a floating dtype, got {prompt_embeds.dtype}")
     count, length, width = prompt_embeds.shape if prompt_embeds.dim() == 3 else (0, 0, 0)
     if count not in (1, batch) or length > config.text_len or width != config.text_dim:
         videos = f"one prompt for all {batch} videos or one for each" if batch > 1 else "the prompt of one video"
