@@ -207,10 +207,10 @@ def test_refused_without_a_job(options, message):
 
 
 def test_the_legal_numbers_of_ranks_are_those_that_divide_both(monkeypatch):
-    class Group:
+    class GroupOfFive:
         group_name = "of five"
 
-    monkeypatch.setattr(ulysses, "axis", lambda mesh, name: Group())
+    monkeypatch.setattr(ulysses, "axis", lambda mesh, name: GroupOfFive())
     monkeypatch.setattr(dist, "get_rank", lambda group: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 5)
     config = replace(CONFIG, dim=72, num_heads=12)
