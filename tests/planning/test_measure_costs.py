@@ -1,4 +1,4 @@
-"""Costs of tasks as they are measured, by a clock of the test's own: which tasks count, and what of them is the cost."""
+"""Costs of tasks as they are measured, by a clock of the test's own: which tasks count, and what is the cost."""
 
 from __future__ import annotations
 

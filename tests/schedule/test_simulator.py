@@ -190,9 +190,7 @@ def test_a_prefix_is_no_part_of_the_steady_state() -> None:
 
 def test_a_search_that_is_cut_short_proves_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it says is a bound of every split, and the split is one that was simulated."""
-    costs = Costs(
-        tuple(CostCurve(((0, t),)) for t in (5, 2, 2, 6, 5)), CostCurve(((0, 4),)), latents=Message(1, 0, 0)
-    )
+    costs = Costs(tuple(CostCurve(((0, t),)) for t in (5, 2, 2, 6, 5)), CostCurve(((0, 4),)), latents=Message(1, 0, 0))
     plan = Plan(5, "stream", 3, kv_source="next_step")
     best = simulate(plan, 5, 3, costs)
     assert best.time == best.lower_bound == 64
