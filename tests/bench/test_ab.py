@@ -108,14 +108,25 @@ def test_a_slower_revision_is_seen(compared, repository):
         assert all(a["fps"] * a["task_ms"] == pytest.approx(12e3 / tasks) for a in row["samples"]["A"])
         slower = ratio(row, "task_ms")
         assert 0 < slower["pairs"][0] <= slower["ratio"] <= slower["pairs"][1]
-        assert {"attention", "matmul", "pointwise", "copy", "idle"} <= set(results.figures(row))
-        assert results.figures(row)["idle"]["B"][0] > 15 / tasks
+        kinds = {"attention", "matmul", "pointwise", "copy"}
+        assert {*kinds, "idle"} <= set(results.figures(row))
+        for trace in (*row["traces"]["A"], *row["traces"]["B"]):
+            assert 0 < sum(trace[kind] for kind in kinds) == pytest.approx(trace["busy"])
     assert [found["sides"][side]["revision"] for side in "AB"] == [
         git("rev-parse", "--short=10", f"HEAD{back}").strip() for back in ("~1", "")
     ]
     assert "REHEARSAL" in page and "| stream, graph | ms a task |" in page
     assert [found["sides"][side]["threads"] for side in "AB"] == [1, 1], "a side was not asked about itself"
     assert len(git("worktree", "list").splitlines()) == 1, "a worktree was left behind"
+
+
+def test_idle_is_what_the_clock_saw_beyond_the_traced_work():
+    """Of a side: its own clock, and the work of its own traces. Never less than nothing, as on a busy machine."""
+    row = {
+        "samples": {"A": [{"task_ms": 5.0}], "B": [{"task_ms": 8.0}, {"task_ms": 12.0}]},
+        "traces": {"A": [{"busy": 4.5}], "B": [{"busy": 4.0}, {"busy": 11.0}]},
+    }
+    assert results.figures(row)["idle"] == {"A": [0.5], "B": [6.0, 0.0]}
 
 
 def test_ops(compared):

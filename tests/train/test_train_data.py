@@ -10,10 +10,12 @@ from refusals import refused
 from safetensors.torch import save_file
 
 from hiar_model.toy.codec import ToyCodec
-from hiar_model.toy.prompt import ToyPrompt, token_table
+from hiar_model.toy.prompt import PROMPT_TOKENS, ToyPrompt, token_table
 from hiar_model.toy.text import ToyTextEncoder
 from hiar_model.toy.world import WORLDS, ToyWorld, WorldConfig
+from hiar_model.train.config.reading import load_recipe
 from hiar_model.train.data.datasets import LatentData, PromptData, ToyData
+from hiar_model.train.stages.sources import Sources
 
 pytestmark = pytest.mark.cpu
 
@@ -113,6 +115,15 @@ def test_a_fingerprint_tells_data_apart():
 def test_bad_toy_data_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         toy(**change)
+
+
+def test_sampled_prompts_are_as_long_as_those_of_the_data(monkeypatch):
+    """With the token that marks clips from the middle: guidance puts them beside the empty prompt."""
+    monkeypatch.setattr(ToyCodec, "fit", lambda **_: CODEC)
+    sources = Sources(load_recipe("toy/teacher"), torch.device("cpu"))
+    prompts, empty = sources.sample_prompts(2), sources.data.unconditional()
+    assert prompts.shape == (2, *empty.shape[1:]) and prompts.shape[1] == PROMPT_TOKENS + 1
+    assert not prompts[:, -1].any(), "a sample is the beginning of a video"
 
 
 # Folders.
