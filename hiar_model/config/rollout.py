@@ -157,8 +157,10 @@ class RolloutConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RolloutConfig:
         """From a plain mapping; missing keys get their defaults, unknown ones raise ValueError."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"RolloutConfig: options must be a mapping, got {type(values).__name__}")
         known = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(map(str, set(values) - set(known)))
         if unknown:
             raise ValueError(f"RolloutConfig: unknown {', '.join(unknown)}; known: {', '.join(known)}")
         plain_values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -132,8 +133,10 @@ class WanConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> WanConfig:
         """From a plain mapping; unknown keys raise ValueError."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"WanConfig: options must be a mapping, got {type(values).__name__}")
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(str, set(values) - known))
         if unknown:
             raise ValueError(f"WanConfig: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         return cls(**values)

@@ -21,7 +21,7 @@ from ..config.rollout import SAMPLERS
 from ..models.threads import cpu_threads, fitting_threads
 from ..models.transformer import HiARTransformer
 from .noise import INITIAL, keyed_noise
-from .shapes import check_prompt_embeds
+from .shapes import check_prompt_embeds, require_kind
 
 
 @torch.no_grad()
@@ -63,6 +63,7 @@ def infill(
     Raises:
         ValueError: names the argument and its legal values. FloatingPointError: the step whose latents are not finite.
     """
+    require_kind("schedule", schedule, FlowSchedule)
     models = [model] * len(schedule) if isinstance(model, HiARTransformer) else list(model)
     if len(models) != len(schedule):
         raise ValueError(f"model must be one network, or one for each of the {len(schedule)} steps, got {len(models)}")
@@ -124,6 +125,8 @@ def _mask(known: Tensor | Iterable[int], batch: int, lengths: Sequence[int]) -> 
         if known.shape != (batch, frames) or known.dtype != torch.bool:
             raise ValueError(f"known must be bool [{batch}, {frames}], got {known.dtype} {list(known.shape)}")
         return known
+    if isinstance(known, str) or not hasattr(known, "__iter__"):
+        raise ValueError(f"known must be numbers of blocks in 0..{blocks - 1}, or bool [B, F], got {known!r}")
     mask = torch.zeros(batch, frames, dtype=torch.bool)
     for n in known:
         number = as_whole(n)

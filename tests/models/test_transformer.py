@@ -15,8 +15,8 @@ from torch import Tensor
 from hiar_kernels import qk_norm_rope
 from hiar_kernels.attention import selection
 from hiar_kernels.common.dispatch import prefer, taken
-from hiar_model import load_transformer
-from hiar_model.config import FlowSchedule, WanConfig, sigma_table
+from hiar_model import load_transformer, save_transformer
+from hiar_model.config import FlowSchedule, RolloutConfig, WanConfig, sigma_table
 from hiar_model.models.transformer import HiARTransformer
 from hiar_model.rollout.reference import forward_block
 
@@ -155,6 +155,10 @@ def test_uniform_schedules(steps):
         (lambda: WanConfig(24, 40, 2, 1, patch_size=(2, 2, 2)), "patch_size[0] must be 1, got 2"),
         (lambda: WanConfig.from_name("wan"), "model must be one of wan2.1-t2v-1.3b, wan2.1-t2v-14b, toy"),
         (lambda: WanConfig.from_dict({"dim": 4, "heads": 2}), "unknown heads; known: dim, eps"),
+        (lambda: WanConfig.from_dict([1]), "WanConfig: options must be a mapping, got list"),
+        (lambda: RolloutConfig.from_dict([1]), "RolloutConfig: options must be a mapping, got list"),
+        (lambda: RolloutConfig.from_dict({1: 2}), "RolloutConfig: unknown 1; known: steps"),
+        (lambda: save_transformer("toy", "x.safetensors"), "model must be a HiARTransformer, got str"),
     ],
 )
 def test_bad_numbers_are_refused(make, message):

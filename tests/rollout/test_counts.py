@@ -176,6 +176,14 @@ def test_a_mesh_is_one():
         ExecutionConfig(mesh="step=2")
 
 
+@pytest.mark.parametrize("known", [None, 0, "0"])
+def test_known_blocks_are_numbers(model, known):
+    with pytest.raises(ValueError, match=r"^known must be numbers of blocks in 0..1, or bool \[B, F\], got "):
+        infill(model, NOISE, known, TEXT, SCHEDULE)
+
+
 def test_infill(model):
+    with pytest.raises(ValueError, match=r"^schedule must be a hiar_model\.FlowSchedule, got list$"):
+        infill(model, NOISE, [0], TEXT, [1000, 500])
     with pytest.raises(ValueError, match=r"^prompt_embeds must be \[1 or 2, at most 5, 6\] .*, got \[3, 4, 6\]$"):
         infill(model, NOISE, [0], torch.ones(3, 4, 6), SCHEDULE)
