@@ -352,9 +352,9 @@ def save_transformer(model: HiARTransformer, path: str | Path) -> None:
     target = Path(path)
     if target.suffix != ".safetensors":
         raise ValueError(f"{target}: weights are written as .safetensors, got {target.suffix or 'no suffix'!r}")
+    check_output(target)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model must be a HiARTransformer, got {type(model).__name__}")
-    check_output(target)
     state = {key_mapping.plain(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic(target) as partial:
         save_tensors(state, partial, file_header(model.config))
