@@ -58,9 +58,9 @@ def is_number(value: object) -> bool:
 
 def is_whole(value: object) -> bool:
     """Whether it is a whole number, of Python, of numpy or in a tensor; bools are none."""
-    if isinstance(value, bool | float) or getattr(getattr(value, "dtype", None), "is_floating_point", False):
-        return False
-    return isinstance(value, int) or hasattr(value, "__index__")
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    return hasattr(value, "__index__") and not (isinstance(value, Tensor) and value.is_floating_point())
 
 
 def check_eps(op: str, eps: float | None) -> None:

@@ -30,7 +30,7 @@ from ..rollout.state_io import DamagedFile
 from ..schedule.plan import Plan
 from .admission import Admission
 from .protocol import LIVE_ORDERS, Frames, OneOf, Pixels, Prompt, Refusal, Seed, StartMessage
-from .spool import ShortSpool, Spool, TooLarge, Transcoding, write_metadata
+from .spool import ShortSpool, Spool, Transcoding, write_metadata
 from .store import Store
 
 log = logging.getLogger("hiar.serve")
@@ -237,10 +237,7 @@ class Jobs:
             self.retry_at = time.monotonic() + RETRY_AFTER
             self.store.update(name, status="queued", error=message)
             return
-        if isinstance(error, TooLarge):  # whenever it is tried; and the others wait behind it
-            (self.store.path(name) / SPOOL).unlink(missing_ok=True)
-            (self.store.path(name) / SESSION).unlink(missing_ok=True)
-        elif _is_full(error) or isinstance(error, sqlite3.Error):
+        if _is_full(error) or isinstance(error, sqlite3.Error):
             self._wait(name, error)
             self.store.update(name, error=message)
             return

@@ -22,7 +22,7 @@ LARGEST = 4 << 30
 
 
 class TooLarge(OSError):
-    """A video that takes more than the room that there is for one."""
+    """A video that takes more than the room that there is for one; waiting, as for a full disk, would not help."""
 
 
 class ShortSpool(ValueError):

@@ -13,14 +13,14 @@ pytestmark = pytest.mark.cpu
 
 @pytest.fixture
 def purged(monkeypatch):
-    """The steps from which on TensorBoard's writers hide what earlier ones wrote."""
+    """The steps from which on TensorBoard's files hide what earlier ones hold."""
     steps = []
 
     class NoEvents:
         def __init__(self, folder, purge_step):
             steps.append(purge_step)
 
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", NoEvents)
+    monkeypatch.setattr(metrics, "EventFile", NoEvents)
     return steps
 
 
