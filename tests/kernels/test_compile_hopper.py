@@ -234,7 +234,7 @@ class LaunchRecorder:
         self.parameters, self.launches = inspect.signature(kernel.fn), []
 
     def __getitem__(self, grid):
-        return lambda *words, num_warps, maxnreg, **more: self.launches.append(
+        return lambda *words, num_warps, maxnreg, enable_fp_fusion, **more: self.launches.append(
             (grid, self.parameters.bind(*words, **more).arguments)
         )
 
