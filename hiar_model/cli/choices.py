@@ -151,9 +151,9 @@ def refuse_other_metadata(path: Path, video: str, values: Mapping[str, Any], ove
     missing = object()
     for name, value in values.items():
         if name != "frames" and (was := before.get(name, missing)) != value:
-            said = "is not there" if was is missing else f"was {_short(was)}"
+            stored = "is not there" if was is missing else f"was {_short(was)}"
             raise ValueError(
-                f"{path} exists and is of another video: {name} {said}, now it is {_short(value)}: {advice}"
+                f"{path} exists and is of another video: {name} {stored}, now it is {_short(value)}: {advice}"
             )
 
 

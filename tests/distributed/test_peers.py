@@ -78,17 +78,17 @@ def test_training_names_who_died(monkeypatch, capsys, dead, state, line, debug):
         others.peers = SimpleNamespace(dead=lambda patience=0.0: dead, leave=lambda: None)
         others.trainer = SimpleNamespace(update=6, state=state)
         raise ValueError("states cannot be written") from RuntimeError(GLOO)
-    said = capsys.readouterr().err
-    assert ended.value.code == 1 and said.startswith(f"hiar: {line}\n")
-    assert ("Traceback" in said) is debug
+    printed = capsys.readouterr().err
+    assert ended.value.code == 1 and printed.startswith(f"hiar: {line}\n")
+    assert ("Traceback" in printed) is debug
 
 
 def test_a_state_is_not_promised_when_one_has_died(capsys):
-    for dead, said in ((None, 1), (1, 0)):
+    for dead, times in ((None, 1), (1, 0)):
         trainer = SimpleNamespace(first=True, stopping=False, stop=lambda: None)
         with train.ends_training(trainer, lambda dead=dead: dead):
             signal.raise_signal(signal.SIGTERM)
-        assert capsys.readouterr().err.count("stopping after this update, with a saved state") == said
+        assert capsys.readouterr().err.count("stopping after this update, with a saved state") == times
 
 
 def test_the_watchdog_names_who_died(killed, capsys):
@@ -131,7 +131,7 @@ def test_a_wrong_recipe_is_told_by_one_of_several_processes(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "_exit", leave)
     words = Namespace(recipe="toy/teacher", overrides=["colour=3"], out=None, device="cpu", nproc=2)
-    for said in (1, 0):
+    for times in (1, 0):
         with pytest.raises(SystemExit) as ended:
             train.train(words)
-        assert ended.value.code == 2 and capsys.readouterr().err.count("hiar: recipe: unknown key colour") == said
+        assert ended.value.code == 2 and capsys.readouterr().err.count("hiar: recipe: unknown key colour") == times

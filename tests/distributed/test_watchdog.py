@@ -18,20 +18,20 @@ START = {"name": "rank 1, steps 2 to 3", "at": "step 2 of block 0", "state": "ru
 
 @pytest.fixture
 def watchdog():
-    """Of rank 0 of two, with a limit of 10 s, of which 8 are for noticing; its reports are in ``said``."""
+    """Of rank 0 of two, with a limit of 10 s, of which 8 are for noticing; its reports are in ``reports``."""
     watchdog = object.__new__(Watchdog)
     watchdog.rank, watchdog.ranks, watchdog.timeout, watchdog.beat = 0, 2, 10.0, 0.5
-    watchdog.fault, watchdog.stopped, watchdog.closed, watchdog.said = None, False, False, []
+    watchdog.fault, watchdog.stopped, watchdog.closed, watchdog.reports = None, False, False, []
     watchdog._statuses = [{**START, "state": "end"}, dict(START)]
     watchdog._seen = [(-1, -1, 0.0, 0.0)] * 2
-    watchdog.report = lambda message, culprit=None: watchdog.said.append((message, culprit))
+    watchdog.report = lambda message, culprit=None: watchdog.reports.append((message, culprit))
     watchdog._judge(100.0)
-    assert not watchdog.said
+    assert not watchdog.reports
     return watchdog
 
 
 @pytest.mark.parametrize(
-    ("changes", "seconds", "said"),
+    ("changes", "seconds", "report"),
     [
         ({"beats": 4}, 9, None),  # the first block takes its time
         ({"beats": 4}, 81, "hangs for 81 s at step 2 of block 0"),
@@ -44,18 +44,18 @@ def watchdog():
         ({"state": "end"}, 900, None),
     ],
 )
-def test_a_fault_is_what_takes_longer_than_the_limit(watchdog, changes, seconds, said):
+def test_a_fault_is_what_takes_longer_than_the_limit(watchdog, changes, seconds, report):
     watchdog._statuses[1] |= changes
     watchdog._judge(100.0 + seconds)
-    assert watchdog.said == ([] if said is None else [(f"rank 1, steps 2 to 3 {said}", 1)])
+    assert watchdog.reports == ([] if report is None else [(f"rank 1, steps 2 to 3 {report}", 1)])
 
 
 def test_a_process_that_has_not_begun_has_more_time(watchdog):
     watchdog._statuses[1] = {"name": "rank 1", "at": "start"}
     watchdog._seen[1] = (-1, -1, 0.0, 0.0)
-    for now, said in ((100.0, []), (109.0, []), (181.0, [("rank 1 sent no heartbeat for 81 s at start", 1)])):
+    for now, reports in ((100.0, []), (109.0, []), (181.0, [("rank 1 sent no heartbeat for 81 s at start", 1)])):
         watchdog._judge(now)
-        assert watchdog.said == said
+        assert watchdog.reports == reports
 
 
 def test_who_was_stopped_blames_nobody(watchdog, monkeypatch):
@@ -71,7 +71,7 @@ def test_who_was_stopped_blames_nobody(watchdog, monkeypatch):
 
     watchdog._sleep = sleep
     watchdog._run()
-    assert judged == [100.5, 400.0, 400.5] and not watchdog.said
+    assert judged == [100.5, 400.0, 400.5] and not watchdog.reports
 
 
 class StoreOfJob:

@@ -106,8 +106,8 @@ def test_a_pointer_in_place_of_text(tmp_path, monkeypatch, capsys, what):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text(LFS)
     assert main(POINTED[what]) == 2
-    told = capsys.readouterr().err
-    assert told == "hiar: file: a git-lfs pointer, not the file itself; run `git lfs pull` there\n"
+    printed = capsys.readouterr().err
+    assert printed == "hiar: file: a git-lfs pointer, not the file itself; run `git lfs pull` there\n"
 
 
 @pytest.mark.parametrize("read", [open_tensors, read_json, read_prompts])

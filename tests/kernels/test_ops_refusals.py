@@ -359,11 +359,11 @@ def test_what_is_no_float_is_refused_everywhere(op):
 def test_a_mask_of_numpy_s_numbers_or_tensors_is_the_same_mask():
     """One of tensors was equal to none, not even to itself after a copy, and could not be looked up."""
     plain = BlockCausal(4, 3, (6, 9), 1)
-    for whole in (np.int64, torch.tensor):
+    for number in (np.int64, torch.tensor):
         for windows in (np.array([6, 9]), torch.tensor([6, 9]), [6, 9]):
-            mask = BlockCausal(whole(4), whole(3), windows, whole(1))
+            mask = BlockCausal(number(4), number(3), windows, number(1))
             assert mask == plain and hash(mask) == hash(plain) and repr(mask) == repr(plain)
-        assert BlockCausal(4, 3, whole(6)) == BlockCausal(4, 3, 6)
+        assert BlockCausal(4, 3, number(6)) == BlockCausal(4, 3, 6)
 
 
 @pytest.mark.parametrize("op", [op for op, call in POINTWISE.items() if len(call.__defaults__) == 3])

@@ -224,20 +224,20 @@ def test_a_clip_stands_as_its_file_says(tmp_path, a, b):
     data[matrix : matrix + 36] = struct.pack(">9i", a << 16, b << 16, 0, -b << 16, a << 16, 0, 0, 0, 1 << 30)
     (tmp_path / "c.mp4").write_bytes(data)
     shown = np.rot90(picture(), {(0, 1): -1, (-1, 0): 2, (0, -1): 1}[a, b])
-    given = read_conditioning(None, tmp_path / "c.mp4", shown.shape[:2])
-    assert given is not None and given.notes == (f"{tmp_path / 'c.mp4'}: rotated as the file says",)
-    assert off(given.frames[2], shown) < 4
+    conditioning = read_conditioning(None, tmp_path / "c.mp4", shown.shape[:2])
+    assert conditioning is not None and conditioning.notes == (f"{tmp_path / 'c.mp4'}: rotated as the file says",)
+    assert off(conditioning.frames[2], shown) < 4
 
 
 def test_pixels_that_are_not_square(tmp_path):
     """32 columns of pixels twice as wide as high look like 64."""
     narrow = np.stack([picture()[:, ::2]] * 5)
     clip(tmp_path / "c.mp4", narrow, Fraction(2, 1))
-    given = read_conditioning(None, tmp_path / "c.mp4", SIZE)
-    assert given is not None
-    assert given.frames.shape == (5, *SIZE, 3)
-    assert off(given.frames[2], picture()) < 6
-    assert "2 times as wide as high" in given.notes[-1]
+    conditioning = read_conditioning(None, tmp_path / "c.mp4", SIZE)
+    assert conditioning is not None
+    assert conditioning.frames.shape == (5, *SIZE, 3)
+    assert off(conditioning.frames[2], picture()) < 6
+    assert "2 times as wide as high" in conditioning.notes[-1]
 
 
 TRANSPARENT = {
@@ -267,15 +267,15 @@ def test_what_is_transparent_in_a_clip_is_white(tmp_path, monkeypatch, name):
             for _ in range(5):
                 container.mux(stream.encode(frame.reformat(format=pixels)))
             container.mux(stream.encode())
-    given = read_conditioning(None, tmp_path / name, SIZE)
-    assert given is not None and given.frames.shape == (5, *SIZE, 3)
-    assert given.notes == (f"{tmp_path / name}: transparent parts are put on white",)
-    assert given.frames[4, 9, 9].tolist() == [255] * 3
-    assert np.abs(given.frames[4, 40, 60].astype(int) - (200, 100, 50)).max() <= 4
+    conditioning = read_conditioning(None, tmp_path / name, SIZE)
+    assert conditioning is not None and conditioning.frames.shape == (5, *SIZE, 3)
+    assert conditioning.notes == (f"{tmp_path / name}: transparent parts are put on white",)
+    assert conditioning.frames[4, 9, 9].tolist() == [255] * 3
+    assert np.abs(conditioning.frames[4, 40, 60].astype(int) - (200, 100, 50)).max() <= 4
     if name.endswith(".webm"):
         monkeypatch.setattr(av, "codecs_available", set())
-        given = read_conditioning(None, tmp_path / name, SIZE)
-        assert given is not None and "transparent parts are not read as such" in given.notes[0]
+        conditioning = read_conditioning(None, tmp_path / name, SIZE)
+        assert conditioning is not None and "transparent parts are not read as such" in conditioning.notes[0]
 
 
 @pytest.mark.parametrize(("curve", "name"), [(16, "PQ"), (18, "HLG"), (1, None)])

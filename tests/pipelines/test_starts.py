@@ -111,15 +111,15 @@ def test_a_session_goes_on_with_the_same_images_only(pipeline, folder, capsys):
     assert main([*words, "-o", "a/", "--image", "red.png@3", "--session", "s"]) == 0
     again = [*words[:-2], "--num-frames", "12", "-o", "b/", "--from-session", "s"]
     assert main([*again, "--image", "blue.png@3"]) == 2
-    said = "hiar: s is of another run: it starts from {}: {}\n"
-    assert capsys.readouterr().err == said.format("other pictures", "give the same")
+    line = "hiar: s is of another run: it starts from {}: {}\n"
+    assert capsys.readouterr().err == line.format("other pictures", "give the same")
     assert main([*again]) == 2
-    assert capsys.readouterr().err == said.format("pictures or a clip", "give the same")
+    assert capsys.readouterr().err == line.format("pictures or a clip", "give the same")
     assert main([*again, "--image", "red.png@3"]) == 0
     assert main([*words, "-o", "c/", "--session", "plain"]) == 0
     capsys.readouterr()
     assert main([*again[:-1], "plain", "-o", "d/", "--image", "red.png"]) == 2, "7 frames would fit"
-    assert capsys.readouterr().err == said.replace("hiar: s", "hiar: plain").format("no picture", "leave these out")
+    assert capsys.readouterr().err == line.replace("hiar: s", "hiar: plain").format("no picture", "leave these out")
     assert main([*again[:-1], "red.png", "-o", "d/", "--image", "red.png"]) == 2
     assert "hiar: cannot read red.png: " in capsys.readouterr().err
 

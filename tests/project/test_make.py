@@ -49,8 +49,8 @@ def test_a_red_tier_does_not_keep_the_next_from_running(make):
     done, tiers = make("test")
     assert [re.search(r"-m (cpu|interpreter|compile)", tier)[1] for tier in tiers] == ["cpu", "interpreter", "compile"]
     assert done.returncode and done.stderr.splitlines()[-2].strip() == "failed: cpu"
-    said = [line for line in done.stdout.splitlines() if line.startswith("tests: ")]
-    assert len(said) == 3 and all(re.search(r"about \d+ minutes on two cores", line) for line in said)
+    announced = [line for line in done.stdout.splitlines() if line.startswith("tests: ")]
+    assert len(announced) == 3 and all(re.search(r"about \d+ minutes on two cores", line) for line in announced)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -139,11 +139,11 @@ def test_levels_are_rounded_once_in_16_bits():
     seen = []
     run(model=still, on_level=lambda step, x: seen.append(x.clone()))
     known, x = ENDS[:, :, None, None, None], noise(INITIAL).bfloat16()
-    for step, found in enumerate(seen):
+    for step, level in enumerate(seen):
         sigma, eps = SCHEDULE.sigmas[step], noise(step - 1).bfloat16()
         base = torch.where(known, CLEAN.bfloat16(), x if step else eps)
         x = ((1 - sigma) * base.float() + sigma * eps.float()).bfloat16()
-        assert torch.equal(found, x), step
+        assert torch.equal(level, x), step
 
 
 def test_not_finite_is_told():

@@ -166,12 +166,12 @@ def test_prompts_that_share_memory_go_on(tmp_path, contiguous):
     prompts = [both[:1], both[1:], both[1:, :2]]
     options = {"text": lambda block: prompts[block % 3], "order": "step_first"}
     first = start(**options)
-    made = [next(iter(first))]
+    blocks = [next(iter(first))]
     path = save_session(tmp_path / "s.safetensors", first)
     second = start(**options)
     load_session(path, second)
     assert len([name for name in load_file(path) if name.startswith("text.")]) == 3
-    assert torch.equal(latents([*made, *second]), latents(start(**options)))
+    assert torch.equal(latents([*blocks, *second]), latents(start(**options)))
 
 
 def test_noise_of_a_fork_may_differ_too(tmp_path):
@@ -192,9 +192,9 @@ def test_the_file_keeps_no_more_than_it_must(tmp_path):
     about = {"frames": 3, "size": (2, 4)}
     path = save_session(tmp_path / "s.safetensors", first, about=about)
     with safe_open(path, "pt") as file:
-        told, names = file.metadata(), list(file.keys())
+        metadata, names = file.metadata(), list(file.keys())
     assert [name for name in names if name.startswith("text.")] == ["text.0"]
-    assert json.loads(told["about"]) == {"frames": 3, "size": [2, 4]} and told["format"] == "hiar-session"
+    assert json.loads(metadata["about"]) == {"frames": 3, "size": [2, 4]} and metadata["format"] == "hiar-session"
     second = start(order="wavefront", num_frames=30)
     assert load_session(path, second, about=about).about == {"frames": 3, "size": [2, 4]}
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
@@ -299,12 +299,12 @@ def test_a_byte_that_has_changed_is_noticed(saved, content):
     for place in (*chosen.sample(range(of_tensors), 60), *chosen.sample(range(of_tensors, len(content)), 60)):
         saved.write_bytes(content[:place] + bytes([content[place] ^ 1 << chosen.randrange(8)]) + content[place + 1 :])
         try:
-            again, said = state_io.read(saved)
+            again, now = state_io.read(saved)
         except ValueError as error:
             assert isinstance(error, state_io.DamagedFile) and str(error).startswith(f"cannot read {saved}: ")
             changed |= set(re.findall("it is damaged: (.+) is not what was written", str(error)))
             continue
-        assert place < of_tensors and metadata.items() <= said.items() and again.keys() == tensors.keys()
+        assert place < of_tensors and metadata.items() <= now.items() and again.keys() == tensors.keys()
         assert all(torch.equal(x, again[name]) for name, x in tensors.items())
     assert "its metadata" in changed and tensors.keys() & changed
 

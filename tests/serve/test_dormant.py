@@ -35,8 +35,8 @@ def test_another_dtype_is_named_to_the_viewer(model, tmp_path, caplog):
     line = "it was made with kv_dtype None, here float8_e4m3fn"
     caplog.clear()
     with running(model, tmp_path, execution=ExecutionConfig(kv_dtype="float8_e4m3fn")) as service:
-        (said,) = [record.message for record in caplog.records]
-        assert said == f"session {ready['session']} does not go on here, and is kept for 60 s: {line}"
+        (logged,) = [record.message for record in caplog.records]
+        assert logged == f"session {ready['session']} does not go on here, and is kept for 60 s: {line}"
         with Viewer(service) as viewer:
             viewer.send("start", v=1, resume=ready["token"])
             refused = viewer.wait("refused")

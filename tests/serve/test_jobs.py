@@ -177,14 +177,15 @@ def test_the_file_of_a_job_is_that_of_generate(model, folder, tmp_path, monkeypa
     jobs = new_jobs(tmp_path, model)
     while jobs.waiting():
         jobs.work()
-    made = tmp_path / "videos" / name
-    assert sorted(path.name for path in made.iterdir()) == ["video.mp4", "video.mp4.json"]
+    video_folder = tmp_path / "videos" / name
+    assert sorted(path.name for path in video_folder.iterdir()) == ["video.mp4", "video.mp4.json"]
     jobs.store.close()
-    command = shlex.split(json.loads((made / "video.mp4.json").read_text())["command"])
+    command = shlex.split(json.loads((video_folder / "video.mp4.json").read_text())["command"])
     out = tmp_path / "again.mp4"
     assert main([*command[1 : command.index("--out")], "--out", str(out), "--device", "cpu"]) == 0
-    assert out.read_bytes() == (made / "video.mp4").read_bytes()
-    about, other = (json.loads(path.with_name(f"{path.name}.json").read_text()) for path in (made / "video.mp4", out))
+    assert out.read_bytes() == (video_folder / "video.mp4").read_bytes()
+    records = (video_folder / "video.mp4.json", tmp_path / "again.mp4.json")
+    about, other = (json.loads(record.read_text()) for record in records)
     assert about["frames"] == other["frames"] == 15
 
 

@@ -394,10 +394,10 @@ def test_nothing_sticks_out(page, service, width, tmp_path):
 
 def test_beneath_a_path_of_a_proxy(page: Page, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is asked for beneath the path that the page has."""
-    inner, asked = service.app.app, set()
+    inner, paths = service.app.app, set()
 
     async def beneath(scope, receive, send):
-        asked.add(scope["path"])
+        paths.add(scope["path"])
         await inner({**scope, "path": scope["path"].removeprefix("/hiar")}, receive, send)
 
     monkeypatch.setattr(service.app, "app", beneath)
@@ -406,4 +406,4 @@ def test_beneath_a_path_of_a_proxy(page: Page, service: Service, monkeypatch: py
     page.until("document.querySelector('#saves a') !== null")
     address = page.evaluate("document.querySelector('#saves a').href")
     assert address.startswith(f"{service.url}/hiar/v1/videos/") and address.endswith("/content")  # type: ignore[attr-defined]
-    assert {"/hiar/v1/info", "/hiar/v1/realtime/video"} <= asked and all(path.startswith("/hiar/") for path in asked)
+    assert {"/hiar/v1/info", "/hiar/v1/realtime/video"} <= paths and all(path.startswith("/hiar/") for path in paths)

@@ -29,10 +29,12 @@ def idle(model, tmp_path):
 
 
 def joined(idle, detached=None, **values):
-    """A session of it, whose messages and hang-ups are in ``said``."""
+    """A session of it, whose messages and hang-ups are in ``sent``."""
     session = ViewerSession(START, None, "")
-    session.said = []
-    session.connection = Connection(lambda *sent: session.said.extend(sent), lambda *why: session.said.append(why))
+    session.sent = []
+    session.connection = Connection(
+        lambda *messages: session.sent.extend(messages), lambda *why: session.sent.append(why)
+    )
     session.detached = None if detached is None else time.monotonic() - detached
     for name, value in values.items():
         setattr(session, name, value)
@@ -50,7 +52,7 @@ def test_who_is_away_too_long_expires_but_not_while_the_server_is_stopped(idle):
         idle.draining = False
         idle._expire(time.monotonic())
     assert list(idle.sessions.values()) == [back_soon] and away.gone
-    assert away.said == [(1008, "no answer for too long")]
+    assert away.sent == [(1008, "no answer for too long")]
 
 
 def test_when_to_try_again_is_when_the_first_place_is_free(idle):
@@ -80,7 +82,7 @@ def test_after_a_pause_the_viewer_has_nothing_to_play(idle):
                                     (protocol.Play(), True, None)):  # fmt: skip
         idle.handle(session, message)
         assert (session.playing, session.clock.begun) == (playing, begun)
-        assert protocol.parse(session.said[-1], protocol.FROM_SERVER) == protocol.StateMessage(playing)
+        assert protocol.parse(session.sent[-1], protocol.FROM_SERVER) == protocol.StateMessage(playing)
     assert time.monotonic() - session.possible < 10
 
 
@@ -104,11 +106,13 @@ def test_a_jump_behind_the_last_block_is_no_end(idle):
     session = joined(idle, complete=True)
     idle.encoding.complete(session)
     idle.encoding.stop()
-    assert [protocol.parse(said, protocol.FROM_SERVER) for said in session.said] == [protocol.Ended("complete", 0)]
-    session.said.clear()
+    assert [protocol.parse(message, protocol.FROM_SERVER) for message in session.sent] == [
+        protocol.Ended("complete", 0)
+    ]
+    session.sent.clear()
     session.complete = False  # it jumped meanwhile
     idle.encoding._complete(session)
-    assert not session.said
+    assert not session.sent
 
 
 def test_a_file_that_cannot_be_cut_is_saved_no_more(idle, caplog):
@@ -143,7 +147,7 @@ def test_the_last_turn_weighs_less_than_those_before(model, monkeypatch):
     clock = iter([100.0, 110.0])
     monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     session = ViewerSession(START, None, "")
-    session.video, made = LiveVideo(model, ExecutionConfig(), START), Turns()
-    made.seconds = {1: 20.0}
-    list(made.make([session]))
-    assert made.seconds[1] == pytest.approx(SMOOTHING * 10.0 + (1 - SMOOTHING) * 20.0) and SMOOTHING < 0.5
+    session.video, queue = LiveVideo(model, ExecutionConfig(), START), Turns()
+    queue.seconds = {1: 20.0}
+    list(queue.make([session]))
+    assert queue.seconds[1] == pytest.approx(SMOOTHING * 10.0 + (1 - SMOOTHING) * 20.0) and SMOOTHING < 0.5

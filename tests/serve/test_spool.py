@@ -88,12 +88,12 @@ def test_an_empty_spool_is_no_video(tmp_path, fragments):
 def test_an_endless_video_does_not_fill_the_disk(tmp_path, fragments):
     spool = Spool(tmp_path / "a.spool", fragments)
     spool.encode(block(0), 0)
-    whole, fragment = spool.path.read_bytes(), fragments.fragment(block(1), 3)
-    spool.largest = len(whole) + len(fragment) - 1
+    before, fragment = spool.path.read_bytes(), fragments.fragment(block(1), 3)
+    spool.largest = len(before) + len(fragment) - 1
     with pytest.raises(TooLarge, match="cannot write .*a.spool: it would be larger than"):
         spool.append(fragment)
-    assert spool.path.read_bytes() == whole and spool.blocks == 1
-    spool.largest = len(whole) + len(fragment)
+    assert spool.path.read_bytes() == before and spool.blocks == 1
+    spool.largest = len(before) + len(fragment)
     spool.append(fragment)
     assert spool.blocks == 2
 

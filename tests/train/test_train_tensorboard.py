@@ -49,8 +49,8 @@ def test_a_full_disk_under_tensorboard_is_said_once_and_ends_no_run(tmp_path, mo
         logger.scalars(update, {"student_loss": 0.25})
     logger.sheet(3, np.zeros((2, 3, 8, 8, 3), np.uint8))
     logger.close()
-    (said,) = lines
-    assert re.fullmatch(r"no more TensorBoard scalars: cannot write .*tfevents.*: No space left on device", said)
+    (line,) = lines
+    assert re.fullmatch(r"no more TensorBoard scalars: cannot write .*tfevents.*: No space left on device", line)
     assert len(losses(tmp_path)) == 3
     lines.clear()
     MetricsLogger(tmp_path, 3, {}, lines.append).close()  # full from its start
