@@ -140,6 +140,7 @@ def one_of(name: str, value: object, legal: Iterable[str]) -> None:
 
 
 def nearest(word: str, legal: Iterable[str]) -> str:
-    """The text "; did you mean ...?" if a legal word is near, else an empty one."""
-    near = get_close_matches(word, list(legal), 1, 0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    """The text "; did you mean ...?" if a legal word is near, else an empty one. The dashes of options do not count."""
+    by_name = {name.lstrip("-"): name for name in legal}
+    near = get_close_matches(word.lstrip("-"), by_name, 1, 0.6)
+    return f"; did you mean {by_name[near[0]]}?" if near else ""

@@ -115,6 +115,7 @@ WRONG = {
     "no output": (["generate", PROMPT], r"required: -o/--out \(name\.mp4"),
     "unknown option": (["generate", PROMPT, "-o", "a.mp4", "--speed", "3"], "unrecognized arguments: --speed"),
     "misspelt option": (["generate", PROMPT, "-o", "a.mp4", "--ordr", "stream"], "did you mean --order?"),
+    "another command's option": (["doctor", "--checkpoint", "x"], "unrecognized arguments: --checkpoint x$"),
     "no quotes": (["generate", *PROMPT.split(), "-o", "a.mp4"], 'put the prompt in quotes: hiar generate "a red'),
     "an endless rate": (["generate", PROMPT, "-o", "a.mp4", "--fps", "1e6"], "--fps must be a number from 0.01 to"),
     "steps": (["generate", PROMPT, "-o", "a.mp4", "--steps", "2000000"], "--steps must be .* from 1 to 1000, got 2"),
