@@ -22,7 +22,7 @@ from PIL import Image
 from hiar_model import ExecutionConfig, RolloutConfig
 from hiar_model.integrations.diffusers import HiARPipeline
 from hiar_model.integrations.diffusers.network import SharedNetwork
-from hiar_model.integrations.diffusers.options import read_image
+from hiar_model.integrations.diffusers.options import log, read_image
 
 pytestmark = pytest.mark.cpu
 
@@ -75,6 +75,15 @@ def test_pictures_of_every_mode_are_taken_as_they_look(mode):
     (frame,) = read_image(alike(mode), (16, 16)).frames
     assert frame[2, 2].tolist() == [100 if mode.startswith("I") else 255] * 3
     assert abs(frame[2, 12, 1] - (124 if mode == "La" else 100)) < 3
+
+
+def test_changes_to_a_picture_are_logged(monkeypatch):
+    lines = []
+    monkeypatch.setattr(log, "warning", lines.append)
+    read_image(Image.new("RGB", (16, 16)), (16, 16))
+    assert not lines
+    read_image(Image.new("RGBA", (16, 16)), (16, 16))
+    assert lines == ["image: transparent parts are put on white"]
 
 
 @contextmanager

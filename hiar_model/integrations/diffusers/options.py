@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import logging
 from torch import Tensor
 
 from ...common.checks import MOST_STEPS, as_number, one_of, whole
@@ -18,6 +19,7 @@ from ...config import RolloutConfig
 from ...io.video import Frames
 from ...pipelines.conditioning import ConditioningFrames, read_conditioning
 
+log = logging.get_logger(__name__)
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 CALLBACK_INPUTS = ("latents", "prompt_embeds")
 _MOST_SEED = 2**63 - 1
@@ -138,7 +140,9 @@ def seed_of(generator: torch.Generator | None) -> int:
 
 
 def read_image(image: Any, size: tuple[int, int]) -> ConditioningFrames | None:
-    """The first frame, at (height, width) ``size``, of a PIL image, uint8 [H, W, 3] or a path; None of None."""
+    """The first frame, at (height, width) ``size``, of a PIL image, uint8 [H, W, 3] or a path; None of None. A line of
+    diffusers' log for each change made to it.
+    """
     from PIL import Image
 
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
@@ -146,13 +150,19 @@ def read_image(image: Any, size: tuple[int, int]) -> ConditioningFrames | None:
     if not isinstance(image, Image.Image):
         if image is not None and not isinstance(image, str | Path):
             raise ValueError(f"image must be a PIL image, uint8 [H, W, 3] or a path, got {type(image).__name__}")
-        return read_conditioning(image, None, size)
+        return _logged(read_conditioning(image, None, size))
     if 0 in image.size:
         raise ValueError(f"image must have pixels, got {image.size[0]}x{image.size[1]}")
     with tempfile.TemporaryDirectory() as folder:  # as a file, which is read with all that a viewer heeds
         file = Path(folder, "image.png")
         _storable(image).save(file, exif=image.getexif(), icc_profile=image.info.get("icc_profile"))
-        return read_conditioning(file, None, size)
+        return _logged(read_conditioning(file, None, size), file)
+
+
+def _logged(frames: ConditioningFrames | None, temporary: Path | None = None) -> ConditioningFrames | None:
+    for note in () if frames is None else frames.notes:
+        log.warning(note if temporary is None else note.replace(str(temporary), "image"))
+    return frames
 
 
 def _storable(image: Any) -> Any:
