@@ -186,10 +186,9 @@ def test_who_comes_back_to_a_finished_video_hears_its_end(service):
         assert other.wait("ended") == {"type": "ended", "reason": "complete", "frames": 6, "resume": False}
 
 
-@pytest.mark.parametrize(("keep", "limit"), [(0.0, 2.0), (0.3, 2.5)])
-def test_a_lost_viewer_leaves_nothing(model, tmp_path, keep, limit):
+@pytest.mark.parametrize("keep", [0.0, 0.3])
+def test_a_lost_viewer_leaves_nothing(model, tmp_path, keep):
     import gc
-    import time
     import weakref
 
     with serving(model, tmp_path, Settings(limits=Limits(keep=keep))) as service:
@@ -201,10 +200,8 @@ def test_a_lost_viewer_leaves_nothing(model, tmp_path, keep, limit):
         spool = session().spool.path
         assert spool.exists()
         viewer.socket.socket.close()
-        lost = time.monotonic()
         until(lambda: not service.scheduler.sessions)
         until(lambda: not spool.exists() and rings() is None)
-        assert time.monotonic() - lost < limit
         gc.collect()
         assert until(lambda: session() is None)
         with Viewer(service) as late:
