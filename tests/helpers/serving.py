@@ -139,8 +139,10 @@ class Viewer:
 
     def wait(self, type: str) -> dict[str, Any]:
         """The next message of a type; chunks on the way are acknowledged, a refusal is an error."""
+        end = time.monotonic() + PATIENCE
         while (message := self.receive())["type"] != type:
             assert message["type"] != "refused" or type == "refused", message
+            assert time.monotonic() < end, f"waited for {type} in vain, and got {len(self.chunks)} chunks"
             if message["type"] == "block":
                 with suppress(ConnectionClosed):  # what was sent before that can still be read
                     self.send("ack", seq=message["seq"])
