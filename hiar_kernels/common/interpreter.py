@@ -13,6 +13,7 @@ shape of every intermediate result from scratch.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,7 @@ def repair() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    importlib.import_module("triton.experimental.gluon")  # Python 3.10 cannot in a launch, when the language is patched
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 
     def is_bf16(x: Any) -> bool:

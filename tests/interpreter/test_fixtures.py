@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -38,3 +41,10 @@ def test_the_language_is_patched_once_in_a_launch(device, monkeypatch):
     rms_norm(x, x[0, 0], impl="triton")
     assert len(patched) == (2 if interpreting() else 0)  # triton.language and its core
     assert tl.core.is_builtin(tl.load)
+
+
+def test_what_a_launch_imports_is_there_before():
+    """Python 3.10 cannot import Gluon where the language is patched: the first launch of a process failed."""
+    lines = "from hiar_kernels.common import interpreter", "interpreter.repair()"
+    check = "import sys", "sys.modules['triton.experimental.gluon']"
+    subprocess.run([sys.executable, "-c", "\n".join([*lines, *check])], check=True)
