@@ -234,7 +234,9 @@ def test_who_sends_too_much_or_nothing_is_sent_away(service, monkeypatch):
     with Viewer(service) as viewer, pytest.raises(ConnectionClosed) as closed:
         viewer.socket.send("x" * (2 << 20))
         viewer.receive()
-    assert closed.value.rcvd.code == 1009
+    reply = closed.value.rcvd  # None where the system's reset, for bytes that nobody read, overtakes it
+    assert reply is None or reply.code == 1009
+    until(lambda: not service.clients)
 
 
 def test_acks_of_new_chunks_do_not_count_as_messages(service, monkeypatch):
