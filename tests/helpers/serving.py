@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import sys
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +66,14 @@ def serving(
         uvicorn.should_exit = True
         with mock.patch.object(uvicorn_server, "asyncio", _Hurried()):
             thread.join(PATIENCE)
-        assert not thread.is_alive() and not service.scheduler.thread.is_alive()
+        if still := [one for one in (thread, service.scheduler.thread) if one.is_alive()]:
+            raise AssertionError(f"not ended after {PATIENCE:g} s:\n" + "\n".join(map(_where, still)))
+
+
+def _where(thread: threading.Thread) -> str:
+    """What a thread is doing."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return f"{thread.name}:\n" + "".join(traceback.format_stack(frame) if frame else [])
 
 
 def until(condition: Callable[[], Any], what: str = "it", every: float = 0.005) -> Any:

@@ -118,6 +118,11 @@ def made(service: Service, blocks: int, *changes: tuple[int, str], prompt: str =
     return video.frames[::BLOCK]
 
 
+def enabled(page: Page, *names: str) -> set[str]:
+    """Which of these buttons can be pressed."""
+    return {name for name in names if not page.evaluate(f"document.querySelector('#{name}').disabled")}
+
+
 def promised(page: Page) -> int:
     """The block of which the page says that a new prompt shows from it on."""
     page.until("document.querySelector('#status').textContent.includes('shows from block')")
@@ -213,6 +218,7 @@ def test_the_page_goes_on_when_the_server_was_started_again(chromium, service, t
         (session,) = first.scheduler.sessions
     port = int(first.url.rpartition(":")[2])
     page.until("document.querySelector('#link').textContent === 'reconnecting'")
+    assert enabled(page, "change", "fork", "save", "stop") == {"stop"}
     monkeypatch.setattr(dormant, "RETRY_AFTER", 1)
     with serving(replace(service.model, weights_sha256="0" * 64), tmp_path, settings, port=port):
         page.until("document.querySelector('#problem').textContent.includes('it was made with other weights')")
@@ -241,6 +247,26 @@ def test_a_lost_connection_loses_no_frame(page, service):
     page.until(f"{BLOCK_SHOWN} > {block}")
     assert [s.id for s in service.scheduler.sessions.values() if not s.gone] == [session.id]
     assert page.text("#link") == "live"
+
+
+def test_the_first_frames_can_be_saved_at_once(page, service):
+    """Whenever the next message comes: a block of a large model takes seconds."""
+    page.open(f"{service.url}/")
+    page.until("!document.querySelector('#words').hidden")
+    page.evaluate("""(() => {
+      const Real = WebSocket;
+      window.WebSocket = class extends Real {
+        set onmessage(hear) {
+          super.onmessage = (event) => {
+            hear(event);
+            if (typeof event.data !== "string") super.onmessage = null;
+          };
+        }
+      };
+    })()""")
+    page.click("#start")
+    page.until(f"{BLOCK_SHOWN} >= 0")
+    assert enabled(page, "change", "fork", "save", "stop", "play") == {"change", "fork", "save", "stop", "play"}
 
 
 def test_another_tab_takes_the_session_and_this_one_lets_it_go(page, service, chromium):

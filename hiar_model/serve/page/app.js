@@ -89,8 +89,8 @@ function connect(first) {
   const mine = new WebSocket(url);
   mine.binaryType = "arraybuffer";
   mine.onopen = () => send("start", { v: VERSION, ...first });
-  mine.onmessage = ({ data }) => (typeof data === "string" ? heard(JSON.parse(data)) : took(data));
-  mine.onclose = (event) => { if (socket === mine) lost(event); };
+  mine.onmessage = ({ data }) => { typeof data === "string" ? heard(JSON.parse(data)) : took(data); enable(); };
+  mine.onclose = (event) => { if (socket === mine) { lost(event); enable(); } };
   socket = mine;
   link("wait", "connecting");
 }
@@ -113,7 +113,7 @@ function lost({ code, reason }) {
   if (session === null) {
     link("off", "not connected");
     if (!$("problem").textContent) complain("No connection: the server is not there, is full, or wants a token.");
-    return enable();
+    return;
   }
   const wait = Math.max(later, Math.min(4000, 250 * 2 ** tries++));
   later = 0;
@@ -218,7 +218,6 @@ const listeners = {
 function heard(message) {
   if (message.type !== "refused" && message.type !== "block" && message.type !== "progress") complain("");
   listeners[message.type]?.(message);
-  enable();
 }
 
 function schedule({ block, frame, prompt_index: index }, text) {
@@ -308,7 +307,8 @@ function figure(name, value) { document.querySelector(`[data-figure="${name}"]`)
 
 function enable() {
   const live = session !== null && socket?.readyState === WebSocket.OPEN, some = chunks.length > 0;
-  for (const id of ["change", "stop"]) $(id).disabled = !live;
+  $("stop").disabled = session === null; // a lost connection is not sought for ever
+  $("change").disabled = !live;
   for (const id of ["fork", "save"]) $(id).disabled = !live || !some;
   for (const id of ["play", "back", "forward", "newest", "rewind"]) $(id).disabled = !some;
   $("play").textContent = wanted ? "Pause" : "Play";
