@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -105,7 +106,7 @@ def test_failures_and_late_cases_are_told(monkeypatch):
         now += 10
         return {"run": lambda: torch.ones(9), "flop": 1.0}
 
-    monkeypatch.setattr("bench.lib.measure.time.perf_counter", lambda: now)
+    monkeypatch.setattr("bench.lib.measure.time", SimpleNamespace(perf_counter=lambda: now))
     bench = Bench("cpu", (1, 1), 0.0)
     bench.section("matmul", [({"m": 1}, broken), ({"m": 2}, slow), ({"m": 3}, slow)], budget=9)
     section = bench.sections["matmul"]

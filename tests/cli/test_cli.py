@@ -17,7 +17,7 @@ from small_toy import BLOCK, FRAMES, PROMPT, small_folder  # noqa: F401 (fixture
 from toy_codec import codec_once  # noqa: F401 (fixture)
 
 from hiar_model import generate
-from hiar_model.cli import COMMANDS, build_parser, machine, main, train
+from hiar_model.cli import COMMANDS, build_parser, main, train
 from hiar_model.cli.choices import as_typed, check_choices
 from hiar_model.config import ExecutionConfig
 from hiar_model.models import registry
@@ -336,16 +336,6 @@ def test_two_trainings_of_one_folder(here, capsys):
     with run_folder_held(folder):
         (folder / "loss.csv").touch()
     assert folder.exists()
-
-
-def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):
-    clock = iter([0.0, 1.0, 29.0, 31.0, 32.0, 61.0, 62.0])
-    monkeypatch.setattr(machine.time, "monotonic", lambda: next(clock))
-    with machine.progress_bar("updates {task.completed}/{task.total}", "{task.fields[summary]}") as bar:
-        task = bar.add_task("", total=800, completed=0, summary="")
-        for update in (1, 2, 3, 4, 5, 6):
-            bar.update(task, completed=update, summary=f"loss {update}")
-    assert capsys.readouterr().err == "updates 3/800, loss 3, 3.3 h left\nupdates 5/800, loss 5, 3.3 h left\n"
 
 
 def test_evaluate(folder, here, capsys):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_toy import small_folder  # noqa: F401 (fixture)
 
 from hiar_model.__main__ import run as run_command
-from hiar_model.cli import COMMANDS, main
+from hiar_model.cli import COMMANDS, machine, main
 from hiar_model.cli.choices import SHARED
 from hiar_model.cli.machine import ProgressLines
 from hiar_model.common.checks import out_of_memory
@@ -170,6 +171,16 @@ def test_progress_is_shown_without_a_terminal(folder, capsys, monkeypatch, comma
 
 
 # Memory
+
+
+def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):
+    clock = iter([0.0, 1.0, 29.0, 31.0, 32.0, 61.0, 62.0])
+    monkeypatch.setattr(machine, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with machine.progress_bar("updates {task.completed}/{task.total}", "{task.fields[summary]}") as bar:
+        task = bar.add_task("", total=800, completed=0, summary="")
+        for update in (1, 2, 3, 4, 5, 6):
+            bar.update(task, completed=update, summary=f"loss {update}")
+    assert capsys.readouterr().err == "updates 3/800, loss 3, 3.3 h left\nupdates 5/800, loss 5, 3.3 h left\n"
 
 
 @pytest.mark.parametrize("error, size", [

@@ -121,13 +121,12 @@ def test_a_terminated_job_waits_only_for_ranks_that_do_not_answer(store, monkeyp
     dog._statuses += [{"name": "rank 1", "at": "step 1 of block 4", "state": "run"}] * silent
     monkeypatch.setattr(dog, "_end", ended.append)
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
     def sleep(seconds):
         waits.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr(module.time, "sleep", sleep)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     dog._roll_call()
     assert ended == [128 + signal.SIGTERM] and dog.terminated
     fault = "hiar: rank 1 died at step 1 of block 4; run the command again\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import quantised_files
@@ -127,7 +128,7 @@ def test_reading_and_encoding_are_told(folder, capsys, monkeypatch):
     from hiar_model.cli import machine
 
     clock = iter([0.0, 1.0, 2.0, 13.0, 14.0])
-    monkeypatch.setattr(machine.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(machine, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     show = machine.stage_lines()
     for text, nbytes in (("reading", 2 * 10**9), *((f"encoding: layer {n} of 9", 10**10) for n in (1, 2, 3)), ("x", 1)):
         show(text, nbytes)

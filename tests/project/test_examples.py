@@ -73,7 +73,6 @@ def test_stream_to_a_window(monkeypatch):
     monkeypatch.setitem(sys.modules, "tkinter", tkinter)
     monkeypatch.setitem(sys.modules, "PIL.ImageTk", picture)
     monkeypatch.setattr("PIL.ImageTk", picture, raising=False)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
     run("stream")
     assert len(shown) == 4 and all(image.shape == (512, 512, 3) and image.std() > 1 for image in shown)
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("hiar_kernels", "hiar_model")
 HERE = "tests/project/test_layout.py"
+SETTERS = ("setattr", "patch", "object")  # of monkeypatch and unittest.mock
 
 # Lowest first: a file imports from its own unit and from those above it in this list. A unit is a folder or a file of
 # hiar_model, all of hiar_kernels, or hiar_model/__init__.py itself, which gives the public names.
@@ -187,12 +188,30 @@ def untiered_tests(root: Path) -> list[str]:
     return problems
 
 
+def clocks_of_all(root: Path) -> list[str]:
+    """Tests that set a function of `time` itself, and so the clock of every thread: the loop of a server that runs
+    beside the test then sleeps until it has a request. They set the name `time` of a module.
+    """
+    problems = []
+    for path in sources(root):
+        text = (root / path).read_text(encoding="utf-8") if path.parts[0] == "tests" else ""
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.Call) or ast.unparse(node.func).split(".")[-1] not in SETTERS or not node.args:
+                continue
+            target = node.args[0]
+            named = isinstance(target, ast.Constant)
+            owner = str(target.value).rpartition(".")[0] if named else ast.unparse(target)
+            if owner.split(".")[-1] == "time":
+                problems.append(f"{path}: line {node.lineno} sets the clock of every thread, not of one module")
+    return problems
+
+
 def reached(root: Path, module: str) -> set[str]:
     """All that a module imports, itself or through our modules (the __init__ of the packages around it aside)."""
     return _reach(module, lambda name: imports(root, name) if name in modules(root) else set())
 
 
-CHECKS = (unknown_units, wrong_direction, circles, entangled_implementations, long_files, untiered_tests)
+CHECKS = (unknown_units, wrong_direction, circles, entangled_implementations, long_files, untiered_tests, clocks_of_all)
 
 
 @pytest.mark.parametrize("find", [*CHECKS, dead_units])
@@ -288,6 +307,10 @@ def test_a_legal_tree_passes(tree):
         (untiered_tests, "tests/test_norm.py", "pytestmark = pytest.mark.slow\n"),
         (untiered_tests, "tests/test_norm.py", "pytestmark = pytest.mark.interpreter\n"),
         (untiered_tests, "tests/interpreter/test_norm.py", "pytestmark = pytest.mark.cpu\n"),
+        (clocks_of_all, "tests/test_norm.py", 'patch.setattr(clock.time, "monotonic", clock)\n'),
+        (clocks_of_all, "tests/test_norm.py", 'setattr(time, "sleep", clock)\n'),
+        (clocks_of_all, "tests/test_norm.py", 'mock.patch.object(clock.time, "time")\n'),
+        (clocks_of_all, "tests/test_norm.py", 'patch.setattr("package.clock.time.time", clock)\n'),
     ],
 )
 def test_a_wrong_tree_fails(tree, check, path, text):

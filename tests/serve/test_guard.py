@@ -7,6 +7,7 @@ import http.client
 import json
 import urllib.parse
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 from serving import PROMPT, Viewer, serving, until
@@ -146,7 +147,7 @@ def test_what_is_no_path_or_method_is_told_as_json(service):
 
 def test_a_bucket_fills_again(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(guard.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(guard, "time", SimpleNamespace(monotonic=lambda: now[0]))
     bucket = Bucket(2.0, 2.0, at=0.0)
     assert [bucket.take() for _ in range(3)] == [True, True, False]
     now[0] = 0.5

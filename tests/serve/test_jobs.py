@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -390,7 +391,7 @@ def test_a_folder_has_one_server(tmp_path, model):
 
 def test_the_list_of_videos(tmp_path, monkeypatch):
     clock = iter(range(100, 200))
-    monkeypatch.setattr("hiar_model.serve.store.time.time", lambda: float(next(clock)))
+    monkeypatch.setattr("hiar_model.serve.store.time", SimpleNamespace(time=lambda: float(next(clock))))
     store = Store(tmp_path)
     names = [store.add("job", {"seed": seed}, 6) for seed in range(3)]
     store.update(names[1], status="running", frames=3)
