@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from .choices import rollout_options
+from .choices import moved, rollout_options
 from .machine import linear_argument, lora_argument, memory_arguments, size_arguments
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ def convert(a: Namespace) -> None:
         a.source, a.target, a.to, on_checkpoint=show, lora=a.lora, on_lora=print,
         on_open=lambda info: require_memory_to_convert(info, bool(a.lora)),
     )  # fmt: skip
+    if done.path != Path(a.target):
+        print(moved(Path(a.target), done.path), file=sys.stderr)
     print(f"out: {done.target}\n     tensors sha256 {done.sha256}: read again, the same")
 
 

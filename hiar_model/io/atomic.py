@@ -42,10 +42,17 @@ def atomic(target: str | os.PathLike[str]) -> Iterator[Path]:
     >>> target.read_text(), len(list(target.parent.iterdir()))
     ('complete', 1)
     """
+    with unpublished(target) as partial:
+        yield partial
+        publish(partial, Path(target))
+
+
+@contextmanager
+def unpublished(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """As :func:`atomic`, for a block that calls :func:`publish` itself, under a name that it finds last."""
     partial = temporary(Path(target))
     try:
         yield partial
-        publish(partial, Path(target))
     except _failures() as error:
         raise cannot_write(target, error) from error
     finally:
@@ -110,8 +117,9 @@ def unused(target: Path, *, overwrite: bool, beside: Callable[[Path], Path] | No
 
     if is_free(target) or (overwrite and target.is_file()):
         return target
-    stem = os.fsdecode(os.fsencode(target.stem)[:_LONGEST_STEM]).encode(errors="ignore").decode()
-    names = (target.with_name(f"{stem}-{number}{target.suffix}") for number in itertools.count(2))
+    name, suffix = (target.name, "") if target.is_dir() else (target.stem, target.suffix)
+    stem = os.fsdecode(os.fsencode(name)[:_LONGEST_STEM]).encode(errors="ignore").decode()
+    names = (target.with_name(f"{stem}-{number}{suffix}") for number in itertools.count(2))
     return next(path for path in names if is_free(path) and (beside is None or is_free(beside(path))))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..common.checks import dtype_name
 from ..common.lora_file import LoraLike, lora_files
 from ..config import SHIPPED, WanConfig
-from ..io.atomic import atomic
+from ..io.atomic import publish, unpublished, unused
 from ..io.files import check_output, in_folder, save_tensors
 from . import key_mapping
 from .checkpoint import (
@@ -35,10 +35,11 @@ _WEIGHTS, _SIZES = "diffusion_pytorch_model.safetensors", "config.json"
 
 @dataclass(frozen=True)
 class Converted:
-    """What was read, what was written (as read back), and the SHA-256 of the tensors of both."""
+    """What was read, what was written (as read back) and where, and the SHA-256 of the tensors of both."""
 
     source: CheckpointInfo
     target: CheckpointInfo
+    path: Path
     sha256: str
 
 
@@ -86,7 +87,8 @@ def convert(
     Quantised tensors (:mod:`.quantised`) are dequantised, to bfloat16.
 
     The result is written atomically, and read back and compared (hash of the tensors, every size) before the rename.
-    Existing files are never overwritten.
+    Existing files are never overwritten: where another process has written ``target`` meanwhile, this result is
+    name-2.
 
     Args:
         source: whatever :func:`hiar_model.load_transformer` reads.
@@ -124,7 +126,7 @@ def convert(
     before = tensors_sha256(state)
     if on_checkpoint is not None:
         on_checkpoint(info, before)
-    with atomic(target) as partial:
+    with unpublished(target) as partial:
         _write(state, info, partial, to)
         again, written = read_checkpoint(partial)
         after = tensors_sha256(again)
@@ -133,8 +135,10 @@ def convert(
         for name in (f.name for f in fields(WanConfig)):
             if (new := getattr(written.config, name)) != (old := getattr(info.config, name)):
                 raise ValueError(f"{target} is not written: it says {name} {new}, {source} says {old}")
-        files = tuple(target if file == partial else target / file.relative_to(partial) for file in written.files)
-    return Converted(info, replace(written, files=files), before)
+        path = unused(target, overwrite=False)
+        publish(partial, path)
+    files = tuple(path if file == partial else path / file.relative_to(partial) for file in written.files)
+    return Converted(info, replace(written, files=files), path, before)
 
 
 def _check_target(target: Path, to: str) -> Path:

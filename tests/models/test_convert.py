@@ -182,6 +182,29 @@ def test_a_full_disk_leaves_nothing(published, tmp_path, monkeypatch, to, writer
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("to", "name", "free"),
+    [("pt", "g.pt", "g-2.pt"), ("native", "w.safetensors", "w-2.safetensors"), ("diffusers", "Wan2.1", "Wan2.1-2")],
+)
+def test_a_target_that_another_process_writes_meanwhile_stays(published, tmp_path, capsys, monkeypatch, to, name, free):
+    target, write = tmp_path / name, module._write
+
+    def meanwhile(state, info, partial, to):
+        write(state, info, partial, to)
+        other = target / "config.json" if to == "diffusers" else target
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("another's")
+
+    monkeypatch.setattr(module, "_write", meanwhile)
+    assert main(["convert", str(published["original"]), str(target), "--to", to]) == 0
+    told = capsys.readouterr()
+    assert told.err == f"{target} was written by another process meanwhile: this result is {tmp_path / free}\n"
+    kept = target / "config.json" if to == "diffusers" else target
+    assert str(tmp_path / free) in told.out and kept.read_text() == "another's"
+    assert load_transformer(tmp_path / free).config == WAN
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, free])
+
+
 # What is refused
 
 
