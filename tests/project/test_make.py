@@ -1,5 +1,5 @@
-"""What `make test` and CI run: every tier whatever fails, numbers as other processors compute them, both ends of the
-versions.
+"""What `make` and CI run: every step of setting up announced, every tier whatever fails, numbers as other processors
+compute them, both ends of the versions.
 """
 
 from __future__ import annotations
@@ -17,46 +17,73 @@ pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-PYTHON = """#!/bin/sh
+PYTEST = """#!/bin/sh
 case "$*" in
 *"-m pytest"*) echo "$ATEN_CPU_CAPABILITY: $*" >> tiers; case "$*" in *"-m cpu"*) exit 1 ;; esac ;;
+esac
+"""
+PIP = """#!/bin/sh
+case "$*" in
+*pip*install*) echo "Collecting for: $*" ;;
 esac
 """
 
 
 @pytest.fixture
 def make(tmp_path):
-    """`make` where everything is installed; a stand-in for the interpreter lists the tiers and fails `cpu`."""
+    """A function that runs `make` of the project, with a shell script in place of the interpreter."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
     for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt", "hiar_kernels/common/extension.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(PYTHON)
-    python.chmod(0o755)
-    (tmp_path / ".venv" / "installed-dev").touch()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
 
-    def run(goal: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-        done = subprocess.run(["make", goal], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        return done, (tmp_path / "tiers").read_text().splitlines()
+    def run(goal: str, interpreter: str) -> subprocess.CompletedProcess[str]:
+        python.write_text(interpreter)
+        python.chmod(0o755)
+        return subprocess.run(["make", goal], cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     return run
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_a_red_tier_does_not_keep_the_next_from_running(make):
-    done, tiers = make("test")
+@pytest.fixture
+def make_tests(make, tmp_path):
+    """`make` where everything is installed: what it says, and the tiers that it runs, of which `cpu` fails."""
+    (tmp_path / ".venv" / "installed-dev").touch()
+
+    def run(goal: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        return make(goal, PYTEST), (tmp_path / "tiers").read_text().splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("goal", ["setup", "setup-dev"])
+def test_setting_up_shows_its_progress(make, goal):
+    """Every step is announced, and pip is not told to be quiet."""
+    done = make(goal, PIP)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert [line[:6] for line in said if " of 3: " in line] == ["1 of 3", "2 of 3", "3 of 3"]
+    collected = [line for line in said if line.startswith("Collecting for:")]
+    assert len(collected) == 2 and not any("-q" in line.split() or "--quiet" in line for line in collected)
+    assert said.index(collected[0]) == 1, "pip's own lines come between ours, as it works"
+    assert "of 3" not in make(goal, PIP).stdout, "what is set up is not set up again"
+
+
+def test_a_red_tier_does_not_keep_the_next_from_running(make_tests):
+    done, tiers = make_tests("test")
     assert [re.search(r"-m (cpu|interpreter|compile)", tier)[1] for tier in tiers] == ["cpu", "interpreter", "compile"]
     assert done.returncode and done.stderr.splitlines()[-2].strip() == "failed: cpu"
     announced = [line for line in done.stdout.splitlines() if line.startswith("tests: ")]
     assert len(announced) == 3 and all(re.search(r"about \d+ minutes on two cores", line) for line in announced)
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_numbers_are_tested_as_other_processors_compute_them(make):
+def test_numbers_are_tested_as_other_processors_compute_them(make_tests):
     """One that has AVX2 and no AVX-512 was red: its attention has other code."""
-    done, tiers = make("test-processors")
+    done, tiers = make_tests("test-processors")
     assert done.returncode  # red is red, behind which the next one runs
     assert [tier.partition(":")[0] for tier in tiers] == ["default", "avx2"]
     files = re.findall(r"tests/\S+\.py", tiers[1])

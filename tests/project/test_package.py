@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import doctest
-import os
 import re
-import shutil
-import subprocess
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -67,33 +64,3 @@ def test_a_mask_of_another_library(mask, found, impl):
     legal = "None or BlockCausal(frame_tokens, frames_per_block, ...): who sees whom goes by frame ids"
     with pytest.raises(ValueError, match=re.escape(f"attention: mask must be {legal}; got {found}")):
         hiar_kernels.attention(q, q, q, mask=mask, impl=impl)
-
-
-PIP = """#!/bin/sh
-case "$*" in
-*pip*install*) echo "Collecting for: $*" ;;
-esac
-"""
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize("goal", ["setup", "setup-dev"])
-def test_setting_up_shows_its_progress(tmp_path, goal):
-    """With a stand-in for the interpreter: every step is announced, and pip is not told to be quiet."""
-    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt", "hiar_kernels/common/extension.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(PIP)
-    python.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
-    done = subprocess.run(["make", goal], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert [line[:6] for line in said if " of 3: " in line] == ["1 of 3", "2 of 3", "3 of 3"]
-    collected = [line for line in said if line.startswith("Collecting for:")]
-    assert len(collected) == 2 and not any("-q" in line.split() or "--quiet" in line for line in collected)
-    assert said.index(collected[0]) == 1, "pip's own lines come between ours, as it works"
-    again = subprocess.run(["make", goal], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert "of 3" not in again.stdout, "what is set up is not set up again"
