@@ -269,6 +269,21 @@ def test_the_first_frames_can_be_saved_at_once(page, service):
     assert enabled(page, "change", "fork", "save", "stop", "play") == {"change", "fork", "save", "stop", "play"}
 
 
+def test_what_is_typed_before_the_server_answers_stays(chromium, service):
+    page = chromium.page()
+    wait = "await new Promise((go) => { window.go = go; })"
+    script = f"const get = fetch; window.fetch = async (url) => {{ {wait}; return get(url); }}"
+    page.call("Page.addScriptToEvaluateOnNewDocument", source=script)
+    page.open(f"{service.url}/")
+    page.until("window.go !== undefined")
+    page.write("#prompt", BLUE)
+    page.evaluate("window.go()")
+    page.until("!document.querySelector('#words').hidden")
+    assert page.evaluate("document.querySelector('#prompt').value") == BLUE
+    assert page.evaluate("document.querySelector('#word-shape').value") == "square"
+    page.close()
+
+
 def test_another_tab_takes_the_session_and_this_one_lets_it_go(page, service, chromium):
     start(page, service)
     (session,) = (s for s in service.scheduler.sessions.values() if not s.gone)

@@ -380,7 +380,7 @@ async function begin() {
     if (answer.ok) info = await answer.json();
   } catch { /* without it there is a field in place of the choices */ }
   $("model").textContent = info.model ?? "";
-  $("prompt").value = info.example ?? "";
+  if (!$("prompt").value) $("prompt").value = info.example ?? ""; // it may have been typed meanwhile
   for (const order of info.orders ?? []) $("order").append(new Option(order, order));
   for (const size of info.sizes ?? []) $("size").append(new Option(`${size[1]} × ${size[0]}`, JSON.stringify(size)));
   $("size-label").hidden = (info.sizes ?? []).length < 2;
@@ -389,7 +389,7 @@ async function begin() {
   enable();
   setInterval(show, 100);
   const token = sessionStorage.getItem("hiar"); // the page was loaded again
-  if (token !== null) connect({ resume: token });
+  if (token !== null && socket === null) connect({ resume: token }); // Start may have been pressed meanwhile
 }
 
 begin();
