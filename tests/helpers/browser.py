@@ -115,14 +115,19 @@ class Page:
         )
 
     def click(self, selector: str) -> None:
-        """Click in the middle of an element, as a mouse does."""
-        where = self.evaluate(
-            f"(() => {{ const e = {element(selector)}; e.scrollIntoView({{block: 'center'}});"
+        """Click in the middle of an element, as a mouse does; again where the page moved it away meanwhile."""
+        wait_until(lambda: self._click(selector), f"{selector} moves on")
+
+    def _click(self, selector: str) -> bool:
+        x, y, enabled = self.evaluate(
+            f"(() => {{ const e = {element(selector)}; e.scrollIntoView({{block: 'center'}}); window.hit = false;"
+            "e.addEventListener('click', () => { window.hit = true; }, {capture: true, once: true});"
             "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2, !e.disabled]; })()"
         )
-        assert where[2], f"{selector} is disabled"
+        assert enabled, f"{selector} is disabled"
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=where[0], y=where[1], button="left", clickCount=1)
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        return self.evaluate("window.hit")
 
     def press(self, key: str, code: str = "", text: str = "") -> None:
         """Press a key where the focus is."""
