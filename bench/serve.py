@@ -167,13 +167,16 @@ def cpu_seconds(process: int) -> float:
 
 
 def aggregate(url: str, process: int | None, viewers: int, seconds: float) -> tuple[str, str, str]:
-    """Of viewers who take all they can: frames per second of all, of the slowest, the server's CPU ms a frame."""
+    """Of viewers who take all they can: frames per second of all, of the slowest, the server's CPU ms a frame; NaN
+    where its process is not known, or no frame came.
+    """
     before = 0.0 if process is None else cpu_seconds(process)
     all_seen = asyncio.run(watch_all(url, viewers, seconds, False))
     spent = float("nan") if process is None else cpu_seconds(process) - before
     frames = sum(count for seen in all_seen for _, count in seen.arrivals)
     speeds = [seen.speed for seen in all_seen]
-    return f"{sum(speeds):.1f}", f"{min(speeds):.1f}", f"{1000 * spent / frames:.1f}"
+    of_frame = 1000 * spent / frames if frames else float("nan")
+    return f"{sum(speeds):.1f}", f"{min(speeds):.1f}", f"{of_frame:.1f}"
 
 
 def compare(
