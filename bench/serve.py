@@ -209,15 +209,14 @@ def row(viewers: int, all_seen: Sequence[Seen]) -> tuple[str, ...]:
 def minutes(all_seen: Sequence[Seen]) -> list[tuple[str, ...]]:
     """The same by the minute."""
     begun, rows = min(seen.begun for seen in all_seen), []
-    last = max(arrival for seen in all_seen for arrival, _ in seen.arrivals)
+    last = max((arrival for seen in all_seen for arrival, _ in seen.arrivals), default=begun)
     for minute in range(int((last - begun) // 60) + 1):
         lo, hi = begun + 60 * minute, begun + 60 * (minute + 1)
         intervals = [i for seen in all_seen for at, i in seen.intervals if lo <= at < hi]
         memory = [nbytes for seen in all_seen for at, nbytes in seen.memory if lo <= at < hi]
         late = sum(lo <= at < hi for seen in all_seen for at in seen.late)
-        memory = memory or [0]
         rows.append((str(minute + 1), str(len(memory)), f"{percentile(intervals, 0.5):.3f}",
-                     f"{percentile(intervals, 0.99):.3f}", str(late), f"{max(memory) / 1e6:.0f}"))  # fmt: skip
+                     f"{percentile(intervals, 0.99):.3f}", str(late), f"{max(memory, default=0) / 1e6:.0f}"))  # fmt: skip
     return rows
 
 
