@@ -215,8 +215,9 @@ def minutes(all_seen: Sequence[Seen]) -> list[tuple[str, ...]]:
         intervals = [i for seen in all_seen for at, i in seen.intervals if lo <= at < hi]
         memory = [nbytes for seen in all_seen for at, nbytes in seen.memory if lo <= at < hi]
         late = sum(lo <= at < hi for seen in all_seen for at in seen.late)
-        rows.append((str(minute + 1), str(len(memory)), f"{percentile(intervals, 0.5):.3f}",
-                     f"{percentile(intervals, 0.99):.3f}", str(late), f"{max(memory, default=0) / 1e6:.0f}"))  # fmt: skip
+        p50, p99 = (f"{percentile(intervals, part):.3f}" for part in (0.5, 0.99))
+        megabytes = f"{max(memory, default=0) / 1e6:.0f}"
+        rows.append((str(minute + 1), str(len(memory)), p50, p99, str(late), megabytes))
     return rows
 
 

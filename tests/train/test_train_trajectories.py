@@ -14,10 +14,12 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from altered import altered
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny_model import MODEL, TINY
 
+from hiar_model.io import atomic
 from hiar_model.train.data import trajectories
 from hiar_model.train.data.datasets import PromptData
 from hiar_model.train.data.trajectories import TrajectoryStore, generate_trajectories, weights_sha256
@@ -139,15 +141,15 @@ def test_a_stop_at_any_write_goes_on(whole, data, tmp_path, monkeypatch, moment)
     """The settings, each shard, its description, the manifest: stopped right before any of these is renamed."""
     left = moment
 
-    def replace(source, target, real=os.replace):
+    def replace(source, target):
         nonlocal left
         left -= 1
         if not left:
             raise KeyboardInterrupt
-        real(source, target)
+        os.replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trajectories.os, "replace", replace)
+        patch.setattr(atomic, "os", altered(os, replace=replace))
         with pytest.raises(KeyboardInterrupt):
             generate_trajectories(MODEL, data, tmp_path, **SMALL)
     generate_trajectories(MODEL, data, tmp_path, **SMALL)
@@ -160,7 +162,7 @@ def test_a_full_disk_leaves_whole_files_only(whole, data, tmp_path, monkeypatch)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(trajectories.os, "fsync", full)
+        patch.setattr(atomic, "os", altered(os, fsync=full))
         with pytest.raises(OSError, match=r"No space left.*run again to resume.*shard-00002\.safetensors") as error:
             generate_trajectories(MODEL, data, tmp_path, **SMALL)
     assert error.value.errno == errno.ENOSPC
