@@ -167,13 +167,16 @@ def cpu_seconds(process: int) -> float:
 
 
 def aggregate(url: str, process: int | None, viewers: int, seconds: float) -> tuple[str, str, str]:
-    """Of viewers who take all they can: frames per second of all, of the slowest, the server's CPU ms a frame."""
+    """Of viewers who take all they can: frames per second of all, of the slowest, the server's CPU ms a frame; NaN
+    where its process is not known, or no frame came.
+    """
     before = 0.0 if process is None else cpu_seconds(process)
     all_seen = asyncio.run(watch_all(url, viewers, seconds, False))
     spent = float("nan") if process is None else cpu_seconds(process) - before
     frames = sum(count for seen in all_seen for _, count in seen.arrivals)
     speeds = [seen.speed for seen in all_seen]
-    return f"{sum(speeds):.1f}", f"{min(speeds):.1f}", f"{1000 * spent / frames:.1f}"
+    of_frame = 1000 * spent / frames if frames else float("nan")
+    return f"{sum(speeds):.1f}", f"{min(speeds):.1f}", f"{of_frame:.1f}"
 
 
 def compare(
@@ -206,15 +209,15 @@ def row(viewers: int, all_seen: Sequence[Seen]) -> tuple[str, ...]:
 def minutes(all_seen: Sequence[Seen]) -> list[tuple[str, ...]]:
     """The same by the minute."""
     begun, rows = min(seen.begun for seen in all_seen), []
-    last = max(arrival for seen in all_seen for arrival, _ in seen.arrivals)
+    last = max((arrival for seen in all_seen for arrival, _ in seen.arrivals), default=begun)
     for minute in range(int((last - begun) // 60) + 1):
         lo, hi = begun + 60 * minute, begun + 60 * (minute + 1)
         intervals = [i for seen in all_seen for at, i in seen.intervals if lo <= at < hi]
         memory = [nbytes for seen in all_seen for at, nbytes in seen.memory if lo <= at < hi]
         late = sum(lo <= at < hi for seen in all_seen for at in seen.late)
-        memory = memory or [0]
-        rows.append((str(minute + 1), str(len(memory)), f"{percentile(intervals, 0.5):.3f}",
-                     f"{percentile(intervals, 0.99):.3f}", str(late), f"{max(memory) / 1e6:.0f}"))  # fmt: skip
+        p50, p99 = (f"{percentile(intervals, part):.3f}" for part in (0.5, 0.99))
+        megabytes = f"{max(memory, default=0) / 1e6:.0f}"
+        rows.append((str(minute + 1), str(len(memory)), p50, p99, str(late), megabytes))
     return rows
 
 

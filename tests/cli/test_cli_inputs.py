@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import pytest
 import torch
+from altered import altered
 from small_toy import small_folder  # noqa: F401 (fixture)
 
 from hiar_model.__main__ import run as run_command
@@ -15,6 +17,7 @@ from hiar_model.cli import COMMANDS, machine, main
 from hiar_model.cli.choices import SHARED
 from hiar_model.cli.machine import ProgressLines
 from hiar_model.common.checks import out_of_memory
+from hiar_model.io import files
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
 
@@ -131,7 +134,7 @@ def test_a_folder_that_is_not_writable(here, capsys, monkeypatch):
     def refuse(**_: object) -> None:  # root may write everywhere, so no mode bits
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr(files, "tempfile", altered(tempfile, TemporaryFile=refuse))
     assert "cannot write into runs/toy/teacher_forcing: Permission denied" in refused(capsys, "train", RECIPE)
 
 

@@ -78,7 +78,8 @@ def test_names(monkeypatch):
 
 def test_what_children_find(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")  # so that it is put back
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     with environment.for_children(tmp_path / "error"):
         assert environment.error_file() == tmp_path / "error" and os.environ["OMP_NUM_THREADS"] == "3"
     assert environment.error_file() is None

@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from altered import altered
 from jsonargparse import Namespace
 
 from hiar_model.cli import parallel, train
@@ -73,7 +74,7 @@ def test_training_names_who_died(monkeypatch, capsys, dead, state, line, debug):
     def leave(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(train, "os", altered(os, _exit=leave))
     with pytest.raises(SystemExit) as ended, train._among_others(debug) as others:
         others.peers = SimpleNamespace(dead=lambda patience=0.0: dead, leave=lambda: None)
         others.trainer = SimpleNamespace(update=6, state=state)
@@ -129,7 +130,7 @@ def test_a_wrong_recipe_is_told_by_one_of_several_processes(tmp_path, monkeypatc
     def leave(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(train, "os", altered(os, _exit=leave))
     words = Namespace(recipe="toy/teacher", overrides=["colour=3"], out=None, device="cpu", nproc=2)
     for times in (1, 0):
         with pytest.raises(SystemExit) as ended:

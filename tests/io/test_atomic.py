@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from altered import altered
 from safetensors import SafetensorError
 
 from hiar_model.io import atomic as module
@@ -104,7 +106,8 @@ ERRORS = {
 
 def test_a_full_disk_that_a_library_calls_something_else(tmp_path, monkeypatch):
     """torch.save on a disk of 2 MB says: unexpected pos 2091200 vs 2091088."""
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    full = altered(shutil, disk_usage=lambda folder: SimpleNamespace(free=4096))
+    monkeypatch.setattr(module, "shutil", full)
     with (
         pytest.raises(OSError, match=r"cannot write .*a\.pt: No space left on device") as refused,
         atomic(tmp_path / "a.pt"),
@@ -139,7 +142,7 @@ def test_a_failure_leaves_the_target_as_it_was(tmp_path, monkeypatch, name, erro
         (tmp_path / name).write_text("old")
     before = contents(tmp_path)
     if where != "block":
-        monkeypatch.setattr(module.os, {"sync": "fsync", "rename": "replace"}[where], fail)
+        monkeypatch.setattr(module, "os", altered(os, **{{"sync": "fsync", "rename": "replace"}[where]: fail}))
     with pytest.raises(type(raised) if reason is None else OSError) as caught, atomic(tmp_path / name) as partial:
         if name == "a":
             partial.mkdir()
@@ -237,14 +240,13 @@ def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
         calls.append("rename")
         replace(source, target)
 
-    monkeypatch.setattr(module.os, "fsync", synced)
-    monkeypatch.setattr(module.os, "replace", renamed)
-    opened = os.listdir("/proc/self/fd") if sys.platform == "linux" else []
+    monkeypatch.setattr(module, "os", altered(os, fsync=synced, replace=renamed))
     write(tmp_path / "a", "new")
     partial = calls[-3]
     assert ".partial" in partial
     if sys.platform == "linux":
-        assert os.listdir("/proc/self/fd") == opened, "none stays open"
+        opened = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+        assert not [file for file in opened if file.startswith(str(tmp_path))], "none stays open"
         assert calls == [f"{partial}/inner", f"{partial}/inner/a.txt", partial, "rename", str(tmp_path)]
 
 
@@ -252,6 +254,6 @@ def test_a_file_system_without_fsync(tmp_path, monkeypatch):
     def unsupported(_: int) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    monkeypatch.setattr(module.os, "fsync", unsupported)
+    monkeypatch.setattr(module, "os", altered(os, fsync=unsupported))
     atomic_write(tmp_path / "a.txt", "new")
     assert contents(tmp_path) == {"a.txt": b"new"}

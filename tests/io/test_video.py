@@ -14,9 +14,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from altered import altered
 from refusals import refused
 
 from hiar_model import load_video_model
+from hiar_model.io import atomic, files
 from hiar_model.io.files import check_folder
 from hiar_model.io.video import (
     Video,
@@ -197,24 +199,24 @@ def test_no_name(name):
 
 
 def test_unwritable_folder(tmp_path, monkeypatch):
-    def refuse(*_, **__):
+    def refuse(*_, **__):  # root may write everywhere, so no mode bits
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root may write everywhere, so no mode bits
+    monkeypatch.setattr(files, "tempfile", altered(tempfile, TemporaryFile=refuse))
     with pytest.raises(ValueError, match=r"cannot write .*a\.mp4: Permission denied$"):
         check_target(tmp_path / "a.mp4")
 
 
 @pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files without a name are Linux's")
 def test_a_process_that_ends_while_it_looks_leaves_nothing(tmp_path, monkeypatch):
-    real, names = tempfile.TemporaryFile, []
+    names = []
 
     def look(**options):
-        file = real(**options)
+        file = tempfile.TemporaryFile(**options)  # noqa: SIM115 (the caller closes it)
         names.append(list(tmp_path.iterdir()))
         return file
 
-    monkeypatch.setattr("tempfile.TemporaryFile", look)
+    monkeypatch.setattr(files, "tempfile", altered(tempfile, TemporaryFile=look))
     check_target(tmp_path / "a.mp4")
     check_folder(tmp_path / "new" / "run")
     assert names == [[], []]
@@ -235,8 +237,7 @@ def test_a_failure_leaves_nothing(tmp_path, name, event, monkeypatch):
         if event == "interrupt":
             signal.raise_signal(signal.SIGINT)
         if event == "full disk":
-            monkeypatch.setattr(os, "replace", _full)
-            monkeypatch.setattr("pathlib.Path.rename", _full)
+            monkeypatch.setattr(atomic, "os", altered(os, replace=_full))
         if event == "error":
             writer.write(clip(2, 16, 18))  # another size
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("hiar_kernels", "hiar_model")
 HERE = "tests/project/test_layout.py"
 SETTERS = ("setattr", "patch", "object")  # of monkeypatch and unittest.mock
+OF_ALL_THREADS = {"time", "os", "shutil", "socket", "tempfile", "threading"}
 
 # Lowest first: a file imports from its own unit and from those above it in this list. A unit is a folder or a file of
 # hiar_model, all of hiar_kernels, or hiar_model/__init__.py itself, which gives the public names.
@@ -188,9 +189,10 @@ def untiered_tests(root: Path) -> list[str]:
     return problems
 
 
-def clocks_of_all(root: Path) -> list[str]:
-    """Tests that set a function of `time` itself, and so the clock of every thread: the loop of a server that runs
-    beside the test then sleeps until it has a request. They set the name `time` of a module.
+def set_for_all_threads(root: Path) -> list[str]:
+    """Tests that set a function of `time`, `os`, ... itself, and so that of every thread: the loop of a server that
+    runs beside the test then sleeps until it has a request, and its calls count as the test's. They set the name of
+    the module in one of ours: SimpleNamespace(monotonic=...), or tests/helpers/altered.py.
     """
     problems = []
     for path in sources(root):
@@ -201,8 +203,8 @@ def clocks_of_all(root: Path) -> list[str]:
             target = node.args[0]
             named = isinstance(target, ast.Constant)
             owner = str(target.value).rpartition(".")[0] if named else ast.unparse(target)
-            if owner.split(".")[-1] == "time":
-                problems.append(f"{path}: line {node.lineno} sets the clock of every thread, not of one module")
+            if (module := owner.split(".")[-1]) in OF_ALL_THREADS:
+                problems.append(f"{path}: line {node.lineno} sets a function of {module} for every thread")
     return problems
 
 
@@ -211,7 +213,9 @@ def reached(root: Path, module: str) -> set[str]:
     return _reach(module, lambda name: imports(root, name) if name in modules(root) else set())
 
 
-CHECKS = (unknown_units, wrong_direction, circles, entangled_implementations, long_files, untiered_tests, clocks_of_all)
+CHECKS = (
+    unknown_units, wrong_direction, circles, entangled_implementations, long_files, untiered_tests, set_for_all_threads,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("find", [*CHECKS, dead_units])
@@ -307,10 +311,12 @@ def test_a_legal_tree_passes(tree):
         (untiered_tests, "tests/test_norm.py", "pytestmark = pytest.mark.slow\n"),
         (untiered_tests, "tests/test_norm.py", "pytestmark = pytest.mark.interpreter\n"),
         (untiered_tests, "tests/interpreter/test_norm.py", "pytestmark = pytest.mark.cpu\n"),
-        (clocks_of_all, "tests/test_norm.py", 'patch.setattr(clock.time, "monotonic", clock)\n'),
-        (clocks_of_all, "tests/test_norm.py", 'setattr(time, "sleep", clock)\n'),
-        (clocks_of_all, "tests/test_norm.py", 'mock.patch.object(clock.time, "time")\n'),
-        (clocks_of_all, "tests/test_norm.py", 'patch.setattr("package.clock.time.time", clock)\n'),
+        (set_for_all_threads, "tests/test_norm.py", 'patch.setattr(clock.time, "monotonic", clock)\n'),
+        (set_for_all_threads, "tests/test_norm.py", 'setattr(time, "sleep", clock)\n'),
+        (set_for_all_threads, "tests/test_norm.py", 'mock.patch.object(clock.time, "time")\n'),
+        (set_for_all_threads, "tests/test_norm.py", 'patch.setattr("package.clock.time.time", clock)\n'),
+        (set_for_all_threads, "tests/test_norm.py", 'patch.setattr(atomic.os, "fsync", full)\n'),
+        (set_for_all_threads, "tests/test_norm.py", 'patch.setattr("tempfile.TemporaryFile", full)\n'),
     ],
 )
 def test_a_wrong_tree_fails(tree, check, path, text):

@@ -105,12 +105,12 @@ def test_walks_agree_for_any_legal_options(data):
     steps = data.draw(st.integers(1, 4))
     window = st.one_of(st.none(), st.integers(sink + block, sink + 3 * block + 1))
     prefix = data.draw(st.integers(0, 4))
-    given_frames = torch.randn((1, prefix, TINY.in_channels, *SIZE.values())) if prefix else None
+    prefix_frames = keyed_noise(0, 0, 0, 0, (prefix, TINY.in_channels, *SIZE.values()))[None] if prefix else None
     assert_walks_agree(
         steps=steps,
         frames_per_block=block,
         sink_frames=sink,
-        prefix=given_frames,
+        prefix=prefix_frames,
         window_frames=data.draw(st.lists(window, min_size=steps, max_size=steps)),
         num_frames=prefix + block * data.draw(st.integers(1, 5)),
     )
@@ -224,7 +224,7 @@ def test_noise_as_a_tensor_is_of_the_frames_behind_the_prefix(trajectory):
 
 
 def test_text_of_each_block():
-    other = torch.randn(1, 4, TINY.text_dim)
+    other = keyed_noise(0, 0, 0, 0, (1, 4, TINY.text_dim))
     text = lambda block: TEXT if block < 2 else other  # noqa: E731
     expected = reference(text=text)
     assert difference(expected[:, :6], run()[:, :6]) < TOLERANCE

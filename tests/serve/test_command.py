@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 
 import pytest
@@ -12,6 +13,15 @@ from hiar_model.serve.scheduler import Scheduler
 from hiar_model.serve.store import Store
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """The command sets it for its process, which here is that of other tests."""
+    log = logging.getLogger("hiar.serve")
+    before = log.level
+    yield
+    log.setLevel(before)
 
 
 def refused(capsys, *words):

@@ -6,6 +6,7 @@ import sqlite3
 import time
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from serving import PROMPT, Viewer, serving, until
 from websockets.exceptions import ConnectionClosed
 
 from hiar_model import ExecutionConfig
+from hiar_model.serve import dormant as dormant_module
 from hiar_model.serve import live as live_module
 from hiar_model.serve.app import Service, Settings
 from hiar_model.serve.dormant import Dormant, DormantSession
@@ -87,7 +89,8 @@ def test_a_wrongly_started_server_costs_nobody_a_video(model, tmp_path):
         until(lambda: list(files(tmp_path)) == [tmp_path / "sessions" / "notes" / "mine.txt"])
 
 
-def test_a_dormant_session_expires():
+def test_a_dormant_session_expires(monkeypatch):
+    monkeypatch.setattr(dormant_module, "time", SimpleNamespace(monotonic=lambda: 110.0))
     deleted = []
     dormant = Dormant(deleted.append)
     for name in ("a", "b"):
@@ -98,7 +101,7 @@ def test_a_dormant_session_expires():
     dormant.require_awake(hash_token("c"))
     dormant.expire(160.0)
     assert deleted == ["a"] and list(dormant) == ["b"]
-    dormant.expire(time.monotonic() + 61)
+    dormant.expire(170.0)
     assert deleted == ["a", "b"] and dormant.next_expiry(0.0) == float("inf")
 
 

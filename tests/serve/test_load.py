@@ -44,9 +44,20 @@ def test_drops_leave_nothing(service):
     assert all(s.detached for name, s in list(service.scheduler.sessions.items()) if name not in before)
 
 
-def test_a_viewer_who_got_nothing():
+def test_a_viewer_who_got_nothing(monkeypatch):
+    """Of a server that is too slow, or a machine that is too busy: a row of the table all the same."""
     viewers, speeds, first, *_ = load.row(1, [load.Seen(fps=12)])
     assert (viewers, speeds, first) == ("1", "0.0 to 0.0", "nan")
+    assert load.minutes([load.Seen(fps=12)]) == [("1", "0", "nan", "nan", "0", "0")]
+    late = load.Seen(fps=12, arrivals=[(130.0, 3)], memory=[(130.0, 2_000_000)])
+    chunks_and_megabytes = [(line[1], line[-1]) for line in load.minutes([late])]
+    assert chunks_and_megabytes == [("0", "0"), ("0", "0"), ("1", "2")]
+
+    async def nothing(*_):
+        return [load.Seen(fps=12)]
+
+    monkeypatch.setattr(load, "watch_all", nothing)
+    assert load.aggregate("", os.getpid(), 1, 0.0) == ("0.0", "0.0", "nan")
 
 
 def test_percentiles():

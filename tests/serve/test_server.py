@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import socket
 import threading
 import urllib.error
 import urllib.request
@@ -162,7 +161,7 @@ def test_a_lost_viewer_resumes_without_a_frame_lost_or_doubled(service, model):
     viewer = Viewer(service)
     ready = viewer.start()
     viewer.blocks(2)
-    viewer.socket.socket.close()  # as a network that breaks
+    viewer.vanish()
     with Viewer(service) as other:
         again = other.start(resume=ready["token"], after=viewer.chunks[-1][0]["seq"])
         assert again["resumed"] and again["session"] == ready["session"]
@@ -180,7 +179,7 @@ def test_who_comes_back_to_a_finished_video_hears_its_end(service):
     token = viewer.start(num_frames=6)["token"]
     viewer.blocks(2)
     viewer.wait("ended")
-    viewer.socket.socket.close()
+    viewer.vanish()
     with Viewer(service) as other:
         other.start(resume=token, after=1)
         assert other.wait("ended") == {"type": "ended", "reason": "complete", "frames": 6, "resume": False}
@@ -199,7 +198,7 @@ def test_a_lost_viewer_leaves_nothing(model, tmp_path, keep):
         rings = weakref.ref(session().video.run.rollout.cache)
         spool = session().spool.path
         assert spool.exists()
-        viewer.socket.socket.close()
+        viewer.vanish()
         until(lambda: not service.scheduler.sessions)
         until(lambda: not spool.exists() and rings() is None)
         gc.collect()
@@ -291,7 +290,7 @@ def test_connects_and_drops_leave_nothing(model, tmp_path):
                 viewer.send("start", v=1, prompt=PROMPT, format="webp")
             elif turn % 4 == 1:
                 viewer.send("nonsense")
-            viewer.socket.socket.shutdown(socket.SHUT_RDWR)  # ends the client's threads; close() does not
+            viewer.vanish()
         until(lambda: not service.scheduler.sessions and not service.clients, "sessions to go")
         until(lambda: threading.active_count() <= threads + 1, "threads to go")
         until(lambda: descriptors() <= files + 2, "files to be closed")

@@ -9,9 +9,11 @@ import os
 import av
 import numpy as np
 import pytest
+from altered import altered
 
 from hiar_model.io.fragments import FragmentEncoder
 from hiar_model.io.video import VideoWriter
+from hiar_model.serve import spool as spool_module
 from hiar_model.serve.live import Piece
 from hiar_model.serve.protocol import StartMessage
 from hiar_model.serve.session import ViewerSession
@@ -100,7 +102,8 @@ def test_an_endless_video_does_not_fill_the_disk(tmp_path, fragments):
 
 def test_sync_has_the_file_on_the_disk(tmp_path, fragments, monkeypatch):
     spool, synced = Spool(tmp_path / "a.spool", fragments), []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    note = lambda descriptor: synced.append(os.fstat(descriptor).st_ino)  # noqa: E731
+    monkeypatch.setattr(spool_module, "os", altered(os, fsync=note))
     spool.sync()
     assert synced == [spool.path.stat().st_ino]
 

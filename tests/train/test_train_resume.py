@@ -16,11 +16,14 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from altered import altered
 from refusals import refused
-from torch.distributed.checkpoint import FileSystemWriter, save
+from torch.distributed.checkpoint import FileSystemWriter, filesystem, save
 from train_job import command, losses, recipe, start, stop_after, train
 
 from hiar_model.cli.main import main
+from hiar_model.io import atomic
+from hiar_model.train.engine import snapshots
 from hiar_model.train.engine.snapshots import ABOUT, CONTENTS, Snapshots
 from hiar_model.train.engine.trainer import run_folder_held
 
@@ -147,16 +150,17 @@ def test_rows_that_wait_for_the_log_are_kept(tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_good_state(tmp_path, whole, monkeypatch):
-    folder, sync, calls = tmp_path / "run", os.fsync, []
+    folder, calls = tmp_path / "run", []
 
     def full(descriptor):
         calls.append(descriptor)
         if len(calls) == 8:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(descriptor)
+        os.fsync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        for module in (atomic, snapshots, filesystem):
+            patch.setattr(module, "os", altered(os, fsync=full))
         with pytest.raises(OSError, match="update_00000004 cannot be written: No space left on device") as error:
             train(folder, recipe())
     assert str(error.value).endswith("the last good one is " + str(folder / "states" / "update_00000002"))

@@ -14,10 +14,12 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from altered import altered
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny_model import MODEL, TINY
 
+from hiar_model.io import atomic
 from hiar_model.train.data import trajectories
 from hiar_model.train.data.datasets import PromptData
 from hiar_model.train.data.trajectories import TrajectoryStore, generate_trajectories, weights_sha256
@@ -114,12 +116,12 @@ def test_the_seed_decides(whole, data, tmp_path):
 
 
 def test_a_killed_run_goes_on(whole, data, tmp_path):
-    """kill -9 within a shard, again and again; the files are those of a run that was never killed."""
+    """kill -9 behind a shard; the files are those of a run that was never killed."""
     code = (
         "import sys, time; from tiny_model import MODEL; from hiar_model.train.data.datasets import PromptData\n"
         "from hiar_model.train.data.trajectories import generate_trajectories\n"
         f"generate_trajectories(MODEL, PromptData(sys.argv[1], {SHAPE}), sys.argv[2], **{SMALL},\n"
-        "                      on_progress=lambda done, in_all: time.sleep(0.2))"
+        "                      on_progress=lambda done, in_all: done == 4 and time.sleep(1000))"
     )
     process = processes.Started(["-c", code, data.folder, tmp_path])
     while not (tmp_path / "shard-00001.json").exists() and process.poll() is None:
@@ -139,15 +141,15 @@ def test_a_stop_at_any_write_goes_on(whole, data, tmp_path, monkeypatch, moment)
     """The settings, each shard, its description, the manifest: stopped right before any of these is renamed."""
     left = moment
 
-    def replace(source, target, real=os.replace):
+    def replace(source, target):
         nonlocal left
         left -= 1
         if not left:
             raise KeyboardInterrupt
-        real(source, target)
+        os.replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trajectories.os, "replace", replace)
+        patch.setattr(atomic, "os", altered(os, replace=replace))
         with pytest.raises(KeyboardInterrupt):
             generate_trajectories(MODEL, data, tmp_path, **SMALL)
     generate_trajectories(MODEL, data, tmp_path, **SMALL)
@@ -160,7 +162,7 @@ def test_a_full_disk_leaves_whole_files_only(whole, data, tmp_path, monkeypatch)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(trajectories.os, "fsync", full)
+        patch.setattr(atomic, "os", altered(os, fsync=full))
         with pytest.raises(OSError, match=r"No space left.*run again to resume.*shard-00002\.safetensors") as error:
             generate_trajectories(MODEL, data, tmp_path, **SMALL)
     assert error.value.errno == errno.ENOSPC
