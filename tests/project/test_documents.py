@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import builtins
+import inspect
+import pkgutil
 import re
 import shlex
 from argparse import ArgumentError
@@ -197,6 +199,37 @@ SHELL = [snippet for snippet in SNIPPETS if snippet.language in ("", "sh") and c
 def test_command_lines_are_understood(snippet):
     for words in commands(snippet):
         understand(words)
+
+
+def outputs(page: str) -> list[str]:
+    """The videos that the commands and the Python of a page write, in its order."""
+    names = []
+    for snippet in SNIPPETS:
+        if snippet.page == page and snippet.language == "python":
+            names += re.findall(r'\.save\("([^"]+)"\)', snippet.code)
+        elif snippet.page == page:
+            lines = [words for words in commands(snippet) if "--overwrite" not in words]
+            names += [after for words in lines for word, after in pairwise(words) if word == "-o"]
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_command_of_a_page_finds_the_video_of_another(page):
+    """Where it exists, hiar generate refuses to write it: whoever follows the page would stop there."""
+    names = outputs(page)
+    assert [name for name in names if names.count(name) > 1] == []
+
+
+QUALIFIED = re.compile(r"`(hiar_model(?:\.\w+)+)\(([\w, ]+)\)`")
+
+
+def test_calls_in_the_text_name_the_arguments():
+    calls = [(page, *call) for page, text in TEXTS.items() for call in QUALIFIED.findall(text)]
+    assert {name for _, name, _ in calls} >= {"hiar_model.infill"}
+    for page, name, arguments in calls:
+        function = pkgutil.resolve_name(name.replace(".", ":", 1) if name.count(".") == 1 else name)
+        unknown = set(re.split(", *", arguments)) - set(inspect.signature(function).parameters)
+        assert not unknown, f"{page}: {name} has no {unknown}"
 
 
 def test_the_first_command_lines_run(here, capsys):
