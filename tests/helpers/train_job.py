@@ -33,7 +33,7 @@ from hiar_model.train.engine import metrics
 from hiar_model.train.engine.distributed import init_training
 from hiar_model.train.engine.networks import make_network
 from hiar_model.train.engine.trainer import Trainer
-from hiar_model.train.stages.base import UpdateStep, make_stage
+from hiar_model.train.stages.base import Inputs, UpdateStep, make_stage
 
 PULL = "pull"  # recipe.teacher of runs whose stage is Pull
 
@@ -57,6 +57,9 @@ class Pull:
         patches = self.frozen["teacher"].patch_embedding.weight  # as a file may have them
         patches.data = patches.data.to(memory_format=torch.channels_last_3d)
         self.calls: list[tuple[str, int, list[int]]] = []
+
+    def inputs(self) -> Inputs:
+        return Inputs()
 
     def update_steps(self, update: int) -> Sequence[UpdateStep]:
         return (UpdateStep("critic", 0, "critic 0"), UpdateStep("critic", 1, "critic 1"), UpdateStep("student"))
