@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,9 +275,7 @@ def _report(error: Exception) -> None:
 
 def _print_error(message: str, prefix: str = "") -> None:
     """Unless a process of the same launcher of ours has printed one."""
-    with suppress(FileExistsError):
-        if (file := environment.error_file()) is not None:
-            file.touch(exist_ok=False)
+    if environment.is_first_report():
         print(f"hiar: {prefix}{' '.join(message.split())}", file=sys.stderr, flush=True)
 
 

@@ -98,6 +98,10 @@ def test_hiar_has_the_losses_of_one_process(runs):
     assert len(ours) == 2
     close(ours, losses(folder / "hiar one"), (*METRICS, "student_dmd_normaliser", "student_forward_kl"))
     close(ours[1:], losses(folder / "hiar one")[1:], ("sample_motion", "sample_saturation"))
+    states = (folder / f"hiar {number}/states/update_00000002/about.json" for number in ("one", "two"))
+    one, two = (json.loads(about.read_text())["inputs"] for about in states)
+    assert one == two, "hashes of sharded weights are those of plain ones"
+    assert one.keys() == {"teacher", "init", "critic_init", "forward_kl.trajectories"}
 
 
 @pytest.mark.parametrize("scale", [0, 1])

@@ -19,6 +19,7 @@ from train_job import losses, make_trainer, recipe, stop_after, train
 from hiar_model.cli.main import main
 from hiar_model.config import WanConfig
 from hiar_model.models.checkpoint import save_transformer
+from hiar_model.train.config.reading import differences, make_recipe
 from hiar_model.train.engine import metrics, snapshots
 from hiar_model.train.engine.metrics import MetricsLogger
 from hiar_model.train.engine.snapshots import ABOUT, CONTENTS, Snapshots
@@ -151,7 +152,7 @@ def test_another_execution_is_said(run):
     assert said(run, recipe(updates=2)) == []
     change_about(run, execution={"processes": 2, "scale.micro_batch": 2, "torch": "1.0"})
     (line,) = said(run, recipe(updates=2))
-    assert line.startswith("from here on losses are not to the bit those of an uninterrupted run, with another ")
+    assert line.startswith("from here on losses are not to the bit those of an uninterrupted run; changed: ")
     assert "processes (2, now 1), scale.micro_batch (2, now 4), torch (1.0, now 2" in line
     change_about(run, execution=3)
     with refused("execution is no mapping"):
@@ -164,6 +165,17 @@ def test_a_recipe_of_another_version_is_no_other_recipe(run):
     change_about(run, recipe=about["recipe"])
     with refused(r"was saved by another version, with other recipe keys \(data.mark_continuing\)"):
         make_trainer(run, recipe(updates=2))
+
+
+def test_what_is_shown_of_a_run_and_what_it_skips_may_change():
+    """The VAE of samples, or the guidance of a teacher's; that of a student's training may not."""
+    base = {"data.folder": "clips", "data.latent_size": [4, 4]}
+    shown = {"data.vae": "wan", "sample_every": 3, "guidance": 5.0}
+    for stage, differ in (("teacher", []), ("hiar", ["guidance"])):
+        ours, theirs = (make_recipe({"stage": stage, **base, **more}).to_dict() for more in (shown, {}))
+        assert [key for key, *_ in differences(ours, theirs)] == differ
+    skips = {"skip_corrupt": True}, {}
+    assert not differences(*(make_recipe({"stage": "ode_init", **more}).to_dict() for more in skips))
 
 
 def test_more_updates_under_a_cooldown_say_what_is_legal(run):
@@ -314,6 +326,15 @@ def test_a_state_without_the_files_of_another_process_is_not_published(run, monk
     with refused("__0_0.distcp of another process is not there: all must see the same file .*; the last good", OSError):
         Snapshots(run / "states").save(3, {"x": torch.ones(2)}, {})
     assert [path.name for path in (run / "states").iterdir()] == ["update_00000002"]
+
+
+def test_losses_that_somebody_has_edited_end_no_run_for_their_plot(tmp_path):
+    lines = []
+    logger = MetricsLogger(tmp_path, 0, {}, lines.append)
+    logger.scalars(1, {"student_loss": 0.5})
+    (tmp_path / "loss.csv").write_text("update;student_loss\n1;0,5\n")
+    logger.close()
+    assert lines == [f"no loss plot: {tmp_path}/loss.csv is no table of losses any more"]
 
 
 def test_a_full_disk_under_a_sheet_ends_no_run(tmp_path, monkeypatch):

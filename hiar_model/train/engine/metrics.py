@@ -158,6 +158,8 @@ class MetricsLogger:
             draw_losses(self.folder / LOSSES, self.folder / PICTURE)
         except OSError as error:  # a picture is no reason to lose the run
             self._say(f"no loss plot: {error}")
+        except (ValueError, KeyError):
+            self._say(f"no loss plot: {self.folder / LOSSES} is no table of losses any more")
 
     def _write_row(self, row: dict[str, str]) -> None:
         path = self.folder / LOSSES

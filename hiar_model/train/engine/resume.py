@@ -103,7 +103,7 @@ def departures(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     changed = [f"{key} ({before[key]}, now {now[key]})" for key in now if key in before and before[key] != now[key]]
     if not changed:
         return None
-    return f"from here on losses are not to the bit those of an uninterrupted run, with another {', '.join(changed)}"
+    return f"from here on losses are not to the bit those of an uninterrupted run; changed: {', '.join(changed)}"
 
 
 def _changes(recipe: TrainingRecipe, folder: Path, state: Path, about: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
