@@ -82,8 +82,7 @@ def status(code: int) -> int:
     error = getattr(sys.stdout, "error", None)
     if error is None or code:
         return code
-    if (file := environment.error_file()) is not None:
-        file.touch()  # the process that started this one need not say more
+    environment.is_first_report()  # the process that started this one need not say more
     if error.errno == errno.EPIPE:
         return READER_GONE
     print(f"hiar: cannot write standard output: {error.strerror or error}; all else is done", file=sys.stderr)

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +89,11 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext, others: _Ot
     from ..train.engine.loss_plot import PICTURE
     from ..train.engine.memory import require_memory_to_train
     from ..train.engine.metrics import LOSSES
+    from ..train.engine.resume import check_resume
     from ..train.engine.trainer import Trainer
     from ..train.stages.base import check_inputs, make_stage
 
+    check_resume(recipe, folder)
     context.micro_batches(recipe.batch_size, recipe.scale.micro_batch)  # refused before anything is loaded
     check_inputs(recipe)
     memory = require_memory_to_train(recipe, context) / 1e9
@@ -273,9 +275,7 @@ def _report(error: Exception) -> None:
 
 def _print_error(message: str, prefix: str = "") -> None:
     """Unless a process of the same launcher of ours has printed one."""
-    with suppress(FileExistsError):
-        if (file := environment.error_file()) is not None:
-            file.touch(exist_ok=False)
+    if environment.is_first_report():
         print(f"hiar: {prefix}{' '.join(message.split())}", file=sys.stderr, flush=True)
 
 

@@ -55,6 +55,21 @@ def error_file() -> Path | None:
     return Path(value) if value else None
 
 
+def is_first_report() -> bool:
+    """Whether no other process of our launcher has printed an error: creates :func:`error_file`. True too where there
+    is no such launcher, or it has ended at a second Ctrl-C, and its temporary folder with it.
+    """
+    file = error_file()
+    try:
+        if file is not None:
+            file.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # the launcher's folder has gone, or its disk is full
+        pass
+    return True
+
+
 @contextmanager
 def for_children(error_file: Path) -> Iterator[None]:
     """Inside, started processes find ``error_file``, and one CPU thread each unless OMP_NUM_THREADS says otherwise.

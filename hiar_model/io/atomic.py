@@ -93,12 +93,12 @@ def publish(partial: Path, target: Path) -> None:
         raise OSError(errno.EINVAL, f"it is {SPECIAL}", str(target))
     if partial.is_dir():
         for path in sorted(partial.rglob("*")):
-            _sync(path)
+            sync(path)
         if target.is_dir():
             target.rmdir()  # fails unless it is empty
-    _sync(partial)
+    sync(partial)
     os.replace(partial, target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def unused(target: Path, *, overwrite: bool, beside: Callable[[Path], Path] | None = None) -> Path:
@@ -169,7 +169,8 @@ def cannot_write(target: str | os.PathLike[str], error: BaseException) -> OSErro
     return wrapped
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Put a file or folder on disk, as far as its file system can."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

@@ -76,6 +76,15 @@ def test_names(monkeypatch):
     assert environment.wandb_project() == "films" and environment.under_torchrun()
 
 
+def test_one_of_several_processes_reports(monkeypatch, tmp_path):
+    """And one whose launcher has gone, with its folder: where a run resumes from is not lost in an error about it."""
+    assert environment.is_first_report() and environment.is_first_report(), "no launcher of ours"
+    monkeypatch.setenv("HIAR_ERROR_FILE", str(tmp_path / "reported"))
+    assert environment.is_first_report() and not environment.is_first_report()
+    monkeypatch.setenv("HIAR_ERROR_FILE", str(tmp_path / "gone" / "reported"))
+    assert environment.is_first_report()
+
+
 def test_what_children_find(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")  # so that it is put back

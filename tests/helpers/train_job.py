@@ -4,7 +4,8 @@ python tests/helpers/train_job.py FOLDER RECIPE.json [SYNC]
     trains; a line "update N" for each; kill -9 of itself in the SYNC-th of the syncs to disk
 torchrun --nproc-per-node 2 tests/helpers/train_job.py FOLDER CASES.json
     trains each {"name", "recipe", "stop", "signal"} in FOLDER/name, up to update "stop" if there is one; "signal" is
-    [rank, update]: that rank alone gets a signal after that update. results.json has how it ended on each rank
+    [rank, update]: that rank alone gets a signal after that update; "apart": as on machines that share no disk, each
+    rank has a FOLDER/name RANK of its own. results.json has how it ended on each rank
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from hiar_model.train.engine import metrics
 from hiar_model.train.engine.distributed import init_training
 from hiar_model.train.engine.networks import make_network
 from hiar_model.train.engine.trainer import Trainer
-from hiar_model.train.stages.base import UpdateStep, make_stage
+from hiar_model.train.stages.base import Inputs, UpdateStep, make_stage
 
 PULL = "pull"  # recipe.teacher of runs whose stage is Pull
 
@@ -57,6 +58,9 @@ class Pull:
         patches = self.frozen["teacher"].patch_embedding.weight  # as a file may have them
         patches.data = patches.data.to(memory_format=torch.channels_last_3d)
         self.calls: list[tuple[str, int, list[int]]] = []
+
+    def inputs(self) -> Inputs:
+        return Inputs()
 
     def update_steps(self, update: int) -> Sequence[UpdateStep]:
         return (UpdateStep("critic", 0, "critic 0"), UpdateStep("critic", 1, "critic 1"), UpdateStep("student"))
@@ -167,9 +171,10 @@ def _signal_after(case: dict[str, Any]) -> Any:
 def _case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """How it ended on this rank."""
     trainer = None
+    folder = folder / (f"{case['name']} {dist.get_rank()}" if case.get("apart") else case["name"])
     try:
         on_update = _signal_after(case) if "signal" in case else stop_after(case.get("stop"))
-        trainer = make_trainer(folder / case["name"], case["recipe"])
+        trainer = make_trainer(folder, case["recipe"])
         with ends_training(trainer):
             trainer.run(on_update)
         error = "ended" if trainer.stopped else ""

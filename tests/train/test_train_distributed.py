@@ -6,6 +6,7 @@ All cases of two processes run in one start of torchrun: train_job.py.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def runs(tmp_path_factory):
     train(folder / "muon one", recipe(optimizer=MUON, scale=at_the_end))
     with pytest.raises(KeyboardInterrupt):
         train(folder / "one to two", recipe(), stop_after(3))
+    shutil.copytree(folder / "one to two", folder / "goes on apart 0")
     scales = {"shard": 1}, {"micro_batch": 1, "activation_checkpointing": True}
     wrong = ("batch_size", 3), ("scale", {"shard": 3}), ("seed", -1)
     cases = [
@@ -69,6 +71,8 @@ def runs(tmp_path_factory):
         {"name": "ended two", "recipe": recipe(), "signal": [1, 2]},
         {"name": "muon two", "recipe": recipe(optimizer=MUON), "stop": 3},
         *({"name": f"teacher forcing {i}", "recipe": forcing(scale=scale)} for i, scale in enumerate(scales)),
+        {"name": "apart", "recipe": recipe(), "apart": True},
+        {"name": "goes on apart", "recipe": recipe(), "apart": True},
         *({"name": f"wrong {key}", "recipe": recipe(**{key: value})} for key, value in wrong),
     ]
     done = start(folder, cases, ranks=2)
@@ -94,6 +98,10 @@ def test_hiar_has_the_losses_of_one_process(runs):
     assert len(ours) == 2
     close(ours, losses(folder / "hiar one"), (*METRICS, "student_dmd_normaliser", "student_forward_kl"))
     close(ours[1:], losses(folder / "hiar one")[1:], ("sample_motion", "sample_saturation"))
+    states = (folder / f"hiar {number}/states/update_00000002/about.json" for number in ("one", "two"))
+    one, two = (json.loads(about.read_text())["inputs"] for about in states)
+    assert one == two, "hashes of sharded weights are those of plain ones"
+    assert one.keys() == {"teacher", "init", "critic_init", "forward_kl.trajectories"}
 
 
 @pytest.mark.parametrize("scale", [0, 1])
@@ -160,6 +168,19 @@ def test_muon_of_shards(runs):
 def test_every_rank_refuses(runs, case, message):
     for rank in runs[1]:
         assert rank[f"wrong {case}"]["error"].startswith(message)
+
+
+def test_processes_that_share_no_disk_are_refused(runs):
+    """No state without the shards of one of them, and no run that goes on with one of them alone."""
+    folder, results, _ = runs
+    for rank in results:
+        error = rank["apart"]["error"]
+        assert "__1_0.distcp of another process is not there: all must see the same file system" in error
+        error = rank["goes on apart"]["error"]
+        assert "rank 0 sees update_00000002, rank 1 no state; all processes must share its file system" in error
+    assert (
+        not list((folder / "apart 0/states").iterdir()) and (folder / "goes on apart 0/states/update_00000002").is_dir()
+    )
 
 
 def test_a_sample_of_another_rank_is_named_by_all(runs):

@@ -114,9 +114,9 @@ def test_killed_at_random_moments(tmp_path, whole):
     same(folder, whole)
 
 
-# Syncs of loss.csv, once: the file, its folder. Of one state: tensors, their list, about.json, the folder; then the
-# rename, and the folder above.
-@pytest.mark.parametrize(("sync", "last"), [(8, 2), (10, 2), (11, 2), (12, 4)])
+# Syncs of loss.csv, once: the file, its folder. Of one state: loss.csv, tensors, their list, about.json, the folder;
+# then the rename, and the folder above.
+@pytest.mark.parametrize(("sync", "last"), [(10, 2), (12, 2), (13, 2), (14, 4)])
 def test_killed_while_a_state_is_written(tmp_path, whole, sync, last):
     folder = tmp_path / "run"
     done = start(folder, recipe(), sync)
@@ -131,7 +131,7 @@ def test_killed_while_a_state_is_written(tmp_path, whole, sync, last):
 
 def test_killed_before_the_first_state(tmp_path, whole):
     folder = tmp_path / "run"
-    assert start(folder, recipe(), 3).returncode == -signal.SIGKILL
+    assert start(folder, recipe(), 4).returncode == -signal.SIGKILL
     assert Snapshots(folder / "states").newest() is None and losses(folder)
     train(folder, recipe())
     same(folder, whole)
@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, whole, monkeypatch):
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) == 8:
+        if len(calls) == 10:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(descriptor)
 

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser
 
 from ...common.checks import nearest, one_of
 from ...io.files import is_time, load_yaml, read_text
-from .recipe import RECIPES, REPORTS, Recipe
+from .recipe import RECIPES, REPORTS, REPORTS_OF, SKIPS, Recipe
 
 
 def shipped_recipes() -> list[str]:
@@ -97,11 +97,17 @@ def _parser(stage: str) -> ArgumentParser:
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(dotted key, our value, theirs) where two recipes, as plain mappings, would learn something else; None where one
-    lacks the key. The section ``scale`` and :data:`.recipe.REPORTS` are left out.
+    lacks the key. The section ``scale``, :data:`.recipe.REPORTS` and :data:`.recipe.SKIPS` are left out.
     """
     a, b = _flat(ours), _flat(theirs)
-    keys = [key for key in {**a, **b} if not key.startswith("scale.") and key not in REPORTS]
+    free = (*REPORTS, *SKIPS, *REPORTS_OF.get(ours.get("stage", ""), ()))
+    keys = [key for key in {**a, **b} if not key.startswith("scale.") and key not in free]
     return [(key, a.get(key), b.get(key)) for key in keys if a.get(key, ...) != b.get(key, ...)]
+
+
+def recipe_keys(values: Mapping[str, Any]) -> set[str]:
+    """The dotted keys of a recipe, as a plain mapping, without its section ``scale``."""
+    return {key for key in _flat(values) if not key.startswith("scale.")}
 
 
 def field_types(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

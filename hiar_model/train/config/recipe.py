@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -230,9 +229,9 @@ class TrainingRecipe(NetworkRecipe):
         """The optimiser of a network, by its name in the stage."""
         return self.optimizer
 
-    def has_constant_rates(self, networks: Iterable[str]) -> bool:
-        """Whether no optimiser of these networks has a learning rate that depends on ``updates``."""
-        return not any(o.warmup or o.cooldown for o in map(self.optimizer_of, networks))
+    def has_constant_rates(self) -> bool:
+        """Whether no optimiser has a learning rate that depends on ``updates``."""
+        return not any(o.warmup or o.cooldown for o in map(self.optimizer_of, ("student", "critic")))
 
 
 @dataclass(frozen=True)
@@ -439,8 +438,12 @@ class HiARRecipe(CausalRecipe):
         return self.critic_optimizer if network == "critic" else self.optimizer
 
 
-REPORTS = ("log_every", "sample_every", "sample_prompts")
+REPORTS = ("log_every", "sample_every", "sample_prompts", "data.vae")
 """Keys that decide what is reported and not what is learnt: a resumed run may have others."""
+REPORTS_OF = {"teacher": ("guidance", "sample_steps")}
+"""Further ones of a stage."""
+SKIPS = ("skip_corrupt", "forward_kl.skip_corrupt")
+"""Keys that matter only where a shard is damaged: a resumed run may have others, and says what it leaves out."""
 
 RECIPES: dict[str, type[Recipe]] = {
     kind.stage: kind

@@ -253,6 +253,15 @@ class LatentData(PromptData):
 
     CLIPS = ("latents",)
 
+    @property
+    def fingerprint(self) -> str:
+        """That of the prompts, and of the first clip of each file."""
+        digest = hashlib.sha256(super().fingerprint.encode())
+        first = [i for i, (_, row) in enumerate(self.index) if row == 0]
+        for i in first:  # one by one: clips are large
+            digest.update(self._read("latents", [i]).contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     def clips(self, seed: int, stage: str, update: int, samples: Sequence[int]) -> Batch:
         """Clips of some samples, latents in float32."""
         indices = self._draw(seed, stage, update, samples, "clip")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -234,6 +235,19 @@ class TrajectoryStore:
     def latent_shape(self) -> tuple[int, ...]:
         """(F, C, H, W) of a point."""
         return tuple(self.manifest["latent_shape"])
+
+    @property
+    def settings_sha256(self) -> str:
+        """Of the settings that the trajectories are made with, the teacher's hash among them."""
+        settings = {key: value for key, value in self.manifest.items() if key not in ("sigmas", "shards")}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def shards(self) -> str:
+        """How many are used, and a hash of their bytes."""
+        names = {file.name for file in self._files}
+        sums = [shard["sha256"] for shard in self.manifest["shards"] if shard["file"] in names]
+        return f"{len(sums)} of {hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:12]}"
 
     def is_of(self, data: Prompts) -> bool:
         """Whether the trajectories have been made with this data, whatever the number of its frames."""

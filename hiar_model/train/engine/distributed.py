@@ -63,6 +63,13 @@ class DistContext:
             dist.all_reduce(numbers)
         return numbers
 
+    def gather(self, name: str) -> list[str]:
+        """That of every process, by rank."""
+        names = [name] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(names, name)
+        return names
+
     def all_reduce_max(self, numbers: Sequence[float]) -> list[float]:
         """The maximum of each number over all processes."""
         if self.world_size == 1:
@@ -98,6 +105,15 @@ def launched_context(device: str | torch.device = "auto") -> DistContext:
     (one may have minutes more to do than the others, and NCCL's timeout would end the job).
     """
     return DistContext(environment.rank(), environment.world_size(), _device(device))
+
+
+def from_first(value: Callable[[], T]) -> T:
+    """What the function returns in the first process, which alone calls it, in all of them."""
+    if not dist.is_initialized():
+        return value()
+    values = [value() if is_first() else None]
+    dist.broadcast_object_list(values)
+    return values[0]  # type: ignore[return-value]
 
 
 def is_first() -> bool:

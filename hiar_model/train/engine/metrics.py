@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...common import environment
-from ...io.atomic import atomic, atomic_write
+from ...io.atomic import atomic, atomic_write, sync
 from ...io.video import Frames, contact_sheet, save_png
 from .events import EventFile
 from .loss_plot import PICTURE, draw_losses
@@ -52,22 +52,23 @@ class MetricsLogger:
 
     Args:
         update: number of finished updates; rows of later ones, from a killed run, are dropped.
-        recipe: of the run, for W&B. say: called with one line where TensorBoard is missing, or its files or the plot
-            cannot be written: that ends no run.
+        recipe: of the run, for W&B. say: called with one line where TensorBoard is missing, or its files, the plot or a
+            sheet cannot be written: that ends no run; and where rows of the run are missing or are written again.
+        logged: the last update that must have a row.
 
     Raises:
         ValueError: the variable of W&B is set, and wandb is not installed.
     """
 
     def __init__(
-        self, folder: Path, update: int, recipe: Mapping[str, Any], say: Callable[[str], None] = print
+        self, folder: Path, update: int, recipe: Mapping[str, Any], say: Callable[[str], None] = print, logged: int = 0
     ) -> None:
         project = environment.wandb_project()
         if project and importlib.util.find_spec("wandb") is None:
             raise ValueError(f"WANDB_PROJECT is set to {project!r}, but wandb is not installed")
         self.folder = folder
-        self.columns = self._drop_rows_after(update)
         self._drawn, self._stale, self._say = time.monotonic(), False, say
+        self.columns = self._drop_rows_after(update, logged)
         self.events: EventFile | None = None
         if importlib.util.find_spec("tensorboard") is not None:
             with self._without_events():
@@ -100,15 +101,20 @@ class MetricsLogger:
         if self.wandb is not None:
             self.wandb.log(dict(numbers), step=update)
 
-    def sheet(self, update: int, frames: Frames) -> Path:
+    def sheet(self, update: int, frames: Frames) -> Path | None:
         """Write videos uint8 [N, F, H, W, 3] as one .png, a video a row: at most 24 frames each, scaled down. Returns
-        its path."""
+        its path; None where it could not be written, which is said."""
         chosen = np.linspace(0, frames.shape[1] - 1, min(SHEET_FRAMES, frames.shape[1])).round().astype(int)
         few = _smaller(frames[:, chosen].reshape(-1, *frames.shape[2:]), SHEET_SIDE)
         image = contact_sheet(few, columns=len(chosen))
-        (self.folder / SAMPLES).mkdir(exist_ok=True)
         path = self.folder / SAMPLES / f"update_{update:08d}.png"
-        save_png(image, path)
+        written = False
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_png(image, path)
+            written = True
+        except OSError as error:  # a picture is no reason to lose the run
+            self._say(f"no sheet of samples: {error}")
         with self._without_events() as events:
             if events is not None:
                 events.image("samples", image, update)
@@ -116,7 +122,16 @@ class MetricsLogger:
             import wandb
 
             self.wandb.log({"samples": wandb.Image(image)}, step=update)
-        return path
+        return path if written else None
+
+    def sync(self) -> None:
+        """Put the rows on disk: a state behind them is there too after a power cut.
+
+        Raises:
+            OSError: they could not be written.
+        """
+        if (self.folder / LOSSES).exists():
+            sync(self.folder / LOSSES)
 
     def close(self) -> None:
         """Flush and close."""
@@ -143,6 +158,8 @@ class MetricsLogger:
             draw_losses(self.folder / LOSSES, self.folder / PICTURE)
         except OSError as error:  # a picture is no reason to lose the run
             self._say(f"no loss plot: {error}")
+        except (ValueError, KeyError):
+            self._say(f"no loss plot: {self.folder / LOSSES} is no table of losses any more")
 
     def _write_row(self, row: dict[str, str]) -> None:
         path = self.folder / LOSSES
@@ -156,13 +173,29 @@ class MetricsLogger:
         except OSError as error:  # a full disk is noticed where the file is closed, and then has no name
             raise OSError(error.errno, error.strerror, str(path)) from error
 
-    def _drop_rows_after(self, update: int) -> list[str]:
-        """Drop the rows that a killed run logged after its last state, since they come again; returns the columns."""
-        columns, rows = _read(self.folder / LOSSES)
-        valid = [row for row in rows if None not in row.values() and _number(row) <= update]
+    def _drop_rows_after(self, update: int, logged: int) -> list[str]:
+        """Drop the rows that a killed run logged after its last state, since they come again, and one that was cut off;
+        returns the columns.
+        """
+        path = self.folder / LOSSES
+        columns, rows = _read(path)
+        cut = _is_cut(path)
+        complete = rows[:-1] if cut else rows
+        valid = [row for row in complete if None not in row.values() and _number(row) <= update]
+        last = max((_number(row) for row in valid), default=0)
+        if rows and not update:
+            self._say(f"{path}: there is no state yet, so its {len(rows)} rows are dropped and come again")
+        if last < logged:
+            self._say(f"{path} lacks rows: it ends at update {last}, the state has seen rows up to update {logged}")
         if columns and len(valid) < len(rows):
-            _rewrite(self.folder / LOSSES, columns, valid)
-        return columns
+            _rewrite(path, columns, valid)
+        return [] if cut and not rows else columns  # a header alone, which the first row writes again
+
+
+def last_logged(path: Path) -> int:
+    """The update of the last row of a loss.csv; 0: there is none."""
+    numbers = [_number(row) for row in _read(path)[1]]
+    return int(max((number for number in numbers if math.isfinite(number)), default=0))
 
 
 def _wandb_id(path: Path, *, new: bool) -> str:
@@ -186,6 +219,11 @@ def _smaller(frames: Frames, side: int) -> Frames:
 def _number(row: Mapping[str, str]) -> float:
     """The update of a row; infinite where a row that was cut off has none."""
     return int(row[UPDATE]) if row[UPDATE].isdecimal() else math.inf
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether the last line has no end: it was half copied, or half written before a power cut."""
+    return path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:

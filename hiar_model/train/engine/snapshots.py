@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from ...common.checks import out_of_memory
+from ...io.atomic import sync
 from .checksums import checksums
 from .distributed import is_first
 
@@ -61,7 +63,7 @@ class Snapshots:
                 raise ValueError(wrong)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{state / ABOUT} cannot be read: {reason}; delete {state} to go on without it") from error
+            raise ValueError(f"{state / ABOUT} cannot be read: {reason}; {_advice(error, state)}") from error
         return about
 
     def load(self, state: Path, state_dict: dict[str, Any]) -> None:
@@ -69,9 +71,10 @@ class Snapshots:
 
         Raises:
             ValueError: a tensor is missing, of another shape, not readable, or not what was written.
+            RuntimeError, MemoryError, KeyboardInterrupt: missing memory and Ctrl-C, which say nothing of the state.
         """
         try:
-            _check_contents(state / CONTENTS)
+            _contents(state / CONTENTS)
             with _quietly():
                 alone = not dist.is_initialized()
                 load(state_dict, storage_reader=FileSystemReader(state), planner=_PlainPlanner(), no_dist=alone)
@@ -80,13 +83,17 @@ class Snapshots:
             if changed := [name for name, value in stored.items() if sums.get(name) != value]:
                 raise ValueError(f"it is damaged: {changed[0]} is not what was written")
         except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"{state} cannot be read: {_reason(error)}; delete it to go on without it") from error
+            _raise_interrupt(error)
+            _raise_missing_memory(error)
+            advice = _advice(_deepest(error), state)
+            raise ValueError(f"{state} cannot be read: {_reason(error)}; {advice}") from error
 
     def save(self, update: int, state_dict: dict[str, Any], about: dict[str, Any]) -> Path:
         """Write the state after ``update`` updates, then delete the others; returns its folder.
 
         Raises:
-            OSError: the disk is full or not writable; this state is removed, and the last good one is kept.
+            OSError: the disk is full or not writable, or the processes write to several; this state is removed, and the
+                last good one is kept.
         """
         state = self.folder / f"update_{update:08d}"
         partial = self.folder / f".{state.name}.partial"
@@ -101,8 +108,9 @@ class Snapshots:
             with _quietly():
                 save(state_dict, storage_writer=FileSystemWriter(partial), no_dist=not dist.is_initialized())
             self._publish(partial, state, about)
-        except (CheckpointException, OSError, RuntimeError) as error:
+        except (CheckpointException, OSError, RuntimeError, ValueError) as error:
             shutil.rmtree(partial, ignore_errors=True)
+            _raise_interrupt(error)
             good = f"the last good one is {last}" if last else "there is no earlier one"
             raise OSError(f"{state} cannot be written: {_reason(error)}; {good}") from error
         if self.first:
@@ -113,11 +121,11 @@ class Snapshots:
 
     def _publish(self, partial: Path, state: Path, about: dict[str, Any]) -> None:
         """The first rank renames; all ranks raise what it raises."""
-        failed: list[OSError | None] = [None]
+        failed: list[OSError | ValueError | None] = [None]
         if self.first:
             try:
                 self._rename(partial, state, about)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 failed = [error]
         if dist.is_initialized():
             dist.broadcast_object_list(failed)
@@ -125,14 +133,17 @@ class Snapshots:
             raise failed[0]
 
     def _rename(self, partial: Path, state: Path, about: dict[str, Any]) -> None:
+        files = {one.relative_path for one in _contents(partial / CONTENTS).storage_data.values()}
+        if missing := sorted(name for name in files if not (partial / name).is_file()):
+            raise OSError(f"{missing[0]} of another process is not there: all must see the same file system")
         with (partial / ABOUT).open("w", encoding="utf-8") as file:
             json.dump(about, file)
             file.flush()
             os.fsync(file.fileno())
-        _sync(partial)
+        sync(partial)
         shutil.rmtree(state, ignore_errors=True)
         partial.rename(state)
-        _sync(self.folder)
+        sync(self.folder)
 
     def _wait(self) -> None:
         if dist.is_initialized():
@@ -148,6 +159,9 @@ def _wrong(about: Any, update: int) -> str:
     pending = about.get("pending")
     if not isinstance(pending, list) or not all(isinstance(metrics, dict) for metrics in pending):
         return "pending is no list of metrics"
+    for key in ("inputs", "execution"):  # which older states do not have
+        if not isinstance(about.get(key, {}), dict):
+            return f"{key} is no mapping"
     return ""
 
 
@@ -174,8 +188,8 @@ _CLASSES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _check_contents(file: Path) -> None:
-    """ValueError of one line unless the file is a table of contents and no more."""
+def _contents(file: Path) -> Metadata:
+    """The table of contents; ValueError of one line unless the file is one and no more."""
     try:
         with file.open("rb") as opened:
             table = _Contents(opened).load()
@@ -185,6 +199,7 @@ def _check_contents(file: Path) -> None:
         raise ValueError(f"{str(error) or type(error).__name__} ({CONTENTS})") from error
     if not isinstance(table, Metadata):
         raise ValueError(f"{CONTENTS} is no table of contents")
+    return table
 
 
 class _PlainPlanner(DefaultLoadPlanner):
@@ -212,14 +227,6 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _causes(error: BaseException) -> list[BaseException]:
     """The error and its causes, with the failures of all ranks."""
     causes: list[BaseException] = []
@@ -235,10 +242,35 @@ def _causes(error: BaseException) -> list[BaseException]:
     return causes
 
 
+def _raise_interrupt(error: BaseException) -> None:
+    """Ctrl-C, which torch turns into an error of the state."""
+    if any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error)):
+        raise KeyboardInterrupt from error
+
+
+def _raise_missing_memory(error: BaseException) -> None:
+    """As it is: nobody shall delete a good state for it."""
+    for cause in _causes(error):
+        if not isinstance(cause, CheckpointException) and out_of_memory(cause) is not None:
+            raise cause
+
+
+def _deepest(error: BaseException) -> BaseException:
+    causes = _causes(error)
+    return next((e for e in causes if isinstance(e, OSError)), causes[-1])
+
+
+def _advice(error: BaseException, state: Path) -> str:
+    """What to do about a state that cannot be read: only one that is damaged may be deleted."""
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return f"{state} may be good: make it readable and run the same command again"
+    return f"delete {state} to go on without it, or copy it again"
+
+
 def _reason(error: BaseException) -> str:
     """One line: the deepest reason."""
-    causes = _causes(error)
-    reason = next((e for e in causes if isinstance(e, OSError)), causes[-1])
+    reason = _deepest(error)
     if isinstance(reason, OSError) and reason.strerror:
-        return reason.strerror
+        missing = isinstance(reason, FileNotFoundError) and reason.filename
+        return f"{reason.strerror}: {Path(reason.filename).name}" if missing else reason.strerror
     return (str(reason).strip().splitlines() or [type(reason).__name__])[0]

@@ -19,19 +19,17 @@ from ...io.files import check_folder, check_output, lock
 from ...models.threads import cpu_threads, fitting_threads
 from ...models.transformer import HiARTransformer
 from ...version import NOISE, require_noise
-from ..config.reading import differences
 from ..config.recipe import TrainingRecipe
 from ..data.shards import SETTINGS
 from ..stages.base import Stage, UpdateStep
-from .distributed import DistContext, reshard, set_requires_gradient_sync, shard
+from .distributed import DistContext, from_first, reshard, set_requires_gradient_sync, shard
 from .ema import Ema
 from .loss_plot import PICTURE
 from .metrics import EVENTS, LOSSES, SAMPLES, MetricsLogger, sample_scalars
 from .networks import gather
 from .optimizers import Optimizers
+from .resume import INITIAL, MODEL, MODELS, STATES, check_resume, departures, execution, same_inputs, weights_hash
 from .snapshots import Snapshots
-
-STATES, MODEL, MODELS = "states", "model", "models"
 
 
 def check_kind_of_folder(folder: Path, *, trains: bool) -> None:
@@ -86,7 +84,8 @@ class Trainer:
         stopped: whether :meth:`stop`, in any of the processes, ended :meth:`run`; the same in all of them.
 
     Raises:
-        ValueError: the folder holds a run of another recipe, or a state that cannot be read.
+        ValueError: the folder holds a run of another recipe, a state that cannot be read, or models without a state;
+            a file that the recipe names has another content than when the run began.
     """
 
     @own_settings()
@@ -105,6 +104,7 @@ class Trainer:
         if self.first:
             check_run_folder(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
+        check_resume(recipe, self.folder)
         self.micro_batches = self.dist_context.micro_batches(recipe.batch_size, recipe.scale.micro_batch)
         recompute = recipe.scale.activation_checkpointing
         for network in stage.frozen.values():
@@ -117,11 +117,15 @@ class Trainer:
         self.ema = Ema(stage.trained[stage.averaged], recipe.ema)
         self.update, self.stopping, self.stopped = 0, False, False
         self._deadline = math.inf
+        self._execution_before: Mapping[str, Any] = {}
         self._agreed = [False, False]  # :meth:`_ends` of any process, when the last optimiser step was made
         self.pending: list[dict[str, float]] = []
         self.snapshots = Snapshots(self.folder / STATES)
-        self.state = self.snapshots.newest()
-        if self.state is not None:
+        self.inputs, self.execution = self._inputs()
+        self.state = self._newest()
+        if self.state is None:
+            self.inputs |= self._initial_weights()
+        else:
             self._load(self.state)
 
     @own_settings(gradients=True)
@@ -138,10 +142,14 @@ class Trainer:
         recipe = self.recipe
         if recipe.scale.max_minutes is not None:
             self._deadline = time.monotonic() + 60 * recipe.scale.max_minutes
-        logger = MetricsLogger(self.folder, self.update, recipe.to_dict(), self.say) if self.first else None
+        logger = None
+        if self.first:
+            logged = self.update - len(self.pending)
+            logger = MetricsLogger(self.folder, self.update, recipe.to_dict(), self.say, logged)
         networks = [*self.stage.trained.values(), *self.stage.frozen.values()]
         with ExitStack() as closing:
             closing.enter_context(cpu_threads(fitting_threads(*networks, requested=recipe.scale.threads)))
+            self._say_departures()
             if logger is not None:
                 closing.callback(logger.close)
             while self.update < recipe.updates:
@@ -155,10 +163,13 @@ class Trainer:
                 # One process looks again: samples take their time.
                 self.stopped, time_is_over = self._ends() if self.dist_context.world_size == 1 else self._agreed
                 last = self.stopped or time_is_over or done == recipe.updates
-                if last or done % recipe.scale.checkpoint_every == 0:
-                    self._save()
+                # Before the state, behind which a run goes on: what is killed in between comes again.
                 if recipe.scale.model_every and done % recipe.scale.model_every == 0 and done < recipe.updates:
                     self._export(self.folder / MODELS / f"update_{done:08d}")
+                if last or done % recipe.scale.checkpoint_every == 0:
+                    if logger is not None:
+                        logger.sync()
+                    self._save()
                 if on_update is not None:
                     on_update(done, metrics)
                 if last:
@@ -303,32 +314,45 @@ class Trainer:
             "update": self.update,
             "pending": self.pending,
             "ranks": self.dist_context.world_size,
+            "inputs": self.inputs,
+            "execution": self.execution,
         }
         self.state = self.snapshots.save(self.update, self._state_dict(), about)
 
     def _load(self, path: Path) -> None:
         about = self.snapshots.about(path)
-        self._require_same_run(path, about["recipe"], about["update"])
+        self.inputs = same_inputs(self.recipe, self.folder, path, about, self.inputs, self._initial_weights)
         require_noise(str(path), about.get("noise"))
         state = self._state_dict()
         self.snapshots.load(path, state)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name]["optimizer"])
         self.update, self.pending = about["update"], about["pending"]
+        self._execution_before = about.get("execution", {})
 
-    def _require_same_run(self, path: Path, stored: Mapping[str, Any], update: int) -> None:
-        """ValueError if a state of the recipe ``stored``, after ``update`` updates, is not one of this run."""
-        recipe = self.recipe.to_dict()
-        if stored.get("stage") != recipe["stage"]:
-            raise ValueError(f"{self.folder} holds a run of the stage {stored.get('stage')}; choose another --out")
-        if keys := recipe.keys() ^ stored.keys():
-            other = f"another version, with other recipe keys ({', '.join(sorted(keys))})"
-            raise ValueError(f"{path} was saved by {other}; choose another --out")
-        differ = differences(recipe, stored)
-        if self.recipe.updates >= update and self.recipe.has_constant_rates(self.stage.trained):
-            differ = [one for one in differ if one[0] != "updates"]  # nothing before this update depends on them
-        if differ:
-            values = ", ".join(f"{key} ({before}, now {now})" for key, now, before in differ)
-            raise ValueError(
-                f"{self.folder} holds a run with another {values}; choose another --out or delete the folder"
-            )
+    def _newest(self) -> Path | None:
+        """The state to go on from; ValueError where the processes do not see the same one."""
+        state = self.snapshots.newest()
+        names = self.dist_context.gather(state.name if state else "no state")
+        other = next((rank for rank, name in enumerate(names) if name != names[0]), 0)
+        if other:
+            seen = f"rank 0 sees {names[0]}, rank {other} {names[other]}"
+            raise ValueError(f"{self.snapshots.folder}: {seen}; all processes must share its file system")
+        return state
+
+    def _inputs(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """Hashes of what is read in every update, and descriptions of what may be made again."""
+        content, shards = from_first(self.stage.inputs)
+        frozen = {name: weights_hash(network) for name, network in self.stage.frozen.items()}
+        return {**frozen, **content}, dict(shards)
+
+    def _initial_weights(self) -> dict[str, str]:
+        """Hashes of the networks as they are before a state is loaded, by key of the recipe."""
+        names = dict(zip(("student", "critic", "teacher"), (*INITIAL, INITIAL[0]), strict=True))
+        return {names[name]: weights_hash(network) for name, network in self.stage.trained.items()}
+
+    def _say_departures(self) -> None:
+        self.execution |= execution(self.dist_context, self.recipe)
+        if line := departures(self._execution_before, self.execution):
+            self.say(line)
+        self._execution_before = self.execution

@@ -36,6 +36,17 @@ class UpdateStep(NamedTuple):
         return self.name or f"{self.network} {self.index}"
 
 
+class Inputs(NamedTuple):
+    """Hashes of what a stage reads while it trains beside its networks, by the key of the recipe that names it.
+
+    content   a run of another content is another run
+    shards    descriptions of files that may be made again, with other roundings
+    """
+
+    content: Mapping[str, str] = {}
+    shards: Mapping[str, str] = {}
+
+
 class Stage(Protocol):
     """A stage that trains networks.
 
@@ -47,6 +58,9 @@ class Stage(Protocol):
     trained: dict[str, HiARTransformer]
     frozen: dict[str, HiARTransformer]
     averaged: ClassVar[str]
+
+    def inputs(self) -> Inputs:
+        """What it reads; called by rank 0 alone."""
 
     def update_steps(self, update: int) -> Sequence[UpdateStep]:
         """The optimiser steps of one update, in order; the same for all processes."""

@@ -31,7 +31,7 @@ from ..losses.context import velocity_over_context
 from ..losses.dmd import critic_loss, distribution_matching, draw_sigma
 from ..losses.forward_kl import draw_points, forward_kl_loss
 from ..losses.teacher import drop_prompts, flow_draws, flow_matching_loss, ode_trajectory
-from .base import Scalars, Stage, UpdateStep
+from .base import Inputs, Scalars, Stage, UpdateStep
 from .sources import Sources, StudentStage, autocast
 
 MAX_STEPS, MAX_SAMPLES = 64, 65536  # of an update, of a batch: what the ids of videos leave room for
@@ -47,6 +47,9 @@ class Teacher(Stage):
         self.sources = Sources(recipe, device)
         self.trained = {"teacher": make_network(recipe.model, seed=recipe.seed, weights=recipe.init)}
         self.frozen: dict[str, HiARTransformer] = {}
+
+    def inputs(self) -> Inputs:
+        return self.sources.inputs()
 
     def update_steps(self, update: int) -> Sequence[UpdateStep]:
         return (UpdateStep("teacher"),)
@@ -139,6 +142,9 @@ class OdeInit(StudentStage[OdeInitRecipe]):
         self.trained = {"student": make_network(recipe.model, seed=recipe.seed, weights=recipe.init)}
         self.frozen: dict[str, HiARTransformer] = {}
 
+    def inputs(self) -> Inputs:
+        return self.sources.inputs("trajectories", self.store)
+
     def update_steps(self, update: int) -> Sequence[UpdateStep]:
         return (UpdateStep("student"),)
 
@@ -206,6 +212,9 @@ class HiAR(StudentStage[HiARRecipe]):
         self._update = -1
         self._batches: dict[tuple[int, ...], tuple[ExitStepBatch, Tensor]] = {}  # by samples; with prompt_embeds
         self._videos: dict[tuple[int, ...], Tensor] = {}  # by samples: x0 of a batch, without gradient
+
+    def inputs(self) -> Inputs:
+        return self.sources.inputs("forward_kl.trajectories", self.store)
 
     def update_steps(self, update: int) -> Sequence[UpdateStep]:
         critic = [UpdateStep("critic", i, f"critic {i}") for i in range(self.recipe.critic_updates)]

@@ -25,8 +25,9 @@ from ...toy.text import ToyTextEncoder
 from ...toy.world import WORLDS, ToyWorld
 from ..config.recipe import CausalRecipe, NetworkRecipe, Recipe
 from ..data.datasets import Clips, LatentData, PromptData, Prompts, ToyData
+from ..data.trajectories import TrajectoryStore
 from ..engine.distributed import is_first, unsharded
-from .base import Stage
+from .base import Inputs, Stage
 
 CausalRecipeT = TypeVar("CausalRecipeT", bound=CausalRecipe)
 
@@ -77,6 +78,14 @@ class Sources:
             mark_continuing=data.mark_continuing,
         )
 
+    def inputs(self, key: str = "", store: TrajectoryStore | None = None) -> Inputs:
+        """Of a stage with this data, and the trajectories of a key of its recipe. The toy world is none of them: the
+        recipe says which it is."""
+        content = {} if self.codec is not None else {"data.folder": self.data.fingerprint}
+        if store is None:
+            return Inputs(content)
+        return Inputs({**content, key: store.settings_sha256}, {f"shards of {key}": store.shards})
+
     def clips(self) -> Clips:
         """The data as clips, for the stages whose data has them."""
         return cast(Clips, self.data)
@@ -110,6 +119,9 @@ class StudentStage(Stage, Generic[CausalRecipeT]):
     averaged = "student"
     recipe: CausalRecipeT
     sources: Sources
+
+    def inputs(self) -> Inputs:
+        return self.sources.inputs()
 
     def sample(self, update: int) -> Frames | None:
         """Rollouts of prompts, twice as long as trained clips; None without a decoder, or on another rank than 0."""
