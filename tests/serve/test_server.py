@@ -86,7 +86,7 @@ def test_rewind_and_fork(service, model):
         first = viewer.blocks(5)
         viewer.send("seek", block=2)
         assert viewer.wait("moved") | {"type": 0} == {
-            "type": 0, "block": 2, "frame": 6, "prompt_index": 0, "why": "seek",
+            "type": 0, "block": 2, "frame": 6, "prompt_index": 0, "why": "seek", "prompt": PROMPT,
         }  # fmt: skip
         again = viewer.blocks(2)
         viewer.send("fork", block=1, prompt=BLUE)
