@@ -1,5 +1,6 @@
 // The page of hiar serve: one live video over /v1/realtime/video (schema: /v1/schema.json).
 
+import { address, whyNot, withToken } from "./address.js";
 import { clearFigures, figure, figures } from "./figures.js";
 import { Grid } from "./grid.js";
 import { Pace } from "./pace.js";
@@ -12,14 +13,6 @@ const AHEAD = 2; // blocks: with fewer ahead of the screen, the server need not 
 const QUIET = 10000, GONE = 20000; // ms without a message, after which the server is asked; and without its answer
 const MIME = 'video/mp4; codecs="avc1.640028"';
 const VERSION = 1;
-
-const address = new URLSearchParams(`${location.search.slice(1)}&${location.hash.slice(1)}`);
-const secret = address.get("token");
-const withToken = (path) => { // an address of this server, which a proxy may have beneath a path of its own
-  const url = new URL(path.replace(/^\//, ""), document.baseURI);
-  if (secret !== null) url.searchParams.set("token", secret);
-  return url;
-};
 
 const canPlay = (mime) => "MediaSource" in window && MediaSource.isTypeSupported(mime);
 let format = address.get("format") ?? (canPlay(MIME) ? "mp4" : "webp");
@@ -117,7 +110,8 @@ function lost({ code, reason }) {
   }
   if (session === null) {
     link("off", "not connected");
-    if (!$("problem").textContent) complain("No connection: the server is not there, is full, or wants a token.");
+    say("");
+    if (!$("problem").textContent) whyNot().then((words) => { if (socket === null && session === null) complain(words); });
     return;
   }
   const wait = Math.max(later, Math.min(4000, 250 * 2 ** tries++));
@@ -163,7 +157,7 @@ function forget() { // the session cannot go on
   session = coming = leaving = null;
   asked = [];
   drained = false;
-  put("pace", "");
+  for (const id of ["pace", "countdown"]) put(id, "");
   for (const name of ["hiar", "hiar-after"]) sessionStorage.removeItem(name);
 }
 
@@ -244,6 +238,7 @@ const listeners = {
     complain(wait === null ? message : `${message} (try again in ${wait} s)`);
     if (["busy", "cannot_resume", "shutting_down"].includes(code)) later = 1000 * (wait ?? 1); // a session that is there waits
     else if (code === "unknown_session" || closes) forget();
+    if (about === "start" && !closes) { hangUp(); lost({ code: 1008, reason: message }); } // it would wait for another
   },
 };
 
