@@ -375,7 +375,7 @@ def server(service: Service) -> uvicorn.Server:
     """The server of a service; ``run(sockets=[listen(...)])`` returns when it is told to end."""
     config = uvicorn.Config(
         service.app, log_config=None, access_log=False, lifespan="off", server_header=False, date_header=True,
-        ws=ClientLink, ws_max_size=1 << 20, ws_ping_interval=5.0, ws_ping_timeout=15.0,
+        ws=ClientLink, ws_max_size=1 << 20, ws_ping_interval=5.0, ws_ping_timeout=60.0,
         ws_per_message_deflate=False, timeout_graceful_shutdown=5, timeout_keep_alive=15,
         proxy_headers=bool(service.settings.proxies), forwarded_allow_ips=list(service.settings.proxies),
     )  # fmt: skip

@@ -153,6 +153,13 @@ class Realtime:
             self._put((1013 if refusal.code in LATER else 1008, refusal.code))
 
     def _message(self, message: protocol.ProtocolMessage) -> None:
+        try:
+            self._handle(message)
+        except Refusal as refusal:
+            refusal.about = message.type
+            raise
+
+    def _handle(self, message: protocol.ProtocolMessage) -> None:
         if self.session is not None:
             if self.log_prompts and isinstance(message, protocol.ChangePrompt | protocol.Fork):
                 log.info("session %s: %r", self.session.id, message)

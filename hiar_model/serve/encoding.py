@@ -111,7 +111,7 @@ class Encoding:
             log.error("session %s: cannot save: %s", session.id, error)
             with suppress(sqlite3.Error):  # the next start deletes what there is
                 saving.failed()
-            self.fail(session, Refusal("disk_full", "the video cannot be written"), False)
+            self.fail(session, Refusal("disk_full", "the video cannot be written", about="save"), False)
             return
         with self.lock:
             session.post(Saved(saving.url, count, count / fps))

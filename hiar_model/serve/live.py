@@ -22,7 +22,7 @@ from ..pipelines.video_pipeline import VideoOptions, VideoRun
 from ..rollout.session_io import load_session, session_tensors
 from ..rollout.state_io import DamagedFile
 from ..schedule.plan import Group
-from .protocol import Refusal, StartMessage, TaskList
+from .protocol import PromptList, Refusal, StartMessage, TaskList
 from .states import SessionStates, StateFile, least_useful, prompts_key
 
 log = logging.getLogger("hiar.serve")
@@ -201,6 +201,12 @@ class LiveVideo:
 
     def _position(self, block: int) -> Position:
         return Position(block, self.frame_of(block), self.prompts.index(block), self.prompts.prompt(block))
+
+    def prompts_from(self, block: int) -> PromptList:
+        """The prompt of a block, and those that begin later. Any thread may ask."""
+        changes = self.prompts.changes
+        shown = [[first, self.frame_of(first), n, prompt] for n, (first, prompt, _) in enumerate(changes)]
+        return shown[sum(first <= block for first, *_ in changes) - 1 :]
 
     def seek(self, block: int) -> Position:
         """Go on with an earlier block: the same prompts, the same frames; :class:`Refusal` for a later one."""

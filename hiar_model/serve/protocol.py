@@ -56,18 +56,21 @@ CODES = {
 class Refusal(ValueError):
     """A request that is refused: a code of ``CODES`` and one line.
 
-    closes: whether the connection ends with it. retry_after: seconds, where trying again may help.
+    closes: whether the connection ends with it. retry_after: seconds, where trying again may help. about: type of the
+    client's message.
     """
 
-    def __init__(self, code: str, message: str, *, closes: bool = False, retry_after: int | None = None) -> None:
+    def __init__(
+        self, code: str, message: str, *, closes: bool = False, retry_after: int | None = None, about: str | None = None
+    ) -> None:
         assert code in CODES, code
         super().__init__(message)
-        self.code, self.closes, self.retry_after = code, closes, retry_after
+        self.code, self.closes, self.retry_after, self.about = code, closes, retry_after, about
 
     @property
     def message(self) -> Refused:
         """What the client gets."""
-        return Refused(self.code, str(self), self.closes, self.retry_after)
+        return Refused(self.code, str(self), self.closes, self.retry_after, self.about)
 
 
 class Within(NamedTuple):
@@ -88,9 +91,12 @@ Seed = Annotated[int, Within(0, MOST_SEED)]
 Frames = Annotated[int, Within(1, MOST_FRAMES)]
 Pixels = Annotated[int, Within(1, 16384)]
 Number = Annotated[int, Within(0, MOST_SEED)]
+After = Annotated[int, Within(-1, MOST_SEED)]
 Token = Annotated[str, Within(1, 200)]
 TaskList = list[list[str | int]]
 """Tasks as [kind, step, block], such as ["denoise", 0, 7]."""
+PromptList = list[list[int | str]]
+"""Prompts as [block, frame, prompt_index, prompt], such as [7, 21, 1, "a blue square"]."""
 
 
 class ProtocolMessage:
@@ -121,7 +127,8 @@ class StartMessage(ProtocolMessage, type="start"):
     height, width   in pixels; null: the model's
     format          of the frames
     resume          token of a session whose connection was lost; all else but ``after`` is then ignored
-    after           seq of the last chunk that arrived whole; those behind it are sent (again). null: the last one acked
+    after           seq of the last chunk that arrived whole, or that need not come again; -1: none. Those behind it are
+                    sent (again), of acked ones the last few. null: the last one acked
     """
 
     v: int
@@ -133,7 +140,7 @@ class StartMessage(ProtocolMessage, type="start"):
     width: Pixels | None = None
     format: Annotated[str, OneOf(FORMATS)] = "mp4"
     resume: Token | None = None
-    after: Number | None = None
+    after: After | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +210,7 @@ class ReadyMessage(ProtocolMessage, type="ready"):
     keep               seconds that the session is kept without a connection
     resumed, playing, block   whether it went on, is not paused, and the next block to come
     plan               groups of tasks from the start of the video, in order, for a drawing
+    scheduled          the prompt of the next chunk and those that come later, as [block, frame, prompt_index, prompt]
     """
 
     v: int
@@ -227,6 +235,7 @@ class ReadyMessage(ProtocolMessage, type="ready"):
     playing: bool
     block: int
     plan: list[TaskList]
+    scheduled: PromptList
 
 
 @dataclass(frozen=True)
@@ -290,14 +299,15 @@ class Progress(ProtocolMessage, type="progress"):
 
 @dataclass(frozen=True)
 class Moved(ProtocolMessage, type="moved"):
-    """After :class:`Seek` or :class:`Fork`: the next chunk is this block; what the client has from ``frame`` on is of
-    the past.
+    """After :class:`Seek` or :class:`Fork`: the next chunk is this block, with this prompt; what the client has from
+    ``frame`` on is of the past.
     """
 
     block: int
     frame: int
     prompt_index: int
     why: Annotated[str, OneOf(("seek", "fork"))]
+    prompt: str
 
 
 @dataclass(frozen=True)
@@ -330,12 +340,15 @@ class Ended(ProtocolMessage, type="ended"):
 
 @dataclass(frozen=True)
 class Refused(ProtocolMessage, type="refused"):
-    """A message was refused: a code, one line, whether the connection ends, and when to try again, in seconds."""
+    """A message was refused: a code, one line, whether the connection ends, when to try again, in seconds, and the type
+    of the message, if it is known.
+    """
 
     code: Annotated[str, OneOf(tuple(CODES))]
     message: str
     closes: bool = False
     retry_after: int | None = None
+    about: str | None = None
 
 
 FromClient = StartMessage | ChangePrompt | Pause | Play | Seek | Fork | Ack | Save | StopMessage
@@ -369,7 +382,11 @@ def parse(text: str | bytes, messages: dict[str, type[ProtocolMessage]] = FROM_C
     if not isinstance(name, str) or name not in messages:
         near = nearest(name, messages) if isinstance(name, str) else ""
         raise Refusal("unknown_type", f"type must be one of {', '.join(messages)}, got {_shown(name)}{near}")
-    return build(messages[name], values)
+    try:
+        return build(messages[name], values)
+    except Refusal as refusal:
+        refusal.about = name
+        raise
 
 
 def build(kind: type[Any], values: dict[str, Any]) -> Any:

@@ -316,6 +316,7 @@ class Scheduler:
         session.gone = True
         self.sessions.pop(session.id, None)
         session.unacked.clear()
+        session.recent.clear()
         session.commands.clear()
         session.connection = None
         self.keeper.ended(session)
@@ -445,10 +446,11 @@ class Scheduler:
                     session.jumped(at.block, time.monotonic())
                     self.keeper.changed(session)
                     self.encoding.cut(session, at.block)
-                    session.post(protocol.Moved(at.block, at.frame, at.prompt_index, message.type))
+                    session.post(protocol.Moved(at.block, at.frame, at.prompt_index, message.type, at.prompt))
             elif isinstance(message, protocol.Save):
                 self._save(session)
         except Refusal as refusal:
+            refusal.about = message.type
             self._fail(session, refusal, close=False)
         except Exception:
             log.exception("session %s: failed", session.id)

@@ -118,6 +118,7 @@ class ViewerSession:
     spool: Spool | None = None
     commands: deque[ProtocolMessage] = field(default_factory=deque)
     unacked: deque[Chunk] = field(default_factory=deque)
+    recent: deque[Chunk] = field(default_factory=lambda: deque(maxlen=WINDOW))  # the last acked
     pending: list[Piece] = field(default_factory=list)  # blocks that are being encoded
     seq: int = -1  # of the last chunk
     acked: int = -1  # the last one that the client has acknowledged
@@ -218,13 +219,16 @@ class ViewerSession:
         while len(self.jumps) > 1 and self.jumps[1][0] <= self.acked:
             del self.jumps[0]
         while self.unacked and self.unacked[0].seq <= seq:
-            self.unacked.popleft()
+            self.recent.append(self.unacked.popleft())
         if self.hungry and not was:
             self.possible = now
 
     def jumped(self, block: int, now: float) -> None:
         """Forget the blocks from this one on; it comes next."""
-        self.unacked = deque(chunk for chunk in self.unacked if chunk.block.block < block)
+        self.unacked, self.recent = (
+            deque((chunk for chunk in chunks if chunk.block.block < block), chunks.maxlen)
+            for chunks in (self.unacked, self.recent)
+        )
         self.pending = [piece for piece in self.pending if piece.block < block]
         self.block = min(block, self.block)
         self.jumps = [jump for jump in self.jumps if jump[0] <= self.seq] + [(self.seq + 1, self.block)]
@@ -267,7 +271,7 @@ class ViewerSession:
             VERSION, self.id, self.token, Path(video.model.name).name, self.start.prompt, self.start.seed, config.order,
             len(config.steps), self.start.format, video.run.fps, video.run.num_frames, width, height,
             block_frames(video), mime, init, WINDOW, keep, resumed, self.playing, self.block,
-            video.plan(2 * len(config.steps) + 4),
+            video.plan(2 * len(config.steps) + 4), video.prompts_from(self.block),
         )  # fmt: skip
         return self.ready
 
@@ -276,10 +280,13 @@ class ViewerSession:
         self.possible = time.monotonic()
         if after is not None:
             self.acknowledge(after, time.monotonic())
-        assert self.ready is not None
-        self.ready = replace(self.ready, resumed=True, playing=self.playing, block=self.block)
+        assert self.ready is not None and self.video is not None
+        again = [] if after is None else [chunk for chunk in self.recent if chunk.seq > after]
+        chunks = [*again, *self.unacked]
+        prompts = self.video.prompts_from(chunks[0].block.block if chunks else self.block)
+        self.ready = replace(self.ready, resumed=True, playing=self.playing, block=self.block, scheduled=prompts)
         self.post(self.ready)
-        for chunk in self.unacked:
+        for chunk in chunks:
             chunk.send(connection)
         if self.complete and not self.pending:
             self.post(Ended("complete", self.frames))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser import Browser, Page, browser
 from live_sessions import OFTEN
 from processes import Started
 from serving import serving
 from small_toy import write_model
 
 from hiar_model.models.registry import load_video_model
-from hiar_model.serve.app import Settings
+from hiar_model.serve.app import Service, Settings
 from hiar_model.serve.metrics import Metrics
 from hiar_model.serve.scheduler import Limits
 from hiar_model.serve.states import StateDisk
@@ -57,3 +59,20 @@ def started(folder, tmp_path):
         if server.poll() is None:
             server.kill()
             server.wait()
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(service: Service, chromium: Browser) -> Iterator[Page]:
+    """A page, which has complained of nothing in the end."""
+    page = chromium.page()
+    yield page
+    errors = page.errors
+    page.evaluate("document.querySelector('#stop').click()")
+    page.close()
+    assert not errors

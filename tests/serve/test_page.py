@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import re
@@ -16,10 +15,27 @@ import numpy as np
 import pytest
 import torch
 import wan_files
-from browser import Browser, Page, browser
+from browser import Page
+from live_page import (
+    BLOCK,
+    BLOCK_SHOWN,
+    BLUE,
+    FPS,
+    FRAME_SHOWN,
+    RED,
+    SIZE,
+    enabled,
+    firsts,
+    go,
+    live_session,
+    made,
+    pause_at,
+    promised,
+    start,
+)  # fmt: skip
 from serving import serving
 
-from hiar_model import PromptSchedule, VideoPipeline, load_video_model
+from hiar_model import load_video_model
 from hiar_model.io.video import upscale
 from hiar_model.serve import dormant
 from hiar_model.serve.app import Service, Settings
@@ -29,106 +45,11 @@ from hiar_model.toy.prompt import COLOURS
 
 pytestmark = pytest.mark.browser
 
-RED, BLUE = "a red circle moving right", "a blue square moving up fast"
-SIZE, BLOCK, FPS = 32, 3, 12  # pixels, frames of a block and a second, of the toy
-CAPTURE = """(async () => {
-  const element = document.querySelector('#video:not([hidden]), #canvas:not([hidden])');
-  while (element.seeking || element.readyState < 2) await new Promise((done) => setTimeout(done, 10));
-  const copy = new OffscreenCanvas(element.videoWidth ?? element.width, element.videoHeight ?? element.height);
-  copy.getContext('2d').drawImage(element, 0, 0);
-  const file = await copy.convertToBlob({type: 'image/png'});
-  const bytes = new Uint8Array(await file.arrayBuffer());
-  return btoa(Array.from(bytes, (b) => String.fromCharCode(b)).join(''));
-})()"""
-BLOCK_SHOWN = "Number(/block (\\d+)/.exec(document.querySelector('#position').textContent)?.[1] ?? -1)"
-FRAME_SHOWN = "Number(/frame (\\d+)/.exec(document.querySelector('#position').textContent)?.[1] ?? -1)"
-
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with serving(load_video_model("toy", "cpu"), tmp_path_factory.mktemp("data")) as service:
         yield service
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def page(service: Service, chromium: Browser) -> Iterator[Page]:
-    """A page, which has complained of nothing in the end."""
-    page = chromium.page()
-    yield page
-    errors = page.errors
-    page.evaluate("document.querySelector('#stop').click()")
-    page.close()
-    assert not errors
-
-
-def start(page: Page, service: Service, prompt: str = RED, options: str = "", **fields: str) -> None:
-    page.open(f"{service.url}/{options}")  # type: ignore[attr-defined]
-    page.until("!document.querySelector('#words').hidden")
-    for name, value in {"prompt": prompt, **fields}.items():
-        page.write(f"#{name}", value)
-    page.click("#start")
-    page.until(f"{BLOCK_SHOWN} >= 0")
-
-
-def pause_at(page: Page, block: int) -> None:
-    """Let it play up to a block, and pause it."""
-    page.until(f"{BLOCK_SHOWN} >= {block}")
-    page.click("#play")
-    page.until("document.querySelector('#play').textContent === 'Play'")
-
-
-def go(page: Page, block: int) -> None:
-    """To the first frame of a block, by the slider."""
-    script = (
-        "(() => {{ const e = document.querySelector('#rewind'); e.value = {0}; for (const n of ['input', 'change'])"
-    )
-    page.evaluate((script + " e.dispatchEvent(new Event(n)); }})()").format(block))
-    page.until(f"{FRAME_SHOWN} === {BLOCK * block}")
-
-
-def capture(page: Page) -> np.ndarray:
-    """What is on the screen, uint8 [H, W, 3]."""
-    with av.open(io.BytesIO(base64.b64decode(page.evaluate(CAPTURE)))) as file:
-        return next(file.decode(video=0)).to_ndarray(format="rgb24")
-
-
-def firsts(page: Page, blocks: range) -> np.ndarray:
-    """The first frames of these blocks, one after the other."""
-    images = []
-    for block in blocks:
-        go(page, block)
-        if page.evaluate("!document.querySelector('#canvas').hidden"):
-            page.until(f"document.querySelector('#canvas').dataset.frame === '{BLOCK * block}'")
-        images.append(capture(page))
-    return np.stack(images)
-
-
-def made(service: Service, blocks: int, *changes: tuple[int, str], prompt: str = RED) -> np.ndarray:
-    """The first frame of each block of the same video made at once; changes: (block, prompt)."""
-    lines = [(0, prompt), *((BLOCK * block / FPS, text) for block, text in changes)]
-    video = VideoPipeline(service.model)(
-        None, prompts=PromptSchedule.of(lines), num_frames=BLOCK * blocks, order="stream"
-    )
-    return video.frames[::BLOCK]
-
-
-def enabled(page: Page, *names: str) -> set[str]:
-    """Which of these buttons can be pressed."""
-    return {name for name in names if not page.evaluate(f"document.querySelector('#{name}').disabled")}
-
-
-def promised(page: Page) -> int:
-    """The block of which the page says that a new prompt shows from it on."""
-    page.until("document.querySelector('#status').textContent.includes('shows from block')")
-    match = re.search(r"shows from block (\d+), (\d+ ms|[\d.]+ s) from now", page.text("#status"))
-    assert match, page.text("#status")
-    return int(match[1])
 
 
 def test_the_prompted_colour_moves_the_prompted_way(page, service):
@@ -182,7 +103,7 @@ def test_a_new_prompt_shows_at_the_promised_block_and_a_fork_goes_back(page, ser
 def test_pause_rewind_and_the_keyboard(page, service):
     start(page, service)
     pause_at(page, 4)
-    session = next(s for s in service.scheduler.sessions.values() if not s.gone)
+    session = live_session(service)
     block = page.evaluate(BLOCK_SHOWN)
     page.until("document.querySelector('#video').paused")
     assert not session.playing and page.evaluate(BLOCK_SHOWN) == block
@@ -236,7 +157,7 @@ def test_a_lost_connection_loses_no_frame(page, service):
     """The server closes the socket; then the page is loaded again. Both go on with the same session."""
     start(page, service)
     page.until(f"{BLOCK_SHOWN} >= 2")
-    (session,) = (s for s in service.scheduler.sessions.values() if not s.gone)
+    session = live_session(service)
     session.connection.close(1012, "gone")
     page.until("document.querySelector('#status').textContent === 'Connected again.'")
     block = page.evaluate(BLOCK_SHOWN)
@@ -286,7 +207,7 @@ def test_what_is_typed_before_the_server_answers_stays(chromium, service):
 
 def test_another_tab_takes_the_session_and_this_one_lets_it_go(page, service, chromium):
     start(page, service)
-    (session,) = (s for s in service.scheduler.sessions.values() if not s.gone)
+    session = live_session(service)
     other = chromium.page()
     other.open(f"{service.url}/style.css")  # of the same origin, to leave it the token
     other.evaluate(f"sessionStorage.setItem('hiar', {json.dumps(session.token)})")
@@ -302,6 +223,9 @@ def test_what_is_saved_is_the_video_with_its_record(page, service):
     start(page, service, frames="18")
     page.until("document.querySelector('#status').textContent.includes('complete: 18 frames')")
     page.until(f"{FRAME_SHOWN} === 17")  # the last one is shown
+    page.until("document.querySelector('#play').textContent === 'Play'")
+    page.click("#play")  # from its start
+    page.until(f"{FRAME_SHOWN} < 9 && document.querySelector('#play').textContent === 'Pause'")
     page.click("#save")
     page.until("document.querySelectorAll('#saves a').length === 2")
     video, record = page.evaluate("Array.from(document.querySelectorAll('#saves a'), (a) => a.href)")

@@ -85,7 +85,7 @@ def test_rewind_and_fork(service, model):
         first = viewer.blocks(5)
         viewer.send("seek", block=2)
         assert viewer.wait("moved") | {"type": 0} == {
-            "type": 0, "block": 2, "frame": 6, "prompt_index": 0, "why": "seek",
+            "type": 0, "block": 2, "frame": 6, "prompt_index": 0, "why": "seek", "prompt": PROMPT,
         }  # fmt: skip
         again = viewer.blocks(2)
         viewer.send("fork", block=1, prompt=BLUE)
@@ -172,6 +172,39 @@ def test_a_lost_viewer_resumes_without_a_frame_lost_or_doubled(service, model):
     shown = viewer.chunks + other.chunks + third.chunks
     assert [b["seq"] for b, _ in shown] == list(range(8))
     assert np.array_equal(pictures(shown), made(model, 24))
+
+
+def test_a_page_that_was_loaded_anew_gets_again_what_it_had_acked(service, model):
+    """It acks chunks before they are shown, so that a slow model need not wait."""
+    viewer = Viewer(service)
+    ready = viewer.start()
+    assert ready["scheduled"] == [[0, 0, 0, PROMPT]]
+    viewer.blocks(WINDOW + 2)
+    viewer.send("prompt", text=BLUE)
+    at = viewer.wait("prompt_scheduled")
+    viewer.send("pause")
+    viewer.wait("state")
+    last, session = viewer.chunks[-1][0], service.scheduler.sessions[ready["session"]]
+    until(lambda: session.acked == last["seq"])
+    viewer.socket.socket.close()
+    with Viewer(service) as other:
+        again = other.start(resume=ready["token"], after=last["seq"] - 2)
+        assert again["scheduled"] == [[0, 0, 0, PROMPT], [at["block"], at["frame"], 1, BLUE]]
+        other.wait("block"), other.wait("block")
+    with Viewer(service) as third:
+        third.start(resume=ready["token"], after=-1)  # as far back as the server can
+        first = third.wait("block")
+    assert [b["seq"] for b, _ in other.chunks[:2]] == [last["seq"] - 1, last["seq"]]
+    assert other.chunks[1][1] == viewer.chunks[-1][1] and 0 < first["seq"] <= last["seq"] - WINDOW + 1
+    with Viewer(service) as fourth:
+        fourth.start(resume=ready["token"])
+        for kind, fields in (
+            ("seek", {"block": 99}),
+            ("seek", {"block": -1}),
+            ("fork", {"block": 0, "prompt": "pink"}),
+        ):
+            fourth.send(kind, **fields)
+            assert fourth.wait("refused")["about"] == kind
 
 
 def test_who_comes_back_to_a_finished_video_hears_its_end(service):

@@ -69,7 +69,8 @@ export class VideoPlayer {
   add(frame, frames, bytes) {
     this.held.add(frame, frames, bytes.byteLength);
     this.run(() => this.buffer.appendBuffer(bytes));
-    if (!this.started) { this.started = true; this.seek(frame); }
+    if (!this.started) this.run(() => this.seek(frame)); // not before: a video without metadata may forget it
+    this.started = true;
     if (this.held.shrink(this.position)) {
       const first = this.held.first;
       this.run(() => this.buffer.remove(0, (first - 0.5) / this.fps));
