@@ -53,20 +53,20 @@ changed = False
 for name, make in VAES.items():
     torch.manual_seed(0)
     vae, latents = make().eval(), torch.randn(1, 4, 7, 8, 8)
-    seen = {}
+    beginnings = {}
     with torch.no_grad():
         clip = vae.decode(latents).sample
         for n in LENGTHS:
             start = vae.decode(latents[:, :, :n]).sample
             off = (start - clip[:, :, : start.shape[2]]).abs().max() / clip.abs().max()
             first = (start[:, :, 0] - clip[:, :, 0]).abs().max() / clip.abs().max()
-            seen[n] = (start.shape[2], bool(off < 1e-4), bool(first < 1e-4))
+            beginnings[n] = (start.shape[2], bool(off < 1e-4), bool(first < 1e-4))
     print(f"{name}: {clip.shape[2]} frames of 7")
-    for n, (frames, same, first) in seen.items():
+    for n, (frames, same, first) in beginnings.items():
         print(f"  the first {n} alone: {frames} frames, {'as in the clip' if same else 'others than in the clip'}"
               f"{'' if same or first else ', the first one too'}")
     per = {"Wan": 4, "Mochi": 6, "Cosmos": 8, "HunyuanVideo": 4, "CogVideoX": 4}[name]
-    for n, (frames, same, first) in seen.items():
+    for n, (frames, same, first) in beginnings.items():
         late = name == "CogVideoX" and n % 2 == 0
         right = name in ("Wan", "Mochi", "Cosmos") or (name == "CogVideoX" and n == 3)
         changed |= (frames, same, first) != (per * n if late else per * (n - 1) + 1, right, right)

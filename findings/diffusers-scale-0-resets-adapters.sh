@@ -60,5 +60,5 @@ PY
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet --disable-pip-version-check --only-binary :all: \
     torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 numpy==2.2.6
-"$folder/venv/bin/python" "$folder/scale.py" 2> /dev/null
+"$folder/venv/bin/python" "$folder/scale.py"
 echo "as described"

@@ -52,7 +52,8 @@ for name, options in forms.items():
     still = weights(torch.bfloat16, 1e-3, 0.1, noise=False, **options).float().mean().item() / START
     ratio = (pair[0].double().mean() / pair[1].double().mean()).item()
     same = torch.equal(*pair)
-    print(f"bfloat16, lr 1e-3, {name}: decay 0.1 leaves {ratio:.3f} of decay 0, bit for bit: {same}; without gradients {still:.3f}")
+    print(f"bfloat16, lr 1e-3, {name}: decay 0.1 leaves {ratio:.3f} of decay 0, bit for bit: {same}; "
+          f"without gradients {still:.3f}")
     wrong |= same != (name != "fused") or abs(still - 1) > 0.01 or (name == "fused" and not 0.78 < ratio < 0.86)
 
 

@@ -43,13 +43,13 @@ def process(rank: int, folder: str) -> None:
         exact, result = function(*(t for t, _ in arguments)), function(*shards)
         full = result.full_tensor()
         if full.shape == exact.shape and torch.allclose(full, exact, atol=1e-4):
-            seen = RIGHT
+            kind = RIGHT
         else:
             same = torch.equal(full, function(*(s.to_local() for s in shards)))
-            seen = ONE_SHARD if same and result.placements == (Replicate(),) else "wrong otherwise"
+            kind = ONE_SHARD if same and result.placements == (Replicate(),) else "wrong otherwise"
         if rank == 0:
-            print(f"{name}: {list(full.shape)} of {list(exact.shape)}, {seen}")
-        wrong |= seen != expected
+            print(f"{name}: {list(full.shape)} of {list(exact.shape)}, {kind}")
+        wrong |= kind != expected
 
     torch.manual_seed(0)
     video, picture, sound = torch.randn(2, 4, 8, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8)

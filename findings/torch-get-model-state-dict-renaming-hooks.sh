@@ -6,7 +6,7 @@
 # the same keys; get_model_state_dict raises AttributeError: 'Fused' object has no attribute 'q', because it follows each
 # key of state_dict() as a path of attributes. So a state that the setter takes cannot be had from the getter.
 # get_optimizer_state_dict follows parameters, and works. No process group is needed to see it.
-# Seen with torch 2.13.0 (CPU) on 2026-11-28, Linux x86-64, Python 3.11.
+# Seen on 2026-11-28, Linux x86-64, Python 3.11, torch 2.13.0 (CPU).
 #
 # Needs python3 (3.10 to 3.13) with venv, and a package index. Fails if torch behaves otherwise.
 set -euo pipefail

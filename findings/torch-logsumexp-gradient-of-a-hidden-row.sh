@@ -56,16 +56,17 @@ cases = (
 )
 wrong = False
 for name, run, function, numbers, value, gradient in cases:
-    seen_value, seen = run(function, numbers)
-    print(f"{name} of {numbers}: {seen_value:.4f}, gradient {[round(g, 4) for g in seen]}")
-    same = all(math.isnan(a) if math.isnan(b) else abs(a - b) < 1e-6 for a, b in zip(seen, gradient, strict=True))
-    wrong |= not same or not (seen_value == value or abs(seen_value - value) < 1e-6)
+    actual_value, actual = run(function, numbers)
+    print(f"{name} of {numbers}: {actual_value:.4f}, gradient {[round(g, 4) for g in actual]}")
+    same = all(math.isnan(a) if math.isnan(b) else abs(a - b) < 1e-6 for a, b in zip(actual, gradient, strict=True))
+    wrong |= not same or not (actual_value == value or abs(actual_value - value) < 1e-6)
 q = torch.randn(1, 1, 2, 8, requires_grad=True)
 mask = torch.tensor([[True, True], [False, False]])
 out = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
 out.sum().backward()
-print(f"attention: a hidden row gives {out[0, 0, 1].abs().max():g}, its gradient is finite: {bool(q.grad.isfinite().all())}")
-if wrong or not q.grad.isfinite().all() or out[0, 0, 1].any():
+finite = bool(q.grad.isfinite().all())
+print(f"attention: a hidden row gives {out[0, 0, 1].abs().max():g}, its gradient is finite: {finite}")
+if wrong or not finite or out[0, 0, 1].any():
     sys.exit("changed: described as NaN")
 PY
 

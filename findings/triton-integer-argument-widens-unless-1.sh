@@ -48,9 +48,9 @@ wrong = False
 
 def compare(name, lines, expected):
     global wrong
-    seen = dict(line.strip().rsplit(" ", 1) for line in lines.splitlines() if line.strip())
-    print(f"  {name}: {', '.join(f'{k} {v}' for k, v in seen.items())}")
-    wrong |= seen != dict(zip(("literal", "constexpr", "float argument", "integer argument", "program_id"), expected))
+    dtypes = dict(line.strip().rsplit(" ", 1) for line in lines.splitlines() if line.strip())
+    print(f"  {name}: {', '.join(f'{k} {v}' for k, v in dtypes.items())}")
+    wrong |= dtypes != dict(zip(("literal", "constexpr", "float argument", "integer argument", "program_id"), expected))
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -73,7 +73,8 @@ else:
             compiled = triton.compile(ASTSource(products, signature, constants), target=GPUTarget("cuda", 90, 32))
         narrow = n == 1 and specialize
         integer = BFLOAT16 if narrow else FLOAT32
-        compare(f"compiled, n = {n}{'' if specialize else ', not specialised'}", printed.getvalue(), (BFLOAT16, BFLOAT16, FLOAT32, integer, FLOAT32))
+        name = f"compiled, n = {n}{'' if specialize else ', not specialised'}"
+        compare(name, printed.getvalue(), (BFLOAT16, BFLOAT16, FLOAT32, integer, FLOAT32))
         rounds = bool(re.search(r"\b(add|fma)(\.rn)?\.bf16|cvt\.rn\.bf16", compiled.asm["ptx"]))
         print(f"    x * n + 2^-9 is rounded to bfloat16 before it is stored as float32: {rounds}")
         wrong |= rounds != narrow
@@ -83,7 +84,7 @@ PY
 
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet --disable-pip-version-check --only-binary :all: \
-    torch==2.13.0 triton==3.9.0 numpy==2.2.6 2> /dev/null
+    torch==2.13.0 triton==3.9.0 numpy==2.2.6
 TRITON_ALWAYS_COMPILE=1 TRITON_CACHE_DIR="$folder/cache" "$folder/venv/bin/python" "$folder/dtypes.py"
 TRITON_INTERPRET=1 "$folder/venv/bin/python" "$folder/dtypes.py"
 echo "as described"

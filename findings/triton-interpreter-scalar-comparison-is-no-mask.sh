@@ -55,7 +55,7 @@ PY
 for version in 3.8.0 3.9.0; do
     python3 -m venv "$folder/$version"
     "$folder/$version/bin/pip" install --quiet --disable-pip-version-check --only-binary :all: \
-        torch==2.13.0 "triton==$version" numpy==2.2.6 2> /dev/null
+        torch==2.13.0 "triton==$version" numpy==2.2.6
     echo "Triton $version, interpreter"
     TRITON_INTERPRET=1 "$folder/$version/bin/python" "$folder/mask.py"
     echo "Triton $version, compiled for sm_90"

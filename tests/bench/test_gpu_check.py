@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import re
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,16 @@ def test_a_step_that_hangs_is_stopped(deaf, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "PATIENCE", 0.5)
     ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);" if deaf else ""
     code = f"{ignore}import time; print('FAILED one', flush=True); time.sleep(60)"
-    step = Step("slow", 1.5, ["-c", code]).start(tmp_path)
+    step = Step("slow", 60, ["-c", code]).start(tmp_path)
+    assert step.process is not None
+    while "FAILED one" not in step.log.read_text():  # a busy machine starts it late
+        assert step.process.poll() is None
+        time.sleep(0.01)
+    step.seconds = 0
     assert step.finish() == 124
-    assert step.process is not None and step.process.poll() is not None
-    said = capsys.readouterr().out
-    assert "== slow: exit status 124" in said and "FAILED one" in said
+    assert step.process.wait(30) < 0 or not deaf
+    printed = capsys.readouterr().out
+    assert "== slow: exit status 124" in printed and "FAILED one" in printed
 
 
 def test_a_step_that_fails_shows_its_end(tmp_path, capsys):

@@ -94,12 +94,17 @@ def test_a_model_without_a_steady_state_is_given_one():
 
 
 def test_the_baseline_forgets_what_no_block_sees(monkeypatch):
-    seen, forward_block = [], plain.forward_block
-    monkeypatch.setattr(plain, "forward_block", lambda *a, **o: (seen.append(len(a[5])), forward_block(*a, **o))[1])
+    blocks_in_view, forward_block = [], plain.forward_block
+
+    def note(*arguments, **options):
+        blocks_in_view.append(len(arguments[5]))
+        return forward_block(*arguments, **options)
+
+    monkeypatch.setattr(plain, "forward_block", note)
     config = RolloutConfig(steps=(1000, 500), order="stream", window_frames=6)
     noise = torch.zeros(1, 3, TINY.in_channels, *SIZE.values())
     list(islice(plain.plain_blocks(MODEL, TEXT, config, lambda step, block: noise), 5))
-    assert seen == [0] * 4 + [1] * 16, "one block before the own one"
+    assert blocks_in_view == [0] * 4 + [1] * 16, "one block before the own one"
 
 
 def test_what_a_task_needs_at_least(monkeypatch):

@@ -173,9 +173,6 @@ def test_progress_is_shown_without_a_terminal(folder, capsys, monkeypatch, comma
     assert re.search(line, capsys.readouterr().err)
 
 
-# Memory
-
-
 def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):
     clock = iter([0.0, 1.0, 29.0, 31.0, 32.0, 61.0, 62.0])
     monkeypatch.setattr(machine, "time", SimpleNamespace(monotonic=lambda: next(clock)))
@@ -184,6 +181,9 @@ def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):
         for update in (1, 2, 3, 4, 5, 6):
             bar.update(task, completed=update, summary=f"loss {update}")
     assert capsys.readouterr().err == "updates 3/800, loss 3, 3.3 h left\nupdates 5/800, loss 5, 3.3 h left\n"
+
+
+# Memory
 
 
 @pytest.mark.parametrize("error, size", [

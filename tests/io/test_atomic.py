@@ -168,7 +168,8 @@ def test_what_a_killed_process_of_the_same_number_left_is_not_in_the_way(tmp_pat
     assert contents(partial) == {"old.txt": b"old"}, "another process may be at work there"
 
 
-def test_threads_that_write_one_target(tmp_path):
+def test_two_at_once_that_write_one_target(tmp_path):
+    """As threads do: neither has the other's temporary file, and who ends last is there."""
     with atomic(tmp_path / "a.txt") as first, atomic(tmp_path / "a.txt") as second:
         first.write_text("first")
         second.write_text("second")

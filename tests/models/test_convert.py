@@ -197,10 +197,10 @@ def test_a_target_that_another_process_writes_meanwhile_stays(published, tmp_pat
 
     monkeypatch.setattr(module, "_write", meanwhile)
     assert main(["convert", str(published["original"]), str(target), "--to", to]) == 0
-    told = capsys.readouterr()
-    assert told.err == f"{target} was written by another process meanwhile: this result is {tmp_path / free}\n"
-    kept = target / "config.json" if to == "diffusers" else target
-    assert str(tmp_path / free) in told.out and kept.read_text() == "another's"
+    printed = capsys.readouterr()
+    assert printed.err == f"{target} was written by another process meanwhile: this result is {tmp_path / free}\n"
+    file = target / "config.json" if to == "diffusers" else target
+    assert str(tmp_path / free) in printed.out and file.read_text() == "another's"
     assert load_transformer(tmp_path / free).config == WAN
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, free])
 

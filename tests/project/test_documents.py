@@ -298,6 +298,19 @@ def test_behaviours_say_their_version_and_what_depends_on_them():
             assert (ROOT / script).is_file(), f"{page}: {script} is no file"
 
 
+@pytest.mark.parametrize("script", sorted((ROOT / "findings").glob("*.sh")), ids=lambda script: script.stem)
+def test_a_finding_says_when_it_was_seen_and_when_it_has_changed(script):
+    """And hides no error: "changed: ..." would be lost with the standard error."""
+    text = script.read_text(encoding="utf-8")
+    comment = " ".join(line.lstrip("# ") for line in text.splitlines()[1:] if line.startswith("#"))
+    assert re.search(r"Seen on \d{4}-\d\d-\d\d\b", comment) and "Fails if" in comment and "Needs " in comment
+    assert text.startswith("#!/usr/bin/env bash\n# ") and "\nset -euo pipefail\n" in text
+    assert re.search(r"\bexit(\(| 1)|\bassert ", text) and text.endswith('\necho "as described"\n')
+    hidden = [line for line in text.splitlines() if re.search(r"(2|&) ?> ?/dev/null|\|\| true", line)]
+    assert not hidden, hidden
+    assert not re.search(r"(?<![\w$}\"])/(home|root|opt|work|Users)/|https?://|--index-url", text)
+
+
 # The checks themselves: each must be able to fail.
 
 

@@ -65,11 +65,11 @@ def test_setting_up_shows_its_progress(make, goal):
     """Every step is announced, and pip is not told to be quiet."""
     done = make(goal, PIP)
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert [line[:6] for line in said if " of 3: " in line] == ["1 of 3", "2 of 3", "3 of 3"]
-    collected = [line for line in said if line.startswith("Collecting for:")]
+    lines = done.stdout.splitlines()
+    assert [line[:6] for line in lines if " of 3: " in line] == ["1 of 3", "2 of 3", "3 of 3"]
+    collected = [line for line in lines if line.startswith("Collecting for:")]
     assert len(collected) == 2 and not any("-q" in line.split() or "--quiet" in line for line in collected)
-    assert said.index(collected[0]) == 1, "pip's own lines come between ours, as it works"
+    assert lines.index(collected[0]) == 1, "pip's own lines come between ours, as it works"
     assert "of 3" not in make(goal, PIP).stdout, "what is set up is not set up again"
 
 

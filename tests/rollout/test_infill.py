@@ -134,12 +134,12 @@ def test_positions_are_those_of_the_video():
 
 def test_levels_are_rounded_once_in_16_bits():
     """Where the velocity is 0, each step is a sum of two: written out in float32."""
-    still = make_model().bfloat16()
-    still.head.head.weight.data.zero_(), still.head.head.bias.data.zero_()
-    seen = []
-    run(model=still, on_level=lambda step, x: seen.append(x.clone()))
+    model = make_model().bfloat16()
+    model.head.head.weight.data.zero_(), model.head.head.bias.data.zero_()
+    levels = []
+    run(model=model, on_level=lambda step, x: levels.append(x.clone()))
     known, x = ENDS[:, :, None, None, None], noise(INITIAL).bfloat16()
-    for step, level in enumerate(seen):
+    for step, level in enumerate(levels):
         sigma, eps = SCHEDULE.sigmas[step], noise(step - 1).bfloat16()
         base = torch.where(known, CLEAN.bfloat16(), x if step else eps)
         x = ((1 - sigma) * base.float() + sigma * eps.float()).bfloat16()

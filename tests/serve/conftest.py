@@ -45,12 +45,13 @@ def disk(tmp_path):
 
 @pytest.fixture
 def started(folder, tmp_path):
-    """Starts the whole command, to be killed; what still runs after the test is killed too."""
+    """Starts the whole command, to be killed, or code that ends in it; what still runs after the test is killed too."""
     words = ["serve", "--model", folder, "--port", 0, "--device", "cpu", "--data", tmp_path / "data"]
     running = []
 
-    def start():
-        running.append(Started(["-m", "hiar_model", *words], cwd=Path(__file__).parents[2]))
+    def start(code=None):
+        command = ["-m", "hiar_model"] if code is None else ["-c", code]
+        running.append(Started([*command, *words], cwd=Path(__file__).parents[2]))
         running[-1].url = next(running[-1].lines()).split()[-1]
         return running[-1]
 

@@ -16,6 +16,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from hiar_model.serve import connection, guard
 from hiar_model.serve.app import Settings
 from hiar_model.serve.guard import Bucket, Guard, read_tokens
+from hiar_model.serve.scheduler import Limits
 
 pytestmark = pytest.mark.cpu
 
@@ -24,7 +25,8 @@ TOKEN, OTHER = "a-token-of-more-than-16-characters", "another-token-of-this-serv
 
 @pytest.fixture(scope="module")
 def guarded(model, tmp_path_factory):
-    settings = Settings(tokens=(TOKEN.encode(), OTHER.encode()), hosts=("films.example",), proxies=("127.0.0.1",))
+    tokens, limits = (TOKEN.encode(), OTHER.encode()), Limits(64, keep=20)  # tests leave sessions behind
+    settings = Settings(tokens=tokens, hosts=("films.example",), proxies=("127.0.0.1",), limits=limits)
     with serving(model, tmp_path_factory.mktemp("data"), settings) as running:
         yield running
 

@@ -423,10 +423,21 @@ def test_jobs_get_on_while_viewers_watch(model, tmp_path):
         thread.join()
 
 
+# The command, whose job does not get beyond its 14th block, however late it is killed.
+HELD = """
+import time
+from hiar_model.cli import main
+from hiar_model.serve.spool import Spool
+encode = Spool.encode
+Spool.encode = lambda spool, *block: time.sleep(1000) if spool.blocks == 14 else encode(spool, *block)
+raise SystemExit(main())
+"""
+
+
 def test_kill_9_and_start_again(started, model, tmp_path):
     """Killed in the middle of a video, started again, and ended by SIGTERM."""
-    frames = 3 * 30
-    server = started()
+    frames = 3 * 20
+    server = started(HELD)
     name = json.loads(ask(server, "/v1/videos", "POST", {"prompt": PROMPT, "num_frames": frames})[2])["id"]
     until(lambda: json.loads(ask(server, f"/v1/videos/{name}")[2])["frames"] >= 36, every=0.05)
     server.kill()

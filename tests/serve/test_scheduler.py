@@ -96,10 +96,10 @@ def test_after_a_pause_the_viewer_has_nothing_to_play(idle, now):
 
 def test_a_stored_session_goes_on_behind_the_last_chunk_that_is_named(idle, monkeypatch):
     """A client that comes back twice, with another chunk each time, while the first way is still gone."""
-    session, seen = joined(idle, stored=[(0, PROMPT)], after=2, acked=1), []
+    session, chunks = joined(idle, stored=[(0, PROMPT)], after=2, acked=1), []
 
     def bring_back(session, video, after):
-        seen.append(after)
+        chunks.append(after)
         session.after = 5
         video.block = session.next_block(after)
 
@@ -107,7 +107,7 @@ def test_a_stored_session_goes_on_behind_the_last_chunk_that_is_named(idle, monk
     idle._begin(session)
     assert session.video is None and session.ready is None
     idle.tasks.pop()()
-    assert seen == [2, 5] and session.block == session.video.block == 6 and session.ready.block == 6
+    assert chunks == [2, 5] and session.block == session.video.block == 6 and session.ready.block == 6
 
 
 def test_a_jump_behind_the_last_block_is_no_end(idle):
