@@ -22,7 +22,7 @@ from ..config import SHIPPED, ExecutionConfig, WanConfig
 from ..config.execution import LINEAR_DTYPES
 from ..config.rollout import UNKNOWN_WINDOW, TrainedWindow
 from ..io.atomic import atomic
-from ..io.files import check_output, save_tensors
+from ..io.files import check_output, output_path, save_tensors
 from ..io.packed import Packed, Scaled, temporary_bytes
 from ..io.weight_files import (
     add_tensors,
@@ -349,7 +349,7 @@ def save_transformer(model: HiARTransformer, path: str | Path) -> None:
     >>> load_transformer(file).config == load_transformer("toy").config
     True
     """
-    target = Path(path)
+    target = output_path(path)
     if target.suffix != ".safetensors":
         raise ValueError(f"{target}: weights are written as .safetensors, got {target.suffix or 'no suffix'!r}")
     check_output(target)
