@@ -281,4 +281,4 @@ def seen_from(folder: Path, command: Sequence[str]) -> list[str]:
 def in_folder(path: str | os.PathLike[str], name: str) -> Path:
     """The file of that name if the path is a folder, else the path."""
     place = path_like("path", path)
-    return place / name if place.is_dir() else place
+    return place / name if os.path.isdir(place) else place
