@@ -37,7 +37,7 @@ from ..io.weight_files import (
     weight_files,
 )
 from . import key_mapping
-from .foreign import foreign
+from .foreign import foreign, unwrapped
 from .lora import AppliedLora, Lora, changed_by, merged, read_loras
 from .quantised import WORK, Quantisation, pack, unread
 from .quantized_linear import in_8_bits, quantize_layers, quantize_weight
@@ -433,7 +433,7 @@ def _network(content: Any, file: Path) -> tuple[Mapping[str, Any], list[str]]:
         groups = [key for key, value in content.items() if isinstance(value, Mapping)]
         if (what := foreign(groups)) is not None:
             raise ValueError(f"{file}: {what}")
-        return content, []
+        return unwrapped(content, file, _NETWORKS[:-1]), []
     if networks[0] == _NETWORKS[-1]:
         raise ValueError(f"{file}: holds a {networks[0]} only, expected {' or '.join(_NETWORKS[:-1])}")
     return content[networks[0]], networks

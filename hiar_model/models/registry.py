@@ -140,6 +140,10 @@ def load_video_model(
     for option, value in of_wan.items():
         if value:
             raise ValueError(f"model {name} is no Wan folder: it takes no {option}, got {value!r}")
+    if not (folder / CONFIG).exists():
+        inside = [path for path in sorted(folder.glob("*")) + sorted(folder.glob("snapshots/*")) if is_wan_folder(path)]
+        if inside:
+            raise ValueError(f"model {name}: no model there, but in {inside[0]}: give that folder")
     settings = _read_config(folder / CONFIG)
     tensors, _ = read_tensors(folder / WEIGHTS)
     with (folder / WEIGHTS).open("rb") as file:

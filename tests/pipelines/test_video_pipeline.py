@@ -161,6 +161,13 @@ def test_a_name_of_something_else_than_a_model_here(name, message):
         load_video_model(name)
 
 
+def test_the_folder_of_a_cache_names_the_one_inside(tmp_path):
+    (inside := tmp_path / "snapshots" / "0a1b").mkdir(parents=True)
+    (inside / "model_index.json").touch()
+    with pytest.raises(ValueError, match=rf"no model there, but in {inside}: give that folder$"):
+        load_video_model(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["toys", "", "/nowhere/model"])
 def test_no_such_model(name):
     with pytest.raises(ValueError, match=r"is neither a folder nor a shipped model; shipped: toy, scenes$"):
