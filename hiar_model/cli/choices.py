@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from ..common import checks, environment
 from ..common.image_file import image_files
 from ..common.lora_file import lora_files
-from ..config import SHIPPED, RolloutConfig, WanConfig
+from ..config import SHIPPED, RolloutConfig, WanConfig, no_folder
 from ..config.execution import ATTENTION_DTYPES, ATTENTION_IMPLS, KV_DTYPES, LINEAR_DTYPES, ON_NAN, ExecutionConfig
 from ..config.rollout import KV_SOURCES, ON_PROMPT_CHANGE, ORDERS, several_orders
 from ..io.atomic import unused
@@ -83,7 +83,7 @@ def check_choices(command: str, a: Namespace) -> None:
                 if not Path(image.path).exists():
                     raise ValueError(f"--image {image.path}: no such file; expected FILE or FILE@FRAME")
         for file in several if name in INPUT_FILES.get(command, ()) and value is not None else ():
-            if not Path(file).exists():
+            if file != "" and not checks.path_like(option(name), file).exists():
                 raise ValueError(f"{option(name)} {file}: no such file")
     for name in ("order", "num_frames") if command == "evaluate" else ():
         values = a[name] if isinstance(a[name], list) else []
@@ -233,10 +233,13 @@ def _check_model(command: str, model: str) -> None:
     if command in ("doctor", "warmup", "bench"):
         names += [name for name in WanConfig.names() if name not in SHIPPED]
     if model not in names:
+        if model:
+            checks.path_like("--model", model)
         what = "neither a folder nor a shipped model; shipped"
         if command in ("doctor", "warmup", "bench"):
             what = "no name, file or folder; names" if command == "doctor" else "neither a name nor a folder; names"
-        raise ValueError(f"--model {model!r} is {what}: {', '.join(names)}{checks.nearest(model, names)}")
+        hint = checks.nearest(model, names) or no_folder(model)
+        raise ValueError(f"--model {model!r} is {what}: {', '.join(names)}{hint}")
 
 
 def option(dest: str) -> str:
@@ -279,6 +282,8 @@ def explained(message: str, parser: ArgumentParser, words: Sequence[str]) -> str
         known = [name for action in actions for name in action.option_strings]
         near = [checks.nearest(word.partition("=")[0], known) for word in match[1].split() if word.startswith("-")]
         return message + next(filter(None, near), "") + _misplaced(command, match[1]) + _loose(command, match[1], known)
+    if message.startswith("ambiguous option: --prompt could"):
+        return f'--prompt is no option; the prompt stands by itself, in quotes: hiar {command} "a cat" -o cat.mp4'
     if match := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
         return message + checks.nearest(match[1], re.findall(r"[\w-]+", match[2]))
     return message

@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-from ..common.checks import nearest
+from ..common.checks import nearest, path_like
 from ..io.files import is_time, load_yaml, read_text
 from ..version import require_noise
 
 if TYPE_CHECKING:
     from ..models.video_model import VideoModel
+
+
+BETWEEN_COMMAS = ("offload", "gpu_memory")
+"""Options that take several words between commas; in a file these may be a list."""
 
 
 class ConfigFile(ActionConfigFile):
@@ -26,7 +30,10 @@ class ConfigFile(ActionConfigFile):
     @staticmethod
     def apply_config(parser: ArgumentParser, cfg: Any, dest: str, value: Any) -> None:
         """Apply the file's options below those already set."""
-        values = _options(parser, Path(value))
+        try:
+            values = _options(parser, path_like("--config", value, "file"))
+        except ValueError as error:
+            raise TypeError(error) from error
         known = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
         flags = [action.dest for action in parser._actions if action.nargs == 0]
         for key, chosen in values.items():
@@ -114,6 +121,8 @@ def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:
         raise TypeError(f"{path} is neither YAML nor JSON: {error}") from error
     except ValueError as error:  # no file of options, but what stands in for one
         raise TypeError(error) from error
+    if values is None:
+        raise TypeError(f"{path} is empty, or all of it a comment: it must hold key: value lines")
     if not isinstance(values, dict):
         raise TypeError(f"{path} must hold key: value lines, got {type(values).__name__}")
     if "command" in values and "weights_sha256" in values:
@@ -124,10 +133,13 @@ def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:
     for key, value in values.items():
         if (name := str(key).replace("-", "_")) in options:
             raise TypeError(f"{path}: {name} and {key} are one option")
+        written = as_written[key]
+        if name in BETWEEN_COMMAS and isinstance(value, list):
+            value = written = ",".join(map(str, written))
         if name in textual and isinstance(value, (list, dict)):
             raise TypeError(f"{path}: {name} must be one text, got {value!r}")
         is_text = name in textual and value is not None  # a prompt may be "no", "1:30"
-        options[name] = as_written[key] if is_text else value
+        options[name] = written if is_text else value
     if (more := options.pop("config", None)) is not None:
         raise TypeError(f"{path}: config must not stand in a file of options, got {more!r}")
     return options

@@ -31,6 +31,9 @@ SLOWEST, FASTEST = 0.01, 1000.0
 """Frames per second that every format can store."""
 
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of two letters or more: one is a drive of Windows
+
+
 def dtype_name(dtype: object) -> str:
     """A torch.dtype, or its name, as it is written in options and results: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
@@ -125,11 +128,34 @@ def out_of_memory(error: BaseException, advice: str = LESS_MEMORY) -> str | None
     return f"out of memory{at_once}; {advice}"
 
 
-def path_like(name: str, value: Any) -> Path:
-    """The value as a path; ValueError for what names no file, such as a number, bytes or an empty string."""
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        raise ValueError(f"{name} must be the path of a file or folder, got {one_line(value)}")
+def not_here(path: str) -> str | None:
+    """Why a path names nothing on any disk: it is a URL, or begins with ``~``, which shells replace and files are not
+    found by. None for any other.
+    """
+    if _URL.match(path) and not os.path.exists(path):
+        return "a URL, of which nothing is read or written"
+    home = os.path.expanduser(path)
+    if home != path and ("/" in path or path == "~") and not os.path.lexists(path.partition("/")[0]):
+        return f"only a shell replaces ~, give {home}"
+    return None
+
+
+def path_like(name: str, value: Any, what: str = "file or folder") -> Path:
+    """The value as a path; ValueError for what names no file: a number, bytes, an empty string, :func:`not_here`."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
+    reason = not_here(text) if isinstance(text, str) else None
+    if not isinstance(text, str) or not text or reason:
+        got = f"{text}: {reason}" if reason else one_line(value)
+        raise ValueError(f"{name} must be the path of a {what}, got {got}")
     return Path(value)
+
+
+def true_or_false(name: str, value: Any) -> bool:
+    """The value (of Python, of numpy, a tensor without axes) as a bool; ValueError for anything else."""
+    is_scalar = getattr(value, "shape", None) == () and str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+    if not isinstance(value, bool) and not is_scalar:
+        raise ValueError(f"{name} must be True or False, got {one_line(value)}")
+    return bool(value)
 
 
 def one_of(name: str, value: object, legal: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .checks import path_like
+from .checks import one_line, path_like
 
 
 def split_option(option: str, value: Any, mark: str, read: Callable[[str], Any], what: str) -> tuple[str, Any]:
@@ -21,7 +21,7 @@ def split_option(option: str, value: Any, mark: str, read: Callable[[str], Any],
         ValueError: no path; a file that is there, with something else than a value behind the mark.
     """
     path, number = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
-    path_like(option, path)
+    path_like(option, path, "picture" if option == "image" else "file or folder")
     name = os.fspath(path)
     head, separator, tail = name.rpartition(mark)
     if not isinstance(value, tuple) and separator and not os.path.exists(name):
@@ -45,7 +45,7 @@ def listed(option: str, values: Any, kind: type) -> list[Any]:
         return []
     single = isinstance(values, str | os.PathLike | kind)
     if not single and (isinstance(values, bytes | Mapping) or not isinstance(values, Iterable)):
-        raise ValueError(f"{option} must be a file, (file, number), or a list of these, got {values!r}")
+        raise ValueError(f"{option} must be a file, (file, number), or a list of these, got {one_line(values)}")
     pair = (
         isinstance(values, tuple) and len(values) == 2 and not isinstance(values[1], str | os.PathLike | tuple | kind)
     )

@@ -3,7 +3,7 @@
 from .execution import ExecutionConfig
 from .flow_schedule import TRAIN_TIMESTEPS, FlowSchedule, sigma_table
 from .rollout import RolloutConfig
-from .wan import SHIPPED, WAN, WanConfig, WanVideo
+from .wan import SHIPPED, WAN, WanConfig, WanVideo, no_folder
 
 __all__ = [
     "SHIPPED",
@@ -14,5 +14,6 @@ __all__ = [
     "RolloutConfig",
     "WanConfig",
     "WanVideo",
+    "no_folder",
     "sigma_table",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..common.checks import DTYPE_NAMES, dtype_name, number_above_0, one_of, whole
+from ..common.checks import DTYPE_NAMES, dtype_name, number_above_0, one_of, true_or_false, whole
 
 ON_NAN = ("stop", "retry")
 ATTENTION_IMPLS = (
@@ -82,8 +82,7 @@ class ExecutionConfig:
 
     def __post_init__(self) -> None:
         for name in ("cuda_graph", "dedicated_decoder_rank", "keep_all_frames", "autocast"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, true_or_false(name, getattr(self, name)))
         if self.mesh is not None and not hasattr(self.mesh, "mesh_dim_names"):
             raise ValueError(f"mesh must be None or a torch DeviceMesh, got {self.mesh!r}")
         one_of("attention_impl", self.attention_impl, ATTENTION_IMPLS)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from ..common.checks import as_whole, number_at_least_0, one_of, plain, whole
+from ..common.checks import as_whole, number_at_least_0, one_of, plain, true_or_false, whole
 from .flow_schedule import FlowSchedule
 
 ORDERS = ("step_first", "stream", "wavefront", "block_first")
@@ -89,12 +89,11 @@ class RolloutConfig:
                             ("on_prompt_change", ON_PROMPT_CHANGE)):  # fmt: skip
             one_of(name, getattr(self, name), legal)
         normalized["window_frames"] = _window(self.window_frames, len(schedule))
+        normalized["fuse_cache_denoise"] = true_or_false("fuse_cache_denoise", self.fuse_cache_denoise)
         normalized["context_noise"] = number_at_least_0("context_noise", self.context_noise)
         for name, value in normalized.items():
             object.__setattr__(self, name, value)
         require_windows(self.windows, self.sink_frames, self.frames_per_block)
-        if not isinstance(self.fuse_cache_denoise, bool):
-            raise ValueError(f"fuse_cache_denoise must be True or False, got {self.fuse_cache_denoise!r}")
         require_order(self.order, self.kv_source, self.fuse_cache_denoise)
         if self.on_prompt_change == "recache" and (self.fuse_cache_denoise or self.kv_source != "own"):
             other = "fuse_cache_denoise=True" if self.fuse_cache_denoise else f"kv_source={self.kv_source!r}"

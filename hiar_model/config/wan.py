@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -144,3 +145,12 @@ class WanConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain mapping, the inverse of :meth:`from_dict`."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items() if v is not None}
+
+
+def no_folder(name: str) -> str:
+    """The end of a message about a model's name that is no folder: what else it may be meant as; empty if nothing."""
+    if name in WanConfig.names():
+        return "; this one names a size, without weights"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):  # as hubs name models
+        return "; nothing is downloaded: give the folder with its files"
+    return ""

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ..common.checks import not_here, path_like
 from .atomic import SPECIAL, behind_links, is_special
 
 SESSION = "session.safetensors"  # its name in a folder
@@ -96,6 +97,13 @@ def check_text(text: str, what: str) -> None:
         raise ValueError(f"{what} '{shown}' is not UTF-8 at character {error.start + 1}: give it in UTF-8") from error
 
 
+def output_path(path: str | os.PathLike[str]) -> Path:
+    """The path; ValueError of one line for what names no file on this machine."""
+    if isinstance(path, str) and (reason := not_here(path)):
+        raise ValueError(f"cannot write {path}: {reason}")
+    return path_like("path", path)
+
+
 def check_output(path: str | os.PathLike[str], beside: Sequence[Path] = ()) -> Path:
     """The path, if a file can be written there, and the files ``beside`` it; call it before any work starts.
 
@@ -103,7 +111,7 @@ def check_output(path: str | os.PathLike[str], beside: Sequence[Path] = ()) -> P
         ValueError: one line: a parent that is no folder or not writable, a folder or device of that name, a link that
             names itself, a name that is too long or not UTF-8.
     """
-    target = Path(path)
+    target = output_path(path)
     check_text(as_text(os.fspath(target)), "the name")
     try:
         parent = behind_links(target).parent
@@ -134,7 +142,7 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
         ValueError: one line: a file of that name or on the way there, a folder that is not writable, a name that is too
             long.
     """
-    target = Path(path)
+    target = output_path(path)
     above = target.absolute()
     try:
         while not os.path.lexists(above):
@@ -272,4 +280,5 @@ def seen_from(folder: Path, command: Sequence[str]) -> list[str]:
 
 def in_folder(path: str | os.PathLike[str], name: str) -> Path:
     """The file of that name if the path is a folder, else the path."""
-    return Path(path) / name if os.path.isdir(path) else Path(path)
+    place = path_like("path", path)
+    return place / name if os.path.isdir(place) else place

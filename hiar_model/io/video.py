@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..common.checks import FASTEST, SLOWEST, number_within, plain, whole
+from ..common.checks import FASTEST, SLOWEST, number_within, one_line, plain, whole
 from .atomic import atomic_write, cannot_write, discard, publish, temporary, unused
 from .encoders import FrameEncoder, GifEncoder, Mp4Encoder, PngEncoder, encode_png
-from .files import as_text, check_output, seen_from
+from .files import as_text, check_output, output_path, seen_from
 
 Frames = npt.NDArray[np.uint8]
 """uint8 [F, H, W, 3], RGB."""
@@ -53,7 +53,8 @@ class Video:
         metadata: how it was made: what JSON can hold.
 
     Raises:
-        ValueError: frames of another dtype or shape, no frames, an ``fps`` that is no finite number above 0.
+        ValueError: frames of another dtype or shape, no frames, an ``fps`` that is no number from 0.01 to 1000,
+            metadata that is no mapping.
 
     >>> video = Video(np.zeros((24, 32, 48, 3), np.uint8), fps=12, metadata={"prompt": "night"})
     >>> video, len(video)
@@ -66,6 +67,8 @@ class Video:
 
     def __post_init__(self) -> None:
         _check_frames(self.frames)
+        if not isinstance(self.metadata, Mapping):
+            raise ValueError(f"metadata must be a mapping, got {one_line(self.metadata)}")
         object.__setattr__(self, "fps", check_fps(self.fps))
 
     def __len__(self) -> int:
@@ -118,8 +121,8 @@ def check_target(path: str | os.PathLike[str]) -> Path:
         ValueError: one line: unknown suffix (names the legal ones), what :func:`check_output` refuses of the video or
             its record, a folder with files.
     """
-    target = Path(path)
-    if not os.fspath(path) or not target.name or target.name == "-" or target.name.lower() in SUFFIXES:
+    target = Path() if path == "" else output_path(path)
+    if not target.name or target.name == "-" or target.name.lower() in SUFFIXES:
         raise ValueError(f"{os.fspath(path)!r} is not a file name for a video; {_legal()}")
     folder = is_folder_target(path)
     if not folder and target.suffix.lower() not in SUFFIXES:

@@ -227,7 +227,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError of one line for anything else."""
     refuse_stand_in(file)
     try:
-        return parse_json(file.read_text(encoding="utf-8", errors="replace"), file)
+        return parse_json(file.read_text(encoding="utf-8-sig", errors="replace"), file)
     except OSError as error:
         raise ValueError(f"{file}: {(error.strerror or str(error)).lower()}") from error
 

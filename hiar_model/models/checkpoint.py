@@ -22,7 +22,7 @@ from ..config import SHIPPED, ExecutionConfig, WanConfig
 from ..config.execution import LINEAR_DTYPES
 from ..config.rollout import UNKNOWN_WINDOW, TrainedWindow
 from ..io.atomic import atomic
-from ..io.files import check_output, save_tensors
+from ..io.files import check_output, output_path, save_tensors
 from ..io.packed import Packed, Scaled, temporary_bytes
 from ..io.weight_files import (
     add_tensors,
@@ -37,7 +37,7 @@ from ..io.weight_files import (
     weight_files,
 )
 from . import key_mapping
-from .foreign import foreign
+from .foreign import foreign, unwrapped
 from .lora import AppliedLora, Lora, changed_by, merged, read_loras
 from .quantised import WORK, Quantisation, pack, unread
 from .quantized_linear import in_8_bits, quantize_layers, quantize_weight
@@ -349,7 +349,7 @@ def save_transformer(model: HiARTransformer, path: str | Path) -> None:
     >>> load_transformer(file).config == load_transformer("toy").config
     True
     """
-    target = Path(path)
+    target = output_path(path)
     if target.suffix != ".safetensors":
         raise ValueError(f"{target}: weights are written as .safetensors, got {target.suffix or 'no suffix'!r}")
     check_output(target)
@@ -433,7 +433,7 @@ def _network(content: Any, file: Path) -> tuple[Mapping[str, Any], list[str]]:
         groups = [key for key, value in content.items() if isinstance(value, Mapping)]
         if (what := foreign(groups)) is not None:
             raise ValueError(f"{file}: {what}")
-        return content, []
+        return unwrapped(content, file, _NETWORKS[:-1]), []
     if networks[0] == _NETWORKS[-1]:
         raise ValueError(f"{file}: holds a {networks[0]} only, expected {' or '.join(_NETWORKS[:-1])}")
     return content[networks[0]], networks

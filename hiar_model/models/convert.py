@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.checks import dtype_name
+from ..common.checks import dtype_name, path_like
 from ..common.lora_file import LoraLike, lora_files
 from ..config import SHIPPED, WanConfig
 from ..io.atomic import publish, unpublished, unused
-from ..io.files import check_output, in_folder, save_tensors
+from ..io.files import check_output, in_folder, output_path, save_tensors
 from . import key_mapping
 from .checkpoint import (
     CONFIG_KEY,
@@ -107,7 +107,8 @@ def convert(
             something.
         OSError: one line: the target cannot be written.
     """
-    target = _check_target(Path(target), to)
+    path_like("source", source)
+    target = _check_target(output_path(target), to)
     if Path(source).is_dir() and Path(os.path.realpath(source)) in Path(os.path.realpath(target)).parents:
         raise ValueError(f"{target} would lie in {source} and become part of it: choose a place outside")
     state, info = open_checkpoint(source)

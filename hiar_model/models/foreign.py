@@ -5,8 +5,16 @@ other parts of a model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from ..io.weight_files import some
+
+WRAPPERS = ("state_dict", "model", "module")
+"""Keys under which Lightning, DeepSpeed and scripts put a state dict, beside an optimiser's and counts."""
 _FOREIGN = (  # part of a key -> what such a file is
     (r"lokr_", "a LoKr adapter, a kind of LoRA; merge it into a checkpoint first"),
     (r"\.hada_|loha_", "a LoHa adapter, a kind of LoRA; merge it into a checkpoint first"),
@@ -52,3 +60,22 @@ def kind_of_file(keys: Iterable[str], kinds: Iterable[tuple[str, str]], read: st
     listed, legal = list(keys), "" if read is None else f", which is not read; legal: {read}"
     fitting = (f"{key} makes it {kind}{legal}" for pattern, kind in kinds for key in listed if re.search(pattern, key))
     return next(fitting, None)
+
+
+def unwrapped(content: Mapping[str, Any], file: Path, networks: Sequence[str]) -> Mapping[str, Any]:
+    """The state dict in a file that has it under one of :data:`WRAPPERS`; any that has tensors of its own as it is.
+
+    Args:
+        networks: other keys that are read, for the error.
+
+    Raises:
+        ValueError: groups, of which none or several can be meant.
+    """
+    groups = [key for key, value in content.items() if isinstance(value, Mapping)]
+    if not groups or any(isinstance(value, Tensor) for value in content.values()):
+        return content
+    inside = [key for key in groups if key in WRAPPERS and content[key]]
+    if len(inside) != 1:
+        legal = ", ".join((*networks, *WRAPPERS))
+        raise ValueError(f"{file}: holds groups, {some(groups)}; expected a state dict, or one under one of {legal}")
+    return content[inside[0]]

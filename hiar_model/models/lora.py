@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import finite_number
+from ..common.checks import finite_number, path_like
 from ..common.lora_file import LoraFile
 from ..io.weight_files import check_tensors, only_one, parse_json, read_json, read_tensors, renamed, some, weight_files
 from . import lora_keys
@@ -118,7 +118,7 @@ def read_lora(path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> Lora:
         ValueError: one line: no such file, a kind of adapter that is not read (DoRA, LoKr, ...), a key of no layer of
             this transformer, a wrong shape, half of a pair, numbers that are not finite.
     """
-    source = Path(path)
+    source = path_like("lora", path)
     files = weight_files(source)
     only_one(files, f"the LoRA in {source}")
     file = files[0]

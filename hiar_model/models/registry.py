@@ -25,10 +25,10 @@ import torch
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
-from ..common.checks import path_like
+from ..common.checks import one_line, path_like
 from ..common.lora_file import LoraLike, lora_files
 from ..common.settings import own_settings
-from ..config import SHIPPED, ExecutionConfig, RolloutConfig, WanConfig
+from ..config import SHIPPED, ExecutionConfig, RolloutConfig, WanConfig, no_folder
 from ..io.atomic import atomic, atomic_write
 from ..io.video import Frames
 from ..io.weight_files import check_keys, check_tensors, read_json, read_tensors
@@ -40,7 +40,7 @@ from .lora import AppliedLora, merged, read_loras
 from .quantized_linear import quantize_layers
 from .transformer import HiARTransformer
 from .video_model import VideoModel, pick_device, pick_dtype
-from .wan import Checkpoint, is_wan_folder, load_wan
+from .wan import Checkpoint, is_experts, is_wan_folder, load_wan
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TRANSFORMER, CODEC = TOY_TRANSFORMER, "codec."
@@ -73,7 +73,9 @@ def model_folder(name_or_path: str | os.PathLike[str]) -> Path:
             f"model {name} is a file: give a folder as model, and weights of its transformer as checkpoint"
         )
     if not name or not Path(name).is_dir():
-        raise ValueError(f"model {name!r} is neither a folder nor a shipped model; shipped: {', '.join(SHIPPED)}")
+        raise ValueError(
+            f"model {name!r} is neither a folder nor a shipped model; shipped: {', '.join(SHIPPED)}{no_folder(name)}"
+        )
     return Path(name)
 
 
@@ -88,7 +90,7 @@ def load_video_model(
     steps: int | None = None,
     own_steps: Sequence[int] | None = None,
     vae: str | os.PathLike[str] | None = None,
-    offload: Sequence[str] = (),
+    offload: str | Sequence[str] = (),
     prompt_cache: str | os.PathLike[str] | None = None,
     lora: LoraLike | Sequence[LoraLike] | None = None,
     on_checkpoint: Callable[[str], None] | None = None,
@@ -120,6 +122,15 @@ def load_video_model(
     of_wan = {"checkpoint": checkpoint, "vae": vae, "offload": offload, "prompt_cache": prompt_cache}
     for option in (option for option, value in of_wan.items() if value == ""):
         raise ValueError(f"{option} must hold something, got ''; None: without it")
+    for option, path in (("vae", vae), ("prompt_cache", prompt_cache)):
+        if path is not None:
+            path_like(option, path)
+    if checkpoint is not None and not is_experts(checkpoint):
+        path_like("checkpoint", checkpoint)
+    offload = [offload] if isinstance(offload, str) else list(offload)
+    for option, function in (("on_checkpoint", on_checkpoint), ("on_stage", on_stage)):
+        if function is not None and not callable(function):
+            raise ValueError(f"{option} must be a function or None, got {one_line(function)}")
     if is_wan_folder(folder):
         return load_wan(
             folder, name=name, device=device, dtype=dtype, linear_dtype=linear_dtype, checkpoint=checkpoint,
@@ -129,6 +140,10 @@ def load_video_model(
     for option, value in of_wan.items():
         if value:
             raise ValueError(f"model {name} is no Wan folder: it takes no {option}, got {value!r}")
+    if not (folder / CONFIG).exists():
+        inside = [path for path in sorted(folder.glob("*")) + sorted(folder.glob("snapshots/*")) if is_wan_folder(path)]
+        if inside:
+            raise ValueError(f"model {name}: no model there, but in {inside[0]}: give that folder")
     settings = _read_config(folder / CONFIG)
     tensors, _ = read_tensors(folder / WEIGHTS)
     with (folder / WEIGHTS).open("rb") as file:

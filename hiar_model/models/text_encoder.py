@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.checks import path_like
 from ..common.settings import own_settings
 from ..io.atomic import atomic
-from ..io.files import refuse_stand_in, save_tensors
+from ..io.files import check_text, refuse_stand_in, save_tensors
 from ..io.weight_files import (
     add_tensors,
     check_keys,
@@ -77,7 +78,7 @@ def find_text_encoder(folder: str | os.PathLike[str]) -> TextEncoderFiles:
     Raises:
         ValueError: one line: no text encoder, or its weights, config or tokenizer is missing.
     """
-    source = Path(folder)
+    source = path_like("folder", folder, "folder")
     if not source.is_dir():
         raise ValueError(f"{source}: no such folder")
     layouts = [path for name in (WEIGHTS, NATIVE_WEIGHTS) if (path := source / name).exists()]
@@ -104,6 +105,7 @@ def clean_prompt(prompt: str) -> str:
     """Clean a prompt as Wan's code does: fix broken Unicode, unescape HTML twice, collapse white space."""
     if not isinstance(prompt, str):
         raise ValueError(f"a prompt is a string, got {type(prompt).__name__}")
+    check_text(prompt, "the prompt")
     mended = _library("ftfy").fix_text(prompt)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(mended))).strip()
 
@@ -155,7 +157,7 @@ class WanTextEncoder:
         self.on_stage = on_stage or (lambda text, nbytes: None)
         self._tokenizer: Any = None
         self._model: Any = None
-        self._cache = None if cache is None else Path(cache)
+        self._cache = None if cache is None else path_like("cache", cache, "folder")
         if self._cache is not None:
             try:
                 self._cache.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..io.weight_files import check_keys, check_tensors, only_one, read_json, read_tensors, tensor_names
+from ..io.weight_files import BIN, PICKLES, check_keys, check_tensors, only_one, read_json, read_tensors, tensor_names
 from .vae_fused import fuse, to_channels_last
 
 ORIGINAL = "Wan2.1_VAE.pth"  # beside the weights of the original layout
@@ -75,8 +75,11 @@ def is_full_vae(names: Container[str]) -> bool:
 
 
 def find_vae(path: Path) -> Path:
-    """The file of a VAE's weights that a path means; ValueError if there is none, or two."""
+    """The file of a VAE's weights that a path means; ValueError if there is none, or two, or a file of no weights."""
     if path.is_file():
+        if path.suffix not in (legal := (".safetensors", *PICKLES, BIN)):
+            suffix = path.suffix or "no suffix"
+            raise ValueError(f"{path}: expected {', '.join(legal)} or a folder, got {suffix!r}")
         return path
     candidates = [
         path / name

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..common.checks import OFFLOAD
+from ..common.checks import OFFLOAD, one_of, path_like
 from ..common.lora_file import LoraFile
 from ..config import WAN, FlowSchedule, RolloutConfig
 from ..config.rollout import TrainedWindow
@@ -87,8 +87,7 @@ def load_wan(
         ValueError: one line: a part that is missing, corrupt or of a wrong shape, parts that do not fit.
     """
     for part in offload:
-        if part not in OFFLOAD:
-            raise ValueError(f"offload must be of {', '.join(OFFLOAD)}, got {part!r}")
+        one_of("offload", part, OFFLOAD)
     schedule = FlowSchedule() if steps is None else FlowSchedule.uniform(steps, FlowSchedule().shift)
     dtype = dtype or torch.bfloat16
     beside = torch.bfloat16 if dtype == torch.float16 else dtype
@@ -217,7 +216,7 @@ def _experts(checkpoint: Checkpoint | None, steps: int) -> tuple[str, ...] | Non
     if not is_experts(checkpoint):
         return None
     files = parse_experts(checkpoint, steps)  # type: ignore[arg-type]
-    missing = [file for file in files if not Path(file).exists()]
+    missing = [file for file in files if not path_like("experts", file).exists()]
     if missing:
         raise ValueError(f"experts: {missing[0]}: no such file or folder")
     return files

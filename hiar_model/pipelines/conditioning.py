@@ -68,7 +68,7 @@ def read_conditioning(
         return read_picture("image", image, size)
     if extend is None:
         return None
-    path = path_like("extend", extend)
+    path = path_like("extend", extend, "clip")
     clip = _Clip(path)
     resizer = _Resizer(path, size, clip)
     frames = resizer(clip.frames())
@@ -87,7 +87,7 @@ def read_conditioning(
 
 def read_picture(option: str, file: str | os.PathLike[str], size: tuple[int, int]) -> ConditioningFrames:
     """Read one picture at a size (height, width); errors as :func:`read_conditioning`, with the name of the option."""
-    path = path_like(option, file)
+    path = path_like(option, file, "picture")
     picture, notes = _read_image(path, option)
     resizer = _Resizer(path, size)
     return ConditioningFrames(resizer([picture]), (*notes, *resizer.notes))

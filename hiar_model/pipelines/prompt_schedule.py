@@ -21,7 +21,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..common.checks import number_at_least_0
+from ..common.checks import number_at_least_0, path_like
 from ..io.files import read_text
 from ..schedule.plan import Plan
 from ..schedule.simulator import simulate
@@ -104,6 +104,7 @@ class PromptSchedule:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> PromptSchedule:
         """Read a file in UTF-8, or in UTF-16 with a byte order mark."""
+        path_like("path", path, "file")
         try:
             schedule = cls.parse(read_text(path), Path(path).name)
             return replace(schedule, file=os.fspath(path))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hiar_kernels.nvtx import span
 
-from ..common.checks import MOST_FRAMES, MOST_STEPS, MOST_THREADS, one_of, path_like, whole
+from ..common.checks import MOST_FRAMES, MOST_STEPS, MOST_THREADS, one_of, path_like, true_or_false, whole
 from ..common.image_file import ImageLike
 from ..common.settings import own_settings
 from ..config import ExecutionConfig, RolloutConfig
@@ -114,8 +114,14 @@ class VideoOptions:
             raise ValueError(f"prompts must be a PromptSchedule (.read('script.txt')), got {self.prompts!r}")
         if self.on_progress is not None and not callable(self.on_progress):
             raise ValueError(f"on_progress must be a function or None, got {self.on_progress!r}")
-        if self.session is not None:
-            path_like("session", self.session)
+        for name in ("session", "run_folder"):
+            if getattr(self, name) is not None:
+                path_like(name, getattr(self, name))
+        for name in ("open_end", "resume"):
+            object.__setattr__(self, name, true_or_false(name, getattr(self, name)))
+        if self.resume and self.run_folder is None:
+            raise ValueError("resume=True needs the run_folder to go on from, got None")
+        object.__setattr__(self, "checkpoint_every", whole("checkpoint_every", self.checkpoint_every, 0))
         object.__setattr__(self, "seed", whole("seed", self.seed))
         if self.order is not None:
             one_of("order", self.order, ORDERS)
@@ -343,7 +349,8 @@ class VideoRun:
         """JSON facts that a session and the run that resumes it must share."""
         loras = [[lora.sha256, lora.scale] for lora in self.model.loras]
         same = {"weights_sha256": self.model.weights_sha256, "seed": self.options.seed}
-        return {**same, "lora": loras, PICTURES: self.starts.sha256}
+        vae = {} if self.model.decoded_by is None else {"vae": self.model.decoded_by["vae"]}
+        return {**same, **vae, "lora": loras, PICTURES: self.starts.sha256}
 
     def notes(self) -> list[str]:
         """Lines of output: when changing prompts take effect, and the delay of a live change; what is infilled."""

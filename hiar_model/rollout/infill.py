@@ -8,13 +8,14 @@ noise level, with the noise that a rollout of this seed has there, so the missin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hiar_kernels import flow_step
 
-from ..common.checks import as_whole, one_of, whole
+from ..common.checks import as_whole, one_line, one_of, whole
 from ..common.settings import own_settings
 from ..config import TRAIN_TIMESTEPS, FlowSchedule
 from ..config.rollout import SAMPLERS
@@ -69,8 +70,12 @@ def infill(
         raise ValueError(f"model must be one network, or one for each of the {len(schedule)} steps, got {len(models)}")
     one_of("sampler", sampler, SAMPLERS)
     channels = models[0].config.in_channels
-    if latents.dim() != 5 or latents.shape[2] != channels:
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"latents must be a tensor, got {type(latents).__name__}")
+    if latents.dim() != 5 or latents.shape[2] != channels or 0 in latents.shape:
         raise ValueError(f"latents must be [B, F, {channels}, H, W], got {list(latents.shape)}")
+    if not latents.is_floating_point():
+        raise ValueError(f"latents must be of a floating dtype, got {latents.dtype}")
     batch, frames, block = latents.shape[0], latents.shape[1], frames_per_block
     short = block if first_block_frames is None else whole("first_block_frames", first_block_frames, 1, most=block)
     if block < 1 or frames < short or (frames - short) % block:
@@ -118,20 +123,23 @@ def _noised(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
     return ((1 - sigma) * clean.to(wide) + sigma * noise.to(wide)).to(clean.dtype)
 
 
-def _mask(known: Tensor | Iterable[int], batch: int, lengths: Sequence[int]) -> Tensor:
-    """bool [B, F], True where a frame is known. ``lengths``: frames of each block."""
+def _mask(known: Any, batch: int, lengths: Sequence[int]) -> Tensor:
+    """bool [B, F], True where a frame is known; of numpy too. ``lengths``: frames of each block."""
     frames, blocks = sum(lengths), len(lengths)
+    if hasattr(known, "dtype") and hasattr(known, "ndim"):
+        is_list = known.ndim == 1 and "int" in str(known.dtype)
+        known = known.tolist() if is_list else torch.as_tensor(known)
     if isinstance(known, Tensor):
         if known.shape != (batch, frames) or known.dtype != torch.bool:
             raise ValueError(f"known must be bool [{batch}, {frames}], got {known.dtype} {list(known.shape)}")
         return known
     if isinstance(known, str) or not hasattr(known, "__iter__"):
-        raise ValueError(f"known must be numbers of blocks in 0..{blocks - 1}, or bool [B, F], got {known!r}")
+        raise ValueError(f"known must be numbers of blocks in 0..{blocks - 1}, or bool [B, F], got {one_line(known)}")
     mask = torch.zeros(batch, frames, dtype=torch.bool)
     for n in known:
         number = as_whole(n)
         if number is None or not 0 <= number < blocks:
-            raise ValueError(f"known blocks must be in 0..{blocks - 1}, got {n!r}")
+            raise ValueError(f"known blocks must be in 0..{blocks - 1}, got {one_line(n)}")
         first = sum(lengths[:number])
         mask[:, first : first + lengths[number]] = True
     return mask

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..io.files import SESSION, in_folder
+from ..io.files import SESSION, check_output, in_folder
 from . import Rollout, state_io
 
 FORMAT, VERSION = "hiar-session", 1
@@ -69,7 +69,7 @@ def save_session(
         >>> load_session(save_session(tempfile.mkdtemp(), first), second).blocks
         1
     """
-    target = _file(path)
+    target = check_output(_file(path))
     tensors, metadata = session_tensors(rollout, decoder, about)
     try:
         state_io.write(target, tensors, metadata)

@@ -25,4 +25,4 @@ def _facts(key: str) -> list[str]:
     names = {"caches": "kv_dtype", "products of attention": "attention_dtype", "linear layers": "linear_dtype"}
     for words, name in names.items():
         parts = [part.replace(f"{words} of ", f"{name}=") for part in parts]
-    return parts
+    return ["no last block (num_latent_frames=None, open_end=True)" if x == "None blocks" else x for x in parts]

@@ -7,7 +7,7 @@ That pays where a forward alone does not fill the device: small networks, few fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -25,12 +25,13 @@ from .batched_forward import BatchedForward
 from .engine import FinishedBlock, Rollout
 from .executor import Ready
 from .prompt_cache import JointPrompt
+from .shapes import require_kind
 
 Outcome = list[FinishedBlock] | Exception | None
 """What a group of tasks gave: the blocks that it finished, or why it failed; None: nothing was left to do."""
 
 
-def step_together(rollouts: Sequence[Rollout]) -> list[Outcome]:
+def step_together(rollouts: Iterable[Rollout]) -> list[Outcome]:
     """:meth:`Rollout.step` of several rollouts, with their forwards in common where they match.
 
     Forwards match if they have the same network object, sizes of latents and frames, and run eagerly with
@@ -42,7 +43,8 @@ def step_together(rollouts: Sequence[Rollout]) -> list[Outcome]:
         for the device); None: it has nothing left to do; or the exception that ended its step, which ends no other's.
 
     Raises:
-        ValueError: a rollout that shares its video with other processes.
+        ValueError: before any work: something else than rollouts, one of them twice, or one that shares its video with
+            other processes.
 
     Example:
         >>> from hiar_model import HiARTransformer, RolloutConfig, WanConfig
@@ -61,6 +63,13 @@ def step_together(rollouts: Sequence[Rollout]) -> list[Outcome]:
         seed 1: block 1
         seed 2: block 1
     """
+    if isinstance(rollouts, Rollout) or not isinstance(rollouts, Iterable):
+        raise ValueError(f"rollouts must be a list of hiar_model.Rollout, got {type(rollouts).__name__}")
+    rollouts = list(rollouts)
+    for i, rollout in enumerate(rollouts):
+        require_kind(f"rollouts[{i}]", rollout, Rollout)
+        if any(rollout is other for other in rollouts[:i]):
+            raise ValueError(f"rollouts must each stand there once, got rollouts[{i}] a second time")
     if any(rollout.pipeline is not None for rollout in rollouts):
         raise ValueError("rollouts must each be made by one process to step together, got one of a pipeline")
     outcomes: list[Outcome] = [None] * len(rollouts)

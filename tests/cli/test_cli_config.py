@@ -78,6 +78,10 @@ def test_the_record_of_a_video(folder, here, kind, capsys):
 @pytest.mark.parametrize("text, message", [
     ("num_frame: 6\n", "c.yaml: unknown key num_frame; did you mean num_frames?"),
     ("- 6\n", "c.yaml must hold key: value lines, got list"),
+    ("", "c.yaml is empty, or all of it a comment: it must hold key: value lines"),
+    ("# seed: 1\n", "c.yaml is empty, or all of it a comment: it must hold key: value lines"),
+    ("offload: [text, disk]\n", "--offload must be one of text, vae, got 'disk'"),
+    ("offload: {text: true}\n", "c.yaml: offload must be one text, got {'text': True}"),
     ("seed: 1\nnum_frames: 6\nseed: 2\n", "the key seed stands twice"),
     ("a: [\n", "c.yaml is neither YAML nor JSON"),
     ("num_frames: many\n", "many"),
@@ -91,6 +95,14 @@ def test_a_file_that_is_none_is_one_line(capsys, text, message):
     assert run("generate", PROMPT, "-o", "a.mp4", "--config", "c.yaml") == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
+
+
+def test_words_between_commas_may_be_a_list(capsys):
+    for memory in ("24GB,40GB", "[24GB, 40GB]"):
+        write("c.yaml", f"model: toy\ngpu_memory: {memory}\n")
+        assert run("doctor", "--config", "c.yaml") == 0
+        told = capsys.readouterr().out
+        assert "24.00 GB: fits" in told and "40.00 GB: fits" in told
 
 
 @pytest.mark.parametrize("text, message", [

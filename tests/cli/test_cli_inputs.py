@@ -48,6 +48,21 @@ WRONG = {
         r"toy in float32, its weights and one window .* need \d{4,}\.\d GB, [\d.]+ GB of memory are free",
     ),
     "a key with dashes": (["train", RECIPE, "--updates", 3], "keys of a recipe are written key=value, without dashes"),
+    "an option for the prompt": (
+        ["generate", "--prompt", "a cat", "-o", "a.mp4"],
+        '--prompt is no option; the prompt stands by itself, in quotes: hiar generate "a cat" -o cat.mp4',
+    ),
+    "a result elsewhere": (
+        ["generate", "a red circle moving right", "-o", "~/a.mp4"],
+        "cannot write ~/a.mp4: only a shell replaces ~, give /",
+    ),
+    "a model elsewhere": (
+        ["generate", "a cat", "-o", "a.mp4", "--model", "https://host/wan"],
+        "--model must be the path of a file or folder, got https://host/wan: a URL",
+    ),
+    "options elsewhere": (["generate", "--config", "~/a.yaml"], "--config must be the path of a file, got ~/a.yaml: "),
+    "weights elsewhere": (["convert", "~/a.pt", "b.pt", "--to", "pt"], "source must be .*, got ~/a.pt: only a shell"),
+    "a name of a hub": (["doctor", "--model", "Owner/Wan"], "; nothing is downloaded: give the folder with its files$"),
     "no name": (["train", RECIPE, "--out", ""], "--out must be the name of a folder, got ''"),
 }  # fmt: skip
 

@@ -11,8 +11,18 @@ import torch
 from made_runs import make_rollout
 from small_toy import PROMPT, small_folder, small_model  # noqa: F401 (fixtures)
 
-from hiar_model import FlowSchedule, WanConfig, generate
-from hiar_model.common.checks import as_whole, nearest, number_above_0, one_of, path_like, plain, whole
+from hiar_model import ExecutionConfig, FlowSchedule, RolloutConfig, WanConfig, generate
+from hiar_model.common.checks import (
+    as_whole,
+    nearest,
+    not_here,
+    number_above_0,
+    one_of,
+    path_like,
+    plain,
+    true_or_false,
+    whole,
+)
 from hiar_model.common.keyed import keyed_generator
 from hiar_model.planning.fit import fit_query
 from hiar_model.rollout.infill import _mask
@@ -47,6 +57,41 @@ def test_what_takes_many_lines_is_named_by_its_type(value):
     for check in (whole, number_above_0, path_like, lambda name, value: one_of(name, value, ("stream",))):
         with pytest.raises(ValueError, match=rf"^order must be .*, got {type(value).__name__}$"):
             check("order", value)
+
+
+@pytest.mark.parametrize("name", ["https://host/hiar.pt", "s3://bucket/a.mp4", "file:///a.png", Path("https://host/a")])
+def test_a_url_names_no_file(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match="^vae must be the path of a file or folder, got .*: a URL, of which nothing is"
+    ):
+        path_like("vae", name)
+    Path(name).parent.mkdir(parents=True)
+    Path(name).touch()
+    assert path_like("vae", name) == Path(name)
+
+
+def test_what_only_a_shell_replaces(tmp_path, monkeypatch):
+    """A folder of that name would be made by whoever follows "~ is no folder; make it first"."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/her")
+    assert not_here("~/a.mp4") == "only a shell replaces ~, give /home/her/a.mp4"
+    with pytest.raises(ValueError, match="^model must be the path of a folder, got ~/wan: .* give /home/her/wan$"):
+        path_like("model", Path("~/wan"), "folder")
+    for name in ("~x.mp4", "a/~/b", "~no.such.user/a", "C:/a", "C:\\a", "a:b.mp4"):
+        assert path_like("path", name) == Path(name)
+    Path("~").mkdir()
+    assert path_like("path", "~/a.mp4") == Path("~/a.mp4")
+
+
+def test_yes_and_no_of_every_kind():
+    for kind in (bool, np.bool_, torch.tensor, np.array):
+        assert true_or_false("open_end", kind(True)) is True and true_or_false("open_end", kind(False)) is False
+    for wrong in (1, 0, "yes", None, np.int64(1), np.array([True]), torch.tensor([True, False])):
+        with pytest.raises(ValueError, match="^open_end must be True or False, got "):
+            true_or_false("open_end", wrong)
+    assert ExecutionConfig(cuda_graph=np.bool_(False)) == ExecutionConfig()
+    assert RolloutConfig(fuse_cache_denoise=np.True_).to_dict()["fuse_cache_denoise"] is True
 
 
 def test_rates_of_every_kind():

@@ -38,7 +38,9 @@ def test_a_name_with_the_mark(tmp_path):
         (LoraFile.of, f"{tmp_path}/plain:", "lora .*plain:: the scale must be a number, got ''"),
         (LoraFile.of, ("plain", "0.5"), "lora scale must be a finite number, got '0.5'"),
         (ImageFile.of, ("plain", True), "image frame must be a whole number of at least 0, got True"),
-        (ImageFile.of, np.zeros((4, 4, 3)), "image must be the path of a file or folder, got ndarray$"),
+        (ImageFile.of, np.zeros((4, 4, 3)), "image must be the path of a picture, got ndarray$"),
+        (image_files, bytes(1000), r"image must be a file, \(file, number\), or a list of these, got bytes$"),
+        (image_files, "https://host/a.png@9", "image must be the path of a picture, got https://host/a.png@9: a URL"),
     ):
         with pytest.raises(ValueError, match=message):
             of(value)

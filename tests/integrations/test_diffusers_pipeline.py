@@ -196,6 +196,12 @@ def test_the_signature_is_that_of_wan_pipeline():
     assert set(ours) - set(theirs) == {"image", "rollout", "order"}
 
 
+def test_arguments_without_effect_may_be_none(pipe, latents):
+    """Scripts for WanPipeline hand on all its arguments."""
+    none = dict.fromkeys(("negative_prompt", "negative_prompt_embeds", "guidance_scale_2", "attention_kwargs"))
+    assert torch.equal(make(pipe, output_type="latent", **none), latents)
+
+
 def test_generators(pipe, latents):
     used = seeded()
     first, second = (make(pipe, generator=used, output_type="latent") for _ in range(2))
@@ -415,6 +421,14 @@ def test_offload_by_accelerate(folder, latents):
             {"prompt": None, "prompt_embeds": torch.zeros(1, 4, 9)},
             r"prompt_embeds must be \[any, any, 32\], got \[1, 4, 9\]",
         ),
+        (
+            {"prompt": None, "prompt_embeds": torch.zeros(0, 4, 32)},
+            r"prompt_embeds must hold at least one prompt, got \[0, 4, 32\]",
+        ),
+        ({"prompt": "a \ud800"}, "the prompt .* is not UTF-8 at character 3"),
+        ({"image": np.zeros((16, 32, 3), np.float32)}, r"image must be .* or a path, got float32 \[16, 32, 3\]"),
+        ({"attention_kwargs": {"scale": 1}}, r"attention_kwargs must be None \(no processors of diffusers run\), got "),
+        ({"guidance_scale_2": 3.0}, r"guidance_scale_2 must be None \(a distilled network\), got 3.0"),
         ({"height": 20}, "height must be a multiple of 16 pixels, got 20, nearest 16 or 32"),
         ({"num_frames": 20}, "num_frames must fill whole blocks of 3 latent frames: got 20, nearest 9 or 21"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1 to 1000, got 0"),
@@ -453,8 +467,10 @@ def test_refused_components(folder, checkpoints, pipe, monkeypatch):
         HiARPipeline.from_pretrained(folder, checkpoint=checkpoints / "hiar.pt", transformer=pipe.transformer)
     with pytest.raises(ValueError, match=r"no\.pt: no such file"):
         HiARPipeline.from_pretrained(folder, checkpoint=checkpoints / "no.pt")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'frames'"):
-        pipe(PROMPT, frames=3)
+    with pytest.raises(TypeError, match=r"^HiARPipeline\(\) takes no argument 'num_frame'; did you mean num_frames\?$"):
+        pipe(PROMPT, num_frame=9)
+    with pytest.raises(TypeError, match=r"^HiARPipeline.stream\(\) takes no argument 'eta'$"):
+        pipe.stream(PROMPT, eta=0.0)
     own = HiARPipeline(**parts)
     own.scheduler = UniPCMultistepScheduler()
     with pytest.raises(ValueError, match="scheduler must be a FlowMatchEulerDiscreteScheduler, got UniPC"):

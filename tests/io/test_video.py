@@ -192,6 +192,13 @@ def test_illegal_targets(tmp_path, name, message):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["~/a.mp4", "~/a", "s3://bucket/a.mp4"])
+def test_what_is_on_no_disk(here, name):
+    with pytest.raises(ValueError, match=f"^cannot write {name}: (only a shell replaces ~, give /|a URL)"):
+        Video(clip(1), 16).save(name)
+    assert not list(here.iterdir())
+
+
 @pytest.mark.parametrize("name", ["", "/", ".", "-", ".mp4", "folder/.gif"])
 def test_no_name(name):
     with pytest.raises(ValueError, match="is not a file name"):
@@ -364,3 +371,15 @@ def test_frames_that_are_no_array():
     for wrong in (clip(1).tolist(), torch.from_numpy(clip(1))):
         with pytest.raises(ValueError, match="frames must be a numpy array, uint8"):
             Video(wrong, 16)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"a.mp4"])
+def test_what_is_no_path(path):
+    with pytest.raises(ValueError, match="^path must be the path of a file or folder, got "):
+        Video(clip(1), 16).save(path)
+
+
+@pytest.mark.parametrize("metadata", [None, "text", [1]])
+def test_metadata_that_is_no_mapping(metadata):
+    with pytest.raises(ValueError, match="^metadata must be a mapping, got "):
+        Video(clip(1), 16, metadata)

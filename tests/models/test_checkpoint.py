@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import refusals
 import torch
+import wan_files
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hiar_model.config import WanConfig
-from hiar_model.models.checkpoint import load_transformer, save_transformer
+from hiar_model.models.checkpoint import load_transformer, read_checkpoint, save_transformer
 from hiar_model.models.transformer import HiARTransformer
 
 pytestmark = pytest.mark.cpu
@@ -196,6 +197,37 @@ def test_bad_targets_are_refused(tmp_path, name, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "beside", [{}, {"epoch": 1, "optimizer": {"state": {}}, "callbacks": {}}], ids=["alone", "beside"]
+)
+@pytest.mark.parametrize("name", ["state_dict", "model", "module"])
+def test_a_state_dict_beside_other_states(tmp_path, name, beside):
+    """As of Lightning, whose keys have a prefix too, of DeepSpeed and of scripts."""
+    state = wan_files.native_state()
+    torch.save({name: {f"model.diffusion_model.{key}": x for key, x in state.items()}, **beside}, tmp_path / "w.pt")
+    read, info = read_checkpoint(tmp_path / "w.pt")
+    assert info.layout == "native" and all(torch.equal(read[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("content", [{"ema": {"a": 1}}, {"model": {}}, {"model": {"a": 1}, "state_dict": {"b": 1}}])
+def test_groups_that_may_mean_anything(tmp_path, content):
+    """Not "w.pt:  is a dict, expected a tensor"."""
+    torch.save(content, tmp_path / "w.pt")
+    legal = "generator_ema, generator, state_dict, model, module"
+    with pytest.raises(
+        ValueError, match=f"w.pt: holds groups, {', '.join(content)}; expected a state dict, .* {legal}$"
+    ):
+        load_transformer(tmp_path / "w.pt")
+
+
+def test_a_config_that_an_editor_of_windows_saved(tmp_path):
+    """With a byte order mark before it."""
+    folder = wan_files.write_original(tmp_path / "wan", parts=False)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config, encoding="utf-8-sig")
+    assert load_transformer(folder).config == wan_files.WAN
+
+
 # What is refused
 
 
@@ -244,7 +276,9 @@ def test_pickles_that_are_no_state_dict(tmp_path):
     assert "corrupt, or not a plain PyTorch state dict (weights_only): UnpicklingError" in refusal(path)
     assert refusal(write(path, torch.zeros(2))).endswith("holds a Tensor, expected a state dict")  # type: ignore[arg-type]
     write(path, {"model": {"a": torch.zeros(2)}, "optimizer": {}})
-    assert refusal(path).endswith("is a dict, expected a tensor")
+    assert refusal(path).endswith("no Wan transformer: no key gives dim, ffn_dim, num_layers; its keys: a")
+    write(path, {"net": {"a": torch.zeros(2)}, "optimizer": {}})
+    assert ": holds groups, net, optimizer; expected a state dict" in refusal(path)
 
 
 def test_a_critic_is_not_a_generator(tmp_path, weights):

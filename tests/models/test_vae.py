@@ -436,6 +436,10 @@ def test_wrong_files_are_named(what, tmp_path):
 
 def test_wrong_folders_are_named(folder, tmp_path):
     expected = "expected vae/diffusion_pytorch_model.safetensors (diffusers) or Wan2.1_VAE.pth (original)"
+    (other := tmp_path / "config.json").write_text("{}")
+    assert (
+        refusal(lambda: load_vae(other)) == f"{other}: expected .safetensors, .pth, .pt, .bin or a folder, got '.json'"
+    )
     for absent in (tmp_path, tmp_path / "nothing"):
         assert refusal(lambda absent=absent: load_vae(absent)) == f"{absent}: no VAE there; {expected}"
     (tmp_path / wan_files.VAE).write_bytes(b"no pickle")

@@ -72,6 +72,32 @@ def test_a_picture_is_encoded_and_decoded_by_it(folder, here, monkeypatch):
     assert made.shape == (12, 32, 48, 3) and np.array_equal(made, whole[1:])
 
 
+def test_a_session_resumes_with_the_same_kind_of_vae(folder, here):
+    """Not "VAE state: features.10 is unexpected", after the model is loaded."""
+    options = {**SIZE, "num_frames": 21, "order": "stream"}
+    small = load_video_model(folder, "cpu", vae=folder / "taew2_1.pth", steps=1)
+    run = prepare(wan_files.PROMPT, model=small, **options)
+    next(iter(run))
+    run.save_session("s.safetensors")
+    full = load_video_model(folder, "cpu", vae=folder.parent, steps=1)
+    line = refusal(prepare, wan_files.PROMPT, model=full, session="s.safetensors", **options)
+    assert line == "s.safetensors is of another run: vae was 'small', now it is 'full'"
+
+
+@pytest.mark.parametrize("option", ["checkpoint", "vae", "prompt_cache", "on_checkpoint", "on_stage"])
+def test_a_list_in_place_of_a_file_or_function(folder, option):
+    kind = "a function or None" if option.startswith("on_") else "the path of a file or folder"
+    assert refusal(load_video_model, folder, "cpu", **{option: ["a"]}) == f"{option} must be {kind}, got ['a']"
+
+
+def test_what_moves_to_the_cpu_is_one_word_or_several(folder):
+    vae = folder / "taew2_1.pth"
+    for offload in ("text", ["text"], iter(["text"])):
+        assert load_video_model(folder, "cpu", vae=vae, offload=offload).options["offload"] == "text"
+    line = refusal(load_video_model, folder, "cpu", vae=vae, offload="gpu")
+    assert line == "offload must be one of text, vae, got 'gpu'"
+
+
 def test_a_file_that_is_no_vae(folder, here, capsys):
     assert command("-o", "a/", "--model", folder, "--vae", folder / wan_files.TEXT_ENCODER) == 2
     error = capsys.readouterr().err

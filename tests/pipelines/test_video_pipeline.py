@@ -148,6 +148,26 @@ def test_a_misspelt_option_is_named_with_the_nearest():
             call("a red circle moving right", num_frame=9)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wan2.1-t2v-1.3b", "; shipped: toy, scenes; this one names a size, without weights$"),
+        ("Owner/Wan2.1-T2V-1.3B", "; shipped: toy, scenes; nothing is downloaded: give the folder with its files$"),
+        ("https://host/wan", "model must be the path of a file or folder, got https://host/wan: a URL"),
+    ],
+)
+def test_a_name_of_something_else_than_a_model_here(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_video_model(name)
+
+
+def test_the_folder_of_a_cache_names_the_one_inside(tmp_path):
+    (inside := tmp_path / "snapshots" / "0a1b").mkdir(parents=True)
+    (inside / "model_index.json").touch()
+    with pytest.raises(ValueError, match=rf"no model there, but in {inside}: give that folder$"):
+        load_video_model(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["toys", "", "/nowhere/model"])
 def test_no_such_model(name):
     with pytest.raises(ValueError, match=r"is neither a folder nor a shipped model; shipped: toy, scenes$"):
@@ -236,8 +256,13 @@ ILLEGAL = {
     "an array of windows": ({"window_frames": np.array([6, 6, 6])}, "window_frames must .* per step .2., got array"),
     "no model": ({"model": None}, "model must be the path of a file or folder, got None"),
     "image": ({"image": 3}, r"image must be a file, \(file, number\), or a list of these, got 3"),
-    "clip": ({"extend": b"x.mp4"}, "extend must be the path of a file or folder, got b'x.mp4'"),
+    "clip": ({"extend": b"x.mp4"}, "extend must be the path of a clip, got b'x.mp4'"),
     "session": ({"session": 3}, "session must be the path of a file or folder, got 3"),
+    "a session with a number for an end": ({"open_end": 1}, "open_end must be True or False, got 1"),
+    "resume alone": ({"resume": True}, "resume=True needs the run_folder to go on from, got None"),
+    "a run folder": ({"run_folder": b"run"}, "run_folder must be the path of a file or folder, got b'run'"),
+    "states": ({"checkpoint_every": -1}, "checkpoint_every must be a whole number of at least 0, got -1"),
+    "a clip elsewhere": ({"extend": "https://host/a.mp4"}, "extend must be the path of a clip, got https://host/a.mp4"),
     "prompts": ({"prompts": "a.txt"}, "prompts must be a PromptSchedule .* got 'a.txt'"),
     "progress": ({"on_progress": 3}, "on_progress must be a function or None, got 3"),
     "device": ({"device": "abacus"}, "unknown device 'abacus'; legal: auto, cpu"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from ids import brief
@@ -154,6 +155,13 @@ def test_not_finite_is_told():
         run(model=broken)
 
 
+def test_known_of_every_kind():
+    """Numbers of blocks and masks, of numpy and torch."""
+    expected = run()
+    for known in ([0, 3], np.array([0, 3]), torch.tensor([0, 3]), (np.int64(0), 3), ENDS.numpy()):
+        assert torch.equal(run(known), expected)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -167,6 +175,9 @@ def test_not_finite_is_told():
         ({"known": [4]}, r"known blocks must be in 0..3, got 4"),
         ({"known": torch.ones(2, 9, dtype=torch.bool)}, r"known must be bool \[2, 12\], got torch.bool \[2, 9\]"),
         ({"known": torch.ones(2, 12)}, r"known must be bool \[2, 12\], got torch.float32"),
+        ({"latents": CLEAN.numpy()}, "latents must be a tensor, got ndarray"),
+        ({"latents": CLEAN.int()}, "latents must be of a floating dtype, got torch.int32"),
+        ({"known": torch.tensor([0, 4])}, "known blocks must be in 0..3, got 4"),
         ({"sampler": "x"}, "sampler must be one of sde, ode, got 'x'"),
         ({"model": [MODEL]}, "one for each of the 3 steps, got 1"),
         ({"video_ids": [1]}, "one for each of 2 videos, got 1"),

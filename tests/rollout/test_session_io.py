@@ -325,6 +325,7 @@ def test_every_bit_counts_in_a_checksum(nbytes):
     ("options", "message"),
     [
         ({"num_frames": 18}, "state of a different rollout: it has 5 blocks, this one 6 blocks$"),
+        ({"num_frames": None}, r"it has 5 blocks, this one no last block \(num_latent_frames=None, open_end=True\)$"),
         ({"window_frames": 6}, "state of a different rollout"),
         ({"order": "block_first"}, "state of a different rollout"),
         ({"trajectory": "ode"}, "state of a different rollout: it has sde, this one ode$"),

@@ -288,3 +288,16 @@ def test_a_pipeline_is_refused():
     made.pipeline = object()
     assert "one process" in refusal(step_together, [made])
     assert step_together([]) == []
+
+
+def test_what_is_no_list_of_rollouts_is_refused_before_any_work():
+    one, other = rollout(seed=1), rollout(seed=2)
+    assert (
+        refusal(step_together, [one, other, one])
+        == "rollouts must each stand there once, got rollouts[2] a second time"
+    )
+    assert refusal(step_together, one) == "rollouts must be a list of hiar_model.Rollout, got Rollout"
+    assert refusal(step_together, [one, None]) == "rollouts[1] must be a hiar_model.Rollout, got NoneType"
+    assert refusal(step_together, None) == "rollouts must be a list of hiar_model.Rollout, got NoneType"
+    assert one.forwards_done == other.forwards_done == 0
+    assert step_together(made for made in (one, other)) == [[], []] and one.forwards_done

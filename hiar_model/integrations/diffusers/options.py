@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 from torch import Tensor
 
-from ...common.checks import MOST_STEPS, as_number, one_of, whole
+from ...common.checks import MOST_STEPS, as_number, dtype_name, nearest, one_line, one_of, whole
 from ...config import RolloutConfig
 from ...io.video import Frames
 from ...pipelines.conditioning import ConditioningFrames, read_conditioning
@@ -22,6 +22,11 @@ from ...pipelines.conditioning import ConditioningFrames, read_conditioning
 log = logging.get_logger(__name__)
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 CALLBACK_INPUTS = ("latents", "prompt_embeds")
+WITHOUT_EFFECT = {
+    "negative_prompt_embeds": "a distilled network", "guidance_scale_2": "a distilled network",
+    "attention_kwargs": "no processors of diffusers run",
+}  # fmt: skip
+"""Arguments of WanPipeline that are not taken here, and why."""
 _MOST_SEED = 2**63 - 1
 
 
@@ -82,23 +87,37 @@ class CallOptions:
             got = "neither" if self.prompt is None else "both"
             raise ValueError(f"give either prompt or prompt_embeds, got {got}")
         if self.prompt is not None and (not isinstance(self.prompt, str | list | tuple) or not self.prompts):
-            raise ValueError(f"prompt must be a string, or a list of at least one, got {self.prompt!r}")
+            raise ValueError(f"prompt must be a string, or a list of at least one, got {one_line(self.prompt)}")
         one_of("output_type", self.output_type, OUTPUT_TYPES)
         whole("num_videos_per_prompt", self.num_videos_per_prompt, 1)
         if self.num_inference_steps is not None:
             whole("num_inference_steps", self.num_inference_steps, 1, most=MOST_STEPS)
         if not as_number(self.guidance_scale) <= 1:
-            raise ValueError(f"guidance_scale must be at most 1 (a distilled network), got {self.guidance_scale!r}")
-        if self.negative_prompt is not None:
-            raise ValueError(f"negative_prompt must be None (a distilled network), got {self.negative_prompt!r}")
+            got = one_line(self.guidance_scale)
+            raise ValueError(f"guidance_scale must be at most 1 (a distilled network), got {got}")
+        _require_none("negative_prompt", self.negative_prompt)
         whole("max_sequence_length", self.max_sequence_length, 1)
         if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
-            raise ValueError(f"callback_on_step_end must be callable, got {self.callback_on_step_end!r}")
+            raise ValueError(f"callback_on_step_end must be callable, got {one_line(self.callback_on_step_end)}")
         for generator in self.generators:
             if not isinstance(generator, torch.Generator):
-                raise ValueError(f"generator must be a torch.Generator, or a list of them, got {generator!r}")
+                raise ValueError(f"generator must be a torch.Generator, or a list of them, got {one_line(generator)}")
         for name in self.tensor_inputs:
             one_of("callback_on_step_end_tensor_inputs", name, CALLBACK_INPUTS)
+
+    @classmethod
+    def of(cls, call: str, args: Sequence[Any], named: Mapping[str, Any]) -> CallOptions:
+        """The options of a call; those that WanPipeline has beside them may be None, as they are there by default.
+
+        Raises:
+            TypeError: an argument that is none of these, with the nearest one. ValueError: of the class.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in named.keys() - {*known, *WITHOUT_EFFECT}:
+            raise TypeError(f"{call}() takes no argument {name!r}{nearest(name, known)}")
+        for name in WITHOUT_EFFECT:
+            _require_none(name, named.get(name))
+        return cls(*args, **{name: value for name, value in named.items() if name in known})
 
     @property
     def tensor_inputs(self) -> Sequence[str]:
@@ -128,6 +147,13 @@ class CallOptions:
         return [seed_of(generator) for generator in self.generators]
 
 
+def _require_none(name: str, value: Any) -> None:
+    """ValueError unless an argument without effect is left out."""
+    if value is not None:
+        why = WITHOUT_EFFECT.get(name, "a distilled network")
+        raise ValueError(f"{name} must be None ({why}), got {one_line(value)}")
+
+
 def seed_of(generator: torch.Generator | None) -> int:
     """The seed of a video: an unused generator's own, else a number drawn from it. Moves the generator on."""
     if generator is None:
@@ -149,7 +175,9 @@ def read_image(image: Any, size: tuple[int, int]) -> ConditioningFrames | None:
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         if image is not None and not isinstance(image, str | Path):
-            raise ValueError(f"image must be a PIL image, uint8 [H, W, 3] or a path, got {type(image).__name__}")
+            shape = getattr(image, "shape", None)
+            got = type(image).__name__ if shape is None else f"{dtype_name(image.dtype)} {list(shape)}"
+            raise ValueError(f"image must be a PIL image, uint8 [H, W, 3] or a path, got {got}")
         return _logged(read_conditioning(image, None, size))
     if 0 in image.size:
         raise ValueError(f"image must have pixels, got {image.size[0]}x{image.size[1]}")

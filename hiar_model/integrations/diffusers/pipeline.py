@@ -263,7 +263,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             ValueError: one line with the illegal argument, its value and the legal values, before work starts.
             FloatingPointError: latents that are not finite; names step and block.
         """
-        options = CallOptions(*args, **kwargs)
+        options = CallOptions.of("HiARPipeline", args, kwargs)
         frames = joined(list(self._parts(self._start(options, False), options, False)), options.output_type)
         return WanPipelineOutput(frames=frames) if options.return_dict else (frames,)
 
@@ -274,7 +274,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         the rest of the work starts with the first ``next``. With ``enable_model_cpu_offload`` transformer and VAE stay
         on the device until the end.
         """
-        options = CallOptions(*args, **kwargs)
+        options = CallOptions.of("HiARPipeline.stream", args, kwargs)
         return self._parts(self._start(options, True), options, True)
 
     @own_settings()
@@ -298,6 +298,8 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         embeds = options.prompt_embeds
         if embeds is not None:
             require_shape("prompt_embeds", embeds, (None, None, model.transformer.config.text_dim))
+            if not len(embeds):
+                raise ValueError(f"prompt_embeds must hold at least one prompt, got {list(embeds.shape)}")
         count = len(options.prompts) if embeds is None else len(embeds)
         batch, noise = count * per_prompt, options.latents
         if noise is not None:
