@@ -148,10 +148,14 @@ def test_clips_with_the_same_prompts_are_other_data(files):
     assert stage.sources.data.fingerprint != changed
 
 
-def test_another_execution_is_said(run):
-    assert said(run, recipe(updates=2)) == []
-    change_about(run, execution={"processes": 2, "scale.micro_batch": 2, "torch": "1.0"})
-    (line,) = said(run, recipe(updates=2))
+def test_another_execution_is_said(run, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", recipe(), stop_after(2))
+    others = {"processes": 2, "scale.micro_batch": 2, "torch": "1.0"}
+    for folder in (run, tmp_path / "stopped"):
+        change_about(folder, execution=others)
+    assert said(run, recipe(updates=2)) == [], "nothing is left to train"
+    (line,) = said(tmp_path / "stopped", recipe())
     assert line.startswith("from here on losses are not to the bit those of an uninterrupted run; changed: ")
     assert "processes (2, now 1), scale.micro_batch (2, now 4), torch (1.0, now 2" in line
     change_about(run, execution=3)

@@ -353,6 +353,7 @@ class Trainer:
 
     def _say_departures(self) -> None:
         self.execution |= execution(self.dist_context, self.recipe)
-        if line := departures(self._execution_before, self.execution):
+        line = departures(self._execution_before, self.execution)
+        if line and self.update < self.recipe.updates:
             self.say(line)
         self._execution_before = self.execution
