@@ -88,15 +88,16 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext, others: _Ot
     from ..train.engine.loss_plot import PICTURE
     from ..train.engine.memory import require_memory_to_train
     from ..train.engine.metrics import LOSSES
-    from ..train.engine.resume import check_resume
+    from ..train.engine.resume import check_resume, without_lost_weights
     from ..train.engine.trainer import Trainer
     from ..train.stages.base import check_inputs, make_stage
 
     check_resume(recipe, folder)
     context.micro_batches(recipe.batch_size, recipe.scale.micro_batch)  # refused before anything is loaded
-    check_inputs(recipe)
+    needed = without_lost_weights(recipe, folder)
+    check_inputs(needed)
     memory = require_memory_to_train(recipe, context) / 1e9
-    trainer = Trainer(recipe, make_stage(recipe, context.device), folder, context)
+    trainer = Trainer(recipe, make_stage(needed, context.device), folder, context)
     say, first, begun = trainer.say, trainer.update, time.perf_counter()
     others.trainer = trainer
     if first < recipe.updates:
