@@ -72,8 +72,7 @@ def train(a: Namespace) -> None:
         check_kind_of_folder(folder, trains=trains)
         if environment.rank() == 0:  # before weights are read
             (check_run_folder if trains else check_folder)(folder)
-            if trains:
-                closing.enter_context(run_folder_held(folder))
+            closing.enter_context(run_folder_held(folder, "trains" if trains else "works"))
         context = init_training(recipe.scale, a.device) if trains else launched_context(a.device)
         others.join()
         if a.nproc not in (1, context.world_size):
@@ -89,15 +88,16 @@ def _run(recipe: TrainingRecipe, folder: Path, context: DistContext, others: _Ot
     from ..train.engine.loss_plot import PICTURE
     from ..train.engine.memory import require_memory_to_train
     from ..train.engine.metrics import LOSSES
-    from ..train.engine.resume import check_resume
+    from ..train.engine.resume import check_resume, without_lost_weights
     from ..train.engine.trainer import Trainer
     from ..train.stages.base import check_inputs, make_stage
 
     check_resume(recipe, folder)
     context.micro_batches(recipe.batch_size, recipe.scale.micro_batch)  # refused before anything is loaded
-    check_inputs(recipe)
+    needed = without_lost_weights(recipe, folder)
+    check_inputs(needed)
     memory = require_memory_to_train(recipe, context) / 1e9
-    trainer = Trainer(recipe, make_stage(recipe, context.device), folder, context)
+    trainer = Trainer(recipe, make_stage(needed, context.device), folder, context)
     say, first, begun = trainer.say, trainer.update, time.perf_counter()
     others.trainer = trainer
     if first < recipe.updates:
@@ -179,9 +179,14 @@ def _produce(recipe: Recipe, folder: Path, context: DistContext) -> None:
     stage = make_stage(recipe, context.device)
     with _bar(context, "{task.completed}/{task.total}") as bar:
         task = bar.add_task("", total=None)
-        report = stage.produce(
-            folder, context.rank, context.world_size, lambda done, total: bar.update(task, completed=done, total=total)
-        )
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        try:
+            report = stage.produce(folder, context.rank, context.world_size, show)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(f"the same command goes on with the shards in {folder}") from error
     if context.rank == 0:
         print(report)
 

@@ -329,9 +329,11 @@ def test_a_missing_stage_names_the_command_that_makes_it(capsys, recipe, key, ma
 def test_two_trainings_of_one_folder(here, capsys):
     """The second would write into the losses and states of the first."""
     folder = here / "run"
-    with run_folder_held(folder):
+    with run_folder_held(folder):  # or the temporary files of the shards that both make
         line = refused(capsys, 2, "train", "toy/teacher", "updates=1", "--out", folder)
+        pairs = refused(capsys, 2, "train", "toy/ode_pairs", "teacher=toy", "--out", folder)
     assert line == f"hiar: another process trains in {folder}: wait for it, or choose another --out"
+    assert pairs == line.replace("trains", "works")
     assert not folder.exists()  # nothing was put there
     with run_folder_held(folder):
         (folder / "loss.csv").touch()

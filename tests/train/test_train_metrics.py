@@ -24,9 +24,11 @@ def purged(monkeypatch):
     return steps
 
 
-@pytest.mark.parametrize("cut", ["3,0.5,0", "2,0.5", "2", "x"])
+@pytest.mark.parametrize("cut", ["3,0.5,0", "2,0.5", "2", "x", "2,0.5,0.125", "2,0.5,0.13,0.5,0.25", "\0\0\0"])
 def test_rows_of_finished_updates_stay(tmp_path, purged, cut):
-    """Not those behind the state, nor one that was cut off."""
+    """Not those behind the state, nor one that was cut off, stands twice, or has run into the next; nor what a power
+    cut leaves at the end.
+    """
     table = tmp_path / "loss.csv"
     table.write_text(f"update,critic_loss,student_loss\n1,0.5,0.25\n2,0.5,0.125\n{cut}\n")
     MetricsLogger(tmp_path, 2, {})

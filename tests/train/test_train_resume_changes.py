@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -22,11 +23,14 @@ from hiar_model.models.checkpoint import save_transformer
 from hiar_model.train.config.reading import differences, make_recipe
 from hiar_model.train.engine import metrics, snapshots
 from hiar_model.train.engine.metrics import MetricsLogger
+from hiar_model.train.engine.resume import without_lost_weights
 from hiar_model.train.engine.snapshots import ABOUT, CONTENTS, Snapshots
+from hiar_model.train.engine.trainer import Trainer
+from hiar_model.train.stages.base import make_stage
 
 pytestmark = pytest.mark.cpu
 
-STATE = "states/update_00000002"
+STATE, CPU = "states/update_00000002", torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +123,32 @@ def test_initial_weights_matter_only_at_the_start(distilled, files):
     other = {"init": str(files / "critic.safetensors")}
     with refused(r"another init \(.*student.safetensors, now .*critic.safetensors of another content\), critic_init"):
         train(files / "run", hiar(files, updates=2, **other))
+    with refused(r"another init \(.*student.safetensors, now None\), critic_init"):
+        train(files / "run", hiar(files, updates=2, init=None))
     names = {"init": str(files / "same.safetensors"), "critic_init": str(distilled[0] / "critic.safetensors")}
     train(files / "run", hiar(files, updates=2, **names))
     assert losses(files / "run") == distilled[1]
     about = json.loads((files / "run/states/update_00000002" / ABOUT).read_text())
     before = json.loads((distilled[0] / "run/states/update_00000001" / ABOUT).read_text())
     assert about["inputs"] == before["inputs"], "those that the run began with"
+
+
+def test_initial_weights_that_have_gone_are_not_needed_behind_a_state(distilled, files):
+    gone = {"init": "gone/student.safetensors", "critic_init": "gone/critic.safetensors"}
+    file = files / "run/states/update_00000001" / ABOUT
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps({**about, "recipe": {**about["recipe"], **gone}}))
+    parsed = make_recipe(hiar(files, updates=2, **gone))
+    assert without_lost_weights(parsed, files / "new") is parsed, "a run that begins needs them"
+    needed = without_lost_weights(parsed, files / "run")
+    assert needed.init is None and needed.critic_init is None
+    # One that ships; a critic of another size than the teacher; what is read in every update.
+    others = dataclasses.replace(parsed, init="toy", critic_model="toy", teacher="gone/teacher.safetensors")
+    assert without_lost_weights(others, files / "run") == others
+    with refused("init .* now gone/other.safetensors, which is not there"):
+        Trainer(dataclasses.replace(parsed, init="gone/other.safetensors"), make_stage(needed, CPU), files / "run")
+    Trainer(parsed, make_stage(needed, CPU), files / "run", say=lambda line: None).run()
+    assert losses(files / "run") == distilled[1]
 
 
 def test_a_shard_that_is_left_out_is_said(files):
@@ -148,10 +172,14 @@ def test_clips_with_the_same_prompts_are_other_data(files):
     assert stage.sources.data.fingerprint != changed
 
 
-def test_another_execution_is_said(run):
-    assert said(run, recipe(updates=2)) == []
-    change_about(run, execution={"processes": 2, "scale.micro_batch": 2, "torch": "1.0"})
-    (line,) = said(run, recipe(updates=2))
+def test_another_execution_is_said(run, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", recipe(), stop_after(2))
+    others = {"processes": 2, "scale.micro_batch": 2, "torch": "1.0"}
+    for folder in (run, tmp_path / "stopped"):
+        change_about(folder, execution=others)
+    assert said(run, recipe(updates=2)) == [], "nothing is left to train"
+    (line,) = said(tmp_path / "stopped", recipe())
     assert line.startswith("from here on losses are not to the bit those of an uninterrupted run; changed: ")
     assert "processes (2, now 1), scale.micro_batch (2, now 4), torch (1.0, now 2" in line
     change_about(run, execution=3)

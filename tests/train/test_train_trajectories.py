@@ -200,6 +200,15 @@ def test_another_request_is_refused_and_changes_nothing(whole, data, change, mes
     assert contents(whole) == before
 
 
+def test_shards_whose_settings_are_lost_are_not_taken_for_others(store, data):
+    """With another seed the manifest would tell of a store that is half of one and half of the other."""
+    (store / "settings.json").unlink()
+    before = contents(store)
+    with refused("holds shards of trajectories but no settings.json, .*: copy it there, or choose another folder"):
+        generate_trajectories(MODEL, data, store, **{**SMALL, "seed": 1})
+    assert contents(store) == before
+
+
 def test_a_setting_that_this_version_has_not_is_refused(store, data):
     edit(store / "settings.json", solver="heun")
     with refused("made with other settings: solver was 'heun', now it is None"):

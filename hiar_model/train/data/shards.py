@@ -33,10 +33,14 @@ def write_or_check_settings(folder: Path, settings: Mapping[str, Any], what: str
     """Write the settings, or compare them with the file's.
 
     Raises:
-        ValueError: they differ; names each with both values. ``what``: the kind of samples, for the message.
+        ValueError: they differ; names each with both values. There are shards, but no settings of them, which would be
+            taken for shards of these. ``what``: the kind of samples, for the message.
     """
     path = folder / SETTINGS
     if not path.exists():
+        if any(folder.glob("shard-*.safetensors")):
+            lost = f"{folder} holds shards of {what} but no {SETTINGS}, which says how they were made"
+            raise ValueError(f"{lost}: copy it there, or choose another folder")
         write_json(path, settings, rank)
         return
     stored = read_json(path)

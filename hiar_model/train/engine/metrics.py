@@ -174,22 +174,24 @@ class MetricsLogger:
             raise OSError(error.errno, error.strerror, str(path)) from error
 
     def _drop_rows_after(self, update: int, logged: int) -> list[str]:
-        """Drop the rows that a killed run logged after its last state, since they come again, and one that was cut off;
-        returns the columns.
+        """Drop the rows that a killed run logged after its last state, since they come again, those that were cut off
+        or run into each other, and those of a second writer, where no lock kept one out; returns the columns.
         """
         path = self.folder / LOSSES
         columns, rows = _read(path)
-        cut = _is_cut(path)
-        complete = rows[:-1] if cut else rows
-        valid = [row for row in complete if None not in row.values() and _number(row) <= update]
+        content = path.read_bytes() if rows else b""
+        ended = rows if content.endswith(b"\n") else rows[:-1]
+        complete = [row for row in ended if None not in row and None not in row.values()]
+        once = {tuple(row.values()): row for row in complete}.values()
+        valid = [row for row in once if _number(row) <= update]
         last = max((_number(row) for row in valid), default=0)
         if rows and not update:
             self._say(f"{path}: there is no state yet, so its {len(rows)} rows are dropped and come again")
         if last < logged:
             self._say(f"{path} lacks rows: it ends at update {last}, the state has seen rows up to update {logged}")
-        if columns and len(valid) < len(rows):
+        if len(valid) < len(rows) or b"\0" in content:
             _rewrite(path, columns, valid)
-        return [] if cut and not rows else columns  # a header alone, which the first row writes again
+        return columns if rows else []  # a header alone may be cut off: the first row writes it again
 
 
 def last_logged(path: Path) -> int:
@@ -221,24 +223,20 @@ def _number(row: Mapping[str, str]) -> float:
     return int(row[UPDATE]) if row[UPDATE].isdecimal() else math.inf
 
 
-def _is_cut(path: Path) -> bool:
-    """Whether the last line has no end: it was half copied, or half written before a power cut."""
-    return path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-
-
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and rows; ValueError of one line for a file that is no table of a run."""
     if not path.exists():
         return [], []
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(line.replace("\0", "") for line in file)  # what a power cut may leave at its end
             columns, rows = list(reader.fieldnames or []), list(reader)
     except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; delete it") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} cannot be read: {reason}; move it away") from error
     if columns[:1] != [UPDATE] and (columns or rows):
         raise ValueError(
-            f"{path} is no table of losses, whose first column is {UPDATE}; delete it, or choose another --out"
+            f"{path} is no table of losses, whose first column is {UPDATE}; move it away, or choose another --out"
         )
     return columns, rows
 

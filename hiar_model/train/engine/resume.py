@@ -4,6 +4,7 @@ its losses are no longer to the bit those of a run without an interruption.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...models.registry import SHIPPED
 from ..config.reading import differences, recipe_keys
-from ..config.recipe import TrainingRecipe
+from ..config.recipe import HiARRecipe, TrainingRecipe
 from .checksums import checksums
 from .distributed import DistContext
 from .metrics import LOSSES, last_logged
@@ -44,6 +46,19 @@ def check_resume(recipe: TrainingRecipe, folder: Path) -> None:
     _refuse(recipe, folder, about["update"], changes)
 
 
+def without_lost_weights(recipe: TrainingRecipe, folder: Path) -> TrainingRecipe:
+    """The recipe to make a stage of: without initial weights whose file has gone, where the folder's state has later
+    ones.
+    """
+    if Snapshots(folder / STATES).newest() is None:
+        return recipe
+    lost = [key for key in INITIAL if (path := getattr(recipe, key, None)) and not _exists(path)]
+    if isinstance(recipe, HiARRecipe) and recipe.critic_model not in (None, recipe.teacher_model):
+        lost = [key for key in lost if key != "critic_init"]  # the teacher's would be of another size
+    none: dict[str, Any] = dict.fromkeys(lost)
+    return dataclasses.replace(recipe, **none)
+
+
 def same_inputs(
     recipe: TrainingRecipe,
     folder: Path,
@@ -67,7 +82,8 @@ def same_inputs(
     for key in [key for key in changes if key in PATHS and key in stored]:
         before, now = changes.pop(key)
         if stored[key] != inputs.get(key):
-            changes[key] = before, f"{now} of another content"
+            remark = " of another content" if now and _exists(now) else ", which is not there" if now else ""
+            changes[key] = before, f"{now}{remark}"
     _refuse(recipe, folder, about["update"], changes)
     paths = {key: _value(recipe, key) for key in inputs}
     for key in (key for key in inputs if key not in INITIAL and key in stored and stored[key] != inputs[key]):
@@ -145,6 +161,10 @@ def _require_nothing_achieved(recipe: TrainingRecipe, folder: Path) -> None:
             f"{folder} holds a run of {reached} updates but no state in {folder / STATES}, and would begin again: "
             f"copy the state there, move {what} away, or choose another --out"
         )
+
+
+def _exists(path: str) -> bool:
+    return path in SHIPPED or Path(path).exists()
 
 
 def _value(recipe: TrainingRecipe, key: str) -> Any:

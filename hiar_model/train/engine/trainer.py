@@ -51,18 +51,18 @@ def check_run_folder(folder: Path) -> None:
 
 
 @contextmanager
-def run_folder_held(folder: Path) -> Iterator[None]:
-    """Makes the folder for the block; what it leaves empty is removed.
+def run_folder_held(folder: Path, work: str = "trains") -> Iterator[None]:
+    """Makes the folder for the block; what it leaves empty is removed. ``work``: what is done there, for the message.
 
     Raises:
-        ValueError: another process trains there, whose losses and states would mix with those of this one.
+        ValueError: another process works there, whose files would mix with those of this one.
     """
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         handle = lock(folder)
     except BlockingIOError:
-        raise ValueError(f"another process trains in {folder}: wait for it, or choose another --out") from None
+        raise ValueError(f"another process {work} in {folder}: wait for it, or choose another --out") from None
     try:
         with handle:
             yield
@@ -353,6 +353,7 @@ class Trainer:
 
     def _say_departures(self) -> None:
         self.execution |= execution(self.dist_context, self.recipe)
-        if line := departures(self._execution_before, self.execution):
+        line = departures(self._execution_before, self.execution)
+        if line and self.update < self.recipe.updates:
             self.say(line)
         self._execution_before = self.execution
