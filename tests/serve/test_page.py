@@ -249,6 +249,7 @@ def test_a_server_with_a_token_takes_it_from_the_address(chromium, service, tmp_
     with serving(service.model, tmp_path, Settings(tokens=(token.encode(),))) as guarded:
         page = chromium.page()
         page.open(f"{guarded.url}/")
+        page.until("!document.querySelector('#words').hidden")  # it moves the button
         page.write("#prompt", RED)
         page.click("#start")
         page.until("document.querySelector('#problem').textContent.includes('wants a token')")

@@ -28,6 +28,7 @@ from hiar_model.serve.live import LiveVideo
 pytestmark = pytest.mark.browser
 
 SAVED = "document.querySelectorAll('#saves a').length === 2"
+GRID = r"/^Block (\d+) on .* begins at block (\d+)/.exec(document.querySelector('#grid-text').textContent)?.slice(1)"
 LOSE = """((...types) => {
   const send = WebSocket.prototype.send, lost = window.unsent = new Set(types);
   WebSocket.prototype.send = function (text) { if (!lost.delete(JSON.parse(text).type)) send.call(this, text); };
@@ -119,13 +120,10 @@ def test_what_the_network_lost_is_asked_again_and_a_page_that_is_loaded_anew_kno
     assert session.connection is not None
     session.connection.close(1012, "gone")
     page.until(SAVED)
-    shown, coming = page.evaluate(
-        "/^Block (\\d+) on .* begins at block (\\d+)/.exec("
-        "document.querySelector('#grid-text').textContent).slice(1).map(Number)"
-    )
+    shown, coming = map(int, page.until(GRID))
     assert coming > shown and page.evaluate("document.querySelectorAll('#saves a').length") == 2
 
-    page.call("Page.reload")
+    page.open(f"{service.url}/?again")  # type: ignore[attr-defined]
     says(page, "#status", f"“{BLUE}” shows from block {coming}.")
     page.until(f"{FRAME_SHOWN} === {BLOCK * shown}")  # the block that was on the screen, although it was acked
     assert page.text("#play") == "Play" and not session.playing and page.evaluate(SAVED)
@@ -139,12 +137,15 @@ def test_what_the_network_lost_is_asked_again_and_a_page_that_is_loaded_anew_kno
     assert page.evaluate(BLOCK_SHOWN) >= coming
 
 
-def test_a_network_that_breaks_without_a_word_is_noticed(page: Page, service: Service) -> None:
+def test_a_network_that_breaks_without_a_word_is_noticed(
+    page: Page, service: Service, blocks: threading.Semaphore
+) -> None:
     """Nothing comes, the page asks, and nothing answers: it connects anew."""
+    blocks.release(2)
     start(page, service)
     pause_at(page, 1)
     session = live_session(service)
-    until(lambda: not session.playing and not session.pending)
+    until(lambda: not session.playing)
     connection = session.connection
     page.evaluate(
         f"{LOSE}('pause'); let skipped = 0; const clock = performance.now.bind(performance);"

@@ -261,7 +261,7 @@ function took(data) { // the bytes of the chunk that was announced
   const { seq, block, first_frame: frame, frames, prompt_index: index, prompt, stats } = announced;
   announced = null;
   whole = seq;
-  pace.chunk(stats, chunks.length > 0 && wanted && player.held.end - player.position <= 2);
+  pace.chunk(stats, chunks.length > 0 && wanted && player.held.end - player.position <= session.frames_per_block);
   chunks = chunks.filter((chunk) => chunk.frame < frame);
   chunks.push({ seq, block, frame, frames, index, prompt });
   if (!prompts.some((p) => p.index === index && p.text === prompt)) {
