@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import tiny_stages
 import torch
+from altered import altered
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny_model import make_model
+from torch.distributed.checkpoint import filesystem
 from train_job import losses, make_trainer, recipe, stop_after, train
 
 from hiar_model.cli.main import main
 from hiar_model.config import WanConfig
+from hiar_model.io import atomic
 from hiar_model.models.checkpoint import save_transformer
 from hiar_model.train.config.reading import differences, make_recipe
 from hiar_model.train.engine import metrics, snapshots
@@ -307,16 +310,17 @@ def test_what_ends_the_reading_of_a_good_state_does_not_blame_it(run, monkeypatc
 
 
 def test_ctrl_c_while_a_state_is_written_is_ctrl_c(run, tmp_path, monkeypatch):
-    sync, calls = os.fsync, []
+    calls = []
 
     def interrupted(descriptor):
         calls.append(descriptor)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        sync(descriptor)
+        os.fsync(descriptor)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "fsync", interrupted)
+        for module in (atomic, snapshots, filesystem):
+            patch.setattr(module, "os", altered(os, fsync=interrupted))
         train(tmp_path / "new", recipe())
     assert not list((tmp_path / "new/states").iterdir()), "it was the tensors' sync"
 
