@@ -205,7 +205,7 @@ class LiveVideo:
     def prompts_from(self, block: int) -> PromptList:
         """The prompt of a block, and those that begin later. Any thread may ask."""
         changes = self.prompts.changes
-        shown = [[first, self.frame_of(first), n, prompt] for n, (first, prompt, _) in enumerate(changes)]
+        shown: PromptList = [[first, self.frame_of(first), n, prompt] for n, (first, prompt, _) in enumerate(changes)]
         return shown[sum(first <= block for first, *_ in changes) - 1 :]
 
     def seek(self, block: int) -> Position:
