@@ -189,6 +189,12 @@ class ClientLink(WebSocketsSansIOProtocol):
             extensions: Any = self.scope["extensions"]
             extensions[LINK] = self
 
+    async def send(self, message: Any) -> None:
+        """A refusal is an answer too: without this, uvicorn logs each as an error of the application."""
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            self.handshake_complete = True
+
     def ping(self) -> None:
         """Ask the client for an answer."""
         if self.conn.state is State.OPEN and not self.transport.is_closing():

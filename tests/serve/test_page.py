@@ -280,6 +280,7 @@ def test_a_prompt_that_the_model_cannot_show_is_refused_in_words(page, service):
     page.write("#prompt", "nonsense")
     page.click("#change")  # the video goes on
     page.until("document.querySelector('#problem').textContent.includes('nonsense')")
+    assert page.text("#status") == ""
     block = page.evaluate(BLOCK_SHOWN)
     page.until(f"{BLOCK_SHOWN} > {block}")
 

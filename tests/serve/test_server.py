@@ -241,7 +241,7 @@ def test_a_lost_viewer_leaves_nothing(model, tmp_path, keep):
             assert late.wait("refused")["code"] == "unknown_session"
 
 
-def test_no_place_is_said_before_and_after_the_upgrade(model, tmp_path):
+def test_no_place_is_said_before_and_after_the_upgrade(model, tmp_path, caplog):
     with serving(model, tmp_path, Settings(limits=Limits(1, keep=30))) as service:
         with Viewer(service) as viewer:
             ready = viewer.start()
@@ -256,6 +256,7 @@ def test_no_place_is_said_before_and_after_the_upgrade(model, tmp_path):
             assert message["code"] == "busy" and message["closes"] and 1 <= message["retry_after"] <= 30
         with Viewer(service) as back:
             assert back.start(resume=ready["token"])["resumed"]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_memory_that_is_not_free_is_refused(model, tmp_path):

@@ -233,6 +233,7 @@ const listeners = {
     link("off", "not connected");
   },
   refused({ code, message, closes, retry_after: wait, about }) {
+    if (asked.some((one) => one.type === about)) say("");
     answered(about);
     if (about === "save") leaving = null;
     complain(wait === null ? message : `${message} (try again in ${wait} s)`);
