@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -111,11 +112,20 @@ def test_the_watchdog_names_who_died(killed, capsys):
     assert "rank 0 failed at start: RuntimeError: shapes" in capsys.readouterr().err
 
 
-def test_the_watchdog_waits_no_longer_than_it_must(capsys, monkeypatch):
-    monkeypatch.setattr(watchdog, "PATIENCE", 0.0)
+def test_the_watchdog_waits_no_longer_than_it_must(monkeypatch):
+    """For a process that ends after its link: its patience, or until another process reports the fault."""
+    now = [0.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+        dog.fault = "reported" if now[0] > reported_at else None
+
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     dog = Watchdog.__new__(Watchdog)
-    dog.rank, dog.fault, dog._statuses, dog._read = 0, None, [{}, {}], lambda: None
-    assert dog._dead() is None
+    dog.rank, dog._statuses, dog._read = 0, [{}, {}], lambda: None
+    for reported_at, waited in ((math.inf, watchdog.PATIENCE), (0.5, 0.5)):
+        now[0], dog.fault = 0.0, None
+        assert dog._dead() is None and now[0] == pytest.approx(waited, abs=0.05)
 
 
 def test_the_launcher_names_the_signal():
