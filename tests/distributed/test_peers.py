@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from jsonargparse import Namespace
 
 from hiar_model.cli import parallel, train
 from hiar_model.common import environment
+from hiar_model.distributed import peers as peers_module
 from hiar_model.distributed import watchdog
 from hiar_model.distributed.peers import Peers, has_ended, link_error
 from hiar_model.distributed.watchdog import Watchdog
@@ -49,6 +51,22 @@ def test_a_process_that_was_killed_has_ended(killed):
     assert peers.dead() == 0
     left.append("left/0")  # it said that it ends by itself
     assert peers.dead() is None
+
+
+def test_a_process_that_ends_a_moment_after_its_links_is_waited_for(monkeypatch):
+    now = [0.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(peers_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(peers_module, "has_ended", lambda host, pid: pid == 7 and now[0] > 1.0)
+    peers = Peers.__new__(Peers)
+    peers.rank, peers.store = 0, SimpleNamespace(check=lambda names: False)
+    peers.processes = {rank: {"host": "here", "pid": 6 + rank} for rank in range(2)}
+    assert peers.dead() is None and now[0] == 0
+    assert peers.dead(patience=0.5) is None and now[0] == pytest.approx(0.5, abs=0.05)
+    assert peers.dead(patience=peers_module.PATIENCE) == 1 and now[0] == pytest.approx(1.0, abs=0.05)
 
 
 def test_errors_of_links():
@@ -111,11 +129,20 @@ def test_the_watchdog_names_who_died(killed, capsys):
     assert "rank 0 failed at start: RuntimeError: shapes" in capsys.readouterr().err
 
 
-def test_the_watchdog_waits_no_longer_than_it_must(capsys, monkeypatch):
-    monkeypatch.setattr(watchdog, "PATIENCE", 0.0)
+def test_the_watchdog_waits_no_longer_than_it_must(monkeypatch):
+    """For a process that ends after its link: its patience, or until another process reports the fault."""
+    now = [0.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+        dog.fault = "reported" if now[0] > reported_at else None
+
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     dog = Watchdog.__new__(Watchdog)
-    dog.rank, dog.fault, dog._statuses, dog._read = 0, None, [{}, {}], lambda: None
-    assert dog._dead() is None
+    dog.rank, dog._statuses, dog._read = 0, [{}, {}], lambda: None
+    for reported_at, waited in ((math.inf, watchdog.PATIENCE), (0.5, 0.5)):
+        now[0], dog.fault = 0.0, None
+        assert dog._dead() is None and now[0] == pytest.approx(waited, abs=0.05)
 
 
 def test_the_launcher_names_the_signal():
