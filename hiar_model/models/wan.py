@@ -158,6 +158,7 @@ def load_wan(
         "checkpoint": _as_option(checkpoint),
         "vae": "" if vae is None else os.path.abspath(vae),
         "offload": ",".join(offload),
+        "steps": "" if steps is None else str(steps),
     }
     return VideoModel(
         name=name or os.fspath(folder),
