@@ -282,6 +282,10 @@ def explained(message: str, parser: ArgumentParser, words: Sequence[str]) -> str
         known = [name for action in actions for name in action.option_strings]
         near = [checks.nearest(word.partition("=")[0], known) for word in match[1].split() if word.startswith("-")]
         return message + next(filter(None, near), "") + _misplaced(command, match[1]) + _loose(command, match[1], known)
+    if match := re.fullmatch(r"argument (\S+): expected (one argument|\d+ arguments)", message):
+        helped = next((action.help for action in actions if match[1].split("/")[0] in action.option_strings), None)
+        is_switch = any(getattr(a, "_typehint", 0) is bool for a in actions if match[1] in a.option_strings)
+        return f"{message}{' of true, false' if is_switch else ''}: {helped}"
     if message.startswith("ambiguous option: --prompt could"):
         return f'--prompt is no option; the prompt stands by itself, in quotes: hiar {command} "a cat" -o cat.mp4'
     if match := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,11 +44,19 @@ class ConfigFile(ActionConfigFile):
                 raise TypeError(f"{value}: unknown key {key}{nearest(key, known)}")
             if key in flags and not isinstance(chosen, bool):
                 raise TypeError(f"{value}: {key} must be true or false, got {chosen!r}")
-        ActionConfigFile.apply_config(parser, cfg, dest, json.dumps(values, default=str))
+        ActionConfigFile.apply_config(parser, cfg, dest, as_yaml(values))
         cfg[dest][-1] = value
         for key, chosen in values.items():
             if is_time(chosen) and not isinstance(cfg.get(key), str):
                 raise TypeError(f"{value}: {key} must be a number, got {chosen!r}")
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """JSON that YAML reads as it is: characters of more than 16 bits as themselves, which JSON writes as two escapes
+    that are none of YAML; those that YAML takes for the end of a line, or not at all, as escapes.
+    """
+    text = json.dumps(values, default=str, ensure_ascii=False)
+    return re.sub(r"[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]", lambda x: f"\\u{ord(x[0]):04x}", text)
 
 
 def refuse_times(words: Sequence[str], options: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -229,6 +230,18 @@ def is_time(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[-+]?\d[\d_]*(:\d+)+(\.[\d_]*)?", value.strip()) is not None
 
 
+def _without_pairs(text: str) -> str:
+    """JSON with each character of more than 16 bits as itself: JSON writes it as two escapes, which YAML refuses."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    pair = r"(?<!\\)((?:\\\\)*)\\u([dD][89abAB]..)\\u([dD][c-fC-F]..)"
+    return re.sub(pair, lambda x: x[1] + chr(0x10000 + (int(x[2], 16) - 0xD800 << 10) + int(x[3], 16) - 0xDC00), text)
+
+
 def load_yaml(text: str, typed: bool = True) -> Any:
     """What a YAML or JSON text says; a key that stands twice in one mapping is an error, not the last one's. What only
     YAML 1.1 takes for a number stays text: 010 is not 8, and 1:30 not 90.
@@ -260,7 +273,7 @@ def load_yaml(text: str, typed: bool = True) -> Any:
     for kind in ("int", "float") if typed else ():
         Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.construct_number)
     try:
-        return yaml.load(text, Loader)
+        return yaml.load(_without_pairs(text), Loader)
     except RecursionError:
         raise yaml.YAMLError("nested too deep") from None
     except TypeError as error:  # a list as a key

@@ -104,16 +104,18 @@ def load_wan(
     on_cpu = "vae" in offload or device.type == "cpu"
     pixels = _pixels(folder if vae is None else vae, beside, torch.device("cpu") if on_cpu else device)
 
-    loras: dict[AppliedLora, None] = {}  # the same for each expert
-
-    def merged(lora: AppliedLora, note: str) -> None:
-        if lora not in loras and on_checkpoint is not None:
-            on_checkpoint(note)
-        loras[lora] = None
-
+    loras: list[AppliedLora] = []  # the same for each expert; a file may stand there twice
     windows: dict[TrainedWindow, str | os.PathLike[str]] = {}  # -> checkpoint
 
     def load(path: str | os.PathLike[str]) -> HiARTransformer:
+        is_first = not loras
+
+        def merged(lora: AppliedLora, note: str) -> None:
+            if is_first:
+                loras.append(lora)
+                if on_checkpoint is not None:
+                    on_checkpoint(note)
+
         def check(info: CheckpointInfo) -> None:
             channels, needed = pixels.config.z_dim, (info.config.in_channels, info.config.out_channels)
             if needed != (channels, channels):
@@ -156,6 +158,7 @@ def load_wan(
         "checkpoint": _as_option(checkpoint),
         "vae": "" if vae is None else os.path.abspath(vae),
         "offload": ",".join(offload),
+        "steps": "" if steps is None else str(steps),
     }
     return VideoModel(
         name=name or os.fspath(folder),

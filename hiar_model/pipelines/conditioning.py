@@ -99,7 +99,8 @@ def _check(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
     if path.suffix.lower() not in suffixes:
         other = "; for a clip use extend" if option != "extend" and path.suffix.lower() in CLIPS else ""
         legal = f"legal: {', '.join(suffixes)}{other}"
-        raise ValueError(f"{option} {path}: cannot read {path.suffix or 'no suffix'!r}; {legal}")
+        what = repr(path.suffix) if path.suffix else "a name without a suffix"
+        raise ValueError(f"{option} {path}: cannot read {what}; {legal}")
     if is_special(path):
         raise ValueError(f"{option} {path}: {SPECIAL}")
     if not path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,8 +37,8 @@ def describe(run: Any, command: str = "generate", more: Mapping[str, Any] | None
         "num-frames": run.num_frames,
         "seed": options.seed,
         **{name.replace("_", "-"): getattr(config, name) for name in options.of_rollout},
-        "steps": options.steps,
-        "window-frames": "null" if window is None else str(window),
+        "steps": model.options.get("steps") if options.steps is None else options.steps,
+        "window-frames": json.dumps(window),  # null: all frames
         "fps": repr(run.fps).removesuffix(".0"),
         "device": str(device),
         "dtype": dtype,

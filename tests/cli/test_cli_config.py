@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
 from small_toy import PROMPT, small_folder  # noqa: F401 (fixtures)
 
 from hiar_model.cli import build_parser, main
-from hiar_model.cli.config_file import config_first
+from hiar_model.cli.config_file import as_yaml, config_first
 from hiar_model.io.files import load_yaml, read_text
 from hiar_model.pipelines.prompt_schedule import PromptSchedule
 from hiar_model.train.data.prompts import _read as read_prompts
@@ -194,3 +195,27 @@ def test_a_recipe_by_a_file_too(capsys):
     write("c.yaml", "recipe: toy/teacher_forcing\nout: here\n")
     told = build_parser().parse_args(config_first(["train", "--config", "c.yaml"]))["train"]
     assert (told.recipe, told.out) == ("toy/teacher_forcing", "here")
+
+
+def test_every_character_of_a_prompt_reaches_the_parser():
+    """JSON writes those of more than 16 bits as two escapes, which YAML refuses; some end a line of YAML only."""
+    several = [*range(0xD800), *range(0xE000, 0x10000), 0x1F408, 0x10FFFF]
+    prompt = "".join(map(chr, several))
+    assert load_yaml(as_yaml({"prompt": prompt}))["prompt"] == prompt
+
+
+PROMPTS = [
+    "a cat \U0001f408\U0001f408",
+    "two\nlines",
+    "'single' \"double\" \\ $HOME `x`",
+    "\u2028\x85\x7f",
+    "\\ud83d\\udc08",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_record_of_any_prompt_is_read(prompt):
+    command = shlex.join(["hiar", "generate", prompt, "--seed", "3"])
+    write("a.mp4.json", json.dumps({"command": command, "weights_sha256": "", "noise": NOISE}))
+    options = build_parser("generate").parse_args(["generate", "--config", "a.mp4.json", "-o", "b.mp4"]).generate
+    assert (options.prompt, options.seed) == (prompt, 3)

@@ -170,3 +170,21 @@ def test_wan_experts_take_it_too(here):
         want = lora_files.expected(state, 0.5, {"blocks.0.self_attn.q": (2, 4.0)})["blocks.0.self_attn.q.weight"]
         got = model.experts[step].state_dict()["blocks.0.self_attn.q.weight"]
         np.testing.assert_allclose(got.numpy(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_one_that_is_given_twice_is_recorded_twice(here, experts):
+    """It is merged twice; a record with one of them repeats another video."""
+    folder = wan_files.write_original(here / "wan", parts=True)
+    file = lora_files.write(here, "diffusers", wan_files.native_state(), {"blocks.0.self_attn.q": (2, 4.0)})
+    weights = str(folder / "diffusion_pytorch_model.safetensors")
+    checkpoint = {"0-1": weights, "2-3": str(wan_files.write_training(here / "low.pt"))} if experts else None
+    notes: list[str] = []
+    options = {"checkpoint": checkpoint, "dtype": "float32", "lora": [file, file]}
+    model = load_video_model(folder, "cpu", on_checkpoint=notes.append, **options)
+    assert [lora.name for lora in model.loras] == ["style", "style"]
+    assert len([note for note in notes if "merged at scale 1" in note]) == 2
+    state = wan_files.native_state()
+    want = lora_files.expected(state, 2.0, {"blocks.0.self_attn.q": (2, 4.0)})["blocks.0.self_attn.q.weight"]
+    got = model.transformer.state_dict()["blocks.0.self_attn.q.weight"]
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-6, atol=1e-6)

@@ -17,7 +17,7 @@ from made_runs import prepare
 from refusals import refusal
 from taehv_weights import taehv_state
 
-from hiar_model import load_video_model
+from hiar_model import generate, load_video_model
 from hiar_model.cli import main
 from hiar_model.io.video import save_png
 from hiar_model.models.small_stream import SmallDecoder, SmallEncoder
@@ -96,6 +96,29 @@ def test_what_moves_to_the_cpu_is_one_word_or_several(folder):
         assert load_video_model(folder, "cpu", vae=vae, offload=offload).options["offload"] == "text"
     line = refusal(load_video_model, folder, "cpu", vae=vae, offload="gpu")
     assert line == "offload must be one of text, vae, got 'gpu'"
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "word", "expected"),
+    [
+        (2, {}, "--steps", "2"),
+        (None, {"steps": 2}, "--steps", "2"),
+        (2, {"window_frames": (None, 6)}, "--window-frames", "[null, 6]"),
+        (2, {"window_frames": None}, "--window-frames", "null"),
+    ],
+)
+def test_the_record_has_the_steps_of_loading_and_open_windows(folder, here, steps, options, word, expected):
+    """`[None, 6]` is no value of the option, and without the steps another video is made."""
+    vae = folder / "taew2_1.pth"
+    video = generate(
+        wan_files.PROMPT, model=load_video_model(folder, "cpu", vae=vae, steps=steps), **SIZE, num_frames=9, **options
+    )
+    words = video.metadata["command"]
+    assert words[words.index(word) + 1] == expected
+    video.save("a/")
+    assert main(["generate", "--config", "a/video.json", "-o", "b/"]) == 0
+    for image in (here / "a").glob("*.png"):
+        assert image.read_bytes() == (here / "b" / image.name).read_bytes()
 
 
 def test_a_file_that_is_no_vae(folder, here, capsys):

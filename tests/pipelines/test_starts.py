@@ -143,6 +143,7 @@ REFUSED = {
     ),
     "no file": ({"image": "no.png@3"}, r"image no\.png: no such file"),
     "no last": ({"last_frame": "no.png"}, r"last_frame no\.png: no such file"),
+    "no suffix": ({"last_frame": "a"}, r"last_frame a: cannot read a name without a suffix; legal: \.png"),
     "a clip": ({"last_frame": "a.mp4"}, r"last_frame a\.mp4: cannot read '\.mp4'; legal: \.png"),
     "a session": ({"last_frame": "red.png", "session": "s"}, "last_frame and session exclude each other"),
     "a pipeline": ({"last_frame": "red.png", "run_folder": "r"}, "last_frame and run_folder exclude each other"),
