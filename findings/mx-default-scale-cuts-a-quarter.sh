@@ -58,5 +58,5 @@ PY
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet --disable-pip-version-check --only-binary :all: \
     torch==2.13.0 numpy==2.2.6 torchao==0.18.0
-"$folder/venv/bin/python" "$folder/largest.py" 2> /dev/null
+"$folder/venv/bin/python" "$folder/largest.py"
 echo "as described"
