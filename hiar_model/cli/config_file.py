@@ -136,6 +136,9 @@ def _options(parser: ArgumentParser, path: Path) -> dict[str, Any]:
         raise TypeError(f"{path} must hold key: value lines, got {type(values).__name__}")
     if "command" in values and "weights_sha256" in values:
         return _from_metadata(parser, values, path)
+    if "weights_sha256" in values and "rollout" in values:
+        whose = "its prompts, weights or LoRA scales are of a program"
+        raise TypeError(f"{path} is the metadata of a video that no command makes: {whose}")
     options: dict[str, Any] = {}
     as_written = load_yaml(text, typed=False)
     textual = {action.dest for action in parser._actions if str in (action.type, getattr(action, "_typehint", None))}

@@ -18,7 +18,7 @@ from ..version import NOISE, versions
 
 def describe(run: Any, command: str = "generate", more: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Metadata of a :class:`.video_pipeline.VideoRun` as JSON values. "command" reproduces it, and is missing if its
-    prompts came from no file.
+    prompts, or the weights, came from no file.
 
     Args:
         command: of `hiar`. more: its options beside those of the run, or in place of them; None: left out.
@@ -64,7 +64,7 @@ def describe(run: Any, command: str = "generate", more: Mapping[str, Any] | None
     words |= {name: _absolute(words.get(name)) for name in ("extend", "last-frame", "from-session", "prompts")}
     if model.name not in SHIPPED and os.path.exists(model.name):
         words["model"] = _absolute(model.name)
-    repeatable = schedule is None or schedule.file is not None
+    repeatable = (schedule is None or schedule.file is not None) and model.weights_sha256 != ""  # from no file: ""
     for name, value in words.items():
         typed += [] if value is None else [f"--{name}", str(value)]
     for file in image_files(options.image):

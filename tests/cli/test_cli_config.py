@@ -86,6 +86,7 @@ def test_the_record_of_a_video(folder, here, kind, capsys):
     ("seed: 1\nnum_frames: 6\nseed: 2\n", "the key seed stands twice"),
     ("a: [\n", "c.yaml is neither YAML nor JSON"),
     ("num_frames: many\n", "many"),
+    ('{"file": "a.mp4", "weights_sha256": "", "rollout": {}}', "metadata of a video that no command makes:"),
     ('{"command": "rm -r x", "weights_sha256": ""}', "c.yaml is the metadata of a video, for hiar generate only"),
     ('{"command": "hiar generate x", "weights_sha256": ""}', "c.yaml: its noise is 'torch-32', this version draws"),
     (None, "cannot read c.yaml: No such file"),

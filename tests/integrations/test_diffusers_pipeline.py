@@ -117,6 +117,12 @@ def test_equals_wan_pipeline_in_one_step_of_one_block(folder, pipe):
         assert float((want[0] - want[1]).abs().max()) > 0.05
 
 
+def test_no_command_makes_a_video_of_the_pipelines_weights(pipe):
+    """That of its folder would take the folder's weights in place of the checkpoint's."""
+    video = VideoPipeline(pipe.video_model)(PROMPT, num_frames=9, steps=1, **SIZE)
+    assert "command" not in video.metadata and video.metadata["weights_sha256"] == ""
+
+
 def test_the_weights_are_shared(folder):
     """The network of the rollout uses the memory of the transformer, and follows it when it moves."""
     pipe = load(folder)
