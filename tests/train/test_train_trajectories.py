@@ -116,15 +116,17 @@ def test_the_seed_decides(whole, data, tmp_path):
 
 
 def test_a_killed_run_goes_on(whole, data, tmp_path):
-    """kill -9 behind a shard; the files are those of a run that was never killed."""
+    """kill -9 within the third shard; the files are those of a run that was never killed."""
     code = (
         "import sys, time; from tiny_model import MODEL; from hiar_model.train.data.datasets import PromptData\n"
         "from hiar_model.train.data.trajectories import generate_trajectories\n"
         f"generate_trajectories(MODEL, PromptData(sys.argv[1], {SHAPE}), sys.argv[2], **{SMALL},\n"
-        "                      on_progress=lambda done, in_all: done == 4 and time.sleep(1000))"
+        "                      on_progress=lambda done, in_all: done == 6 and time.sleep(1000))"
     )
     process = processes.Started(["-c", code, data.folder, tmp_path])
-    while not (tmp_path / "shard-00001.json").exists() and process.poll() is None:
+    end = time.monotonic() + processes.PATIENCE
+    while not (tmp_path / "shard-00001.json").exists():
+        assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     process.kill()
     assert process.wait() == -signal.SIGKILL
