@@ -124,7 +124,9 @@ def test_a_killed_run_goes_on(whole, data, tmp_path):
         "                      on_progress=lambda done, in_all: done == 6 and time.sleep(1000))"
     )
     process = processes.Started(["-c", code, data.folder, tmp_path])
-    while not (tmp_path / "shard-00001.json").exists() and process.poll() is None:
+    end = time.monotonic() + processes.PATIENCE
+    while not (tmp_path / "shard-00001.json").exists():
+        assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     process.kill()
     assert process.wait() == -signal.SIGKILL
