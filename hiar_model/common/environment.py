@@ -73,15 +73,21 @@ def is_first_report() -> bool:
 @contextmanager
 def for_children(error_file: Path) -> Iterator[None]:
     """Inside, started processes find ``error_file``, and one CPU thread each unless OMP_NUM_THREADS says otherwise.
-    The launcher leaves them time to finish an update of training.
+    The launcher leaves them time to finish an update of training. Behind it the variables are as they were: the
+    caller may be a program of its own, or a notebook.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+    defaults = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
+    before = {name: os.environ.get(name) for name in (*defaults, "HIAR_ERROR_FILE")}
+    os.environ.update({**defaults, **{name: value for name, value in before.items() if value is not None}})
     os.environ["HIAR_ERROR_FILE"] = str(error_file)
     try:
         yield
     finally:
-        del os.environ["HIAR_ERROR_FILE"]
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _whole(name: str, default: int, least: int) -> int:

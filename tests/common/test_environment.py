@@ -86,17 +86,16 @@ def test_one_of_several_processes_reports(monkeypatch, tmp_path):
 
 
 def test_what_children_find(monkeypatch, tmp_path):
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")  # so that it is put back
-    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    """And what a program has in its own environment afterwards: what it had before."""
+    names = ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    for name in names:
+        monkeypatch.setenv(name, "3")
     with environment.for_children(tmp_path / "error"):
-        assert environment.error_file() == tmp_path / "error" and os.environ["OMP_NUM_THREADS"] == "3"
-    assert environment.error_file() is None
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "120"
-    with pytest.raises(KeyError), environment.for_children(tmp_path / "error"):
-        assert os.environ["OMP_NUM_THREADS"] == "1"
-        raise KeyError
-    assert environment.error_file() is None
-    for name in ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        assert environment.error_file() == tmp_path / "error" and [os.environ[name] for name in names] == ["3", "3"]
+    assert environment.error_file() is None and [os.environ[name] for name in names] == ["3", "3"]
+    for name in names:
         monkeypatch.delenv(name)
+    with pytest.raises(KeyError), environment.for_children(tmp_path / "error"):
+        assert [os.environ[name] for name in names] == ["1", "120"]
+        raise KeyError
+    assert environment.error_file() is None and not os.environ.keys() & names
