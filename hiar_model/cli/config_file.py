@@ -52,11 +52,15 @@ class ConfigFile(ActionConfigFile):
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
-    """JSON that YAML reads as it is: characters of more than 16 bits as themselves, which JSON writes as two escapes
-    that are none of YAML; those that YAML takes for the end of a line, or not at all, as escapes.
+    """JSON that YAML reads as it is: a character of more than 16 bits is one escape in YAML, and two in JSON, which are
+    none of YAML. All in ASCII: jsonargparse first looks for a file of this name, in whatever letters the locale has.
     """
-    text = json.dumps(values, default=str, ensure_ascii=False)
-    return re.sub(r"[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]", lambda x: f"\\u{ord(x[0]):04x}", text)
+
+    def escaped(character: re.Match[str]) -> str:
+        code = ord(character[0])
+        return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+    return re.sub(r"[^\x00-\x7e]", escaped, json.dumps(values, default=str, ensure_ascii=False))
 
 
 def refuse_times(words: Sequence[str], options: Mapping[str, Any]) -> None:
