@@ -9,6 +9,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import before_torch  # noqa: F401
 import emulation as host
@@ -85,6 +86,15 @@ def nvcc() -> Path:
 def emulation(nvcc: Path) -> Path:
     """csrc/ built for the host."""
     return host.build(nvcc)
+
+
+@pytest.fixture(scope="module")
+def equal_mp4() -> Iterator[None]:
+    """Equal frames become equal files: without the part of x264 that reads memory which nobody wrote."""
+    from hiar_model.io import encoders
+
+    with mock.patch.dict(encoders.X264, mbtree="0"):
+        yield
 
 
 @pytest.fixture

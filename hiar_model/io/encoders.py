@@ -26,6 +26,11 @@ _QUICK = {"compression_level": "1", "pred": "up"}
 """For the many frames of a video: much quicker, for files that are a little larger."""
 
 
+X264 = {"crf": "16"}
+"""Its macroblock tree (mbtree), without which files are larger, reads memory that nobody wrote: now and then equal
+frames become other bytes (docs/contributing/behaviour.md)."""
+
+
 class FrameEncoder(Protocol):
     """Encodes the frames of one video, uint8 [H, W, 3] each, all of one size."""
 
@@ -63,7 +68,7 @@ class Mp4Encoder:
         rate = Fraction(fps).limit_denominator(1001)
         self.odd, self.next, self.tick = (height % 2, width % 2), first, 1 / rate
         if "libx264" in av.codecs_available:
-            coding = dict(x264 or {"crf": "16", "preset": "veryfast" if quick else "medium"})
+            coding = dict(x264 or {**X264, "preset": "veryfast" if quick else "medium"})
             stream = self.container.add_stream("libx264", rate=rate, options=coding)
         else:
             stream = self.container.add_stream("mpeg4", rate=rate, options={"qscale": "2", "flags": "+qscale"})

@@ -373,6 +373,7 @@ def address(listening: sockets.socket) -> str:
 
 def server(service: Service) -> uvicorn.Server:
     """The server of a service; ``run(sockets=[listen(...)])`` returns when it is told to end."""
+    # An answer to a ping waits behind the chunks that a slow network still carries; ClientLink notices one that broke.
     config = uvicorn.Config(
         service.app, log_config=None, access_log=False, lifespan="off", server_header=False, date_header=True,
         ws=ClientLink, ws_max_size=1 << 20, ws_ping_interval=5.0, ws_ping_timeout=60.0,

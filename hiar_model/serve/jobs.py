@@ -1,7 +1,7 @@
 """Whole videos as jobs: made a block at a time when no viewer waits, and gone on with after a crash.
 
 Each has a folder: its blocks as lossless fragments, every few blocks a session file, at the end its record and an mp4,
-byte for byte the one that `hiar generate` writes here.
+of the frames that `hiar generate` encodes, in the same way.
 """
 
 from __future__ import annotations

@@ -136,8 +136,8 @@ def write_metadata(target: Path, frames: int, fps: float, metadata: Mapping[str,
 
 
 class Transcoding:
-    """Encodes the frames of a lossless spool into the bytes that :class:`.VideoWriter` would have written, a few at a
-    time, since it may take minutes: :meth:`advance`.
+    """Encodes the frames of a lossless spool as :class:`.VideoWriter` would have encoded them, a few at a time, since
+    it may take minutes: :meth:`advance`.
     """
 
     def __init__(self, spool: Spool, target: Path) -> None:

@@ -17,7 +17,7 @@ from small_toy import PROMPT, small_folder, small_model  # noqa: F401 (fixtures)
 from hiar_model import VideoPipeline, load_video_model
 from hiar_model.cli import main
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here", "equal_mp4")]
 
 MODULES = {"blocks.0.self_attn.q": (2, 8.0), "blocks.0.ffn.2": (2, 8.0), "blocks.0.cross_attn.v": (2, 8.0)}
 

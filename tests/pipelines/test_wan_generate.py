@@ -28,7 +28,7 @@ from hiar_model.models.vae import StreamingDecoder
 from hiar_model.pipelines.compare import PANEL_SIDE
 from hiar_model.pipelines.decode import Decoding
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here")]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("here", "equal_mp4")]
 
 PROMPT, NEXT = wan_files.PROMPT, "a blue square moving up"
 HEIGHT, WIDTH = 16, 32
@@ -61,7 +61,7 @@ def model(files):
 
 
 @pytest.fixture(scope="module")
-def encoded(model, tmp_path_factory) -> bytes:
+def encoded(model, equal_mp4, tmp_path_factory) -> bytes:
     """The file of the video, made in another order."""
     path = tmp_path_factory.mktemp("encoded") / "same.mp4"
     Video(whole(make(model, order="step_first")), 16).save(path)

@@ -26,7 +26,7 @@ from hiar_model.serve.protocol import Refusal
 from hiar_model.serve.scheduler import Scheduler
 from hiar_model.serve.store import Store
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("equal_mp4")]
 
 BLUE = "a blue square moving up"
 
@@ -432,6 +432,12 @@ encode = Spool.encode
 Spool.encode = lambda spool, *block: time.sleep(1000) if spool.blocks == 14 else encode(spool, *block)
 raise SystemExit(main())
 """
+EQUAL = """
+from hiar_model.cli import main
+from hiar_model.io import encoders
+encoders.X264["mbtree"] = "0"
+raise SystemExit(main())
+"""
 
 
 def test_kill_9_and_start_again(started, model, tmp_path):
@@ -443,7 +449,7 @@ def test_kill_9_and_start_again(started, model, tmp_path):
     server.kill()
     assert server.wait() == -signal.SIGKILL
     assert (tmp_path / "data" / "videos" / name / "session.safetensors").exists()
-    server = started()
+    server = started(EQUAL)
     about = finished(server, name)
     content = ask(server, about["url"])[2]
     server.kill(signal.SIGTERM)

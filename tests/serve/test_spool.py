@@ -19,7 +19,7 @@ from hiar_model.serve.protocol import StartMessage
 from hiar_model.serve.session import ViewerSession
 from hiar_model.serve.spool import Spool, TooLarge, Transcoding
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("equal_mp4")]
 
 BLOCK = 3
 
