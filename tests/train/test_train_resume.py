@@ -38,20 +38,6 @@ def whole(tmp_path_factory):
     return losses(folder), everything(trainer)
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory):
-    """A run of two updates, which no test changes."""
-    folder = tmp_path_factory.mktemp("ended") / "run"
-    train(folder, recipe(updates=2))
-    return folder
-
-
-@pytest.fixture
-def run(ended, tmp_path):
-    """A copy of it."""
-    return shutil.copytree(ended, tmp_path / "run")
-
-
 def everything(trainer) -> dict[str, torch.Tensor]:
     """Every tensor of a state, and the averages once more, whether the state has them or not."""
     averages = {f"averaged/{name}": value for name, value in trainer.ema.weights.items()}

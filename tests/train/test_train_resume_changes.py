@@ -50,19 +50,6 @@ def files(distilled, tmp_path):
     return shutil.copytree(distilled[0], tmp_path / "files")
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory):
-    """A run of two updates of the stage of train_job, which no test changes."""
-    folder = tmp_path_factory.mktemp("ended") / "run"
-    train(folder, recipe(updates=2))
-    return folder
-
-
-@pytest.fixture
-def run(ended, tmp_path):
-    return shutil.copytree(ended, tmp_path / "run")
-
-
 def hiar(files, **more) -> dict:
     return tiny_stages.values(files, "hiar", **more)
 
