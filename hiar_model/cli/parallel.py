@@ -179,7 +179,7 @@ def job(a: Namespace, folder: str | None = None) -> Iterator[Job]:
     from ..distributed.watchdog import PipelineFault, Watchdog
 
     def advice(finished: int) -> str:
-        environment.is_first_report()
+        environment.claim_error_report()
         return f"; {finished} finished blocks are in {folder}, continue with --resume" if folder and finished else ""
 
     a.device, missing = _own_device(a.device)

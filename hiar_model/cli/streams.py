@@ -82,7 +82,7 @@ def status(code: int) -> int:
     error = getattr(sys.stdout, "error", None)
     if error is None or code:
         return code
-    environment.is_first_report()  # the process that started this one need not say more
+    environment.claim_error_report()  # the process that started this one need not say more
     if error.errno == errno.EPIPE:
         return READER_GONE
     print(f"hiar: cannot write standard output: {error.strerror or error}; all else is done", file=sys.stderr)

@@ -280,7 +280,7 @@ def _report(error: Exception) -> None:
 
 def _print_error(message: str, prefix: str = "") -> None:
     """Unless a process of the same launcher of ours has printed one."""
-    if environment.is_first_report():
+    if environment.claim_error_report():
         print(f"hiar: {prefix}{' '.join(message.split())}", file=sys.stderr, flush=True)
 
 

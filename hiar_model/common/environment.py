@@ -55,9 +55,9 @@ def error_file() -> Path | None:
     return Path(value) if value else None
 
 
-def is_first_report() -> bool:
-    """Whether no other process of our launcher has printed an error: creates :func:`error_file`. True too where there
-    is no such launcher, or it has ended at a second Ctrl-C, and its temporary folder with it.
+def claim_error_report() -> bool:
+    """Take it on to print the error, so that no other process of our launcher does: creates :func:`error_file`. False:
+    another one has. True too where there is no such launcher, or it has ended at a second Ctrl-C, with its folder.
     """
     file = error_file()
     try:

@@ -103,8 +103,8 @@ def test_words_between_commas_may_be_a_list(capsys):
     for memory in ("24GB,40GB", "[24GB, 40GB]"):
         write("c.yaml", f"model: toy\ngpu_memory: {memory}\n")
         assert run("doctor", "--config", "c.yaml") == 0
-        told = capsys.readouterr().out
-        assert "24.00 GB: fits" in told and "40.00 GB: fits" in told
+        output = capsys.readouterr().out
+        assert "24.00 GB: fits" in output and "40.00 GB: fits" in told
 
 
 @pytest.mark.parametrize("text, message", [

@@ -78,11 +78,11 @@ def test_names(monkeypatch):
 
 def test_one_of_several_processes_reports(monkeypatch, tmp_path):
     """And one whose launcher has gone, with its folder: where a run resumes from is not lost in an error about it."""
-    assert environment.is_first_report() and environment.is_first_report(), "no launcher of ours"
+    assert environment.claim_error_report() and environment.claim_error_report(), "no launcher of ours"
     monkeypatch.setenv("HIAR_ERROR_FILE", str(tmp_path / "reported"))
-    assert environment.is_first_report() and not environment.is_first_report()
+    assert environment.claim_error_report() and not environment.claim_error_report()
     monkeypatch.setenv("HIAR_ERROR_FILE", str(tmp_path / "gone" / "reported"))
-    assert environment.is_first_report()
+    assert environment.claim_error_report()
 
 
 def test_what_children_find(monkeypatch, tmp_path):
