@@ -104,7 +104,7 @@ def test_words_between_commas_may_be_a_list(capsys):
         write("c.yaml", f"model: toy\ngpu_memory: {memory}\n")
         assert run("doctor", "--config", "c.yaml") == 0
         output = capsys.readouterr().out
-        assert "24.00 GB: fits" in output and "40.00 GB: fits" in told
+        assert "24.00 GB: fits" in output and "40.00 GB: fits" in output
 
 
 @pytest.mark.parametrize("text, message", [
